@@ -1,0 +1,61 @@
+"""What one request asks of the sampler, and how a request can end.
+
+Knows values and their meaning; knows neither HTTP field names nor tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+from enum import IntEnum
+from typing import Any
+
+
+class Reason(IntEnum):
+    """Why a request ended; the integer travels in messages."""
+
+    STOP = 0  # an eos or stop token, or a stop string
+    LENGTH = 1  # max_new_tokens, or the context is full
+    ABORT = 2  # the client left, or the server is going down
+    ERROR = 3  # see the detail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens for one request; every value has been checked against its limits.
+
+    Logits are changed in this order: logit_bias and the eos ban of min_new_tokens, penalties,
+    temperature, then top_k, top_p, min_p. Log-probabilities are of the unchanged logits.
+    """
+
+    max_new_tokens: int | None = None  # None: fill the context; the tokenizer resolves it. 0: score
+    min_new_tokens: int = 0  # eos and stop tokens are banned before
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = -1  # -1: all
+    top_p: float = 1.0
+    min_p: float = 0.0  # relative to the best token's probability
+    presence_penalty: float = 0.0  # over generated tokens
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    penalize_prompt: bool = False  # prompt tokens count for the repetition penalty too
+    seed: int = 0  # same seed and prompt, same tokens; the frontend draws one when none is given
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()  # cut from the text
+    logprobs: int = -1  # -1: none; 0: the chosen token's; N: and those of the N best
+    prompt_logprobs: int = -1  # the same for prompt tokens; such a request takes no prefix hit
+    skip_special_tokens: bool = True
+    print_eos: bool = False  # show the text of the eos or stop token that ended the request
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    use_cache: bool = True  # take and leave prefix cache entries
+
+    def pack(self) -> tuple[Any, ...]:
+        """As a tuple of plain values, in field order, for a message."""
+        return astuple(self)
+
+    @classmethod
+    def unpack(cls, packed: tuple[Any, ...]) -> SamplingParams:
+        """Inverse of :meth:`pack`."""
+        return cls(**dict(zip(_NAMES, packed, strict=True)))
+
+
+_NAMES = [f.name for f in fields(SamplingParams)]

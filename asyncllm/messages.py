@@ -1,0 +1,325 @@
+"""Every message that crosses an actor boundary, with its tag.
+
+Commands are imperative, events are past. Columns are ``bytes``: int32 unless a comment says
+otherwise (see :mod:`asyncllm.codec`). ``rid`` is ``endpoint << 40 | counter`` of the frontend that
+took the request; a *lane* is a request's place in the device tables; a *slot* the KV of one token.
+Tags are never reused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asyncllm.codec import message
+
+FRONTEND_SHIFT = 40  # rid >> FRONTEND_SHIFT is the endpoint of the request's frontend
+
+
+# -- a request comes in -----------------------------------------------------------------------
+
+
+@message(1)
+class Tokenize:
+    """frontend -> tokenizer (same process). Exactly one of ``text``, ``ids`` and ``chat`` is set.
+
+    The answer is one ``Accepted`` for the whole group (under its first rid), or one ``Finished``
+    with reason ERROR (under its first rid).
+    """
+
+    rids: tuple[int, ...]  # one per choice of the same prompt (n); seed + i for the i-th
+    text: str | None
+    ids: bytes | None
+    chat: bytes | None  # JSON: {"messages": [...], "tools": [...] | null, "kwargs": {...}}
+    add_special_tokens: bool  # for text only; chat templates bring their own
+    params: tuple[Any, ...]  # SamplingParams.pack()
+
+
+@message(2)
+class Accepted:
+    """tokenizer -> frontend (same process): the prompt is valid and on its way."""
+
+    rid: int
+    prompt: bytes
+
+
+@message(3)
+class Submit:
+    """tokenizer -> scheduler."""
+
+    rid: int
+    prompt: bytes
+    params: tuple[Any, ...]  # max_new_tokens is an int here
+
+
+@message(4)
+class Abort:
+    """frontend -> scheduler and tokenizer, urgent. Unknown and ended ids are ignored."""
+
+    rid: int
+
+
+@message(5)
+class Follow:
+    """tokenizer -> detokenizer (same process), before Submit: how to turn this request's ids to text."""
+
+    rid: int
+    prompt_tail: bytes  # the last few prompt ids, where decoding depends on what came before
+    stop: tuple[str, ...]
+    skip_special_tokens: bool
+    print_eos: bool
+
+
+# -- a step --------------------------------------------------------------------------------------
+
+
+@message(10)
+class Reserve:
+    """scheduler -> allocator: slots for the next ``counts[i]`` tokens of each lane, in this order.
+
+    ``opened`` names lanes seen for the first time, with their tokens; the allocator looks those up
+    in the prefix cache. ``launched`` names lanes whose granted prompt tokens have been launched
+    since the last Reserve, so that they may be shared from now on.
+    """
+
+    lanes: bytes
+    counts: bytes
+    opened: tuple[tuple[int, bytes, bool], ...]  # (lane, prompt ids, may use the prefix cache)
+    launched: bytes
+
+
+@message(11)
+class Granted:
+    """allocator -> scheduler: the first ``len(counts)`` rows of the reservation have their slots.
+
+    Row i brings ``hits[i]`` cached tokens (0 unless it was opened) and room for ``counts[i]`` new
+    ones (fewer than asked where the hit leaves less to compute).
+    """
+
+    hits: bytes
+    counts: bytes
+    slots: bytes  # int32[sum(hits + counts)], row by row: cached slots, then new ones
+    available: int  # free slots plus evictable ones, after this grant
+
+
+@message(12)
+class Release:
+    """scheduler -> allocator: these lanes are over; no launched step touches them.
+
+    ``items``: (lane, generated ids whose KV is valid). Prompt and generated tokens stay in the
+    prefix cache.
+    """
+
+    items: tuple[tuple[int, bytes], ...]
+
+
+@message(13)
+class StepPlan:
+    """scheduler -> runner of every tp rank. Rows with one new token come first.
+
+    Row i computes tokens at positions [starts[i], starts[i] + counts[i]) of lane i. Its slots are
+    written to the lane's table from position starts[i] - heads[i] on.
+    """
+
+    step: int  # 1, 2, 3, ... without a gap
+    num_decode: int  # the first rows have counts == 1
+    lanes: bytes
+    starts: bytes
+    counts: bytes
+    heads: bytes  # cached tokens before the new ones: > 0 only in a lane's first step
+    slots: bytes  # int32[sum(heads + counts)]
+    tokens: bytes  # int32[sum(counts)]; -1: the lane's last sampled token
+    samples: bytes  # 1 where the row ends the known tokens, so that a token comes out
+    opened: tuple[tuple[int, int, tuple[Any, ...], bytes], ...]
+    # (lane, prompt_len, SamplingParams.pack(), known ids: the prompt, and tokens made before a
+    # preemption; empty unless penalties or prompt_logprobs need them)
+
+
+@message(14)
+class StepDone:
+    """runner of rank 0 -> scheduler: a launched step has finished on the device."""
+
+    step: int
+    tokens: bytes  # int32[num_rows], -1 where the row yields none
+    logprobs: bytes  # float32[num_rows]; empty when no row asks
+    num_top: int  # columns of the next two
+    top_ids: bytes  # int32[num_rows, num_top]
+    top_logprobs: bytes  # float32[num_rows, num_top]
+    prompt: tuple[tuple[int, bytes, int, bytes, bytes], ...]
+    # (row, float32 logprobs of prompt tokens starts+1 .. , num_top, int32 top ids, float32 top logprobs)
+
+
+# -- tokens go out -------------------------------------------------------------------------------
+
+
+@message(20)
+class Tokens:
+    """scheduler -> detokenizer of one frontend's process: what a step gave to its requests."""
+
+    step: int
+    rids: bytes  # int64
+    tokens: bytes
+    ends: bytes  # uint8: 1 where the token is the eos or stop token that ended the request
+    logprobs: bytes  # float32[n] or empty
+    num_top: int
+    top_ids: bytes
+    top_logprobs: bytes
+    prompt: tuple[tuple[int, bytes, int, bytes, bytes], ...]  # as in StepDone, with the rid
+
+
+@message(21)
+class Delta:
+    """detokenizer -> frontend (same process): new text of one request, possibly of several tokens."""
+
+    rid: int
+    text: str  # may be empty: bytes of an unfinished character, a possible stop string
+    ids: bytes
+    pieces: tuple[str, ...]  # text of each token alone, as the detokenizer shows it ("" for hidden)
+    logprobs: bytes  # float32[len(ids)] or empty
+    num_top: int
+    top_ids: bytes
+    top_logprobs: bytes
+    prompt: tuple[bytes, int, bytes, bytes] | None  # prompt log-probabilities, once they are there
+
+
+@message(22)
+class StopHit:
+    """detokenizer -> scheduler, urgent: a stop string was found. ``num_tokens`` made the text."""
+
+    rid: int
+    num_tokens: int
+
+
+@message(23)
+class Finished:
+    """scheduler -> detokenizer -> frontend, or tokenizer -> frontend: exactly one per request."""
+
+    rid: int
+    reason: int  # core.request.Reason
+    detail: str  # for ERROR: the message
+    code: str  # for ERROR: OpenAI's string code, or ""
+    status: int  # for ERROR: the HTTP status
+    prompt_len: int
+    cached_len: int  # prompt tokens that came from the prefix cache
+    num_tokens: int  # generated tokens
+
+
+# -- the server itself -----------------------------------------------------------------------------
+
+
+@message(30)
+class Ready:
+    """watchdog of every other endpoint -> watchdog@0: loaded and listening to its mailbox."""
+
+    endpoint: int
+
+
+@message(31)
+class Heartbeat:
+    """watchdog -> watchdog."""
+
+    endpoint: int
+
+
+@message(32)
+class Drain:
+    """watchdog@0 -> every frontend and the scheduler: no new requests; running ones may finish."""
+
+    timeout_s: float
+
+
+@message(33)
+class Drained:
+    """scheduler -> watchdog@0: nothing is left."""
+
+
+@message(34)
+class Halt:
+    """watchdog@0 -> every watchdog: stop this endpoint now."""
+
+
+@message(35)
+class Started:
+    """watchdog@0 -> every frontend: warm and complete; open the doors."""
+
+
+@message(40)
+class Scrape:
+    """frontend -> watchdog@0: state of the whole server, please."""
+
+    query: int
+    endpoint: int
+
+
+@message(41)
+class Scraped:
+    """watchdog@0 -> frontend."""
+
+    query: int
+    exposition: bytes  # Prometheus text
+    used: int  # slots held by requests
+    cached: int
+    total: int
+    running: int
+    waiting: int
+    expected: int  # slots held and promised: prompt + max_new_tokens of running and waiting
+
+
+@message(42)
+class Probe:
+    """watchdog@0 -> scheduler, allocator and other watchdogs: report what you hold."""
+
+    query: int
+
+
+@message(43)
+class SchedulerStats:
+    """scheduler -> watchdog@0."""
+
+    query: int
+    running: int
+    waiting: int
+    inflight_steps: int
+    steps: int
+    preemptions: int
+    prompt_tokens: int  # computed, cumulative
+    generated_tokens: int
+    expected_slots: int
+
+
+@message(44)
+class AllocatorStats:
+    """allocator -> watchdog@0."""
+
+    query: int
+    used: int
+    cached: int
+    total: int
+    hit_tokens: int  # cumulative
+    looked_up_tokens: int
+    evicted_tokens: int
+
+
+@message(45)
+class Served:
+    """frontend -> watchdog@0: one HTTP request has been answered. Times in seconds."""
+
+    route: str
+    status: int
+    prompt_len: int
+    cached_len: int
+    num_tokens: int
+    max_new_tokens: int
+    reason: str
+    ttft_s: float  # < 0: no token came
+    tpot_s: float  # < 0: fewer than two tokens
+    total_s: float
+
+
+@message(46)
+class RunnerStats:
+    """runner@0 -> watchdog@0 on Probe: the last step's device times."""
+
+    query: int
+    step_ms: float
+    launch_ms: float
+    jit_after_warmup: int
