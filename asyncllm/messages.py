@@ -229,7 +229,10 @@ class Drain:
 
 @message(33)
 class Drained:
-    """scheduler -> watchdog@0: nothing is left."""
+    """scheduler or a frontend -> watchdog@0: nothing is left here."""
+
+    who: str  # "scheduler" or "frontend"
+    endpoint: int
 
 
 @message(34)
