@@ -69,6 +69,23 @@ class Follow:
     print_eos: bool
 
 
+@message(6)
+class Count:
+    """frontend -> tokenizer (same process): how many tokens is this text?"""
+
+    query: int
+    text: str
+    add_special_tokens: bool
+
+
+@message(7)
+class Counted:
+    """tokenizer -> frontend."""
+
+    query: int
+    num_tokens: int
+
+
 # -- a step --------------------------------------------------------------------------------------
 
 
