@@ -1,0 +1,231 @@
+"""The actors of one process: start, address, supervise, stop.
+
+Knows names, endpoints and failures; knows no actor's work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Coroutine
+from typing import Any, TypeVar
+
+from asyncllm.actors.base import Actor, MailboxFull, Ref
+from asyncllm.actors.transport import Transport
+from asyncllm.codec import decode, encode
+from asyncllm.errors import ActorCrashed, FatalError, StartupError
+
+CLOSING_S = 5.0
+
+M = TypeVar("M")
+
+log = logging.getLogger(__name__)
+
+
+class ActorSystem:
+    """Owns every actor, task and socket of one endpoint (a rank or an HTTP worker).
+
+    Args:
+        endpoint: index of this process in ``endpoints``.
+        endpoints: one ZMQ address per process; None when this process is alone.
+        encode_local: send local messages through the codec as well (tests switch it on).
+
+    Attributes:
+        dead_letters: messages for a name that is gone.
+
+    Raises:
+        StartupError: the own address cannot be bound.
+    """
+
+    def __init__(
+        self, endpoint: int = 0, endpoints: list[str] | None = None, *, encode_local: bool = False
+    ) -> None:
+        self.endpoint, self._encode_local = endpoint, encode_local
+        self.dead_letters = 0
+        self.loop = asyncio.get_running_loop()
+        self._actors: dict[str, Actor[Any]] = {}
+        self._tasks: dict[asyncio.Task[None], Actor[Any]] = {}
+        self._ended: asyncio.Future[None] = self.loop.create_future()
+        self._num_endpoints = len(endpoints) if endpoints else 1
+        self._wire = Transport(endpoint, endpoints, self._arrive) if endpoints else None
+        self.loop.set_exception_handler(self._loop_error)
+
+    @property
+    def actors(self) -> Collection[Actor[Any]]:
+        """The actors that live here, in order of registration."""
+        return self._actors.values()
+
+    @property
+    def over(self) -> bool:
+        """Stopped or crashed: no handler runs any more."""
+        return self._ended.done()
+
+    @property
+    def foreign_frames(self) -> int:
+        """Received frames that were not ours."""
+        return self._wire.foreign_frames if self._wire else 0
+
+    def add(self, actor: Actor[M]) -> Ref[M]:
+        """Register an actor; its ``started`` is called by :meth:`run`."""
+        if actor.name in self._actors:
+            raise ValueError(f"actor {actor.name!r} exists")
+        actor.system = self
+        self._actors[actor.name] = actor
+        return self.ref(actor.name)
+
+    def ref(self, name: str, endpoint: int | None = None) -> Ref[Any]:
+        """Address of ``name`` on ``endpoint`` (None: here), whether it is there or not."""
+        endpoint = self.endpoint if endpoint is None else endpoint
+        assert endpoint == self.endpoint or 0 <= endpoint < self._num_endpoints, endpoint
+        return Ref(self, endpoint, name)
+
+    async def run(self) -> None:
+        """Run until ``stop``.
+
+        Raises:
+            FatalError: ActorCrashed with the cause chained, or the FatalError that was raised.
+            StartupError: from an actor's ``started``.
+        """
+        opened: list[Actor[Any]] = []
+        orderly = False
+        try:
+            if self._wire:
+                self._wire.start()
+            for actor in list(self._actors.values()):
+                if self.over:
+                    break
+                opened.append(actor)
+                self._open(actor)
+            await self._ended
+            orderly = True
+        finally:
+            self._ended.cancel()  # when run() itself was cancelled: no handler runs any more
+            await self._close(opened, orderly)
+
+    def stop(self) -> None:
+        """End :meth:`run` in order; once this has returned no handler runs."""
+        if not self.over:
+            self._ended.set_result(None)
+
+    def crashed(self, actor: Actor[Any], error: Exception) -> None:
+        """Called when ``actor`` raised: ends the system, or only the actor if it is not vital."""
+        if self.over or self._actors.get(actor.name) is not actor:
+            log.error("%s@%d failed while stopping", actor.name, self.endpoint, exc_info=error)
+            return
+        log.error("%s@%d crashed", actor.name, self.endpoint, exc_info=error)
+        if actor.vital or isinstance(error, FatalError):
+            self._fail(f"{actor.name}@{self.endpoint}: {error!r}", error)
+            return
+        del self._actors[actor.name]
+        for task, owner in self._tasks.items():
+            if owner is actor:
+                task.cancel()
+        for msg in actor.take():
+            self._dead_letter(actor.name, msg)
+        self._stop_one(actor)
+
+    def spawn(self, actor: Actor[Any], work: Coroutine[Any, Any, Any]) -> None:
+        """Run ``work``; its result goes into the actor's mailbox, its exception is the actor's."""
+        task = self.loop.create_task(self._run(actor, work))
+        self._tasks[task] = actor  # a bare task may be garbage-collected
+        task.add_done_callback(self._tasks.pop)
+
+    def deliver(self, endpoint: int, name: str, msg: Any, urgent: bool) -> None:
+        """Put ``msg`` into a mailbox here or send it. Raises MailboxFull or PeerLost."""
+        if endpoint != self.endpoint:
+            if self._wire is None or self._wire.closed:
+                self._dead_letter(name, msg)
+            else:
+                self._wire.send(endpoint, name, urgent, encode(msg))
+        elif (actor := self._actors.get(name)) is None:
+            self._dead_letter(name, msg)
+        else:
+            actor.put(decode(encode(msg)) if self._encode_local else msg, urgent)
+
+    def _open(self, actor: Actor[Any]) -> None:
+        try:
+            actor.open()
+        except Exception as error:
+            self.crashed(actor, error)
+
+    async def _run(self, actor: Actor[Any], work: Coroutine[Any, Any, Any]) -> None:
+        try:
+            msg = await work
+        except Exception as error:
+            self.crashed(actor, error)
+            return
+        if msg is None:
+            return
+        if self._actors.get(actor.name) is actor:
+            actor.put(msg, urgent=True)
+        else:
+            self._dead_letter(actor.name, msg)
+
+    def _arrive(self, name: str, urgent: bool, msg: Any) -> None:
+        try:
+            if (actor := self._actors.get(name)) is None:
+                self._dead_letter(name, msg)
+            else:
+                actor.put(msg, urgent)
+        except MailboxFull as error:  # the sender cannot be told: an inner bound was broken
+            log.error("%s@%d overrun by a peer", name, self.endpoint)
+            self._fail(f"{name}@{self.endpoint}: {error!r}", error)
+
+    def _dead_letter(self, name: str, msg: Any) -> None:
+        self.dead_letters += 1
+        log.warning("dead letter for %s@%d: %s", name, self.endpoint, type(msg).__name__)
+
+    def _fail(self, message: str, error: BaseException | None) -> None:
+        """End run() with ``error`` if its type tells the exit code, else with ActorCrashed."""
+        if self.over:
+            return
+        if isinstance(error, FatalError | StartupError):
+            self._ended.set_exception(error)
+        else:
+            crash = ActorCrashed(message)
+            crash.__cause__ = error
+            self._ended.set_exception(crash)
+
+    def _loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Errors in plain callbacks reach no task: make them end the process, not a log line.
+
+        Except those of one client's connection, which the loop has closed already.
+        """
+        message, error = context["message"], context.get("exception")
+        log.error("event loop: %s", message, exc_info=error)
+        of_connection = "transport" in context or "protocol" in context
+        if of_connection or ("handle" not in context and isinstance(error, OSError)):
+            return
+        self._fail(f"{message}: {error!r}", error)
+
+    async def _close(self, opened: list[Actor[Any]], orderly: bool) -> None:
+        if self._wire:
+            self._wire.pause()
+        if tasks := list(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=CLOSING_S)
+        living = [a for a in reversed(opened) if a in self._actors.values()]
+        if orderly:
+            for actor in living:
+                await self._close_one(actor)
+        for actor in living:
+            self._stop_one(actor)
+        if self._wire:
+            self._wire.close()
+        self.loop.set_exception_handler(None)
+
+    async def _close_one(self, actor: Actor[Any]) -> None:
+        try:
+            async with asyncio.timeout(CLOSING_S):
+                await actor.closing()
+        except TimeoutError:
+            log.warning("%s@%d did not close in %g s", actor.name, self.endpoint, CLOSING_S)
+        except Exception as error:
+            log.error("%s@%d failed to close", actor.name, self.endpoint, exc_info=error)
+
+    def _stop_one(self, actor: Actor[Any]) -> None:
+        try:
+            actor.stopped()
+        except Exception as error:
+            log.error("%s@%d failed to stop", actor.name, self.endpoint, exc_info=error)

@@ -1,0 +1,175 @@
+"""ZMQ under uvloop: one PULL in, one PUSH per peer, sockets drained when their FD fires.
+
+Knows frames and peers; knows neither actors nor what to do when one is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import msgpack
+import zmq
+
+from asyncllm.codec import CodecError, decode
+from asyncllm.errors import PeerLost, StartupError
+
+DRAIN_LIMIT = 256  # frames per wake, so that a flood cannot hold the loop
+OUTBOX_LIMIT = 65536
+HEAD_LIMIT = 256  # bytes; names are short
+FRAME_LIMIT = 1 << 30  # bytes; a foreign sender cannot make us allocate more
+LINGER_MS = 500
+RETRY_S = (0.001, 0.064)  # first and longest wait for a peer that does not take frames
+
+log = logging.getLogger(__name__)
+
+
+class Transport:
+    """Frame = msgpack([name, urgent]) + message. FIFO per (sender, receiver) pair, no loss.
+
+    Args:
+        endpoint: index of this process in ``endpoints``.
+        endpoints: ZMQ address of every process, ``ipc://path`` or ``tcp://127.0.0.1:port``.
+        on_message: called with (actor name, urgent, message) for each frame that decodes.
+
+    Attributes:
+        foreign_frames: received frames that are not ours; dropped.
+
+    Raises:
+        StartupError: the own address cannot be bound.
+    """
+
+    def __init__(
+        self, endpoint: int, endpoints: list[str], on_message: Callable[[str, bool, Any], None]
+    ) -> None:
+        self._loop, self._on_message = asyncio.get_running_loop(), on_message
+        self.foreign_frames = 0
+        self._reading = False
+        self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._in = self._ctx.socket(zmq.PULL)
+        self._in.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+        try:
+            self._in.bind(endpoints[endpoint])
+        except zmq.ZMQError as error:
+            self._in.close()
+            self._ctx.term()
+            raise StartupError(f"cannot listen on {endpoints[endpoint]}: {error}") from error
+        self._fd = int(self._in.getsockopt(zmq.FD))
+        self._outs: dict[int, _Out] = {}
+        for peer, address in enumerate(endpoints):
+            if peer != endpoint:
+                sock = self._ctx.socket(zmq.PUSH)
+                sock.setsockopt(zmq.LINGER, LINGER_MS)
+                sock.connect(address)
+                self._outs[peer] = _Out(peer, sock, self._loop)
+
+    @property
+    def closed(self) -> bool:
+        """After :meth:`close`."""
+        return self._in.closed
+
+    def start(self) -> None:
+        """Deliver frames from now on, those that came in earlier first."""
+        self._reading = True
+        self._loop.add_reader(self._fd, self._pump)
+        self._loop.call_soon(self._pump)  # edge-triggered: look once before waiting
+
+    def send(self, peer: int, name: str, urgent: bool, body: bytes) -> None:
+        """Queue one encoded message. Raises PeerLost when the peer has stopped reading."""
+        self._outs[peer].push(_head(name, urgent) + body)
+
+    def pause(self) -> None:
+        """Deliver nothing any more; sending goes on."""
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._fd)
+
+    def close(self) -> None:
+        """Close all sockets; what is queued has ``LINGER_MS`` to leave."""
+        self.pause()
+        for out in self._outs.values():
+            out.close()
+        self._in.close()
+        self._ctx.term()
+
+    def _pump(self) -> None:
+        for _ in range(DRAIN_LIMIT):
+            if not self._reading:  # a callback from before pause(), or a handler that stopped us
+                return
+            try:
+                frame = self._in.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                name, urgent, msg = _open(frame)
+            except CodecError as error:
+                self.foreign_frames += 1
+                log.warning("foreign frame dropped: %s", error)
+                continue
+            self._on_message(name, urgent, msg)
+        self._loop.call_soon(self._pump)
+
+
+class _Out:
+    """The way to one peer: frames wait here while its socket takes none."""
+
+    def __init__(self, peer: int, sock: zmq.Socket[bytes], loop: asyncio.AbstractEventLoop) -> None:
+        self._peer, self._sock, self._loop = peer, sock, loop
+        self._box: deque[bytes] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._retry_s = RETRY_S[0]
+
+    def push(self, frame: bytes) -> None:
+        if len(self._box) >= OUTBOX_LIMIT:
+            raise PeerLost(f"endpoint {self._peer} does not read: {len(self._box)} frames wait")
+        self._box.append(frame)
+        if self._timer is None:
+            self._flush()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._send_all()
+        self._sock.close()
+
+    def _flush(self) -> None:
+        if self._send_all():
+            self._timer, self._retry_s = None, RETRY_S[0]
+        else:
+            self._timer = self._loop.call_later(self._retry_s, self._flush)
+            self._retry_s = min(self._retry_s * 2, RETRY_S[1])
+
+    def _send_all(self) -> bool:
+        """False when the peer is not there yet or at its high-water mark."""
+        while self._box:
+            try:
+                self._sock.send(self._box[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            self._box.popleft()
+        return True
+
+
+@cache
+def _head(name: str, urgent: bool) -> bytes:
+    head: bytes = msgpack.packb((name, urgent))
+    assert len(head) <= HEAD_LIMIT, name
+    return head
+
+
+def _open(frame: bytes) -> tuple[str, bool, Any]:
+    """Actor name, urgency and message of one frame. Raises CodecError for any other bytes."""
+    view = memoryview(frame)
+    reader = msgpack.Unpacker(use_list=False)
+    reader.feed(view[:HEAD_LIMIT])
+    try:
+        name, urgent = reader.unpack()
+        if type(name) is not str or type(urgent) is not bool:
+            raise TypeError("not (name, urgent)")
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise CodecError(f"{len(frame)} bytes without a header: {error!r}") from error
+    return name, urgent, decode(view[reader.tell() :])

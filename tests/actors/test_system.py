@@ -1,0 +1,452 @@
+"""Actors of one process: delivery, failure in its three circles, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import uvloop
+
+from asyncllm.actors import system as system_module
+from asyncllm.actors.base import Actor, MailboxFull
+from asyncllm.actors.system import ActorSystem
+from asyncllm.errors import ActorCrashed, StartupError
+from asyncllm.messages import Abort, Halt, Heartbeat, Started
+
+Step = Callable[["Probe", Any], None]
+
+
+class Probe(Actor[Any]):
+    """Writes down its life; ``act`` says what a message makes it do."""
+
+    def __init__(self, name: str, act: Step | None = None, *, vital: bool = True) -> None:
+        super().__init__(name)
+        self.act, self.vital = act, vital
+        self.got: list[Any] = []
+        self.life: list[str] = []
+
+    def started(self) -> None:
+        self.life.append("started")
+
+    def receive(self, batch: list[Any]) -> None:
+        for msg in batch:
+            self.got.append(msg)
+            if self.act:
+                self.act(self, msg)
+
+    async def closing(self) -> None:
+        self.life.append("closing")
+
+    def stopped(self) -> None:
+        self.life.append("stopped")
+
+
+def run(main: Coroutine[Any, Any, Any]) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(20):
+            return await main
+
+    return uvloop.run(bounded())
+
+
+def boom(actor: Probe, msg: Any) -> None:
+    """Halt stops the system, Abort is a crash."""
+    if isinstance(msg, Halt):
+        actor.system.stop()
+    elif isinstance(msg, Abort):
+        raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("encode_local", [False, True])
+def test_messages_of_one_sender_stay_in_order(encode_local: bool) -> None:
+    async def go() -> Probe:
+        system = ActorSystem(encode_local=encode_local)
+        probe = Probe("probe", lambda p, m: p.system.stop() if m == Heartbeat(499) else None)
+        ref = system.add(probe)
+        for i in range(500):
+            ref.tell(Heartbeat(i))
+        await system.run()
+        return probe
+
+    probe = run(go())
+    assert probe.got == [Heartbeat(i) for i in range(500)]
+    assert probe.handled == 500
+    assert 0 < probe.busy_s <= probe.slowest_ms  # seconds in one batch, milliseconds of it
+    assert probe.depth == 0
+
+
+def test_encode_local_hands_over_a_copy() -> None:
+    async def go(encode_local: bool) -> bool:
+        system = ActorSystem(encode_local=encode_local)
+        probe = Probe("probe", lambda p, m: p.system.stop())
+        sent = Heartbeat(1)
+        system.add(probe).tell(sent)
+        await system.run()
+        return probe.got[0] is sent
+
+    assert run(go(False))
+    assert not run(go(True))
+
+
+def test_urgent_messages_go_first_and_are_never_refused() -> None:
+    async def go() -> list[Any]:
+        system = ActorSystem()
+        probe = Probe("probe", boom)
+        probe.capacity = 2
+        ref = system.add(probe)
+        ref.tell(Heartbeat(1))
+        ref.tell(Heartbeat(2))
+        with pytest.raises(MailboxFull, match="probe"):
+            ref.tell(Heartbeat(3))
+        ref.tell(Started(), urgent=True)
+        ref.tell(Halt(), urgent=True)
+        assert probe.depth == 4
+        await system.run()
+        return probe.got
+
+    assert run(go()) == [Started(), Halt(), Heartbeat(1), Heartbeat(2)]
+
+
+def test_a_full_mailbox_here_raises_at_the_teller() -> None:
+    async def go() -> ActorSystem:
+        system = ActorSystem()
+        slow = Probe("slow")
+        slow.capacity = 1
+
+        def flood(actor: Probe, msg: Any) -> None:
+            target = actor.system.ref("slow")
+            target.tell(Heartbeat(1))
+            try:
+                target.tell(Heartbeat(2))
+            except MailboxFull:
+                actor.life.append("refused")
+            actor.system.stop()
+
+        teller = Probe("teller", flood)
+        system.add(slow)
+        system.add(teller).tell(Started())
+        await system.run()
+        assert "refused" in teller.life
+        return system
+
+    run(go())
+
+
+def test_early_messages_wait_for_started() -> None:
+    async def go() -> None:
+        system = ActorSystem()
+        late = Probe("late", boom)
+
+        class Early(Actor[Any]):
+            def started(self) -> None:
+                self.system.ref("late").tell(Halt())
+                assert late.life == []
+
+        system.add(Early("early"))
+        system.add(late)
+        await system.run()
+        assert late.got == [Halt()]
+
+    run(go())
+
+
+def test_a_message_for_a_name_that_is_gone_is_counted_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def go() -> int:
+        system = ActorSystem()
+        system.ref("nobody").tell(Heartbeat(1))
+        system.stop()
+        await system.run()
+        return system.dead_letters
+
+    assert run(go()) == 1
+    assert "dead letter for nobody@0: Heartbeat" in caplog.text
+
+
+def test_a_vital_crash_ends_the_system_with_its_cause() -> None:
+    async def go() -> None:
+        system = ActorSystem()
+        probe, other = Probe("probe", boom), Probe("other")
+        system.add(other)
+        system.add(probe).tell(Abort(1))
+        try:
+            await system.run()
+        finally:
+            assert probe.life == ["started", "stopped"]  # no closing() after a crash
+            assert other.life == ["started", "stopped"]
+
+    with pytest.raises(ActorCrashed, match=r"probe@0.*boom") as raised:
+        run(go())
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def test_a_crash_that_is_not_vital_ends_the_actor_once_and_makes_dead_letters() -> None:
+    async def go() -> None:
+        system = ActorSystem()
+        weak, strong = Probe("weak", boom, vital=False), Probe("strong", boom)
+        ref = system.add(weak)
+        system.add(strong)
+
+        def after(actor: Probe, msg: Any) -> None:
+            if isinstance(msg, Started):  # weak has crashed by now
+                ref.tell(Heartbeat(5))
+                actor.system.ref("strong").tell(Halt())
+            else:
+                actor.system.stop()
+
+        strong.act = after
+        ref.tell(Abort(1))
+        system.ref("strong").tell(Started())
+        await system.run()
+        assert weak.life == ["started", "stopped"]
+        assert weak.got == [Abort(1)]
+        assert system.dead_letters == 1
+        assert [a.name for a in system.actors] == ["strong"]
+        assert strong.life == ["started", "closing", "stopped"]
+
+    run(go())
+
+
+def test_what_waits_for_an_actor_that_crashed_is_a_dead_letter() -> None:
+    def act(actor: Probe, msg: Any) -> None:
+        actor.system.ref(actor.name).tell(Heartbeat(1))
+        raise RuntimeError("boom")
+
+    async def go() -> int:
+        system = ActorSystem()
+        system.add(Probe("weak", act, vital=False)).tell(Started())
+        system.loop.call_later(0.01, system.stop)
+        await system.run()
+        return system.dead_letters
+
+    assert run(go()) == 1
+
+
+def test_spawned_work_of_a_crashed_actor_is_cancelled() -> None:
+    ends: list[str] = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ends.append("cancelled")
+
+    def act(actor: Probe, msg: Any) -> None:
+        if isinstance(msg, Started):
+            actor.spawn(wait())
+            actor.system.loop.call_later(0.005, actor.system.ref("weak").tell, Abort(1))
+        else:
+            raise RuntimeError("boom")
+
+    async def until_cancelled() -> None:
+        system = ActorSystem()
+        system.add(Probe("weak", act, vital=False)).tell(Started())
+        system.loop.call_later(0.05, lambda: (ends.append("stop"), system.stop()))
+        await system.run()
+
+    run(until_cancelled())
+    assert ends == ["cancelled", "stop"]
+
+
+def test_a_crash_in_started_is_the_actors_and_startup_errors_pass() -> None:
+    class Unfit(Probe):
+        def started(self) -> None:
+            super().started()
+            raise self.error
+
+        error: Exception
+
+    async def go(error: Exception, vital: bool) -> Unfit:
+        system = ActorSystem()
+        actor = Unfit("unfit", vital=vital)
+        actor.error = error
+        system.add(actor)
+        system.loop.call_soon(system.stop)
+        try:
+            await system.run()
+        finally:
+            assert actor.life == ["started", "stopped"]
+        return actor
+
+    run(go(RuntimeError("boom"), False))
+    with pytest.raises(ActorCrashed, match="unfit@0"):
+        run(go(RuntimeError("boom"), True))
+    with pytest.raises(StartupError, match="port"):
+        run(go(StartupError("port 80 is taken"), True))
+
+
+def test_no_handler_runs_after_stop_or_crash() -> None:
+    async def go(first: Any) -> list[Any]:
+        system = ActorSystem()
+        other = Probe("other")
+
+        def act(actor: Probe, msg: Any) -> None:
+            actor.system.ref("other").tell(Heartbeat(1))
+            boom(actor, msg)
+
+        class Waits(Probe):
+            async def closing(self) -> None:
+                await asyncio.sleep(0.01)
+
+        system.add(Waits("probe", act)).tell(first)
+        system.add(other)
+        try:
+            await system.run()
+        except ActorCrashed:
+            await asyncio.sleep(0.01)
+        return other.got
+
+    assert run(go(Halt())) == []
+    assert run(go(Abort(1))) == []
+
+
+def test_stop_closes_then_stops_in_reverse_order() -> None:
+    order: list[str] = []
+
+    class Named(Probe):
+        async def closing(self) -> None:
+            await asyncio.sleep(0)
+            order.append(f"closing {self.name}")
+
+        def stopped(self) -> None:
+            order.append(f"stopped {self.name}")
+
+    async def go() -> None:
+        system = ActorSystem()
+        for name in "abc":
+            system.add(Named(name))
+        system.stop()  # before run(): nothing starts
+        await system.run()
+        assert order == []
+        system = ActorSystem()
+        for name in "abc":
+            system.add(Named(name, boom))
+        system.ref("b").tell(Halt())
+        await system.run()
+
+    run(go())
+    assert order == [f"{what} {name}" for what in ("closing", "stopped") for name in "cba"]
+
+
+def test_a_closing_that_hangs_or_fails_does_not_keep_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(system_module, "CLOSING_S", 0.01)
+
+    class Hangs(Probe):
+        async def closing(self) -> None:
+            await asyncio.Event().wait()
+
+    class Fails(Probe):
+        async def closing(self) -> None:
+            raise RuntimeError("late")
+
+        def stopped(self) -> None:
+            super().stopped()
+            raise RuntimeError("later")
+
+    async def go() -> None:
+        system = ActorSystem()
+        actors = [Probe("first", boom), Hangs("hangs"), Fails("fails")]
+        for actor in actors:
+            system.add(actor)
+        system.ref("first").tell(Halt())
+        await system.run()
+        assert [a.life[-1] for a in actors] == ["stopped"] * 3
+        assert "closing" in actors[0].life
+
+    run(go())
+    assert "hangs@0 did not close" in caplog.text
+    assert "fails@0 failed to stop" in caplog.text
+
+
+def test_spawned_work_comes_back_as_a_message() -> None:
+    async def work() -> Halt:
+        await asyncio.sleep(0)
+        return Halt()
+
+    async def go() -> list[Any]:
+        system = ActorSystem()
+        probe = Probe("probe", lambda p, m: p.spawn(work()) if m == Started() else boom(p, m))
+        system.add(probe).tell(Started())
+        await system.run()
+        return probe.got
+
+    assert run(go()) == [Started(), Halt()]
+
+
+def test_a_failure_in_spawned_work_is_the_actors() -> None:
+    async def work() -> None:
+        raise RuntimeError("in the background")
+
+    async def go() -> None:
+        system = ActorSystem()
+        system.add(Probe("probe", lambda p, m: p.spawn(work()))).tell(Started())
+        await system.run()
+
+    with pytest.raises(ActorCrashed, match=r"probe@0.*in the background"):
+        run(go())
+
+
+def test_an_error_in_a_plain_callback_ends_the_system() -> None:
+    async def go() -> None:
+        system = ActorSystem()
+        system.loop.call_soon(lambda: 1 / 0)
+        await system.run()
+
+    with pytest.raises(ActorCrashed, match="division"):
+        run(go())
+
+
+def test_an_error_of_one_connection_does_not(caplog: pytest.LogCaptureFixture) -> None:
+    class Bad(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            raise RuntimeError("protocol bug")
+
+    async def go() -> None:
+        system = ActorSystem()
+        system.add(Probe("probe", boom))
+        server = await system.loop.create_server(Bad, "127.0.0.1", 0)
+
+        async def client() -> None:
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"x")
+            assert await reader.read() == b""  # closed by the loop
+            writer.close()
+            server.close()
+            system.ref("probe").tell(Halt())
+
+        calling = asyncio.ensure_future(client())
+        await system.run()
+        await calling
+
+    with caplog.at_level(logging.ERROR):
+        run(go())
+    assert "protocol bug" in caplog.text
+
+
+def test_two_actors_of_one_name_are_refused() -> None:
+    async def go() -> None:
+        system = ActorSystem()
+        system.add(Probe("probe"))
+        with pytest.raises(ValueError, match="probe"):
+            system.add(Probe("probe"))
+
+    run(go())
+
+
+def test_a_cancelled_run_stops_the_actors() -> None:
+    async def go() -> list[str]:
+        system = ActorSystem()
+        probe = Probe("probe")
+        system.add(probe)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(system.run(), 0.01)
+        return probe.life
+
+    assert run(go()) == ["started", "stopped"]
