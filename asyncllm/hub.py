@@ -1,0 +1,116 @@
+"""From ``--model_dir`` to a folder with a model in it: a path, a hub id or the embedded model.
+
+Owns the decision and the check that the folder can be served at all; knows nothing of what the
+files contain.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from asyncllm.config import hub_offline
+from asyncllm.demo import Bar, ensure_demo_model
+from asyncllm.errors import StartupError
+from asyncllm.log import Progress
+
+INDEX = "model.safetensors.index.json"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# what a server reads: config, tokenizer, template and safetensors
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+# the same weights once more under another name or for another runtime
+_UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
+
+
+def resolve_model_dir(model_dir: str | None, cache_dir: Path, bar: Bar = Progress) -> Path:
+    """The folder to serve from.
+
+    Args:
+        model_dir: a folder, a hub id ``org/name``, or None for the embedded model. A folder wins
+            over a hub id of the same spelling.
+        cache_dir: where the embedded model is kept; hub models go to huggingface_hub's own cache.
+        bar: draws the progress of the embedded model; huggingface_hub has bars of its own.
+
+    Raises:
+        StartupError: nothing there, not a servable folder, or the hub did not give it.
+    """
+    if model_dir is None:
+        return ensure_demo_model(cache_dir, bar)
+    folder = Path(model_dir).expanduser()
+    if folder.is_dir():
+        check_model_dir(folder)
+        return folder
+    if folder.exists():
+        raise StartupError(f"--model_dir {model_dir} is a file; give the folder that holds it")
+    if not _HUB_ID.fullmatch(model_dir):
+        raise StartupError(
+            f"--model_dir {model_dir}: no such folder (a model on the Hugging Face hub is named "
+            f"org/name)"
+        )
+    folder = _download(model_dir)
+    check_model_dir(folder)
+    return folder
+
+
+def check_model_dir(folder: Path) -> None:
+    """Refuse a folder that cannot be served, naming what it lacks.
+
+    Raises:
+        StartupError: no ``config.json``, no safetensors, or shards of the index that are missing.
+    """
+    if not (folder / "config.json").is_file():
+        raise StartupError(f"{folder} holds no config.json: not a Hugging Face model folder")
+    if (folder / INDEX).is_file():
+        missing = [name for name in _shards(folder / INDEX) if not (folder / name).is_file()]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise StartupError(f"{folder} lacks {missing[0]}{more}, named in {INDEX}")
+    elif next(folder.glob("*.safetensors"), None) is None:
+        raise StartupError(
+            f"{folder} holds no *.safetensors; weights in other formats (.bin, .pt, .gguf) are not "
+            f"read"
+        )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise StartupError(f"{index} is not a safetensors index: {err!r}") from err
+    return sorted(str(name) for name in names)
+
+
+def _download(repo: str) -> Path:
+    # imported here: a local folder needs none of it
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except (OSError, ValueError, HTTPError) as err:
+        raise StartupError(
+            f"--model_dir {repo}: no such folder, and not to be had from the Hugging Face hub: "
+            f"{_reason(err)}. Give a local folder with config.json and *.safetensors instead"
+        ) from err
+
+
+def _reason(err: Exception) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    match err:
+        case GatedRepoError():
+            return "its terms must be accepted on its hub page first, then HF_TOKEN set"
+        case RepositoryNotFoundError():
+            return "there is no such model, or it is private and HF_TOKEN is not set"
+        case LocalEntryNotFoundError() if hub_offline():
+            return "HF_HUB_OFFLINE is set, and the model is not in the local hub cache"
+        case LocalEntryNotFoundError():
+            return "no connection, and the model is not in the local hub cache"
+        case _:
+            return str(err).strip().partition("\n")[0].rstrip(".") or type(err).__name__
