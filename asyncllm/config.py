@@ -1,0 +1,543 @@
+"""The configuration: every flag, the limits resolved from it, and the process environment.
+
+Owns names, types, defaults and checks of all options; it is the only module that reads
+environment variables. It knows neither argparse (``cli`` builds the parser from ``FLAGS``) nor
+torch: what depends on the model or the device comes in as arguments of ``resolve_limits``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from asyncllm.errors import StartupError
+
+# the chapters of LightLLM's option reference, then our own
+BASIC = "Basic configuration"
+PD = "Prefill/decode separation"
+MODEL = "Model configuration"
+MEMORY = "Memory and batch processing"
+PARALLEL = "Parallel modes"
+ATTENTION = "Attention type"
+OPERATION = "Operation and logging"
+GROUPS = (BASIC, PD, MODEL, MEMORY, PARALLEL, ATTENTION, OPERATION)
+
+DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+DEFAULT_CHUNK = {"cuda": 2048, "cpu": 256}
+DEFAULT_BATCH = {"cuda": 16384, "cpu": 1024}
+
+Check = Callable[[Any], str | None]
+Dtype = Literal["fp32", "bf16", "fp16"]
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Where an option counts; elsewhere a value other than its default is refused."""
+
+    text: str
+    met: Callable[[Config], bool]
+    available: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One option of the command line.
+
+    ``unavailable`` holds the values that are accepted by LightLLM but not served here yet;
+    ``ANY`` in it stands for everything but the default. ``check`` and ``choices`` apply to each
+    element of an option with several values.
+    """
+
+    default: Any
+    help: str
+    group: str
+    choices: tuple[str, ...] = ()
+    check: Check | None = None
+    nargs: Literal["+"] | None = None
+    metavar: str | None = None
+    aliases: tuple[str, ...] = ()
+    unavailable: tuple[str, ...] = ()
+    needs: Needs | None = None
+    name: str = ""
+    kind: type = str
+
+    def complaint(self, value: Any) -> str | None:
+        """Why ``value`` is wrong whatever the other options are, or None."""
+        for item in value if self.nargs else (value,):
+            if item is None and self.default is None:
+                continue
+            if self.choices and item not in self.choices:
+                return f"must be one of {', '.join(self.choices)}, not {item!r}"
+            if self.check is not None and (wrong := self.check(item)) is not None:
+                return f"{wrong}, not {item!r}"
+        return None
+
+    def waits(self, value: Any) -> bool:
+        """Whether ``value`` is fine but not available yet."""
+        return value != self.default and (ANY in self.unavailable or value in self.unavailable)
+
+
+def flag(default: Any, *, help: str, group: str, **more: Any) -> Any:  # noqa: A002
+    """A field of ``Config`` that is also an option; the keywords are the fields of ``Flag``."""
+    return field(default=default, metadata={"flag": Flag(default, help, group, **more)})
+
+
+def between(low: int, high: int) -> Check:
+    return lambda value: None if low <= value <= high else f"must be from {low} to {high}"
+
+
+def at_least(low: int) -> Check:
+    return lambda value: (
+        None if value >= low and math.isfinite(value) else f"must be at least {low}"
+    )
+
+
+def above_zero(value: float) -> str | None:
+    return None if 0 < value < math.inf else "must be above 0"
+
+
+def unit_interval(value: float) -> str | None:
+    return None if 0 < value < 1 else "must be above 0 and below 1"
+
+
+def not_empty(value: str) -> str | None:
+    return None if value.strip() else "must not be empty"
+
+
+ANY = "*"
+PORT = between(1, 65535)
+PD_NODE = Needs(
+    "--run_mode prefill or decode", lambda c: c.run_mode in {"prefill", "decode"}, False
+)
+PD_DECODE = Needs("--run_mode decode", lambda c: c.run_mode == "decode", False)
+PD_MODES = Needs(
+    "--run_mode prefill, decode, pd_master or config_server",
+    lambda c: c.run_mode != "normal",
+    False,
+)
+NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1, False)
+RANKS = Needs("--tp above 1", lambda c: c.tp > 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All options of one server, checked; every process of it holds an equal one.
+
+    Raises:
+        StartupError: a value out of range, not available yet, or without effect in this mode.
+    """
+
+    # --- basic
+    run_mode: str = flag(
+        "normal", group=BASIC, help="what this process is; normal: a whole server by itself",
+        choices=("normal", "prefill", "decode", "pd_master", "config_server"),
+        unavailable=("prefill", "decode", "pd_master", "config_server"),
+    )  # fmt: skip
+    host: str = flag("127.0.0.1", group=BASIC, help="address to listen on", check=not_empty)
+    port: int = flag(8000, group=BASIC, help="port to listen on", check=PORT)
+    httpserver_workers: int = flag(
+        1, group=BASIC, check=between(1, 256),
+        help="processes that serve HTTP, rank 0 included; they share one port",
+    )  # fmt: skip
+    zmq_mode: str = flag(
+        "ipc:///tmp/", group=BASIC, choices=("tcp://", "ipc:///tmp/"),
+        help="how processes of this server talk: TCP on loopback, or sockets in a private folder "
+        "(mode 0700, one per server) under /tmp",
+    )  # fmt: skip
+
+    # --- prefill/decode separation
+    pd_master_ip: str = flag(
+        "0.0.0.0", group=PD, check=not_empty, needs=PD_NODE,
+        help="address of the pd_master that this node registers with",
+    )  # fmt: skip
+    pd_master_port: int = flag(
+        1212, group=PD, check=PORT, needs=PD_NODE, help="port of that pd_master"
+    )
+    pd_decode_rpyc_port: int = flag(
+        42000, group=PD, check=PORT, needs=PD_DECODE,
+        help="port on which a decode node takes KV transfers (LightLLM has dropped this option)",
+    )  # fmt: skip
+    config_server_host: str | None = flag(
+        None, group=PD, check=not_empty, needs=PD_MODES,
+        help="address of the config_server that knows all pd_masters",
+    )  # fmt: skip
+    config_server_port: int | None = flag(
+        None, group=PD, check=PORT, needs=PD_MODES, help="port of that config_server"
+    )
+
+    # --- model
+    model_name: str = flag(
+        "default_model_name", group=MODEL, check=not_empty,
+        help="name that /get_model_name answers and requests may use",
+    )  # fmt: skip
+    served_model_name: tuple[str, ...] = flag(
+        (), group=MODEL, nargs="+", check=not_empty, metavar="NAME",
+        help="further names that requests may use; the first is the id in /v1/models",
+    )  # fmt: skip
+    model_dir: str | None = flag(
+        None, group=MODEL, check=not_empty, aliases=("model-path", "model"), metavar="DIR",
+        help="folder with config, safetensors and tokenizer, or a Hugging Face hub id such as "
+        "org/name; without it the embedded SmolLM2-135M-Instruct is served",
+    )  # fmt: skip
+    tokenizer_mode: str = flag(
+        "fast", group=MODEL, choices=("slow", "fast", "auto"),
+        help="slow: the Python tokenizer, an error where the model has none; fast: the Rust one; "
+        "auto: fast, else slow",
+    )  # fmt: skip
+    load_way: str = flag(
+        "HF", group=MODEL, choices=("HF", "DS"), unavailable=("DS",),
+        help="format of the weights: Hugging Face or DeepSpeed (which LightLLM has dropped)",
+    )  # fmt: skip
+    trust_remote_code: bool = flag(
+        False, group=MODEL, help="allow the model folder's own Python code for the tokenizer"
+    )
+    device: str = flag(
+        "auto", group=MODEL, choices=("auto", "cpu", "cuda"),
+        help="where to compute; auto: cuda where there is a GPU",
+    )  # fmt: skip
+    data_type: str = flag(
+        "auto", group=MODEL, choices=("auto", *DTYPES.values(), *DTYPES),
+        help="type of weights and KV; auto: the checkpoint's",
+    )  # fmt: skip
+
+    # --- memory and batches
+    max_total_token_num: int | None = flag(
+        None, group=MEMORY, check=at_least(1),
+        help="KV slots, one per token; default: what fits in --mem_fraction",
+    )  # fmt: skip
+    mem_fraction: float = flag(
+        0.9, group=MEMORY, check=unit_interval,
+        aliases=("gpu-memory-utilization", "mem-fraction-static"),
+        help="share of the device memory for weights, work space and KV; lower it if memory runs "
+        "out (LightLLM's default is now 0.8)",
+    )  # fmt: skip
+    batch_max_tokens: int | None = flag(
+        None, group=MEMORY, check=at_least(1),
+        help="new tokens of one step over all requests; default: 16384 on CUDA, 1024 on CPU",
+    )  # fmt: skip
+    chunked_prefill_size: int | None = flag(
+        None, group=MEMORY, check=at_least(1),
+        help="new tokens of one request in one step; default: 2048 on CUDA, 256 on CPU",
+    )  # fmt: skip
+    running_max_req_size: int = flag(
+        1000, group=MEMORY, check=between(1, 65536),
+        help="requests that run at the same time (LightLLM's default is now 256)",
+    )  # fmt: skip
+    max_req_total_len: int = flag(
+        16384, group=MEMORY, check=at_least(2), aliases=("max-model-len", "context-length"),
+        help="prompt plus output tokens of one request; the default is lowered to the model's own "
+        "limit and to the KV slots, an explicit value above them is an error (LightLLM's default "
+        "is now the model's limit)",
+    )  # fmt: skip
+    eos_id: tuple[int, ...] = flag(
+        (), group=MEMORY, nargs="+", check=at_least(0), metavar="ID",
+        help="token ids that end an answer; default: those of the model's configuration",
+    )  # fmt: skip
+    tool_call_parser: str | None = flag(
+        None, group=MEMORY, choices=("qwen25", "llama3", "mistral"), unavailable=(ANY,),
+        help="format in which the model writes tool calls",
+    )  # fmt: skip
+    disable_dynamic_prompt_cache: bool = flag(
+        False, group=MEMORY, help="do not reuse the KV of equal prompt beginnings"
+    )
+    max_waiting: int = flag(
+        1024, group=MEMORY, check=at_least(1),
+        help="requests that may wait for a place; more are answered 429",
+    )  # fmt: skip
+
+    # --- parallel modes
+    nnodes: int = flag(
+        1, group=PARALLEL, check=at_least(1), unavailable=(ANY,), help="machines of this server"
+    )
+    node_rank: int = flag(
+        0, group=PARALLEL, check=at_least(0), unavailable=(ANY,), help="number of this machine"
+    )
+    multinode_httpmanager_port: int = flag(
+        12345, group=PARALLEL, check=PORT, needs=NODES, help="port between the machines' front ends"
+    )
+    multinode_router_gloo_port: int = flag(
+        20001, group=PARALLEL, check=PORT, needs=NODES, help="port between the machines' schedulers"
+    )
+    tp: int = flag(
+        1, group=PARALLEL, check=between(1, 1024), aliases=("tensor-parallel-size",),
+        help="tensor-parallel ranks, one process and one GPU each",
+    )  # fmt: skip
+    dp: int = flag(
+        1, group=PARALLEL, check=at_least(1), unavailable=(ANY,),
+        help="data-parallel groups; the tp ranks are divided among them",
+    )  # fmt: skip
+    nccl_host: str = flag(
+        "127.0.0.1", group=PARALLEL, check=not_empty, needs=RANKS,
+        help="address at which the ranks of torch.distributed meet (NCCL, gloo on CPU)",
+    )  # fmt: skip
+    nccl_port: int = flag(
+        28765, group=PARALLEL, check=PORT, needs=RANKS,
+        help="port at which they meet; if the default is busy a free one is taken, a given one "
+        "must be free (LightLLM's default is now a free port)",
+    )  # fmt: skip
+    use_config_server_to_init_nccl: bool = flag(
+        False, group=PARALLEL, unavailable=(ANY,), help="let the ranks meet at the config_server"
+    )
+
+    # --- attention
+    mode: tuple[str, ...] = flag(
+        (), group=ATTENTION, nargs="+", unavailable=(ANY,), metavar="MODE",
+        choices=("triton_int8kv", "ppl_int8kv", "ppl_fp16", "triton_flashdecoding",
+                 "triton_gqa_attention", "triton_gqa_flashdecoding", "triton_fp8kv"),
+        help="KV formats and attention kernels by name (LightLLM has dropped this option)",
+    )  # fmt: skip
+
+    # --- operation
+    check: bool = flag(
+        False, group=OPERATION,
+        help="print resolved configuration, memory plan and ports, then exit 0",
+    )  # fmt: skip
+    drain_timeout: float = flag(
+        30.0, group=OPERATION, check=at_least(0), metavar="SECONDS",
+        help="time that running requests get after SIGTERM; a second SIGTERM ends at once",
+    )  # fmt: skip
+    step_timeout: float = flag(
+        120.0, group=OPERATION, check=above_zero, metavar="SECONDS",
+        help="a step that takes longer is a hang: stacks are dumped, exit code 70",
+    )  # fmt: skip
+    log_level: str = flag(
+        "info", group=OPERATION, choices=("debug", "info", "warning", "error"),
+        help="least severity that is logged",
+    )  # fmt: skip
+    log_json: bool = flag(False, group=OPERATION, help="log one JSON object per line")
+
+    # not a flag: names of the options that were given, whatever their value
+    explicit: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in FLAGS}
+        changed = {name for name, value in values.items() if value != FLAGS[name].default}
+        object.__setattr__(self, "explicit", self.explicit | changed)
+        for name, value in values.items():
+            if (wrong := FLAGS[name].complaint(value)) is not None:
+                raise StartupError(f"--{name} {wrong}")
+        for name, value in values.items():
+            if FLAGS[name].waits(value):
+                raise StartupError(f"{_as_typed(name, value)} is not available yet")
+        for name in FLAGS:
+            needs = FLAGS[name].needs
+            if name in changed and needs is not None and not needs.met(self):
+                later = "" if needs.available else ", which is not available yet"
+                given = _as_typed(name, values[name])
+                raise StartupError(f"{given} has no effect: it counts with {needs.text}{later}")
+
+    def to_json(self) -> str:
+        """All fields as one line, for a child process."""
+        return json.dumps(asdict(self), default=sorted)
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The inverse of ``to_json``; ``Config.from_json(c.to_json()) == c``."""
+        loaded: dict[str, Any] = json.loads(text)
+        explicit = frozenset(loaded.pop("explicit"))
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in loaded.items()
+        }
+        return cls(**values, explicit=explicit)
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """``--tp 2``, ``--mode a b``, ``--check``: the option as one would type it."""
+    if value is True:
+        return f"--{name}"
+    return f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
+
+
+def _flags() -> dict[str, Flag]:
+    """The options of ``Config`` by field name, each with its name and element type filled in."""
+    kinds = {"int": int, "float": float, "str": str, "bool": bool}
+    found = {}
+    for item in fields(Config):
+        if "flag" in item.metadata:
+            base = str(item.type).removesuffix(" | None")
+            base = base.removeprefix("tuple[").removesuffix(", ...]")
+            found[item.name] = replace(item.metadata["flag"], name=item.name, kind=kinds[base])
+    return found
+
+
+FLAGS = _flags()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What the options mean for one model on one device; ``notes`` are lines for the log.
+
+    Attributes:
+        max_req_total_len: prompt plus output tokens of one request.
+        eos_ids: token ids that end an answer, possibly none.
+        model_name: the answer of /get_model_name.
+        served_names: names that requests may use; the first is the id in /v1/models.
+        num_slots: KV slots, 0 until ``with_slots``.
+    """
+
+    device: Device
+    dtype: Dtype
+    max_req_total_len: int
+    chunked_prefill_size: int
+    batch_max_tokens: int
+    running_max_req_size: int
+    eos_ids: tuple[int, ...]
+    model_name: str
+    served_names: tuple[str, ...]
+    len_is_explicit: bool
+    notes: tuple[str, ...] = ()
+    num_slots: int = 0
+
+    def with_slots(self, num_slots: int) -> Resolved:
+        """The same for a KV cache of ``num_slots`` tokens: no request may be longer than it.
+
+        Raises:
+            StartupError: no slot at all, or fewer than an explicit --max_req_total_len.
+        """
+        raises_it = "raise --max_total_token_num or --mem_fraction"
+        if num_slots < 2:
+            raise StartupError(f"no memory for KV: room for {num_slots} tokens; {raises_it}")
+        if self.max_req_total_len <= num_slots:
+            return replace(self, num_slots=num_slots)
+        if self.len_is_explicit:
+            raise StartupError(
+                f"--max_req_total_len {self.max_req_total_len:,} is more than the KV cache holds, "
+                f"{num_slots:,} tokens; {raises_it}"
+            )
+        note = (
+            f"max_req_total_len lowered from {self.max_req_total_len:,} to {num_slots:,}, "
+            f"the KV slots (--max_total_token_num, --mem_fraction)"
+        )
+        return replace(
+            self, num_slots=num_slots, max_req_total_len=num_slots, notes=(*self.notes, note)
+        )
+
+
+def resolve_limits(
+    config: Config,
+    *,
+    device: Device,
+    checkpoint_dtype: str,
+    model_limit: int,
+    model_eos: tuple[int, ...],
+    model_dir_name: str,
+) -> Resolved:
+    """Fill in what depends on the model and the device.
+
+    Args:
+        device: the device chosen for ``config.device``.
+        checkpoint_dtype: as in the checkpoint's config.json, e.g. "bfloat16".
+        model_limit: positions the model was made for.
+        model_eos: end-of-answer ids named by the model.
+        model_dir_name: last part of the model's folder or hub id.
+
+    Raises:
+        StartupError: an explicit value that the model or another explicit value contradicts.
+    """
+    notes: list[str] = []
+    length = config.max_req_total_len
+    len_is_explicit = "max_req_total_len" in config.explicit
+    if length > model_limit:
+        if len_is_explicit:
+            raise StartupError(
+                f"--max_req_total_len {length:,} is more than the model's limit of {model_limit:,}"
+            )
+        notes.append(f"max_req_total_len lowered from {length:,} to {model_limit:,}, the model's")
+        length = model_limit
+    chunk, batch = _budgets(config, device)
+    eos_ids = config.eos_id or tuple(dict.fromkeys(model_eos))
+    if not eos_ids:
+        notes.append("the model names no end token: answers end by length or stop (--eos_id)")
+    names = (*config.served_model_name, config.model_name, model_dir_name, "default")
+    if not config.served_model_name and "model_name" not in config.explicit:
+        names = (model_dir_name, config.model_name, "default")
+    return Resolved(
+        device=device,
+        dtype=_dtype(config.data_type, checkpoint_dtype),
+        max_req_total_len=length,
+        chunked_prefill_size=chunk,
+        batch_max_tokens=batch,
+        running_max_req_size=config.running_max_req_size,
+        eos_ids=eos_ids,
+        model_name=config.model_name,
+        served_names=tuple(dict.fromkeys(names)),
+        len_is_explicit=len_is_explicit,
+        notes=tuple(notes),
+    )
+
+
+def _budgets(config: Config, device: Device) -> tuple[int, int]:
+    """(chunked_prefill_size, batch_max_tokens); a default gives way to a given value."""
+    chunk, batch = config.chunked_prefill_size, config.batch_max_tokens
+    if chunk is not None and batch is not None and batch < chunk:
+        raise StartupError(
+            f"--batch_max_tokens {batch:,} is less than --chunked_prefill_size {chunk:,}"
+        )
+    if batch is None:
+        batch = max(DEFAULT_BATCH[device], chunk or 0)
+    return (chunk or min(DEFAULT_CHUNK[device], batch)), batch
+
+
+def _dtype(wanted: str, checkpoint: str) -> Dtype:
+    name = checkpoint.removeprefix("torch.") if wanted == "auto" else wanted
+    match DTYPES.get(name, name):
+        case "fp32" | "bf16" | "fp16" as dtype:
+            return dtype
+        case _:
+            raise StartupError(
+                f"checkpoint type {checkpoint} is not served; choose --data_type bf16, fp16 or fp32"
+            )
+
+
+def cache_dir() -> Path:
+    """Where models are kept: ASYNCLLM_CACHE, else asyncllm/ in XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("ASYNCLLM_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "asyncllm"
+
+
+def cuda_visible() -> tuple[str, ...] | None:
+    """The devices CUDA_VISIBLE_DEVICES names, in order; None: it is not set, all are visible.
+
+    Like the driver, stops at the first "-1": what follows it is hidden.
+    """
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",")]
+    shown = names[: names.index("-1")] if "-1" in names else names
+    return tuple(name for name in shown if name)
+
+
+def cpu_count() -> int:
+    """Cores this process may use, at least 1; an affinity mask (taskset, cpuset) counts."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """This process's environment with ``extra`` on top, e.g. OMP_NUM_THREADS, for a child."""
+    return {**os.environ, **extra}
+
+
+def hub_offline() -> bool:
+    """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloads."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(n, "").lower() in {"1", "true", "yes", "on"} for n in names)
+
+
+def quiet_libraries() -> None:
+    """Turn off the hub's own progress bars and telemetry, here and in children.
+
+    The user's own setting of these variables wins. Call before ``huggingface_hub`` is imported.
+    """
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")

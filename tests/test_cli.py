@@ -1,0 +1,273 @@
+"""Spellings, suggestions, refusals with exit code 2, help and the generated page."""
+
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from asyncllm import __version__, cli, config
+from asyncllm.cli import ALIASES, FOREIGN, REASONS, main, markdown, parse
+from asyncllm.config import FLAGS, Config
+from asyncllm.errors import StartupError
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which ``argv`` is refused."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("asyncllm: ")
+    return err
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """Configurations handed to a stand-in for ``rank.serve``."""
+    seen: list[Config] = []
+
+    def serve(config: Config) -> int:
+        seen.append(config)
+        if config.model_dir == "missing":
+            raise StartupError("no such folder:\n  missing")
+        return 7
+
+    stand_in = types.ModuleType("asyncllm.rank")
+    stand_in.serve = serve  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "asyncllm.rank", stand_in)
+    monkeypatch.setattr(cli.log, "setup", lambda *args, **more: None)
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    return seen
+
+
+def sample(name: str) -> tuple[list[str], object]:
+    """Words that set option ``name`` to a value that it accepts alone, and that value."""
+    option = FLAGS[name]
+    if option.kind is bool:
+        return [], True
+    if option.unavailable or option.needs or option.choices:
+        value = option.choices[0] if option.default is None else option.default
+    else:
+        value = {int: 5, float: 0.5, str: "text"}[option.kind]
+    return [str(value)], (value,) if option.nargs else value
+
+
+PARSEABLE = [
+    name
+    for name, option in FLAGS.items()
+    if option.default is not None or not (option.needs or option.unavailable)
+    if name not in {"mode", "use_config_server_to_init_nccl"}
+]
+
+
+@pytest.mark.parametrize("name", PARSEABLE)
+def test_every_option_in_both_spellings(name: str) -> None:
+    words, value = sample(name)
+    for spelling in (f"--{name}", f"--{name.replace('_', '-')}"):
+        got = parse([spelling, *words])
+        assert getattr(got, name) == value
+        assert got.explicit == {name}
+    if words:
+        assert parse([f"--{name.replace('_', '-')}={words[0]}"]) == parse([f"--{name}", *words])
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("--tensor-parallel-size", "tp"),
+        ("--tensor_parallel_size", "tp"),
+        ("--max-model-len", "max_req_total_len"),
+        ("--context-length", "max_req_total_len"),
+        ("--gpu-memory-utilization", "mem_fraction"),
+        ("--mem-fraction-static", "mem_fraction"),
+        ("--model-path", "model_dir"),
+        ("--model", "model_dir"),
+        ("--served-model-name", "served_model_name"),
+    ],
+)
+def test_aliases(alias: str, name: str) -> None:
+    words, value = sample(name)
+    assert getattr(parse([alias, *words]), name) == value
+
+
+def test_several_values() -> None:
+    got = parse(["--eos_id", "1", "2", "--served-model-name", "a", "b", "--trust-remote-code"])
+    assert got.eos_id == (1, 2)
+    assert got.served_model_name == ("a", "b")
+    assert got.trust_remote_code
+
+
+def test_an_explicit_default_is_remembered() -> None:
+    assert parse(["--max-model-len", "16384"]).explicit == {"max_req_total_len"}
+    assert parse([]).explicit == frozenset()
+    assert parse([]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        ("--prot", "--port"),
+        ("--model_dirr", "--model_dir"),
+        ("--max-total-token-nums", "--max_total_token_num"),
+        ("--TP", "--tp"),
+        ("--tensor-paralel-size=2", "--tensor_parallel_size"),
+        ("--hlep", "--help"),
+    ],
+)
+def test_unknown_options_suggest_the_nearest(
+    typed: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal([typed, "1"], capsys)
+    assert line.endswith(f"unknown option {typed.partition('=')[0]}; did you mean {near}?\n")
+
+
+def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown option --zzzzqqqq; see --help" in refusal(["--zzzzqqqq"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--run_mode", "prefill"], "--run_mode prefill is not available yet"),
+        (["--run_mode", "decode"], "not available yet"),
+        (["--run_mode", "pd_master"], "not available yet"),
+        (["--run_mode", "config_server"], "not available yet"),
+        (["--nnodes", "2"], "--nnodes 2 is not available yet"),
+        (["--node-rank", "1"], "not available yet"),
+        (["--dp", "2"], "not available yet"),
+        (["--mode", "triton_int8kv", "ppl_fp16"], "--mode triton_int8kv ppl_fp16 is not available"),
+        (["--load_way", "DS"], "not available yet"),
+        (["--tool_call_parser", "qwen25"], "not available yet"),
+        (["--use_config_server_to_init_nccl"], "not available yet"),
+        (["--pd_master_port", "1"], "it counts with --run_mode prefill or decode"),
+        (["--nccl_port", "1"], "it counts with --tp above 1"),
+        (["--port", "http"], "--port: needs a whole number, not 'http'"),
+        (["--mem_fraction", "much"], "--mem_fraction: needs a number, not 'much'"),
+        (["--port", "99999"], "--port must be from 1 to 65535, not 99999"),
+        (["--port"], "--port: expected one argument"),
+        (["--log_json=yes"], "--log_json"),
+        (["serve"], "unknown argument: serve"),
+        (["--por", "1"], "did you mean --port?"),
+    ],
+)
+def test_refusals_are_one_line_and_exit_code_2(
+    argv: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert part in refusal(argv, capsys)
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN))
+def test_options_of_lightllm_that_are_not_ours(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal([f"--{name}", "1"], capsys)
+    assert f"--{name} is an option of LightLLM that is not available" in line
+    assert REASONS.get(name, "") in line
+
+
+def test_no_scheduling_tick_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no scheduling tick" in refusal(["--schedule-time-interval", "0.03"], capsys)
+
+
+def test_foreign_names_and_ours_are_apart() -> None:
+    assert not FOREIGN & (set(FLAGS) | set(ALIASES))
+    assert set(REASONS) <= FOREIGN
+    assert not set(ALIASES) & set(FLAGS)
+
+
+def test_main_serves_and_returns_its_exit_code(served: list[Config]) -> None:
+    assert main(["--tp", "2", "--check"]) == 7
+    assert served == [Config(tp=2, check=True)]
+
+
+def test_main_takes_the_process_arguments(
+    served: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["asyncllm", "--port", "9000"])
+    assert main() == 7
+    assert served[0].port == 9000
+
+
+def test_a_start_that_fails_later_is_one_line_too(
+    served: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(["--model", "missing"], capsys).endswith("no such folder: missing\n")
+
+
+def test_help_has_every_flag_in_its_chapter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    position = 0
+    for group in config.GROUPS:
+        position = text.index(f"\n{group}:\n", position)
+    for name in (*FLAGS, "help", "version"):
+        assert re.search(rf"^  (-h, )?--{name}\b", text, re.M), name
+    for alias in ("--max-model-len", "--tensor-parallel-size"):
+        assert alias in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"asyncllm {__version__}\n"
+
+
+def test_page_is_fresh_and_complete() -> None:
+    text = markdown()
+    assert (ROOT / "docs" / "cli.md").read_text() == text, (
+        "run: python -m asyncllm.cli > docs/cli.md"
+    )
+    rows = {m[1]: m[0] for m in re.finditer(r"^\| `--(\w+)` \|.*$", text, re.M)}
+    assert set(rows) == {*FLAGS, "help", "version"}
+    for name, row in rows.items():
+        assert row.count("|") == 5, row
+        option = FLAGS.get(name)
+        assert ("not available yet" in row) == (
+            option is not None
+            and bool(option.unavailable or (option.needs and not option.needs.available))
+        )
+    for name in FOREIGN:
+        assert f"`--{name}`" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--dp", "2"], "--dp 2 is not available yet"),
+        (["--prot", "1"], "did you mean --port?"),
+        (["--schedule_time_interval", "1"], "no scheduling tick"),
+    ],
+)
+def test_refusals_of_a_real_process(argv: list[str], part: str) -> None:
+    done = run("-m", "asyncllm", *argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert part in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_command_line_loads_neither_torch_nor_the_server() -> None:
+    heavy = "torch", "transformers", "numpy", "zmq", "aiohttp", "uvloop", "asyncio"
+    script = (
+        "import sys\n"
+        "from asyncllm.cli import main, parse\n"
+        "parse(['--tp', '2'])\n"
+        "assert main(['--help']) == 0 and main(['--version']) == 0 and main(['--dp', '2']) == 2\n"
+        f"sys.exit(' '.join(m for m in {heavy} if m in sys.modules) or 0)\n"
+    )
+    done = run("-c", script)
+    assert done.stderr == "asyncllm: --dp 2 is not available yet\n"
+    assert done.returncode == 0
+
+
+def test_the_page_is_written_to_stdout_by_the_module() -> None:
+    assert run("-W", "error", "-m", "asyncllm.cli").stdout == markdown()

@@ -1,0 +1,389 @@
+"""Defaults, checks, refusals, limits and environment."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncllm import config as config_module
+from asyncllm.config import (
+    ANY,
+    FLAGS,
+    Config,
+    Resolved,
+    cache_dir,
+    child_environment,
+    cpu_count,
+    cuda_visible,
+    hub_offline,
+    quiet_libraries,
+    resolve_limits,
+)
+from asyncllm.errors import StartupError
+
+# option -> documented default; () stands for "none given" of an option with several values
+DOCUMENTED: dict[str, Any] = {
+    "run_mode": "normal",
+    "host": "127.0.0.1",
+    "port": 8000,
+    "httpserver_workers": 1,
+    "zmq_mode": "ipc:///tmp/",
+    "pd_master_ip": "0.0.0.0",
+    "pd_master_port": 1212,
+    "pd_decode_rpyc_port": 42000,
+    "config_server_host": None,
+    "config_server_port": None,
+    "model_name": "default_model_name",
+    "model_dir": None,
+    "tokenizer_mode": "fast",
+    "load_way": "HF",
+    "trust_remote_code": False,
+    "max_total_token_num": None,
+    "mem_fraction": 0.9,
+    "batch_max_tokens": None,
+    "running_max_req_size": 1000,
+    "max_req_total_len": 16384,
+    "eos_id": (),
+    "tool_call_parser": None,
+    "nnodes": 1,
+    "node_rank": 0,
+    "multinode_httpmanager_port": 12345,
+    "multinode_router_gloo_port": 20001,
+    "tp": 1,
+    "dp": 1,
+    "nccl_host": "127.0.0.1",
+    "nccl_port": 28765,
+    "use_config_server_to_init_nccl": False,
+    "mode": (),
+}
+OURS: dict[str, Any] = {
+    "served_model_name": (),
+    "device": "auto",
+    "data_type": "auto",
+    "chunked_prefill_size": None,
+    "disable_dynamic_prompt_cache": False,
+    "max_waiting": 1024,
+    "check": False,
+    "drain_timeout": 30.0,
+    "step_timeout": 120.0,
+    "log_level": "info",
+    "log_json": False,
+}
+
+
+def resolve(config: Config, **changes: Any) -> Resolved:
+    facts: dict[str, Any] = {
+        "device": "cpu",
+        "checkpoint_dtype": "bfloat16",
+        "model_limit": 8192,
+        "model_eos": (2,),
+        "model_dir_name": "tiny",
+    }
+    return resolve_limits(config, **{**facts, **changes})
+
+
+def test_options_and_defaults_are_the_documented_ones_and_ours() -> None:
+    values = dataclasses.asdict(Config())
+    assert values.pop("explicit") == frozenset()
+    assert values == DOCUMENTED | OURS
+    assert set(FLAGS) == set(values)
+
+
+def test_moved_defaults_say_so() -> None:
+    for name in ("mem_fraction", "running_max_req_size", "max_req_total_len", "nccl_port"):
+        assert "LightLLM's default is now" in FLAGS[name].help
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 0),
+        ("port", 65536),
+        ("host", " "),
+        ("httpserver_workers", 0),
+        ("zmq_mode", "inproc://"),
+        ("run_mode", "visual_only"),
+        ("model_dir", ""),
+        ("model_name", ""),
+        ("served_model_name", ("a", "")),
+        ("tokenizer_mode", "rust"),
+        ("load_way", "PT"),
+        ("device", "tpu"),
+        ("data_type", "int8"),
+        ("max_total_token_num", 0),
+        ("mem_fraction", 0.0),
+        ("mem_fraction", 1.0),
+        ("mem_fraction", float("nan")),
+        ("batch_max_tokens", 0),
+        ("chunked_prefill_size", -1),
+        ("running_max_req_size", 0),
+        ("max_req_total_len", 1),
+        ("eos_id", (2, -1)),
+        ("max_waiting", 0),
+        ("tp", 0),
+        ("dp", 0),
+        ("nnodes", 0),
+        ("node_rank", -1),
+        ("nccl_port", 70000),
+        ("mode", ("fast",)),
+        ("tool_call_parser", "xml"),
+        ("drain_timeout", -1.0),
+        ("drain_timeout", float("inf")),
+        ("step_timeout", 0.0),
+        ("log_level", "trace"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(StartupError, match=rf"^--{name} must .*, not "):
+        Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 1),
+        ("port", 65535),
+        ("mem_fraction", 0.01),
+        ("drain_timeout", 0.0),
+        ("tp", 8),
+        ("eos_id", (0, 5)),
+        ("data_type", "float32"),
+        ("zmq_mode", "tcp://"),
+        ("tokenizer_mode", "slow"),
+    ],
+)
+def test_edge_values_are_accepted(name: str, value: Any) -> None:
+    assert getattr(Config(**{name: value}), name) == value
+
+
+UNAVAILABLE = [
+    *(("run_mode", mode) for mode in ("prefill", "decode", "pd_master", "config_server")),
+    ("nnodes", 2),
+    ("node_rank", 1),
+    ("dp", 2),
+    ("load_way", "DS"),
+    ("use_config_server_to_init_nccl", True),
+    *(("tool_call_parser", name) for name in FLAGS["tool_call_parser"].choices),
+    *(("mode", (name,)) for name in FLAGS["mode"].choices),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), UNAVAILABLE)
+def test_what_does_not_work_yet_says_so(name: str, value: Any) -> None:
+    with pytest.raises(StartupError, match=rf"^--{name}.* is not available yet$"):
+        Config(**{name: value})
+
+
+def test_every_unavailable_flag_is_tested() -> None:
+    marked = {name for name, option in FLAGS.items() if option.unavailable}
+    assert marked == {name for name, _ in UNAVAILABLE}
+    assert FLAGS["mode"].unavailable == (ANY,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "where"),
+    [
+        ("pd_master_ip", "10.0.0.1", "prefill or decode"),
+        ("pd_master_port", 1213, "prefill or decode"),
+        ("pd_decode_rpyc_port", 42001, "--run_mode decode"),
+        ("config_server_host", "10.0.0.1", "config_server"),
+        ("config_server_port", 60088, "config_server"),
+        ("multinode_httpmanager_port", 12346, "--nnodes above 1"),
+        ("multinode_router_gloo_port", 20002, "--nnodes above 1"),
+        ("nccl_host", "10.0.0.1", "--tp above 1"),
+        ("nccl_port", 28766, "--tp above 1"),
+    ],
+)
+def test_options_of_another_mode_are_refused(name: str, value: Any, where: str) -> None:
+    with pytest.raises(StartupError, match=rf"^--{name} {value} has no effect: .*{where}"):
+        Config(**{name: value})
+
+
+def test_options_of_another_mode_pass_where_they_count_and_with_their_default() -> None:
+    assert Config(tp=2, nccl_port=28766).nccl_port == 28766
+    given = Config(pd_master_port=1212, explicit=frozenset({"pd_master_port"}))
+    assert given.explicit == {"pd_master_port"}
+
+
+def test_explicit_holds_given_and_changed_options() -> None:
+    config = Config(tp=2, max_req_total_len=16384, explicit=frozenset({"max_req_total_len"}))
+    assert config.explicit == {"tp", "max_req_total_len"}
+
+
+def test_json_round_trip() -> None:
+    config = Config(
+        tp=2,
+        eos_id=(1, 2),
+        served_model_name=("a", "b"),
+        model_dir="/models/x y",
+        mem_fraction=0.5,
+        check=True,
+        explicit=frozenset({"port"}),
+    )
+    text = config.to_json()
+    assert "\n" not in text
+    assert Config.from_json(text) == config
+    assert Config.from_json(Config().to_json()) == Config()
+
+
+def test_json_from_outside_is_checked_too() -> None:
+    with pytest.raises(StartupError, match="--port must"):
+        Config.from_json(json.dumps({"port": 0, "explicit": []}))
+
+
+def test_default_length_is_lowered_to_the_model_with_a_note() -> None:
+    got = resolve(Config(), model_limit=2048)
+    assert got.max_req_total_len == 2048
+    assert any("16,384" in note and "2,048" in note for note in got.notes)
+    assert resolve(Config(), model_limit=131072).max_req_total_len == 16384
+    assert resolve(Config(), model_limit=131072).notes == ()
+
+
+def test_explicit_length_above_the_model_is_an_error_even_if_it_equals_the_default() -> None:
+    config = Config(max_req_total_len=16384, explicit=frozenset({"max_req_total_len"}))
+    with pytest.raises(StartupError, match=r"--max_req_total_len 16,384 .* 2,048"):
+        resolve(config, model_limit=2048)
+    assert resolve(Config(max_req_total_len=100)).max_req_total_len == 100
+
+
+def test_slots_lower_the_default_and_contradict_an_explicit_length() -> None:
+    got = resolve(Config()).with_slots(1000)
+    assert (got.max_req_total_len, got.num_slots) == (1000, 1000)
+    assert "8,192 to 1,000" in got.notes[-1]
+    assert resolve(Config()).with_slots(8192).max_req_total_len == 8192
+    with pytest.raises(StartupError, match=r"5,000 .* 1,000 .*--max_total_token_num.*--mem_frac"):
+        resolve(Config(max_req_total_len=5000)).with_slots(1000)
+    with pytest.raises(StartupError, match="no memory for KV"):
+        resolve(Config()).with_slots(0)
+
+
+@pytest.mark.parametrize(
+    ("device", "chunk", "batch", "expected"),
+    [
+        ("cuda", None, None, (2048, 16384)),
+        ("cpu", None, None, (256, 1024)),
+        ("cpu", 512, 2048, (512, 2048)),
+        ("cpu", 4096, None, (4096, 4096)),
+        ("cuda", None, 512, (512, 512)),
+    ],
+)
+def test_budgets(
+    device: str, chunk: int | None, batch: int | None, expected: tuple[int, int]
+) -> None:
+    config = Config(chunked_prefill_size=chunk, batch_max_tokens=batch)
+    got = resolve(config, device=device)
+    assert (got.chunked_prefill_size, got.batch_max_tokens) == expected
+    assert got.running_max_req_size == 1000
+
+
+def test_budget_below_the_chunk_is_an_error() -> None:
+    with pytest.raises(StartupError, match=r"--batch_max_tokens 100 .*--chunked_prefill_size 200"):
+        resolve(Config(chunked_prefill_size=200, batch_max_tokens=100))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "checkpoint", "dtype"),
+    [
+        ("auto", "bfloat16", "bf16"),
+        ("auto", "torch.float16", "fp16"),
+        ("auto", "fp32", "fp32"),
+        ("float32", "bfloat16", "fp32"),
+        ("bf16", "float64", "bf16"),
+    ],
+)
+def test_dtype(wanted: str, checkpoint: str, dtype: str) -> None:
+    assert resolve(Config(data_type=wanted), checkpoint_dtype=checkpoint).dtype == dtype
+
+
+def test_checkpoint_type_that_is_not_served_asks_for_the_flag() -> None:
+    with pytest.raises(StartupError, match=r"float64.*--data_type"):
+        resolve(Config(), checkpoint_dtype="float64")
+
+
+def test_eos_flag_wins_over_the_model() -> None:
+    assert resolve(Config(), model_eos=(2, 7, 2)).eos_ids == (2, 7)
+    assert resolve(Config(eos_id=(9,))).eos_ids == (9,)
+    assert "--eos_id" in resolve(Config(), model_eos=()).notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "served"),
+    [
+        (Config(), ("tiny", "default_model_name", "default")),
+        (Config(model_name="m"), ("m", "tiny", "default")),
+        (Config(served_model_name=("a", "m"), model_name="m"), ("a", "m", "tiny", "default")),
+    ],
+)
+def test_names(config: Config, served: tuple[str, ...]) -> None:
+    got = resolve(config)
+    assert got.served_names == served
+    assert got.model_name == config.model_name
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/u")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    monkeypatch.setenv("ASYNCLLM_CACHE", "/own")
+    assert cache_dir() == Path("/own")
+    monkeypatch.delenv("ASYNCLLM_CACHE")
+    assert cache_dir() == Path("/xdg/asyncllm")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path("/home/u/.cache/asyncllm")
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [
+        (None, None),
+        ("", ()),
+        ("-1", ()),
+        ("2, 0", ("2", "0")),
+        ("1,-1,0", ("1",)),
+        ("GPU-ab", ("GPU-ab",)),
+    ],
+)
+def test_cuda_visible(
+    text: str | None, devices: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if text is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+    assert cuda_visible() == devices
+
+
+def test_cpu_count_is_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert cpu_count() == 3
+
+
+def test_child_environment_adds_and_leaves_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    child = child_environment(OMP_NUM_THREADS="2")
+    assert (child["KEPT"], child["OMP_NUM_THREADS"]) == ("1", "2")
+    assert os.environ["OMP_NUM_THREADS"] == "9"
+
+
+def test_hub_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert not hub_offline()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "True")
+    assert hub_offline()
+
+
+def test_quiet_libraries_respects_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    # delenv of an absent name would not be undone, so set it first
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "x")
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    quiet_libraries()
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "0"
+
+
+def test_every_group_is_used_and_known() -> None:
+    assert {option.group for option in FLAGS.values()} == set(config_module.GROUPS)
