@@ -1,0 +1,206 @@
+"""Start-up of a rank's device side: model, memory plan, engine, warm-up.
+
+Everything here may block and synchronise; nothing here runs while serving.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from asyncllm.codec import i32
+from asyncllm.core.request import SamplingParams
+from asyncllm.engine.device import CpuDevice, CudaDevice
+from asyncllm.engine.engine import Engine
+from asyncllm.engine.parallel import Group
+from asyncllm.errors import StartupError
+from asyncllm.messages import StepPlan
+from asyncllm.models.layers import Ops
+from asyncllm.models.llama import Decoder
+from asyncllm.models.registry import MODELS, check_architecture
+from asyncllm.models.spec import DTYPE_BYTES, ModelSpec, shard_heads
+from asyncllm.models.weights import load
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_KV_BYTES = 4 << 30  # on CPU the K/V cache takes no more than this unless slots are given
+CUDA_RESERVE = 1 << 30  # context, cuBLAS work space, fragmentation
+
+
+def build_model(
+    model_dir: Path,
+    spec: ModelSpec,
+    group: Group,
+    *,
+    dtype: str,
+    device: torch.device,
+    max_len: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Decoder:
+    """The model of ``model_dir`` with this rank's weights on ``device``."""
+    check_architecture(spec.architecture)
+    module, _, name = MODELS[spec.architecture].partition(":")
+    make = getattr(import_module(module), name)
+    model: Decoder = make(
+        spec, group, _ops(device), max_len=max_len, dtype=TORCH_DTYPES[dtype], device=device
+    )
+    load(model_dir, model.targets(), model.ignores, progress)
+    return model
+
+
+def _ops(device: torch.device) -> Ops:
+    # imported here: Triton need not exist where there is no GPU
+    if device.type == "cuda":
+        from asyncllm.engine.ops_cuda import TritonOps
+
+        return TritonOps()
+    from asyncllm.engine.ops_cpu import TorchOps
+
+    return TorchOps()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What the device memory of one rank is for; bytes."""
+
+    weights: int
+    work: int  # activations, logits, lane tables
+    slot: int  # K and V of one token
+    num_slots: int
+
+    @property
+    def kv(self) -> int:
+        return self.slot * self.num_slots
+
+    def text(self, max_req_total_len: int) -> str:
+        """One line for the log and for --check."""
+        gib = 1 << 30
+        return (
+            f"memory per rank: weights {self.weights / gib:.2f} GiB, work space "
+            f"{self.work / gib:.2f} GiB, KV {self.kv / gib:.2f} GiB = {self.num_slots:,} slots of "
+            f"{self.slot / 1024:.1f} KiB; {self.num_slots / max_req_total_len:.1f} requests of "
+            f"{max_req_total_len:,} tokens fit at once"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the memory plan depends on besides the model."""
+
+    tp: int
+    dtype: str
+    max_len: int
+    num_lanes: int
+    batch_max_tokens: int
+    mem_fraction: float
+    max_total_token_num: int | None
+
+
+def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPlan:
+    """Slots that fit beside weights and work space in ``mem_fraction`` of the memory.
+
+    Weights are counted from the shape, so this can be asked before they are loaded.
+
+    Raises:
+        StartupError: nothing is left for K/V, or the given number of slots does not fit.
+    """
+    width = DTYPE_BYTES[sizes.dtype]
+    shard = shard_heads(spec.num_q_heads, spec.num_kv_heads, sizes.tp, 0)
+    weights = _local_weights(spec, sizes.tp, shard.q_heads, shard.kv_heads) * width
+    work = _work_bytes(spec, sizes, len(shard.q_heads), len(shard.kv_heads), device.type == "cuda")
+    slot = spec.kv_bytes_per_slot(sizes.dtype, len(shard.kv_heads))
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        # what others hold on this card counts against our share of it
+        budget = int(total * sizes.mem_fraction) - (total - free) - weights - work
+    else:
+        room = int(_memory_available() * sizes.mem_fraction / sizes.tp) - weights - work
+        budget = room if sizes.max_total_token_num else min(room, CPU_KV_BYTES // sizes.tp)
+    fits = budget // slot
+    wanted = sizes.max_total_token_num
+    if wanted is not None and wanted > fits:
+        raise StartupError(
+            f"--max_total_token_num {wanted:,} needs {wanted * slot / 2**30:.2f} GiB of KV, but "
+            f"{max(budget, 0) / 2**30:.2f} GiB = {max(fits, 0):,} slots are left of --mem_fraction "
+            f"{sizes.mem_fraction} after weights ({weights / 2**30:.2f} GiB) and work space "
+            f"({work / 2**30:.2f} GiB)"
+        )
+    if fits < 1:
+        raise StartupError(
+            f"no memory is left for KV: weights take {weights / 2**30:.2f} GiB, work space "
+            f"{work / 2**30:.2f} GiB of --mem_fraction {sizes.mem_fraction} (lower "
+            f"--batch_max_tokens or --running_max_req_size, or use a higher --tp)"
+        )
+    return MemoryPlan(weights, work, slot, wanted or fits)
+
+
+def _local_weights(
+    spec: ModelSpec, tp: int, q_heads: tuple[int, ...], kv_heads: tuple[int, ...]
+) -> int:
+    heads = 2 * len(q_heads) + 2 * len(kv_heads)
+    attention = spec.hidden_size * spec.head_dim * heads
+    mlp = 3 * spec.hidden_size * -(-spec.intermediate_size // tp)
+    head = 0 if spec.tie_embeddings else -(-spec.vocab_size // tp)
+    return spec.num_layers * (attention + mlp) + spec.hidden_size * (spec.vocab_size + head)
+
+
+def _work_bytes(spec: ModelSpec, sizes: Sizes, q_heads: int, kv_heads: int, cuda: bool) -> int:
+    """Activations of a full step, float32 logits of all rows (a few copies), tables."""
+    width = DTYPE_BYTES[sizes.dtype]
+    inner = -(-spec.intermediate_size // sizes.tp)
+    attention = spec.head_dim * (3 * q_heads + 2 * kv_heads)
+    per_token = width * (4 * spec.hidden_size + max(3 * inner, attention)) + 64
+    rows = min(sizes.num_lanes, sizes.batch_max_tokens)
+    logits = rows * spec.vocab_size * 4 * 4
+    tables = 2 * sizes.num_lanes * sizes.max_len * 4 + sizes.max_len * spec.head_dim * 4
+    reserve = CUDA_RESERVE if cuda else 0
+    return sizes.batch_max_tokens * per_token + logits + tables + reserve
+
+
+def _memory_available() -> int:
+    """Bytes of host memory that can be had without swapping, within this cgroup's limit."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (cap := limit.read_text().strip()) != "max":
+        free = min(free, int(cap) - int(used.read_text()))
+    return free
+
+
+def make_device(engine: Engine, num_threads: int) -> CpuDevice | CudaDevice:
+    """The device that runs ``engine``'s steps."""
+    if engine.model.device.type == "cuda":
+        return CudaDevice(engine)
+    return CpuDevice(engine, num_threads)
+
+
+def warm_up(device: CpuDevice | CudaDevice, num_tokens: int) -> None:
+    """Run each kind of step once, so that no first request pays for compilation.
+
+    Every rank must call this at the same time. Lane 0 and the first slots are used; they hold
+    nothing yet.
+    """
+    greedy = SamplingParams(temperature=0.0).pack()
+    drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1).pack()
+    for params, sizes in ((greedy, (num_tokens, 16, 1, 1)), (drawn, (17, 1))):
+        start = 0
+        for size in sizes:
+            plan = StepPlan(
+                step=0,
+                num_decode=int(size == 1),
+                lanes=i32([0]),
+                starts=i32([start]),
+                counts=i32([size]),
+                heads=i32([0]),
+                slots=i32(range(start, start + size)),
+                tokens=i32([0] * size),
+                samples=b"\x01",
+                opened=((0, size, params, b""),) if start == 0 else (),
+            )
+            device.launch(plan).wait()
+            start += size
+    gc.collect()

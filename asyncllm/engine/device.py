@@ -1,0 +1,138 @@
+"""Launching steps without waiting: on a compute thread (CPU) or a stream (CUDA)."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asyncllm.engine.engine import Engine, Outputs, Work
+from asyncllm.messages import StepDone, StepPlan
+
+
+@dataclass(slots=True)
+class HostOutputs:
+    """Outputs whose tensors are, or will be, in host memory."""
+
+    tokens: Tensor | None
+    logprobs: tuple[Tensor, Tensor, Tensor] | None
+    scored: list[tuple[int, Tensor, int, Tensor, Tensor]]  # row, chosen, num_top, ids, values
+
+
+def step_done(work: Work, host: HostOutputs) -> StepDone:
+    """The message of a finished step; rows that sampled nothing get -1 and NaN."""
+    samples, num_top = work.rows.samples, max(work.choice.num_top, 0)
+    tokens = np.full(len(samples), -1, np.int32)
+    if host.tokens is not None:
+        tokens[samples] = host.tokens.numpy()
+    logprobs = top_ids = top_values = b""
+    if host.logprobs is not None:
+        chosen, ids, values = (t.numpy() for t in host.logprobs)
+        column = np.full(len(samples), np.nan, np.float32)
+        column[samples] = chosen
+        logprobs = column.tobytes()
+        if num_top:
+            wide_ids = np.full((len(samples), num_top), -1, np.int32)
+            wide = np.full((len(samples), num_top), np.nan, np.float32)
+            wide_ids[samples], wide[samples] = ids, values
+            top_ids, top_values = wide_ids.tobytes(), wide.tobytes()
+    return StepDone(
+        step=work.step,
+        tokens=tokens.tobytes(),
+        logprobs=logprobs,
+        num_top=num_top,
+        top_ids=top_ids,
+        top_logprobs=top_values,
+        prompt=tuple(
+            (row, _bytes(chosen), top, _bytes(ids), _bytes(values))
+            for row, chosen, top, ids, values in host.scored
+        ),
+    )
+
+
+def _bytes(x: Tensor) -> bytes:
+    column: bytes = x.numpy().tobytes()
+    return column
+
+
+class CpuPending:
+    """A step on the compute thread."""
+
+    def __init__(self, work: Work, future: Future[Outputs]) -> None:
+        self._work, self._future = work, future
+
+    def wait(self) -> StepDone:
+        """Block, without the GIL, until the step is done. Raises what the step raised."""
+        out = self._future.result()
+        scored = [(s.row, a, s.num_top, b, c) for s, a, b, c in out.scored]
+        return step_done(self._work, HostOutputs(out.tokens, out.logprobs, scored))
+
+
+class CpuDevice:
+    """Steps run in order on one thread, so that the event loop stays free."""
+
+    def __init__(self, engine: Engine, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self._engine = engine
+        self._thread = ThreadPoolExecutor(
+            1, "compute", initializer=torch.set_num_threads, initargs=(num_threads,)
+        )
+
+    def launch(self, plan: StepPlan) -> CpuPending:
+        work = self._engine.prepare(plan)
+        return CpuPending(work, self._thread.submit(self._engine.execute, work))
+
+    def close(self) -> None:
+        """Drop what has not begun; a step under way ends by itself."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class CudaPending:
+    """A step on the stream, and the pinned memory its results will be in."""
+
+    def __init__(self, work: Work, host: HostOutputs, done: torch.cuda.Event) -> None:
+        self._work, self._host, self._done = work, host, done
+
+    def wait(self) -> StepDone:
+        """Block, without the GIL, until the step is done. Raises on a CUDA error."""
+        self._done.synchronize()
+        return step_done(self._work, self._host)
+
+
+class CudaDevice:
+    """Steps are queued on one stream; nothing here waits for the device."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._device = engine.model.device
+        self._stream = torch.cuda.Stream(self._device)
+
+    def launch(self, plan: StepPlan) -> CudaPending:
+        work = self._engine.prepare(plan)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            out = self._engine.execute(work)
+            host = HostOutputs(
+                _to_host(out.tokens) if out.tokens is not None else None,
+                (_to_host(out.logprobs[0]), _to_host(out.logprobs[1]), _to_host(out.logprobs[2]))
+                if out.logprobs
+                else None,
+                [
+                    (s.row, _to_host(a), s.num_top, _to_host(b), _to_host(c))
+                    for s, a, b, c in out.scored
+                ],
+            )
+            done = torch.cuda.Event(blocking=True)
+            done.record(self._stream)
+        return CudaPending(work, host, done)
+
+    def close(self) -> None:
+        """Nothing to stop: the process is going, and a hung device must not hang it."""
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """Queue a copy to pinned memory, which the caching host allocator recycles."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)

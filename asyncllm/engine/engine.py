@@ -1,0 +1,250 @@
+"""One step on one device: the tensors of a rank and what a plan does to them.
+
+Owns K/V, the lane tables and the last token of every lane. Knows neither actors nor why a row is
+in a plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asyncllm.engine.lanes import Choice, LaneTable, Scored
+from asyncllm.engine.parallel import Group
+from asyncllm.engine.sampling import Knobs, Penalties, log_probs, penalize, sample
+from asyncllm.engine.staging import Rows, Uploader, unpack
+from asyncllm.messages import StepPlan
+from asyncllm.models.layers import Batch
+from asyncllm.models.llama import Decoder
+
+LOGIT_ROWS = 256  # prompt log-probabilities: rows of logits that exist at a time
+
+Columns = dict[str, NDArray[np.int32] | NDArray[np.float32]]
+
+
+@dataclass(slots=True)
+class Work:
+    """A plan, read on the host; needs nothing more from the lane table."""
+
+    step: int
+    rows: Rows
+    choice: Choice
+    scored: list[Scored]
+    columns: Columns
+    history: list[tuple[int, NDArray[np.int32]]]  # lanes whose known tokens must be written first
+    penalty_len: int  # longest history of a penalised row; 0: none
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What a step leaves on the device."""
+
+    tokens: Tensor | None  # [n] int32; None on ranks that do not report or where no row samples
+    logprobs: tuple[Tensor, Tensor, Tensor] | None  # chosen, top ids, top values
+    scored: list[tuple[Scored, Tensor, Tensor, Tensor]]
+
+
+class Engine:
+    """The model, its K/V and its tables on one rank.
+
+    Args:
+        model: this rank's share of the weights, loaded.
+        num_slots: tokens whose K/V fit; slot ``num_slots`` is a dump for padding.
+        num_lanes: requests that can be under way at once.
+        max_len: longest sequence.
+        eos_ids: end tokens of the model, for min_new_tokens.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        group: Group,
+        *,
+        num_slots: int,
+        num_lanes: int,
+        max_len: int,
+        eos_ids: tuple[int, ...],
+    ) -> None:
+        self.model, self.group, self.max_len, self.num_slots = model, group, max_len, num_slots
+        device = model.device
+        shape = (num_slots + 1, model.num_kv_heads, model.spec.head_dim)
+        self.kv = [
+            (
+                torch.zeros(shape, dtype=model.dtype, device=device),
+                torch.zeros(shape, dtype=model.dtype, device=device),
+            )
+            for _ in range(model.spec.num_layers)
+        ]
+        self.table = torch.zeros(num_lanes, max_len, dtype=torch.int32, device=device)
+        self.history = torch.zeros(num_lanes, max_len, dtype=torch.int32, device=device)
+        self.last_token = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+        self.lanes = LaneTable(num_lanes, model.spec.vocab_size, eos_ids)
+        self._uploader = Uploader(device)
+
+    def prepare(self, plan: StepPlan) -> Work:
+        """Read ``plan``; host work only. Plans must come in order: lanes are opened here."""
+        history = [
+            (number, np.frombuffer(known, np.int32))
+            for number, _, _, known in plan.opened
+            if len(known)
+        ]
+        self.lanes.open(plan)
+        rows = unpack(plan, self.max_len)
+        choice, scored = self.lanes.choice(rows), self.lanes.scores(rows)
+        columns: Columns = {
+            "tokens": rows.tokens,
+            "positions": rows.positions,
+            "token_lanes": rows.token_lanes,
+            "slots": rows.slots,
+            "writes": rows.writes,
+            "write_slots": rows.write_slots,
+            "lanes": rows.lanes,
+            "starts": rows.starts,
+            "lens": rows.starts + rows.counts,
+            "cu_counts": rows.cu[rows.num_decode :] - rows.num_decode,
+            "logit_rows": rows.cu[1:][rows.samples] - 1,
+            "sampled_lanes": rows.lanes[rows.samples],
+        }
+        if not choice.all_greedy:
+            columns |= {
+                "temperature": choice.temperature,
+                "top_k": choice.top_k,
+                "top_p": choice.top_p,
+                "min_p": choice.min_p,
+                "uniform": choice.uniform,
+            }
+        if choice.bias_rows:
+            columns["bias_rows"] = np.array(choice.bias_rows, np.int32)
+            columns["bias_tokens"] = np.array(choice.bias_tokens, np.int32)
+            columns["bias_values"] = np.array(choice.bias_values, np.float32)
+        penalty_len = self._penalty_columns(rows, choice, columns)
+        for i, part in enumerate(scored):
+            columns[f"targets{i}"] = part.targets
+        return Work(plan.step, rows, choice, scored, columns, history, penalty_len)
+
+    @torch.inference_mode()
+    def execute(self, work: Work) -> Outputs:
+        """Run the step; returns as soon as everything is queued on the device."""
+        rows = work.rows
+        for lane, known in work.history:
+            column = self._uploader.upload({"known": known})["known"]
+            self.history[lane, : len(known)] = column
+        d = self._uploader.upload(work.columns)
+        self.table.view(-1).index_copy_(0, d["writes"].long(), d["write_slots"])
+        carried = self.last_token[d["token_lanes"].long()]
+        tokens = torch.where(d["tokens"] < 0, carried, d["tokens"])
+        if work.penalty_len:
+            flat = d["token_lanes"].long() * self.max_len + d["positions"].long()
+            self.history.view(-1).index_copy_(0, flat, tokens.int())
+        hidden = self.model.forward(self._batch(rows, d, tokens), self.kv)
+        scored = [self._score(hidden, s, d[f"targets{i}"]) for i, s in enumerate(work.scored)]
+        if not len(work.choice.temperature):
+            return Outputs(None, None, scored)
+        logits = self.model.logits(hidden[d["logit_rows"].long()])
+        return self._choose(logits, work, d, scored)
+
+    def _choose(
+        self,
+        logits: Tensor,
+        work: Work,
+        d: dict[str, Tensor],
+        scored: list[tuple[Scored, Tensor, Tensor, Tensor]],
+    ) -> Outputs:
+        choice, lanes = work.choice, d["sampled_lanes"].long()
+        if self.group.rank:
+            chosen = torch.empty(len(lanes), dtype=torch.int64, device=logits.device)
+        else:
+            changed = logits.float()
+            if choice.bias_rows or work.penalty_len:
+                changed = changed.clone() if changed is logits else changed
+                self._change(changed, work, d)
+            chosen = sample(changed, self._knobs(choice, d))
+        self.last_token[lanes] = self.group.broadcast(chosen)
+        logprobs = None
+        if choice.num_top >= 0 and self.group.rank == 0:
+            logprobs = log_probs(logits, chosen, choice.num_top)
+        return Outputs(chosen.int(), logprobs, scored)
+
+    def _change(self, logits: Tensor, work: Work, d: dict[str, Tensor]) -> None:
+        if work.choice.bias_rows:
+            where = (d["bias_rows"].long(), d["bias_tokens"].long())
+            logits.index_put_(where, d["bias_values"], accumulate=True)
+        if work.penalty_len:
+            penalties = Penalties(
+                rows=d["pen_rows"].long(),
+                lanes=d["pen_lanes"].long(),
+                lens=d["pen_lens"],
+                prompt_lens=d["pen_prompt_lens"],
+                max_len=work.penalty_len,
+                presence=d["pen_presence"],
+                frequency=d["pen_frequency"],
+                repetition=d["pen_repetition"],
+                penalize_prompt=d["pen_prompt"].bool(),
+            )
+            penalize(logits, self.history, penalties)
+
+    def _knobs(self, choice: Choice, d: dict[str, Tensor]) -> Knobs:
+        none = d["logit_rows"]
+        return Knobs(
+            temperature=d.get("temperature", none),
+            top_k=d.get("top_k", none),
+            top_p=d.get("top_p", none),
+            min_p=d.get("min_p", none),
+            uniform=d.get("uniform", none),
+            all_greedy=choice.all_greedy,
+            truncates=choice.truncates,
+        )
+
+    def _score(
+        self, hidden: Tensor, part: Scored, targets: Tensor
+    ) -> tuple[Scored, Tensor, Tensor, Tensor]:
+        """Log-probabilities of prompt tokens, in slices so that few logits exist at a time."""
+        pieces = []
+        for first in range(0, len(part.targets), LOGIT_ROWS):
+            some = targets[first : first + LOGIT_ROWS].long()
+            at = part.first + first
+            logits = self.model.logits(hidden[at : at + len(some)])
+            pieces.append(log_probs(logits, some, part.num_top))
+        chosen, ids, top = (torch.cat(column) for column in zip(*pieces, strict=True))
+        return part, chosen, ids, top
+
+    def _batch(self, rows: Rows, d: dict[str, Tensor], tokens: Tensor) -> Batch:
+        rest = rows.counts[rows.num_decode :]
+        return Batch(
+            tokens=tokens,
+            positions=d["positions"],
+            slots=d["slots"],
+            table=self.table,
+            lanes=d["lanes"],
+            starts=d["starts"],
+            lens=d["lens"],
+            cu_counts=d["cu_counts"],
+            num_decode=rows.num_decode,
+            num_rows=len(rows.lanes),
+            max_count=int(rest.max()) if len(rest) else 0,
+            host_lanes=list(map(int, rows.lanes)),
+            host_starts=list(map(int, rows.starts)),
+            host_counts=list(map(int, rows.counts)),
+        )
+
+    def _penalty_columns(self, rows: Rows, choice: Choice, columns: Columns) -> int:
+        if not choice.penalized:
+            return 0
+        picked = np.array(choice.penalized, np.int32)
+        lanes, t = rows.lanes[rows.samples][picked], self.lanes
+        lens = rows.sampled_lens[picked]
+        columns |= {
+            "pen_rows": picked,
+            "pen_lanes": lanes,
+            "pen_lens": lens,
+            "pen_prompt_lens": t.prompt_len[lanes],
+            "pen_presence": t.presence[lanes],
+            "pen_frequency": t.frequency[lanes],
+            "pen_repetition": t.repetition[lanes],
+            "pen_prompt": t.penalize_prompt[lanes].astype(np.int32),
+        }
+        return int(lens.max())

@@ -1,0 +1,167 @@
+"""Per-lane sampling parameters as host columns, and what a step's sampled rows need of them.
+
+Knows SamplingParams and numpy; knows no tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncllm.core.request import SamplingParams
+from asyncllm.engine.staging import I32, Rows
+from asyncllm.messages import StepPlan
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Choice:
+    """How the sampled rows of one step choose their tokens; n rows."""
+
+    temperature: F32  # [n], 0: greedy
+    top_k: I32  # [n], vocab_size: all
+    top_p: F32
+    min_p: F32
+    uniform: F32  # [n] in (0, 1), a function of (seed, position)
+    all_greedy: bool
+    truncates: bool  # some row has top_k, top_p or min_p
+    bias_rows: list[int]  # sparse additions to the logits: row, token, value
+    bias_tokens: list[int]
+    bias_values: list[float]
+    penalized: list[int]  # rows with penalties
+    num_top: int  # most alternatives any row asks for; -1: nobody wants log-probabilities
+
+
+@dataclass(slots=True)
+class Scored:
+    """Prompt log-probabilities that one row of a step yields."""
+
+    row: int
+    first: int  # index of its first token in the step
+    targets: I32  # the tokens that followed
+    num_top: int
+
+
+@dataclass(slots=True)
+class Lane:
+    """What is needed only of lanes that use the rarer parameters."""
+
+    params: SamplingParams
+    prompt_len: int
+    known: I32 = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+class LaneTable:
+    """Sampling parameters of every lane; written when a plan opens the lane.
+
+    Args:
+        eos_ids: banned while a request is below its min_new_tokens.
+    """
+
+    def __init__(self, num_lanes: int, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
+        self._vocab_size, self._eos_ids = vocab_size, eos_ids
+        self.temperature = np.zeros(num_lanes, np.float32)
+        self.top_k = np.full(num_lanes, vocab_size, np.int32)
+        self.top_p = np.ones(num_lanes, np.float32)
+        self.min_p = np.zeros(num_lanes, np.float32)
+        self.seed = np.zeros(num_lanes, np.uint64)
+        self.prompt_len = np.zeros(num_lanes, np.int32)
+        self.logprobs = np.full(num_lanes, -1, np.int32)
+        self.presence = np.zeros(num_lanes, np.float32)
+        self.frequency = np.zeros(num_lanes, np.float32)
+        self.repetition = np.ones(num_lanes, np.float32)
+        self.penalize_prompt = np.zeros(num_lanes, bool)
+        self.penalized = np.zeros(num_lanes, bool)
+        self.biased = np.zeros(num_lanes, bool)
+        self.scored = np.zeros(num_lanes, bool)
+        self.lanes: dict[int, Lane] = {}
+
+    def open(self, plan: StepPlan) -> list[Lane]:
+        """Take in the lanes that ``plan`` opens; those whose history the device must know."""
+        with_history = []
+        for number, prompt_len, packed, known in plan.opened:
+            p = SamplingParams.unpack(packed)
+            lane = Lane(p, prompt_len, np.frombuffer(known, np.int32))
+            self.lanes[number] = lane
+            self.temperature[number] = p.temperature
+            self.top_k[number] = p.top_k if p.top_k > 0 else self._vocab_size
+            self.top_p[number], self.min_p[number] = p.top_p, p.min_p
+            self.seed[number] = p.seed & 0xFFFFFFFFFFFFFFFF
+            self.prompt_len[number] = prompt_len
+            self.logprobs[number] = p.logprobs
+            self.presence[number] = p.presence_penalty
+            self.frequency[number] = p.frequency_penalty
+            self.repetition[number] = p.repetition_penalty
+            self.penalize_prompt[number] = p.penalize_prompt
+            self.penalized[number] = (
+                p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
+            )
+            self.biased[number] = bool(p.logit_bias) or p.min_new_tokens > 0
+            self.scored[number] = p.prompt_logprobs >= 0
+            if self.penalized[number]:
+                with_history.append(lane)
+        return with_history
+
+    def choice(self, rows: Rows) -> Choice:
+        """Parameters of the rows of a step that sample, in row order."""
+        lanes, ends = rows.lanes[rows.samples], rows.sampled_lens
+        temperature = self.temperature[lanes]
+        top_k, top_p, min_p = self.top_k[lanes], self.top_p[lanes], self.min_p[lanes]
+        truncates = (top_k < self._vocab_size) | (top_p < 1) | (min_p > 0)
+        choice = Choice(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            uniform=uniform(self.seed[lanes], ends),
+            all_greedy=not temperature.any(),
+            truncates=bool((truncates & (temperature > 0)).any()),
+            bias_rows=[],
+            bias_tokens=[],
+            bias_values=[],
+            penalized=[int(r) for r in np.flatnonzero(self.penalized[lanes])],
+            num_top=int(self.logprobs[lanes].max(initial=-1)),
+        )
+        for row in np.flatnonzero(self.biased[lanes]):
+            self._bias(choice, int(row), self.lanes[int(lanes[row])], int(ends[row]))
+        return choice
+
+    def _bias(self, choice: Choice, row: int, lane: Lane, position: int) -> None:
+        p = lane.params
+        pairs = list(p.logit_bias)
+        if position - lane.prompt_len < p.min_new_tokens:
+            banned = p.stop_token_ids if p.ignore_eos else (*p.stop_token_ids, *self._eos_ids)
+            pairs += [(token, -np.inf) for token in banned]
+        for token, value in pairs:
+            if token < self._vocab_size:
+                choice.bias_rows.append(row)
+                choice.bias_tokens.append(token)
+                choice.bias_values.append(value)
+
+    def scores(self, rows: Rows) -> list[Scored]:
+        """Prompt log-probabilities that this step can give."""
+        out = []
+        for row in np.flatnonzero(self.scored[rows.lanes]):
+            lane = self.lanes[int(rows.lanes[row])]
+            start, count = int(rows.starts[row]), int(rows.counts[row])
+            targets = lane.known[start + 1 : min(start + count + 1, lane.prompt_len)]
+            if len(targets):
+                first = int(rows.cu[row])
+                out.append(Scored(int(row), first, targets, lane.params.prompt_logprobs))
+        return out
+
+
+def uniform(seed: NDArray[np.uint64], position: I32) -> F32:
+    """One number in (0, 1) per row from (seed, position): the same whatever else is in the batch.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
+    """
+    z = seed + (position.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    out: F32 = ((z >> np.uint64(42)).astype(np.float32) + np.float32(0.5)) / np.float32(1 << 22)
+    return out

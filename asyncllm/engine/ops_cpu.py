@@ -1,0 +1,94 @@
+"""The operators of a decoder on the CPU, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from asyncllm.models.layers import Batch
+
+
+class TorchOps:
+    """Implements :class:`asyncllm.models.layers.Ops`."""
+
+    def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def add_rmsnorm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        residual = residual + x
+        return rms_norm(residual, (x.shape[-1],), weight, eps), residual
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return silu(gate) * up
+
+    def rope_kv(
+        self, qkv: Tensor, cos_sin: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        kv_heads, dim = k_cache.shape[1:]
+        heads = qkv.view(qkv.shape[0], -1, dim)
+        num_q = heads.shape[1] - 2 * kv_heads
+        cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
+        first, second = heads[:, : num_q + kv_heads].float().chunk(2, dim=-1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        rotated = rotated.to(qkv.dtype)
+        slots = batch.slots.long()
+        k_cache.index_copy_(0, slots, rotated[:, num_q:])
+        v_cache.index_copy_(0, slots, heads[:, num_q + kv_heads :])
+        return rotated[:, :num_q]
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        decode = batch.num_decode
+        if decode:
+            self._decode(q[:decode], out[:decode], k_cache, v_cache, batch, scale)
+        token = decode
+        for row in range(decode, batch.num_rows):
+            count, start = batch.host_counts[row], batch.host_starts[row]
+            part = slice(token, token + count)
+            slots = batch.table[batch.host_lanes[row], : start + count].long()
+            out[part] = _extend(q[part], k_cache[slots], v_cache[slots], start, scale)
+            token += count
+        return out.flatten(1)
+
+    def _decode(
+        self, q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
+    ) -> None:
+        """One-token rows together: the query heads of a KV head act as its queries."""
+        rows, (kv_heads, dim) = q.shape[0], k_cache.shape[1:]
+        max_len = max(batch.host_starts[:rows]) + 1
+        slots = batch.table[batch.lanes[:rows].long(), :max_len].flatten().long()
+        k = k_cache.flatten(1).index_select(0, slots).view(rows, max_len, kv_heads, dim)
+        v = v_cache.flatten(1).index_select(0, slots).view(rows, max_len, kv_heads, dim)
+        mask = torch.arange(max_len) < batch.lens[:rows, None]
+        attended = scaled_dot_product_attention(
+            q.view(rows, kv_heads, -1, dim),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask[:, None, None, :] if rows > 1 else None,
+            scale=scale,
+        )
+        out.copy_(attended.reshape(rows, -1, dim))
+
+
+def _extend(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
+    """[count, Hq, D] new queries at positions start.. over k, v [start + count, Hk, D]."""
+    count, total = q.shape[0], k.shape[0]
+    mask = None
+    if start:
+        mask = torch.arange(total) <= torch.arange(start, total)[:, None]
+    attended = scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None and count > 1,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return attended[0].transpose(0, 1)

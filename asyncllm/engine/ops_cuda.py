@@ -1,0 +1,66 @@
+"""The operators of a decoder on a CUDA device, as Triton kernels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from asyncllm.kernels.decode_attention import decode_attention
+from asyncllm.kernels.prefill_attention import prefill_attention
+from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
+from asyncllm.kernels.rope_kv import rope_kv
+from asyncllm.kernels.silu_mul import silu_mul
+from asyncllm.models.layers import Batch
+
+
+class TritonOps:
+    """Implements :class:`asyncllm.models.layers.Ops`."""
+
+    def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rmsnorm(x, weight, eps)
+
+    def add_rmsnorm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return add_rmsnorm(x, residual, weight, eps)
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        return silu_mul(x)
+
+    def rope_kv(
+        self, qkv: Tensor, cos_sin: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        kv_heads, dim = k_cache.shape[1:]
+        num_q = qkv.shape[1] // dim - 2 * kv_heads
+        rope_kv(qkv, cos_sin, batch.positions, batch.slots, k_cache, v_cache, num_q)
+        return qkv[:, : num_q * dim].unflatten(1, (num_q, dim))
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
+    ) -> Tensor:
+        out = q.new_empty(q.shape)
+        decode = batch.num_decode
+        if decode:
+            decode_attention(
+                q[:decode],
+                k_cache,
+                v_cache,
+                batch.table,
+                batch.lanes[:decode],
+                batch.lens[:decode],
+                scale,
+                out=out[:decode],
+            )
+        if batch.max_count:
+            prefill_attention(
+                q[decode:],
+                k_cache,
+                v_cache,
+                batch.table,
+                batch.lanes[decode:],
+                batch.starts[decode:],
+                batch.cu_counts,
+                batch.max_count,
+                scale,
+                out=out[decode:],
+            )
+        return out.flatten(1)

@@ -1,0 +1,83 @@
+"""The tensor-parallel group of a rank: rendezvous and the three collectives a step needs."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+
+
+class Alone:
+    """tp == 1: nothing to add, gather or tell."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather_last(self, x: Tensor) -> Tensor:
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Make ``x`` on every rank what it is on rank 0, in place."""
+        return x
+
+    def minimum(self, value: int) -> int:
+        """Smallest of the ranks' values; start-up only, it waits for all."""
+        return value
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+class TensorParallel:
+    """``size`` ranks over NCCL (CUDA) or gloo (CPU).
+
+    Args:
+        rank: this rank; it uses CUDA device ``rank`` where ``device`` is CUDA.
+        address: ``host:port`` of the rendezvous, which rank 0 serves.
+    """
+
+    def __init__(self, rank: int, size: int, address: str, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            init_method=f"tcp://{address}",
+            rank=rank,
+            world_size=size,
+            timeout=RENDEZVOUS_TIMEOUT,
+            device_id=device if cuda else None,
+        )
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x)
+        return x
+
+    def gather_last(self, x: Tensor) -> Tensor:
+        """[n, v] of each rank -> [n, size * v]."""
+        out = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out.permute(1, 0, 2).reshape(x.shape[0], -1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Make ``x`` on every rank what it is on rank 0, in place."""
+        dist.broadcast(x, 0)
+        return x
+
+    def minimum(self, value: int) -> int:
+        """Smallest of the ranks' values; start-up only, it waits for all."""
+        box = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MIN)
+        return int(box.item())
+
+    def close(self) -> None:
+        """Leave the group; must come after CUDA graphs that hold its collectives are gone."""
+        dist.destroy_process_group()
+
+
+Group = Alone | TensorParallel

@@ -1,0 +1,125 @@
+"""Logits to tokens on the device: batched, no host sync, the same for a row whatever its company.
+
+A row's token depends on its logits, parameters, seed and position only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PENALTY_ROWS = 64  # rows whose token counts are dense at a time: bounds the memory
+
+
+@dataclass(slots=True)
+class Knobs:
+    """:class:`asyncllm.engine.lanes.Choice` on the device; n rows, float32 or int32."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    uniform: Tensor
+    all_greedy: bool
+    truncates: bool
+
+
+def sample(logits: Tensor, knobs: Knobs) -> Tensor:
+    """One token per row of ``logits`` [n, vocab_size] float32: [n] int64.
+
+    Temperature, then top_k, top_p and min_p on the tempered distribution, then inversion of its
+    cumulative sum at the row's uniform number. temperature 0 takes the best token.
+    """
+    best = logits.argmax(dim=-1)
+    if knobs.all_greedy:
+        return best
+    greedy = knobs.temperature == 0
+    scaled = logits / torch.where(greedy, 1.0, knobs.temperature)[:, None]
+    probs = scaled.softmax(dim=-1)
+    drawn = _truncated(probs, knobs) if knobs.truncates else _invert(probs, knobs.uniform)
+    return torch.where(greedy, best, drawn)
+
+
+def _truncated(probs: Tensor, knobs: Knobs) -> Tensor:
+    ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(probs.shape[1], device=probs.device)
+    before = ordered.cumsum(dim=-1) - ordered
+    keep = rank < knobs.top_k[:, None]
+    keep &= (before < knobs.top_p[:, None]) | (knobs.top_p[:, None] >= 1)
+    keep &= ordered >= knobs.min_p[:, None] * ordered[:, :1]
+    keep[:, 0] = True
+    chosen = _invert(ordered * keep, knobs.uniform)
+    return tokens.gather(1, chosen[:, None])[:, 0]
+
+
+def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
+    """First index at which the cumulative sum passes ``uniform`` times the total."""
+    sums = probs.cumsum(dim=-1)
+    goal = uniform[:, None] * sums[:, -1:]
+    index = torch.searchsorted(sums, goal, right=True)[:, 0]
+    return torch.where(index < probs.shape[1], index, probs.argmax(dim=-1))
+
+
+@dataclass(slots=True)
+class Penalties:
+    """Rows with penalties; p rows, int64 rows, float32 values."""
+
+    rows: Tensor  # [p] rows of the logits
+    lanes: Tensor  # [p]
+    lens: Tensor  # [p] tokens of the lane so far
+    prompt_lens: Tensor  # [p]
+    max_len: int
+    presence: Tensor
+    frequency: Tensor
+    repetition: Tensor
+    penalize_prompt: Tensor  # [p] bool
+
+
+def penalize(logits: Tensor, history: Tensor, p: Penalties) -> None:
+    """Apply repetition, frequency and presence penalties to ``logits`` in place.
+
+    Repetition divides positive and multiplies negative logits (Keskar et al., 2019, §4.1);
+    frequency and presence subtract, as OpenAI's API defines them, over generated tokens.
+
+    Args:
+        history: [num_lanes, max_len] int32 token of every position of every lane.
+    """
+    for first in range(0, len(p.rows), PENALTY_ROWS):
+        part = slice(first, first + PENALTY_ROWS)
+        _penalize_rows(logits, history, p, part)
+
+
+def _penalize_rows(logits: Tensor, history: Tensor, p: Penalties, part: slice) -> None:
+    rows, vocab_size = p.rows[part], logits.shape[1]
+    tokens = history[p.lanes[part], : p.max_len].long()
+    position = torch.arange(p.max_len, device=logits.device)
+    valid = position < p.lens[part, None]
+    made = valid & (position >= p.prompt_lens[part, None])
+    seen = made | (valid & p.penalize_prompt[part, None])
+    # counts per token; column vocab_size collects what does not count
+    zeros = torch.zeros(len(rows), vocab_size + 1, device=logits.device)
+    ones = torch.ones((), device=logits.device).expand(tokens.shape)
+    counts = zeros.scatter_add(1, tokens.masked_fill(~made, vocab_size), ones)[:, :vocab_size]
+    seen_counts = zeros.scatter_add(1, tokens.masked_fill(~seen, vocab_size), ones)
+    changed = logits[rows]
+    factor = torch.where(
+        seen_counts[:, :vocab_size] > 0, p.repetition[part, None], torch.ones_like(changed)
+    )
+    changed = torch.where(changed > 0, changed / factor, changed * factor)
+    changed -= p.frequency[part, None] * counts
+    changed -= p.presence[part, None] * (counts > 0)
+    logits.index_copy_(0, rows, changed)
+
+
+def log_probs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``logits`` [n, vocab_size]: log-probability of ``tokens`` [n], and the best ``num_top``.
+
+    Returns:
+        [n] float32, [n, num_top] int32 ids, [n, num_top] float32.
+    """
+    scores = logits.float().log_softmax(dim=-1)
+    chosen = scores.gather(1, tokens[:, None])[:, 0]
+    top, ids = scores.topk(num_top, dim=-1)
+    return chosen, ids.int(), top

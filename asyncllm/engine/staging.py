@@ -1,0 +1,132 @@
+"""From a step plan to the columns a step needs, computed on the host, uploaded in one copy.
+
+Knows plans and numpy; the only tensors here are the staging buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asyncllm.messages import StepPlan
+
+I32 = NDArray[np.int32]
+RING = 4  # staging buffers: more than steps in flight on any rank
+
+
+@dataclass(slots=True)
+class Rows:
+    """A step plan unpacked: one entry per row, per new token or per table write."""
+
+    lanes: I32
+    starts: I32
+    counts: I32
+    num_decode: int
+    tokens: I32  # [num_tokens], -1: the lane's last token
+    positions: I32  # [num_tokens]
+    token_lanes: I32  # [num_tokens]
+    slots: I32  # [num_tokens]
+    writes: I32  # flat table indices (lane * max_len + position)
+    write_slots: I32
+    cu: I32  # [num_rows + 1] prefix sums of counts
+    samples: NDArray[np.bool_]  # [num_rows]
+
+    @property
+    def sampled_lens(self) -> I32:
+        """Position of the token that each sampled row yields."""
+        ends: I32 = (self.starts + self.counts)[self.samples]
+        return ends
+
+
+def unpack(plan: StepPlan, max_len: int) -> Rows:
+    """Spread the columns of ``plan`` over its tokens; ~50 us at 256 rows."""
+    lanes, starts, counts, heads, slots, tokens = (
+        np.frombuffer(column, np.int32)
+        for column in (
+            plan.lanes, plan.starts, plan.counts, plan.heads, plan.slots, plan.tokens,
+        )
+    )  # fmt: skip
+    cu = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=cu[1:])
+    span = np.arange(cu[-1], dtype=np.int32)
+    positions = span + np.repeat(starts - cu[:-1], counts)
+    token_lanes = np.repeat(lanes, counts)
+    if heads.any():
+        totals = heads + counts
+        ends = np.cumsum(totals, dtype=np.int32)
+        where = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts + counts - ends, totals)
+        writes = np.repeat(lanes, totals) * np.int32(max_len) + where
+        new_slots = slots[where >= np.repeat(starts, totals)]
+    else:
+        writes, new_slots = token_lanes * np.int32(max_len) + positions, slots
+    return Rows(
+        lanes=lanes,
+        starts=starts,
+        counts=counts,
+        num_decode=plan.num_decode,
+        tokens=tokens,
+        positions=positions,
+        token_lanes=token_lanes,
+        slots=new_slots,
+        writes=writes,
+        write_slots=slots,
+        cu=cu,
+        samples=np.frombuffer(plan.samples, np.uint8).astype(bool),
+    )
+
+
+class Uploader:
+    """Many small host columns to the device in one copy.
+
+    On CUDA the pinned buffer of a step is not touched again before that step is done: there are
+    more buffers than steps in flight, and a buffer still in use is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.int32) for _ in range(RING)]
+        self._events: list[torch.cuda.Event | None] = [None] * RING
+        self._turn = 0
+
+    def upload(
+        self, columns: dict[str, NDArray[np.int32] | NDArray[np.float32]]
+    ) -> dict[str, Tensor]:
+        """Device tensors of the same dtypes and shapes (int32 or float32)."""
+        flat = [c.reshape(-1).view(np.int32) for c in columns.values()]
+        sizes = [-(-len(c) // 4) * 4 for c in flat]  # 16-byte alignment keeps loads wide
+        total = sum(sizes)
+        host = self._next(total)
+        view = host.numpy()
+        at = 0
+        for column, size in zip(flat, sizes, strict=True):
+            view[at : at + len(column)] = column
+            at += size
+        device = host[:total]
+        if self._device.type == "cuda":
+            device = device.to(self._device, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._events[self._turn] = event
+        out: dict[str, Tensor] = {}
+        at = 0
+        for (name, column), size in zip(columns.items(), sizes, strict=True):
+            part = device[at : at + column.size].view(column.shape)
+            out[name] = part.view(torch.float32) if column.dtype == np.float32 else part
+            at += size
+        return out
+
+    def _next(self, size: int) -> Tensor:
+        if self._device.type != "cuda":
+            return torch.empty(size, dtype=torch.int32)
+        self._turn = (self._turn + 1) % RING
+        event = self._events[self._turn]
+        if event is not None and not event.query():
+            event.synchronize()  # only a follower that lags a whole ring behind comes here
+        if len(self._buffers[self._turn]) < size:
+            room = max(4096, 2 * size)
+            self._buffers[self._turn] = torch.empty(room, dtype=torch.int32, pin_memory=True)
+        return self._buffers[self._turn]

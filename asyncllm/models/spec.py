@@ -1,0 +1,174 @@
+"""What a checkpoint is: shapes, rotary embedding, special ids.
+
+The only code that reads Hugging Face attribute names. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncllm.errors import StartupError
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary embedding: base and the scaling of its frequencies."""
+
+    theta: float
+    kind: str  # "default" | "linear" | "llama3"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Shape of a decoder-only transformer, independent of the checkpoint's own names."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_eps: float
+    rope: Rope
+    max_position: int
+    tie_embeddings: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    dtype: str  # of the checkpoint: fp32, bf16 or fp16
+    eos_ids: tuple[int, ...]
+
+    @classmethod
+    def from_dir(cls, model_dir: Path) -> ModelSpec:
+        """Read config.json, and generation_config.json for more end tokens.
+
+        Raises:
+            StartupError: a file or a needed key is missing, or asks for what is not supported.
+        """
+        path = model_dir / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise StartupError(f"{path} does not exist: --model_dir must hold a model") from None
+        except ValueError as error:
+            raise StartupError(f"{path} is not JSON: {error}") from None
+        generation = model_dir / "generation_config.json"
+        more = json.loads(generation.read_text()) if generation.exists() else {}
+        try:
+            return cls.from_hf(config, more)
+        except KeyError as error:
+            raise StartupError(f"{path} has no {error}") from None
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelSpec:
+        """From the dicts of config.json and generation_config.json (transformers 4 and 5 styles)."""
+        architecture = (hf.get("architectures") or ["?"])[0]
+        if hf.get("hidden_act", "silu") != "silu":
+            raise StartupError(
+                f"{architecture} with hidden_act {hf['hidden_act']!r} is not available yet"
+            )
+        heads = int(hf["num_attention_heads"])
+        bias = bool(hf.get("attention_bias", False))
+        dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+        if dtype not in _DTYPE_NAMES:
+            raise StartupError(f"checkpoint dtype {dtype!r} is not available yet")
+        return cls(
+            architecture=architecture,
+            vocab_size=int(hf["vocab_size"]),
+            hidden_size=int(hf["hidden_size"]),
+            intermediate_size=int(hf["intermediate_size"]),
+            num_layers=int(hf["num_hidden_layers"]),
+            num_q_heads=heads,
+            num_kv_heads=int(hf.get("num_key_value_heads") or heads),
+            head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // heads),
+            rms_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            rope=_rope(hf),
+            max_position=int(hf.get("max_position_embeddings", 2048)),
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            qkv_bias=bias,
+            out_bias=bias,
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            dtype=_DTYPE_NAMES[dtype],
+            eos_ids=_eos(hf, generation or {}),
+        )
+
+    def kv_bytes_per_slot(self, dtype: str, local_kv_heads: int) -> int:
+        """Bytes of K and V of one token on one rank, over all layers."""
+        return self.num_layers * 2 * local_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+    def num_parameters(self) -> int:
+        """Weights in the checkpoint, tied ones once (biases and norms left out: under 0.1 %)."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_q_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * (attention + mlp) + embeddings
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShard:
+    """Heads of one tensor-parallel rank: global indices in local order, -1 for zero padding."""
+
+    q_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+
+
+def shard_heads(num_q_heads: int, num_kv_heads: int, tp: int, rank: int) -> HeadShard:
+    """Give whole GQA groups to ranks.
+
+    KV heads are replicated where tp is a multiple of them and the query heads of a group divide;
+    otherwise the groups are padded with zero groups to a multiple of tp, so that any head count
+    works with any tp (9 query and 3 KV heads on 2 ranks: 2 + 2 groups, the last one zero).
+    """
+    group = num_q_heads // num_kv_heads
+    copies = tp // num_kv_heads if tp % num_kv_heads == 0 else 1
+    if copies > 1 and group % copies == 0:
+        kv_head, part = divmod(rank, copies)
+        size = group // copies
+        first = kv_head * group + part * size
+        return HeadShard(tuple(range(first, first + size)), (kv_head,))
+    per_rank = -(-num_kv_heads // tp)
+    kv_heads = [
+        h if h < num_kv_heads else -1 for h in range(rank * per_rank, (rank + 1) * per_rank)
+    ]
+    q_heads = [h * group + i if h >= 0 else -1 for h in kv_heads for i in range(group)]
+    return HeadShard(tuple(q_heads), tuple(kv_heads))
+
+
+def _rope(hf: dict[str, Any]) -> Rope:
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = float(scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in {"default", "linear", "llama3"}:
+        raise StartupError(f"rope scaling {kind!r} is not available yet")
+    if hf.get("partial_rotary_factor", 1.0) != 1.0:
+        raise StartupError("partial_rotary_factor other than 1 is not available yet")
+    return Rope(
+        theta=theta,
+        kind=kind,
+        factor=float(scaling.get("factor", 1.0)),
+        low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
+        original_max_position=int(scaling.get("original_max_position_embeddings", 8192)),
+    )
+
+
+def _eos(hf: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+    """End tokens of both files: chat models name the turn's end only in generation_config.json."""
+    found: list[int] = []
+    for value in (hf.get("eos_token_id"), generation.get("eos_token_id")):
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and token not in found:
+                found.append(token)
+    return tuple(found)

@@ -1,0 +1,121 @@
+"""Drive an Engine by hand-made plans, without scheduler or actors."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from asyncllm.codec import floats, i32, ints
+from asyncllm.core.request import SamplingParams
+from asyncllm.engine.device import CpuDevice, CudaDevice
+from asyncllm.engine.engine import Engine
+from asyncllm.engine.build import build_model
+from asyncllm.engine.parallel import Alone
+from asyncllm.messages import StepDone, StepPlan
+from asyncllm.models.spec import ModelSpec
+
+GREEDY = SamplingParams(temperature=0.0, logprobs=0)
+
+
+@dataclass
+class Sequence:
+    """One request as the harness sees it."""
+
+    lane: int
+    prompt: list[int]
+    params: SamplingParams = GREEDY
+    outputs: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    computed: int = 0
+
+
+class Driver:
+    """Gives slots in a scrambled order, so that nothing works by being contiguous."""
+
+    def __init__(self, device: CpuDevice | CudaDevice, num_slots: int) -> None:
+        self.device, self.step = device, 0
+        self.free = list(range(num_slots))
+        random.Random(0).shuffle(self.free)
+
+    def run(self, rows: list[tuple[Sequence, int, int]]) -> StepDone:
+        """One step; a row is (sequence, new tokens, cached tokens whose slots it already has)."""
+        rows = sorted(rows, key=lambda row: row[1] != 1)
+        opened, tokens, slots, samples, starts = [], [], [], [], []
+        for seq, count, head in rows:
+            first = seq.computed == 0
+            if first:
+                p = seq.params
+                known = seq.prompt if p.prompt_logprobs >= 0 or _penalised(p) else []
+                opened.append((seq.lane, len(seq.prompt), p.pack(), i32(known)))
+                seq.computed = head
+            starts.append(seq.computed)
+            new = [self.free.pop() for _ in range(count)]
+            slots += (seq.slots[:head] if head else []) + new
+            seq.slots += new
+            known_tokens = seq.prompt[seq.computed : seq.computed + count]
+            tokens += known_tokens or [-1]
+            seq.computed += count
+            samples.append(int(seq.computed >= len(seq.prompt)))
+        self.step += 1
+        done = self.device.launch(
+            StepPlan(
+                step=self.step,
+                num_decode=sum(count == 1 for _, count, _ in rows),
+                lanes=i32(s.lane for s, _, _ in rows),
+                starts=i32(starts),
+                counts=i32(count for _, count, _ in rows),
+                heads=i32(head for _, _, head in rows),
+                slots=i32(slots),
+                tokens=i32(tokens),
+                samples=bytes(samples),
+                opened=tuple(opened),
+            )
+        ).wait()
+        self._take(rows, done)
+        return done
+
+    def generate(self, sequences: list[Sequence], num_tokens: int, chunk: int = 1 << 30) -> None:
+        """Prefill in chunks, then decode together."""
+        while any(s.computed < len(s.prompt) for s in sequences):
+            self.run([(s, min(chunk, len(s.prompt) - s.computed), 0) for s in sequences if s.computed < len(s.prompt)])  # fmt: skip
+        for _ in range(num_tokens - 1):
+            self.run([(s, 1, 0) for s in sequences])
+
+    def _take(self, rows: list[tuple[Sequence, int, int]], done: StepDone) -> None:
+        assert done.step == self.step
+        values = floats(done.logprobs) if done.logprobs else [float("nan")] * len(rows)
+        for (seq, _, _), token, value in zip(rows, ints(done.tokens), values, strict=True):
+            if token >= 0:
+                seq.outputs.append(token)
+                seq.logprobs.append(value)
+        for row, chosen, _, _, _ in done.prompt:
+            rows[row][0].prompt_logprobs += floats(chosen)
+
+
+def _penalised(p: SamplingParams) -> bool:
+    neutral = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) == (0, 0, 1)
+    return not neutral
+
+
+def make_device(
+    model_dir: Path, dtype: str, device: str, *, num_slots: int = 8192, num_lanes: int = 32,
+    max_len: int = 4096, eos_ids: tuple[int, ...] = (),
+) -> CpuDevice | CudaDevice:  # fmt: skip
+    """A device with the model of ``model_dir``."""
+    spec = ModelSpec.from_dir(model_dir)
+    where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+    model = build_model(model_dir, spec, Alone(), dtype=dtype, device=where, max_len=max_len)
+    engine = Engine(
+        model, Alone(), num_slots=num_slots, num_lanes=num_lanes, max_len=max_len, eos_ids=eos_ids
+    )
+    return CudaDevice(engine) if device == "cuda" else CpuDevice(engine, 2)
+
+
+def random_ids(num: int, vocab_size: int, seed: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(3, vocab_size, num)]

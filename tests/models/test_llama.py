@@ -1,0 +1,112 @@
+"""The decoder against transformers, on tiny random models: every shape of step, token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from asyncllm.core.request import SamplingParams
+from tests.models.harness import Driver, Sequence, make_device, random_ids
+
+VOCAB = 499
+
+
+def make_checkpoint(path: Path, **changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**{  # type: ignore[arg-type]
+        "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": VOCAB,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "initializer_range": 0.3, **changes,
+    })  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    return model
+
+
+def expected_logprobs(model: LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
+    """[len(ids) - 1]: log-probability of each token but the first."""
+    with torch.no_grad():
+        scores = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return scores[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+VARIANTS = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 6},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head_dim": {"head_dim": 32},
+    "llama3_rope": {
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "linear_rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("chunk", [1000, 7], ids=["whole", "chunked"])
+def test_matches_transformers(tmp_path: Path, variant: str, chunk: int) -> None:
+    reference = make_checkpoint(tmp_path, **VARIANTS[variant])
+    driver = Driver(make_device(tmp_path, "fp32", "cpu"), 1024)
+    params = SamplingParams(temperature=0.0, logprobs=0, prompt_logprobs=0)
+    seqs = [
+        Sequence(lane, random_ids(size, VOCAB, lane), params)
+        for lane, size in enumerate((1, 2, 97, 31))
+    ]
+    driver.generate(seqs, 12, chunk)
+    for seq in seqs:
+        want = expected_logprobs(reference, seq.prompt + seq.outputs)
+        got = torch.tensor(seq.prompt_logprobs + seq.logprobs)
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+        with torch.no_grad():
+            logits = reference(torch.tensor([seq.prompt + seq.outputs])).logits[0]
+        best = logits[len(seq.prompt) - 1 : -1].argmax(-1)
+        assert seq.outputs == [int(t) for t in best]
+
+
+def test_cached_prefix_gives_the_same_tokens(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    driver = Driver(make_device(tmp_path, "fp32", "cpu"), 1024)
+    prompt = random_ids(50, VOCAB, 1)
+    first, second = Sequence(0, prompt), Sequence(1, prompt)
+    driver.generate([first], 8)
+    second.slots = first.slots[:40]
+    driver.run([(second, 10, 40)])
+    driver.generate([second], 8)
+    assert second.outputs == first.outputs
+
+
+def test_prefill_and_decode_share_a_step(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    driver = Driver(make_device(tmp_path, "fp32", "cpu"), 1024)
+    alone = Sequence(0, random_ids(20, VOCAB, 1))
+    driver.generate([alone], 6)
+    a, b = Sequence(1, random_ids(20, VOCAB, 1)), Sequence(2, random_ids(33, VOCAB, 2))
+    driver.run([(a, 20, 0)])
+    driver.run([(a, 1, 0), (b, 20, 0)])
+    driver.run([(a, 1, 0), (b, 13, 0)])
+    driver.generate([a, b], 4)
+    assert a.outputs == alone.outputs
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_close(tmp_path: Path, dtype: str) -> None:
+    reference = make_checkpoint(tmp_path, initializer_range=0.05)
+    driver = Driver(make_device(tmp_path, dtype, "cpu"), 256)
+    params = SamplingParams(temperature=0.0, logprobs=0, prompt_logprobs=0)
+    seq = Sequence(0, random_ids(60, VOCAB, 3), params)
+    driver.generate([seq], 4)
+    want = expected_logprobs(reference, seq.prompt + seq.outputs)
+    torch.testing.assert_close(
+        torch.tensor(seq.prompt_logprobs + seq.logprobs), want, atol=0.1, rtol=0.02
+    )
