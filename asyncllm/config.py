@@ -523,6 +523,33 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def memory_available(root: Path = Path("/")) -> int:
+    """Bytes of main memory this process may still take without swapping.
+
+    The least of what the machine has left (MemAvailable) and what a container's limit leaves
+    (cgroup 2 or 1; its file cache counts as free, since it gives way). ``root`` is for tests.
+    """
+    lines = _read(root / "proc/meminfo").splitlines()
+    left = [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
+    for folder, limit, usage, cache in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        group = root / "sys/fs/cgroup" / folder
+        bound, used = _read(group / limit).strip(), _read(group / usage).strip()
+        if bound.isdigit() and used.isdigit():  # "max" or no file: no limit
+            stats = dict(x.split() for x in _read(group / "memory.stat").splitlines())
+            left.append(max(int(bound) - int(used) + int(stats.get(cache, 0)), 0))
+    return min(left) if left else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def child_environment(**extra: str) -> dict[str, str]:
     """This process's environment with ``extra`` on top, e.g. OMP_NUM_THREADS, for a child."""
     return {**os.environ, **extra}

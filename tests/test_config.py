@@ -19,6 +19,7 @@ from asyncllm.config import (
     cpu_count,
     cuda_visible,
     hub_offline,
+    memory_available,
     quiet_libraries,
     resolve_limits,
 )
@@ -357,6 +358,35 @@ def test_cuda_visible(
 def test_cpu_count_is_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     assert cpu_count() == 3
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 4096_000),
+        ({"memory.max": "max", "memory.current": "5"}, 4096_000),
+        ({"memory.max": "9000000", "memory.current": "5"}, 4096_000),
+        ({"memory.max": "3000", "memory.current": "2500", "memory.stat": "a 1\ninactive_file 100"}, 600),
+        ({"memory.max": "3000", "memory.current": "3500"}, 0),
+        ({"memory/memory.limit_in_bytes": "3000", "memory/memory.usage_in_bytes": "1000"}, 2000),
+    ],
+)  # fmt: skip
+def test_memory_available_is_the_tightest_of_machine_and_container(
+    limits: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    group = tmp_path / "sys/fs/cgroup"
+    (group / "memory").mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    for name, text in limits.items():
+        (group / name).write_text(text + "\n")
+    assert memory_available(tmp_path) == expected
+
+
+def test_memory_available_without_any_of_these_files_is_the_whole_memory(tmp_path: Path) -> None:
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert memory_available(tmp_path) == whole
+    assert 0 < memory_available() <= whole
 
 
 def test_child_environment_adds_and_leaves_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
