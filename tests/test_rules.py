@@ -1,0 +1,356 @@
+"""The house rules that a machine can check, each with a small bad source that it must catch."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "asyncllm"
+
+LOOP = {"asyncio", "zmq", "aiohttp", "uvloop"}  # who may know the event loop and the wire
+LOOP_FILES = {"rank.py", "launch.py", "cli.py"}  # entry points, besides actors/
+PURE = {"core": ("errors", "core"), "api": ("errors", "core", "api", "__version__")}
+NO_SYNC = {"engine", "models", "kernels", "actors"}
+SYNC_CALLS = {"item", "tolist", "cpu"}  # each waits for the device
+FOREIGN_CODE = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
+BANNED = {
+    "print": "log, or sys.stdout.write",
+    "eval": "runs foreign text",
+    "exec": "runs foreign text",
+    "time.sleep": "holds the loop",
+    "torch.load": "unpickles",
+    "yaml.load": "runs foreign text; use safe_load",
+    "torch.cuda.synchronize": "holds the loop; wait for an event in the waiter",
+}
+BANNED_METHODS = {  # all of them pickle
+    "send_pyobj",
+    "recv_pyobj",
+    "all_gather_object",
+    "gather_object",
+    "scatter_object_list",
+    "broadcast_object_list",
+    "send_object_list",
+    "recv_object_list",
+}
+# (file, function): start-up code, never on the serving path
+SYNC_ALLOWED = {
+    ("engine/parallel.py", "TensorParallel.minimum"),
+}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file; ``path`` is relative to asyncllm/."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def layer(self) -> str:
+        """The first folder below asyncllm/, "" for a top level file."""
+        return self.path.split("/")[0] if "/" in self.path else ""
+
+    @cached_property
+    def imports(self) -> set[str]:
+        """Absolute dotted names; ``from a import b`` gives a.b, be it a module or a name."""
+        found = set()
+        package = ["asyncllm", *self.path.split("/")[:-1]]
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                parts = [*base, *([node.module] if node.module else [])]
+                found |= {".".join([*parts, alias.name]) for alias in node.names}
+        return found
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Local name -> imported dotted name."""
+        names = {}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                names |= {a.asname: a.name for a in node.names if a.asname}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        return names
+
+    def dotted(self, node: ast.expr) -> str:
+        """``a.b.c`` with import aliases resolved; "" for anything else."""
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if not isinstance(node, ast.Name):
+            return ""
+        return ".".join([self.aliases.get(node.id, node.id), *reversed(parts)])
+
+    def calls(self) -> Iterator[tuple[str, ast.Call]]:
+        """Every call with the qualified name of the function around it."""
+        yield from _calls(self.tree, "")
+
+
+def _calls(node: ast.AST, where: str) -> Iterator[tuple[str, ast.Call]]:
+    for child in ast.iter_child_nodes(node):
+        inner = where
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = f"{where}.{child.name}" if where else child.name
+        if isinstance(child, ast.Call):
+            yield where, child
+        yield from _calls(child, inner)
+
+
+def _roots(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def _within(names: set[str], allowed: tuple[str, ...]) -> set[str]:
+    """Imports of asyncllm that are not below ``allowed``."""
+    own = {n.split(".")[1] if "." in n else "" for n in names if n.split(".")[0] == "asyncllm"}
+    return own - set(allowed)
+
+
+# -- the rules: complaints about one file ------------------------------------------------------
+
+
+def size(module: Module) -> Iterator[str]:
+    if (num_lines := module.text.count("\n")) > 600:
+        yield f"{num_lines} lines"
+    limit = 150 if module.layer == "kernels" else 60
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            if length > limit:
+                yield f"{node.name} has {length} lines"
+
+
+def layers(module: Module) -> Iterator[str]:
+    roots = _roots(module.imports)
+    if module.layer in PURE:
+        if bad := roots & {"torch", *LOOP}:
+            yield f"{module.layer}/ is pure, imports {bad}"
+        if bad := _within(module.imports, PURE[module.layer]):
+            yield f"{module.layer}/ imports asyncllm's {bad}"
+    if module.layer == "kernels" and (bad := _within(module.imports, ("kernels",))):
+        yield f"kernels/ imports asyncllm's {bad}"
+    if module.layer == "actors" or module.path in LOOP_FILES:
+        return
+    if bad := roots & LOOP:
+        yield f"imports {bad}"
+    above = {"actors", "api"} if module.layer in {"models", "engine"} else {"actors"}
+    for name in module.imports:
+        if name.startswith(tuple(f"asyncllm.{layer}" for layer in above)):
+            yield f"imports {name} from above"
+
+
+def foreign_code(module: Module) -> Iterator[str]:
+    if bad := _roots(module.imports) & FOREIGN_CODE:
+        yield f"imports {bad}"
+    for _, call in module.calls():
+        if isinstance(call.func, ast.Attribute) and call.func.attr in BANNED_METHODS:
+            yield f"line {call.lineno}: {call.func.attr} pickles"
+
+
+def banned_calls(module: Module) -> Iterator[str]:
+    for _, call in module.calls():
+        if why := BANNED.get(name := module.dotted(call.func)):
+            yield f"line {call.lineno}: {name} {why}"
+
+
+def environment(module: Module) -> Iterator[str]:
+    if module.path == "config.py":
+        return
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            name = module.dotted(node)
+            if name in {"os.environ", "os.environb", "os.getenv", "os.putenv"}:
+                yield f"line {node.lineno}: {name} outside config.py"
+
+
+def sync_calls(module: Module) -> Iterator[str]:
+    if module.layer not in NO_SYNC:
+        return
+    for where, call in module.calls():
+        attr = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        if attr in SYNC_CALLS and (module.path, where) not in SYNC_ALLOWED:
+            yield f"line {call.lineno}, {where}: .{attr}() waits for the device"
+
+
+def references(module: Module) -> Iterator[str]:
+    """Every kernel file has a plain version of what it computes."""
+    name = module.path.split("/")[-1]
+    if module.layer != "kernels" or name in {"__init__.py", "autotune.py"}:
+        return
+    functions = [n.name for n in module.tree.body if isinstance(n, ast.FunctionDef)]
+    if not any(n.endswith("_ref") for n in functions):
+        yield "no function *_ref"
+
+
+RULES: list[Callable[[Module], Iterator[str]]] = [
+    size,
+    layers,
+    foreign_code,
+    banned_calls,
+    environment,
+    sync_calls,
+    references,
+]
+
+
+def tags(module: Module) -> list[tuple[int, str]]:
+    """(tag, class) of every message; a tag that is not a literal is -1."""
+    found = []
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ClassDef):
+            for deco in node.decorator_list:
+                if isinstance(deco, ast.Call) and module.dotted(deco.func).endswith("message"):
+                    arg = deco.args[0] if deco.args else None
+                    literal = isinstance(arg, ast.Constant) and isinstance(arg.value, int)
+                    found.append((arg.value if literal else -1, node.name))
+    return found
+
+
+def taken_twice(found: list[tuple[int, str]]) -> list[str]:
+    owner: dict[int, str] = {}
+    return [
+        f"{name}: tag {tag} is {owner[tag]}'s" if tag >= 0 else f"{name}: tag is no literal"
+        for tag, name in found
+        if tag < 0 or owner.setdefault(tag, name) != name
+    ]
+
+
+# -- the package obeys -------------------------------------------------------------------------
+
+
+def sources() -> list[Module]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [Module(p.relative_to(PACKAGE).as_posix(), p.read_text()) for p in paths]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
+def test_the_package_obeys(rule: Callable[[Module], Iterator[str]]) -> None:
+    modules = sources()
+    assert len(modules) > 10
+    assert [f"{m.path}: {complaint}" for m in modules for complaint in rule(m)] == []
+
+
+def test_message_tags_are_unique() -> None:
+    found = [pair for module in sources() for pair in tags(module)]
+    assert len(found) > 20
+    assert taken_twice(found) == []
+
+
+def test_every_kernel_has_a_test_file() -> None:
+    for module in sources():
+        name = module.path.split("/")[-1]
+        if module.layer == "kernels" and name not in {"__init__.py", "autotune.py"}:
+            assert (ROOT / "tests" / "kernels" / f"test_{name}").exists(), module.path
+
+
+def test_what_is_allowed_still_exists() -> None:
+    """An allowed place that has gone would allow its next namesake."""
+    used = {
+        (module.path, where)
+        for module in sources()
+        for where, call in module.calls()
+        if isinstance(call.func, ast.Attribute) and call.func.attr in SYNC_CALLS
+    }
+    assert used >= SYNC_ALLOWED
+
+
+def test_the_command_line_reference_is_fresh() -> None:
+    markdown = importlib.import_module("asyncllm.cli").markdown
+    assert (ROOT / "docs" / "cli.md").read_text() == markdown()
+
+
+# -- the rules catch ---------------------------------------------------------------------------
+
+BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
+    (size, "core/x.py", "a = 1\n" * 601),
+    (size, "core/x.py", "def f():\n" + "    a = 1\n" * 60),
+    (size, "kernels/x.py", "def f():\n" + "    a = 1\n" * 150),
+    (layers, "kernels/x.py", "from asyncllm.core import slots"),
+    (layers, "kernels/x.py", "from ..core import slots"),
+    (layers, "kernels/deep/x.py", "import asyncllm.errors"),
+    (layers, "kernels/x.py", "import asyncio"),
+    (layers, "core/x.py", "import torch.nn"),
+    (layers, "core/x.py", "from torch import Tensor"),
+    (layers, "core/x.py", "import zmq"),
+    (layers, "core/x.py", "from asyncllm.api import openai"),
+    (layers, "core/x.py", "from asyncllm import messages"),
+    (layers, "core/x.py", "from .. import codec"),
+    (layers, "core/deep/x.py", "def f():\n    import asyncio"),
+    (layers, "api/tools/x.py", "from asyncllm.engine.device import Device"),
+    (layers, "api/x.py", "import aiohttp.web"),
+    (layers, "models/x.py", "from asyncllm.api import openai"),
+    (layers, "engine/x.py", "import asyncllm.actors.base"),
+    (layers, "engine/x.py", "import uvloop"),
+    (layers, "demo.py", "import aiohttp"),
+    (layers, "config.py", "from asyncllm import actors"),
+    (layers, "core/rank.py", "import asyncio"),
+    (foreign_code, "rank.py", "import dill"),
+    (foreign_code, "rank.py", "from pickle import loads"),
+    (foreign_code, "actors/x.py", "sock.send_pyobj(1)"),
+    (foreign_code, "engine/x.py", "dist.all_gather_object(a, b)"),
+    (banned_calls, "core/x.py", "print(1)"),
+    (banned_calls, "core/x.py", "eval('1')"),
+    (banned_calls, "core/x.py", "def f():\n    exec('1')"),
+    (banned_calls, "core/x.py", "import time\ntime.sleep(1)"),
+    (banned_calls, "core/x.py", "from time import sleep as nap\nnap(1)"),
+    (banned_calls, "models/x.py", "import torch as t\nt.load('f')"),
+    (banned_calls, "core/x.py", "import yaml\nyaml.load('f')"),
+    (banned_calls, "engine/x.py", "import torch\ntorch.cuda.synchronize()"),
+    (environment, "rank.py", "import os\nos.environ['A']"),
+    (environment, "rank.py", "from os import getenv\ngetenv('A')"),
+    (environment, "core/config.py", "import os\nos.getenv('A')"),
+    (sync_calls, "engine/x.py", "def f(t):\n    return t.item()"),
+    (sync_calls, "models/deep/x.py", "t.tolist()"),
+    (sync_calls, "kernels/x.py", "def f(t):\n    return g(t.cpu())"),
+    (sync_calls, "actors/x.py", "class A:\n    def f(self, t):\n        return t[0].item()"),
+    (references, "kernels/x.py", "def x():\n    pass"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), BAD, ids=lambda v: str(v)[:40])
+def test_a_rule_catches(rule: Callable[[Module], Iterator[str]], path: str, text: str) -> None:
+    assert list(rule(Module(path, text)))
+
+
+GOOD: list[tuple[str, str]] = [
+    ("core/x.py", "from asyncllm.errors import RequestError\nfrom . import request\nimport re"),
+    ("api/x.py", "from asyncllm import __version__\nfrom asyncllm.core.request import Reason"),
+    ("kernels/x.py", "import torch, triton\nfrom . import y\ndef x_ref(a):\n    return a"),
+    ("models/x.py", "from asyncllm.kernels import x\nimport torch\nclass A:\n    pass"),
+    ("actors/x.py", "import asyncio, zmq\nfrom asyncllm.api import openai\nawait_ = asyncio.sleep"),
+    ("rank.py", "import uvloop\nfrom asyncllm.actors.system import ActorSystem"),
+    ("config.py", "import os\nos.environ['A']\nos.getenv('B')"),
+    ("engine/x.py", "model.eval()\nevent.synchronize()\ndevice.load(plan)\npprint(1)"),
+    ("core/x.py", "array.tolist()\n'''print( pickle os.environ'''"),
+]
+
+
+@pytest.mark.parametrize(("path", "text"), GOOD)
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
+def test_a_rule_leaves_alone(rule: Callable[[Module], Iterator[str]], path: str, text: str) -> None:
+    assert list(rule(Module(path, text))) == []
+
+
+def test_tags_are_seen() -> None:
+    text = (
+        "@message(1)\nclass A: pass\n@codec.message(1)\nclass B: pass\n@message(N)\nclass C: pass"
+    )
+    found = tags(Module("messages.py", text))
+    assert found == [(1, "A"), (1, "B"), (-1, "C")]
+    assert len(taken_twice(found)) == 2
+    assert taken_twice([(1, "A"), (2, "B")]) == []
