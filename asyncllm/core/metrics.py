@@ -1,0 +1,261 @@
+"""The numbers of one server, as Prometheus text.
+
+Knows names, buckets and plain values; knows neither who measured them nor how they are fetched.
+Beside our own names (``asyncllm_``) it keeps those of LightLLM's that dashboards use and that have
+an honest meaning here (``lightllm_``, with the label ``model_name``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+MAX_ROUTES = 64  # distinct label values; what comes later is "other"
+LAG_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
+FIRST_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
+TOTAL_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+LENGTH_BUCKETS = tuple(2**k for k in range(21))
+LIGHTLLM_BUCKETS = tuple(0.0015 * 1.5**k for k in range(35))
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One HTTP request that has been answered.
+
+    Args:
+        route: the path as registered, not as asked for.
+        reason: why generation ended; "" when the request was not about generation.
+        ttft_s: seconds to the first token; < 0: none came.
+        tpot_s: seconds per token after the first; < 0: fewer than two came.
+    """
+
+    route: str
+    status: int
+    prompt_len: int
+    num_tokens: int
+    reason: str
+    ttft_s: float
+    tpot_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What scheduler, allocator and runner hold; token and step counts are since the start."""
+
+    used: int = 0  # slots held by requests
+    cached: int = 0
+    total: int = 0
+    hit_tokens: int = 0
+    looked_up_tokens: int = 0
+    evicted_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    inflight_steps: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0  # computed, without those from the prefix cache
+    generated_tokens: int = 0
+    step_ms: float = 0.0
+    launch_ms: float = 0.0
+    jit_after_warmup: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What the actor system of one process counts; ``actors`` is (name, waiting, busy seconds)."""
+
+    actors: Sequence[tuple[str, int, float]] = ()
+    dead_letters: int = 0
+    foreign_frames: int = 0
+
+
+# field of State -> (name without prefix, help, is a counter)
+_STATE = {
+    "used": ("kv_slots_used", "KV slots held by requests", False),
+    "cached": ("kv_slots_cached", "KV slots of the prefix cache alone", False),
+    "total": ("kv_slots_total", "KV slots there are", False),
+    "running": ("requests_running", "Requests in the batch", False),
+    "waiting": ("requests_waiting", "Requests queued for the batch", False),
+    "inflight_steps": ("inflight_steps", "Steps launched and not committed", False),
+    "step_ms": ("step_ms", "Device time of the last step, milliseconds", False),
+    "launch_ms": ("launch_ms", "Host time of the last launch, milliseconds", False),
+    "steps": ("steps", "Steps launched", True),
+    "preemptions": ("preemptions", "Requests taken out of the batch for want of KV", True),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens computed", True),
+    "generated_tokens": ("generated_tokens", "Tokens sampled", True),
+    "hit_tokens": ("prefix_hit_tokens", "Prompt tokens taken from the prefix cache", True),
+    "looked_up_tokens": ("prefix_lookup_tokens", "Prompt tokens looked up in it", True),
+    "evicted_tokens": ("evicted_tokens", "Tokens evicted from it", True),
+    "jit_after_warmup": ("jit_after_warmup", "Kernels compiled while serving", True),
+}
+assert set(_STATE) == {f.name for f in fields(State)}
+
+# name without prefix -> field of State
+_LIGHTLLM = {
+    "queue_size": "waiting",
+    "batch_current_size": "running",
+    "num_running_reqs": "running",
+}
+
+
+class ServerMetrics:
+    """Every series of one server, in a registry of its own.
+
+    Args:
+        model_name: label of the ``lightllm_`` series.
+        max_len: most tokens of a request; spaces the buckets of ``lightllm_`` lengths.
+    """
+
+    def __init__(self, model_name: str, max_len: int = 16384) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = CollectorRegistry()
+        self._held = _Held(model_name)
+        self._registry.register(self._held)
+        self._routes: set[str] = set()
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"asyncllm_{name}", text, registry=self._registry, buckets=buckets)
+
+        self._first = histogram("time_to_first_token_seconds", "From request in", FIRST_BUCKETS)
+        self._per_token = histogram(
+            "time_per_output_token_seconds", "After the first token", TOKEN_BUCKETS
+        )
+        self._duration = histogram(
+            "request_duration_seconds", "Of generating requests", TOTAL_BUCKETS
+        )
+        self._prompt_len = histogram("request_prompt_tokens", "Prompt tokens", LENGTH_BUCKETS)
+        self._num_tokens = histogram("request_generated_tokens", "New tokens", LENGTH_BUCKETS)
+        self._lag = Histogram(
+            "asyncllm_loop_lag_seconds",
+            "Lateness of a 100 ms timer",
+            ["endpoint"],
+            registry=self._registry,
+            buckets=LAG_BUCKETS,
+        )
+        self._http = Counter(
+            "asyncllm_http_requests", "Answers", ["route", "status"], registry=self._registry
+        )
+        self._finished = Counter(
+            "asyncllm_request_finished", "Generations ended", ["reason"], registry=self._registry
+        )
+        self._lightllm = _LightLlm(self._registry, model_name, max_len)
+
+    def observe(self, answered: Answered) -> None:
+        """Count one answered HTTP request."""
+        route = answered.route
+        if route not in self._routes:
+            if len(self._routes) >= MAX_ROUTES:
+                route = "other"
+            self._routes.add(route)
+        self._http.labels(route, str(answered.status)).inc()
+        if not answered.reason:
+            return
+        self._finished.labels(answered.reason).inc()
+        self._duration.observe(answered.total_s)
+        self._prompt_len.observe(answered.prompt_len)
+        self._num_tokens.observe(answered.num_tokens)
+        if answered.ttft_s >= 0:
+            self._first.observe(answered.ttft_s)
+        if answered.tpot_s >= 0:
+            self._per_token.observe(answered.tpot_s)
+        self._lightllm.observe(answered)
+
+    def lag(self, endpoint: int, late_s: float) -> None:
+        """Count one lateness of the loop's timer."""
+        self._lag.labels(str(endpoint)).observe(late_s)
+
+    def update(self, state: State, process: Process) -> None:
+        """Replace what the actors held when last asked."""
+        self._held.state, self._held.process = state, process
+
+    def exposition(self) -> bytes:
+        """Prometheus text format, version 0.0.4."""
+        return generate_latest(self._registry)
+
+
+class _Held(Collector):
+    """Series whose value is somebody else's count: read, not incremented."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self.state, self.process = State(), Process()
+
+    def collect(self) -> Iterator[Metric]:
+        for field, (name, text, is_counter) in _STATE.items():
+            family = CounterMetricFamily if is_counter else GaugeMetricFamily
+            yield family(f"asyncllm_{name}", text, value=getattr(self.state, field))
+        for name, field in _LIGHTLLM.items():
+            gauge = GaugeMetricFamily(f"lightllm_{name}", name, labels=["model_name"])
+            gauge.add_metric([self._model_name], getattr(self.state, field))
+            yield gauge
+        depth = GaugeMetricFamily("asyncllm_mailbox_depth", "Messages waiting", labels=["actor"])
+        busy = CounterMetricFamily(
+            "asyncllm_handler_seconds", "Time inside receive", labels=["actor"]
+        )
+        for actor, waiting, busy_s in self.process.actors:
+            depth.add_metric([actor], waiting)
+            busy.add_metric([actor], busy_s)
+        yield depth
+        yield busy
+        yield CounterMetricFamily(
+            "asyncllm_dead_letters", "Messages to nobody", value=self.process.dead_letters
+        )
+        yield CounterMetricFamily(
+            "asyncllm_foreign_frames",
+            "Frames that were not ours",
+            value=self.process.foreign_frames,
+        )
+
+
+class _LightLlm:
+    """LightLLM's series about requests."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str, max_len: int) -> None:
+        lengths = [max_len / 100 * k for k in range(1, 102)]
+
+        def counter(name: str) -> Counter:
+            made = Counter(f"lightllm_{name}", name, ["model_name"], registry=registry)
+            return made.labels(model_name)
+
+        def histogram(name: str, buckets: Sequence[float]) -> Histogram:
+            made = Histogram(
+                f"lightllm_{name}", name, ["model_name"], registry=registry, buckets=buckets
+            )
+            return made.labels(model_name)
+
+        self._count = counter("request_count")
+        self._success = counter("request_success")
+        self._failure = counter("request_failure")
+        self._prompt_tokens = counter("prompt_tokens")
+        self._generation_tokens = counter("generation_tokens")
+        self._duration = histogram("request_duration", LIGHTLLM_BUCKETS)
+        self._first = histogram("request_first_token_duration", LIGHTLLM_BUCKETS)
+        self._per_token = histogram("request_mean_time_per_token_duration", LIGHTLLM_BUCKETS)
+        self._input_length = histogram("request_input_length", lengths)
+        self._generated = histogram("request_generated_tokens", lengths)
+
+    def observe(self, answered: Answered) -> None:
+        self._count.inc()
+        failed = answered.status >= 400 or answered.reason in {"abort", "error"}
+        (self._failure if failed else self._success).inc()
+        self._prompt_tokens.inc(answered.prompt_len)
+        self._generation_tokens.inc(answered.num_tokens)
+        self._duration.observe(answered.total_s)
+        self._input_length.observe(answered.prompt_len)
+        self._generated.observe(answered.num_tokens)
+        if answered.ttft_s >= 0:
+            self._first.observe(answered.ttft_s)
+        if answered.tpot_s >= 0:
+            self._per_token.observe(answered.tpot_s)

@@ -1,0 +1,122 @@
+"""Names, labels and values of the Prometheus text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from asyncllm.core.metrics import Answered, Process, ServerMetrics, State
+
+ANSWER = Answered("/v1/completions", 200, 10, 5, "stop", 0.25, 0.03, 0.4)
+
+
+def samples(metrics: ServerMetrics) -> dict[str, float]:
+    """``name{label=value,...}`` -> value."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.exposition().decode()):
+        for sample in family.samples:
+            labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def test_every_name_is_there_from_the_start() -> None:
+    names = {key.split("{")[0] for key in samples(ServerMetrics("m"))}
+    own = (
+        "kv_slots_used kv_slots_cached kv_slots_total requests_running requests_waiting "
+        "inflight_steps steps_total preemptions_total prompt_tokens_total generated_tokens_total "
+        "prefix_hit_tokens_total prefix_lookup_tokens_total evicted_tokens_total "
+        "time_to_first_token_seconds_count time_per_output_token_seconds_bucket "
+        "request_duration_seconds_sum request_prompt_tokens_count request_generated_tokens_count "
+        "dead_letters_total foreign_frames_total jit_after_warmup_total step_ms launch_ms"
+    )
+    theirs = (
+        "request_count_total request_success_total request_failure_total request_duration_count "
+        "request_first_token_duration_count request_mean_time_per_token_duration_count "
+        "request_input_length_count request_generated_tokens_count queue_size batch_current_size "
+        "num_running_reqs prompt_tokens_total generation_tokens_total"
+    )
+    assert names >= {f"asyncllm_{n}" for n in own.split()}
+    assert names >= {f"lightllm_{n}" for n in theirs.split()}
+    assert not [n for n in names if n.endswith("_created")]
+
+
+def test_two_servers_in_one_process_do_not_share_series() -> None:
+    first, second = ServerMetrics("a"), ServerMetrics("b")
+    first.observe(ANSWER)
+    assert samples(first)["lightllm_request_count_total{model_name=a}"] == 1
+    assert samples(second)["lightllm_request_count_total{model_name=b}"] == 0
+
+
+def test_an_answer_is_counted_under_its_labels() -> None:
+    metrics = ServerMetrics("m")
+    metrics.observe(ANSWER)
+    metrics.observe(replace(ANSWER, status=400, reason="error", ttft_s=-1.0, tpot_s=-1.0))
+    got = samples(metrics)
+    assert got["asyncllm_http_requests_total{route=/v1/completions,status=200}"] == 1
+    assert got["asyncllm_http_requests_total{route=/v1/completions,status=400}"] == 1
+    assert got["asyncllm_request_finished_total{reason=stop}"] == 1
+    assert got["asyncllm_request_finished_total{reason=error}"] == 1
+    assert got["asyncllm_time_to_first_token_seconds_count"] == 1
+    assert got["asyncllm_time_to_first_token_seconds_sum"] == pytest.approx(0.25)
+    assert got["asyncllm_time_per_output_token_seconds_sum"] == pytest.approx(0.03)
+    assert got["asyncllm_request_duration_seconds_sum"] == pytest.approx(0.8)
+    assert got["asyncllm_request_prompt_tokens_sum"] == 20
+    assert got["lightllm_request_count_total{model_name=m}"] == 2
+    assert got["lightllm_request_success_total{model_name=m}"] == 1
+    assert got["lightllm_request_failure_total{model_name=m}"] == 1
+    assert got["lightllm_generation_tokens_total{model_name=m}"] == 10
+    assert got["lightllm_request_first_token_duration_count{model_name=m}"] == 1
+
+
+def test_a_client_that_left_is_a_failure() -> None:
+    metrics = ServerMetrics("m")
+    metrics.observe(replace(ANSWER, reason="abort"))
+    assert samples(metrics)["lightllm_request_failure_total{model_name=m}"] == 1
+
+
+def test_an_answer_without_generation_counts_as_http_only() -> None:
+    metrics = ServerMetrics("m")
+    metrics.observe(Answered("/health", 200, 0, 0, "", -1.0, -1.0, 0.001))
+    got = samples(metrics)
+    assert got["asyncllm_http_requests_total{route=/health,status=200}"] == 1
+    assert got["asyncllm_request_duration_seconds_count"] == 0
+    assert got["lightllm_request_count_total{model_name=m}"] == 0
+
+
+def test_routes_do_not_grow_without_limit() -> None:
+    metrics = ServerMetrics("m")
+    for i in range(200):
+        metrics.observe(Answered(f"/{i}", 404, 0, 0, "", -1.0, -1.0, 0.001))
+    routes = [key for key in samples(metrics) if key.startswith("asyncllm_http_requests_total")]
+    assert len(routes) == 65
+    assert samples(metrics)["asyncllm_http_requests_total{route=other,status=404}"] == 136
+
+
+def test_update_replaces_what_the_actors_hold() -> None:
+    metrics = ServerMetrics("m")
+    process = Process([("scheduler", 3, 1.5), ("runner", 0, 0.5)], 2, 4)
+    metrics.update(State(used=9, steps=5), Process())
+    metrics.update(State(used=7, cached=2, total=100, running=3, waiting=1, steps=6), process)
+    got = samples(metrics)
+    assert got["asyncllm_kv_slots_used"] == 7
+    assert got["asyncllm_kv_slots_total"] == 100
+    assert got["asyncllm_steps_total"] == 6
+    assert got["asyncllm_mailbox_depth{actor=scheduler}"] == 3
+    assert got["asyncllm_handler_seconds_total{actor=runner}"] == 0.5
+    assert got["asyncllm_dead_letters_total"] == 2
+    assert got["asyncllm_foreign_frames_total"] == 4
+    assert got["lightllm_num_running_reqs{model_name=m}"] == 3
+    assert got["lightllm_batch_current_size{model_name=m}"] == 3
+    assert got["lightllm_queue_size{model_name=m}"] == 1
+
+
+def test_loop_lag_has_its_endpoint() -> None:
+    metrics = ServerMetrics("m")
+    metrics.lag(0, 0.0003)
+    metrics.lag(0, 0.3)
+    got = samples(metrics)
+    assert got["asyncllm_loop_lag_seconds_bucket{endpoint=0,le=0.0005}"] == 1
+    assert got["asyncllm_loop_lag_seconds_count{endpoint=0}"] == 2
