@@ -83,7 +83,19 @@ class Counted:
     """tokenizer -> frontend."""
 
     query: int
-    num_tokens: int
+    num_tokens: int  # -1: not counted (not Unicode, no free thread, or no answer in time)
+
+
+@message(8)
+class Prepared:
+    """tokenizer -> itself: what a thread of its pool answered, or that the time was up."""
+
+    job: int
+    ids: bytes
+    detail: str  # "": no error
+    code: str
+    status: int
+    frees: bool  # the thread is free again; False: the answer is late, the thread still busy
 
 
 # -- a step --------------------------------------------------------------------------------------
@@ -127,6 +139,7 @@ class Release:
     """
 
     items: tuple[tuple[int, bytes], ...]
+    launched: bytes  # as in Reserve; a request may end before another Reserve is sent
 
 
 @message(13)
@@ -218,6 +231,11 @@ class Finished:
     prompt_len: int
     cached_len: int  # prompt tokens that came from the prefix cache
     num_tokens: int  # generated tokens
+
+
+@message(24)
+class Flush:
+    """detokenizer -> itself: go on with the streams that have new tokens."""
 
 
 # -- the server itself -----------------------------------------------------------------------------

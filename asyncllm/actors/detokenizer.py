@@ -1,0 +1,215 @@
+"""Token ids to text for every stream of one frontend, a little at a time.
+
+Owns the text position of each request: unfinished characters, possible stop strings, tokens not
+yet passed on. Knows neither HTTP nor why a token was chosen.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import assert_never
+
+from asyncllm.actors.base import Actor
+from asyncllm.codec import ints, longs
+from asyncllm.core.detokenize import TextStream
+from asyncllm.core.request import Reason
+from asyncllm.core.stops import StopFinder
+from asyncllm.messages import Delta, Finished, Flush, Follow, StopHit, Tokens
+from asyncllm.text import Text
+
+BUDGET_S = 0.0005  # one turn, so that a launch never waits longer for the loop
+LOOK_EVERY = 4  # streams between two looks at the clock
+
+Inbox = Follow | Tokens | Finished | Flush
+
+# log-probabilities of some tokens: (float32 chosen, num_top, int32 ids, float32 log-probabilities)
+Block = tuple[bytes, int, bytes, bytes]
+
+
+class Detokenizer(Actor[Inbox]):
+    """Tokens only join a stream's buffer; turns of at most ``budget_s`` pass them on.
+
+    A turn goes round the streams with news, makes one Delta of all that a stream has, and posts
+    the rest to itself, so that other actors come in between. A stream's Finished follows its last
+    Delta.
+    """
+
+    def __init__(self, text: Text, *, budget_s: float = BUDGET_S) -> None:
+        super().__init__("detokenizer")
+        self._text, self._budget_s = text, budget_s
+        self._streams: dict[int, _Stream] = {}
+        self._news: deque[_Stream] = deque()
+        self._posted = False  # a Flush is on its way
+
+    @property
+    def following(self) -> int:
+        """Streams that have not ended."""
+        return len(self._streams)
+
+    def started(self) -> None:
+        self.frontend = self.system.ref("frontend")
+        self.scheduler = self.system.ref("scheduler", 0)
+
+    def receive(self, batch: list[Inbox]) -> None:
+        for msg in batch:
+            match msg:
+                case Tokens():
+                    self._append(msg)
+                case Finished():
+                    if stream := self._streams.get(msg.rid):
+                        stream.finished = msg
+                        self._mark(stream)
+                case Follow():
+                    self._streams[msg.rid] = _Stream(msg, self._text)
+                case Flush():
+                    self._posted = False
+                case _:
+                    assert_never(msg)
+        self._turn()
+
+    def _append(self, msg: Tokens) -> None:
+        width = msg.num_top * 4
+        for i, rid in enumerate(longs(msg.rids)):
+            stream = self._streams.get(rid)
+            if stream is None or stream.stopped_at >= 0:
+                continue
+            stream.ids.frombytes(msg.tokens[i * 4 : i * 4 + 4])
+            stream.ends.append(msg.ends[i])
+            if msg.logprobs:
+                top = slice(i * width, (i + 1) * width)
+                chosen = msg.logprobs[i * 4 : i * 4 + 4]
+                stream.blocks.append((chosen, msg.num_top, msg.top_ids[top], msg.top_logprobs[top]))
+            self._mark(stream)
+        for rid, chosen, num_top, top_ids, top_logprobs in msg.prompt:
+            if stream := self._streams.get(rid):
+                stream.prompt.append((chosen, num_top, top_ids, top_logprobs))
+
+    def _mark(self, stream: _Stream) -> None:
+        if not stream.has_news:
+            stream.has_news = True
+            self._news.append(stream)
+
+    def _turn(self) -> None:
+        deadline = perf_counter() + self._budget_s
+        count = 0
+        while self._news:
+            self._pass_on(self._news.popleft())
+            count += 1
+            if count % LOOK_EVERY == 0 and perf_counter() >= deadline:
+                break
+        if self._news and not self._posted:
+            self._posted = True
+            self.put(Flush(), urgent=True)  # urgent: a full mailbox must not refuse it
+
+    def _pass_on(self, stream: _Stream) -> None:
+        stream.has_news = False
+        if stream.stopped_at < 0 and (delta := stream.take()) is not None:
+            self.frontend.tell(delta)
+            if stream.stopped_at >= 0 and stream.finished is None:
+                self.scheduler.tell(StopHit(stream.rid, stream.stopped_at), urgent=True)
+        if stream.finished is not None:
+            del self._streams[stream.rid]
+            self.frontend.tell(stream.ending(stream.finished))
+
+
+class _Stream:
+    """One request's way from ids to text."""
+
+    __slots__ = (
+        "blocks",
+        "ends",
+        "finished",
+        "has_news",
+        "ids",
+        "num_tokens",
+        "print_eos",
+        "prompt",
+        "rid",
+        "stopped_at",
+        "stops",
+        "text",
+    )
+
+    def __init__(self, follow: Follow, text: Text) -> None:
+        self.rid = follow.rid
+        self.print_eos = follow.print_eos
+        self.text: TextStream = text.stream(ints(follow.prompt_tail), follow.skip_special_tokens)
+        self.stops = StopFinder(follow.stop) if follow.stop else None
+        self.ids: array[int] = array("i")  # not passed on yet
+        self.ends = bytearray()
+        self.blocks: list[Block] = []  # one per id, or fewer where steps brought none
+        self.prompt: list[Block] = []  # one per chunk
+        self.finished: Finished | None = None
+        self.has_news = False
+        self.num_tokens = 0  # passed on so far
+        self.stopped_at = -1  # number of tokens whose text brought a stop string
+
+    def take(self) -> Delta | None:
+        """All that has come in since the last time; None: nothing to tell."""
+        shown: list[str] = []
+        pieces: list[str] = []
+        for token, ends in zip(self.ids, self.ends, strict=True):
+            piece = self.text.push(token, bool(ends)) if self.print_eos or not ends else ""
+            pieces.append(piece)
+            shown.append(self._before_stop(piece))
+            if self.stops is not None and self.stops.hit:
+                break
+        if self.finished is not None:
+            shown.append(self._rest(pieces))
+        self.num_tokens += len(pieces)
+        if self.stops is not None and self.stops.hit:
+            self.stopped_at = self.num_tokens
+        text, ids, blocks = "".join(shown), self.ids[: len(pieces)], self.blocks[: len(pieces)]
+        del self.ids[:], self.ends[:], self.blocks[:]
+        prompt = None
+        if self.prompt and (ids or self.finished is not None):
+            prompt = _joined(self.prompt)
+            self.prompt = []
+        if not (ids or text or prompt):
+            return None
+        # a request without log-probabilities sees columns only in steps it shares with others
+        columns = _joined(blocks) if blocks and len(blocks) == len(ids) else (b"", 0, b"", b"")
+        return Delta(self.rid, text, ids.tobytes(), tuple(pieces), *columns, prompt)
+
+    def ending(self, finished: Finished) -> Finished:
+        """What the frontend is told at the end; a stop string came before anything else."""
+        if self.stopped_at < 0:
+            return finished
+        return replace(
+            finished, reason=Reason.STOP, detail="", code="", status=0, num_tokens=self.stopped_at
+        )
+
+    def _before_stop(self, piece: str) -> str:
+        return piece if self.stops is None else self.stops.push(piece)
+
+    def _rest(self, pieces: list[str]) -> str:
+        """Text held back, now that the stream has ended; it belongs to the last piece here."""
+        if self.stops is not None and self.stops.hit:
+            return ""
+        rest = self.text.flush()
+        if rest and pieces:
+            pieces[-1] += rest
+        text = self._before_stop(rest)
+        return text if self.stops is None else text + self.stops.flush()
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    """Several blocks as one, as wide as the narrowest: a step is as wide as its widest request."""
+    num_top = min(block[1] for block in blocks)
+    top_ids: list[bytes] = []
+    top_logprobs: list[bytes] = []
+    for chosen, width, some_ids, some_logprobs in blocks:
+        if width == num_top:
+            top_ids.append(some_ids)
+            top_logprobs.append(some_logprobs)
+            continue
+        for row in range(len(chosen) // 4):
+            top = slice(row * width * 4, (row * width + num_top) * 4)
+            top_ids.append(some_ids[top])
+            top_logprobs.append(some_logprobs[top])
+    chosen = b"".join(block[0] for block in blocks)
+    return chosen, num_top, b"".join(top_ids), b"".join(top_logprobs)

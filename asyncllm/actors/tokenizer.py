@@ -1,0 +1,289 @@
+"""Prompts to token ids: renders chats, encodes texts, checks lengths, and sends requests on.
+
+Owns the pool of threads that render and encode, and the requests that wait for it. Knows neither
+HTTP nor steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+import numpy as np
+
+from asyncllm.actors.base import Actor
+from asyncllm.api.chat import ChatTemplate
+from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.errors import PromptTooLong, RequestError, ServerBusy
+from asyncllm.messages import (
+    Abort,
+    Accepted,
+    Count,
+    Counted,
+    Finished,
+    Follow,
+    Prepared,
+    Submit,
+    Tokenize,
+)
+from asyncllm.text import Text
+
+TAIL_BYTES = 8 * 4  # prompt ids that the detokenizer gets: more than any character needs
+MIN_CHARS_PER_TOKEN = 16
+LIMIT_FLAG = "--max_req_total_len"
+
+Inbox = Tokenize | Abort | Count | Prepared
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One prompt on its way; ``alive`` are those of its requests that nobody has aborted."""
+
+    msg: Tokenize | Count
+    alive: list[int]
+
+
+class Tokenizer(Actor[Inbox]):
+    """Every Tokenize ends in Accepted or in Finished, every Count in Counted.
+
+    Args:
+        text: the model's tokenizer.
+        limit: prompt and generated tokens of one request (--max_req_total_len).
+        vocab_size: ids the model has rows for.
+        workers: threads that render and encode.
+        time_limit_s: for one rendering and encoding; the thread stays taken until it is done.
+        max_queue: prompts that may wait for a thread.
+
+    Raises:
+        StartupError: a chat template does not compile.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        *,
+        limit: int,
+        vocab_size: int,
+        workers: int = 2,
+        time_limit_s: float = 10.0,
+        max_queue: int = 1024,
+    ) -> None:
+        super().__init__("tokenizer")
+        self._text, self._limit, self._vocab_size = text, limit, vocab_size
+        self._template = ChatTemplate(text.templates, text.special_tokens)
+        # no text of more characters can fit, so it need not be encoded to be refused
+        self._chars_per_token = max(MIN_CHARS_PER_TOKEN, text.max_piece_chars)
+        self._workers, self._time_limit_s, self._max_queue = workers, time_limit_s, max_queue
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
+        self._free = workers
+        self._jobs: dict[int, _Job] = {}
+        self._job_of: dict[int, int] = {}  # rid -> job
+        self._line: deque[int] = deque()  # jobs without a thread yet
+        self._last_job = 0
+
+    @property
+    def waiting(self) -> int:
+        """Prompts not yet answered."""
+        return len(self._jobs)
+
+    def started(self) -> None:
+        self.frontend = self.system.ref("frontend")
+        self.detokenizer = self.system.ref("detokenizer")
+        self.scheduler = self.system.ref("scheduler", 0)
+
+    def receive(self, batch: list[Inbox]) -> None:
+        for msg in batch:
+            match msg:
+                case Tokenize(ids=ids) if ids is not None:
+                    self._answer(_Job(msg, list(msg.rids)), ids)
+                case Tokenize() | Count():
+                    self._take(msg)
+                case Prepared():
+                    self._prepared(msg)
+                case Abort(rid):
+                    self._abort(rid)
+                case _:
+                    assert_never(msg)
+
+    def stopped(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- waiting for a thread ------------------------------------------------------------------------
+
+    def _take(self, msg: Tokenize | Count) -> None:
+        job = _Job(msg, list(msg.rids) if isinstance(msg, Tokenize) else [])
+        if not self._free and len(self._line) >= self._max_queue:
+            self._refuse(
+                job, ServerBusy(f"{self._max_queue} prompts wait to be tokenized, try again later")
+            )
+            return
+        self._last_job += 1
+        self._jobs[self._last_job] = job
+        for rid in job.alive:
+            self._job_of[rid] = self._last_job
+        self._line.append(self._last_job)
+        self._start_some()
+
+    def _start_some(self) -> None:
+        while self._free and self._line:
+            number = self._line.popleft()
+            self._free -= 1
+            self.spawn(self._run(number, self._jobs[number].msg))
+
+    async def _run(self, number: int, msg: Tokenize | Count) -> Prepared:
+        work = self.system.loop.run_in_executor(self._pool, self._ids, msg)
+        try:
+            async with asyncio.timeout(self._time_limit_s):
+                ids = await asyncio.shield(work)
+        except TimeoutError:
+            self.spawn(self._late(number, work))
+            detail = f"the prompt could not be prepared in {self._time_limit_s:g} s"
+            return Prepared(number, b"", detail, "", RequestError.status, False)
+        except RequestError as error:
+            return Prepared(number, b"", error.message, error.code or "", error.status, True)
+        return Prepared(number, ids, "", "", 0, True)
+
+    async def _late(self, number: int, work: asyncio.Future[bytes]) -> Prepared:
+        """Frees the thread of a job that has been answered already."""
+        with contextlib.suppress(RequestError):
+            await work
+        return Prepared(number, b"", "", "", 0, True)
+
+    def _prepared(self, msg: Prepared) -> None:
+        if msg.frees:
+            self._free += 1
+            self._start_some()
+        if (job := self._jobs.pop(msg.job, None)) is None:
+            return
+        for rid in job.alive:
+            del self._job_of[rid]
+        if msg.detail:
+            error = RequestError(msg.detail, code=msg.code or None)
+            error.status = msg.status
+            self._refuse(job, error)
+        else:
+            self._answer(job, msg.ids)
+
+    def _abort(self, rid: int) -> None:
+        """A request that has not been submitted ends here; any other is the scheduler's."""
+        if (number := self._job_of.pop(rid, None)) is None:
+            return
+        job = self._jobs[number]
+        job.alive.remove(rid)
+        if not job.alive:
+            del self._jobs[number]
+            if number in self._line:
+                self._line.remove(number)
+        self.frontend.tell(Finished(rid, Reason.ABORT, "", "", 0, 0, 0, 0))
+
+    # -- in a thread of the pool: plain data in and out ------------------------------------------------
+
+    def _ids(self, msg: Tokenize | Count) -> bytes:
+        """Ids of a text or a chat. Raises RequestError."""
+        chat = msg.chat if isinstance(msg, Tokenize) else None
+        try:
+            if chat is not None:
+                text, add_special_tokens = self._template.render(json.loads(chat)), False
+            else:
+                text, add_special_tokens = msg.text or "", msg.add_special_tokens
+            if isinstance(msg, Tokenize):
+                self._check_chars(len(text))
+            if not text:
+                return b""
+            return self._text.encode(text, add_special_tokens).tobytes()
+        except UnicodeEncodeError as error:
+            raise RequestError("the prompt is not valid Unicode: a lone surrogate") from error
+
+    def _check_chars(self, num_chars: int) -> None:
+        at_least = -(-num_chars // self._chars_per_token)
+        if at_least > self._limit:
+            raise PromptTooLong(
+                f"This prompt exceeds the context window: {num_chars} characters are at least"
+                f" {at_least} prompt tokens, limit {self._limit} ({LIMIT_FLAG})"
+            )
+
+    # -- answers -------------------------------------------------------------------------------------
+
+    def _answer(self, job: _Job, ids: bytes) -> None:
+        msg = job.msg
+        if isinstance(msg, Count):
+            self.frontend.tell(Counted(msg.query, len(ids) // 4))
+            return
+        params = SamplingParams.unpack(msg.params)
+        try:
+            room = self._room(ids, params.max_new_tokens)
+        except RequestError as error:
+            self._refuse(job, error)
+            return
+        for rid in job.alive:
+            self.detokenizer.tell(
+                Follow(
+                    rid,
+                    ids[-TAIL_BYTES:],
+                    params.stop,
+                    params.skip_special_tokens,
+                    params.print_eos,
+                )
+            )
+        for i, rid in enumerate(msg.rids):
+            if rid in job.alive:
+                own = replace(params, max_new_tokens=room, seed=_wrapped(params.seed + i))
+                self.scheduler.tell(Submit(rid, ids, own.pack()))
+        self.frontend.tell(Accepted(msg.rids[0], ids))
+
+    def _room(self, ids: bytes, max_new_tokens: int | None) -> int:
+        """Tokens the request may generate. Raises RequestError where the prompt cannot be served."""
+        if not ids:
+            raise RequestError("prompt is empty", param="prompt")
+        tokens = np.frombuffer(ids, np.int32)
+        bad = (tokens < 0) | (tokens >= self._vocab_size)
+        if bad.any():
+            raise RequestError(
+                f"token id {tokens[bad.argmax()]} is not in the vocabulary"
+                f" (0 to {self._vocab_size - 1})",
+                param="prompt",
+            )
+        prompt_len, limit = len(tokens), self._limit
+        # without a limit of its own the request wants at least one token
+        if prompt_len > limit or (max_new_tokens is None and prompt_len == limit):
+            raise PromptTooLong(
+                f"This prompt exceeds the context window: {prompt_len} prompt tokens,"
+                f" limit {limit} ({LIMIT_FLAG})",
+                param="prompt",
+            )
+        if max_new_tokens is None:
+            return limit - prompt_len
+        if (total := prompt_len + max_new_tokens) > limit:
+            raise PromptTooLong(
+                f"This request exceeds the context window: {prompt_len} prompt tokens +"
+                f" {max_new_tokens} max_tokens = {total}, limit {limit} ({LIMIT_FLAG})",
+                param="max_tokens",
+            )
+        return max_new_tokens
+
+    def _refuse(self, job: _Job, error: RequestError) -> None:
+        if isinstance(job.msg, Count):
+            self.frontend.tell(Counted(job.msg.query, -1))
+            return
+        self.frontend.tell(
+            Finished(
+                job.alive[0],  # the group's first, unless that one has been aborted
+                Reason.ERROR,
+                error.message,
+                error.code or "",
+                error.status,
+                0,
+                0,
+                0,
+            )
+        )
+
+
+def _wrapped(seed: int) -> int:
+    """``seed`` as a signed 64-bit number."""
+    return (seed + 2**63) % 2**64 - 2**63

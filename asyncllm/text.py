@@ -1,0 +1,342 @@
+"""The tokenizer of a model folder: text to ids, ids to text, chat templates.
+
+The only place that knows the file formats of tokenizers and transformers; knows no requests.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Tokenizer
+
+from asyncllm.core.detokenize import PieceTable, TextStream, WindowStream
+from asyncllm.errors import StartupError
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+Mode = Literal["fast", "slow", "auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A loaded tokenizer. Immutable; every method may be called from any thread.
+
+    Attributes:
+        tokenizer: the fast tokenizer, or None where only a slow one exists.
+        pieces: bytes of each id as it appears in text; b"" for ids without a token.
+        table: how pieces join; None: the decoder is of another kind, and windows are decoded.
+        special: ids of special tokens, hidden by ``skip_special_tokens``.
+        templates: chat templates by name; "default" is the usual one. Empty: not a chat model.
+        special_tokens: text of bos_token, eos_token, ... as templates use them.
+        bos_id, eos_id: None where the folder names no such token.
+        vocab_size: highest id + 1; the model's own may be larger (padding).
+        max_piece_chars: length of the longest token in characters.
+    """
+
+    tokenizer: Tokenizer | None
+    pieces: list[bytes]
+    table: PieceTable | None
+    special: frozenset[int]
+    templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
+    bos_id: int | None
+    eos_id: int | None
+    vocab_size: int
+    max_piece_chars: int
+    _encode: Callable[[str, bool], list[int]]
+    _decode: Callable[[list[int], bool], str]
+
+    def encode(self, text: str, add_special_tokens: bool) -> array[int]:
+        """Ids of ``text``. Releases the GIL with a fast tokenizer.
+
+        Raises:
+            UnicodeEncodeError: ``text`` has a lone surrogate.
+        """
+        text.encode()  # the library answers a lone surrogate with a TypeError about its input type
+        return array("i", self._encode(text, add_special_tokens))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of all ``ids`` at once; ids without a token give nothing."""
+        return self._decode(list(ids), skip_special_tokens)
+
+    def stream(self, tail: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
+        """Incremental text of the ids that follow ``tail``; see :mod:`asyncllm.core.detokenize`."""
+        if self.table is not None:
+            return self.table.stream(tail, skip_special_tokens)
+        return WindowStream(self._decode, tail, skip_special_tokens)
+
+
+def load_tokenizer(model_dir: str, mode: Mode = "auto", trust_remote_code: bool = False) -> Text:
+    """The tokenizer of a Hugging Face folder. ``fast`` and ``auto`` are the same.
+
+    transformers is imported only where there is no tokenizer.json, or for ``slow``: it takes
+    seconds, and some of its classes rebuild parts of the file that they should take as they are.
+
+    Raises:
+        StartupError: no tokenizer, an unreadable one, or no slow one for ``slow``.
+    """
+    folder = Path(model_dir)
+    config = _json(folder / "tokenizer_config.json")
+    special = _special_tokens(folder, config)
+    templates = _templates(folder, config)
+    file = folder / "tokenizer.json"
+    if mode != "slow" and file.is_file():
+        try:
+            tokenizer = Tokenizer.from_buffer(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise StartupError(f"cannot read {file}: {error}") from error
+        return _fast(tokenizer, config, special, templates)
+    return _by_transformers(folder, mode, trust_remote_code, config, special, templates)
+
+
+def _fast(
+    tokenizer: Tokenizer,
+    config: dict[str, Any],
+    special: dict[str, str],
+    templates: dict[str, str],
+) -> Text:
+    tokenizer.no_truncation()  # a file may carry the settings of its training
+    tokenizer.no_padding()
+    # named special tokens are special even where the file lists them as ordinary ones
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(content, special=True, normalized=False)
+            for content in special.values()
+            if tokenizer.token_to_id(content) is not None
+        ]
+    )
+    added = tokenizer.get_added_tokens_decoder()
+    tokens = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=False).items()}
+    tokens.update((i, token.content) for i, token in added.items())
+    size = max(tokens, default=-1) + 1
+    ids = {name: tokenizer.token_to_id(content) for name, content in special.items()}
+    bos = _bos_to_prepend(tokenizer, config, ids.get("bos_token"))
+
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
+        # encode() holds the GIL, encode_batch() does not
+        (found,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return [*bos, *found.ids] if add_special_tokens else found.ids
+
+    def decode(some: list[int], skip_special_tokens: bool) -> str:
+        return tokenizer.decode_batch([some], skip_special_tokens=skip_special_tokens)[0]
+
+    hidden = frozenset(i for i, token in added.items() if token.special)
+    decoder = json.loads(tokenizer.to_str())["decoder"]
+    table = _table(decoder, [tokens.get(i, "") for i in range(size)], hidden)
+    pieces = table.pieces if table else [decode([i], False).encode() for i in range(size)]
+    return Text(
+        tokenizer,
+        pieces,
+        table,
+        hidden,
+        templates,
+        special,
+        ids.get("bos_token"),
+        ids.get("eos_token"),
+        size,
+        max(map(len, tokens.values()), default=1),
+        encode,
+        decode,
+    )
+
+
+def _bos_to_prepend(tokenizer: Tokenizer, config: dict[str, Any], bos: int | None) -> list[int]:
+    """[bos] where the configuration wants one that the file's post-processor does not add."""
+    if bos is None or not config.get("add_bos_token"):
+        return []
+    return [] if tokenizer.encode("", add_special_tokens=True).ids[:1] == [bos] else [bos]
+
+
+# -- decoders ----------------------------------------------------------------------------------------
+
+
+def _table(
+    decoder: dict[str, Any] | None, tokens: list[str], special: frozenset[int]
+) -> PieceTable | None:
+    """The table of a byte-level or SentencePiece style decoder; None for any other."""
+    steps = _flat(decoder)
+    kinds = [step["type"] for step in steps]
+    if kinds in (["ByteLevel"], ["ByteLevel", "Fuse"]):
+        return PieceTable.of(_byte_level(tokens), special)
+    replaced: list[tuple[str, str]] = []
+    while kinds[:1] == ["Replace"]:
+        pattern = steps[0]["pattern"].get("String")
+        if pattern is None:
+            return None
+        replaced.append((pattern, steps[0]["content"]))
+        steps, kinds = steps[1:], kinds[1:]
+    if not replaced or kinds not in (
+        ["ByteFallback", "Fuse"],
+        ["ByteFallback", "Fuse", "Strip"],
+        ["Fuse"],
+        ["Fuse", "Strip"],
+    ):
+        return None
+    strip: dict[str, Any] = {"content": " ", "start": 0, "stop": 0}
+    if kinds[-1] == "Strip":
+        strip = steps[-1]
+    if strip["content"] != " " or strip["stop"]:
+        return None
+    byte_tokens: dict[int, bytes] = {}
+    pieces: list[bytes] = []
+    for i, token in enumerate(tokens):
+        for old, new in replaced:
+            token = token.replace(old, new)
+        if "ByteFallback" in kinds and (byte := _byte_token(token)) is not None:
+            byte_tokens[i] = byte
+        pieces.append(byte_tokens.get(i) or token.encode())
+    return PieceTable.of(pieces, special, byte_tokens.keys(), strip["start"])
+
+
+def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The decoder's steps, nested sequences opened."""
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [step for part in decoder["decoders"] for step in _flat(part)]
+    return [decoder]
+
+
+def _byte_level(tokens: list[str]) -> list[bytes]:
+    """Bytes of byte-level BPE tokens: each of 256 characters stands for one byte.
+
+    Printable Latin-1 stands for itself, the other 68 bytes for U+0100 and on, in order (GPT-2).
+    A token with any other character is one that was added, and is meant literally.
+    """
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(own)]
+    byte_of = {byte: byte for byte in own} | {0x100 + i: byte for i, byte in enumerate(others)}
+    alphabet = frozenset(map(chr, byte_of))
+    return [
+        token.translate(byte_of).encode("latin-1") if alphabet.issuperset(token) else token.encode()
+        for token in tokens
+    ]
+
+
+def _byte_token(token: str) -> bytes | None:
+    """The byte of ``<0xNN>``."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes.fromhex(token[3:5])
+        except ValueError:
+            return None
+    return None
+
+
+# -- by transformers ---------------------------------------------------------------------------------
+
+
+def _by_transformers(
+    folder: Path,
+    mode: Mode,
+    trust_remote_code: bool,
+    config: dict[str, Any],
+    special: dict[str, str],
+    templates: dict[str, str],
+) -> Text:
+    if not folder.is_dir():
+        raise StartupError(f"{folder} is not a folder")
+    from transformers import AutoTokenizer  # here: the import takes seconds and is rarely needed
+
+    try:
+        slow = AutoTokenizer.from_pretrained(
+            str(folder), use_fast=mode != "slow", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise StartupError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+    special = {**special, **{k: str(v) for k, v in slow.special_tokens_map.items() if v}}
+    if isinstance(slow.chat_template, str):
+        templates = {"default": slow.chat_template, **templates}
+    if getattr(slow, "is_fast", False):
+        if mode == "slow":
+            raise StartupError(
+                f"--tokenizer_mode slow: {folder} has no slow tokenizer; not available yet"
+            )
+        return _fast(slow.backend_tokenizer, config, special, templates)
+    return _slow(slow, special, templates)
+
+
+def _slow(slow: Any, special: dict[str, str], templates: dict[str, str]) -> Text:
+    """A transformers tokenizer in Python: its decoder is not known, so windows are decoded."""
+
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
+        return list(slow.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(some: list[int], skip_special_tokens: bool) -> str:
+        known = [i for i in some if 0 <= i < size]
+        return str(
+            slow.decode(
+                known,
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    vocab: dict[str, int] = slow.get_vocab()
+    size = max(vocab.values(), default=-1) + 1
+    return Text(
+        None,
+        [decode([i], False).encode("utf-8", "replace") for i in range(size)],
+        None,
+        frozenset(slow.all_special_ids),
+        templates,
+        special,
+        slow.bos_token_id,
+        slow.eos_token_id,
+        size,
+        max(map(len, vocab), default=1),
+        encode,
+        decode,
+    )
+
+
+# -- configuration files -----------------------------------------------------------------------------
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file; {} where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StartupError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise StartupError(f"{path} is not a JSON object")
+    return content
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Text of the named special tokens; an entry is a string or {"content": ...}."""
+    named = {**_json(folder / "special_tokens_map.json"), **config}
+    found: dict[str, str] = {}
+    for name in SPECIAL_NAMES:
+        value = named.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str) and content:
+            found[name] = content
+    return found
+
+
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name. A .jinja file wins over chat_template.json, that over the config."""
+    found: dict[str, str] = {}
+    for holder in (config, _json(folder / "chat_template.json")):
+        value = holder.get("chat_template")
+        if isinstance(value, str):
+            found["default"] = value
+        elif isinstance(value, dict):
+            found.update(value)
+        elif isinstance(value, list):
+            found.update((each["name"], each["template"]) for each in value)
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    for name, path in files.items():
+        if path.is_file():
+            found[name] = path.read_text(encoding="utf-8")
+    return found
