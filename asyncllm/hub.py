@@ -7,13 +7,19 @@ files contain.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from asyncllm.config import hub_offline
 from asyncllm.demo import Bar, ensure_demo_model
 from asyncllm.errors import StartupError
 from asyncllm.log import Progress
+
+_log = logging.getLogger("asyncllm.hub")
 
 INDEX = "model.safetensors.index.json"
 
@@ -74,6 +80,13 @@ def check_model_dir(folder: Path) -> None:
         )
 
 
+class _TerminalBar(tqdm):  # type: ignore[misc]  # it has no types
+    """The hub client's bars, on a terminal only and whatever quietens its other bars."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "disable": None})
+
+
 def _shards(index: Path) -> list[str]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -87,8 +100,13 @@ def _download(repo: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
 
+    _log.info("looking for %s on the Hugging Face hub", repo)
     try:
-        return Path(snapshot_download(repo, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(
+            snapshot_download(
+                repo, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, tqdm_class=_TerminalBar
+            )
+        )
     except (OSError, ValueError, HTTPError) as err:
         raise StartupError(
             f"--model_dir {repo}: no such folder, and not to be had from the Hugging Face hub: "

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from asyncllm.config import cache_dir
+from asyncllm.demo import ensure_demo_model
 
 
 @pytest.fixture
@@ -22,3 +26,15 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+@pytest.fixture(scope="session")
+def demo_dir() -> Path:
+    """Folder of the embedded model, fetched and converted once per machine (about 12 s).
+
+    It is kept in ASYNCLLM_CACHE, else in the checkout's .venv, else in the user's cache.
+    """
+    venv = Path(__file__).parents[1] / ".venv"
+    if "ASYNCLLM_CACHE" not in os.environ and venv.is_dir():
+        return ensure_demo_model(venv / "asyncllm-cache")
+    return ensure_demo_model(cache_dir())

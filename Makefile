@@ -1,0 +1,65 @@
+# The developer's commands; `make` alone lists them.
+# Variables: ARGS (more options for the command), PYTHON, VENV, TORCH (what to install as torch on
+# a machine without an NVIDIA driver), ASYNCLLM_CACHE (where the embedded model is kept).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+export ASYNCLLM_CACHE ?= $(CURDIR)/$(VENV)/asyncllm-cache
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# idle OpenMP threads sleep, since servers under test share the cores; nothing asks a model hub
+TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
+PYTEST := $(BIN)/python -m pytest -q --timeout=300
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint bench gpu docs clean
+
+help:
+	@echo 'make serve  install into $(VENV) and start the server (ARGS="--port 8001")'
+	@echo 'make test   whole test suite, no GPU needed (ARGS="tests/core -x")'
+	@echo 'make lint   ruff, mypy --strict, rules of the code base'
+	@echo 'make gpu    tests that need a GPU'
+	@echo 'make bench  what the event loop costs per streamed token'
+	@echo 'make docs   write docs/cli.md anew from the options'
+	@echo 'make clean  remove $(VENV), with the embedded model, and every cache'
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "asyncllm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+	    "Name another: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@echo 'installing into $(VENV) (some minutes the first time)' >&2
+	@$(PYTHON) -m venv $(VENV)
+	@command -v nvidia-smi >/dev/null 2>&1 || $(PIP) $(TORCH)
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+serve: $(STAMP)
+	@exec $(BIN)/asyncllm $(ARGS)
+
+test: $(STAMP)
+	@$(TEST_ENV) TRITON_INTERPRET=1 $(PYTEST) $(ARGS)
+
+gpu: $(STAMP)
+	@$(TEST_ENV) $(PYTEST) -m 'gpu or multigpu' $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(PYTEST) tests/test_rules.py
+
+bench: $(STAMP)
+	@$(BIN)/python bench/loop.py $(ARGS)
+
+docs: $(STAMP)
+	@$(BIN)/python -m asyncllm.cli > docs/cli.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
