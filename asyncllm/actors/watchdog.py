@@ -1,0 +1,415 @@
+"""Watchdog: is every endpoint there and alive, how does the server start and end, what does it hold.
+
+Knows liveness, drain and the numbers; knows neither requests nor what a step computes.
+One runs on every endpoint. That of endpoint 0 leads: it waits for all, drains, and answers scrapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import assert_never
+
+from asyncllm.actors.base import Actor
+from asyncllm.core.metrics import Answered, Process, ServerMetrics, State
+from asyncllm.errors import PeerLost
+from asyncllm.messages import (
+    AllocatorStats,
+    Drain,
+    Drained,
+    Halt,
+    Heartbeat,
+    Probe,
+    Ready,
+    RunnerStats,
+    SchedulerStats,
+    Scrape,
+    Scraped,
+    Served,
+    Started,
+)
+
+EXIT_HUNG = 70
+STDERR = 2
+TICK_S = 0.1
+ABORT_S = 2.0  # for the answers to what a drain cut off
+
+Inbox = (
+    Ready
+    | Heartbeat
+    | Drain
+    | Drained
+    | Halt
+    | Scrape
+    | Served
+    | SchedulerStats
+    | AllocatorStats
+    | RunnerStats
+)
+Stats = SchedulerStats | AllocatorStats | RunnerStats
+
+log = logging.getLogger(__name__)
+
+
+def dump_stacks() -> None:
+    """Stacks of all threads to stderr."""
+    faulthandler.dump_traceback(STDERR)
+
+
+def guard_loop(seconds: float) -> None:
+    """Dump stacks and end the process unless called again within ``seconds``; 0: no more.
+
+    Works from a thread that needs no interpreter, so that it also ends a process whose loop hangs.
+    """
+    if seconds > 0:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Duty:
+    """What one watchdog looks after.
+
+    Args:
+        endpoint: where it runs; 0 leads and has scheduler, allocator and runner beside it.
+        names: every endpoint of the server -> what it is called in messages ("rank 1").
+        frontends: the endpoints that serve HTTP.
+        model_name: label in the metrics.
+        max_len: most tokens of a request, for the metrics' buckets.
+        step_timeout_s: a launched step, or the loop, that takes longer ends the process. 0: never.
+        busy_since: perf_counter time at which the oldest unfinished step was launched, or None.
+        on_ready: called at endpoint 0 once every endpoint is there.
+        heartbeat_s: between two heartbeats.
+        dead_after_s: an endpoint silent for this long is lost.
+        log_every_s: between two lines about throughput.
+    """
+
+    endpoint: int
+    names: Mapping[int, str]
+    frontends: tuple[int, ...]
+    model_name: str
+    max_len: int
+    step_timeout_s: float
+    busy_since: Callable[[], float | None] = lambda: None
+    on_ready: Callable[[], None] = lambda: None
+    heartbeat_s: float = 1.0
+    dead_after_s: float = 10.0
+    log_every_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """How a watchdog reaches the world outside; tests put other functions here."""
+
+    clock: Callable[[], float] = perf_counter
+    exit: Callable[[int], None] = os._exit
+    dump: Callable[[], None] = dump_stacks
+    guard: Callable[[float], None] = guard_loop
+    tick_s: float = TICK_S
+
+
+class Watchdog(Actor[Inbox]):
+    """Liveness, start, drain and numbers of the server.
+
+    ``Drain`` told to the one of endpoint 0 ends the server: frontends and scheduler are told, and
+    when they have drained, or the time is over and running requests have been aborted, every
+    endpoint stops. A second ``Drain`` stops them at once.
+
+    Raises:
+        PeerLost: another endpoint has been silent for too long.
+    """
+
+    def __init__(self, duty: Duty, means: Means | None = None) -> None:
+        super().__init__("watchdog")
+        self._duty, self._means = duty, means or Means()
+        self._leads = duty.endpoint == 0
+        self._others = [e for e in duty.names if e != duty.endpoint]
+        self._peers = self._others if self._leads else [0]  # whom to hear and to tell
+        self._absent = set(self._others) if self._leads else set()
+        self._open = False
+        self._heard: dict[int, float] = {}  # from a peer's first sign of life on
+        self._due = self._beat_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._lags: deque[float] = deque(maxlen=100)
+        self._metrics = ServerMetrics(duty.model_name, duty.max_len)
+        # drain: who still has work, and when to stop waiting
+        self._busy: set[tuple[str, int]] | None = None
+        self._deadline, self._aborting = 0.0, False
+        # scrapes: at most one probe is out; who asks meanwhile gets the next one
+        self._probe: _Probe | None = None
+        self._num_probes = 0
+        self._scrapes: list[Scrape] = []
+        self._log_wanted = False
+        self._logged, self._logged_at, self._log_due = State(), 0.0, 0.0
+
+    @property
+    def lag_p50_s(self) -> float:
+        """Median lateness of the loop over the last 10 s."""
+        return statistics.median(self._lags) if self._lags else 0.0
+
+    def started(self) -> None:
+        now = self._means.clock()
+        self._due = now + self._means.tick_s
+        self._beat_at = self._logged_at = now
+        self._log_due = now + self._duty.log_every_s
+        if self._leads:
+            self._open_doors()
+        else:
+            self.system.ref("watchdog", 0).tell(Ready(self._duty.endpoint), urgent=True)
+        self._arm()
+
+    def receive(self, batch: list[Inbox]) -> None:
+        for msg in batch:
+            match msg:
+                case Ready(endpoint):
+                    self._heard[endpoint] = self._means.clock()
+                    self._absent.discard(endpoint)
+                    self._open_doors()
+                case Heartbeat(endpoint):
+                    self._hear(endpoint)
+                case Drain(timeout_s):
+                    self._drain(timeout_s)
+                case Drained(who, endpoint):
+                    self._drained(who, endpoint)
+                case Halt():
+                    self.system.stop()
+                case Scrape():
+                    self._scrapes.append(msg)
+                case Served():
+                    self._served(msg)
+                case SchedulerStats() | AllocatorStats() | RunnerStats():
+                    self._collect(msg)
+                case _:
+                    assert_never(msg)
+        self._ask()
+
+    def stopped(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._means.guard(0.0)
+
+    def tick(self) -> None:
+        """Look at the clock: the loop's lateness, hung steps, silent peers, what is due.
+
+        Raises:
+            PeerLost: a peer is silent.
+        """
+        now = self._means.clock()
+        late = max(0.0, now - self._due)
+        self._due = now + self._means.tick_s
+        self._lags.append(late)
+        self._metrics.lag(self._duty.endpoint, late)
+        self._watch_step(now)
+        self._watch_peers(now, late)
+        if self._busy is not None and now >= self._deadline:
+            self._drain_timed_out(now)
+        if self._leads and now >= self._log_due:
+            self._log_due = now + self._duty.log_every_s
+            self._log_wanted = True
+            self._ask()
+
+    # -- start and liveness ---------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        self._timer = self.system.loop.call_later(self._means.tick_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        if not self.system.over:
+            self._arm()
+            self.tick()
+
+    def _open_doors(self) -> None:
+        """Once: everybody is there."""
+        if self._absent or self._open:
+            return
+        self._open = True
+        for endpoint in self._duty.frontends:
+            self.system.ref("frontend", endpoint).tell(Started(), urgent=True)
+        self._duty.on_ready()
+
+    def _hear(self, endpoint: int) -> None:
+        if endpoint in self._peers and endpoint not in self._absent:
+            self._heard[endpoint] = self._means.clock()
+
+    def _watch_step(self, now: float) -> None:
+        since = self._duty.busy_since()
+        limit = self._duty.step_timeout_s
+        if since is None or limit <= 0 or now - since <= limit:
+            return
+        name = self._duty.names[self._duty.endpoint]
+        log.critical("%s: a step has not ended for %.1f s (--step_timeout)", name, now - since)
+        self._means.dump()
+        self._means.exit(EXIT_HUNG)
+
+    def _watch_peers(self, now: float, late: float) -> None:
+        if late > self._duty.heartbeat_s:  # we were away: their heartbeats wait in the socket
+            self._heard = {peer: heard + late for peer, heard in self._heard.items()}
+        if now < self._beat_at:
+            return
+        self._beat_at = now + self._duty.heartbeat_s
+        if (limit := self._duty.step_timeout_s) > 0:
+            self._means.guard(limit + 2 * self._duty.heartbeat_s)
+        for peer in self._peers:
+            self.system.ref("watchdog", peer).tell(Heartbeat(self._duty.endpoint), urgent=True)
+        for peer, heard in self._heard.items():
+            if now - heard > self._duty.dead_after_s:
+                raise PeerLost(f"{self._duty.names[peer]} has been silent for {now - heard:.1f} s")
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _drain(self, timeout_s: float) -> None:
+        if not self._leads:
+            log.warning("drain ignored: endpoint 0 decides")
+        elif self._busy is not None:
+            log.info("second signal: stopping at once")
+            self._halt()
+        else:
+            log.info("draining for at most %g s", timeout_s)
+            self._busy = {("scheduler", 0), *(("frontend", e) for e in self._duty.frontends)}
+            self._deadline = self._means.clock() + timeout_s
+            for who, endpoint in sorted(self._busy):
+                self.system.ref(who, endpoint).tell(Drain(timeout_s), urgent=True)
+
+    def _drained(self, who: str, endpoint: int) -> None:
+        if self._busy is not None:
+            self._busy.discard((who, endpoint))
+            if not self._busy:
+                self._halt()
+
+    def _drain_timed_out(self, now: float) -> None:
+        if self._aborting:
+            self._halt()
+        else:
+            log.warning("drain timed out: aborting what still runs (--drain_timeout)")
+            self._aborting, self._deadline = True, now + ABORT_S
+            self.system.ref("scheduler", 0).tell(Drain(0.0), urgent=True)
+
+    def _halt(self) -> None:
+        for endpoint in self._others:
+            self.system.ref("watchdog", endpoint).tell(Halt(), urgent=True)
+        self.system.stop()
+
+    # -- numbers --------------------------------------------------------------------------------
+
+    def _served(self, msg: Served) -> None:
+        self._metrics.observe(
+            Answered(
+                route=msg.route,
+                status=msg.status,
+                prompt_len=msg.prompt_len,
+                num_tokens=msg.num_tokens,
+                reason=msg.reason,
+                ttft_s=msg.ttft_s,
+                tpot_s=msg.tpot_s,
+                total_s=msg.total_s,
+            )
+        )
+
+    def _ask(self) -> None:
+        """One probe for all who ask now; none while one is out, since its answers may be old."""
+        if self._probe is not None or not (self._scrapes or self._log_wanted):
+            return
+        self._num_probes += 1
+        self._probe = _Probe(self._num_probes, self._scrapes, self._log_wanted)
+        self._scrapes, self._log_wanted = [], False
+        for name in ("scheduler", "allocator", "runner"):
+            self.system.ref(name).tell(Probe(self._num_probes), urgent=True)
+
+    def _collect(self, msg: Stats) -> None:
+        if (probe := self._probe) is None or msg.query != probe.query:
+            return
+        match msg:
+            case SchedulerStats():
+                probe.scheduler = msg
+            case AllocatorStats():
+                probe.allocator = msg
+            case RunnerStats():
+                probe.runner = msg
+        if probe.scheduler and probe.allocator and probe.runner:
+            self._probe = None
+            state = _state(probe.scheduler, probe.allocator, probe.runner)
+            self._answer(probe.scrapes, state, probe.scheduler.expected_slots)
+            if probe.log:
+                self._log(state)
+
+    def _answer(self, scrapes: list[Scrape], state: State, expected: int) -> None:
+        system = self.system
+        actors = [(a.name, a.depth, a.busy_s) for a in system.actors]
+        self._metrics.update(state, Process(actors, system.dead_letters, system.foreign_frames))
+        text = self._metrics.exposition() if scrapes else b""
+        for scrape in scrapes:
+            answer = Scraped(
+                query=scrape.query,
+                exposition=text,
+                used=state.used,
+                cached=state.cached,
+                total=state.total,
+                running=state.running,
+                waiting=state.waiting,
+                expected=expected,
+            )
+            system.ref("frontend", scrape.endpoint).tell(answer, urgent=True)
+
+    def _log(self, state: State) -> None:
+        """A line about the time since the last one, if anything went on."""
+        last, now = self._logged, self._means.clock()
+        span = now - self._logged_at
+        self._logged, self._logged_at = state, now
+        prompt = state.prompt_tokens - last.prompt_tokens
+        generated = state.generated_tokens - last.generated_tokens
+        if not (state.running or state.waiting or prompt or generated) or span <= 0:
+            return
+        total = max(1, state.total)
+        looked_up = max(1, state.looked_up_tokens - last.looked_up_tokens)
+        log.info(
+            "prompt %.1f tok/s, generated %.1f tok/s, running %d, waiting %d, "
+            "KV used %.1f%%, cached %.1f%%, prefix hit %.1f%%",
+            prompt / span,
+            generated / span,
+            state.running,
+            state.waiting,
+            100 * state.used / total,
+            100 * state.cached / total,
+            100 * (state.hit_tokens - last.hit_tokens) / looked_up,
+        )
+
+
+@dataclass(slots=True)
+class _Probe:
+    """One question to scheduler, allocator and runner, and what has come back."""
+
+    query: int
+    scrapes: list[Scrape]
+    log: bool
+    scheduler: SchedulerStats | None = None
+    allocator: AllocatorStats | None = None
+    runner: RunnerStats | None = None
+
+
+def _state(scheduler: SchedulerStats, allocator: AllocatorStats, runner: RunnerStats) -> State:
+    return State(
+        used=allocator.used,
+        cached=allocator.cached,
+        total=allocator.total,
+        hit_tokens=allocator.hit_tokens,
+        looked_up_tokens=allocator.looked_up_tokens,
+        evicted_tokens=allocator.evicted_tokens,
+        running=scheduler.running,
+        waiting=scheduler.waiting,
+        inflight_steps=scheduler.inflight_steps,
+        steps=scheduler.steps,
+        preemptions=scheduler.preemptions,
+        prompt_tokens=scheduler.prompt_tokens,
+        generated_tokens=scheduler.generated_tokens,
+        step_ms=runner.step_ms,
+        launch_ms=runner.launch_ms,
+        jit_after_warmup=runner.jit_after_warmup,
+    )

@@ -1,0 +1,527 @@
+"""Start, liveness, hung steps, drain and scrapes; time is a number that the test moves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import uvloop
+
+from asyncllm.actors.base import Actor
+from asyncllm.actors.system import ActorSystem
+from asyncllm.actors.watchdog import Duty, Means, Watchdog
+from asyncllm.errors import PeerLost
+from asyncllm.messages import (
+    AllocatorStats,
+    Drain,
+    Drained,
+    Halt,
+    Heartbeat,
+    Probe,
+    Ready,
+    RunnerStats,
+    SchedulerStats,
+    Scrape,
+    Scraped,
+    Served,
+    Started,
+)
+
+NAMES = {0: "rank 0", 1: "rank 1", 2: "http worker 1"}
+
+
+class Fake(Actor[Any]):
+    """Keeps what it is told, answers probes unless ``silent``."""
+
+    silent = False
+    generated = 0
+    running = 0
+    waiting = 2
+    prompt = 50
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.got: list[Any] = []
+
+    def receive(self, batch: list[Any]) -> None:
+        for msg in batch:
+            self.got.append(msg)
+            if isinstance(msg, Probe) and not self.silent:
+                self.answer(msg.query)
+
+    def answer(self, query: int) -> None:
+        dog = self.system.ref("watchdog")
+        if self.name == "scheduler":
+            dog.tell(
+                SchedulerStats(
+                    query, self.running, self.waiting, 1, 9, 0, self.prompt, self.generated, 77
+                )
+            )
+        elif self.name == "allocator":
+            dog.tell(AllocatorStats(query, 30, 20, 100, 8, 16, 4))
+        elif self.name == "runner":
+            dog.tell(RunnerStats(query, 5.0, 0.5, 0))
+
+
+@dataclass
+class World:
+    """A watchdog among fakes, with a clock that stands still."""
+
+    endpoint: int = 0
+    names: dict[int, str] = field(default_factory=lambda: {0: "rank 0"})
+    frontends: tuple[int, ...] = (0,)
+    now: float = 1000.0
+    clock_step: float = 0.0  # each look at the clock moves it
+    tick_s: float = 1e6
+    busy_since: float | None = None
+    ready: int = 0
+    ends: list[Any] = field(default_factory=list)
+    guards: list[float] = field(default_factory=list)
+    sent: list[tuple[int, str, Any]] = field(default_factory=list)
+
+    def build(self) -> ActorSystem:
+        self.system = ActorSystem(self.endpoint, encode_local=True)
+        self.system._num_endpoints = len(self.names)
+        deliver = self.system.deliver
+
+        def divert(endpoint: int, name: str, msg: Any, urgent: bool) -> None:
+            if endpoint == self.endpoint:
+                deliver(endpoint, name, msg, urgent)
+            else:
+                self.sent.append((endpoint, name, msg))
+
+        self.system.deliver = divert  # type: ignore[method-assign]
+        self.fakes = {n: Fake(n) for n in ("scheduler", "allocator", "runner", "frontend")}
+        for fake in self.fakes.values():
+            self.system.add(fake)
+        self.dog = Watchdog(
+            Duty(
+                endpoint=self.endpoint,
+                names=self.names,
+                frontends=self.frontends,
+                model_name="m",
+                max_len=1000,
+                step_timeout_s=120.0,
+                busy_since=lambda: self.busy_since,
+                on_ready=self.on_ready,
+            ),
+            Means(
+                clock=self.clock,
+                exit=self.ends.append,
+                dump=lambda: self.ends.append("dump"),
+                guard=self.guards.append,
+                tick_s=self.tick_s,
+            ),
+        )
+        self.system.add(self.dog)
+        return self.system
+
+    def clock(self) -> float:
+        self.now += self.clock_step
+        return self.now
+
+    def on_ready(self) -> None:
+        self.ready += 1
+
+    def tell(self, msg: Any) -> None:
+        self.system.ref("watchdog").tell(msg)
+
+    def pass_time(self, seconds: float, late: float = 0.0) -> None:
+        """One timer tick after ``seconds``, of which the loop was away for ``late``."""
+        self.now += seconds
+        self.dog._due = self.now - late
+        self.dog.tick()
+
+    def got(self, name: str, kind: type) -> list[Any]:
+        return [m for m in self.fakes[name].got if isinstance(m, kind)]
+
+    def sent_of(self, kind: type) -> list[tuple[int, str]]:
+        return [(e, n) for e, n, m in self.sent if isinstance(m, kind)]
+
+
+def play(world: World, script: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+    """Run the script beside the system; it may end the system itself."""
+
+    async def go() -> None:
+        system = world.build()
+        running = asyncio.ensure_future(system.run())
+        async with asyncio.timeout(20):
+            await settle()
+            await script(world)
+            system.stop()
+            await running
+
+    uvloop.run(go())
+
+
+async def settle() -> None:
+    """Let every message, and the answers to it, arrive."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def trio(**more: Any) -> World:
+    return World(names=NAMES, frontends=(0, 2), **more)
+
+
+# -- start ---------------------------------------------------------------------------------------
+
+
+def test_alone_it_is_ready_at_once() -> None:
+    async def script(w: World) -> None:
+        assert w.ready == 1
+        assert w.got("frontend", Started) == [Started()]
+
+    play(World(), script)
+
+
+def test_doors_open_when_every_endpoint_is_there_and_once() -> None:
+    async def script(w: World) -> None:
+        w.tell(Ready(2))
+        w.tell(Ready(2))
+        await settle()
+        assert w.ready == 0
+        assert w.got("frontend", Started) == []
+        w.tell(Ready(1))
+        await settle()
+        assert w.ready == 1
+        assert w.got("frontend", Started) == [Started()]
+        assert w.sent_of(Started) == [(2, "frontend")]
+        w.tell(Ready(1))
+        await settle()
+        assert w.ready == 1
+
+    play(trio(), script)
+
+
+def test_the_others_say_that_they_are_there() -> None:
+    async def script(w: World) -> None:
+        assert (0, "watchdog", Ready(1)) in w.sent
+        assert w.ready == 0
+
+    play(trio(endpoint=1), script)
+
+
+# -- liveness --------------------------------------------------------------------------------------
+
+
+def test_heartbeats_go_between_the_first_and_each_other_once_a_second() -> None:
+    async def leads(w: World) -> None:
+        for _ in range(20):
+            w.pass_time(0.25)
+        assert w.sent_of(Heartbeat) == [(1, "watchdog"), (2, "watchdog")] * 5
+
+    async def follows(w: World) -> None:
+        w.pass_time(0.1)
+        assert w.sent_of(Heartbeat) == [(0, "watchdog")]
+
+    play(trio(), leads)
+    play(trio(endpoint=2), follows)
+
+
+def test_a_silent_endpoint_is_lost_by_name() -> None:
+    async def script(w: World) -> None:
+        w.tell(Ready(1))
+        w.tell(Ready(2))
+        await settle()
+        for _ in range(10):
+            w.tell(Heartbeat(2))
+            await settle()
+            w.pass_time(1.0)
+        with pytest.raises(PeerLost, match=r"rank 1 has been silent for 11.0 s"):
+            w.pass_time(1.0)
+
+    play(trio(), script)
+
+
+def test_an_endpoint_that_still_loads_is_not_lost() -> None:
+    async def script(w: World) -> None:
+        for _ in range(100):
+            w.pass_time(1.0)
+
+    play(trio(), script)
+    play(trio(endpoint=1), script)
+
+
+def test_followers_lose_the_first_endpoint() -> None:
+    async def script(w: World) -> None:
+        w.tell(Heartbeat(0))
+        w.tell(Heartbeat(2))  # not theirs to watch
+        await settle()
+        w.pass_time(10.0)
+        with pytest.raises(PeerLost, match="rank 0"):
+            w.pass_time(1.0)
+
+    play(trio(endpoint=1), script)
+
+
+def test_a_loop_that_was_away_does_not_blame_the_others() -> None:
+    async def script(w: World) -> None:
+        w.tell(Heartbeat(0))
+        await settle()
+        w.pass_time(60.0, late=59.9)  # their heartbeats are still in the socket
+        w.pass_time(5.0)
+        with pytest.raises(PeerLost):
+            w.pass_time(5.0)
+
+    play(trio(endpoint=1), script)
+
+
+def test_a_lost_peer_ends_the_system() -> None:
+    async def go() -> None:
+        world = trio(tick_s=0.001, clock_step=0.5)
+        system = world.build()
+        world.tell(Ready(1))
+        await asyncio.wait_for(system.run(), 10)
+
+    with pytest.raises(PeerLost, match="rank 1"):
+        uvloop.run(go())
+
+
+# -- a hung step ---------------------------------------------------------------------------------
+
+
+def test_a_step_that_does_not_end_dumps_stacks_and_exits(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def script(w: World) -> None:
+        w.busy_since = w.now
+        w.pass_time(119.0)
+        assert w.ends == []
+        w.pass_time(2.0)
+        assert w.ends == ["dump", 70]
+
+    play(World(), script)
+    assert "rank 0: a step has not ended for 121.0 s" in caplog.text
+
+
+def test_an_idle_runner_is_not_hung() -> None:
+    async def script(w: World) -> None:
+        w.pass_time(1000.0)
+        assert w.ends == []
+
+    play(World(), script)
+
+
+def test_the_guard_of_the_loop_is_renewed_and_taken_back() -> None:
+    world = World()
+
+    async def script(w: World) -> None:
+        w.pass_time(1.0)
+        w.pass_time(1.0)
+        assert w.guards == [122.0, 122.0]
+
+    play(world, script)
+    assert world.guards[-1] == 0.0
+
+
+def test_the_guard_ends_a_process_whose_loop_hangs() -> None:
+    code = (
+        "from asyncllm.actors.watchdog import guard_loop\n"
+        "import threading\n"
+        "guard_loop(0.05)\n"
+        "threading.Event().wait(20)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env
+    )
+    assert done.returncode == 1
+    assert "most recent call first" in done.stderr
+
+
+def test_the_loops_lateness_is_measured() -> None:
+    async def script(w: World) -> None:
+        for late in (0.001, 0.002, 0.5):
+            w.pass_time(0.1, late=late)
+        assert w.dog.lag_p50_s == pytest.approx(0.002)
+        w.tell(Scrape(1, 0))
+        await settle()
+        text = w.got("frontend", Scraped)[0].exposition.decode()
+        assert 'asyncllm_loop_lag_seconds_count{endpoint="0"} 3.0' in text
+
+    play(World(), script)
+
+
+# -- drain -----------------------------------------------------------------------------------------
+
+
+def test_drain_tells_everybody_and_ends_when_all_have_drained() -> None:
+    async def script(w: World) -> None:
+        w.tell(Drain(30.0))
+        await settle()
+        assert w.got("scheduler", Drain) == [Drain(30.0)]
+        assert w.got("frontend", Drain) == [Drain(30.0)]
+        assert w.sent_of(Drain) == [(2, "frontend")]
+        w.tell(Drained("scheduler", 0))
+        w.tell(Drained("frontend", 2))
+        w.pass_time(29.0)
+        await settle()
+        assert not w.system.over
+        w.tell(Drained("frontend", 0))
+        await settle()
+        assert w.system.over
+        assert w.sent_of(Halt) == [(1, "watchdog"), (2, "watchdog")]
+        assert w.got("scheduler", Drain) == [Drain(30.0)]
+
+    play(trio(), script)
+
+
+def test_a_drain_that_takes_too_long_aborts_then_halts() -> None:
+    async def script(w: World) -> None:
+        w.tell(Drain(30.0))
+        await settle()
+        w.tell(Drained("frontend", 2))
+        await settle()
+        w.pass_time(30.0)
+        await settle()
+        assert w.got("scheduler", Drain) == [Drain(30.0), Drain(0.0)]
+        assert not w.system.over
+        w.pass_time(1.9)
+        assert not w.system.over
+        w.pass_time(0.1)
+        assert w.system.over
+        assert w.sent_of(Halt) == [(1, "watchdog"), (2, "watchdog")]
+
+    play(trio(), script)
+
+
+def test_aborted_requests_that_are_answered_end_the_wait() -> None:
+    async def script(w: World) -> None:
+        w.tell(Drain(30.0))
+        await settle()
+        w.pass_time(30.0)
+        w.tell(Drained("scheduler", 0))
+        w.tell(Drained("frontend", 0))
+        await settle()
+        assert w.system.over
+
+    play(World(), script)
+
+
+def test_a_second_drain_halts_at_once() -> None:
+    async def script(w: World) -> None:
+        w.tell(Drain(30.0))
+        w.tell(Drain(30.0))
+        await settle()
+        assert w.system.over
+        assert w.sent_of(Halt) == [(1, "watchdog"), (2, "watchdog")]
+
+    play(trio(), script)
+
+
+def test_only_the_first_endpoint_drains() -> None:
+    async def script(w: World) -> None:
+        w.tell(Drain(30.0))
+        w.tell(Drain(30.0))
+        await settle()
+        assert not w.system.over
+        assert w.got("frontend", Drain) == []
+
+    play(trio(endpoint=2), script)
+
+
+def test_halt_stops_the_endpoint() -> None:
+    async def script(w: World) -> None:
+        w.tell(Halt())
+        await settle()
+        assert w.system.over
+
+    play(trio(endpoint=1), script)
+
+
+# -- numbers -----------------------------------------------------------------------------------
+
+
+def test_a_scrape_gets_numbers_and_text() -> None:
+    async def script(w: World) -> None:
+        w.fakes["scheduler"].running = 3
+        w.tell(Served("/generate", 200, 10, 0, 5, 16, "stop", 0.1, 0.01, 0.2))
+        w.tell(Scrape(41, 0))
+        await settle()
+        (answer,) = w.got("frontend", Scraped)
+        text = answer.exposition.decode()
+        assert (answer.query, answer.used, answer.cached, answer.total) == (41, 30, 20, 100)
+        assert (answer.running, answer.waiting, answer.expected) == (3, 2, 77)
+        assert "asyncllm_kv_slots_used 30.0" in text
+        assert 'asyncllm_http_requests_total{route="/generate",status="200"} 1.0' in text
+        assert 'asyncllm_mailbox_depth{actor="scheduler"} 0.0' in text
+        assert "asyncllm_step_ms 5.0" in text
+
+    play(World(), script)
+
+
+def test_scrapes_at_once_share_a_probe_and_a_later_one_gets_a_fresh_one() -> None:
+    async def script(w: World) -> None:
+        w.fakes["runner"].silent = True
+        w.tell(Scrape(1, 0))
+        w.tell(Scrape(2, 2))
+        await settle()
+        assert w.got("scheduler", Probe) == [Probe(1)]
+        w.fakes["scheduler"].running = 5  # after the answer to the first probe
+        w.tell(Scrape(3, 0))
+        await settle()
+        assert w.got("scheduler", Probe) == [Probe(1)]
+        w.fakes["runner"].silent = False
+        w.fakes["runner"].answer(1)
+        await settle()
+        assert w.got("scheduler", Probe) == [Probe(1), Probe(2)]
+        assert [(m.query, m.running) for m in w.got("frontend", Scraped)] == [(1, 0), (3, 5)]
+        assert w.sent_of(Scraped) == [(2, "frontend")]
+
+    play(trio(), script)
+
+
+def test_answers_to_an_old_probe_are_ignored() -> None:
+    async def script(w: World) -> None:
+        w.fakes["runner"].answer(7)
+        w.fakes["runner"].silent = True
+        w.tell(Scrape(1, 0))
+        await settle()
+        w.fakes["runner"].answer(0)
+        await settle()
+        assert w.got("frontend", Scraped) == []
+
+    play(World(), script)
+
+
+def test_a_line_is_logged_each_ten_seconds_when_busy(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(w: World) -> None:
+        w.fakes["scheduler"].running = 4
+        w.fakes["scheduler"].generated = 250
+        w.pass_time(9.0)
+        await settle()
+        assert caplog.messages == []
+        w.pass_time(1.0)
+        await settle()
+        assert caplog.messages == [
+            "prompt 5.0 tok/s, generated 25.0 tok/s, running 4, waiting 2, "
+            "KV used 30.0%, cached 20.0%, prefix hit 50.0%"
+        ]
+        assert w.got("frontend", Scraped) == []
+        w.fakes["scheduler"].generated = 260
+        w.pass_time(10.0)
+        await settle()
+        assert "generated 1.0 tok/s" in caplog.messages[1]
+
+    caplog.set_level(logging.INFO, "asyncllm.actors.watchdog")
+    play(World(), script)
+
+
+def test_an_idle_server_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(w: World) -> None:
+        w.fakes["scheduler"].waiting = w.fakes["scheduler"].prompt = 0
+        w.pass_time(10.0)
+        await settle()
+        assert w.got("runner", Probe) == [Probe(1)]
+        assert caplog.messages == []
+
+    caplog.set_level(logging.INFO, "asyncllm.actors.watchdog")
+    play(World(), script)
