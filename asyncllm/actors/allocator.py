@@ -1,0 +1,70 @@
+"""Allocator: answers reservations from the slot ledger.
+
+Owns slots, prefix cache and eviction order; knows lanes, not requests.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from asyncllm.actors.base import Actor
+from asyncllm.codec import ints
+from asyncllm.core.slots import Ledger
+from asyncllm.messages import AllocatorStats, Granted, Probe, Release, Reserve
+
+
+class Allocator(Actor[Reserve | Release | Probe]):
+    """One per KV pool, beside its scheduler.
+
+    Args:
+        num_slots: tokens the KV pool holds.
+        use_tree: False: no prefix cache (--disable_dynamic_prompt_cache).
+    """
+
+    def __init__(self, num_slots: int, *, use_tree: bool = True) -> None:
+        super().__init__("allocator")
+        self.ledger = Ledger(num_slots, use_tree=use_tree)
+
+    def started(self) -> None:
+        self._scheduler = self.system.ref("scheduler")
+        self._watchdog = self.system.ref("watchdog", 0)
+
+    def receive(self, batch: list[Reserve | Release | Probe]) -> None:
+        for msg in batch:
+            match msg:
+                case Reserve():
+                    self._reserve(msg)
+                case Release(items, launched):
+                    self.ledger.launched(ints(launched))
+                    for lane, generated in items:
+                        self.ledger.release(lane, ints(generated))
+                case Probe(query):
+                    self._watchdog.tell(self._stats(query))
+                case _:
+                    assert_never(msg)
+
+    def _reserve(self, msg: Reserve) -> None:
+        ledger = self.ledger
+        ledger.launched(ints(msg.launched))
+        opened = {lane: (ints(ids), may_share) for lane, ids, may_share in msg.opened}
+        grant = ledger.reserve(ints(msg.lanes), ints(msg.counts), opened)
+        self._scheduler.tell(
+            Granted(
+                grant.hits.tobytes(),
+                grant.counts.tobytes(),
+                grant.slots.tobytes(),
+                grant.available,
+            )
+        )
+
+    def _stats(self, query: int) -> AllocatorStats:
+        ledger = self.ledger
+        return AllocatorStats(
+            query,
+            ledger.used,
+            ledger.cached,
+            ledger.total,
+            ledger.hit_tokens,
+            ledger.looked_up_tokens,
+            ledger.evicted_tokens,
+        )

@@ -1,0 +1,134 @@
+"""Runner: launches planned steps on this rank's device and tells when they are done.
+
+Owns the device and the order of plans; knows neither requests nor policy.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, NoReturn, Protocol, assert_never
+
+from asyncllm.actors.base import Actor
+from asyncllm.errors import PlanOutOfOrder
+from asyncllm.messages import Probe, RunnerStats, StepDone, StepPlan
+
+JOIN_S = 5.0  # a device that hangs must not hang the exit
+
+
+class Pending(Protocol):
+    """A launched step."""
+
+    def wait(self) -> StepDone:
+        """Block, with the GIL released, until the step is done. Called once, in a thread.
+
+        What it raises ends the rank.
+        """
+
+
+class Device(Protocol):
+    """One step at a time on one accelerator, or on the CPU."""
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Queue a step behind those already launched; does not wait for it."""
+
+    def close(self) -> None:
+        """Free everything; no step is in flight."""
+
+
+class Runner(Actor[StepPlan | Probe]):
+    """One per rank.
+
+    Args:
+        device: where steps run.
+        reports: tell the scheduler, which lives here too, what came out (the group's first rank).
+        jit_after_warmup: counts kernels that were compiled while serving.
+    """
+
+    def __init__(
+        self, device: Device, *, reports: bool, jit_after_warmup: Callable[[], int] = lambda: 0
+    ) -> None:
+        super().__init__("runner")
+        self.device, self.reports = device, reports
+        self._jit_after_warmup = jit_after_warmup
+        self._step = 0
+        self._step_ms = self._launch_ms = 0.0
+        self._began: deque[float] = deque()  # launch times of unfinished steps
+        self._waits: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._wait_forever, name="waiter", daemon=True)
+        self._stopped = False
+
+    def started(self) -> None:
+        self._loop = self.system.loop
+        self._scheduler = self.system.ref("scheduler")
+        self._watchdog = self.system.ref("watchdog", 0)
+        self._thread.start()
+
+    def receive(self, batch: list[StepPlan | Probe]) -> None:
+        for msg in batch:
+            match msg:
+                case StepPlan():
+                    self._launch(msg)
+                case Probe(query):
+                    jit = self._jit_after_warmup()
+                    self._watchdog.tell(RunnerStats(query, self._step_ms, self._launch_ms, jit))
+                case _:
+                    assert_never(msg)
+
+    def stopped(self) -> None:
+        """Wait a while for the last step, then close the device; one that hangs is left alone."""
+        self._stopped = True
+        self._waits.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(JOIN_S)
+        if not self._thread.is_alive():
+            self.device.close()
+
+    def busy_since(self) -> float | None:
+        """``perf_counter`` at the launch of the oldest unfinished step; None: idle. Any thread."""
+        try:
+            return self._began[0]
+        except IndexError:
+            return None
+
+    def _launch(self, plan: StepPlan) -> None:
+        if plan.step != self._step + 1:
+            raise PlanOutOfOrder(self._step, plan.step)
+        self._step = plan.step
+        begin = perf_counter()
+        self._began.append(begin)  # a launch can hang as well
+        self._waits.put(self.device.launch(plan))
+        self._launch_ms = (perf_counter() - begin) * 1e3
+
+    def _wait_forever(self) -> None:
+        """The one waiter thread. Followers wait too, so that their hangs are seen."""
+        last = 0.0
+        for pending in iter(self._waits.get, None):
+            try:
+                done = pending.wait()
+            except BaseException as error:  # whatever it is, it ends the rank: on the loop
+                self._post(self._fail, error)
+                return
+            now = perf_counter()
+            self._step_ms = (now - max(self._began.popleft(), last)) * 1e3
+            last = now
+            if self.reports:
+                self._post(self._report, done)
+
+    def _post(self, callback: Callable[[Any], None], value: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, value)
+        except RuntimeError:  # the loop has been closed: nobody is left to tell
+            if not self._loop.is_closed():
+                raise
+
+    def _report(self, done: StepDone) -> None:
+        if not self._stopped:
+            self._scheduler.tell(done)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """On the loop, whose exception handler ends the system."""
+        raise error

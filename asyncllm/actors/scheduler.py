@@ -1,0 +1,282 @@
+"""Scheduler: keeps the device's pipeline full and passes on what comes out of it.
+
+Owns the queue, the step clock and what is in flight; knows neither slots' contents nor text.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import Any, assert_never
+
+from asyncllm.actors.base import Actor, Ref
+from asyncllm.codec import ints
+from asyncllm.core.scheduling import Core, Emitted, Step
+from asyncllm.messages import (
+    FRONTEND_SHIFT,
+    Abort,
+    Drain,
+    Drained,
+    Finished,
+    Granted,
+    Probe,
+    Release,
+    Reserve,
+    SchedulerStats,
+    StepDone,
+    StepPlan,
+    StopHit,
+    Submit,
+    Tokens,
+)
+
+Inbox = Submit | Abort | Granted | StepDone | StopHit | Drain | Probe
+Part = tuple[int, bytes, int, bytes, bytes]  # log-probabilities of prompt tokens, see StepDone
+
+
+class Scheduler(Actor[Inbox]):
+    """One per group of tp ranks, on the first of them, beside its allocator.
+
+    Args:
+        num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom: see ``Core``.
+        runners: endpoints of the group's runners.
+        depth: steps on the device at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_lanes: int,
+        num_slots: int,
+        batch_max_tokens: int,
+        chunked_prefill_size: int,
+        eos_ids: Collection[int],
+        runners: Sequence[int],
+        depth: int = 2,
+        headroom: int = 8,
+    ) -> None:
+        super().__init__("scheduler")
+        self.core = Core(
+            num_lanes=num_lanes,
+            num_slots=num_slots,
+            batch_max_tokens=batch_max_tokens,
+            chunked_prefill_size=chunked_prefill_size,
+            eos_ids=eos_ids,
+            headroom=headroom,
+        )
+        self._ranks, self._depth = runners, depth
+        self._inflight: deque[Step] = deque()
+        self._asked = False  # a reservation is open
+        self._stalled = (
+            False  # nothing fits until a launched step is done or a request comes or goes
+        )
+        self._unpublished: list[tuple[StepDone, Emitted, list[Part]]] = []
+        self._detokenizers: dict[int, Ref[Any]] = {}
+        self._draining = self._drained = False
+
+    def started(self) -> None:
+        self._allocator = self.system.ref("allocator")
+        self._watchdog = self.system.ref("watchdog", 0)
+        self._runners = [self.system.ref("runner", rank) for rank in self._ranks]
+
+    def receive(self, batch: list[Inbox]) -> None:
+        # urgent messages come first in a batch: an Abort may precede its own Submit
+        for msg in batch:
+            if isinstance(msg, Submit):
+                self._submit(msg)
+        for msg in batch:
+            match msg:
+                case Submit():
+                    pass
+                case Abort(rid):
+                    self._stalled = False
+                    self.core.abort(rid)
+                case StopHit(rid, num_tokens):
+                    self._stalled = False
+                    self.core.stop(rid, num_tokens)
+                case Granted():
+                    self._launch(msg)
+                case StepDone():
+                    self._commit(msg)
+                case Drain(timeout_s):
+                    self._drain(timeout_s)
+                case Probe(query):
+                    self._watchdog.tell(self._stats(query))
+                case _:
+                    assert_never(msg)
+        self._fill()
+        if not self._asked:  # no launch is pending, and those told run before the fan-out
+            self._publish()
+
+    def _submit(self, msg: Submit) -> None:
+        if self._draining:
+            self.core.refuse(msg.rid, len(msg.prompt) // 4, "server is shutting down", 503)
+            return
+        self._stalled = False
+        self.core.add(msg.rid, ints(msg.prompt), msg.params)
+
+    def _drain(self, timeout_s: float) -> None:
+        self._draining = True
+        if timeout_s <= 0:
+            self._stalled = False
+            self.core.abort_all()
+
+    def _fill(self) -> None:
+        """Keep ``depth`` steps on the device; at most one reservation is open."""
+        self._flush()
+        if self._asked or self._stalled or len(self._inflight) >= self._depth:
+            return
+        if (proposal := self.core.propose()) is None:
+            return
+        self._asked = True
+        opened = tuple((lane, ids.tobytes(), share) for lane, ids, share in proposal.opened)
+        launched = self._take_launched()
+        self._allocator.tell(
+            Reserve(proposal.lanes.tobytes(), proposal.counts.tobytes(), opened, launched)
+        )
+
+    def _flush(self) -> None:
+        if released := self.core.released:
+            self.core.released = []
+            items = tuple((lane, generated.tobytes()) for lane, generated in released)
+            self._allocator.tell(Release(items, self._take_launched()))
+
+    def _take_launched(self) -> bytes:
+        # empty while a reservation is open: then the allocator has granted more than was launched
+        launched = self.core.launched.tobytes()
+        del self.core.launched[:]
+        return launched
+
+    def _launch(self, granted: Granted) -> None:
+        self._asked = False
+        step = self.core.plan(
+            ints(granted.hits), ints(granted.counts), ints(granted.slots), granted.available
+        )
+        if step is None:
+            self._stalled = self.core.relieve(bool(self._inflight))
+            return
+        self._inflight.append(step)  # lengths have advanced here, not at commit
+        plan = StepPlan(
+            step.number,
+            step.num_decode,
+            step.lanes.tobytes(),
+            step.starts.tobytes(),
+            step.counts.tobytes(),
+            step.heads.tobytes(),
+            step.slots.tobytes(),
+            step.tokens.tobytes(),
+            bytes(step.samples),
+            tuple(step.opened),
+        )
+        for runner in self._runners:
+            runner.tell(plan)
+
+    def _commit(self, done: StepDone) -> None:
+        self._stalled = False
+        step = self._inflight.popleft()
+        assert step.number == done.step, (step.number, done.step)
+        parts = [part for got in done.prompt if (part := self._part(step, got)) is not None]
+        emitted = self.core.commit(step, ints(done.tokens))
+        if emitted.rows or parts:
+            self._unpublished.append((done, emitted, parts))
+
+    def _part(self, step: Step, got: Part) -> Part | None:
+        row, logprobs, num_top, ids, top = got
+        if (scored := self.core.score(step, row, len(logprobs) // 4)) is None:
+            return None
+        rid, cut = scored
+        wide = 4 * cut * num_top
+        return rid, logprobs[4 * cut :], num_top, ids[wide:], top[wide:]
+
+    def _publish(self) -> None:
+        for done, emitted, parts in self._unpublished:
+            for endpoint, tokens in pack_tokens(done, emitted, parts):
+                self._detokenizer(endpoint).tell(tokens)
+        self._unpublished.clear()
+        for end in self.core.ended:
+            self._detokenizer(end.rid >> FRONTEND_SHIFT).tell(
+                Finished(
+                    end.rid,
+                    int(end.reason),
+                    end.detail,
+                    end.code,
+                    end.status,
+                    end.prompt_len,
+                    end.cached_len,
+                    end.num_tokens,
+                )
+            )
+        self.core.ended.clear()
+        if self._draining and not (self._drained or self.core.requests or self._inflight):
+            self._drained = True
+            self._watchdog.tell(Drained("scheduler", self.system.endpoint))
+
+    def _detokenizer(self, endpoint: int) -> Ref[Any]:
+        if (ref := self._detokenizers.get(endpoint)) is None:
+            ref = self._detokenizers[endpoint] = self.system.ref("detokenizer", endpoint)
+        return ref
+
+    def _stats(self, query: int) -> SchedulerStats:
+        core = self.core
+        return SchedulerStats(
+            query,
+            len(core.running),
+            len(core.waiting),
+            len(self._inflight),
+            core.steps,
+            core.preemptions,
+            core.prompt_tokens,
+            core.generated_tokens,
+            core.expected_slots,
+        )
+
+
+def pack_tokens(
+    done: StepDone, emitted: Emitted, parts: Sequence[Part]
+) -> list[tuple[int, Tokens]]:
+    """The step's results as one message per frontend endpoint."""
+    endpoints = {rid >> FRONTEND_SHIFT for rid in emitted.rids}
+    if len(endpoints) == 1 and not parts:
+        (endpoint,) = endpoints
+        whole = len(emitted.rows) * 4 == len(done.tokens)
+        return [(endpoint, _pack(done, emitted, range(len(emitted.rows)), whole, ()))]
+    out = []
+    for endpoint in sorted(endpoints | {part[0] >> FRONTEND_SHIFT for part in parts}):
+        mine = [i for i, rid in enumerate(emitted.rids) if rid >> FRONTEND_SHIFT == endpoint]
+        own_parts = tuple(part for part in parts if part[0] >> FRONTEND_SHIFT == endpoint)
+        out.append((endpoint, _pack(done, emitted, mine, False, own_parts)))
+    return out
+
+
+def _pack(
+    done: StepDone, emitted: Emitted, mine: Sequence[int], whole: bool, parts: tuple[Part, ...]
+) -> Tokens:
+    """``mine`` indexes the emitted columns; ``whole``: these are all rows of the step."""
+    if isinstance(mine, range):
+        rids, tokens, ends = emitted.rids, emitted.tokens, bytes(emitted.ends)
+    else:
+        rids = emitted.rids[:0]
+        rids.extend(emitted.rids[i] for i in mine)
+        tokens = emitted.tokens[:0]
+        tokens.extend(emitted.tokens[i] for i in mine)
+        ends = bytes(emitted.ends[i] for i in mine)
+    logprobs, top_ids, top_logprobs = done.logprobs, done.top_ids, done.top_logprobs
+    if logprobs and not whole:
+        rows, width = [emitted.rows[i] for i in mine], 4 * done.num_top
+        logprobs = _gather(logprobs, rows, 4)
+        top_ids, top_logprobs = _gather(top_ids, rows, width), _gather(top_logprobs, rows, width)
+    return Tokens(
+        done.step,
+        rids.tobytes(),
+        tokens.tobytes(),
+        ends,
+        logprobs,
+        done.num_top,
+        top_ids,
+        top_logprobs,
+        parts,
+    )
+
+
+def _gather(column: bytes, rows: Sequence[int], width: int) -> bytes:
+    return b"".join(column[i * width : (i + 1) * width] for i in rows)

@@ -1,0 +1,189 @@
+"""Prefix cache: which token sequences have their KV in which slots.
+
+Knows token ids, slot numbers and locks; knows neither requests nor tensors.
+"""
+
+from __future__ import annotations
+
+from array import array
+from heapq import heapify, heappop, heappush
+from itertools import count
+
+_SERIALS = count()
+
+
+class Node:
+    """A run of tokens below its parent's. ``key[i]``'s KV lies in ``slots[i]``.
+
+    ``locks`` counts the holders of this node and of all nodes below it: a lock is taken along the
+    whole path to the root, so a node that nobody locks has no locked descendant.
+    """
+
+    __slots__ = ("children", "key", "locks", "parent", "serial", "slots", "tick")
+
+    def __init__(self, key: array[int], slots: array[int], parent: Node | None) -> None:
+        self.key, self.slots, self.parent = key, slots, parent
+        self.children: dict[int, Node] = {}  # by the first token of their keys
+        self.locks = 0
+        self.tick = 0  # when it was last unlocked
+        self.serial = next(_SERIALS)
+
+
+class RadixTree:
+    """A radix tree over token ids at token granularity, evicting the least recently used leaf.
+
+    Attributes:
+        size: tokens in the tree.
+        locked: tokens of it that somebody holds; the others can be evicted.
+    """
+
+    def __init__(self) -> None:
+        self.root = Node(array("i"), array("i"), None)
+        self.size = self.locked = 0
+        self._tick = self._num_nodes = 0
+        self._leaves: list[tuple[int, int, Node]] = []  # heap; an entry may be out of date
+
+    def match(self, ids: array[int], limit: int) -> tuple[Node, array[int]]:
+        """The longest cached prefix of ``ids[:limit]``: its end, locked for the caller, and slots."""
+        node, slots = self.root, array("i")
+        while len(slots) < limit:
+            child = node.children.get(ids[len(slots)])
+            if child is None:
+                break
+            common = _common(child.key, ids, len(slots), limit)
+            if common < len(child.key):
+                child = self._split(child, common)
+            node = child
+            slots.extend(node.slots)
+        self._lock(node, self.root)
+        return node, slots
+
+    def extend(
+        self, node: Node, ids: array[int], start: int, end: int, slots: array[int]
+    ) -> tuple[Node, int]:
+        """Put ``ids[start:end]``, whose KV lies in ``slots[start:end]``, below ``node``.
+
+        ``node`` is locked by the caller and ends at token ``start``; the lock moves to the returned
+        node, which ends at ``end``. The first tokens may be in the tree already, under other slots:
+        their number is returned too, and the caller keeps its own slots of those.
+
+            [0, start)        held by the caller's lock on ``node``
+            [start, +known)   in the tree already; the caller's slots are duplicates
+            [.., end)         a new leaf, or a longer ``node`` where only the caller holds it
+        """
+        at, below = start, node
+        while at < end:
+            child = below.children.get(ids[at])
+            if child is None:
+                break
+            common = _common(child.key, ids, at, end)
+            if common < len(child.key):
+                child = self._split(child, common)
+            below = child
+            at += common
+        known = at - start
+        if at < end:
+            self.size += end - at
+            if below is node and node.locks == 1 and not node.children and node.parent:
+                node.key.extend(ids[at:end])
+                node.slots.extend(slots[at:end])
+                self.locked += end - at
+                return node, known
+            child = Node(ids[at:end], slots[at:end], below)
+            below.children[ids[at]] = child
+            self._num_nodes += 1
+            below = child
+        self._lock(below, node)
+        return below, known
+
+    def unlock(self, node: Node) -> None:
+        """Give back one lock on ``node`` and the path to it."""
+        self._tick += 1
+        end: Node | None = node
+        while end is not None and end.parent is not None:
+            assert end.locks > 0, f"a node of {len(end.key)} tokens is unlocked once too often"
+            end.locks -= 1
+            end.tick = self._tick
+            if not end.locks:
+                self.locked -= len(end.key)
+            end = end.parent
+        if node.parent is not None and not node.locks and not node.children:
+            self._offer(node)
+
+    def evict(self, num_tokens: int) -> array[int]:
+        """Forget the least recently used tokens that nobody holds; their slots.
+
+        Fewer than asked only when fewer are unlocked. Of the last leaf only the end goes.
+        """
+        out = array("i")
+        while len(out) < num_tokens and self._leaves:
+            entry = heappop(self._leaves)
+            if not _is_current(entry):
+                continue
+            node = entry[2]
+            parent, left = node.parent, num_tokens - len(out)
+            if len(node.key) > left:
+                out.extend(node.slots[-left:])
+                del node.key[-left:], node.slots[-left:]
+                heappush(self._leaves, entry)
+                break
+            out.extend(node.slots)
+            assert parent is not None
+            del parent.children[node.key[0]]
+            node.parent = None
+            self._num_nodes -= 1
+            if parent.parent is not None and not parent.children and not parent.locks:
+                self._offer(parent)
+        self.size -= len(out)
+        return out
+
+    def _lock(self, node: Node, above: Node) -> None:
+        """Lock the path from ``node`` up to ``above``, which is not part of it."""
+        while node is not above:
+            if not node.locks:
+                self.locked += len(node.key)
+            node.locks += 1
+            assert node.parent is not None
+            node = node.parent
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cut ``node`` before its token ``at``; the new upper part.
+
+        ``node`` stays the lower part: whoever holds it holds the same end as before.
+        """
+        assert node.parent is not None
+        upper = Node(node.key[:at], node.slots[:at], node.parent)
+        upper.locks, upper.tick = node.locks, node.tick
+        node.parent.children[node.key[0]] = upper
+        del node.key[:at], node.slots[:at]
+        upper.children[node.key[0]] = node
+        node.parent = upper
+        self._num_nodes += 1
+        return upper
+
+    def _offer(self, node: Node) -> None:
+        """Make an unlocked leaf a candidate for eviction."""
+        if len(self._leaves) > 2 * self._num_nodes + 64:  # outdated entries outweigh
+            self._leaves = [entry for entry in self._leaves if _is_current(entry)]
+            heapify(self._leaves)
+        heappush(self._leaves, (node.tick, node.serial, node))
+
+
+def _is_current(entry: tuple[int, int, Node]) -> bool:
+    tick, _, node = entry
+    return not (node.locks or node.children or node.tick != tick or node.parent is None)
+
+
+def _common(key: array[int], ids: array[int], at: int, limit: int) -> int:
+    """Length of the common prefix of ``key`` and ``ids[at:limit]``; their first tokens are equal."""
+    high = min(len(key), limit - at)
+    if key[:high] == ids[at : at + high]:
+        return high
+    low = 1  # key[:low] is equal, key[:high] is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if key[low:middle] == ids[at + low : at + middle]:
+            low = middle
+        else:
+            high = middle
+    return low

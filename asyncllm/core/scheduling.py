@@ -1,0 +1,540 @@
+"""What runs in the next step: queue order, budgets, phases, ends and preemption.
+
+Knows requests, lanes and counts of tokens; knows neither slots' contents nor tensors, actors, text.
+
+A request's life on the device is a :class:`Lane`. Its tokens, left to right:
+
+    [0, planned)          computed, or will be by a launched step; ``planned`` advances at planning
+    [planned, known)      the gap that the next steps close: prompt, and what a preempted life made
+    known = prompt + outputs; outputs grow at commit, up to the pipeline's depth behind planned
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncllm.core.request import Reason, SamplingParams
+
+INT = "i"
+NO_TOKEN = -1  # in a plan: the lane's last sampled token; in a result: none came out
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One life of a request on the device."""
+
+    number: int
+    fill_len: int  # tokens known when it was opened; up to here rows carry their tokens
+    planned: int = 0
+    inflight: int = 0  # rows of launched steps and of the open reservation
+    opened: bool = False  # the allocator knows it
+    seen: bool = False  # the runners know it
+    over: bool = False  # results no longer count; released when nothing is in flight
+    leaves: array[int] = field(default_factory=lambda: array(INT))  # when over: for the cache
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request from Submit to Finished. It waits while it has no lane, or one not granted."""
+
+    rid: int
+    prompt: array[int]
+    params: SamplingParams
+    packed: tuple[Any, ...]
+    outputs: array[int] = field(default_factory=lambda: array(INT))
+    lane: Lane | None = None
+    cached_len: int = -1  # prompt tokens of the first life's prefix hit; -1: none yet
+    scored: int = 0  # prompt tokens whose log-probabilities have been passed on
+
+    @property
+    def known_len(self) -> int:
+        return len(self.prompt) + len(self.outputs)
+
+    @property
+    def final_len(self) -> int:
+        """Tokens to compute before the last one comes out (or the prompt, to score it)."""
+        return len(self.prompt) + max(_max_new(self.params) - 1, 0)
+
+    @property
+    def shares(self) -> bool:
+        """May use the prefix cache: computing a hit's tokens again would not be seen."""
+        return self.params.use_cache and self.params.prompt_logprobs < 0
+
+    @property
+    def needs_ids(self) -> bool:
+        """The device needs the known tokens themselves, not only their KV."""
+        p = self.params
+        penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or p.prompt_logprobs >= 0
+
+
+Row = tuple[Request, Lane, int]  # the third: the count it was proposed with
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Rows that want slots, most deserving first; columns as in the message ``Reserve``."""
+
+    lanes: array[int]
+    counts: array[int]
+    opened: list[tuple[int, array[int], bool]]
+
+
+@dataclass(slots=True)
+class Step:
+    """A planned step; columns as in the message ``StepPlan``."""
+
+    number: int
+    rows: list[Row]
+    num_decode: int
+    lanes: array[int]
+    starts: array[int]
+    counts: array[int]
+    heads: array[int]
+    slots: array[int]
+    tokens: array[int]
+    samples: bytearray
+    opened: list[tuple[int, int, tuple[Any, ...], bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """What a committed step gave: parallel columns, one entry per token."""
+
+    rids: array[int]  # int64
+    tokens: array[int]
+    ends: bytearray
+    rows: list[int]  # where in the step
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Fields as in the message ``Finished``."""
+
+    rid: int
+    reason: Reason
+    detail: str
+    code: str
+    status: int
+    prompt_len: int
+    cached_len: int
+    num_tokens: int
+
+
+class Core:
+    """Pure scheduler state. At most one proposal is open: propose, plan, and so on.
+
+    Args:
+        num_lanes: requests on the device at a time.
+        num_slots: tokens the KV pool holds.
+        batch_max_tokens: new tokens per step.
+        chunked_prefill_size: prompt tokens per request and step, and of all requests together in
+            a step that decodes.
+        eos_ids: tokens that end a request unless it ignores them.
+        headroom: tokens to leave free for each running request when another one is admitted.
+
+    Attributes:
+        ended: ends not told yet. The shell takes and clears it.
+        released: (lane, ids for the cache) not told yet. The shell takes and clears it.
+        launched: lanes whose prompt tokens have been launched. The shell takes and clears it.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_lanes: int,
+        num_slots: int,
+        batch_max_tokens: int,
+        chunked_prefill_size: int,
+        eos_ids: Collection[int],
+        headroom: int = 8,
+    ) -> None:
+        self.num_lanes, self.num_slots, self.headroom = num_lanes, num_slots, headroom
+        self.batch_max_tokens, self.chunk = batch_max_tokens, chunked_prefill_size
+        self.eos_ids = frozenset(eos_ids)
+        self.requests: dict[int, Request] = {}
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Request] = {}  # oldest first
+        self.ended: list[Ended] = []
+        self.released: list[tuple[int, array[int]]] = []
+        self.launched = array(INT)
+        self.available = num_slots  # as of the last grant
+        self.steps = self.preemptions = self.prompt_tokens = self.generated_tokens = 0
+        self._free_lanes = list(range(num_lanes - 1, -1, -1))
+        self._proposal: list[Row] = []
+        self._changed = False  # something ended or was released since the last proposal
+
+    # what comes from outside
+
+    def add(self, rid: int, prompt: array[int], packed: tuple[Any, ...]) -> None:
+        """A new request at the end of the queue; one that can never fit ends at once."""
+        req = Request(rid, prompt, SamplingParams.unpack(packed), packed)
+        assert rid not in self.requests, f"request {rid} submitted twice"
+        self.requests[rid] = req
+        self.waiting.append(req)
+        if not prompt:
+            self._end(req, Reason.ERROR, detail="the prompt has no tokens", status=400)
+        elif len(prompt) > self.num_slots:
+            self._fail_too_large(req)
+
+    def refuse(self, rid: int, prompt_len: int, detail: str, status: int) -> None:
+        """End a request that is not taken in."""
+        self.ended.append(Ended(rid, Reason.ERROR, detail, "", status, prompt_len, 0, 0))
+
+    def abort(self, rid: int) -> None:
+        """End a request; unknown and ended ids are ignored, as everywhere."""
+        if req := self.requests.get(rid):
+            self._end(req, Reason.ABORT)
+
+    def abort_all(self) -> None:
+        for req in list(self.requests.values()):
+            self._end(req, Reason.ABORT)
+
+    def stop(self, rid: int, num_tokens: int) -> None:
+        """End a request whose text has reached a stop string after ``num_tokens``."""
+        if req := self.requests.get(rid):
+            self._end(req, Reason.STOP, num_tokens=num_tokens)
+
+    # a step
+
+    def propose(self) -> Proposal | None:
+        """The rows of the next step, before anybody knows whether they fit; None: nothing to do."""
+        assert not self._proposal, "a proposal is open"
+        self._changed = False
+        rows: list[Row] = []
+        filling: list[Request] = []
+        budget = self.batch_max_tokens
+        for req in self.running.values():
+            lane = req.lane
+            assert lane is not None
+            if lane.planned < lane.fill_len:
+                filling.append(req)
+            elif lane.planned < req.final_len and budget:
+                rows.append((req, lane, 1))
+                budget -= 1
+        if rows:
+            # a decode waits for one chunk at most
+            budget = min(budget, self.chunk)
+        for req in filling:
+            if not budget:
+                break
+            lane = req.lane
+            assert lane is not None
+            count = min(lane.fill_len - lane.planned, self.chunk, budget)
+            rows.append((req, lane, count))
+            budget -= count
+        opened = self._admit(rows, filling, budget) if self.waiting and budget else []
+        if not rows:
+            return None
+        self._proposal = rows
+        for _, lane, _ in rows:
+            lane.inflight += 1
+        return Proposal(
+            array(INT, [lane.number for _, lane, _ in rows]),
+            array(INT, [count for _, _, count in rows]),
+            opened,
+        )
+
+    def plan(
+        self, hits: array[int], counts: array[int], slots: array[int], available: int
+    ) -> Step | None:
+        """Make a step of the granted rows; None: nothing is left of them (see :meth:`relieve`).
+
+        Args:
+            hits, counts, slots, available: as in the message ``Granted``.
+        """
+        rows, self._proposal = self._proposal, []
+        self.available = available
+        for req, lane, _ in rows[len(counts) :]:
+            self._ungrant(req, lane)
+        del rows[len(counts) :]
+        step = self._plan_decode(rows, counts, slots) or self._plan_mixed(rows, hits, counts, slots)
+        if step is not None:
+            self.steps += 1
+        return step
+
+    def relieve(self, any_inflight: bool) -> bool:
+        """Called when nothing came of a proposal. True: wait for a launched step to finish.
+
+        Otherwise room has been made, if need be by preempting the newest running request or by
+        ending one that fits nowhere, and the next proposal may do better.
+        """
+        if self._changed:
+            return False
+        if any_inflight:
+            return True
+        if self.running:
+            newest = next(reversed(self.running.values()))
+            lane = newest.lane
+            assert lane is not None
+            assert lane.inflight == 0, f"lane {lane.number} has {lane.inflight} rows in flight"
+            needed = max(lane.planned + 1, lane.fill_len)
+            if len(self.running) == 1 and needed > self.num_slots:
+                self._fail_too_large(newest)
+            else:
+                # alone, too: duplicates of cached tokens cost it room that a fresh start does not
+                self._preempt(newest)
+        elif self.waiting:
+            self._fail_too_large(self.waiting[0])
+        return False
+
+    def score(self, step: Step, row_idx: int, num: int) -> tuple[int, int] | None:
+        """Row ``row_idx`` brings the log-probabilities of ``num`` prompt tokens; before its commit.
+
+        Returns the rid and how many of the first are known from before a preemption; None: nobody
+        wants them.
+        """
+        req, lane, _ = step.rows[row_idx]
+        if lane.over:
+            return None
+        start = step.starts[row_idx]
+        known = min(max(req.scored - start, 0), num)
+        req.scored = max(req.scored, start + num)
+        return req.rid, known
+
+    def commit(self, step: Step, tokens: array[int]) -> Emitted:
+        """Apply the result of a launched step: int32[num_rows], -1 where no token came out."""
+        rids, out, ends, where = array("q"), array(INT), bytearray(), []
+        eos_ids = self.eos_ids
+        for i, ((req, lane, _), token) in enumerate(zip(step.rows, tokens, strict=True)):
+            lane.inflight -= 1
+            if lane.over:
+                if not lane.inflight:
+                    self._release(lane)
+                continue
+            params = req.params
+            max_new = _max_new(params)
+            if token < 0:
+                if not max_new and lane.planned == lane.fill_len and not lane.inflight:
+                    self._end(req, Reason.LENGTH)
+                continue
+            outputs = req.outputs
+            outputs.append(token)
+            num = len(outputs)
+            stops = num > params.min_new_tokens and (
+                (token in eos_ids and not params.ignore_eos) or token in params.stop_token_ids
+            )
+            rids.append(req.rid)
+            out.append(token)
+            ends.append(stops)
+            where.append(i)
+            if stops:
+                self._end(req, Reason.STOP)
+            elif num >= max_new:
+                self._end(req, Reason.LENGTH)
+        self.generated_tokens += len(out)
+        return Emitted(rids, out, ends, where)
+
+    # what others may know
+
+    @property
+    def expected_slots(self) -> int:
+        """Slots that all requests will hold at the most: prompt and max_new_tokens."""
+        return sum(len(r.prompt) + _max_new(r.params) for r in self.requests.values())
+
+    # queue
+
+    def _admit(
+        self, rows: list[Row], filling: Iterable[Request], budget: int
+    ) -> list[tuple[int, array[int], bool]]:
+        """Add rows of waiting requests, first come first served, while KV is likely to last."""
+        room = self.available - self.headroom * len(self.running) - len(rows)
+        for req in filling:
+            assert req.lane is not None
+            room -= req.lane.fill_len - req.lane.planned
+        opened: list[tuple[int, array[int], bool]] = []
+        alone = not self.running
+        for req in self.waiting:
+            known = req.known_len
+            if not (budget and self._free_lanes and (alone or known + self.headroom <= room)):
+                break
+            alone = False
+            room -= known + self.headroom
+            req.lane = Lane(self._free_lanes.pop(), known)
+            count = min(known, self.chunk, budget)
+            budget -= count
+            rows.append((req, req.lane, count))
+            ids = req.prompt + req.outputs if req.outputs else req.prompt
+            opened.append((req.lane.number, ids, req.shares))
+        return opened
+
+    def _ungrant(self, req: Request, lane: Lane) -> None:
+        """A proposed row got no slots."""
+        lane.inflight -= 1
+        if not lane.opened:
+            self._free_lanes.append(lane.number)
+            if not lane.over:
+                req.lane = None
+        elif lane.over and not lane.inflight:
+            self._release(lane)
+
+    def _preempt(self, req: Request) -> None:
+        """Back to the head of the queue; the next life computes prompt and outputs again."""
+        self.preemptions += 1
+        del self.running[req.rid]
+        self._leave(req)
+        self.waiting.appendleft(req)
+
+    def _fail_too_large(self, req: Request) -> None:
+        detail = (
+            f"the request holds {req.known_len:,} tokens ({len(req.prompt):,} of them prompt), the "
+            f"KV cache has room for {self.num_slots:,} (--max_total_token_num, --mem_fraction)"
+        )
+        self._end(req, Reason.ERROR, detail=detail, status=500 if req.outputs else 400)
+
+    def _end(
+        self,
+        req: Request,
+        reason: Reason,
+        *,
+        detail: str = "",
+        status: int = 200,
+        num_tokens: int | None = None,
+    ) -> None:
+        if req.rid in self.running:
+            del self.running[req.rid]
+        else:
+            self.waiting.remove(req)
+        del self.requests[req.rid]
+        self._leave(req)
+        self._changed = True
+        num = len(req.outputs) if num_tokens is None else num_tokens
+        cached = max(req.cached_len, 0)
+        self.ended.append(Ended(req.rid, reason, detail, "", status, len(req.prompt), cached, num))
+
+    def _leave(self, req: Request) -> None:
+        """The request's lane is over. Rows that were launched, or are being reserved, keep it."""
+        if (lane := req.lane) is None:
+            return
+        lane.over, req.lane = True, None
+        if lane.planned > lane.fill_len:
+            prompt_len = len(req.prompt)
+            valid = min(lane.planned, req.known_len)
+            lane.leaves = req.outputs[lane.fill_len - prompt_len : valid - prompt_len]
+        if not lane.inflight:
+            self._release(lane)
+
+    def _release(self, lane: Lane) -> None:
+        self.released.append((lane.number, lane.leaves))
+        self._free_lanes.append(lane.number)
+        self._changed = True
+
+    # rows of a plan
+
+    def _plan_decode(self, rows: list[Row], counts: array[int], slots: array[int]) -> Step | None:
+        """The common case, all rows decode and live; None: it is not that case."""
+        num = len(rows)
+        if not num or len(slots) != num:
+            return None
+        starts = []
+        for _, lane, _ in rows:
+            if lane.over or lane.planned < lane.fill_len:
+                return None
+            starts.append(lane.planned)
+        for _, lane, _ in rows:
+            lane.planned += 1
+        return Step(
+            number=self.steps + 1,
+            rows=rows,
+            num_decode=num,
+            lanes=array(INT, [lane.number for _, lane, _ in rows]),
+            starts=array(INT, starts),
+            counts=counts,
+            heads=array(INT, bytes(4 * num)),
+            slots=slots,
+            tokens=array(INT, b"\xff" * (4 * num)),
+            samples=bytearray(b"\1" * num),
+            opened=[],
+        )
+
+    def _plan_mixed(
+        self, rows: list[Row], hits: array[int], counts: array[int], slots: array[int]
+    ) -> Step | None:
+        singles: list[tuple[Row, int, int, array[int]]] = []
+        others: list[tuple[Row, int, int, array[int]]] = []
+        at = 0
+        for row, hit, count in zip(rows, hits, counts, strict=True):
+            lane = row[1]
+            row_slots = slots[at : at + hit + count]
+            at += hit + count
+            self._granted(row[0], lane, hit)
+            if lane.over:  # ended since the reservation
+                lane.inflight -= 1
+                if not lane.inflight:
+                    self._release(lane)
+            else:
+                (singles if count == 1 else others).append((row, hit, count, row_slots))
+        if not singles and not others:
+            return None
+        step = _empty_step(self.steps + 1)
+        step.num_decode = len(singles)
+        for row, hit, count, row_slots in singles + others:
+            step.slots.extend(row_slots)
+            self._plan_row(step, row, hit, count)
+        return step
+
+    def _granted(self, req: Request, lane: Lane, hit: int) -> None:
+        """The allocator knows the lane now."""
+        if lane.opened:
+            return
+        lane.opened = True
+        lane.planned = hit
+        if lane.over:
+            return
+        assert self.waiting[0] is req
+        self.waiting.popleft()
+        self.running[req.rid] = req
+        if req.cached_len < 0:
+            req.cached_len = min(hit, len(req.prompt))
+
+    def _plan_row(self, step: Step, row: Row, hit: int, count: int) -> None:
+        """Append one row; its slots have been appended."""
+        req, lane, _ = row
+        start = lane.planned
+        end = lane.planned = start + count
+        step.rows.append(row)
+        step.lanes.append(lane.number)
+        step.starts.append(start)
+        step.counts.append(count)
+        step.heads.append(hit)
+        if start >= lane.fill_len:
+            step.tokens.append(NO_TOKEN)
+            step.samples.append(1)
+            return
+        # no output has come since the lane was opened: its first rows are still filling it
+        known = req.prompt + req.outputs if req.outputs else req.prompt
+        step.tokens.extend(known[start:end])
+        step.samples.append(end == lane.fill_len and _max_new(req.params) > 0)
+        self.prompt_tokens += count
+        if req.shares:
+            self.launched.append(lane.number)
+        if not lane.seen:
+            lane.seen = True
+            ids = known.tobytes() if req.needs_ids else b""
+            step.opened.append((lane.number, len(req.prompt), req.packed, ids))
+
+
+def _empty_step(number: int) -> Step:
+    return Step(
+        number=number,
+        rows=[],
+        num_decode=0,
+        lanes=array(INT),
+        starts=array(INT),
+        counts=array(INT),
+        heads=array(INT),
+        slots=array(INT),
+        tokens=array(INT),
+        samples=bytearray(),
+        opened=[],
+    )
+
+
+def _max_new(params: SamplingParams) -> int:
+    """The tokenizer has resolved None."""
+    assert params.max_new_tokens is not None
+    return params.max_new_tokens

@@ -1,0 +1,214 @@
+"""KV slots: which are free, which lane holds which, which are kept for their prefix.
+
+Knows slot numbers, lanes and token ids; knows neither requests nor tensors.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from asyncllm.core.radix import Node, RadixTree
+
+
+class SlotPool:
+    """The free slots, as a stack: what is taken at once is an ascending run where there is one."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.free = array("i", range(total))
+
+    def __len__(self) -> int:
+        return len(self.free)
+
+    def take(self, num: int) -> array[int]:
+        """``num`` slots. The caller has made sure that they are there."""
+        assert num <= len(self.free), f"{num} slots wanted, {len(self.free)} free"
+        if not num:
+            return array("i")
+        taken = self.free[-num:]
+        del self.free[-num:]
+        return taken
+
+    def give(self, slots: array[int]) -> None:
+        self.free.extend(slots)
+        assert len(self.free) <= self.total, "a slot was freed twice"
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """What one lane holds.
+
+        [0, shared)          in the tree, held by the lock on ``node``
+        [shared, launched)   empty but for lanes that do not use the tree
+        [launched, len)      granted, not in the tree yet
+
+    ``duplicates`` are the lane's own slots of tokens that another lane put into the tree first: the
+    lane goes on reading them, the tree has the others'.
+    """
+
+    ids: array[int]
+    slots: array[int]
+    node: Node | None  # None: neither takes nor leaves prefix cache entries
+    shared: int
+    duplicates: array[int] = field(default_factory=lambda: array("i"))
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The first ``len(counts)`` rows of a reservation; columns as in the message ``Granted``."""
+
+    hits: array[int]
+    counts: array[int]
+    slots: array[int]
+    available: int
+
+
+class Ledger:
+    """All slots of one KV pool and who holds them; ``used + cached + free == total`` always.
+
+    Args:
+        total: slots in the pool.
+        use_tree: False: no prefix cache.
+    """
+
+    def __init__(self, total: int, *, use_tree: bool = True) -> None:
+        self.pool = SlotPool(total)
+        self.tree = RadixTree()
+        self.lanes: dict[int, Holding] = {}
+        self._use_tree = use_tree
+        self.hit_tokens = self.looked_up_tokens = self.evicted_tokens = 0
+
+    @property
+    def total(self) -> int:
+        return self.pool.total
+
+    @property
+    def free(self) -> int:
+        return len(self.pool)
+
+    @property
+    def cached(self) -> int:
+        """Slots kept for their prefix only."""
+        return self.tree.size - self.tree.locked
+
+    @property
+    def used(self) -> int:
+        """Slots that lanes hold: their own and the locked part of the tree."""
+        return self.total - self.free - self.cached
+
+    @property
+    def available(self) -> int:
+        """Slots that a reservation could get."""
+        return self.free + self.cached
+
+    def reserve(
+        self,
+        lanes: array[int],
+        counts: array[int],
+        opened: dict[int, tuple[array[int], bool]],
+    ) -> Grant:
+        """Grant the longest prefix of the rows that fits.
+
+        Args:
+            lanes, counts: row i wants ``counts[i]`` new slots for ``lanes[i]``.
+            opened: lanes that are new: (token ids, may use the tree). A new lane that is not
+                granted stays unknown.
+        """
+        num = self._num_singles(lanes, counts, opened)
+        out = self._take(num)
+        for lane, slot in zip(lanes[:num], out, strict=True):
+            self.lanes[lane].slots.append(slot)
+        hits, granted = array("i", bytes(4 * num)), counts[:num]
+        for lane, count in zip(lanes[num:], counts[num:], strict=True):
+            if lane in opened:
+                row = self._open(lane, count, *opened[lane])
+            else:
+                row = self._grow(lane, count)
+            if row is None:
+                break
+            hits.append(row[0])
+            granted.append(len(row[1]) - row[0])
+            out.extend(row[1])
+        return Grant(hits, granted, out, self.available)
+
+    def launched(self, lanes: array[int]) -> None:
+        """All slots these lanes were granted have been written, or will be before any later step:
+        put the prompt tokens they stand for into the tree."""
+        for lane in lanes:
+            held = self.lanes[lane]
+            if held.node is not None:
+                self._share(held, held.ids, min(len(held.slots), len(held.ids)))
+
+    def release(self, lane: int, generated: array[int]) -> None:
+        """Forget a lane. Its launched tokens and ``generated`` stay in the tree, unlocked."""
+        held = self.lanes.pop(lane)
+        if held.node is None:
+            self.pool.give(held.slots)
+            return
+        if generated:
+            ids = held.ids + generated
+            self._share(held, ids, len(ids))
+        self.pool.give(held.duplicates)
+        self.pool.give(held.slots[held.shared :])
+        self.tree.unlock(held.node)
+
+    def _num_singles(
+        self,
+        lanes: array[int],
+        counts: array[int],
+        opened: dict[int, tuple[array[int], bool]],
+    ) -> int:
+        """How many of the first rows want one slot for a lane that is open, and can get it."""
+        num, room = 0, self.available
+        for lane, count in zip(lanes, counts, strict=True):
+            if count != 1 or num == room or lane in opened:
+                break
+            num += 1
+        return num
+
+    def _take(self, num: int) -> array[int]:
+        if (short := num - len(self.pool)) > 0:
+            evicted = self.tree.evict(short)
+            self.evicted_tokens += len(evicted)
+            self.pool.give(evicted)
+        return self.pool.take(num)
+
+    def _grow(self, lane: int, count: int) -> tuple[int, array[int]] | None:
+        if count > self.available:
+            return None
+        slots = self._take(count)
+        self.lanes[lane].slots.extend(slots)
+        return 0, slots
+
+    def _open(
+        self, lane: int, count: int, ids: array[int], may_share: bool
+    ) -> tuple[int, array[int]] | None:
+        """(cached tokens, their slots and new ones), or None: it does not fit."""
+        assert lane not in self.lanes, f"lane {lane} is open"
+        node: Node | None = None
+        slots = array("i")
+        if may_share and self._use_tree:
+            node, slots = self.tree.match(ids, len(ids) - 1)
+        hit = len(slots)
+        count = min(count, len(ids) - hit)
+        if count > self.available:
+            if node is not None:
+                self.tree.unlock(node)
+            return None
+        if node is not None:
+            self.hit_tokens += hit
+            self.looked_up_tokens += len(ids)
+        slots.extend(self._take(count))
+        self.lanes[lane] = Holding(ids, slots[:], node, hit)
+        return hit, slots
+
+    def _share(self, held: Holding, ids: array[int], end: int) -> None:
+        """Put ``ids[:end]`` into the tree as far as they are not."""
+        assert held.node is not None
+        if end <= held.shared:
+            return
+        start = held.shared
+        held.node, known = self.tree.extend(held.node, ids, start, end, held.slots)
+        held.duplicates.extend(held.slots[start : start + known])
+        held.shared = end

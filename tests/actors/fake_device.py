@@ -1,0 +1,384 @@
+"""A device whose tokens depend on every token before them, and a process of actors run by hand.
+
+What a slot holds is a hash over the whole sequence up to its token, so that a wrong slot, position,
+prefix hit or order of steps is found by the device or changes the tokens.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from array import array
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncllm.actors.allocator import Allocator
+from asyncllm.actors.scheduler import Scheduler
+from asyncllm.codec import decode, encode, i32, ints, longs
+from asyncllm.core.radix import Node
+from asyncllm.core.request import SamplingParams
+from asyncllm.core.slots import Ledger
+from asyncllm.messages import Finished, StepDone, StepPlan, StopHit, Submit, Tokens
+
+PRIME = (1 << 61) - 1
+START = 7
+
+
+def chain(before: int, token: int) -> int:
+    return (before * 1_000_003 + token + 11) % PRIME
+
+
+def pick(state: int, params: SamplingParams, generated: int, vocab: int, eos: Iterable[int]) -> int:
+    """The token after a sequence; banned ones are stepped over as a sampler does."""
+    token = chain(state, params.seed) % vocab
+    banned = {*eos, *params.stop_token_ids} if generated < params.min_new_tokens else set()
+    while token in banned:
+        token = (token + 1) % vocab
+    return token
+
+
+def oracle(prompt: Iterable[int], params: SamplingParams, vocab: int, eos: set[int]) -> list[int]:
+    """What a request yields when nobody interferes."""
+    state, out = START, []
+    for token in prompt:
+        state = chain(state, token)
+    while len(out) < (params.max_new_tokens or 0):
+        token = pick(state, params, len(out), vocab, eos)
+        out.append(token)
+        over = len(out) > params.min_new_tokens
+        if over and ((token in eos and not params.ignore_eos) or token in params.stop_token_ids):
+            break
+        state = chain(state, token)
+    return out
+
+
+@dataclass
+class FakePending:
+    done: StepDone
+    gate: threading.Event | None = None
+
+    def wait(self) -> StepDone:
+        if self.gate is not None:
+            self.gate.wait()
+        return self.done
+
+
+@dataclass
+class LaneTable:
+    prompt_len: int
+    params: SamplingParams
+    known: array[int]
+    slots: list[int] = field(default_factory=list)
+    last: int | None = None
+
+
+class FakeDevice:
+    """Checks each plan against what its slots hold; tokens are a hash of the sequence."""
+
+    def __init__(self, vocab: int = 50, eos: Iterable[int] = (), *, gated: bool = False) -> None:
+        self.vocab, self.eos, self.gated = vocab, set(eos), gated
+        self.store: dict[int, tuple[int, int, int]] = {}  # slot -> position, state before, after
+        self.lanes: dict[int, LaneTable] = {}
+        self.plans: list[StepPlan] = []
+        self.gates: deque[threading.Event] = deque()
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+    def launch(self, plan: StepPlan) -> FakePending:
+        self.plans.append(plan)
+        opened = {row[0]: row[1:] for row in plan.opened}
+        assert len(opened) == len(plan.opened)
+        counts = ints(plan.counts)
+        assert all((c == 1) == (i < plan.num_decode) for i, c in enumerate(counts))
+        assert len(set(ints(plan.lanes))) == len(counts)
+        slots, fed = deque(ints(plan.slots)), deque(ints(plan.tokens))
+        tokens, prompt, logprobs, asks = [], [], [], False
+        columns = zip(ints(plan.lanes), ints(plan.starts), counts, ints(plan.heads), plan.samples)
+        for row, (lane, start, count, head, samples) in enumerate(columns):
+            if lane in opened:
+                length, packed, known = opened[lane]
+                self.lanes[lane] = LaneTable(length, SamplingParams.unpack(packed), ints(known))
+            table = self.lanes[lane]
+            assert len(table.slots) == start - head, f"lane {lane}: gap before {start - head}"
+            assert not head or lane in opened
+            table.slots += [slots.popleft() for _ in range(head + count)]
+            assert len(set(table.slots)) == len(table.slots)
+            state = self._read(table, start)
+            state = self._write(table, start, [fed.popleft() for _ in range(count)], state)
+            token = -1
+            if samples:
+                at = start + count - table.prompt_len
+                token = pick(state, table.params, at, self.vocab, self.eos)
+                table.last = token
+            tokens.append(token)
+            asks |= table.params.logprobs >= 0
+            logprobs.append(-float(token))
+            scored = min(start + count, table.prompt_len - 1) - start
+            if table.params.prompt_logprobs >= 0 and scored > 0:
+                values = array("f", [-(start + 1.0 + i) for i in range(scored)]).tobytes()
+                tops = i32(range(start + 1, start + 1 + scored))
+                prompt.append((row, values, 1, tops, values))
+        assert not slots
+        assert not fed
+        column = array("f", logprobs).tobytes() if asks else b""
+        ids = i32(tokens)
+        top = (1, ids, column) if asks else (0, b"", b"")
+        gate = threading.Event() if self.gated else None
+        if gate is not None:
+            self.gates.append(gate)
+        return FakePending(StepDone(plan.step, ids, column, *top, tuple(prompt)), gate)
+
+    def _read(self, table: LaneTable, end: int) -> int:
+        """The state at ``end``, after checking that the slots hold one unbroken sequence."""
+        state = START
+        for position, slot in enumerate(table.slots[:end]):
+            at, before, after = self.store[slot]
+            assert (at, before) == (position, state), f"slot {slot} is somebody else's"
+            state = after
+        return state
+
+    def _write(self, table: LaneTable, start: int, fed: list[int], state: int) -> int:
+        for position, token in enumerate(fed, start):
+            if token < 0:
+                assert table.last is not None, "no token has been sampled in this lane"
+                token = table.last
+            elif table.known:
+                assert table.known[position] == token
+            p = table.params
+            penalized = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+            needs = penalized != (1.0, 0.0, 0.0) or p.prompt_logprobs >= 0
+            assert bool(table.known) == needs
+            after = chain(state, token)
+            self.store[table.slots[position]] = (position, state, after)
+            state = after
+        return state
+
+
+def check_ledger(ledger: Ledger) -> None:
+    """Each slot is in exactly one place, locks are the holders', and the counters are right."""
+    holders: Counter[int] = Counter()
+    private: list[int] = []
+    for held in ledger.lanes.values():
+        private += held.duplicates
+        private += held.slots[held.shared :]
+        node, depth = held.node, 0
+        while node is not None and node.parent is not None:
+            holders[id(node)] += 1
+            depth += len(node.key)
+            node = node.parent
+        assert depth == held.shared
+    nodes: list[Node] = []
+    stack = [ledger.tree.root]
+    while stack:
+        for first, child in (node := stack.pop()).children.items():
+            assert child.parent is node
+            assert child.key[0] == first
+            assert len(child.key) == len(child.slots)
+            assert child.locks == holders[id(child)]
+            nodes.append(child)
+            stack.append(child)
+    tree = [slot for node in nodes for slot in node.slots]
+    locked = sum(len(node.key) for node in nodes if node.locks)
+    everything = [*ledger.pool.free, *tree, *private]
+    assert sorted(everything) == list(range(ledger.total))
+    assert (ledger.tree.size, ledger.tree.locked) == (len(tree), locked)
+    assert ledger.used == locked + len(private)
+    assert ledger.used + ledger.cached + ledger.free == ledger.total
+
+
+@dataclass
+class Mailbox:
+    """Stands for a Ref and the mailbox behind it."""
+
+    encode_local: bool
+    urgent: list[Any] = field(default_factory=list)
+    queue: list[Any] = field(default_factory=list)
+
+    def tell(self, msg: Any, *, urgent: bool = False) -> None:
+        msg = decode(encode(msg)) if self.encode_local else msg
+        (self.urgent if urgent else self.queue).append(msg)
+
+    def take(self) -> list[Any]:
+        batch = [*self.urgent, *self.queue]
+        self.urgent.clear()
+        self.queue.clear()
+        return batch
+
+    def __bool__(self) -> bool:
+        return bool(self.urgent or self.queue)
+
+
+class World:
+    """Scheduler, allocator and a fake device; the test says who handles its mail when."""
+
+    endpoint = 0
+
+    def __init__(
+        self,
+        *,
+        num_slots: int = 64,
+        num_lanes: int = 6,
+        batch_max_tokens: int = 32,
+        chunked_prefill_size: int = 8,
+        eos_ids: Iterable[int] = (),
+        depth: int = 2,
+        headroom: int = 8,
+        use_tree: bool = True,
+        encode_local: bool = False,
+        vocab: int = 50,
+    ) -> None:
+        self._encode_local = encode_local
+        self.boxes: dict[tuple[str, int], Mailbox] = {}
+        self.device = FakeDevice(vocab, eos_ids)
+        self.pending: deque[FakePending] = deque()
+        self.allocator = Allocator(num_slots, use_tree=use_tree)
+        self.scheduler = Scheduler(
+            num_lanes=num_lanes,
+            num_slots=num_slots,
+            batch_max_tokens=batch_max_tokens,
+            chunked_prefill_size=chunked_prefill_size,
+            eos_ids=set(eos_ids),
+            runners=[0],
+            depth=depth,
+            headroom=headroom,
+        )
+        for actor in (self.allocator, self.scheduler):
+            actor.system = self  # type: ignore[assignment]
+            actor.started()
+        self.reserves = 0
+        self.submitted: dict[int, Submit] = {}
+        self.tokens: dict[int, list[int]] = defaultdict(list)
+        self.parts: dict[int, list[float]] = defaultdict(list)
+        self.finished: dict[int, Finished] = {}
+        self.stop_after: dict[int, int] = {}
+        self.others: list[Any] = []  # what the watchdog got
+
+    @property
+    def core(self) -> Any:
+        return self.scheduler.core
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.allocator.ledger
+
+    def ref(self, name: str, endpoint: int | None = None) -> Mailbox:
+        return self.boxes.setdefault((name, endpoint or 0), Mailbox(self._encode_local))
+
+    def submit(self, rid: int, prompt: list[int], **params: Any) -> None:
+        """Mail a request; keywords are SamplingParams'."""
+        msg = Submit(rid, i32(prompt), SamplingParams(**params).pack())
+        self.submitted[rid] = msg
+        self.ref("scheduler").tell(msg)
+
+    def tell(self, msg: Any, *, urgent: bool = False) -> None:
+        self.ref("scheduler").tell(msg, urgent=urgent)
+
+    def ready(self) -> list[tuple[str, int]]:
+        """Who has mail; ("device", 0): a step is in flight."""
+        return [key for key, box in self.boxes.items() if box] + [("device", 0)][
+            : len(self.pending)
+        ]
+
+    def turn(self, key: tuple[str, int]) -> None:
+        """Let one of the ready ones do its work."""
+        if key[0] == "device":
+            self.tell(self.pending.popleft().done)
+            return
+        batch = self.boxes[key].take()
+        if key[0] == "scheduler":
+            self.scheduler.receive(batch)
+        elif key[0] == "allocator":
+            self.reserves += sum(type(msg).__name__ == "Reserve" for msg in batch)
+            self.allocator.receive(batch)
+        elif key[0] == "runner":
+            self.pending.extend(self.device.launch(plan) for plan in batch)
+        elif key[0] == "detokenizer":
+            for msg in batch:
+                self._detokenize(key[1], msg)
+        else:
+            self.others += batch
+        self.check()
+
+    def run(self, rng: random.Random | None = None, *, turns: int = 100_000) -> None:
+        """Until nobody has anything to do; FIFO-like order or a random one."""
+        for _ in range(turns):
+            if not (ready := self.ready()):
+                assert not self.core.requests, "a request hangs: nobody has anything to do"
+                return
+            self.turn(rng.choice(ready) if rng else ready[0])
+        raise AssertionError(f"still busy after {turns} turns")
+
+    def settle(self, *names: str) -> None:
+        """Let these handle their mail until none of them has any."""
+        while ready := [key for key in self.ready() if key[0] in names]:
+            self.turn(ready[0])
+
+    def check(self) -> None:
+        check_ledger(self.ledger)
+
+    def check_end(self) -> None:
+        """Everything has ended, exactly once, with exactly its tokens; nothing is held."""
+        assert set(self.finished) == set(self.submitted)
+        assert self.ledger.used == 0
+        assert not self.ledger.lanes
+        assert sorted(self.core._free_lanes) == list(range(self.core.num_lanes))
+        for rid, end in self.finished.items():
+            submit = self.submitted[rid]
+            params, prompt = SamplingParams.unpack(submit.params), ints(submit.prompt)
+            want = oracle(prompt, params, self.device.vocab, self.device.eos)
+            got = self.tokens[rid]
+            assert end.prompt_len == len(prompt)
+            assert 0 <= end.cached_len < max(len(prompt), 1)
+            if end.reason >= 2 or rid in self.stop_after:
+                assert got == want[: len(got)]
+            else:
+                assert got == want
+                assert (end.reason == 1) == (
+                    not want
+                    or not (
+                        len(want) > params.min_new_tokens
+                        and (
+                            (want[-1] in self.device.eos and not params.ignore_eos)
+                            or want[-1] in params.stop_token_ids
+                        )
+                    )
+                )
+            if end.reason != 3:
+                assert end.num_tokens <= len(got)
+            if params.prompt_logprobs >= 0:
+                scores = [-float(i) for i in range(1, len(prompt))]
+                assert self.parts[rid] == scores[: len(self.parts[rid])]
+                assert end.reason >= 2 or len(self.parts[rid]) == len(scores)
+
+    def _detokenize(self, endpoint: int, msg: Tokens | Finished) -> None:
+        if isinstance(msg, Finished):
+            assert msg.rid >> 40 == endpoint
+            assert msg.rid not in self.finished, "ended twice"
+            self.finished[msg.rid] = msg
+            return
+        rids, tokens = longs(msg.rids), ints(msg.tokens)
+        if msg.logprobs:
+            assert msg.logprobs == array("f", [-float(t) for t in tokens]).tobytes()
+            assert msg.num_top == 1
+            assert msg.top_ids == msg.tokens
+        for rid, token, ends in zip(rids, tokens, msg.ends, strict=True):
+            assert rid >> 40 == endpoint
+            assert rid not in self.finished, "a token after the end"
+            self.tokens[rid].append(token)
+            params = SamplingParams.unpack(self.submitted[rid].params)
+            eos = not params.ignore_eos and token in self.device.eos
+            late = len(self.tokens[rid]) > params.min_new_tokens
+            assert bool(ends) == (late and (eos or token in params.stop_token_ids))
+            if len(self.tokens[rid]) == self.stop_after.get(rid):
+                self.tell(StopHit(rid, self.stop_after[rid]), urgent=True)
+        for rid, values, num_top, ids, top in msg.prompt:
+            scores = array("f")
+            scores.frombytes(values)
+            first = len(self.parts[rid]) + 1
+            assert ids == i32(range(first, first + len(scores)))
+            assert (num_top, top) == (1, values)
+            self.parts[rid] += scores

@@ -1,0 +1,90 @@
+"""Random lives: many requests on a tiny KV, whoever is ready acts in random order."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tests.actors.fake_device import World
+
+from asyncllm.messages import Abort
+
+
+def live(world: World, rng: random.Random, num: int, *, aborts: bool = True) -> None:
+    """Submit ``num`` requests at random times and let everybody act until all is quiet."""
+    base = [[rng.randrange(world.device.vocab) for _ in range(30)] for _ in range(3)]
+    rid = 0
+    left = num
+    for _ in range(200_000):
+        ready = world.ready()
+        if left and (not ready or rng.random() < 0.15):
+            stem = rng.choice(base)[: rng.randint(0, 30)]
+            tail = [rng.randrange(world.device.vocab) for _ in range(rng.randint(0, 8))]
+            prompt = (stem + tail) or [1]
+            params = random_params(rng)
+            for i in range(min(left, rng.choice([1, 1, 1, 3]))):
+                rid = (rng.choice([0, 2]) << 40) + num - left + 1
+                left -= 1
+                world.submit(rid, prompt, **params, seed=i)
+                if rng.random() < 0.2:
+                    world.stop_after[rid] = rng.randint(1, 6)
+        elif aborts and rng.random() < 0.03 and world.submitted:
+            world.tell(Abort(rng.choice(list(world.submitted))), urgent=True)
+        elif ready:
+            world.turn(rng.choice(ready))
+            if not world.ready():
+                assert not world.core.requests, "a request hangs"
+        elif not left:
+            return
+    raise AssertionError("no end")
+
+
+def random_params(rng: random.Random) -> dict[str, object]:
+    params: dict[str, object] = {"max_new_tokens": rng.choice([0, 1, 2, 5, 12, 25])}
+    chance = rng.random()
+    if chance < 0.1:
+        params["prompt_logprobs"] = 1
+    elif chance < 0.2:
+        params["presence_penalty"] = 0.5
+    elif chance < 0.3:
+        params["use_cache"] = False
+    elif chance < 0.4:
+        params["ignore_eos"] = True
+    elif chance < 0.5:
+        params["stop_token_ids"] = (5, 6, 7)
+    if rng.random() < 0.2:
+        params["min_new_tokens"] = 3
+    if rng.random() < 0.2:
+        params["logprobs"] = 1
+    return params
+
+
+@pytest.mark.parametrize("encode_local", [False, True], ids=["objects", "frames"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_each_request_ends_once_with_its_tokens(seed: int, depth: int, encode_local: bool) -> None:
+    rng = random.Random(1000 * seed + depth)
+    world = World(
+        num_slots=rng.choice([70, 90, 160]),
+        num_lanes=rng.choice([2, 5, 9]),
+        batch_max_tokens=rng.choice([8, 40]),
+        chunked_prefill_size=rng.choice([3, 8, 64]),
+        eos_ids={3, 4},
+        depth=depth,
+        headroom=rng.choice([0, 0, 8]),
+        use_tree=rng.random() < 0.85,
+        encode_local=encode_local,
+    )
+    live(world, rng, 40)
+    world.check_end()
+
+
+def test_the_lives_meet_what_they_are_for() -> None:
+    """Preemption, eviction, hits and duplicates happen in such lives; else they prove little."""
+    rng = random.Random(5)
+    world = World(num_slots=70, num_lanes=9, batch_max_tokens=40, eos_ids={3}, headroom=0)
+    live(world, rng, 150)
+    world.check_end()
+    assert world.core.preemptions > 3
+    assert world.ledger.evicted_tokens > 100
+    assert world.ledger.hit_tokens > 100
