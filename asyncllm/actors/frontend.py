@@ -1,0 +1,446 @@
+"""The frontend: owner of every HTTP request's life, from admission to the last byte.
+
+Knows rids, admission, deltas and sockets; routes are in :mod:`asyncllm.actors.http`, protocols in
+:mod:`asyncllm.api`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from socket import socket
+from time import monotonic, perf_counter, time
+from typing import Any, assert_never
+
+from aiohttp import web
+
+from asyncllm.actors.base import Actor, MailboxFull
+from asyncllm.actors.http import Routes
+from asyncllm.actors.stream import Exchange, Pipe, resolve
+from asyncllm.api.answer import REASONS, Answer, Choice, Reply, Vocab
+from asyncllm.api.errors import NotServing, from_status
+from asyncllm.api.fields import MAX_SEED, bad
+from asyncllm.api.generation import Generation, Served
+from asyncllm.core.request import Reason
+from asyncllm.errors import RequestError, ServerBusy
+from asyncllm.messages import (
+    FRONTEND_SHIFT,
+    Abort,
+    Accepted,
+    Count,
+    Counted,
+    Delta,
+    Drain,
+    Drained,
+    Finished,
+    Scrape,
+    Scraped,
+    Started,
+    Tokenize,
+)
+from asyncllm.messages import Served as ServedOne
+
+log = logging.getLogger(__name__)
+
+Inbox = Accepted | Delta | Finished | Counted | Scraped | Started | Drain
+
+LOOK_EVERY = 4  # streams written between two looks at the clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the frontend takes on.
+
+    Args:
+        max_live: choices being generated or waiting at once; more is 429.
+        max_body: bytes of a request body; more is 413.
+        max_unsent: bytes waiting for a client that does not read; more drops it.
+        flush_s: seconds of writing to streams before other work gets a turn.
+        query_s: seconds to wait for another actor's answer (metrics, token counts).
+        shutdown_s: seconds for open connections when the server stops.
+    """
+
+    max_live: int = 1024
+    max_body: int = 32 << 20
+    max_unsent: int = 1 << 20
+    flush_s: float = 0.0005
+    query_s: float = 5.0
+    shutdown_s: float = 2.0
+
+
+class Frontend(Actor[Inbox]):
+    """HTTP in and out of one endpoint.
+
+    Args:
+        served: model names and limits.
+        vocab: texts of token ids.
+        sockets: bound sockets; they are listened to when ``Started`` arrives.
+        limits: see :class:`Limits`.
+    """
+
+    # a step may bring a Delta and a Finished for each live request, several steps may wait
+    capacity = 65536
+
+    def __init__(
+        self,
+        *,
+        served: Served,
+        vocab: Vocab,
+        sockets: Sequence[socket],
+        limits: Limits | None = None,
+    ) -> None:
+        super().__init__("frontend")
+        self.served, self.limits = served, limits or Limits()
+        self.serving = self.draining = False
+        self._vocab, self._sockets = vocab, sockets
+        self._counter = 0
+        self._exchanges: set[Exchange] = set()
+        self._by_rid: dict[int, tuple[Exchange, Choice]] = {}
+        self._dirty: deque[Exchange] = deque()  # with something to write
+        self._flush_waits = False
+        self._queries: dict[int, asyncio.Future[Any]] = {}
+        self._mean_s = 1.0  # a request's time, for Retry-After
+        self._runner: web.AppRunner | None = None
+
+    def started(self) -> None:
+        """Refs of those this actor talks to."""
+        self._tokenizer = self.system.ref("tokenizer")
+        self._scheduler = self.system.ref("scheduler", 0)
+        self._watchdog = self.system.ref("watchdog", 0)
+
+    def receive(self, batch: list[Inbox]) -> None:
+        """Render everything first, then write once per stream."""
+        for msg in batch:
+            match msg:
+                case Delta():
+                    self._delta(msg)
+                case Finished():
+                    self._finished(msg)
+                case Accepted():
+                    self._accepted(msg)
+                case Counted(query, num_tokens):
+                    self._answered(query, num_tokens)
+                case Scraped():
+                    self._answered(msg.query, msg)
+                case Started():
+                    self.spawn(self._serve())
+                case Drain():
+                    self.draining = True
+                    self._say_drained()
+                case _:
+                    assert_never(msg)
+        if not self._flush_waits:
+            self._flush()
+
+    async def closing(self) -> None:
+        """Fail what is left, then let aiohttp close the connections."""
+        self.draining = True
+        for exchange in list(self._exchanges):
+            self._fail(exchange, NotServing("the server is shutting down", code="shutting_down"))
+        while self._dirty:
+            self._write(self._dirty.popleft())
+        for future in self._queries.values():
+            future.cancel()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def stopped(self) -> None:
+        """The listening sockets go; connections go with the loop."""
+        for sock in self._sockets:
+            sock.close()
+
+    # -- called by the routes ----------------------------------------------------------------
+
+    def submit(
+        self, generation: Generation, name: str, reply: Callable[[Answer], Reply]
+    ) -> Exchange:
+        """Admit a request and send its prompts to the tokenizer.
+
+        Args:
+            name: the answer's id.
+
+        Raises:
+            ServerBusy: 429, too much is going on. NotServing: 503, the server drains.
+        """
+        self._admit(generation)
+        if not generation.seeded:
+            params = replace(generation.params, seed=secrets.randbelow(MAX_SEED + 1))
+            generation = replace(generation, params=params)
+        n, num_prompts = generation.n, len(generation.prompts)
+        wants = generation.params.logprobs, generation.params.prompt_logprobs
+        choices = [Choice(index=i, prompt_idx=i // n, wants=wants) for i in range(n * num_prompts)]
+        answer = Answer(
+            generation=generation,
+            id=name,
+            created=int(time()),
+            model=self.served.name,
+            vocab=self._vocab,
+            choices=choices,
+            prompts=[array("i") for _ in generation.prompts],
+        )
+        exchange = Exchange(answer, reply(answer), self.system.loop)
+        self._exchanges.add(exchange)
+        try:
+            for i in range(num_prompts):
+                self._tokenize(exchange, i)
+        except MailboxFull:
+            self._forget(exchange)
+            raise ServerBusy("the tokenizer is behind; try again later") from None
+        return exchange
+
+    def stream(self, exchange: Exchange, pipe: Pipe) -> None:
+        """The headers are out: write what there is, and everything to come."""
+        exchange.pipe = pipe
+        self._write(exchange)
+
+    def close(self, exchange: Exchange, route: str, status: int) -> None:
+        """The handler is over, whatever the reason: abort what still lives, and count."""
+        self._forget(exchange)
+        self.count(route, status, exchange)
+        self._say_drained()
+
+    def count(self, route: str, status: int, exchange: Exchange | None = None) -> None:
+        """Tell the watchdog of an answered request; without an exchange it was refused."""
+        if self.system.over:
+            return
+        if exchange is None:
+            self._watchdog.tell(ServedOne(route, status, 0, 0, 0, 0, "error", -1.0, -1.0, 0.0))
+            return
+        now = monotonic()
+        answer = exchange.answer
+        usage = answer.usage()
+        tokens = usage["completion_tokens"]
+        ttft = exchange.first_at - exchange.begun_at if exchange.first_at else -1.0
+        more = max(c.num_tokens for c in answer.choices) - 1
+        tpot = (exchange.last_at - exchange.first_at) / more if more > 0 else -1.0
+        total = now - exchange.begun_at
+        if status == 200:
+            self._mean_s += 0.1 * (total - self._mean_s)
+        most = answer.generation.params.max_new_tokens
+        if most is None:
+            most = max(self.served.max_len - max(map(len, answer.prompts)), 0)
+        reason = "abort" if status == 499 else "error"
+        if status == 200 and exchange.error is None and answer.choices[0].reason is not None:
+            reason = REASONS[answer.choices[0].reason]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        self._watchdog.tell(
+            ServedOne(
+                route, status, usage["prompt_tokens"], cached, tokens, most, reason, ttft, tpot, total
+            )
+        )  # fmt: skip
+
+    def retry_after_s(self) -> int:
+        """When a refused client may try again: about one request's time, 1 to 60 s."""
+        return min(max(math.ceil(self._mean_s), 1), 60)
+
+    async def num_tokens(self, text: str, add_special_tokens: bool) -> int:
+        """Tokens of a text. Raises NotServing (503) or ServerBusy (429)."""
+        query, future = self._query()
+        try:
+            self._tokenizer.tell(Count(query, text, add_special_tokens))
+        except MailboxFull:
+            del self._queries[query]
+            raise ServerBusy("the tokenizer is behind; try again later") from None
+        count = int(await self._wait(query, future, "the tokenizer"))
+        if count < 0:
+            raise NotServing("the tokenizer could not count this text in time")
+        return count
+
+    async def scrape(self) -> Scraped:
+        """State of the whole server. Raises NotServing (503) when it does not come in time."""
+        query, future = self._query()
+        self._watchdog.tell(Scrape(query, self.system.endpoint))
+        answer: Scraped = await self._wait(query, future, "the watchdog")
+        return answer
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _admit(self, generation: Generation) -> None:
+        if self.draining:
+            raise NotServing("the server is shutting down", code="shutting_down")
+        wanted, most = generation.n * len(generation.prompts), self.limits.max_live
+        if wanted > most:
+            bad(f"n: {wanted} choices in one request, this server runs at most {most} at once", "n")
+        if len(self._by_rid) + wanted > most:
+            raise ServerBusy(
+                f"{len(self._by_rid)} choices are being generated or wait, at most {most} may; "
+                f"try again in {self.retry_after_s()} s"
+            )
+
+    def _tokenize(self, exchange: Exchange, prompt_idx: int) -> None:
+        """Send one prompt with a rid for each of its choices."""
+        generation = exchange.answer.generation
+        prompt, n = generation.prompts[prompt_idx], generation.n
+        first = (self.system.endpoint << FRONTEND_SHIFT) + self._counter
+        self._counter += n
+        rids = tuple(range(first, first + n))
+        for rid, choice in zip(
+            rids, exchange.answer.choices[prompt_idx * n : (prompt_idx + 1) * n], strict=True
+        ):
+            exchange.live[rid] = choice
+            self._by_rid[rid] = (exchange, choice)
+        exchange.unaccepted.add(first)
+        self._tokenizer.tell(
+            Tokenize(
+                rids,
+                prompt.text,
+                prompt.ids,
+                prompt.chat,
+                generation.add_special_tokens,
+                generation.params.pack(),
+            )
+        )
+
+    def _accepted(self, msg: Accepted) -> None:
+        found = self._by_rid.get(msg.rid)
+        if found is None:
+            return
+        exchange, choice = found
+        exchange.answer.prompts[choice.prompt_idx].frombytes(msg.prompt)
+        exchange.unaccepted.discard(msg.rid)
+        if not exchange.unaccepted:
+            if exchange.streams:
+                self._render(exchange, exchange.reply.opening())
+            resolve(exchange.accepted)
+
+    def _delta(self, msg: Delta) -> None:
+        found = self._by_rid.get(msg.rid)
+        if found is None:
+            return  # aborted; the detokenizer did not know yet
+        exchange, choice = found
+        choice.take(msg)
+        if msg.ids:
+            exchange.last_at = monotonic()
+            exchange.first_at = exchange.first_at or exchange.last_at
+        if exchange.streams:
+            self._render(exchange, exchange.reply.piece(choice, msg))
+
+    def _finished(self, msg: Finished) -> None:
+        found = self._by_rid.get(msg.rid)
+        if found is None:
+            return
+        exchange, choice = found
+        reason = Reason(msg.reason)
+        if reason is Reason.ERROR:
+            self._fail(exchange, from_status(msg.status, msg.detail, msg.code))
+            return
+        if reason is Reason.ABORT:
+            self._fail(exchange, NotServing("the server ended this request", code="aborted"))
+            return
+        del self._by_rid[msg.rid], exchange.live[msg.rid]
+        choice.reason, choice.cached_len = reason, msg.cached_len
+        if exchange.streams:
+            self._render(exchange, exchange.reply.end(choice))
+        if not exchange.live:
+            if exchange.streams:
+                self._render(exchange, exchange.reply.closing())
+            exchange.end()
+
+    def _fail(self, exchange: Exchange, error: RequestError) -> None:
+        """End a request with an error: plain before the headers, an event after them."""
+        if exchange.ended:
+            return
+        exchange.error = error
+        self._abort(exchange)
+        if exchange.committed:
+            self._render(exchange, exchange.reply.error(error))
+        exchange.end()
+
+    def _abort(self, exchange: Exchange) -> None:
+        """End every choice that still lives."""
+        for rid in exchange.live:
+            del self._by_rid[rid]
+            if not self.system.over:
+                self._scheduler.tell(Abort(rid), urgent=True)
+                self._tokenizer.tell(Abort(rid), urgent=True)
+        exchange.live.clear()
+
+    def _forget(self, exchange: Exchange) -> None:
+        self._abort(exchange)
+        self._exchanges.discard(exchange)
+        exchange.pipe = None
+
+    def _render(self, exchange: Exchange, data: bytes) -> None:
+        if data:
+            exchange.pending.append(data)
+        if not exchange.queued:
+            exchange.queued = True
+            self._dirty.append(exchange)
+
+    def _flush(self) -> None:
+        """Write stream by stream; when the budget is spent, others first, then the rest.
+
+        What comes in meanwhile for a waiting stream goes out with the same write.
+        """
+        self._flush_waits = False
+        if self.system.over:
+            return
+        until = perf_counter() + self.limits.flush_s
+        written = 0
+        while self._dirty:
+            self._write(self._dirty.popleft())
+            written += 1
+            if written % LOOK_EVERY == 0 and perf_counter() > until and self._dirty:
+                self._flush_waits = True
+                self.system.loop.call_soon(self._flush)
+                return
+
+    def _write(self, exchange: Exchange) -> None:
+        """One write of all that is pending; drops a client that does not read."""
+        exchange.queued = False
+        pipe = exchange.pipe
+        if pipe is None or pipe.gone:
+            return  # before the headers: stream() comes back; gone: the handler is being cancelled
+        if held := exchange.reply.settle():
+            exchange.pending.append(held)
+        if exchange.pending:
+            data = b"".join(exchange.pending)
+            exchange.pending.clear()
+            if pipe.unsent > self.limits.max_unsent:
+                log.warning("request %s: client does not read, dropped", exchange.answer.id)
+                self._abort(exchange)
+                exchange.ended = True
+                pipe.abort()  # this cancels the handler, which closes the exchange
+                return
+            pipe.write(data)
+        if exchange.ended:
+            resolve(exchange.done)
+
+    def _query(self) -> tuple[int, asyncio.Future[Any]]:
+        self._counter += 1
+        future: asyncio.Future[Any] = self.system.loop.create_future()
+        self._queries[self._counter] = future
+        return self._counter, future
+
+    def _answered(self, query: int, value: Any) -> None:
+        future = self._queries.get(query)
+        if future is not None and not future.done():
+            future.set_result(value)
+
+    async def _wait(self, query: int, future: asyncio.Future[Any], who: str) -> Any:
+        try:
+            done, _ = await asyncio.wait((future,), timeout=self.limits.query_s)
+        finally:
+            del self._queries[query]
+        if not done or future.cancelled():
+            raise NotServing(f"{who} did not answer within {self.limits.query_s:g} s")
+        return future.result()
+
+    async def _serve(self) -> None:
+        """Open the doors."""
+        self._runner = Routes(self).runner()
+        await self._runner.setup()
+        for sock in self._sockets:
+            await web.SockSite(self._runner, sock, backlog=2048).start()
+        self.serving = True
+
+    def _say_drained(self) -> None:
+        """Once, when the server drains and no request is left."""
+        if self.draining and not self._exchanges and not self.system.over:
+            self._watchdog.tell(Drained("frontend", self.system.endpoint))

@@ -1,0 +1,273 @@
+"""HTTP routes: from an aiohttp request to the frontend and back.
+
+Knows paths, headers and statuses; what a body means is in :mod:`asyncllm.api`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+from aiohttp import HttpVersion11, web
+
+from asyncllm.actors.stream import Exchange, Pipe
+from asyncllm.api import errors, fields, lightllm, openai, sse
+from asyncllm.api.answer import Answer, Reply
+from asyncllm.api.generation import Generation
+from asyncllm.api.lightllm_reply import NativeReply
+from asyncllm.api.openai_reply import ChatReply, CompletionReply, model, models
+from asyncllm.errors import RequestError
+
+if TYPE_CHECKING:
+    from asyncllm.actors.frontend import Frontend
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+REQUEST_ID: Final = web.RequestKey("request_id", str)
+MAX_REQUEST_ID: Final = 128
+CLIENT_GONE: Final = 499  # nobody reads it; for the counters
+KEEPALIVE_S: Final = 75.0
+STREAM_HEADERS: Final = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class Routes:
+    """The routes of one frontend."""
+
+    def __init__(self, front: Frontend) -> None:
+        self._front = front
+
+    def runner(self) -> web.AppRunner:
+        """An aiohttp runner; a client that leaves cancels its handler."""
+        app = web.Application(
+            middlewares=[self._guard], client_max_size=self._front.limits.max_body
+        )
+        app.on_response_prepare.append(self._prepare)
+        add = app.router
+        for path, handler in {
+            "/": self._native_any,
+            "/generate": self._native,
+            "/generate_stream": self._native_stream,
+            "/v1/completions": self._completion,
+            "/v1/chat/completions": self._chat,
+        }.items():
+            add.add_post(path, handler)
+        for path, handler in {
+            "/tokens": self._tokens,
+            "/get_model_name": self._model_name,
+            "/liveness": self._liveness,
+            "/readiness": self._readiness,
+        }.items():
+            add.add_get(path, handler)
+            add.add_post(path, handler)
+        for path, handler in {
+            "/health": self._health,
+            "/healthz": self._health,
+            "/token_load": self._token_load,
+            "/metrics": self._metrics,
+            "/v1/models": self._models,
+            "/v1/models/{name:.+}": self._model,
+        }.items():
+            add.add_get(path, handler)
+        return web.AppRunner(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=self._front.limits.shutdown_s,
+            keepalive_timeout=KEEPALIVE_S,
+        )
+
+    # -- text ----------------------------------------------------------------------------------
+
+    async def _completion(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(
+            request, lambda body: openai.completion(body, self._front.served), CompletionReply, "cmpl-"
+        )  # fmt: skip
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(
+            request, lambda body: openai.chat(body, self._front.served), ChatReply, "chatcmpl-"
+        )
+
+    async def _native(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, self._native_parser(False), NativeReply, "gen-")
+
+    async def _native_stream(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, self._native_parser(True), NativeReply, "gen-")
+
+    async def _native_any(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, self._native_parser(None), NativeReply, "gen-")
+
+    def _native_parser(self, stream: bool | None) -> Callable[[fields.Body], Generation]:
+        """``stream`` None: the body says it."""
+
+        def parse(body: fields.Body) -> Generation:
+            flag = lightllm.stream_flag(body) if stream is None else stream
+            return lightllm.generate(body, self._front.served, stream=flag)
+
+        return parse
+
+    async def _generate(
+        self,
+        request: web.Request,
+        parse: Callable[[fields.Body], Generation],
+        reply: Callable[[Answer], Reply],
+        prefix: str,
+    ) -> web.StreamResponse:
+        """The one way from a request to text: admit, wait, answer; abort however it ends."""
+        front, exchange, status = self._front, None, CLIENT_GONE
+        try:
+            generation = parse(await self._body(request))
+            exchange = front.submit(generation, prefix + secrets.token_hex(12), reply)
+            await exchange.accepted
+            if exchange.error is None and exchange.streams:
+                response = await self._stream(request, exchange)
+                status = 200 if exchange.error is None else exchange.error.status
+                return response
+            await exchange.done
+            if exchange.error is not None:
+                raise exchange.error
+            body = exchange.reply.whole()
+            status = 200
+            return _json(body)
+        except RequestError as error:
+            status = error.status
+            raise
+        except web.HTTPException as error:
+            status = error.status
+            raise
+        except Exception:
+            status = 500
+            raise
+        finally:
+            if exchange is None:
+                front.count(request.path, status)
+            else:
+                front.close(exchange, request.path, status)
+
+    async def _stream(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
+        """Headers, then the frontend writes; this only waits for the end."""
+        exchange.committed = True
+        response = web.StreamResponse(headers=STREAM_HEADERS)
+        writer = await response.prepare(request)
+        transport = request.transport
+        if writer is None or transport is None:
+            raise ConnectionResetError("the client left before the headers")
+        with suppress(ConnectionError):  # it left; aiohttp sees that too
+            writer.send_headers()
+            self._front.stream(exchange, Pipe(transport, request.version >= HttpVersion11))
+            await exchange.done
+            await response.write_eof()
+        return response
+
+    # -- the rest ------------------------------------------------------------------------------
+
+    async def _tokens(self, request: web.Request) -> web.StreamResponse:
+        text, add_special_tokens = lightllm.tokens(await self._body(request))
+        return _json(sse.body({"ntokens": await self._front.num_tokens(text, add_special_tokens)}))
+
+    async def _model_name(self, request: web.Request) -> web.StreamResponse:
+        return _json(sse.body({"model_name": self._front.served.name}))
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        return _json(models(self._front.served))
+
+    async def _model(self, request: web.Request) -> web.StreamResponse:
+        return _json(sse.body(model(self._front.served, request.match_info["name"])))
+
+    async def _liveness(self, request: web.Request) -> web.StreamResponse:
+        return _json(b'{"status":"ok"}')
+
+    async def _readiness(self, request: web.Request) -> web.StreamResponse:
+        ok = self._front.serving and not self._front.draining
+        return _json(b'{"status":"ok"}' if ok else b'{"status":"not ready"}', 200 if ok else 503)
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        ok = self._front.serving and not self._front.draining
+        return _json(b'{"message":"Ok"}' if ok else b'{"message":"Error"}', 200 if ok else 503)
+
+    async def _token_load(self, request: web.Request) -> web.StreamResponse:
+        state = await self._front.scrape()
+        total = max(state.total, 1)
+        load = {
+            "current_load": state.used / total,
+            "logical_max_load": state.expected / total,
+            "dynamic_max_load": state.expected / total,
+        }
+        return _json(sse.body(load))
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        state = await self._front.scrape()
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=state.exposition, headers=headers)
+
+    # -- around every request ------------------------------------------------------------------
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Every failure becomes an error object."""
+        request[REQUEST_ID] = _request_id(request)
+        try:
+            return await handler(request)
+        except RequestError as error:
+            return self._error(error)
+        except web.HTTPRequestEntityTooLarge:
+            return self._error(self._too_large())
+        except web.HTTPNotFound:
+            return self._error(errors.UnknownPath(f"there is nothing at {request.path}"))
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            message = f"{request.path} takes {allowed}, not {request.method}"
+            response = self._error(errors.WrongMethod(message))
+            response.headers["Allow"] = allowed
+            return response
+        except web.HTTPException as error:
+            return self._error(errors.from_status(error.status, error.reason, ""))
+        except ConnectionError:
+            raise
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            return self._error(errors.ServerFault("the server failed on this request; see its log"))
+
+    async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-Request-Id"] = request[REQUEST_ID]
+        if self._front.draining:
+            response.force_close()
+
+    async def _body(self, request: web.Request) -> dict[str, Any]:
+        """The JSON object sent. Raises RequestError."""
+        if (request.content_length or 0) > self._front.limits.max_body:
+            raise self._too_large()
+        try:
+            raw = await request.read()
+        except web.RequestPayloadError as error:
+            raise RequestError(f"the body cannot be read: {error}", code="invalid_body") from None
+        return fields.load(raw)
+
+    def _too_large(self) -> RequestError:
+        return errors.BodyTooLarge(f"the body is larger than {self._front.limits.max_body} bytes")
+
+    def _error(self, error: RequestError) -> web.Response:
+        response = _json(sse.body(errors.body(error)), error.status)
+        if error.status in (429, 503):
+            response.headers["Retry-After"] = str(self._front.retry_after_s())
+        return response
+
+
+def _json(body: bytes, status: int = 200) -> web.Response:
+    return web.Response(body=body, status=status, content_type="application/json")
+
+
+def _request_id(request: web.Request) -> str:
+    """The client's X-Request-Id if it is short and printable, or a new one."""
+    given = request.headers.get("X-Request-Id", "")
+    if 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable():
+        return given
+    return secrets.token_hex(16)

@@ -1,0 +1,109 @@
+"""The frontend's side of one HTTP request: its choices, its futures and its way to the socket.
+
+An Exchange belongs to the Frontend alone; the request's handler only awaits its futures. Knows
+transports and event bytes; knows no protocol's JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+from asyncllm.api.answer import Answer, Choice, Reply
+from asyncllm.errors import RequestError
+
+
+class Pipe:
+    """A response body written straight to its transport: one HTTP/1.1 chunk per write.
+
+    ``chunked`` is False for HTTP/1.0, where the end of the connection ends the body.
+    """
+
+    __slots__ = ("_chunked", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, chunked: bool) -> None:
+        self._transport, self._chunked = transport, chunked
+
+    @property
+    def gone(self) -> bool:
+        """The client has left."""
+        return self._transport.is_closing()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return self._transport.get_write_buffer_size()
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the body; not after ``gone``."""
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._transport.write(data)
+
+    def abort(self) -> None:
+        """Drop the connection with what is unsent."""
+        self._transport.abort()
+
+
+class Exchange:
+    """One HTTP request for text, from admission to its last byte.
+
+    Attributes:
+        accepted: resolved when every prompt is accepted or the request has failed.
+        done: resolved when the answer is complete (and, streamed, handed to the socket) or failed.
+        error: why it failed, if it did.
+        live: rids that have not ended.
+        pending: event bytes that are not written yet.
+        queued: in the frontend's list of streams to write.
+        committed: headers of a stream are out or about to be: errors become events.
+        ended: nothing more will be rendered.
+    """
+
+    __slots__ = (
+        "accepted",
+        "answer",
+        "begun_at",
+        "committed",
+        "done",
+        "ended",
+        "error",
+        "first_at",
+        "last_at",
+        "live",
+        "pending",
+        "pipe",
+        "queued",
+        "reply",
+        "unaccepted",
+    )
+
+    def __init__(self, answer: Answer, reply: Reply, loop: asyncio.AbstractEventLoop) -> None:
+        self.answer, self.reply = answer, reply
+        self.accepted: asyncio.Future[None] = loop.create_future()
+        self.done: asyncio.Future[None] = loop.create_future()
+        self.error: RequestError | None = None
+        self.live: dict[int, Choice] = {}
+        self.unaccepted: set[int] = set()  # first rid of each prompt
+        self.pending: list[bytes] = []
+        self.pipe: Pipe | None = None
+        self.committed = self.ended = self.queued = False
+        self.begun_at = monotonic()
+        self.first_at = self.last_at = 0.0  # of the first and newest token; 0: none yet
+
+    @property
+    def streams(self) -> bool:
+        """The answer goes out as it comes."""
+        return self.answer.generation.stream
+
+    def end(self) -> None:
+        """Nothing more will be rendered; a stream is done once it is written."""
+        self.ended = True
+        resolve(self.accepted)
+        if not self.streams or not self.committed:
+            resolve(self.done)
+
+
+def resolve(future: asyncio.Future[None]) -> None:
+    """Complete a future that may be cancelled or completed already."""
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,212 @@
+"""What has come of one request so far, and what a protocol must be able to say about it.
+
+Knows choices, token columns and usage; knows no protocol's JSON.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from asyncllm.api.generation import Generation
+from asyncllm.core.request import Reason
+from asyncllm.errors import RequestError
+
+LEAST_LOGPROB: Final = -9999.0  # stands for -inf, which JSON does not have
+REASONS: Final = {
+    Reason.STOP: "stop",
+    Reason.LENGTH: "length",
+    Reason.ABORT: "abort",
+    Reason.ERROR: "error",
+}
+
+
+class Piece(Protocol):
+    """New tokens of one choice; the Delta message is one."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def ids(self) -> bytes: ...
+    @property
+    def pieces(self) -> tuple[str, ...]: ...
+    @property
+    def logprobs(self) -> bytes: ...
+    @property
+    def num_top(self) -> int: ...
+    @property
+    def top_ids(self) -> bytes: ...
+    @property
+    def top_logprobs(self) -> bytes: ...
+    @property
+    def prompt(self) -> tuple[bytes, int, bytes, bytes] | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Vocab:
+    """What is known of token ids here.
+
+    Args:
+        piece: the bytes of one token.
+        decode: the text of many, special tokens shown.
+        special: ids of special tokens.
+    """
+
+    piece: Callable[[int], bytes]
+    decode: Callable[[Sequence[int]], str]
+    special: frozenset[int] = frozenset()
+
+    def text(self, token: int) -> str:
+        """Text of one token; ``bytes:\\xNN..`` where its bytes are no whole characters."""
+        raw = self.piece(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+@dataclass(slots=True)
+class Columns:
+    """Tokens with their log-probabilities, column-wise, each with ``num_top`` alternatives."""
+
+    num_top: int = 0
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
+    top_ids: array[int] = field(default_factory=lambda: array("i"))
+    top_logprobs: array[float] = field(default_factory=lambda: array("f"))
+
+    def extend(self, logprobs: bytes, width: int, top_ids: bytes, top_logprobs: bytes) -> None:
+        """Append scores that come with ``width`` alternatives, which other requests widened."""
+        self.logprobs.frombytes(logprobs)
+        if not self.num_top:
+            return
+        if width == self.num_top:
+            self.top_ids.frombytes(top_ids)
+            self.top_logprobs.frombytes(top_logprobs)
+            return
+        for row in range(len(logprobs) // 4):
+            part = slice(row * width * 4, (row * width + self.num_top) * 4)
+            self.top_ids.frombytes(top_ids[part])
+            self.top_logprobs.frombytes(top_logprobs[part])
+
+    def logprob(self, i: int) -> float | None:
+        """Log-probability of token ``i``, or None where it is not known."""
+        return finite(self.logprobs[i]) if i < len(self.logprobs) else None
+
+    def top(self, i: int) -> list[tuple[int, float]]:
+        """The best (id, logprob) pairs at token ``i``, best first."""
+        span = range(i * self.num_top, min((i + 1) * self.num_top, len(self.top_ids)))
+        return [(self.top_ids[j], finite(self.top_logprobs[j])) for j in span]
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One of the answers a request asks for."""
+
+    index: int
+    prompt_idx: int
+    texts: list[str] = field(default_factory=list)
+    wants: tuple[int, int] = (-1, -1)  # log-probabilities of tokens, and of the prompt's
+    tokens: Columns = field(init=False)
+    scores: Columns = field(init=False)  # of prompt tokens 1..; the ids are the prompt's
+    num_tokens: int = 0
+    prompt_len: int = 0
+    cached_len: int = 0
+    reason: Reason | None = None
+    offset: int = 0  # characters before the next token, for text_offset
+    decoder: codecs.IncrementalDecoder | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = Columns(max(self.wants[0], 0))
+        self.scores = Columns(max(self.wants[1], 0))
+
+    @property
+    def text(self) -> str:
+        """The whole text so far."""
+        return "".join(self.texts)
+
+    def take(self, piece: Piece) -> None:
+        """Add new tokens and text."""
+        if piece.text:
+            self.texts.append(piece.text)
+        self.num_tokens += len(piece.ids) // 4
+        if self.wants[0] >= 0:
+            self.tokens.ids.frombytes(piece.ids)
+            self.tokens.extend(piece.logprobs, piece.num_top, piece.top_ids, piece.top_logprobs)
+        if self.wants[1] >= 0 and piece.prompt is not None:
+            self.scores.extend(*piece.prompt)
+
+    def advance(self, raw: bytes) -> int:
+        """Where the text of the next token (its bytes: ``raw``) starts, in characters."""
+        if self.decoder is None:
+            self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        start = self.offset
+        self.offset += len(self.decoder.decode(raw))
+        return start
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """A request, its prompts' ids once they are known, and its choices."""
+
+    generation: Generation
+    id: str
+    created: int
+    model: str
+    vocab: Vocab
+    choices: list[Choice]
+    prompts: list[array[int]]
+
+    def prompt_text(self, prompt_idx: int) -> str:
+        """The prompt as text, for echo."""
+        given = self.generation.prompts[prompt_idx].text
+        return self.vocab.decode(self.prompts[prompt_idx]) if given is None else given
+
+    def usage(self, choice: Choice | None = None) -> dict[str, Any]:
+        """Tokens used by all choices, or by one; a prompt counts once for its n choices."""
+        n = self.generation.n
+        firsts = self.choices[::n] if choice is None else [choice]
+        prompt_tokens = sum(len(self.prompts[c.prompt_idx]) for c in firsts)
+        completion = sum(c.num_tokens for c in (self.choices if choice is None else firsts))
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(c.cached_len for c in firsts)},
+        }
+
+
+class Reply(Protocol):
+    """One protocol's words for an answer. Streams are bytes of server-sent events."""
+
+    def opening(self) -> bytes:
+        """What is sent right after the headers."""
+
+    def piece(self, choice: Choice, piece: Piece) -> bytes:
+        """New tokens; ``choice`` has taken them already."""
+
+    def settle(self) -> bytes:
+        """What :meth:`piece` held back, when its choice has not ended with it."""
+
+    def end(self, choice: Choice) -> bytes:
+        """The choice has ended; its ``reason`` is set."""
+
+    def closing(self) -> bytes:
+        """All choices have ended."""
+
+    def error(self, error: RequestError) -> bytes:
+        """The request failed after the headers; nothing follows."""
+
+    def whole(self) -> bytes:
+        """The JSON answer of a request that is not streamed."""
+
+
+def finite(value: float) -> float:
+    """A log-probability that JSON can carry, rounded to what float32 knows."""
+    if not math.isfinite(value):
+        return LEAST_LOGPROB
+    return round(value, 7)

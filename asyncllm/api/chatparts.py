@@ -1,0 +1,130 @@
+"""Chat messages: checked, and brought to the one form chat templates expect.
+
+Content becomes a string, roles lower case, tool-call arguments objects. Knows OpenAI's message
+shapes; knows neither templates nor tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from asyncllm.api.errors import NotAvailable
+from asyncllm.api.fields import bad, show, text, typed
+
+MAX_MESSAGES: Final = 4096
+ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+# chat_template_kwargs that would change what rendering is, not what it says
+RESERVED_KWARGS: Final = frozenset(
+    {
+        "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
+        "documents", "max_length", "messages", "padding", "return_assistant_tokens_mask",
+        "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation",
+    }
+)  # fmt: skip
+
+
+def messages(value: Any, name: str) -> list[dict[str, Any]]:
+    """The conversation in template form. Raises RequestError for a message that is none."""
+    if not value:
+        bad(f"{name} must hold at least one message", name)
+    if len(value) > MAX_MESSAGES:
+        bad(f"{name}: {len(value)} messages, at most {MAX_MESSAGES}", name)
+    return [_message(m, f"{name}[{i}]") for i, m in enumerate(value)]
+
+
+def template_kwargs(value: Any, name: str) -> dict[str, Any]:
+    """Extra variables of the chat template; names that steer the rendering are refused."""
+    for key in value:
+        if key in RESERVED_KWARGS:
+            bad(f"{name}: {key} cannot be set by a request", name)
+    kwargs = dict(value)
+    # two families of templates, two names of one switch
+    for one, other in (("thinking", "enable_thinking"), ("enable_thinking", "thinking")):
+        if one in kwargs:
+            kwargs.setdefault(other, kwargs[one])
+    return kwargs
+
+
+def pack(
+    conversation: list[dict[str, Any]], tools: list[Any] | None, kwargs: dict[str, Any]
+) -> bytes:
+    """The ``chat`` field of a Tokenize message. Raises RequestError for lone surrogates."""
+    whole = {"messages": conversation, "tools": tools, "kwargs": kwargs}
+    try:
+        return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        bad("messages: not valid Unicode (a lone surrogate)", "messages")
+    except RecursionError:
+        bad("messages: nested too deeply", "messages")
+
+
+def _message(value: Any, name: str) -> dict[str, Any]:
+    typed(value, dict, name, "an object")
+    role = value.get("role")
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        bad(f"{name}.role: {show(role)} is not one of {', '.join(ROLES)}", f"{name}.role")
+    role = role.lower()
+    out: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    calls = value.get("tool_calls")
+    content = value.get("content")
+    if content is None:
+        if role != "assistant":
+            bad(f"{name}.content is missing", f"{name}.content")
+        content = ""
+    out["content"] = _content(content, f"{name}.content")
+    for key in ("name", "tool_call_id"):
+        if value.get(key) is not None:
+            out[key] = text(value[key], f"{name}.{key}")
+    thought = value.get("reasoning_content") or value.get("reasoning")
+    if thought is not None:
+        out["reasoning_content"] = text(thought, f"{name}.reasoning_content")
+    if calls is not None and calls != []:
+        typed(calls, list, f"{name}.tool_calls", "an array")
+        out["tool_calls"] = [_call(c, f"{name}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    return out
+
+
+def _content(value: Any, name: str) -> str:
+    if isinstance(value, str):
+        return text(value, name)
+    typed(value, list, name, "a string or an array of parts")
+    return "\n".join(_part(part, f"{name}[{i}]") for i, part in enumerate(value))
+
+
+def _part(value: Any, name: str) -> str:
+    if isinstance(value, str):
+        return text(value, name)
+    typed(value, dict, name, "an object")
+    kind = value.get("type")
+    if kind in ("text", "input_text", "output_text"):
+        return text(value.get("text"), f"{name}.text")
+    if kind == "refusal":
+        return text(value.get("refusal"), f"{name}.refusal")
+    if not isinstance(kind, str):
+        bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
+    raise NotAvailable(
+        f"{name}: content of type {show(kind)} is not available on this server; text is",
+        param=f"{name}.type",
+    )
+
+
+def _call(value: Any, name: str) -> dict[str, Any]:
+    """A tool call of an earlier turn; templates want its arguments as an object."""
+    typed(value, dict, name, "an object")
+    function = typed(value.get("function"), dict, f"{name}.function", "an object")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            bad(f"{name}.function.arguments is not JSON", f"{name}.function.arguments")
+    typed(arguments, dict, f"{name}.function.arguments", "an object, as JSON")
+    called = text(function.get("name"), f"{name}.function.name")
+    out: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": called, "arguments": arguments},
+    }
+    if value.get("id") is not None:
+        out["id"] = text(value["id"], f"{name}.id")
+    return out

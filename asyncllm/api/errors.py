@@ -1,0 +1,78 @@
+"""What an HTTP error looks like: OpenAI's error object, for every route.
+
+Knows statuses, types and codes; knows neither aiohttp nor who raised.
+"""
+
+from __future__ import annotations
+
+from asyncllm.errors import RequestError
+
+
+class NotAvailable(RequestError):
+    """A known field asks for something this server does not do."""
+
+    code = "not_available"
+
+
+class UnknownPath(RequestError):
+    status = 404
+    code = "not_found"
+
+
+class WrongMethod(RequestError):
+    status = 405
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+    code = "request_too_large"
+
+
+class ServerFault(RequestError):
+    """The server failed this request; the client did nothing wrong."""
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+
+
+class NotServing(RequestError):
+    """The server is going down, or a part of it did not answer in time."""
+
+    status = 503
+    type = "server_error"
+    code = "service_unavailable"
+
+
+def from_status(status: int, message: str, code: str) -> RequestError:
+    """The error of a request that failed behind the HTTP layer.
+
+    Args:
+        status: HTTP status; outside 400..599 it counts as 500.
+        message: what is wrong.
+        code: OpenAI's string code, or "" for the status's usual one.
+    """
+    if not 400 <= status <= 599:
+        status = 500
+    error: RequestError = RequestError(message)
+    if status == 429:
+        error.type, error.code = "rate_limit_error", "rate_limit_exceeded"
+    elif status >= 500:
+        error = ServerFault(message) if status == 500 else NotServing(message)
+    error.status = status
+    if code:
+        error.code = code
+    return error
+
+
+def body(error: RequestError) -> dict[str, object]:
+    """The JSON answer: ``{"error": {message, type, param, code}}``."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }

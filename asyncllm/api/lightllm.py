@@ -1,0 +1,192 @@
+"""LightLLM's native requests: /generate, /generate_stream, / and /tokens bodies to checked requests.
+
+Knows request bodies; answers are in :mod:`asyncllm.api.lightllm_reply`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from asyncllm.api import fields
+from asyncllm.api.errors import NotAvailable
+from asyncllm.api.fields import Body, Field, Refused, bad, show, typed
+from asyncllm.api.generation import Generation, Prompt, Served, temperature
+from asyncllm.core.request import SamplingParams
+
+F = Field
+AT: Final = "parameters."
+
+BODY: Final = (
+    F(name="inputs", kind="any", doc="the prompt: a string or an array of token ids"),
+    F(name="parameters", kind="object", default={}, doc="see the next table"),
+)  # fmt: skip
+
+PARAMETERS: Final = (
+    F(name="do_sample", kind="boolean", default=False,
+      doc="false: greedy, whatever temperature, top_p and top_k say"),
+    F(name="temperature", kind="number", default=1.0, low=0, doc="below 1e-5: greedy"),
+    F(name="top_p", kind="number", default=1.0, low=0, high=1, above=True, to="top_p",
+      doc="smallest set of tokens with this probability"),
+    F(name="top_k", kind="integer", default=-1, low=-1, high=fields.MAX_INT32,
+      doc="this many best tokens; -1 or 0: all"),
+    F(name="min_p", kind="number", default=0.0, low=0, high=1, to="min_p",
+      doc="tokens at least this share of the best one's probability"),
+    F(name="presence_penalty", kind="number", default=0.0, low=-2, high=2, to="presence_penalty",
+      doc="subtracted once from the logit of each generated token"),
+    F(name="frequency_penalty", kind="number", default=0.0, low=-2, high=2, to="frequency_penalty",
+      doc="subtracted per occurrence from the logit of each generated token"),
+    F(name="repetition_penalty", kind="number", default=1.0, low=0, high=10, above=True,
+      to="repetition_penalty", doc="divides positive, multiplies negative logits of generated tokens"),
+    F(name="input_penalty", kind="boolean", default=False, to="penalize_prompt",
+      doc="repetition_penalty counts the prompt's tokens too"),
+    F(name="logit_bias", kind="object", default=(), parse=fields.logit_bias, to="logit_bias",
+      doc=f"{{\"token id\": bias}}, bias in [-100, 100], at most {fields.MAX_BIAS} entries"),
+    F(name="max_new_tokens", kind="integer", low=1, high=fields.MAX_INT32, to="max_new_tokens",
+      doc="absent: what fits into the context"),
+    F(name="min_new_tokens", kind="integer", default=1, low=0, high=fields.MAX_INT32,
+      to="min_new_tokens", doc="eos and stop tokens are banned before"),
+    F(name="ignore_eos", kind="boolean", default=False, to="ignore_eos",
+      doc="go on after the end-of-sequence token"),
+    F(name="stop_sequences", kind="any",
+      doc=f"a string, or an array of at most {fields.MAX_STOP} strings and one-element arrays of a "
+      "token id; strings are cut from the text"),
+    F(name="n", kind="integer", default=1, low=1, high=fields.MAX_N,
+      doc="choices; 1 on /generate_stream"),
+    F(name="best_of", kind="integer", low=1, high=fields.MAX_N, doc="only equal to n"),
+    F(name="seed", kind="integer", default=-1, low=-1, high=fields.MAX_SEED,
+      doc="same seed, same tokens; -1: draw one"),
+    F(name="skip_special_tokens", kind="boolean", default=False, to="skip_special_tokens",
+      doc="leave special tokens out of the text"),
+    F(name="add_special_tokens", kind="boolean", default=True,
+      doc="the tokenizer may put a bos token before a text prompt"),
+    F(name="print_eos_token", kind="boolean", default=False, to="print_eos",
+      doc="show the text of the token that ended the request"),
+    F(name="prompt_logprobs", kind="integer", default=-1, low=-1, high=fields.MAX_LOGPROBS,
+      to="prompt_logprobs", doc="log-probabilities of the prompt's tokens and of this many best ones"),
+    F(name="disable_prompt_cache", kind="boolean", default=False, doc="neither use nor fill the cache"),
+    F(name="return_details", kind="boolean", default=False, doc="each token in the answer"),
+)  # fmt: skip
+
+TOKENS_PARAMETERS: Final = tuple(f for f in PARAMETERS if f.name == "add_special_tokens")
+
+UNAVAILABLE: Final = (
+    *(Refused(name=name, neutral=("", {}, []), doc="constrained output")
+      for name in ("regular_constraint", "guided_grammar", "guided_json", "allowed_token_ids")),
+    Refused(name="exponential_decay_length_penalty", neutral=([1, 1.0], [1, 1]),
+            doc="a length penalty"),
+    Refused(name="add_spaces_between_special_tokens", neutral=(True,),
+            doc="removing spaces between special tokens"),
+    Refused(name="return_routed_experts", neutral=(False,), doc="returning routed experts"),
+    Refused(name="image_max_patch_num", neutral=(-1,), doc="images"),
+)  # fmt: skip
+
+
+def generate(body: Body, served: Served, *, stream: bool) -> Generation:
+    """A /generate or /generate_stream body. Raises RequestError or NotAvailable (400)."""
+    if body.get("inputs") is None:
+        bad("inputs is missing", "inputs")
+    _no_media(body)
+    parameters = BODY[1].read(body)
+    fields.refuse(UNAVAILABLE, parameters, AT)
+    values = fields.read(PARAMETERS, parameters, AT)
+    _check_counts(values, stream)
+    direct = fields.sampling(PARAMETERS, values)
+    served.check_ids(tuple(t for t, _ in direct["logit_bias"]), AT + "logit_bias")
+    stop, stop_ids = _stops(values["stop_sequences"], served)
+    if not values["do_sample"]:
+        direct |= {"top_p": 1.0, "min_p": 0.0}
+    params = SamplingParams(
+        **direct,
+        temperature=temperature(values["temperature"]) if values["do_sample"] else 0.0,
+        top_k=(values["top_k"] or -1) if values["do_sample"] else -1,
+        stop=stop,
+        stop_token_ids=stop_ids,
+        seed=max(values["seed"], 0),
+        logprobs=0,
+        use_cache=not values["disable_prompt_cache"],
+    )
+    return Generation(
+        prompts=(_prompt(body["inputs"], served),),
+        params=params,
+        seeded=values["seed"] >= 0,
+        n=values["n"],
+        stream=stream,
+        add_special_tokens=values["add_special_tokens"],
+        details=values["return_details"],
+    )
+
+
+def stream_flag(body: Body) -> bool:
+    """``stream`` of a body for POST /. Raises RequestError unless it is a boolean."""
+    flag = Field(name="stream", kind="boolean", default=False, doc="as /generate_stream")
+    return bool(flag.read(body))
+
+
+def tokens(body: Body) -> tuple[str, bool]:
+    """A /tokens body: the text, and whether special tokens count."""
+    _no_media(body)
+    parameters = BODY[1].read(body)
+    values = fields.read(TOKENS_PARAMETERS, parameters, AT)
+    if body.get("text") is None:
+        bad("text is missing", "text")
+    return fields.text(body["text"], "text"), values["add_special_tokens"]
+
+
+def _no_media(body: Body) -> None:
+    media = body.get("multimodal_params")
+    if media is None:
+        return
+    typed(media, dict, "multimodal_params", "an object")
+    for kind in ("images", "audios"):
+        if media.get(kind):
+            name = f"multimodal_params.{kind}"
+            raise NotAvailable(f"{name}: {kind} are not available on this server", param=name)
+
+
+def _check_counts(values: dict[str, Any], stream: bool) -> None:
+    n, best_of = values["n"], values["best_of"]
+    if best_of not in (None, n):
+        message = f"{AT}best_of: {best_of} with n {n}; only best_of equal to n is available"
+        raise NotAvailable(message, param=AT + "best_of")
+    if stream and n != 1:
+        bad(f"{AT}n: {n} choices cannot be streamed on this route, 1 can", AT + "n")
+    most, least = values["max_new_tokens"], values["min_new_tokens"]
+    if most is not None and least > most:
+        name = AT + "min_new_tokens"
+        bad(f"{name}: {least} is more than max_new_tokens {most}", name)
+
+
+def _prompt(value: Any, served: Served) -> Prompt:
+    if isinstance(value, str):
+        return Prompt(text=fields.text(value, "inputs"))
+    typed(value, list, "inputs", "a string or an array of token ids")
+    if not value:
+        bad("inputs must not be empty", "inputs")
+    column = fields.token_ids(value, "inputs")
+    served.check_ids((max(value),), "inputs")
+    return Prompt(ids=column)
+
+
+def _stops(value: Any, served: Served) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Stop strings and stop token ids of ``stop_sequences``."""
+    name = AT + "stop_sequences"
+    if value is None:
+        return (), ()
+    items = [value] if isinstance(value, str) else typed(value, list, name, "a string or an array")
+    if len(items) > fields.MAX_STOP:
+        bad(f"{name}: {len(items)} stop sequences, at most {fields.MAX_STOP}", name)
+    ids = []
+    for item in items:
+        if not isinstance(item, list):
+            continue
+        if not item:
+            bad(f"{name}: an empty sequence cannot stop anything", name)
+        if len(item) > 1:
+            raise NotAvailable(
+                f"{name}: {show(item)} has {len(item)} token ids; only single ids are available",
+                param=name,
+            )
+        ids.append(fields.token_id(item[0], name))
+    served.check_ids(tuple(ids), name)
+    strings = fields.stop_strings([i for i in items if not isinstance(i, list)], name)
+    return strings, tuple(ids)

@@ -1,0 +1,267 @@
+"""OpenAI's requests: /v1/completions and /v1/chat/completions bodies to checked generations.
+
+The tables say which fields there are, with type, range, default and meaning. Knows request bodies;
+answers are in :mod:`asyncllm.api.openai_reply`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from asyncllm.api import chatparts, fields
+from asyncllm.api.errors import NotAvailable
+from asyncllm.api.fields import Body, Field, Refused, bad, typed
+from asyncllm.api.generation import Generation, Prompt, Served, temperature
+from asyncllm.core.request import SamplingParams
+
+F = Field
+
+COMMON: Final = (
+    F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
+    F(name="max_tokens", kind="integer", low=0, high=fields.MAX_INT32,
+      doc="tokens to generate at most; absent: what fits into the context"),
+    F(name="max_completion_tokens", kind="integer", low=0, high=fields.MAX_INT32,
+      doc="the newer name of max_tokens; wins over it"),
+    F(name="min_tokens", kind="integer", default=0, low=0, high=fields.MAX_INT32, to="min_new_tokens",
+      doc="eos and stop tokens are banned before (extension)"),
+    F(name="temperature", kind="number", default=1.0, low=0, high=2, doc="0: greedy"),
+    F(name="top_p", kind="number", default=1.0, low=0, high=1, above=True, to="top_p",
+      doc="smallest set of tokens with this probability"),
+    F(name="top_k", kind="integer", default=-1, low=-1, high=fields.MAX_INT32,
+      doc="this many best tokens; -1 or 0: all (extension)"),
+    F(name="min_p", kind="number", default=0.0, low=0, high=1, to="min_p",
+      doc="tokens at least this share of the best one's probability (extension)"),
+    F(name="presence_penalty", kind="number", default=0.0, low=-2, high=2, to="presence_penalty",
+      doc="subtracted once from the logit of each generated token"),
+    F(name="frequency_penalty", kind="number", default=0.0, low=-2, high=2, to="frequency_penalty",
+      doc="subtracted per occurrence from the logit of each generated token"),
+    F(name="repetition_penalty", kind="number", default=1.0, low=0, high=10, above=True,
+      to="repetition_penalty",
+      doc="divides positive, multiplies negative logits of prompt and generated tokens (extension)"),
+    F(name="logit_bias", kind="object", default=(), parse=fields.logit_bias, to="logit_bias",
+      doc=f"{{\"token id\": bias}}, bias in [-100, 100], at most {fields.MAX_BIAS} entries"),
+    F(name="stop", kind="any", default=(), parse=fields.stop_strings, to="stop",
+      doc=f"a string or at most {fields.MAX_STOP} of them, each of at most {fields.MAX_STOP_CHARS} "
+      "characters; cut from the text"),
+    F(name="stop_token_ids", kind="any", default=(), parse=fields.stop_ids, to="stop_token_ids",
+      doc=f"ids that end the text, at most {fields.MAX_STOP_IDS} (extension)"),
+    F(name="ignore_eos", kind="boolean", default=False, to="ignore_eos",
+      doc="go on after the end-of-sequence token (extension)"),
+    F(name="seed", kind="integer", default=-1, low=-1, high=fields.MAX_SEED,
+      doc="same seed, same tokens; choice i of n has seed + i; -1: draw one"),
+    F(name="n", kind="integer", default=1, low=1, high=fields.MAX_N, doc="choices for each prompt"),
+    F(name="skip_special_tokens", kind="boolean", default=True, to="skip_special_tokens",
+      doc="leave special tokens out of the text (extension)"),
+    F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
+    F(name="stream_options", kind="object", doc="{include_usage, continuous_usage_stats}"),
+)  # fmt: skip
+
+STREAM_OPTIONS: Final = (
+    F(name="include_usage", kind="boolean", default=False, doc="a chunk with the usage at the end"),
+    F(name="continuous_usage_stats", kind="boolean", default=False,
+      doc="the usage so far in every chunk (extension)"),
+)  # fmt: skip
+
+COMPLETION: Final = (
+    *COMMON,
+    F(name="prompt", kind="any", doc="a string, an array of strings, token ids, or an array of those; "
+      f"at most {fields.MAX_PROMPTS} prompts"),
+    F(name="echo", kind="boolean", default=False, doc="the prompt goes before the text"),
+    F(name="logprobs", kind="integer", low=0, high=fields.MAX_LOGPROBS,
+      doc="log-probability of each token and of this many best ones; with echo the prompt's too"),
+    F(name="best_of", kind="integer", low=1, high=fields.MAX_N, doc="only equal to n"),
+    F(name="add_special_tokens", kind="boolean", default=True,
+      doc="the tokenizer may put a bos token before a text prompt (extension)"),
+)  # fmt: skip
+
+CHAT: Final = (
+    *COMMON,
+    F(name="messages", kind="array", parse=chatparts.messages,
+      doc="the conversation: role and text content (string or text parts)"),
+    F(name="logprobs", kind="boolean", default=False, doc="log-probability of each token"),
+    F(name="top_logprobs", kind="integer", low=0, high=fields.MAX_LOGPROBS,
+      doc="and of this many best ones; needs logprobs"),
+    F(name="chat_template_kwargs", kind="object", default={}, parse=chatparts.template_kwargs,
+      doc="variables for the chat template (extension)"),
+    F(name="add_generation_prompt", kind="boolean",
+      doc="end the prompt with the head of an assistant turn; default true (extension)"),
+    F(name="continue_final_message", kind="boolean", default=False,
+      doc="the last message is the beginning of the answer (extension)"),
+    F(name="reasoning_effort", kind="string", doc="handed to the chat template"),
+    F(name="tools", kind="array", doc="only with tool_choice none"),
+    F(name="tool_choice", kind="any", doc="only none"),
+)  # fmt: skip
+
+UNAVAILABLE: Final = (
+    Refused(name="response_format", neutral=({"type": "text"},), doc="structured output"),
+    *(Refused(name=name, neutral=("", {}, []), doc="constrained output")
+      for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar",
+                   "structured_outputs", "regular_constraint", "allowed_token_ids", "bad_words")),
+    Refused(name="use_beam_search", neutral=(False,), doc="beam search"),
+    Refused(name="length_penalty", neutral=(1, 1.0), doc="beam search"),
+    Refused(name="prompt_embeds", doc="a prompt of embeddings"),
+    Refused(name="prompt_logprobs", neutral=(-1,),
+            doc="prompt_logprobs (echo with logprobs gives them on /v1/completions)"),
+    Refused(name="truncate_prompt_tokens", doc="truncating the prompt"),
+    Refused(name="logits_processors", neutral=([],), doc="a logits processor"),
+)  # fmt: skip
+
+COMPLETION_UNAVAILABLE: Final = (*UNAVAILABLE, Refused(name="suffix", neutral=("",), doc="suffix"))
+
+CHAT_UNAVAILABLE: Final = (
+    *UNAVAILABLE,
+    Refused(name="functions", neutral=([],), doc="calling functions"),
+    Refused(name="function_call", neutral=("none",), doc="calling functions"),
+    Refused(name="audio", doc="audio"),
+    Refused(name="modalities", neutral=(["text"], []), doc="output other than text"),
+    Refused(name="prediction", doc="predicted output"),
+    Refused(name="web_search_options", doc="searching the web"),
+    Refused(name="echo", neutral=(False,), doc="echo"),
+    Refused(name="best_of", neutral=(1,), doc="best_of"),
+    Refused(name="add_special_tokens", neutral=(False,), doc="adding special tokens to a chat"),
+    Refused(name="chat_template", doc="a chat template of the request"),
+    Refused(name="documents", neutral=([],), doc="documents"),
+    Refused(name="mm_processor_kwargs", neutral=({},), doc="multimodal input"),
+)  # fmt: skip
+
+
+def completion(body: Body, served: Served) -> Generation:
+    """A /v1/completions body. Raises RequestError (400), NotAvailable (400), ModelNotFound (404)."""
+    values = _read(COMPLETION, COMPLETION_UNAVAILABLE, body, served)
+    if values["best_of"] not in (None, values["n"]):
+        raise NotAvailable(
+            f"best_of: {values['best_of']} with n {values['n']}; only best_of equal to n is available",
+            param="best_of",
+        )
+    prompts = _prompts(values["prompt"], served)
+    logprobs = -1 if values["logprobs"] is None else values["logprobs"]
+    return _generation(
+        values,
+        served,
+        prompts=prompts,
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if values["echo"] else -1,
+        echo=values["echo"],
+        add_special_tokens=values["add_special_tokens"],
+    )
+
+
+def chat(body: Body, served: Served) -> Generation:
+    """A /v1/chat/completions body. Raises as :func:`completion` does."""
+    values = _read(CHAT, CHAT_UNAVAILABLE, body, served)
+    if values["messages"] is None:
+        bad("messages is missing", "messages")
+    _check_tools(values)
+    if values["top_logprobs"] and not values["logprobs"]:
+        bad("top_logprobs needs logprobs: true", "top_logprobs")
+    logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else -1
+    packed = chatparts.pack(values["messages"], None, _template_kwargs(values))
+    return _generation(
+        values, served, prompts=(Prompt(chat=packed),), logprobs=logprobs, add_special_tokens=False
+    )
+
+
+def _read(
+    table: tuple[Field, ...], refused: tuple[Refused, ...], body: Body, served: Served
+) -> dict[str, Any]:
+    served.check_name(table[0].read(body))
+    fields.refuse(refused, body)
+    values = fields.read(table, body)
+    options = fields.read(STREAM_OPTIONS, values["stream_options"] or {}, "stream_options.")
+    values.update(options)
+    if values["max_completion_tokens"] is not None:
+        values["max_tokens"] = values["max_completion_tokens"]
+    return values
+
+
+def _generation(
+    values: dict[str, Any],
+    served: Served,
+    *,
+    prompts: tuple[Prompt, ...],
+    logprobs: int,
+    prompt_logprobs: int = -1,
+    echo: bool = False,
+    add_special_tokens: bool,
+) -> Generation:
+    most, least = values["max_tokens"], values["min_tokens"]
+    if most is not None and least > most:
+        bad(f"min_tokens: {least} is more than max_tokens {most}", "min_tokens")
+    direct = fields.sampling(COMMON, values)
+    served.check_ids(direct["stop_token_ids"], "stop_token_ids")
+    served.check_ids(tuple(t for t, _ in direct["logit_bias"]), "logit_bias")
+    params = SamplingParams(
+        **direct,
+        max_new_tokens=most,
+        temperature=temperature(values["temperature"]),
+        top_k=values["top_k"] or -1,
+        penalize_prompt=values["repetition_penalty"] != 1.0,
+        seed=max(values["seed"], 0),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+    return Generation(
+        prompts=prompts,
+        params=params,
+        seeded=values["seed"] >= 0,
+        n=values["n"],
+        stream=values["stream"],
+        echo=echo,
+        add_special_tokens=add_special_tokens,
+        include_usage=values["include_usage"],
+        continuous_usage=values["continuous_usage_stats"],
+    )
+
+
+def _prompts(value: Any, served: Served) -> tuple[Prompt, ...]:
+    """The four forms of ``prompt``."""
+    if value is None:
+        bad("prompt is missing", "prompt")
+    if isinstance(value, str):
+        return (Prompt(text=fields.text(value, "prompt")),)
+    typed(value, list, "prompt", "a string, an array of strings, token ids, or an array of those")
+    if not value:
+        bad("prompt must not be empty", "prompt")
+    if not isinstance(value[0], str | list):
+        return (_ids(value, "prompt", served),)
+    if len(value) > fields.MAX_PROMPTS:
+        bad(f"prompt: {len(value)} prompts, at most {fields.MAX_PROMPTS}", "prompt")
+    if isinstance(value[0], str):
+        return tuple(Prompt(text=fields.text(v, f"prompt[{i}]")) for i, v in enumerate(value))
+    return tuple(_ids(v, f"prompt[{i}]", served) for i, v in enumerate(value))
+
+
+def _ids(value: Any, name: str, served: Served) -> Prompt:
+    typed(value, list, name, "an array of token ids")
+    if not value:
+        bad(f"{name} must not be empty", name)
+    column = fields.token_ids(value, name)
+    served.check_ids((max(value),), name)
+    return Prompt(ids=column)
+
+
+def _check_tools(values: dict[str, Any]) -> None:
+    choice = values["tool_choice"]
+    if choice not in (None, "none", "auto") or (values["tools"] and choice != "none"):
+        name = "tools" if values["tools"] else "tool_choice"
+        raise NotAvailable(
+            f"{name}: calling tools is not available on this server; tool_choice none is",
+            param=name,
+        )
+
+
+def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
+    kwargs: dict[str, Any] = dict(values["chat_template_kwargs"])
+    if values["reasoning_effort"] is not None:
+        kwargs.setdefault("reasoning_effort", values["reasoning_effort"])
+    going_on, opening = values["continue_final_message"], values["add_generation_prompt"]
+    if going_on:
+        if opening:
+            bad("continue_final_message and add_generation_prompt exclude each other",
+                "continue_final_message")  # fmt: skip
+        if values["messages"][-1]["role"] != "assistant":
+            bad("continue_final_message needs an assistant message at the end",
+                "continue_final_message")  # fmt: skip
+        kwargs["continue_final_message"] = True
+    kwargs["add_generation_prompt"] = not going_on if opening is None else opening
+    return kwargs

@@ -1,0 +1,52 @@
+"""Server-sent events: framing, and chunk templates around an escaped text.
+
+A chunk's JSON is fixed per request except for the text, so it is made once as prefix and suffix.
+Knows bytes; knows no protocol.
+"""
+
+from __future__ import annotations
+
+import json
+from json.encoder import encode_basestring  # the C function where CPython has it
+from typing import Any, Final
+
+from asyncllm.api import errors
+from asyncllm.errors import RequestError
+
+DONE: Final = b"data: [DONE]\n\n"
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON, not ASCII-only."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def body(value: Any) -> bytes:
+    """Compact JSON as UTF-8; lone surrogates become "?"."""
+    return dumps(value).encode("utf-8", "replace")
+
+
+def event(value: Any, head: bytes = b"data: ") -> bytes:
+    """One event; ``head`` without the space for LightLLM's native stream."""
+    return head + body(value) + b"\n\n"
+
+
+def escaped(text: str) -> bytes:
+    """A JSON string, quotes included."""
+    return encode_basestring(text).encode("utf-8", "replace")
+
+
+def error_event(error: RequestError, head: bytes = b"data: ") -> bytes:
+    """A failure after the headers."""
+    return event(errors.body(error), head)
+
+
+def template(value: Any, mark: str) -> tuple[bytes, bytes]:
+    """The event of ``value`` cut at the string ``mark``: what goes before and after a text.
+
+    Raises ValueError unless ``mark`` occurs exactly once as a string value.
+    """
+    before, hole, after = dumps(value).partition(f'"{mark}"')
+    if not hole or f'"{mark}"' in after:
+        raise ValueError(f"{mark!r} is not in the template once")
+    return b"data: " + before.encode("utf-8", "replace"), after.encode("utf-8", "replace") + b"\n\n"
