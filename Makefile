@@ -49,10 +49,12 @@ gpu: $(STAMP)
 	@$(TEST_ENV) $(PYTEST) -m 'gpu or multigpu' $(ARGS)
 
 lint: $(STAMP)
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
-	@$(PYTEST) tests/test_rules.py
+	@failed=0; \
+	$(BIN)/ruff check . || failed=1; \
+	$(BIN)/ruff format --check . || failed=1; \
+	$(BIN)/mypy || failed=1; \
+	$(PYTEST) tests/test_rules.py || failed=1; \
+	exit $$failed
 
 bench: $(STAMP)
 	@$(BIN)/python bench/loop.py $(ARGS)
