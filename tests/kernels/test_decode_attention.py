@@ -1,0 +1,195 @@
+"""Decode attention against its reference: shapes, division of the work, padding, graphs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from asyncllm.kernels.decode_attention import (
+    DecodeConfig,
+    DecodePlan,
+    decode_attention,
+    decode_attention_ref,
+    decode_config,
+    plan_decode,
+)
+from tests.kernels.harness import (
+    DEVICE,
+    DTYPES,
+    assert_close,
+    ints,
+    make_cache,
+    no_sync,
+    randn,
+    replayed,
+)
+
+# lengths, query heads, KV heads, head_dim
+SHAPES = [
+    ([1], 4, 4, 64),
+    ([67, 0, 129], 9, 3, 64),
+    ([31, 257], 8, 2, 80),
+    ([1, 2, 63], 7, 1, 96),
+    ([64, 65, 0, 0, 7], 8, 2, 128),
+    ([300], 8, 1, 128),
+    ([33, 5], 14, 2, 256),
+]
+
+
+def make_case(
+    lengths: list[int], q: int, kv: int, dim: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    k_cache, v_cache, table, lanes = make_cache(lengths, kv, dim, dtype)
+    packed = randn(len(lengths), (q + 2 * kv) * dim, dtype=dtype)
+    return {
+        "q": packed[:, : q * dim].unflatten(1, (q, dim)),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "table": table,
+        "lanes": lanes,
+        "lens": ints(lengths),
+    }
+
+
+def plan_for(case: dict[str, Tensor], **options: object) -> DecodePlan:
+    return plan_decode(case["lanes"], case["lens"], case["q"].shape[1], case["k_cache"], **options)
+
+
+@pytest.mark.parametrize(("lengths", "q", "kv", "dim"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_decode_attention(
+    lengths: list[int], q: int, kv: int, dim: int, dtype: torch.dtype
+) -> None:
+    case = make_case(lengths, q, kv, dim, dtype)
+    with no_sync():
+        got = decode_attention(**case, scale=dim**-0.5)
+    assert_close("out", decode_attention_ref(**case, scale=dim**-0.5), got)
+    assert not got[case["lens"] == 0].any()
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 40])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_any_division_of_the_work_gives_the_same(num_programs: int) -> None:
+    lengths = [5, 0, 400, 16, 17, 0, 90, 1]
+    case = make_case(lengths, 6, 2, 64, torch.float32)
+    config = DecodeConfig(tile=16, num_warps=4, num_stages=2, programs_per_sm=1)
+    plan = plan_for(case, config=config, num_programs=num_programs)
+    got = decode_attention(**case, scale=0.125, plan=plan)
+    assert_close("out", decode_attention_ref(**case, scale=0.125), got)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_more_partial_results_than_are_merged_at_once() -> None:
+    case = make_case([1300, 3], 3, 1, 64, torch.float32)
+    config = DecodeConfig(tile=16, num_warps=4, num_stages=2, programs_per_sm=1)
+    plan = plan_for(case, config=config, num_programs=41)
+    got = decode_attention(**case, scale=0.125, plan=plan)
+    assert_close("out", decode_attention_ref(**case, scale=0.125), got)
+
+
+def test_work_is_divided_equally_and_completely() -> None:
+    case = make_case([5, 0, 400, 16, 90], 4, 2, 64, torch.float32)
+    config = DecodeConfig(tile=16, num_warps=4, num_stages=2, programs_per_sm=1)
+    plan = plan_for(case, config=config, num_programs=9)
+    total, share = plan.meta.tolist()
+    tiles = [1, 0, 25, 1, 6]
+    assert total == 2 * sum(tiles)
+    assert share == 8
+    assert plan.row_start.tolist() == [0, 2, 2, 52, 54]
+    assert plan.records[:, :4].tolist() == [
+        [0, 2, 3, 4],
+        case["lanes"][[0, 2, 3, 4]].tolist(),
+        [5, 400, 16, 90],
+        [0, 2, 52, 54],
+    ]
+    assert plan.first.tolist() == [0, 1, 1, 1, 1, 1, 1, 3, 3]
+
+
+def test_more_rows_than_the_plan_scans_at_once() -> None:
+    lengths = [(7 * i) % 5 for i in range(300)]
+    cache = torch.empty((1, 1, 64), device=DEVICE)
+    config = DecodeConfig(tile=2, num_warps=4, num_stages=2, programs_per_sm=1)
+    plan = plan_decode(ints(lengths), ints(lengths), 1, cache, config=config, num_programs=300)
+    tiles = [-(-length // 2) for length in lengths]
+    assert plan.meta.tolist() == [sum(tiles), 2]
+    assert plan.row_start.tolist() == [sum(tiles[:i]) for i in range(300)]
+    full = [i for i in range(300) if lengths[i]]
+    assert plan.records[0, : len(full)].tolist() == full
+
+
+def test_one_plan_serves_many_layers_and_a_given_output() -> None:
+    case = make_case([130, 9], 4, 2, 64, torch.float32)
+    plan = plan_for(case)
+    wide = torch.full((2, 5, 64), 7.0, device=DEVICE)
+    for layer in range(2):
+        case["q"] = randn(2, 4, 64, dtype=torch.float32, seed=layer)
+        got = decode_attention(**case, scale=0.125, plan=plan, out=wide[:, :4])
+        assert got.data_ptr() == wide.data_ptr()
+        assert_close("out", decode_attention_ref(**case, scale=0.125), got)
+    assert bool((wide[:, 4] == 7.0).all())
+
+
+def test_large_scores_do_not_overflow() -> None:
+    case = make_case([70], 4, 2, 64, torch.float32)
+    case["q"] *= 1e3
+    got = decode_attention(**case, scale=1.0)
+    assert_close("out", decode_attention_ref(**case, scale=1.0), got, ratio=1e-3)
+
+
+def test_all_rows_empty_and_no_rows() -> None:
+    case = make_case([0, 0], 4, 2, 64, torch.float32)
+    assert not decode_attention(**case, scale=1.0).any()
+    for name in ("q", "lanes", "lens"):
+        case[name] = case[name][:0]
+    assert decode_attention(**case, scale=1.0).shape == (0, 4, 64)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    case = make_case([5, 9], 4, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match="divide"):
+        decode_attention(**{**case, "q": case["q"][:, :3]}, scale=1.0)
+    with pytest.raises(ValueError, match="dtypes"):
+        decode_attention(**{**case, "q": case["q"].half()}, scale=1.0)
+    with pytest.raises(ValueError, match="int32"):
+        decode_attention(**{**case, "lens": case["lens"].long()}, scale=1.0)
+    with pytest.raises(ValueError, match="plan"):
+        decode_attention(**{**case, "q": case["q"][:1]}, scale=1.0, plan=plan_for(case))
+    with pytest.raises(ValueError, match="256"):
+        decode_config(512, 4, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "q", "kv", "dim"),
+    [
+        ([1200] * 64, 32, 8, 128),
+        ([(97 * i) % 300 for i in range(255)] + [16384], 32, 8, 128),
+        ([8191], 28, 4, 128),
+        ([4097, 1, 0, 700], 32, 4, 64),
+        ([4097, 1, 0, 700], 16, 2, 256),
+    ],
+    ids=["64x1200", "255 short, one long", "1x8191", "dim 64", "dim 256"],
+)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_at_full_size(lengths: list[int], q: int, kv: int, dim: int, dtype: torch.dtype) -> None:
+    case = make_case(lengths, q, kv, dim, dtype)
+    got = decode_attention(**case, scale=dim**-0.5)
+    assert_close("out", decode_attention_ref(**case, scale=dim**-0.5), got)
+
+
+@pytest.mark.gpu
+def test_a_captured_plan_follows_the_lengths_at_replay() -> None:
+    case = make_case([700, 300, 65, 1], 32, 8, 128, torch.bfloat16)
+    out = torch.empty_like(case["q"])
+    lens = case["lens"].clone()
+
+    def call() -> None:
+        plan = plan_for({**case, "lens": lens})
+        decode_attention(**{**case, "lens": lens}, scale=0.1, plan=plan, out=out)
+
+    for new in ([1, 300, 0, 1], [700, 299, 64, 1]):
+        replayed(call, before=lambda new=new: lens.copy_(ints(new)))
+        want = decode_attention_ref(**{**case, "lens": ints(new)}, scale=0.1)
+        assert_close("out", want, out)
+        lens.copy_(case["lens"])

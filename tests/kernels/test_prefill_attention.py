@@ -1,0 +1,177 @@
+"""Prefill attention against its reference: shapes, prefixes, ragged rows, surplus tokens, graphs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from asyncllm.kernels.prefill_attention import (
+    PrefillConfig,
+    prefill_attention,
+    prefill_attention_ref,
+    prefill_config,
+)
+from tests.kernels.harness import (
+    DEVICE,
+    DTYPES,
+    assert_close,
+    ints,
+    make_cache,
+    no_sync,
+    randn,
+    replayed,
+)
+
+# (prefix, count) of each row, query heads, KV heads, head_dim
+SHAPES = [
+    ([(0, 1)], 4, 4, 64),
+    ([(0, 67), (40, 3)], 9, 3, 64),
+    ([(130, 31)], 8, 2, 80),
+    ([(5, 0), (1, 2), (0, 63), (3, 0)], 7, 1, 96),
+    ([(64, 65), (0, 1)], 8, 2, 128),
+    ([(0, 129)], 8, 1, 128),
+    ([(33, 5)], 7, 1, 256),
+]
+
+
+def make_case(
+    rows: list[tuple[int, int]], q: int, kv: int, dim: int, dtype: torch.dtype, surplus: int = 0
+) -> dict[str, Tensor]:
+    lengths = [prefix + count for prefix, count in rows]
+    k_cache, v_cache, table, lanes = make_cache(lengths, kv, dim, dtype)
+    cu = [0]
+    for _, count in rows:
+        cu.append(cu[-1] + count)
+    packed = randn(cu[-1] + surplus, (q + 2 * kv) * dim, dtype=dtype)
+    return {
+        "q": packed[:, : q * dim].unflatten(1, (q, dim)),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "table": table,
+        "lanes": lanes,
+        "starts": ints([prefix for prefix, _ in rows]),
+        "cu_counts": ints(cu),
+    }
+
+
+def longest(rows: list[tuple[int, int]]) -> int:
+    return max(count for _, count in rows)
+
+
+@pytest.mark.parametrize(("rows", "q", "kv", "dim"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_prefill_attention(
+    rows: list[tuple[int, int]], q: int, kv: int, dim: int, dtype: torch.dtype
+) -> None:
+    case = make_case(rows, q, kv, dim, dtype)
+    with no_sync():
+        got = prefill_attention(**case, max_count=longest(rows), scale=dim**-0.5)
+    assert_close("out", prefill_attention_ref(**case, scale=dim**-0.5), got)
+
+
+@pytest.mark.parametrize("max_count", [1, 8, 1000])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_max_count_and_surplus_tokens_change_nothing(max_count: int) -> None:
+    case = make_case([(7, 30), (0, 2), (50, 0), (3, 21)], 6, 2, 64, torch.float16, surplus=75)
+    got = prefill_attention(**case, max_count=max_count, scale=0.125)
+    want = prefill_attention_ref(**case, scale=0.125)
+    assert_close("out", want, got)
+    assert not got[53:].any()
+    alone = {**case, "q": case["q"][:53]}
+    assert torch.equal(got[:53], prefill_attention(**alone, max_count=max_count, scale=0.125))
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 16), (32, 32)], ids=str)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_every_tile_shape_meets_the_diagonal(blocks: tuple[int, int]) -> None:
+    rows = [(15, 17), (16, 16), (0, 33), (31, 1), (1, 47)]
+    case = make_case(rows, 3, 1, 64, torch.float32)
+    config = PrefillConfig(*blocks, num_warps=4, num_stages=2)
+    got = prefill_attention(**case, max_count=47, scale=0.125, config=config)
+    assert_close("out", prefill_attention_ref(**case, scale=0.125), got)
+
+
+def test_a_token_does_not_see_the_ones_after_it() -> None:
+    case = make_case([(3, 20)], 2, 1, 64, torch.float32)
+    before = prefill_attention(**case, max_count=20, scale=0.125)
+    late = case["table"][case["lanes"][0].long(), 13:23].long()
+    case["k_cache"][late] += 1.0
+    case["v_cache"][late] += 1.0
+    after = prefill_attention(**case, max_count=20, scale=0.125)
+    assert torch.equal(before[:10], after[:10])
+    assert not torch.isclose(before[10:], after[10:]).all(-1).any()
+
+
+def test_more_rows_than_are_scanned_at_once() -> None:
+    rows = [((3 * i) % 7, (5 * i) % 4) for i in range(130)]
+    case = make_case(rows, 1, 1, 64, torch.float16, surplus=5)
+    got = prefill_attention(**case, max_count=3, scale=0.125)
+    assert_close("out", prefill_attention_ref(**case, scale=0.125), got)
+
+
+def test_into_a_given_output() -> None:
+    case = make_case([(5, 9)], 4, 2, 64, torch.float32)
+    wide = torch.full((9, 5, 64), 7.0, device=DEVICE)
+    got = prefill_attention(**case, max_count=9, scale=0.125, out=wide[:, :4])
+    assert got.data_ptr() == wide.data_ptr()
+    assert_close("out", prefill_attention_ref(**case, scale=0.125), got)
+    assert bool((wide[:, 4] == 7.0).all())
+
+
+def test_no_tokens() -> None:
+    case = make_case([(5, 0)], 4, 2, 64, torch.float32)
+    assert prefill_attention(**case, max_count=0, scale=1.0).shape == (0, 4, 64)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    case = make_case([(0, 5)], 4, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match="divide"):
+        prefill_attention(**{**case, "q": case["q"][:, :3]}, max_count=5, scale=1.0)
+    with pytest.raises(ValueError, match="dtypes"):
+        prefill_attention(**{**case, "q": case["q"].half()}, max_count=5, scale=1.0)
+    with pytest.raises(ValueError, match="cu_counts"):
+        prefill_attention(**{**case, "cu_counts": case["cu_counts"][1:]}, max_count=5, scale=1.0)
+    with pytest.raises(ValueError, match="256"):
+        prefill_config(512, 4, 5, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "q", "kv", "dim"),
+    [
+        ([(0, 2048), (0, 1), (777, 130)], 32, 8, 128),
+        ([(4096, 512), (1, 513)], 28, 4, 128),
+        ([(0, 700)], 9, 3, 64),
+        ([(100, 700)], 16, 16, 96),
+        ([(100, 700)], 16, 2, 256),
+        ([(1000 + i, 3) for i in range(40)], 32, 8, 128),
+        ([(1000 + i, 9) for i in range(40)], 32, 8, 128),
+    ],
+    ids=["2048", "prefix", "group 3", "dim 96", "dim 256", "few each", "some each"],
+)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_at_full_size(
+    rows: list[tuple[int, int]], q: int, kv: int, dim: int, dtype: torch.dtype
+) -> None:
+    case = make_case(rows, q, kv, dim, dtype, surplus=100)
+    got = prefill_attention(**case, max_count=longest(rows), scale=dim**-0.5)
+    assert_close("out", prefill_attention_ref(**case, scale=dim**-0.5), got)
+
+
+@pytest.mark.gpu
+def test_a_captured_call_follows_rows_at_replay() -> None:
+    case = make_case([(500, 60), (0, 100)], 32, 8, 128, torch.bfloat16)
+    out = torch.empty_like(case["q"])
+    cu, starts = ints([0, 16, 116]), ints([500, 0])
+    new = {**case, "cu_counts": cu, "starts": starts}
+
+    def call() -> None:
+        prefill_attention(**new, max_count=100, scale=0.1, out=out)
+
+    def before() -> None:
+        cu.copy_(case["cu_counts"])
+        out.fill_(float("nan"))
+
+    replayed(call, before=before)
+    assert_close("out", prefill_attention_ref(**case, scale=0.1), out)

@@ -1,0 +1,91 @@
+"""Rotary embedding and cache write against their reference."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from asyncllm.kernels.rope_kv import rope_kv, rope_kv_ref
+from tests.kernels.harness import DEVICE, DTYPES, assert_close, ints, no_sync, randn, replayed
+
+# tokens, query heads, KV heads, head_dim
+SHAPES = [
+    (1, 9, 3, 64),
+    (5, 4, 4, 80),
+    (3, 8, 2, 96),
+    (7, 28, 4, 128),
+    (2, 8, 1, 256),
+    (11, 7, 1, 64),
+]
+
+
+def make_table(num_positions: int, dim: int) -> Tensor:
+    angles = torch.arange(num_positions)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
+    return torch.cat((angles.cos(), angles.sin()), dim=1).float().to(DEVICE)
+
+
+def make_case(tokens: int, q: int, kv: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """qkv, cos_sin, positions, slots, k_cache, v_cache."""
+    slots = torch.randperm(2 * tokens + 1, generator=torch.Generator().manual_seed(tokens))
+    positions = [(37 * i) % 101 for i in range(tokens)]
+    caches = [randn(2 * tokens + 2, kv, dim, dtype=dtype, seed=i) for i in (1, 2)]
+    qkv = randn(tokens, (q + 2 * kv) * dim, dtype=dtype)
+    return [qkv, make_table(101, dim), ints(positions), ints(slots[:tokens].tolist()), *caches]
+
+
+@pytest.mark.parametrize(("tokens", "q", "kv", "dim"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_kv(tokens: int, q: int, kv: int, dim: int, dtype: torch.dtype) -> None:
+    case = make_case(tokens, q, kv, dim, dtype)
+    mirror = [t.clone() for t in case]
+    rope_kv_ref(*mirror, q)
+    with no_sync():
+        rotated = rope_kv(*case, q)
+    assert rotated.shape == (tokens, q, dim)
+    assert rotated.data_ptr() == case[0].data_ptr()
+    assert_close("qkv", mirror[0], case[0])
+    assert torch.equal(mirror[0][:, q * dim :], case[0][:, q * dim :])
+    assert_close("k", mirror[4], case[4])
+    assert torch.equal(mirror[5], case[5])
+
+
+def test_only_the_named_slots_change() -> None:
+    case = make_case(5, 4, 2, 64, torch.float32)
+    before = [case[4].clone(), case[5].clone()]
+    rope_kv(*case, 4)
+    others = torch.ones(len(before[0]), dtype=torch.bool, device=DEVICE)
+    others[case[3].long()] = False
+    for old, new in zip(before, case[4:], strict=True):
+        assert torch.equal(old[others], new[others])
+        assert not torch.equal(old[~others], new[~others])
+
+
+def test_position_zero_leaves_everything_as_it_was() -> None:
+    case = make_case(3, 4, 2, 64, torch.float16)
+    case[2].zero_()
+    before = case[0].clone()
+    rope_kv(*case, 4)
+    assert torch.equal(before, case[0])
+    assert torch.equal(case[4][case[3].long()], before.unflatten(1, (8, 64))[:, 4:6])
+
+
+def test_refuses_what_does_not_fit() -> None:
+    case = make_case(3, 4, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match="qkv"):
+        rope_kv(*case, 5)
+    with pytest.raises(ValueError, match="dtypes"):
+        rope_kv(case[0].half(), *case[1:], 4)
+    with pytest.raises(ValueError, match="positions"):
+        rope_kv(*case[:2], case[2][:2], *case[3:], 4)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph() -> None:
+    case = make_case(16, 32, 8, 128, torch.bfloat16)
+    fresh = randn(*case[0].shape, dtype=torch.bfloat16, seed=9)
+    mirror = [fresh.clone(), *(t.clone() for t in case[1:])]
+    rope_kv_ref(*mirror, 32)
+    replayed(lambda: rope_kv(*case, 32), before=lambda: case[0].copy_(fresh))
+    for name, want, got in zip(
+        ("qkv", "k", "v"), (mirror[0], *mirror[4:]), (case[0], *case[4:]), strict=True
+    ):
+        assert_close(name, want, got)
