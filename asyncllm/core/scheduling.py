@@ -45,19 +45,31 @@ class Request:
     prompt: array[int]
     params: SamplingParams
     packed: tuple[Any, ...]
+    max_new: int
+    final_len: int  # tokens to compute until the last one comes out (or the prompt is scored)
+    end_ids: frozenset[int]  # tokens that end it
     outputs: array[int] = field(default_factory=lambda: array(INT))
     lane: Lane | None = None
     cached_len: int = -1  # prompt tokens of the first life's prefix hit; -1: none yet
     scored: int = 0  # prompt tokens whose log-probabilities have been passed on
 
+    @classmethod
+    def of(
+        cls, rid: int, prompt: array[int], packed: tuple[Any, ...], eos_ids: frozenset[int]
+    ) -> Request:
+        """From the fields of ``Submit``; ``max_new_tokens`` has been resolved to an int."""
+        params = SamplingParams.unpack(packed)
+        max_new = params.max_new_tokens
+        assert max_new is not None, f"request {rid}: max_new_tokens is open"
+        end_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_ids |= eos_ids
+        final_len = len(prompt) + max(max_new - 1, 0)
+        return cls(rid, prompt, params, packed, max_new, final_len, end_ids)
+
     @property
     def known_len(self) -> int:
         return len(self.prompt) + len(self.outputs)
-
-    @property
-    def final_len(self) -> int:
-        """Tokens to compute before the last one comes out (or the prompt, to score it)."""
-        return len(self.prompt) + max(_max_new(self.params) - 1, 0)
 
     @property
     def shares(self) -> bool:
@@ -172,7 +184,7 @@ class Core:
 
     def add(self, rid: int, prompt: array[int], packed: tuple[Any, ...]) -> None:
         """A new request at the end of the queue; one that can never fit ends at once."""
-        req = Request(rid, prompt, SamplingParams.unpack(packed), packed)
+        req = Request.of(rid, prompt, packed, self.eos_ids)
         assert rid not in self.requests, f"request {rid} submitted twice"
         self.requests[rid] = req
         self.waiting.append(req)
@@ -215,6 +227,7 @@ class Core:
                 filling.append(req)
             elif lane.planned < req.final_len and budget:
                 rows.append((req, lane, 1))
+                lane.inflight += 1
                 budget -= 1
         if rows:
             # a decode waits for one chunk at most
@@ -226,13 +239,12 @@ class Core:
             assert lane is not None
             count = min(lane.fill_len - lane.planned, self.chunk, budget)
             rows.append((req, lane, count))
+            lane.inflight += 1
             budget -= count
         opened = self._admit(rows, filling, budget) if self.waiting and budget else []
         if not rows:
             return None
         self._proposal = rows
-        for _, lane, _ in rows:
-            lane.inflight += 1
         return Proposal(
             array(INT, [lane.number for _, lane, _ in rows]),
             array(INT, [count for _, _, count in rows]),
@@ -299,32 +311,26 @@ class Core:
     def commit(self, step: Step, tokens: array[int]) -> Emitted:
         """Apply the result of a launched step: int32[num_rows], -1 where no token came out."""
         rids, out, ends, where = array("q"), array(INT), bytearray(), []
-        eos_ids = self.eos_ids
         for i, ((req, lane, _), token) in enumerate(zip(step.rows, tokens, strict=True)):
             lane.inflight -= 1
             if lane.over:
                 if not lane.inflight:
                     self._release(lane)
                 continue
-            params = req.params
-            max_new = _max_new(params)
             if token < 0:
-                if not max_new and lane.planned == lane.fill_len and not lane.inflight:
+                if not (req.max_new or lane.inflight) and lane.planned == lane.fill_len:
                     self._end(req, Reason.LENGTH)
                 continue
-            outputs = req.outputs
-            outputs.append(token)
-            num = len(outputs)
-            stops = num > params.min_new_tokens and (
-                (token in eos_ids and not params.ignore_eos) or token in params.stop_token_ids
-            )
+            req.outputs.append(token)
+            num = len(req.outputs)
+            stops = token in req.end_ids and num > req.params.min_new_tokens
             rids.append(req.rid)
             out.append(token)
             ends.append(stops)
             where.append(i)
             if stops:
                 self._end(req, Reason.STOP)
-            elif num >= max_new:
+            elif num >= req.max_new:
                 self._end(req, Reason.LENGTH)
         self.generated_tokens += len(out)
         return Emitted(rids, out, ends, where)
@@ -334,7 +340,7 @@ class Core:
     @property
     def expected_slots(self) -> int:
         """Slots that all requests will hold at the most: prompt and max_new_tokens."""
-        return sum(len(r.prompt) + _max_new(r.params) for r in self.requests.values())
+        return sum(len(r.prompt) + r.max_new for r in self.requests.values())
 
     # queue
 
@@ -358,6 +364,7 @@ class Core:
             count = min(known, self.chunk, budget)
             budget -= count
             rows.append((req, req.lane, count))
+            req.lane.inflight += 1
             ids = req.prompt + req.outputs if req.outputs else req.prompt
             opened.append((req.lane.number, ids, req.shares))
         return opened
@@ -508,7 +515,7 @@ class Core:
         # no output has come since the lane was opened: its first rows are still filling it
         known = req.prompt + req.outputs if req.outputs else req.prompt
         step.tokens.extend(known[start:end])
-        step.samples.append(end == lane.fill_len and _max_new(req.params) > 0)
+        step.samples.append(end == lane.fill_len and req.max_new > 0)
         self.prompt_tokens += count
         if req.shares:
             self.launched.append(lane.number)
@@ -532,9 +539,3 @@ def _empty_step(number: int) -> Step:
         samples=bytearray(),
         opened=[],
     )
-
-
-def _max_new(params: SamplingParams) -> int:
-    """The tokenizer has resolved None."""
-    assert params.max_new_tokens is not None
-    return params.max_new_tokens

@@ -97,7 +97,9 @@ class FakeDevice:
         assert len(set(ints(plan.lanes))) == len(counts)
         slots, fed = deque(ints(plan.slots)), deque(ints(plan.tokens))
         tokens, prompt, logprobs, asks = [], [], [], False
-        columns = zip(ints(plan.lanes), ints(plan.starts), counts, ints(plan.heads), plan.samples)
+        columns = zip(
+            ints(plan.lanes), ints(plan.starts), counts, ints(plan.heads), plan.samples, strict=True
+        )
         for row, (lane, start, count, head, samples) in enumerate(columns):
             if lane in opened:
                 length, packed, known = opened[lane]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.actors.fake_device import World
 
 from asyncllm.messages import Abort
+from tests.actors.fake_device import World
 
 
 def live(world: World, rng: random.Random, num: int, *, aborts: bool = True) -> None:
