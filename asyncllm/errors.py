@@ -1,15 +1,15 @@
 """Every exception asyncllm raises on purpose, and the HTTP answer of those a client causes.
 
-    AsyncllmError
-    ├── RequestError            the client's fault: one 4xx answer, nobody else notices
-    │   ├── PromptTooLong       400 context_length_exceeded
-    │   ├── ModelNotFound       404 model_not_found
-    │   └── ServerBusy          429 rate_limit_exceeded, with Retry-After
-    ├── StartupError            bad flag, missing file, memory that does not fit: one line, exit 2
-    └── FatalError              this rank cannot go on: exit 1
-        ├── ActorCrashed        a vital actor raised
-        ├── PeerLost            another rank stopped reading or died
-        └── PlanOutOfOrder      a step plan went missing on its way to a follower
+AsyncllmError
+├── RequestError            the client's fault: one 4xx answer, nobody else notices
+│   ├── PromptTooLong       400 context_length_exceeded
+│   ├── ModelNotFound       404 model_not_found
+│   └── ServerBusy          429 rate_limit_exceeded, with Retry-After
+├── StartupError            bad flag, missing file, memory that does not fit: one line, exit 2
+└── FatalError              this rank cannot go on: exit 1
+    ├── ActorCrashed        a vital actor raised
+    ├── PeerLost            another rank stopped reading or died
+    └── PlanOutOfOrder      a step plan went missing on its way to a follower
 """
 
 from __future__ import annotations
