@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from asyncllm.codec import i32
+from asyncllm.config import memory_available
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
@@ -118,7 +119,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         # what others hold on this card counts against our share of it
         budget = int(total * sizes.mem_fraction) - (total - free) - weights - work
     else:
-        room = int(_memory_available() * sizes.mem_fraction / sizes.tp) - weights - work
+        room = int(memory_available() * sizes.mem_fraction / sizes.tp) - weights - work
         budget = room if sizes.max_total_token_num else min(room, CPU_KV_BYTES // sizes.tp)
     fits = budget // slot
     wanted = sizes.max_total_token_num
@@ -159,16 +160,6 @@ def _work_bytes(spec: ModelSpec, sizes: Sizes, q_heads: int, kv_heads: int, cuda
     tables = 2 * sizes.num_lanes * sizes.max_len * 4 + sizes.max_len * spec.head_dim * 4
     reserve = CUDA_RESERVE if cuda else 0
     return sizes.batch_max_tokens * per_token + logits + tables + reserve
-
-
-def _memory_available() -> int:
-    """Bytes of host memory that can be had without swapping, within this cgroup's limit."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (cap := limit.read_text().strip()) != "max":
-        free = min(free, int(cap) - int(used.read_text()))
-    return free
 
 
 def make_device(engine: Engine, num_threads: int) -> CpuDevice | CudaDevice:

@@ -6,6 +6,7 @@ in a plan.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,15 +74,12 @@ class Engine:
         device = model.device
         shape = (num_slots + 1, model.num_kv_heads, model.spec.head_dim)
         self.kv = [
-            (
-                torch.zeros(shape, dtype=model.dtype, device=device),
-                torch.zeros(shape, dtype=model.dtype, device=device),
-            )
+            (_zeros(shape, model.dtype, device), _zeros(shape, model.dtype, device))
             for _ in range(model.spec.num_layers)
         ]
-        self.table = torch.zeros(num_lanes, max_len, dtype=torch.int32, device=device)
-        self.history = torch.zeros(num_lanes, max_len, dtype=torch.int32, device=device)
-        self.last_token = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+        self.table = _zeros((num_lanes, max_len), torch.int32, device)
+        self.history = _zeros((num_lanes, max_len), torch.int32, device)
+        self.last_token = _zeros((num_lanes,), torch.int64, device)
         self.lanes = LaneTable(num_lanes, model.spec.vocab_size, eos_ids)
         self._uploader = Uploader(device)
 
@@ -248,3 +246,11 @@ class Engine:
             "pen_prompt": t.penalize_prompt[lanes].astype(np.int32),
         }
         return int(lens.max())
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Like ``torch.zeros``; on the CPU without touching the memory (13 s for 4 GiB), by calloc."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)

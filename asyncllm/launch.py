@@ -1,0 +1,220 @@
+"""The processes of one server: what a child is told, starting it, and sharing its fate.
+
+Rank 0 starts the others and watches them; a child dies with rank 0 (``PR_SET_PDEATHSIG``) and rank
+0 ends when a child does. Knows processes, ports and folders; knows no actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncllm.config import Config, Resolved, child_environment
+from asyncllm.errors import StartupError
+
+PR_SET_PDEATHSIG = 1
+EXIT_GRACE_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boot:
+    """Everything an endpoint needs to start; rank 0 makes one for each child."""
+
+    endpoint: int
+    endpoints: tuple[str, ...]  # ZMQ addresses: tp ranks, then HTTP workers; empty: alone
+    config: Config
+    resolved: Resolved
+    model_dir: str
+    rendezvous: str  # host:port of torch.distributed; "" for tp == 1
+    listen_fd: int  # the HTTP socket, bound but not listening; -1 where there is no frontend
+    parent: int  # pid; 0 for rank 0
+
+    @property
+    def name(self) -> str:
+        """How logs and errors call this process."""
+        return endpoint_name(self.endpoint, self.config.tp)
+
+    def to_json(self) -> str:
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["config"] = self.config.to_json()
+        fields["resolved"] = asdict(self.resolved)
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> Boot:
+        fields: dict[str, Any] = json.loads(text)
+        fields["config"] = Config.from_json(fields["config"])
+        fields["resolved"] = Resolved(**{k: _tuple(v) for k, v in fields["resolved"].items()})
+        return cls(**{k: _tuple(v) for k, v in fields.items()})
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def endpoint_name(endpoint: int, tp: int) -> str:
+    """ "rank 1", or "HTTP worker 1" for the processes after the tp ranks."""
+    return f"rank {endpoint}" if endpoint < tp else f"HTTP worker {endpoint - tp + 1}"
+
+
+class Children:
+    """The child processes of rank 0.
+
+    Args:
+        on_death: told the child's name and exit code when one ends that was not asked to.
+    """
+
+    def __init__(self, on_death: Callable[[str, int], None]) -> None:
+        self._on_death = on_death
+        self._loop = asyncio.get_running_loop()
+        self._running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}  # by pidfd
+        self._leaving = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def start(self, boot: Boot, num_threads: int) -> None:
+        """Start a child and tell it ``boot`` on its standard input."""
+        fds = (boot.listen_fd,) if boot.listen_fd >= 0 else ()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "asyncllm.rank"],
+            stdin=subprocess.PIPE,
+            pass_fds=fds,
+            env=child_environment(OMP_NUM_THREADS=str(num_threads)),
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is seen below
+            process.stdin.write(boot.to_json().encode())
+        pidfd = os.pidfd_open(process.pid)
+        self._running[pidfd] = boot.name, process
+        self._empty.clear()
+        self._loop.add_reader(pidfd, self._ended, pidfd)
+
+    def _ended(self, pidfd: int) -> None:
+        name, process = self._running.pop(pidfd)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        code = process.wait()
+        if not self._running:
+            self._empty.set()
+        if not self._leaving:
+            self._on_death(f"{name} (pid {process.pid})", code)
+
+    async def close(self, grace_s: float = EXIT_GRACE_S) -> None:
+        """Wait for the children to end; kill those that do not."""
+        self._leaving = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._empty.wait()
+        self.kill()
+
+    def kill(self) -> None:
+        """End every child at once."""
+        self._leaving = True
+        for pidfd, (name, process) in self._running.items():
+            log.warning("%s did not end by itself and is killed", name)
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+            process.kill()
+            process.wait()
+        self._running.clear()
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when ``parent`` is gone, and leave stopping to it.
+
+    Signals to the whole process group (a terminal's Ctrl-C, systemd's stop) reach rank 0 too, which
+    drains and then tells us; acting on them here would cut off running requests.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it ended before the kernel was told
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def bind_http(host: str, port: int) -> socket.socket:
+    """The HTTP socket, bound and not yet listening: a busy port is an error now, not later."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartupError(f"cannot listen on {host}:{port}: {reason} (--host, --port)") from None
+    return sock
+
+
+def rendezvous(config: Config) -> str:
+    """``host:port`` at which the ranks meet.
+
+    Raises:
+        StartupError: an explicitly given --nccl_port is busy. A busy default gives way to a free
+            port, so that several servers coexist.
+    """
+    port = config.nccl_port
+    if not _is_free(config.nccl_host, port):
+        if "nccl_port" in config.explicit:
+            raise StartupError(f"--nccl_port {port} on {config.nccl_host} is busy")
+        port = free_port(config.nccl_host)
+    return f"{config.nccl_host}:{port}"
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(host: str) -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        port: int = sock.getsockname()[1]
+    return port
+
+
+class Wires:
+    """ZMQ addresses of all endpoints: sockets in a private folder, or loopback ports."""
+
+    def __init__(self, zmq_mode: str, num_endpoints: int) -> None:
+        self._folder: Path | None = None
+        self.addresses: tuple[str, ...] = ()
+        if num_endpoints == 1:
+            return
+        if zmq_mode == "tcp://":
+            ports = [free_port("127.0.0.1") for _ in range(num_endpoints)]
+            self.addresses = tuple(f"tcp://127.0.0.1:{port}" for port in ports)
+            return
+        # mkdtemp makes it 0700: other users of this machine cannot reach the sockets
+        self._folder = Path(tempfile.mkdtemp(prefix="asyncllm-", dir="/tmp"))
+        self.addresses = tuple(f"ipc://{self._folder}/{i}" for i in range(num_endpoints))
+
+    def close(self) -> None:
+        """Remove the folder."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

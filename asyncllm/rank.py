@@ -1,0 +1,458 @@
+"""Entry of every process of a server: prepare, load, place the actors, run, leave with a code.
+
+The placement table says which actors live where; nothing else here knows what they do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+import uvloop
+
+from asyncllm import log
+from asyncllm.actors.allocator import Allocator
+from asyncllm.actors.base import Actor
+from asyncllm.actors.detokenizer import Detokenizer
+from asyncllm.actors.frontend import Frontend, Limits
+from asyncllm.actors.runner import Runner
+from asyncllm.actors.scheduler import Scheduler
+from asyncllm.actors.system import ActorSystem
+from asyncllm.actors.tokenizer import Tokenizer
+from asyncllm.actors.watchdog import Duty, Watchdog
+from asyncllm.api.answer import Vocab
+from asyncllm.api.generation import Served
+from asyncllm.config import Config, Resolved, cache_dir, cpu_count, resolve_limits
+from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
+from asyncllm.engine.device import CpuDevice, CudaDevice
+from asyncllm.engine.engine import Engine
+from asyncllm.engine.parallel import Alone, Group, TensorParallel
+from asyncllm.errors import FatalError, StartupError
+from asyncllm.hub import resolve_model_dir
+from asyncllm.launch import (
+    Boot,
+    Children,
+    Wires,
+    bind_http,
+    die_with_parent,
+    endpoint_name,
+    rendezvous,
+)
+from asyncllm.messages import Drain
+from asyncllm.models.registry import check_architecture
+from asyncllm.models.spec import ModelSpec
+from asyncllm.text import Mode, Text, load_tokenizer
+
+SWITCH_INTERVAL_S = 0.0005  # a helper thread that needs the GIL must not hold the loop for 5 ms
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a process has loaded; the actors are made from it."""
+
+    boot: Boot
+    spec: ModelSpec
+    text: Text | None
+    device: CpuDevice | CudaDevice | None
+    group: Group
+    num_slots: int
+
+
+# -- start ---------------------------------------------------------------------------------------
+
+
+def serve(config: Config) -> int:
+    """Run a whole server from rank 0 until it is told to stop; the exit code.
+
+    Raises:
+        StartupError: it cannot start as configured.
+    """
+    sock = bind_http(config.host, config.port)  # a busy port is an error before any download
+    wires = Wires(config.zmq_mode, config.tp + config.httpserver_workers - 1)
+    try:
+        model_dir = resolve_model_dir(config.model_dir, cache_dir())
+        spec = ModelSpec.from_dir(model_dir)
+        check_architecture(spec.architecture)
+        resolved = _resolve(config, spec, model_dir)
+        for note in resolved.notes:
+            logger.info("%s", note)
+        boot = Boot(
+            endpoint=0,
+            endpoints=wires.addresses,
+            config=config,
+            resolved=resolved,
+            model_dir=str(model_dir),
+            rendezvous=rendezvous(config) if config.tp > 1 else "",
+            listen_fd=sock.fileno(),
+            parent=0,
+        )
+        if config.check:
+            return _check(boot, spec)
+        return uvloop.run(_Server(boot, spec, wires).run())
+    finally:
+        wires.close()
+        sock.close()
+
+
+def _resolve(config: Config, spec: ModelSpec, model_dir: Path) -> Resolved:
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise StartupError("--device cuda: torch finds no CUDA device (--device cpu)")
+    device = "cuda" if cuda and config.device != "cpu" else "cpu"
+    if device == "cuda" and config.tp > torch.cuda.device_count():
+        raise StartupError(
+            f"--tp {config.tp} needs as many GPUs, {torch.cuda.device_count()} are visible"
+        )
+    return resolve_limits(
+        config,
+        device="cuda" if device == "cuda" else "cpu",
+        checkpoint_dtype=spec.dtype,
+        model_limit=spec.max_position,
+        model_eos=spec.eos_ids,
+        model_dir_name=model_dir.name,
+    )
+
+
+def _check(boot: Boot, spec: ModelSpec) -> int:
+    """``--check``: what would be started, on standard output."""
+    plan = _memory(boot, spec)
+    resolved = boot.resolved.with_slots(plan.num_slots)
+    lines = [f"{name} = {getattr(boot.config, name)!r}" for name in boot.config.__slots__]
+    lines += [f"resolved {name} = {getattr(resolved, name)!r}" for name in resolved.__slots__]
+    lines.append(
+        f"model = {boot.model_dir} ({spec.architecture}, {spec.num_parameters():,} weights)"
+    )
+    lines.append(plan.text(resolved.max_req_total_len))
+    lines.append(f"ports: HTTP {boot.config.host}:{boot.config.port}")
+    if boot.rendezvous:
+        lines.append(f"ports: torch.distributed {boot.rendezvous}")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _memory(boot: Boot, spec: ModelSpec) -> MemoryPlan:
+    config, resolved = boot.config, boot.resolved
+    sizes = Sizes(
+        tp=config.tp,
+        dtype=resolved.dtype,
+        max_len=resolved.max_req_total_len,
+        num_lanes=resolved.running_max_req_size,
+        batch_max_tokens=resolved.batch_max_tokens,
+        mem_fraction=config.mem_fraction,
+        max_total_token_num=config.max_total_token_num,
+    )
+    return plan_memory(spec, sizes, _torch_device(boot))
+
+
+def _torch_device(boot: Boot) -> torch.device:
+    if boot.resolved.device == "cuda":
+        return torch.device("cuda", boot.endpoint)
+    return torch.device("cpu")
+
+
+def _num_threads(boot: Boot) -> int:
+    return max(1, cpu_count() // boot.config.tp)
+
+
+# -- load ----------------------------------------------------------------------------------------
+
+
+def load_parts(boot: Boot, spec: ModelSpec) -> Parts:
+    """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks."""
+    config = boot.config
+    text = None
+    if boot.listen_fd >= 0:
+        with log.phase("load tokenizer"):
+            mode = cast("Mode", config.tokenizer_mode)
+            text = load_tokenizer(boot.model_dir, mode, config.trust_remote_code)
+    if boot.endpoint >= config.tp:
+        return Parts(boot, spec, text, None, Alone(), boot.resolved.num_slots)
+    where = _torch_device(boot)
+    group: Group = Alone()
+    if config.tp > 1:
+        with log.phase("meet the other ranks"):
+            group = TensorParallel(boot.endpoint, config.tp, boot.rendezvous, where)
+    plan = _memory(boot, spec)
+    num_slots = group.minimum(plan.num_slots)
+    resolved = boot.resolved.with_slots(num_slots)
+    if boot.endpoint == 0:
+        for note in resolved.notes[len(boot.resolved.notes) :]:
+            logger.info("%s", note)
+        logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))
+    boot = replace(boot, resolved=resolved)
+    device = _load_device(boot, spec, group, where, num_slots)
+    return Parts(boot, spec, text, device, group, num_slots)
+
+
+def _load_device(
+    boot: Boot, spec: ModelSpec, group: Group, where: torch.device, num_slots: int
+) -> CpuDevice | CudaDevice:
+    resolved = boot.resolved
+    torch.set_num_threads(_num_threads(boot))
+    total = sum(f.stat().st_size for f in Path(boot.model_dir).glob("*.safetensors"))
+    with log.phase("load weights"), log.Progress("load weights", total) as bar:
+        model = build_model(
+            Path(boot.model_dir),
+            spec,
+            group,
+            dtype=resolved.dtype,
+            device=where,
+            max_len=resolved.max_req_total_len,
+            progress=lambda done, _: bar.advance(done - bar.done_bytes),
+        )
+    with log.phase("allocate KV"):
+        engine = Engine(
+            model,
+            group,
+            num_slots=num_slots,
+            num_lanes=resolved.running_max_req_size,
+            max_len=resolved.max_req_total_len,
+            eos_ids=resolved.eos_ids,
+        )
+        device = make_device(engine, _num_threads(boot))
+    with log.phase("warm up"):
+        warm_up(device, min(resolved.chunked_prefill_size, resolved.max_req_total_len // 2))
+    return device
+
+
+# -- placement -----------------------------------------------------------------------------------
+
+
+def _allocator(p: Parts) -> Actor[Any]:
+    return Allocator(p.num_slots, use_tree=not p.boot.config.disable_dynamic_prompt_cache)
+
+
+def _scheduler(p: Parts) -> Actor[Any]:
+    resolved = p.boot.resolved
+    return Scheduler(
+        num_lanes=resolved.running_max_req_size,
+        num_slots=p.num_slots,
+        batch_max_tokens=resolved.batch_max_tokens,
+        chunked_prefill_size=resolved.chunked_prefill_size,
+        eos_ids=resolved.eos_ids,
+        runners=range(p.boot.config.tp),
+    )
+
+
+def _runner(p: Parts) -> Actor[Any]:
+    assert p.device is not None
+    return Runner(p.device, reports=p.boot.endpoint == 0)
+
+
+def _detokenizer(p: Parts) -> Actor[Any]:
+    assert p.text is not None
+    return Detokenizer(p.text)
+
+
+def _tokenizer(p: Parts) -> Actor[Any]:
+    assert p.text is not None
+    limit = p.boot.resolved.max_req_total_len
+    return Tokenizer(p.text, limit=limit, vocab_size=p.spec.vocab_size)
+
+
+def _frontend(p: Parts) -> Actor[Any]:
+    assert p.text is not None
+    config, resolved, text = p.boot.config, p.boot.resolved, p.text
+    pieces = text.pieces
+    num_frontends = config.httpserver_workers
+    return Frontend(
+        served=Served(
+            name=resolved.served_names[0],
+            listed=resolved.served_names[:1] + config.served_model_name[1:],
+            accepted=frozenset(resolved.served_names),
+            model_name=resolved.model_name,
+            max_len=resolved.max_req_total_len,
+            vocab_size=p.spec.vocab_size,
+            created=int(time.time()),
+        ),
+        vocab=Vocab(
+            piece=lambda i: pieces[i] if i < len(pieces) else b"",
+            decode=text.decode,
+            special=text.special,
+        ),
+        sockets=[socket.socket(fileno=os.dup(p.boot.listen_fd))],
+        limits=Limits(
+            max_live=-(-(resolved.running_max_req_size + config.max_waiting) // num_frontends)
+        ),
+    )
+
+
+# Names in order of start; they stop in reverse, so that the frontend's last answers still find
+# the others.
+PLACEMENT: dict[str, tuple[str, ...]] = {
+    "leader": (
+        "allocator", "scheduler", "runner", "detokenizer", "tokenizer", "frontend", "watchdog",
+    ),
+    "follower": ("runner", "watchdog"),
+    "http": ("detokenizer", "tokenizer", "frontend", "watchdog"),
+}  # fmt: skip
+
+
+def role(endpoint: int, tp: int) -> str:
+    """The row of the placement table for an endpoint."""
+    if endpoint == 0:
+        return "leader"
+    return "follower" if endpoint < tp else "http"
+
+
+class _Server:
+    """One process of the server, from load to exit."""
+
+    def __init__(self, boot: Boot, spec: ModelSpec, wires: Wires | None) -> None:
+        self._boot, self._spec, self._wires = boot, spec, wires
+        self._system: ActorSystem | None = None
+        self._children: Children | None = None
+
+    async def run(self) -> int:
+        """Load, run the actors until they stop; the exit code."""
+        loop = asyncio.get_running_loop()
+        leads = self._boot.endpoint == 0
+        if leads:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._signalled)
+            self._children = Children(self._child_died)
+            for endpoint in range(1, self._boot.config.tp):
+                self._start_child(endpoint)
+        try:
+            parts = await loop.run_in_executor(None, load_parts, self._boot, self._spec)
+            if leads and self._boot.listen_fd >= 0:
+                self._start_workers(parts)
+            await self._run_actors(parts)
+        except FatalError as error:
+            logger.critical("%s ends: %s", self._boot.name, error)
+            self._abandon(1)
+        except StartupError:
+            if self._children:
+                self._children.kill()
+            raise
+        if self._children:
+            await self._children.close()
+        parts.group.close()
+        return 0
+
+    def _start_child(self, endpoint: int, **changes: Any) -> None:
+        assert self._children is not None
+        boot = replace(
+            self._boot, endpoint=endpoint, parent=os.getpid(), **{"listen_fd": -1, **changes}
+        )
+        self._children.start(boot, _num_threads(boot))
+
+    def _start_workers(self, parts: Parts) -> None:
+        """HTTP workers start last: they must know the limits that the K/V size decides."""
+        config = self._boot.config
+        for i in range(config.httpserver_workers - 1):
+            self._start_child(
+                config.tp + i, listen_fd=self._boot.listen_fd, resolved=parts.boot.resolved
+            )
+
+    async def _run_actors(self, parts: Parts) -> None:
+        boot = parts.boot
+        system = ActorSystem(boot.endpoint, list(boot.endpoints) or None)
+        self._system = system
+        for actor in place(parts, self._ready):
+            system.add(actor)
+        gc.collect()
+        gc.freeze()  # a full collection over what start-up made would stop the loop for 100 ms
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        await system.run()
+
+    def _ready(self) -> None:
+        boot = self._boot
+        names = boot.resolved.served_names
+        host = boot.config.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+        url = f"http://{host}:{boot.config.port}"
+        body = f'{{"model": "{names[0]}", "stream": true, "messages": '
+        body += '[{"role": "user", "content": "Say hello in French."}]}'
+        sys.stdout.write(
+            f"asyncllm is ready: {url} serves {names[0]}\n"
+            f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+        )
+        sys.stdout.flush()
+
+    def _signalled(self) -> None:
+        if self._system is None:
+            logger.info("stopped while starting")
+            self._abandon(0)
+        else:
+            drain = Drain(self._boot.config.drain_timeout)
+            self._system.ref("watchdog").tell(drain, urgent=True)
+
+    def _child_died(self, name: str, code: int) -> None:
+        """The server is one: what remains of it cannot serve."""
+        if self._system is not None and self._system.over:
+            return  # it was told to end, or we are ending because of something else
+        logger.critical("%s ended with exit code %d: stopping the server", name, code)
+        self._abandon(2 if code == 2 and self._system is None else 1)
+
+    def _abandon(self, code: int) -> NoReturn:
+        """Leave at once: other threads may hang in a collective or on a device."""
+        if self._children:
+            self._children.kill()
+        if self._wires:
+            self._wires.close()
+        sys.stdout.flush()
+        logging.shutdown()
+        os._exit(code)
+
+
+def place(parts: Parts, on_ready: Callable[[], None]) -> list[Actor[Any]]:
+    """The actors of this process, in order of start."""
+    boot = parts.boot
+    config, resolved = boot.config, boot.resolved
+    made: dict[str, Actor[Any]] = {}
+    makers: dict[str, Callable[[Parts], Actor[Any]]] = {
+        "allocator": _allocator,
+        "scheduler": _scheduler,
+        "runner": _runner,
+        "detokenizer": _detokenizer,
+        "tokenizer": _tokenizer,
+        "frontend": _frontend,
+    }
+    for name in PLACEMENT[role(boot.endpoint, config.tp)]:
+        if name != "watchdog":
+            made[name] = makers[name](parts)
+    runner = made.get("runner")
+    num_endpoints = max(1, len(boot.endpoints))
+    duty = Duty(
+        endpoint=boot.endpoint,
+        names={e: endpoint_name(e, config.tp) for e in range(num_endpoints)},
+        frontends=(0, *range(config.tp, num_endpoints)),
+        model_name=resolved.served_names[0],
+        max_len=resolved.max_req_total_len,
+        step_timeout_s=config.step_timeout,
+        on_ready=on_ready,
+    )
+    if isinstance(runner, Runner):
+        duty = replace(duty, busy_since=runner.busy_since)
+    return [*made.values(), Watchdog(duty)]
+
+
+def main() -> int:
+    """Entry of a child process: its ``Boot`` comes on standard input."""
+    boot = Boot.from_json(sys.stdin.read())
+    die_with_parent(boot.parent)
+    log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))
+    try:
+        spec = ModelSpec.from_dir(Path(boot.model_dir))
+        return uvloop.run(_Server(boot, spec, None).run())
+    except StartupError as error:
+        logger.critical("%s cannot start: %s", boot.name, error)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Sampling against what the definitions say, on hand-made distributions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from asyncllm.codec import i32
+from asyncllm.core.request import SamplingParams
+from asyncllm.engine.lanes import LaneTable, uniform
+from asyncllm.engine.sampling import Knobs, Penalties, log_probs, penalize, sample
+from asyncllm.engine.staging import unpack
+from asyncllm.messages import StepPlan
+
+PROBS = [0.4, 0.3, 0.15, 0.1, 0.05]
+DRAWS = 4000
+
+
+def draw(logits: list[float], **params: float) -> dict[int, float]:
+    """Share of each token in many draws with seeds 0, 1, 2, ..."""
+    uniforms = uniform(np.arange(DRAWS, dtype=np.uint64), np.full(DRAWS, 5, np.int32))
+    knobs = Knobs(
+        temperature=torch.full((DRAWS,), params.get("temperature", 1.0)),
+        top_k=torch.full((DRAWS,), int(params.get("top_k", len(logits))), dtype=torch.int32),
+        top_p=torch.full((DRAWS,), params.get("top_p", 1.0)),
+        min_p=torch.full((DRAWS,), params.get("min_p", 0.0)),
+        uniform=torch.from_numpy(uniforms),
+        all_greedy=params.get("temperature") == 0,
+        truncates=bool({"top_k", "top_p", "min_p"} & params.keys()),
+    )
+    tokens = sample(torch.tensor([logits]).expand(DRAWS, -1), knobs)
+    return {int(t): float((tokens == t).float().mean()) for t in tokens.unique()}
+
+
+def shares(kept: list[float]) -> dict[int, float]:
+    return {i: p / sum(kept) for i, p in enumerate(kept) if p}
+
+
+@pytest.mark.parametrize(
+    ("params", "want"),
+    [
+        ({}, shares(PROBS)),
+        ({"temperature": 0.5}, shares([p**2 for p in PROBS])),
+        ({"top_k": 2}, shares(PROBS[:2])),
+        ({"top_k": 1}, {0: 1.0}),
+        ({"top_p": 0.6}, shares(PROBS[:2])),  # 0.4 is short of 0.6, so the second is kept
+        ({"top_p": 0.01}, {0: 1.0}),
+        ({"min_p": 0.3}, shares(PROBS[:3])),  # at least 0.12
+        ({"top_k": 4, "top_p": 0.8}, shares(PROBS[:3])),
+        ({"temperature": 0.0}, {0: 1.0}),
+    ],
+)
+def test_distribution(params: dict[str, float], want: dict[int, float]) -> None:
+    got = draw([math.log(p) for p in PROBS], **params)
+    assert got.keys() == want.keys()
+    for token, share in want.items():  # 4 standard deviations of a share
+        assert got[token] == pytest.approx(share, abs=4 * math.sqrt(0.25 / DRAWS))
+
+
+def test_banned_tokens_are_never_drawn() -> None:
+    got = draw([0.0, -math.inf, 0.0])
+    assert set(got) == {0, 2}
+
+
+def test_a_row_does_not_depend_on_its_company() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(16, 300)
+
+    def run(rows: slice) -> torch.Tensor:
+        n = len(range(16)[rows])
+        uniforms = uniform(np.arange(16, dtype=np.uint64)[rows], np.full(n, 9, np.int32))
+        knobs = Knobs(
+            torch.full((n,), 0.8), torch.full((n,), 50), torch.full((n,), 0.9),
+            torch.zeros(n), torch.from_numpy(uniforms), False, True,
+        )  # fmt: skip
+        return sample(logits[rows], knobs)
+
+    together = run(slice(None))
+    for row in range(16):
+        assert run(slice(row, row + 1)) == together[row]
+
+
+def test_uniform_is_a_function_of_seed_and_position() -> None:
+    seeds = np.array([1, 1, 2], np.uint64)
+    got = uniform(seeds, np.array([0, 1, 0], np.int32))
+    assert len(set(map(float, got))) == 3
+    assert np.array_equal(got, uniform(seeds, np.array([0, 1, 0], np.int32)))
+    many = uniform(np.full(20000, 7, np.uint64), np.arange(20000, dtype=np.int32))
+    assert 0 < many.min() < 0.001
+    assert 0.999 < many.max() < 1
+    assert abs(many.mean() - 0.5) < 0.01
+
+
+def penalties(**changes: object) -> Penalties:
+    base = Penalties(
+        rows=torch.tensor([1]), lanes=torch.tensor([2]), lens=torch.tensor([5]),
+        prompt_lens=torch.tensor([3]), max_len=5, presence=torch.tensor([0.0]),
+        frequency=torch.tensor([0.0]), repetition=torch.tensor([1.0]),
+        penalize_prompt=torch.tensor([False]),
+    )  # fmt: skip
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+# lane 2: prompt 0 1 1, generated 3 3; what follows is left from an earlier request
+HISTORY = torch.tensor([[9] * 6, [9] * 6, [0, 1, 1, 3, 3, 4]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"presence": torch.tensor([0.5])}, [1.0, 1.0, 1.0, 0.5, 1.0]),
+        ({"frequency": torch.tensor([0.5])}, [1.0, 1.0, 1.0, 0.0, 1.0]),
+        ({"repetition": torch.tensor([2.0])}, [1.0, 1.0, 1.0, 0.5, 1.0]),
+        (
+            {"repetition": torch.tensor([2.0]), "penalize_prompt": torch.tensor([True])},
+            [0.5, 0.5, 1.0, 0.5, 1.0],
+        ),
+    ],
+)
+def test_penalties(changes: dict[str, object], want: list[float]) -> None:
+    logits = torch.ones(2, 5)
+    penalize(logits, HISTORY, penalties(**changes))
+    torch.testing.assert_close(logits, torch.tensor([[1.0] * 5, want]))
+
+
+def test_repetition_multiplies_negative_logits() -> None:
+    logits = -torch.ones(2, 5)
+    penalize(logits, HISTORY, penalties(repetition=torch.tensor([2.0])))
+    assert logits[1, 3] == -2
+
+
+def test_log_probs() -> None:
+    logits = torch.log(torch.tensor([PROBS]))
+    chosen, ids, top = log_probs(logits, torch.tensor([3]), 2)
+    assert chosen[0] == pytest.approx(math.log(0.1))
+    assert [int(i) for i in ids[0]] == [0, 1]
+    torch.testing.assert_close(top[0], torch.log(torch.tensor([0.4, 0.3])))
+
+
+def one_row_plan(params: SamplingParams, prompt_len: int, start: int) -> StepPlan:
+    return StepPlan(
+        step=1, num_decode=1, lanes=i32([0]), starts=i32([start]), counts=i32([1]), heads=i32([0]),
+        slots=i32([7]), tokens=i32([-1]), samples=b"\x01",
+        opened=((0, prompt_len, params.pack(), b""),),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("start", "banned"), [(9, True), (11, True), (12, False)])
+def test_end_tokens_are_banned_below_min_new_tokens(start: int, banned: bool) -> None:
+    """The token at position start + 1 is number start + 1 - prompt_len, counted from 0."""
+    table = LaneTable(1, 100, eos_ids=(2,))
+    plan = one_row_plan(SamplingParams(min_new_tokens=3, stop_token_ids=(5,)), 10, start)
+    table.open(plan)
+    choice = table.choice(unpack(plan, 64))
+    assert sorted(choice.bias_tokens) == ([2, 5] if banned else [])
+
+
+def test_logit_bias_reaches_the_row() -> None:
+    table = LaneTable(1, 100, eos_ids=())
+    plan = one_row_plan(SamplingParams(logit_bias=((4, 2.5), (7, -100.0))), 10, 9)
+    table.open(plan)
+    choice = table.choice(unpack(plan, 64))
+    assert list(zip(choice.bias_rows, choice.bias_tokens, choice.bias_values, strict=True)) == [
+        (0, 4, 2.5),
+        (0, 7, -100.0),
+    ]
