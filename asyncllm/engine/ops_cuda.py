@@ -32,7 +32,7 @@ class TritonOps:
         kv_heads, dim = k_cache.shape[1:]
         num_q = qkv.shape[1] // dim - 2 * kv_heads
         rope_kv(qkv, cos_sin, batch.positions, batch.slots, k_cache, v_cache, num_q)
-        return qkv[:, : num_q * dim].unflatten(1, (num_q, dim))
+        return qkv[:, : num_q * dim].view(-1, num_q, dim)
 
     def attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float

@@ -102,8 +102,8 @@ class Uploader:
         host = self._next(total)
         view = host.numpy()
         at = 0
-        for column, size in zip(flat, sizes, strict=True):
-            view[at : at + len(column)] = column
+        for words, size in zip(flat, sizes, strict=True):
+            view[at : at + len(words)] = words
             at += size
         device = host[:total]
         if self._device.type == "cuda":
