@@ -55,20 +55,23 @@ class Detokenizer(Actor[Inbox]):
         self.scheduler = self.system.ref("scheduler", 0)
 
     def receive(self, batch: list[Inbox]) -> None:
+        ends: list[Finished] = []
         for msg in batch:
             match msg:
                 case Tokens():
                     self._append(msg)
                 case Finished():
-                    if stream := self._streams.get(msg.rid):
-                        stream.finished = msg
-                        self._mark(stream)
+                    ends.append(msg)  # an urgent one may stand before its tokens
                 case Follow():
                     self._streams[msg.rid] = _Stream(msg, self._text)
                 case Flush():
                     self._posted = False
                 case _:
                     assert_never(msg)
+        for end in ends:
+            if stream := self._streams.get(end.rid):
+                stream.finished = end
+                self._mark(stream)
         self._turn()
 
     def _append(self, msg: Tokens) -> None:

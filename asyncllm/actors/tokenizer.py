@@ -97,36 +97,54 @@ class Tokenizer(Actor[Inbox]):
         self.scheduler = self.system.ref("scheduler", 0)
 
     def receive(self, batch: list[Inbox]) -> None:
+        # An Abort went to the scheduler too, which has ignored it by now: so an Abort in hand ends
+        # its request before anything here submits it, wherever the two stand in the batch.
+        whole = [self._take(m) for m in batch if isinstance(m, Tokenize | Count)]
+        for msg in batch:
+            if isinstance(msg, Abort):
+                self._abort(msg.rid)
         for msg in batch:
             match msg:
-                case Tokenize(ids=ids) if ids is not None:
-                    self._answer(_Job(msg, list(msg.rids)), ids)
-                case Tokenize() | Count():
-                    self._take(msg)
                 case Prepared():
                     self._prepared(msg)
-                case Abort(rid):
-                    self._abort(rid)
+                case Abort() | Tokenize() | Count():
+                    pass
                 case _:
                     assert_never(msg)
+        for number in whole:
+            if job := self._jobs.get(number):
+                if isinstance(job.msg, Tokenize) and job.msg.ids is not None:
+                    self._forget(number, job)
+                    self._answer(job, job.msg.ids)
+                else:
+                    self._wait(number, job)
 
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # -- waiting for a thread ------------------------------------------------------------------------
 
-    def _take(self, msg: Tokenize | Count) -> None:
+    def _take(self, msg: Tokenize | Count) -> int:
+        self._last_job += 1
         job = _Job(msg, list(msg.rids) if isinstance(msg, Tokenize) else [])
+        self._jobs[self._last_job] = job
+        for rid in job.alive:
+            self._job_of[rid] = self._last_job
+        return self._last_job
+
+    def _forget(self, number: int, job: _Job) -> None:
+        del self._jobs[number]
+        for rid in job.alive:
+            del self._job_of[rid]
+
+    def _wait(self, number: int, job: _Job) -> None:
         if not self._free and len(self._line) >= self._max_queue:
+            self._forget(number, job)
             self._refuse(
                 job, ServerBusy(f"{self._max_queue} prompts wait to be tokenized, try again later")
             )
             return
-        self._last_job += 1
-        self._jobs[self._last_job] = job
-        for rid in job.alive:
-            self._job_of[rid] = self._last_job
-        self._line.append(self._last_job)
+        self._line.append(number)
         self._start_some()
 
     def _start_some(self) -> None:
@@ -158,10 +176,9 @@ class Tokenizer(Actor[Inbox]):
         if msg.frees:
             self._free += 1
             self._start_some()
-        if (job := self._jobs.pop(msg.job, None)) is None:
+        if (job := self._jobs.get(msg.job)) is None:
             return
-        for rid in job.alive:
-            del self._job_of[rid]
+        self._forget(msg.job, job)
         if msg.detail:
             error = RequestError(msg.detail, code=msg.code or None)
             error.status = msg.status

@@ -1,6 +1,7 @@
 """Chat messages to the text of a prompt, by the model's own Jinja template.
 
-Knows messages and templates; knows no tokens and no HTTP.
+Knows templates and what they expect around them; knows no tokens, and leaves the checking of
+messages to :mod:`asyncllm.api.chatparts`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from asyncllm.errors import RequestError, StartupError
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_MAY_BE_EMPTY = ("assistant", "tool", "function")
-_OURS = ("messages", "tools")
+# stands behind the last message's text, where a continued prompt is cut
+_END = "\ue000continue\ue001"
 
 # what a template can raise when it meets messages its author did not think of
 _RENDER_ERRORS = (
@@ -53,7 +53,6 @@ class ChatTemplate:
         env.filters["tojson"] = _tojson
         env.globals["raise_exception"] = _raise
         env.globals["strftime_now"] = _strftime_now
-        self._source = "".join(templates.values())
         self._special_tokens = dict(special_tokens)
         try:
             self._templates = {name: env.from_string(text) for name, text in templates.items()}
@@ -64,19 +63,21 @@ class ChatTemplate:
         """The prompt of a conversation.
 
         Args:
-            chat: {"messages": [...], "tools": [...] | None, "kwargs": {...} | None}; kwargs are
-                variables of the template, among them add_generation_prompt (default True).
+            chat: {"messages": [...], "tools": [...] | None, "kwargs": {...}}. Messages are in
+                template form: content is a string, tool-call arguments are objects. kwargs are
+                variables of the template, among them add_generation_prompt (default True), and
+                continue_final_message, which ends the prompt with the last message's own text.
 
         Raises:
-            RequestError: bad messages, no template, or the template's own refusal.
+            RequestError: no template, or the template's own refusal.
         """
-        messages = self._messages(chat.get("messages"))
+        messages: list[dict[str, Any]] = chat["messages"]
         tools = chat.get("tools") or None
-        kwargs = chat.get("kwargs") or {}
-        if taken := [name for name in _OURS if name in kwargs]:
-            raise RequestError(
-                f"chat_template_kwargs may not set {taken[0]}", param="chat_template_kwargs"
-            )
+        kwargs = dict(chat.get("kwargs") or {})
+        going_on = bool(kwargs.pop("continue_final_message", False))
+        if going_on:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
         template = self._templates.get("tool_use") if tools else None
         template = template or self._templates.get("default")
         if template is None:
@@ -85,94 +86,14 @@ class ChatTemplate:
                 " use /v1/completions",
                 param="messages",
             )
-        variables = {"add_generation_prompt": True, **self._special_tokens, **kwargs}
+        variables = {"add_generation_prompt": not going_on, **self._special_tokens, **kwargs}
         try:
-            return template.render({**variables, "messages": messages, "tools": tools})
+            text = template.render({**variables, "messages": messages, "tools": tools})
+            return text[: text.rindex(_END)] if going_on else text
         except _RENDER_ERRORS as error:
             raise RequestError(
                 f"the chat template refuses these messages: {error}", param="messages"
             ) from error
-
-    def _messages(self, messages: object) -> list[dict[str, Any]]:
-        if not isinstance(messages, list) or not messages:
-            raise RequestError("messages must be a list with at least one entry", param="messages")
-        return [self._message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-    def _message(self, message: object, where: str) -> dict[str, Any]:
-        if not isinstance(message, dict):
-            raise RequestError(f"{where} must be an object", param=where)
-        role = self._role(message.get("role"), where)
-        out = {**message, "role": role, "content": _content(message.get("content"), role, where)}
-        if message.get("tool_calls") is None:
-            out.pop("tool_calls", None)  # templates ask whether the key is there
-        else:
-            out["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
-        return out
-
-    def _role(self, role: object, where: str) -> str:
-        """A known role in lower case, or any other that the template mentions."""
-        if isinstance(role, str):
-            known = role.lower()
-            if known == "developer" and not self._mentions(known):
-                return "system"  # the newer name for the same thing
-            if known in ROLES:
-                return known
-            if self._mentions(role):
-                return role
-        raise RequestError(
-            f"{where}.role is {role!r}, must be one of {', '.join(ROLES)}", param=f"{where}.role"
-        )
-
-    def _mentions(self, word: str) -> bool:
-        return f"'{word}'" in self._source or f'"{word}"' in self._source
-
-
-def _content(content: object, role: str, where: str) -> str:
-    """One text; templates get neither null nor lists, which many of them cannot take."""
-    where = f"{where}.content"
-    if isinstance(content, str):
-        return content
-    if content is None and role in _MAY_BE_EMPTY:
-        return ""
-    if not isinstance(content, list):
-        raise RequestError(f"{where} must be a string or a list of parts", param=where)
-    texts: list[str] = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(part, str):
-            texts.append(part)
-        elif kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "text":
-            raise RequestError(f"{where}[{i}].text must be a string", param=f"{where}[{i}]")
-        else:
-            raise RequestError(
-                f"{where}[{i}]: parts of type {kind!r} are not available, only 'text'",
-                param=f"{where}[{i}]",
-            )
-    return "\n".join(texts)
-
-
-def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
-    """As given, but with arguments as an object: templates write them out as JSON themselves."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise RequestError(f"{where} must be a list of objects", param=where)
-    out: list[dict[str, Any]] = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
-            call = {**call, "function": {**function, "arguments": _object(arguments)}}
-        out.append(call)
-    return out
-
-
-def _object(text: str) -> object:
-    """The JSON object in ``text``, or ``text`` itself where it is none."""
-    try:
-        value = json.loads(text or "{}")
-    except ValueError:
-        return text
-    return value if isinstance(value, dict) else text
 
 
 # -- what chat templates expect of their environment -------------------------------------------------

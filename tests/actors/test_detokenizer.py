@@ -1,0 +1,278 @@
+"""Detokenizer: text of many streams in short turns, stop strings, one Finished each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from array import array
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from asyncllm.actors.base import Actor
+from asyncllm.actors.detokenizer import LOOK_EVERY, Detokenizer
+from asyncllm.actors.system import ActorSystem
+from asyncllm.codec import floats, i32, i64, ints
+from asyncllm.core.request import Reason
+from asyncllm.messages import Delta, Finished, Follow, StopHit, Tokens
+from asyncllm.text import Text, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    """Byte-level, one id per byte and <eos>."""
+    folder: Path = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return load_tokenizer(str(folder))
+
+
+class Sink(Actor[Any]):
+    def __init__(self, name: str, log: list[Any], until: Callable[[], bool]) -> None:
+        super().__init__(name)
+        self.log, self.until = log, until
+
+    def receive(self, batch: list[Any]) -> None:
+        self.log.extend(batch)
+        if self.until():
+            self.system.stop()
+
+
+def play(
+    text: Text, script: list[Any], *, finished: int, budget_s: float = 0.0005
+) -> tuple[list[Any], list[Any]]:
+    """What frontend and scheduler got. A ``list`` in the script arrives as one batch."""
+    front: list[Any] = []
+    sched: list[Any] = []
+
+    def until() -> bool:
+        return sum(isinstance(m, Finished) for m in front) == finished
+
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            system = ActorSystem(encode_local=True)
+            system.add(Sink("scheduler", sched, until))
+            system.add(Sink("frontend", front, until))
+            detokenizer = Detokenizer(text, budget_s=budget_s)
+            ref = system.add(detokenizer)
+
+            async def feed() -> None:
+                for batch in script:
+                    for msg in batch if isinstance(batch, list) else [batch]:
+                        ref.tell(msg)
+                    await asyncio.sleep(0)  # one round of the loop: the batch is delivered
+                    await asyncio.sleep(0)  # and another for what came of it
+
+            feeding = asyncio.create_task(feed())
+            await system.run()
+            await feeding
+            assert detokenizer.following == 0
+
+    uvloop.run(main())
+    return front, sched
+
+
+def follow(rid: int, *stop: str, tail: bytes = b"", print_eos: bool = False) -> Follow:
+    return Follow(rid, tail, stop, True, print_eos)
+
+
+def tokens(
+    rids: list[int], ids: list[int], ends: list[int] | None = None, **columns: Any
+) -> Tokens:
+    given = {"logprobs": b"", "num_top": 0, "top_ids": b"", "top_logprobs": b"", "prompt": ()}
+    return Tokens(1, i64(rids), i32(ids), bytes(ends or [0] * len(ids)), **{**given, **columns})
+
+
+def done(rid: int, num_tokens: int, reason: Reason = Reason.LENGTH) -> Finished:
+    return Finished(rid, reason, "", "", 0, 3, 1, num_tokens)
+
+
+def said(front: list[Any], rid: int) -> str:
+    return "".join(m.text for m in front if isinstance(m, Delta) and m.rid == rid)
+
+
+def test_text_comes_token_by_token_and_finished_last(text: Text) -> None:
+    ids = list(text.encode("hé", False))
+    script = [follow(7), *[tokens([7], [i]) for i in ids], done(7, 3)]
+    front, sched = play(text, script, finished=1)
+    deltas, end = front[:-1], front[-1]
+    assert [d.text for d in deltas] == ["h", "", "é"]
+    assert [ints(d.ids).tolist() for d in deltas] == [[i] for i in ids]
+    assert [d.pieces for d in deltas] == [("h",), ("",), ("é",)]
+    assert end == done(7, 3)
+    assert sched == []
+
+
+def test_several_steps_in_one_turn_become_one_delta(text: Text) -> None:
+    ids = list(text.encode("abc", False))
+    script = [[follow(1), *[tokens([1], [i]) for i in ids]], done(1, 3)]
+    front, _ = play(text, script, finished=1)
+    assert [(m.text, m.pieces) for m in front[:-1]] == [("abc", ("a", "b", "c"))]
+
+
+def test_unfinished_character_is_flushed_before_finished(text: Text) -> None:
+    part = list(text.encode("é", False))[:1]
+    front, _ = play(text, [[follow(1), tokens([1], part), done(1, 1)]], finished=1)
+    assert [(m.text, m.pieces) for m in front[:-1]] == [("\ufffd", ("\ufffd",))]
+    late, _ = play(text, [follow(1), tokens([1], part), done(1, 1)], finished=1)
+    assert said(late, 1) == "\ufffd"
+    assert isinstance(late[-1], Finished)
+
+
+def test_character_begun_in_the_prompt_is_finished(text: Text) -> None:
+    first, second = text.encode("é", False)
+    script = [follow(1, tail=i32([first])), tokens([1], [second]), done(1, 1)]
+    front, _ = play(text, script, finished=1)
+    assert said(front, 1) == "é"
+
+
+def test_ending_token_is_hidden_unless_asked_for(text: Text) -> None:
+    (a,), eos = text.encode("a", False), text.eos_id
+    assert eos is not None
+    script: list[Any] = [follow(1), follow(2, print_eos=True)]
+    script += [tokens([1, 2], [a, a]), tokens([1, 2], [eos, eos], [1, 1])]
+    script += [done(1, 2, Reason.STOP), done(2, 2, Reason.STOP)]
+    front, _ = play(text, script, finished=2)
+    assert said(front, 1) == "a"
+    assert said(front, 2) == "a<eos>"
+    hidden = [m for m in front if isinstance(m, Delta) and m.rid == 1][-1]
+    assert (ints(hidden.ids).tolist(), hidden.pieces) == ([eos], ("",))
+
+
+def test_stop_string_over_tokens_is_cut_and_told_once(text: Text) -> None:
+    ids = list(text.encode("one STOP two", False))
+    script = [follow(1, "STOP"), *[tokens([1], [i]) for i in ids], done(1, 12)]
+    front, sched = play(text, script, finished=1)
+    assert said(front, 1) == "one "
+    assert sched == [StopHit(1, 8)]
+    end = front[-1]
+    assert (end.reason, end.num_tokens, end.prompt_len, end.cached_len) == (Reason.STOP, 8, 3, 1)
+    shown = [m for m in front if isinstance(m, Delta)]
+    assert b"".join(m.ids for m in shown) == i32(ids[:8])
+    assert "".join(p for m in shown for p in m.pieces) == "one STOP"
+
+
+def test_stop_string_found_with_the_end_needs_no_stop_hit(text: Text) -> None:
+    ids = list(text.encode("aXb", False))
+    front, sched = play(text, [[follow(1, "X"), tokens([1] * 3, ids), done(1, 3)]], finished=1)
+    assert said(front, 1) == "a"
+    assert (front[-1].reason, front[-1].num_tokens) == (Reason.STOP, 2)
+    assert sched == []
+
+
+def test_error_after_a_stop_string_is_a_stop(text: Text) -> None:
+    (x,) = text.encode("X", False)
+    error = Finished(1, Reason.ERROR, "no room", "code", 500, 3, 0, 4)
+    front, _ = play(text, [follow(1, "X"), tokens([1], [x]), error], finished=1)
+    assert front[-1] == Finished(1, Reason.STOP, "", "", 0, 3, 0, 1)
+
+
+def test_held_back_text_comes_out_at_the_end(text: Text) -> None:
+    ids = list(text.encode("a STO", False))
+    front, sched = play(text, [follow(1, "STOP"), tokens([1] * 5, ids), done(1, 5)], finished=1)
+    assert said(front, 1) == "a STO"
+    assert front[-1].reason == Reason.LENGTH
+    assert sched == []
+
+
+def test_finished_that_overtakes_its_tokens_waits_for_them(text: Text) -> None:
+    (a,) = text.encode("a", False)
+    front, _ = play(text, [[follow(1), done(1, 1), tokens([1], [a])]], finished=1)
+    assert [type(m) for m in front] == [Delta, Finished]
+    assert front[0].text == "a"
+
+
+def test_unknown_requests_are_ignored(text: Text) -> None:
+    (a,) = text.encode("a", False)
+    script = [done(9, 0), tokens([9, 1], [a, a]), follow(1), tokens([9, 1], [a, a]), done(1, 1)]
+    front, _ = play(text, script, finished=1)
+    assert {m.rid for m in front} == {1}
+    assert said(front, 1) == "a"
+
+
+def test_logprobs_travel_with_their_tokens_as_wide_as_all_have_them(text: Text) -> None:
+    a, b = text.encode("ab", False)
+    wide = {"num_top": 2, "top_ids": i32([1, 2, 3, 4])}
+    wide |= {"logprobs": _f32(-1, -2), "top_logprobs": _f32(-1, -3, -2, -4)}
+    slim = {"num_top": 1, "top_ids": i32([5]), "logprobs": _f32(-5), "top_logprobs": _f32(-5)}
+    batch = [follow(1), tokens([8, 1], [a, a], **wide), tokens([1], [b], **slim), done(1, 2)]
+    front, _ = play(text, [batch], finished=1)
+    delta = front[0]
+    assert floats(delta.logprobs).tolist() == [-2, -5]
+    assert delta.num_top == 1
+    assert ints(delta.top_ids).tolist() == [3, 5]
+    assert floats(delta.top_logprobs).tolist() == [-2, -5]
+
+
+def test_logprobs_of_others_do_not_make_half_columns(text: Text) -> None:
+    a, b = text.encode("ab", False)
+    shared = {"num_top": 0, "logprobs": _f32(-1, -2)}
+    batch = [follow(1), tokens([1, 8], [a, a], **shared), tokens([1], [b]), done(1, 2)]
+    front, _ = play(text, [batch], finished=1)
+    assert (front[0].text, front[0].logprobs) == ("ab", b"")
+
+
+def test_prompt_logprobs_of_all_chunks_come_with_the_first_tokens(text: Text) -> None:
+    (a,) = text.encode("a", False)
+    one = (1, _f32(-1, -2), 1, i32([1, 2]), _f32(-1, -2))
+    two = (1, _f32(-3), 1, i32([3]), _f32(-3))
+    script = [follow(1), tokens([], [], prompt=(one,)), tokens([1], [a], prompt=(two,))]
+    front, _ = play(text, [*script, tokens([1], [a]), done(1, 2)], finished=1)
+    whole = (_f32(-1, -2, -3), 1, i32([1, 2, 3]), _f32(-1, -2, -3))
+    assert [m.prompt for m in front[:-1]] == [whole, None]
+    scored, _ = play(text, [follow(1), tokens([], [], prompt=(one,)), done(1, 0)], finished=1)
+    assert [m.prompt for m in scored[:-1]] == [one[1:]]
+
+
+def test_turns_are_short_fair_and_lose_nothing(text: Text) -> None:
+    rids = list(range(50))
+    ids = list(text.encode("ab", False))
+    others: list[int] = []
+
+    class Other(Actor[Any]):
+        """Counts its own turns between the detokenizer's."""
+
+        def receive(self, batch: list[Any]) -> None:
+            others.append(len(seen))
+            if len(others) < 30:
+                self.put(batch[0])
+
+    seen: list[Any] = []
+
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            system = ActorSystem()
+            detokenizer = system.add(Detokenizer(text, budget_s=0.0))
+            until = lambda: sum(isinstance(m, Finished) for m in seen) == 50  # noqa: E731
+            system.add(Sink("frontend", seen, until))
+            system.add(Sink("scheduler", [], lambda: False))
+            other = system.add(Other("other"))
+            for rid in rids:
+                detokenizer.tell(follow(rid))
+            detokenizer.tell(tokens(rids, [ids[0]] * 50))
+            detokenizer.tell(tokens(rids, [ids[1]] * 50))
+            for rid in rids:
+                detokenizer.tell(done(rid, 2))
+            other.tell("go")
+            await system.run()
+
+    uvloop.run(main())
+    assert [m.rid for m in seen if isinstance(m, Delta)] == rids
+    assert all(said(seen, rid) == "ab" for rid in rids)
+    steps = [b - a for a, b in pairwise(others) if b - a]
+    assert len(steps) > 5
+    assert max(steps) <= 2 * LOOK_EVERY  # a Delta and a Finished each
+
+
+def _f32(*values: float) -> bytes:
+    return array("f", values).tobytes()

@@ -1,0 +1,376 @@
+"""Tokenizer: every prompt is accepted or refused once, with the numbers; aborts race with nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from asyncllm.actors import tokenizer as module
+from asyncllm.actors.base import Actor
+from asyncllm.actors.system import ActorSystem
+from asyncllm.codec import i32, ints
+from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.messages import (
+    Abort,
+    Accepted,
+    Count,
+    Counted,
+    Finished,
+    Follow,
+    Prepared,
+    Submit,
+    Tokenize,
+)
+from asyncllm.text import Text, load_tokenizer
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}"
+LIMIT = 20
+
+
+def make_text(folder: Path, template: str | None = TEMPLATE) -> Text:
+    """Byte-level, one id per byte, but none for "q"; <eos> last."""
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {"q"})
+    vocab = {c: i for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<eos>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    return make_text(tmp_path_factory.mktemp("model"))
+
+
+class Sink(Actor[Any]):
+    def __init__(self, name: str, log: list[tuple[str, Any]], until: Callable[[], bool]) -> None:
+        super().__init__(name)
+        self.log, self.until = log, until
+
+    def receive(self, batch: list[Any]) -> None:
+        self.log.extend((self.name, msg) for msg in batch)
+        if self.until():
+            self.system.loop.call_soon(self.system.stop)  # after what is on its way to the others
+
+
+def play(
+    text: Text,
+    script: list[Any],
+    *,
+    answers: int,
+    on_answer: Callable[[Any], None] = lambda msg: None,
+    **options: Any,
+) -> list[tuple[str, Any]]:
+    """(receiver, message) in order, up to the frontend's answer number ``answers``.
+
+    Messages of a ``list`` in the script arrive as one batch.
+    """
+    log: list[tuple[str, Any]] = []
+    given = {"limit": LIMIT, "vocab_size": text.vocab_size, "workers": 1, **options}
+
+    def until() -> bool:
+        got = [msg for name, msg in log if name == "frontend"]
+        if got:
+            on_answer(got[-1])
+        return len(got) >= answers
+
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            system = ActorSystem(encode_local=True)
+            for name in ("detokenizer", "scheduler", "frontend"):
+                system.add(Sink(name, log, until if name == "frontend" else lambda: False))
+            actor = module.Tokenizer(text, **given)
+            ref = system.add(actor)
+            for msg in script:
+                ref.tell(msg, urgent=isinstance(msg, Abort))
+            await system.run()
+            assert actor.waiting == 0
+
+    uvloop.run(main())
+    return log
+
+
+def prompt(
+    rid: int = 1,
+    text: str | None = None,
+    *,
+    ids: list[int] | None = None,
+    chat: Any = None,
+    more: tuple[int, ...] = (),
+    **params: Any,
+) -> Tokenize:
+    packed = SamplingParams(**params).pack()
+    column = None if ids is None else i32(ids)
+    body = None if chat is None else json.dumps(chat).encode()
+    return Tokenize((rid, *more), text, column, body, True, packed)
+
+
+def only(log: list[tuple[str, Any]]) -> Finished:
+    """The one message there is: a refusal."""
+    ((name, msg),) = log
+    assert name == "frontend"
+    assert isinstance(msg, Finished)
+    assert msg.reason == Reason.ERROR
+    return msg
+
+
+def test_group_is_followed_submitted_and_accepted_in_this_order(text: Text) -> None:
+    asked = prompt(5, "hello", more=(6,), seed=40, stop=("x",), print_eos=True, max_new_tokens=None)
+    log = play(text, [asked], answers=1)
+    ids = text.encode("hello", False).tobytes()
+    assert [name for name, _ in log] == ["detokenizer"] * 2 + ["scheduler"] * 2 + ["frontend"]
+    assert [msg for _, msg in log[:2]] == [Follow(r, ids, ("x",), True, True) for r in (5, 6)]
+    submits = [msg for _, msg in log[2:4]]
+    assert [(m.rid, m.prompt) for m in submits] == [(5, ids), (6, ids)]
+    own = [SamplingParams.unpack(m.params) for m in submits]
+    assert [(p.seed, p.max_new_tokens, p.stop) for p in own] == [(40, 15, ("x",)), (41, 15, ("x",))]
+    assert log[-1][1] == Accepted(5, ids)
+
+
+def test_ids_pass_as_they_are_and_only_their_tail_is_followed(text: Text) -> None:
+    log = play(text, [prompt(ids=list(range(15)), max_new_tokens=5)], answers=1)
+    assert ints(log[0][1].prompt_tail).tolist() == list(range(7, 15))
+    assert ints(log[1][1].prompt).tolist() == list(range(15))
+    assert SamplingParams.unpack(log[1][1].params).max_new_tokens == 5
+
+
+@pytest.mark.parametrize("asked", [prompt(text=""), prompt(ids=[]), prompt(text="qq")])
+def test_empty_prompt_is_refused_also_when_text_gives_no_ids(text: Text, asked: Tokenize) -> None:
+    refusal = only(play(text, [asked], answers=1))
+    assert (refusal.detail, refusal.status) == ("prompt is empty", 400)
+
+
+@pytest.mark.parametrize("bad", [-1, 256, 2**31 - 1])
+def test_id_outside_the_vocabulary_is_named(text: Text, bad: int) -> None:
+    refusal = only(play(text, [prompt(ids=[1, bad, 2])], answers=1))
+    assert f"token id {bad} is not in the vocabulary (0 to 255)" in refusal.detail
+    assert refusal.status == 400
+
+
+def test_prompt_over_the_limit_gives_the_numbers(text: Text) -> None:
+    refusal = only(play(text, [prompt(text="a" * 21)], answers=1))
+    assert refusal.detail == (
+        "This prompt exceeds the context window: 21 prompt tokens, limit 20 (--max_req_total_len)"
+    )
+    assert (refusal.code, refusal.status) == ("context_length_exceeded", 400)
+
+
+def test_prompt_that_leaves_no_room_is_refused_unless_it_wants_none(text: Text) -> None:
+    full = "a" * 20
+    assert "exceeds the context window" in only(play(text, [prompt(text=full)], answers=1)).detail
+    log = play(text, [prompt(text=full, max_new_tokens=0)], answers=1)
+    assert isinstance(log[-1][1], Accepted)
+
+
+def test_prompt_and_max_tokens_over_the_limit_give_the_sum(text: Text) -> None:
+    refusal = only(play(text, [prompt(text="a" * 12, max_new_tokens=9)], answers=1))
+    assert refusal.detail == (
+        "This request exceeds the context window: 12 prompt tokens + 9 max_tokens = 21,"
+        " limit 20 (--max_req_total_len)"
+    )
+    assert refusal.code == "context_length_exceeded"
+
+
+def test_hopelessly_long_text_is_refused_without_encoding(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    monkeypatch.setattr(Text, "encode", lambda self, some, special: encoded.append(some))
+    refusal = only(play(text, [prompt(text="a" * 321)], answers=1))
+    assert "exceeds the context window: 321 characters" in refusal.detail
+    assert refusal.code == "context_length_exceeded"
+    assert encoded == []
+
+
+def test_chat_is_rendered_with_the_models_template(text: Text) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    chat = {"messages": messages, "tools": None, "kwargs": {}}
+    log = play(text, [prompt(chat=chat)], answers=1)
+    assert text.decode(ints(log[-1][1].prompt)) == "uhiayo"
+
+
+def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
+    bare = make_text(tmp_path, None)
+    chat = {"messages": [{"role": "user", "content": "hi"}], "tools": None, "kwargs": {}}
+    refusal = only(play(bare, [prompt(chat=chat)], answers=1))
+    assert "no chat template" in refusal.detail
+    assert refusal.status == 400
+
+
+def test_template_refusal_is_the_clients_answer(tmp_path: Path) -> None:
+    strict = make_text(tmp_path, "{{ raise_exception('roles must alternate') }}")
+    chat = {"messages": [{"role": "user", "content": "hi"}], "tools": None, "kwargs": {}}
+    assert "roles must alternate" in only(play(strict, [prompt(chat=chat)], answers=1)).detail
+
+
+def test_text_is_counted(text: Text) -> None:
+    log = play(text, [Count(3, "hello", True), Count(4, "", True)], answers=2)
+    assert log == [("frontend", Counted(3, 5)), ("frontend", Counted(4, 0))]
+
+
+class Gate:
+    """Holds encoding back until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self.calls: list[str] = []
+        original = Text.encode
+
+        def encode(text: Text, some: str, add_special_tokens: bool) -> Any:
+            self.calls.append(some)
+            self.reached.set()
+            assert self.opened.wait(20)
+            return original(text, some, add_special_tokens)
+
+        monkeypatch.setattr(Text, "encode", encode)
+
+
+def test_abort_of_a_pending_prompt_ends_it_without_a_submit(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    async def main() -> list[tuple[str, Any]]:
+        log: list[tuple[str, Any]] = []
+
+        def until() -> bool:
+            if sum(isinstance(m, Finished) for _, m in log) == 3:
+                gate.opened.set()
+            return any(isinstance(m, Accepted) and m.rid == 9 for _, m in log)
+
+        async with asyncio.timeout(20):
+            system = ActorSystem(encode_local=True)
+            system.add(Sink("detokenizer", log, lambda: False))
+            system.add(Sink("scheduler", log, lambda: False))
+            system.add(Sink("frontend", log, until))
+            ref = system.add(
+                module.Tokenizer(text, limit=LIMIT, vocab_size=text.vocab_size, workers=1)
+            )
+            # 1 is in the thread, 2 and 9 wait for it; of the group 3, 4 only 4 goes on
+            for msg in (prompt(1, "a"), prompt(2, "b"), prompt(3, "c", more=(4,)), prompt(9, "d")):
+                ref.tell(msg)
+            running = asyncio.ensure_future(system.run())
+            await asyncio.to_thread(gate.reached.wait, 20)
+            for rid in (1, 2, 3, 77):
+                ref.tell(Abort(rid), urgent=True)
+            await running
+        return log
+
+    log = uvloop.run(main())
+    ended = [m for _, m in log if isinstance(m, Finished)]
+    assert [(m.rid, m.reason) for m in ended] == [(r, Reason.ABORT) for r in (1, 2, 3)]
+    assert [m.rid for _, m in log if isinstance(m, Submit)] == [4, 9]
+    assert [m.rid for _, m in log if isinstance(m, Follow)] == [4, 9]
+    assert gate.calls == ["a", "c", "d"]  # 2 never got a thread
+
+
+@pytest.mark.parametrize("asked", [prompt(1, "a"), prompt(1, ids=[1]), prompt(1, "")])
+def test_abort_that_overtakes_its_prompt_ends_it(text: Text, asked: Tokenize) -> None:
+    log = play(text, [asked, prompt(2, ids=[1]), Abort(1)], answers=2)
+    (ended,) = [m for _, m in log if isinstance(m, Finished)]
+    assert (ended.rid, ended.reason) == (1, Reason.ABORT)
+    assert [m.rid for _, m in log if isinstance(m, Submit)] == [2]
+
+
+def test_abort_wins_over_ids_that_are_ready(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both wait in the mailbox: the scheduler has seen the Abort already, so no Submit may follow."""
+    log: list[tuple[str, Any]] = []
+
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            system = ActorSystem()
+            for name in ("detokenizer", "scheduler", "frontend"):
+                system.add(Sink(name, log, lambda: True))
+            actor = module.Tokenizer(text, limit=LIMIT, vocab_size=256)
+            system.add(actor)
+            prepared = actor._prepared
+            monkeypatch.setattr(actor, "spawn", lambda work: work.close())
+            monkeypatch.setattr(
+                actor, "_prepared", lambda msg: (order.append("ready"), prepared(msg))
+            )
+            abort = actor._abort
+            monkeypatch.setattr(actor, "_abort", lambda rid: (order.append("abort"), abort(rid)))
+            actor.started()
+            actor.receive([prompt(1, "a")])
+            actor.receive([Prepared(1, i32([1]), "", "", 0, True), Abort(1)])
+            await system.run()
+
+    order: list[str] = []
+    uvloop.run(main())
+    assert order == ["abort", "ready"]
+    assert [name for name, _ in log] == ["frontend"]
+    assert log[0][1].reason == Reason.ABORT
+
+
+def test_late_encoding_is_answered_at_the_limit_and_keeps_its_thread(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    calls_at_refusal: list[list[str]] = []
+
+    def on_answer(msg: Any) -> None:
+        if isinstance(msg, Finished):
+            calls_at_refusal.append(list(gate.calls))
+            gate.opened.set()
+
+    log = play(
+        text,
+        [prompt(1, "slow"), prompt(2, "next")],
+        answers=2,
+        on_answer=on_answer,
+        time_limit_s=0.05,
+    )
+    refusal = log[0][1]
+    assert "could not be prepared in 0.05 s" in refusal.detail
+    assert (refusal.rid, refusal.status) == (1, 400)
+    assert calls_at_refusal[0] == ["slow"]  # one thread, still taken
+    assert [m.rid for _, m in log if isinstance(m, Accepted)] == [2]
+
+
+def test_full_queue_is_429(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    log = play(
+        text,
+        [prompt(1, "a"), prompt(2, "b"), prompt(3, "c"), Count(5, "d", True)],
+        answers=4,
+        on_answer=lambda msg: gate.opened.set(),
+        max_queue=1,
+    )
+    refused = [m for _, m in log if isinstance(m, Finished)]
+    assert [(m.rid, m.status, m.code) for m in refused] == [(3, 429, "rate_limit_exceeded")]
+    assert Counted(5, -1) in [m for _, m in log]
+    assert [m.rid for _, m in log if isinstance(m, Accepted)] == [1, 2]
+
+
+def test_lone_surrogate_is_refused(text: Text) -> None:
+    """The codec cannot carry one, so this one is told without it."""
+    log: list[tuple[str, Any]] = []
+
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            system = ActorSystem()
+            system.add(Sink("frontend", log, lambda: True))
+            ref = system.add(module.Tokenizer(text, limit=LIMIT, vocab_size=256))
+            ref.tell(prompt(1, "a\ud800"))
+            await system.run()
+
+    uvloop.run(main())
+    assert "not valid Unicode" in only(log).detail
+
+
+def test_seed_of_a_group_wraps_at_64_bits(text: Text) -> None:
+    log = play(text, [prompt(1, "a", more=(2,), seed=2**63 - 1)], answers=1)
+    seeds = [SamplingParams.unpack(m.params).seed for _, m in log if isinstance(m, Submit)]
+    assert seeds == [2**63 - 1, -(2**63)]

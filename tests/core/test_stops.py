@@ -1,0 +1,76 @@
+"""Stop strings: the same cut however the text is split, and nothing held back needlessly."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncllm.core.stops import StopFinder
+
+LETTERS = st.text("abc", max_size=14)
+STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
+
+
+def reference(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
+    found = [text.find(s) for s in stops if s in text]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(parts=st.lists(LETTERS, max_size=6), stops=STOPS)
+def test_any_split_cuts_where_find_cuts(parts: list[str], stops: tuple[str, ...]) -> None:
+    finder = StopFinder(stops)
+    got = "".join(finder.push(part) for part in parts) + finder.flush()
+    assert (got, finder.hit) == reference("".join(parts), stops)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(text=LETTERS, stops=STOPS)
+def test_only_a_possible_beginning_is_held_back(text: str, stops: tuple[str, ...]) -> None:
+    finder = StopFinder(stops)
+    shown = "".join(finder.push(char) for char in text)
+    if not finder.hit:
+        held = text[len(shown) :]
+        # the beginning of a stop string, which may have a shorter one inside
+        assert not held or any(s.startswith(held) and s != held for s in stops)
+
+
+def test_stop_string_over_three_parts_is_cut() -> None:
+    finder = StopFinder(("STOP",))
+    assert [finder.push(part) for part in ("one S", "TO", "P two", " three")] == [
+        "one ",
+        "",
+        "",
+        "",
+    ]
+    assert finder.hit
+
+
+def test_false_beginning_comes_out_when_it_fails() -> None:
+    finder = StopFinder(("STOP", "###"))
+    assert [finder.push(part) for part in ("a ST", "ART #", "x")] == ["a ", "START ", "#x"]
+    assert not finder.hit
+
+
+def test_held_text_comes_out_at_the_end() -> None:
+    finder = StopFinder(("STOP",))
+    assert finder.push("a STO") == "a "
+    assert finder.flush() == "STO"
+    assert not finder.hit
+
+
+def test_stop_that_began_first_wins_over_one_inside_it() -> None:
+    finder = StopFinder(("abcd", "c"))
+    assert finder.push("xabc") == "x"
+    assert not finder.hit
+    assert finder.push("d") == ""
+    assert finder.hit
+    other = StopFinder(("abcd", "c"))
+    assert other.push("xabc") + other.push("e") == "xab"
+    assert other.hit
+
+
+def test_empty_stop_strings_are_ignored() -> None:
+    finder = StopFinder(("",))
+    assert finder.push("abc") + finder.flush() == "abc"
+    assert not finder.hit

@@ -1,0 +1,295 @@
+"""Loading a tokenizer from a model folder: bytes of ids, special tokens, templates, bos."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from asyncllm.api.chat import ChatTemplate
+from asyncllm.codec import i32
+from asyncllm.errors import RequestError, StartupError
+from asyncllm.text import Text, load_tokenizer
+
+HELLO = "1 9690 198 2683 359 253 5356 5646 11173 3365 3511 308 34519 28 7018 411 407 19712 8182 2 198 1 4093 198 28120 905 2 198 1 520 9531 198"
+
+
+def byte_level() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate([*alphabet, "ðŁĺ", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken("<s>", special=True), AddedToken("</s>", special=True)]
+    )
+    tokenizer.add_tokens([AddedToken("  é", special=False)])
+    return tokenizer
+
+
+def sentencepiece(*extra: Any) -> Tokenizer:
+    tokens = ["<unk>", "<s>", "</s>", *[f"<0x{i:02X}>" for i in range(256)], "▁hi", "▁", "h", "i"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "i")][:0], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *extra]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def save(folder: Path, tokenizer: Tokenizer, config: dict[str, Any] | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config or {}))
+    return folder
+
+
+def load(folder: Path, tokenizer: Tokenizer, config: dict[str, Any] | None = None) -> Text:
+    return load_tokenizer(str(save(folder, tokenizer, config)))
+
+
+def streamed(text: Text, ids: list[int], skip: bool) -> str:
+    stream = text.stream(skip_special_tokens=skip)
+    return "".join([*(stream.push(i) for i in ids), stream.flush()])
+
+
+def test_bytes_of_byte_level_ids(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    text = load(tmp_path, tokenizer)
+    assert text.pieces[tokenizer.token_to_id("ðŁĺ")] == "😀".encode()[:3]
+    assert text.pieces[tokenizer.token_to_id("Ġ")] == b" "
+    assert text.pieces[tokenizer.token_to_id("  é")] == "  é".encode()
+    assert sorted(text.pieces[:256]) == [bytes([b]) for b in range(256)]
+    assert text.vocab_size == len(text.pieces) == tokenizer.get_vocab_size()
+    assert b"".join(text.pieces[i] for i in text.encode("né 😀\n", False)) == "né 😀\n".encode()
+
+
+def test_bytes_of_sentencepiece_ids(tmp_path: Path) -> None:
+    text = load(tmp_path, sentencepiece(decoders.Strip(" ", 1, 0)))
+    assert text.pieces[3:259] == [bytes([b]) for b in range(256)]
+    assert text.pieces[259:261] == [b" hi", b" "]
+    assert text.table is not None
+    assert text.table.strip == 1
+    assert text.decode([259, 259]) == streamed(text, [259, 259], True) == "hi hi"
+
+
+@pytest.mark.parametrize(
+    "make", [byte_level, sentencepiece, lambda: sentencepiece(decoders.Strip(" ", 1, 0))]
+)
+def test_stream_equals_decode_on_random_ids(tmp_path: Path, make: Any) -> None:
+    text = load(tmp_path, make())
+    rng = random.Random(0)
+    for _ in range(100):
+        ids = [rng.randrange(text.vocab_size + 2) for _ in range(rng.randrange(6))]
+        if text.table is not None and text.table.byte_runs:
+            ids = [i for i in ids if not 131 <= i < 259]  # see test_detokenize for broken runs
+        for skip in (False, True):
+            assert streamed(text, ids, skip) == text.decode(ids, skip)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.Metaspace(),
+        decoders.WordPiece(),
+        None,
+        decoders.Sequence([decoders.Strip(" ", 1, 0)]),
+    ],
+)
+def test_other_decoders_go_by_windows(tmp_path: Path, decoder: Any) -> None:
+    tokenizer = sentencepiece()
+    tokenizer.decoder = decoder
+    text = load(tmp_path, tokenizer)
+    assert text.table is None
+    ids = [259, 259, 261, 262]
+    assert streamed(text, ids, True) == text.decode(ids)
+    assert text.pieces[262] == b"i"
+
+
+def test_named_tokens_are_special_and_known(tmp_path: Path) -> None:
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": "<pad>"}
+    config["unk_token"] = "<nowhere>"
+    tokenizer = byte_level()
+    text = load(tmp_path, tokenizer, config)
+    pad = tokenizer.token_to_id("<pad>")
+    assert (text.bos_id, text.eos_id) == (258, 259)
+    assert text.special == {258, 259, pad}
+    assert streamed(text, [258, pad], True) == ""
+    assert streamed(text, [258, pad], False) == "<s><pad>"
+    assert text.vocab_size == tokenizer.get_vocab_size()  # no id is made for <nowhere>
+    assert text.special_tokens["unk_token"] == "<nowhere>"
+
+
+def test_older_special_tokens_map_is_read(tmp_path: Path) -> None:
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    assert load(tmp_path, byte_level()).eos_id == 259
+
+
+def test_bos_is_added_once(tmp_path: Path) -> None:
+    wants = {"bos_token": "<s>", "add_bos_token": True}
+    bare = load(tmp_path / "bare", byte_level(), wants)
+    assert list(bare.encode("a", True)) == [258, *bare.encode("a", False)]
+    silent = load(tmp_path / "silent", byte_level(), {"bos_token": "<s>"})
+    assert silent.encode("a", True) == silent.encode("a", False)
+    tokenizer = byte_level()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 258)]
+    )
+    for name, config in (("own", wants), ("quiet", {"bos_token": "<s>", "add_bos_token": False})):
+        text = load(tmp_path / name, tokenizer, config)
+        assert list(text.encode("a", True)) == [258, *text.encode("a", False)]
+
+
+def test_training_settings_of_the_file_do_not_cut_prompts(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    text = load(tmp_path, tokenizer)
+    assert len(text.encode("a" * 20, False)) == 20
+    assert len(text.encode("a", False)) == 1
+
+
+def test_lone_surrogate_is_a_unicode_error(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        load(tmp_path, byte_level()).encode("\ud800", False)
+
+
+def test_templates_by_precedence(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    folder = save(tmp_path, byte_level(), {"chat_template": named})
+    assert load_tokenizer(str(folder)).templates == {"default": "D", "tool_use": "T"}
+    (folder / "chat_template.json").write_text('{"chat_template": "J"}')
+    assert load_tokenizer(str(folder)).templates["default"] == "J"
+    (folder / "chat_template.jinja").write_text("F")
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("A")
+    assert load_tokenizer(str(folder)).templates == {"default": "F", "tool_use": "A"}
+
+
+def test_bad_folders_end_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="is not a folder"):
+        load_tokenizer(str(tmp_path / "none"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(StartupError, match=r"cannot read .*tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(StartupError, match=r"cannot read .*tokenizer_config\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_transformers_is_not_imported_for_a_fast_tokenizer(tmp_path: Path) -> None:
+    save(tmp_path, byte_level())
+    code = (
+        "import sys; from asyncllm.text import load_tokenizer;"
+        f"load_tokenizer({str(tmp_path)!r}); sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- by transformers -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_slow_mode_without_a_slow_tokenizer_ends_the_start(tmp_path: Path) -> None:
+    save(tmp_path, byte_level(), {"tokenizer_class": "PreTrainedTokenizerFast"})
+    with pytest.raises(StartupError, match="not available yet"):
+        load_tokenizer(str(tmp_path), "slow")
+
+
+# -- the embedded model --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(demo_dir: Path) -> Text:
+    return load_tokenizer(str(demo_dir))
+
+
+def test_embedded_model_splits_digits(demo: Text) -> None:
+    assert len(demo.encode("    12", True)) == 3
+    assert (demo.bos_id, demo.eos_id, demo.vocab_size) == (1, 2, 49152)
+    assert demo.special == frozenset(range(17))
+
+
+def test_embedded_model_renders_its_chat(demo: Text) -> None:
+    template = ChatTemplate(demo.templates, demo.special_tokens)
+    prompt = template.render({"messages": [{"role": "user", "content": "hello world"}]})
+    assert " ".join(map(str, demo.encode(prompt, False))) == HELLO
+
+
+def test_embedded_model_has_bytes_that_vanish(demo: Text) -> None:
+    assert i32(demo.encode("\x04\x06", True)) == b""
+
+
+def test_embedded_model_streams_what_it_decodes(demo: Text) -> None:
+    said = "Zürich 你好 👨‍👩‍👧‍👦 1234  x\n\n\tdef f():"
+    ids = list(demo.encode(said, False))
+    assert streamed(demo, ids, True) == said
+    rng = random.Random(1)
+    for _ in range(200):
+        ids = [rng.randrange(demo.vocab_size) for _ in range(8)]
+        assert streamed(demo, ids, False) == demo.decode(ids)
+
+
+# -- chat templates ------------------------------------------------------------------------------
+
+
+def render(source: str, **chat: Any) -> str:
+    given = {"messages": [{"role": "user", "content": "<hi>"}], **chat}
+    return ChatTemplate({"default": source}, {"bos_token": "<s>"}).render(given)
+
+
+def test_templates_get_what_they_expect() -> None:
+    assert (
+        render("{{ bos_token }}{{ messages | tojson }}")
+        == '<s>[{"role": "user", "content": "<hi>"}]'
+    )
+    assert render("{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=True) }}") == '{"a": "é", "b": 1}'
+    assert (
+        render("{% for i in [1, 2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}")
+        == "1"
+    )
+    assert render("{% generation %}a{{ messages[0].role }}{% endgeneration %}") == "auser"
+    assert render("{{ strftime_now('%%') }}") == "%"
+    assert render("  {% if tools is none %}\nx{% endif %}\n") == "x"
+    assert render("{{ add_generation_prompt }}{{ a }}", kwargs={"a": 1}) == "True1"
+    assert render("{{ add_generation_prompt }}", kwargs={"add_generation_prompt": False}) == "False"
+
+
+def test_tool_template_serves_calls_with_tools() -> None:
+    template = ChatTemplate({"default": "D", "tool_use": "T{{ tools[0].name }}"}, {})
+    assert template.render({"messages": [], "tools": None}) == "D"
+    assert template.render({"messages": [], "tools": [{"name": "f"}]}) == "Tf"
+
+
+def test_continued_message_ends_the_prompt() -> None:
+    source = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x y "}]
+    kwargs = {"continue_final_message": True}
+    assert render(source, messages=messages, kwargs=kwargs) == "<x><x y "
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('only once') }}",
+        "{{ messages[0].nothing.at_all }}",
+        "{{ messages + 1 }}",
+        "{{ 1 // 0 }}",
+        "{{ ''.__class__.__mro__ }}{{ [].append(1) }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ],
+)
+def test_failing_template_is_a_request_error(source: str) -> None:
+    with pytest.raises(RequestError, match="chat template refuses"):
+        render(source)
+
+
+def test_template_that_does_not_compile_ends_the_start() -> None:
+    with pytest.raises(StartupError, match="line 2"):
+        ChatTemplate({"default": "a\n{% if %}"}, {})
