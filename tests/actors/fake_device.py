@@ -57,11 +57,13 @@ def oracle(prompt: Iterable[int], params: SamplingParams, vocab: int, eos: set[i
 @dataclass
 class FakePending:
     done: StepDone
-    gate: threading.Event | None = None
+    gate: tuple[threading.Event, threading.Event] | None = None
 
     def wait(self) -> StepDone:
         if self.gate is not None:
-            self.gate.wait()
+            opened, entered = self.gate
+            entered.set()
+            opened.wait()
         return self.done
 
 
@@ -75,14 +77,17 @@ class LaneTable:
 
 
 class FakeDevice:
-    """Checks each plan against what its slots hold; tokens are a hash of the sequence."""
+    """Checks each plan against what its slots hold; tokens are a hash of the sequence.
+
+    ``gated``: step i is done once ``gates[i][0]`` is set; ``gates[i][1]`` tells that it is awaited.
+    """
 
     def __init__(self, vocab: int = 50, eos: Iterable[int] = (), *, gated: bool = False) -> None:
         self.vocab, self.eos, self.gated = vocab, set(eos), gated
         self.store: dict[int, tuple[int, int, int]] = {}  # slot -> position, state before, after
         self.lanes: dict[int, LaneTable] = {}
         self.plans: list[StepPlan] = []
-        self.gates: deque[threading.Event] = deque()
+        self.gates: list[tuple[threading.Event, threading.Event]] = []
         self.closed = False
 
     def close(self) -> None:
@@ -129,7 +134,7 @@ class FakeDevice:
         column = array("f", logprobs).tobytes() if asks else b""
         ids = i32(tokens)
         top = (1, ids, column) if asks else (0, b"", b"")
-        gate = threading.Event() if self.gated else None
+        gate = (threading.Event(), threading.Event()) if self.gated else None
         if gate is not None:
             self.gates.append(gate)
         return FakePending(StepDone(plan.step, ids, column, *top, tuple(prompt)), gate)

@@ -1,0 +1,398 @@
+"""Scheduler, allocator and runner together: overlap, full KV, aborts at bad moments, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import uvloop
+
+from asyncllm.actors.allocator import Allocator
+from asyncllm.actors.base import Actor
+from asyncllm.actors.runner import Runner
+from asyncllm.actors.scheduler import Scheduler
+from asyncllm.actors.system import ActorSystem
+from asyncllm.codec import i32, ints, longs
+from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.messages import (
+    Abort,
+    AllocatorStats,
+    Drain,
+    Drained,
+    Finished,
+    Probe,
+    Reserve,
+    SchedulerStats,
+    StepPlan,
+    StopHit,
+    Submit,
+    Tokens,
+)
+from tests.actors.fake_device import FakeDevice, World, check_ledger, oracle
+
+
+def test_abort_between_reserve_and_grant_neither_hangs_nor_frees_twice() -> None:
+    world = World(num_slots=20)
+    world.submit(1, [1] * 8, max_new_tokens=4)
+    world.submit(2, [2] * 18, max_new_tokens=2)  # has to wait for the first
+    world.settle("scheduler")
+    assert world.ref("allocator")  # the reservation is open
+    world.tell(Abort(1), urgent=True)
+    world.settle("scheduler")
+    world.run()
+    world.check_end()
+    assert world.finished[1].reason == Reason.ABORT
+    assert world.finished[2].reason == Reason.LENGTH
+
+
+def test_abort_of_all_granted_rows_reserves_again_at_once() -> None:
+    world = World(num_slots=20, num_lanes=1)
+    world.submit(1, [1] * 4, max_new_tokens=4)
+    world.submit(2, [2] * 4, max_new_tokens=1)
+    world.settle("scheduler")
+    world.tell(Abort(1), urgent=True)
+    world.settle("allocator", "scheduler", "runner")
+    assert world.pending, "the second request is on the device without any other event"
+    world.run()
+    world.check_end()
+
+
+def test_abort_of_a_running_request_while_its_row_is_reserved_keeps_its_slots_until_done() -> None:
+    world = World(num_slots=40)
+    world.submit(1, [1] * 6, max_new_tokens=20)
+    world.settle("scheduler", "allocator", "runner")
+    assert len(world.pending) == 2
+    world.turn(("device", 0))
+    world.settle("scheduler")  # committed; the next row is being reserved
+    assert world.ref("allocator")
+    world.tell(Abort(1), urgent=True)
+    world.settle("scheduler", "allocator", "detokenizer")
+    assert world.ledger.used > 0, "one launched step still writes to the lane"
+    world.run()
+    world.check_end()
+
+
+def test_two_running_requests_on_a_full_kv_finish() -> None:
+    world = World(num_slots=24, headroom=0)
+    world.submit(1, [1] * 8, max_new_tokens=12, seed=1)
+    world.submit(2, [2] * 8, max_new_tokens=12, seed=2)
+    world.run()
+    world.check_end()
+    assert world.core.preemptions >= 1
+    assert [world.finished[rid].reason for rid in (1, 2)] == [Reason.LENGTH] * 2
+
+
+def test_requests_that_do_not_fit_do_not_make_the_actors_spin() -> None:
+    world = World(num_slots=30, headroom=0)
+    world.submit(1, [1] * 10, max_new_tokens=16)
+    world.submit(2, [2] * 28, max_new_tokens=2)
+    world.settle("scheduler", "allocator", "runner")
+    before = world.reserves
+    world.settle("scheduler", "allocator", "runner")
+    assert world.reserves == before
+    world.run()
+    world.check_end()
+    assert world.reserves <= 2 * world.core.steps + 4
+
+
+def test_a_stall_ends_with_the_step_that_frees_slots() -> None:
+    world = World(num_slots=16, headroom=0, chunked_prefill_size=16)
+    world.submit(1, [1] * 8, max_new_tokens=2)
+    world.submit(2, [2] * 8, max_new_tokens=2)
+    world.run()
+    world.check_end()
+
+
+def test_an_abort_in_the_batch_of_its_submit_ends_the_request() -> None:
+    world = World()
+    world.submit(1, [1, 2, 3], max_new_tokens=50)
+    world.tell(Abort(1), urgent=True)
+    world.run()
+    world.check_end()
+    assert world.finished[1].reason == Reason.ABORT
+    assert not world.device.plans
+
+
+def test_a_prompt_larger_than_the_kv_is_an_error_with_the_numbers_and_the_flags() -> None:
+    world = World(num_slots=40)
+    world.submit(1, [1] * 41, max_new_tokens=1)
+    world.submit(2, [1] * 4, max_new_tokens=1)
+    world.run()
+    end = world.finished[1]
+    assert (end.reason, end.status) == (Reason.ERROR, 400)
+    assert all(text in end.detail for text in ("41", "40", "--max_total_token_num", "--mem_frac"))
+    assert world.finished[2].reason == Reason.LENGTH
+
+
+def test_a_request_that_outgrows_the_kv_alone_ends_with_an_error_after_its_tokens() -> None:
+    world = World(num_slots=40)
+    world.submit(1, [1] * 30, max_new_tokens=30)
+    world.run()
+    world.check_end()
+    assert world.finished[1].reason == Reason.ERROR
+    assert world.finished[1].num_tokens == len(world.tokens[1]) == 11  # 30 + 11 - 1 slots
+
+
+def test_a_request_whose_duplicates_fill_the_kv_starts_afresh_instead_of_failing() -> None:
+    world = World(num_slots=40, headroom=0, chunked_prefill_size=40, batch_max_tokens=80)
+    world.submit(1, [1] * 16, max_new_tokens=2)
+    world.submit(2, [1] * 16 + [3] * 4, max_new_tokens=20)  # opened with the first: no hit
+    world.run()
+    world.check_end()
+    assert world.finished[2].reason == Reason.LENGTH
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_preempted_request_yields_the_tokens_of_an_undisturbed_one(depth: int) -> None:
+    world = World(num_slots=48, headroom=0, depth=depth)
+    for rid in range(4):
+        params: dict[str, Any] = {"temperature": 1.0, "seed": 1234 + rid, "repetition_penalty": 1.2}
+        world.submit(rid, [rid] * 8, max_new_tokens=24, **params)
+    world.run(random.Random(depth))
+    assert world.core.preemptions > 0
+    world.check_end()  # compares with the oracle
+    assert all(len(world.tokens[rid]) == 24 for rid in range(4))
+    late = [row for plan in world.device.plans for row in plan.opened if len(row[3]) > 4 * row[1]]
+    assert late, "a preempted request with penalties brings the ids it has generated"
+
+
+def test_prompt_scores_of_a_preempted_request_come_once() -> None:
+    world = World(num_slots=40, headroom=0)
+    world.submit(1, [1] * 8, max_new_tokens=30)
+    world.submit(2, list(range(32)), max_new_tokens=0, prompt_logprobs=1)
+    world.run()
+    world.check_end()
+    assert world.core.preemptions > 0
+    assert world.parts[2] == [-float(i) for i in range(1, 32)]
+    assert world.finished[2].num_tokens == 0
+
+
+def test_a_score_only_request_samples_nothing_and_leaves_its_prompt_in_the_cache() -> None:
+    world = World()
+    world.submit(1, list(range(20)), max_new_tokens=0)
+    world.run()
+    world.check_end()
+    assert world.finished[1].reason == Reason.LENGTH
+    assert not any(any(plan.samples) for plan in world.device.plans)
+    assert world.ledger.cached == 20
+
+
+def test_running_requests_share_a_launched_prompt() -> None:
+    world = World(chunked_prefill_size=32)
+    world.submit(1, list(range(20)), max_new_tokens=8)
+    world.settle("scheduler", "allocator", "runner")  # launched, not done
+    world.submit(2, [*range(20), 49], max_new_tokens=8)
+    world.run()
+    world.check_end()
+    assert world.finished[2].cached_len == 20
+
+
+@pytest.mark.parametrize("params", [{"use_cache": False}, {"prompt_logprobs": 0}])
+def test_such_requests_take_no_hit(params: dict[str, Any]) -> None:
+    world = World()
+    for rid, extra in enumerate([{}, params]):
+        world.submit(rid, list(range(20)), max_new_tokens=2, **extra)
+        world.run()
+    world.check_end()
+    assert world.finished[1].cached_len == 0
+
+
+def test_without_a_tree_nothing_is_cached() -> None:
+    world = World(use_tree=False)
+    for rid in range(2):
+        world.submit(rid, list(range(20)), max_new_tokens=2)
+        world.run()
+    world.check_end()
+    assert world.ledger.free == world.ledger.total
+
+
+def test_a_stop_hit_ends_with_its_number_of_tokens() -> None:
+    world = World()
+    world.submit(1, [1, 2, 3], max_new_tokens=30)
+    world.stop_after[1] = 4
+    world.run()
+    world.check_end()
+    assert (world.finished[1].reason, world.finished[1].num_tokens) == (Reason.STOP, 4)
+    world.tell(StopHit(1, 4), urgent=True)
+    world.tell(Abort(1), urgent=True)
+    world.run()  # late ones are ignored
+
+
+def test_drain_refuses_new_requests_and_finishes_the_others() -> None:
+    world = World(num_lanes=1)
+    for rid in (1, 2):  # the second waits
+        world.submit(rid, [rid] * 4, max_new_tokens=5)
+    world.settle("scheduler", "allocator", "runner")
+    world.tell(Drain(30.0))
+    world.settle("scheduler")
+    world.submit(3, [1, 2, 3], max_new_tokens=5)
+    world.settle("scheduler", "detokenizer")
+    end = world.finished[3]
+    assert (end.reason, end.status) == (Reason.ERROR, 503)
+    assert end.detail == "server is shutting down"
+    assert not world.others
+    world.run()
+    assert [world.finished[rid].reason for rid in (1, 2)] == [Reason.LENGTH] * 2
+    assert world.others == [Drained("scheduler", 0)]
+
+
+def test_drain_without_time_aborts_everything() -> None:
+    world = World(num_lanes=1)
+    for rid in (1, 2):
+        world.submit(rid, [rid] * 4, max_new_tokens=50)
+    world.settle("scheduler", "allocator", "runner")
+    world.tell(Drain(0.0), urgent=True)
+    world.run()
+    world.check_end()
+    assert [world.finished[rid].reason for rid in (1, 2)] == [Reason.ABORT] * 2
+    assert world.others == [Drained("scheduler", 0)]
+
+
+def test_stats_tell_what_is_held() -> None:
+    world = World()
+    world.submit(1, list(range(20)), max_new_tokens=5)
+    world.settle("scheduler", "allocator", "runner")
+    world.tell(Probe(7))
+    world.ref("allocator").tell(Probe(7))
+    world.settle("scheduler", "allocator", "watchdog")
+    scheduler, allocator = sorted(world.others, key=lambda msg: type(msg).__name__, reverse=True)
+    assert scheduler == SchedulerStats(7, 1, 0, 2, 2, 0, 16, 0, 25)
+    assert allocator == AllocatorStats(7, 16, 0, 64, 0, 20, 0)
+
+
+def test_one_message_per_frontend_and_step() -> None:
+    world = World()
+    far = 3 << 40
+    world.submit(1, [1, 2], max_new_tokens=3)
+    world.submit(far + 1, [1, 2, 3], max_new_tokens=3, logprobs=1)
+    world.settle("scheduler", "allocator", "runner")
+    world.turn(("device", 0))
+    world.settle("scheduler", "allocator", "runner")
+    for endpoint, rid in ((0, 1), (3, far + 1)):
+        (tokens,) = world.ref("detokenizer", endpoint).queue
+        assert list(longs(tokens.rids)) == [rid]
+    world.run()
+    world.check_end()
+
+
+class Sink(Actor[Any]):
+    """Keeps what it gets and calls ``on`` for each message."""
+
+    def __init__(self, name: str, on: Callable[[Any], None] = lambda msg: None) -> None:
+        super().__init__(name)
+        self.got: list[Any] = []
+        self.on = on
+
+    def receive(self, batch: list[Any]) -> None:
+        for msg in batch:
+            self.got.append(msg)
+            self.on(msg)
+
+
+def serve(
+    submits: list[Submit],
+    device: FakeDevice,
+    on: Callable[[ActorSystem, Any], None] = lambda system, msg: None,
+    *,
+    encode_local: bool = False,
+    depth: int = 2,
+    num_slots: int = 4096,
+    allocator: type[Allocator] = Allocator,
+) -> tuple[list[Any], Allocator]:
+    """Serve these on a real loop until each has ended; what the detokenizer got."""
+
+    async def go() -> tuple[list[Any], Allocator]:
+        system = ActorSystem(encode_local=encode_local)
+        left = {msg.rid for msg in submits}
+
+        def heard(msg: Any) -> None:
+            on(system, msg)
+            if isinstance(msg, Finished):
+                left.remove(msg.rid)
+                if not left:
+                    system.stop()
+
+        sink, slots = Sink("detokenizer", heard), allocator(num_slots)
+        scheduler = Scheduler(
+            num_lanes=32,
+            num_slots=num_slots,
+            batch_max_tokens=64,
+            chunked_prefill_size=16,
+            eos_ids=device.eos,
+            runners=[0],
+            depth=depth,
+            headroom=0,
+        )
+        for actor in (Sink("watchdog"), sink, slots, Runner(device, reports=True)):
+            system.add(actor)
+        ref = system.add(scheduler)
+        for msg in submits:
+            ref.tell(msg)
+        await asyncio.wait_for(system.run(), 20)
+        return sink.got, slots
+
+    return uvloop.run(go())
+
+
+def requests(num: int, max_new: int) -> list[Submit]:
+    rng = random.Random(num)
+    out = []
+    for rid in range(num):
+        params = SamplingParams(max_new_tokens=max_new, seed=rid).pack()
+        out.append(Submit(rid, i32(rng.randrange(50) for _ in range(rng.randint(1, 40))), params))
+    return out
+
+
+@pytest.mark.parametrize("encode_local", [False, True], ids=["objects", "frames"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_crowd_on_a_real_loop_gets_its_tokens(depth: int, encode_local: bool) -> None:
+    submits, device = requests(30, 12), FakeDevice(eos={3})
+    got, slots = serve(submits, device, encode_local=encode_local, depth=depth, num_slots=128)
+    tokens: dict[int, list[int]] = {msg.rid: [] for msg in submits}
+    for msg in got:
+        if isinstance(msg, Tokens):
+            for rid, token in zip(longs(msg.rids), ints(msg.tokens), strict=True):
+                tokens[rid].append(token)
+    for msg in submits:
+        params = SamplingParams.unpack(msg.params)
+        assert tokens[msg.rid] == oracle(ints(msg.prompt), params, 50, {3})
+    check_ledger(slots.ledger)
+    assert device.closed
+
+
+def test_a_launch_runs_before_the_fan_out_of_the_step_two_before() -> None:
+    events: list[tuple[str, int]] = []
+
+    class Device(FakeDevice):
+        def launch(self, plan: StepPlan) -> Any:
+            events.append(("launch", plan.step))
+            return super().launch(plan)
+
+    def on(system: ActorSystem, msg: Any) -> None:
+        if isinstance(msg, Tokens):
+            events.append(("publish", msg.step))
+
+    serve([Submit(r, i32([r] * 3), requests(1, 40)[0].params) for r in range(16)], Device(), on)
+    at = {event: i for i, event in enumerate(events)}
+    last = max(step for what, step in events if what == "launch")
+    assert last >= 40
+    for step in range(1, last - 1):
+        if ("publish", step) in at:
+            assert at["launch", step + 2] < at["publish", step]
+
+
+def test_a_queue_that_does_not_fit_costs_few_reservations() -> None:
+    count: Counter[str] = Counter()
+
+    class Counting(Allocator):
+        def receive(self, batch: list[Any]) -> None:
+            count.update(type(msg).__name__ for msg in batch)
+            super().receive(batch)
+
+    device = FakeDevice()
+    serve(requests(12, 10), device, num_slots=64, allocator=Counting)
+    assert count[Reserve.__name__] <= 2 * len(device.plans) + 20
