@@ -174,7 +174,8 @@ class Routes:
         return _json(sse.body({"ntokens": await self._front.num_tokens(text, add_special_tokens)}))
 
     async def _model_name(self, request: web.Request) -> web.StreamResponse:
-        return _json(sse.body({"model_name": self._front.served.name}))
+        served = self._front.served
+        return _json(sse.body({"model_name": served.model_name or served.name}))
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         return _json(models(self._front.served))
@@ -240,6 +241,7 @@ class Routes:
         response.headers["X-Request-Id"] = request[REQUEST_ID]
         if self._front.draining:
             response.force_close()
+            response.headers["Connection"] = "close"
 
     async def _body(self, request: web.Request) -> dict[str, Any]:
         """The JSON object sent. Raises RequestError."""

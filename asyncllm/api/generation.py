@@ -60,6 +60,7 @@ class Served:
     vocab_size: int
     created: int
     owned_by: str = "asyncllm"
+    model_name: str = ""  # what /get_model_name answers; "": ``name``
 
     def check_name(self, name: str | None) -> None:
         """Raises ModelNotFound (404) unless ``name`` is missing or one of ours."""

@@ -1,0 +1,339 @@
+"""Answers in each protocol's words, byte by byte where a client looks at bytes."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from asyncllm.api import errors, lightllm, openai, sse
+from asyncllm.api.answer import Answer, Choice, Vocab
+from asyncllm.api.generation import Generation, Served
+from asyncllm.api.lightllm_reply import NativeReply
+from asyncllm.api.openai_reply import ChatReply, CompletionReply
+from asyncllm.codec import i32
+from asyncllm.core.request import Reason
+from asyncllm.errors import RequestError
+
+SERVED = Served(
+    name='m"1', listed=('m"1',), accepted=frozenset(), max_len=64, vocab_size=256, created=0
+)
+VOCAB = Vocab(
+    piece=lambda t: bytes([t]),
+    decode=lambda ids: bytes(ids).decode("utf-8", "replace"),
+    special=frozenset({0}),
+)
+
+
+@dataclass
+class News:
+    """New tokens, as a Delta brings them."""
+
+    text: str
+    ids: bytes
+    pieces: tuple[str, ...] = ()
+    logprobs: bytes = b""
+    num_top: int = 0
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+    prompt: tuple[bytes, int, bytes, bytes] | None = None
+
+
+def floats(*values: float) -> bytes:
+    return array("f", values).tobytes()
+
+
+def answer(generation: Generation, prompts: list[bytes]) -> Answer:
+    n = generation.n
+    wants = generation.params.logprobs, generation.params.prompt_logprobs
+    choices = [Choice(index=i, prompt_idx=i // n, wants=wants) for i in range(n * len(prompts))]
+    ids = [array("i", list(p)) for p in prompts]
+    return Answer(generation, "id-1", 7, SERVED.name, VOCAB, choices, ids)
+
+
+def completion(prompts: list[bytes] = [b"hi"], **body: Any) -> CompletionReply:  # noqa: B006
+    texts = [p.decode() for p in prompts]
+    return CompletionReply(answer(openai.completion({"prompt": texts} | body, SERVED), prompts))
+
+
+def chat(**body: Any) -> ChatReply:
+    messages = [{"role": "user", "content": "hi"}]
+    return ChatReply(answer(openai.chat({"messages": messages} | body, SERVED), [b"hi"]))
+
+
+def native(stream: bool = True, **parameters: Any) -> NativeReply:
+    body = {"inputs": "hi", "parameters": parameters}
+    return NativeReply(answer(lightllm.generate(body, SERVED, stream=stream), [b"hi"]))
+
+
+def take(reply: Any, news: News, index: int = 0) -> bytes:
+    choice = reply.answer.choices[index]
+    choice.take(news)
+    out: bytes = reply.piece(choice, news) if reply.answer.generation.stream else b""
+    return out
+
+
+def end(reply: Any, reason: Reason = Reason.STOP, index: int = 0) -> bytes:
+    choice = reply.answer.choices[index]
+    choice.reason = reason
+    out: bytes = reply.end(choice) if reply.answer.generation.stream else b""
+    return out
+
+
+def events(data: bytes) -> list[Any]:
+    *parts, rest = data.split(b"\n\n")
+    assert rest == b""
+    return [json.loads(part.removeprefix(b"data: ")) for part in parts]
+
+
+def test_chat_stream_bytes() -> None:
+    reply = chat(stream=True)
+    head = (
+        'data: {"id":"id-1","object":"chat.completion.chunk","created":7,"model":"m\\"1",'
+        '"choices":[{"index":0,"delta":'
+    )
+    tail = ',"logprobs":null,"finish_reason":%s}]}\n\n'
+    assert reply.opening().decode() == head + '{"role":"assistant","content":""}' + tail % "null"
+    got = take(reply, News('é"\n\\☃', i32([1, 2]))).decode()
+    assert got == head + '{"content":"é\\"\\n\\\\☃"}' + tail % "null"
+    assert take(reply, News("", i32([3]))) == b""
+    assert end(reply).decode() == head + "{}" + tail % '"stop"'
+    assert reply.closing() == b"data: [DONE]\n\n"
+
+
+def test_a_lone_surrogate_does_not_break_the_stream() -> None:
+    assert b'"content":"?"' in take(chat(stream=True), News("\ud800", i32([1])))
+
+
+def test_usage_chunk_only_when_asked() -> None:
+    reply = chat(stream=True, stream_options={"include_usage": True})
+    chunks = events(reply.opening() + take(reply, News("a", i32([1]))) + end(reply))
+    assert [c["usage"] for c in chunks] == [None] * 3
+    reply.answer.choices[0].cached_len = 1
+    last, done = reply.closing().split(b"\n\n")[:2]
+    assert done == b"data: [DONE]"
+    final = json.loads(last[6:])
+    assert final["choices"] == []
+    assert final["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 1,
+        "total_tokens": 3,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+def test_continuous_usage(make: Callable[..., Any]) -> None:
+    reply = make(stream=True, stream_options={"continuous_usage_stats": True})
+    chunks = events(take(reply, News("a", i32([1]))) + take(reply, News("b", i32([2, 3]))))
+    assert [c["usage"]["completion_tokens"] for c in chunks] == [1, 3]
+
+
+def test_completion_stream_bytes() -> None:
+    reply = completion(stream=True)
+    head = (
+        'data: {"id":"id-1","object":"text_completion","created":7,"model":"m\\"1",'
+        '"choices":[{"index":0,"text":'
+    )
+    assert reply.opening() == b""
+    got = take(reply, News("x", i32([1]))).decode()
+    assert got == head + '"x","logprobs":null,"finish_reason":null}]}\n\n'
+    got = end(reply, Reason.LENGTH).decode()
+    assert got == head + '"","logprobs":null,"finish_reason":"length"}]}\n\n'
+
+
+def test_echo_goes_first_once_per_choice() -> None:
+    reply = completion([b"hi", b"yo"], stream=True, echo=True)
+    early = events(take(reply, News("x", i32([1])), 1))  # before prompt 0 was accepted
+    assert [c["choices"][0]["text"] for c in early] == ["yo", "x"]
+    assert [c["choices"][0]["text"] for c in events(reply.opening())] == ["hi"]
+    assert len(events(take(reply, News("z", i32([1]))))) == 1
+
+
+def test_completion_logprobs_of_prompt_and_text() -> None:
+    reply = completion([b"hi!"], echo=True, logprobs=1)
+    scores = (floats(-1, -2), 1, i32([ord("i"), ord("?")]), floats(-1, -0.5))
+    # two columns came for one that was asked for: another row of the step wanted two
+    news = News(
+        "ab", i32(list(b"ab")), ("a", "b"), floats(-0.5, float("-inf")), 2,
+        i32(list(b"aAcb")), floats(-0.5, -3, -0.25, -4), scores,
+    )  # fmt: skip
+    take(reply, news)
+    end(reply)
+    (choice,) = json.loads(reply.whole())["choices"]
+    assert choice["text"] == "hi!ab"
+    assert choice["logprobs"] == {
+        "tokens": ["h", "i", "!", "a", "b"],
+        "token_logprobs": [None, -1.0, -2.0, -0.5, -9999.0],
+        "top_logprobs": [
+            None,
+            {"i": -1.0},
+            {"?": -0.5, "!": -2.0},
+            {"a": -0.5},
+            {"c": -0.25, "b": -9999.0},
+        ],
+        "text_offset": [0, 1, 2, 3, 4],
+    }
+
+
+def test_streamed_echo_waits_for_the_prompts_scores() -> None:
+    reply = completion(stream=True, echo=True, logprobs=0)
+    assert reply.opening() == b""
+    scores = (floats(-1), 0, b"", b"")
+    out = events(take(reply, News("a", i32([97]), ("a",), floats(-0.5), 0, b"", b"", scores)))
+    assert [c["choices"][0]["logprobs"]["token_logprobs"] for c in out] == [[None, -1.0], [-0.5]]
+    assert [c["choices"][0]["logprobs"]["text_offset"] for c in out] == [[0, 1], [2]]
+
+
+def test_echo_of_nothing_more() -> None:
+    """max_tokens 0: the prompt and its scores, no token."""
+    reply = completion(stream=True, echo=True, logprobs=0, max_tokens=0)
+    out = take(reply, News("", b"", prompt=(floats(-1), 0, b"", b""))) + end(reply, Reason.LENGTH)
+    texts = [(c["choices"][0]["text"], c["choices"][0]["finish_reason"]) for c in events(out)]
+    assert texts == [("hi", None), ("", "length")]
+
+
+def test_bytes_of_unfinished_characters() -> None:
+    snow = list("☃".encode())
+    reply = chat(logprobs=True)
+    take(reply, News("", i32(snow[:1]), ("",), floats(-1)))
+    take(reply, News("☃", i32(snow[1:]), ("", "☃"), floats(-1, -1)))
+    end(reply)
+    (choice,) = json.loads(reply.whole())["choices"]
+    content = choice["logprobs"]["content"]
+    assert choice["message"] == {"role": "assistant", "content": "☃", "refusal": None}
+    assert [c["token"] for c in content] == ["bytes:\\xe2", "bytes:\\x98", "bytes:\\x83"]
+    assert [c["bytes"] for c in content] == [[0xE2], [0x98], [0x83]]
+    assert all(c["top_logprobs"] == [] for c in content)
+
+
+def test_text_offsets_count_characters() -> None:
+    reply = completion(logprobs=0)
+    ids = list("é☃a".encode())
+    take(reply, News("é☃a", i32(ids), (), floats(*[-1.0] * len(ids))))
+    end(reply)
+    (choice,) = json.loads(reply.whole())["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 1, 2]
+
+
+def test_usage_counts_a_prompt_once_for_its_choices() -> None:
+    reply = completion([b"hi", b"there"], n=2)
+    for i in range(4):
+        take(reply, News("x", i32([1])), i)
+        reply.answer.choices[i].cached_len = i
+        end(reply, index=i)
+    body = json.loads(reply.whole())
+    assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
+    assert body["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 4,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+
+
+# -- LightLLM ----------------------------------------------------------------------------------
+
+
+def parsed(data: bytes) -> list[Any]:
+    *parts, rest = data.split(b"\n\n")
+    assert rest == b""
+    assert all(p.startswith(b"data:{") for p in parts)
+    return [json.loads(p[5:]) for p in parts]
+
+
+def test_native_stream_one_event_per_token() -> None:
+    reply = native()
+    out = take(reply, News("ab", i32(list(b"ab")), ("a", "b"), floats(-0.5, -1)))
+    out += reply.settle()
+    out += take(reply, News("", i32([0]), ("",), floats(-2)))
+    out += end(reply)
+    assert reply.closing() == b""
+    first, second, last = parsed(out)
+    assert out.startswith(b'data:{"token":{"id":97,"text":"a","logprob":-0.5,"special":false,')
+    assert first == {
+        "token": {"id": 97, "text": "a", "logprob": -0.5, "special": False,
+                  "count_output_tokens": 1, "prompt_tokens": 2},
+        "generated_text": None, "finished": False, "finish_reason": None, "details": None,
+    }  # fmt: skip
+    assert (second["token"]["text"], second["finished"]) == ("b", False)
+    assert (last["token"]["id"], last["token"]["special"]) == (0, True)
+    assert (last["finished"], last["finish_reason"]) == (True, "stop")
+    assert last["generated_text"] == "ab"
+
+
+def test_native_end_that_comes_alone_has_no_token() -> None:
+    reply = native()
+    out = take(reply, News("a", i32([97]), ("a",), floats(-1))) + reply.settle() + end(reply)
+    token, last = parsed(out)
+    assert not token["finished"]
+    assert (last["token"]["id"], last["token"]["text"], last["finished"]) == (-1, "", True)
+    assert last["token"]["count_output_tokens"] == 1
+
+
+def test_native_texts_join_to_the_whole_text() -> None:
+    reply = native()
+    snow = list("☃".encode())
+    out = take(reply, News("", i32(snow[:2]), ("", "\ufffd"), floats(-1, -1)))
+    out += take(reply, News("☃", i32(snow[2:]), ("☃",), floats(-1)))
+    out += take(reply, News("!", b""))  # text that a stop string's beginning held back
+    out += end(reply)
+    assert [e["token"]["text"] for e in parsed(out)] == ["", "", "☃!"]
+    assert parsed(out)[-1]["generated_text"] == "☃!"
+
+
+def test_native_whole_lists_for_more_choices() -> None:
+    reply = native(stream=False, n=2, return_details=True, prompt_logprobs=1)
+    scores = (floats(-1), 1, i32([ord("o")]), floats(-0.5))
+    for i in range(2):
+        take(reply, News("a", i32([97]), ("a",), floats(-1), 1, i32([98]), floats(-0.5), scores), i)
+        end(reply, Reason.LENGTH, i)
+    body = json.loads(reply.whole())
+    assert body["generated_text"] == ["a", "a"]
+    assert (body["count_output_tokens"], body["finish_reason"]) == ([1, 1], ["length"] * 2)
+    assert body["prompt_tokens"] == 2
+    assert [t[0]["id"] for t in body["tokens"]] == [97, 97]
+    assert body["prompt_logprobs"] == [
+        None,
+        {
+            "105": {"logprob": -1.0, "decoded_token": "i"},
+            "111": {"logprob": -0.5, "decoded_token": "o"},
+        },
+    ]
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+def test_errors_in_streams() -> None:
+    error = RequestError("no", param="p", code="c")
+    data = b' {"error":{"message":"no","type":"invalid_request_error","param":"p","code":"c"}}\n\n'
+    assert chat(stream=True).error(error) == b"data:" + data
+    assert native().error(error) == b"data:" + data[1:]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (400, "context_length_exceeded", (400, "invalid_request_error", "context_length_exceeded")),
+        (400, "", (400, "invalid_request_error", None)),
+        (429, "", (429, "rate_limit_error", "rate_limit_exceeded")),
+        (500, "", (500, "server_error", "internal_error")),
+        (503, "", (503, "server_error", "service_unavailable")),
+        (0, "", (500, "server_error", "internal_error")),
+    ],
+)
+def test_errors_from_behind(status: int, code: str, expected: tuple[int, str, str | None]) -> None:
+    error = errors.from_status(status, "x", code)
+    assert (error.status, error.type, error.code) == expected
+
+
+def test_templates_need_their_mark_once() -> None:
+    with pytest.raises(ValueError, match="once"):
+        sse.template({"a": "M", "b": "M"}, "M")
+    with pytest.raises(ValueError, match="once"):
+        sse.template({"a": "x"}, "M")

@@ -1,0 +1,446 @@
+"""Bodies to checked generations: every field's type and range, nulls, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from typing import Any
+
+import pytest
+
+from asyncllm.api import fields, lightllm, openai
+from asyncllm.api.errors import NotAvailable
+from asyncllm.api.fields import Field
+from asyncllm.api.generation import Generation, Served
+from asyncllm.core.request import SamplingParams
+from asyncllm.errors import ModelNotFound, RequestError
+
+SERVED = Served(
+    name="m",
+    listed=("m", "org/m"),
+    accepted=frozenset({"default", "folder"}),
+    max_len=64,
+    vocab_size=100,
+    created=0,
+)
+HI = [{"role": "user", "content": "hi"}]
+
+
+def completion(**body: Any) -> Generation:
+    return openai.completion({"prompt": "hi"} | body, SERVED)
+
+
+def chat(**body: Any) -> Generation:
+    return openai.chat({"messages": HI} | body, SERVED)
+
+
+def native(stream: bool = False, **parameters: Any) -> Generation:
+    return lightllm.generate({"inputs": "hi", "parameters": parameters}, SERVED, stream=stream)
+
+
+def rendered(generation: Generation) -> Any:
+    (prompt,) = generation.prompts
+    assert prompt.chat is not None
+    return json.loads(prompt.chat)
+
+
+ROUTES = [
+    pytest.param(completion, openai.COMPLETION, "", id="completion"),
+    pytest.param(chat, openai.CHAT, "", id="chat"),
+    pytest.param(native, lightllm.PARAMETERS, "parameters.", id="native"),
+]
+FIELDS = [
+    pytest.param(param.values[0], field, param.values[2], id=f"{param.id}-{field.name}")
+    for param in ROUTES
+    for field in param.values[1]
+]
+
+
+def wrong(field: Field) -> list[Any]:
+    """Values of a wrong type or out of range."""
+    by_kind: dict[str, list[Any]] = {
+        "integer": ["1", 1.5, True, [], {}],
+        "number": ["1", True, [], {}],
+        "boolean": ["true", 1, 0, [], {}],
+        "string": [1, True, [], {}, "\ud800"],
+        "object": ["x", 1, []],
+        "array": ["x", 1, {}],
+        "any": [1, True, {}],
+    }
+    values = by_kind[field.kind]
+    if field.kind in ("integer", "number"):
+        if field.low is not None:
+            values = [*values, field.low - 1, *([field.low] if field.above else [])]
+        if field.high is not None:
+            values = [*values, int(field.high) + 1]
+    return values
+
+
+@pytest.mark.parametrize(("parse", "field", "at"), FIELDS)
+def test_wrong_values_are_refused_with_the_field_named(parse: Any, field: Field, at: str) -> None:
+    for value in wrong(field):
+        with pytest.raises(RequestError) as caught:
+            parse(**{field.name: value})
+        error = caught.value
+        assert error.status == (404 if isinstance(error, ModelNotFound) else 400)
+        assert (error.param or "").startswith(at + field.name), (value, error.param, error.message)
+
+
+@pytest.mark.parametrize(("parse", "field", "at"), FIELDS)
+def test_null_means_absent(parse: Any, field: Field, at: str) -> None:
+    if field.name not in ("prompt", "messages"):
+        assert parse(**{field.name: None}) == parse()
+
+
+@pytest.mark.parametrize(("parse", "table", "at"), ROUTES)
+def test_limits_are_inclusive_and_named(parse: Any, table: tuple[Field, ...], at: str) -> None:
+    for field in table:
+        if field.kind not in ("integer", "number") or field.name in ("best_of", "top_logprobs"):
+            continue
+        if field.high is not None:
+            more = {"max_tokens": 2**31 - 1} if field.name == "min_tokens" else {}
+            if field.name == "min_new_tokens":
+                more = {"max_new_tokens": 2**31 - 1}
+            parse(**{field.name: field.high}, **more)
+            with pytest.raises(RequestError) as caught:
+                parse(**{field.name: field.high + (1 if field.kind == "integer" else 0.5)})
+            assert field.limits() in caught.value.message
+
+
+@pytest.mark.parametrize("name", [None, "m", "org/m", "default", "folder"])
+def test_known_model_names(name: str | None) -> None:
+    completion(model=name)
+
+
+def test_unknown_model_is_404() -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        chat(model="gpt-5")
+    error = caught.value
+    assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
+    assert "'gpt-5'" in error.message
+
+
+def test_unknown_fields_are_ignored() -> None:
+    assert completion(user="u", metadata={"a": 1}, store=True, nonsense=[1]) == completion()
+    assert native(group_request_id=3, nonsense=1) == native()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", [("a", None)]),
+        (["a", "b"], [("a", None), ("b", None)]),
+        ([1, 2], [(None, [1, 2])]),
+        ([[1], [2, 3]], [(None, [1]), (None, [2, 3])]),
+    ],
+)
+def test_prompt_forms(prompt: Any, expected: Any) -> None:
+    got = [(p.text, p.ids) for p in completion(prompt=prompt).prompts]
+    assert got == [(t, None if i is None else array("i", i).tobytes()) for t, i in expected]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[], [[]], ["a", 1], ["a", [1]], [1, "a"], [1, True], [1, 1.5], [-1], [100], [[100]], [2**40],
+     {"a": 1}, ["a"] * 257, "\udfff", [[1], [None]]],
+)  # fmt: skip
+def test_bad_prompts(prompt: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        completion(prompt=prompt)
+    assert (caught.value.param or "").startswith("prompt")
+
+
+def test_prompt_is_required() -> None:
+    for body in ({}, {"prompt": None}):
+        with pytest.raises(RequestError, match="prompt is missing"):
+            openai.completion(body, SERVED)
+    with pytest.raises(RequestError, match="messages is missing"):
+        openai.chat({}, SERVED)
+    with pytest.raises(RequestError, match="inputs is missing"):
+        lightllm.generate({"parameters": {}}, SERVED, stream=False)
+
+
+def test_completion_params() -> None:
+    got = completion(
+        max_tokens=5, min_tokens=2, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, n=3, seed=11,
+        presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.5, logit_bias={"3": -100},
+        stop=["x", "y"], stop_token_ids=[4], ignore_eos=True, skip_special_tokens=False,
+        stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True},
+        echo=True, logprobs=2, add_special_tokens=False, best_of=3,
+    )  # fmt: skip
+    assert got.params == SamplingParams(
+        max_new_tokens=5, min_new_tokens=2, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1,
+        presence_penalty=-2.0, frequency_penalty=2.0, repetition_penalty=1.5, penalize_prompt=True,
+        seed=11, ignore_eos=True, stop_token_ids=(4,), stop=("x", "y"), logprobs=2,
+        prompt_logprobs=2, skip_special_tokens=False, logit_bias=((3, -100.0),),
+    )  # fmt: skip
+    assert (got.n, got.stream, got.echo, got.seeded) == (3, True, True, True)
+    assert (got.include_usage, got.continuous_usage, got.add_special_tokens) == (True, True, False)
+
+
+def test_openai_defaults() -> None:
+    for got in (completion(), chat()):
+        assert got.params == SamplingParams()
+        assert (got.n, got.stream, got.seeded, got.include_usage) == (1, False, False, False)
+
+
+def test_echo_scores_the_prompt_only_with_logprobs() -> None:
+    assert completion(echo=True).params.prompt_logprobs == -1
+    got = completion(echo=True, max_tokens=0, logprobs=0).params
+    assert (got.prompt_logprobs, got.logprobs, got.max_new_tokens) == (0, 0, 0)
+
+
+def test_chat_logprobs() -> None:
+    assert chat(logprobs=True).params.logprobs == 0
+    assert chat(logprobs=True, top_logprobs=3).params.logprobs == 3
+    assert chat(top_logprobs=0).params.logprobs == -1
+    with pytest.raises(RequestError, match="needs logprobs") as caught:
+        chat(top_logprobs=1)
+    assert caught.value.param == "top_logprobs"
+
+
+def test_small_temperatures_are_greedy() -> None:
+    assert completion(temperature=1e-6).params.temperature == 0.0
+    assert completion(temperature=0.01).params.temperature == 0.01
+
+
+def test_newer_name_of_max_tokens_wins() -> None:
+    assert chat(max_tokens=3, max_completion_tokens=4).params.max_new_tokens == 4
+    with pytest.raises(RequestError, match="more than max_tokens 3"):
+        chat(max_tokens=3, min_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stop", ["a"] * 17), ("stop", "a" * 513), ("stop", [""]), ("stop", ["a", 1]),
+     ("stop_token_ids", [100]), ("stop_token_ids", [-1]), ("stop_token_ids", ["1"]),
+     ("stop_token_ids", [1] * 129), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}),
+     ("logit_bias", {"1": 101}), ("logit_bias", {"1": "x"}), ("logit_bias", {"100": 1}),
+     ("logit_bias", {str(i): 0 for i in range(301)}), ("stream_options", {"include_usage": 1})],
+)  # fmt: skip
+def test_structured_values_have_limits(name: str, value: Any) -> None:
+    for parse in (completion, chat):
+        with pytest.raises(RequestError) as caught:
+            parse(**{name: value})
+        assert (caught.value.param or "").startswith(name)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "auto"}, {"tool_choice": "required"},
+     {"response_format": {"type": "json_object"}}, {"guided_json": {"type": "object"}},
+     {"guided_regex": "a+"}, {"audio": {"voice": "x"}}, {"modalities": ["text", "audio"]},
+     {"functions": TOOLS}, {"function_call": "auto"}, {"regular_constraint": "a"}, {"best_of": 2},
+     {"add_special_tokens": True}, {"chat_template": "{{ x }}"}, {"echo": True},
+     {"prompt_logprobs": 1}, {"use_beam_search": True}],
+)  # fmt: skip
+def test_chat_fields_not_available(body: dict[str, Any]) -> None:
+    with pytest.raises(NotAvailable, match="not available on this server") as caught:
+        chat(**body)
+    assert caught.value.status == 400
+    assert caught.value.param in body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"suffix": "x"}, {"best_of": 2}, {"n": 2, "best_of": 3}, {"guided_grammar": "x"},
+     {"response_format": {"type": "json_object"}}, {"prompt_embeds": "x"}],
+)  # fmt: skip
+def test_completion_fields_not_available(body: dict[str, Any]) -> None:
+    with pytest.raises(NotAvailable):
+        completion(**body)
+
+
+def test_neutral_values_of_unavailable_fields_pass() -> None:
+    neutral = chat(
+        tools=TOOLS, tool_choice="none", response_format={"type": "text"}, functions=[],
+        function_call="none", modalities=["text"], guided_json="", best_of=1, audio=None,
+    )  # fmt: skip
+    assert neutral == chat()
+    assert completion(suffix="", best_of=1) == completion()
+
+
+# -- chat messages -----------------------------------------------------------------------------
+
+
+def test_messages_take_the_templates_form() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    got = rendered(
+        chat(
+            messages=[
+                {"role": "developer", "content": "be brief", "refusal": None},
+                {"role": "User", "content": [{"type": "text", "text": "a"},
+                                             {"type": "text", "text": "b"}], "name": "bo"},
+                {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "hm"},
+                {"role": "tool", "content": "1", "tool_call_id": "c"},
+            ]
+        )
+    )  # fmt: skip
+    called = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}, "id": "c"}
+    assert got == {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "a\nb", "name": "bo"},
+            {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [called]},
+            {"role": "tool", "content": "1", "tool_call_id": "c"},
+        ],
+        "tools": None,
+        "kwargs": {"add_generation_prompt": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        (["hi"], "messages[0]"),
+        ([{"content": "hi"}], "messages[0].role"),
+        ([{"role": 5, "content": "hi"}], "messages[0].role"),
+        ([{"role": "robot", "content": "hi"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([{"role": "user", "content": [5]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"text": "x"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+         "messages[0].content[0].type"),
+        ([{"role": "user", "content": "\ud800"}], "messages[0].content"),
+        ([*HI, {"role": "assistant", "tool_calls": [{}]}], "messages[1].tool_calls[0].function"),
+        ([*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+         "messages[1].tool_calls[0].function.arguments"),
+    ],
+)  # fmt: skip
+def test_bad_messages(messages: Any, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(messages=messages)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_template_kwargs() -> None:
+    got = rendered(chat(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low"))
+    assert got["kwargs"] == {
+        "enable_thinking": False,
+        "thinking": False,
+        "reasoning_effort": "low",
+        "add_generation_prompt": True,
+    }
+    for name in ("tokenize", "chat_template", "messages", "tools"):
+        with pytest.raises(RequestError, match=name):
+            chat(chat_template_kwargs={name: True})
+    with pytest.raises(RequestError, match="Unicode"):
+        chat(chat_template_kwargs={"x": "\ud800"})
+
+
+def test_continue_final_message() -> None:
+    begun = [*HI, {"role": "assistant", "content": "Well"}]
+    got = rendered(chat(messages=begun, continue_final_message=True))
+    assert got["kwargs"] == {"continue_final_message": True, "add_generation_prompt": False}
+    with pytest.raises(RequestError, match="assistant message at the end"):
+        chat(continue_final_message=True)
+    with pytest.raises(RequestError, match="exclude each other"):
+        chat(messages=begun, continue_final_message=True, add_generation_prompt=True)
+
+
+# -- LightLLM ----------------------------------------------------------------------------------
+
+
+def test_native_defaults_are_greedy() -> None:
+    got = native()
+    assert got.params == SamplingParams(
+        temperature=0.0, min_new_tokens=1, logprobs=0, skip_special_tokens=False
+    )
+    assert native(do_sample=False, temperature=0.7, top_k=5, top_p=0.5, min_p=0.5) == got
+
+
+def test_native_params() -> None:
+    got = native(
+        do_sample=True, temperature=0.7, top_k=5, top_p=0.5, max_new_tokens=9, min_new_tokens=2,
+        repetition_penalty=1.2, input_penalty=True, stop_sequences=["x", [7]], seed=3, n=2, best_of=2,
+        print_eos_token=True, prompt_logprobs=4, disable_prompt_cache=True, return_details=True,
+        add_special_tokens=False,
+    )  # fmt: skip
+    assert got.params == SamplingParams(
+        max_new_tokens=9, min_new_tokens=2, temperature=0.7, top_k=5, top_p=0.5,
+        repetition_penalty=1.2, penalize_prompt=True, seed=3, stop=("x",), stop_token_ids=(7,),
+        logprobs=0, prompt_logprobs=4, skip_special_tokens=False, print_eos=True, use_cache=False,
+    )  # fmt: skip
+    assert (got.n, got.details, got.add_special_tokens, got.seeded) == (2, True, False, True)
+    assert native(stop_sequences="x").params.stop == ("x",)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"stop_sequences": [[1, 2]]}, {"regular_constraint": "a"}, {"guided_json": "{}"},
+     {"allowed_token_ids": [1]}, {"exponential_decay_length_penalty": [10, 1.1]},
+     {"return_routed_experts": True}, {"n": 2, "best_of": 1},
+     {"add_spaces_between_special_tokens": False}],
+)  # fmt: skip
+def test_native_parameters_not_available(parameters: dict[str, Any]) -> None:
+    with pytest.raises(NotAvailable, match="available"):
+        native(**parameters)
+
+
+@pytest.mark.parametrize("stop", [[[]], [[100]], [["x"]], ["a"] * 17, [None], {"a": 1}])
+def test_native_bad_stops(stop: Any) -> None:
+    with pytest.raises(RequestError, match="stop_sequences"):
+        native(stop_sequences=stop)
+
+
+def test_native_streams_one_choice() -> None:
+    assert native(stream=True).stream
+    with pytest.raises(RequestError, match="2 choices cannot be streamed"):
+        native(stream=True, n=2)
+
+
+def test_native_inputs_and_media() -> None:
+    got = lightllm.generate({"inputs": [1, 2], "multimodal_params": {}}, SERVED, stream=False)
+    assert got.prompts[0].ids == array("i", [1, 2]).tobytes()
+    for inputs in ([], 5, [100], ["a"], [True], {}):
+        with pytest.raises(RequestError) as caught:
+            lightllm.generate({"inputs": inputs}, SERVED, stream=False)
+        assert caught.value.param == "inputs"
+    images = {"inputs": "x", "multimodal_params": {"images": [{"type": "url", "data": "u"}]}}
+    with pytest.raises(NotAvailable, match="images are not available"):
+        lightllm.generate(images, SERVED, stream=False)
+
+
+def test_tokens_body() -> None:
+    assert lightllm.tokens({"text": "a"}) == ("a", True)
+    no_special = {"text": "a", "parameters": {"add_special_tokens": False, "n": "ignored"}}
+    assert lightllm.tokens(no_special) == ("a", False)
+    for body in ({}, {"text": 5}, {"text": "a", "parameters": []}):
+        with pytest.raises(RequestError):
+            lightllm.tokens(body)
+
+
+# -- bodies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[1]", b"5", b'{"temperature": NaN}', b'{"a": Infinity}', b'{"a": \xff}',
+     b'{"a": ' + b"9" * 5000 + b"}", b'{"a":' * 100_000],
+)  # fmt: skip
+def test_bodies_that_are_no_json_objects(raw: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        fields.load(raw)
+    assert caught.value.status == 400
+    assert len(caught.value.message) < 300
+
+
+def test_huge_numbers_are_refused() -> None:
+    body = fields.load(b'{"prompt": "x", "temperature": 1e999}')
+    with pytest.raises(RequestError, match="temperature"):
+        openai.completion(body, SERVED)
+    body = fields.load(b'{"inputs": "x", "parameters": {"do_sample": true, "temperature": 1e999}}')
+    with pytest.raises(RequestError, match="temperature"):
+        lightllm.generate(body, SERVED, stream=False)
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    with pytest.raises(RequestError) as caught:
+        completion(temperature="x" * 10_000)
+    assert len(caught.value.message) < 200

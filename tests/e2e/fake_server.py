@@ -1,0 +1,272 @@
+"""A frontend over fake actors: bytes as tokens, answers under the test's control, real HTTP.
+
+The tokens are the 256 bytes and one special token, EOS. Every message goes through the codec.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from array import array
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+
+from asyncllm.actors.base import Actor
+from asyncllm.actors.frontend import Frontend, Limits
+from asyncllm.actors.system import ActorSystem
+from asyncllm.api.answer import Vocab
+from asyncllm.api.generation import Served
+from asyncllm.codec import i32
+from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.messages import (
+    Abort,
+    Accepted,
+    Count,
+    Counted,
+    Delta,
+    Drained,
+    Finished,
+    Scrape,
+    Scraped,
+    Started,
+    Tokenize,
+)
+
+EOS = 256
+SERVED = Served(
+    name="tiny",
+    listed=("tiny", "org/tiny"),
+    accepted=frozenset({"default", "tiny-folder"}),
+    max_len=1000,
+    vocab_size=257,
+    created=1_700_000_000,
+)
+
+
+def piece(token: int) -> bytes:
+    return b"<eos>" if token == EOS else bytes([token])
+
+
+VOCAB = Vocab(
+    piece=piece,
+    decode=lambda ids: b"".join(map(piece, ids)).decode("utf-8", "replace"),
+    special=frozenset({EOS}),
+)
+
+
+def floats(values: list[float]) -> bytes:
+    return array("f", values).tobytes()
+
+
+def score(i: int) -> float:
+    """Log-probability of the i-th token; exact in float32."""
+    return -(i + 1) / 4
+
+
+class Model(Actor[Any]):
+    """Tokenizer, scheduler and detokenizer in one; answers at once unless ``holds``."""
+
+    def __init__(self) -> None:
+        super().__init__("tokenizer")
+        self.holds = False  # the test answers
+        self.refuse: Callable[[Tokenize], Finished | None] = lambda msg: None
+        self.counts = True
+        self.asked: list[Tokenize] = []
+        self.aborted: list[int] = []
+        self.news = asyncio.Condition()
+
+    def started(self) -> None:
+        self.front = self.system.ref("frontend")
+
+    def receive(self, batch: list[Any]) -> None:
+        for msg in batch:
+            match msg:
+                case Tokenize():
+                    self.asked.append(msg)
+                    if not self.holds:
+                        self.answer(msg)
+                case Abort(rid):
+                    self.aborted.append(rid)
+                case Count(query, text, special):
+                    if self.counts:
+                        self.front.tell(Counted(query, len(text.encode()) + special))
+        self.spawn(self._notify())
+
+    async def _notify(self) -> None:
+        async with self.news:
+            self.news.notify_all()
+
+    async def until(self, ready: Callable[[], bool]) -> None:
+        """Wait for messages until ``ready``."""
+        async with asyncio.timeout(10), self.news:
+            await self.news.wait_for(ready)
+
+    # -- answers -----------------------------------------------------------------------------
+
+    def answer(self, msg: Tokenize) -> None:
+        """Accept and generate a, b, c, ...: as many tokens as asked for, 3 where it is open."""
+        if (refusal := self.refuse(msg)) is not None:
+            self.front.tell(refusal)
+            return
+        ids = self.accept(msg)
+        params = SamplingParams.unpack(msg.params)
+        count = 3 if params.max_new_tokens is None else params.max_new_tokens
+        for rid in msg.rids:
+            if count == 0 and params.prompt_logprobs >= 0:
+                self.delta(rid, [], params, prompt=ids)
+            for i in range(count):
+                prompt = ids if i == 0 and params.prompt_logprobs >= 0 else None
+                self.delta(rid, [97 + i % 26], params, first=i, prompt=prompt)
+            self.finish(rid, len(ids), count)
+
+    def accept(self, msg: Tokenize) -> array[int]:
+        if msg.ids is not None:
+            ids = array("i")
+            ids.frombytes(msg.ids)
+        elif msg.text is not None:
+            ids = array("i", list(msg.text.encode()))
+        else:
+            assert msg.chat is not None
+            ids = array("i", list(json.loads(msg.chat)["messages"][-1]["content"].encode()))
+        self.front.tell(Accepted(msg.rids[0], ids.tobytes()))
+        return ids
+
+    def delta(
+        self,
+        rid: int,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        text: str | None = None,
+        first: int = 0,
+        prompt: array[int] | None = None,
+    ) -> None:
+        """New tokens; alternatives one column wider than asked for, as in a shared step."""
+        pieces = tuple(piece(t).decode("utf-8", "ignore") for t in tokens)
+        num_top = params.logprobs + 1 if params.logprobs > 0 else 0
+        top_ids = [(t + j) % 256 for t in tokens for j in range(num_top)]
+        top = [score(first + i) - j for i in range(len(tokens)) for j in range(num_top)]
+        scored = params.logprobs >= 0
+        columns = None
+        if prompt is not None:
+            wide = max(params.prompt_logprobs, 0)
+            columns = (
+                floats([score(i) for i in range(len(prompt) - 1)]),
+                wide,
+                i32([(t + j) % 256 for t in prompt[1:] for j in range(wide)]),
+                floats([score(i) - j for i in range(len(prompt) - 1) for j in range(wide)]),
+            )
+        self.front.tell(
+            Delta(
+                rid,
+                "".join(pieces) if text is None else text,
+                i32(tokens),
+                pieces,
+                floats([score(first + i) for i in range(len(tokens))]) if scored else b"",
+                num_top,
+                i32(top_ids),
+                floats(top),
+                columns,
+            )
+        )
+
+    def finish(self, rid: int, prompt_len: int, count: int, reason: Reason = Reason.LENGTH) -> None:
+        self.front.tell(Finished(rid, reason, "", "", 0, prompt_len, prompt_len // 2, count))
+
+    def fail(self, rid: int, detail: str, code: str, status: int) -> None:
+        self.front.tell(Finished(rid, Reason.ERROR, detail, code, status, 0, 0, 0))
+
+
+class Scheduler(Actor[Any]):
+    """Writes down aborts."""
+
+    def __init__(self) -> None:
+        super().__init__("scheduler")
+        self.aborted: list[int] = []
+
+    def receive(self, batch: list[Any]) -> None:
+        self.aborted += [msg.rid for msg in batch]
+
+
+class Watchdog(Actor[Any]):
+    """Answers Scrape, writes down the rest."""
+
+    def __init__(self) -> None:
+        super().__init__("watchdog")
+        self.answers = True
+        self.got: list[Any] = []
+        self.drained = asyncio.Event()
+
+    def receive(self, batch: list[Any]) -> None:
+        for msg in batch:
+            if isinstance(msg, Scrape):
+                if self.answers:
+                    answer = Scraped(msg.query, b"# TYPE x gauge\nx 1\n", 10, 5, 40, 1, 2, 30)
+                    self.system.ref("frontend", msg.endpoint).tell(answer)
+            else:
+                self.got.append(msg)
+                if isinstance(msg, Drained):
+                    self.drained.set()
+
+
+class Server:
+    """What a test holds in its hands."""
+
+    def __init__(self, system: ActorSystem, front: Frontend, port: int) -> None:
+        self.system, self.front, self.port = system, front, port
+        self.model = next(a for a in system.actors if isinstance(a, Model))
+        self.scheduler = next(a for a in system.actors if isinstance(a, Scheduler))
+        self.watchdog = next(a for a in system.actors if isinstance(a, Watchdog))
+        self.url = f"http://127.0.0.1:{port}"
+        self.http: aiohttp.ClientSession
+
+    async def post(self, path: str, body: Any, **more: Any) -> tuple[int, Any]:
+        """Status and JSON of a POST."""
+        async with self.http.post(self.url + path, json=body, **more) as response:
+            return response.status, await response.json()
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        """Status and JSON of a GET."""
+        async with self.http.get(self.url + path) as response:
+            return response.status, await response.json()
+
+    async def stream(self, path: str, body: Any) -> bytes:
+        """Everything that a stream says."""
+        async with self.http.post(self.url + path, json=body) as response:
+            assert response.status == 200, await response.text()
+            assert response.headers["Content-Type"] == "text/event-stream"
+            return await response.read()
+
+    async def chunks(self, path: str, body: Any) -> list[Any]:
+        """The events of an OpenAI stream before [DONE], decoded."""
+        *events, done, rest = (await self.stream(path, body | {"stream": True})).split(b"\n\n")
+        assert (done, rest) == (b"data: [DONE]", b"")
+        assert all(e.startswith(b"data: ") for e in events)
+        return [json.loads(e[6:]) for e in events]
+
+
+@asynccontextmanager
+async def serving(*, start: bool = True, **limits: Any) -> AsyncIterator[Server]:
+    """A server on a free port; ``start`` False leaves its doors closed."""
+    system = ActorSystem(encode_local=True)
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    front = Frontend(served=SERVED, vocab=VOCAB, sockets=[sock], limits=Limits(**limits))
+    ref = system.add(front)
+    for actor in (Model(), Scheduler(), Watchdog()):
+        system.add(actor)
+    running = asyncio.create_task(system.run())
+    server = Server(system, front, sock.getsockname()[1])
+    sock.listen()  # requests before the doors open wait in the backlog
+    try:
+        if start:
+            ref.tell(Started())
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(20)) as server.http:
+            yield server
+    finally:
+        system.stop()
+        await running
