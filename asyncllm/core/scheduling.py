@@ -374,8 +374,7 @@ class Core:
         lane.inflight -= 1
         if not lane.opened:
             self._free_lanes.append(lane.number)
-            if not lane.over:
-                req.lane = None
+            req.lane = None
         elif lane.over and not lane.inflight:
             self._release(lane)
 

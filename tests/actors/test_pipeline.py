@@ -107,6 +107,22 @@ def test_a_stall_ends_with_the_step_that_frees_slots() -> None:
     world.check_end()
 
 
+def test_a_request_tried_while_an_aborted_one_still_holds_its_slots_waits_for_its_step() -> None:
+    world = World(num_slots=16, num_lanes=2, chunked_prefill_size=16)
+    world.submit(1, [1] * 12, max_new_tokens=4)
+    world.submit(2, [2] * 12, max_new_tokens=4)
+    world.settle("scheduler", "allocator", "runner")
+    world.tell(Abort(1), urgent=True)
+    world.settle("scheduler", "allocator", "runner")
+    assert world.core.requests[2].lane is None, "tried, and not granted"
+    reserves = world.reserves
+    world.settle("scheduler", "allocator", "runner")
+    assert world.reserves == reserves
+    world.run()
+    world.check_end()
+    assert world.finished[2].reason == Reason.LENGTH
+
+
 def test_an_abort_in_the_batch_of_its_submit_ends_the_request() -> None:
     world = World()
     world.submit(1, [1, 2, 3], max_new_tokens=50)

@@ -226,6 +226,7 @@ def test_rows_that_got_nothing_are_as_before() -> None:
     assert shape(step(core, rows=1)) == [(1, 4)]
     assert list(core.waiting) == [core.requests[2]]
     assert core.requests[2].lane is None
+    assert sorted(core._free_lanes) == list(range(1, 8))
     assert shape(step(core)) == [(1, 1), (2, 4)]
 
 
@@ -239,20 +240,32 @@ def test_nothing_fits_waits_for_a_launched_step() -> None:
 
 
 def test_nothing_fits_and_nothing_is_in_flight_preempts_the_newest() -> None:
-    core = make()
-    for rid in (1, 2, 3):
+    core = make(num_lanes=3)
+    for rid in (1, 2, 3, 4):
         add(core, rid, 4)
     commit(core, step(core))
     assert grant(core, rows=0) is None
     assert not core.relieve(any_inflight=False)
     assert list(core.running) == [1, 2]
-    add(core, 4, 2)
     assert [req.rid for req in core.waiting] == [3, 4]
-    assert [lane for lane, _ in core.released] == [5 - 3]
+    assert [lane for lane, _ in core.released] == [2]
     again = step(core)
-    assert shape(again) == [(1, 1), (2, 1), (3, 5), (4, 2)]
-    assert list(again.tokens[2:7]) == [100, 101, 102, 103, 7]
+    assert shape(again) == [(1, 1), (2, 1), (3, 5)]
+    assert list(again.tokens[2:]) == [100, 101, 102, 103, 7]
     assert again.opened[0][1] == 4  # the prompt's length, without the token made before
+
+
+def test_a_preempted_request_that_has_outgrown_the_kv_fails_instead_of_starting_over() -> None:
+    core = make(num_slots=10, chunked_prefill_size=4)
+    add(core, 1, 10)
+    for _ in range(3):
+        commit(core, step(core))
+    core._preempt(core.running[1])  # 11 tokens are known
+    for _ in range(2):
+        commit(core, step(core))
+    assert grant(core, rows=0) is None
+    assert not core.relieve(any_inflight=False)
+    assert reasons(core) == {1: (Reason.ERROR, 1)}
 
 
 def test_a_result_of_a_former_lane_is_ignored() -> None:
