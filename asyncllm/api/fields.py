@@ -153,8 +153,14 @@ def bad(message: str, param: str | None = None) -> NoReturn:
 
 
 def show(value: Any) -> str:
-    """A value for an error text, as JSON, at most 80 characters."""
-    shown = json.dumps(value, ensure_ascii=True)
+    """A value for an error text, at most 80 characters whatever was sent."""
+    if isinstance(value, list):
+        return f"an array of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object of {len(value)}"
+    if isinstance(value, str):
+        value = value[:80]
+    shown = json.dumps(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
@@ -177,7 +183,8 @@ def number(value: Any, name: str, *, integer: bool = False) -> Any:
             bad(f"{name} must be an integer, not {value}", name)
         return int(value)
     if not integer and isinstance(value, int):
-        return float(value) if abs(value) < 2**53 else math.copysign(2.0**53, value)
+        # beyond every range anyway, but an int can be too large for a float
+        return float(min(max(value, -(2**53)), 2**53))
     return value
 
 
@@ -196,7 +203,7 @@ def token_id(value: Any, name: str) -> int:
     """A token id; the vocabulary's end is checked where the vocabulary is known."""
     value = number(value, name, integer=True)
     if not 0 <= value <= MAX_INT32:
-        bad(f"{name}: {value} is not a token id (0 .. vocabulary size - 1)", name)
+        bad(f"{name}: {show(value)} is not a token id (0 .. vocabulary size - 1)", name)
     return int(value)
 
 

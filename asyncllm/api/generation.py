@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asyncllm.api.fields import GREEDY_BELOW, bad
+from asyncllm.api.fields import GREEDY_BELOW, bad, show
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound
 
@@ -67,7 +67,7 @@ class Served:
         if name is None or name in self.listed or name in self.accepted:
             return
         raise ModelNotFound(
-            f"the model {name!r} does not exist; this server has {', '.join(self.listed)}",
+            f"the model {show(name)} does not exist; this server has {', '.join(self.listed)}",
             param="model",
         )
 

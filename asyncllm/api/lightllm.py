@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from asyncllm.api import fields
 from asyncllm.api.errors import NotAvailable
-from asyncllm.api.fields import Body, Field, Refused, bad, show, typed
+from asyncllm.api.fields import Body, Field, Refused, bad, typed
 from asyncllm.api.generation import Generation, Prompt, Served, temperature
 from asyncllm.core.request import SamplingParams
 
@@ -183,7 +183,7 @@ def _stops(value: Any, served: Served) -> tuple[tuple[str, ...], tuple[int, ...]
             bad(f"{name}: an empty sequence cannot stop anything", name)
         if len(item) > 1:
             raise NotAvailable(
-                f"{name}: {show(item)} has {len(item)} token ids; only single ids are available",
+                f"{name}: a sequence of {len(item)} token ids; only single ids are available",
                 param=name,
             )
         ids.append(fields.token_id(item[0], name))

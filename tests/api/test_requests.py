@@ -117,7 +117,7 @@ def test_unknown_model_is_404() -> None:
         chat(model="gpt-5")
     error = caught.value
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
-    assert "'gpt-5'" in error.message
+    assert '"gpt-5"' in error.message
 
 
 def test_unknown_fields_are_ignored() -> None:
@@ -441,6 +441,16 @@ def test_huge_numbers_are_refused() -> None:
 
 
 def test_long_values_are_cut_in_messages() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in ("x" * 10_000, [1] * 10_000, {"a": deep}, deep, 10**4000):
+        with pytest.raises(RequestError) as caught:
+            completion(temperature=value)
+        assert len(caught.value.message) < 200
     with pytest.raises(RequestError) as caught:
-        completion(temperature="x" * 10_000)
+        completion(prompt=[10**4000])
     assert len(caught.value.message) < 200
+    with pytest.raises(ModelNotFound) as unknown:
+        completion(model="x" * 10_000)
+    assert len(unknown.value.message) < 200

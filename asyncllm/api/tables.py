@@ -1,0 +1,62 @@
+"""The field tables as Markdown, for docs/api.md.
+
+Knows the declarations; knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from asyncllm.api import lightllm, openai
+from asyncllm.api.fields import Field, Refused
+
+FIELDS: Final[dict[str, Sequence[Field]]] = {
+    "common": openai.COMMON,
+    "stream_options": openai.STREAM_OPTIONS,
+    "completion": openai.COMPLETION[len(openai.COMMON) :],
+    "chat": openai.CHAT[len(openai.COMMON) :],
+    "native": lightllm.BODY,
+    "native_parameters": lightllm.PARAMETERS,
+}
+REFUSED: Final[dict[str, Sequence[Refused]]] = {
+    "completion_refused": openai.COMPLETION_UNAVAILABLE,
+    "chat_refused": openai.CHAT_UNAVAILABLE,
+    "native_refused": lightllm.UNAVAILABLE,
+}
+_BLOCK: Final = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(document: str) -> str:
+    """``document`` with every ``<!-- table NAME -->`` block made anew.
+
+    Raises KeyError for a name that is no table.
+    """
+    return _BLOCK.sub(lambda m: m[1] + _markdown(m[2]) + m[3], document)
+
+
+def _markdown(name: str) -> str:
+    if name in REFUSED:
+        rows = [f"| `{r.name}` | {r.doc} | {_neutral(r)} |" for r in REFUSED[name]]
+        head = "| field | what is not available | passes all the same |\n|---|---|---|\n"
+    else:
+        rows = [
+            f"| `{f.name}` | {_kind(f)} | {_default(f)} | {f.limits()} | {f.doc} |"
+            for f in FIELDS[name]
+        ]
+        head = "| field | type | default | range | meaning |\n|---|---|---|---|---|\n"
+    return head + "".join(row + "\n" for row in rows)
+
+
+def _kind(field: Field) -> str:
+    return "" if field.kind == "any" else field.kind
+
+
+def _default(field: Field) -> str:
+    return "" if field.default in (None, (), {}) else json.dumps(field.default)
+
+
+def _neutral(refused: Refused) -> str:
+    return ", ".join(f"`{json.dumps(value)}`" for value in refused.neutral)
