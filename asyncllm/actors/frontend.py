@@ -82,6 +82,7 @@ class Frontend(Actor[Inbox]):
         vocab: texts of token ids.
         sockets: bound sockets; they are listened to when ``Started`` arrives.
         limits: see :class:`Limits`.
+        on_open: called once the sockets are served, so that a ready line is true when it is read.
     """
 
     # a step may bring a Delta and a Finished for each live request, several steps may wait
@@ -94,11 +95,12 @@ class Frontend(Actor[Inbox]):
         vocab: Vocab,
         sockets: Sequence[socket],
         limits: Limits | None = None,
+        on_open: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("frontend")
         self.served, self.limits = served, limits or Limits()
         self.serving = self.draining = False
-        self._vocab, self._sockets = vocab, sockets
+        self._vocab, self._sockets, self._on_open = vocab, sockets, on_open
         self._counter = 0
         self._exchanges: set[Exchange] = set()
         self._by_rid: dict[int, tuple[Exchange, Choice]] = {}
@@ -439,6 +441,7 @@ class Frontend(Actor[Inbox]):
         for sock in self._sockets:
             await web.SockSite(self._runner, sock, backlog=2048).start()
         self.serving = True
+        self._on_open()
 
     def _say_drained(self) -> None:
         """Once, when the server drains and no request is left."""

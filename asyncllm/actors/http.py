@@ -156,13 +156,17 @@ class Routes:
         """Headers, then the frontend writes; this only waits for the end."""
         exchange.committed = True
         response = web.StreamResponse(headers=STREAM_HEADERS)
+        chunked = request.version >= HttpVersion11
+        if not chunked:  # only the connection's end tells such a client that the body is over
+            response.force_close()
+            response.headers["Connection"] = "close"
         writer = await response.prepare(request)
         transport = request.transport
         if writer is None or transport is None:
             raise ConnectionResetError("the client left before the headers")
         with suppress(ConnectionError):  # it left; aiohttp sees that too
             writer.send_headers()
-            self._front.stream(exchange, Pipe(transport, request.version >= HttpVersion11))
+            self._front.stream(exchange, Pipe(transport, chunked))
             await exchange.done
             await response.write_eof()
         return response

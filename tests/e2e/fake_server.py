@@ -223,6 +223,7 @@ class Server:
         self.watchdog = next(a for a in system.actors if isinstance(a, Watchdog))
         self.url = f"http://127.0.0.1:{port}"
         self.http: aiohttp.ClientSession
+        self.opened = asyncio.Event()
 
     async def post(self, path: str, body: Any, **more: Any) -> tuple[int, Any]:
         """Status and JSON of a POST."""
@@ -255,7 +256,13 @@ async def serving(*, start: bool = True, **limits: Any) -> AsyncIterator[Server]
     system = ActorSystem(encode_local=True)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    front = Frontend(served=SERVED, vocab=VOCAB, sockets=[sock], limits=Limits(**limits))
+    front = Frontend(
+        served=SERVED,
+        vocab=VOCAB,
+        sockets=[sock],
+        limits=Limits(**limits),
+        on_open=lambda: server.opened.set(),
+    )
     ref = system.add(front)
     for actor in (Model(), Scheduler(), Watchdog()):
         system.add(actor)

@@ -117,6 +117,8 @@ def test_doors_open_with_started() -> None:
             await server.model.until(lambda: True)
             assert not server.front.serving
             server.system.ref("frontend").tell(Started())
+            await server.opened.wait()
+            assert server.front.serving
             assert await early == (200, {"message": "Ok"})
 
     uvloop.run(main())
@@ -486,11 +488,13 @@ async def test_a_slow_turn_goes_on_with_the_rest(server: Server) -> None:
 @live()
 async def test_http_1_0_streams_end_with_the_connection(server: Server) -> None:
     body = {"inputs": "hi", "parameters": {"max_new_tokens": 1}}
-    raw = await http1(server, "POST /generate_stream HTTP/1.0", body)
-    head, _, rest = raw.partition(b"\r\n\r\n")
-    assert b"chunked" not in head.lower()
-    assert rest.startswith(b"data:{")
-    assert rest.endswith(b'"details":null}\n\n')
+    for more in ("", "\r\nConnection: keep-alive"):
+        raw = await http1(server, "POST /generate_stream HTTP/1.0" + more, body)
+        head, _, rest = raw.partition(b"\r\n\r\n")
+        assert b"chunked" not in head.lower()
+        assert b"connection: close" in head.lower()
+        assert rest.startswith(b"data:{")
+        assert rest.endswith(b'"details":null}\n\n')
 
 
 @live()
