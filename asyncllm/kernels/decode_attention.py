@@ -17,6 +17,8 @@ Sources: work split by ranges as in Stream-K (Osama et al., 2023), merge of part
 as in Flash-Decoding (Dao et al., 2023).
 """
 
+# mypy: allow-incomplete-defs
+
 import math
 from dataclasses import dataclass
 
@@ -42,14 +44,14 @@ class DecodeConfig:
     waves: int = 4
 
 
-# (padded head_dim, group padded to a power of two, at most 16) -> configuration; untuned entries
-# follow the shared memory a tile takes. A gather needs two loads in a row, so of num_stages one is
-# spent on the slots.
+# padded head_dim -> configuration. Of num_stages two are spent on the slots, whose load comes before
+# that of K and V; with 4 the next tile's loads are in flight while one is worked on (39 KB of shared
+# memory, 162 registers at head_dim 128: three programs fit), with 5 there are two tiles (72 KB, two
+# programs).
 _CONFIGS = {
-    (64, 16): DecodeConfig(128, 4, 4, 3),
-    (128, 4): DecodeConfig(64, 4, 4, 3),
-    (128, 16): DecodeConfig(64, 4, 4, 3),
-    (256, 16): DecodeConfig(32, 4, 4, 3),
+    64: DecodeConfig(128, 4, 4, 3),
+    128: DecodeConfig(64, 4, 4, 3),
+    256: DecodeConfig(32, 4, 4, 2),
 }
 
 
@@ -72,7 +74,11 @@ class DecodePlan:
     lse: Tensor  # [2 * num_programs, group] fp32, base 2
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_programs"])
+# step metadata lies anywhere in a staging buffer: one build for every alignment
+@triton.jit(
+    do_not_specialize=["num_rows", "num_programs"],
+    do_not_specialize_on_alignment=["lanes_ptr", "lens_ptr"],
+)
 def _plan_kernel(
     lanes_ptr,
     lens_ptr,
@@ -220,7 +226,7 @@ def _decode_kernel(
         record += ((skipped + count == tiles) & (head == KV_HEADS - 1)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lens_ptr"])
 def _merge_kernel(
     meta_ptr,
     lens_ptr,
@@ -306,7 +312,7 @@ def plan_decode(
     if num_q_heads % num_kv_heads:
         raise ValueError(f"{num_q_heads} query heads do not divide by {num_kv_heads} KV heads")
     group = num_q_heads // num_kv_heads
-    config = config or decode_config(head_dim, group, k_cache.element_size())
+    config = config or decode_config(head_dim, k_cache.element_size())
     if num_programs is None:
         resident = config.programs_per_sm * _num_sms(k_cache.device)
         num_programs = min(max(num_rows * num_kv_heads, resident), config.waves * resident)
@@ -458,11 +464,9 @@ def decode_attention_ref(
     return out.to(q.dtype)
 
 
-def decode_config(head_dim: int, group: int, element_size: int) -> DecodeConfig:
+def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
     """The configuration for a shape: that of the table, with half tiles for 4-byte elements."""
-    dim_pad = max(64, triton.next_power_of_2(head_dim))
-    key = (dim_pad, 4 if group == 4 else 16)
-    found = _CONFIGS.get(key) or _CONFIGS.get((dim_pad, 16))
+    found = _CONFIGS.get(max(64, triton.next_power_of_2(head_dim)))
     if found is None:
         raise ValueError(f"head_dim {head_dim} is over 256")
     if element_size <= 2:

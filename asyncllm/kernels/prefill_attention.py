@@ -9,6 +9,8 @@ the end, because late blocks of a row have most keys to read.
 Source: online softmax over tiles as in FlashAttention-2 (Dao, 2023).
 """
 
+# mypy: allow-incomplete-defs
+
 import math
 from dataclasses import dataclass
 
@@ -121,7 +123,11 @@ def _find_block(cu_counts_ptr, num_rows, index, TOKENS: tl.constexpr, SCAN: tl.c
     return found, wanted - first, wanted
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+# step metadata lies anywhere in a staging buffer: one build for every alignment
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_rows"],
+    do_not_specialize_on_alignment=["lanes_ptr", "starts_ptr", "cu_counts_ptr"],
+)
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -159,14 +165,12 @@ def _prefill_kernel(
     used = (local < TOKENS)[:, None] & (dim < DIM)[None, :]
     if wanted < 0:
         # surplus programs: tokens that belong to no row become zero, so that no NaN travels on
-        token = tl.load(cu_counts_ptr + num_rows) + (-1 - wanted) * TOKENS + local
+        tail = tl.load(cu_counts_ptr + num_rows) + (-1 - wanted) * TOKENS + local
+        token = tail.to(tl.int64)
         tl.store(
-            out_ptr
-            + token.to(tl.int64)[:, None] * out_row
-            + heads[:, None] * out_head
-            + dim[None, :],
+            out_ptr + token[:, None] * out_row + heads[:, None] * out_head + dim[None, :],
             tl.zeros([BLOCK_M, DIM_PAD], out_ptr.dtype.element_ty),
-            mask=used & (token < num_tokens)[:, None],
+            mask=used & (tail < num_tokens)[:, None],
         )
     else:
         first_token = tl.load(cu_counts_ptr + row)

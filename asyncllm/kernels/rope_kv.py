@@ -3,13 +3,16 @@
 Owns the layout of packed qkv and of the K/V cache write; does not know who chose the slots.
 """
 
+# mypy: allow-incomplete-defs
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+# step metadata lies anywhere in a staging buffer: one build for every alignment
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rope_kv_kernel(
     qkv_ptr,
     cos_sin_ptr,
@@ -108,7 +111,8 @@ def rope_kv(
             HEADS=heads,
             num_warps=4,
         )
-    return qkv[:, : num_q_heads * head_dim].unflatten(1, (num_q_heads, head_dim))
+    q: Tensor = qkv[:, : num_q_heads * head_dim].unflatten(1, (num_q_heads, head_dim))
+    return q
 
 
 def rope_kv_ref(
@@ -122,7 +126,7 @@ def rope_kv_ref(
 ) -> Tensor:
     """``rope_kv`` in plain torch; same in-place effects."""
     num_kv_heads, head_dim = k_cache.shape[1:]
-    heads = qkv.unflatten(1, (-1, head_dim))
+    heads: Tensor = qkv.unflatten(1, (-1, head_dim))
     cos, sin = cos_sin[positions.long()][:, None].chunk(2, dim=-1)
     low, high = heads[:, : num_q_heads + num_kv_heads].float().chunk(2, dim=-1)
     turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(qkv.dtype)

@@ -3,6 +3,8 @@
 Owns the rounding order of the activation; knows nothing of the projections around it.
 """
 
+# mypy: allow-incomplete-defs
+
 import torch
 import triton
 import triton.language as tl

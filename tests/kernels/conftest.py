@@ -11,6 +11,8 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     # read when triton is first imported; the test files import it after this one
     os.environ["TRITON_INTERPRET"] = "1"
+# newer Triton warns about the coming default when this is unset, and warnings are errors here
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -155,7 +155,7 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="plan"):
         decode_attention(**{**case, "q": case["q"][:1]}, scale=1.0, plan=plan_for(case))
     with pytest.raises(ValueError, match="256"):
-        decode_config(512, 4, 2)
+        decode_config(512, 2)
 
 
 @pytest.mark.gpu
