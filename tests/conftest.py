@@ -8,9 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from asyncllm.config import cache_dir
 from asyncllm.demo import ensure_demo_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need GPUs are skipped where there are too few."""
+    num_gpus = torch.cuda.device_count()
+    for item in items:
+        for mark, needed in (("gpu", 1), ("multigpu", 2)):
+            if item.get_closest_marker(mark) and num_gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s)"))
 
 
 @pytest.fixture

@@ -1,0 +1,149 @@
+"""Answers of a running server against transformers, on the embedded model in float32."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import aiohttp
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from tests.e2e.conftest import Reference
+from tests.e2e.process import Server, stream_text
+from tests.models.harness import Driver, Sequence, make_device
+
+# float32 on CPU gives the same tokens unless two are as good as equal; Triton's float32 products
+# are tf32 on a GPU
+MARGIN = 0.05 if torch.cuda.is_available() else 1e-3
+CLOSE = 0.05 if torch.cuda.is_available() else 2e-3
+
+SAFE = "Write a JavaScript function that debounces another function. Return only code."
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 255, 256, 257, 600, 1500])
+def test_greedy_equals_transformers(
+    server: Server, reference: Reference, prose: list[int], size: int
+) -> None:
+    prompt = prose[40 : 40 + size]
+    answer = server.tokens(prompt, 16, ignore_eos=True)
+    assert len(answer) == 16
+    reference.check_greedy(prompt, answer, MARGIN)
+
+
+@pytest.mark.parametrize("chunk", [256, 4096], ids=["chunked", "whole"])
+def test_chunked_prefill_equals_whole(
+    demo_dir: Path, reference: Reference, prose: list[int], chunk: int
+) -> None:
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    driver = Driver(make_device(demo_dir, "fp32", where, num_lanes=2, max_len=2048), 2048)
+    seq = Sequence(0, prose[:1500])
+    driver.generate([seq], 8, chunk)
+    reference.check_greedy(seq.prompt, seq.outputs, MARGIN)
+
+
+def test_logprobs_equal_transformers(
+    server: Server, reference: Reference, prose: list[int]
+) -> None:
+    prompt = prose[:300]
+    reply = server.complete(prompt, 8, logprobs=5, echo=True, ignore_eos=True)
+    got = reply["choices"][0]["logprobs"]
+    answer = server.tokens(prompt, 8, ignore_eos=True)
+    scores = reference.scores(prompt + answer)
+    chosen = scores[:-1].gather(1, torch.tensor((prompt + answer)[1:])[:, None])[:, 0]
+    assert got["token_logprobs"][0] is None
+    torch.testing.assert_close(torch.tensor(got["token_logprobs"][1:]), chosen, atol=CLOSE, rtol=0)
+    for position, top in list(enumerate(got["top_logprobs"]))[1:]:
+        want = scores[position - 1].topk(5).values
+        have = torch.tensor(sorted(top.values(), reverse=True)[:5])
+        torch.testing.assert_close(have, want[: len(have)], atol=CLOSE, rtol=0)
+
+
+def test_prefix_hit_gives_what_a_miss_gives(server: Server, prose: list[int]) -> None:
+    prompt = prose[500:1100]
+    body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    miss, hit = (server.post("/v1/completions", body) for _ in range(2))
+    cached = [r["usage"]["prompt_tokens_details"]["cached_tokens"] for r in (miss, hit)]
+    assert cached[0] < 100
+    assert cached[1] == len(prompt) - 1  # one token is always computed
+    assert miss["choices"][0]["text"] == hit["choices"][0]["text"]
+
+
+def test_alone_gives_what_a_batch_of_16_gives(server: Server, prose: list[int]) -> None:
+    prompts = [prose[i * 50 : i * 50 + 20 + 7 * i] for i in range(16)]
+
+    async def ask(session: aiohttp.ClientSession, prompt: list[int]) -> str:
+        body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+        async with session.post(f"{server.url}/v1/completions", json=body) as reply:
+            return str((await reply.json())["choices"][0]["text"])
+
+    async def together() -> list[str]:
+        async with aiohttp.ClientSession() as session:
+            return list(await asyncio.gather(*(ask(session, p) for p in prompts)))
+
+    batch = server.run(together())
+    alone = [server.complete(p, 16, ignore_eos=True)["choices"][0]["text"] for p in prompts]
+    assert batch == alone
+
+
+def test_chat_answers_sensibly(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": SAFE}], "max_tokens": 48, "temperature": 0}
+    reply = server.post("/v1/chat/completions", body)
+    text = reply["choices"][0]["message"]["content"]
+    assert "function" in text
+    assert "debounce" in text.lower()
+
+
+def test_streamed_text_equals_the_whole(server: Server) -> None:
+    body = {
+        "prompt": "Emoji: 😀 🎉 naïve café 日本語. Again: 😀 🎉",
+        "max_tokens": 40,
+        "temperature": 0,
+    }
+    whole = server.post("/v1/completions", body)["choices"][0]["text"]
+
+    async def streamed() -> str:
+        async with aiohttp.ClientSession() as session:
+            url = f"{server.url}/v1/completions"
+            parts = [c async for c in stream_text(session, url, body)]
+            return "".join(p["choices"][0]["text"] for p in parts if p["choices"])
+
+    assert server.run(streamed()) == whole
+
+
+def test_stop_string_across_tokens_is_cut(server: Server, prose: list[int]) -> None:
+    free = server.complete(prose[:200], 40, ignore_eos=True)["choices"][0]["text"]
+    middle = len(free) // 2
+    stop = free[middle : middle + 9]
+    reply = server.complete(prose[:200], 40, ignore_eos=True, stop=[stop])["choices"][0]
+    assert reply["finish_reason"] == "stop"
+    assert reply["text"] == free[: free.index(stop)]
+
+
+def test_seed_repeats_and_choices_differ(server: Server) -> None:
+    body = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 1.0, "seed": 5, "n": 3}
+    first, again = (server.post("/v1/completions", body) for _ in range(2))
+    texts = [c["text"] for c in first["choices"]]
+    assert texts == [c["text"] for c in again["choices"]]
+    assert len(set(texts)) > 1
+
+
+def test_penalties_and_bias_change_the_answer(
+    server: Server, prose: list[int], tokenizer: Tokenizer
+) -> None:
+    plain = server.tokens(prose[:64], 12, ignore_eos=True)
+    banned = plain[0]
+    reply = server.complete(prose[:64], 12, ignore_eos=True, logit_bias={str(banned): -100})
+    assert not reply["choices"][0]["text"].startswith(tokenizer.decode([banned]))
+    once = server.tokens(prose[:64], 24, ignore_eos=True, repetition_penalty=10.0)
+    assert len(set(once)) == len(once)  # nothing is said twice
+
+
+def test_min_and_max_new_tokens(server: Server) -> None:
+    chat = {"messages": [{"role": "user", "content": "Say hi."}], "temperature": 0}
+    reply = server.post("/v1/chat/completions", {**chat, "max_tokens": 3})
+    assert reply["usage"]["completion_tokens"] == 3
+    assert reply["choices"][0]["finish_reason"] == "length"
+    long = server.post("/v1/chat/completions", {**chat, "max_tokens": 60, "min_tokens": 60})
+    assert long["usage"]["completion_tokens"] == 60
