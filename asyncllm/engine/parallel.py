@@ -10,6 +10,9 @@ from torch import Tensor
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
+# its name since torch 2.13, where the older one warns
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 class Alone:
     """tp == 1: nothing to add, gather or tell."""
@@ -60,9 +63,10 @@ class TensorParallel:
 
     def gather_last(self, x: Tensor) -> Tensor:
         """[n, v] of each rank -> [n, size * v]."""
-        out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out.permute(1, 0, 2).reshape(x.shape[0], -1)
+        num_rows, width = x.shape
+        out = x.new_empty(self.size * num_rows, width)  # gloo knows no third dimension
+        _all_gather(out, x.contiguous())
+        return out.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Make ``x`` on every rank what it is on rank 0, in place."""
