@@ -125,7 +125,7 @@ def _find_block(cu_counts_ptr, num_rows, index, TOKENS: tl.constexpr, SCAN: tl.c
 
 # step metadata lies anywhere in a staging buffer: one build for every alignment
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_rows"],
+    do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=["lanes_ptr", "starts_ptr", "cu_counts_ptr"],
 )
 def _prefill_kernel(
@@ -137,7 +137,6 @@ def _prefill_kernel(
     starts_ptr,
     cu_counts_ptr,
     out_ptr,
-    num_tokens,
     num_rows,
     q_row,
     q_head,
@@ -163,16 +162,7 @@ def _prefill_kernel(
     local = pair // GROUP
     heads = head * GROUP + pair % GROUP
     used = (local < TOKENS)[:, None] & (dim < DIM)[None, :]
-    if wanted < 0:
-        # surplus programs: tokens that belong to no row become zero, so that no NaN travels on
-        tail = tl.load(cu_counts_ptr + num_rows) + (-1 - wanted) * TOKENS + local
-        token = tail.to(tl.int64)
-        tl.store(
-            out_ptr + token[:, None] * out_row + heads[:, None] * out_head + dim[None, :],
-            tl.zeros([BLOCK_M, DIM_PAD], out_ptr.dtype.element_ty),
-            mask=used & (tail < num_tokens)[:, None],
-        )
-    else:
+    if wanted >= 0:  # else a surplus program: no row needs it
         first_token = tl.load(cu_counts_ptr + row)
         count = tl.load(cu_counts_ptr + row + 1) - first_token
         start = tl.load(starts_ptr + row)
@@ -225,22 +215,22 @@ def prefill_attention(
     """Causal attention of each row's new tokens over its prefix and themselves.
 
     Args:
-        q: [num_tokens, num_q_heads, head_dim], rows' tokens one after another; may be a view into
-            packed qkv.
+        q: [num_tokens, num_q_heads, head_dim] of the whole step; may be a view into packed qkv.
         k_cache, v_cache: [num_slots + 1, num_kv_heads, head_dim], contiguous, dtype of q; K/V of
             the new tokens are in it.
         table: [num_lanes, max_len] int32: slot of each position.
         lanes: [num_rows] int32.
         starts: [num_rows] int32, position of each row's first new token.
-        cu_counts: [num_rows + 1] int32: row i owns tokens [cu_counts[i], cu_counts[i + 1]); empty
-            rows are allowed.
+        cu_counts: [num_rows + 1] int32, not decreasing, from any first token: row i owns tokens
+            [cu_counts[i], cu_counts[i + 1]); empty rows pad the batch.
         max_count: about the most new tokens of a row; selects the tile, never the result.
         scale: multiplies q·k.
-        out: where to write, like the result; last dimension contiguous.
+        out: where to write, like the result; last dimension contiguous. Tokens of no row are left
+            as they are, so decode rows of the same step may lie there.
         config: instead of the built-in table (for tuning).
 
     Returns:
-        [num_tokens, num_q_heads, head_dim]; tokens at or after cu_counts[-1] are zero.
+        [num_tokens, num_q_heads, head_dim]; without ``out``, tokens of no row are zero.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
@@ -252,7 +242,7 @@ def prefill_attention(
     num_kv_heads = k_cache.shape[1]
     group = num_q_heads // num_kv_heads
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     elif out.shape != q.shape or out.dtype != q.dtype or out.stride(2) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit q {tuple(q.shape)}")
     if config is None:
@@ -260,7 +250,7 @@ def prefill_attention(
     if num_tokens == 0:
         return out
     # every row leaves at most one block part empty, so this many blocks hold any division of the
-    # tokens into rows, and the rest holds the tokens of no row
+    # tokens into rows
     num_rows = lanes.shape[0]
     num_blocks = triton.cdiv(num_tokens, config.block_m // group) + num_rows
     _prefill_kernel[(num_blocks * num_kv_heads,)](
@@ -272,7 +262,6 @@ def prefill_attention(
         starts,
         cu_counts,
         out,
-        num_tokens,
         num_rows,
         q.stride(0),
         q.stride(1),

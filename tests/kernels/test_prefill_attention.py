@@ -53,6 +53,22 @@ def make_case(
     }
 
 
+def shifted(case: dict[str, Tensor], before: int, after: int) -> dict[str, Tensor]:
+    """The case with foreign tokens (NaN) around its rows, and an empty row at either end."""
+    q = case["q"]
+    wide = q.new_full((before + len(q) + after, *q.shape[1:]), float("nan"))
+    wide[before : before + len(q)] = q
+    cu = case["cu_counts"] + before
+    lanes = case["lanes"]
+    return {
+        **case,
+        "q": wide,
+        "lanes": torch.cat((lanes[:1], lanes, lanes[:1])),
+        "starts": torch.cat((ints([9]), case["starts"], ints([0]))),
+        "cu_counts": torch.cat((cu[:1], cu, cu[-1:])),
+    }
+
+
 def longest(rows: list[tuple[int, int]]) -> int:
     return max(count for _, count in rows)
 
@@ -79,6 +95,27 @@ def test_max_count_and_surplus_tokens_change_nothing(max_count: int) -> None:
     assert not got[53:].any()
     alone = {**case, "q": case["q"][:53]}
     assert torch.equal(got[:53], prefill_attention(**alone, max_count=max_count, scale=0.125))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (37, 5), (64, 130)])
+def test_rows_start_anywhere_and_other_tokens_stay_as_they_are(before: int, after: int) -> None:
+    case = make_case([(7, 30), (0, 2), (50, 21)], 6, 2, 64, torch.float16)
+    want = prefill_attention_ref(**case, scale=0.125)
+    wide = shifted(case, before, after)
+    out = torch.full_like(wide["q"], 7.0)
+    with no_sync():
+        prefill_attention(**wide, max_count=len(out), scale=0.125, out=out)
+    assert_close("out", want, out[before : before + 53])
+    assert bool((out[:before] == 7.0).all())
+    assert bool((out[before + 53 :] == 7.0).all())
+
+
+def test_only_padding_rows_write_nothing() -> None:
+    case = make_case([(0, 0), (4, 0)], 4, 2, 64, torch.float16, surplus=20)
+    case["cu_counts"] += 11
+    out = torch.full_like(case["q"], 7.0)
+    prefill_attention(**case, max_count=20, scale=0.125, out=out)
+    assert bool((out == 7.0).all())
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 16), (32, 32)], ids=str)
