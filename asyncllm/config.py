@@ -293,6 +293,10 @@ class Config:
         help="KV formats and attention kernels by name (LightLLM has dropped this option)",
     )  # fmt: skip
 
+    disable_cudagraph: bool = flag(
+        False, group=ATTENTION, help="launch every step kernel by kernel, without CUDA graphs"
+    )
+
     # --- operation
     check: bool = flag(
         False, group=OPERATION,

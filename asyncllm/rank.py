@@ -37,6 +37,7 @@ from asyncllm.config import Config, Resolved, cache_dir, cpu_count, resolve_limi
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
+from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.engine.parallel import Alone, Group, TensorParallel
 from asyncllm.errors import FatalError, StartupError
 from asyncllm.hub import resolve_model_dir
@@ -224,7 +225,8 @@ def _load_device(
         )
         device = make_device(engine, _num_threads(boot))
     with log.phase("warm up"):
-        warm_up(device, min(resolved.chunked_prefill_size, resolved.max_req_total_len // 2))
+        chunk = min(resolved.chunked_prefill_size, resolved.max_req_total_len // 2)
+        warm_up(device, chunk, graphs=not boot.config.disable_cudagraph)
     return device
 
 
@@ -249,7 +251,10 @@ def _scheduler(p: Parts) -> Actor[Any]:
 
 def _runner(p: Parts) -> Actor[Any]:
     assert p.device is not None
-    return Runner(p.device, reports=p.boot.endpoint == 0)
+    monitor = JitMonitor()
+    if p.boot.resolved.device == "cuda":
+        monitor.arm()
+    return Runner(p.device, reports=p.boot.endpoint == 0, jit_after_warmup=lambda: monitor.count)
 
 
 def _detokenizer(p: Parts) -> Actor[Any]:

@@ -66,6 +66,7 @@ OURS: dict[str, Any] = {
     "data_type": "auto",
     "chunked_prefill_size": None,
     "disable_dynamic_prompt_cache": False,
+    "disable_cudagraph": False,
     "max_waiting": 1024,
     "check": False,
     "drain_timeout": 30.0,

@@ -29,7 +29,8 @@ from asyncllm.models.weights import load
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_KV_BYTES = 4 << 30  # on CPU the K/V cache takes no more than this unless slots are given
-CUDA_RESERVE = 1 << 30  # context, cuBLAS work space, fragmentation
+GRAPH_DECODE_ROWS = 256
+CUDA_RESERVE = 2 << 30  # context, cuBLAS work space, graphs, fragmentation
 
 
 def build_model(
@@ -169,11 +170,15 @@ def make_device(engine: Engine, num_threads: int) -> CpuDevice | CudaDevice:
     return CpuDevice(engine, num_threads)
 
 
-def warm_up(device: CpuDevice | CudaDevice, num_tokens: int) -> None:
-    """Run each kind of step once, so that no first request pays for compilation.
+def warm_up(device: CpuDevice | CudaDevice, num_tokens: int, *, graphs: bool = True) -> None:
+    """Run each kind of step once, so that no first request pays for compilation; make CUDA graphs.
 
     Every rank must call this at the same time. Lane 0 and the first slots are used; they hold
     nothing yet.
+
+    Args:
+        num_tokens: of the longest chunk.
+        graphs: False: every step is launched kernel by kernel (--disable_cudagraph).
     """
     greedy = SamplingParams(temperature=0.0).pack()
     drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1).pack()
@@ -194,4 +199,7 @@ def warm_up(device: CpuDevice | CudaDevice, num_tokens: int) -> None:
             )
             device.launch(plan).wait()
             start += size
+    if isinstance(device, CudaDevice) and graphs:
+        # a whole chunk, with the decode rows that may come beside it
+        device.capture(num_tokens + GRAPH_DECODE_ROWS)
     gc.collect()

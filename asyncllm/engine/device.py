@@ -91,15 +91,33 @@ class CpuDevice:
 
 
 class CudaPending:
-    """A step on the stream, and the pinned memory its results will be in."""
+    """A step on the stream, and the pinned memory its results will be in.
 
-    def __init__(self, work: Work, host: HostOutputs, done: torch.cuda.Event) -> None:
-        self._work, self._host, self._done = work, host, done
+    Attributes:
+        gap_ms: after :meth:`wait`, how long the device had nothing to do before this step; None
+            where it was idle when the step was launched.
+    """
+
+    def __init__(self, work: Work, host: HostOutputs, span: Span, before: Span | None) -> None:
+        self._work, self._host, self._span, self._before = work, host, span, before
+        self.gap_ms: float | None = None
 
     def wait(self) -> StepDone:
         """Block, without the GIL, until the step is done. Raises on a CUDA error."""
-        self._done.synchronize()
+        self._span.end.synchronize()
+        if self._before is not None:
+            self.gap_ms = max(0.0, self._before.end.elapsed_time(self._span.begin))
+        self._span.over = True
         return step_done(self._work, self._host)
+
+
+@dataclass(slots=True)
+class Span:
+    """When a step ran, by events on its stream."""
+
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+    over: bool = False
 
 
 class CudaDevice:
@@ -109,27 +127,46 @@ class CudaDevice:
         self._engine = engine
         self._device = engine.model.device
         self._stream = torch.cuda.Stream(self._device)
+        self._last: Span | None = None
 
     def launch(self, plan: StepPlan) -> CudaPending:
+        before = self._last if self._last is not None and not self._last.over else None
         work = self._engine.prepare(plan)
+        span = Span(
+            torch.cuda.Event(enable_timing=True),
+            torch.cuda.Event(enable_timing=True, blocking=True),
+        )
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            out = self._engine.execute(work)
-            host = HostOutputs(
-                _to_host(out.tokens) if out.tokens is not None else None,
-                (_to_host(out.logprobs[0]), _to_host(out.logprobs[1]), _to_host(out.logprobs[2]))
-                if out.logprobs
-                else None,
-                [
-                    (s.row, _to_host(a), s.num_top, _to_host(b), _to_host(c))
-                    for s, a, b, c in out.scored
-                ],
-            )
-            done = torch.cuda.Event(blocking=True)
-            done.record(self._stream)
-        return CudaPending(work, host, done)
+            span.begin.record(self._stream)
+            host = _fetch(self._engine.execute(work))
+            span.end.record(self._stream)
+        self._last = span
+        return CudaPending(work, host, span, before)
+
+    def capture(self, most_tokens: int) -> None:
+        """Make the engine's CUDA graphs; start-up only."""
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._engine.capture(self._stream, most_tokens)
+        self._stream.synchronize()
 
     def close(self) -> None:
-        """Nothing to stop: the process is going, and a hung device must not hang it."""
+        """Free the graphs, which must go before the collectives that they hold."""
+        if self._engine.graphs is not None:
+            self._engine.graphs.close()
+
+
+def _fetch(out: Outputs) -> HostOutputs:
+    """Queue the copies to the host."""
+    tokens = None if out.tokens is None else _to_host(out.tokens)
+    logprobs = None
+    if out.logprobs is not None:
+        chosen, ids, values = out.logprobs
+        logprobs = _to_host(chosen), _to_host(ids), _to_host(values)
+    scored = [
+        (s.row, _to_host(chosen), s.num_top, _to_host(ids), _to_host(values))
+        for s, chosen, ids, values in out.scored
+    ]
+    return HostOutputs(tokens, logprobs, scored)
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -14,17 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asyncllm.engine.graphs import Bucket, Graphs
 from asyncllm.engine.lanes import Choice, LaneTable, Scored
 from asyncllm.engine.parallel import Group
 from asyncllm.engine.sampling import Knobs, Penalties, log_probs, penalize, sample
-from asyncllm.engine.staging import Rows, Uploader, unpack
+from asyncllm.engine.staging import Columns, Rows, Uploader, unpack
 from asyncllm.messages import StepPlan
-from asyncllm.models.layers import Batch
+from asyncllm.models.layers import Batch, HostRows
 from asyncllm.models.llama import Decoder
 
 LOGIT_ROWS = 256  # prompt log-probabilities: rows of logits that exist at a time
 
-Columns = dict[str, NDArray[np.int32] | NDArray[np.float32]]
+
+ScoredTensors = tuple[Scored, Tensor, Tensor, Tensor]  # chosen, top ids, top values
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class Work:
 
     step: int
     rows: Rows
+    bucket: Bucket | None  # the graph that runs it; None: eager
     choice: Choice
     scored: list[Scored]
     columns: Columns
@@ -46,7 +49,7 @@ class Outputs:
 
     tokens: Tensor | None  # [n] int32; None on ranks that do not report or where no row samples
     logprobs: tuple[Tensor, Tensor, Tensor] | None  # chosen, top ids, top values
-    scored: list[tuple[Scored, Tensor, Tensor, Tensor]]
+    scored: list[ScoredTensors]
 
 
 class Engine:
@@ -77,11 +80,30 @@ class Engine:
             (_zeros(shape, model.dtype, device), _zeros(shape, model.dtype, device))
             for _ in range(model.spec.num_layers)
         ]
-        self.table = _zeros((num_lanes, max_len), torch.int32, device)
-        self.history = _zeros((num_lanes, max_len), torch.int32, device)
-        self.last_token = _zeros((num_lanes,), torch.int64, device)
+        # one lane more than requests can have: padding writes there
+        self.table = _zeros((num_lanes + 1, max_len), torch.int32, device)
+        self.history = _zeros((num_lanes + 1, max_len), torch.int32, device)
+        self.last_token = _zeros((num_lanes + 1,), torch.int64, device)
+        self.num_lanes = num_lanes
         self.lanes = LaneTable(num_lanes, model.spec.vocab_size, eos_ids)
+        self.graphs: Graphs | None = None
         self._uploader = Uploader(device)
+
+    def capture(self, stream: torch.cuda.Stream, most_tokens: int) -> None:
+        """Make CUDA graphs for decode steps, and for mixed steps up to ``most_tokens`` tokens.
+
+        Every rank must call this at the same time, while no step is in flight.
+        """
+        graphs = Graphs(
+            self._forward,
+            self._uploader,
+            most_rows=self.num_lanes,
+            most_tokens=most_tokens,
+            dump_lane=self.num_lanes,
+            dump_slot=self.num_slots,
+        )
+        graphs.capture(stream)
+        self.graphs = graphs
 
     def prepare(self, plan: StepPlan) -> Work:
         """Read ``plan``; host work only. Plans must come in order: lanes are opened here."""
@@ -93,20 +115,10 @@ class Engine:
         self.lanes.open(plan)
         rows = unpack(plan, self.max_len)
         choice, scored = self.lanes.choice(rows), self.lanes.scores(rows)
-        columns: Columns = {
-            "tokens": rows.tokens,
-            "positions": rows.positions,
-            "token_lanes": rows.token_lanes,
-            "slots": rows.slots,
-            "writes": rows.writes,
-            "write_slots": rows.write_slots,
-            "lanes": rows.lanes,
-            "starts": rows.starts,
-            "lens": rows.starts + rows.counts,
-            "cu_counts": rows.cu[rows.num_decode :] - rows.num_decode,
-            "logit_rows": rows.cu[1:][rows.samples] - 1,
-            "sampled_lanes": rows.lanes[rows.samples],
-        }
+        bucket = self.graphs.pick(rows) if self.graphs else None
+        columns = self._row_columns(rows, bucket)
+        columns["logit_rows"] = rows.cu[1:][rows.samples] - 1
+        columns["sampled_lanes"] = rows.lanes[rows.samples]
         if not choice.all_greedy:
             columns |= {
                 "temperature": choice.temperature,
@@ -122,7 +134,7 @@ class Engine:
         penalty_len = self._penalty_columns(rows, choice, columns)
         for i, part in enumerate(scored):
             columns[f"targets{i}"] = part.targets
-        return Work(plan.step, rows, choice, scored, columns, history, penalty_len)
+        return Work(plan.step, rows, bucket, choice, scored, columns, history, penalty_len)
 
     @torch.inference_mode()
     def execute(self, work: Work) -> Outputs:
@@ -132,18 +144,83 @@ class Engine:
             column = self._uploader.upload({"known": known})["known"]
             self.history[lane, : len(known)] = column
         d = self._uploader.upload(work.columns)
-        self.table.view(-1).index_copy_(0, d["writes"].long(), d["write_slots"])
-        carried = self.last_token[d["token_lanes"].long()]
-        tokens = torch.where(d["tokens"] < 0, carried, d["tokens"])
+        if "writes" in d:
+            self.table.view(-1).index_copy_(0, d["writes"].long(), d["write_slots"])
         if work.penalty_len:
-            flat = d["token_lanes"].long() * self.max_len + d["positions"].long()
-            self.history.view(-1).index_copy_(0, flat, tokens.int())
-        hidden = self.model.forward(self._batch(rows, d, tokens), self.kv)
+            self._remember(d, len(rows.tokens))
+        if work.bucket is not None:
+            assert self.graphs is not None
+            hidden = self.graphs.replay(work.bucket)
+        else:
+            hidden = self._forward(d, None, rows)
         scored = [self._score(hidden, s, d[f"targets{i}"]) for i, s in enumerate(work.scored)]
-        if not len(work.choice.temperature):
+        num_sampled = len(work.choice.temperature)
+        if not num_sampled:
             return Outputs(None, None, scored)
-        logits = self.model.logits(hidden[d["logit_rows"].long()])
-        return self._choose(logits, work, d, scored)
+        every = num_sampled == len(rows.tokens)  # a decode step: no need to pick
+        last = hidden[:num_sampled] if every else hidden[d["logit_rows"].long()]
+        return self._choose(self.model.logits(last), work, d, scored)
+
+    def _row_columns(self, rows: Rows, bucket: Bucket | None) -> Columns:
+        """What the decoder needs; in the fixed shapes of ``bucket`` where there is one."""
+        columns: Columns
+        if bucket is not None:
+            assert self.graphs is not None
+            columns = self.graphs.columns(rows, bucket)
+        else:
+            nd = rows.num_decode
+            columns = {
+                "tokens": rows.tokens,
+                "token_lanes": rows.token_lanes,
+                "positions": rows.positions,
+                "slots": rows.slots,
+                "decode_lanes": rows.lanes[:nd],
+                "decode_lens": rows.starts[:nd] + 1,
+                "prefill_lanes": rows.lanes[nd:],
+                "prefill_starts": rows.starts[nd:],
+                "prefill_cu": rows.cu[nd:],
+            }
+        if rows.has_heads:
+            columns |= {"writes": rows.writes, "write_slots": rows.write_slots}
+        return columns
+
+    def _forward(
+        self, d: dict[str, Tensor], bucket: Bucket | None, rows: Rows | None = None
+    ) -> Tensor:
+        """The decoder on a step's columns; what a graph captures, so without any host decision."""
+        where = d["token_lanes"].long() * self.max_len + d["positions"].long()
+        self.table.view(-1).index_copy_(0, where, d["slots"])
+        host, max_count = None, bucket.num_tokens if bucket else 0
+        if rows is not None:
+            rest = rows.counts[rows.num_decode :]
+            max_count = int(rest.max()) if len(rest) else 0
+            columns = (rows.lanes, rows.starts, rows.counts)
+            host = HostRows(*(list(map(int, column)) for column in columns))
+        batch = Batch(
+            tokens=self._known(d),
+            positions=d["positions"],
+            slots=d["slots"],
+            table=self.table,
+            decode_lanes=d["decode_lanes"],
+            decode_lens=d["decode_lens"],
+            prefill_lanes=d["prefill_lanes"],
+            prefill_starts=d["prefill_starts"],
+            prefill_cu=d["prefill_cu"],
+            max_count=max_count,
+            host=host,
+        )
+        return self.model.forward(batch, self.kv)
+
+    def _known(self, d: dict[str, Tensor]) -> Tensor:
+        """The step's tokens, those that the host does not know yet taken from their lanes."""
+        carried = self.last_token[d["token_lanes"].long()]
+        return torch.where(d["tokens"] < 0, carried, d["tokens"].long())
+
+    def _remember(self, d: dict[str, Tensor], num_tokens: int) -> None:
+        """Write the step's tokens into the history that penalties read."""
+        where = d["token_lanes"].long() * self.max_len + d["positions"].long()
+        tokens = self._known(d).int()
+        self.history.view(-1).index_copy_(0, where[:num_tokens], tokens[:num_tokens])
 
     def _choose(
         self,
@@ -209,25 +286,6 @@ class Engine:
             pieces.append(log_probs(logits, some, part.num_top))
         chosen, ids, top = (torch.cat(column) for column in zip(*pieces, strict=True))
         return part, chosen, ids, top
-
-    def _batch(self, rows: Rows, d: dict[str, Tensor], tokens: Tensor) -> Batch:
-        rest = rows.counts[rows.num_decode :]
-        return Batch(
-            tokens=tokens,
-            positions=d["positions"],
-            slots=d["slots"],
-            table=self.table,
-            lanes=d["lanes"],
-            starts=d["starts"],
-            lens=d["lens"],
-            cu_counts=d["cu_counts"],
-            num_decode=rows.num_decode,
-            num_rows=len(rows.lanes),
-            max_count=int(rest.max()) if len(rest) else 0,
-            host_lanes=list(map(int, rows.lanes)),
-            host_starts=list(map(int, rows.starts)),
-            host_counts=list(map(int, rows.counts)),
-        )
 
     def _penalty_columns(self, rows: Rows, choice: Choice, columns: Columns) -> int:
         if not choice.penalized:

@@ -44,14 +44,15 @@ class TorchOps:
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
     ) -> Tensor:
         out = torch.empty_like(q)
-        decode = batch.num_decode
+        host, decode = batch.host, batch.decode_lanes.shape[0]
+        assert host is not None
         if decode:
             self._decode(q[:decode], out[:decode], k_cache, v_cache, batch, scale)
         token = decode
-        for row in range(decode, batch.num_rows):
-            count, start = batch.host_counts[row], batch.host_starts[row]
+        for row in range(decode, len(host.lanes)):
+            count, start = host.counts[row], host.starts[row]
             part = slice(token, token + count)
-            slots = batch.table[batch.host_lanes[row], : start + count].long()
+            slots = batch.table[host.lanes[row], : start + count].long()
             out[part] = _extend(q[part], k_cache[slots], v_cache[slots], start, scale)
             token += count
         return out.flatten(1)
@@ -61,11 +62,12 @@ class TorchOps:
     ) -> None:
         """One-token rows together: the query heads of a KV head act as its queries."""
         rows, (kv_heads, dim) = q.shape[0], k_cache.shape[1:]
-        max_len = max(batch.host_starts[:rows]) + 1
-        slots = batch.table[batch.lanes[:rows].long(), :max_len].flatten().long()
+        assert batch.host is not None
+        max_len = max(batch.host.starts[:rows]) + 1
+        slots = batch.table[batch.decode_lanes.long(), :max_len].flatten().long()
         k = k_cache.flatten(1).index_select(0, slots).view(rows, max_len, kv_heads, dim)
         v = v_cache.flatten(1).index_select(0, slots).view(rows, max_len, kv_heads, dim)
-        mask = torch.arange(max_len) < batch.lens[:rows, None]
+        mask = torch.arange(max_len) < batch.decode_lens[:, None]
         attended = scaled_dot_product_attention(
             q.view(rows, kv_heads, -1, dim),
             k.transpose(1, 2),

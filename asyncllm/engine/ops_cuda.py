@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from asyncllm.kernels.decode_attention import decode_attention
+from asyncllm.kernels.decode_attention import decode_attention, plan_decode
 from asyncllm.kernels.prefill_attention import prefill_attention
 from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from asyncllm.kernels.rope_kv import rope_kv
@@ -38,29 +38,33 @@ class TritonOps:
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
     ) -> Tensor:
         out = q.new_empty(q.shape)
-        decode = batch.num_decode
-        if decode:
+        num_decode = batch.decode_lanes.shape[0]
+        if num_decode:
+            lanes, lens = batch.decode_lanes, batch.decode_lens
+            if batch.plan is None:
+                batch.plan = plan_decode(lanes, lens, q.shape[1], k_cache)
             decode_attention(
-                q[:decode],
+                q[:num_decode],
                 k_cache,
                 v_cache,
                 batch.table,
-                batch.lanes[:decode],
-                batch.lens[:decode],
+                lanes,
+                lens,
                 scale,
-                out=out[:decode],
+                plan=batch.plan,
+                out=out[:num_decode],
             )
-        if batch.max_count:
+        if batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may lie over these
             prefill_attention(
-                q[decode:],
+                q,
                 k_cache,
                 v_cache,
                 batch.table,
-                batch.lanes[decode:],
-                batch.starts[decode:],
-                batch.cu_counts,
+                batch.prefill_lanes,
+                batch.prefill_starts,
+                batch.prefill_cu,
                 batch.max_count,
                 scale,
-                out=out[decode:],
+                out=out,
             )
         return out.flatten(1)

@@ -15,7 +15,9 @@ from torch import Tensor
 from asyncllm.messages import StepPlan
 
 I32 = NDArray[np.int32]
+Columns = dict[str, NDArray[np.int32] | NDArray[np.float32]]
 RING = 4  # staging buffers: more than steps in flight on any rank
+FIXED_WORDS = 1 << 20  # int32 words of the place on the device; steps with more are eager
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class Rows:
     slots: I32  # [num_tokens]
     writes: I32  # flat table indices (lane * max_len + position)
     write_slots: I32
+    has_heads: bool  # some writes are of cached tokens, beside those of the new ones
     cu: I32  # [num_rows + 1] prefix sums of counts
     samples: NDArray[np.bool_]  # [num_rows]
 
@@ -74,6 +77,7 @@ def unpack(plan: StepPlan, max_len: int) -> Rows:
         slots=new_slots,
         writes=writes,
         write_slots=slots,
+        has_heads=len(slots) > len(new_slots),
         cu=cu,
         samples=np.frombuffer(plan.samples, np.uint8).astype(bool),
     )
@@ -82,45 +86,45 @@ def unpack(plan: StepPlan, max_len: int) -> Rows:
 class Uploader:
     """Many small host columns to the device in one copy.
 
-    On CUDA the pinned buffer of a step is not touched again before that step is done: there are
-    more buffers than steps in flight, and a buffer still in use is waited for.
+    On CUDA they go through pinned memory, a buffer of which is not touched again before its step
+    is done, into one fixed place on the device: a CUDA graph finds its columns, which come first
+    and have the sizes of its bucket, at the addresses that it was captured with. The next step's
+    copy is behind this step in the stream, so the place can be used again.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
         self._device = device
+        self._place = torch.empty(
+            FIXED_WORDS if self._cuda else 0, dtype=torch.int32, device=device
+        )
         self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.int32) for _ in range(RING)]
         self._events: list[torch.cuda.Event | None] = [None] * RING
         self._turn = 0
 
-    def upload(
-        self, columns: dict[str, NDArray[np.int32] | NDArray[np.float32]]
-    ) -> dict[str, Tensor]:
+    def upload(self, columns: Columns) -> dict[str, Tensor]:
         """Device tensors of the same dtypes and shapes (int32 or float32)."""
-        flat = [c.reshape(-1).view(np.int32) for c in columns.values()]
-        sizes = [-(-len(c) // 4) * 4 for c in flat]  # 16-byte alignment keeps loads wide
+        # 16-byte alignment keeps loads wide
+        sizes = [-(-column.size // 4) * 4 for column in columns.values()]
         total = sum(sizes)
         host = self._next(total)
         view = host.numpy()
         at = 0
-        for words, size in zip(flat, sizes, strict=True):
-            view[at : at + len(words)] = words
+        for column, size in zip(columns.values(), sizes, strict=True):
+            view[at : at + column.size] = column.reshape(-1).view(np.int32)
             at += size
         device = host[:total]
-        if self._device.type == "cuda":
-            device = device.to(self._device, non_blocking=True)
+        if self._cuda:
+            fits = total <= FIXED_WORDS
+            place = self._place[:total] if fits else torch.empty_like(device, device=self._device)
+            device = place.copy_(device, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._events[self._turn] = event
-        out: dict[str, Tensor] = {}
-        at = 0
-        for (name, column), size in zip(columns.items(), sizes, strict=True):
-            part = device[at : at + column.size].view(column.shape)
-            out[name] = part.view(torch.float32) if column.dtype == np.float32 else part
-            at += size
-        return out
+        return split(device, columns)
 
     def _next(self, size: int) -> Tensor:
-        if self._device.type != "cuda":
+        if not self._cuda:
             return torch.empty(size, dtype=torch.int32)
         self._turn = (self._turn + 1) % RING
         event = self._events[self._turn]
@@ -130,3 +134,14 @@ class Uploader:
             room = max(4096, 2 * size)
             self._buffers[self._turn] = torch.empty(room, dtype=torch.int32, pin_memory=True)
         return self._buffers[self._turn]
+
+
+def split(device: Tensor, columns: Columns) -> dict[str, Tensor]:
+    """Views of ``device`` in the order, shapes and dtypes of ``columns``."""
+    out: dict[str, Tensor] = {}
+    at = 0
+    for name, column in columns.items():
+        part = device[at : at + column.size].view(column.shape)
+        out[name] = part.view(torch.float32) if column.dtype == np.float32 else part
+        at += -(-column.size // 4) * 4
+    return out

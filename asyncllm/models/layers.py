@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,26 +17,34 @@ from asyncllm.models.spec import Rope
 
 @dataclass(slots=True)
 class Batch:
-    """One step on the device: ``num_tokens`` new tokens in ``num_rows`` rows.
+    """One step on the device: rows of new tokens, one-token rows first.
 
-    Rows [0, num_decode) have one new token each; the others follow with their tokens in a run.
-    Every tensor is int32 on the model's device unless said otherwise.
+    Every tensor is int32 on the model's device unless said otherwise. In a CUDA graph the shapes
+    are those of a bucket and the rest is padding: padded decode rows have length 0, padded prefill
+    rows no tokens, and padded tokens write K and V to a slot that nobody reads.
     """
 
     tokens: Tensor  # [num_tokens] int64, all known by now
     positions: Tensor  # [num_tokens]
     slots: Tensor  # [num_tokens] where the new tokens' K and V go
-    table: Tensor  # [num_lanes, max_len] slot of every position of every lane
-    lanes: Tensor  # [num_rows]
-    starts: Tensor  # [num_rows] position of a row's first new token
-    lens: Tensor  # [num_rows] tokens a row attends to, new ones included
-    cu_counts: Tensor  # [num_rows - num_decode + 1] prefix sums over the rows after the decode rows
-    num_decode: int
-    num_rows: int
-    max_count: int  # largest count of the rows after the decode rows, 0 if there are none
-    host_lanes: list[int]  # the same as lanes, starts, counts, for operators that run on the host
-    host_starts: list[int]
-    host_counts: list[int]
+    table: Tensor  # [num_lanes + 1, max_len] slot of every position of every lane
+    decode_lanes: Tensor  # [num_decode] rows of one new token: row i is token i
+    decode_lens: Tensor  # [num_decode] tokens a row attends to, the new one included
+    prefill_lanes: Tensor  # [num_prefill] the other rows
+    prefill_starts: Tensor  # [num_prefill] position of the first new token
+    prefill_cu: Tensor  # [num_prefill + 1] row i is tokens [cu[i], cu[i + 1])
+    max_count: int  # about the most new tokens of a prefill row
+    host: HostRows | None = None  # for operators that run on the host
+    plan: Any = None  # what the attention operator works out once for all layers
+
+
+@dataclass(slots=True)
+class HostRows:
+    """The rows of a batch on the host."""
+
+    lanes: list[int]
+    starts: list[int]
+    counts: list[int]
 
 
 class Ops(Protocol):
