@@ -28,6 +28,7 @@ from asyncllm.errors import StartupError
 
 PR_SET_PDEATHSIG = 1
 EXIT_GRACE_S = 5.0
+KILLED_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +92,17 @@ class Children:
     def start(self, boot: Boot, num_threads: int) -> None:
         """Start a child and tell it ``boot`` on its standard input."""
         fds = (boot.listen_fd,) if boot.listen_fd >= 0 else ()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "asyncllm.rank"],
-            stdin=subprocess.PIPE,
-            pass_fds=fds,
-            env=child_environment(OMP_NUM_THREADS=str(num_threads)),
-        )
+        # it inherits the mask: a Ctrl-C that reaches the whole group is for rank 0 alone
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "asyncllm.rank"],
+                stdin=subprocess.PIPE,
+                pass_fds=fds,
+                env=child_environment(OMP_NUM_THREADS=str(num_threads)),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is seen below
             process.stdin.write(boot.to_json().encode())
@@ -118,21 +124,26 @@ class Children:
     async def close(self, grace_s: float = EXIT_GRACE_S) -> None:
         """Wait for the children to end; kill those that do not."""
         self._leaving = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                await self._empty.wait()
+        await self.wait(grace_s)
+        for name, _ in self._running.values():
+            log.warning("%s did not end by itself and is killed", name)
         self.kill()
 
+    async def wait(self, seconds: float) -> None:
+        """Until all have ended, at most ``seconds``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._empty.wait()
+
     def kill(self) -> None:
-        """End every child at once."""
+        """End every child at once. Any thread may call it, whatever the loop does."""
         self._leaving = True
-        for pidfd, (name, process) in self._running.items():
-            log.warning("%s did not end by itself and is killed", name)
-            self._loop.remove_reader(pidfd)
-            os.close(pidfd)
+        processes = [process for _, process in self._running.values()]
+        for process in processes:
             process.kill()
-            process.wait()
-        self._running.clear()
+        for process in processes:  # one that hangs in a driver is left to the kernel
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILLED_S)
 
 
 def die_with_parent(parent: int) -> None:

@@ -6,6 +6,7 @@ The placement table says which actors live where; nothing else here knows what t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -30,10 +31,10 @@ from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
-from asyncllm.actors.watchdog import Duty, Watchdog
+from asyncllm.actors.watchdog import EXIT_HUNG, Duty, Means, Watchdog, dump_stacks
 from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
-from asyncllm.config import Config, Resolved, cache_dir, cpu_count, resolve_limits
+from asyncllm.config import FLAGS, Config, Resolved, cache_dir, cpu_count, resolve_limits
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
@@ -55,6 +56,8 @@ from asyncllm.models.registry import check_architecture
 from asyncllm.models.spec import ModelSpec
 from asyncllm.text import Mode, Text, load_tokenizer
 
+EXIT_STARTUP = 2
+CULPRIT_S = 1.0
 SWITCH_INTERVAL_S = 0.0005  # a helper thread that needs the GIL must not hold the loop for 5 ms
 
 logger = logging.getLogger(__name__)
@@ -81,15 +84,16 @@ def serve(config: Config) -> int:
     Raises:
         StartupError: it cannot start as configured.
     """
-    sock = bind_http(config.host, config.port)  # a busy port is an error before any download
-    wires = Wires(config.zmq_mode, config.tp + config.httpserver_workers - 1)
-    try:
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
         model_dir = resolve_model_dir(config.model_dir, cache_dir())
         spec = ModelSpec.from_dir(model_dir)
         check_architecture(spec.architecture)
         resolved = _resolve(config, spec, model_dir)
         for note in resolved.notes:
             logger.info("%s", note)
+        wires = Wires(config.zmq_mode, config.tp + config.httpserver_workers - 1)
+        stack.callback(wires.close)
         boot = Boot(
             endpoint=0,
             endpoints=wires.addresses,
@@ -103,9 +107,6 @@ def serve(config: Config) -> int:
         if config.check:
             return _check(boot, spec)
         return uvloop.run(_Server(boot, spec, wires).run())
-    finally:
-        wires.close()
-        sock.close()
 
 
 def _resolve(config: Config, spec: ModelSpec, model_dir: Path) -> Resolved:
@@ -129,19 +130,41 @@ def _resolve(config: Config, spec: ModelSpec, model_dir: Path) -> Resolved:
 
 def _check(boot: Boot, spec: ModelSpec) -> int:
     """``--check``: what would be started, on standard output."""
-    plan = _memory(boot, spec)
+    plan, config = _memory(boot, spec), boot.config
     resolved = boot.resolved.with_slots(plan.num_slots)
-    lines = [f"{name} = {getattr(boot.config, name)!r}" for name in boot.config.__slots__]
-    lines += [f"resolved {name} = {getattr(resolved, name)!r}" for name in resolved.__slots__]
-    lines.append(
-        f"model = {boot.model_dir} ({spec.architecture}, {spec.num_parameters():,} weights)"
-    )
-    lines.append(plan.text(resolved.max_req_total_len))
-    lines.append(f"ports: HTTP {boot.config.host}:{boot.config.port}")
+    ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
+    if resolved.device == "cpu":
+        ranks += f", {_num_threads(boot)} threads each"
+    ports = [f"HTTP {config.host}:{config.port}"]
     if boot.rendezvous:
-        lines.append(f"ports: torch.distributed {boot.rendezvous}")
+        ports.append(f"torch.distributed {boot.rendezvous}")
+    limits = (
+        "max_req_total_len", "running_max_req_size", "batch_max_tokens", "chunked_prefill_size",
+        "eos_ids",
+    )  # fmt: skip
+    lines = [
+        f"model: {boot.model_dir}, {spec.architecture}, {spec.num_parameters():,} weights",
+        f"served as: {', '.join(resolved.served_names)}",
+        f"device: {resolved.device}, {resolved.dtype}, {ranks}; {config.httpserver_workers} for HTTP",
+        plan.text(resolved.max_req_total_len),
+        f"ports: {', '.join(ports + [a for a in boot.endpoints if a.startswith('tcp')])}",
+        *(f"note: {note}" for note in resolved.notes),
+        "limits:",
+        *(f"  {name} = {getattr(resolved, name)}" for name in limits),
+    ]
+    for title, given in (("options given:", True), ("options by default:", False)):
+        names = [n for n in FLAGS if (n in config.explicit) == given]
+        lines += [title, *(f"  {name} = {_shown(getattr(config, name))}" for name in names)]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "-" if value is None else str(value)
 
 
 def _memory(boot: Boot, spec: ModelSpec) -> MemoryPlan:
@@ -268,7 +291,7 @@ def _tokenizer(p: Parts) -> Actor[Any]:
     return Tokenizer(p.text, limit=limit, vocab_size=p.spec.vocab_size)
 
 
-def _frontend(p: Parts) -> Actor[Any]:
+def _frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
     assert p.text is not None
     config, resolved, text = p.boot.config, p.boot.resolved, p.text
     pieces = text.pieces
@@ -292,6 +315,7 @@ def _frontend(p: Parts) -> Actor[Any]:
         limits=Limits(
             max_live=-(-(resolved.running_max_req_size + config.max_waiting) // num_frontends)
         ),
+        on_open=on_open,
     )
 
 
@@ -332,21 +356,43 @@ class _Server:
             for endpoint in range(1, self._boot.config.tp):
                 self._start_child(endpoint)
         try:
-            parts = await loop.run_in_executor(None, load_parts, self._boot, self._spec)
+            parts = await self._load()
             if leads and self._boot.listen_fd >= 0:
                 self._start_workers(parts)
             await self._run_actors(parts)
         except FatalError as error:
+            await self._wait_for_culprit()
             logger.critical("%s ends: %s", self._boot.name, error)
             self._abandon(1)
         except StartupError:
-            if self._children:
-                self._children.kill()
+            self._stop_children()
             raise
         if self._children:
             await self._children.close()
         parts.group.close()
         return 0
+
+    async def _load(self) -> Parts:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(None, load_parts, self._boot, self._spec)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise StartupError(
+                f"out of memory while loading: {error} (--mem_fraction, --max_total_token_num, --tp)"
+            ) from None
+        except RuntimeError:
+            await self._wait_for_culprit()
+            raise
+
+    async def _wait_for_culprit(self) -> None:
+        """A collective also fails because a child died; ``_child_died`` then has the reason."""
+        if self._children:
+            await self._children.wait(CULPRIT_S)
+        self._stop_children()
+
+    def _stop_children(self) -> None:
+        if self._children:
+            self._children.kill()
 
     def _start_child(self, endpoint: int, **changes: Any) -> None:
         assert self._children is not None
@@ -367,7 +413,8 @@ class _Server:
         boot = parts.boot
         system = ActorSystem(boot.endpoint, list(boot.endpoints) or None)
         self._system = system
-        for actor in place(parts, self._ready):
+        means = Means(exit=self._abandon)
+        for actor in place(parts, means, self._ready if boot.endpoint == 0 else lambda: None):
             system.add(actor)
         gc.collect()
         gc.freeze()  # a full collection over what start-up made would stop the loop for 100 ms
@@ -398,15 +445,16 @@ class _Server:
 
     def _child_died(self, name: str, code: int) -> None:
         """The server is one: what remains of it cannot serve."""
-        if self._system is not None and self._system.over:
-            return  # it was told to end, or we are ending because of something else
+        if code == 0 and self._system is not None and self._system.over:
+            return  # it was told to end
         logger.critical("%s ended with exit code %d: stopping the server", name, code)
-        self._abandon(2 if code == 2 and self._system is None else 1)
+        if code == EXIT_HUNG:
+            dump_stacks()  # a collective hangs everywhere; this may be the side that shows why
+        self._abandon(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1)
 
     def _abandon(self, code: int) -> NoReturn:
-        """Leave at once: other threads may hang in a collective or on a device."""
-        if self._children:
-            self._children.kill()
+        """Leave at once: other threads may hang in a collective or on a device. From any thread."""
+        self._stop_children()
         if self._wires:
             self._wires.close()
         sys.stdout.flush()
@@ -414,8 +462,13 @@ class _Server:
         os._exit(code)
 
 
-def place(parts: Parts, on_ready: Callable[[], None]) -> list[Actor[Any]]:
-    """The actors of this process, in order of start."""
+def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[Actor[Any]]:
+    """The actors of this process, in order of start.
+
+    Args:
+        means: how the watchdog ends the process.
+        on_open: called when this process has begun to serve HTTP.
+    """
     boot = parts.boot
     config, resolved = boot.config, boot.resolved
     made: dict[str, Actor[Any]] = {}
@@ -425,7 +478,7 @@ def place(parts: Parts, on_ready: Callable[[], None]) -> list[Actor[Any]]:
         "runner": _runner,
         "detokenizer": _detokenizer,
         "tokenizer": _tokenizer,
-        "frontend": _frontend,
+        "frontend": lambda p: _frontend(p, on_open),
     }
     for name in PLACEMENT[role(boot.endpoint, config.tp)]:
         if name != "watchdog":
@@ -439,16 +492,17 @@ def place(parts: Parts, on_ready: Callable[[], None]) -> list[Actor[Any]]:
         model_name=resolved.served_names[0],
         max_len=resolved.max_req_total_len,
         step_timeout_s=config.step_timeout,
-        on_ready=on_ready,
     )
     if isinstance(runner, Runner):
-        duty = replace(duty, busy_since=runner.busy_since)
-    return [*made.values(), Watchdog(duty)]
+        duty = replace(duty, busy_since=runner.busy_since, in_flight=runner.in_flight)
+    return [*made.values(), Watchdog(duty, means)]
 
 
 def main() -> int:
     """Entry of a child process: its ``Boot`` comes on standard input."""
-    boot = Boot.from_json(sys.stdin.read())
+    if not (text := sys.stdin.read()):
+        return 1  # rank 0 has gone already
+    boot = Boot.from_json(text)
     die_with_parent(boot.parent)
     log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))
     try:
@@ -456,7 +510,7 @@ def main() -> int:
         return uvloop.run(_Server(boot, spec, None).run())
     except StartupError as error:
         logger.critical("%s cannot start: %s", boot.name, error)
-        return 2
+        return EXIT_STARTUP
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from asyncllm.rank import PLACEMENT, role
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "asyncllm"
 
@@ -38,6 +40,12 @@ BANNED_METHODS = {  # all of them pickle
     "broadcast_object_list",
     "send_object_list",
     "recv_object_list",
+}
+BROAD_ALLOWED = {  # supervision: whatever an actor, a step or a request raises ends in one place
+    "actors/base.py": {"Exception"},
+    "actors/system.py": {"Exception"},
+    "actors/runner.py": {"BaseException"},
+    "actors/http.py": {"Exception"},
 }
 # (file, function): start-up code, never on the serving path
 SYNC_ALLOWED = {
@@ -197,6 +205,19 @@ def references(module: Module) -> Iterator[str]:
         yield "no function *_ref"
 
 
+def broad_excepts(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        for kind in caught:
+            name = "BaseException" if kind is None else module.dotted(kind).split(".")[-1]
+            if name not in {"Exception", "BaseException"}:
+                continue
+            if name not in BROAD_ALLOWED.get(module.path, ()):
+                yield f"line {node.lineno}: catches every {name}"
+
+
 RULES: list[Callable[[Module], Iterator[str]]] = [
     size,
     layers,
@@ -205,6 +226,7 @@ RULES: list[Callable[[Module], Iterator[str]]] = [
     environment,
     sync_calls,
     references,
+    broad_excepts,
 ]
 
 
@@ -249,6 +271,42 @@ def test_message_tags_are_unique() -> None:
     found = [pair for module in sources() for pair in tags(module)]
     assert len(found) > 20
     assert taken_twice(found) == []
+
+
+def actors_of(modules: list[Module]) -> dict[str, str]:
+    """Class -> actor's name, for each subclass of Actor in actors/."""
+    found = {}
+    for module in modules:
+        for node in ast.walk(module.tree) if module.layer == "actors" else ():
+            if isinstance(node, ast.ClassDef) and any(_is_actor(base) for base in node.bases):
+                found[node.name] = module.path.removeprefix("actors/").removesuffix(".py")
+    return found
+
+
+def _is_actor(base: ast.expr) -> bool:
+    base = base.value if isinstance(base, ast.Subscript) else base
+    return isinstance(base, ast.Name) and base.id == "Actor"
+
+
+def test_the_placement_table_covers_every_actor() -> None:
+    found = actors_of(sources())
+    assert len(found) >= 7
+    assert set(found.values()) == {name for row in PLACEMENT.values() for name in row}
+    for endpoint, tp, row in (
+        (0, 1, "leader"),
+        (0, 2, "leader"),
+        (1, 2, "follower"),
+        (2, 2, "http"),
+    ):
+        assert role(endpoint, tp) == row
+
+
+def test_actors_are_seen() -> None:
+    text = "class A(Actor[int]): pass\nclass B(Actor): pass\nclass C(list[int]): pass"
+    assert actors_of([Module("actors/x.py", text), Module("core/y.py", text)]) == {
+        "A": "x",
+        "B": "x",
+    }
 
 
 def test_every_kernel_has_a_test_file() -> None:
@@ -319,6 +377,10 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
     (sync_calls, "kernels/x.py", "def f(t):\n    return g(t.cpu())"),
     (sync_calls, "actors/x.py", "class A:\n    def f(self, t):\n        return t[0].item()"),
     (references, "kernels/x.py", "def x():\n    pass"),
+    (broad_excepts, "core/x.py", "try:\n    f()\nexcept Exception:\n    pass"),
+    (broad_excepts, "rank.py", "try:\n    f()\nexcept (OSError, Exception) as e:\n    pass"),
+    (broad_excepts, "actors/system.py", "try:\n    f()\nexcept:\n    pass"),
+    (broad_excepts, "actors/runner.py", "try:\n    f()\nexcept Exception:\n    pass"),
 ]
 
 
@@ -336,6 +398,8 @@ GOOD: list[tuple[str, str]] = [
     ("rank.py", "import uvloop\nfrom asyncllm.actors.system import ActorSystem"),
     ("config.py", "import os\nos.environ['A']\nos.getenv('B')"),
     ("engine/x.py", "model.eval()\nevent.synchronize()\ndevice.load(plan)\npprint(1)"),
+    ("actors/base.py", "try:\n    f()\nexcept Exception:\n    pass"),
+    ("core/x.py", "try:\n    f()\nexcept (OSError, ValueError):\n    pass"),
     ("core/x.py", "array.tolist()\n'''print( pickle os.environ'''"),
 ]
 

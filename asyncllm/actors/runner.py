@@ -56,7 +56,7 @@ class Runner(Actor[StepPlan | Probe]):
         self._jit_after_warmup = jit_after_warmup
         self._step = 0
         self._step_ms = self._launch_ms = 0.0
-        self._began: deque[float] = deque()  # launch times of unfinished steps
+        self._unfinished: deque[tuple[float, StepPlan]] = deque()  # with the time of launch
         self._waits: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait_forever, name="waiter", daemon=True)
         self._stopped = False
@@ -90,16 +90,22 @@ class Runner(Actor[StepPlan | Probe]):
     def busy_since(self) -> float | None:
         """``perf_counter`` at the launch of the oldest unfinished step; None: idle. Any thread."""
         try:
-            return self._began[0]
+            return self._unfinished[0][0]
         except IndexError:
             return None
+
+    def in_flight(self) -> str:
+        """What the unfinished steps are, oldest first, for whoever looks into a hang. Any thread."""
+        now = perf_counter()
+        steps = (f"{_describe(plan)}, {now - began:.1f} s" for began, plan in [*self._unfinished])
+        return "; ".join(steps)
 
     def _launch(self, plan: StepPlan) -> None:
         if plan.step != self._step + 1:
             raise PlanOutOfOrder(self._step, plan.step)
         self._step = plan.step
         begin = perf_counter()
-        self._began.append(begin)  # a launch can hang as well
+        self._unfinished.append((begin, plan))  # a launch can hang as well
         self._waits.put(self.device.launch(plan))
         self._launch_ms = (perf_counter() - begin) * 1e3
 
@@ -113,7 +119,7 @@ class Runner(Actor[StepPlan | Probe]):
                 self._post(self._fail, error)
                 return
             now = perf_counter()
-            self._step_ms = (now - max(self._began.popleft(), last)) * 1e3
+            self._step_ms = (now - max(self._unfinished.popleft()[0], last)) * 1e3
             last = now
             if self.reports:
                 self._post(self._report, done)
@@ -132,3 +138,9 @@ class Runner(Actor[StepPlan | Probe]):
     def _fail(self, error: BaseException) -> NoReturn:
         """On the loop, whose exception handler ends the system."""
         raise error
+
+
+def _describe(plan: StepPlan) -> str:
+    num_rows, num_tokens = len(plan.lanes) // 4, len(plan.tokens) // 4
+    new = f", lanes opened {[lane for lane, *_ in plan.opened]}" if plan.opened else ""
+    return f"step {plan.step}: {num_rows} rows ({plan.num_decode} decode), {num_tokens} tokens{new}"

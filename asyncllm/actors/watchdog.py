@@ -11,6 +11,7 @@ import faulthandler
 import logging
 import os
 import statistics
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from asyncllm.messages import (
 EXIT_HUNG = 70
 STDERR = 2
 TICK_S = 0.1
+WATCH_S = 0.5
+LAST_RESORT_S = 5.0
 ABORT_S = 2.0  # for the answers to what a drain cut off
 
 Inbox = (
@@ -66,7 +69,8 @@ def dump_stacks() -> None:
 def guard_loop(seconds: float) -> None:
     """Dump stacks and end the process unless called again within ``seconds``; 0: no more.
 
-    Works from a thread that needs no interpreter, so that it also ends a process whose loop hangs.
+    Works from a thread that needs no interpreter, so that it also ends a process in which foreign
+    code holds the interpreter's lock; everything else that hangs is seen earlier.
     """
     if seconds > 0:
         faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
@@ -86,7 +90,7 @@ class Duty:
         max_len: most tokens of a request, for the metrics' buckets.
         step_timeout_s: a launched step, or the loop, that takes longer ends the process. 0: never.
         busy_since: perf_counter time at which the oldest unfinished step was launched, or None.
-        on_ready: called at endpoint 0 once every endpoint is there.
+        in_flight: what the unfinished steps are. It and busy_since are called in a thread.
         heartbeat_s: between two heartbeats.
         dead_after_s: an endpoint silent for this long is lost.
         log_every_s: between two lines about throughput.
@@ -99,7 +103,7 @@ class Duty:
     max_len: int
     step_timeout_s: float
     busy_since: Callable[[], float | None] = lambda: None
-    on_ready: Callable[[], None] = lambda: None
+    in_flight: Callable[[], str] = lambda: ""
     heartbeat_s: float = 1.0
     dead_after_s: float = 10.0
     log_every_s: float = 10.0
@@ -110,10 +114,11 @@ class Means:
     """How a watchdog reaches the world outside; tests put other functions here."""
 
     clock: Callable[[], float] = perf_counter
-    exit: Callable[[int], None] = os._exit
+    exit: Callable[[int], None] = os._exit  # from any thread, whatever the loop does
     dump: Callable[[], None] = dump_stacks
     guard: Callable[[float], None] = guard_loop
     tick_s: float = TICK_S
+    watch_s: float = WATCH_S  # between two looks of the thread that watches steps and loop; 0: none
 
 
 class Watchdog(Actor[Inbox]):
@@ -149,6 +154,9 @@ class Watchdog(Actor[Inbox]):
         self._scrapes: list[Scrape] = []
         self._log_wanted = False
         self._logged, self._logged_at, self._log_due = State(), 0.0, 0.0
+        # a thread, since a launch on a full queue hangs the loop and the loop's timers with it
+        self._watcher = threading.Thread(target=self._watch_forever, name="watch", daemon=True)
+        self._ended = threading.Event()
 
     @property
     def lag_p50_s(self) -> float:
@@ -165,6 +173,8 @@ class Watchdog(Actor[Inbox]):
         else:
             self.system.ref("watchdog", 0).tell(Ready(self._duty.endpoint), urgent=True)
         self._arm()
+        if self._duty.step_timeout_s > 0 and self._means.watch_s > 0:
+            self._watcher.start()
 
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
@@ -194,10 +204,11 @@ class Watchdog(Actor[Inbox]):
     def stopped(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._ended.set()
         self._means.guard(0.0)
 
     def tick(self) -> None:
-        """Look at the clock: the loop's lateness, hung steps, silent peers, what is due.
+        """Look at the clock: the loop's lateness, silent peers, what is due.
 
         Raises:
             PeerLost: a peer is silent.
@@ -207,7 +218,6 @@ class Watchdog(Actor[Inbox]):
         self._due = now + self._means.tick_s
         self._lags.append(late)
         self._metrics.lag(self._duty.endpoint, late)
-        self._watch_step(now)
         self._watch_peers(now, late)
         if self._busy is not None and now >= self._deadline:
             self._drain_timed_out(now)
@@ -233,19 +243,27 @@ class Watchdog(Actor[Inbox]):
         self._open = True
         for endpoint in self._duty.frontends:
             self.system.ref("frontend", endpoint).tell(Started(), urgent=True)
-        self._duty.on_ready()
 
     def _hear(self, endpoint: int) -> None:
         if endpoint in self._peers and endpoint not in self._absent:
             self._heard[endpoint] = self._means.clock()
 
-    def _watch_step(self, now: float) -> None:
+    def _watch_forever(self) -> None:
+        while not self._ended.wait(self._means.watch_s):
+            self.watch()
+
+    def watch(self) -> None:
+        """End the process if a step, or the loop, takes too long. From any thread."""
+        now, limit = self._means.clock(), self._duty.step_timeout_s
         since = self._duty.busy_since()
-        limit = self._duty.step_timeout_s
-        if since is None or limit <= 0 or now - since <= limit:
+        if since is not None and now - since > limit:
+            what = f"a step has not ended for {now - since:.1f} s"
+        elif now - self._due > limit:
+            what = f"the event loop has not come round for {now - self._due:.1f} s"
+        else:
             return
-        name = self._duty.names[self._duty.endpoint]
-        log.critical("%s: a step has not ended for %.1f s (--step_timeout)", name, now - since)
+        log.critical("%s: %s (--step_timeout)", self._duty.names[self._duty.endpoint], what)
+        log.critical("in flight: %s", self._duty.in_flight() or "nothing")
         self._means.dump()
         self._means.exit(EXIT_HUNG)
 
@@ -256,7 +274,7 @@ class Watchdog(Actor[Inbox]):
             return
         self._beat_at = now + self._duty.heartbeat_s
         if (limit := self._duty.step_timeout_s) > 0:
-            self._means.guard(limit + 2 * self._duty.heartbeat_s)
+            self._means.guard(limit + LAST_RESORT_S)
         for peer in self._peers:
             self.system.ref("watchdog", peer).tell(Heartbeat(self._duty.endpoint), urgent=True)
         for peer, heard in self._heard.items():

@@ -121,6 +121,7 @@ def test_a_step_that_fails_on_the_device_ends_the_system() -> None:
 def test_the_oldest_unfinished_launch_is_known_on_each_rank(reports: bool) -> None:
     device = FakeDevice(gated=True)
     seen: list[float | None] = []
+    told: list[str] = []
     runners: list[Runner] = []
 
     async def act(system: ActorSystem, runner: Runner, sink: Sink) -> None:
@@ -128,6 +129,7 @@ def test_the_oldest_unfinished_launch_is_known_on_each_rank(reports: bool) -> No
         seen.append(runner.busy_since())
         runner.receive([plan(1), plan(2)])
         seen.append(runner.busy_since())
+        told.append(runner.in_flight())
         (first, entered), (second, then) = device.gates
         assert entered.wait(5)
         first.set()
@@ -142,6 +144,9 @@ def test_the_oldest_unfinished_launch_is_known_on_each_rank(reports: bool) -> No
     assert second is not None
     assert first < second
     assert runners[0].busy_since() is None
+    assert runners[0].in_flight() == ""
+    assert told[0].startswith("step 1: 1 rows (1 decode), 1 tokens, lanes opened [0], ")
+    assert "; step 2: 1 rows (1 decode), 1 tokens, 0." in told[0]
     if not reports:
         assert not sink.got
 

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +82,6 @@ class World:
     clock_step: float = 0.0  # each look at the clock moves it
     tick_s: float = 1e6
     busy_since: float | None = None
-    ready: int = 0
     ends: list[Any] = field(default_factory=list)
     guards: list[float] = field(default_factory=list)
     sent: list[tuple[int, str, Any]] = field(default_factory=list)
@@ -110,7 +110,7 @@ class World:
                 max_len=1000,
                 step_timeout_s=120.0,
                 busy_since=lambda: self.busy_since,
-                on_ready=self.on_ready,
+                in_flight=lambda: "step 7",
             ),
             Means(
                 clock=self.clock,
@@ -118,6 +118,7 @@ class World:
                 dump=lambda: self.ends.append("dump"),
                 guard=self.guards.append,
                 tick_s=self.tick_s,
+                watch_s=0.0,
             ),
         )
         self.system.add(self.dog)
@@ -126,9 +127,6 @@ class World:
     def clock(self) -> float:
         self.now += self.clock_step
         return self.now
-
-    def on_ready(self) -> None:
-        self.ready += 1
 
     def tell(self, msg: Any) -> None:
         self.system.ref("watchdog").tell(msg)
@@ -176,7 +174,6 @@ def trio(**more: Any) -> World:
 
 def test_alone_it_is_ready_at_once() -> None:
     async def script(w: World) -> None:
-        assert w.ready == 1
         assert w.got("frontend", Started) == [Started()]
 
     play(World(), script)
@@ -187,16 +184,14 @@ def test_doors_open_when_every_endpoint_is_there_and_once() -> None:
         w.tell(Ready(2))
         w.tell(Ready(2))
         await settle()
-        assert w.ready == 0
         assert w.got("frontend", Started) == []
         w.tell(Ready(1))
         await settle()
-        assert w.ready == 1
         assert w.got("frontend", Started) == [Started()]
         assert w.sent_of(Started) == [(2, "frontend")]
         w.tell(Ready(1))
         await settle()
-        assert w.ready == 1
+        assert w.got("frontend", Started) == [Started()]
 
     play(trio(), script)
 
@@ -204,7 +199,6 @@ def test_doors_open_when_every_endpoint_is_there_and_once() -> None:
 def test_the_others_say_that_they_are_there() -> None:
     async def script(w: World) -> None:
         assert (0, "watchdog", Ready(1)) in w.sent
-        assert w.ready == 0
 
     play(trio(endpoint=1), script)
 
@@ -294,17 +288,52 @@ def test_a_step_that_does_not_end_dumps_stacks_and_exits(
     async def script(w: World) -> None:
         w.busy_since = w.now
         w.pass_time(119.0)
+        w.dog.watch()
         assert w.ends == []
         w.pass_time(2.0)
+        w.dog.watch()
         assert w.ends == ["dump", 70]
 
     play(World(), script)
     assert "rank 0: a step has not ended for 121.0 s" in caplog.text
+    assert "in flight: step 7" in caplog.text
+
+
+def test_a_loop_that_hangs_is_seen_by_the_watching_thread(caplog: pytest.LogCaptureFixture) -> None:
+    ended = threading.Event()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    async def go() -> None:
+        system = ActorSystem()
+        duty = Duty(
+            endpoint=0,
+            names={0: "rank 0"},
+            frontends=(),
+            model_name="m",
+            max_len=1000,
+            step_timeout_s=0.05,
+        )
+        dog = Watchdog(duty, Means(exit=end, dump=lambda: None, tick_s=0.01, watch_s=0.01))
+        system.add(dog)
+        running = asyncio.ensure_future(system.run())
+        await settle()
+        assert ended.wait(20)  # holds the loop
+        system.stop()
+        await running
+
+    codes: list[int] = []
+    uvloop.run(go())
+    assert codes[0] == 70
+    assert "rank 0: the event loop has not come round for" in caplog.text
 
 
 def test_an_idle_runner_is_not_hung() -> None:
     async def script(w: World) -> None:
         w.pass_time(1000.0)
+        w.dog.watch()
         assert w.ends == []
 
     play(World(), script)
@@ -316,7 +345,7 @@ def test_the_guard_of_the_loop_is_renewed_and_taken_back() -> None:
     async def script(w: World) -> None:
         w.pass_time(1.0)
         w.pass_time(1.0)
-        assert w.guards == [122.0, 122.0]
+        assert w.guards == [125.0, 125.0]
 
     play(world, script)
     assert world.guards[-1] == 0.0

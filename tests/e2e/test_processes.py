@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.process import Server, alive, wait_until
+from tests.e2e.process import Server, alive, free_port, wait_until
 
 TP2 = ("--tp", "2", "--data_type", "fp32", "--device", "cpu", "--max_total_token_num", "4096")
 SMALL = ("--device", "cpu", "--max_total_token_num", "4096")
@@ -151,7 +151,7 @@ def test_a_busy_port_is_one_line_and_exit_code_2(demo_dir: Path) -> None:
 
 def test_check_prints_the_plan_and_exits(demo_dir: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "asyncllm", "--check", "--port", "0" if False else "8999",
+        [sys.executable, "-m", "asyncllm", "--check", "--port", str(free_port()),
          "--model_dir", str(demo_dir), *SMALL],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
@@ -162,8 +162,8 @@ def test_check_prints_the_plan_and_exits(demo_dir: Path) -> None:
 
 def test_an_explicit_limit_above_the_models_is_exit_code_2(demo_dir: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "asyncllm", "--model_dir", str(demo_dir), "--port", "8998",
-         "--max_req_total_len", "9000", *SMALL],
+        [sys.executable, "-m", "asyncllm", "--model_dir", str(demo_dir),
+         "--port", str(free_port()), "--max_req_total_len", "9000", *SMALL],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
