@@ -43,7 +43,8 @@ def decode_sizes(most: int) -> list[int]:
     """Rows of the decode buckets: dense where padding would cost most in proportion."""
     sizes = [1, 2, 4, 8, 16, 24, 32, 48, *range(64, 128, 16), *range(128, 256, 32)]
     sizes += [*range(256, 512, 64), *range(512, MAX_DECODE_ROWS + 1, 128)]
-    return [s for s in sizes if s < most] + [min(most, MAX_DECODE_ROWS)]
+    last = min(most, MAX_DECODE_ROWS)
+    return [s for s in sizes if s < last] + [last]
 
 
 def mixed_sizes(most: int) -> list[int]:

@@ -11,9 +11,9 @@ import torch
 
 from asyncllm.codec import floats, i32, ints
 from asyncllm.core.request import SamplingParams
+from asyncllm.engine.build import build_model
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.build import build_model
 from asyncllm.engine.parallel import Alone
 from asyncllm.messages import StepDone, StepPlan
 from asyncllm.models.spec import ModelSpec
