@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -344,6 +345,7 @@ class _Server:
         self._boot, self._spec, self._wires = boot, spec, wires
         self._system: ActorSystem | None = None
         self._children: Children | None = None
+        self._leaving = threading.Lock()
 
     async def run(self) -> int:
         """Load, run the actors until they stop; the exit code."""
@@ -454,6 +456,7 @@ class _Server:
 
     def _abandon(self, code: int) -> NoReturn:
         """Leave at once: other threads may hang in a collective or on a device. From any thread."""
+        self._leaving.acquire()  # never released: the first reason counts
         self._stop_children()
         if self._wires:
             self._wires.close()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +47,14 @@ class Server:
         assert "ready" in line, self.text()
         return self
 
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Instead of ``with server``, where it is not to become ready."""
+        try:
+            yield
+        finally:
+            self.__exit__()
+
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -62,6 +70,11 @@ class Server:
         """Pids of its child processes, in order of start."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return sorted(int(pid) for pid in path.read_text().split())
+
+    def first_children(self, count: int) -> list[int]:
+        """The same as soon as there are ``count``, while it loads."""
+        assert wait_until(lambda: len(self.children()) == count, START_S), self.text()
+        return self.children()
 
     def stop(self, timeout_s: float = 30.0) -> int:
         """SIGTERM and wait; the exit code."""
@@ -126,5 +139,5 @@ def wait_until(condition: Any, timeout_s: float) -> bool:
     while time.monotonic() < deadline:
         if condition():
             return True
-        os.sched_yield()
+        time.sleep(0.02)  # it shares our cores
     return bool(condition())

@@ -9,33 +9,47 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.process import Server, alive, free_port, wait_until
 
+Answers = list[list[int]]
+
 TP2 = ("--tp", "2", "--data_type", "fp32", "--device", "cpu", "--max_total_token_num", "4096")
 SMALL = ("--device", "cpu", "--max_total_token_num", "4096")
 
 
-@pytest.mark.parametrize("zmq_mode", ["ipc:///tmp/", "tcp://"])
-def test_tp_2_gives_the_tokens_of_tp_1(
-    demo_dir: Path, tmp_path: Path, prose: list[int], zmq_mode: str
+@pytest.fixture(scope="module")
+def answers(demo_dir: Path, prose: list[int], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What one rank says to two greedy prompts and a drawn one."""
+    log = tmp_path_factory.mktemp("alone") / "log"
+    with Server(demo_dir, log, "--data_type", "fp32", *SMALL) as server:
+        return ask(server, prose)
+
+
+def ask(server: Server, prose: list[int]) -> Answers:
+    greedy = [server.tokens(p, 8, ignore_eos=True) for p in (prose[:5], prose[100:180])]
+    return [*greedy, server.tokens(prose[:5], 8, ignore_eos=True, do_sample=True, seed=3)]
+
+
+# 9 query and 3 KV heads: padded at 2, one group a rank at 3, a rank without heads at 4
+@pytest.mark.parametrize(
+    ("tp", "zmq_mode"), [(2, "ipc:///tmp/"), (3, "tcp://"), (4, "ipc:///tmp/")]
+)
+def test_tensor_parallel_ranks_give_the_tokens_of_one(
+    demo_dir: Path, tmp_path: Path, prose: list[int], answers: Answers, tp: int, zmq_mode: str
 ) -> None:
-    prompts = [prose[:5], prose[100:180]]
-    with Server(demo_dir, tmp_path / "one", "--data_type", "fp32", *SMALL) as one:
-        want = [one.tokens(p, 8, ignore_eos=True) for p in prompts]
-        drawn = one.tokens(prompts[0], 8, ignore_eos=True, do_sample=True, seed=3)
-        one.stop()
-    with Server(demo_dir, tmp_path / "two", *TP2, "--zmq_mode", zmq_mode) as two:
-        children = two.children()
-        assert len(children) == 1
-        assert [two.tokens(p, 8, ignore_eos=True) for p in prompts] == want
-        assert two.tokens(prompts[0], 8, ignore_eos=True, do_sample=True, seed=3) == drawn
-        assert two.stop() == 0, two.text()
-        assert not alive(children[0])
+    args = (*TP2, "--tp", str(tp), "--zmq_mode", zmq_mode)
+    with Server(demo_dir, tmp_path / "log", *args) as server:
+        children = server.children()
+        assert len(children) == tp - 1
+        assert ask(server, prose) == answers
+        assert server.stop() == 0, server.text()
+        assert not any(map(alive, children))
 
 
 def test_a_dead_rank_ends_the_server_and_is_named(demo_dir: Path, tmp_path: Path) -> None:
@@ -62,12 +76,30 @@ def test_a_hung_rank_is_ended_by_the_step_timeout(
     with Server(demo_dir, tmp_path / "log", *TP2, "--step_timeout", "2") as server:
         (child,) = server.children()
         os.kill(child, signal.SIGSTOP)
-        _send(server, {"prompt": prose[:5], "max_tokens": 8})
-        assert server.process.wait(15) == 70
-        assert "--step_timeout" in server.text()
+        with _asking(server, {"prompt": prose[:5], "max_tokens": 8}):
+            assert server.process.wait(15) == 70
+        assert "rank 0: a step has not ended for " in server.text()
+        assert "in flight: step 1: 1 rows (0 decode), 5 tokens" in server.text()
         assert "Thread 0x" in server.text()  # stacks
-        assert "in flight: step " in server.text()
         assert wait_until(lambda: not alive(child), 5)
+
+
+def test_a_rank_that_waits_for_a_hung_leader_ends_itself(
+    demo_dir: Path, tmp_path: Path, prose: list[int]
+) -> None:
+    """Rank 0 is stopped in the midst of a request, goes on later, and finds its follower gone."""
+    with Server(demo_dir, tmp_path / "log", *TP2, "--step_timeout", "2") as server:
+        (child,) = server.children()
+        with _asking(
+            server, {"prompt": prose[:5], "max_tokens": 4000, "stream": True, "ignore_eos": True}
+        ) as connection:
+            connection.getresponse().readline()
+            os.kill(server.process.pid, signal.SIGSTOP)
+            assert wait_until(lambda: not alive(child), 15)
+            os.kill(server.process.pid, signal.SIGCONT)
+            assert server.process.wait(5) == 70
+        assert "rank 1: a step has not ended for " in server.text()
+        assert server.text().count("in flight: step ") >= 1
 
 
 def test_http_workers_share_port_and_state(demo_dir: Path, tmp_path: Path) -> None:
@@ -86,6 +118,27 @@ def test_http_workers_share_port_and_state(demo_dir: Path, tmp_path: Path) -> No
         assert not any(map(alive, workers))
 
 
+def test_a_child_that_cannot_start_ends_the_server(demo_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    server = Server(demo_dir, log, *TP2)
+    with server.failing():
+        (child,) = server.first_children(1)
+        os.kill(child, signal.SIGKILL)
+        assert server.process.wait(10) == 1
+    assert f"rank 1 (pid {child}) ended with exit code -9: stopping the server" in server.text()
+    assert "Traceback" not in server.text()
+
+
+def test_sigterm_while_loading_ends_it(demo_dir: Path, tmp_path: Path) -> None:
+    server = Server(demo_dir, tmp_path / "log", *TP2)
+    with server.failing():
+        (child,) = server.first_children(1)
+        assert server.stop(10) == 0
+        assert not alive(child)
+    assert "stopped while starting" in server.text()
+    assert "Traceback" not in server.text()
+
+
 def test_two_servers_side_by_side(demo_dir: Path, tmp_path: Path) -> None:
     with (
         Server(demo_dir, tmp_path / "a", *TP2) as a,
@@ -97,42 +150,36 @@ def test_two_servers_side_by_side(demo_dir: Path, tmp_path: Path) -> None:
 
 def test_sigterm_lets_running_requests_finish(demo_dir: Path, tmp_path: Path) -> None:
     with Server(demo_dir, tmp_path / "log", *SMALL) as server:
-        connection = _send(
-            server, {"prompt": "Hello", "max_tokens": 40, "stream": True, "ignore_eos": True}
-        )
-        reply = connection.getresponse()
-        first = reply.readline()  # it is running
-        server.process.send_signal(signal.SIGTERM)
-        rest = first + reply.read()
-        assert rest.count(b'"text":') == 41 or rest.endswith(b"data: [DONE]\n\n"), rest[-300:]
+        body = {"prompt": "Hello", "max_tokens": 40, "stream": True, "ignore_eos": True}
+        with _asking(server, body) as connection:
+            reply = connection.getresponse()
+            first = reply.readline()  # it is running
+            server.process.send_signal(signal.SIGTERM)
+            rest = first + reply.read()
+        assert rest.endswith(b"data: [DONE]\n\n"), rest[-300:]
         assert b'"finish_reason":"length"' in rest
         assert server.process.wait(10) == 0
 
 
 def test_second_sigterm_ends_at_once(demo_dir: Path, tmp_path: Path) -> None:
     with Server(demo_dir, tmp_path / "log", *SMALL) as server:
-        connection = _send(
-            server, {"prompt": "Hello", "max_tokens": 2000, "stream": True, "ignore_eos": True}
-        )
-        connection.getresponse().readline()
-        server.process.send_signal(signal.SIGTERM)
-        assert wait_until(lambda: "draining" in server.text(), 5)
-        begin = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(10)
-        assert time.monotonic() - begin < 8
-        connection.close()
+        body = {"prompt": "Hello", "max_tokens": 2000, "stream": True, "ignore_eos": True}
+        with _asking(server, body) as connection:
+            connection.getresponse().readline()
+            server.process.send_signal(signal.SIGTERM)
+            assert wait_until(lambda: "draining" in server.text(), 5)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(10) == 0  # 2000 tokens would take longer
 
 
 def test_drain_timeout_aborts_what_runs(demo_dir: Path, tmp_path: Path) -> None:
     with Server(demo_dir, tmp_path / "log", *SMALL, "--drain_timeout", "1") as server:
-        connection = _send(
-            server, {"prompt": "Hello", "max_tokens": 3000, "stream": True, "ignore_eos": True}
-        )
-        reply = connection.getresponse()
-        reply.readline()
-        server.process.send_signal(signal.SIGTERM)
-        rest = reply.read()
+        body = {"prompt": "Hello", "max_tokens": 3000, "stream": True, "ignore_eos": True}
+        with _asking(server, body) as connection:
+            reply = connection.getresponse()
+            reply.readline()
+            server.process.send_signal(signal.SIGTERM)
+            rest = reply.read()
         assert b"[DONE]" in rest or b'"error"' in rest
         assert server.process.wait(10) == 0
 
@@ -171,8 +218,13 @@ def test_an_explicit_limit_above_the_models_is_exit_code_2(demo_dir: Path) -> No
     assert "8,192" in done.stderr
 
 
-def _send(server: Server, body: dict[str, object]) -> http.client.HTTPConnection:
+@contextmanager
+def _asking(server: Server, body: dict[str, object]) -> Iterator[http.client.HTTPConnection]:
+    """A connection with a completion on its way; leaving closes it."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/completions", json.dumps(body), headers)
-    return connection
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        yield connection
+    finally:
+        connection.close()
