@@ -80,8 +80,8 @@ class Comm(Protocol):
     rank: int
     size: int
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place where possible."""
+    def linear_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ weight.T + bias, summed over ranks; valid until the call after the next one."""
 
     def gather_last(self, x: Tensor) -> Tensor:
         """[n, v] of each rank -> [n, size * v], ranks side by side."""

@@ -84,7 +84,7 @@ class Decoder:
 
     def forward(self, batch: Batch, kv: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Hidden states [num_tokens, hidden] after the last norm; K and V are written to ``kv``."""
-        ops, eps, all_reduce = self.ops, self.spec.rms_eps, self.comm.all_reduce
+        ops, eps, comm = self.ops, self.spec.rms_eps, self.comm
         residual = embedding(batch.tokens, self.embed)
         x = ops.rmsnorm(residual, self.layers[0].attn_norm, eps)
         for i, layer in enumerate(self.layers):
@@ -92,10 +92,10 @@ class Decoder:
             qkv = linear(x, layer.qkv, layer.qkv_bias)
             q = ops.rope_kv(qkv, self.cos_sin, batch, k_cache, v_cache)
             attended = ops.attention(q, k_cache, v_cache, batch, self.scale)
-            x = all_reduce(linear(attended, layer.out, layer.out_bias))
+            x = comm.linear_reduce(attended, layer.out, layer.out_bias)
             x, residual = ops.add_rmsnorm(x, residual, layer.mlp_norm, eps)
             inner = ops.silu_mul(linear(x, layer.gate_up, layer.gate_up_bias))
-            x = all_reduce(linear(inner, layer.down, layer.down_bias))
+            x = comm.linear_reduce(inner, layer.down, layer.down_bias)
             last = i + 1 == len(self.layers)
             weight = self.norm if last else self.layers[i + 1].attn_norm
             x, residual = ops.add_rmsnorm(x, residual, weight, eps)
