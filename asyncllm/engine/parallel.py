@@ -15,6 +15,9 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 SYMMETRIC_ROWS = 2560  # larger sums go through NCCL
 CHECK_TOLERANCE = 0.02
 
+# its name since torch 2.13, where the older one warns
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 log = logging.getLogger(__name__)
 
 
@@ -75,9 +78,10 @@ class TensorParallel:
 
     def gather_last(self, x: Tensor) -> Tensor:
         """[n, v] of each rank -> [n, size * v]."""
-        out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out.permute(1, 0, 2).reshape(x.shape[0], -1)
+        num_rows, width = x.shape
+        out = x.new_empty(self.size * num_rows, width)  # gloo knows no third dimension
+        _all_gather(out, x.contiguous())
+        return out.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Make ``x`` on every rank what it is on rank 0, in place."""
