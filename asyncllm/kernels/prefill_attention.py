@@ -1,16 +1,19 @@
 """Causal attention of many new tokens per row over K/V gathered by slot (prefill, mixed steps).
 
 Owns the walk over query blocks; knows neither requests nor layers. The rows' own new K/V must be in
-the cache already: prefix and chunk are read alike, through the slot table.
+the cache already; given the packed qkv too, the chunk's K/V is read from there, where it lies in
+rows that the tensor copy engine can fetch, and only the prefix goes through the slot table.
 
-A block holds BLOCK_M (token, query head) pairs of one KV head, so that K and V of a group are read
-once. Blocks of all rows form one list, found from the counts inside the kernel; it is walked from
-the end, because late blocks of a row have most keys to read.
-Source: online softmax over tiles as in FlashAttention-2 (Dao, 2023).
+A block holds BLOCK_M (token, query head) pairs, of all query heads of a KV head or of one. Blocks of
+all rows form one list, found from the counts inside the kernel; it is walked from the end, because
+late blocks of a row have most keys to read.
+Sources: online softmax over tiles as in FlashAttention-2 (Dao, 2023); scores of a tile beside the
+weighted sum of the one before as in FlashAttention-3 (Shah et al., 2024).
 """
 
 # mypy: allow-incomplete-defs
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -18,105 +21,179 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from asyncllm.kernels.autotune import num_sms, tuned
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
-    """How the kernel is built: (token, head) pairs and keys of a tile, warps, pipeline depth."""
+    """How the kernel is built: (token, head) pairs and keys of a tile, warps, pipeline depth for
+    keys of the chunk and for gathered ones, and whether a block holds all query heads of a KV head
+    (``pack``) or one."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    gather_stages: int
+    pack: bool = True
 
 
-# (padded head_dim, pairs of the longest row: few, some, many) -> configuration. 64 rows of M per
-# group of four warps is what Hopper's matrix instruction takes.
+# (padded head_dim, pairs of a block) -> configuration. 64 rows of M per group of four warps is what
+# Hopper's matrix instruction takes.
 _CONFIGS = {
-    (64, 16): PrefillConfig(16, 128, 4, 4),
-    (64, 64): PrefillConfig(64, 128, 4, 3),
-    (64, 128): PrefillConfig(128, 128, 8, 3),
-    (128, 16): PrefillConfig(16, 64, 4, 4),
-    (128, 64): PrefillConfig(64, 64, 4, 3),
-    (128, 128): PrefillConfig(128, 64, 8, 3),
-    (256, 16): PrefillConfig(16, 32, 4, 4),
-    (256, 64): PrefillConfig(64, 32, 4, 3),
-    (256, 128): PrefillConfig(128, 32, 8, 3),
+    (64, 16): PrefillConfig(16, 128, 4, 2, 3),
+    (64, 64): PrefillConfig(64, 128, 4, 2, 2),
+    (64, 128): PrefillConfig(128, 128, 8, 3, 2),
+    (128, 16): PrefillConfig(16, 64, 4, 2, 3),
+    (128, 64): PrefillConfig(64, 64, 4, 2, 2),
+    (128, 128): PrefillConfig(128, 128, 8, 2, 2),
+    (256, 16): PrefillConfig(16, 32, 4, 2, 3),
+    (256, 64): PrefillConfig(64, 32, 4, 2, 2),
+    (256, 128): PrefillConfig(128, 32, 8, 2, 2),
 }
 
 
 @triton.jit
-def _attend(
+def _soften(score, best, norm, scale_log2):
+    """Online softmax over one more tile of raw scores: weights, and what old sums shrink by."""
+    new_best = tl.maximum(best, tl.max(score, axis=1) * scale_log2)
+    weight = tl.exp2(score * scale_log2 - new_best[:, None])
+    shrink = tl.exp2(best - new_best)
+    return weight, shrink, new_best, norm * shrink + tl.sum(weight, axis=1)
+
+
+@triton.jit
+def _attend_edge(
     acc,
     best,
     norm,
     q,
-    k_head,
-    v_head,
+    k_ptr,
+    v_ptr,
     lane_ptr,
+    kv_row,
     begin,
     stop,
-    kv_len,
     q_position,
     scale_log2,
-    SLOT: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
+    """Keys [begin, stop), of which each query sees those up to its position: few tiles."""
     dim = tl.arange(0, DIM_PAD)
-    for key in range(begin, stop, BLOCK_N):
+    for key in tl.range(begin, stop, BLOCK_N, num_stages=1):
         position = key + tl.arange(0, BLOCK_N)
-        if MASKED:
-            slot = tl.load(lane_ptr + position, mask=position < kv_len, other=0).to(tl.int64)
-        else:
-            slot = tl.load(lane_ptr + position).to(tl.int64)
-        offset = slot[:, None] * SLOT + dim[None, :]
+        live = position < stop
+        place = position
+        if GATHER:
+            place = tl.load(lane_ptr + position, mask=live, other=0)
+        offset = place.to(tl.int64)[:, None] * kv_row + dim[None, :]
         # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
-        if MASKED:
-            live = (position < kv_len)[:, None] & (dim < DIM)[None, :]
-            k = tl.load(k_head + offset, mask=live, other=0.0)
-            v = tl.load(v_head + offset, mask=live, other=0.0)
-        elif DIM == DIM_PAD:
-            k = tl.load(k_head + offset)
-            v = tl.load(v_head + offset)
-        else:
-            k = tl.load(k_head + offset, mask=(dim < DIM)[None, :], other=0.0)
-            v = tl.load(v_head + offset, mask=(dim < DIM)[None, :], other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        if MASKED:
-            score = tl.where(position[None, :] <= q_position[:, None], score, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, axis=1))
-        weight = tl.exp2(score - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        norm = norm * shrink + tl.sum(weight, axis=1)
+        live = live[:, None] & (dim < DIM)[None, :]
+        k = tl.load(k_ptr + offset, mask=live, other=0.0)
+        v = tl.load(v_ptr + offset, mask=live, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        seen = (position < stop)[None, :] & (position[None, :] <= q_position[:, None])
+        score = tl.where(seen, score, float("-inf"))
+        weight, shrink, best, norm = _soften(score, best, norm, scale_log2)
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
-        best = new_best
+    return acc, best, norm
+
+
+@triton.jit
+def _attend_full(
+    acc,
+    best,
+    norm,
+    q,
+    k_ptr,
+    v_ptr,
+    lane_ptr,
+    kv_row,
+    kv_desc,
+    token,
+    k_column,
+    v_column,
+    stop,
+    scale_log2,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SOURCE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Keys [0, stop), whole tiles that all queries see: from slots (0), rows of packed qkv (1), or
+    such rows by the tensor copy engine (2)."""
+    if stop > 0:
+        dim = tl.arange(0, DIM_PAD)
+        column = tl.arange(0, BLOCK_N)
+        old = column
+        if SOURCE == 0:
+            old = tl.load(lane_ptr + column)
+        weight = tl.zeros([q.shape[0], BLOCK_N], q.dtype)
+        # The weights of a tile meet its V one tile later, beside the next tile's scores: the matrix
+        # units have work during the softmax, and no accumulator is pending where the loop turns
+        # (for one that is, ptxas runs all matrix instructions of the kernel one by one).
+        for key in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
+            if SOURCE == 2:
+                k = kv_desc.load([token + key, k_column])
+                v = kv_desc.load([token + tl.maximum(key - BLOCK_N, 0), v_column])
+            else:
+                place = key + column
+                if SOURCE == 0:
+                    place = tl.load(lane_ptr + place)
+                k_offset = place.to(tl.int64)[:, None] * kv_row + dim[None, :]
+                v_offset = old.to(tl.int64)[:, None] * kv_row + dim[None, :]
+                if DIM == DIM_PAD:
+                    k = tl.load(k_ptr + k_offset)
+                    v = tl.load(v_ptr + v_offset)
+                else:
+                    k = tl.load(k_ptr + k_offset, mask=(dim < DIM)[None, :], other=0.0)
+                    v = tl.load(v_ptr + v_offset, mask=(dim < DIM)[None, :], other=0.0)
+                old = place
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            acc = tl.dot(weight, v, acc, input_precision="ieee")
+            wide, shrink, best, norm = _soften(score, best, norm, scale_log2)
+            weight = wide.to(q.dtype)
+            acc = acc * shrink[:, None]
+        if SOURCE == 2:
+            v = kv_desc.load([token + stop - BLOCK_N, v_column])
+        else:
+            v_offset = old.to(tl.int64)[:, None] * kv_row + dim[None, :]
+            v = tl.load(v_ptr + v_offset, mask=(dim < DIM)[None, :], other=0.0)
+        acc = tl.dot(weight, v, acc, input_precision="ieee")
     return acc, best, norm
 
 
 @triton.jit
 def _find_block(cu_counts_ptr, num_rows, index, TOKENS: tl.constexpr, SCAN: tl.constexpr):
     """Row of block ``total - 1 - index``, its number in the row, and whether it exists."""
-    total = 0
-    for begin in range(0, num_rows, SCAN):
-        row = begin + tl.arange(0, SCAN)
-        low = tl.load(cu_counts_ptr + row, mask=row < num_rows, other=0)
-        high = tl.load(cu_counts_ptr + row + 1, mask=row < num_rows, other=0)
+    row = tl.arange(0, SCAN)
+    low = tl.load(cu_counts_ptr + row, mask=row < num_rows, other=0)
+    high = tl.load(cu_counts_ptr + row + 1, mask=row < num_rows, other=0)
+    blocks = tl.cdiv(high - low, TOKENS)
+    passed = tl.sum(blocks, axis=0)
+    total = passed
+    for begin in range(SCAN, num_rows, SCAN):
+        low = tl.load(cu_counts_ptr + begin + row, mask=begin + row < num_rows, other=0)
+        high = tl.load(cu_counts_ptr + begin + row + 1, mask=begin + row < num_rows, other=0)
         total += tl.sum(tl.cdiv(high - low, TOKENS), axis=0)
     wanted = total - 1 - index
-    found = 0
-    first = 0
-    passed = 0
-    for begin in range(0, num_rows, SCAN):
-        row = begin + tl.arange(0, SCAN)
-        low = tl.load(cu_counts_ptr + row, mask=row < num_rows, other=0)
-        high = tl.load(cu_counts_ptr + row + 1, mask=row < num_rows, other=0)
+    ends = tl.cumsum(blocks, axis=0)
+    before = (ends <= wanted) & (row < num_rows)
+    found = tl.sum(before.to(tl.int32), axis=0)
+    first = tl.max(tl.where(before, ends, 0), axis=0)
+    for begin in range(SCAN, num_rows, SCAN):
+        low = tl.load(cu_counts_ptr + begin + row, mask=begin + row < num_rows, other=0)
+        high = tl.load(cu_counts_ptr + begin + row + 1, mask=begin + row < num_rows, other=0)
         blocks = tl.cdiv(high - low, TOKENS)
         ends = passed + tl.cumsum(blocks, axis=0)
-        before = (ends <= wanted) & (row < num_rows)
+        before = (ends <= wanted) & (begin + row < num_rows)
         found += tl.sum(before.to(tl.int32), axis=0)
         first = tl.maximum(first, tl.max(tl.where(before, ends, 0), axis=0))
         passed += tl.sum(blocks, axis=0)
@@ -132,6 +209,8 @@ def _prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    kv_ptr,
+    kv_desc,
     table_ptr,
     lanes_ptr,
     starts_ptr,
@@ -140,57 +219,81 @@ def _prefill_kernel(
     num_rows,
     q_row,
     q_head,
+    kv_row,
     out_row,
     out_head,
     table_row,
     scale_log2,
+    Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCAN: tl.constexpr,
+    SOURCE: tl.constexpr,
+    GATHER_STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    TOKENS: tl.constexpr = BLOCK_M // GROUP
-    head = tl.program_id(0) % KV_HEADS
+    TOKENS: tl.constexpr = BLOCK_M // PACK
+    PACKS: tl.constexpr = Q_HEADS // PACK
+    pack = tl.program_id(0) % PACKS
+    head = pack * PACK // (Q_HEADS // KV_HEADS)
     row, block, wanted = _find_block(
-        cu_counts_ptr, num_rows, tl.program_id(0) // KV_HEADS, TOKENS, SCAN
+        cu_counts_ptr, num_rows, tl.program_id(0) // PACKS, TOKENS, SCAN
     )
     pair = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, DIM_PAD)
-    local = pair // GROUP
-    heads = head * GROUP + pair % GROUP
-    used = (local < TOKENS)[:, None] & (dim < DIM)[None, :]
+    heads = pack * PACK + pair % PACK
     if wanted >= 0:  # else a surplus program: no row needs it
         first_token = tl.load(cu_counts_ptr + row)
         count = tl.load(cu_counts_ptr + row + 1) - first_token
         start = tl.load(starts_ptr + row)
         lane_ptr = table_ptr + tl.load(lanes_ptr + row).to(tl.int64) * table_row
-        local += block * TOKENS
-        used = used & (local < count)[:, None]
+        done = block * TOKENS  # tokens of the row in earlier blocks
+        local = done + pair // PACK
+        used = (pair // PACK < TOKENS)[:, None] & (local < count)[:, None] & (dim < DIM)[None, :]
         token = (first_token + local).to(tl.int64)
         q = tl.load(
             q_ptr + token[:, None] * q_row + heads[:, None] * q_head + dim[None, :],
             mask=used,
             other=0.0,
         )
-        # [0, full): keys that every query of the block sees; [full, kv_len): up to the diagonal
-        position = start + block * TOKENS
-        full = (position + 1) // BLOCK_N * BLOCK_N
-        kv_len = tl.minimum(position + TOKENS, start + count)
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
         k_head = k_ptr + head * DIM
         v_head = v_ptr + head * DIM
-        acc, best, norm = _attend(
-            acc, best, norm, q, k_head, v_head, lane_ptr, 0, full, kv_len, start + local,
-            scale_log2, KV_HEADS * DIM, DIM, DIM_PAD, BLOCK_N, False,
+        # keys up to the block's end: [0, full) seen by all its queries, [full, stop) not by all;
+        # the latter first, which leaves no query without a key
+        if SOURCE == 0:
+            full = (start + done) // BLOCK_N * BLOCK_N
+            stop = tl.minimum(start + done + TOKENS, start + count)
+        else:
+            k_column = (Q_HEADS + head) * DIM
+            v_column = k_column + KV_HEADS * DIM
+            k_chunk = kv_ptr + first_token.to(tl.int64) * kv_row + k_column
+            v_chunk = k_chunk + KV_HEADS * DIM
+            full = done // BLOCK_N * BLOCK_N
+            stop = tl.minimum(done + TOKENS, count)
+            acc, best, norm = _attend_edge(
+                acc, best, norm, q, k_chunk, v_chunk, lane_ptr, kv_row, full, stop, local,
+                scale_log2, DIM, DIM_PAD, BLOCK_N, False,
+            )  # fmt: skip
+            acc, best, norm = _attend_full(
+                acc, best, norm, q, k_chunk, v_chunk, lane_ptr, kv_row, kv_desc, first_token,
+                k_column, v_column, full, scale_log2, DIM, DIM_PAD, BLOCK_N, SOURCE, STAGES,
+            )  # fmt: skip
+            full = start // BLOCK_N * BLOCK_N
+            stop = start
+        acc, best, norm = _attend_edge(
+            acc, best, norm, q, k_head, v_head, lane_ptr, KV_HEADS * DIM, full, stop,
+            start + local, scale_log2, DIM, DIM_PAD, BLOCK_N, True,
         )  # fmt: skip
-        acc, best, norm = _attend(
-            acc, best, norm, q, k_head, v_head, lane_ptr, full, kv_len, kv_len, start + local,
-            scale_log2, KV_HEADS * DIM, DIM, DIM_PAD, BLOCK_N, True,
+        acc, best, norm = _attend_full(
+            acc, best, norm, q, k_head, v_head, lane_ptr, KV_HEADS * DIM, None, 0, 0, 0, full,
+            scale_log2, DIM, DIM_PAD, BLOCK_N, 0, GATHER_STAGES,
         )  # fmt: skip
         tl.store(
             out_ptr + token[:, None] * out_row + heads[:, None] * out_head + dim[None, :],
@@ -211,6 +314,7 @@ def prefill_attention(
     scale: float,
     out: Tensor | None = None,
     config: PrefillConfig | None = None,
+    kv: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's new tokens over its prefix and themselves.
 
@@ -224,10 +328,13 @@ def prefill_attention(
         cu_counts: [num_rows + 1] int32, not decreasing, from any first token: row i owns tokens
             [cu_counts[i], cu_counts[i + 1]); empty rows pad the batch.
         max_count: about the most new tokens of a row; selects the tile, never the result.
-        scale: multiplies q·k.
+        scale: multiplies q·k; positive.
         out: where to write, like the result; last dimension contiguous. Tokens of no row are left
             as they are, so decode rows of the same step may lie there.
-        config: instead of the built-in table (for tuning).
+        config: instead of the tuned or built-in one.
+        kv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim], the packed qkv of the same
+            tokens as q after ``rope_kv``, which leaves rotated K in it; rows may be strided. Much
+            faster than reading the chunk's K/V through the table; the same result.
 
     Returns:
         [num_tokens, num_q_heads, head_dim]; without ``out``, tokens of no row are zero.
@@ -237,7 +344,7 @@ def prefill_attention(
 
     Reference: ``prefill_attention_ref``. Does not synchronise; safe in CUDA graphs.
     """
-    _check(q, k_cache, v_cache, table, lanes, starts, cu_counts)
+    _check(q, k_cache, v_cache, table, lanes, starts, cu_counts, kv)
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_q_heads // num_kv_heads
@@ -246,17 +353,25 @@ def prefill_attention(
     elif out.shape != q.shape or out.dtype != q.dtype or out.stride(2) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit q {tuple(q.shape)}")
     if config is None:
-        config = prefill_config(head_dim, group, max_count, q.element_size())
+        size = block_pairs(min(max_count, num_tokens) * group, num_tokens * num_q_heads, q.device)
+        config = prefill_config(head_dim, group, size, q.element_size(), q.device)
     if num_tokens == 0:
         return out
+    pack = group if config.pack else 1
+    source = 0 if kv is None or config.block_m < 64 else 2 if _copyable(kv, head_dim) else 1
+    desc = None
+    if source == 2:
+        desc = TensorDescriptor.from_tensor(kv, [config.block_n, head_dim])
     # every row leaves at most one block part empty, so this many blocks hold any division of the
     # tokens into rows
     num_rows = lanes.shape[0]
-    num_blocks = triton.cdiv(num_tokens, config.block_m // group) + num_rows
-    _prefill_kernel[(num_blocks * num_kv_heads,)](
+    num_blocks = triton.cdiv(num_tokens, config.block_m // pack) + num_rows
+    _prefill_kernel[(num_blocks * (num_q_heads // pack),)](
         q,
         k_cache,
         v_cache,
+        kv if source else None,
+        desc,
         table,
         lanes,
         starts,
@@ -265,19 +380,23 @@ def prefill_attention(
         num_rows,
         q.stride(0),
         q.stride(1),
+        kv.stride(0) if kv is not None and source else 0,
         out.stride(0),
         out.stride(1),
         table.stride(0),
         scale * math.log2(math.e),
+        Q_HEADS=num_q_heads,
         KV_HEADS=num_kv_heads,
-        GROUP=group,
+        PACK=pack,
         DIM=head_dim,
         DIM_PAD=triton.next_power_of_2(head_dim),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SCAN=128,
+        SOURCE=source,
+        STAGES=config.num_stages,
+        GATHER_STAGES=config.gather_stages,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     return out
 
@@ -297,6 +416,8 @@ def prefill_attention_ref(
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     for row in range(lanes.shape[0]):
         begin, stop, start = int(cu_counts[row]), int(cu_counts[row + 1]), int(starts[row])
+        if begin == stop:
+            continue
         length = start + stop - begin
         slots = table[lanes[row].long(), :length].long()
         k = k_cache[slots].float().repeat_interleave(group, dim=1)
@@ -308,19 +429,43 @@ def prefill_attention_ref(
     return out.to(q.dtype)
 
 
-def prefill_config(head_dim: int, group: int, max_count: int, element_size: int) -> PrefillConfig:
-    """The configuration for a shape: that of the table, with small tiles for 4-byte elements."""
-    pairs = max_count * group
-    size = 16 if pairs <= 16 else 64 if pairs <= 64 else 128
-    found = _CONFIGS.get((max(64, triton.next_power_of_2(head_dim)), size))
+def block_pairs(row_pairs: int, all_pairs: int, device: torch.device) -> int:
+    """(token, query head) pairs of a block: 16, 64 or 128. Not more than the longest row has in one
+    KV head, and 128 only where that leaves a block for each multiprocessor."""
+    if row_pairs <= 16:
+        return 16
+    return 64 if row_pairs <= 64 or all_pairs < 128 * num_sms(device) else 128
+
+
+def prefill_config(
+    head_dim: int, group: int, size: int, element_size: int, device: torch.device
+) -> PrefillConfig:
+    """The configuration for blocks of ``size`` pairs: the device's tuned one or that of the table,
+    with small tiles for 4-byte elements.
+
+    Raises:
+        ValueError: head_dim or group is too large.
+    """
+    dim_pad = max(64, triton.next_power_of_2(head_dim))
+    found = _CONFIGS.get((dim_pad, size))
     if found is None:
         raise ValueError(f"head_dim {head_dim} is over 256")
     if group > 128:
         raise ValueError(f"{group} query heads per KV head: 128 at most")
+    if entry := tuned(device, "prefill", f"{dim_pad} {size}"):
+        found = PrefillConfig(**entry)
     if element_size > 2:
-        block_m = max(min(found.block_m, 32), triton.next_power_of_2(group))
-        return PrefillConfig(block_m, 32, 4, 2)
-    return found
+        found = PrefillConfig(min(found.block_m, 32), 32, 4, 2, 2)
+    block_m = max(found.block_m, triton.next_power_of_2(group))
+    return dataclasses.replace(found, block_m=block_m)
+
+
+def _copyable(kv: Tensor, head_dim: int) -> bool:
+    """Whether the tensor copy engine can fetch tiles: it wants addresses of 16 bytes, and copies a
+    head alone only if that needs no padding."""
+    if kv.element_size() > 2 or head_dim != triton.next_power_of_2(head_dim):
+        return False
+    return kv.stride(0) % 8 == 0 and kv.data_ptr() % 16 == 0
 
 
 def _check(
@@ -331,6 +476,7 @@ def _check(
     lanes: Tensor,
     starts: Tensor,
     cu_counts: Tensor,
+    kv: Tensor | None,
 ) -> None:
     if not q.dtype == k_cache.dtype == v_cache.dtype or table.dtype != torch.int32:
         raise ValueError(f"dtypes: q {q.dtype}, cache {k_cache.dtype}, table {table.dtype}")
@@ -347,3 +493,8 @@ def _check(
         raise ValueError(f"starts and cu_counts do not fit {num_rows} lanes")
     if not torch.int32 == lanes.dtype == starts.dtype == cu_counts.dtype:
         raise ValueError("lanes, starts and cu_counts must be int32")
+    width = (q.shape[1] + 2 * k_cache.shape[1]) * q.shape[2]
+    if kv is not None and (
+        kv.shape != (q.shape[0], width) or kv.dtype != q.dtype or kv.stride(1) != 1
+    ):
+        raise ValueError(f"kv {tuple(kv.shape)} {kv.dtype}: packed qkv of q's tokens expected")

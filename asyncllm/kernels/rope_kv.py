@@ -45,9 +45,8 @@ def _rope_kv_kernel(
     low = tl.where(turned, (x * cos[None, :] - y * sin[None, :]).to(low.dtype), low)
     high = tl.where(turned, (y * cos[None, :] + x * sin[None, :]).to(high.dtype), high)
 
-    is_q = live & (head < Q_HEADS)[:, None]
-    tl.store(ptr, low, mask=is_q)
-    tl.store(ptr + HALF, high, mask=is_q)
+    tl.store(ptr, low, mask=live & turned)
+    tl.store(ptr + HALF, high, mask=live & turned)
     is_k = live & (head >= Q_HEADS)[:, None] & turned
     row = slot * (2 * HALF * KV_HEADS)
     offset = row + (head - Q_HEADS)[:, None] * (2 * HALF) + dim[None, :]
@@ -68,11 +67,11 @@ def rope_kv(
     v_cache: Tensor,
     num_q_heads: int,
 ) -> Tensor:
-    """Rotate Q in place and write rotated K, and V, to the cache.
+    """Rotate Q and K in place and write rotated K, and V, to the cache.
 
     Args:
         qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim], rows [q | k | v]; rows may
-            be strided. The K and V parts are read only.
+            be strided. The V part is read only.
         cos_sin: [max_positions, head_dim] float32, contiguous: head_dim / 2 cosines, then sines.
         positions: [num_tokens] int32 or int64.
         slots: [num_tokens] int32 or int64; padding tokens point at the last slot.
@@ -130,11 +129,10 @@ def rope_kv_ref(
     cos, sin = cos_sin[positions.long()][:, None].chunk(2, dim=-1)
     low, high = heads[:, : num_q_heads + num_kv_heads].float().chunk(2, dim=-1)
     turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(qkv.dtype)
-    q = heads[:, :num_q_heads]
-    q.copy_(turned[:, :num_q_heads])
+    heads[:, : num_q_heads + num_kv_heads].copy_(turned)
     k_cache[slots.long()] = turned[:, num_q_heads:]
     v_cache[slots.long()] = heads[:, num_q_heads + num_kv_heads :]
-    return q
+    return heads[:, :num_q_heads]
 
 
 def _check(

@@ -53,6 +53,23 @@ def make_case(
     }
 
 
+def packed(case: dict[str, Tensor]) -> Tensor:
+    """The qkv that the case's q is a view of, as ``rope_kv`` leaves it: with the rows' new K and V,
+    and NaN where a token belongs to no row. q moves there."""
+    q, (kv, dim) = case["q"], case["k_cache"].shape[1:]
+    qkv = q.new_full((q.shape[0], (q.shape[1] + 2 * kv) * dim), float("nan"))
+    heads = qkv.unflatten(1, (-1, dim))
+    heads[:, : q.shape[1]] = q
+    case["q"] = heads[:, : q.shape[1]]
+    for row, lane in enumerate(case["lanes"].tolist()):
+        begin, stop = case["cu_counts"][row : row + 2].tolist()
+        start = int(case["starts"][row])
+        slots = case["table"][lane, start : start + stop - begin].long()
+        heads[begin:stop, q.shape[1] : -kv] = case["k_cache"][slots]
+        heads[begin:stop, -kv:] = case["v_cache"][slots]
+    return qkv
+
+
 def shifted(case: dict[str, Tensor], before: int, after: int) -> dict[str, Tensor]:
     """The case with foreign tokens (NaN) around its rows, and an empty row at either end."""
     q = case["q"]
@@ -83,6 +100,31 @@ def test_prefill_attention(
     with no_sync():
         got = prefill_attention(**case, max_count=longest(rows), scale=dim**-0.5)
     assert_close("out", prefill_attention_ref(**case, scale=dim**-0.5), got)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("blocks", [(64, 16), (64, 32), (128, 128)], ids=str)
+@pytest.mark.parametrize(("rows", "q", "kv", "dim"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_chunk_from_packed_qkv(
+    rows: list[tuple[int, int]],
+    q: int,
+    kv: int,
+    dim: int,
+    dtype: torch.dtype,
+    blocks: tuple[int, int],
+    pack: bool,
+) -> None:
+    case = shifted(make_case(rows, q, kv, dim, dtype), 3, 2)
+    qkv = packed(case)
+    config = PrefillConfig(*blocks, num_warps=4, num_stages=2, gather_stages=2, pack=pack)
+    out = torch.full_like(case["q"], 7.0)
+    with no_sync():
+        prefill_attention(**case, max_count=64, scale=dim**-0.5, out=out, kv=qkv, config=config)
+    own = slice(3, len(out) - 2)
+    assert_close("out", prefill_attention_ref(**case, scale=dim**-0.5)[own], out[own])
+    assert bool((out[:3] == 7.0).all())
+    assert bool((out[-2:] == 7.0).all())
 
 
 @pytest.mark.parametrize("max_count", [1, 8, 1000])
@@ -123,7 +165,7 @@ def test_only_padding_rows_write_nothing() -> None:
 def test_every_tile_shape_meets_the_diagonal(blocks: tuple[int, int]) -> None:
     rows = [(15, 17), (16, 16), (0, 33), (31, 1), (1, 47)]
     case = make_case(rows, 3, 1, 64, torch.float32)
-    config = PrefillConfig(*blocks, num_warps=4, num_stages=2)
+    config = PrefillConfig(*blocks, num_warps=4, num_stages=2, gather_stages=2)
     got = prefill_attention(**case, max_count=47, scale=0.125, config=config)
     assert_close("out", prefill_attention_ref(**case, scale=0.125), got)
 
@@ -169,7 +211,7 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="cu_counts"):
         prefill_attention(**{**case, "cu_counts": case["cu_counts"][1:]}, max_count=5, scale=1.0)
     with pytest.raises(ValueError, match="256"):
-        prefill_config(512, 4, 5, 2)
+        prefill_config(512, 4, 64, 2, torch.device(DEVICE))
 
 
 @pytest.mark.gpu
@@ -192,19 +234,23 @@ def test_at_full_size(
     rows: list[tuple[int, int]], q: int, kv: int, dim: int, dtype: torch.dtype
 ) -> None:
     case = make_case(rows, q, kv, dim, dtype, surplus=100)
-    got = prefill_attention(**case, max_count=longest(rows), scale=dim**-0.5)
-    assert_close("out", prefill_attention_ref(**case, scale=dim**-0.5), got)
+    want = prefill_attention_ref(**case, scale=dim**-0.5)
+    for kv_packed in (None, packed(case)):
+        got = prefill_attention(**case, max_count=longest(rows), scale=dim**-0.5, kv=kv_packed)
+        own = slice(0, len(got) - 100)
+        assert_close("out", want[own], got[own])
 
 
 @pytest.mark.gpu
 def test_a_captured_call_follows_rows_at_replay() -> None:
     case = make_case([(500, 60), (0, 100)], 32, 8, 128, torch.bfloat16)
+    qkv = packed(case)
     out = torch.empty_like(case["q"])
     cu, starts = ints([0, 16, 116]), ints([500, 0])
     new = {**case, "cu_counts": cu, "starts": starts}
 
     def call() -> None:
-        prefill_attention(**new, max_count=100, scale=0.1, out=out)
+        prefill_attention(**new, max_count=100, scale=0.1, out=out, kv=qkv)
 
     def before() -> None:
         cu.copy_(case["cu_counts"])

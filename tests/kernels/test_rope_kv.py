@@ -43,7 +43,9 @@ def test_rope_kv(tokens: int, q: int, kv: int, dim: int, dtype: torch.dtype) -> 
     assert rotated.shape == (tokens, q, dim)
     assert rotated.data_ptr() == case[0].data_ptr()
     assert_close("qkv", mirror[0], case[0])
-    assert torch.equal(mirror[0][:, q * dim :], case[0][:, q * dim :])
+    assert torch.equal(mirror[0][:, (q + kv) * dim :], case[0][:, (q + kv) * dim :])
+    in_cache = case[4][case[3].long()].flatten(1)
+    assert torch.equal(in_cache, case[0][:, q * dim : (q + kv) * dim])
     assert_close("k", mirror[4], case[4])
     assert torch.equal(mirror[5], case[5])
 
