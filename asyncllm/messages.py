@@ -355,9 +355,10 @@ class Served:
 
 @message(46)
 class RunnerStats:
-    """runner@0 -> watchdog@0 on Probe: the last step's device times."""
+    """runner@0 -> watchdog@0 on Probe: medians of the last steps."""
 
     query: int
     step_ms: float
     launch_ms: float
+    gap_ms: float  # device idle between two steps that were both launched; 0 where not measured
     jit_after_warmup: int

@@ -9,6 +9,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from statistics import median
 from time import perf_counter
 from typing import Any, NoReturn, Protocol, assert_never
 
@@ -16,11 +17,19 @@ from asyncllm.actors.base import Actor
 from asyncllm.errors import PlanOutOfOrder
 from asyncllm.messages import Probe, RunnerStats, StepDone, StepPlan
 
+RECENT = 256  # steps that the times in the metrics are medians of
 JOIN_S = 5.0  # a device that hangs must not hang the exit
 
 
 class Pending(Protocol):
-    """A launched step."""
+    """A launched step.
+
+    Attributes:
+        gap_ms: after :meth:`wait`, how long the device was idle before this step although it had
+            been launched in time; None where that was not measured.
+    """
+
+    gap_ms: float | None
 
     def wait(self) -> StepDone:
         """Block, with the GIL released, until the step is done. Called once, in a thread.
@@ -55,7 +64,7 @@ class Runner(Actor[StepPlan | Probe]):
         self.device, self.reports = device, reports
         self._jit_after_warmup = jit_after_warmup
         self._step = 0
-        self._step_ms = self._launch_ms = 0.0
+        self._step_ms, self._launch_ms, self._gap_ms = (_recent() for _ in range(3))
         self._unfinished: deque[tuple[float, StepPlan]] = deque()  # with the time of launch
         self._waits: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait_forever, name="waiter", daemon=True)
@@ -73,8 +82,7 @@ class Runner(Actor[StepPlan | Probe]):
                 case StepPlan():
                     self._launch(msg)
                 case Probe(query):
-                    jit = self._jit_after_warmup()
-                    self._watchdog.tell(RunnerStats(query, self._step_ms, self._launch_ms, jit))
+                    self._watchdog.tell(self._stats(query))
                 case _:
                     assert_never(msg)
 
@@ -100,6 +108,15 @@ class Runner(Actor[StepPlan | Probe]):
         steps = (f"{_describe(plan)}, {now - began:.1f} s" for began, plan in [*self._unfinished])
         return "; ".join(steps)
 
+    def _stats(self, query: int) -> RunnerStats:
+        return RunnerStats(
+            query,
+            _median(self._step_ms),
+            _median(self._launch_ms),
+            _median(self._gap_ms),
+            self._jit_after_warmup(),
+        )
+
     def _launch(self, plan: StepPlan) -> None:
         if plan.step != self._step + 1:
             raise PlanOutOfOrder(self._step, plan.step)
@@ -107,7 +124,7 @@ class Runner(Actor[StepPlan | Probe]):
         begin = perf_counter()
         self._unfinished.append((begin, plan))  # a launch can hang as well
         self._waits.put(self.device.launch(plan))
-        self._launch_ms = (perf_counter() - begin) * 1e3
+        self._launch_ms.append((perf_counter() - begin) * 1e3)
 
     def _wait_forever(self) -> None:
         """The one waiter thread. Followers wait too, so that their hangs are seen."""
@@ -115,12 +132,14 @@ class Runner(Actor[StepPlan | Probe]):
         for pending in iter(self._waits.get, None):
             try:
                 done = pending.wait()
+                now = perf_counter()
+                self._step_ms.append((now - max(self._unfinished.popleft()[0], last)) * 1e3)
+                if pending.gap_ms is not None:
+                    self._gap_ms.append(pending.gap_ms)
+                last = now
             except BaseException as error:  # whatever it is, it ends the rank: on the loop
                 self._post(self._fail, error)
                 return
-            now = perf_counter()
-            self._step_ms = (now - max(self._unfinished.popleft()[0], last)) * 1e3
-            last = now
             if self.reports:
                 self._post(self._report, done)
 
@@ -138,6 +157,15 @@ class Runner(Actor[StepPlan | Probe]):
     def _fail(self, error: BaseException) -> NoReturn:
         """On the loop, whose exception handler ends the system."""
         raise error
+
+
+def _recent() -> deque[float]:
+    return deque(maxlen=RECENT)
+
+
+def _median(values: deque[float]) -> float:
+    """Of a deque that the waiter thread may be appending to; 0 if it is empty."""
+    return median(values.copy()) if values else 0.0
 
 
 def _describe(plan: StepPlan) -> str:

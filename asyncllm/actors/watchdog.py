@@ -429,5 +429,6 @@ def _state(scheduler: SchedulerStats, allocator: AllocatorStats, runner: RunnerS
         generated_tokens=scheduler.generated_tokens,
         step_ms=runner.step_ms,
         launch_ms=runner.launch_ms,
+        gap_ms=runner.gap_ms,
         jit_after_warmup=runner.jit_after_warmup,
     )

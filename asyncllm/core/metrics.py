@@ -69,6 +69,7 @@ class State:
     generated_tokens: int = 0
     step_ms: float = 0.0
     launch_ms: float = 0.0
+    gap_ms: float = 0.0
     jit_after_warmup: int = 0
 
 
@@ -89,8 +90,9 @@ _STATE = {
     "running": ("requests_running", "Requests in the batch", False),
     "waiting": ("requests_waiting", "Requests queued for the batch", False),
     "inflight_steps": ("inflight_steps", "Steps launched and not committed", False),
-    "step_ms": ("step_ms", "Device time of the last step, milliseconds", False),
-    "launch_ms": ("launch_ms", "Host time of the last launch, milliseconds", False),
+    "step_ms": ("step_ms", "Time of a step, milliseconds, median of the last ones", False),
+    "launch_ms": ("launch_ms", "Host time of a launch, milliseconds, median", False),
+    "gap_ms": ("gpu_gap_ms", "Device idle between two launched steps, ms, median", False),
     "steps": ("steps", "Steps launched", True),
     "preemptions": ("preemptions", "Requests taken out of the batch for want of KV", True),
     "prompt_tokens": ("prompt_tokens", "Prompt tokens computed", True),

@@ -61,6 +61,8 @@ def _bytes(x: Tensor) -> bytes:
 class CpuPending:
     """A step on the compute thread."""
 
+    gap_ms: float | None = None
+
     def __init__(self, work: Work, future: Future[Outputs]) -> None:
         self._work, self._future = work, future
 

@@ -58,6 +58,7 @@ def oracle(prompt: Iterable[int], params: SamplingParams, vocab: int, eos: set[i
 class FakePending:
     done: StepDone
     gate: tuple[threading.Event, threading.Event] | None = None
+    gap_ms: float | None = None
 
     def wait(self) -> StepDone:
         if self.gate is not None:

@@ -100,6 +100,8 @@ def test_a_plan_out_of_order_is_fatal(step: int) -> None:
 
 def test_a_step_that_fails_on_the_device_ends_the_system() -> None:
     class Lost:
+        gap_ms: float | None = None
+
         def wait(self) -> StepDone:
             raise RuntimeError("device lost")
 
@@ -204,3 +206,4 @@ def test_a_probe_is_answered_with_times_and_compilations() -> None:
     assert isinstance(stats, RunnerStats)
     assert (stats.query, stats.jit_after_warmup) == (9, 3)
     assert stats.launch_ms > 0
+    assert stats.gap_ms == 0  # the fake device does not measure it

@@ -68,7 +68,7 @@ class Fake(Actor[Any]):
         elif self.name == "allocator":
             dog.tell(AllocatorStats(query, 30, 20, 100, 8, 16, 4))
         elif self.name == "runner":
-            dog.tell(RunnerStats(query, 5.0, 0.5, 0))
+            dog.tell(RunnerStats(query, 5.0, 0.5, 0.1, 0))
 
 
 @dataclass
