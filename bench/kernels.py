@@ -1,20 +1,26 @@
 """Time and rate of each kernel on a CUDA device, beside what the device can do.
 
-    python bench/kernels.py [--quick] [--tune decode|prefill]
+    python bench/kernels.py [--quick] [--only NAME] [--tune decode|prefill [--seconds S] [--out FILE]]
 
 First every kernel is compared with its reference on small random cases: no number is printed while
 one is wrong. Then the two ceilings are measured (a large copy, a large matrix product), then every
 kernel in a CUDA graph, median of many runs with the L2 cache flushed between them. ``--tune`` tries
-the configurations of one attention kernel instead.
+configurations of one attention kernel instead, the likeliest first, for about ``--seconds``; its
+last lines are the best of each class, which ``--out`` merges into a file of the form of
+asyncllm/kernels/configs/.
 """
 
 import argparse
+import dataclasses
 import itertools
+import json
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -57,6 +63,8 @@ PREFILL: dict[str, Rows] = {
     "8 x 2048": [(0, 2048)] * 8,
     "1 x 2048": [(0, 2048)],
     "16 x 512, prefix 4096": [(4096, 512)] * 16,
+    "1 x 512": [(0, 512)],
+    "1 x 256, prefix 1024": [(1024, 256)],
 }
 
 
@@ -91,23 +99,35 @@ def cached(lengths: list[int]) -> dict[str, Tensor]:
     }
 
 
-def packed_q(num_tokens: int) -> Tensor:
-    wide = randn(num_tokens, (Q_HEADS + 2 * KV_HEADS) * DIM)
-    return wide[:, : Q_HEADS * DIM].unflatten(1, (Q_HEADS, DIM))
+def packed(num_tokens: int) -> Tensor:
+    return randn(num_tokens, (Q_HEADS + 2 * KV_HEADS) * DIM)
+
+
+def q_of(qkv: Tensor) -> Tensor:
+    return qkv[:, : Q_HEADS * DIM].unflatten(1, (Q_HEADS, DIM))
 
 
 def decode_case(lengths: list[int]) -> dict[str, Tensor]:
-    return {"q": packed_q(len(lengths)), "lens": ints(lengths), **cached(lengths)}
+    return {"q": q_of(packed(len(lengths))), "lens": ints(lengths), **cached(lengths)}
 
 
-def prefill_case(rows: Rows) -> dict[str, Tensor]:
+def prefill_case(rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+    """Arguments of prefill attention, and the packed qkv with the same new K and V."""
     counts = [count for _, count in rows]
-    return {
-        "q": packed_q(sum(counts)),
+    case = cached([prefix + count for prefix, count in rows])
+    qkv = packed(sum(counts))
+    heads = qkv.unflatten(1, (-1, DIM))
+    for lane, part in enumerate(heads.split(counts)):
+        prefix, count = rows[lane]
+        slots = case["table"][lane, prefix : prefix + count].long()
+        case["k_cache"][slots] = part[:, Q_HEADS:-KV_HEADS]
+        case["v_cache"][slots] = part[:, -KV_HEADS:]
+    case |= {
+        "q": q_of(qkv),
         "starts": ints(prefix for prefix, _ in rows),
         "cu_counts": ints(itertools.accumulate(counts, initial=0)),
-        **cached([prefix + count for prefix, count in rows]),
     }
+    return case, qkv
 
 
 def rope_case(num_tokens: int) -> list[Tensor]:
@@ -148,13 +168,13 @@ def wrong_kernels() -> list[str]:
         decode = decode_case(lengths)
         want = decode_attention_ref(**decode, scale=SCALE)
         compare("decode_attention", want, decode_attention(**decode, scale=SCALE))
-    for rows in ([(0, 700), (333, 1), (128, 300)], [(900, 3)] * 5, [(900, 16)] * 5):
-        prefill = prefill_case(rows)
+    for rows in ([(0, 1700), (333, 1), (128, 300)], [(77, 300)], [(900, 3)] * 5, [(900, 16)] * 5):
+        prefill, qkv = prefill_case(rows)
         want = prefill_attention_ref(**prefill, scale=SCALE)
-        most = max(count for _, count in rows)
-        compare(
-            "prefill_attention", want, prefill_attention(**prefill, max_count=most, scale=SCALE)
-        )
+        call = partial(prefill_attention, **prefill, scale=SCALE)
+        for most in (max(count for _, count in rows), 4096):
+            compare("prefill_attention", want, call(max_count=most))
+            compare("prefill_attention, kv", want, call(max_count=most, kv=qkv))
     return found
 
 
@@ -169,13 +189,20 @@ def median_us(call: Callable[[], object], quick: bool) -> float:
 
 
 def measure_ceiling(quick: bool) -> Ceiling:
-    source = torch.randn(2**28, device="cuda")
+    """Bytes read and written by the best of a few large contiguous copies (device time between two
+    events around each), and the rate of a matrix product."""
+    source = torch.randn(2**29, device="cuda")  # 2 GiB: far over any cache
     target = torch.empty_like(source)
-    copy_us = median_us(partial(target.copy_, source), quick)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
+    for event in events:
+        target.copy_(source)
+        event.record()
+    torch.cuda.synchronize()
+    copy_ms = min(a.elapsed_time(b) for a, b in itertools.pairwise(events))
     a, b = randn(8192, 8192), randn(8192, 8192)
     out = torch.empty_like(a)
     gemm_us = median_us(partial(torch.mm, a, b, out=out), quick)
-    return Ceiling(2 * source.nbytes / copy_us * 1e6, 2 * 8192**3 / gemm_us * 1e6)
+    return Ceiling(2 * source.nbytes / copy_ms * 1e3, 2 * 8192**3 / gemm_us * 1e6)
 
 
 def show(kernel: str, shape: str, us: float, ceiling: Ceiling, **work: float) -> None:
@@ -216,7 +243,7 @@ def small_kernels(ceiling: Ceiling, quick: bool) -> None:
         show("rope_kv", f"{tokens} tokens", us, ceiling, num_bytes=moved)
 
 
-def attention_kernels(ceiling: Ceiling, quick: bool) -> None:
+def decode_kernels(ceiling: Ceiling, quick: bool) -> None:
     for name, lengths in DECODE.items():
         case = decode_case(lengths)
         planned = partial(plan_decode, case["lanes"], case["lens"], Q_HEADS, case["k_cache"])
@@ -224,59 +251,140 @@ def attention_kernels(ceiling: Ceiling, quick: bool) -> None:
         us = median_us(call, quick)
         show("decode_attention", name, us, ceiling, num_bytes=decode_bytes(lengths))
         show("  its plan", name, median_us(planned, quick), ceiling, num_bytes=8 * len(lengths))
+
+
+def prefill_kernels(ceiling: Ceiling, quick: bool) -> None:
     for name, rows in PREFILL.items():
         most = max(count for _, count in rows)
-        call = partial(prefill_attention, **prefill_case(rows), max_count=most, scale=SCALE)
-        show("prefill_attention", name, median_us(call, quick), ceiling, flops=prefill_flops(rows))
+        case, qkv = prefill_case(rows)
+        call = partial(
+            prefill_attention, **case, max_count=most, scale=SCALE, out=case["q"].clone()
+        )
+        us = median_us(partial(call, kv=qkv), quick)
+        show("prefill_attention", name, us, ceiling, flops=prefill_flops(rows))
+        show("  without kv", name, median_us(call, quick), ceiling, flops=prefill_flops(rows))
 
 
-def tune_decode(ceiling: Ceiling) -> None:
-    """Each row: configuration, then TB/s per case."""
-    cases = {name: decode_case(DECODE[name]) for name in DECODE if name != "1 x 256"}
-    print("tile warps stages per_sm waves: " + ", ".join(cases))
-    for choice in itertools.product((32, 64, 128), (2, 4), (4, 5, 7), (2, 3, 4), (1, 4)):
-        rates = []
+# case -> class of its shape: the key of its configuration
+DECODE_CLASS = {
+    "256 x 1200": "many",
+    "64 x 1200": "many",
+    "8 x 16384": "some",
+    "255 x 300 + 1 x 16384": "many",
+    "1 x 8192": "few",
+    "1 x 256": "few",
+}
+PREFILL_CLASS = {
+    "1 x 8192": 128,
+    "8 x 2048": 128,
+    "1 x 2048": 128,
+    "16 x 512, prefix 4096": 128,
+    "1 x 512": 64,
+    "1 x 256, prefix 1024": 64,
+}
+# likeliest first: tile, warps, stages, programs per multiprocessor, waves
+DECODE_CHOICES = [
+    *[(64, 4, 4, 3, 1), (64, 4, 4, 4, 1), (64, 4, 5, 2, 1), (128, 4, 4, 2, 1), (32, 4, 5, 4, 1)],
+    *[(64, 4, 4, 3, 2), (32, 4, 7, 3, 1), (64, 8, 4, 2, 1), (64, 4, 5, 3, 1), (32, 4, 4, 6, 1)],
+    *[(128, 8, 4, 2, 1), (64, 4, 4, 3, 4), (32, 2, 5, 6, 1), (64, 2, 4, 4, 1), (128, 4, 4, 1, 1)],
+    *[(64, 4, 7, 2, 1), (32, 4, 4, 4, 2), (16, 4, 7, 4, 1), (64, 8, 5, 3, 1), (128, 8, 5, 1, 1)],
+]
+# block_m, block_n, warps, stages, gather stages, pack
+PREFILL_CHOICES = [
+    *[(128, 128, 8, 2, 2, True), (64, 64, 4, 2, 2, True), (128, 64, 8, 3, 3, True)],
+    *[(128, 128, 8, 2, 2, False), (64, 64, 4, 3, 2, True), (128, 64, 8, 2, 2, True)],
+    *[(128, 64, 8, 3, 2, True), (64, 128, 4, 2, 2, True), (64, 64, 4, 3, 3, True)],
+    *[(128, 64, 8, 3, 2, False), (128, 64, 8, 4, 3, True), (64, 64, 4, 2, 2, False)],
+    *[(64, 32, 4, 3, 3, True), (128, 32, 8, 4, 4, True), (64, 64, 8, 2, 2, True)],
+]
+
+
+def tune_decode(seconds: float) -> dict[str, dict[str, Any]]:
+    """Tries the configurations; microseconds a case, and the best of each class by its key."""
+    cases = {name: decode_case(DECODE[name]) for name in DECODE_CLASS}
+
+    def timed(choice: tuple[int, ...], name: str) -> float:
+        case, config = cases[name], DecodeConfig(*choice)
+        planned = partial(
+            plan_decode, case["lanes"], case["lens"], Q_HEADS, case["k_cache"], config=config
+        )
+        call = partial(decode_attention, **case, scale=SCALE)
+        want, got = call(), call(plan=planned())
+        if not (got.double() - want.double()).norm() <= BOUND * want.double().norm():
+            raise RuntimeError(f"{choice} gives a wrong result")
+        return median_us(partial(call, plan=planned(), out=got), True)
+
+    best = tried("tile warps stages per_sm waves", DECODE_CHOICES, DECODE_CLASS, timed, seconds)
+    return {f"128 {key}": dataclasses.asdict(DecodeConfig(*choice)) for key, choice in best.items()}
+
+
+def tune_prefill(seconds: float) -> dict[str, dict[str, Any]]:
+    """As ``tune_decode``; blocks of 64 pairs compete for their class only."""
+    cases = {name: prefill_case(PREFILL[name]) for name in PREFILL_CLASS}
+
+    def timed(choice: tuple[int, ...], name: str) -> float:
+        case, qkv = cases[name]
+        call = partial(prefill_attention, **case, scale=SCALE, max_count=4096, kv=qkv)
+        want, got = call(), call(config=PrefillConfig(*choice))
+        if not (got.double() - want.double()).norm() <= BOUND * want.double().norm():
+            raise RuntimeError(f"{choice} gives a wrong result")
+        return median_us(partial(call, config=PrefillConfig(*choice), out=got), True)
+
+    best = tried(
+        "block_m block_n warps stages gather pack", PREFILL_CHOICES, PREFILL_CLASS, timed, seconds
+    )
+    return {
+        f"128 {key}": dataclasses.asdict(PrefillConfig(*choice)) for key, choice in best.items()
+    }
+
+
+def tried(
+    title: str,
+    choices: list[Any],
+    classes: dict[str, Any],
+    timed: Callable[[tuple[int, ...], str], float],
+    seconds: float,
+) -> dict[str, tuple[int, ...]]:
+    """Times each choice in each case until the seconds are over; per class, the choice of least
+    relative time over its cases."""
+    end = time.monotonic() + seconds
+    names = list(classes)
+    times: dict[tuple[int, ...], dict[str, float]] = {}
+    print(f"{title}: us of " + " | ".join(names))
+    for choice in choices:
+        if time.monotonic() > end:
+            print(f"{len(choices) - len(times)} of {len(choices)} not tried: time is over")
+            break
         try:
-            for name, case in cases.items():
-                plan = plan_decode(
-                    case["lanes"], case["lens"], Q_HEADS, case["k_cache"],
-                    config=DecodeConfig(*choice),
-                )  # fmt: skip
-                us = median_us(partial(decode_attention, **case, scale=SCALE, plan=plan), True)
-                rates.append(decode_bytes(DECODE[name]) / us / 1e6)
+            times[choice] = {name: timed(choice, name) for name in names}
         except OutOfResources:
+            print(f"{choice}: does not fit")
             continue
-        least = min(rates[:3]) * 1e12 / ceiling.bytes_per_s
-        report(choice, [f"{rate:5.2f}" for rate in rates], least)
+        shown = "  ".join(f"{us:8.1f}" for us in times[choice].values())
+        print(" ".join(f"{int(value):4}" for value in choice) + ":  " + shown, flush=True)
+    least = {name: min(found[name] for found in times.values()) for name in names}
+    best = {}
+    for key in dict.fromkeys(classes.values()):
+        mine = [name for name in names if classes[name] == key]
+        best[key] = min(times, key=lambda c: sum(times[c][n] / least[n] for n in mine))
+        print(f"best for {key}: {best[key]}")
+    return best
 
 
-def tune_prefill(ceiling: Ceiling) -> None:
-    """Each row: configuration, then TFLOP/s per case."""
-    cases = {name: prefill_case(rows) for name, rows in PREFILL.items()}
-    print("block_m block_n warps stages: " + ", ".join(cases))
-    for choice in itertools.product((64, 128), (32, 64, 128), (4, 8), (3, 5, 7)):
-        config = PrefillConfig(*choice)
-        call = partial(prefill_attention, max_count=1 << 20, scale=SCALE, config=config)
-        rates = []
-        try:
-            for name, case in cases.items():
-                us = median_us(partial(call, **case), True)
-                rates.append(prefill_flops(PREFILL[name]) / us / 1e6)
-        except OutOfResources:
-            continue
-        best = max(rates) * 1e12 / ceiling.flops_per_s
-        report(choice, [f"{rate:4.0f}" for rate in rates], best)
-
-
-def report(choice: tuple[int, ...], rates: list[str], share: float) -> None:
-    shown = " ".join(f"{value:4}" for value in choice)
-    print(f"{shown}:  {'  '.join(rates)}  ({share:.0%})", flush=True)
+def merge_into(path: Path, kernel: str, entries: dict[str, dict[str, Any]]) -> None:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known.setdefault(kernel, {}).update(entries)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--tune", choices=("decode", "prefill"), help="try configurations")
+    parser.add_argument("--seconds", type=float, default=60, help="how long to tune")
+    parser.add_argument("--out", type=Path, help="JSON file that tuning updates")
+    parser.add_argument("--only", choices=("small", "decode", "prefill"), help="these kernels")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to measure", file=sys.stderr)
@@ -292,14 +400,17 @@ def main() -> int:
         f"bf16 matrix product {ceiling.flops_per_s / 1e12:.0f} TFLOP/s; "
         f"{Q_HEADS} query heads, {KV_HEADS} KV heads, head_dim {DIM}, {DTYPE}"
     )
-    match options.tune:
-        case "decode":
-            tune_decode(ceiling)
-        case "prefill":
-            tune_prefill(ceiling)
-        case _:
-            small_kernels(ceiling, options.quick)
-            attention_kernels(ceiling, options.quick)
+    if options.tune:
+        tune = {"decode": tune_decode, "prefill": tune_prefill}[options.tune]
+        entries = tune(options.seconds)
+        print(json.dumps({options.tune: entries}))
+        if options.out:
+            merge_into(options.out, options.tune, entries)
+        return 0
+    parts = {"small": small_kernels, "decode": decode_kernels, "prefill": prefill_kernels}
+    for name, part in parts.items():
+        if options.only in (None, name):
+            part(ceiling, options.quick)
     return 0
 
 
