@@ -25,24 +25,16 @@ class TorchOps:
         gate, up = x.chunk(2, dim=-1)
         return silu(gate) * up
 
-    def rope_kv(
-        self, qkv: Tensor, cos_sin: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+    def attend(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+        scale: float,
     ) -> Tensor:
-        kv_heads, dim = k_cache.shape[1:]
-        heads = qkv.view(qkv.shape[0], -1, dim)
-        num_q = heads.shape[1] - 2 * kv_heads
-        cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
-        first, second = heads[:, : num_q + kv_heads].float().chunk(2, dim=-1)
-        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        rotated = rotated.to(qkv.dtype)
-        slots = batch.slots.long()
-        k_cache.index_copy_(0, slots, rotated[:, num_q:])
-        v_cache.index_copy_(0, slots, heads[:, num_q + kv_heads :])
-        return rotated[:, :num_q]
-
-    def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
-    ) -> Tensor:
+        q = _rope_kv(qkv, cos_sin, batch, k_cache, v_cache)
         out = torch.empty_like(q)
         host, decode = batch.host, batch.decode_lanes.shape[0]
         assert host is not None
@@ -76,6 +68,23 @@ class TorchOps:
             scale=scale,
         )
         out.copy_(attended.reshape(rows, -1, dim))
+
+
+def _rope_kv(
+    qkv: Tensor, cos_sin: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
+    """Rotated q, [T, Hq, D]; rotated k, and v, go to the batch's slots."""
+    kv_heads, dim = k_cache.shape[1:]
+    heads = qkv.view(qkv.shape[0], -1, dim)
+    num_q = heads.shape[1] - 2 * kv_heads
+    cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
+    first, second = heads[:, : num_q + kv_heads].float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    rotated = rotated.to(qkv.dtype)
+    slots = batch.slots.long()
+    k_cache.index_copy_(0, slots, rotated[:, num_q:])
+    v_cache.index_copy_(0, slots, heads[:, num_q + kv_heads :])
+    return rotated[:, :num_q]
 
 
 def _extend(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:

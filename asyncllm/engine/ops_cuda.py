@@ -26,17 +26,18 @@ class TritonOps:
     def silu_mul(self, x: Tensor) -> Tensor:
         return silu_mul(x)
 
-    def rope_kv(
-        self, qkv: Tensor, cos_sin: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+    def attend(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+        scale: float,
     ) -> Tensor:
         kv_heads, dim = k_cache.shape[1:]
         num_q = qkv.shape[1] // dim - 2 * kv_heads
-        rope_kv(qkv, cos_sin, batch.positions, batch.slots, k_cache, v_cache, num_q)
-        return qkv[:, : num_q * dim].view(-1, num_q, dim)
-
-    def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
-    ) -> Tensor:
+        q = rope_kv(qkv, cos_sin, batch.positions, batch.slots, k_cache, v_cache, num_q)
         out = q.new_empty(q.shape)
         num_decode = batch.decode_lanes.shape[0]
         if num_decode:
@@ -66,5 +67,6 @@ class TritonOps:
                 batch.max_count,
                 scale,
                 out=out,
+                kv=qkv,
             )
         return out.flatten(1)

@@ -60,18 +60,17 @@ class Ops(Protocol):
     def silu_mul(self, x: Tensor) -> Tensor:
         """[T, 2 * I] -> [T, I]: silu of the first half times the second."""
 
-    def rope_kv(
-        self, qkv: Tensor, cos_sin: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+    def attend(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+        scale: float,
     ) -> Tensor:
-        """Rotate q and k of qkv [T, (Hq + 2 Hk) * D]; write k and v to the batch's slots.
-
-        Returns q, [T, Hq, D].
-        """
-
-    def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
-    ) -> Tensor:
-        """Causal attention of each row over its lane's slots: [T, Hq, D] -> [T, Hq * D]."""
+        """Rotate q and k of qkv [T, (Hq + 2 Hk) * D], write k and v to the batch's slots, and let
+        each row attend causally to its lane's slots: [T, Hq * D]. qkv may be changed."""
 
 
 class Comm(Protocol):

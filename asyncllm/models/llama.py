@@ -90,8 +90,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             k_cache, v_cache = kv[i]
             qkv = linear(x, layer.qkv, layer.qkv_bias)
-            q = ops.rope_kv(qkv, self.cos_sin, batch, k_cache, v_cache)
-            attended = ops.attention(q, k_cache, v_cache, batch, self.scale)
+            attended = ops.attend(qkv, self.cos_sin, k_cache, v_cache, batch, self.scale)
             x = comm.linear_reduce(attended, layer.out, layer.out_bias)
             x, residual = ops.add_rmsnorm(x, residual, layer.mlp_norm, eps)
             inner = ops.silu_mul(linear(x, layer.gate_up, layer.gate_up_bias))
