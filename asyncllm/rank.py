@@ -429,8 +429,8 @@ class _Server:
         host = boot.config.host
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
         url = f"http://{host}:{boot.config.port}"
-        body = f'{{"model": "{names[0]}", "stream": true, "messages": '
-        body += '[{"role": "user", "content": "Say hello in French."}]}'
+        body = f'{{"model": "{names[0]}", "stream": true, "temperature": 0, "max_tokens": 100, '
+        body += '"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
         sys.stdout.write(
             f"asyncllm is ready: {url} serves {names[0]}\n"
             f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
