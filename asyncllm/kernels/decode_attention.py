@@ -12,7 +12,7 @@ row KV head by KV head, and each program takes an equal, contiguous range of num
 So one long row among short ones delays nobody, and the division is computed on the device from the
 lengths alone: the host launches a grid that depends on shapes only. A (row, head) that lies inside
 one program is written at once; one that crosses a border leaves at most two fp32 partial results
-per program, which a second kernel merges.
+per program, which the program that finishes last merges (a counter per (row, head) tells it so).
 Sources: work split by ranges as in Stream-K (Osama et al., 2023), merge of partial softmax results
 as in Flash-Decoding (Dao et al., 2023).
 """
@@ -27,27 +27,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asyncllm.kernels.autotune import num_sms, tuned
+
 _MIN_TILES = 2
 _HEAD_PAD = 16  # least M of a matrix instruction; the query heads of a KV head are padded to it
-_MERGE = 16  # partial results read at once by the merging kernel
+_MERGED = 4096  # elements of partial results that are merged at once
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How the kernel is built and spread: tile in tokens, programs resident on a multiprocessor,
-    and how many such waves at most when there are many rows (later waves even out slow ones)."""
+    and how many such waves are launched. All programs get equal work, so part of a wave would leave
+    the device half idle."""
 
     tile: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
-    waves: int = 4
+    waves: int = 1
 
 
 # padded head_dim -> configuration. Of num_stages two are spent on the slots, whose load comes before
 # that of K and V; with 4 the next tile's loads are in flight while one is worked on (39 KB of shared
-# memory, 162 registers at head_dim 128: three programs fit), with 5 there are two tiles (72 KB, two
-# programs).
+# memory at head_dim 128: three programs fit), with 5 there are two tiles (72 KB).
 _CONFIGS = {
     64: DecodeConfig(128, 4, 4, 3),
     128: DecodeConfig(64, 4, 4, 3),
@@ -60,16 +62,16 @@ class DecodePlan:
     """The division of one step's decode work, and the space its partial results need.
 
     Made by ``plan_decode`` once per step, used by every layer, one layer after another (the
-    layers share ``partial`` and ``lse``). Device tensors only.
+    layers share ``partial``, ``lse`` and ``counters``). Device tensors only.
     """
 
     config: DecodeConfig
     num_programs: int
     lens: Tensor  # [num_rows] as given
     meta: Tensor  # [2]: all tiles, tiles per program
-    first: Tensor  # [num_programs]: record where the program starts
+    first: Tensor  # [5, num_programs]: record where the program starts: its number, then itself
     records: Tensor  # [4, num_rows]: row, lane, length, first tile of each non-empty row
-    row_start: Tensor  # [num_rows]: first tile
+    counters: Tensor  # [num_rows, num_kv_heads]: pieces done; zero between layers
     partial: Tensor  # [2 * num_programs, group, head_dim] fp32
     lse: Tensor  # [2 * num_programs, group] fp32, base 2
 
@@ -85,10 +87,11 @@ def _plan_kernel(
     meta_ptr,
     first_ptr,
     records_ptr,
-    row_start_ptr,
+    counters_ptr,
     num_rows,
     num_programs,
     KV_HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -109,33 +112,102 @@ def _plan_kernel(
     if row == 0:
         tl.store(meta_ptr, total)
         tl.store(meta_ptr + 1, per_program)
-    tl.store(row_start_ptr + row, start)
+    head = tl.arange(0, HEADS_PAD)
+    tl.store(counters_ptr + row * KV_HEADS + head, 0, mask=head < KV_HEADS)
     length = tl.load(lens_ptr + row)
     if length > 0:
+        lane = tl.load(lanes_ptr + row)
         tl.store(records_ptr + rank, row)
-        tl.store(records_ptr + num_rows + rank, tl.load(lanes_ptr + row))
+        tl.store(records_ptr + num_rows + rank, lane)
         tl.store(records_ptr + 2 * num_rows + rank, length)
         tl.store(records_ptr + 3 * num_rows + rank, start)
         # the programs whose range begins in this row
         stop = tl.cdiv(start + KV_HEADS * tl.cdiv(length, TILE), per_program)
         for begin in range(tl.cdiv(start, per_program), stop, BLOCK):
             program = begin + tl.arange(0, BLOCK)
-            tl.store(first_ptr + program, rank + tl.zeros_like(program), mask=program < stop)
+            zero = tl.zeros_like(program)
+            live = program < stop
+            tl.store(first_ptr + program, zero + rank, mask=live)
+            tl.store(first_ptr + num_programs + program, zero + row, mask=live)
+            tl.store(first_ptr + 2 * num_programs + program, zero + lane, mask=live)
+            tl.store(first_ptr + 3 * num_programs + program, zero + length, mask=live)
+            tl.store(first_ptr + 4 * num_programs + program, zero + start, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
+def _merge(
+    out_ptr,
+    out_head,
+    partial_ptr,
+    lse_ptr,
+    begin_tile,
+    lowest,
+    highest,
+    per_program,
+    GROUP: tl.constexpr,
+    GROUP_POW: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """Merges the pieces of one (row, head), left by programs lowest..highest, into the output."""
+    group = tl.arange(0, GROUP_POW)
+    dim = tl.arange(0, DIM_PAD)
+    best = tl.full([GROUP_POW], float("-inf"), tl.float32)
+    norm = tl.zeros([GROUP_POW], tl.float32)
+    acc = tl.zeros([GROUP_POW, DIM_PAD], tl.float32)
+    inside = (group < GROUP)[None, :, None] & (dim < DIM)[None, None, :]
+    for begin in range(lowest, highest + 1, MERGE):
+        program = begin + tl.arange(0, MERGE)
+        live = program <= highest
+        place = 2 * program + (begin_tile > program * per_program).to(tl.int32)
+        part = place.to(tl.int64)[:, None] * GROUP + group[None, :]
+        # past the first-level cache, which may hold what an earlier layer left there
+        lse = tl.load(
+            lse_ptr + part,
+            mask=live[:, None] & (group < GROUP)[None, :],
+            other=float("-inf"),
+            cache_modifier=".cg",
+        )
+        value = tl.load(
+            partial_ptr + part[:, :, None] * DIM + dim[None, None, :],
+            mask=live[:, None, None] & inside,
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        # heads that only pad the group have no weight: zero and one keep them from being NaN
+        new_best = tl.where(group < GROUP, tl.maximum(best, tl.max(lse, axis=0)), 0.0)
+        weight = tl.exp2(lse - new_best[None, :])
+        shrink = tl.exp2(best - new_best)
+        norm = norm * shrink + tl.sum(weight, axis=0)
+        acc = acc * shrink[:, None] + tl.sum(weight[:, :, None] * value, axis=0)
+        best = new_best
+    norm = tl.where(group < GROUP, norm, 1.0)
+    tl.store(
+        out_ptr + group[:, None] * out_head + dim[None, :],
+        (acc / norm[:, None]).to(out_ptr.dtype.element_ty),
+        mask=(group < GROUP)[:, None] & (dim < DIM)[None, :],
+    )
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "num_programs"], do_not_specialize_on_alignment=["lens_ptr"]
+)
 def _decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     table_ptr,
+    lens_ptr,
     meta_ptr,
     first_ptr,
     records_ptr,
+    counters_ptr,
     out_ptr,
     partial_ptr,
     lse_ptr,
     num_rows,
+    num_programs,
     q_row,
     q_head,
     out_row,
@@ -145,41 +217,51 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
+    GROUP_POW: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     TILE: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
     program = tl.program_id(0)
     total = tl.load(meta_ptr)
     per_program = tl.load(meta_ptr + 1)
+    # of a program without work these are undefined, and unused
+    record = tl.load(first_ptr + program)
+    row = tl.load(first_ptr + num_programs + program)
+    lane = tl.load(first_ptr + 2 * num_programs + program)
+    length = tl.load(first_ptr + 3 * num_programs + program)
+    start = tl.load(first_ptr + 4 * num_programs + program)
     tile = program * per_program
     stop = tl.minimum(tile + per_program, total)
-    record = tl.load(first_ptr + program, mask=tile < stop, other=0)
     token = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PAD)
     group = tl.arange(0, GROUP_PAD)
     group_live = (group < GROUP)[:, None] & (dim < DIM)[None, :]
 
     while tile < stop:
-        row = tl.load(records_ptr + record).to(tl.int64)
-        lane = tl.load(records_ptr + num_rows + record).to(tl.int64)
-        length = tl.load(records_ptr + 2 * num_rows + record)
-        start = tl.load(records_ptr + 3 * num_rows + record)
         tiles = tl.cdiv(length, TILE)
         head = (tile - start) // tiles
         skipped = (tile - start) - head * tiles
         count = tl.minimum(tiles - skipped, stop - tile)
         heads = head * GROUP + group
+        # what comes after this row, read early
+        following = record + ((skipped + count == tiles) & (head == KV_HEADS - 1)).to(tl.int32)
+        known = following < num_rows
+        next_row = tl.load(records_ptr + following, mask=known, other=0)
+        next_lane = tl.load(records_ptr + num_rows + following, mask=known, other=0)
+        next_length = tl.load(records_ptr + 2 * num_rows + following, mask=known, other=0)
+        next_start = tl.load(records_ptr + 3 * num_rows + following, mask=known, other=0)
 
         q = tl.load(
-            q_ptr + row * q_row + heads[:, None] * q_head + dim[None, :],
+            q_ptr + row.to(tl.int64) * q_row + heads[:, None] * q_head + dim[None, :],
             mask=group_live,
             other=0.0,
         )
         best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         norm = tl.zeros([GROUP_PAD], tl.float32)
         acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-        lane_ptr = table_ptr + lane * table_row
+        lane_ptr = table_ptr + lane.to(tl.int64) * table_row
         k_head = k_ptr + head * DIM
         v_head = v_ptr + head * DIM
         for begin in range(skipped * TILE, (skipped + count) * TILE, TILE):
@@ -205,82 +287,51 @@ def _decode_kernel(
             best = new_best
 
         acc = acc / norm[:, None]
-        # a whole (row, head) is written to the output, a piece to the partial results
-        num_out = tl.where(count == tiles, GROUP, 0)
-        num_partial = GROUP - num_out
-        tl.store(
-            out_ptr + row * out_row + heads[:, None] * out_head + dim[None, :],
-            acc.to(out_ptr.dtype.element_ty),
-            mask=group_live & (group < num_out)[:, None],
-        )
-        # a program's first piece goes to its even place, a last piece that goes on to its odd one
-        place = 2 * program + (tile - skipped > program * per_program).to(tl.int32)
-        part = (place * GROUP + group).to(tl.int64)
-        tl.store(
-            partial_ptr + part[:, None] * DIM + dim[None, :],
-            acc,
-            mask=group_live & (group < num_partial)[:, None],
-        )
-        tl.store(lse_ptr + part, best + tl.log2(norm), mask=group < num_partial)
-        tile += count
-        record += ((skipped + count == tiles) & (head == KV_HEADS - 1)).to(tl.int32)
-
-
-@triton.jit(do_not_specialize_on_alignment=["lens_ptr"])
-def _merge_kernel(
-    meta_ptr,
-    lens_ptr,
-    row_start_ptr,
-    partial_ptr,
-    lse_ptr,
-    out_ptr,
-    out_row,
-    out_head,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-    MERGE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    q_head = tl.program_id(1)
-    per_program = tl.load(meta_ptr + 1)
-    length = tl.load(lens_ptr + row)
-    tiles = tl.cdiv(length, TILE)
-    start = tl.load(row_start_ptr + row) + (q_head // GROUP) * tiles
-    lowest = start // per_program
-    highest = (start + tiles - 1) // per_program
-    # one program: it has written the result itself; no token: nobody has
-    if (lowest < highest) | (length == 0):
-        dim = tl.arange(0, DIM_PAD)
-        best = float("-inf")
-        norm = 0.0
-        acc = tl.zeros([DIM_PAD], tl.float32)
-        if length == 0:
-            norm = 1.0
+        out_row_ptr = out_ptr + row.to(tl.int64) * out_row
+        if count == tiles:
+            tl.store(
+                out_row_ptr + heads[:, None] * out_head + dim[None, :],
+                acc.to(out_ptr.dtype.element_ty),
+                mask=group_live,
+            )
         else:
-            for begin in range(lowest, highest + 1, MERGE):
-                program = begin + tl.arange(0, MERGE)
-                live = program <= highest
-                place = 2 * program + (start > program * per_program).to(tl.int32)
-                part = (place * GROUP + q_head % GROUP).to(tl.int64)
-                lse = tl.load(lse_ptr + part, mask=live, other=float("-inf"))
-                value = tl.load(
-                    partial_ptr + part[:, None] * DIM + dim[None, :],
-                    mask=live[:, None] & (dim < DIM)[None, :],
-                    other=0.0,
+            # a program's first piece goes to its even place, a last one that goes on to its odd one
+            place = 2 * program + (tile - skipped > program * per_program).to(tl.int32)
+            part = (place * GROUP + group).to(tl.int64)
+            tl.store(partial_ptr + part[:, None] * DIM + dim[None, :], acc, mask=group_live)
+            tl.store(lse_ptr + part, best + tl.log2(norm), mask=group < GROUP)
+            begin_tile = tile - skipped
+            lowest = begin_tile // per_program
+            highest = (begin_tile + tiles - 1) // per_program
+            counter = counters_ptr + row.to(tl.int64) * KV_HEADS + head
+            tl.debug_barrier()  # all threads have stored before one of them says so
+            before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            if before == highest - lowest:
+                _merge(
+                    out_row_ptr + head * GROUP * out_head, out_head, partial_ptr, lse_ptr,
+                    begin_tile, lowest, highest, per_program,
+                    GROUP, GROUP_POW, DIM, DIM_PAD, MERGE,
+                )  # fmt: skip
+                tl.store(counter, 0)  # for the next layer
+        tile += count
+        record = following
+        row = next_row
+        lane = next_lane
+        length = next_length
+        start = next_start
+
+    for empty in range(program, num_rows, num_programs):
+        if tl.load(lens_ptr + empty) == 0:
+            for head in range(KV_HEADS):
+                heads = head * GROUP + group
+                tl.store(
+                    out_ptr
+                    + tl.cast(empty, tl.int64) * out_row
+                    + heads[:, None] * out_head
+                    + dim[None, :],
+                    tl.zeros([GROUP_PAD, DIM_PAD], out_ptr.dtype.element_ty),
+                    mask=group_live,
                 )
-                new_best = tl.maximum(best, tl.max(lse, axis=0))
-                weight = tl.exp2(lse - new_best)
-                shrink = tl.exp2(best - new_best)
-                norm = norm * shrink + tl.sum(weight, axis=0)
-                acc = acc * shrink + tl.sum(weight[:, None] * value, axis=0)
-                best = new_best
-        tl.store(
-            out_ptr + row * out_row + q_head * out_head + dim,
-            (acc / norm).to(out_ptr.dtype.element_ty),
-            mask=dim < DIM,
-        )
 
 
 def plan_decode(
@@ -299,7 +350,7 @@ def plan_decode(
             kernel runs, so a captured plan follows what is in them at each replay.
         num_q_heads: query heads on this device.
         k_cache: [num_slots + 1, num_kv_heads, head_dim] of any layer.
-        config: instead of the built-in table (for tuning).
+        config: instead of the tuned or built-in one.
         num_programs: instead of the number fitting the device (for tests and tuning).
 
     Raises:
@@ -312,19 +363,20 @@ def plan_decode(
     if num_q_heads % num_kv_heads:
         raise ValueError(f"{num_q_heads} query heads do not divide by {num_kv_heads} KV heads")
     group = num_q_heads // num_kv_heads
-    config = config or decode_config(head_dim, k_cache.element_size())
+    if config is None:
+        pairs = num_rows * num_kv_heads
+        config = decode_config(head_dim, pairs, k_cache.element_size(), k_cache.device)
     if num_programs is None:
-        resident = config.programs_per_sm * _num_sms(k_cache.device)
-        num_programs = min(max(num_rows * num_kv_heads, resident), config.waves * resident)
+        num_programs = config.waves * config.programs_per_sm * num_sms(k_cache.device)
     device = lens.device
     plan = DecodePlan(
         config=config,
         num_programs=num_programs,
         lens=lens,
         meta=torch.empty(2, dtype=torch.int32, device=device),
-        first=torch.empty(num_programs, dtype=torch.int32, device=device),
+        first=torch.empty((5, num_programs), dtype=torch.int32, device=device),
         records=torch.empty((4, num_rows), dtype=torch.int32, device=device),
-        row_start=torch.empty(num_rows, dtype=torch.int32, device=device),
+        counters=torch.empty((num_rows, num_kv_heads), dtype=torch.int32, device=device),
         partial=torch.empty((2 * num_programs, group, head_dim), device=device),
         lse=torch.empty((2 * num_programs, group), device=device),
     )
@@ -335,10 +387,11 @@ def plan_decode(
             plan.meta,
             plan.first,
             plan.records,
-            plan.row_start,
+            plan.counters,
             num_rows,
             num_programs,
             KV_HEADS=num_kv_heads,
+            HEADS_PAD=triton.next_power_of_2(num_kv_heads),
             TILE=config.tile,
             MIN_TILES=_MIN_TILES,
             BLOCK=256,
@@ -391,23 +444,30 @@ def decode_attention(
     if plan is None:
         plan = plan_decode(lanes, lens, num_q_heads, k_cache)
     group = num_q_heads // num_kv_heads
-    if plan.row_start.shape[0] != num_rows or plan.partial.shape[1:] != (group, head_dim):
-        raise ValueError(f"the plan is for {plan.row_start.shape[0]} rows, q has {num_rows}")
+    if plan.counters.shape != (num_rows, num_kv_heads) or plan.partial.shape[1:] != (
+        group,
+        head_dim,
+    ):
+        raise ValueError(f"the plan is for {plan.counters.shape[0]} rows, q has {num_rows}")
     if num_rows == 0:
         return out
     dim_pad = triton.next_power_of_2(head_dim)
+    group_pow = triton.next_power_of_2(group)
     _decode_kernel[(plan.num_programs,)](
         q,
         k_cache,
         v_cache,
         table,
+        plan.lens,
         plan.meta,
         plan.first,
         plan.records,
+        plan.counters,
         out,
         plan.partial,
         plan.lse,
         num_rows,
+        plan.num_programs,
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -416,28 +476,15 @@ def decode_attention(
         scale * math.log2(math.e),
         KV_HEADS=num_kv_heads,
         GROUP=group,
-        GROUP_PAD=max(_HEAD_PAD, triton.next_power_of_2(group)),
+        GROUP_PAD=max(_HEAD_PAD, group_pow),
+        GROUP_POW=group_pow,
         DIM=head_dim,
         DIM_PAD=dim_pad,
         TILE=plan.config.tile,
+        MERGE=max(1, _MERGED // (group_pow * dim_pad)),
         num_warps=plan.config.num_warps,
         num_stages=plan.config.num_stages,
-    )
-    _merge_kernel[(num_rows, num_q_heads)](
-        plan.meta,
-        plan.lens,
-        plan.row_start,
-        plan.partial,
-        plan.lse,
-        out,
-        out.stride(0),
-        out.stride(1),
-        GROUP=group,
-        DIM=head_dim,
-        DIM_PAD=dim_pad,
-        TILE=plan.config.tile,
-        MERGE=_MERGE,
-        num_warps=2,
+        maxnreg=_registers(plan.config),
     )
     return out
 
@@ -464,20 +511,31 @@ def decode_attention_ref(
     return out.to(q.dtype)
 
 
-def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
-    """The configuration for a shape: that of the table, with half tiles for 4-byte elements."""
-    found = _CONFIGS.get(max(64, triton.next_power_of_2(head_dim)))
+def decode_config(
+    head_dim: int, pairs: int, element_size: int, device: torch.device
+) -> DecodeConfig:
+    """The configuration for a shape with ``pairs`` (row, KV head) pairs: the device's tuned one, for
+    few, some or many pairs, or that of the table; half tiles for 4-byte elements.
+
+    Raises:
+        ValueError: head_dim is over 256.
+    """
+    dim_pad = max(64, triton.next_power_of_2(head_dim))
+    found = _CONFIGS.get(dim_pad)
     if found is None:
         raise ValueError(f"head_dim {head_dim} is over 256")
+    size = "few" if pairs <= 32 else "some" if pairs <= num_sms(device) else "many"
+    if entry := tuned(device, "decode", f"{dim_pad} {size}"):
+        found = DecodeConfig(**entry)
     if element_size <= 2:
         return found
     return DecodeConfig(found.tile // 2, found.num_warps, 2, found.programs_per_sm, found.waves)
 
 
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _registers(config: DecodeConfig) -> int:
+    """Registers of a thread that let ``programs_per_sm`` programs be resident: of 65536, in eights.
+    Merging would take more, and halve what is in flight for the sake of its few microseconds."""
+    return min(255, 65536 // (config.programs_per_sm * config.num_warps * 32) // 8 * 8)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor) -> None:
