@@ -1,0 +1,93 @@
+"""Tool calls: parsers that read them from an answer, schemas that force them, texts that offer them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from asyncllm.api.tools.events import (
+    Arguments,
+    Call,
+    CallEnd,
+    CallStart,
+    Event,
+    Reasoning,
+    Text,
+    Tool,
+)
+from asyncllm.api.tools.forced import Tag, Tags, tags
+from asyncllm.api.tools.formats import (
+    DeepSeekV3,
+    GptOss,
+    Hermes,
+    Json,
+    KimiK2,
+    Llama3,
+    Mistral,
+)
+from asyncllm.api.tools.parser import NewId, Parsed, ToolParser, new_id
+from asyncllm.api.tools.schema import call_schema
+from asyncllm.api.tools.template import detect_format, system_text, template_uses_tools
+from asyncllm.api.tools.xml import Glm47, Qwen3Coder
+
+__all__ = [
+    "FORMATS",
+    "Arguments",
+    "Call",
+    "CallEnd",
+    "CallStart",
+    "Event",
+    "Parsed",
+    "Reasoning",
+    "Tag",
+    "Tags",
+    "Text",
+    "Tool",
+    "ToolParser",
+    "call_schema",
+    "detect_format",
+    "make_parser",
+    "parse_whole",
+    "system_text",
+    "tags",
+    "template_uses_tools",
+]
+
+_PARSERS: Final[dict[str, type[ToolParser]]] = {
+    "qwen25": Hermes,
+    "hermes": Hermes,
+    "llama3": Llama3,
+    "mistral": Mistral,
+    "deepseekv3": DeepSeekV3,
+    "qwen3_coder": Qwen3Coder,
+    "glm47": Glm47,
+    "kimi_k2": KimiK2,
+    "gpt_oss": GptOss,
+    "json": Json,
+}
+# what --tool_call_parser may be; "json" reads what call_schema forces
+FORMATS: Final = tuple(name for name in _PARSERS if name != "json")
+
+
+def make_parser(format_name: str, tools: Sequence[Tool], make_id: NewId = new_id) -> ToolParser:
+    """A parser for one answer.
+
+    Args:
+        format_name: one of FORMATS, or "json" for the calls that ``call_schema`` describes.
+        tools: what the request offers.
+        make_id: gives 24 hex digits for each call.
+
+    Raises:
+        KeyError: no such format.
+    """
+    return _PARSERS[format_name](tools, make_id)
+
+
+def parse_whole(
+    format_name: str, text: str, tools: Sequence[Tool], make_id: NewId = new_id
+) -> Parsed:
+    """Content and calls of a whole answer. Raises KeyError: no such format."""
+    parser = make_parser(format_name, tools, make_id)
+    events = parser.push(text) + parser.finish()
+    content = "".join(event.text for event in events if isinstance(event, Text))
+    return Parsed(content, tuple(parser.calls), parser.complete)

@@ -1,0 +1,84 @@
+"""What parsers find in a model's answer. Knows no format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function the model may call.
+
+    Args:
+        name: as the model writes it.
+        parameters: JSON schema of its arguments, an object schema; empty: anything.
+        description: for the prompt.
+        strict: forced calls follow ``parameters``; False: any object will do where that is asked.
+    """
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    description: str = ""
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """More content."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """More of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """A call begins; calls are numbered from 0 and never overlap."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """More of a call's arguments, JSON text."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """A call has ended. ``complete`` False: its arguments are cut or broken, and no JSON."""
+
+    index: int
+    complete: bool
+
+
+Event = Text | Reasoning | CallStart | Arguments | CallEnd
+
+
+@dataclass(slots=True)
+class Call:
+    """A call so far.
+
+    Args:
+        arguments: JSON text.
+        complete: the arguments are whole.
+        text: what the model wrote for it, marks included; set when the call ends.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str = ""
+    complete: bool = False
+    text: str = ""

@@ -1,0 +1,156 @@
+"""Calls that a grammar forces or guides: how each format spells them, as begin, arguments and end.
+
+Knows no grammar engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from asyncllm.api.tools import deepseek
+from asyncllm.api.tools.events import Tool
+from asyncllm.api.tools.schema import arguments_schema
+
+Style = Literal["json", "qwen_xml", "glm_xml"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """One tool's call: ``begin``, then arguments by ``schema`` in ``style``, then ``end``."""
+
+    begin: str
+    schema: dict[str, Any]
+    end: str
+    style: Style = "json"
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """Calls among free text.
+
+    Args:
+        triggers: free text may not go on with anything but a tag once one of these has come.
+        tags: one for each tool; every begin starts with a trigger.
+        opens: what stands before the first call where a call is forced, and is no part of a tag.
+        between: what stands between two calls.
+        closes: what stands behind the last.
+    """
+
+    triggers: tuple[str, ...]
+    tags: tuple[Tag, ...]
+    opens: str = ""
+    between: str = ""
+    closes: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Spelling:
+    """A format's call; ``%s`` is the name."""
+
+    trigger: str
+    begin: str
+    end: str
+    opens: str = ""
+    between: str = ""
+    closes: str = ""
+    style: Style = "json"
+    quoted: bool = False  # the name stands in a JSON string
+
+    def tags(self, tools: Sequence[Tool]) -> Tags:
+        made = tuple(
+            Tag(
+                self.begin.replace("%s", json.dumps(tool.name)[1:-1] if self.quoted else tool.name),
+                arguments_schema(tool),
+                self.end,
+                self.style,
+            )
+            for tool in tools
+        )
+        return Tags((self.trigger,), made, self.opens, self.between, self.closes)
+
+
+_HERMES: Final = _Spelling(
+    trigger="<tool_call>",
+    begin='<tool_call>\n{"name": "%s", "arguments": ',
+    end="}\n</tool_call>",
+    between="\n",
+    quoted=True,
+)
+_SPELLINGS: Final = {
+    "qwen25": _HERMES,
+    "hermes": _HERMES,
+    "llama3": _Spelling(
+        trigger='{"name": "',
+        begin='{"name": "%s", "parameters": ',
+        end="}",
+        between="; ",
+        quoted=True,
+    ),
+    "mistral": _Spelling(trigger="[TOOL_CALLS]", begin="[TOOL_CALLS]%s[ARGS]", end=""),
+    "mistral list": _Spelling(
+        trigger='{"name": "',
+        begin='{"name": "%s", "arguments": ',
+        end="}",
+        opens="[TOOL_CALLS] [",
+        between=", ",
+        closes="]",
+        quoted=True,
+    ),
+    "deepseekv3": _Spelling(
+        trigger=deepseek.CALL,
+        begin=f"{deepseek.CALL}function{deepseek.SEP}%s\n```json\n",
+        end=f"\n```{deepseek.CALL_END}",
+        opens=deepseek.CALLS,
+        between="\n",
+        closes=deepseek.CALLS_END,
+    ),
+    "deepseekv31": _Spelling(
+        trigger=deepseek.CALL,
+        begin=f"{deepseek.CALL}%s{deepseek.SEP}",
+        end=deepseek.CALL_END,
+        opens=deepseek.CALLS,
+        closes=deepseek.CALLS_END,
+    ),
+    "qwen3_coder": _Spelling(
+        trigger="<tool_call>",
+        begin="<tool_call>\n<function=%s>\n",
+        end="\n</function>\n</tool_call>",
+        between="\n",
+        style="qwen_xml",
+    ),
+    "glm47": _Spelling(
+        trigger="<tool_call>", begin="<tool_call>%s", end="</tool_call>", style="glm_xml"
+    ),
+    "kimi_k2": _Spelling(
+        trigger="<|tool_call_begin|>",
+        begin="<|tool_call_begin|>functions.%s:0<|tool_call_argument_begin|>",
+        end="<|tool_call_end|>",
+        opens="<|tool_calls_section_begin|>",
+        closes="<|tool_calls_section_end|>",
+    ),
+    "gpt_oss": _Spelling(
+        trigger="<|channel|>commentary to=functions.",
+        begin="<|channel|>commentary to=functions.%s <|constrain|>json<|message|>",
+        end="<|call|>",
+    ),
+}
+
+
+def tags(format_name: str, tools: Sequence[Tool], template: str = "") -> Tags:
+    """How calls of ``tools`` look in a format.
+
+    Args:
+        format_name: one of FORMATS.
+        template: the chat template, which tells a format's variants apart.
+
+    Raises:
+        KeyError: no such format.
+    """
+    if format_name == "mistral" and "[ARGS]" not in template:
+        format_name = "mistral list"
+    if format_name == "deepseekv3" and template and "```json" not in template:
+        format_name = "deepseekv31"
+    return _SPELLINGS[format_name].tags(tools)
