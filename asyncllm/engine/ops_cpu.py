@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
@@ -34,71 +36,93 @@ class TorchOps:
         batch: Batch,
         scale: float,
     ) -> Tensor:
-        q = _rope_kv(qkv, cos_sin, batch, k_cache, v_cache)
+        if batch.plan is None:
+            batch.plan = _plan(cos_sin, batch)
+        plan: _Plan = batch.plan
+        q = _rope_kv(qkv, plan, k_cache, v_cache)
         out = torch.empty_like(q)
-        host, decode = batch.host, batch.decode_lanes.shape[0]
-        assert host is not None
+        decode = batch.decode_lanes.shape[0]
         if decode:
-            self._decode(q[:decode], out[:decode], k_cache, v_cache, batch, scale)
-        token = decode
-        for row in range(decode, len(host.lanes)):
-            count, start = host.counts[row], host.starts[row]
-            part = slice(token, token + count)
-            slots = batch.table[host.lanes[row], : start + count].long()
-            out[part] = _extend(q[part], k_cache[slots], v_cache[slots], start, scale)
-            token += count
+            _decode(q[:decode], out[:decode], k_cache, v_cache, plan, scale)
+        for part, slots, mask in plan.extends:
+            out[part] = _extend(q[part], k_cache[slots], v_cache[slots], mask, scale)
         return out.flatten(1)
 
-    def _decode(
-        self, q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
-    ) -> None:
-        """One-token rows together: the query heads of a KV head act as its queries."""
-        rows, (kv_heads, dim) = q.shape[0], k_cache.shape[1:]
-        assert batch.host is not None
-        max_len = max(batch.host.starts[:rows]) + 1
-        slots = batch.table[batch.decode_lanes.long(), :max_len].flatten().long()
-        k = k_cache.flatten(1).index_select(0, slots).view(rows, max_len, kv_heads, dim)
-        v = v_cache.flatten(1).index_select(0, slots).view(rows, max_len, kv_heads, dim)
-        mask = torch.arange(max_len) < batch.decode_lens[:, None]
-        attended = scaled_dot_product_attention(
-            q.view(rows, kv_heads, -1, dim),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask[:, None, None, :] if rows > 1 else None,
-            scale=scale,
-        )
-        out.copy_(attended.reshape(rows, -1, dim))
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is the same in all layers of a step; slots are int64."""
+
+    cos: Tensor  # [T, 1, D] float32, both halves alike
+    sin: Tensor  # the first half negated
+    slots: Tensor  # [T] of the new tokens
+    decode_slots: Tensor  # [num_decode * longest], padded with whatever the table holds
+    decode_mask: Tensor | None  # [num_decode, 1, 1, longest]
+    extends: list[tuple[slice, Tensor, Tensor | None]]  # tokens, slots, mask of the other rows
 
 
-def _rope_kv(
-    qkv: Tensor, cos_sin: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
-) -> Tensor:
+def _plan(cos_sin: Tensor, batch: Batch) -> _Plan:
+    host, decode = batch.host, batch.decode_lanes.shape[0]
+    assert host is not None
+    cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
+    longest = max(host.starts[:decode], default=-1) + 1
+    lanes = batch.decode_lanes.long()
+    extends, token = [], decode
+    for row in range(decode, len(host.lanes)):
+        count, start = host.counts[row], host.starts[row]
+        total, mask = start + count, None
+        if start:
+            mask = torch.arange(total) <= torch.arange(start, total)[:, None]
+        slots = batch.table[host.lanes[row], :total].long()
+        extends.append((slice(token, token + count), slots, mask))
+        token += count
+    return _Plan(
+        torch.cat([cos, cos], dim=-1),
+        torch.cat([-sin, sin], dim=-1),
+        batch.slots.long(),
+        batch.table[lanes, :longest].flatten().long(),
+        (torch.arange(longest) < batch.decode_lens[:, None])[:, None, None] if decode > 1 else None,
+        extends,
+    )
+
+
+def _decode(
+    q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan, scale: float
+) -> None:
+    """One-token rows together: the query heads of a KV head act as its queries."""
+    rows, (kv_heads, dim) = q.shape[0], k_cache.shape[1:]
+    k = k_cache.flatten(1).index_select(0, plan.decode_slots).view(rows, -1, kv_heads, dim)
+    v = v_cache.flatten(1).index_select(0, plan.decode_slots).view(rows, -1, kv_heads, dim)
+    attended = scaled_dot_product_attention(
+        q.view(rows, kv_heads, -1, dim),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=plan.decode_mask,
+        scale=scale,
+    )
+    out.copy_(attended.reshape(rows, -1, dim))
+
+
+def _rope_kv(qkv: Tensor, plan: _Plan, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     """Rotated q, [T, Hq, D]; rotated k, and v, go to the batch's slots."""
     kv_heads, dim = k_cache.shape[1:]
     heads = qkv.view(qkv.shape[0], -1, dim)
     num_q = heads.shape[1] - 2 * kv_heads
-    cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
-    first, second = heads[:, : num_q + kv_heads].float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    rotated = rotated.to(qkv.dtype)
-    slots = batch.slots.long()
-    k_cache.index_copy_(0, slots, rotated[:, num_q:])
-    v_cache.index_copy_(0, slots, heads[:, num_q + kv_heads :])
+    plain = heads[:, : num_q + kv_heads].float()
+    rotated = (plain * plan.cos).add_(plain.roll(dim // 2, -1) * plan.sin).to(qkv.dtype)
+    k_cache.index_copy_(0, plan.slots, rotated[:, num_q:])
+    v_cache.index_copy_(0, plan.slots, heads[:, num_q + kv_heads :])
     return rotated[:, :num_q]
 
 
-def _extend(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
-    """[count, Hq, D] new queries at positions start.. over k, v [start + count, Hk, D]."""
-    count, total = q.shape[0], k.shape[0]
-    mask = None
-    if start:
-        mask = torch.arange(total) <= torch.arange(start, total)[:, None]
+def _extend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[count, Hq, D] new queries, the last of the k, v [total, Hk, D]; no mask: of all."""
     attended = scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
         attn_mask=mask,
-        is_causal=mask is None and count > 1,
+        is_causal=mask is None and q.shape[0] > 1,
         scale=scale,
         enable_gqa=True,
     )
