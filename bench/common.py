@@ -1,0 +1,260 @@
+"""Clients of an OpenAI-compatible server: prompts, one measured request, load from processes.
+
+Owns what is sent and when a token counts as received; knows nothing of which server answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import aiohttp
+
+FIRST_ID = 1000  # prompts have no token below: special tokens of most vocabularies are there
+READ_BYTES = 1 << 18
+ERROR_CHARS = 200
+
+Body = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Record:
+    """What came of one request; times are ``perf_counter`` seconds, alike in all processes."""
+
+    start: float
+    prompt_len: int = 0
+    asked: int = 0  # output tokens
+    stamps: list[float] = field(default_factory=list)  # arrival of each chunk that has tokens
+    usage: dict[str, Any] | None = None
+    kind: str = ""  # of the failure: "http 503", "in stream", "timeout", "connection"; "": none
+    error: str = ""
+    done: bool = False  # the stream's end mark came
+    end: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not self.kind and bool(self.stamps)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens received: by ``usage``, else one per chunk."""
+        counted = (self.usage or {}).get("completion_tokens")
+        return len(self.stamps) if counted is None else int(counted)
+
+    @property
+    def ttft_s(self) -> float:
+        return self.stamps[0] - self.start
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per token after the first."""
+        return (self.stamps[-1] - self.stamps[0]) / max(
+            1, (self.num_tokens or len(self.stamps)) - 1
+        )
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Between successive chunks."""
+        return [b - a for a, b in pairwise(self.stamps)]
+
+
+class Events:
+    """Cuts a body that comes in arbitrary pieces into the data of server-sent events."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Data of the events that ``chunk`` completes; a line of several ``data:`` is not joined."""
+        rest = self._rest + chunk
+        if b"\r" in rest:  # JSON has none unescaped; one at the end waits for its line feed
+            rest = rest.replace(b"\r\n", b"\n")
+        *events, self._rest = rest.split(b"\n\n")
+        return [
+            line[5:].strip()
+            for event in events
+            for line in event.split(b"\n")
+            if line.startswith(b"data:")
+        ]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that ``share`` of ``values`` lie below (no interpolation); NaN if there are none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
+
+
+def random_prompts(lengths: Sequence[int], vocab: int, seed: int, shared: int) -> list[list[int]]:
+    """Token ids in [1000, vocab); the first ``shared`` are the same in all prompts."""
+    rng = random.Random(seed)
+    head = [rng.randrange(FIRST_ID, vocab) for _ in range(shared)]
+    return [head + [rng.randrange(FIRST_ID, vocab) for _ in range(n - shared)] for n in lengths]
+
+
+def poisson_arrivals(num: int, rate: float, seed: int) -> list[float]:
+    """Seconds from the start at which each of ``num`` requests is sent, ``rate`` a second."""
+    rng, now, out = random.Random(seed), 0.0, []
+    for _ in range(num):
+        now += rng.expovariate(rate)
+        out.append(now)
+    return out
+
+
+def completion_body(model: str, prompt: list[int], num_out: int, **more: Any) -> Body:
+    """A streamed /v1/completions request for exactly ``num_out`` tokens."""
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": num_out,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **more,
+    }
+
+
+async def complete(session: aiohttp.ClientSession, url: str, body: Body) -> Record:
+    """Send one request and follow its stream to the end; failures are in the record."""
+    record = Record(time.perf_counter(), len(body["prompt"]), body["max_tokens"])
+    try:
+        async with session.post(f"{url}/v1/completions", json=body) as reply:
+            if reply.status != 200:
+                record.kind = f"http {reply.status}"
+                record.error = f"{reply.status} {(await reply.text())[:ERROR_CHARS]}"
+            else:
+                events = Events()
+                async for chunk in reply.content.iter_any():
+                    now = time.perf_counter()
+                    for data in events.feed(chunk):
+                        _take(record, data, now)
+    except TimeoutError as error:
+        record.kind, record.error = "timeout", repr(error)[:ERROR_CHARS]
+    except (aiohttp.ClientError, OSError) as error:
+        record.kind, record.error = "connection", repr(error)[:ERROR_CHARS]
+    except ValueError as error:
+        record.kind, record.error = "not JSON", repr(error)[:ERROR_CHARS]
+    record.end = time.perf_counter()
+    return record
+
+
+def _take(record: Record, data: bytes, now: float) -> None:
+    """One event. Its JSON is parsed only where it has usage: the client must stay cheap."""
+    if data == b"[DONE]":
+        record.done = True
+        return
+    if b'"error"' in data[:20]:
+        record.kind = "in stream"
+        record.error = data[:ERROR_CHARS].decode("utf8", "replace")
+        return
+    if b'"usage": {' in data or b'"usage":{' in data:
+        record.usage = json.loads(data).get("usage") or record.usage
+    if b'"choices":[]' not in data and b'"choices": []' not in data:
+        record.stamps.append(now)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The share of the load that one client process makes.
+
+    Attributes:
+        arrivals: when each body is sent, seconds; None: ``conc`` at a time, back to back.
+    """
+
+    url: str
+    bodies: list[Body]
+    arrivals: list[float] | None
+    conc: int
+    timeout_s: float
+
+
+async def run_load(load: Load) -> list[Record]:
+    """Send everything from this process."""
+    timeout = aiohttp.ClientTimeout(total=load.timeout_s)
+    connector = aiohttp.TCPConnector(limit=0)
+    records: list[Record] = []
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, read_bufsize=READ_BYTES
+    ) as session:
+        if load.arrivals is None:
+            queue = iter(load.bodies)
+            workers = [_worker(session, load.url, queue, records) for _ in range(load.conc)]
+            await asyncio.gather(*workers)
+            return records
+        begin = time.perf_counter()
+
+        async def at(when: float, body: Body) -> None:
+            await asyncio.sleep(max(0.0, when - (time.perf_counter() - begin)))
+            records.append(await complete(session, load.url, body))
+
+        await asyncio.gather(*map(at, load.arrivals, load.bodies))
+    return records
+
+
+async def _worker(
+    session: aiohttp.ClientSession, url: str, queue: Iterator[Body], records: list[Record]
+) -> None:
+    while (body := next(queue, None)) is not None:
+        records.append(await complete(session, url, body))
+
+
+def split_load(whole: Load, num_procs: int, *, exact: bool = True) -> list[Load]:
+    """Requests dealt out in turn; at least one at a time in every process.
+
+    Args:
+        exact: in sum ``conc`` at a time; else every process does as many at a time, rounded down.
+    """
+    floor, rest = divmod(whole.conc, num_procs)
+    return [
+        Load(
+            whole.url,
+            whole.bodies[i::num_procs],
+            whole.arrivals[i::num_procs] if whole.arrivals is not None else None,
+            max(1, floor + (exact and i < rest)),
+            whole.timeout_s,
+        )
+        for i in range(num_procs)
+    ]
+
+
+def run_processes(loads: Sequence[Load]) -> list[Record]:
+    """Each load in a process of its own, begun together; the records in no order.
+
+    Raises:
+        RuntimeError: a client process died.
+    """
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(len(loads))
+    pipes = [context.Pipe(duplex=False) for _ in loads]
+    processes = [
+        context.Process(target=_client, args=(load, barrier.wait, pipe[1].send), daemon=True)
+        for load, pipe in zip(loads, pipes, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    for _, sender in pipes:
+        sender.close()  # so that a client that dies is the end of its pipe
+    try:
+        records = [record for receiver, _ in pipes for record in receiver.recv()]
+    except EOFError:
+        barrier.abort()
+        raise RuntimeError("a client process died") from None
+    for process in processes:
+        process.join()
+    return records
+
+
+def _client(load: Load, wait: Callable[[], object], send: Callable[[list[Record]], object]) -> None:
+    with contextlib.suppress(ImportError):  # a client's machine may do without
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    wait()
+    send(asyncio.run(run_load(load)))
