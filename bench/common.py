@@ -114,10 +114,10 @@ def completion_body(model: str, prompt: list[int], num_out: int, **more: Any) ->
         "model": model,
         "prompt": prompt,
         "max_tokens": num_out,
+        **more,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
-        **more,
     }
 
 
