@@ -28,7 +28,7 @@ OPERATION = "Operation and logging"
 GROUPS = (BASIC, PD, MODEL, MEMORY, PARALLEL, ATTENTION, OPERATION)
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-DEFAULT_CHUNK = {"cuda": 2048, "cpu": 256}
+DEFAULT_CHUNK = {"cuda": 4096, "cpu": 256}
 DEFAULT_BATCH = {"cuda": 16384, "cpu": 1024}
 
 Check = Callable[[Any], str | None]
@@ -223,7 +223,7 @@ class Config:
     )  # fmt: skip
     chunked_prefill_size: int | None = flag(
         None, group=MEMORY, check=at_least(1),
-        help="new tokens of one request in one step; default: 2048 on CUDA, 256 on CPU",
+        help="new tokens of one request in one step; default: 4096 on CUDA, 256 on CPU",
     )  # fmt: skip
     running_max_req_size: int = flag(
         1000, group=MEMORY, check=between(1, 65536),

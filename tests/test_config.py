@@ -265,7 +265,7 @@ def test_slots_lower_the_default_and_contradict_an_explicit_length() -> None:
 @pytest.mark.parametrize(
     ("device", "chunk", "batch", "expected"),
     [
-        ("cuda", None, None, (2048, 16384)),
+        ("cuda", None, None, (4096, 16384)),
         ("cpu", None, None, (256, 1024)),
         ("cpu", 512, 2048, (512, 2048)),
         ("cpu", 4096, None, (4096, 4096)),

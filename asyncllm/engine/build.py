@@ -29,7 +29,7 @@ from asyncllm.models.weights import load
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_KV_BYTES = 4 << 30  # on CPU the K/V cache takes no more than this unless slots are given
-GRAPH_DECODE_ROWS = 256
+GRAPH_CHUNK, GRAPH_DECODE_ROWS = 2048, 256
 CUDA_RESERVE = 2 << 30  # context, cuBLAS work space, graphs, fragmentation
 
 
@@ -201,6 +201,7 @@ def warm_up(device: CpuDevice | CudaDevice, num_tokens: int, *, graphs: bool = T
             device.launch(plan).wait()
             start += size
     if isinstance(device, CudaDevice) and graphs:
-        # a whole chunk, with the decode rows that may come beside it
-        device.capture(num_tokens + GRAPH_DECODE_ROWS)
+        # with the decode rows that may come beside a chunk; the GPU takes longer for a larger step
+        # than its launch takes
+        device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
     gc.collect()

@@ -17,7 +17,7 @@ from torch import Tensor
 from asyncllm.engine.graphs import Bucket, Graphs
 from asyncllm.engine.lanes import Choice, LaneTable, Scored
 from asyncllm.engine.parallel import Group
-from asyncllm.engine.sampling import Knobs, Penalties, log_probs, penalize, sample
+from asyncllm.engine.sampling import Knobs, Penalties, Sampler, TorchSampler
 from asyncllm.engine.staging import Columns, Rows, Uploader, unpack
 from asyncllm.messages import StepPlan
 from asyncllm.models.layers import Batch, HostRows
@@ -87,6 +87,7 @@ class Engine:
         self.num_lanes = num_lanes
         self.lanes = LaneTable(num_lanes, model.spec.vocab_size, eos_ids)
         self.graphs: Graphs | None = None
+        self.sampler = _sampler(model)
         self._uploader = Uploader(device)
 
     def capture(self, stream: torch.cuda.Stream, most_tokens: int) -> None:
@@ -233,34 +234,33 @@ class Engine:
         if self.group.rank:
             chosen = torch.empty(len(lanes), dtype=torch.int64, device=logits.device)
         else:
-            changed = logits.float()
+            changed = logits
             if choice.bias_rows or work.penalty_len:
-                changed = changed.clone() if changed is logits else changed
+                changed = logits.to(torch.float32, copy=True)
                 self._change(changed, work, d)
-            chosen = sample(changed, self._knobs(choice, d))
+            chosen = self.sampler.sample(changed, self._knobs(choice, d))
         self.last_token[lanes] = self.group.broadcast(chosen)
         logprobs = None
         if choice.num_top >= 0 and self.group.rank == 0:
-            logprobs = log_probs(logits, chosen, choice.num_top)
+            logprobs = self.sampler.log_probs(logits, chosen, choice.num_top)
         return Outputs(chosen.int(), logprobs, scored)
 
     def _change(self, logits: Tensor, work: Work, d: dict[str, Tensor]) -> None:
         if work.choice.bias_rows:
-            where = (d["bias_rows"].long(), d["bias_tokens"].long())
-            logits.index_put_(where, d["bias_values"], accumulate=True)
+            self.sampler.add_bias(logits, d["bias_rows"], d["bias_tokens"], d["bias_values"])
         if work.penalty_len:
             penalties = Penalties(
-                rows=d["pen_rows"].long(),
-                lanes=d["pen_lanes"].long(),
+                rows=d["pen_rows"],
+                lanes=d["pen_lanes"],
                 lens=d["pen_lens"],
                 prompt_lens=d["pen_prompt_lens"],
                 max_len=work.penalty_len,
                 presence=d["pen_presence"],
                 frequency=d["pen_frequency"],
                 repetition=d["pen_repetition"],
-                penalize_prompt=d["pen_prompt"].bool(),
+                penalize_prompt=d["pen_prompt"],
             )
-            penalize(logits, self.history, penalties)
+            self.sampler.penalize(logits, self.history, penalties)
 
     def _knobs(self, choice: Choice, d: dict[str, Tensor]) -> Knobs:
         none = d["logit_rows"]
@@ -283,7 +283,7 @@ class Engine:
             some = targets[first : first + LOGIT_ROWS].long()
             at = part.first + first
             logits = self.model.logits(hidden[at : at + len(some)])
-            pieces.append(log_probs(logits, some, part.num_top))
+            pieces.append(self.sampler.log_probs(logits, some, part.num_top))
         chosen, ids, top = (torch.cat(column) for column in zip(*pieces, strict=True))
         return part, chosen, ids, top
 
@@ -304,6 +304,15 @@ class Engine:
             "pen_prompt": t.penalize_prompt[lanes].astype(np.int32),
         }
         return int(lens.max())
+
+
+def _sampler(model: Decoder) -> Sampler:
+    # imported here: Triton need not exist where there is no GPU
+    if model.device.type == "cuda":
+        from asyncllm.engine.sampling_cuda import TritonSampler
+
+        return TritonSampler(model.spec.vocab_size, model.device)
+    return TorchSampler()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

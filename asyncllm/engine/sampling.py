@@ -6,6 +6,7 @@ A row's token depends on its logits, parameters, seed and position only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,23 +27,87 @@ class Knobs:
     truncates: bool
 
 
-def sample(logits: Tensor, knobs: Knobs) -> Tensor:
-    """One token per row of ``logits`` [n, vocab_size] float32: [n] int64.
+@dataclass(slots=True)
+class Penalties:
+    """Rows with penalties; p rows, int32 and float32 values."""
 
-    Temperature, then top_k, top_p and min_p on the tempered distribution, then inversion of its
-    cumulative sum at the row's uniform number. temperature 0 takes the best token.
-    """
-    best = logits.argmax(dim=-1)
-    if knobs.all_greedy:
-        return best
-    greedy = knobs.temperature == 0
-    scaled = logits / torch.where(greedy, 1.0, knobs.temperature)[:, None]
-    probs = scaled.softmax(dim=-1)
-    drawn = _truncated(probs, knobs) if knobs.truncates else _invert(probs, knobs.uniform)
-    return torch.where(greedy, best, drawn)
+    rows: Tensor  # [p] rows of the logits
+    lanes: Tensor  # [p]
+    lens: Tensor  # [p] tokens of the lane so far
+    prompt_lens: Tensor  # [p]
+    max_len: int
+    presence: Tensor
+    frequency: Tensor
+    repetition: Tensor
+    penalize_prompt: Tensor  # [p] 0 or 1
+
+
+class Sampler(Protocol):
+    """What comes after the logits, on one device. Nothing here waits for the device."""
+
+    def sample(self, logits: Tensor, knobs: Knobs) -> Tensor:
+        """One token per row of ``logits`` [n, vocab_size]: [n] int64.
+
+        Temperature, then top_k, top_p and min_p on the tempered distribution, then inversion: the
+        first token, by id, at which the running sum of kept probabilities passes the row's uniform
+        number times their total. temperature 0 takes the best token, the lowest id among equals.
+        """
+
+    def add_bias(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
+        """``logits[rows, tokens] += values`` in place."""
+
+    def penalize(self, logits: Tensor, history: Tensor, p: Penalties) -> None:
+        """Repetition, frequency and presence penalties on float32 ``logits`` in place.
+
+        Repetition divides positive and multiplies negative logits (Keskar et al., 2019, §4.1);
+        frequency and presence subtract, as OpenAI's API defines them, over generated tokens.
+
+        Args:
+            history: [num_lanes + 1, max_len] int32 token of every position of every lane.
+        """
+
+    def log_probs(
+        self, logits: Tensor, tokens: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of ``logits`` [n, vocab_size]: log-probability of ``tokens`` [n], best ``num_top``.
+
+        Returns:
+            [n] float32, [n, num_top] int32 ids, [n, num_top] float32.
+        """
+
+
+class TorchSampler:
+    """:class:`Sampler` in plain torch."""
+
+    def sample(self, logits: Tensor, knobs: Knobs) -> Tensor:
+        best = logits.argmax(dim=-1)
+        if knobs.all_greedy:
+            return best
+        greedy = knobs.temperature == 0
+        scaled = logits.float() / torch.where(greedy, 1.0, knobs.temperature)[:, None]
+        probs = scaled.softmax(dim=-1)
+        if knobs.truncates:
+            probs = _truncated(probs, knobs)
+        return torch.where(greedy, best, _invert(probs, knobs.uniform))
+
+    def add_bias(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
+        logits.index_put_((rows.long(), tokens.long()), values, accumulate=True)
+
+    def penalize(self, logits: Tensor, history: Tensor, p: Penalties) -> None:
+        for first in range(0, len(p.rows), PENALTY_ROWS):
+            _penalize_rows(logits, history, p, slice(first, first + PENALTY_ROWS))
+
+    def log_probs(
+        self, logits: Tensor, tokens: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = logits.float().log_softmax(dim=-1)
+        chosen = scores.gather(1, tokens[:, None])[:, 0]
+        top, ids = scores.topk(num_top, dim=-1)
+        return chosen, ids.int(), top
 
 
 def _truncated(probs: Tensor, knobs: Knobs) -> Tensor:
+    """``probs`` with what top_k, top_p and min_p cut off set to 0."""
     ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(probs.shape[1], device=probs.device)
     before = ordered.cumsum(dim=-1) - ordered
@@ -50,8 +115,7 @@ def _truncated(probs: Tensor, knobs: Knobs) -> Tensor:
     keep &= (before < knobs.top_p[:, None]) | (knobs.top_p[:, None] >= 1)
     keep &= ordered >= knobs.min_p[:, None] * ordered[:, :1]
     keep[:, 0] = True
-    chosen = _invert(ordered * keep, knobs.uniform)
-    return tokens.gather(1, chosen[:, None])[:, 0]
+    return torch.zeros_like(probs).scatter_(1, tokens, ordered * keep)
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -62,42 +126,13 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.where(index < probs.shape[1], index, probs.argmax(dim=-1))
 
 
-@dataclass(slots=True)
-class Penalties:
-    """Rows with penalties; p rows, int64 rows, float32 values."""
-
-    rows: Tensor  # [p] rows of the logits
-    lanes: Tensor  # [p]
-    lens: Tensor  # [p] tokens of the lane so far
-    prompt_lens: Tensor  # [p]
-    max_len: int
-    presence: Tensor
-    frequency: Tensor
-    repetition: Tensor
-    penalize_prompt: Tensor  # [p] bool
-
-
-def penalize(logits: Tensor, history: Tensor, p: Penalties) -> None:
-    """Apply repetition, frequency and presence penalties to ``logits`` in place.
-
-    Repetition divides positive and multiplies negative logits (Keskar et al., 2019, §4.1);
-    frequency and presence subtract, as OpenAI's API defines them, over generated tokens.
-
-    Args:
-        history: [num_lanes, max_len] int32 token of every position of every lane.
-    """
-    for first in range(0, len(p.rows), PENALTY_ROWS):
-        part = slice(first, first + PENALTY_ROWS)
-        _penalize_rows(logits, history, p, part)
-
-
 def _penalize_rows(logits: Tensor, history: Tensor, p: Penalties, part: slice) -> None:
-    rows, vocab_size = p.rows[part], logits.shape[1]
-    tokens = history[p.lanes[part], : p.max_len].long()
+    rows, vocab_size = p.rows[part].long(), logits.shape[1]
+    tokens = history[p.lanes[part].long(), : p.max_len].long()
     position = torch.arange(p.max_len, device=logits.device)
     valid = position < p.lens[part, None]
     made = valid & (position >= p.prompt_lens[part, None])
-    seen = made | (valid & p.penalize_prompt[part, None])
+    seen = made | (valid & (p.penalize_prompt[part, None] > 0))
     # counts per token; column vocab_size collects what does not count
     zeros = torch.zeros(len(rows), vocab_size + 1, device=logits.device)
     ones = torch.ones((), device=logits.device).expand(tokens.shape)
@@ -111,15 +146,3 @@ def _penalize_rows(logits: Tensor, history: Tensor, p: Penalties, part: slice) -
     changed -= p.frequency[part, None] * counts
     changed -= p.presence[part, None] * (counts > 0)
     logits.index_copy_(0, rows, changed)
-
-
-def log_probs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``logits`` [n, vocab_size]: log-probability of ``tokens`` [n], and the best ``num_top``.
-
-    Returns:
-        [n] float32, [n, num_top] int32 ids, [n, num_top] float32.
-    """
-    scores = logits.float().log_softmax(dim=-1)
-    chosen = scores.gather(1, tokens[:, None])[:, 0]
-    top, ids = scores.topk(num_top, dim=-1)
-    return chosen, ids.int(), top

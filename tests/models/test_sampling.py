@@ -12,7 +12,7 @@ import torch
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.lanes import LaneTable, uniform
-from asyncllm.engine.sampling import Knobs, Penalties, log_probs, penalize, sample
+from asyncllm.engine.sampling import Knobs, Penalties, TorchSampler
 from asyncllm.engine.staging import unpack
 from asyncllm.messages import StepPlan
 
@@ -32,7 +32,7 @@ def draw(logits: list[float], **params: float) -> dict[int, float]:
         all_greedy=params.get("temperature") == 0,
         truncates=bool({"top_k", "top_p", "min_p"} & params.keys()),
     )
-    tokens = sample(torch.tensor([logits]).expand(DRAWS, -1), knobs)
+    tokens = TorchSampler().sample(torch.tensor([logits]).expand(DRAWS, -1), knobs)
     return {int(t): float((tokens == t).float().mean()) for t in tokens.unique()}
 
 
@@ -77,7 +77,7 @@ def test_a_row_does_not_depend_on_its_company() -> None:
             torch.full((n,), 0.8), torch.full((n,), 50), torch.full((n,), 0.9),
             torch.zeros(n), torch.from_numpy(uniforms), False, True,
         )  # fmt: skip
-        return sample(logits[rows], knobs)
+        return TorchSampler().sample(logits[rows], knobs)
 
     together = run(slice(None))
     for row in range(16):
@@ -100,7 +100,7 @@ def penalties(**changes: object) -> Penalties:
         rows=torch.tensor([1]), lanes=torch.tensor([2]), lens=torch.tensor([5]),
         prompt_lens=torch.tensor([3]), max_len=5, presence=torch.tensor([0.0]),
         frequency=torch.tensor([0.0]), repetition=torch.tensor([1.0]),
-        penalize_prompt=torch.tensor([False]),
+        penalize_prompt=torch.tensor([0]),
     )  # fmt: skip
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -116,26 +116,26 @@ HISTORY = torch.tensor([[9] * 6, [9] * 6, [0, 1, 1, 3, 3, 4]], dtype=torch.int32
         ({"frequency": torch.tensor([0.5])}, [1.0, 1.0, 1.0, 0.0, 1.0]),
         ({"repetition": torch.tensor([2.0])}, [1.0, 1.0, 1.0, 0.5, 1.0]),
         (
-            {"repetition": torch.tensor([2.0]), "penalize_prompt": torch.tensor([True])},
+            {"repetition": torch.tensor([2.0]), "penalize_prompt": torch.tensor([1])},
             [0.5, 0.5, 1.0, 0.5, 1.0],
         ),
     ],
 )
 def test_penalties(changes: dict[str, object], want: list[float]) -> None:
     logits = torch.ones(2, 5)
-    penalize(logits, HISTORY, penalties(**changes))
+    TorchSampler().penalize(logits, HISTORY, penalties(**changes))
     torch.testing.assert_close(logits, torch.tensor([[1.0] * 5, want]))
 
 
 def test_repetition_multiplies_negative_logits() -> None:
     logits = -torch.ones(2, 5)
-    penalize(logits, HISTORY, penalties(repetition=torch.tensor([2.0])))
+    TorchSampler().penalize(logits, HISTORY, penalties(repetition=torch.tensor([2.0])))
     assert logits[1, 3] == -2
 
 
 def test_log_probs() -> None:
     logits = torch.log(torch.tensor([PROBS]))
-    chosen, ids, top = log_probs(logits, torch.tensor([3]), 2)
+    chosen, ids, top = TorchSampler().log_probs(logits, torch.tensor([3]), 2)
     assert chosen[0] == pytest.approx(math.log(0.1))
     assert [int(i) for i in ids[0]] == [0, 1]
     torch.testing.assert_close(top[0], torch.log(torch.tensor([0.4, 0.3])))

@@ -1,0 +1,58 @@
+"""Sampling on a CUDA device by Triton kernels: no sort, no dense counts, few launches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from asyncllm.engine.sampling import PENALTY_ROWS, Knobs, Penalties
+from asyncllm.kernels import penalties, sampling
+
+
+class TritonSampler:
+    """Implements :class:`asyncllm.engine.sampling.Sampler`."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._counts = penalties.penalty_counts(PENALTY_ROWS, vocab_size, device)
+
+    def sample(self, logits: Tensor, knobs: Knobs) -> Tensor:
+        return sampling.sample(
+            logits,
+            knobs.temperature,
+            knobs.top_k,
+            knobs.top_p,
+            knobs.min_p,
+            knobs.uniform,
+            greedy=knobs.all_greedy,
+            truncates=knobs.truncates,
+        )
+
+    def add_bias(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
+        penalties.add_bias(logits, rows, tokens, values)
+
+    def penalize(self, logits: Tensor, history: Tensor, p: Penalties) -> None:
+        penalties.penalize(
+            logits,
+            history,
+            self._counts,
+            p.rows,
+            p.lanes,
+            p.lens,
+            p.prompt_lens,
+            p.presence,
+            p.frequency,
+            p.repetition,
+            p.penalize_prompt,
+        )
+
+    def log_probs(
+        self, logits: Tensor, tokens: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = sampling.log_probs(logits, tokens)
+        if num_top == 0:
+            none = torch.empty(len(tokens), 0, device=logits.device)
+            return chosen, none.int(), none
+        top, ids = logits.topk(num_top, dim=-1)
+        best = sampling.log_probs(logits, ids[:, 0].contiguous())
+        values = top.float() - top[:, :1].float() + best[:, None]
+        return chosen, ids.int(), values
