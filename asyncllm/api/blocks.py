@@ -129,9 +129,9 @@ class Scanner:
                 return literal
         return ""
 
-    def past_spaces(self, k: int = 0) -> Run[int]:
-        """The first place from ``k`` on that is no white space."""
-        while (c := (yield from self.at(k))) and c in SPACE:
+    def past_spaces(self, k: int = 0, chars: str = SPACE) -> Run[int]:
+        """The first place from ``k`` on that is no white space, or none of ``chars``."""
+        while (c := (yield from self.at(k))) and c in chars:
             k += 1
         return k
 

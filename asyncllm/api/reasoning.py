@@ -88,6 +88,18 @@ def make_reasoning(format_name: str, *, opened: bool | None) -> ReasoningParser:
     return _Tagged(_FORMATS[format_name], opened)
 
 
+def special_tokens(format_name: str) -> tuple[str, ...]:
+    """Marks that are special tokens in some models: they must be in the text that is parsed.
+
+    Raises:
+        KeyError: no such format.
+    """
+    if format_name == "gpt-oss":
+        return _Harmony.TOKENS
+    style = _FORMATS[format_name]
+    return tuple(tag for pair in style.pairs for tag in pair) + style.ends
+
+
 def prompt_state(format_name: str, rendered_prompt: str, continued: str = "") -> State:
     """Where the answer to a prompt begins: inside reasoning, behind it, or neither.
 
@@ -199,11 +211,13 @@ class _Tagged(ReasoningParser):
 
     def _hold(self, text: str) -> None:
         """Reasoning without the white space at its end."""
+        if not text.rstrip(SPACE):
+            self._space += text
+            return
         text = self._space + text
         body = text.rstrip(SPACE)
         self._space = text[len(body) :]
-        if body:
-            self._think(body)
+        self._think(body)
 
 
 class _Harmony(ReasoningParser):
@@ -213,6 +227,10 @@ class _Harmony(ReasoningParser):
     the tool parser of this format.
     """
 
+    TOKENS: Final = (
+        *("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"),
+        *("<|end|>", "<|return|>", "<|call|>"),
+    )
     _marks: Final = Marks("<|start|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>")
     _body: Final = Marks("<|message|>")
     _HEAD_LEN: Final = 512

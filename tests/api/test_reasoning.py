@@ -14,6 +14,7 @@ from asyncllm.api.reasoning import (
     Splitter,
     make_reasoning,
     prompt_state,
+    special_tokens,
 )
 from asyncllm.api.tools import CallStart, Event, Reasoning, Text, Tool, make_parser
 
@@ -102,6 +103,12 @@ HARMONY = (
     "<|start|>assistant<|channel|>analysis<|message|>again<|end|>"
     "<|start|>assistant<|channel|>final<|message|>done"
 )
+
+
+def test_special_tokens_are_those_of_the_format() -> None:
+    assert set(special_tokens("think")) == {"<think>", "</think>"}
+    assert {"◁think▷", "</think>", "<|tool_calls_section_begin|>"} <= set(special_tokens("kimi_k2"))
+    assert set(re.findall(r"<[|]\w+[|]>", HARMONY)) <= set(special_tokens("gpt-oss"))
 
 
 def test_harmony_channels() -> None:

@@ -48,6 +48,7 @@ __all__ = [
     "detect_format",
     "make_parser",
     "parse_whole",
+    "special_tokens",
     "system_text",
     "tags",
     "template_uses_tools",
@@ -81,6 +82,15 @@ def make_parser(format_name: str, tools: Sequence[Tool], make_id: NewId = new_id
         KeyError: no such format.
     """
     return _PARSERS[format_name](tools, make_id)
+
+
+def special_tokens(format_name: str) -> tuple[str, ...]:
+    """Marks that are special tokens in some models: they must be in the text that is parsed.
+
+    Raises:
+        KeyError: no such format.
+    """
+    return _PARSERS[format_name].tokens
 
 
 def parse_whole(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from asyncllm.api.blocks import Marks, Run
+from asyncllm.api.blocks import SPACE, Marks, Run
 from asyncllm.api.tools import deepseek
 from asyncllm.api.tools.parser import MAX_NAME, ToolParser, is_name
 
@@ -13,20 +13,29 @@ _HEADER: Final = 2 * MAX_NAME  # characters of a call's head, at most
 
 
 class Hermes(ToolParser):
-    """``<tool_call>{"name": .., "arguments": {..}}</tool_call>``; also several objects in one."""
+    """``<tool_call>{"name": .., "arguments": {..}}</tool_call>``; also several objects in one.
+
+    Brackets too many or too few between the arguments and the end tag are overlooked.
+    """
 
     marks = Marks("<tool_call>")
+    tokens = ("<tool_call>", "</tool_call>")
     tails = ("}</tool_call>", "</tool_call>")
 
     def _block(self, mark: str) -> Run[bool]:
         s = self._scan
         while True:
+            num_calls = len(self.calls)
             yield from s.spaces()
-            if not (yield from self._object()):
+            whole = yield from self._object()
+            if self._open is not None or len(self.calls) == num_calls:
                 return False
-            k = yield from s.past_spaces()
+            k = yield from s.past_spaces(0, SPACE + "}],")
             if (yield from s.accept_at(k, "</tool_call>")):
                 return True
+            if not whole:
+                return False
+            k = yield from s.past_spaces()
             if not (yield from s.accept_at(k, ",")):
                 s.pos += k
 
@@ -35,6 +44,7 @@ class Llama3(ToolParser):
     """``{"name": .., "parameters": {..}}``, several with ``;`` between, perhaps behind a mark."""
 
     marks = Marks("<|python_tag|>", "{")
+    tokens = ("<|python_tag|>",)
     tails = ("}",)
 
     def _block(self, mark: str) -> Run[bool]:
@@ -76,6 +86,7 @@ class Mistral(ToolParser):
     """
 
     marks = Marks("[TOOL_CALLS]")
+    tokens = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
     tails = ("}]", "]")
     _ends: Final = Marks("[CALL_ID]", "[ARGS]", "{")
 
@@ -113,6 +124,7 @@ class DeepSeekV3(ToolParser):
     _CALL: Final = deepseek.CALL
     _CALL_END: Final = deepseek.CALL_END
     marks = Marks(_SECTION, _CALL)
+    tokens = (_SECTION, _SECTION_END, _CALL, _CALL_END, deepseek.SEP)
     tails = (f"```{_CALL_END}", _CALL_END, _SECTION_END)
     _sep: Final = Marks(deepseek.SEP)
     _line: Final = Marks("\n", "{")
@@ -153,6 +165,7 @@ class KimiK2(ToolParser):
     _CALL: Final = "<|tool_call_begin|>"
     _CALL_END: Final = "<|tool_call_end|>"
     marks = Marks(_SECTION, _CALL)
+    tokens = (_SECTION, _SECTION_END, _CALL, _CALL_END, "<|tool_call_argument_begin|>")
     tails = (_CALL_END, _SECTION_END)
     _args: Final = Marks("<|tool_call_argument_begin|>")
 
@@ -191,6 +204,7 @@ class GptOss(ToolParser):
     """Harmony: a message on a channel, to ``functions.name``, whose body is the arguments."""
 
     marks = Marks("<|start|>assistant", "<|channel|>")
+    tokens = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>")
     tails = ("<|call|>",)
     _body: Final = Marks("<|message|>")
 

@@ -60,6 +60,7 @@ class ToolParser(Incremental[Event]):
     """
 
     marks: ClassVar[Marks]  # each may begin a block of calls
+    tokens: ClassVar[tuple[str, ...]] = ()  # marks that may be special tokens of a model
     # what may still follow the last arguments of a block, without white space
     tails: ClassVar[tuple[str, ...]] = ()
 
@@ -247,11 +248,12 @@ class ToolParser(Incremental[Event]):
         return any(tail.startswith(rest) for tail in self.tails)
 
     def _text(self, text: str) -> None:
+        if not text.rstrip(SPACE):
+            self._space += text
+            return
         text = self._space + text
         body = text.rstrip(SPACE)
         self._space = text[len(body) :]
-        if not body:
-            return
         body = self._kept + body if self._said or not self.calls else body.lstrip(SPACE)
         self._kept = ""
         self._said, self._beside = True, False

@@ -35,6 +35,7 @@ class Qwen3Coder(_Tagged):
     """
 
     marks = Marks("<tool_call>", "<function=")
+    tokens = ("<tool_call>", "</tool_call>")
     tails = ("</tool_call>",)
     _name_end: Final = Marks(">", "\n", "<")
     _ends: Final = Marks("</parameter>", "</function>", "<parameter=")
@@ -120,6 +121,14 @@ class Glm47(_Tagged):
     """``<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>``."""
 
     marks = Marks("<tool_call>")
+    tokens = (
+        "<tool_call>",
+        "</tool_call>",
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+    )
     _name_end: Final = Marks("<", "{")
     _key_end: Final = Marks("</arg_key>")
     _ends: Final = Marks("</arg_value>", "</tool_call>")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from asyncllm.api.tools import (
+    FORMATS,
     Arguments,
     CallEnd,
     CallStart,
@@ -15,6 +17,8 @@ from asyncllm.api.tools import (
     deepseek,
     make_parser,
     parse_whole,
+    special_tokens,
+    tags,
 )
 
 TOOLS = [
@@ -114,8 +118,13 @@ def test_a_malformed_call_does_not_hide_the_next() -> None:
 
 
 def test_missing_end_marks_are_forgiven() -> None:
-    text = '<tool_call>{"name": "f", "arguments": {"i": 1}\n</tool_call> on'
+    for tail in ("", "}", "}}", "},]\n", ", }"):
+        text = f'<tool_call>{{"name": "f", "arguments": {{"i": 1}}{tail}\n</tool_call> on'
+        assert calls("hermes", text) == [("f", '{"i": 1}', True)]
+        assert content("hermes", text) == "on"
+    text = '<tool_call>{"name": "f", "arguments": {"i": 1}}, oops</tool_call>'
     assert calls("hermes", text) == [("f", '{"i": 1}', True)]
+    assert content("hermes", text) == ", oops</tool_call>"
     text = kimi("f:0", "{}").replace("<|tool_call_end|>", "")
     assert parse_whole("kimi_k2", text, TOOLS).complete
 
@@ -248,3 +257,11 @@ def test_long_arguments_take_linear_time() -> None:
     p.finish()
     assert p.complete
     assert len(p.calls[0].arguments) == 800_000 + len('{"s": ""}')
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_special_tokens_are_those_of_the_spelling(format_name: str) -> None:
+    guide = tags(format_name, TOOLS)
+    spelling = "".join([guide.opens, guide.tags[0].begin, guide.tags[0].end, guide.closes])
+    marks = set(re.findall(r"<[|/\uff5c]?[\w\u2581]+[|\uff5c]?>|\[[A-Z_]+\]", spelling))
+    assert marks <= set(special_tokens(format_name)) | {"</function>"}

@@ -40,7 +40,7 @@ def test_what_was_written_is_found_wherever_the_text_is_cut(
 
 
 @all_writers
-@settings(EXAMPLES, max_examples=8)
+@settings(EXAMPLES, max_examples=5)
 @given(data=st.data())
 def test_an_answer_that_is_cut_off_is_never_complete(writer: str, data: st.DataObject) -> None:
     format_name, _ = WRITERS[writer]
