@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from asyncllm import __version__, log
-from asyncllm.config import ANY, FLAGS, GROUPS, OPERATION, Config, Flag, quiet_libraries
+from asyncllm.config import ANY, FLAGS, GROUPS, OPERATION, Config, Flag
+from asyncllm.environment import quiet_libraries
 from asyncllm.errors import StartupError
 
 # options of LightLLM, of today or of the time of the documented ones, that are not ours
@@ -22,7 +23,7 @@ _FOREIGN = """
 afs_embed_capacity afs_image_embed_dir audio_dp audio_gpu_ids audio_infer_batch_size audio_tp
 auto_update_redundancy_expert cache_capacity cache_reserved_ratio chat_template
 config_server_visual_redis_port cpu_cache_storage_size cpu_cache_token_page_size detail_log
-disable_aggressive_schedule disable_audio disable_chunked_prefill 
+disable_aggressive_schedule disable_audio disable_chunked_prefill
 disable_custom_allreduce disable_flashinfer_allreduce disable_image_resize
 disable_linear_att_small_page_cpu_cache disable_log_stats disable_shm_warning
 disable_symm_mem_allreduce disable_vision disk_cache_dir disk_cache_storage_size diverse_mode

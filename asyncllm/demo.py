@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from asyncllm.config import child_environment
+from asyncllm.environment import child_environment
 from asyncllm.errors import StartupError
 from asyncllm.log import Progress
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from asyncllm.config import hub_offline
 from asyncllm.demo import Bar, ensure_demo_model
+from asyncllm.environment import hub_offline
 from asyncllm.errors import StartupError
 from asyncllm.log import Progress
 

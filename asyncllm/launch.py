@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from asyncllm.config import Config, Resolved, child_environment
+from asyncllm.config import Config, Resolved
+from asyncllm.environment import child_environment
 from asyncllm.errors import StartupError
 
 PR_SET_PDEATHSIG = 1

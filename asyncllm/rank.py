@@ -35,12 +35,13 @@ from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import EXIT_HUNG, Duty, Means, Watchdog, dump_stacks
 from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
-from asyncllm.config import FLAGS, Config, Resolved, cache_dir, cpu_count, resolve_limits
+from asyncllm.config import FLAGS, Config, Resolved, resolve_limits
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.engine.parallel import Alone, Group, TensorParallel
+from asyncllm.environment import cache_dir, cpu_count
 from asyncllm.errors import FatalError, StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.launch import (

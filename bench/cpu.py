@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from asyncllm.config import cache_dir, cpu_count
 from asyncllm.demo import ensure_demo_model
+from asyncllm.environment import cache_dir, cpu_count
 from asyncllm.launch import free_port
 
 PREFILLS = (512, 1500)

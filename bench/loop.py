@@ -35,11 +35,11 @@ from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
 from asyncllm.codec import i32
-from asyncllm.config import cache_dir
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.slots import Ledger
 from asyncllm.demo import ensure_demo_model
+from asyncllm.environment import cache_dir
 from asyncllm.messages import Abort, Finished, Follow, Heartbeat, Started, Submit, Tokens
 from asyncllm.text import Text, load_tokenizer
 

@@ -35,9 +35,10 @@ from asyncllm import cli, log, rank
 from asyncllm.actors.base import Actor
 from asyncllm.actors.runner import Pending, Runner
 from asyncllm.actors.system import ActorSystem
-from asyncllm.config import Config, cache_dir, quiet_libraries
+from asyncllm.config import Config
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.engine.device import CpuDevice, CudaDevice
+from asyncllm.environment import cache_dir, quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.launch import Boot

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from asyncllm.config import cache_dir
 from asyncllm.demo import ensure_demo_model
+from asyncllm.environment import cache_dir
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

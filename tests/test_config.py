@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 
 from asyncllm import config as config_module
-from asyncllm.config import (
-    ANY,
-    FLAGS,
-    Config,
-    Resolved,
+from asyncllm.config import ANY, FLAGS, Config, Resolved, resolve_limits
+from asyncllm.environment import (
     cache_dir,
     child_environment,
     cpu_count,
@@ -21,7 +18,6 @@ from asyncllm.config import (
     hub_offline,
     memory_available,
     quiet_libraries,
-    resolve_limits,
 )
 from asyncllm.errors import StartupError
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from asyncllm.codec import i32
-from asyncllm.config import memory_available
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Group
+from asyncllm.environment import memory_available
 from asyncllm.errors import StartupError
 from asyncllm.messages import StepPlan
 from asyncllm.models.layers import Ops

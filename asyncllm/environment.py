@@ -1,0 +1,84 @@
+"""The process's surroundings: environment variables, cores and memory.
+
+The only module that reads environment variables. It knows no option of the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Where models are kept: ASYNCLLM_CACHE, else asyncllm/ in XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("ASYNCLLM_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "asyncllm"
+
+
+def cuda_visible() -> tuple[str, ...] | None:
+    """The devices CUDA_VISIBLE_DEVICES names, in order; None: it is not set, all are visible.
+
+    Like the driver, stops at the first "-1": what follows it is hidden.
+    """
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",")]
+    shown = names[: names.index("-1")] if "-1" in names else names
+    return tuple(name for name in shown if name)
+
+
+def cpu_count() -> int:
+    """Cores this process may use, at least 1; an affinity mask (taskset, cpuset) counts."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+def memory_available(root: Path = Path("/")) -> int:
+    """Bytes of main memory this process may still take without swapping.
+
+    The least of what the machine has left (MemAvailable) and what a container's limit leaves
+    (cgroup 2 or 1; its file cache counts as free, since it gives way). ``root`` is for tests.
+    """
+    lines = _read(root / "proc/meminfo").splitlines()
+    left = [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
+    for folder, limit, usage, cache in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        group = root / "sys/fs/cgroup" / folder
+        bound, used = _read(group / limit).strip(), _read(group / usage).strip()
+        if bound.isdigit() and used.isdigit():  # "max" or no file: no limit
+            stats = dict(x.split() for x in _read(group / "memory.stat").splitlines())
+            left.append(max(int(bound) - int(used) + int(stats.get(cache, 0)), 0))
+    return min(left) if left else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """This process's environment with ``extra`` on top, e.g. OMP_NUM_THREADS, for a child."""
+    return {**os.environ, **extra}
+
+
+def hub_offline() -> bool:
+    """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloads."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(n, "").lower() in {"1", "true", "yes", "on"} for n in names)
+
+
+def quiet_libraries() -> None:
+    """Turn off the hub's own progress bars and telemetry, here and in children.
+
+    The user's own setting of these variables wins. Call before ``huggingface_hub`` is imported.
+    """
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")
