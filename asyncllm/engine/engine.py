@@ -147,8 +147,6 @@ class Engine:
         d = self._uploader.upload(work.columns)
         if "writes" in d:
             self.table.view(-1).index_copy_(0, d["writes"].long(), d["write_slots"])
-        if work.penalty_len:
-            self._remember(d, len(rows.tokens))
         if work.bucket is not None:
             assert self.graphs is not None
             hidden = self.graphs.replay(work.bucket)
@@ -189,8 +187,6 @@ class Engine:
         self, d: dict[str, Tensor], bucket: Bucket | None, rows: Rows | None = None
     ) -> Tensor:
         """The decoder on a step's columns; what a graph captures, so without any host decision."""
-        where = d["token_lanes"].long() * self.max_len + d["positions"].long()
-        self.table.view(-1).index_copy_(0, where, d["slots"])
         host, max_count = None, bucket.num_tokens if bucket else 0
         if rows is not None:
             rest = rows.counts[rows.num_decode :]
@@ -198,7 +194,7 @@ class Engine:
             columns = (rows.lanes, rows.starts, rows.counts)
             host = HostRows(*(list(map(int, column)) for column in columns))
         batch = Batch(
-            tokens=self._known(d),
+            tokens=self.model.ops.stage(d, self.last_token, self.table, self.history),
             positions=d["positions"],
             slots=d["slots"],
             table=self.table,
@@ -211,17 +207,6 @@ class Engine:
             host=host,
         )
         return self.model.forward(batch, self.kv)
-
-    def _known(self, d: dict[str, Tensor]) -> Tensor:
-        """The step's tokens, those that the host does not know yet taken from their lanes."""
-        carried = self.last_token[d["token_lanes"].long()]
-        return torch.where(d["tokens"] < 0, carried, d["tokens"].long())
-
-    def _remember(self, d: dict[str, Tensor], num_tokens: int) -> None:
-        """Write the step's tokens into the history that penalties read."""
-        where = d["token_lanes"].long() * self.max_len + d["positions"].long()
-        tokens = self._known(d).int()
-        self.history.view(-1).index_copy_(0, where[:num_tokens], tokens[:num_tokens])
 
     def _choose(
         self,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from asyncllm.models.layers import Batch
 
@@ -14,8 +14,28 @@ from asyncllm.models.layers import Batch
 class TorchOps:
     """Implements :class:`asyncllm.models.layers.Ops`."""
 
-    def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(x, (x.shape[-1],), weight, eps)
+    def stage(
+        self, columns: dict[str, Tensor], last_token: Tensor, table: Tensor, history: Tensor
+    ) -> Tensor:
+        lanes = columns["token_lanes"].long()
+        where = lanes * table.shape[1] + columns["positions"].long()
+        table.view(-1).index_copy_(0, where, columns["slots"])
+        given = columns["tokens"].long()
+        tokens = torch.where(given < 0, last_token[lanes], given)
+        history.view(-1).index_copy_(0, where, tokens.int())
+        return tokens
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        made = linear(x, weight, bias)
+        return made if out is None else out.copy_(made)
+
+    def embed_rmsnorm(
+        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        residual = embedding(tokens, table)
+        return rms_norm(residual, (residual.shape[-1],), weight, eps), residual
 
     def add_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float

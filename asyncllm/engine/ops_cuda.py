@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from asyncllm.kernels.decode_attention import decode_attention, plan_decode
+from asyncllm.kernels.embedding import embed_rmsnorm, stage
+from asyncllm.kernels.linear import linear
 from asyncllm.kernels.prefill_attention import prefill_attention
-from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
+from asyncllm.kernels.rmsnorm import add_rmsnorm
 from asyncllm.kernels.rope_kv import rope_kv
 from asyncllm.kernels.silu_mul import silu_mul
 from asyncllm.models.layers import Batch
+
+GEMV_ROWS = 8  # up to here our kernel streams weights faster than cuBLAS
 
 
 class TritonOps:
     """Implements :class:`asyncllm.models.layers.Ops`."""
 
-    def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rmsnorm(x, weight, eps)
+    def stage(
+        self, columns: dict[str, Tensor], last_token: Tensor, table: Tensor, history: Tensor
+    ) -> Tensor:
+        lanes, positions = columns["token_lanes"], columns["positions"]
+        return stage(
+            columns["tokens"], lanes, positions, columns["slots"], last_token, table, history
+        )
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if len(x) <= GEMV_ROWS and x.element_size() == 2:
+            return linear(x, weight, bias, out)
+        if out is None:
+            return torch.nn.functional.linear(x, weight, bias)
+        torch.mm(x, weight.t(), out=out)
+        return out if bias is None else out.add_(bias)
+
+    def embed_rmsnorm(
+        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return embed_rmsnorm(tokens, table, weight, eps)
 
     def add_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float

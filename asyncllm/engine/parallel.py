@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import linear
+
+from asyncllm.models.layers import Ops
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 SYMMETRIC_ROWS = 2560  # larger sums go through NCCL
@@ -26,8 +27,8 @@ class Alone:
 
     rank, size = 0, 1
 
-    def linear_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return linear(x, weight, bias)
+    def linear_reduce(self, ops: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.linear(x, weight, bias)
 
     def gather_last(self, x: Tensor) -> Tensor:
         return x
@@ -68,11 +69,11 @@ class TensorParallel:
             device_id=device if cuda else None,
         )
 
-    def linear_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear_reduce(self, ops: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weight.T + bias, summed over ranks; valid until the call after the next one."""
         if self._symmetric is not None and len(x) <= SYMMETRIC_ROWS:
-            return self._symmetric.linear(x, weight, bias)
-        out = linear(x, weight, bias)
+            return self._symmetric.linear(ops, x, weight, bias)
+        out = ops.linear(x, weight, bias)
         dist.all_reduce(out)
         return out
 
@@ -142,14 +143,10 @@ class SymmetricSum:
             self._buffers.append(buffer)
         self._turn = 0
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T (+ bias), summed over ranks: [n, hidden] in one of the buffers."""
+    def linear(self, ops: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ weight.T + bias, summed over ranks: [n, hidden] in one of the buffers."""
         self._turn ^= 1
-        out = self._buffers[self._turn][: len(x)]
-        torch.mm(x, weight.t(), out=out)
-        if bias is not None:
-            out += bias
-        return self._sum(out)
+        return self._sum(ops.linear(x, weight, bias, self._buffers[self._turn][: len(x)]))
 
     def _sum(self, x: Tensor) -> Tensor:
         ops: Any = torch.ops.symm_mem

@@ -50,7 +50,27 @@ class HostRows:
 class Ops(Protocol):
     """The operators a decoder is made of, on one device."""
 
-    def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def stage(
+        self, columns: dict[str, Tensor], last_token: Tensor, table: Tensor, history: Tensor
+    ) -> Tensor:
+        """Enter a step's slots and tokens into the lane tables; its tokens, [num_tokens] int64.
+
+        Args:
+            columns: int32 [num_tokens] each: tokens (-1: the lane's last one), token_lanes,
+                positions, slots.
+            last_token: [num_lanes + 1] int64.
+            table, history: [num_lanes + 1, max_len] int32 slot and token of every position.
+        """
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """x @ weight.T + bias."""
+
+    def embed_rmsnorm(
+        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(norm of the embeddings, embeddings), [num_tokens, hidden] each."""
 
     def add_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -79,7 +99,7 @@ class Comm(Protocol):
     rank: int
     size: int
 
-    def linear_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear_reduce(self, ops: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weight.T + bias, summed over ranks; valid until the call after the next one."""
 
     def gather_last(self, x: Tensor) -> Tensor:

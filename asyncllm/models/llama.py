@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
 
 from asyncllm.models.layers import Batch, Comm, Ops, rope_table
 from asyncllm.models.spec import ModelSpec, shard_heads
@@ -85,16 +84,16 @@ class Decoder:
     def forward(self, batch: Batch, kv: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Hidden states [num_tokens, hidden] after the last norm; K and V are written to ``kv``."""
         ops, eps, comm = self.ops, self.spec.rms_eps, self.comm
-        residual = embedding(batch.tokens, self.embed)
-        x = ops.rmsnorm(residual, self.layers[0].attn_norm, eps)
+        first = self.layers[0].attn_norm
+        x, residual = ops.embed_rmsnorm(batch.tokens, self.embed, first, eps)
         for i, layer in enumerate(self.layers):
             k_cache, v_cache = kv[i]
-            qkv = linear(x, layer.qkv, layer.qkv_bias)
+            qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
             attended = ops.attend(qkv, self.cos_sin, k_cache, v_cache, batch, self.scale)
-            x = comm.linear_reduce(attended, layer.out, layer.out_bias)
+            x = comm.linear_reduce(ops, attended, layer.out, layer.out_bias)
             x, residual = ops.add_rmsnorm(x, residual, layer.mlp_norm, eps)
-            inner = ops.silu_mul(linear(x, layer.gate_up, layer.gate_up_bias))
-            x = comm.linear_reduce(inner, layer.down, layer.down_bias)
+            inner = ops.silu_mul(ops.linear(x, layer.gate_up, layer.gate_up_bias))
+            x = comm.linear_reduce(ops, inner, layer.down, layer.down_bias)
             last = i + 1 == len(self.layers)
             weight = self.norm if last else self.layers[i + 1].attn_norm
             x, residual = ops.add_rmsnorm(x, residual, weight, eps)
@@ -102,7 +101,9 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, vocab_size], gathered over the ranks."""
-        return self.comm.gather_last(linear(hidden, self.lm_head))[:, : self.spec.vocab_size]
+        return self.comm.gather_last(self.ops.linear(hidden, self.lm_head))[
+            :, : self.spec.vocab_size
+        ]
 
     def targets(self) -> Iterator[tuple[str, Target]]:
         """Checkpoint name -> where its values go on this rank."""
