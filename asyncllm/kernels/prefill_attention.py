@@ -7,8 +7,7 @@ rows that the tensor copy engine can fetch, and only the prefix goes through the
 A block holds BLOCK_M (token, query head) pairs, of all query heads of a KV head or of one. Blocks of
 all rows form one list, found from the counts inside the kernel; it is walked from the end, because
 late blocks of a row have most keys to read.
-Sources: online softmax over tiles as in FlashAttention-2 (Dao, 2023); scores of a tile beside the
-weighted sum of the one before as in FlashAttention-3 (Shah et al., 2024).
+Source: online softmax over tiles as in FlashAttention-2 (Dao, 2023).
 """
 
 # mypy: allow-incomplete-defs
@@ -40,18 +39,19 @@ class PrefillConfig:
     pack: bool = True
 
 
-# (padded head_dim, pairs of a block) -> configuration. 64 rows of M per group of four warps is what
-# Hopper's matrix instruction takes.
+# (padded head_dim, class of block_pairs) -> configuration. 64 rows of M per group of four warps is
+# what Hopper's matrix instruction takes; two programs of one group on a multiprocessor overlap the
+# softmax of one with the products of the other. A gather spends one stage more, on the slots.
 _CONFIGS = {
-    (64, 16): PrefillConfig(16, 128, 4, 2, 3),
-    (64, 64): PrefillConfig(64, 128, 4, 2, 2),
-    (64, 128): PrefillConfig(128, 128, 8, 3, 2),
-    (128, 16): PrefillConfig(16, 64, 4, 2, 3),
-    (128, 64): PrefillConfig(64, 64, 4, 2, 2),
-    (128, 128): PrefillConfig(128, 128, 8, 2, 2),
-    (256, 16): PrefillConfig(16, 32, 4, 2, 3),
-    (256, 64): PrefillConfig(64, 32, 4, 2, 2),
-    (256, 128): PrefillConfig(128, 32, 8, 2, 2),
+    (64, 16): PrefillConfig(16, 128, 4, 2, 4),
+    (64, 64): PrefillConfig(64, 64, 4, 3, 4),
+    (64, 128): PrefillConfig(64, 64, 4, 3, 4),
+    (128, 16): PrefillConfig(16, 64, 4, 2, 4),
+    (128, 64): PrefillConfig(64, 64, 4, 2, 3),
+    (128, 128): PrefillConfig(64, 64, 4, 2, 3, False),
+    (256, 16): PrefillConfig(16, 32, 4, 2, 4),
+    (256, 64): PrefillConfig(64, 32, 4, 2, 3),
+    (256, 128): PrefillConfig(128, 32, 8, 2, 3),
 }
 
 
@@ -126,47 +126,37 @@ def _attend_full(
     BLOCK_N: tl.constexpr,
     SOURCE: tl.constexpr,
     STAGES: tl.constexpr,
+    SETTLE: tl.constexpr,
 ):
     """Keys [0, stop), whole tiles that all queries see: from slots (0), rows of packed qkv (1), or
     such rows by the tensor copy engine (2)."""
-    if stop > 0:
-        dim = tl.arange(0, DIM_PAD)
-        column = tl.arange(0, BLOCK_N)
-        old = column
-        if SOURCE == 0:
-            old = tl.load(lane_ptr + column)
-        weight = tl.zeros([q.shape[0], BLOCK_N], q.dtype)
-        # The weights of a tile meet its V one tile later, beside the next tile's scores: the matrix
-        # units have work during the softmax, and no accumulator is pending where the loop turns
-        # (for one that is, ptxas runs all matrix instructions of the kernel one by one).
-        for key in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
-            if SOURCE == 2:
-                k = kv_desc.load([token + key, k_column])
-                v = kv_desc.load([token + tl.maximum(key - BLOCK_N, 0), v_column])
-            else:
-                place = key + column
-                if SOURCE == 0:
-                    place = tl.load(lane_ptr + place)
-                k_offset = place.to(tl.int64)[:, None] * kv_row + dim[None, :]
-                v_offset = old.to(tl.int64)[:, None] * kv_row + dim[None, :]
-                if DIM == DIM_PAD:
-                    k = tl.load(k_ptr + k_offset)
-                    v = tl.load(v_ptr + v_offset)
-                else:
-                    k = tl.load(k_ptr + k_offset, mask=(dim < DIM)[None, :], other=0.0)
-                    v = tl.load(v_ptr + v_offset, mask=(dim < DIM)[None, :], other=0.0)
-                old = place
-            score = tl.dot(q, tl.trans(k), input_precision="ieee")
-            acc = tl.dot(weight, v, acc, input_precision="ieee")
-            wide, shrink, best, norm = _soften(score, best, norm, scale_log2)
-            weight = wide.to(q.dtype)
-            acc = acc * shrink[:, None]
+    dim = tl.arange(0, DIM_PAD)
+    column = tl.arange(0, BLOCK_N)
+    for key in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
         if SOURCE == 2:
-            v = kv_desc.load([token + stop - BLOCK_N, v_column])
+            k = kv_desc.load([token + key, k_column])
+            v = kv_desc.load([token + key, v_column])
         else:
-            v_offset = old.to(tl.int64)[:, None] * kv_row + dim[None, :]
-            v = tl.load(v_ptr + v_offset, mask=(dim < DIM)[None, :], other=0.0)
-        acc = tl.dot(weight, v, acc, input_precision="ieee")
+            place = key + column
+            if SOURCE == 0:
+                place = tl.load(lane_ptr + place)
+            offset = place.to(tl.int64)[:, None] * kv_row + dim[None, :]
+            if DIM == DIM_PAD:
+                k = tl.load(k_ptr + offset)
+                v = tl.load(v_ptr + offset)
+            else:
+                k = tl.load(k_ptr + offset, mask=(dim < DIM)[None, :], other=0.0)
+                v = tl.load(v_ptr + offset, mask=(dim < DIM)[None, :], other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        weight, shrink, best, norm = _soften(score, best, norm, scale_log2)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+        if SETTLE:
+            # an accumulator that is pending where the loop turns makes ptxas run all matrix
+            # instructions of the kernel one by one: this use of it waits
+            acc = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+            )
     return acc, best, norm
 
 
@@ -235,6 +225,7 @@ def _prefill_kernel(
     SOURCE: tl.constexpr,
     GATHER_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
+    SETTLE: tl.constexpr,
 ):
     TOKENS: tl.constexpr = BLOCK_M // PACK
     PACKS: tl.constexpr = Q_HEADS // PACK
@@ -283,7 +274,7 @@ def _prefill_kernel(
             )  # fmt: skip
             acc, best, norm = _attend_full(
                 acc, best, norm, q, k_chunk, v_chunk, lane_ptr, kv_row, kv_desc, first_token,
-                k_column, v_column, full, scale_log2, DIM, DIM_PAD, BLOCK_N, SOURCE, STAGES,
+                k_column, v_column, full, scale_log2, DIM, DIM_PAD, BLOCK_N, SOURCE, STAGES, SETTLE,
             )  # fmt: skip
             full = start // BLOCK_N * BLOCK_N
             stop = start
@@ -293,7 +284,7 @@ def _prefill_kernel(
         )  # fmt: skip
         acc, best, norm = _attend_full(
             acc, best, norm, q, k_head, v_head, lane_ptr, KV_HEADS * DIM, None, 0, 0, 0, full,
-            scale_log2, DIM, DIM_PAD, BLOCK_N, 0, GATHER_STAGES,
+            scale_log2, DIM, DIM_PAD, BLOCK_N, 0, GATHER_STAGES, SETTLE,
         )  # fmt: skip
         tl.store(
             out_ptr + token[:, None] * out_row + heads[:, None] * out_head + dim[None, :],
@@ -396,6 +387,7 @@ def prefill_attention(
         SOURCE=source,
         STAGES=config.num_stages,
         GATHER_STAGES=config.gather_stages,
+        SETTLE=q.is_cuda,  # the interpreter knows no assembly
         num_warps=config.num_warps,
     )
     return out
@@ -430,8 +422,8 @@ def prefill_attention_ref(
 
 
 def block_pairs(row_pairs: int, all_pairs: int, device: torch.device) -> int:
-    """(token, query head) pairs of a block: 16, 64 or 128. Not more than the longest row has in one
-    KV head, and 128 only where that leaves a block for each multiprocessor."""
+    """Class of a shape by (token, query head) pairs: 16, 64 or 128. Not more than the longest row has
+    in one KV head, and 128 only where that gives a block for each multiprocessor."""
     if row_pairs <= 16:
         return 16
     return 64 if row_pairs <= 64 or all_pairs < 128 * num_sms(device) else 128
@@ -440,7 +432,7 @@ def block_pairs(row_pairs: int, all_pairs: int, device: torch.device) -> int:
 def prefill_config(
     head_dim: int, group: int, size: int, element_size: int, device: torch.device
 ) -> PrefillConfig:
-    """The configuration for blocks of ``size`` pairs: the device's tuned one or that of the table,
+    """The configuration for a shape of class ``size`` (``block_pairs``): the device's tuned one or that of the table,
     with small tiles for 4-byte elements.
 
     Raises:

@@ -21,6 +21,8 @@ from tests.kernels.harness import (
     replayed,
 )
 
+# each combination is a build on the card, and one of its types is enough there
+HERE = [torch.bfloat16] if DEVICE == "cuda" else DTYPES
 # (prefix, count) of each row, query heads, KV heads, head_dim
 SHAPES = [
     ([(0, 1)], 4, 4, 64),
@@ -91,7 +93,7 @@ def longest(rows: list[tuple[int, int]]) -> int:
 
 
 @pytest.mark.parametrize(("rows", "q", "kv", "dim"), SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HERE, ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_prefill_attention(
     rows: list[tuple[int, int]], q: int, kv: int, dim: int, dtype: torch.dtype
@@ -102,10 +104,13 @@ def test_prefill_attention(
     assert_close("out", prefill_attention_ref(**case, scale=dim**-0.5), got)
 
 
-@pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize("blocks", [(64, 16), (64, 32), (128, 128)], ids=str)
-@pytest.mark.parametrize(("rows", "q", "kv", "dim"), SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("blocks", "pack"), [((64, 16), True), ((64, 32), False), ((128, 128), True)], ids=str
+)
+@pytest.mark.parametrize(
+    ("rows", "q", "kv", "dim"), SHAPES[2:5:2] if DEVICE == "cuda" else SHAPES, ids=str
+)
+@pytest.mark.parametrize("dtype", HERE, ids=str)
 def test_the_chunk_from_packed_qkv(
     rows: list[tuple[int, int]],
     q: int,
@@ -215,7 +220,7 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("rows", "q", "kv", "dim"),
     [
