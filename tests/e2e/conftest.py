@@ -28,10 +28,15 @@ class Reference:
             self.model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self.model.eval().to(self.device)
 
-    def scores(self, ids: list[int]) -> torch.Tensor:
-        """[len(ids), vocab_size] log-probabilities of the token after each position."""
+    def scores(self, ids: list[int], last: int = 0) -> torch.Tensor:
+        """[num, vocab_size] log-probabilities of the token after each position.
+
+        Args:
+            last: only of that many last positions; 0: of all.
+        """
         with torch.no_grad():
-            logits = self.model(torch.tensor([ids], device=self.device)).logits[0]
+            box = torch.tensor([ids], device=self.device)
+            logits = self.model(box, logits_to_keep=last, use_cache=False).logits[0]
         return logits.float().log_softmax(-1).cpu()
 
     def check_greedy(self, prompt: list[int], answer: list[int], margin: float) -> int:
@@ -39,7 +44,7 @@ class Reference:
 
         Returns how many are not the best (near-ties).
         """
-        scores = self.scores(prompt + answer)[len(prompt) - 1 : -1]
+        scores = self.scores(prompt + answer, len(answer) + 1)[:-1]
         best = scores.max(-1).values
         chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
         gaps = best - chosen

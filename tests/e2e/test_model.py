@@ -32,15 +32,17 @@ def test_greedy_equals_transformers(
     reference.check_greedy(prompt, answer, MARGIN)
 
 
-@pytest.mark.parametrize("chunk", [256, 4096], ids=["chunked", "whole"])
 def test_chunked_prefill_equals_whole(
-    demo_dir: Path, reference: Reference, prose: list[int], chunk: int
+    demo_dir: Path, reference: Reference, prose: list[int]
 ) -> None:
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    driver = Driver(make_device(demo_dir, "fp32", where, num_lanes=2, max_len=2048), 2048)
-    seq = Sequence(0, prose[:1500])
-    driver.generate([seq], 8, chunk)
-    reference.check_greedy(seq.prompt, seq.outputs, MARGIN)
+    driver = Driver(make_device(demo_dir, "fp32", where, num_lanes=2, max_len=2048), 4096)
+    whole, chunked = (Sequence(lane, prose[:1500]) for lane in range(2))
+    driver.generate([whole], 8)
+    driver.generate([chunked], 8, 400)
+    reference.check_greedy(whole.prompt, whole.outputs, MARGIN)
+    if chunked.outputs != whole.outputs:  # a near-tie
+        reference.check_greedy(chunked.prompt, chunked.outputs, MARGIN)
 
 
 def test_logprobs_equal_transformers(
@@ -74,7 +76,7 @@ def test_alone_gives_what_a_batch_of_16_gives(server: Server, prose: list[int]) 
     prompts = [prose[i * 50 : i * 50 + 20 + 7 * i] for i in range(16)]
 
     async def ask(session: aiohttp.ClientSession, prompt: list[int]) -> str:
-        body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+        body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
         async with session.post(f"{server.url}/v1/completions", json=body) as reply:
             return str((await reply.json())["choices"][0]["text"])
 
@@ -83,7 +85,7 @@ def test_alone_gives_what_a_batch_of_16_gives(server: Server, prose: list[int]) 
             return list(await asyncio.gather(*(ask(session, p) for p in prompts)))
 
     batch = server.run(together())
-    alone = [server.complete(p, 16, ignore_eos=True)["choices"][0]["text"] for p in prompts]
+    alone = [server.complete(p, 8, ignore_eos=True)["choices"][0]["text"] for p in prompts]
     assert batch == alone
 
 

@@ -36,10 +36,8 @@ def ask(server: Server, prose: list[int]) -> Answers:
     return [*greedy, server.tokens(prose[:5], 8, ignore_eos=True, do_sample=True, seed=3)]
 
 
-# 9 query and 3 KV heads: padded at 2, one group a rank at 3, a rank without heads at 4
-@pytest.mark.parametrize(
-    ("tp", "zmq_mode"), [(2, "ipc:///tmp/"), (3, "tcp://"), (4, "ipc:///tmp/")]
-)
+# 9 query and 3 KV heads: half a rank is padding at 2, a whole one at 4
+@pytest.mark.parametrize(("tp", "zmq_mode"), [(2, "ipc:///tmp/"), (4, "tcp://")])
 def test_tensor_parallel_ranks_give_the_tokens_of_one(
     demo_dir: Path, tmp_path: Path, prose: list[int], answers: Answers, tp: int, zmq_mode: str
 ) -> None:
@@ -105,11 +103,11 @@ def test_a_rank_that_waits_for_a_hung_leader_ends_itself(
 def test_http_workers_share_port_and_state(demo_dir: Path, tmp_path: Path) -> None:
     with Server(demo_dir, tmp_path / "log", *SMALL, "--httpserver_workers", "3") as server:
         workers = set()
-        for _ in range(60):  # the kernel spreads connections over the processes that listen
+        for _ in range(20):  # the kernel spreads connections over the processes that listen
             reply = server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 2})
             assert reply["usage"]["completion_tokens"] == 2
         served = server.metric('asyncllm_http_requests_total{route="/v1/completions",status="200"}')
-        assert served == 60
+        assert served == 20
         for pid in server.children():
             workers.add(pid)
         assert len(workers) == 2
@@ -140,10 +138,10 @@ def test_sigterm_while_loading_ends_it(demo_dir: Path, tmp_path: Path) -> None:
 
 
 def test_two_servers_side_by_side(demo_dir: Path, tmp_path: Path) -> None:
-    with (
-        Server(demo_dir, tmp_path / "a", *TP2) as a,
-        Server(demo_dir, tmp_path / "b", *SMALL) as b,
-    ):
+    starting = [
+        Server(demo_dir, tmp_path / name, *SMALL, "--httpserver_workers", "2") for name in "ab"
+    ]
+    with starting[0] as a, starting[1] as b:
         for server in (a, b):
             assert server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 2})["choices"]
 
