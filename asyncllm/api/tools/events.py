@@ -15,13 +15,11 @@ class Tool:
         name: as the model writes it.
         parameters: JSON schema of its arguments, an object schema; empty: anything.
         description: for the prompt.
-        strict: forced calls follow ``parameters``; False: any object will do where that is asked.
     """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     description: str = ""
-    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
