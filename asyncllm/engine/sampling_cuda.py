@@ -7,6 +7,7 @@ from torch import Tensor
 
 from asyncllm.engine.sampling import PENALTY_ROWS, Knobs, Penalties
 from asyncllm.kernels import penalties, sampling
+from asyncllm.kernels.log_probs import log_probs
 
 
 class TritonSampler:
@@ -48,11 +49,11 @@ class TritonSampler:
     def log_probs(
         self, logits: Tensor, tokens: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = sampling.log_probs(logits, tokens)
+        chosen = log_probs(logits, tokens)
         if num_top == 0:
             none = torch.empty(len(tokens), 0, device=logits.device)
             return chosen, none.int(), none
         top, ids = logits.topk(num_top, dim=-1)
-        best = sampling.log_probs(logits, ids[:, 0].contiguous())
+        best = log_probs(logits, ids[:, 0].contiguous())
         values = top.float() - top[:, :1].float() + best[:, None]
         return chosen, ids.int(), values
