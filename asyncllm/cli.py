@@ -191,7 +191,10 @@ def _argument(option: Flag) -> dict[str, Any]:
     metavar = option.metavar or {int: "N", float: "X", str: "TEXT"}[option.kind]
     if option.choices:
         metavar = "{" + ",".join(option.choices) + "}"
-    return {**keywords, "type": _reader(option), "nargs": option.nargs, "metavar": metavar}
+    keywords |= {"type": _reader(option), "metavar": metavar}
+    if option.nargs:
+        keywords |= {"action": "extend", "nargs": option.nargs}
+    return keywords
 
 
 def _reader(option: Flag) -> Callable[[str], Any]:
@@ -250,7 +253,7 @@ def _table_row(option: Flag) -> str:
     if option.choices:
         meaning += f"; one of {', '.join(f'`{choice}`' for choice in option.choices)}"
     if option.nargs:
-        meaning += "; takes several values"
+        meaning += "; takes several values, and may be repeated"
     if option.aliases:
         meaning += f"; also {', '.join(f'`--{alias}`' for alias in option.aliases)}"
     return f"| `--{option.name}` | {shown} | {meaning} | {_availability(option)} |"

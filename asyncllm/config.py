@@ -22,8 +22,9 @@ MODEL = "Model configuration"
 MEMORY = "Memory and batch processing"
 PARALLEL = "Parallel modes"
 ATTENTION = "Attention type"
+ACCESS = "Access"
 OPERATION = "Operation and logging"
-GROUPS = (BASIC, PD, MODEL, MEMORY, PARALLEL, ATTENTION, OPERATION)
+GROUPS = (BASIC, PD, MODEL, MEMORY, PARALLEL, ATTENTION, ACCESS, OPERATION)
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 DEFAULT_CHUNK = {"cuda": 4096, "cpu": 256}
@@ -49,7 +50,7 @@ class Flag:
 
     ``unavailable`` holds the values that are accepted by LightLLM but not served here yet;
     ``ANY`` in it stands for everything but the default. ``check`` and ``choices`` apply to each
-    element of an option with several values.
+    element of an option with several values. A ``secret`` value is never shown.
     """
 
     default: Any
@@ -62,6 +63,7 @@ class Flag:
     aliases: tuple[str, ...] = ()
     unavailable: tuple[str, ...] = ()
     needs: Needs | None = None
+    secret: bool = False
     name: str = ""
     kind: type = str
 
@@ -73,7 +75,7 @@ class Flag:
             if self.choices and item not in self.choices:
                 return f"must be one of {', '.join(self.choices)}, not {item!r}"
             if self.check is not None and (wrong := self.check(item)) is not None:
-                return f"{wrong}, not {item!r}"
+                return wrong if self.secret else f"{wrong}, not {item!r}"
         return None
 
     def waits(self, value: Any) -> bool:
@@ -83,7 +85,8 @@ class Flag:
 
 def flag(default: Any, *, help: str, group: str, **more: Any) -> Any:  # noqa: A002
     """A field of ``Config`` that is also an option; the keywords are the fields of ``Flag``."""
-    return field(default=default, metadata={"flag": Flag(default, help, group, **more)})
+    made = Flag(default, help, group, **more)
+    return field(default=default, repr=not made.secret, metadata={"flag": made})
 
 
 def between(low: int, high: int) -> Check:
@@ -108,6 +111,17 @@ def not_empty(value: str) -> str | None:
     return None if value.strip() else "must not be empty"
 
 
+def api_key(value: str) -> str | None:
+    fits = value.isascii() and value.isprintable() and " " not in value and value
+    return None if fits else "must be printable ASCII without spaces"
+
+
+def origin(value: str) -> str | None:
+    scheme, _, rest = value.partition("://")
+    fits = scheme in {"http", "https"} and rest and not set(rest) & set("/?#@ ")
+    return None if fits or value == "*" else "must be * or like https://host:port"
+
+
 ANY = "*"
 PORT = between(1, 65535)
 PD_NODE = Needs(
@@ -120,6 +134,7 @@ PD_MODES = Needs(
     False,
 )
 NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1, False)
+CERTIFIED = Needs("--ssl_certfile", lambda c: c.ssl_certfile is not None)
 RANKS = Needs("--tp above 1", lambda c: c.tp > 1)
 
 
@@ -294,6 +309,30 @@ class Config:
     disable_cudagraph: bool = flag(
         False, group=ATTENTION, help="launch every step kernel by kernel, without CUDA graphs"
     )
+
+    # --- access
+    api_key: tuple[str, ...] = flag(
+        (), group=ACCESS, nargs="+", check=api_key, metavar="KEY", secret=True,
+        help="keys of which a request must bring one (Authorization: Bearer KEY, or x-api-key), on "
+        "every route but /health, /healthz, /liveness and /readiness",
+    )  # fmt: skip
+    ssl_certfile: str | None = flag(
+        None, group=ACCESS, check=not_empty, metavar="FILE",
+        help="serve HTTPS with this certificate chain (PEM)",
+    )  # fmt: skip
+    ssl_keyfile: str | None = flag(
+        None, group=ACCESS, check=not_empty, metavar="FILE", needs=CERTIFIED,
+        help="its private key (PEM, not encrypted); default: in the certificate's file",
+    )  # fmt: skip
+    cors_allow_origins: tuple[str, ...] = flag(
+        (), group=ACCESS, nargs="+", check=origin, metavar="ORIGIN",
+        help="web origins whose scripts may use the API, e.g. https://chat.example.org; *: all",
+    )  # fmt: skip
+    sse_keep_alive: float = flag(
+        15.0, group=ACCESS, check=at_least(0), metavar="SECONDS",
+        help="a stream with nothing to send for this long gets a comment, so that proxies keep it "
+        "open; 0: never",
+    )  # fmt: skip
 
     # --- operation
     check: bool = flag(

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,24 @@ def bind_http(host: str, port: int) -> socket.socket:
         reason = error.strerror or str(error)
         raise StartupError(f"cannot listen on {host}:{port}: {reason} (--host, --port)") from None
     return sock
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """What --ssl_certfile and --ssl_keyfile ask for; None: plain HTTP.
+
+    Raises:
+        StartupError: a file cannot be read, or the two do not fit.
+    """
+    if config.ssl_certfile is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # the password keeps OpenSSL from asking for one on the terminal
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise StartupError(f"--ssl_certfile {config.ssl_certfile}: {reason}") from None
+    return context
 
 
 def rendezvous(config: Config) -> str:

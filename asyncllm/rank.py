@@ -28,6 +28,7 @@ from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.base import Actor
 from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.frontend import Frontend, Limits
+from asyncllm.actors.gate import Access
 from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
@@ -52,6 +53,7 @@ from asyncllm.launch import (
     die_with_parent,
     endpoint_name,
     rendezvous,
+    tls_context,
 )
 from asyncllm.messages import Drain
 from asyncllm.models.registry import check_architecture
@@ -86,6 +88,7 @@ def serve(config: Config) -> int:
     Raises:
         StartupError: it cannot start as configured.
     """
+    tls_context(config)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
         model_dir = resolve_model_dir(config.model_dir, cache_dir())
@@ -137,7 +140,7 @@ def _check(boot: Boot, spec: ModelSpec) -> int:
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
     if resolved.device == "cpu":
         ranks += f", {_num_threads(boot)} threads each"
-    ports = [f"HTTP {config.host}:{config.port}"]
+    ports = [f"{'HTTPS' if config.ssl_certfile else 'HTTP'} {config.host}:{config.port}"]
     if boot.rendezvous:
         ports.append(f"torch.distributed {boot.rendezvous}")
     limits = (
@@ -156,12 +159,14 @@ def _check(boot: Boot, spec: ModelSpec) -> int:
     ]
     for title, given in (("options given:", True), ("options by default:", False)):
         names = [n for n in FLAGS if (n in config.explicit) == given]
-        lines += [title, *(f"  {name} = {_shown(getattr(config, name))}" for name in names)]
+        lines += [title, *(f"  {name} = {_shown(name, getattr(config, name))}" for name in names)]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
+    if FLAGS[name].secret:
+        return f"{len(value)} given"
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "-"
     if isinstance(value, bool):
@@ -315,7 +320,11 @@ def _frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
         ),
         sockets=[socket.socket(fileno=os.dup(p.boot.listen_fd))],
         limits=Limits(
-            max_live=-(-(resolved.running_max_req_size + config.max_waiting) // num_frontends)
+            max_live=-(-(resolved.running_max_req_size + config.max_waiting) // num_frontends),
+            keep_alive_s=config.sse_keep_alive,
+        ),
+        access=Access(
+            keys=config.api_key, origins=config.cors_allow_origins, tls=tls_context(config)
         ),
         on_open=on_open,
     )
@@ -429,12 +438,14 @@ class _Server:
         names = boot.resolved.served_names
         host = boot.config.host
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-        url = f"http://{host}:{boot.config.port}"
+        scheme = "https" if boot.config.ssl_certfile else "http"
+        url = f"{scheme}://{host}:{boot.config.port}"
         body = f'{{"model": "{names[0]}", "stream": true, "temperature": 0, "max_tokens": 100, '
         body += '"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
+        key = " -H 'Authorization: Bearer KEY'" if boot.config.api_key else ""
         sys.stdout.write(
             f"asyncllm is ready: {url} serves {names[0]}\n"
-            f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+            f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
         )
         sys.stdout.flush()
 

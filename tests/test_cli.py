@@ -60,6 +60,8 @@ def sample(name: str) -> tuple[list[str], object]:
         value = option.choices[0] if option.default is None else option.default
     else:
         value = {int: 5, float: 0.5, str: "text"}[option.kind]
+        if name == "cors_allow_origins":
+            value = "https://example.org:8443"
     return [str(value)], (value,) if option.nargs else value
 
 
@@ -106,6 +108,8 @@ def test_several_values() -> None:
     assert got.eos_id == (1, 2)
     assert got.served_model_name == ("a", "b")
     assert got.trust_remote_code
+    got = parse(["--api_key", "a", "b", "--api-key", "c", "--api_key=d"])
+    assert got.api_key == ("a", "b", "c", "d")
 
 
 def test_an_explicit_default_is_remembered() -> None:

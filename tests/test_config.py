@@ -57,6 +57,11 @@ DOCUMENTED: dict[str, Any] = {
     "mode": (),
 }
 OURS: dict[str, Any] = {
+    "api_key": (),
+    "ssl_certfile": None,
+    "ssl_keyfile": None,
+    "cors_allow_origins": (),
+    "sse_keep_alive": 15.0,
     "served_model_name": (),
     "device": "auto",
     "data_type": "auto",
@@ -131,6 +136,10 @@ def test_moved_defaults_say_so() -> None:
         ("drain_timeout", -1.0),
         ("drain_timeout", float("inf")),
         ("step_timeout", 0.0),
+        ("cors_allow_origins", ("*", "example.org")),
+        ("cors_allow_origins", ("https://example.org/",)),
+        ("sse_keep_alive", -1.0),
+        ("ssl_certfile", ""),
         ("log_level", "trace"),
     ],
 )
@@ -155,6 +164,14 @@ def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
 )
 def test_edge_values_are_accepted(name: str, value: Any) -> None:
     assert getattr(Config(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("key", ["", "two words", "kéy", "line\n"])
+def test_keys_are_checked_and_never_shown(key: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        Config(api_key=("good-key", key))
+    assert str(caught.value) == "--api_key must be printable ASCII without spaces"
+    assert "good-key" not in repr(Config(api_key=("good-key",)))
 
 
 UNAVAILABLE = [
@@ -193,6 +210,7 @@ def test_every_unavailable_flag_is_tested() -> None:
         ("multinode_router_gloo_port", 20002, "--nnodes above 1"),
         ("nccl_host", "10.0.0.1", "--tp above 1"),
         ("nccl_port", 28766, "--tp above 1"),
+        ("ssl_keyfile", "key.pem", "--ssl_certfile"),
     ],
 )
 def test_options_of_another_mode_are_refused(name: str, value: Any, where: str) -> None:

@@ -21,8 +21,10 @@ from typing import Any, assert_never
 from aiohttp import web
 
 from asyncllm.actors.base import Actor, MailboxFull
+from asyncllm.actors.gate import Access
 from asyncllm.actors.http import Routes
 from asyncllm.actors.stream import Exchange, Pipe, resolve
+from asyncllm.api import sse
 from asyncllm.api.answer import REASONS, Answer, Choice, Reply, Vocab
 from asyncllm.api.errors import NotServing, from_status
 from asyncllm.api.fields import MAX_SEED, bad
@@ -60,7 +62,9 @@ class Limits:
     Args:
         max_live: choices being generated or waiting at once; more is 429.
         max_body: bytes of a request body; more is 413.
+        body_s: seconds for a request body to come; longer is 408.
         max_unsent: bytes waiting for a client that does not read; more drops it.
+        keep_alive_s: seconds after which a silent stream gets a comment; 0: never.
         flush_s: seconds of writing to streams before other work gets a turn.
         query_s: seconds to wait for another actor's answer (metrics, token counts).
         shutdown_s: seconds for open connections when the server stops.
@@ -68,7 +72,9 @@ class Limits:
 
     max_live: int = 1024
     max_body: int = 32 << 20
+    body_s: float = 60.0
     max_unsent: int = 1 << 20
+    keep_alive_s: float = 15.0
     flush_s: float = 0.0005
     query_s: float = 5.0
     shutdown_s: float = 2.0
@@ -82,6 +88,7 @@ class Frontend(Actor[Inbox]):
         vocab: texts of token ids.
         sockets: bound sockets; they are listened to when ``Started`` arrives.
         limits: see :class:`Limits`.
+        access: see :class:`Access`.
         on_open: called once the sockets are served, so that a ready line is true when it is read.
     """
 
@@ -95,10 +102,12 @@ class Frontend(Actor[Inbox]):
         vocab: Vocab,
         sockets: Sequence[socket],
         limits: Limits | None = None,
+        access: Access | None = None,
         on_open: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("frontend")
         self.served, self.limits = served, limits or Limits()
+        self.access = access or Access()
         self.serving = self.draining = False
         self._vocab, self._sockets, self._on_open = vocab, sockets, on_open
         self._counter = 0
@@ -199,7 +208,10 @@ class Frontend(Actor[Inbox]):
     def stream(self, exchange: Exchange, pipe: Pipe) -> None:
         """The headers are out: write what there is, and everything to come."""
         exchange.pipe = pipe
+        exchange.written_at = monotonic()
         self._write(exchange)
+        if self.limits.keep_alive_s:
+            self._watch(exchange, self.limits.keep_alive_s)
 
     def close(self, exchange: Exchange, route: str, status: int) -> None:
         """The handler is over, whatever the reason: abort what still lives, and count."""
@@ -367,6 +379,8 @@ class Frontend(Actor[Inbox]):
         self._abort(exchange)
         self._exchanges.discard(exchange)
         exchange.pipe = None
+        if exchange.watch is not None:
+            exchange.watch.cancel()
 
     def _render(self, exchange: Exchange, data: bytes) -> None:
         if data:
@@ -411,8 +425,25 @@ class Frontend(Actor[Inbox]):
                 pipe.abort()  # this cancels the handler, which closes the exchange
                 return
             pipe.write(data)
+            exchange.written_at = monotonic()
         if exchange.ended:
             resolve(exchange.done)
+
+    def _watch(self, exchange: Exchange, delay_s: float) -> None:
+        """Look at a stream again when it may have been silent for long enough."""
+        exchange.watch = self.system.loop.call_later(delay_s, self._break_silence, exchange)
+
+    def _break_silence(self, exchange: Exchange) -> None:
+        pipe, most = exchange.pipe, self.limits.keep_alive_s
+        if pipe is None or pipe.gone or exchange.ended or self.system.over:
+            return
+        rest = exchange.written_at + most - monotonic()
+        if rest <= 0:
+            if not pipe.unsent:  # what the client has not taken yet keeps the connection busy
+                pipe.write(sse.KEEP_ALIVE)
+            exchange.written_at = monotonic()
+            rest = most
+        self._watch(exchange, rest)
 
     def _query(self) -> tuple[int, asyncio.Future[Any]]:
         self._counter += 1
@@ -439,7 +470,8 @@ class Frontend(Actor[Inbox]):
         self._runner = Routes(self).runner()
         await self._runner.setup()
         for sock in self._sockets:
-            await web.SockSite(self._runner, sock, backlog=2048).start()
+            tls = self.access.tls
+            await web.SockSite(self._runner, sock, ssl_context=tls, backlog=2048).start()
         self.serving = True
         self._on_open()
 

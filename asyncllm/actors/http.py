@@ -5,6 +5,7 @@ Knows paths, headers and statuses; what a body means is in :mod:`asyncllm.api`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import HttpVersion11, web
 
+from asyncllm.actors.gate import Gate
 from asyncllm.actors.stream import Exchange, Pipe
 from asyncllm.api import errors, fields, lightllm, openai, sse
 from asyncllm.api.answer import Answer, Reply
@@ -31,6 +33,8 @@ REQUEST_ID: Final = web.RequestKey("request_id", str)
 MAX_REQUEST_ID: Final = 128
 CLIENT_GONE: Final = 499  # nobody reads it; for the counters
 KEEPALIVE_S: Final = 75.0
+MAX_HEADER: Final = 8 << 10  # bytes of the request line, and of each header
+MAX_HEADERS: Final = 128
 STREAM_HEADERS: Final = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
@@ -43,6 +47,7 @@ class Routes:
 
     def __init__(self, front: Frontend) -> None:
         self._front = front
+        self._gate = Gate(front.access)
 
     def runner(self) -> web.AppRunner:
         """An aiohttp runner; a client that leaves cancels its handler."""
@@ -82,6 +87,9 @@ class Routes:
             access_log=None,
             shutdown_timeout=self._front.limits.shutdown_s,
             keepalive_timeout=KEEPALIVE_S,
+            max_line_size=MAX_HEADER,
+            max_field_size=MAX_HEADER,
+            max_headers=MAX_HEADERS,
         )
 
     # -- text ----------------------------------------------------------------------------------
@@ -220,6 +228,9 @@ class Routes:
         """Every failure becomes an error object."""
         request[REQUEST_ID] = _request_id(request)
         try:
+            if (answer := self._gate.preflight(request)) is not None:
+                return answer
+            self._gate.check(request)
             return await handler(request)
         except RequestError as error:
             return self._error(error)
@@ -243,6 +254,7 @@ class Routes:
 
     async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers["X-Request-Id"] = request[REQUEST_ID]
+        self._gate.mark(request, response)
         if self._front.draining:
             response.force_close()
             response.headers["Connection"] = "close"
@@ -252,7 +264,12 @@ class Routes:
         if (request.content_length or 0) > self._front.limits.max_body:
             raise self._too_large()
         try:
-            raw = await request.read()
+            async with asyncio.timeout(self._front.limits.body_s):
+                raw = await request.read()
+        except TimeoutError:
+            raise errors.BodyTooSlow(
+                f"the body did not come within {self._front.limits.body_s:g} s"
+            ) from None
         except web.RequestPayloadError as error:
             raise RequestError(f"the body cannot be read: {error}", code="invalid_body") from None
         return fields.load(raw)
@@ -264,6 +281,11 @@ class Routes:
         response = _json(sse.body(errors.body(error)), error.status)
         if error.status in (429, 503):
             response.headers["Retry-After"] = str(self._front.retry_after_s())
+        if error.status == 401:
+            response.headers["WWW-Authenticate"] = "Bearer"
+        if error.status == 408:  # the rest of the body may still come
+            response.force_close()
+            response.headers["Connection"] = "close"
         return response
 
 

@@ -57,6 +57,8 @@ class Exchange:
         queued: in the frontend's list of streams to write.
         committed: headers of a stream are out or about to be: errors become events.
         ended: nothing more will be rendered.
+        written_at: when the stream was last written to.
+        watch: the timer that looks whether the stream is silent.
     """
 
     __slots__ = (
@@ -75,6 +77,8 @@ class Exchange:
         "queued",
         "reply",
         "unaccepted",
+        "watch",
+        "written_at",
     )
 
     def __init__(self, answer: Answer, reply: Reply, loop: asyncio.AbstractEventLoop) -> None:
@@ -88,6 +92,8 @@ class Exchange:
         self.pipe: Pipe | None = None
         self.committed = self.ended = self.queued = False
         self.begun_at = monotonic()
+        self.written_at = 0.0
+        self.watch: asyncio.TimerHandle | None = None
         self.first_at = self.last_at = 0.0  # of the first and newest token; 0: none yet
 
     @property

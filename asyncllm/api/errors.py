@@ -14,6 +14,12 @@ class NotAvailable(RequestError):
     code = "not_available"
 
 
+class Unauthorized(RequestError):
+    """No valid API key came with the request."""
+
+    status = 401
+
+
 class UnknownPath(RequestError):
     status = 404
     code = "not_found"
@@ -22,6 +28,11 @@ class UnknownPath(RequestError):
 class WrongMethod(RequestError):
     status = 405
     code = "method_not_allowed"
+
+
+class BodyTooSlow(RequestError):
+    status = 408
+    code = "request_timeout"
 
 
 class BodyTooLarge(RequestError):

@@ -14,6 +14,7 @@ from asyncllm.api import errors
 from asyncllm.errors import RequestError
 
 DONE: Final = b"data: [DONE]\n\n"
+KEEP_ALIVE: Final = b": keep-alive\n\n"  # a comment, which clients skip
 
 
 def dumps(value: Any) -> str:

@@ -17,6 +17,7 @@ import aiohttp
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.frontend import Frontend, Limits
+from asyncllm.actors.gate import Access
 from asyncllm.actors.system import ActorSystem
 from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
@@ -251,7 +252,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(*, start: bool = True, **limits: Any) -> AsyncIterator[Server]:
+async def serving(
+    *, start: bool = True, access: Access | None = None, **limits: Any
+) -> AsyncIterator[Server]:
     """A server on a free port; ``start`` False leaves its doors closed."""
     system = ActorSystem(encode_local=True)
     sock = socket.socket()
@@ -261,6 +264,7 @@ async def serving(*, start: bool = True, **limits: Any) -> AsyncIterator[Server]
         vocab=VOCAB,
         sockets=[sock],
         limits=Limits(**limits),
+        access=access,
         on_open=lambda: server.opened.set(),
     )
     ref = system.add(front)

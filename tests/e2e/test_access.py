@@ -1,0 +1,268 @@
+"""Keys, CORS, TLS, keep-alive comments and limits of reading, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import subprocess
+from pathlib import Path
+
+import aiohttp
+import pytest
+import uvloop
+
+from asyncllm import config as options
+from asyncllm import rank
+from asyncllm.actors.gate import Access
+from asyncllm.config import Config
+from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.errors import StartupError
+from asyncllm.launch import tls_context
+from tests.e2e.fake_server import Server, serving
+from tests.e2e.test_api import CHAT, COMPLETIONS, HI, live
+
+KEYS = Access(keys=("key-one", "key-two"))
+
+
+async def raw(server: Server, request: str) -> bytes:
+    """The answer to a request written by hand, up to the connection's end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(request.encode())
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+async def status(server: Server, path: str, **headers: str) -> int:
+    async with server.http.get(server.url + path, headers=headers) as response:
+        return response.status
+
+
+# -- keys --------------------------------------------------------------------------------------
+
+
+@live(access=KEYS)
+async def test_every_route_but_health_wants_a_key(server: Server) -> None:
+    for path in ("/health", "/healthz", "/liveness", "/readiness", "/health?x=1"):
+        assert await status(server, path) == 200
+    for path in ("/v1/models", "/metrics", "/token_load", "/tokens", "/get_model_name", "/",
+                 "/generate", "/nope", "/health/", "/HEALTH", "//health"):  # fmt: skip
+        assert await status(server, path) == 401, path
+    code, body = await server.post(COMPLETIONS, {"prompt": "x"})
+    assert code == 401
+    assert body["error"] == {
+        "message": "an API key is missing; send Authorization: Bearer KEY",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "missing_api_key",
+    }
+    assert server.model.asked == []
+
+
+@live(access=KEYS)
+async def test_a_key_opens_in_either_header(server: Server) -> None:
+    for headers in (
+        {"Authorization": "Bearer key-one"},
+        {"Authorization": "bearer  key-two"},
+        {"x-api-key": "key-two"},
+        {"Authorization": "Bearer wrong", "x-api-key": "key-one"},
+    ):
+        assert await status(server, "/v1/models", **headers) == 200
+    for headers in (
+        {"Authorization": "Bearer key-on"},
+        {"Authorization": "Bearer key-one2"},
+        {"Authorization": "Bearer "},
+        {"Authorization": "key-one"},
+        {"Authorization": "Basic key-one"},
+        {"x-api-key": "KEY-ONE"},
+        {"x-api-key": "k\udce9y"},
+        {"Cookie": "x-api-key=key-one"},
+    ):
+        head = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
+        head = head.encode("utf-8", "surrogateescape").decode("latin-1")
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(
+            f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n".encode(
+                "latin-1"
+            )
+        )
+        answer = await reader.read()
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 401 "), headers
+        assert b"WWW-Authenticate: Bearer" in answer
+
+
+@live(access=KEYS)
+async def test_only_the_target_as_sent_opens(server: Server) -> None:
+    """The path is not rebuilt from anything a client may choose."""
+    for line, host in (
+        ("GET /v1/models HTTP/1.1", "x/health?"),
+        ("GET http://x/health HTTP/1.1", "x"),
+        ("GET /v1/models?/health HTTP/1.1", "x"),
+        ("GET /v1/models#/health HTTP/1.1", "x"),
+        ("GET /health/../v1/models HTTP/1.1", "x"),
+        ("GET /health;/v1/models HTTP/1.1", "x"),
+        ("GET /%68ealth HTTP/1.1", "x"),
+    ):
+        answer = await raw(server, f"{line}\r\nHost: {host}\r\nConnection: close\r\n\r\n")
+        assert answer.startswith((b"HTTP/1.1 401 ", b"HTTP/1.1 400 ")), line
+        assert b'"data"' not in answer
+
+
+def test_keys_are_never_shown(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, demo_dir: Path
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    config = Config(api_key=("sk-secret", "sk-other"), check=True, port=1 << 15,
+                    model_dir=str(demo_dir), device="cpu")  # fmt: skip
+    assert rank.serve(config) == 0
+    shown = capsys.readouterr().out
+    assert "api_key = 2 given" in shown
+    for text in (shown, caplog.text, repr(config), repr(Access(keys=config.api_key))):
+        assert "sk-" not in text
+    assert options.FLAGS["api_key"].secret
+
+
+# -- web pages ---------------------------------------------------------------------------------
+
+
+@live(access=Access(keys=("k",), origins=("https://a.example",)))
+async def test_cors(server: Server) -> None:
+    ask = {
+        "Origin": "https://a.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, content-type",
+    }
+    async with server.http.options(server.url + CHAT, headers=ask) as response:
+        assert response.status == 204
+        assert response.headers["Access-Control-Allow-Origin"] == "https://a.example"
+        assert response.headers["Access-Control-Allow-Headers"] == "authorization, content-type"
+        assert "POST" in response.headers["Access-Control-Allow-Methods"]
+    async with server.http.options(server.url + CHAT) as response:
+        assert response.status == 401  # no preflight
+    body = {"messages": HI, "stream": True}
+    for origin, mine in (("https://a.example", True), ("https://b.example", False)):
+        for key, code in (("k", 200), ("no", 401)):
+            headers = {"Origin": origin, "Authorization": f"Bearer {key}"}
+            async with server.http.post(server.url + CHAT, json=body, headers=headers) as response:
+                assert response.status == code
+                assert response.headers["Vary"] == "Origin"
+                assert (response.headers.get("Access-Control-Allow-Origin") == origin) is mine
+
+
+@live(access=Access(origins=("*",)))
+async def test_cors_for_all(server: Server) -> None:
+    async with server.http.get(server.url + "/health", headers={"Origin": "null"}) as response:
+        assert response.headers["Access-Control-Allow-Origin"] == "*"
+        assert "X-Request-Id" in response.headers["Access-Control-Expose-Headers"]
+
+
+@live()
+async def test_no_cors_unless_asked_for(server: Server) -> None:
+    headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    async with server.http.options(server.url + CHAT, headers=headers) as response:
+        assert response.status == 405
+        assert not any(name.startswith("Access-Control") for name in response.headers)
+
+
+# -- TLS ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-days", "30", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key
+
+
+def test_streams_over_tls(certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+
+    async def main() -> None:
+        access = Access(tls=tls_context(Config(ssl_certfile=cert, ssl_keyfile=key)))
+        trust = ssl.create_default_context(cafile=cert)
+        async with asyncio.timeout(30), serving(access=access) as server:
+            await server.opened.wait()
+            url = server.url.replace("http:", "https:") + CHAT
+            body = {"messages": HI, "stream": True}
+            async with server.http.post(url, json=body, ssl=trust) as response:
+                assert response.status == 200
+                assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            with pytest.raises(aiohttp.ClientError):
+                await server.get("/health")
+
+    uvloop.run(main())
+
+
+def test_bad_tls_files_end_the_start(certificate: tuple[str, str], tmp_path: Path) -> None:
+    cert, key = certificate
+    assert tls_context(Config()) is None
+    other = tmp_path / "other"
+    other.write_text("no certificate")
+    for files in ((str(tmp_path / "absent"), key), (str(other), key), (cert, str(other))):
+        with pytest.raises(StartupError, match="--ssl_certfile"):
+            tls_context(Config(ssl_certfile=files[0], ssl_keyfile=files[1]))
+    with pytest.raises(StartupError, match="--ssl_certfile"):
+        rank.serve(Config(ssl_certfile=str(other)))
+
+
+# -- silence, slowness, size -------------------------------------------------------------------
+
+
+@live(keep_alive_s=0.03)
+async def test_silent_streams_get_comments(server: Server) -> None:
+    server.model.holds = True
+    for path, body in (
+        (CHAT, {"messages": HI, "stream": True}),
+        ("/generate_stream", {"inputs": "x"}),
+    ):
+        post = asyncio.create_task(server.http.post(server.url + path, json=body))
+        await server.model.until(lambda: bool(server.model.asked))
+        asked = server.model.asked.pop()
+        ids = server.model.accept(asked)
+        async with await post as response:
+            quiet = b": keep-alive\n\n"
+            while (event := await response.content.readuntil(b"\n\n")) != quiet:
+                assert event.startswith(b"data:")  # what is sent before the first token
+            assert await response.content.readuntil(b"\n\n") == quiet
+            params = SamplingParams.unpack(asked.params)
+            server.model.delta(asked.rids[0], [97], params)
+            server.model.finish(asked.rids[0], len(ids), 1, Reason.STOP)
+            rest = (await response.read()).replace(quiet, b"")
+            assert b'"a"' in rest
+
+
+@live(keep_alive_s=0.0)
+async def test_no_comments_when_off(server: Server) -> None:
+    assert b"keep-alive" not in await server.stream(CHAT, {"messages": HI, "stream": True})
+    assert not any(e.watch for e in server.front._exchanges)
+
+
+@live(body_s=0.05)
+async def test_slow_bodies_are_408(server: Server) -> None:
+    answer = await raw(server, f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{")
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"request_timeout"' in answer
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["X-Big: " + "x" * 9000, "\r\n".join(f"X-{i}: 1" for i in range(200))],
+    ids=["long", "many"],
+)
+def test_headers_are_limited(head: str) -> None:
+    @live()
+    async def test(server: Server) -> None:
+        answer = await raw(server, f"GET /health HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n")
+        assert answer.split(b" ")[1] in (b"400", b"431")
+        assert await server.get("/health") == (200, {"message": "Ok"})
+
+    test()
