@@ -74,9 +74,7 @@ def _apply_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lens_ptr + row)
-    first = tl.where(
-        tl.load(penalize_prompt_ptr + row) != 0, 0, tl.load(prompt_lens_ptr + row)
-    )
+    first = tl.where(tl.load(penalize_prompt_ptr + row) != 0, 0, tl.load(prompt_lens_ptr + row))
     presence = tl.load(presence_ptr + row)
     frequency = tl.load(frequency_ptr + row)
     repetition = tl.load(repetition_ptr + row)
@@ -166,7 +164,9 @@ def penalize(
     vocab_size, p = logits.shape[1], len(rows)
     columns = (lanes, lens, prompt_lens, presence, frequency, repetition, penalize_prompt)
     if any(c.shape != (p,) or not c.is_contiguous() for c in (rows, *columns)):
-        raise ValueError(f"columns need {p} contiguous entries: {[tuple(c.shape) for c in columns]}")
+        raise ValueError(
+            f"columns need {p} contiguous entries: {[tuple(c.shape) for c in columns]}"
+        )
     if history.dim() != 2 or history.dtype != torch.int32 or history.stride(1) != 1:
         raise ValueError(f"history {tuple(history.shape)} {history.dtype}: int32 rows expected")
     if counts.dtype != torch.int32 or counts.shape[1:] != (vocab_size,) or not len(counts):
