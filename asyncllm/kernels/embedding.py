@@ -169,9 +169,7 @@ def embed_rmsnorm(
         if given is None:
             given = torch.empty((num, hidden), dtype=table.dtype, device=table.device)
         elif (
-            given.shape != (num, hidden)
-            or given.dtype != table.dtype
-            or not given.is_contiguous()
+            given.shape != (num, hidden) or given.dtype != table.dtype or not given.is_contiguous()
         ):
             raise ValueError(f"{name} {tuple(given.shape)} {given.dtype} does not fit")
         made.append(given)
