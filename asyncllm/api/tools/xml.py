@@ -106,11 +106,9 @@ class Qwen3Coder(_Tagged):
         return True
 
     def _really_ends(self, k: int) -> Run[bool]:
-        """Is a ``</function>`` inside a value the function's end? Not if the value goes on."""
+        """Is a ``</function>`` inside a value the function's end? Not if the value may go on."""
         s = self._scan
         k = yield from s.past_spaces(k)
-        if not (yield from s.at(k)):
-            return True
         for literal in ("</tool_call>", "<tool_call>", "<function="):
             if (yield from s.starts(literal, k)):
                 return True

@@ -347,6 +347,6 @@ def answers(draw: st.DrawFn, writer: str) -> Answer:
             after = "\n."  # another group behind a semicolon would be the same group
         text += after
         parts += [None, after]
-    if text.endswith(("<", "<tool_")) and isinstance(last := parts[-1], str):
+    if text.endswith(("<", "<|", "<tool_")) and isinstance(last := parts[-1], str):
         text, parts[-1] = f"{text}.", f"{last}."  # not cut in a mark
     return Answer(text, content_of(parts), calls)

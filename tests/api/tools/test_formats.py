@@ -203,6 +203,9 @@ def test_qwen3_coder_without_the_outer_tag() -> None:
 def test_a_parameter_that_the_stream_cuts_is_not_made_json() -> None:
     text = "<tool_call><function=f><parameter=s>rm -rf /tmp"
     assert calls("qwen3_coder", text) == [("f", '{"s": "rm -rf /tmp', False)]
+    text += "</function>"  # which may be part of the value, and more of it to come
+    assert calls("qwen3_coder", text) == [("f", '{"s": "rm -rf /tmp</function>', False)]
+    assert calls("qwen3_coder", f"{text}</tool_call>") == [("f", '{"s": "rm -rf /tmp"}', True)]
 
 
 @pytest.mark.parametrize(("schema", "written", "value"), [
