@@ -51,6 +51,7 @@ def build_model(
         spec, group, _ops(device), max_len=max_len, dtype=TORCH_DTYPES[dtype], device=device
     )
     load(model_dir, model.targets(), model.ignores, progress)
+    model.pack()
     group.use_symmetric_memory(spec.hidden_size, TORCH_DTYPES[dtype])
     return model
 

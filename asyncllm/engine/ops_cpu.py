@@ -25,10 +25,20 @@ class TorchOps:
         history.view(-1).index_copy_(0, where, tokens.int())
         return tokens
 
+    def pack(self, weight: Tensor) -> Tensor:
+        """oneDNN's own layout for bfloat16: half the time of a product of few rows."""
+        if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+            return weight
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        return packed
+
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        made = linear(x, weight, bias)
+        if weight.is_mkldnn:
+            made = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        else:
+            made = linear(x, weight, bias)
         return made if out is None else out.copy_(made)
 
     def embed_rmsnorm(

@@ -28,6 +28,9 @@ class TritonOps:
             columns["tokens"], lanes, positions, columns["slots"], last_token, table, history
         )
 
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:

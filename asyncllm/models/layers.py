@@ -62,6 +62,9 @@ class Ops(Protocol):
             table, history: [num_lanes + 1, max_len] int32 slot and token of every position.
         """
 
+    def pack(self, weight: Tensor) -> Tensor:
+        """``weight`` [out, in] in the form that :meth:`linear` reads fastest; start-up only."""
+
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:

@@ -81,6 +81,13 @@ class Decoder:
         make = torch.zeros if self.comm.size > 1 else torch.empty
         return make(*shape, dtype=self.dtype, device=self.device)
 
+    def pack(self) -> None:
+        """Let the operators lay out the loaded weights as they like them best."""
+        for layer in self.layers:
+            layer.qkv, layer.out = self.ops.pack(layer.qkv), self.ops.pack(layer.out)
+            layer.gate_up, layer.down = self.ops.pack(layer.gate_up), self.ops.pack(layer.down)
+        self.lm_head = self.ops.pack(self.lm_head)
+
     def forward(self, batch: Batch, kv: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Hidden states [num_tokens, hidden] after the last norm; K and V are written to ``kv``."""
         ops, eps, comm = self.ops, self.spec.rms_eps, self.comm
