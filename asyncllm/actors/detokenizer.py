@@ -182,9 +182,9 @@ class _Stream:
         """What the frontend is told at the end; a stop string came before anything else."""
         if self.stopped_at < 0:
             return finished
-        return replace(
-            finished, reason=Reason.STOP, detail="", code="", status=0, num_tokens=self.stopped_at
-        )
+        found = self.stops.found if self.stops is not None else ""
+        own = replace(finished, reason=Reason.STOP, detail="", code="", status=0, stop=found)
+        return replace(own, num_tokens=self.stopped_at)
 
     def _before_stop(self, piece: str) -> str:
         return piece if self.stops is None else self.stops.push(piece)

@@ -135,8 +135,8 @@ class Frontend(Actor[Inbox]):
                     self._finished(msg)
                 case Accepted():
                     self._accepted(msg)
-                case Counted(query, num_tokens):
-                    self._answered(query, num_tokens)
+                case Counted():
+                    self._answered(msg.query, msg)
                 case Scraped():
                     self._answered(msg.query, msg)
                 case Started():
@@ -253,18 +253,26 @@ class Frontend(Actor[Inbox]):
         """When a refused client may try again: about one request's time, 1 to 60 s."""
         return min(max(math.ceil(self._mean_s), 1), 60)
 
-    async def num_tokens(self, text: str, add_special_tokens: bool) -> int:
-        """Tokens of a text. Raises NotServing (503) or ServerBusy (429)."""
+    async def num_tokens(
+        self, text: str, add_special_tokens: bool, chat: bytes | None = None
+    ) -> int:
+        """Tokens of a text, or of a chat's prompt.
+
+        Raises:
+            RequestError: 400, the template refuses the chat. ServerBusy: 429. NotServing: 503.
+        """
         query, future = self._query()
         try:
-            self._tokenizer.tell(Count(query, text, add_special_tokens))
+            self._tokenizer.tell(Count(query, text, add_special_tokens, chat))
         except MailboxFull:
             del self._queries[query]
             raise ServerBusy("the tokenizer is behind; try again later") from None
-        count = int(await self._wait(query, future, "the tokenizer"))
-        if count < 0:
+        counted: Counted = await self._wait(query, future, "the tokenizer")
+        if counted.detail:
+            raise RequestError(counted.detail, param="messages")
+        if counted.num_tokens < 0:
             raise NotServing("the tokenizer could not count this text in time")
-        return count
+        return counted.num_tokens
 
     async def scrape(self) -> Scraped:
         """State of the whole server. Raises NotServing (503) when it does not come in time."""
@@ -348,7 +356,7 @@ class Frontend(Actor[Inbox]):
             self._fail(exchange, NotServing("the server ended this request", code="aborted"))
             return
         del self._by_rid[msg.rid], exchange.live[msg.rid]
-        choice.reason, choice.cached_len = reason, msg.cached_len
+        choice.reason, choice.cached_len, choice.stop = reason, msg.cached_len, msg.stop
         if exchange.streams:
             self._render(exchange, exchange.reply.end(choice))
         if not exchange.live:

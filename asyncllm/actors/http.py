@@ -16,8 +16,9 @@ from aiohttp import HttpVersion11, web
 
 from asyncllm.actors.gate import Gate
 from asyncllm.actors.stream import Exchange, Pipe
-from asyncllm.api import errors, fields, lightllm, openai, sse
+from asyncllm.api import anthropic, anthropic_reply, errors, fields, lightllm, openai, sse
 from asyncllm.api.answer import Answer, Reply
+from asyncllm.api.anthropic_reply import MessageReply
 from asyncllm.api.generation import Generation
 from asyncllm.api.lightllm_reply import NativeReply
 from asyncllm.api.openai_reply import ChatReply, CompletionReply, model, models
@@ -35,6 +36,7 @@ CLIENT_GONE: Final = 499  # nobody reads it; for the counters
 KEEPALIVE_S: Final = 75.0
 MAX_HEADER: Final = 8 << 10  # bytes of the request line, and of each header
 MAX_HEADERS: Final = 128
+ANTHROPIC: Final = "/v1/messages"  # errors here have Anthropic's shape
 STREAM_HEADERS: Final = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
@@ -62,6 +64,8 @@ class Routes:
             "/generate_stream": self._native_stream,
             "/v1/completions": self._completion,
             "/v1/chat/completions": self._chat,
+            ANTHROPIC: self._messages,
+            f"{ANTHROPIC}/count_tokens": self._count_tokens,
         }.items():
             add.add_post(path, handler)
         for path, handler in {
@@ -102,6 +106,11 @@ class Routes:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(
             request, lambda body: openai.chat(body, self._front.served), ChatReply, "chatcmpl-"
+        )
+
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(
+            request, lambda body: anthropic.messages(body, self._front.served), MessageReply, "msg_"
         )
 
     async def _native(self, request: web.Request) -> web.StreamResponse:
@@ -185,6 +194,11 @@ class Routes:
         text, add_special_tokens = lightllm.tokens(await self._body(request))
         return _json(sse.body({"ntokens": await self._front.num_tokens(text, add_special_tokens)}))
 
+    async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
+        chat = anthropic.count(await self._body(request), self._front.served)
+        count = await self._front.num_tokens("", False, chat)
+        return _json(sse.body({"input_tokens": count}))
+
     async def _model_name(self, request: web.Request) -> web.StreamResponse:
         served = self._front.served
         return _json(sse.body({"model_name": served.model_name or served.name}))
@@ -233,24 +247,26 @@ class Routes:
             self._gate.check(request)
             return await handler(request)
         except RequestError as error:
-            return self._error(error)
+            return self._error(request, error)
         except web.HTTPRequestEntityTooLarge:
-            return self._error(self._too_large())
+            return self._error(request, self._too_large())
         except web.HTTPNotFound:
-            return self._error(errors.UnknownPath(f"there is nothing at {request.path}"))
+            return self._error(request, errors.UnknownPath(f"there is nothing at {request.path}"))
         except web.HTTPMethodNotAllowed as error:
             allowed = ", ".join(sorted(error.allowed_methods))
             message = f"{request.path} takes {allowed}, not {request.method}"
-            response = self._error(errors.WrongMethod(message))
+            response = self._error(request, errors.WrongMethod(message))
             response.headers["Allow"] = allowed
             return response
         except web.HTTPException as error:
-            return self._error(errors.from_status(error.status, error.reason, ""))
+            return self._error(request, errors.from_status(error.status, error.reason, ""))
         except ConnectionError:
             raise
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
-            return self._error(errors.ServerFault("the server failed on this request; see its log"))
+            return self._error(
+                request, errors.ServerFault("the server failed on this request; see its log")
+            )
 
     async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers["X-Request-Id"] = request[REQUEST_ID]
@@ -277,8 +293,11 @@ class Routes:
     def _too_large(self) -> RequestError:
         return errors.BodyTooLarge(f"the body is larger than {self._front.limits.max_body} bytes")
 
-    def _error(self, error: RequestError) -> web.Response:
-        response = _json(sse.body(errors.body(error)), error.status)
+    def _error(self, request: web.Request, error: RequestError) -> web.Response:
+        told = errors.body(error)
+        if request.path.startswith(ANTHROPIC):
+            told = anthropic_reply.error_body(error)
+        response = _json(sse.body(told), error.status)
         if error.status in (429, 503):
             response.headers["Retry-After"] = str(self._front.retry_after_s())
         if error.status == 401:

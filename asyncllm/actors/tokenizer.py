@@ -202,10 +202,9 @@ class Tokenizer(Actor[Inbox]):
 
     def _ids(self, msg: Tokenize | Count) -> bytes:
         """Ids of a text or a chat. Raises RequestError."""
-        chat = msg.chat if isinstance(msg, Tokenize) else None
         try:
-            if chat is not None:
-                text, add_special_tokens = self._template.render(json.loads(chat)), False
+            if msg.chat is not None:
+                text, add_special_tokens = self._template.render(json.loads(msg.chat)), False
             else:
                 text, add_special_tokens = msg.text or "", msg.add_special_tokens
             if isinstance(msg, Tokenize):
@@ -285,7 +284,8 @@ class Tokenizer(Actor[Inbox]):
 
     def _refuse(self, job: _Job, error: RequestError) -> None:
         if isinstance(job.msg, Count):
-            self.frontend.tell(Counted(job.msg.query, -1))
+            detail = error.message if job.msg.chat is not None else ""
+            self.frontend.tell(Counted(job.msg.query, -1, detail))
             return
         self.frontend.tell(
             Finished(

@@ -117,6 +117,7 @@ class Choice:
     prompt_len: int = 0
     cached_len: int = 0
     reason: Reason | None = None
+    stop: str = ""  # the stop string that ended it
     offset: int = 0  # characters before the next token, for text_offset
     decoder: codecs.IncrementalDecoder | None = None
 

@@ -41,6 +41,7 @@ class Field:
         low, high: inclusive limits of a number; ``above`` makes ``low`` exclusive.
         choices: the only strings allowed, if any.
         to: the field of SamplingParams that the value goes to unchanged, if there is one.
+        required: absence and null are errors.
         parse: checks and converts a structured value (value, name) -> result.
     """
 
@@ -53,12 +54,15 @@ class Field:
     above: bool = False
     choices: tuple[str, ...] = ()
     to: str = ""
+    required: bool = False
     parse: Callable[[Any, str], Any] | None = None
 
     def read(self, body: Body, at: str = "") -> Any:
         """The checked value; ``at`` goes before the name in errors. Raises RequestError (400)."""
         value = body.get(self.name)
         if value is None:
+            if self.required:
+                bad(f"{at}{self.name} is missing", at + self.name)
             return self.default
         return self.check(value, at + self.name)
 

@@ -42,7 +42,7 @@ def error_event(error: RequestError, head: bytes = b"data: ") -> bytes:
     return event(errors.body(error), head)
 
 
-def template(value: Any, mark: str) -> tuple[bytes, bytes]:
+def template(value: Any, mark: str, head: bytes = b"data: ") -> tuple[bytes, bytes]:
     """The event of ``value`` cut at the string ``mark``: what goes before and after a text.
 
     Raises ValueError unless ``mark`` occurs exactly once as a string value.
@@ -50,4 +50,4 @@ def template(value: Any, mark: str) -> tuple[bytes, bytes]:
     before, hole, after = dumps(value).partition(f'"{mark}"')
     if not hole or f'"{mark}"' in after:
         raise ValueError(f"{mark!r} is not in the template once")
-    return b"data: " + before.encode("utf-8", "replace"), after.encode("utf-8", "replace") + b"\n\n"
+    return head + before.encode("utf-8", "replace"), after.encode("utf-8", "replace") + b"\n\n"

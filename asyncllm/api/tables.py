@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from asyncllm.api import lightllm, openai
+from asyncllm.api import anthropic, lightllm, openai
 from asyncllm.api.fields import Field, Refused
 
 FIELDS: Final[dict[str, Sequence[Field]]] = {
@@ -18,12 +18,14 @@ FIELDS: Final[dict[str, Sequence[Field]]] = {
     "stream_options": openai.STREAM_OPTIONS,
     "completion": openai.COMPLETION[len(openai.COMMON) :],
     "chat": openai.CHAT[len(openai.COMMON) :],
+    "messages": anthropic.MESSAGES,
     "native": lightllm.BODY,
     "native_parameters": lightllm.PARAMETERS,
 }
 REFUSED: Final[dict[str, Sequence[Refused]]] = {
     "completion_refused": openai.COMPLETION_UNAVAILABLE,
     "chat_refused": openai.CHAT_UNAVAILABLE,
+    "messages_refused": anthropic.UNAVAILABLE,
     "native_refused": lightllm.UNAVAILABLE,
 }
 _BLOCK: Final = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -55,6 +57,8 @@ def _kind(field: Field) -> str:
 
 
 def _default(field: Field) -> str:
+    if field.required:
+        return "required"
     return "" if field.default in (None, (), {}) else json.dumps(field.default)
 
 

@@ -14,25 +14,27 @@ class StopFinder:
 
     Attributes:
         hit: a stop string was found; nothing comes out any more.
+        found: that string; "" until then.
     """
 
-    __slots__ = ("_held", "_stops", "hit")
+    __slots__ = ("_held", "_stops", "found", "hit")
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = tuple(s for s in stops if s)
         self._held = ""
         self.hit = False
+        self.found = ""
 
     def push(self, text: str) -> str:
         """Take more text; returns what can be shown now."""
         if self.hit or not text:
             return ""
         text = self._held + text
-        found = min((at for s in self._stops if (at := text.find(s)) >= 0), default=-1)
+        found, stop = self._first(text)
         begun = min(_begun(text, s) for s in self._stops) if self._stops else len(text)
         # a stop string that has begun before the one found still wins if it comes whole
         if 0 <= found <= begun:
-            self.hit, self._held = True, ""
+            self.hit, self.found, self._held = True, stop, ""
             return text[:found]
         self._held = text[begun:]
         return text[:begun]
@@ -40,11 +42,16 @@ class StopFinder:
     def flush(self) -> str:
         """The text has ended: what was held back, up to a stop string inside it."""
         text, self._held = self._held, ""
-        found = [at for s in self._stops if (at := text.find(s)) >= 0]
-        if found:
-            self.hit = True
-            return text[: min(found)]
-        return text
+        found, stop = self._first(text)
+        if found < 0:
+            return text
+        self.hit, self.found = True, stop
+        return text[:found]
+
+    def _first(self, text: str) -> tuple[int, str]:
+        """Where a stop string begins first, and which; of two that begin there, the shorter."""
+        places = ((at, s) for s in self._stops if (at := text.find(s)) >= 0)
+        return min(places, default=(-1, ""))
 
 
 def _begun(text: str, stop: str) -> int:

@@ -174,7 +174,7 @@ def test_error_after_a_stop_string_is_a_stop(text: Text) -> None:
     (x,) = text.encode("X", False)
     error = Finished(1, Reason.ERROR, "no room", "code", 500, 3, 0, 4)
     front, _ = play(text, [follow(1, "X"), tokens([1], [x]), error], finished=1)
-    assert front[-1] == Finished(1, Reason.STOP, "", "", 0, 3, 0, 1)
+    assert front[-1] == Finished(1, Reason.STOP, "", "", 0, 3, 0, 1, "X")
 
 
 def test_held_back_text_comes_out_at_the_end(text: Text) -> None:

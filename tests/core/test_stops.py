@@ -21,7 +21,10 @@ def reference(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
 def test_any_split_cuts_where_find_cuts(parts: list[str], stops: tuple[str, ...]) -> None:
     finder = StopFinder(stops)
     got = "".join(finder.push(part) for part in parts) + finder.flush()
-    assert (got, finder.hit) == reference("".join(parts), stops)
+    text = "".join(parts)
+    assert (got, finder.hit) == reference(text, stops)
+    assert text[len(got) :].startswith(finder.found)
+    assert (finder.found in stops) is finder.hit
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)

@@ -76,6 +76,7 @@ class Model(Actor[Any]):
         self.holds = False  # the test answers
         self.refuse: Callable[[Tokenize], Finished | None] = lambda msg: None
         self.counts = True
+        self.refusal = ""  # of a text to count
         self.asked: list[Tokenize] = []
         self.aborted: list[int] = []
         self.news = asyncio.Condition()
@@ -92,8 +93,12 @@ class Model(Actor[Any]):
                         self.answer(msg)
                 case Abort(rid):
                     self.aborted.append(rid)
-                case Count(query, text, special):
-                    if self.counts:
+                case Count(query, text, special, chat):
+                    if chat is not None:
+                        text = json.loads(chat)["messages"][-1]["content"]
+                    if self.refusal:
+                        self.front.tell(Counted(query, -1, self.refusal))
+                    elif self.counts:
                         self.front.tell(Counted(query, len(text.encode()) + special))
         self.spawn(self._notify())
 
@@ -175,8 +180,15 @@ class Model(Actor[Any]):
             )
         )
 
-    def finish(self, rid: int, prompt_len: int, count: int, reason: Reason = Reason.LENGTH) -> None:
-        self.front.tell(Finished(rid, reason, "", "", 0, prompt_len, prompt_len // 2, count))
+    def finish(
+        self,
+        rid: int,
+        prompt_len: int,
+        count: int,
+        reason: Reason = Reason.LENGTH,
+        stop: str = "",
+    ) -> None:
+        self.front.tell(Finished(rid, reason, "", "", 0, prompt_len, prompt_len // 2, count, stop))
 
     def fail(self, rid: int, detail: str, code: str, status: int) -> None:
         self.front.tell(Finished(rid, Reason.ERROR, detail, code, status, 0, 0, 0))

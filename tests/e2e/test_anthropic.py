@@ -1,0 +1,78 @@
+"""/v1/messages over a real socket, with fake actors behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from asyncllm.actors.gate import Access
+from asyncllm.core.request import Reason, SamplingParams
+from tests.e2e.fake_server import Server
+from tests.e2e.test_api import HI, live
+
+MESSAGES = "/v1/messages"
+
+
+@live()
+async def test_message(server: Server) -> None:
+    body: dict[str, Any] = {"model": "tiny", "messages": HI, "max_tokens": 2}
+    status, got = await server.post(MESSAGES, body)
+    assert status == 200
+    assert got["id"].startswith("msg_")
+    assert got["content"] == [{"type": "text", "text": "ab"}]
+    assert got["stop_reason"] == "max_tokens"
+    assert got["usage"]["input_tokens"] + got["usage"]["cache_read_input_tokens"] == 2
+    raw = await server.stream(MESSAGES, body | {"stream": True})
+    names = [line[7:] for line in raw.decode().split("\n") if line.startswith("event: ")]
+    assert names == [
+        "message_start",
+        "content_block_start",
+        "content_block_delta",
+        *(["content_block_delta"] * (names.count("content_block_delta") - 1)),
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    start = json.loads(raw.split(b"\n")[1].removeprefix(b"data: "))
+    assert start["message"]["usage"]["input_tokens"] == 2
+
+
+@live()
+async def test_the_stop_sequence_is_named(server: Server) -> None:
+    server.model.holds = True
+    body = {"messages": HI, "max_tokens": 9, "stop_sequences": ["#", "!"]}
+    post = asyncio.create_task(server.post(MESSAGES, body))
+    await server.model.until(lambda: bool(server.model.asked))
+    (asked,) = server.model.asked
+    ids = server.model.accept(asked)
+    server.model.delta(asked.rids[0], [97], SamplingParams.unpack(asked.params))
+    server.model.finish(asked.rids[0], len(ids), 2, Reason.STOP, stop="!")
+    _, got = await post
+    assert (got["stop_reason"], got["stop_sequence"]) == ("stop_sequence", "!")
+
+
+@live()
+async def test_count_tokens(server: Server) -> None:
+    path = f"{MESSAGES}/count_tokens"
+    assert await server.post(path, {"messages": HI}) == (200, {"input_tokens": 2})
+    server.model.refusal = "the chat template refuses these messages"
+    status, got = await server.post(path, {"messages": HI})
+    assert (status, got["error"]["type"]) == (400, "invalid_request_error")
+    assert "refuses" in got["error"]["message"]
+
+
+@live(access=Access(keys=("k",)))
+async def test_errors_have_anthropics_shape(server: Server) -> None:
+    headers = {"x-api-key": "k"}
+    for path, body, more, status, kind in (
+        (MESSAGES, {"messages": HI}, headers, 400, "invalid_request_error"),
+        (MESSAGES, {"messages": HI, "max_tokens": 1}, {}, 401, "authentication_error"),
+        (MESSAGES, {"messages": HI, "max_tokens": 1, "model": "claude"}, headers, 404,
+         "not_found_error"),
+        (f"{MESSAGES}/batches", {}, headers, 404, "not_found_error"),
+        (f"{MESSAGES}/count_tokens", {}, headers, 400, "invalid_request_error"),
+    ):  # fmt: skip
+        got, answer = await server.post(path, body, headers=more)
+        assert got == status
+        assert (answer["type"], answer["error"]["type"]) == ("error", kind)
