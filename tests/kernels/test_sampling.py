@@ -1,13 +1,12 @@
-"""Sampling and log-probabilities against references that sort."""
+"""Sampling against a reference that sorts."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from asyncllm.kernels import sampling
-from asyncllm.kernels.log_probs import log_probs, log_probs_ref
 from asyncllm.kernels.sampling import kept_ref, sample, sample_ref
-from tests.kernels.harness import DEVICE, DTYPES, assert_close, no_sync, randn, replayed
+from tests.kernels.harness import DEVICE, DTYPES, no_sync, randn, replayed
 
 Knobs = tuple[float, int, float, float]  # temperature, top_k (0: all), top_p, min_p
 
@@ -217,18 +216,6 @@ def test_frequencies(truncates: bool) -> None:
     assert not seen[wanted == 0].any()
 
 
-@pytest.mark.parametrize("shape", [(1, 33), (3, 4097), (2, 9001)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.usefixtures("poisoned_empty")
-def test_log_probs(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    logits = randn(*shape, dtype=dtype) * 4
-    logits[0, 7] = float("-inf")
-    tokens = torch.arange(shape[0], device=DEVICE) * 11 + 5
-    with no_sync():
-        got = log_probs(logits, tokens)
-    assert_close("log_probs", log_probs_ref(logits, tokens), got, 1e-5)
-
-
 def test_no_rows() -> None:
     logits = randn(0, 100, dtype=torch.float32)
     none = [
@@ -236,7 +223,6 @@ def test_no_rows() -> None:
         for i in range(5)
     ]
     assert sample(logits, *none, greedy=False, truncates=True).shape == (0,)
-    assert log_probs(logits, torch.empty(0, dtype=torch.int32, device=DEVICE)).shape == (0,)
 
 
 def test_refuses_what_does_not_fit() -> None:
@@ -250,8 +236,6 @@ def test_refuses_what_does_not_fit() -> None:
         sample(logits, *good[:4], good[4][:1], greedy=False, truncates=True)
     with pytest.raises(ValueError, match="out"):
         sample(logits, *good, greedy=True, truncates=False, out=good[1])
-    with pytest.raises(ValueError, match="tokens"):
-        log_probs(logits, good[0])
 
 
 @pytest.mark.gpu
@@ -275,12 +259,9 @@ def test_in_a_cuda_graph() -> None:
     uniform = torch.rand(len(knobs), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     args = [*columns(knobs, 128256), uniform]
     out = torch.empty(len(knobs), dtype=torch.int64, device=DEVICE)
-    chosen = torch.empty(len(knobs), dtype=torch.float32, device=DEVICE)
 
     def call() -> None:
         sample(logits, *args, greedy=False, truncates=True, out=out)
-        log_probs(logits, out, out=chosen)
 
     replayed(call, before=lambda: logits.copy_(fresh))
     assert_within(fresh, knobs, uniform.cpu(), out)
-    assert_close("log_probs", log_probs_ref(fresh, out), chosen, 1e-5)
