@@ -76,7 +76,6 @@ class Count:
     query: int
     text: str
     add_special_tokens: bool
-    chat: bytes | None = None  # instead of the text, as in Tokenize
 
 
 @message(7)
@@ -85,7 +84,6 @@ class Counted:
 
     query: int
     num_tokens: int  # -1: not counted (not Unicode, no free thread, or no answer in time)
-    detail: str = ""  # why the chat is refused
 
 
 @message(8)
@@ -97,6 +95,36 @@ class Prepared:
     detail: str  # "": no error
     code: str
     status: int
+    frees: bool  # the thread is free again; False: the answer is late, the thread still busy
+
+
+@message(26)
+class Compile:
+    """tokenizer -> grammar@0: make this grammar ready; the answer is ``Compiled``."""
+
+    endpoint: int  # where the tokenizer is
+    job: int
+    kind: str  # see core.request.GRAMMARS
+    text: str
+
+
+@message(27)
+class Compiled:
+    """grammar@0 -> tokenizer: requests with this grammar can be submitted, or why not."""
+
+    job: int
+    detail: str  # "": no error
+    code: str
+    status: int
+
+
+@message(28)
+class Built:
+    """grammar@0 -> itself: what a thread of its pool answered, or that the time was up."""
+
+    kind: str
+    text: str
+    detail: str  # "": no error
     frees: bool  # the thread is free again; False: the answer is late, the thread still busy
 
 
@@ -164,6 +192,9 @@ class StepPlan:
     opened: tuple[tuple[int, int, tuple[Any, ...], bytes], ...]
     # (lane, prompt_len, SamplingParams.pack(), known ids: the prompt, and tokens made before a
     # preemption; empty unless penalties or prompt_logprobs need them)
+    masked: bytes = b""  # rows whose token a grammar constrains
+    masks: bytes = b""  # int32[len(masked), ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is 1
+    # where token t may come; empty on ranks that do not sample
 
 
 @message(14)
@@ -233,7 +264,6 @@ class Finished:
     prompt_len: int
     cached_len: int  # prompt tokens that came from the prefix cache
     num_tokens: int  # generated tokens
-    stop: str = ""  # for STOP: the stop string that was found
 
 
 @message(24)

@@ -6,12 +6,15 @@ Owns the queue, the step clock and what is in flight; knows neither slots' conte
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, assert_never
 
 from asyncllm.actors.base import Actor, Ref
 from asyncllm.codec import ints
+from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.scheduling import Core, Emitted, Step
+from asyncllm.errors import RequestError
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
@@ -34,6 +37,11 @@ Inbox = Submit | Abort | Granted | StepDone | StopHit | Drain | Probe
 Part = tuple[int, bytes, int, bytes, bytes]  # log-probabilities of prompt tokens, see StepDone
 
 
+def unconstrained(kind: str, text: str) -> Constraint:
+    """Makes no constraints. Raises RequestError."""
+    raise RequestError("constrained output is off on this server (--output_constraint_mode)")
+
+
 class Scheduler(Actor[Inbox]):
     """One per group of tp ranks, on the first of them, beside its allocator.
 
@@ -41,6 +49,7 @@ class Scheduler(Actor[Inbox]):
         num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom: see ``Core``.
         runners: endpoints of the group's runners.
         depth: steps on the device at a time.
+        constrain: a fresh constraint of a grammar (kind, text); raises RequestError.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class Scheduler(Actor[Inbox]):
         runners: Sequence[int],
         depth: int = 2,
         headroom: int = 8,
+        constrain: Callable[[str, str], Constraint] = unconstrained,
     ) -> None:
         super().__init__("scheduler")
         self.core = Core(
@@ -64,7 +74,7 @@ class Scheduler(Actor[Inbox]):
             eos_ids=eos_ids,
             headroom=headroom,
         )
-        self._ranks, self._depth = runners, depth
+        self._ranks, self._depth, self._constrain = runners, depth, constrain
         self._inflight: deque[Step] = deque()
         self._asked = False  # a reservation is open
         self._stalled = (
@@ -112,8 +122,15 @@ class Scheduler(Actor[Inbox]):
         if self._draining:
             self.core.refuse(msg.rid, len(msg.prompt) // 4, "server is shutting down", 503)
             return
+        constraint = None
+        if (grammar := SamplingParams.unpack(msg.params).grammar) is not None:
+            try:
+                constraint = self._constrain(*grammar)
+            except RequestError as error:
+                self.core.refuse(msg.rid, len(msg.prompt) // 4, error.message, error.status)
+                return
         self._stalled = False
-        self.core.add(msg.rid, ints(msg.prompt), msg.params)
+        self.core.add(msg.rid, ints(msg.prompt), msg.params, constraint)
 
     def _drain(self, timeout_s: float) -> None:
         self._draining = True
@@ -167,8 +184,12 @@ class Scheduler(Actor[Inbox]):
             step.tokens.tobytes(),
             bytes(step.samples),
             tuple(step.opened),
+            step.masked.tobytes(),
+            bytes(step.masks),
         )
-        for runner in self._runners:
+        for i, runner in enumerate(self._runners):
+            if i == 1 and plan.masks:
+                plan = replace(plan, masked=b"", masks=b"")  # the group's first rank samples
             runner.tell(plan)
 
     def _commit(self, done: StepDone) -> None:

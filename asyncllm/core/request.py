@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 
 class Reason(IntEnum):
@@ -24,7 +24,8 @@ class SamplingParams:
     """How to choose tokens for one request; every value has been checked against its limits.
 
     Logits are changed in this order: logit_bias and the eos ban of min_new_tokens, penalties,
-    temperature, then top_k, top_p, min_p. Log-probabilities are of the unchanged logits.
+    tokens that the grammar does not allow, temperature, then top_k, top_p, min_p.
+    Log-probabilities are of the unchanged logits.
     """
 
     max_new_tokens: int | None = None  # None: fill the context; the tokenizer resolves it. 0: score
@@ -47,6 +48,7 @@ class SamplingParams:
     print_eos: bool = False  # show the text of the eos or stop token that ended the request
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     use_cache: bool = True  # take and leave prefix cache entries
+    grammar: tuple[str, str] | None = None  # (kind, text): the output's form; kinds in GRAMMARS
 
     def pack(self) -> tuple[Any, ...]:
         """As a tuple of plain values, in field order, for a message."""
@@ -56,6 +58,29 @@ class SamplingParams:
     def unpack(cls, packed: tuple[Any, ...]) -> SamplingParams:
         """Inverse of :meth:`pack`."""
         return cls(**dict(zip(_NAMES, packed, strict=True)))
+
+
+# kinds of SamplingParams.grammar: any JSON object; a JSON schema whose objects may have more
+# properties than it names unless it says otherwise; one whose objects may not; a regular
+# expression; rules in EBNF, beginning with ``root``
+GRAMMARS = ("json", "schema", "strict", "regex", "ebnf")
+
+
+class Constraint(Protocol):
+    """Which tokens may come next in one request."""
+
+    def mask(self) -> bytes:
+        """Bit ``t % 32`` of int32 word ``t // 32`` is set where token ``t`` may come next.
+
+        At least one is set, before the first token and until :meth:`accept` says True or raises.
+        """
+
+    def accept(self, token: int) -> bool:
+        """Go on by ``token``. True: the output is whole, only an end token could follow.
+
+        Raises:
+            RequestError: ``token`` was not allowed, or no token can follow.
+        """
 
 
 _NAMES = [f.name for f in fields(SamplingParams)]

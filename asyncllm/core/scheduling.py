@@ -17,7 +17,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import Constraint, Reason, SamplingParams
+from asyncllm.errors import RequestError
 
 INT = "i"
 NO_TOKEN = -1  # in a plan: the lane's last sampled token; in a result: none came out
@@ -52,6 +53,7 @@ class Request:
     lane: Lane | None = None
     cached_len: int = -1  # prompt tokens of the first life's prefix hit; -1: none yet
     scored: int = 0  # prompt tokens whose log-probabilities have been passed on
+    constraint: Constraint | None = None  # has accepted the outputs
 
     @classmethod
     def of(
@@ -111,6 +113,13 @@ class Step:
     tokens: array[int]
     samples: bytearray
     opened: list[tuple[int, int, tuple[Any, ...], bytes]]
+    masked: array[int] = field(default_factory=lambda: array(INT))
+    masks: bytearray = field(default_factory=bytearray)
+
+    def constrain(self, row: int, constraint: Constraint) -> None:
+        """Row ``row`` samples one of the tokens that may come next."""
+        self.masked.append(row)
+        self.masks += constraint.mask()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +191,16 @@ class Core:
 
     # what comes from outside
 
-    def add(self, rid: int, prompt: array[int], packed: tuple[Any, ...]) -> None:
+    def add(
+        self,
+        rid: int,
+        prompt: array[int],
+        packed: tuple[Any, ...],
+        constraint: Constraint | None = None,
+    ) -> None:
         """A new request at the end of the queue; one that can never fit ends at once."""
         req = Request.of(rid, prompt, packed, self.eos_ids)
+        req.constraint = constraint
         assert rid not in self.requests, f"request {rid} submitted twice"
         self.requests[rid] = req
         self.waiting.append(req)
@@ -225,6 +241,8 @@ class Core:
             assert lane is not None
             if lane.planned < lane.fill_len:
                 filling.append(req)
+            elif req.constraint is not None and lane.inflight:
+                pass  # what may come next depends on a token that is not known yet
             elif lane.planned < req.final_len and budget:
                 rows.append((req, lane, 1))
                 lane.inflight += 1
@@ -321,19 +339,32 @@ class Core:
                 if not (req.max_new or lane.inflight) and lane.planned == lane.fill_len:
                     self._end(req, Reason.LENGTH)
                 continue
+            if (whole := self._accept(req, token)) is None:
+                continue
             req.outputs.append(token)
             num = len(req.outputs)
             stops = token in req.end_ids and num > req.params.min_new_tokens
+            stops |= whole and token in self.eos_ids
             rids.append(req.rid)
             out.append(token)
             ends.append(stops)
             where.append(i)
-            if stops:
+            if stops or whole:
                 self._end(req, Reason.STOP)
             elif num >= req.max_new:
                 self._end(req, Reason.LENGTH)
         self.generated_tokens += len(out)
         return Emitted(rids, out, ends, where)
+
+    def _accept(self, req: Request, token: int) -> bool | None:
+        """Tell the constraint. True: it wants nothing more; None: the request has failed."""
+        if req.constraint is None:
+            return False
+        try:
+            return req.constraint.accept(token)
+        except RequestError as error:
+            self._end(req, Reason.ERROR, detail=error.message, status=error.status)
+            return None
 
     # what others may know
 
@@ -443,7 +474,7 @@ class Core:
             starts.append(lane.planned)
         for _, lane, _ in rows:
             lane.planned += 1
-        return Step(
+        step = Step(
             number=self.steps + 1,
             rows=rows,
             num_decode=num,
@@ -456,6 +487,10 @@ class Core:
             samples=bytearray(b"\1" * num),
             opened=[],
         )
+        for i, (req, _, _) in enumerate(rows):
+            if req.constraint is not None:
+                step.constrain(i, req.constraint)
+        return step
 
     def _plan_mixed(
         self, rows: list[Row], hits: array[int], counts: array[int], slots: array[int]
@@ -507,14 +542,16 @@ class Core:
         step.starts.append(start)
         step.counts.append(count)
         step.heads.append(hit)
+        samples = start >= lane.fill_len or (end == lane.fill_len and req.max_new > 0)
+        step.samples.append(samples)
+        if samples and req.constraint is not None:
+            step.constrain(len(step.rows) - 1, req.constraint)
         if start >= lane.fill_len:
             step.tokens.append(NO_TOKEN)
-            step.samples.append(1)
             return
         # no output has come since the lane was opened: its first rows are still filling it
         known = req.prompt + req.outputs if req.outputs else req.prompt
         step.tokens.extend(known[start:end])
-        step.samples.append(end == lane.fill_len and req.max_new > 0)
         self.prompt_tokens += count
         if req.shares:
             self.launched.append(lane.number)

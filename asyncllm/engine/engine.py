@@ -16,6 +16,7 @@ from torch import Tensor
 
 from asyncllm.engine.graphs import Bucket, Graphs
 from asyncllm.engine.lanes import Choice, LaneTable, Scored
+from asyncllm.engine.masks import ban, mask_columns
 from asyncllm.engine.parallel import Group
 from asyncllm.engine.sampling import Knobs, Penalties, Sampler, TorchSampler
 from asyncllm.engine.staging import Columns, Rows, Uploader, unpack
@@ -39,6 +40,7 @@ class Work:
     choice: Choice
     scored: list[Scored]
     columns: Columns
+    masks: Columns  # of rows that a grammar constrains; {}: none
     history: list[tuple[int, NDArray[np.int32]]]  # lanes whose known tokens must be written first
     penalty_len: int  # longest history of a penalised row; 0: none
 
@@ -135,7 +137,8 @@ class Engine:
         penalty_len = self._penalty_columns(rows, choice, columns)
         for i, part in enumerate(scored):
             columns[f"targets{i}"] = part.targets
-        return Work(plan.step, rows, bucket, choice, scored, columns, history, penalty_len)
+        masks = mask_columns(plan, rows)
+        return Work(plan.step, rows, bucket, choice, scored, columns, masks, history, penalty_len)
 
     @torch.inference_mode()
     def execute(self, work: Work) -> Outputs:
@@ -144,7 +147,10 @@ class Engine:
         for lane, known in work.history:
             column = self._uploader.upload({"known": known})["known"]
             self.history[lane, : len(known)] = column
-        d = self._uploader.upload(work.columns)
+        # not among the columns: a graph's place for those is too small for many masks
+        masks = self._uploader.upload(work.masks) if work.masks else {}
+        masks = {name: column.clone() for name, column in masks.items()}
+        d = self._uploader.upload(work.columns) | masks
         if "writes" in d:
             self.table.view(-1).index_copy_(0, d["writes"].long(), d["write_slots"])
         if work.bucket is not None:
@@ -220,7 +226,7 @@ class Engine:
             chosen = torch.empty(len(lanes), dtype=torch.int64, device=logits.device)
         else:
             changed = logits
-            if choice.bias_rows or work.penalty_len:
+            if choice.bias_rows or work.penalty_len or work.masks:
                 changed = logits.to(torch.float32, copy=True)
                 self._change(changed, work, d)
             chosen = self.sampler.sample(changed, self._knobs(choice, d))
@@ -246,6 +252,8 @@ class Engine:
                 penalize_prompt=d["pen_prompt"],
             )
             self.sampler.penalize(logits, self.history, penalties)
+        if work.masks:
+            ban(logits, d["mask_rows"], d["masks"])
 
     def _knobs(self, choice: Choice, d: dict[str, Tensor]) -> Knobs:
         none = d["logit_rows"]

@@ -6,6 +6,7 @@ prefix hit or order of steps is found by the device or changes the tokens.
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from array import array
@@ -20,6 +21,7 @@ from asyncllm.codec import decode, encode, i32, ints, longs
 from asyncllm.core.radix import Node
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.slots import Ledger
+from asyncllm.errors import RequestError
 from asyncllm.messages import Finished, StepDone, StepPlan, StopHit, Submit, Tokens
 
 PRIME = (1 << 61) - 1
@@ -30,13 +32,54 @@ def chain(before: int, token: int) -> int:
     return (before * 1_000_003 + token + 11) % PRIME
 
 
-def pick(state: int, params: SamplingParams, generated: int, vocab: int, eos: Iterable[int]) -> int:
+def pick(
+    state: int,
+    params: SamplingParams,
+    generated: int,
+    vocab: int,
+    eos: Iterable[int],
+    allowed: Iterable[int] = (),
+) -> int:
     """The token after a sequence; banned ones are stepped over as a sampler does."""
     token = chain(state, params.seed) % vocab
     banned = {*eos, *params.stop_token_ids} if generated < params.min_new_tokens else set()
+    if allowed := set(allowed):
+        # what is allowed wins over the ban, where they leave nothing
+        banned = (banned if allowed - banned else set()) | (set(range(vocab)) - allowed)
     while token in banned:
         token = (token + 1) % vocab
     return token
+
+
+def fake_grammar(prompt: Iterable[int]) -> tuple[str, str]:
+    """For SamplingParams.grammar: what FakeConstraint allows depends on the whole sequence."""
+    return "fake", json.dumps(list(prompt))
+
+
+class FakeConstraint:
+    """What may come next is a function of every token before."""
+
+    def __init__(self, prompt: Iterable[int], vocab: int) -> None:
+        self.state, self.vocab = START, vocab
+        for token in prompt:
+            self.state = chain(self.state, token)
+
+    @staticmethod
+    def allowed(state: int, vocab: int) -> set[int]:
+        return {token for token in range(vocab) if (state + 7 * token) % 5 < 2}
+
+    def mask(self) -> bytes:
+        words = [0] * -(-self.vocab // 32)
+        for token in self.allowed(self.state, self.vocab):
+            words[token // 32] |= 1 << token % 32
+        return array("I", words).tobytes()
+
+    def accept(self, token: int) -> bool:
+        assert token in self.allowed(self.state, self.vocab), "a token that the mask did not allow"
+        if self.state % 41 == 5:
+            raise RequestError("nothing can follow")
+        self.state = chain(self.state, token)
+        return self.state % 13 == 0
 
 
 def oracle(prompt: Iterable[int], params: SamplingParams, vocab: int, eos: set[int]) -> list[int]:
@@ -44,11 +87,19 @@ def oracle(prompt: Iterable[int], params: SamplingParams, vocab: int, eos: set[i
     state, out = START, []
     for token in prompt:
         state = chain(state, token)
+    constraint = FakeConstraint(prompt, vocab) if params.grammar else None
     while len(out) < (params.max_new_tokens or 0):
-        token = pick(state, params, len(out), vocab, eos)
+        allowed = constraint.allowed(state, vocab) if constraint else ()
+        token = pick(state, params, len(out), vocab, eos, allowed)
+        try:
+            whole = constraint.accept(token) if constraint else False
+        except RequestError:
+            break
         out.append(token)
         over = len(out) > params.min_new_tokens
-        if over and ((token in eos and not params.ignore_eos) or token in params.stop_token_ids):
+        if whole or (
+            over and ((token in eos and not params.ignore_eos) or token in params.stop_token_ids)
+        ):
             break
         state = chain(state, token)
     return out
@@ -102,6 +153,10 @@ class FakeDevice:
         assert all((c == 1) == (i < plan.num_decode) for i, c in enumerate(counts))
         assert len(set(ints(plan.lanes))) == len(counts)
         slots, fed = deque(ints(plan.slots)), deque(ints(plan.tokens))
+        words = -(-self.vocab // 32) * 4
+        masks = {
+            row: plan.masks[i * words : (i + 1) * words] for i, row in enumerate(ints(plan.masked))
+        }
         tokens, prompt, logprobs, asks = [], [], [], False
         columns = zip(
             ints(plan.lanes), ints(plan.starts), counts, ints(plan.heads), plan.samples, strict=True
@@ -118,9 +173,13 @@ class FakeDevice:
             state = self._read(table, start)
             state = self._write(table, start, [fed.popleft() for _ in range(count)], state)
             token = -1
+            assert (row in masks) == bool(samples and table.params.grammar)
             if samples:
                 at = start + count - table.prompt_len
-                token = pick(state, table.params, at, self.vocab, self.eos)
+                allowed = bits(masks[row]) if row in masks else set()
+                # the mask is that of the very tokens before
+                assert not allowed or allowed == FakeConstraint.allowed(state, self.vocab)
+                token = pick(state, table.params, at, self.vocab, self.eos, allowed)
                 table.last = token
             tokens.append(token)
             asks |= table.params.logprobs >= 0
@@ -164,6 +223,12 @@ class FakeDevice:
             self.store[table.slots[position]] = (position, state, after)
             state = after
         return state
+
+
+def bits(mask: bytes) -> set[int]:
+    """Numbers of the bits that are set."""
+    words = array("I", mask)
+    return {32 * i + bit for i, word in enumerate(words) for bit in range(32) if word >> bit & 1}
 
 
 def check_ledger(ledger: Ledger) -> None:
@@ -253,6 +318,7 @@ class World:
             runners=[0],
             depth=depth,
             headroom=headroom,
+            constrain=lambda kind, text: FakeConstraint(json.loads(text), vocab),
         )
         for actor in (self.allocator, self.scheduler):
             actor.system = self  # type: ignore[assignment]
@@ -341,8 +407,13 @@ class World:
             got = self.tokens[rid]
             assert end.prompt_len == len(prompt)
             assert 0 <= end.cached_len < max(len(prompt), 1)
-            if end.reason >= 2 or rid in self.stop_after:
+            if params.grammar and end.reason == 3 and end.detail == "nothing can follow":
+                assert got == want
+            elif end.reason >= 2 or rid in self.stop_after:
                 assert got == want[: len(got)]
+            elif params.grammar:
+                assert got == want
+                assert end.reason == 0 or len(want) == params.max_new_tokens
             else:
                 assert got == want
                 assert (end.reason == 1) == (
@@ -380,7 +451,8 @@ class World:
             params = SamplingParams.unpack(self.submitted[rid].params)
             eos = not params.ignore_eos and token in self.device.eos
             late = len(self.tokens[rid]) > params.min_new_tokens
-            assert bool(ends) == (late and (eos or token in params.stop_token_ids))
+            if not params.grammar:
+                assert bool(ends) == (late and (eos or token in params.stop_token_ids))
             if len(self.tokens[rid]) == self.stop_after.get(rid):
                 self.tell(StopHit(rid, self.stop_after[rid]), urgent=True)
         for rid, values, num_top, ids, top in msg.prompt:

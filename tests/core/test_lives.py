@@ -6,11 +6,20 @@ import random
 
 import pytest
 
+from asyncllm.actors.scheduler import unconstrained
+from asyncllm.codec import ints
 from asyncllm.messages import Abort
-from tests.actors.fake_device import World
+from tests.actors.fake_device import World, fake_grammar
 
 
-def live(world: World, rng: random.Random, num: int, *, aborts: bool = True) -> None:
+def live(
+    world: World,
+    rng: random.Random,
+    num: int,
+    *,
+    aborts: bool = True,
+    constrained: float = 0.3,
+) -> None:
     """Submit ``num`` requests at random times and let everybody act until all is quiet."""
     base = [[rng.randrange(world.device.vocab) for _ in range(30)] for _ in range(3)]
     rid = 0
@@ -22,6 +31,8 @@ def live(world: World, rng: random.Random, num: int, *, aborts: bool = True) -> 
             tail = [rng.randrange(world.device.vocab) for _ in range(rng.randint(0, 8))]
             prompt = (stem + tail) or [1]
             params = random_params(rng)
+            if rng.random() < constrained:
+                params["grammar"] = fake_grammar(prompt)
             for i in range(min(left, rng.choice([1, 1, 1, 3]))):
                 rid = (rng.choice([0, 2]) << 40) + num - left + 1
                 left -= 1
@@ -83,8 +94,44 @@ def test_the_lives_meet_what_they_are_for() -> None:
     """Preemption, eviction, hits and duplicates happen in such lives; else they prove little."""
     rng = random.Random(5)
     world = World(num_slots=70, num_lanes=9, batch_max_tokens=40, eos_ids={3}, headroom=0)
-    live(world, rng, 150)
+    live(world, rng, 150, constrained=0.0)
     world.check_end()
     assert world.core.preemptions > 3
     assert world.ledger.evicted_tokens > 100
     assert world.ledger.hit_tokens > 100
+
+
+def test_constrained_lives_end_in_every_way_and_are_preempted() -> None:
+    rng = random.Random(7)
+    world = World(num_slots=70, num_lanes=9, batch_max_tokens=40, eos_ids={3}, headroom=0)
+    live(world, rng, 250, constrained=1.0)
+    world.check_end()
+    assert world.core.preemptions > 3
+    assert {end.reason for end in world.finished.values()} == {0, 1, 2, 3}
+
+
+def test_a_constrained_request_waits_for_its_token_and_others_do_not() -> None:
+    world = World(num_slots=200, num_lanes=4, vocab=500)
+    prompts = {1: [1] * 4, 2: [2] * 4, 3: [3] * 4}
+    for rid, prompt in prompts.items():
+        grammar = fake_grammar(prompt) if rid == 1 else None
+        world.submit(rid, prompt, max_new_tokens=8, ignore_eos=True, grammar=grammar)
+    world.settle("scheduler", "allocator", "runner")
+    assert len(world.pending) == 2, "the pipeline is full"
+    world.run()
+    world.check_end()
+    lanes = [list(ints(plan.lanes)) for plan in world.device.plans]
+    free = [lane for step in lanes[:6] for lane in set(lanes[1])]
+    assert all(set(lanes[1]) <= set(step) for step in lanes[1:6]), free
+    (mine,) = set(lanes[0]) - set(lanes[1])
+    first = [number for number, step in enumerate(lanes) if mine in step]
+    assert first[:3] == [0, 2, 4]
+
+
+def test_a_grammar_that_cannot_be_had_ends_the_request_before_it_runs() -> None:
+    world = World()
+    world.scheduler._constrain = unconstrained
+    world.submit(1, [1] * 4, max_new_tokens=8, grammar=("json", ""))
+    world.run()
+    assert world.finished[1].status == 400
+    assert "--output_constraint_mode" in world.finished[1].detail

@@ -43,8 +43,13 @@ class Driver:
         self.free = list(range(num_slots))
         random.Random(0).shuffle(self.free)
 
-    def run(self, rows: list[tuple[Sequence, int, int]]) -> StepDone:
-        """One step; a row is (sequence, new tokens, cached tokens whose slots it already has)."""
+    def run(
+        self, rows: list[tuple[Sequence, int, int]], masks: dict[int, bytes] | None = None
+    ) -> StepDone:
+        """One step; a row is (sequence, new tokens, cached tokens whose slots it already has).
+
+        ``masks``: by lane, which tokens may come.
+        """
         rows = sorted(rows, key=lambda row: row[1] != 1)
         opened, tokens, slots, samples, starts = [], [], [], [], []
         for seq, count, head in rows:
@@ -75,6 +80,8 @@ class Driver:
                 tokens=i32(tokens),
                 samples=bytes(samples),
                 opened=tuple(opened),
+                masked=i32(i for i, (s, _, _) in enumerate(rows) if s.lane in (masks or {})),
+                masks=b"".join((masks or {}).get(s.lane, b"") for s, _, _ in rows),
             )
         ).wait()
         self._take(rows, done)

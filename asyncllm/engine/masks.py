@@ -1,0 +1,48 @@
+"""Which tokens a row may sample, as bits from the host, put into the logits on the device.
+
+Knows bits and logits; knows no grammars. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asyncllm.engine.staging import I32, Columns, Rows
+from asyncllm.messages import StepPlan
+
+SLICE_ROWS = 64  # rows whose bits are spread out at a time: bounds the memory
+
+
+def mask_columns(plan: StepPlan, rows: Rows) -> Columns:
+    """Columns of a plan's masks, {} where it has none; rows count sampled rows only.
+
+    Returns:
+        mask_rows int32 [m] and masks int32 [m, words], bit t % 32 of word t // 32: token t may come.
+    """
+    if not plan.masks:
+        return {}
+    masked = np.frombuffer(plan.masked, np.int32)
+    sampled: I32 = np.cumsum(rows.samples, dtype=np.int32) - np.int32(1)
+    bits = np.frombuffer(plan.masks, np.int32).reshape(len(masked), -1)
+    return {"mask_rows": sampled[masked], "masks": bits}
+
+
+def ban(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """Logits of tokens whose bit is 0 become -inf, in place.
+
+    Args:
+        logits: [n, vocab_size].
+        rows: [m] int32, each row at most once.
+        masks: [m, ceil(vocab_size / 32)] int32.
+    """
+    vocab_size = logits.shape[1]
+    shifts = torch.arange(8, device=logits.device, dtype=torch.uint8)
+    for first in range(0, len(rows), SLICE_ROWS):
+        some = rows[first : first + SLICE_ROWS].long()
+        # a word's low byte comes first on every machine that this runs on
+        octets = masks[first : first + SLICE_ROWS].contiguous().view(torch.uint8)
+        allowed = (octets[:, :, None] >> shifts).bitwise_and_(1).view(len(some), -1)
+        banned = allowed[:, :vocab_size] == 0
+        logits.index_copy_(0, some, logits[some].masked_fill_(banned, -torch.inf))
