@@ -49,7 +49,7 @@ def decode_sizes(most: int) -> list[int]:
 
 def mixed_sizes(most: int) -> list[int]:
     """Tokens of the mixed buckets, up to a whole chunk and the decode rows beside it."""
-    sizes = [*range(64, 512, 64), *range(512, 1280, 128), *range(1280, 1 << 16, 256)]
+    sizes = [*range(64, 1280, 64), *range(1280, 1 << 16, 128)]
     return [s for s in sizes if s < most] + [most]
 
 
