@@ -76,6 +76,7 @@ class Count:
     query: int
     text: str
     add_special_tokens: bool
+    chat: bytes | None = None  # instead of the text, as in Tokenize
 
 
 @message(7)
@@ -84,6 +85,7 @@ class Counted:
 
     query: int
     num_tokens: int  # -1: not counted (not Unicode, no free thread, or no answer in time)
+    detail: str = ""  # why the chat is refused
 
 
 @message(8)
@@ -264,6 +266,7 @@ class Finished:
     prompt_len: int
     cached_len: int  # prompt tokens that came from the prefix cache
     num_tokens: int  # generated tokens
+    stop: str = ""  # for STOP: the stop string that was found
 
 
 @message(24)
