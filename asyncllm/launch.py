@@ -30,6 +30,7 @@ from asyncllm.errors import StartupError
 
 PR_SET_PDEATHSIG = 1
 EXIT_GRACE_S = 5.0
+FOLDERS = Path("/tmp")
 KILLED_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -229,6 +230,16 @@ def free_port(host: str) -> int:
     return port
 
 
+def _sweep(parent: Path) -> None:
+    """Remove our folders whose server was killed before it could."""
+    for folder in parent.glob("asyncllm-*-*"):
+        pid = folder.name.split("-")[1]
+        with contextlib.suppress(OSError):  # gone meanwhile
+            ours = folder.stat().st_uid == os.getuid()
+            if ours and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 class Wires:
     """ZMQ addresses of all endpoints: sockets in a private folder, or loopback ports."""
 
@@ -241,8 +252,9 @@ class Wires:
             ports = [free_port("127.0.0.1") for _ in range(num_endpoints)]
             self.addresses = tuple(f"tcp://127.0.0.1:{port}" for port in ports)
             return
+        _sweep(FOLDERS)
         # mkdtemp makes it 0700: other users of this machine cannot reach the sockets
-        self._folder = Path(tempfile.mkdtemp(prefix="asyncllm-", dir="/tmp"))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"asyncllm-{os.getpid()}-", dir=FOLDERS))
         self.addresses = tuple(f"ipc://{self._folder}/{i}" for i in range(num_endpoints))
 
     def close(self) -> None:

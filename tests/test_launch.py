@@ -1,0 +1,97 @@
+"""What rank 0 prepares before any process runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from asyncllm import launch
+from asyncllm.config import Config, resolve_limits
+from asyncllm.errors import StartupError
+from asyncllm.launch import Boot, Wires, bind_http, rendezvous
+
+
+def boot() -> Boot:
+    config = Config(tp=2, served_model_name=("a", "b"))
+    resolved = resolve_limits(
+        config,
+        device="cpu",
+        checkpoint_dtype="bfloat16",
+        model_limit=8192,
+        model_eos=(2,),
+        model_dir_name="m",
+    )
+    return Boot(
+        endpoint=1,
+        endpoints=("ipc:///tmp/x/0", "ipc:///tmp/x/1"),
+        config=config,
+        resolved=resolved,
+        model_dir="/models/m",
+        rendezvous="127.0.0.1:28765",
+        listen_fd=-1,
+        parent=77,
+    )
+
+
+def test_a_boot_survives_json() -> None:
+    assert Boot.from_json(boot().to_json()) == boot()
+    assert boot().name == "rank 1"
+    assert replace(boot(), endpoint=3).name == "HTTP worker 2"
+
+
+def test_sockets_lie_in_a_private_folder_that_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "FOLDERS", tmp_path)
+    wires, other = Wires("ipc:///tmp/", 2), Wires("ipc:///tmp/", 2)
+    assert not set(wires.addresses) & set(other.addresses)
+    (folder, _) = sorted(tmp_path.iterdir())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    wires.close()
+    other.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_of_killed_servers_are_swept_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "FOLDERS", tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    kept = [f"asyncllm-{os.getpid()}-abc", "asyncllm-notes", "other-1-x", "asyncllm-x-y"]
+    for name in (f"asyncllm-{dead.pid}-abc", *kept):
+        (tmp_path / name).mkdir()
+    wires = Wires("ipc:///tmp/", 2)
+    wires.close()
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_alone_needs_no_wires() -> None:
+    assert Wires("ipc:///tmp/", 1).addresses == ()
+
+
+def test_a_busy_default_port_gives_way_and_a_given_one_does_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        given = Config(tp=2, nccl_port=port)
+        with pytest.raises(StartupError, match=f"--nccl_port {port}"):
+            rendezvous(given)
+        # as if it were the default: not given by the user
+        object.__setattr__(given, "explicit", frozenset())
+        host, _, other = rendezvous(given).partition(":")
+        assert host == "127.0.0.1"
+        assert int(other) != port
+
+
+def test_a_busy_http_port_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=rf"127.0.0.1:{port}.*--port"):
+            bind_http("127.0.0.1", port)
