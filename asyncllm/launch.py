@@ -166,6 +166,7 @@ def die_with_parent(parent: int) -> None:
 
 def bind_http(host: str, port: int) -> socket.socket:
     """The HTTP socket, bound and not yet listening: a busy port is an error now, not later."""
+    sock: socket.socket | None = None
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -174,6 +175,8 @@ def bind_http(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
+        if sock is not None:
+            sock.close()
         reason = error.strerror or str(error)
         raise StartupError(f"cannot listen on {host}:{port}: {reason} (--host, --port)") from None
     return sock
