@@ -8,9 +8,9 @@ depth itself.
 
 1. Per tile: best logit, its token, sum of weights.
 2. Rows that truncate: from a fixed sample of about 4096 tokens, two depths that enclose the
-   threshold of top_k and top_p with a margin of 4.5 standard errors. One pass over the row then
-   adds up what is surely kept and lists the candidates in between.
-3. Per row: search the threshold among the candidates, bit by bit. If the bracket turns out wrong
+   threshold of top_k and top_p with a margin of 4.5 standard errors.
+3. Per tile: what is surely kept is added up, the candidates in between are listed.
+4. Per row: search the threshold among the candidates, bit by bit. If the bracket turns out wrong
    or has too many candidates (many equal logits), the row is searched as a whole: slower, same
    result. Then the tile that holds the goal, then the token in it.
 
@@ -163,15 +163,14 @@ def _bracket(
     return near, far
 
 
-@triton.jit(
-    do_not_specialize=["tiles_each"],
-    do_not_specialize_on_alignment=_COLUMNS,
-)
-def _list_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, top_ptr, sum_ptr, mass_ptr,
-    count_ptr, bracket_ptr, used_ptr, depth_ptr, token_ptr, stride, tiles_each, VOCAB: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PAD: tl.constexpr, SAMPLE: tl.constexpr, ROOM: tl.constexpr, DEEPEST: tl.constexpr, Z: tl.constexpr,
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
+def _bracket_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, top_ptr, sum_ptr, bracket_ptr,
+    stride, VOCAB: tl.constexpr, TILES: tl.constexpr, PAD: tl.constexpr, SAMPLE: tl.constexpr,
+    DEEPEST: tl.constexpr, Z: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
+    """Per row: near and far depth, best logit."""
+    row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0:
         row_ptr = logits_ptr + row.to(tl.int64) * stride
@@ -183,28 +182,39 @@ def _list_kernel(
         far = floor
         if (most < VOCAB) | (mass < float("inf")):
             near, far = _bracket(row_ptr, best, scale, total, most, mass, floor, VOCAB, SAMPLE, Z)
-        if tl.program_id(0) == 0:
-            tl.store(bracket_ptr + 2 * row, near)
-            tl.store(bracket_ptr + 2 * row + 1, far)
-        first = tl.program_id(0) * tiles_each
-        for tile in tl.range(first, tl.minimum(first + tiles_each, TILES), num_stages=3):
-            token = tile * TILE + tl.arange(0, TILE)
-            depth = (best - _load(row_ptr, token, VOCAB)) * scale
-            sure = depth <= near
-            tl.store(
-                mass_ptr + row * TILES + tile,
-                tl.sum(tl.where(sure, tl.exp(-depth), 0.0), axis=0),
-            )
-            tl.store(count_ptr + row * TILES + tile, tl.sum(sure.to(tl.int32), axis=0))
-            chosen = (depth > near) & (depth <= far)
-            num = tl.sum(chosen.to(tl.int32), axis=0)
-            if num > 0:
-                place = tl.atomic_add(used_ptr + row, num)
-                place += tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-                fits = chosen & (place < ROOM)
-                offset = row.to(tl.int64) * ROOM + place
-                tl.store(depth_ptr + offset, depth, mask=fits)
-                tl.store(token_ptr + offset, token, mask=fits)
+        tl.store(bracket_ptr + 3 * row, near)
+        tl.store(bracket_ptr + 3 * row + 1, far)
+        tl.store(bracket_ptr + 3 * row + 2, best)
+
+
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
+def _list_kernel(
+    logits_ptr, temperature_ptr, bracket_ptr, mass_ptr, count_ptr, used_ptr, depth_ptr, token_ptr,
+    stride, VOCAB: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row = tl.program_id(1)
+    temperature = tl.load(temperature_ptr + row)
+    if temperature > 0:
+        near = tl.load(bracket_ptr + 3 * row)
+        far = tl.load(bracket_ptr + 3 * row + 1)
+        best = tl.load(bracket_ptr + 3 * row + 2)
+        token = tile * TILE + tl.arange(0, TILE)
+        x = _load(logits_ptr + row.to(tl.int64) * stride, token, VOCAB)
+        depth = (best - x) * _inverse(temperature)
+        sure = depth <= near
+        chosen = (depth > near) & (depth <= far)
+        at = row * tl.num_programs(0) + tile
+        tl.store(mass_ptr + at, tl.sum(tl.where(sure, tl.exp(-depth), 0.0), axis=0))
+        tl.store(count_ptr + at, tl.sum(sure.to(tl.int32), axis=0))
+        num = tl.sum(chosen.to(tl.int32), axis=0)
+        if num > 0:
+            place = tl.atomic_add(used_ptr + row, num)
+            place += tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+            fits = chosen & (place < ROOM)
+            offset = row.to(tl.int64) * ROOM + place
+            tl.store(depth_ptr + offset, depth, mask=fits)
+            tl.store(token_ptr + offset, token, mask=fits)
 
 
 @triton.jit
@@ -327,6 +337,9 @@ def _draw_kernel(
         tile_index = tl.arange(0, PAD)
         limit = tl.full((), _FULL, tl.int32)
         cut = tl.full((), VOCAB, tl.int32)
+        before = tl.full(
+            (), 0.0, tl.float32
+        )  # weight in front of the goal's tile that ``kept`` leaves out
         if TRUNCATES:
             total = tl.sum(kept, axis=0)
             most, mass, floor = _limits(top_k_ptr, top_p_ptr, min_p_ptr, row, total, DEEPEST)
@@ -335,15 +348,15 @@ def _draw_kernel(
             counts = tl.load(count_ptr + row * TILES + tile_index, mask=live, other=0)
             taken = tl.sum(counts, axis=0)
             sure = tl.sum(kept, axis=0)
-            near = tl.load(bracket_ptr + 2 * row)
-            far = tl.load(bracket_ptr + 2 * row + 1)
+            near = tl.load(bracket_ptr + 3 * row)
+            far = tl.load(bracket_ptr + 3 * row + 1)
             used = tl.load(used_ptr + row)
 
             slot = tl.arange(0, ROOM)
             listed = slot < used
-            offset = row.to(tl.int64) * ROOM + slot
-            depth = tl.load(depth_ptr + offset, mask=listed, other=float("inf"))
-            token = tl.load(token_ptr + offset, mask=listed, other=0)
+            room = row.to(tl.int64) * ROOM
+            depth = tl.load(depth_ptr + room + slot, mask=listed, other=float("inf"))
+            token = tl.load(token_ptr + room + slot, mask=listed, other=0)
             bits = depth.to(tl.int32, bitcast=True)
             near_bits = tl.maximum(near, 0.0).to(tl.int32, bitcast=True)
             far_bits = far.to(tl.int32, bitcast=True)
@@ -372,17 +385,26 @@ def _draw_kernel(
                 limit, cut = _among(bits, token, weight, taken, most, quota, low, high, VOCAB)
                 stays = listed & ((bits < limit) | ((bits == limit) & (token <= cut)))
                 weight = tl.where(stays, weight, 0)
-                home = token // TILE
-                extra = tl.zeros((PAD,), tl.int32)
-                for tile in range(TILES):
-                    part = tl.sum(tl.where(home == tile, weight, 0), axis=0)
-                    extra = tl.where(tile_index == tile, part, extra)
-                kept += extra.to(tl.float32) / unit
+                # the tile that holds the goal, by bisection over tiles
+                whole = tl.sum(kept, axis=0) + tl.sum(weight, axis=0).to(tl.float32) / unit
+                target = tl.load(uniform_ptr + row) * whole
+                first = -1
+                last = TILES - 1
+                while last - first > 1:
+                    mid = (first + last) // 2
+                    part = tl.sum(tl.where(token < (mid + 1) * TILE, weight, 0), axis=0)
+                    held = tl.sum(tl.where(tile_index <= mid, kept, 0.0), axis=0)
+                    held += part.to(tl.float32) / unit
+                    past = held > target
+                    last = tl.where(past, mid, last)
+                    first = tl.where(past, first, mid)
+                    before = tl.where(past, before, held)
+                kept = tl.where(tile_index == last, whole, 0.0)
             # a limit just past the floor means all down to the floor
             cut = tl.where(limit > floor.to(tl.int32, bitcast=True), -1, cut)
         goal = tl.load(uniform_ptr + row) * tl.sum(kept, axis=0)
         tile = _first(tl.cumsum(kept, axis=0), kept, tile_index, goal, PAD)
-        goal -= tl.sum(tl.where(tile_index < tile, kept, 0.0), axis=0)
+        goal -= tl.sum(tl.where(tile_index < tile, kept, 0.0), axis=0) + before
         token = tl.maximum(tile, 0) * TILE + tl.arange(0, TILE)
         depth = (best - _load(row_ptr, token, VOCAB)) * scale
         bits = depth.to(tl.int32, bitcast=True)
@@ -445,7 +467,7 @@ def sample(
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
 
-    Reference: ``sample_ref``. Two launches, three if ``truncates``. Does not synchronise; safe in
+    Reference: ``sample_ref``. Two launches, four if ``truncates``. Does not synchronise; safe in
     CUDA graphs.
     """
     n, vocab_size = check_logits(logits)
@@ -475,15 +497,16 @@ def sample(
     shown = n if truncates else 0
     depths = torch.empty((shown, room), dtype=torch.float32, device=device)
     tokens = torch.empty((shown, room), dtype=torch.int32, device=device)
-    bracket = torch.empty((shown, 2), dtype=torch.float32, device=device)
+    bracket = torch.empty((shown, 3), dtype=torch.float32, device=device)
     if truncates:
-        splits = min(tiles, max(1, 256 // n))
-        tiles_each = triton.cdiv(tiles, splits)
-        _list_kernel[(triton.cdiv(tiles, tiles_each), n)](
-            logits, temperature, top_k, top_p, min_p, top, sums, mass, counts, bracket, used,
-            depths, tokens, stride, tiles_each,
-            VOCAB=vocab_size, TILE=TILE, TILES=tiles, PAD=pad, SAMPLE=_sample_size(vocab_size),
-            ROOM=room, DEEPEST=_DEEPEST, Z=_Z, num_warps=8,
+        _bracket_kernel[(n,)](
+            logits, temperature, top_k, top_p, min_p, top, sums, bracket, stride,
+            VOCAB=vocab_size, TILES=tiles, PAD=pad, SAMPLE=_sample_size(vocab_size),
+            DEEPEST=_DEEPEST, Z=_Z, num_warps=8,
+        )  # fmt: skip
+        _list_kernel[(tiles, n)](
+            logits, temperature, bracket, mass, counts, used, depths, tokens, stride,
+            VOCAB=vocab_size, TILE=TILE, ROOM=room, num_warps=16,
         )  # fmt: skip
     _draw_kernel[(n,)](
         logits, temperature, top_k, top_p, min_p, uniform, top, best, sums, mass, counts, bracket,

@@ -62,8 +62,9 @@ def test_draws_as_the_reference(vocab_size: int, dtype: torch.dtype) -> None:
     knobs = list(CUTS.values())
     logits = randn(len(knobs), vocab_size, dtype=dtype)
     uniform = torch.rand(len(knobs), generator=torch.Generator().manual_seed(1))
+    args = [*columns(knobs, vocab_size), uniform.to(DEVICE)]
     with no_sync():
-        got = draw(logits, knobs, uniform.to(DEVICE))
+        got = sample(logits, *args, greedy=False, truncates=True)
     assert_within(logits, knobs, uniform, got)
     want = sample_ref(logits, *columns(knobs, vocab_size), uniform.to(DEVICE))
     assert_within(logits, knobs, uniform, want)
@@ -245,8 +246,9 @@ def test_large_vocabularies(vocab_size: int, num: int) -> None:
     knobs = [list(CUTS.values())[i % len(CUTS)] for i in range(num)]
     logits = randn(num, vocab_size, dtype=torch.bfloat16) * 2
     uniform = torch.rand(num, generator=torch.Generator().manual_seed(1))
+    args = [*columns(knobs, vocab_size), uniform.to(DEVICE)]
     with no_sync():
-        got = draw(logits, knobs, uniform.to(DEVICE))
+        got = sample(logits, *args, greedy=False, truncates=True)
     for begin in range(0, num, 64):
         part = slice(begin, begin + 64)
         assert_within(logits[part], knobs[part], uniform[part], got[part])
