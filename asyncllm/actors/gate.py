@@ -65,7 +65,7 @@ class Gate:
         if request.method != "OPTIONS" or wanted is None or not self._origins:
             return None
         headers = {
-            "Access-Control-Allow-Methods": "GET, HEAD, POST",
+            "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE",
             "Access-Control-Max-Age": PREFLIGHT_S,
         }
         if names := request.headers.get("Access-Control-Request-Headers"):

@@ -16,12 +16,22 @@ from aiohttp import HttpVersion11, web
 
 from asyncllm.actors.gate import Gate
 from asyncllm.actors.stream import Exchange, Pipe
-from asyncllm.api import anthropic, anthropic_reply, errors, fields, lightllm, openai, sse
+from asyncllm.api import (
+    anthropic,
+    anthropic_reply,
+    errors,
+    fields,
+    lightllm,
+    openai,
+    responses,
+    sse,
+)
 from asyncllm.api.answer import Answer, Reply
 from asyncllm.api.anthropic_reply import MessageReply
 from asyncllm.api.generation import Generation
 from asyncllm.api.lightllm_reply import NativeReply
 from asyncllm.api.openai_reply import ChatReply, CompletionReply, model, models
+from asyncllm.api.responses_reply import ResponseReply
 from asyncllm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -50,6 +60,7 @@ class Routes:
     def __init__(self, front: Frontend) -> None:
         self._front = front
         self._gate = Gate(front.access)
+        self._store = responses.Store()
 
     def runner(self) -> web.AppRunner:
         """An aiohttp runner; a client that leaves cancels its handler."""
@@ -64,6 +75,7 @@ class Routes:
             "/generate_stream": self._native_stream,
             "/v1/completions": self._completion,
             "/v1/chat/completions": self._chat,
+            "/v1/responses": self._respond,
             ANTHROPIC: self._messages,
             f"{ANTHROPIC}/count_tokens": self._count_tokens,
         }.items():
@@ -85,6 +97,8 @@ class Routes:
             "/v1/models/{name:.+}": self._model,
         }.items():
             add.add_get(path, handler)
+        add.add_get("/v1/responses/{id}", self._response)
+        add.add_delete("/v1/responses/{id}", self._delete_response)
         return web.AppRunner(
             app,
             handler_cancellation=True,
@@ -106,6 +120,17 @@ class Routes:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(
             request, lambda body: openai.chat(body, self._front.served), ChatReply, "chatcmpl-"
+        )
+
+    async def _respond(self, request: web.Request) -> web.StreamResponse:
+        asked: list[responses.Asked] = []
+
+        def parse(body: fields.Body) -> Generation:
+            asked.append(responses.read(body, self._front.served, self._store))
+            return asked[0].generation
+
+        return await self._generate(
+            request, parse, lambda answer: ResponseReply(answer, asked[0], self._store), "resp_"
         )
 
     async def _messages(self, request: web.Request) -> web.StreamResponse:
@@ -198,6 +223,14 @@ class Routes:
         chat = anthropic.count(await self._body(request), self._front.served)
         count = await self._front.num_tokens("", False, chat)
         return _json(sse.body({"input_tokens": count}))
+
+    async def _response(self, request: web.Request) -> web.StreamResponse:
+        return _json(self._store.body(request.match_info["id"]))
+
+    async def _delete_response(self, request: web.Request) -> web.StreamResponse:
+        key = request.match_info["id"]
+        self._store.delete(key)
+        return _json(sse.body({"id": key, "object": "response", "deleted": True}))
 
     async def _model_name(self, request: web.Request) -> web.StreamResponse:
         served = self._front.served

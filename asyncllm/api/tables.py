@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from asyncllm.api import anthropic, lightllm, openai
+from asyncllm.api import anthropic, lightllm, openai, responses
 from asyncllm.api.fields import Field, Refused
 
 FIELDS: Final[dict[str, Sequence[Field]]] = {
@@ -18,6 +18,7 @@ FIELDS: Final[dict[str, Sequence[Field]]] = {
     "stream_options": openai.STREAM_OPTIONS,
     "completion": openai.COMPLETION[len(openai.COMMON) :],
     "chat": openai.CHAT[len(openai.COMMON) :],
+    "responses": responses.RESPONSES,
     "messages": anthropic.MESSAGES,
     "native": lightllm.BODY,
     "native_parameters": lightllm.PARAMETERS,
@@ -25,6 +26,7 @@ FIELDS: Final[dict[str, Sequence[Field]]] = {
 REFUSED: Final[dict[str, Sequence[Refused]]] = {
     "completion_refused": openai.COMPLETION_UNAVAILABLE,
     "chat_refused": openai.CHAT_UNAVAILABLE,
+    "responses_refused": responses.UNAVAILABLE,
     "messages_refused": anthropic.UNAVAILABLE,
     "native_refused": lightllm.UNAVAILABLE,
 }
