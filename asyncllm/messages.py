@@ -32,6 +32,7 @@ class Tokenize:
     chat: bytes | None  # JSON: {"messages": [...], "tools": [...] | null, "kwargs": {...}}
     add_special_tokens: bool  # for text only; chat templates bring their own
     params: tuple[Any, ...]  # SamplingParams.pack()
+    shown: tuple[str, ...] = ()  # special tokens that are in the text whatever the params say
 
 
 @message(2)
@@ -40,6 +41,7 @@ class Accepted:
 
     rid: int
     prompt: bytes
+    head: str = ""  # of a chat: the end of the prompt's text, without a message to be continued
 
 
 @message(3)
@@ -67,6 +69,7 @@ class Follow:
     stop: tuple[str, ...]
     skip_special_tokens: bool
     print_eos: bool
+    shown: tuple[str, ...] = ()  # as in Tokenize
 
 
 @message(6)
@@ -98,6 +101,7 @@ class Prepared:
     code: str
     status: int
     frees: bool  # the thread is free again; False: the answer is late, the thread still busy
+    head: str = ""  # as in Accepted
 
 
 @message(26)

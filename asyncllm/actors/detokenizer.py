@@ -44,6 +44,7 @@ class Detokenizer(Actor[Inbox]):
         self._streams: dict[int, _Stream] = {}
         self._news: deque[_Stream] = deque()
         self._posted = False  # a Flush is on its way
+        self._special = {text.decode([i]): i for i in text.special}
 
     @property
     def following(self) -> int:
@@ -63,7 +64,7 @@ class Detokenizer(Actor[Inbox]):
                 case Finished():
                     ends.append(msg)  # an urgent one may stand before its tokens
                 case Follow():
-                    self._streams[msg.rid] = _Stream(msg, self._text)
+                    self._streams[msg.rid] = _Stream(msg, self._text, self._shown(msg))
                 case Flush():
                     self._posted = False
                 case _:
@@ -90,6 +91,10 @@ class Detokenizer(Actor[Inbox]):
         for rid, chosen, num_top, top_ids, top_logprobs in msg.prompt:
             if stream := self._streams.get(rid):
                 stream.prompt.append((chosen, num_top, top_ids, top_logprobs))
+
+    def _shown(self, msg: Follow) -> frozenset[int]:
+        """Ids of the special tokens that a request shows; a name that is none is ordinary text."""
+        return frozenset(self._special[name] for name in msg.shown if name in self._special)
 
     def _mark(self, stream: _Stream) -> None:
         if not stream.has_news:
@@ -132,14 +137,15 @@ class _Stream:
         "print_eos",
         "prompt",
         "rid",
+        "shown",
         "stopped_at",
         "stops",
         "text",
     )
 
-    def __init__(self, follow: Follow, text: Text) -> None:
+    def __init__(self, follow: Follow, text: Text, shown: frozenset[int]) -> None:
         self.rid = follow.rid
-        self.print_eos = follow.print_eos
+        self.print_eos, self.shown = follow.print_eos, shown
         self.text: TextStream = text.stream(ints(follow.prompt_tail), follow.skip_special_tokens)
         self.stops = StopFinder(follow.stop) if follow.stop else None
         self.ids: array[int] = array("i")  # not passed on yet
@@ -156,7 +162,8 @@ class _Stream:
         shown: list[str] = []
         pieces: list[str] = []
         for token, ends in zip(self.ids, self.ends, strict=True):
-            piece = self.text.push(token, bool(ends)) if self.print_eos or not ends else ""
+            force = ends or token in self.shown
+            piece = self.text.push(token, bool(force)) if self.print_eos or not ends else ""
             pieces.append(piece)
             shown.append(self._before_stop(piece))
             if self.stops is not None and self.stops.hit:

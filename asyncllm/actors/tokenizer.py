@@ -34,6 +34,7 @@ from asyncllm.messages import (
 from asyncllm.text import Text
 
 TAIL_BYTES = 8 * 4  # prompt ids that the detokenizer gets: more than any character needs
+HEAD_CHARS = 256  # of a chat's prompt that the frontend gets: more than any mark at its end
 MIN_CHARS_PER_TOKEN = 16
 LIMIT_FLAG = "--max_req_total_len"
 
@@ -46,6 +47,7 @@ class _Job:
 
     msg: Tokenize | Count
     alive: list[int]
+    head: str = ""  # see Accepted
 
 
 class Tokenizer(Actor[Inbox]):
@@ -157,16 +159,16 @@ class Tokenizer(Actor[Inbox]):
         work = self.system.loop.run_in_executor(self._pool, self._ids, msg)
         try:
             async with asyncio.timeout(self._time_limit_s):
-                ids = await asyncio.shield(work)
+                ids, head = await asyncio.shield(work)
         except TimeoutError:
             self.spawn(self._late(number, work))
             detail = f"the prompt could not be prepared in {self._time_limit_s:g} s"
             return Prepared(number, b"", detail, "", RequestError.status, False)
         except RequestError as error:
             return Prepared(number, b"", error.message, error.code or "", error.status, True)
-        return Prepared(number, ids, "", "", 0, True)
+        return Prepared(number, ids, "", "", 0, True, head)
 
-    async def _late(self, number: int, work: asyncio.Future[bytes]) -> Prepared:
+    async def _late(self, number: int, work: asyncio.Future[tuple[bytes, str]]) -> Prepared:
         """Frees the thread of a job that has been answered already."""
         with contextlib.suppress(RequestError):
             await work
@@ -178,6 +180,7 @@ class Tokenizer(Actor[Inbox]):
             self._start_some()
         if (job := self._jobs.get(msg.job)) is None:
             return
+        job.head = msg.head
         self._forget(msg.job, job)
         if msg.detail:
             error = RequestError(msg.detail, code=msg.code or None)
@@ -200,18 +203,23 @@ class Tokenizer(Actor[Inbox]):
 
     # -- in a thread of the pool: plain data in and out ------------------------------------------------
 
-    def _ids(self, msg: Tokenize | Count) -> bytes:
-        """Ids of a text or a chat. Raises RequestError."""
+    def _ids(self, msg: Tokenize | Count) -> tuple[bytes, str]:
+        """Ids of a text or a chat, and the chat's head. Raises RequestError."""
+        head = ""
         try:
             if msg.chat is not None:
-                text, add_special_tokens = self._template.render(json.loads(msg.chat)), False
+                chat = json.loads(msg.chat)
+                text, add_special_tokens = self._template.render(chat), False
+                going_on = chat["kwargs"].get("continue_final_message")
+                continued = chat["messages"][-1]["content"] if going_on else ""
+                head = text.removesuffix(continued)[-HEAD_CHARS:]
             else:
                 text, add_special_tokens = msg.text or "", msg.add_special_tokens
             if isinstance(msg, Tokenize):
                 self._check_chars(len(text))
             if not text:
-                return b""
-            return self._text.encode(text, add_special_tokens).tobytes()
+                return b"", head
+            return self._text.encode(text, add_special_tokens).tobytes(), head
         except UnicodeEncodeError as error:
             raise RequestError("the prompt is not valid Unicode: a lone surrogate") from error
 
@@ -244,13 +252,14 @@ class Tokenizer(Actor[Inbox]):
                     params.stop,
                     params.skip_special_tokens,
                     params.print_eos,
+                    msg.shown,
                 )
             )
         for i, rid in enumerate(msg.rids):
             if rid in job.alive:
                 own = replace(params, max_new_tokens=room, seed=_wrapped(params.seed + i))
                 self.scheduler.tell(Submit(rid, ids, own.pack()))
-        self.frontend.tell(Accepted(msg.rids[0], ids))
+        self.frontend.tell(Accepted(msg.rids[0], ids, job.head))
 
     def _room(self, ids: bytes, max_new_tokens: int | None) -> int:
         """Tokens the request may generate. Raises RequestError where the prompt cannot be served."""

@@ -31,7 +31,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    names = ("<eos>", "<call>")
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
     return load_tokenizer(str(folder))
@@ -147,6 +148,15 @@ def test_ending_token_is_hidden_unless_asked_for(text: Text) -> None:
     assert said(front, 2) == "a<eos>"
     hidden = [m for m in front if isinstance(m, Delta) and m.rid == 1][-1]
     assert (ints(hidden.ids).tolist(), hidden.pieces) == ([eos], ("",))
+
+
+def test_special_tokens_are_shown_by_name(text: Text) -> None:
+    eos, call = text.encode("<eos><call>", False)
+    script = [follow(1), Follow(2, b"", (), True, False, ("<call>", "</call>"))]
+    script += [tokens([1, 2], [call, call]), tokens([1, 2], [eos, eos])]
+    script += [tokens([1, 2], [call, call], [1, 1]), done(1, 3), done(2, 3)]
+    front, _ = play(text, script, finished=2)
+    assert (said(front, 1), said(front, 2)) == ("", "<call>")  # one that ends is no part of it
 
 
 def test_stop_string_over_tokens_is_cut_and_told_once(text: Text) -> None:
