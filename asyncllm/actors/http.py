@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import HttpVersion11, web
@@ -23,6 +24,7 @@ from asyncllm.api import (
     fields,
     lightllm,
     openai,
+    openapi,
     responses,
     sse,
 )
@@ -30,7 +32,8 @@ from asyncllm.api.answer import Answer, Reply
 from asyncllm.api.anthropic_reply import MessageReply
 from asyncllm.api.generation import Generation
 from asyncllm.api.lightllm_reply import NativeReply
-from asyncllm.api.openai_reply import ChatReply, CompletionReply, model, models
+from asyncllm.api.openai_reply import CompletionReply, model, models
+from asyncllm.api.parted_reply import chat_reply
 from asyncllm.api.responses_reply import ResponseReply
 from asyncllm.errors import RequestError
 
@@ -47,6 +50,12 @@ KEEPALIVE_S: Final = 75.0
 MAX_HEADER: Final = 8 << 10  # bytes of the request line, and of each header
 MAX_HEADERS: Final = 128
 ANTHROPIC: Final = "/v1/messages"  # errors here have Anthropic's shape
+SWAGGER: Final = Path(__file__).parents[1] / "swagger"
+DOC_FILES: Final = ("index.html", "start.js", "swagger-ui.css", "swagger-ui-bundle.js")
+DOC_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; "
+    "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+}
 STREAM_HEADERS: Final = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
@@ -93,6 +102,9 @@ class Routes:
             "/healthz": self._health,
             "/token_load": self._token_load,
             "/metrics": self._metrics,
+            "/openapi.json": self._openapi,
+            "/docs": self._docs,
+            "/docs/{file}": self._docs,
             "/v1/models": self._models,
             "/v1/models/{name:.+}": self._model,
         }.items():
@@ -119,7 +131,7 @@ class Routes:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(
-            request, lambda body: openai.chat(body, self._front.served), ChatReply, "chatcmpl-"
+            request, lambda body: openai.chat(body, self._front.served), chat_reply, "chatcmpl-"
         )
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
@@ -267,6 +279,17 @@ class Routes:
         state = await self._front.scrape()
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         return web.Response(body=state.exposition, headers=headers)
+
+    async def _openapi(self, request: web.Request) -> web.StreamResponse:
+        secured = bool(self._front.access.keys)
+        return _json(sse.body(openapi.document(self._front.served, secured=secured)))
+
+    async def _docs(self, request: web.Request) -> web.StreamResponse:
+        """Swagger UI from the package's own files."""
+        file = request.match_info.get("file", "index.html")
+        if file not in DOC_FILES:
+            raise errors.UnknownPath(f"there is nothing at {request.path}")
+        return web.FileResponse(SWAGGER / file, headers=DOC_HEADERS)
 
     # -- around every request ------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from asyncllm.core.request import SamplingParams
 F = Field
 
 
-def _conversation(value: Any, name: str) -> list[dict[str, Any]]:
+def conversation(value: Any, name: str) -> list[dict[str, Any]]:
     """The messages in template form; neighbours of one role are one turn, as Anthropic has it."""
     if not value:
         bad(f"{name} must hold at least one message", name)
@@ -29,7 +29,7 @@ def _conversation(value: Any, name: str) -> list[dict[str, Any]]:
         role = message.get("role")
         if role not in ("user", "assistant"):
             bad(f"{at}.role: {show(role)} is not one of user, assistant", f"{at}.role")
-        content = _content(message.get("content"), f"{at}.content")
+        content = content_text(message.get("content"), f"{at}.content")
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += "\n" + content
         else:
@@ -37,7 +37,8 @@ def _conversation(value: Any, name: str) -> list[dict[str, Any]]:
     return turns
 
 
-def _content(value: Any, name: str) -> str:
+def content_text(value: Any, name: str) -> str:
+    """The text of a string or of text blocks. Raises RequestError or NotAvailable."""
     if isinstance(value, str):
         return text(value, name)
     typed(value, list, name, "a string or an array of blocks")
@@ -57,23 +58,32 @@ def _block(value: Any, name: str) -> str:
     )
 
 
-def _stops(value: Any, name: str) -> tuple[str, ...]:
+def stop_sequences(value: Any, name: str) -> tuple[str, ...]:
+    """A list of stop strings, within the limits."""
     return fields.stop_strings(value, name)
+
+
+def _output(value: Any, name: str) -> None:
+    if value.get("format") is not None:
+        raise NotAvailable(
+            f"{name}.format: structured output is not available on this server",
+            param=f"{name}.format",
+        )
 
 
 PROMPT: Final = (
     F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
-    F(name="messages", kind="array", parse=_conversation, required=True,
+    F(name="messages", kind="array", parse=conversation, required=True,
       doc="turns of user and assistant; content is a string or text blocks. An assistant turn at the "
       "end is the beginning of the answer"),
-    F(name="system", kind="any", parse=_content, doc="the system prompt: a string or text blocks"),
+    F(name="system", kind="any", parse=content_text, doc="the system prompt: a string or text blocks"),
 )  # fmt: skip
 
 MESSAGES: Final = (
     *PROMPT,
     F(name="max_tokens", kind="integer", low=1, high=fields.MAX_INT32, required=True,
       doc="tokens to generate at most"),
-    F(name="stop_sequences", kind="array", default=(), parse=_stops, to="stop",
+    F(name="stop_sequences", kind="array", default=(), parse=stop_sequences, to="stop",
       doc=f"at most {fields.MAX_STOP} strings of at most {fields.MAX_STOP_CHARS} characters; cut from "
       "the text"),
     F(name="temperature", kind="number", default=1.0, low=0, high=1, doc="0: greedy"),
@@ -82,6 +92,7 @@ MESSAGES: Final = (
     F(name="top_k", kind="integer", default=-1, low=-1, high=fields.MAX_INT32,
       doc="this many best tokens; -1 or 0: all"),
     F(name="metadata", kind="object", doc="ignored"),
+    F(name="output_config", kind="object", parse=_output, doc="without format; effort is ignored"),
     F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ MAX_METADATA_CHARS: Final = 512
 ROLES: Final = ("user", "assistant", "system", "developer")
 
 
-def _input(value: Any, name: str) -> Turns:
+def input_turns(value: Any, name: str) -> Turns:
     """The new turns in template form."""
     if isinstance(value, str):
         return [{"role": "user", "content": text(value, name)}]
@@ -64,7 +64,8 @@ def _effort(value: Any, name: str) -> str | None:
     return None if effort is None else text(effort, f"{name}.effort")
 
 
-def _metadata(value: Any, name: str) -> dict[str, str]:
+def metadata(value: Any, name: str) -> dict[str, str]:
+    """A few short strings by name."""
     if len(value) > MAX_METADATA:
         bad(f"{name}: {len(value)} entries, at most {MAX_METADATA}", name)
     for key, item in value.items():
@@ -80,7 +81,7 @@ def _include(value: Any, name: str) -> None:
 
 RESPONSES: Final = (
     F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
-    F(name="input", kind="any", parse=_input, required=True,
+    F(name="input", kind="any", parse=input_turns, required=True,
       doc="a string, or an array of messages: role (user, assistant, system, developer) and content "
       "(string, or parts input_text and output_text)"),
     F(name="instructions", kind="string", doc="a system message before everything else"),
@@ -96,7 +97,7 @@ RESPONSES: Final = (
     F(name="text", kind="object", parse=_text_options, doc="only {\"format\": {\"type\": \"text\"}}"),
     F(name="reasoning", kind="object", parse=_effort, doc="effort is handed to the chat template"),
     F(name="include", kind="array", parse=_include, doc="there is nothing more to include"),
-    F(name="metadata", kind="object", default={}, parse=_metadata,
+    F(name="metadata", kind="object", default={}, parse=metadata,
       doc=f"at most {MAX_METADATA} strings, which come back"),
     F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
 )  # fmt: skip

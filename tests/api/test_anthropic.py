@@ -108,6 +108,7 @@ def test_bad_values(body: dict[str, Any], param: str) -> None:
         ("tool_choice", {"type": "auto"}, {"type": "none"}),
         ("thinking", {"type": "enabled", "budget_tokens": 1024}, {"type": "disabled"}),
         ("mcp_servers", [{}], []),
+        ("output_config", {"format": {"type": "json_schema"}}, {"effort": "high"}),
     ],
 )
 def test_what_is_not_available(field: str, value: Any, neutral: Any) -> None:

@@ -1,0 +1,184 @@
+"""JSON schemas of messages that come in and of answers that go out.
+
+Knows shapes as the protocols have them; which field has which is in :mod:`asyncllm.api.openapi`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+from asyncllm.api import chatparts, fields
+from asyncllm.api.fields import Field
+
+Schema = dict[str, Any]
+
+STRING: Final[Schema] = {"type": "string"}
+INTEGER: Final[Schema] = {"type": "integer"}
+NUMBER: Final[Schema] = {"type": "number"}
+MAYBE_STRING: Final[Schema] = {"type": ["string", "null"]}
+TOKEN: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": fields.MAX_INT32}
+
+
+def ref(name: str) -> Schema:
+    """A schema of the document by its name."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def required(field: Field) -> Field:
+    """The same field where it must be there."""
+    return replace(field, required=True)
+
+
+def made(closed: bool = False, **properties: Schema) -> Schema:
+    """An object that has all of these properties."""
+    schema: Schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+    }
+    return schema | ({"additionalProperties": False} if closed else {})
+
+
+def some(items: Schema) -> Schema:
+    """An array."""
+    return {"type": "array", "items": items}
+
+
+def one_of(*values: Any) -> Schema:
+    return {"enum": list(values)}
+
+
+# -- in ----------------------------------------------------------------------------------------
+
+_PART: Final[Schema] = {
+    "anyOf": [STRING, {"type": "object", "properties": {"type": STRING}, "required": ["type"]}]
+}
+_PARTS: Final[Schema] = some(_PART)
+CHAT_MESSAGE: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string", "description": f"one of {', '.join(chatparts.ROLES)}"},
+        "content": {"anyOf": [STRING, _PARTS, {"type": "null"}]},
+        "name": MAYBE_STRING,
+        "tool_call_id": MAYBE_STRING,
+    },
+    "required": ["role"],
+}
+_BLOCK: Final[Schema] = made(type=one_of("text"), text=STRING)
+ANTHROPIC_CONTENT: Final[Schema] = {"anyOf": [STRING, some(_BLOCK)]}
+ANTHROPIC_MESSAGE: Final[Schema] = made(role=one_of("user", "assistant"), content=ANTHROPIC_CONTENT)
+INPUT_ITEM: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "type": one_of("message"),
+        "role": one_of("user", "assistant", "system", "developer"),
+        "content": {"anyOf": [STRING, _PARTS, {"type": "null"}]},
+    },
+    "required": ["role"],
+}
+
+# -- out ---------------------------------------------------------------------------------------
+
+_REASON: Final = one_of("stop", "length", "tool_calls")
+_USAGE: Final[Schema] = made(
+    prompt_tokens=INTEGER,
+    completion_tokens=INTEGER,
+    total_tokens=INTEGER,
+    prompt_tokens_details=made(cached_tokens=INTEGER),
+)
+_CHAT_CHOICE: Final[Schema] = made(
+    index=INTEGER,
+    message=made(role=one_of("assistant"), content=MAYBE_STRING),
+    logprobs={"type": ["object", "null"]},
+    finish_reason=_REASON,
+)
+_TEXT_CHOICE: Final[Schema] = made(
+    index=INTEGER, text=STRING, logprobs={"type": ["object", "null"]}, finish_reason=_REASON
+)
+_MODEL: Final[Schema] = made(
+    id=STRING,
+    object=one_of("model"),
+    created=INTEGER,
+    owned_by=STRING,
+    root=STRING,
+    parent=MAYBE_STRING,
+    max_model_len=INTEGER,
+)
+_ANSWER: Final[Schema] = made(
+    id=STRING,
+    object=one_of("response"),
+    created_at=INTEGER,
+    status=one_of("completed", "incomplete"),
+    error={"type": ["object", "null"]},
+    incomplete_details={"type": ["object", "null"]},
+    model=STRING,
+    output=some({"type": "object"}),
+    previous_response_id=MAYBE_STRING,
+    store={"type": "boolean"},
+    usage=made(input_tokens=INTEGER, output_tokens=INTEGER, total_tokens=INTEGER),
+)
+_MESSAGE: Final[Schema] = made(
+    id=STRING,
+    type=one_of("message"),
+    role=one_of("assistant"),
+    model=STRING,
+    content=some(made(type=STRING)),
+    stop_reason=one_of("end_turn", "max_tokens", "stop_sequence", "tool_use"),
+    stop_sequence=MAYBE_STRING,
+    usage=made(
+        input_tokens=INTEGER,
+        cache_creation_input_tokens=INTEGER,
+        cache_read_input_tokens=INTEGER,
+        output_tokens=INTEGER,
+    ),
+)
+
+
+def _one_or_more(schema: Schema) -> Schema:
+    return {"anyOf": [schema, some(schema)]}
+
+
+ANSWERS: Final[dict[str, Schema]] = {
+    "Error": made(
+        closed=True,
+        error=made(message=STRING, type=STRING, param=MAYBE_STRING, code=MAYBE_STRING),
+    ),
+    "AnthropicError": made(
+        closed=True, type=one_of("error"), error=made(closed=True, type=STRING, message=STRING)
+    ),
+    "ChatCompletion": made(
+        id=STRING,
+        object=one_of("chat.completion"),
+        created=INTEGER,
+        model=STRING,
+        choices=some(_CHAT_CHOICE),
+        usage=_USAGE,
+    ),
+    "Completion": made(
+        id=STRING,
+        object=one_of("text_completion"),
+        created=INTEGER,
+        model=STRING,
+        choices=some(_TEXT_CHOICE),
+        usage=_USAGE,
+    ),
+    "Response": _ANSWER,
+    "Deleted": made(id=STRING, object=one_of("response"), deleted=one_of(True)),
+    "Model": _MODEL,
+    "Models": made(object=one_of("list"), data=some(_MODEL)),
+    "Message": _MESSAGE,
+    "InputTokens": made(input_tokens=INTEGER),
+    "Native": made(
+        generated_text=some(STRING),
+        count_output_tokens=_one_or_more(INTEGER),
+        finish_reason=_one_or_more(one_of("stop", "length")),
+        prompt_tokens=INTEGER,
+    ),
+    "NumTokens": made(ntokens=INTEGER),
+    "TokenLoad": made(current_load=NUMBER, logical_max_load=NUMBER, dynamic_max_load=NUMBER),
+    "ModelName": made(model_name=STRING),
+    "Health": made(message=one_of("Ok", "Error")),
+    "Status": made(status=one_of("ok", "not ready")),
+    "Document": made(openapi=STRING, info={"type": "object"}, paths={"type": "object"}),
+}

@@ -1,0 +1,91 @@
+"""The OpenAPI document says what the server checks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from asyncllm.api import openapi, tables
+from asyncllm.api.fields import Field
+from tests.api.test_requests import SERVED
+
+DOC = openapi.document(SERVED, secured=True)
+
+
+def refs(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        found = {value["$ref"]} if isinstance(value.get("$ref"), str) else set()
+        return found.union(*map(refs, value.values()))
+    return set().union(*map(refs, value)) if isinstance(value, list) else set()
+
+
+def properties(name: str) -> dict[str, Any]:
+    schema: dict[str, Any] = DOC["components"]["schemas"][name]
+    assert schema["additionalProperties"] is True
+    found: dict[str, Any] = schema["properties"]
+    return found
+
+
+def test_every_field_of_every_table_is_there() -> None:
+    native = DOC["components"]["schemas"]["NativeRequest"]["properties"]["parameters"]["anyOf"][0]
+    shown = {
+        "common": properties("ChatRequest"),
+        "chat": properties("ChatRequest"),
+        "completion": properties("CompletionRequest"),
+        "stream_options": properties("ChatRequest")["stream_options"]["anyOf"][0]["properties"],
+        "responses": properties("ResponseRequest"),
+        "messages": properties("MessageRequest"),
+        "native": properties("NativeRequest"),
+        "native_parameters": native["properties"],
+    }
+    for name, table in tables.FIELDS.items():
+        for field in table:
+            assert shown[name][field.name]["description"] == field.doc
+    for name, refused in tables.REFUSED.items():
+        base = name.removesuffix("_refused")
+        for row in refused:
+            where = shown["native_parameters" if base == "native" else base]
+            assert where[row.name]["enum"] == [None, *row.neutral]
+
+
+def test_ranges_and_nulls() -> None:
+    top_p = properties("ChatRequest")["top_p"]
+    assert top_p["type"] == ["number", "null"]
+    assert (top_p["exclusiveMinimum"], top_p["maximum"], top_p["default"]) == (0, 1, 1.0)
+    most = properties("MessageRequest")["max_tokens"]
+    assert (most["type"], most["minimum"]) == ("integer", 1)
+    schemas = DOC["components"]["schemas"]
+    assert schemas["MessageRequest"]["required"] == ["messages", "max_tokens"]
+    assert schemas["ChatRequest"]["required"] == ["messages"]
+    choice = Field(name="x", kind="string", doc="", choices=("a", "b"), default="a")
+    assert openapi.of_field(choice) == {"description": "", "enum": ["a", "b", None], "default": "a"}
+
+
+def test_the_document_is_whole() -> None:
+    assert json.loads(json.dumps(DOC)) == DOC
+    names = {f"#/components/schemas/{name}" for name in DOC["components"]["schemas"]}
+    assert refs(DOC) <= names
+    ids = [o["operationId"] for path in DOC["paths"].values() for o in path.values()]
+    assert len(ids) == len(set(ids))
+
+
+def test_security() -> None:
+    assert DOC["paths"]["/health"]["get"]["security"] == []
+    assert "401" not in DOC["paths"]["/health"]["get"]["responses"]
+    assert "security" not in DOC["paths"]["/metrics"]["get"]
+    assert "401" in DOC["paths"]["/metrics"]["get"]["responses"]
+    assert DOC["security"] == [{"bearer": []}, {"key": []}]
+    open_doc = openapi.document(SERVED, secured=False)
+    assert "security" not in open_doc
+    assert "401" not in json.dumps(open_doc["paths"])
+
+
+@pytest.mark.parametrize("route", openapi.ROUTES, ids=lambda r: f"{r.methods[0]} {r.path}")
+def test_routes_say_what_comes(route: openapi.Route) -> None:
+    for method in route.methods:
+        responses = DOC["paths"][route.path][method]["responses"]
+        assert responses["200"]["content"]
+        assert ("text/event-stream" in responses["200"]["content"]) is route.streams
+        assert {str(s) for s in route.fails} <= set(responses)
