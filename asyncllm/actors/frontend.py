@@ -316,6 +316,7 @@ class Frontend(Actor[Inbox]):
                 prompt.chat,
                 generation.add_special_tokens,
                 generation.params.pack(),
+                () if generation.parting is None else generation.parting.shown,
             )
         )
 
@@ -324,7 +325,7 @@ class Frontend(Actor[Inbox]):
         if found is None:
             return
         exchange, choice = found
-        exchange.answer.prompts[choice.prompt_idx].frombytes(msg.prompt)
+        exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.head)
         exchange.unaccepted.discard(msg.rid)
         if not exchange.unaccepted:
             if exchange.streams:
@@ -356,7 +357,7 @@ class Frontend(Actor[Inbox]):
             self._fail(exchange, NotServing("the server ended this request", code="aborted"))
             return
         del self._by_rid[msg.rid], exchange.live[msg.rid]
-        choice.reason, choice.cached_len, choice.stop = reason, msg.cached_len, msg.stop
+        choice.end(reason, msg.cached_len, msg.stop)
         if exchange.streams:
             self._render(exchange, exchange.reply.end(choice))
         if not exchange.live:

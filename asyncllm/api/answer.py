@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from asyncllm.api.generation import Generation
+from asyncllm.api.parts import Parts
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 
@@ -120,6 +121,7 @@ class Choice:
     stop: str = ""  # the stop string that ended it
     offset: int = 0  # characters before the next token, for text_offset
     decoder: codecs.IncrementalDecoder | None = None
+    parts: Parts | None = None  # None: all text is content
 
     def __post_init__(self) -> None:
         self.tokens = Columns(max(self.wants[0], 0))
@@ -134,12 +136,21 @@ class Choice:
         """Add new tokens and text."""
         if piece.text:
             self.texts.append(piece.text)
-        self.num_tokens += len(piece.ids) // 4
+        num_tokens = len(piece.ids) // 4
+        self.num_tokens += num_tokens
+        if self.parts is not None:
+            self.parts.take(piece.text, piece.pieces, num_tokens)
         if self.wants[0] >= 0:
             self.tokens.ids.frombytes(piece.ids)
             self.tokens.extend(piece.logprobs, piece.num_top, piece.top_ids, piece.top_logprobs)
         if self.wants[1] >= 0 and piece.prompt is not None:
             self.scores.extend(*piece.prompt)
+
+    def end(self, reason: Reason, cached_len: int, stop: str) -> None:
+        """There will be no more tokens."""
+        self.reason, self.cached_len, self.stop = reason, cached_len, stop
+        if self.parts is not None:
+            self.parts.finish()
 
     def advance(self, raw: bytes) -> int:
         """Where the text of the next token (its bytes: ``raw``) starts, in characters."""
@@ -162,6 +173,20 @@ class Answer:
     choices: list[Choice]
     prompts: list[array[int]]
 
+    def accept(self, prompt_idx: int, ids: bytes, head: str) -> None:
+        """A prompt is known.
+
+        Args:
+            ids: int32.
+            head: the end of a chat's prompt, as in Accepted.
+        """
+        generation = self.generation
+        self.prompts[prompt_idx].frombytes(ids)
+        if generation.parting is not None:
+            first = prompt_idx * generation.n
+            for choice in self.choices[first : first + generation.n]:
+                choice.parts = generation.parting.parts(head)
+
     def prompt_text(self, prompt_idx: int) -> str:
         """The prompt as text, for echo."""
         given = self.generation.prompts[prompt_idx].text
@@ -173,12 +198,17 @@ class Answer:
         firsts = self.choices[::n] if choice is None else [choice]
         prompt_tokens = sum(len(self.prompts[c.prompt_idx]) for c in firsts)
         completion = sum(c.num_tokens for c in (self.choices if choice is None else firsts))
-        return {
+        out = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": sum(c.cached_len for c in firsts)},
         }
+        if self.generation.parting is not None and self.generation.parting.reasoning:
+            counted = self.choices if choice is None else [choice]
+            thoughts = sum(c.parts.num_thoughts for c in counted if c.parts is not None)
+            out["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+        return out
 
 
 class Reply(Protocol):

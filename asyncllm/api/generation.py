@@ -5,9 +5,10 @@ Knows prompts, parameters and flags; knows neither JSON names nor answers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from asyncllm.api.fields import GREEDY_BELOW, bad, show
+from asyncllm.api.parts import Dialect, Parting
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound
 
@@ -38,6 +39,7 @@ class Generation:
     include_usage: bool = False  # a usage chunk ends the stream
     continuous_usage: bool = False  # every chunk says it too
     details: bool = False  # native: each token in the answer
+    parting: Parting | None = None  # None: all text is content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class Served:
         max_len: prompt plus generated tokens of one request.
         vocab_size: token ids are below it.
         created: unix seconds.
+        dialect: how the model writes calls and reasoning.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Served:
     created: int
     owned_by: str = "asyncllm"
     model_name: str = ""  # what /get_model_name answers; "": ``name``
+    dialect: Dialect = field(default_factory=Dialect)
 
     def check_name(self, name: str | None) -> None:
         """Raises ModelNotFound (404) unless ``name`` is missing or one of ours."""

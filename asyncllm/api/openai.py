@@ -6,12 +6,15 @@ answers are in :mod:`asyncllm.api.openai_reply`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
-from asyncllm.api import chatparts, fields
+from asyncllm.api import chatparts, fields, offers
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import Body, Field, Refused, bad, typed
 from asyncllm.api.generation import Generation, Prompt, Served, temperature
+from asyncllm.api.offers import Offer
+from asyncllm.api.parts import Parting
 from asyncllm.core.request import SamplingParams
 
 F = Field
@@ -88,8 +91,15 @@ CHAT: Final = (
     F(name="continue_final_message", kind="boolean", default=False,
       doc="the last message is the beginning of the answer (extension)"),
     F(name="reasoning_effort", kind="string", doc="handed to the chat template"),
-    F(name="tools", kind="array", doc="only with tool_choice none"),
-    F(name="tool_choice", kind="any", doc="only none"),
+    F(name="tools", kind="array", parse=offers.tools,
+      doc=f"functions the model may call, at most {offers.MAX_TOOLS} and {offers.MAX_TOOLS_CHARS} "
+      "characters of JSON"),
+    F(name="tool_choice", kind="any", parse=offers.choice,
+      doc="none or auto; default: auto if there are tools"),
+    F(name="parallel_tool_calls", kind="boolean", default=True,
+      doc="false: the first call is the only one in the answer"),
+    F(name="separate_reasoning", kind="boolean", default=True,
+      doc="false: reasoning goes into the content (extension)"),
 )  # fmt: skip
 
 UNAVAILABLE: Final = (
@@ -151,14 +161,16 @@ def chat(body: Body, served: Served) -> Generation:
     values = _read(CHAT, CHAT_UNAVAILABLE, body, served)
     if values["messages"] is None:
         bad("messages is missing", "messages")
-    _check_tools(values)
+    offered = _offered(values)
     if values["top_logprobs"] and not values["logprobs"]:
         bad("top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else -1
-    packed = chatparts.pack(values["messages"], None, _template_kwargs(values))
-    return _generation(
+    turns, listed = offers.told(values["messages"], offered, served.dialect)
+    packed = chatparts.pack(turns, listed, _template_kwargs(values))
+    generation = _generation(
         values, served, prompts=(Prompt(chat=packed),), logprobs=logprobs, add_special_tokens=False
     )
+    return replace(generation, parting=_parting(values, offered, generation, served))
 
 
 def _read(
@@ -240,14 +252,33 @@ def _ids(value: Any, name: str, served: Served) -> Prompt:
     return Prompt(ids=column)
 
 
-def _check_tools(values: dict[str, Any]) -> None:
-    choice = values["tool_choice"]
-    if choice not in (None, "none", "auto") or (values["tools"] and choice != "none"):
-        name = "tools" if values["tools"] else "tool_choice"
+def _offered(values: dict[str, Any]) -> Offer:
+    offered = offers.offer(values["tools"], values["tool_choice"])
+    if offered.forced:
         raise NotAvailable(
-            f"{name}: calling tools is not available on this server; tool_choice none is",
-            param=name,
+            "tool_choice: forcing a call is not available on this server; none and auto are",
+            param="tool_choice",
         )
+    return offered
+
+
+def _parting(
+    values: dict[str, Any], offered: Offer, generation: Generation, served: Served
+) -> Parting | None:
+    """What is to be found in the answers; None: nothing."""
+    calls = served.dialect.calls if offered.tools else ""
+    # a grammar holds from the first token on, so there is no reasoning
+    thoughts = "" if generation.params.grammar is not None else served.dialect.reasoning
+    if not calls and not thoughts:
+        return None
+    return Parting(
+        calls=calls,
+        offered=offered.tools,
+        parallel=values["parallel_tool_calls"],
+        reasoning=thoughts,
+        separate=values["separate_reasoning"],
+        continued=values["messages"][-1]["content"] if values["continue_final_message"] else "",
+    )
 
 
 def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:

@@ -210,20 +210,26 @@ class ChatReply(_OpenAIReply):
 
     def end(self, choice: Choice) -> bytes:
         """An empty delta with the finish reason."""
-        return self._event(choice, {}, None, _reason(choice))
+        return self._event(choice, {}, None, self._reason(choice))
 
     def whole(self) -> bytes:
         """The answer in one piece."""
         choices = [
             {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": self._message(choice),
                 "logprobs": self._logprobs(choice, 0) if self._wants_logprobs else None,
-                "finish_reason": _reason(choice),
+                "finish_reason": self._reason(choice),
             }
             for choice in self.answer.choices
         ]
         return self._whole("chat.completion", choices)
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        return {"role": "assistant", "content": choice.text, "refusal": None}
+
+    def _reason(self, choice: Choice) -> str | None:
+        return _reason(choice)
 
     def _event(
         self,

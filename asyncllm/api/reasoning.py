@@ -88,6 +88,20 @@ def make_reasoning(format_name: str, *, opened: bool | None) -> ReasoningParser:
     return _Tagged(_FORMATS[format_name], opened)
 
 
+def detect_format(template: str) -> str | None:
+    """The format of reasoning that a chat template shows; None if it shows none for certain."""
+    plain = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    plain = plain.replace("\\u2581", deepseek.SPACE).replace("\\uff5c", deepseek.BAR)
+    if "<|channel|>analysis" in plain:
+        return "gpt-oss"
+    pairs = [pair for pair in _FORMATS["kimi_k2"].pairs if all(tag in plain for tag in pair)]
+    if not pairs:
+        return None
+    if pairs[-1][0] != "<think>" or "<|tool_calls_section_begin|>" in plain:
+        return "kimi_k2"
+    return "deepseek-r1" if deepseek.BAR in plain else "think"
+
+
 def special_tokens(format_name: str) -> tuple[str, ...]:
     """Marks that are special tokens in some models: they must be in the text that is parsed.
 

@@ -42,6 +42,14 @@ def error_event(error: RequestError, head: bytes = b"data: ") -> bytes:
     return event(errors.body(error), head)
 
 
+def holes(value: Any, mark: str) -> tuple[bytes, ...]:
+    """The event of ``value`` cut at each string ``mark``: ``escaped(text).join`` fills them."""
+    parts = dumps(value).split(f'"{mark}"')
+    parts[0] = "data: " + parts[0]
+    parts[-1] += "\n\n"
+    return tuple(part.encode("utf-8", "replace") for part in parts)
+
+
 def template(value: Any, mark: str, head: bytes = b"data: ") -> tuple[bytes, bytes]:
     """The event of ``value`` cut at the string ``mark``: what goes before and after a text.
 

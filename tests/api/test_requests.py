@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from asyncllm.api import fields, lightllm, openai
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import Field
 from asyncllm.api.generation import Generation, Served
+from asyncllm.api.parts import Dialect
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound, RequestError
 
@@ -230,7 +232,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 @pytest.mark.parametrize(
     "body",
-    [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "auto"}, {"tool_choice": "required"},
+    [{"tools": TOOLS, "tool_choice": "required"},
      {"response_format": {"type": "json_object"}}, {"guided_json": {"type": "object"}},
      {"guided_regex": "a+"}, {"audio": {"voice": "x"}}, {"modalities": ["text", "audio"]},
      {"functions": TOOLS}, {"function_call": "auto"}, {"regular_constraint": "a"}, {"best_of": 2},
@@ -268,15 +270,17 @@ def test_neutral_values_of_unavailable_fields_pass() -> None:
 
 def test_messages_take_the_templates_form() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    served = replace(SERVED, dialect=Dialect(lists_tools=True))
     got = rendered(
-        chat(
-            messages=[
+        openai.chat(
+            {"messages": [
                 {"role": "developer", "content": "be brief", "refusal": None},
                 {"role": "User", "content": [{"type": "text", "text": "a"},
                                              {"type": "text", "text": "b"}], "name": "bo"},
                 {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "hm"},
                 {"role": "tool", "content": "1", "tool_call_id": "c"},
-            ]
+            ]},
+            served,
         )
     )  # fmt: skip
     called = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}, "id": "c"}

@@ -56,9 +56,9 @@ __all__ = [
 
 _PARSERS: Final[dict[str, type[ToolParser]]] = {
     "qwen25": Hermes,
-    "hermes": Hermes,
     "llama3": Llama3,
     "mistral": Mistral,
+    "hermes": Hermes,
     "deepseekv3": DeepSeekV3,
     "qwen3_coder": Qwen3Coder,
     "glm47": Glm47,

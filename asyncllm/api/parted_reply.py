@@ -1,0 +1,108 @@
+"""OpenAI's chat answers with reasoning and tool calls, whole and as chunks.
+
+Knows the JSON shapes; what is reasoning or a call is found by :mod:`asyncllm.api.parts`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asyncllm.api import sse
+from asyncllm.api.answer import REASONS, Answer, Choice, Piece
+from asyncllm.api.openai_reply import MARK, ChatReply
+from asyncllm.api.parts import Parts
+from asyncllm.api.tools import Arguments, Call, CallEnd, CallStart, Event, Reasoning, Text
+
+Delta = dict[str, Any]
+
+
+def chat_reply(answer: Answer) -> ChatReply:
+    """What answers a chat: without reasoning and calls to look for, text goes out as it comes."""
+    return ChatReply(answer) if answer.generation.parting is None else PartedReply(answer)
+
+
+class PartedReply(ChatReply):
+    """/v1/chat/completions where an answer is more than its text."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
+        # by choice, kind of event, and call
+        self._ready: dict[tuple[int, type[Event], int], tuple[bytes, ...]] = {}
+
+    def piece(self, choice: Choice, piece: Piece) -> bytes:
+        """A chunk for each thing found; the first has the log-probabilities of all new tokens."""
+        logprobs = None
+        if self._wants_logprobs and piece.ids:
+            logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids) // 4)
+        return self._news(choice, logprobs)
+
+    def end(self, choice: Choice) -> bytes:
+        """What was held back, then an empty delta with the finish reason."""
+        return self._news(choice, None) + super().end(choice)
+
+    def _news(self, choice: Choice, logprobs: dict[str, Any] | None) -> bytes:
+        out = b""
+        for event in _parts(choice).news():
+            if isinstance(event, CallEnd):
+                continue
+            if logprobs is not None or self._continuous or isinstance(event, CallStart):
+                text = None if isinstance(event, CallStart) else event.text
+                out += self._event(choice, _delta(event, text), logprobs, None)
+                logprobs = None
+            else:
+                out += sse.escaped(event.text).join(self._around(choice, event))
+        if logprobs is not None:
+            out += self._event(choice, {"content": ""}, logprobs, None)
+        return out
+
+    def _around(self, choice: Choice, event: Text | Reasoning | Arguments) -> tuple[bytes, ...]:
+        """The chunk of an event, cut where its text goes."""
+        key = choice.index, type(event), event.index if isinstance(event, Arguments) else 0
+        if (ready := self._ready.get(key)) is None:
+            body = {"delta": _delta(event, MARK), "logprobs": None, "finish_reason": None}
+            ready = self._ready[key] = sse.holes(self._chunk(choice, body), MARK)
+        return ready
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        parts = _parts(choice)
+        bare = bool(parts.calls or parts.reasoning)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if bare and not parts.content else parts.content,
+            "refusal": None,
+        }
+        if parts.thinks:
+            thoughts = parts.reasoning or None
+            message |= {"reasoning": thoughts, "reasoning_content": thoughts}
+        if parts.calls:
+            message["tool_calls"] = [_call(call) for call in parts.calls]
+        return message
+
+    def _reason(self, choice: Choice) -> str | None:
+        if choice.reason is None:
+            return None
+        return _parts(choice).finish_reason(REASONS[choice.reason])
+
+
+def _parts(choice: Choice) -> Parts:
+    assert choice.parts is not None  # they are there when the prompt is accepted
+    return choice.parts
+
+
+def _delta(event: Event, text: str | None) -> Delta:
+    match event:
+        case Reasoning():
+            return {"reasoning": text, "reasoning_content": text}
+        case CallStart():
+            function = {"name": event.name, "arguments": ""}
+            call = {"index": event.index, "id": event.id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        case Arguments():
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": text}}]}
+        case _:
+            return {"content": text}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}

@@ -1,0 +1,180 @@
+"""Tools in requests: checked, chosen, told in the prompt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from asyncllm.api import offers, openai
+from asyncllm.api.errors import NotAvailable
+from asyncllm.api.generation import Generation
+from asyncllm.api.parts import Dialect, dialect_of
+from asyncllm.api.reasoning import detect_format
+from asyncllm.errors import RequestError
+from tests.api.test_requests import HI, SERVED, rendered
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+WEATHER = {"name": "weather", "description": "of a city", "parameters": SCHEMA}
+TOOLS = [{"type": "function", "function": WEATHER}]
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Ü"}'},
+}
+HISTORY = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "12", "tool_call_id": "c1"},
+    {"role": "tool", "content": "13", "tool_call_id": "c1"},
+    {"role": "user", "content": "so?"},
+]
+
+
+def chat(dialect: Dialect, **body: Any) -> Generation:
+    return openai.chat({"messages": HI} | body, replace(SERVED, dialect=dialect))
+
+
+def test_a_template_that_lists_tools_gets_them_and_the_history_as_it_is() -> None:
+    dialect = Dialect(calls="llama3", lists_tools=True)
+    got = chat(dialect, tools=TOOLS, messages=HISTORY)
+    prompt = rendered(got)
+    assert prompt["tools"] == TOOLS
+    assert [m["role"] for m in prompt["messages"]] == [m["role"] for m in HISTORY]
+    assert prompt["messages"][2]["tool_calls"][0]["function"]["arguments"] == {"city": "Ü"}
+    assert got.parting is not None
+    assert (got.parting.calls, [t.name for t in got.parting.offered]) == ("llama3", ["weather"])
+    assert got.parting.shown == ("<|python_tag|>",)
+
+
+def test_any_other_gets_them_in_the_system_message_and_the_history_as_text() -> None:
+    got = chat(Dialect(), tools=TOOLS, messages=HISTORY)
+    prompt = rendered(got)
+    assert prompt["tools"] is None
+    system, user, assistant, results, more = prompt["messages"]
+    assert system["content"].startswith("be brief\n\n")
+    assert json.dumps(WEATHER) in system["content"]
+    assert user == HISTORY[1]
+    written = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ü"}}\n</tool_call>'
+    assert assistant == {"role": "assistant", "content": f"{written}\n{written}"}
+    shown = "<tool_response>\n12\n</tool_response>\n<tool_response>\n13\n</tool_response>"
+    assert results == {"role": "user", "content": shown}
+    assert more == HISTORY[-1]
+    assert got.parting is not None
+    assert got.parting.calls == "hermes"
+    alone = rendered(chat(Dialect(), tools=TOOLS))["messages"]
+    assert [m["role"] for m in alone] == ["system", "user"]
+
+
+@pytest.mark.parametrize("dialect", [Dialect(), Dialect(lists_tools=True)])
+@pytest.mark.parametrize(
+    "body", [{}, {"tools": []}, {"tools": TOOLS, "tool_choice": "none"}, {"tool_choice": "auto"}]
+)
+def test_without_tools_nothing_is_told_and_nothing_looked_for(
+    dialect: Dialect, body: dict[str, Any]
+) -> None:
+    got = chat(dialect, **body)
+    assert (rendered(got)["tools"], rendered(got)["messages"]) == (None, HI)
+    assert got.parting is None
+
+
+def test_reasoning_is_looked_for_where_the_model_reasons() -> None:
+    got = chat(Dialect(reasoning="think"), separate_reasoning=False)
+    assert got.parting is not None
+    assert (got.parting.calls, got.parting.reasoning, got.parting.separate) == ("", "think", False)
+    assert got.parting.shown == ("<think>", "</think>")
+    turns = [*HI, {"role": "assistant", "content": "<think>so"}]
+    going_on = chat(Dialect(reasoning="think"), messages=turns, continue_final_message=True).parting
+    assert going_on is not None
+    assert going_on.continued == "<think>so"
+
+
+def function(**more: Any) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "f"} | more}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": {}}, "tools"),
+        ({"tools": ["f"]}, "tools[0]"),
+        ({"tools": [{}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": function(name=None)}, "tools[0].function.name"),
+        ({"tools": function(name="a b")}, "tools[0].function.name"),
+        ({"tools": function(name="a" * 129)}, "tools[0].function.name"),
+        ({"tools": function(parameters=[])}, "tools[0].function.parameters"),
+        ({"tools": function(description=1)}, "tools[0].function.description"),
+        ({"tools": function() * 2}, "tools[1].function.name"),
+        ({"tools": function() * 129}, "tools"),
+        ({"tools": function(description="a" * offers.MAX_TOOLS_CHARS)}, "tools"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": 1}, "tool_choice"),
+        ({"tool_choice": {}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": TOOLS}, "tool_choice"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ],
+)  # fmt: skip
+def test_bad_tools_are_refused_by_name(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(Dialect(), **body)
+    assert caught.value.param == param
+    assert not isinstance(caught.value, NotAvailable)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [{"type": "web_search"}]},
+        {"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}},
+    ],
+)
+def test_tools_that_are_not_functions_are_not_available(body: dict[str, Any]) -> None:
+    with pytest.raises(NotAvailable, match="not available on this server"):
+        chat(Dialect(), **body)
+
+
+LISTING = "{% for t in tools %}{{ t | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("templates", "flags", "expected"),
+    [
+        ({}, (), Dialect()),
+        ({"default": "{{ messages }}<tool_call>"}, (), Dialect()),
+        ({"default": LISTING}, (), Dialect(lists_tools=True)),
+        ({"default": LISTING + "[TOOL_CALLS]"}, (), Dialect(calls="mistral", lists_tools=True)),
+        ({"default": "{{ messages }}", "tool_use": LISTING + "<arg_key>"}, (),
+         Dialect(calls="glm47", lists_tools=True)),
+        ({"default": "{{ messages }}"}, ("llama3", "qwen3"), Dialect(calls="llama3", reasoning="qwen3")),
+        ({"default": "<think></think>"}, (), Dialect(reasoning="think")),
+    ],
+)  # fmt: skip
+def test_dialect_of_a_template(
+    templates: dict[str, str], flags: tuple[str, ...], expected: Dialect
+) -> None:
+    assert dialect_of(templates, *flags) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages }}", None),
+        ("{# <think> </think> #}{{ messages }}", None),
+        ("{% if x %}<think>{% endif %}", None),
+        ("<think>\n\n</think>", "think"),
+        ("<\uff5cUser\uff5c><think></think>", "deepseek-r1"),
+        ("<\\uff5cUser\\uff5c><think></think>", "deepseek-r1"),
+        ("◁think▷◁/think▷", "kimi_k2"),
+        ("<think></think><|tool_calls_section_begin|>", "kimi_k2"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "gpt-oss"),
+    ],
+)
+def test_reasoning_of_a_template(template: str, expected: str | None) -> None:
+    assert detect_format(template) == expected

@@ -1,0 +1,248 @@
+"""Chat answers with reasoning and tool calls: a stream cut anywhere says what the whole says."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncllm.api import openai
+from asyncllm.api.answer import Answer, Choice
+from asyncllm.api.parted_reply import PartedReply, chat_reply
+from asyncllm.api.parts import Dialect
+from asyncllm.codec import i32
+from asyncllm.core.request import Reason
+from tests.api.test_offers import TOOLS
+from tests.api.test_replies import SERVED, VOCAB, News, events, floats
+from tests.api.tools.answers import EXAMPLES
+
+ARGS = '{"city": "Ü\\n{"}'
+CALL = f'{{"name": "weather", "arguments": {ARGS}}}'
+WEATHER = ("weather", ARGS)
+THINK = "<think>\nwell <tool_call>\n</think>\n\n"
+
+# format of calls, of reasoning; the answer; content, reasoning, calls, finish reason
+Case = tuple[str, str, str, str | None, str | None, list[tuple[str, str]], str]
+CASES: dict[str, Case] = {
+    "text": ("hermes", "", "no < call", "no < call", None, [], "stop"),
+    "empty": ("hermes", "", "", "", None, [], "stop"),
+    "hermes": ("hermes", "", f"ok <tool_call>{CALL}</tool_call>", "ok", None, [WEATHER], "tool_calls"),
+    "two": ("qwen25", "", f"<tool_call>{CALL}\n{CALL}</tool_call>", None, None, [WEATHER] * 2, "tool_calls"),
+    "llama3": ("llama3", "", f"<|python_tag|>{CALL}", None, None, [WEATHER], "tool_calls"),
+    "mistral": ("mistral", "", f"[TOOL_CALLS]weather[ARGS]{ARGS}", None, None, [WEATHER], "tool_calls"),
+    "coder": ("qwen3_coder", "", "<tool_call><function=weather><parameter=city>\nÜ\n</parameter>"
+              "</function></tool_call>", None, None, [("weather", '{"city": "Ü"}')], "tool_calls"),
+    "kimi": ("kimi_k2", "kimi_k2", "◁think▷hm◁/think▷<|tool_calls_section_begin|><|tool_call_begin|>"
+             f"functions.weather:0<|tool_call_argument_begin|>{ARGS}<|tool_call_end|>"
+             "<|tool_calls_section_end|>", None, "hm", [WEATHER], "tool_calls"),
+    "cut": ("hermes", "", '<tool_call>{"name": "weather", "arguments": {"city": "A', None, None,
+            [("weather", '{"city": "A')], "length"),
+    "think": ("", "think", THINK + "Yes", "Yes", "well <tool_call>", [], "stop"),
+    "think and call": ("hermes", "qwen3", f"{THINK}<tool_call>{CALL}</tool_call>", None,
+                       "well <tool_call>", [WEATHER], "tool_calls"),
+    "think without end": ("hermes", "qwen3", "<think>well", None, "well", [], "length"),
+    "silent": ("hermes", "qwen3", "Yes", "Yes", None, [], "stop"),
+    "harmony": ("gpt_oss", "gpt-oss", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+                f"<|channel|>commentary to=functions.weather<|message|>{ARGS}<|call|>", None, "hm",
+                [WEATHER], "tool_calls"),
+}  # fmt: skip
+
+
+def reply(calls: str, thoughts: str, *, head: str = "", **body: Any) -> PartedReply:
+    """A reply whose prompt has been accepted."""
+    dialect = Dialect(calls=calls or "hermes", lists_tools=True, reasoning=thoughts)
+    asked = {"messages": [{"role": "user", "content": "hi"}]} | ({"tools": TOOLS} if calls else {})
+    generation = openai.chat(asked | body, replace(SERVED, dialect=dialect))
+    wants = generation.params.logprobs, -1
+    choices = [Choice(index=i, prompt_idx=0, wants=wants) for i in range(generation.n)]
+    answer = Answer(generation, "id-1", 7, SERVED.name, VOCAB, choices, [array("i")])
+    answer.accept(0, i32([1, 2]), head)
+    made = chat_reply(answer)
+    assert isinstance(made, PartedReply)
+    return made
+
+
+def feed(made: PartedReply, pieces: list[str], reason: Reason, index: int = 0) -> bytes:
+    """One token for each piece; what the stream says."""
+    choice, out = made.answer.choices[index], b""
+    for text in pieces:
+        scored = made.answer.generation.params.logprobs >= 0
+        news = News(text, i32([65]), (text,), floats(-1) if scored else b"")
+        choice.take(news)
+        out += made.piece(choice, news) if made.answer.generation.stream else b""
+    choice.end(reason, 1, "")
+    return out + (made.end(choice) if made.answer.generation.stream else b"")
+
+
+def ending(reason: str) -> Reason:
+    return Reason.LENGTH if reason == "length" else Reason.STOP
+
+
+def joined(chunks: list[Any]) -> dict[str, Any]:
+    """A message made of its deltas, as clients make it."""
+    out: dict[str, Any] = {
+        "content": "",
+        "reasoning": "",
+        "reasoning_content": "",
+        "tool_calls": [],
+    }
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        delta = choice["delta"]
+        assert len(delta.keys() & {"content", "reasoning", "tool_calls"}) <= 1
+        for key in ("content", "reasoning", "reasoning_content"):
+            out[key] += delta.get(key, "")
+        for call in delta.get("tool_calls", []):
+            if call["index"] == len(out["tool_calls"]):
+                assert (call["type"], call["function"]["arguments"]) == ("function", "")
+                out["tool_calls"].append(call)
+                continue
+            assert call.keys() == {"index", "function"}
+            assert call["function"].keys() == {"arguments"}
+            out["tool_calls"][call["index"]]["function"]["arguments"] += call["function"][
+                "arguments"
+            ]
+    return out
+
+
+def called(calls: list[Any]) -> list[tuple[str, str]]:
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_whole_answer(case: Case) -> None:
+    calls, thoughts, text, content, reasoning, found, reason = case
+    made = reply(calls, thoughts)
+    feed(made, [text], ending(reason))
+    body = json.loads(made.whole())
+    (choice,) = body["choices"]
+    message = choice["message"]
+    assert message["content"] == content
+    assert choice["finish_reason"] == reason
+    assert called(message.get("tool_calls", [])) == found
+    ids = [call["id"] for call in message.get("tool_calls", [])]
+    assert len(set(ids)) == len(ids)
+    assert all(call.keys() == {"id", "type", "function"} for call in message.get("tool_calls", []))
+    assert ("reasoning" in message) == bool(thoughts)
+    assert message.get("reasoning") == message.get("reasoning_content") == reasoning
+    assert ("completion_tokens_details" in body["usage"]) == bool(thoughts)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("more", [{}, {"logprobs": True}, {"stream_options": {"continuous_usage_stats": True}}])  # fmt: skip
+@EXAMPLES
+@given(data=st.data())
+def test_a_stream_cut_anywhere_says_the_same(
+    case: Case, more: dict[str, Any], data: st.DataObject
+) -> None:
+    calls, thoughts, text, content, reasoning, found, reason = case
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    made = reply(calls, thoughts, stream=True, **more)
+    chunks = events(feed(made, pieces, ending(reason)))
+    last = chunks.pop()["choices"][0]
+    assert (last["delta"], last["finish_reason"]) == ({}, reason)
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+    message = joined(chunks)
+    assert message["content"] == (content or "")
+    assert message["reasoning"] == message["reasoning_content"] == (reasoning or "")
+    assert called(message["tool_calls"]) == found
+    told = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    scored = sum(len(each["content"]) for each in told if each is not None)
+    assert scored == (len(pieces) if "logprobs" in more else 0)
+
+
+def test_the_bytes_of_chunks() -> None:
+    made = reply("hermes", "think", stream=True)
+    got = feed(made, ["<think>", "é", "</think>", 'a"', f"<tool_call>{CALL}"], Reason.LENGTH)
+    head = (
+        'data: {"id":"id-1","object":"chat.completion.chunk","created":7,"model":"m\\"1",'
+        '"choices":[{"index":0,"delta":'
+    )
+    tail = ',"logprobs":null,"finish_reason":null}]}'
+    thought, content, start, arguments, _, _ = got.decode().split("\n\n")
+    assert thought == head + '{"reasoning":"é","reasoning_content":"é"}' + tail
+    assert content == head + '{"content":"a\\""}' + tail
+    call_id = made.answer.choices[0].parts.calls[0].id  # type: ignore[union-attr]
+    called = f'{{"index":0,"id":"{call_id}","type":"function","function":{{"name":"weather","arguments":""}}}}'
+    assert start == head + f'{{"tool_calls":[{called}]}}' + tail
+    told = f'{{"index":0,"function":{{"arguments":{json.dumps(ARGS, ensure_ascii=False)}}}}}'
+    assert arguments == head + f'{{"tool_calls":[{told}]}}' + tail
+
+
+def test_without_parallel_calls_only_the_first_is_told() -> None:
+    text = f"<tool_call>{CALL}</tool_call> <tool_call>{CALL}</tool_call>"
+    made = reply("hermes", "", parallel_tool_calls=False)
+    feed(made, list(text), Reason.STOP)
+    (choice,) = json.loads(made.whole())["choices"]
+    assert called(choice["message"]["tool_calls"]) == [WEATHER]
+    assert choice["finish_reason"] == "tool_calls"
+    streamed = reply("hermes", "", parallel_tool_calls=False, stream=True)
+    chunks = events(feed(streamed, list(text), Reason.STOP))
+    assert called(joined(chunks)["tool_calls"]) == [WEATHER]
+
+
+def test_each_choice_has_its_own_parts() -> None:
+    made = reply("hermes", "", n=2)
+    feed(made, list("no"), Reason.STOP, 1)
+    feed(made, list(f"<tool_call>{CALL}</tool_call>"), Reason.STOP, 0)
+    first, second = json.loads(made.whole())["choices"]
+    assert called(first["message"]["tool_calls"]) == [WEATHER]
+    assert (first["finish_reason"], second["finish_reason"]) == ("tool_calls", "stop")
+    assert second["message"] == {"role": "assistant", "content": "no", "refusal": None}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_in_the_content(stream: bool) -> None:
+    made = reply("hermes", "think", separate_reasoning=False, stream=stream)
+    text = f"{THINK}Yes <tool_call>{CALL}</tool_call>"
+    out = feed(made, list(text), Reason.STOP)
+    if stream:
+        message = joined(events(out))
+        assert message["reasoning"] == ""
+    else:
+        message = json.loads(made.whole())["choices"][0]["message"]
+        assert message["reasoning"] is None
+    assert message["content"] == "well <tool_call>\n\nYes"
+    assert called(message["tool_calls"]) == [WEATHER]
+
+
+@pytest.mark.parametrize(
+    ("head", "continued", "text", "reasoning", "content"),
+    [
+        ("<think>\n", "", "hm</think>a", "hm", "a"),
+        ("<think>\n\n</think>\n\n", "", "<think>hm</think>a", None, "<think>hm</think>a"),
+        ("assistant\n", "", "<think>hm</think>a", "hm", "a"),
+        ("assistant\n", "<think>well", " hm</think>a", "hm", "a"),
+        ("assistant\n", "so ", "<think>hm</think>a", None, "<think>hm</think>a"),
+    ],
+)
+def test_the_prompt_says_where_the_answer_begins(
+    head: str, continued: str, text: str, reasoning: str | None, content: str
+) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": continued}]
+    body = {"messages": turns, "continue_final_message": True} if continued else {}
+    made = reply("", "think", head=head, **body)
+    feed(made, list(text), Reason.STOP)
+    message = json.loads(made.whole())["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (reasoning, content)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_tokens_of_reasoning_are_counted_however_they_come(together: bool) -> None:
+    pieces = ["hm", "", " well", "</think>", "a", "b"]
+    made = reply("", "think", head="<think>", stream=True)
+    if together:
+        (choice,) = made.answer.choices
+        choice.take(News("".join(pieces), i32([65] * 6), tuple(pieces)))
+        choice.end(Reason.STOP, 1, "")
+    else:
+        feed(made, pieces, Reason.STOP)
+    usage = made.answer.usage()
+    assert usage["completion_tokens"] == 6
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 4}
