@@ -112,6 +112,11 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     Raises:
         StartupError: nothing is left for K/V, or the given number of slots does not fit.
     """
+    if (sizes.num_lanes + 1) * sizes.max_len >= 1 << 31:
+        raise StartupError(
+            f"--running_max_req_size {sizes.num_lanes:,} times --max_req_total_len "
+            f"{sizes.max_len:,} is more than 2^31 positions; lower one of them"
+        )
     width = DTYPE_BYTES[sizes.dtype]
     shard = shard_heads(spec.num_q_heads, spec.num_kv_heads, sizes.tp, 0)
     weights = _local_weights(spec, sizes.tp, shard.q_heads, shard.kv_heads) * width

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncllm.engine.graphs import Bucket, Graphs
@@ -41,7 +40,6 @@ class Work:
     scored: list[Scored]
     columns: Columns
     masks: Columns  # of rows that a grammar constrains; {}: none
-    history: list[tuple[int, NDArray[np.int32]]]  # lanes whose known tokens must be written first
     penalty_len: int  # longest history of a penalised row; 0: none
 
 
@@ -110,11 +108,6 @@ class Engine:
 
     def prepare(self, plan: StepPlan) -> Work:
         """Read ``plan``; host work only. Plans must come in order: lanes are opened here."""
-        history = [
-            (number, np.frombuffer(known, np.int32))
-            for number, _, _, known in plan.opened
-            if len(known)
-        ]
         self.lanes.open(plan)
         rows = unpack(plan, self.max_len)
         choice, scored = self.lanes.choice(rows), self.lanes.scores(rows)
@@ -137,20 +130,20 @@ class Engine:
         penalty_len = self._penalty_columns(rows, choice, columns)
         for i, part in enumerate(scored):
             columns[f"targets{i}"] = part.targets
+        columns |= self._known_columns(plan)
         masks = mask_columns(plan, rows)
-        return Work(plan.step, rows, bucket, choice, scored, columns, masks, history, penalty_len)
+        return Work(plan.step, rows, bucket, choice, scored, columns, masks, penalty_len)
 
     @torch.inference_mode()
     def execute(self, work: Work) -> Outputs:
         """Run the step; returns as soon as everything is queued on the device."""
         rows = work.rows
-        for lane, known in work.history:
-            column = self._uploader.upload({"known": known})["known"]
-            self.history[lane, : len(known)] = column
         # not among the columns: a graph's place for those is too small for many masks
         masks = self._uploader.upload(work.masks) if work.masks else {}
         masks = {name: column.clone() for name, column in masks.items()}
         d = self._uploader.upload(work.columns) | masks
+        if "known" in d:
+            self.history.view(-1).index_copy_(0, d["known_where"].long(), d["known"])
         if "writes" in d:
             self.table.view(-1).index_copy_(0, d["writes"].long(), d["write_slots"])
         if work.bucket is not None:
@@ -279,6 +272,17 @@ class Engine:
             pieces.append(self.sampler.log_probs(logits, some, part.num_top))
         chosen, ids, top = (torch.cat(column) for column in zip(*pieces, strict=True))
         return part, chosen, ids, top
+
+    def _known_columns(self, plan: StepPlan) -> Columns:
+        """Tokens of opened lanes that the history must hold before penalties read it."""
+        lanes = [(lane, np.frombuffer(ids, np.int32)) for lane, _, _, ids in plan.opened if ids]
+        if not lanes:
+            return {}
+        where = [np.arange(len(ids), dtype=np.int32) + lane * self.max_len for lane, ids in lanes]
+        return {
+            "known_where": np.concatenate(where, dtype=np.int32),
+            "known": np.concatenate([ids for _, ids in lanes]),
+        }
 
     def _penalty_columns(self, rows: Rows, choice: Choice, columns: Columns) -> int:
         if not choice.penalized:

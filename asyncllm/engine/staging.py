@@ -16,8 +16,8 @@ from asyncllm.messages import StepPlan
 
 I32 = NDArray[np.int32]
 Columns = dict[str, NDArray[np.int32] | NDArray[np.float32]]
-RING = 4  # staging buffers: more than steps in flight on any rank
-FIXED_WORDS = 1 << 20  # int32 words of the place on the device; steps with more are eager
+RING = 8  # staging buffers: two a step at the most, of more steps than are in flight on any rank
+FIXED_WORDS = 1 << 20  # int32 words of the place on the device
 
 
 @dataclass(slots=True)
@@ -115,9 +115,11 @@ class Uploader:
             at += size
         device = host[:total]
         if self._cuda:
-            fits = total <= FIXED_WORDS
-            place = self._place[:total] if fits else torch.empty_like(device, device=self._device)
-            device = place.copy_(device, non_blocking=True)
+            if total <= FIXED_WORDS:
+                device = self._place[:total].copy_(device, non_blocking=True)
+            else:
+                device = device.to(self._device, non_blocking=True)
+                self._place.copy_(device[:FIXED_WORDS])  # a graph reads its columns there
             event = torch.cuda.Event()
             event.record()
             self._events[self._turn] = event
