@@ -32,7 +32,8 @@ from asyncllm.api.answer import Answer, Reply
 from asyncllm.api.anthropic_reply import MessageReply
 from asyncllm.api.generation import Generation
 from asyncllm.api.lightllm_reply import NativeReply
-from asyncllm.api.openai_reply import ChatReply, CompletionReply, model, models
+from asyncllm.api.openai_reply import CompletionReply, model, models
+from asyncllm.api.parted_reply import chat_reply
 from asyncllm.api.responses_reply import ResponseReply
 from asyncllm.errors import RequestError
 
@@ -130,7 +131,7 @@ class Routes:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(
-            request, lambda body: openai.chat(body, self._front.served), ChatReply, "chatcmpl-"
+            request, lambda body: openai.chat(body, self._front.served), chat_reply, "chatcmpl-"
         )
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:

@@ -1,0 +1,138 @@
+"""Tool calls and reasoning as clients see them: scripted answers over a real socket."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from asyncllm.api.parts import Dialect
+from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.messages import Accepted, Tokenize
+from tests.api.test_offers import TOOLS
+from tests.api.test_parted_reply import ARGS, CALL, THINK, WEATHER, called, joined
+from tests.e2e.fake_server import Server
+from tests.e2e.test_api import CHAT, HI, live
+
+# format of calls, of reasoning, the end of the prompt; the answer; content, reasoning, calls
+Script = tuple[str, str, str, str, str | None, str | None, list[tuple[str, str]]]
+SCRIPTS: dict[str, Script] = {
+    "hermes": ("hermes", "", "", f"ok <tool_call>{CALL}</tool_call>", "ok", None, [WEATHER]),
+    "llama3": ("llama3", "", "", f"{CALL}; {CALL}", None, None, [WEATHER] * 2),
+    "mistral": ("mistral", "", "", f"[TOOL_CALLS][{CALL}]", None, None, [WEATHER]),
+    "glm47": ("glm47", "glm45", "<think>", "hm</think><tool_call>weather<arg_key>city</arg_key>"
+              "<arg_value>Ü</arg_value></tool_call>", None, "hm", [("weather", '{"city": "Ü"}')]),
+    "qwen3": ("qwen25", "qwen3", "assistant\n", f"{THINK}<tool_call>{CALL}</tool_call>", None,
+              "well <tool_call>", [WEATHER]),
+    "harmony": ("gpt_oss", "gpt-oss", "<|start|>assistant", "<|channel|>analysis<|message|>hm<|end|>"
+                f"<|start|>assistant<|channel|>commentary to=functions.weather<|message|>{ARGS}",
+                None, "hm", [WEATHER]),
+}  # fmt: skip
+
+
+def script(server: Server, head: str, text: str, reason: Reason = Reason.STOP) -> None:
+    """Answer every request with ``text``, a byte at a time."""
+
+    def answer(msg: Tokenize) -> None:
+        server.model.front.tell(Accepted(msg.rids[0], b"\x01\0\0\0" * 2, head))
+        params, raw = SamplingParams.unpack(msg.params), text.encode()
+        for rid in msg.rids:
+            held = b""
+            for i, byte in enumerate(raw):
+                held += bytes([byte])
+                try:
+                    shown, held = held.decode(), b""
+                except UnicodeDecodeError:
+                    shown = ""
+                server.model.delta(rid, [byte], params, text=shown, first=i)
+            server.model.finish(rid, 2, len(raw), reason)
+
+    server.model.answer = answer  # type: ignore[method-assign]
+
+
+async def formats(server: Server, case: Script) -> None:
+    calls, thoughts, head, text, content, reasoning, found = case
+    dialect = Dialect(calls=calls, lists_tools=True, reasoning=thoughts)
+    server.front.served = replace(server.front.served, dialect=dialect)
+    script(server, head, text)
+    asked: dict[str, Any] = {"messages": HI, "tools": TOOLS, "n": 2}
+    status, body = await server.post(CHAT, asked)
+    assert status == 200
+    for choice in body["choices"]:
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] == content
+        assert choice["message"].get("reasoning_content") == reasoning
+        assert called(choice["message"]["tool_calls"]) == found
+    ids = [call["id"] for choice in body["choices"] for call in choice["message"]["tool_calls"]]
+    assert len(set(ids)) == len(ids) == 2 * len(found)
+    streamed = await server.chunks(CHAT, asked | {"stream_options": {"include_usage": True}})
+    usage = streamed.pop()["usage"]
+    assert usage == body["usage"]
+    assert usage["completion_tokens"] == 2 * len(text.encode())
+    if thoughts:
+        assert usage["completion_tokens_details"]["reasoning_tokens"] >= 2 * len(reasoning or "")
+    for index in range(2):
+        own = [c for c in streamed if c["choices"][0]["index"] == index]
+        assert own[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        message = joined(own)
+        assert message["content"] == (content or "")
+        assert message["reasoning"] == (reasoning or "")
+        assert called(message["tool_calls"]) == found
+        assert own[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert server.model.asked[0].shown == server.model.asked[1].shown != ()
+
+
+@pytest.mark.parametrize("case", SCRIPTS.values(), ids=SCRIPTS)
+def test_formats(case: Script) -> None:
+    live()(formats)(case=case)
+
+
+@live()
+async def test_a_call_that_is_cut(server: Server) -> None:
+    script(server, "", '<tool_call>{"name": "weather", "arguments": {"city', Reason.LENGTH)
+    asked = {"messages": HI, "tools": TOOLS, "logprobs": True}
+    _, body = await server.post(CHAT, asked)
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "length"
+    assert called(choice["message"]["tool_calls"]) == [("weather", '{"city')]
+    assert len(choice["logprobs"]["content"]) == body["usage"]["completion_tokens"]
+    chunks = await server.chunks(CHAT, asked)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    scored = [c["choices"][0]["logprobs"] for c in chunks]
+    told = [entry for each in scored if each is not None for entry in each["content"]]
+    assert told == choice["logprobs"]["content"]
+
+
+@live()
+async def test_without_tools_marks_are_text(server: Server) -> None:
+    text = f"<think>a</think><tool_call>{CALL}</tool_call>"
+    script(server, "", text)
+    _, body = await server.post(CHAT, {"messages": HI, "tools": TOOLS, "tool_choice": "none"})
+    (choice,) = body["choices"]
+    assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    assert "completion_tokens_details" not in body["usage"]
+    assert server.model.asked[0].shown == ()
+
+
+@live()
+async def test_a_turn_with_calls_comes_back_to_the_template(server: Server) -> None:
+    script(server, "", f"<tool_call>{CALL}</tool_call>")
+    _, first = await server.post(CHAT, {"messages": HI, "tools": TOOLS})
+    message = first["choices"][0]["message"]
+    result = {"role": "tool", "content": "12", "tool_call_id": message["tool_calls"][0]["id"]}
+    again = {"messages": [*HI, message, result], "tools": TOOLS}
+    for lists_tools in (False, True):
+        dialect = Dialect(lists_tools=lists_tools)
+        server.front.served = replace(server.front.served, dialect=dialect)
+        status, _ = await server.post(CHAT, again)
+        assert status == 200
+    assert server.model.asked[-1].chat is not None
+    _, assistant, answered = json.loads(server.model.asked[-1].chat)["messages"]
+    assert assistant["tool_calls"][0]["function"] == json.loads(CALL)
+    assert answered == result
+    assert server.model.asked[-2].chat is not None
+    roles = [m["role"] for m in json.loads(server.model.asked[-2].chat)["messages"]]
+    assert roles == ["system", "user", "assistant", "user"]
