@@ -253,7 +253,8 @@ def document(served: Served, *, secured: bool) -> dict[str, Any]:
     for route in ROUTES:
         for method in route.methods:
             paths.setdefault(route.path, {})[method] = _operation(route, method, secured)
-    components: dict[str, Any] = {"schemas": _bodies() | shapes.ANSWERS}
+    token = {"type": "integer", "minimum": 0, "maximum": served.vocab_size - 1}
+    components: dict[str, Any] = {"schemas": {"Token": token} | _bodies() | shapes.ANSWERS}
     whole: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -292,7 +293,7 @@ def _operation(route: Route, method: str, secured: bool) -> dict[str, Any]:
     if route.answer:
         answers["application/json"] = {"schema": shapes.ref(route.answer)}
     if route.streams:
-        answers["text/event-stream"] = {"schema": {"type": "string"}}
+        answers["text/event-stream"] = {"schema": shapes.ref("Event")}
     if route.media:
         answers[route.media] = {"schema": {"type": "string"}}
     operation["responses"] = {"200": {"description": REASONS[200], "content": answers}}

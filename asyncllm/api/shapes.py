@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from asyncllm.api import chatparts, fields
+from asyncllm.api import chatparts
 from asyncllm.api.fields import Field
 
 Schema = dict[str, Any]
@@ -17,7 +17,7 @@ STRING: Final[Schema] = {"type": "string"}
 INTEGER: Final[Schema] = {"type": "integer"}
 NUMBER: Final[Schema] = {"type": "number"}
 MAYBE_STRING: Final[Schema] = {"type": ["string", "null"]}
-TOKEN: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": fields.MAX_INT32}
+TOKEN: Final[Schema] = {"$ref": "#/components/schemas/Token"}  # its end is the model's
 
 
 def ref(name: str) -> Schema:
@@ -46,19 +46,32 @@ def some(items: Schema) -> Schema:
 
 
 def one_of(*values: Any) -> Schema:
+    """One of these."""
     return {"enum": list(values)}
+
+
+def _any_case(word: str) -> str:
+    return "".join(f"[{char}{char.upper()}]" for char in word)
 
 
 # -- in ----------------------------------------------------------------------------------------
 
 _PART: Final[Schema] = {
-    "anyOf": [STRING, {"type": "object", "properties": {"type": STRING}, "required": ["type"]}]
+    "anyOf": [
+        STRING,
+        made(type=one_of("text", "input_text", "output_text"), text=STRING),
+        made(type=one_of("refusal"), refusal=STRING),
+    ]
 }
 _PARTS: Final[Schema] = some(_PART)
 CHAT_MESSAGE: Final[Schema] = {
     "type": "object",
     "properties": {
-        "role": {"type": "string", "description": f"one of {', '.join(chatparts.ROLES)}"},
+        "role": {
+            "type": "string",
+            "description": f"one of {', '.join(chatparts.ROLES)}, in any case",
+            "pattern": f"^({'|'.join(map(_any_case, chatparts.ROLES))})$",
+        },
         "content": {"anyOf": [STRING, _PARTS, {"type": "null"}]},
         "name": MAYBE_STRING,
         "tool_call_id": MAYBE_STRING,
@@ -140,6 +153,12 @@ def _one_or_more(schema: Schema) -> Schema:
 
 
 ANSWERS: Final[dict[str, Schema]] = {
+    # one event of a stream; what its data may be is in the API's description
+    "Event": {
+        "type": "object",
+        "properties": {"event": STRING, "data": STRING},
+        "required": ["data"],
+    },
     "Error": made(
         closed=True,
         error=made(message=STRING, type=STRING, param=MAYBE_STRING, code=MAYBE_STRING),

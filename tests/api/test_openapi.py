@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
-from asyncllm.api import openapi, tables
+from asyncllm.api import openai, openapi, tables
 from asyncllm.api.fields import Field
 from tests.api.test_requests import SERVED
 
@@ -61,6 +62,19 @@ def test_ranges_and_nulls() -> None:
     assert schemas["ChatRequest"]["required"] == ["messages"]
     choice = Field(name="x", kind="string", doc="", choices=("a", "b"), default="a")
     assert openapi.of_field(choice) == {"description": "", "enum": ["a", "b", None], "default": "a"}
+
+
+def test_token_ids_end_with_the_vocabulary() -> None:
+    token = DOC["components"]["schemas"]["Token"]
+    assert token == {"type": "integer", "minimum": 0, "maximum": SERVED.vocab_size - 1}
+
+
+def test_roles_in_any_case() -> None:
+    message = openapi.of_field(next(f for f in openai.CHAT if f.name == "messages"))
+    pattern = message["anyOf"][0]["items"]["properties"]["role"]["pattern"]
+    assert re.search(pattern, "User")
+    assert re.search(pattern, "system")
+    assert not re.search(pattern, "users")
 
 
 def test_the_document_is_whole() -> None:
