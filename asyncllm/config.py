@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from asyncllm.api import reasoning, tools
 from asyncllm.errors import StartupError
 
 # the chapters of LightLLM's option reference, then our own
@@ -253,8 +254,14 @@ class Config:
         help="token ids that end an answer; default: those of the model's configuration",
     )  # fmt: skip
     tool_call_parser: str | None = flag(
-        None, group=MEMORY, choices=("qwen25", "llama3", "mistral"), unavailable=(ANY,),
-        help="format in which the model writes tool calls",
+        None, group=MEMORY, choices=tools.FORMATS,
+        help="format in which the model writes tool calls; default: the one that its chat template "
+        "shows, hermes where it shows none",
+    )  # fmt: skip
+    reasoning_parser: str | None = flag(
+        None, group=MEMORY, choices=reasoning.FORMATS,
+        help="format of what the model thinks before it answers; default: the one that its chat "
+        "template shows for certain, else all is content",
     )  # fmt: skip
     disable_dynamic_prompt_cache: bool = flag(
         False, group=MEMORY, help="do not reuse the KV of equal prompt beginnings"

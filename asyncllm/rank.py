@@ -36,6 +36,7 @@ from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import EXIT_HUNG, Duty, Means, Watchdog, dump_stacks
 from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
+from asyncllm.api.parts import dialect_of
 from asyncllm.config import FLAGS, Config, Resolved, resolve_limits
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
@@ -312,6 +313,7 @@ def _frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
             max_len=resolved.max_req_total_len,
             vocab_size=p.spec.vocab_size,
             created=int(time.time()),
+            dialect=dialect_of(text.templates, config.tool_call_parser, config.reasoning_parser),
         ),
         vocab=Vocab(
             piece=lambda i: pieces[i] if i < len(pieces) else b"",

@@ -152,7 +152,6 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
         (["--dp", "2"], "not available yet"),
         (["--mode", "triton_int8kv", "ppl_fp16"], "--mode triton_int8kv ppl_fp16 is not available"),
         (["--load_way", "DS"], "not available yet"),
-        (["--tool_call_parser", "qwen25"], "not available yet"),
         (["--use_config_server_to_init_nccl"], "not available yet"),
         (["--pd_master_port", "1"], "it counts with --run_mode prefill or decode"),
         (["--nccl_port", "1"], "it counts with --tp above 1"),

@@ -69,6 +69,7 @@ OURS: dict[str, Any] = {
     "disable_dynamic_prompt_cache": False,
     "disable_cudagraph": False,
     "max_waiting": 1024,
+    "reasoning_parser": None,
     "check": False,
     "drain_timeout": 30.0,
     "step_timeout": 120.0,
@@ -93,6 +94,15 @@ def test_options_and_defaults_are_the_documented_ones_and_ours() -> None:
     assert values.pop("explicit") == frozenset()
     assert values == DOCUMENTED | OURS
     assert set(FLAGS) == set(values)
+
+
+def test_parsers_begin_with_the_documented_ones() -> None:
+    names = FLAGS["tool_call_parser"].choices
+    assert names[:3] == ("qwen25", "llama3", "mistral")
+    assert {"hermes", "deepseekv3", "qwen3_coder", "glm47", "kimi_k2"} <= set(names)
+    assert {"deepseek-r1", "qwen3", "glm45", "gpt-oss", "kimi_k2", "think"} == set(
+        FLAGS["reasoning_parser"].choices
+    )
 
 
 def test_moved_defaults_say_so() -> None:
@@ -132,7 +142,8 @@ def test_moved_defaults_say_so() -> None:
         ("node_rank", -1),
         ("nccl_port", 70000),
         ("mode", ("fast",)),
-        ("tool_call_parser", "xml"),
+        ("tool_call_parser", "json"),
+        ("reasoning_parser", "on"),
         ("drain_timeout", -1.0),
         ("drain_timeout", float("inf")),
         ("step_timeout", 0.0),
@@ -160,6 +171,8 @@ def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
         ("data_type", "float32"),
         ("zmq_mode", "tcp://"),
         ("tokenizer_mode", "slow"),
+        *(("tool_call_parser", name) for name in FLAGS["tool_call_parser"].choices),
+        *(("reasoning_parser", name) for name in FLAGS["reasoning_parser"].choices),
     ],
 )
 def test_edge_values_are_accepted(name: str, value: Any) -> None:
@@ -181,7 +194,6 @@ UNAVAILABLE = [
     ("dp", 2),
     ("load_way", "DS"),
     ("use_config_server_to_init_nccl", True),
-    *(("tool_call_parser", name) for name in FLAGS["tool_call_parser"].choices),
     *(("mode", (name,)) for name in FLAGS["mode"].choices),
 ]
 
