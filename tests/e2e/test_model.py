@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -149,3 +151,32 @@ def test_min_and_max_new_tokens(server: Server) -> None:
     assert reply["choices"][0]["finish_reason"] == "length"
     long = server.post("/v1/chat/completions", {**chat, "max_tokens": 60, "min_tokens": 60})
     assert long["usage"]["completion_tokens"] == 60
+
+
+def test_tools_are_offered_and_the_answer_has_a_valid_shape(server: Server) -> None:
+    """Whatever the model says: it is small, and its template knows no tools."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    asked = "Call the function weather for Rome, in the given format."
+    turns: list[dict[str, Any]] = [{"role": "user", "content": asked}]
+    body = {"messages": turns, "tools": [tool], "temperature": 0,
+            "max_tokens": 96, "tool_choice": "auto"}  # fmt: skip
+    bare = server.post("/v1/chat/completions", {**body, "tools": None})
+    whole = server.post("/v1/chat/completions", body)
+    assert whole["usage"]["prompt_tokens"] > bare["usage"]["prompt_tokens"] + 50
+    (choice,) = whole["choices"]
+    message, calls = choice["message"], choice["message"].get("tool_calls", [])
+    assert message.keys() - {"tool_calls"} == {"role", "content", "refusal"}
+    assert message["content"] or calls
+    for call in calls:
+        assert call["function"]["name"]
+        if choice["finish_reason"] == "tool_calls":
+            assert isinstance(json.loads(call["function"]["arguments"]), dict)
+    assert choice["finish_reason"] in (["tool_calls", "length"] if calls else ["stop", "length"])
+    result = {"role": "tool", "content": "21 degrees", "tool_call_id": "call_1"}
+    call = {"id": "call_1", "type": "function",
+            "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}  # fmt: skip
+    turns = [*turns, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    after = server.post("/v1/chat/completions", {**body, "messages": turns})
+    assert after["choices"][0]["message"]["role"] == "assistant"
+    assert after["usage"]["prompt_tokens"] > whole["usage"]["prompt_tokens"]
