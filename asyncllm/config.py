@@ -253,6 +253,11 @@ class Config:
         (), group=MEMORY, nargs="+", check=at_least(0), metavar="ID",
         help="token ids that end an answer; default: those of the model's configuration",
     )  # fmt: skip
+    output_constraint_mode: str = flag(
+        "xgrammar", group=MEMORY, choices=("xgrammar", "none"),
+        help="what makes outputs follow a JSON schema, regular expression or grammar; none: such "
+        "requests are refused (LightLLM's default is none)",
+    )  # fmt: skip
     tool_call_parser: str | None = flag(
         None, group=MEMORY, choices=tools.FORMATS,
         help="format in which the model writes tool calls; default: the one that its chat template "

@@ -29,8 +29,9 @@ from asyncllm.actors.base import Actor
 from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.frontend import Frontend, Limits
 from asyncllm.actors.gate import Access
+from asyncllm.actors.grammar import GrammarKeeper
 from asyncllm.actors.runner import Runner
-from asyncllm.actors.scheduler import Scheduler
+from asyncllm.actors.scheduler import Scheduler, unconstrained
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import EXIT_HUNG, Duty, Means, Watchdog, dump_stacks
@@ -41,6 +42,7 @@ from asyncllm.config import FLAGS, Config, Resolved, resolve_limits
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
+from asyncllm.engine.grammar import Grammars
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.engine.parallel import Alone, Group, TensorParallel
 from asyncllm.environment import cache_dir, cpu_count
@@ -78,6 +80,7 @@ class Parts:
     device: CpuDevice | CudaDevice | None
     group: Group
     num_slots: int
+    grammars: Grammars | None = None  # of rank 0, unless constrained output is off
 
 
 # -- start ---------------------------------------------------------------------------------------
@@ -226,7 +229,15 @@ def load_parts(boot: Boot, spec: ModelSpec) -> Parts:
         logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))
     boot = replace(boot, resolved=resolved)
     device = _load_device(boot, spec, group, where, num_slots)
-    return Parts(boot, spec, text, device, group, num_slots)
+    return Parts(boot, spec, text, device, group, num_slots, _load_grammars(boot, spec, text))
+
+
+def _load_grammars(boot: Boot, spec: ModelSpec, text: Text | None) -> Grammars | None:
+    if boot.endpoint or text is None or boot.config.output_constraint_mode == "none":
+        return None
+    with log.phase("load grammars"):
+        pieces = [b"" if i in text.special else piece for i, piece in enumerate(text.pieces)]
+        return Grammars(pieces, spec.vocab_size, boot.resolved.eos_ids)
 
 
 def _load_device(
@@ -277,6 +288,7 @@ def _scheduler(p: Parts) -> Actor[Any]:
         chunked_prefill_size=resolved.chunked_prefill_size,
         eos_ids=resolved.eos_ids,
         runners=range(p.boot.config.tp),
+        constrain=unconstrained if p.grammars is None else p.grammars.constrain,
     )
 
 
@@ -336,7 +348,8 @@ def _frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
 # the others.
 PLACEMENT: dict[str, tuple[str, ...]] = {
     "leader": (
-        "allocator", "scheduler", "runner", "detokenizer", "tokenizer", "frontend", "watchdog",
+        "allocator", "grammar", "scheduler", "runner", "detokenizer", "tokenizer", "frontend",
+        "watchdog",
     ),
     "follower": ("runner", "watchdog"),
     "http": ("detokenizer", "tokenizer", "frontend", "watchdog"),
@@ -491,6 +504,7 @@ def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[Actor
     made: dict[str, Actor[Any]] = {}
     makers: dict[str, Callable[[Parts], Actor[Any]]] = {
         "allocator": _allocator,
+        "grammar": lambda p: GrammarKeeper(p.grammars),
         "scheduler": _scheduler,
         "runner": _runner,
         "detokenizer": _detokenizer,

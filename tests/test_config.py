@@ -57,6 +57,7 @@ DOCUMENTED: dict[str, Any] = {
     "mode": (),
 }
 OURS: dict[str, Any] = {
+    "output_constraint_mode": "xgrammar",
     "api_key": (),
     "ssl_certfile": None,
     "ssl_keyfile": None,

@@ -11,7 +11,7 @@ import contextlib
 import json
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 import numpy as np
@@ -23,6 +23,8 @@ from asyncllm.errors import PromptTooLong, RequestError, ServerBusy
 from asyncllm.messages import (
     Abort,
     Accepted,
+    Compile,
+    Compiled,
     Count,
     Counted,
     Finished,
@@ -38,7 +40,7 @@ HEAD_CHARS = 256  # of a chat's prompt that the frontend gets: more than any mar
 MIN_CHARS_PER_TOKEN = 16
 LIMIT_FLAG = "--max_req_total_len"
 
-Inbox = Tokenize | Abort | Count | Prepared
+Inbox = Tokenize | Abort | Count | Prepared | Compiled
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +50,10 @@ class _Job:
     msg: Tokenize | Count
     alive: list[int]
     head: str = ""  # see Accepted
+    ids: bytes = b""  # once they are known
+    params: SamplingParams = field(
+        default_factory=SamplingParams
+    )  # with max_new_tokens, of a Tokenize
 
 
 class Tokenizer(Actor[Inbox]):
@@ -97,6 +103,7 @@ class Tokenizer(Actor[Inbox]):
         self.frontend = self.system.ref("frontend")
         self.detokenizer = self.system.ref("detokenizer")
         self.scheduler = self.system.ref("scheduler", 0)
+        self.grammar = self.system.ref("grammar", 0)
 
     def receive(self, batch: list[Inbox]) -> None:
         # An Abort went to the scheduler too, which has ignored it by now: so an Abort in hand ends
@@ -109,6 +116,8 @@ class Tokenizer(Actor[Inbox]):
             match msg:
                 case Prepared():
                     self._prepared(msg)
+                case Compiled():
+                    self._compiled(msg)
                 case Abort() | Tokenize() | Count():
                     pass
                 case _:
@@ -116,8 +125,7 @@ class Tokenizer(Actor[Inbox]):
         for number in whole:
             if job := self._jobs.get(number):
                 if isinstance(job.msg, Tokenize) and job.msg.ids is not None:
-                    self._forget(number, job)
-                    self._answer(job, job.msg.ids)
+                    self._answer(number, job, job.msg.ids)
                 else:
                     self._wait(number, job)
 
@@ -181,13 +189,21 @@ class Tokenizer(Actor[Inbox]):
         if (job := self._jobs.get(msg.job)) is None:
             return
         job.head = msg.head
+        if msg.detail:
+            self._forget(msg.job, job)
+            self._refuse(job, _error(msg))
+        else:
+            self._answer(msg.job, job, msg.ids)
+
+    def _compiled(self, msg: Compiled) -> None:
+        if (job := self._jobs.get(msg.job)) is None:
+            return
         self._forget(msg.job, job)
         if msg.detail:
-            error = RequestError(msg.detail, code=msg.code or None)
-            error.status = msg.status
-            self._refuse(job, error)
+            self._refuse(job, _error(msg))
         else:
-            self._answer(job, msg.ids)
+            assert isinstance(job.msg, Tokenize)
+            self._submit(job, job.msg)
 
     def _abort(self, rid: int) -> None:
         """A request that has not been submitted ends here; any other is the scheduler's."""
@@ -233,17 +249,29 @@ class Tokenizer(Actor[Inbox]):
 
     # -- answers -------------------------------------------------------------------------------------
 
-    def _answer(self, job: _Job, ids: bytes) -> None:
+    def _answer(self, number: int, job: _Job, ids: bytes) -> None:
+        """The ids are there; a grammar must be ready before its request is accepted."""
         msg = job.msg
         if isinstance(msg, Count):
+            self._forget(number, job)
             self.frontend.tell(Counted(msg.query, len(ids) // 4))
             return
         params = SamplingParams.unpack(msg.params)
         try:
             room = self._room(ids, params.max_new_tokens)
         except RequestError as error:
+            self._forget(number, job)
             self._refuse(job, error)
             return
+        job.ids, job.params = ids, replace(params, max_new_tokens=room)
+        if params.grammar is not None:
+            self.grammar.tell(Compile(self.system.endpoint, number, *params.grammar))
+            return
+        self._forget(number, job)
+        self._submit(job, msg)
+
+    def _submit(self, job: _Job, msg: Tokenize) -> None:
+        ids, params = job.ids, job.params
         for rid in job.alive:
             self.detokenizer.tell(
                 Follow(
@@ -257,7 +285,7 @@ class Tokenizer(Actor[Inbox]):
             )
         for i, rid in enumerate(msg.rids):
             if rid in job.alive:
-                own = replace(params, max_new_tokens=room, seed=_wrapped(params.seed + i))
+                own = replace(params, seed=_wrapped(params.seed + i))
                 self.scheduler.tell(Submit(rid, ids, own.pack()))
         self.frontend.tell(Accepted(msg.rids[0], ids, job.head))
 
@@ -308,6 +336,12 @@ class Tokenizer(Actor[Inbox]):
                 0,
             )
         )
+
+
+def _error(msg: Prepared | Compiled) -> RequestError:
+    error = RequestError(msg.detail, code=msg.code or None)
+    error.status = msg.status
+    return error
 
 
 def _wrapped(seed: int) -> int:

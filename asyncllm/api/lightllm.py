@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from asyncllm.api import fields
+from asyncllm.api import fields, grammar
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import Body, Field, Refused, bad, typed
 from asyncllm.api.generation import Generation, Prompt, Served, temperature
@@ -61,6 +61,12 @@ PARAMETERS: Final = (
       doc="the tokenizer may put a bos token before a text prompt"),
     F(name="print_eos_token", kind="boolean", default=False, to="print_eos",
       doc="show the text of the token that ended the request"),
+    F(name="regular_constraint", kind="string", parse=grammar.regex,
+      doc=f"a regular expression that the whole output matches, at most {grammar.MAX_CHARS} characters"),
+    F(name="guided_grammar", kind="string", parse=grammar.ebnf,
+      doc="rules in EBNF; the output is a `root`"),
+    F(name="guided_json", kind="any", parse=grammar.schema,
+      doc="a JSON schema, as an object or a string: the output is valid against it"),
     F(name="prompt_logprobs", kind="integer", default=-1, low=-1, high=fields.MAX_LOGPROBS,
       to="prompt_logprobs", doc="log-probabilities of the prompt's tokens and of this many best ones"),
     F(name="disable_prompt_cache", kind="boolean", default=False, doc="neither use nor fill the cache"),
@@ -69,9 +75,10 @@ PARAMETERS: Final = (
 
 TOKENS_PARAMETERS: Final = tuple(f for f in PARAMETERS if f.name == "add_special_tokens")
 
+GRAMMARS: Final = ("regular_constraint", "guided_grammar", "guided_json")
+
 UNAVAILABLE: Final = (
-    *(Refused(name=name, neutral=("", {}, []), doc="constrained output")
-      for name in ("regular_constraint", "guided_grammar", "guided_json", "allowed_token_ids")),
+    Refused(name="allowed_token_ids", neutral=("", {}, []), doc="constrained output"),
     Refused(name="exponential_decay_length_penalty", neutral=([1, 1.0], [1, 1]),
             doc="a length penalty"),
     Refused(name="add_spaces_between_special_tokens", neutral=(True,),
@@ -103,6 +110,7 @@ def generate(body: Body, served: Served, *, stream: bool) -> Generation:
         stop_token_ids=stop_ids,
         seed=max(values["seed"], 0),
         logprobs=0,
+        grammar=grammar.only(values, GRAMMARS, AT),
         use_cache=not values["disable_prompt_cache"],
     )
     return Generation(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from asyncllm.api import chatparts, fields, offers
+from asyncllm.api import chatparts, fields, grammar, offers
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import Body, Field, Refused, bad, typed
 from asyncllm.api.generation import Generation, Prompt, Served, temperature
@@ -55,6 +55,15 @@ COMMON: Final = (
     F(name="n", kind="integer", default=1, low=1, high=fields.MAX_N, doc="choices for each prompt"),
     F(name="skip_special_tokens", kind="boolean", default=True, to="skip_special_tokens",
       doc="leave special tokens out of the text (extension)"),
+    F(name="response_format", kind="object", parse=grammar.response_format,
+      doc="{type: text | json_object | json_schema, json_schema: {schema}}: the output is JSON, or "
+      f"valid against the schema (at most {grammar.MAX_CHARS} characters)"),
+    F(name="guided_json", kind="any", parse=grammar.schema,
+      doc="a JSON schema, as an object or a string: the output is valid against it (extension)"),
+    F(name="guided_regex", kind="string", parse=grammar.regex,
+      doc="a regular expression that the whole output matches (extension)"),
+    F(name="guided_grammar", kind="string", parse=grammar.ebnf,
+      doc="rules in EBNF; the output is a `root` (extension)"),
     F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
     F(name="stream_options", kind="object", doc="{include_usage, continuous_usage_stats}"),
 )  # fmt: skip
@@ -102,11 +111,12 @@ CHAT: Final = (
       doc="false: reasoning goes into the content (extension)"),
 )  # fmt: skip
 
+GRAMMARS: Final = ("response_format", "guided_json", "guided_regex", "guided_grammar")
+
 UNAVAILABLE: Final = (
-    Refused(name="response_format", neutral=({"type": "text"},), doc="structured output"),
     *(Refused(name=name, neutral=("", {}, []), doc="constrained output")
-      for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar",
-                   "structured_outputs", "regular_constraint", "allowed_token_ids", "bad_words")),
+      for name in ("guided_choice", "structured_outputs", "regular_constraint",
+                   "allowed_token_ids", "bad_words")),
     Refused(name="use_beam_search", neutral=(False,), doc="beam search"),
     Refused(name="length_penalty", neutral=(1, 1.0), doc="beam search"),
     Refused(name="prompt_embeds", doc="a prompt of embeddings"),
@@ -208,6 +218,7 @@ def _generation(
         temperature=temperature(values["temperature"]),
         top_k=values["top_k"] or -1,
         penalize_prompt=values["repetition_penalty"] != 1.0,
+        grammar=grammar.only(values, GRAMMARS),
         seed=max(values["seed"], 0),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

@@ -60,10 +60,9 @@ class SamplingParams:
         return cls(**dict(zip(_NAMES, packed, strict=True)))
 
 
-# kinds of SamplingParams.grammar: any JSON object; a JSON schema whose objects may have more
-# properties than it names unless it says otherwise; one whose objects may not; a regular
-# expression; rules in EBNF, beginning with ``root``
-GRAMMARS = ("json", "schema", "strict", "regex", "ebnf")
+# kinds of SamplingParams.grammar: any JSON object (without a text), a JSON schema whose objects
+# have no properties that it does not allow for, a regular expression, rules in EBNF from ``root`` on
+GRAMMARS = ("json", "schema", "regex", "ebnf")
 
 
 class Constraint(Protocol):

@@ -1,0 +1,209 @@
+"""Grammars with the embedded model's vocabulary: what can come, what is refused, what is kept."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from asyncllm.engine import grammar
+from asyncllm.engine.grammar import Grammars, Matcher, bound_digits
+from asyncllm.errors import RequestError, ServerBusy
+from asyncllm.text import Text, load_tokenizer
+
+VOCAB = 49152
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def text(demo_dir: Path) -> Text:
+    return load_tokenizer(str(demo_dir))
+
+
+@pytest.fixture(scope="module")
+def pieces(text: Text) -> list[bytes]:
+    return [b"" if i in text.special else piece for i, piece in enumerate(text.pieces)]
+
+
+@pytest.fixture
+def grammars(pieces: list[bytes]) -> Grammars:
+    return Grammars(pieces, VOCAB, (EOS,))
+
+
+def start(grammars: Grammars, kind: str, source: str) -> Matcher:
+    grammars.keep(kind, source, grammars.build(kind, source))
+    return grammars.constrain(kind, source)
+
+
+def allowed(matcher: Matcher) -> list[int]:
+    bits = np.unpackbits(np.frombuffer(matcher.mask(), np.uint8), bitorder="little")
+    return [int(i) for i in np.flatnonzero(bits)]
+
+
+def follow(
+    matcher: Matcher, pieces: list[bytes], choose: Callable[[list[int]], int], most: int = 4000
+) -> tuple[bytes, bool]:
+    """(output, whether it is whole) of a model that likes what ``choose`` takes."""
+    out = b""
+    for _ in range(most):
+        token = choose(allowed(matcher))
+        if token == EOS:
+            return out, True
+        out += pieces[token]
+        if matcher.accept(token):
+            return out, True
+    return out, False
+
+
+def liking(pieces: list[bytes], pattern: bytes) -> Callable[[list[int]], int]:
+    """A model that chooses the longest piece matching ``pattern`` wherever it can."""
+    loved = re.compile(pattern)
+
+    def choose(tokens: list[int]) -> int:
+        good = [t for t in tokens if loved.fullmatch(pieces[t])]
+        # else what ends soonest, so that only the loved pieces can go on without end
+        ends = [t for t in tokens if re.fullmatch(rb'[\]}",: ]+|"', pieces[t])]
+        return max(good or ends or tokens, key=lambda t: (len(pieces[t]), t))
+
+    return choose
+
+
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "integer"},
+    {"type": "number"},
+    {"type": "integer", "minimum": 3},
+    {"type": "number", "exclusiveMinimum": 0.5},
+    {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3},
+    {"type": "object", "properties": {"[0-9]*": {"type": "integer"}, "b": {"enum": ["[0-9]*", 1]}},
+     "required": ["[0-9]*", "b"]},
+    {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}, "required": ["n"],
+     "$defs": {"n": {"anyOf": [{"type": "null"}, {"type": "number"}]}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=json.dumps)
+@pytest.mark.parametrize("loved", [rb"[0-9]+", rb"\s+"], ids=["digits", "blanks"])
+def test_no_number_and_no_white_space_goes_on_for_ever(
+    grammars: Grammars, pieces: list[bytes], schema: dict[str, Any], loved: bytes
+) -> None:
+    matcher = start(grammars, "schema", json.dumps(schema))
+    out, whole = follow(matcher, pieces, liking(pieces, loved), 300)
+    assert whole, out[:200]
+    jsonschema.validate(json.loads(out), schema)
+
+
+def test_without_bounds_digits_do_go_on(pieces: list[bytes], monkeypatch: Any) -> None:
+    """What the bounds are for; if this fails they can go."""
+    monkeypatch.setattr(grammar, "bound_digits", str)
+    matcher = start(Grammars(pieces, VOCAB, (EOS,)), "schema", '{"type": "integer"}')
+    assert not follow(matcher, pieces, liking(pieces, rb"[0-9]+"), 300)[1]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=json.dumps)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_outputs_are_valid(
+    grammars: Grammars, pieces: list[bytes], schema: dict[str, Any], seed: int
+) -> None:
+    matcher = start(grammars, "schema", json.dumps(schema))
+    out, whole = follow(matcher, pieces, random.Random(seed).choice)
+    assert whole
+    jsonschema.validate(json.loads(out), schema)
+
+
+def test_numbers_are_finite(grammars: Grammars, pieces: list[bytes]) -> None:
+    matcher = start(grammars, "schema", '{"type": "number"}')
+    out, _ = follow(matcher, pieces, liking(pieces, rb"[0-9]+|[eE]|\."), 300)
+    assert abs(float(out)) < 1e200
+
+
+def test_literals_and_patterns_keep_their_digits() -> None:
+    line = 'root ::= "[0-9]*" Regex("[0-9]*") ([0-9]*) d{1, -1} e{1, -1} ["[0-9] "[0-9]*"'
+    made = bound_digits(f"d ::= (([0-9]))\n{line}").split("\n")[1]
+    assert made.startswith('root ::= "[0-9]*" Regex("[0-9]*") ([0-9]{0, 15}) d{1, 16} e{1, -1}')
+    assert made.endswith('"[0-9]*"')
+
+
+def test_json_is_an_object(grammars: Grammars, pieces: list[bytes]) -> None:
+    matcher = start(grammars, "json", "")
+    assert all(pieces[t].startswith(b"{") for t in allowed(matcher))
+
+
+def test_regex_ends_as_soon_as_nothing_else_can_follow(
+    grammars: Grammars, text: Text, pieces: list[bytes]
+) -> None:
+    matcher = start(grammars, "regex", r"(yes|no)!")
+    ids = list(text.encode("yes!", False))
+    assert [matcher.accept(i) for i in ids] == [False] * (len(ids) - 1) + [True]
+    matcher = start(grammars, "regex", r"a+")
+    (a,) = text.encode("a", False)
+    assert not matcher.accept(a)
+    assert EOS in allowed(matcher)
+    assert matcher.accept(EOS)
+
+
+def test_characters_may_be_cut_by_tokens(grammars: Grammars, pieces: list[bytes]) -> None:
+    matcher = start(grammars, "ebnf", 'root ::= "😀é" | "漢字"')
+    out, whole = follow(matcher, pieces, lambda tokens: min(tokens, key=lambda t: len(pieces[t])))
+    assert whole
+    assert out.decode() in ("😀é", "漢字")
+
+
+def test_a_token_against_the_grammar_is_an_error(grammars: Grammars, text: Text) -> None:
+    matcher = start(grammars, "regex", "a")
+    with pytest.raises(RequestError, match="does not continue"):
+        matcher.accept(text.encode("b", False)[0])
+
+
+def test_special_tokens_and_ids_beyond_the_tokenizer_never_come(
+    text: Text, pieces: list[bytes]
+) -> None:
+    wide = Grammars(pieces, VOCAB + 45, (EOS,))
+    matcher = start(wide, "regex", r"(.|\n)*")
+    some = set(allowed(matcher))
+    assert max(some) < VOCAB
+    assert some & text.special == {EOS}
+    assert len(matcher.mask()) == 4 * -(-(VOCAB + 45) // 32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [("regex", "((", "parenthesis"), ("regex", "a{2,1}", "Lower bound"),
+     ("ebnf", "root ::= foo", '"foo" is not defined'), ("ebnf", 'x ::= "a"', "root"),
+     ("schema", '{"type": "foo"}', "Unsupported type"), ("schema", "{", "not valid JSON"),
+     ("schema", '{"$ref": "#/nope"}', "nope"),
+     ("schema", '{"properties": {"a": {"multipleOf": 3}}}', "multipleOf at #/properties/a"),
+     ("schema", '{"allOf": [{"type": "object"}, {"minProperties": 1}]}', "allOf of several"),
+     ("schema", '{"items":' * 70 + "{}" + "}" * 70, "nested more than 64"),
+     ("schema", '{"a":' * 20_000 + "{}" + "}" * 20_000, "nested more than 64")],
+)  # fmt: skip
+def test_what_cannot_be_compiled_says_why(
+    grammars: Grammars, kind: str, source: str, message: str
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)) as caught:
+        grammars.build(kind, source)
+    assert caught.value.status == 400
+    assert ".cc:" not in caught.value.message
+
+
+def test_names_and_values_are_no_keywords(grammars: Grammars) -> None:
+    schema = {"type": "object", "properties": {"not": {"enum": ["if"]}}, "default": {"if": 1}}
+    grammars.build("schema", json.dumps(schema))
+
+
+def test_the_least_used_grammar_makes_room(grammars: Grammars, monkeypatch: Any) -> None:
+    monkeypatch.setattr(grammar, "MAX_KEPT", 2)
+    for source in ("a", "b"):
+        start(grammars, "regex", source)
+    grammars.constrain("regex", "a")
+    start(grammars, "regex", "c")
+    assert [("regex", s) in grammars for s in "abc"] == [True, False, True]
+    assert len(grammars) == 2
+    with pytest.raises(ServerBusy):
+        grammars.constrain("regex", "b")
