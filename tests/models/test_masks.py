@@ -120,3 +120,32 @@ def test_an_engine_samples_what_the_mask_allows_and_tells_raw_log_probabilities(
         assert len(ints(step.tokens)) == 3
     finally:
         device.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("top", [(1009, 1.0, 0.0), (5, 1.0, 0.0), (1009, 0.5, 0.0), (7, 0.9, 0.1)])
+def test_the_kernels_draw_only_what_is_allowed(top: tuple[int, float, float]) -> None:
+    """Rows of which nearly every logit is -inf; the last but one allows a single token."""
+    from asyncllm.engine.sampling_cuda import TritonSampler
+
+    num, vocab_size = 64, 1009
+    device = torch.device("cuda")
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(num, vocab_size, generator=generator).to(device)
+    allowed = [{(31 * i + 211 * k) % vocab_size for k in range(4)} for i in range(num - 2)]
+    allowed += [{1008}, set(range(vocab_size))]
+    column = np.frombuffer(b"".join(packed(a, vocab_size) for a in allowed), np.int32)
+    masks = torch.from_numpy(column.reshape(num, -1).copy()).to(device)
+    ban(logits, torch.arange(num, dtype=torch.int32, device=device), masks)
+    ones = torch.ones(num, device=device)
+    knobs = Knobs(
+        temperature=ones * 1.3,
+        top_k=(ones * top[0]).int(),
+        top_p=ones * top[1],
+        min_p=ones * top[2],
+        uniform=torch.rand(num, generator=generator).to(device),
+        all_greedy=False,
+        truncates=top != (1009, 1.0, 0.0),
+    )
+    tokens = TritonSampler(vocab_size, device).sample(logits, knobs)
+    assert all(int(token) in some for token, some in zip(tokens, allowed, strict=True))
