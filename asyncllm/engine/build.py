@@ -52,7 +52,6 @@ def build_model(
     )
     load(model_dir, model.targets(), model.ignores, progress)
     model.pack()
-    group.use_symmetric_memory(spec.hidden_size, TORCH_DTYPES[dtype])
     return model
 
 
