@@ -172,4 +172,9 @@ def _tool(value: Any, name: str) -> dict[str, Any]:
     if parameters is None:
         parameters = {"type": "object", "properties": {}}
     out["parameters"] = typed(parameters, dict, f"{at}.parameters", "an object")
+    if parameters.get("type", "object") != "object":
+        bad(
+            f"{at}.parameters.type: {show(parameters['type'])} is not object",
+            f"{at}.parameters.type",
+        )
     return {"type": "function", "function": out}

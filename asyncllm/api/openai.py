@@ -15,6 +15,7 @@ from asyncllm.api.fields import Body, Field, Refused, bad, typed
 from asyncllm.api.generation import Generation, Prompt, Served, temperature
 from asyncllm.api.offers import Offer
 from asyncllm.api.parts import Parting
+from asyncllm.api.tools import call_schema
 from asyncllm.core.request import SamplingParams
 
 F = Field
@@ -104,7 +105,8 @@ CHAT: Final = (
       doc=f"functions the model may call, at most {offers.MAX_TOOLS} and {offers.MAX_TOOLS_CHARS} "
       "characters of JSON"),
     F(name="tool_choice", kind="any", parse=offers.choice,
-      doc="none or auto; default: auto if there are tools"),
+      doc="none, auto, required, or {type: function, function: {name}}: a grammar forces the last two; "
+      "default: auto if there are tools"),
     F(name="parallel_tool_calls", kind="boolean", default=True,
       doc="false: the first call is the only one in the answer"),
     F(name="separate_reasoning", kind="boolean", default=True,
@@ -161,6 +163,7 @@ def completion(body: Body, served: Served) -> Generation:
         prompts=prompts,
         logprobs=logprobs,
         prompt_logprobs=logprobs if values["echo"] else -1,
+        form=grammar.only(values, GRAMMARS),
         echo=values["echo"],
         add_special_tokens=values["add_special_tokens"],
     )
@@ -171,14 +174,23 @@ def chat(body: Body, served: Served) -> Generation:
     values = _read(CHAT, CHAT_UNAVAILABLE, body, served)
     if values["messages"] is None:
         bad("messages is missing", "messages")
-    offered = _offered(values)
+    offered = offers.offer(values["tools"], values["tool_choice"])
     if values["top_logprobs"] and not values["logprobs"]:
         bad("top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else -1
     turns, listed = offers.told(values["messages"], offered, served.dialect)
-    packed = chatparts.pack(turns, listed, _template_kwargs(values))
+    form = _forced(values, offered) if offered.forced else grammar.only(values, GRAMMARS)
+    kwargs = _template_kwargs(values)
+    if form is not None and served.dialect.reasoning:  # it holds from the first token on
+        kwargs = {"enable_thinking": False, "thinking": False} | kwargs
+    packed = chatparts.pack(turns, listed, kwargs)
     generation = _generation(
-        values, served, prompts=(Prompt(chat=packed),), logprobs=logprobs, add_special_tokens=False
+        values,
+        served,
+        prompts=(Prompt(chat=packed),),
+        logprobs=logprobs,
+        form=form,
+        add_special_tokens=False,
     )
     return replace(generation, parting=_parting(values, offered, generation, served))
 
@@ -203,6 +215,7 @@ def _generation(
     prompts: tuple[Prompt, ...],
     logprobs: int,
     prompt_logprobs: int = -1,
+    form: grammar.Grammar | None,
     echo: bool = False,
     add_special_tokens: bool,
 ) -> Generation:
@@ -218,7 +231,7 @@ def _generation(
         temperature=temperature(values["temperature"]),
         top_k=values["top_k"] or -1,
         penalize_prompt=values["repetition_penalty"] != 1.0,
-        grammar=grammar.only(values, GRAMMARS),
+        grammar=form,
         seed=max(values["seed"], 0),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -263,21 +276,18 @@ def _ids(value: Any, name: str, served: Served) -> Prompt:
     return Prompt(ids=column)
 
 
-def _offered(values: dict[str, Any]) -> Offer:
-    offered = offers.offer(values["tools"], values["tool_choice"])
-    if offered.forced:
-        raise NotAvailable(
-            "tool_choice: forcing a call is not available on this server; none and auto are",
-            param="tool_choice",
-        )
-    return offered
+def _forced(values: dict[str, Any], offered: Offer) -> grammar.Grammar | None:
+    """What makes the answer a call, or a list of them."""
+    name = offered.wanted.name or None
+    schema = call_schema(offered.tools, name, values["parallel_tool_calls"])
+    return grammar.schema(schema, "tools")
 
 
 def _parting(
     values: dict[str, Any], offered: Offer, generation: Generation, served: Served
 ) -> Parting | None:
     """What is to be found in the answers; None: nothing."""
-    calls = served.dialect.calls if offered.tools else ""
+    calls = "json" if offered.forced else served.dialect.calls if offered.tools else ""
     # a grammar holds from the first token on, so there is no reasoning
     thoughts = "" if generation.params.grammar is not None else served.dialect.reasoning
     if not calls and not thoughts:

@@ -107,6 +107,7 @@ def function(**more: Any) -> list[dict[str, Any]]:
         ({"tools": function(name="a b")}, "tools[0].function.name"),
         ({"tools": function(name="a" * 129)}, "tools[0].function.name"),
         ({"tools": function(parameters=[])}, "tools[0].function.parameters"),
+        ({"tools": function(parameters={"type": "string"})}, "tools[0].function.parameters.type"),
         ({"tools": function(description=1)}, "tools[0].function.description"),
         ({"tools": function() * 2}, "tools[1].function.name"),
         ({"tools": function() * 129}, "tools"),
@@ -138,6 +139,41 @@ def test_bad_tools_are_refused_by_name(body: dict[str, Any], param: str) -> None
 def test_tools_that_are_not_functions_are_not_available(body: dict[str, Any]) -> None:
     with pytest.raises(NotAvailable, match="not available on this server"):
         chat(Dialect(), **body)
+
+
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "parallel"),
+    [
+        ({"tool_choice": "required"}, "array", True),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, "object", False),
+        ({"tool_choice": NAMED}, "object", True),
+        ({"tool_choice": NAMED, "response_format": {"type": "json_object"}}, "object", True),
+    ],
+)
+def test_a_grammar_forces_calls(body: dict[str, Any], kind: str, parallel: bool) -> None:
+    dialect = Dialect(calls="llama3", lists_tools=True, reasoning="think")
+    got = chat(dialect, tools=TOOLS, **body)
+    assert got.params.grammar is not None
+    name, text = got.params.grammar
+    assert (name, json.loads(text)["type"]) == ("schema", kind)
+    assert got.parting is not None
+    assert (got.parting.calls, got.parting.reasoning) == ("json", "")
+    assert got.parting.parallel is parallel
+    assert rendered(got)["tools"] == TOOLS
+    off = {"enable_thinking": False, "thinking": False}
+    assert rendered(got)["kwargs"] == off | {"add_generation_prompt": True}
+    asked = chat(dialect, tools=TOOLS, **body, chat_template_kwargs={"thinking": True})
+    assert rendered(asked)["kwargs"]["enable_thinking"] is True
+
+
+def test_other_grammars_leave_no_reasoning_either() -> None:
+    got = chat(Dialect(reasoning="think"), response_format={"type": "json_object"})
+    assert got.parting is None
+    assert rendered(got)["kwargs"]["enable_thinking"] is False
+    assert "enable_thinking" not in rendered(chat(Dialect(reasoning="think")))["kwargs"]
 
 
 LISTING = "{% for t in tools %}{{ t | tojson }}{% endfor %}"

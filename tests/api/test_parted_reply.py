@@ -197,6 +197,30 @@ def test_each_choice_has_its_own_parts() -> None:
     assert second["message"] == {"role": "assistant", "content": "no", "refusal": None}
 
 
+@pytest.mark.parametrize(
+    ("choice", "text", "found", "reason"),
+    [
+        ("required", f"[{CALL}, {CALL}]", [WEATHER] * 2, "tool_calls"),
+        ("required", f"[{CALL}, {CALL}", [WEATHER] * 2, "length"),
+        ({"type": "function", "function": {"name": "weather"}}, CALL, [WEATHER], "tool_calls"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_forced_calls(
+    choice: Any, text: str, found: list[tuple[str, str]], reason: str, stream: bool
+) -> None:
+    made = reply("hermes", "think", tool_choice=choice, head="<think>", stream=stream)
+    out = feed(made, list(text), ending(reason))
+    if stream:
+        chunks = events(out)
+        assert called(joined(chunks)["tool_calls"]) == found
+        assert chunks[-1]["choices"][0]["finish_reason"] == reason
+        return
+    (told,) = json.loads(made.whole())["choices"]
+    assert called(told["message"]["tool_calls"]) == found
+    assert (told["message"]["content"], told["finish_reason"]) == (None, reason)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_reasoning_in_the_content(stream: bool) -> None:
     made = reply("hermes", "think", separate_reasoning=False, stream=stream)

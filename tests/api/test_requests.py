@@ -234,7 +234,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 @pytest.mark.parametrize(
     "body",
-    [{"tools": TOOLS, "tool_choice": "required"},
+    [
      {"guided_choice": ["a"]}, {"audio": {"voice": "x"}}, {"modalities": ["text", "audio"]},
      {"functions": TOOLS}, {"function_call": "auto"}, {"regular_constraint": "a"}, {"best_of": 2},
      {"add_special_tokens": True}, {"chat_template": "{{ x }}"}, {"echo": True},

@@ -180,3 +180,33 @@ def test_tools_are_offered_and_the_answer_has_a_valid_shape(server: Server) -> N
     after = server.post("/v1/chat/completions", {**body, "messages": turns})
     assert after["choices"][0]["message"]["role"] == "assistant"
     assert after["usage"]["prompt_tokens"] > whole["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.3])
+@pytest.mark.parametrize("choice", ["required", "weather", "single"])
+def test_forced_calls_are_valid(server: Server, choice: str, temperature: float) -> None:
+    city = {"type": "string", "maxLength": 20}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+    tools = [
+        {"type": "function", "function": {"name": "weather", "parameters": schema}},
+        {"type": "function", "function": {"name": "stop"}},
+    ]
+    named = {"type": "function", "function": {"name": "weather"}}
+    body = {"messages": [{"role": "user", "content": "How warm is it in Rome?"}], "tools": tools,
+            "tool_choice": named if choice == "weather" else "required", "max_tokens": 256,
+            "parallel_tool_calls": choice != "single", "temperature": temperature}  # fmt: skip
+    for seed in range(2 if temperature else 1):
+        (told,) = server.post("/v1/chat/completions", {**body, "seed": seed})["choices"]
+        message = told["message"]
+        assert message["content"] is None
+        for call in message["tool_calls"]:
+            arguments = json.loads(call["function"]["arguments"])
+            if call["function"]["name"] == "weather":
+                assert arguments.keys() == {"city"}
+            else:
+                assert (call["function"]["name"], arguments) == ("stop", {})
+        assert told["finish_reason"] == "tool_calls"
+        if choice == "weather":
+            assert [c["function"]["name"] for c in message["tool_calls"]] == ["weather"]
+        if choice == "single":
+            assert len(message["tool_calls"]) == 1

@@ -11,6 +11,7 @@ from asyncllm.api.tools.jsontext import MAX_DEPTH, escaped, loads
 from asyncllm.errors import RequestError
 
 TYPES: Final = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
+MAX_CALLS: Final = 8  # that are forced at once: a model that repeats itself comes to an end
 _DATA: Final = frozenset({"const", "default", "enum", "example", "examples"})  # hold no schemas
 _JSON_TYPE: Final[Mapping[type, str]] = {
     str: "string",
@@ -87,7 +88,7 @@ def call_schema(
     one = calls[0] if len(calls) == 1 else {"anyOf": calls}
     schema: dict[str, Any] = one
     if parallel and choice is None:
-        schema = {"type": "array", "minItems": 1, "items": one}
+        schema = {"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": one}
     return {**schema, "$defs": defs} if defs else dict(schema)
 
 

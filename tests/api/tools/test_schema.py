@@ -75,7 +75,7 @@ def test_the_shape_of_forced_calls() -> None:
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-    assert call_schema([TOOLS[2]]) == {"type": "array", "minItems": 1, "items": one}
+    assert call_schema([TOOLS[2]]) == {"type": "array", "minItems": 1, "maxItems": 8, "items": one}
     assert call_schema(TOOLS, "bare") == one
     several = call_schema(TOOLS)
     assert [c["properties"]["name"]["const"] for c in several["items"]["anyOf"]] == [
