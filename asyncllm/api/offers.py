@@ -18,7 +18,7 @@ from asyncllm.api.tools import Tool, system_text
 MAX_TOOLS: Final = 128
 MAX_TOOLS_CHARS: Final = 256 << 10  # of their JSON
 MAX_NAME: Final = 128
-_NAME: Final = re.compile(r"[\w.:/-]+")
+NAME: Final = f"[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}"
 MODES: Final = ("none", "auto", "required")
 
 Turns = list[dict[str, Any]]
@@ -160,7 +160,7 @@ def _tool(value: Any, name: str) -> dict[str, Any]:
     function = typed(value.get("function"), dict, f"{name}.function", "an object")
     at = f"{name}.function"
     called = text(function.get("name"), f"{at}.name")
-    if not _NAME.fullmatch(called) or len(called) > MAX_NAME:
+    if not re.fullmatch(NAME, called):
         bad(
             f"{at}.name: {show(called)} is not 1 to {MAX_NAME} letters, digits or _-.:/",
             f"{at}.name",

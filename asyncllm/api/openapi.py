@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncllm import __version__
-from asyncllm.api import anthropic, chatparts, fields, lightllm, openai, responses, shapes
+from asyncllm.api import anthropic, chatparts, fields, lightllm, offers, openai, responses, shapes
 from asyncllm.api.fields import Field, Refused
 from asyncllm.api.generation import Served
 from asyncllm.api.shapes import Schema
@@ -40,6 +40,8 @@ PARSED: Final[dict[Any, Schema]] = {
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
     chatparts.messages: _list(shapes.CHAT_MESSAGE, chatparts.MAX_MESSAGES, 1),
+    offers.tools: _list(shapes.TOOL, offers.MAX_TOOLS),
+    offers.choice: shapes.TOOL_CHOICE,
     chatparts.template_kwargs: {
         "type": "object",
         "propertyNames": {"not": {"enum": sorted(chatparts.RESERVED_KWARGS)}},

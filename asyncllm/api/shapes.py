@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from asyncllm.api import chatparts
+from asyncllm.api import chatparts, offers
 from asyncllm.api.fields import Field
 
 Schema = dict[str, Any]
@@ -64,6 +64,31 @@ _PART: Final[Schema] = {
     ]
 }
 _PARTS: Final[Schema] = some(_PART)
+TOOL: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "type": one_of("function"),
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": f"^{offers.NAME}$"},
+                "description": MAYBE_STRING,
+                "parameters": {
+                    "type": ["object", "null"],
+                    "properties": {"type": one_of("object")},
+                },
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
+TOOL_CHOICE: Final[Schema] = {
+    "anyOf": [
+        one_of(*offers.MODES),
+        made(type=one_of("function"), function=made(name=STRING)),
+    ]
+}
 CHAT_MESSAGE: Final[Schema] = {
     "type": "object",
     "properties": {
@@ -100,9 +125,18 @@ _USAGE: Final[Schema] = made(
     total_tokens=INTEGER,
     prompt_tokens_details=made(cached_tokens=INTEGER),
 )
+_CALL: Final[Schema] = made(
+    id=STRING, type=one_of("function"), function=made(name=STRING, arguments=STRING)
+)
+_CHAT_MESSAGE: Final[Schema] = made(role=one_of("assistant"), content=MAYBE_STRING)
+_CHAT_MESSAGE["properties"] |= {
+    "tool_calls": some(_CALL),
+    "reasoning": MAYBE_STRING,
+    "reasoning_content": MAYBE_STRING,
+}
 _CHAT_CHOICE: Final[Schema] = made(
     index=INTEGER,
-    message=made(role=one_of("assistant"), content=MAYBE_STRING),
+    message=_CHAT_MESSAGE,
     logprobs={"type": ["object", "null"]},
     finish_reason=_REASON,
 )

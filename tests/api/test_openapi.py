@@ -6,10 +6,13 @@ import json
 import re
 from typing import Any
 
+import jsonschema
 import pytest
 
 from asyncllm.api import openai, openapi, tables
 from asyncllm.api.fields import Field
+from asyncllm.errors import RequestError
+from tests.api.test_parted_reply import CASES, Case, ending, feed, reply
 from tests.api.test_requests import SERVED
 
 DOC = openapi.document(SERVED, secured=True)
@@ -103,3 +106,42 @@ def test_routes_say_what_comes(route: openapi.Route) -> None:
         assert responses["200"]["content"]
         assert ("text/event-stream" in responses["200"]["content"]) is route.streams
         assert {str(s) for s in route.fails} <= set(responses)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [{"type": "function", "function": {"name": "a-b.c"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        {"tools": [{"type": "function", "function": {"name": "é"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+        {
+            "tools": [
+                {"type": "function", "function": {"name": "f", "parameters": {"type": "null"}}}
+            ]
+        },
+        {"tools": [{"type": "function"}]},
+        {"tools": [None]},
+        {"tool_choice": "auto"},
+        {"tool_choice": "any"},
+        {"tool_choice": {"type": "function"}},
+    ],
+)
+def test_tools_are_refused_where_the_document_says_so(body: dict[str, Any]) -> None:
+    allowed = True
+    try:
+        openai.chat({"messages": [{"role": "user", "content": "hi"}]} | body, SERVED)
+    except RequestError:
+        allowed = False
+    (name,) = body
+    schema = properties("ChatRequest")[name]
+    assert jsonschema.Draft202012Validator(schema).is_valid(body[name]) == allowed
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_chat_answers_are_as_the_document_says(case: Case) -> None:
+    calls, thoughts, text, *_, reason = case
+    made = reply(calls, thoughts)
+    feed(made, [text], ending(reason))
+    schema = DOC["components"]["schemas"]["ChatCompletion"]
+    jsonschema.validate(json.loads(made.whole()), schema)
