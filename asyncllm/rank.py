@@ -216,6 +216,8 @@ def load_parts(boot: Boot, spec: ModelSpec) -> Parts:
     if boot.endpoint >= config.tp:
         return Parts(boot, spec, text, None, Alone(), boot.resolved.num_slots)
     where = _torch_device(boot)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # what is launched from this thread goes to our device
     group: Group = Alone()
     if config.tp > 1:
         with log.phase("meet the other ranks"):
