@@ -54,7 +54,7 @@ PROMPT_SIGMA, OUTPUT_SIGMA, SHORTEST, LONGEST = 1.1, 0.9, 4, 8
 WORK = (
     "n", "conc", "rate", "mix", "inp", "out", "shared", "vocab", "temperature", "top_p", "seed",
 )  # fmt: skip
-START_S, STOP_S = 1800.0, 60.0
+STOP_S = 60.0
 Figures = dict[str, Any]
 
 

@@ -39,7 +39,6 @@ class Work:
     choice: Choice
     scored: list[Scored]
     columns: Columns
-    masks: Columns  # of rows that a grammar constrains; {}: none
     penalty_len: int  # longest history of a penalised row; 0: none
 
 
@@ -131,21 +130,18 @@ class Engine:
         for i, part in enumerate(scored):
             columns[f"targets{i}"] = part.targets
         columns |= self._known_columns(plan)
-        masks = mask_columns(plan, rows)
-        return Work(plan.step, rows, bucket, choice, scored, columns, masks, penalty_len)
+        columns |= mask_columns(plan, rows)
+        return Work(plan.step, rows, bucket, choice, scored, columns, penalty_len)
 
     @torch.inference_mode()
     def execute(self, work: Work) -> Outputs:
         """Run the step; returns as soon as everything is queued on the device."""
         rows = work.rows
-        # not among the columns: a graph's place for those is too small for many masks
-        masks = self._uploader.upload(work.masks) if work.masks else {}
-        masks = {name: column.clone() for name, column in masks.items()}
-        d = self._uploader.upload(work.columns) | masks
+        d = self._uploader.upload(work.columns)
         if "known" in d:
             self.history.view(-1).index_copy_(0, d["known_where"].long(), d["known"])
-        if "writes" in d:
-            self.table.view(-1).index_copy_(0, d["writes"].long(), d["write_slots"])
+        if "cached_slots" in d:
+            self.table.view(-1).index_copy_(0, d["cached_where"].long(), d["cached_slots"])
         if work.bucket is not None:
             assert self.graphs is not None
             hidden = self.graphs.replay(work.bucket)
@@ -164,7 +160,7 @@ class Engine:
         columns: Columns
         if bucket is not None:
             assert self.graphs is not None
-            columns = self.graphs.columns(rows, bucket)
+            columns = self.graphs.columns(bucket, rows)
         else:
             nd = rows.num_decode
             columns = {
@@ -178,8 +174,8 @@ class Engine:
                 "prefill_starts": rows.starts[nd:],
                 "prefill_cu": rows.cu[nd:],
             }
-        if rows.has_heads:
-            columns |= {"writes": rows.writes, "write_slots": rows.write_slots}
+        if len(rows.cached_slots):
+            columns |= {"cached_where": rows.cached_where, "cached_slots": rows.cached_slots}
         return columns
 
     def _forward(
@@ -212,14 +208,14 @@ class Engine:
         logits: Tensor,
         work: Work,
         d: dict[str, Tensor],
-        scored: list[tuple[Scored, Tensor, Tensor, Tensor]],
+        scored: list[ScoredTensors],
     ) -> Outputs:
         choice, lanes = work.choice, d["sampled_lanes"].long()
         if self.group.rank:
             chosen = torch.empty(len(lanes), dtype=torch.int64, device=logits.device)
         else:
             changed = logits
-            if choice.bias_rows or work.penalty_len or work.masks:
+            if choice.bias_rows or work.penalty_len or "masks" in d:
                 changed = logits.to(torch.float32, copy=True)
                 self._change(changed, work, d)
             chosen = self.sampler.sample(changed, self._knobs(choice, d))
@@ -245,7 +241,7 @@ class Engine:
                 penalize_prompt=d["pen_prompt"],
             )
             self.sampler.penalize(logits, self.history, penalties)
-        if work.masks:
+        if "masks" in d:
             ban(logits, d["mask_rows"], d["masks"])
 
     def _knobs(self, choice: Choice, d: dict[str, Tensor]) -> Knobs:
@@ -260,9 +256,7 @@ class Engine:
             truncates=choice.truncates,
         )
 
-    def _score(
-        self, hidden: Tensor, part: Scored, targets: Tensor
-    ) -> tuple[Scored, Tensor, Tensor, Tensor]:
+    def _score(self, hidden: Tensor, part: Scored, targets: Tensor) -> ScoredTensors:
         """Log-probabilities of prompt tokens, in slices so that few logits exist at a time."""
         pieces = []
         for first in range(0, len(part.targets), LOGIT_ROWS):

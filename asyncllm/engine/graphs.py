@@ -94,7 +94,7 @@ class Graphs:
         """
         pool = torch.cuda.graph_pool_handle()
         for bucket in sorted([*self._decode, *self._mixed], reverse=True):
-            columns = self._uploader.upload(self._padded(bucket, None))
+            columns = self._uploader.upload(self.columns(bucket))
             self._run(columns, bucket)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(
@@ -115,10 +115,6 @@ class Graphs:
         bucket = self._mixed[at]
         return bucket if rows.num_decode <= bucket.num_decode else None
 
-    def columns(self, rows: Rows, bucket: Bucket) -> Columns:
-        """The graph's columns; they must come first in an upload."""
-        return self._padded(bucket, rows)
-
     def replay(self, bucket: Bucket) -> Tensor:
         """Queue the graph; hidden states [num_tokens, hidden], valid until the next replay."""
         captured = self._captured[bucket]
@@ -129,7 +125,8 @@ class Graphs:
         """Free the graphs; must come before the collectives they hold are closed."""
         self._captured.clear()
 
-    def _padded(self, bucket: Bucket, rows: Rows | None) -> Columns:
+    def columns(self, bucket: Bucket, rows: Rows | None = None) -> Columns:
+        """The graph's columns of ``rows``, or nothing but padding; first in every upload."""
         n, d, p = bucket.num_tokens, bucket.num_decode, bucket.num_prefill
         columns = {
             "tokens": np.zeros(n, np.int32),

@@ -80,13 +80,11 @@ class LaneTable:
         self.scored = np.zeros(num_lanes, bool)
         self.lanes: dict[int, Lane] = {}
 
-    def open(self, plan: StepPlan) -> list[Lane]:
-        """Take in the lanes that ``plan`` opens; those whose history the device must know."""
-        with_history = []
+    def open(self, plan: StepPlan) -> None:
+        """Take in the lanes that ``plan`` opens."""
         for number, prompt_len, packed, known in plan.opened:
             p = SamplingParams.unpack(packed)
-            lane = Lane(p, prompt_len, np.frombuffer(known, np.int32))
-            self.lanes[number] = lane
+            self.lanes[number] = Lane(p, prompt_len, np.frombuffer(known, np.int32))
             self.temperature[number] = p.temperature
             self.top_k[number] = p.top_k if p.top_k > 0 else self._vocab_size
             self.top_p[number], self.min_p[number] = p.top_p, p.min_p
@@ -102,9 +100,6 @@ class LaneTable:
             )
             self.biased[number] = bool(p.logit_bias) or p.min_new_tokens > 0
             self.scored[number] = p.prompt_logprobs >= 0
-            if self.penalized[number]:
-                with_history.append(lane)
-        return with_history
 
     def choice(self, rows: Rows) -> Choice:
         """Parameters of the rows of a step that sample, in row order."""

@@ -16,13 +16,13 @@ from asyncllm.messages import StepPlan
 
 I32 = NDArray[np.int32]
 Columns = dict[str, NDArray[np.int32] | NDArray[np.float32]]
-RING = 8  # staging buffers: two a step at the most, of more steps than are in flight on any rank
+RING = 4  # staging buffers: more than steps in flight on any rank
 FIXED_WORDS = 1 << 20  # int32 words of the place on the device
 
 
 @dataclass(slots=True)
 class Rows:
-    """A step plan unpacked: one entry per row, per new token or per table write."""
+    """A step plan unpacked: one entry per row, per new token or per cached token."""
 
     lanes: I32
     starts: I32
@@ -32,9 +32,8 @@ class Rows:
     positions: I32  # [num_tokens]
     token_lanes: I32  # [num_tokens]
     slots: I32  # [num_tokens]
-    writes: I32  # flat table indices (lane * max_len + position)
-    write_slots: I32
-    has_heads: bool  # some writes are of cached tokens, beside those of the new ones
+    cached_where: I32  # flat table indices (lane * max_len + position) of cached tokens
+    cached_slots: I32  # their slots; both are empty in most steps
     cu: I32  # [num_rows + 1] prefix sums of counts
     samples: NDArray[np.bool_]  # [num_rows]
 
@@ -58,14 +57,14 @@ def unpack(plan: StepPlan, max_len: int) -> Rows:
     span = np.arange(cu[-1], dtype=np.int32)
     positions = span + np.repeat(starts - cu[:-1], counts)
     token_lanes = np.repeat(lanes, counts)
+    cached_where, cached_slots, new_slots = slots[:0], slots[:0], slots
     if heads.any():
         totals = heads + counts
         ends = np.cumsum(totals, dtype=np.int32)
         where = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts + counts - ends, totals)
-        writes = np.repeat(lanes, totals) * np.int32(max_len) + where
-        new_slots = slots[where >= np.repeat(starts, totals)]
-    else:
-        writes, new_slots = token_lanes * np.int32(max_len) + positions, slots
+        cached = where < np.repeat(starts, totals)
+        cached_where = (np.repeat(lanes, totals) * np.int32(max_len) + where)[cached]
+        cached_slots, new_slots = slots[cached], slots[~cached]
     return Rows(
         lanes=lanes,
         starts=starts,
@@ -75,9 +74,8 @@ def unpack(plan: StepPlan, max_len: int) -> Rows:
         positions=positions,
         token_lanes=token_lanes,
         slots=new_slots,
-        writes=writes,
-        write_slots=slots,
-        has_heads=len(slots) > len(new_slots),
+        cached_where=cached_where,
+        cached_slots=cached_slots,
         cu=cu,
         samples=np.frombuffer(plan.samples, np.uint8).astype(bool),
     )
