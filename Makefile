@@ -15,17 +15,24 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
+# suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
+SUITES := openai
+ACCEPT := .accept
+RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
+
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint bench gpu docs clean
+.PHONY: help install serve test lint bench gpu docs clean accept $(addprefix accept-,$(SUITES))
 
 help:
 	@echo 'make serve  install into $(VENV) and start the server (ARGS="--port 8001")'
 	@echo 'make test   whole test suite, no GPU needed (ARGS="tests/core -x")'
 	@echo 'make lint   ruff, mypy --strict, rules of the code base'
 	@echo 'make gpu    tests that need a GPU'
+	@echo 'make accept suites and clients of others against a server on CPU, each in its own'
+	@echo '            environment ($(SUITES:%=accept-%): one of them)'
 	@echo 'make bench  what the event loop costs per streamed token'
 	@echo 'make docs   write docs/cli.md anew from the options'
-	@echo 'make clean  remove $(VENV), with the embedded model, and every cache'
+	@echo 'make clean  remove $(VENV), with the embedded model, $(ACCEPT) and every cache'
 
 install: $(STAMP)
 
@@ -56,6 +63,17 @@ lint: $(STAMP)
 	$(PYTEST) tests/test_rules.py || failed=1; \
 	exit $$failed
 
+accept: $(addprefix accept-,$(SUITES))
+
+accept-openai: $(STAMP) $(ACCEPT)/openai/.installed
+	@$(RUN) -- $(ACCEPT)/openai/bin/python tests/accept/openai_strict.py
+
+$(ACCEPT)/%/.installed: tests/accept/%.txt
+	@echo 'installing into $(@D)' >&2
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
 bench: $(STAMP)
 	@$(BIN)/python bench/loop.py $(ARGS)
 
@@ -63,5 +81,5 @@ docs: $(STAMP)
 	@$(BIN)/python -m asyncllm.cli > docs/cli.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ACCEPT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
