@@ -49,6 +49,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     use_cache: bool = True  # take and leave prefix cache entries
     grammar: tuple[str, str] | None = None  # (kind, text): the output's form; kinds in GRAMMARS
+    max_thinking_tokens: int | None = None  # then reasoning is closed; None: no limit
 
     def pack(self) -> tuple[Any, ...]:
         """As a tuple of plain values, in field order, for a message."""
