@@ -29,6 +29,7 @@ GROUPS = (BASIC, PD, MODEL, MEMORY, PARALLEL, ATTENTION, ACCESS, OPERATION)
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 DEFAULT_CHUNK = {"cuda": 4096, "cpu": 256}
+GPU_ONLY = ("disable_cudagraph", "disable_symm_mem_allreduce")
 DEFAULT_BATCH = {"cuda": 16384, "cpu": 1024}
 
 Check = Callable[[Any], str | None]
@@ -309,6 +310,10 @@ class Config:
     use_config_server_to_init_nccl: bool = flag(
         False, group=PARALLEL, unavailable=(ANY,), help="let the ranks meet at the config_server"
     )
+    disable_symm_mem_allreduce: bool = flag(
+        False, group=PARALLEL, needs=RANKS,
+        help="add up the ranks' shares through NCCL only, not through memory that they all map",
+    )  # fmt: skip
 
     # --- attention
     mode: tuple[str, ...] = flag(
@@ -493,6 +498,9 @@ def resolve_limits(
     Raises:
         StartupError: an explicit value that the model or another explicit value contradicts.
     """
+    for name in GPU_ONLY:
+        if device == "cpu" and name in config.explicit:
+            raise StartupError(f"--{name} has no effect: it counts on GPUs, and this is the CPU")
     notes: list[str] = []
     length = config.max_req_total_len
     len_is_explicit = "max_req_total_len" in config.explicit

@@ -17,17 +17,12 @@ def cache_dir() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "asyncllm"
 
 
-def cuda_visible() -> tuple[str, ...] | None:
-    """The devices CUDA_VISIBLE_DEVICES names, in order; None: it is not set, all are visible.
+CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-    Like the driver, stops at the first "-1": what follows it is hidden.
-    """
-    text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if text is None:
-        return None
-    names = [part.strip() for part in text.split(",")]
-    shown = names[: names.index("-1")] if "-1" in names else names
-    return tuple(name for name in shown if name)
+
+def cuda_visible() -> str | None:
+    """What CUDA_VISIBLE_DEVICES says; None: it is not set, all are visible."""
+    return os.environ.get(CUDA_VISIBLE)
 
 
 def cpu_count() -> int:

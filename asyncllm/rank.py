@@ -45,7 +45,7 @@ from asyncllm.engine.engine import Engine
 from asyncllm.engine.grammar import Grammars
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.engine.parallel import Alone, Group, TensorParallel
-from asyncllm.environment import cache_dir, cpu_count
+from asyncllm.environment import CUDA_VISIBLE, cache_dir, cpu_count, cuda_visible
 from asyncllm.errors import FatalError, StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.launch import (
@@ -124,8 +124,9 @@ def _resolve(config: Config, spec: ModelSpec, model_dir: Path) -> Resolved:
         raise StartupError("--device cuda: torch finds no CUDA device (--device cpu)")
     device = "cuda" if cuda and config.device != "cpu" else "cpu"
     if device == "cuda" and config.tp > torch.cuda.device_count():
+        hidden = f" ({CUDA_VISIBLE}={cuda_visible()})" if cuda_visible() is not None else ""
         raise StartupError(
-            f"--tp {config.tp} needs as many GPUs, {torch.cuda.device_count()} are visible"
+            f"--tp {config.tp} needs as many GPUs, {torch.cuda.device_count()} are visible{hidden}"
         )
     return resolve_limits(
         config,
@@ -256,6 +257,7 @@ def _load_device(
             dtype=resolved.dtype,
             device=where,
             max_len=resolved.max_req_total_len,
+            symmetric=not boot.config.disable_symm_mem_allreduce,
             progress=lambda done, _: bar.advance(done - bar.done_bytes),
         )
     with log.phase("allocate KV"):

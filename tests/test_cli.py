@@ -68,8 +68,10 @@ def sample(name: str) -> tuple[list[str], object]:
 PARSEABLE = [
     name
     for name, option in FLAGS.items()
-    if option.default is not None or not (option.needs or option.unavailable)
-    if name not in {"mode", "use_config_server_to_init_nccl"}
+    if (option.default is not None and option.kind is not bool) or not (
+        option.needs or option.unavailable
+    )
+    if name != "mode"
 ]
 
 

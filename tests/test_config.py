@@ -14,7 +14,6 @@ from asyncllm.environment import (
     cache_dir,
     child_environment,
     cpu_count,
-    cuda_visible,
     hub_offline,
     memory_available,
     quiet_libraries,
@@ -69,6 +68,7 @@ OURS: dict[str, Any] = {
     "chunked_prefill_size": None,
     "disable_dynamic_prompt_cache": False,
     "disable_cudagraph": False,
+    "disable_symm_mem_allreduce": False,
     "max_waiting": 1024,
     "reasoning_parser": None,
     "check": False,
@@ -363,24 +363,12 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_dir() == Path("/home/u/.cache/asyncllm")
 
 
-@pytest.mark.parametrize(
-    ("text", "devices"),
-    [
-        (None, None),
-        ("", ()),
-        ("-1", ()),
-        ("2, 0", ("2", "0")),
-        ("1,-1,0", ("1",)),
-        ("GPU-ab", ("GPU-ab",)),
-    ],
-)
-def test_cuda_visible(
-    text: str | None, devices: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if text is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
-    assert cuda_visible() == devices
+@pytest.mark.parametrize("name", ["disable_cudagraph", "disable_symm_mem_allreduce"])
+def test_gpu_options_are_refused_on_cpu(name: str) -> None:
+    config = Config(tp=2, **{name: True})  # type: ignore[arg-type]
+    assert resolve(config, device="cuda").device == "cuda"
+    with pytest.raises(StartupError, match=f"^--{name} has no effect: .*GPU"):
+        resolve(config, device="cpu")
 
 
 def test_cpu_count_is_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:

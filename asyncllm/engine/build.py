@@ -41,9 +41,14 @@ def build_model(
     dtype: str,
     device: torch.device,
     max_len: int,
+    symmetric: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Decoder:
-    """The model of ``model_dir`` with this rank's weights on ``device``."""
+    """The model of ``model_dir`` with this rank's weights on ``device``.
+
+    Args:
+        symmetric: sums over ranks may go through symmetric memory.
+    """
     check_architecture(spec.architecture)
     module, _, name = MODELS[spec.architecture].partition(":")
     make = getattr(import_module(module), name)
@@ -52,6 +57,8 @@ def build_model(
     )
     load(model_dir, model.targets(), model.ignores, progress)
     model.pack()
+    if symmetric:
+        group.use_symmetric_memory(spec.hidden_size, TORCH_DTYPES[dtype])
     return model
 
 

@@ -32,11 +32,14 @@ class TorchOps:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         return packed
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not weight.is_mkldnn:
-            return linear(x, weight, bias)
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return made
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if weight.is_mkldnn:
+            made = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        else:
+            made = linear(x, weight, bias)
+        return made if out is None else out.copy_(made)
 
     def embed_rmsnorm(
         self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float

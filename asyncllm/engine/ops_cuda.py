@@ -31,10 +31,15 @@ class TritonOps:
     def pack(self, weight: Tensor) -> Tensor:
         return weight
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         if len(x) == 1 and len(weight) <= GEMV_OUT and x.element_size() == 2:
-            return linear(x, weight, bias)
-        return torch.nn.functional.linear(x, weight, bias)
+            return linear(x, weight, bias, out)
+        if out is None:
+            return torch.nn.functional.linear(x, weight, bias)
+        torch.mm(x, weight.t(), out=out)
+        return out if bias is None else out.add_(bias)
 
     def embed_rmsnorm(
         self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float

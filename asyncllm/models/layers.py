@@ -65,7 +65,9 @@ class Ops(Protocol):
     def pack(self, weight: Tensor) -> Tensor:
         """``weight`` [out, in] in the form that :meth:`linear` reads fastest; start-up only."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """x @ weight.T + bias."""
 
     def embed_rmsnorm(
@@ -101,7 +103,7 @@ class Comm(Protocol):
     size: int
 
     def linear_reduce(self, ops: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias, summed over ranks."""
+        """x @ weight.T + bias, summed over ranks; valid until the call after the next one."""
 
     def gather_last(self, x: Tensor) -> Tensor:
         """[n, v] of each rank -> [n, size * v], ranks side by side."""

@@ -13,7 +13,11 @@ MARGIN = 0.05  # Triton's float32 products are tf32
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize("more", [(), ("--disable_cudagraph",)], ids=["graphs", "eager"])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--disable_cudagraph",), ("--disable_symm_mem_allreduce",)],
+    ids=["graphs", "eager", "nccl"],
+)
 def test_tp_2_on_gpus(
     demo_dir: Path, tmp_path: Path, reference: Reference, prose: list[int], more: tuple[str, ...]
 ) -> None:
