@@ -16,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
 # suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
-SUITES := openai llm
+SUITES := openai llm js
 ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
@@ -70,6 +70,17 @@ accept-openai: $(STAMP) $(ACCEPT)/openai/.installed
 
 accept-llm: $(STAMP) $(ACCEPT)/llm/.installed
 	@$(RUN) --data_type fp32 -- $(ACCEPT)/llm/bin/python tests/accept/llm_cli.py
+
+accept-js: $(STAMP) $(ACCEPT)/js/.installed
+	@cp tests/accept/clients.mjs $(ACCEPT)/js
+	@$(RUN) -- node $(ACCEPT)/js/clients.mjs
+
+$(ACCEPT)/js/.installed: tests/accept/package.json
+	@echo 'installing into $(@D)' >&2
+	@mkdir -p $(@D)
+	@cp $< $(@D)
+	@npm install --prefix $(@D) --no-audit --no-fund --no-package-lock --loglevel error
+	@touch $@
 
 $(ACCEPT)/%/.installed: tests/accept/%.txt
 	@echo 'installing into $(@D)' >&2
