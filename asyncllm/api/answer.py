@@ -119,6 +119,7 @@ class Choice:
     cached_len: int = 0
     reason: Reason | None = None
     stop: str = ""  # the stop string that ended it
+    pieces: list[str] = field(default_factory=list)  # text of each token, if wants[0] >= 0
     offset: int = 0  # characters before the next token, for text_offset
     decoder: codecs.IncrementalDecoder | None = None
     parts: Parts | None = None  # None: all text is content
@@ -141,6 +142,7 @@ class Choice:
         if self.parts is not None:
             self.parts.take(piece.text, piece.pieces, num_tokens)
         if self.wants[0] >= 0:
+            self.pieces += piece.pieces
             self.tokens.ids.frombytes(piece.ids)
             self.tokens.extend(piece.logprobs, piece.num_top, piece.top_ids, piece.top_logprobs)
         if self.wants[1] >= 0 and piece.prompt is not None:

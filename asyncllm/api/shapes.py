@@ -227,6 +227,10 @@ ANSWERS: Final[dict[str, Schema]] = {
         count_output_tokens=_one_or_more(INTEGER),
         finish_reason=_one_or_more(one_of("stop", "length")),
         prompt_tokens=INTEGER,
+        logprobs=some(_one_or_more({"type": "object"})),
+        input_usage=made(
+            input_text_tokens=INTEGER, input_audio_tokens=INTEGER, input_image_tokens=INTEGER
+        ),
     ),
     "NumTokens": made(ntokens=INTEGER),
     "TokenLoad": made(current_load=NUMBER, logical_max_load=NUMBER, dynamic_max_load=NUMBER),

@@ -32,9 +32,14 @@ def event(value: Any, head: bytes = b"data: ") -> bytes:
     return head + body(value) + b"\n\n"
 
 
-def escaped(text: str) -> bytes:
+def quoted(text: str) -> str:
     """A JSON string, quotes included."""
-    return encode_basestring(text).encode("utf-8", "replace")
+    return encode_basestring(text)
+
+
+def escaped(text: str) -> bytes:
+    """The same as UTF-8."""
+    return quoted(text).encode("utf-8", "replace")
 
 
 def error_event(error: RequestError, head: bytes = b"data: ") -> bytes:

@@ -229,10 +229,12 @@ async def test_native(server: Server) -> None:
         assert (whole["count_output_tokens"], whole["prompt_tokens"]) == (2, 2)
     event = (
         'data:{"token":{"id":%d,"text":"%s","logprob":%s,"special":false,"count_output_tokens":%d,'
-        '"prompt_tokens":2},"generated_text":%s,"finished":%s,"finish_reason":%s,"details":null}\n\n'
+        '"prompt_tokens":2,"logprobs":{"%d":{"logprob":%s,"rank":null,"decoded_token":"%s"}}},'
+        '"generated_text":%s,"finished":%s,"finish_reason":%s,"details":null,"input_usage":'
+        '{"input_text_tokens":2,"input_audio_tokens":0,"input_image_tokens":0}}\n\n'
     )
-    expected = event % (97, "a", "-0.25", 1, "null", "false", "null")
-    expected += event % (98, "b", "-0.5", 2, '"ab"', "true", '"length"')
+    expected = event % (97, "a", "-0.25", 1, 97, "-0.25", "a", "null", "false", "null")
+    expected += event % (98, "b", "-0.5", 2, 98, "-0.5", "b", '"ab"', "true", '"length"')
     assert (await server.stream("/generate_stream", body)).decode() == expected
     assert (await server.stream("/", body | {"stream": True})).decode() == expected
 
@@ -494,7 +496,7 @@ async def test_http_1_0_streams_end_with_the_connection(server: Server) -> None:
         assert b"chunked" not in head.lower()
         assert b"connection: close" in head.lower()
         assert rest.startswith(b"data:{")
-        assert rest.endswith(b'"details":null}\n\n')
+        assert rest.endswith(b'"input_image_tokens":0}}\n\n')
 
 
 @live()
