@@ -198,7 +198,7 @@ class StepPlan:
     opened: tuple[tuple[int, int, tuple[Any, ...], bytes], ...]
     # (lane, prompt_len, SamplingParams.pack(), known ids: the prompt, and tokens made before a
     # preemption; empty unless penalties or prompt_logprobs need them)
-    masked: bytes = b""  # rows whose token a grammar constrains
+    masked: bytes = b""  # rows whose token is constrained
     masks: bytes = b""  # int32[len(masked), ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is 1
     # where token t may come; empty on ranks that do not sample
 

@@ -31,7 +31,7 @@ from asyncllm.actors.frontend import Frontend, Limits
 from asyncllm.actors.gate import Access
 from asyncllm.actors.grammar import GrammarKeeper
 from asyncllm.actors.runner import Runner
-from asyncllm.actors.scheduler import Scheduler, unconstrained
+from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import EXIT_HUNG, Duty, Means, Watchdog, dump_stacks
@@ -39,6 +39,7 @@ from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
 from asyncllm.api.parts import dialect_of
 from asyncllm.config import FLAGS, Config, Resolved, resolve_limits
+from asyncllm.core.constraints import Constraints, unconstrained
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
@@ -285,6 +286,8 @@ def _allocator(p: Parts) -> Actor[Any]:
 
 def _scheduler(p: Parts) -> Actor[Any]:
     resolved = p.boot.resolved
+    grammar = unconstrained if p.grammars is None else p.grammars.constrain
+    constraints = Constraints(p.spec.vocab_size, resolved.eos_ids, grammar)
     return Scheduler(
         num_lanes=resolved.running_max_req_size,
         num_slots=p.num_slots,
@@ -292,7 +295,7 @@ def _scheduler(p: Parts) -> Actor[Any]:
         chunked_prefill_size=resolved.chunked_prefill_size,
         eos_ids=resolved.eos_ids,
         runners=range(p.boot.config.tp),
-        constrain=unconstrained if p.grammars is None else p.grammars.constrain,
+        constrain=constraints.of,
     )
 
 

@@ -37,11 +37,6 @@ Inbox = Submit | Abort | Granted | StepDone | StopHit | Drain | Probe
 Part = tuple[int, bytes, int, bytes, bytes]  # log-probabilities of prompt tokens, see StepDone
 
 
-def unconstrained(kind: str, text: str) -> Constraint:
-    """Makes no constraints. Raises RequestError."""
-    raise RequestError("constrained output is off on this server (--output_constraint_mode)")
-
-
 class Scheduler(Actor[Inbox]):
     """One per group of tp ranks, on the first of them, beside its allocator.
 
@@ -49,7 +44,7 @@ class Scheduler(Actor[Inbox]):
         num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom: see ``Core``.
         runners: endpoints of the group's runners.
         depth: steps on the device at a time.
-        constrain: a fresh constraint of a grammar (kind, text); raises RequestError.
+        constrain: see ``Constraints.of``; None: nothing is ever constrained.
     """
 
     def __init__(
@@ -63,7 +58,7 @@ class Scheduler(Actor[Inbox]):
         runners: Sequence[int],
         depth: int = 2,
         headroom: int = 8,
-        constrain: Callable[[str, str], Constraint] = unconstrained,
+        constrain: Callable[[SamplingParams], Constraint | None] = lambda params: None,
     ) -> None:
         super().__init__("scheduler")
         self.core = Core(
@@ -122,13 +117,11 @@ class Scheduler(Actor[Inbox]):
         if self._draining:
             self.core.refuse(msg.rid, len(msg.prompt) // 4, "server is shutting down", 503)
             return
-        constraint = None
-        if (grammar := SamplingParams.unpack(msg.params).grammar) is not None:
-            try:
-                constraint = self._constrain(*grammar)
-            except RequestError as error:
-                self.core.refuse(msg.rid, len(msg.prompt) // 4, error.message, error.status)
-                return
+        try:
+            constraint = self._constrain(SamplingParams.unpack(msg.params))
+        except RequestError as error:
+            self.core.refuse(msg.rid, len(msg.prompt) // 4, error.message, error.status)
+            return
         self._stalled = False
         self.core.add(msg.rid, ints(msg.prompt), msg.params, constraint)
 

@@ -25,6 +25,7 @@ MAX_STOP: Final = 16
 MAX_STOP_CHARS: Final = 512
 MAX_STOP_IDS: Final = 128
 MAX_BIAS: Final = 300
+MAX_ALLOWED: Final = 4096
 MAX_PROMPTS: Final = 256
 MAX_INT32: Final = 2**31 - 1
 MAX_SEED: Final = 2**63 - 1 - MAX_N  # choice i of n gets seed + i, which is an int64 too
@@ -242,6 +243,14 @@ def stop_ids(value: Any, name: str) -> tuple[int, ...]:
     typed(value, list, name, "an array of token ids")
     if len(value) > MAX_STOP_IDS:
         bad(f"{name}: {len(value)} ids, at most {MAX_STOP_IDS}", name)
+    return tuple(token_id(v, name) for v in value)
+
+
+def allowed_ids(value: Any, name: str) -> tuple[int, ...]:
+    """A list of the only token ids that may come; an empty one means all."""
+    typed(value, list, name, "an array of token ids")
+    if len(value) > MAX_ALLOWED:
+        bad(f"{name}: {len(value)} ids, at most {MAX_ALLOWED}", name)
     return tuple(token_id(v, name) for v in value)
 
 

@@ -72,6 +72,12 @@ def only(values: Mapping[str, Any], names: Sequence[str], at: str = "") -> Gramm
     return values[found[0]] if found else None
 
 
+def without_tokens(form: Grammar | None, allowed: Sequence[int], name: str) -> None:
+    """Raises RequestError where a grammar and a list of allowed tokens would both restrict."""
+    if form is not None and allowed:
+        bad(f"{name} and a grammar exclude each other (a forced call is one too)", name)
+
+
 def _limited(text: str, name: str) -> str:
     if len(text) > MAX_CHARS:
         bad(f"{name}: {len(text)} characters, at most {MAX_CHARS}", name)

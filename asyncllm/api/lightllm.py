@@ -41,6 +41,10 @@ PARAMETERS: Final = (
       doc="repetition_penalty counts the prompt's tokens too"),
     F(name="logit_bias", kind="object", default=(), parse=fields.logit_bias, to="logit_bias",
       doc=f"{{\"token id\": bias}}, bias in [-100, 100], at most {fields.MAX_BIAS} entries"),
+    F(name="allowed_token_ids", kind="any", default=(), parse=fields.allowed_ids,
+      to="allowed_token_ids",
+      doc=f"at most {fields.MAX_ALLOWED} ids: no others come, but end tokens unless ignore_eos; not "
+      "with a grammar"),
     F(name="max_new_tokens", kind="integer", low=1, high=fields.MAX_INT32, to="max_new_tokens",
       doc="absent: what fits into the context"),
     F(name="min_new_tokens", kind="integer", default=1, low=0, high=fields.MAX_INT32,
@@ -78,7 +82,6 @@ TOKENS_PARAMETERS: Final = tuple(f for f in PARAMETERS if f.name == "add_special
 GRAMMARS: Final = ("regular_constraint", "guided_grammar", "guided_json")
 
 UNAVAILABLE: Final = (
-    Refused(name="allowed_token_ids", neutral=("", {}, []), doc="constrained output"),
     Refused(name="exponential_decay_length_penalty", neutral=([1, 1.0], [1, 1]),
             doc="a length penalty"),
     Refused(name="add_spaces_between_special_tokens", neutral=(True,),
@@ -99,6 +102,9 @@ def generate(body: Body, served: Served, *, stream: bool) -> Generation:
     _check_counts(values, stream)
     direct = fields.sampling(PARAMETERS, values)
     served.check_ids(tuple(t for t, _ in direct["logit_bias"]), AT + "logit_bias")
+    served.check_ids(direct["allowed_token_ids"], AT + "allowed_token_ids")
+    form = grammar.only(values, GRAMMARS, AT)
+    grammar.without_tokens(form, direct["allowed_token_ids"], AT + "allowed_token_ids")
     stop, stop_ids = _stops(values["stop_sequences"], served)
     if not values["do_sample"]:
         direct |= {"top_p": 1.0, "min_p": 0.0}
@@ -110,7 +116,7 @@ def generate(body: Body, served: Served, *, stream: bool) -> Generation:
         stop_token_ids=stop_ids,
         seed=max(values["seed"], 0),
         logprobs=0,
-        grammar=grammar.only(values, GRAMMARS, AT),
+        grammar=form,
         use_cache=not values["disable_prompt_cache"],
     )
     return Generation(

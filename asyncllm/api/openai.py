@@ -44,6 +44,10 @@ COMMON: Final = (
       doc="divides positive, multiplies negative logits of prompt and generated tokens (extension)"),
     F(name="logit_bias", kind="object", default=(), parse=fields.logit_bias, to="logit_bias",
       doc=f"{{\"token id\": bias}}, bias in [-100, 100], at most {fields.MAX_BIAS} entries"),
+    F(name="allowed_token_ids", kind="any", default=(), parse=fields.allowed_ids,
+      to="allowed_token_ids",
+      doc=f"at most {fields.MAX_ALLOWED} ids: no others come, but end tokens unless ignore_eos; not "
+      "with a grammar (extension)"),
     F(name="stop", kind="any", default=(), parse=fields.stop_strings, to="stop",
       doc=f"a string or at most {fields.MAX_STOP} of them, each of at most {fields.MAX_STOP_CHARS} "
       "characters; cut from the text"),
@@ -118,7 +122,7 @@ GRAMMARS: Final = ("response_format", "guided_json", "guided_regex", "guided_gra
 UNAVAILABLE: Final = (
     *(Refused(name=name, neutral=("", {}, []), doc="constrained output")
       for name in ("guided_choice", "structured_outputs", "regular_constraint",
-                   "allowed_token_ids", "bad_words")),
+                   "bad_words")),
     Refused(name="use_beam_search", neutral=(False,), doc="beam search"),
     Refused(name="length_penalty", neutral=(1, 1.0), doc="beam search"),
     Refused(name="prompt_embeds", doc="a prompt of embeddings"),
@@ -225,6 +229,8 @@ def _generation(
     direct = fields.sampling(COMMON, values)
     served.check_ids(direct["stop_token_ids"], "stop_token_ids")
     served.check_ids(tuple(t for t, _ in direct["logit_bias"]), "logit_bias")
+    served.check_ids(direct["allowed_token_ids"], "allowed_token_ids")
+    grammar.without_tokens(form, direct["allowed_token_ids"], "allowed_token_ids")
     params = SamplingParams(
         **direct,
         max_new_tokens=most,

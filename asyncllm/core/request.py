@@ -24,7 +24,7 @@ class SamplingParams:
     """How to choose tokens for one request; every value has been checked against its limits.
 
     Logits are changed in this order: logit_bias and the eos ban of min_new_tokens, penalties,
-    tokens that the grammar does not allow, temperature, then top_k, top_p, min_p.
+    tokens that a constraint does not allow, temperature, then top_k, top_p, min_p.
     Log-probabilities are of the unchanged logits.
     """
 
@@ -49,6 +49,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     use_cache: bool = True  # take and leave prefix cache entries
     grammar: tuple[str, str] | None = None  # (kind, text): the output's form; kinds in GRAMMARS
+    allowed_token_ids: tuple[int, ...] = ()  # no others but eos ones come; (): all
     max_thinking_tokens: int | None = None  # then reasoning is closed; None: no limit
 
     def pack(self) -> tuple[Any, ...]:
@@ -70,9 +71,15 @@ class Constraint(Protocol):
     """Which tokens may come next in one request."""
 
     def mask(self) -> bytes:
-        """Bit ``t % 32`` of int32 word ``t // 32`` is set where token ``t`` may come next.
+        """Bit ``t % 32`` of int32 word ``t // 32`` is set where token ``t`` may come next; b"": all.
 
         At least one is set, before the first token and until :meth:`accept` says True or raises.
+        """
+
+    def holds(self, ahead: int) -> bool:
+        """The mask will be the same after ``ahead`` more tokens, whichever they are.
+
+        True for 0, and never takes back what it has said of the same token.
         """
 
     def accept(self, token: int) -> bool:

@@ -73,6 +73,10 @@ class Request:
     def known_len(self) -> int:
         return len(self.prompt) + len(self.outputs)
 
+    def ahead(self, lane: Lane) -> int:
+        """Tokens before the next one to be planned that are not known yet."""
+        return lane.planned + 1 - self.known_len
+
     @property
     def shares(self) -> bool:
         """May use the prefix cache: computing a hit's tokens again would not be seen."""
@@ -118,8 +122,9 @@ class Step:
 
     def constrain(self, row: int, constraint: Constraint) -> None:
         """Row ``row`` samples one of the tokens that may come next."""
-        self.masked.append(row)
-        self.masks += constraint.mask()
+        if mask := constraint.mask():
+            self.masked.append(row)
+            self.masks += mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +246,7 @@ class Core:
             assert lane is not None
             if lane.planned < lane.fill_len:
                 filling.append(req)
-            elif req.constraint is not None and lane.inflight:
+            elif req.constraint is not None and not req.constraint.holds(req.ahead(lane)):
                 pass  # what may come next depends on a token that is not known yet
             elif lane.planned < req.final_len and budget:
                 rows.append((req, lane, 1))

@@ -159,6 +159,9 @@ class Matcher:
     def mask(self) -> bytes:
         return self._bits.tobytes()
 
+    def holds(self, ahead: int) -> bool:
+        return ahead == 0
+
     def accept(self, token: int) -> bool:
         if not self._matcher.accept_token(token):
             raise RequestError(f"token {token} does not continue the output as its grammar wants")

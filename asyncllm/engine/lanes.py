@@ -15,7 +15,7 @@ from asyncllm.engine.staging import I32, Rows
 from asyncllm.messages import StepPlan
 
 F32 = NDArray[np.float32]
-WEAK_BAN = -1e30  # below every logit, and still more than -inf
+BAN = -1e30  # below every logit; more than -inf, since a constraint may leave nothing else
 
 
 @dataclass(slots=True)
@@ -130,8 +130,7 @@ class LaneTable:
         pairs = list(p.logit_bias)
         if position - lane.prompt_len < p.min_new_tokens:
             banned = p.stop_token_ids if p.ignore_eos else (*p.stop_token_ids, *self._eos_ids)
-            # a grammar may leave nothing else: its own ban is -inf and must win
-            pairs += [(token, -np.inf if p.grammar is None else WEAK_BAN) for token in banned]
+            pairs += [(token, BAN) for token in banned]
         for token, value in pairs:
             if token < self._vocab_size:
                 choice.bias_rows.append(row)

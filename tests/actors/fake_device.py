@@ -18,6 +18,7 @@ from typing import Any
 from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.codec import decode, encode, i32, ints, longs
+from asyncllm.core.constraints import Constraints
 from asyncllm.core.radix import Node
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.slots import Ledger
@@ -74,12 +75,22 @@ class FakeConstraint:
             words[token // 32] |= 1 << token % 32
         return array("I", words).tobytes()
 
+    def holds(self, ahead: int) -> bool:
+        return ahead == 0
+
     def accept(self, token: int) -> bool:
         assert token in self.allowed(self.state, self.vocab), "a token that the mask did not allow"
         if self.state % 41 == 5:
             raise RequestError("nothing can follow")
         self.state = chain(self.state, token)
         return self.state % 13 == 0
+
+
+def listed(params: SamplingParams, eos: Iterable[int]) -> set[int]:
+    """What allowed_token_ids leaves; empty: everything."""
+    if not params.allowed_token_ids:
+        return set()
+    return {*params.allowed_token_ids, *(() if params.ignore_eos else eos)}
 
 
 def oracle(prompt: Iterable[int], params: SamplingParams, vocab: int, eos: set[int]) -> list[int]:
@@ -89,7 +100,7 @@ def oracle(prompt: Iterable[int], params: SamplingParams, vocab: int, eos: set[i
         state = chain(state, token)
     constraint = FakeConstraint(prompt, vocab) if params.grammar else None
     while len(out) < (params.max_new_tokens or 0):
-        allowed = constraint.allowed(state, vocab) if constraint else ()
+        allowed = constraint.allowed(state, vocab) if constraint else listed(params, eos)
         token = pick(state, params, len(out), vocab, eos, allowed)
         try:
             whole = constraint.accept(token) if constraint else False
@@ -173,12 +184,17 @@ class FakeDevice:
             state = self._read(table, start)
             state = self._write(table, start, [fed.popleft() for _ in range(count)], state)
             token = -1
-            assert (row in masks) == bool(samples and table.params.grammar)
+            restricted = table.params.grammar or table.params.allowed_token_ids
+            assert (row in masks) == bool(samples and restricted)
             if samples:
                 at = start + count - table.prompt_len
                 allowed = bits(masks[row]) if row in masks else set()
                 # the mask is that of the very tokens before
-                assert not allowed or allowed == FakeConstraint.allowed(state, self.vocab)
+                assert allowed == (
+                    FakeConstraint.allowed(state, self.vocab)
+                    if table.params.grammar
+                    else listed(table.params, self.eos)
+                )
                 token = pick(state, table.params, at, self.vocab, self.eos, allowed)
                 table.last = token
             tokens.append(token)
@@ -318,7 +334,9 @@ class World:
             runners=[0],
             depth=depth,
             headroom=headroom,
-            constrain=lambda kind, text: FakeConstraint(json.loads(text), vocab),
+            constrain=Constraints(
+                vocab, set(eos_ids), lambda kind, text: FakeConstraint(json.loads(text), vocab)
+            ).of,
         )
         for actor in (self.allocator, self.scheduler):
             actor.system = self  # type: ignore[assignment]

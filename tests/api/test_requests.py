@@ -220,7 +220,9 @@ def test_newer_name_of_max_tokens_wins() -> None:
      ("stop_token_ids", [100]), ("stop_token_ids", [-1]), ("stop_token_ids", ["1"]),
      ("stop_token_ids", [1] * 129), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}),
      ("logit_bias", {"1": 101}), ("logit_bias", {"1": "x"}), ("logit_bias", {"100": 1}),
-     ("logit_bias", {str(i): 0 for i in range(301)}), ("stream_options", {"include_usage": 1})],
+     ("logit_bias", {str(i): 0 for i in range(301)}), ("allowed_token_ids", [100]),
+     ("allowed_token_ids", "1"), ("allowed_token_ids", [1] * 4097),
+     ("stream_options", {"include_usage": 1})],
 )  # fmt: skip
 def test_structured_values_have_limits(name: str, value: Any) -> None:
     for parse in (completion, chat):
@@ -378,7 +380,7 @@ def test_native_params() -> None:
 @pytest.mark.parametrize(
     "parameters",
     [{"stop_sequences": [[1, 2]]},
-     {"allowed_token_ids": [1]}, {"exponential_decay_length_penalty": [10, 1.1]},
+     {"exponential_decay_length_penalty": [10, 1.1]},
      {"return_routed_experts": True}, {"n": 2, "best_of": 1},
      {"add_spaces_between_special_tokens": False}],
 )  # fmt: skip
@@ -391,6 +393,16 @@ def test_native_parameters_not_available(parameters: dict[str, Any]) -> None:
 def test_native_bad_stops(stop: Any) -> None:
     with pytest.raises(RequestError, match="stop_sequences"):
         native(stop_sequences=stop)
+
+
+def test_allowed_tokens_exclude_a_grammar() -> None:
+    for parse in (completion, chat, native):
+        assert parse(allowed_token_ids=[3, 99]).params.allowed_token_ids == (3, 99)
+        assert parse(allowed_token_ids=[]) == parse()
+        with pytest.raises(RequestError, match="allowed_token_ids and a grammar exclude"):
+            parse(allowed_token_ids=[3], guided_json={})
+    with pytest.raises(RequestError, match="exclude each other"):
+        chat(allowed_token_ids=[3], tools=TOOLS, tool_choice="required")
 
 
 def test_native_streams_one_choice() -> None:

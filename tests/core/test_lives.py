@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from asyncllm.actors.scheduler import unconstrained
 from asyncllm.codec import ints
+from asyncllm.core.constraints import Constraints
 from asyncllm.messages import Abort
 from tests.actors.fake_device import World, fake_grammar
 
@@ -33,6 +33,8 @@ def live(
             params = random_params(rng)
             if rng.random() < constrained:
                 params["grammar"] = fake_grammar(prompt)
+            elif rng.random() < 0.2:
+                params["allowed_token_ids"] = tuple(rng.sample(range(50), 4))
             for i in range(min(left, rng.choice([1, 1, 1, 3]))):
                 rid = (rng.choice([0, 2]) << 40) + num - left + 1
                 left -= 1
@@ -128,9 +130,21 @@ def test_a_constrained_request_waits_for_its_token_and_others_do_not() -> None:
     assert first[:3] == [0, 2, 4]
 
 
+def test_a_list_of_tokens_keeps_the_overlap() -> None:
+    """What may come does not depend on the token before, so nobody waits for it."""
+    world = World(num_slots=200, num_lanes=4, vocab=500)
+    world.submit(1, [1] * 4, max_new_tokens=8, allowed_token_ids=(4, 499))
+    world.settle("scheduler", "allocator", "runner")
+    assert len(world.pending) == 2
+    world.run()
+    world.check_end()
+    assert set(world.tokens[1]) <= {4, 499}
+    assert len(world.device.plans) <= 9
+
+
 def test_a_grammar_that_cannot_be_had_ends_the_request_before_it_runs() -> None:
     world = World()
-    world.scheduler._constrain = unconstrained
+    world.scheduler._constrain = Constraints(50, ()).of
     world.submit(1, [1] * 4, max_new_tokens=8, grammar=("json", ""))
     world.run()
     assert world.finished[1].status == 400
