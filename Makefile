@@ -16,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
 # suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
-SUITES := openai llm js
+SUITES := openai llm js lm-eval
 ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
@@ -74,6 +74,10 @@ accept-llm: $(STAMP) $(ACCEPT)/llm/.installed
 accept-js: $(STAMP) $(ACCEPT)/js/.installed
 	@cp tests/accept/clients.mjs $(ACCEPT)/js
 	@$(RUN) -- node $(ACCEPT)/js/clients.mjs
+
+accept-lm-eval: $(STAMP) $(ACCEPT)/lm-eval/.installed
+	@TQDM_DISABLE=1 HF_HOME=$(abspath $(ACCEPT))/lm-eval/cache $(RUN) --data_type fp32 -- \
+	  $(abspath $(ACCEPT))/lm-eval/bin/python tests/accept/lm_eval/compare.py
 
 $(ACCEPT)/js/.installed: tests/accept/package.json
 	@echo 'installing into $(@D)' >&2
