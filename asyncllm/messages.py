@@ -70,6 +70,7 @@ class Follow:
     skip_special_tokens: bool
     print_eos: bool
     shown: tuple[str, ...] = ()  # as in Tokenize
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
 
 
 @message(6)
@@ -252,7 +253,7 @@ class Delta:
 
 @message(22)
 class StopHit:
-    """detokenizer -> scheduler, urgent: a stop string was found. ``num_tokens`` made the text."""
+    """detokenizer -> scheduler, urgent: a stop string or a stop sequence ended ``num_tokens``."""
 
     rid: int
     num_tokens: int

@@ -1,7 +1,7 @@
 """Token ids to text for every stream of one frontend, a little at a time.
 
-Owns the text position of each request: unfinished characters, possible stop strings, tokens not
-yet passed on. Knows neither HTTP nor why a token was chosen.
+Owns the text position of each request: unfinished characters, what may become a stop string or a
+stop sequence, tokens not yet passed on. Knows neither HTTP nor why a token was chosen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from asyncllm.actors.base import Actor
 from asyncllm.codec import ints, longs
 from asyncllm.core.detokenize import TextStream
 from asyncllm.core.request import Reason
-from asyncllm.core.stops import StopFinder
+from asyncllm.core.stops import SequenceFinder, StopFinder
 from asyncllm.messages import Delta, Finished, Flush, Follow, StopHit, Tokens
 from asyncllm.text import Text
 
@@ -137,6 +137,8 @@ class _Stream:
         "print_eos",
         "prompt",
         "rid",
+        "scanned",
+        "sequences",
         "shown",
         "stopped_at",
         "stops",
@@ -148,6 +150,8 @@ class _Stream:
         self.print_eos, self.shown = follow.print_eos, shown
         self.text: TextStream = text.stream(ints(follow.prompt_tail), follow.skip_special_tokens)
         self.stops = StopFinder(follow.stop) if follow.stop else None
+        self.sequences = SequenceFinder(follow.stop_sequences) if follow.stop_sequences else None
+        self.scanned = 0  # tokens that ``sequences`` has seen
         self.ids: array[int] = array("i")  # not passed on yet
         self.ends = bytearray()
         self.blocks: list[Block] = []  # one per id, or fewer where steps brought none
@@ -155,26 +159,32 @@ class _Stream:
         self.finished: Finished | None = None
         self.has_news = False
         self.num_tokens = 0  # passed on so far
-        self.stopped_at = -1  # number of tokens whose text brought a stop string
+        self.stopped_at = -1  # number of tokens that brought a stop string or sequence
 
     def take(self) -> Delta | None:
         """All that has come in since the last time; None: nothing to tell."""
         shown: list[str] = []
         pieces: list[str] = []
-        for token, ends in zip(self.ids, self.ends, strict=True):
+        ready, hidden = self._ready()
+        for token, ends in zip(self.ids[:ready], self.ends[:ready], strict=True):
             force = ends or token in self.shown
             piece = self.text.push(token, bool(force)) if self.print_eos or not ends else ""
             pieces.append(piece)
             shown.append(self._before_stop(piece))
             if self.stops is not None and self.stops.hit:
                 break
-        if self.finished is not None:
+        if self.finished is not None or hidden:
             shown.append(self._rest(pieces))
         self.num_tokens += len(pieces)
         if self.stops is not None and self.stops.hit:
             self.stopped_at = self.num_tokens
-        text, ids, blocks = "".join(shown), self.ids[: len(pieces)], self.blocks[: len(pieces)]
-        del self.ids[:], self.ends[:], self.blocks[:]
+        elif hidden:
+            pieces += [""] * hidden
+            self.num_tokens += hidden
+            self.stopped_at = self.num_tokens
+        used = len(pieces)
+        text, ids, blocks = "".join(shown), self.ids[:used], self.blocks[:used]
+        del self.ids[:used], self.ends[:used], self.blocks[:used]
         prompt = None
         if self.prompt and (ids or self.finished is not None):
             prompt = _joined(self.prompt)
@@ -184,6 +194,17 @@ class _Stream:
         # a request without log-probabilities sees columns only in steps it shares with others
         columns = _joined(blocks) if blocks and len(blocks) == len(ids) else (b"", 0, b"", b"")
         return Delta(self.rid, text, ids.tobytes(), tuple(pieces), *columns, prompt)
+
+    def _ready(self) -> tuple[int, int]:
+        """How many tokens can be shown now, and how many after them are a stop sequence."""
+        if self.sequences is None:
+            return len(self.ids), 0
+        for token in self.ids[self.scanned - self.num_tokens :]:
+            self.scanned += 1
+            self.sequences.push(token)
+            if hit := self.sequences.hit:
+                return self.scanned - self.num_tokens - hit, hit
+        return len(self.ids) - (self.sequences.held if self.finished is None else 0), 0
 
     def ending(self, finished: Finished) -> Finished:
         """What the frontend is told at the end; a stop string came before anything else."""

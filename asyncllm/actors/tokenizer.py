@@ -281,6 +281,7 @@ class Tokenizer(Actor[Inbox]):
                     params.skip_special_tokens,
                     params.print_eos,
                     msg.shown,
+                    params.stop_sequences,
                 )
             )
         for i, rid in enumerate(msg.rids):

@@ -15,6 +15,7 @@ from asyncllm.core.request import SamplingParams
 
 F = Field
 AT: Final = "parameters."
+MAX_SEQUENCE: Final = 256  # token ids in one stop sequence
 
 BODY: Final = (
     F(name="inputs", kind="any", doc="the prompt: a string or an array of token ids"),
@@ -52,8 +53,8 @@ PARAMETERS: Final = (
     F(name="ignore_eos", kind="boolean", default=False, to="ignore_eos",
       doc="go on after the end-of-sequence token"),
     F(name="stop_sequences", kind="any",
-      doc=f"a string, or an array of at most {fields.MAX_STOP} strings and one-element arrays of a "
-      "token id; strings are cut from the text"),
+      doc=f"a string, or an array of at most {fields.MAX_STOP} strings and arrays of token ids, at "
+      f"most {MAX_SEQUENCE} each; what stopped the text is cut from it"),
     F(name="n", kind="integer", default=1, low=1, high=fields.MAX_N,
       doc="choices; 1 on /generate_stream"),
     F(name="best_of", kind="integer", low=1, high=fields.MAX_N, doc="only equal to n"),
@@ -105,15 +106,13 @@ def generate(body: Body, served: Served, *, stream: bool) -> Generation:
     served.check_ids(direct["allowed_token_ids"], AT + "allowed_token_ids")
     form = grammar.only(values, GRAMMARS, AT)
     grammar.without_tokens(form, direct["allowed_token_ids"], AT + "allowed_token_ids")
-    stop, stop_ids = _stops(values["stop_sequences"], served)
     if not values["do_sample"]:
         direct |= {"top_p": 1.0, "min_p": 0.0}
     params = SamplingParams(
         **direct,
         temperature=temperature(values["temperature"]) if values["do_sample"] else 0.0,
         top_k=(values["top_k"] or -1) if values["do_sample"] else -1,
-        stop=stop,
-        stop_token_ids=stop_ids,
+        **_stops(values["stop_sequences"], served),
         seed=max(values["seed"], 0),
         logprobs=0,
         grammar=form,
@@ -181,26 +180,26 @@ def _prompt(value: Any, served: Served) -> Prompt:
     return Prompt(ids=column)
 
 
-def _stops(value: Any, served: Served) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Stop strings and stop token ids of ``stop_sequences``."""
+def _stops(value: Any, served: Served) -> dict[str, Any]:
+    """``stop_sequences`` as fields of SamplingParams: strings, single ids and sequences of ids."""
     name = AT + "stop_sequences"
     if value is None:
         return (), ()
     items = [value] if isinstance(value, str) else typed(value, list, name, "a string or an array")
     if len(items) > fields.MAX_STOP:
         bad(f"{name}: {len(items)} stop sequences, at most {fields.MAX_STOP}", name)
-    ids = []
+    sequences = []
     for item in items:
         if not isinstance(item, list):
             continue
         if not item:
             bad(f"{name}: an empty sequence cannot stop anything", name)
-        if len(item) > 1:
-            raise NotAvailable(
-                f"{name}: a sequence of {len(item)} token ids; only single ids are available",
-                param=name,
-            )
-        ids.append(fields.token_id(item[0], name))
-    served.check_ids(tuple(ids), name)
-    strings = fields.stop_strings([i for i in items if not isinstance(i, list)], name)
-    return strings, tuple(ids)
+        if len(item) > MAX_SEQUENCE:
+            bad(f"{name}: a sequence of {len(item)} ids, at most {MAX_SEQUENCE}", name)
+        sequences.append(tuple(fields.token_id(token, name) for token in item))
+        served.check_ids(sequences[-1], name)
+    return {
+        "stop": fields.stop_strings([i for i in items if not isinstance(i, list)], name),
+        "stop_token_ids": tuple(s[0] for s in sequences if len(s) == 1),
+        "stop_sequences": tuple(s for s in sequences if len(s) > 1),
+    }

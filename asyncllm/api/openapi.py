@@ -21,7 +21,7 @@ from asyncllm.api.shapes import Schema
 _STOP: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": fields.MAX_STOP_CHARS}
 _IDS: Final[Schema] = {"type": "array", "items": shapes.TOKEN, "minItems": 1}
 _STRINGS: Final[Schema] = {"type": "array", "items": {"type": "string"}, "minItems": 1}
-_SEQUENCE: Final[Schema] = {"type": "array", "items": shapes.TOKEN, "minItems": 1, "maxItems": 1}
+_SEQUENCE: Final[Schema] = {**_IDS, "maxItems": lightllm.MAX_SEQUENCE}
 _NATIVE_STOP: Final[Schema] = {"anyOf": [_STOP, _SEQUENCE]}
 
 

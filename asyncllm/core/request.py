@@ -42,6 +42,7 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()  # cut from the text
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # of ids, each at least two; cut from the text
     logprobs: int = -1  # -1: none; 0: the chosen token's; N: and those of the N best
     prompt_logprobs: int = -1  # the same for prompt tokens; such a request takes no prefix hit
     skip_special_tokens: bool = True

@@ -1,9 +1,11 @@
-"""Stop strings: find the first one in a text that arrives in parts, and cut the text before it.
+"""Stop strings and stop sequences of token ids: find the first one in what arrives in parts.
 
-Knows text only; knows neither tokens nor requests.
+Knows text and ids; knows neither tokenizers nor requests.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class StopFinder:
@@ -62,3 +64,49 @@ def _begun(text: str, stop: str) -> int:
             return at
         at = text.find(stop[0], at + 1)
     return len(text)
+
+
+class SequenceFinder:
+    """Finds the sequence of ids that is the first to come whole; of two, the longer.
+
+    Each sequence is followed as in Knuth, Morris and Pratt's search, so that an id costs constant
+    time on average, whatever has come before.
+
+    Attributes:
+        hit: length of the sequence that has just come whole; 0: none yet.
+    """
+
+    __slots__ = ("_borders", "_matched", "_sequences", "hit")
+
+    def __init__(self, sequences: Sequence[tuple[int, ...]]) -> None:
+        self._sequences = [s for s in sequences if s]
+        self._borders = [_borders(s) for s in self._sequences]
+        self._matched = [0] * len(self._sequences)
+        self.hit = 0
+
+    @property
+    def held(self) -> int:
+        """How many of the newest ids may be the beginning of a sequence."""
+        return max(self._matched, default=0)
+
+    def push(self, token: int) -> None:
+        """Take one more id; not after a hit."""
+        for i, (sequence, borders) in enumerate(zip(self._sequences, self._borders, strict=True)):
+            num = self._matched[i]
+            while num and sequence[num] != token:
+                num = borders[num - 1]
+            num += sequence[num] == token
+            self._matched[i] = num
+            if num == len(sequence):
+                self.hit = max(self.hit, num)
+
+
+def _borders(sequence: Sequence[int]) -> list[int]:
+    """Of each beginning of ``sequence``: the length of its longest proper end that begins it too."""
+    out = [0] * len(sequence)
+    for i in range(1, len(sequence)):
+        num = out[i - 1]
+        while num and sequence[num] != sequence[i]:
+            num = out[num - 1]
+        out[i] = num + (sequence[num] == sequence[i])
+    return out

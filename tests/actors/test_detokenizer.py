@@ -87,6 +87,10 @@ def follow(rid: int, *stop: str, tail: bytes = b"", print_eos: bool = False) -> 
     return Follow(rid, tail, stop, True, print_eos)
 
 
+def sequenced(rid: int, *sequences: list[int]) -> Follow:
+    return Follow(rid, b"", (), True, False, (), tuple(map(tuple, sequences)))
+
+
 def tokens(
     rids: list[int], ids: list[int], ends: list[int] | None = None, **columns: Any
 ) -> Tokens:
@@ -185,6 +189,62 @@ def test_error_after_a_stop_string_is_a_stop(text: Text) -> None:
     error = Finished(1, Reason.ERROR, "no room", "code", 500, 3, 0, 4)
     front, _ = play(text, [follow(1, "X"), tokens([1], [x]), error], finished=1)
     assert front[-1] == Finished(1, Reason.STOP, "", "", 0, 3, 0, 1, "X")
+
+
+def test_stop_sequence_over_steps_is_cut_and_told_once(text: Text) -> None:
+    ids = list(text.encode("aaab!", False))
+    script = [sequenced(1, ids[1:4]), *[tokens([1], [i]) for i in ids], done(1, 5)]
+    front, sched = play(text, script, finished=1)
+    deltas = [m for m in front if isinstance(m, Delta)]
+    # the third a could still be the second of the sequence, the second its first
+    assert [(m.text, len(m.ids) // 4) for m in deltas] == [("a", 1), ("", 3)]
+    assert b"".join(m.ids for m in deltas) == i32(ids[:4])
+    assert deltas[-1].pieces == ("", "", "")
+    assert sched == [StopHit(1, 4)]
+    assert (front[-1].reason, front[-1].num_tokens, front[-1].stop) == (Reason.STOP, 4, "")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_beginning_of_a_stop_sequence_comes_out_when_it_fails(text: Text, at_once: bool) -> None:
+    ids = list(text.encode("ababc☃", False))
+    steps = [tokens([1], [i], logprobs=_f32(-n)) for n, i in enumerate(ids)]
+    script = [sequenced(1, [*ids[:2], ids[4], ids[4]]), *steps, done(1, len(ids))]
+    front, sched = play(text, [script] if at_once else script, finished=1)
+    deltas = [m for m in front if isinstance(m, Delta)]
+    assert (said(front, 1), sched) == ("ababc☃", [])
+    assert b"".join(m.ids for m in deltas) == i32(ids)
+    assert b"".join(m.logprobs for m in deltas) == _f32(*[-n for n in range(len(ids))])
+    assert front[-1] == done(1, len(ids))
+
+
+def test_end_inside_the_beginning_of_a_stop_sequence_shows_it(text: Text) -> None:
+    a, b = text.encode("ab", False)
+    script = [sequenced(1, [a, b, a]), tokens([1], [a]), tokens([1], [b]), done(1, 2)]
+    front, _ = play(text, script, finished=1)
+    assert (said(front, 1), front[-1].reason) == ("ab", Reason.LENGTH)
+
+
+def test_stop_sequence_found_with_the_end_needs_no_stop_hit(text: Text) -> None:
+    ids = list(text.encode("xab!", False))
+    script = [[sequenced(1, ids[1:3]), tokens([1] * 4, ids), done(1, 4)]]
+    front, sched = play(text, script, finished=1)
+    assert (said(front, 1), sched) == ("x", [])
+    assert (front[-1].reason, front[-1].num_tokens) == (Reason.STOP, 3)
+
+
+def test_stop_string_before_a_stop_sequence_wins(text: Text) -> None:
+    ids = list(text.encode("xSTOPab", False))
+    follow_both = Follow(1, b"", ("STOP",), True, False, (), (tuple(ids[-2:]),))
+    front, _ = play(text, [follow_both, tokens([1] * 7, ids), done(1, 7)], finished=1)
+    assert (said(front, 1), front[-1].stop, front[-1].num_tokens) == ("x", "STOP", 5)
+
+
+def test_text_before_a_stop_sequence_is_whole(text: Text) -> None:
+    half, a, b = *text.encode("é", False)[:1], *text.encode("ab", False)
+    both = Follow(1, b"", ("ab!",), True, False, (), ((b, b),))
+    script = [both, tokens([1] * 4, [half, a, b, b]), done(1, 4)]
+    front, _ = play(text, script, finished=1)
+    assert said(front, 1) == "\ufffda"
 
 
 def test_held_back_text_comes_out_at_the_end(text: Text) -> None:

@@ -364,13 +364,15 @@ def test_native_defaults_are_greedy() -> None:
 def test_native_params() -> None:
     got = native(
         do_sample=True, temperature=0.7, top_k=5, top_p=0.5, max_new_tokens=9, min_new_tokens=2,
-        repetition_penalty=1.2, input_penalty=True, stop_sequences=["x", [7]], seed=3, n=2, best_of=2,
+        repetition_penalty=1.2, input_penalty=True, stop_sequences=["x", [7], [8, 7]], seed=3, n=2,
+        best_of=2,
         print_eos_token=True, prompt_logprobs=4, disable_prompt_cache=True, return_details=True,
         add_special_tokens=False,
     )  # fmt: skip
     assert got.params == SamplingParams(
         max_new_tokens=9, min_new_tokens=2, temperature=0.7, top_k=5, top_p=0.5,
         repetition_penalty=1.2, penalize_prompt=True, seed=3, stop=("x",), stop_token_ids=(7,),
+        stop_sequences=((8, 7),),
         logprobs=0, prompt_logprobs=4, skip_special_tokens=False, print_eos=True, use_cache=False,
     )  # fmt: skip
     assert (got.n, got.details, got.add_special_tokens, got.seeded) == (2, True, False, True)
@@ -379,8 +381,7 @@ def test_native_params() -> None:
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"stop_sequences": [[1, 2]]},
-     {"exponential_decay_length_penalty": [10, 1.1]},
+    [
      {"return_routed_experts": True}, {"n": 2, "best_of": 1},
      {"add_spaces_between_special_tokens": False}],
 )  # fmt: skip
@@ -389,7 +390,9 @@ def test_native_parameters_not_available(parameters: dict[str, Any]) -> None:
         native(**parameters)
 
 
-@pytest.mark.parametrize("stop", [[[]], [[100]], [["x"]], ["a"] * 17, [None], {"a": 1}])
+@pytest.mark.parametrize(
+    "stop", [[[]], [[100]], [[1, 100]], [["x"]], [[1] * 257], ["a"] * 17, [None], {"a": 1}]
+)
 def test_native_bad_stops(stop: Any) -> None:
     with pytest.raises(RequestError, match="stop_sequences"):
         native(stop_sequences=stop)

@@ -1,11 +1,11 @@
-"""Stop strings: the same cut however the text is split, and nothing held back needlessly."""
+"""Stop strings and sequences: the same cut however things are split, nothing held back needlessly."""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncllm.core.stops import StopFinder
+from asyncllm.core.stops import SequenceFinder, StopFinder
 
 LETTERS = st.text("abc", max_size=14)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
@@ -77,3 +77,30 @@ def test_empty_stop_strings_are_ignored() -> None:
     finder = StopFinder(("",))
     assert finder.push("abc") + finder.flush() == "abc"
     assert not finder.hit
+
+
+IDS = st.lists(st.integers(0, 2), max_size=30)
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple), max_size=4)
+
+
+@settings(derandomize=True, max_examples=500, deadline=None)
+@given(ids=IDS, sequences=SEQUENCES)
+def test_sequences_are_found_where_they_first_end(
+    ids: list[int], sequences: list[tuple[int, ...]]
+) -> None:
+    finder = SequenceFinder(sequences)
+    for num in range(1, len(ids) + 1):
+        finder.push(ids[num - 1])
+        so_far = ids[:num]
+        ended = [len(s) for s in sequences if tuple(so_far[-len(s) :]) == s]
+        assert finder.hit == max(ended, default=0)
+        if ended:
+            return
+        begun = [k for s in sequences for k in range(len(s)) if k and tuple(so_far[-k:]) == s[:k]]
+        assert finder.held == max(begun, default=0)
+
+
+def test_no_sequences() -> None:
+    finder = SequenceFinder([()])
+    finder.push(1)
+    assert (finder.hit, finder.held) == (0, 0)
