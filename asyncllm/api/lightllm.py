@@ -184,7 +184,7 @@ def _stops(value: Any, served: Served) -> dict[str, Any]:
     """``stop_sequences`` as fields of SamplingParams: strings, single ids and sequences of ids."""
     name = AT + "stop_sequences"
     if value is None:
-        return (), ()
+        return {}
     items = [value] if isinstance(value, str) else typed(value, list, name, "a string or an array")
     if len(items) > fields.MAX_STOP:
         bad(f"{name}: {len(items)} stop sequences, at most {fields.MAX_STOP}", name)
