@@ -16,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
 # suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
-SUITES := openai llm js lm-eval
+SUITES := openai llm js lm-eval guidellm
 ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
@@ -78,6 +78,9 @@ accept-js: $(STAMP) $(ACCEPT)/js/.installed
 accept-lm-eval: $(STAMP) $(ACCEPT)/lm-eval/.installed
 	@TQDM_DISABLE=1 HF_HOME=$(abspath $(ACCEPT))/lm-eval/cache $(RUN) --data_type fp32 -- \
 	  $(abspath $(ACCEPT))/lm-eval/bin/python tests/accept/lm_eval/compare.py
+
+accept-guidellm: $(STAMP) $(ACCEPT)/guidellm/.installed
+	@$(RUN) -- $(ACCEPT)/guidellm/bin/python tests/accept/load.py $(ACCEPT)/guidellm
 
 $(ACCEPT)/js/.installed: tests/accept/package.json
 	@echo 'installing into $(@D)' >&2
