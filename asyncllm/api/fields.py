@@ -26,6 +26,7 @@ MAX_STOP_CHARS: Final = 512
 MAX_STOP_IDS: Final = 128
 MAX_BIAS: Final = 300
 MAX_ALLOWED: Final = 4096
+MAX_DECAY: Final = 100.0
 MAX_PROMPTS: Final = 256
 MAX_INT32: Final = 2**31 - 1
 MAX_SEED: Final = 2**63 - 1 - MAX_N  # choice i of n gets seed + i, which is an int64 too
@@ -252,6 +253,18 @@ def allowed_ids(value: Any, name: str) -> tuple[int, ...]:
     if len(value) > MAX_ALLOWED:
         bad(f"{name}: {len(value)} ids, at most {MAX_ALLOWED}", name)
     return tuple(token_id(v, name) for v in value)
+
+
+def length_penalty(value: Any, name: str) -> tuple[int, float] | None:
+    """``[start, factor]``; None where the factor is 1 and so changes nothing."""
+    if not isinstance(value, list) or len(value) != 2:
+        bad(f"{name} must be [start, factor], not {show(value)}", name)
+    start, factor = number(value[0], f"{name}[0]", integer=True), number(value[1], f"{name}[1]")
+    if not 0 <= start <= MAX_INT32:
+        bad(f"{name}[0]: {show(start)} is not in [0, {MAX_INT32}]", name)
+    if not 1 <= factor <= MAX_DECAY:
+        bad(f"{name}[1]: {show(factor)} is not in [1, {MAX_DECAY:g}]", name)
+    return (start, float(factor)) if factor > 1 else None
 
 
 def logit_bias(value: Any, name: str) -> tuple[tuple[int, float], ...]:

@@ -40,6 +40,11 @@ PARAMETERS: Final = (
       to="repetition_penalty", doc="divides positive, multiplies negative logits of generated tokens"),
     F(name="input_penalty", kind="boolean", default=False, to="penalize_prompt",
       doc="repetition_penalty counts the prompt's tokens too"),
+    F(name="exponential_decay_length_penalty", kind="any", parse=fields.length_penalty,
+      to="length_penalty",
+      doc="[start, factor], factor in "
+      f"[1, {fields.MAX_DECAY:g}]: after start tokens the end tokens' logits grow by "
+      "abs(logit) * (factor^(generated - start) - 1), as in transformers"),
     F(name="logit_bias", kind="object", default=(), parse=fields.logit_bias, to="logit_bias",
       doc=f"{{\"token id\": bias}}, bias in [-100, 100], at most {fields.MAX_BIAS} entries"),
     F(name="allowed_token_ids", kind="any", default=(), parse=fields.allowed_ids,
@@ -83,8 +88,6 @@ TOKENS_PARAMETERS: Final = tuple(f for f in PARAMETERS if f.name == "add_special
 GRAMMARS: Final = ("regular_constraint", "guided_grammar", "guided_json")
 
 UNAVAILABLE: Final = (
-    Refused(name="exponential_decay_length_penalty", neutral=([1, 1.0], [1, 1]),
-            doc="a length penalty"),
     Refused(name="add_spaces_between_special_tokens", neutral=(True,),
             doc="removing spaces between special tokens"),
     Refused(name="return_routed_experts", neutral=(False,), doc="returning routed experts"),

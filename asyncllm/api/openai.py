@@ -42,6 +42,11 @@ COMMON: Final = (
     F(name="repetition_penalty", kind="number", default=1.0, low=0, high=10, above=True,
       to="repetition_penalty",
       doc="divides positive, multiplies negative logits of prompt and generated tokens (extension)"),
+    F(name="exponential_decay_length_penalty", kind="any", parse=fields.length_penalty,
+      to="length_penalty",
+      doc="[start, factor], factor in "
+      f"[1, {fields.MAX_DECAY:g}]: after start tokens the end tokens' logits grow by "
+      "abs(logit) * (factor^(generated - start) - 1), as in transformers (extension)"),
     F(name="logit_bias", kind="object", default=(), parse=fields.logit_bias, to="logit_bias",
       doc=f"{{\"token id\": bias}}, bias in [-100, 100], at most {fields.MAX_BIAS} entries"),
     F(name="allowed_token_ids", kind="any", default=(), parse=fields.allowed_ids,

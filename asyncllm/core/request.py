@@ -23,8 +23,8 @@ class Reason(IntEnum):
 class SamplingParams:
     """How to choose tokens for one request; every value has been checked against its limits.
 
-    Logits are changed in this order: logit_bias and the eos ban of min_new_tokens, penalties,
-    tokens that a constraint does not allow, temperature, then top_k, top_p, min_p.
+    Logits are changed in this order: logit_bias and the eos ban of min_new_tokens, penalties, that
+    of the length on eos tokens, tokens that a constraint does not allow, temperature, then top_k, top_p, min_p.
     Log-probabilities are of the unchanged logits.
     """
 
@@ -50,6 +50,9 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     use_cache: bool = True  # take and leave prefix cache entries
     grammar: tuple[str, str] | None = None  # (kind, text): the output's form; kinds in GRAMMARS
+    length_penalty: tuple[int, float] | None = None  # (start, factor > 1): eos ones come likelier,
+    # logit + |logit| * (factor ** (generated - start) - 1) after start tokens (transformers'
+    # ExponentialDecayLengthPenalty)
     allowed_token_ids: tuple[int, ...] = ()  # no others but eos ones come; (): all
     max_thinking_tokens: int | None = None  # then reasoning is closed; None: no limit
 

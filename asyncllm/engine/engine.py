@@ -17,7 +17,7 @@ from asyncllm.engine.graphs import Bucket, Graphs
 from asyncllm.engine.lanes import Choice, LaneTable, Scored
 from asyncllm.engine.masks import ban, mask_columns
 from asyncllm.engine.parallel import Group
-from asyncllm.engine.sampling import Knobs, Penalties, Sampler, TorchSampler
+from asyncllm.engine.sampling import Knobs, Penalties, Sampler, TorchSampler, raise_ends
 from asyncllm.engine.staging import Columns, Rows, Uploader, unpack
 from asyncllm.messages import StepPlan
 from asyncllm.models.layers import Batch, HostRows
@@ -59,7 +59,7 @@ class Engine:
         num_slots: tokens whose K/V fit; slot ``num_slots`` is a dump for padding.
         num_lanes: requests that can be under way at once.
         max_len: longest sequence.
-        eos_ids: end tokens of the model, for min_new_tokens.
+        eos_ids: end tokens of the model, for min_new_tokens and length penalties.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class Engine:
         self.last_token = _zeros((num_lanes + 1,), torch.int64, device)
         self.num_lanes = num_lanes
         self.lanes = LaneTable(num_lanes, model.spec.vocab_size, eos_ids)
+        ends = [i for i in eos_ids if i < model.spec.vocab_size]
+        self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
         self.graphs: Graphs | None = None
         self.sampler = _sampler(model)
         self._uploader = Uploader(device)
@@ -126,6 +128,9 @@ class Engine:
             columns["bias_rows"] = np.array(choice.bias_rows, np.int32)
             columns["bias_tokens"] = np.array(choice.bias_tokens, np.int32)
             columns["bias_values"] = np.array(choice.bias_values, np.float32)
+        if len(choice.length_rows):
+            columns["length_rows"] = choice.length_rows
+            columns["length_scales"] = choice.length_scales
         penalty_len = self._penalty_columns(rows, choice, columns)
         for i, part in enumerate(scored):
             columns[f"targets{i}"] = part.targets
@@ -215,7 +220,7 @@ class Engine:
             chosen = torch.empty(len(lanes), dtype=torch.int64, device=logits.device)
         else:
             changed = logits
-            if choice.bias_rows or work.penalty_len or "masks" in d:
+            if choice.bias_rows or work.penalty_len or d.keys() & {"length_rows", "masks"}:
                 changed = logits.to(torch.float32, copy=True)
                 self._change(changed, work, d)
             chosen = self.sampler.sample(changed, self._knobs(choice, d))
@@ -241,6 +246,8 @@ class Engine:
                 penalize_prompt=d["pen_prompt"],
             )
             self.sampler.penalize(logits, self.history, penalties)
+        if "length_rows" in d:
+            raise_ends(logits, d["length_rows"], d["length_scales"], self.ends)
         if "masks" in d:
             ban(logits, d["mask_rows"], d["masks"])
 

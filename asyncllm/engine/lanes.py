@@ -15,6 +15,7 @@ from asyncllm.engine.staging import I32, Rows
 from asyncllm.messages import StepPlan
 
 F32 = NDArray[np.float32]
+MOST_SCALE = 1e30  # of a length penalty: its product with a logit is finite
 BAN = -1e30  # below every logit; more than -inf, since a constraint may leave nothing else
 
 
@@ -33,6 +34,8 @@ class Choice:
     bias_tokens: list[int]
     bias_values: list[float]
     penalized: list[int]  # rows with penalties
+    length_rows: I32  # rows whose end tokens come likelier now, and by how much
+    length_scales: F32
     num_top: int  # most alternatives any row asks for; -1: nobody wants log-probabilities
 
 
@@ -77,6 +80,9 @@ class LaneTable:
         self.penalize_prompt = np.zeros(num_lanes, bool)
         self.penalized = np.zeros(num_lanes, bool)
         self.biased = np.zeros(num_lanes, bool)
+        self.least = np.zeros(num_lanes, np.int32)
+        self.length_start = np.zeros(num_lanes, np.int32)
+        self.length_factor = np.ones(num_lanes, np.float64)
         self.scored = np.zeros(num_lanes, bool)
         self.lanes: dict[int, Lane] = {}
 
@@ -98,6 +104,8 @@ class LaneTable:
             self.penalized[number] = (
                 p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
             )
+            self.least[number] = p.min_new_tokens
+            self.length_start[number], self.length_factor[number] = p.length_penalty or (0, 1.0)
             self.biased[number] = bool(p.logit_bias) or p.min_new_tokens > 0
             self.scored[number] = p.prompt_logprobs >= 0
 
@@ -107,6 +115,7 @@ class LaneTable:
         temperature = self.temperature[lanes]
         top_k, top_p, min_p = self.top_k[lanes], self.top_p[lanes], self.min_p[lanes]
         truncates = (top_k < self._vocab_size) | (top_p < 1) | (min_p > 0)
+        length_rows, length_scales = self._lengths(lanes, ends)
         choice = Choice(
             temperature=temperature,
             top_k=top_k,
@@ -119,11 +128,24 @@ class LaneTable:
             bias_tokens=[],
             bias_values=[],
             penalized=[int(r) for r in np.flatnonzero(self.penalized[lanes])],
+            length_rows=length_rows,
+            length_scales=length_scales,
             num_top=int(self.logprobs[lanes].max(initial=-1)),
         )
         for row in np.flatnonzero(self.biased[lanes]):
             self._bias(choice, int(row), self.lanes[int(lanes[row])], int(ends[row]))
         return choice
+
+    def _lengths(self, lanes: I32, ends: I32) -> tuple[I32, F32]:
+        """Rows beyond the start of their length penalty, and factor ** (tokens beyond) - 1."""
+        generated = ends - self.prompt_len[lanes]
+        beyond = generated - self.length_start[lanes]
+        # while end tokens are banned, nothing may bring them back
+        on = (beyond > 0) & (self.length_factor[lanes] > 1) & (generated >= self.least[lanes])
+        rows = np.flatnonzero(on).astype(np.int32)
+        with np.errstate(over="ignore"):
+            grown = np.power(self.length_factor[lanes[rows]], beyond[rows]) - 1
+        return rows, np.minimum(grown, MOST_SCALE).astype(np.float32)
 
     def _bias(self, choice: Choice, row: int, lane: Lane, position: int) -> None:
         p = lane.params

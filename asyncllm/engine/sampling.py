@@ -106,6 +106,19 @@ class TorchSampler:
         return chosen, ids.int(), top
 
 
+def raise_ends(logits: Tensor, rows: Tensor, scales: Tensor, ends: Tensor) -> None:
+    """``logits[rows, ends] += |logits[rows, ends]| * scales`` in place.
+
+    Args:
+        logits: [n, vocab_size] float32.
+        rows: [m] int32, each row at most once; scales: [m] float32, > 0.
+        ends: [e] int64.
+    """
+    where = rows.long()[:, None], ends
+    some = logits[where]
+    logits.index_put_(where, some + some.abs() * scales[:, None])
+
+
 def _truncated(probs: Tensor, knobs: Knobs) -> Tensor:
     """``probs`` with what top_k, top_p and min_p cut off set to 0."""
     ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)

@@ -398,6 +398,16 @@ def test_native_bad_stops(stop: Any) -> None:
         native(stop_sequences=stop)
 
 
+def test_length_penalty() -> None:
+    name = "exponential_decay_length_penalty"
+    for parse in (completion, chat, native):
+        assert parse(**{name: [10, 1.5]}).params.length_penalty == (10, 1.5)
+        assert parse(**{name: [1, 1.0]}) == parse()
+        for wrong in ([10], [10, 0.9], [-1, 2], [1.5, 2], "x", [1, 101], [1, None], {}):
+            with pytest.raises(RequestError, match=name):
+                parse(**{name: wrong})
+
+
 def test_allowed_tokens_exclude_a_grammar() -> None:
     for parse in (completion, chat, native):
         assert parse(allowed_token_ids=[3, 99]).params.allowed_token_ids == (3, 99)

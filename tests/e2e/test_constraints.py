@@ -22,3 +22,16 @@ def test_only_allowed_tokens_come(server: Server, tokenizer: Tokenizer) -> None:
     body: dict[str, Any] = {"prompt": "Is the sky blue?", "max_tokens": 3, "temperature": 0}
     (choice,) = server.post(COMPLETIONS, {**body, "allowed_token_ids": few[:1]})["choices"]
     assert choice["text"].split() == ["yes"] * len(choice["text"].split())
+
+
+def test_a_length_penalty_ends_an_answer_soon_after_its_start(server: Server) -> None:
+    body: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 60, "temperature": 0}
+    free = server.post(COMPLETIONS, body)
+    assert free["usage"]["completion_tokens"] > 25
+    short = server.post(COMPLETIONS, {**body, "exponential_decay_length_penalty": [8, 3.0]})
+    assert short["choices"][0]["finish_reason"] == "stop"
+    assert 9 <= short["usage"]["completion_tokens"] <= 20
+    assert free["choices"][0]["text"].startswith(short["choices"][0]["text"])
+    parameters = {"exponential_decay_length_penalty": [8, 3.0], "max_new_tokens": 60}
+    native = server.post("/generate", {"inputs": body["prompt"], "parameters": parameters})
+    assert native["count_output_tokens"] == short["usage"]["completion_tokens"]

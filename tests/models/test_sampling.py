@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +15,10 @@ import torch
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.lanes import LaneTable, uniform
-from asyncllm.engine.sampling import Knobs, Penalties, TorchSampler
+from asyncllm.engine.sampling import Knobs, Penalties, TorchSampler, raise_ends
 from asyncllm.engine.staging import unpack
 from asyncllm.messages import StepPlan
+from tests.models.harness import Driver, Sequence, make_device
 
 PROBS = [0.4, 0.3, 0.15, 0.1, 0.05]
 DRAWS = 4000
@@ -168,3 +172,64 @@ def test_logit_bias_reaches_the_row() -> None:
         (0, 4, 2.5),
         (0, 7, -100.0),
     ]
+
+
+@pytest.mark.parametrize("generated", [0, 1, 4, 5, 6, 40])
+@pytest.mark.parametrize("negative", [False, True])
+def test_the_length_penalty_is_that_of_transformers(generated: int, negative: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import ExponentialDecayLengthPenalty
+
+    prompt_len, ends = 10, (2, 50)
+    logits = torch.randn(1, 100, generator=torch.Generator().manual_seed(1))
+    logits[0, list(ends)] = -1.5 if negative else 0.5
+    reference: Any = ExponentialDecayLengthPenalty((4, 1.3), list(ends), prompt_len)
+    ids = torch.zeros(1, prompt_len + generated, dtype=torch.int64)
+    want = reference(ids, logits.clone())
+    table = LaneTable(1, 100, eos_ids=ends)
+    params = SamplingParams(length_penalty=(4, 1.3))
+    plan = one_row_plan(params, prompt_len, prompt_len + generated - 1)
+    table.open(plan)
+    choice = table.choice(unpack(plan, 64))
+    assert len(choice.length_rows) == (generated > 4)
+    if generated > 4:
+        rows, scales = torch.tensor(choice.length_rows), torch.tensor(choice.length_scales)
+        raise_ends(logits, rows, scales, torch.tensor(ends))
+    torch.testing.assert_close(logits, want, rtol=2e-6, atol=1e-6)
+
+
+def test_a_length_penalty_waits_for_min_new_tokens_and_stays_finite() -> None:
+    table = LaneTable(1, 100, eos_ids=(2,))
+    params = SamplingParams(length_penalty=(0, 100.0), min_new_tokens=6)
+    plan = one_row_plan(params, 10, 14)
+    table.open(plan)
+    assert not len(table.choice(unpack(plan, 64)).length_rows)
+    later = replace(plan, starts=i32([15]), opened=())
+    assert list(table.choice(unpack(later, 64)).length_rows) == [0]
+    far = table.choice(unpack(replace(plan, starts=i32([60_000]), opened=()), 70_000))
+    logits = torch.full((1, 100), 50.0)
+    raise_ends(
+        logits, torch.tensor(far.length_rows), torch.tensor(far.length_scales), torch.tensor([2])
+    )
+    assert torch.isfinite(logits).all()
+    assert int(logits.argmax()) == 2
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_engine_shifts_the_ends_of_rows_that_ask_only(where: str, demo_dir: Path) -> None:
+    ends, vocab_size = (2, 49151), 49152
+    device = make_device(
+        demo_dir, "fp32", where, num_slots=64, num_lanes=4, max_len=32, eos_ids=ends
+    )
+    try:
+        greedy = SamplingParams(temperature=0.0)
+        eager = replace(greedy, length_penalty=(1, 100.0))
+        rows = [Sequence(lane, [10, 20, 30, 40], [greedy, eager][lane]) for lane in range(2)]
+        Driver(device, 64).generate(rows, 5)
+        assert rows[0].outputs[:2] == rows[1].outputs[:2], "up to start nothing changes"
+        assert not set(rows[0].outputs) & set(ends)
+        assert set(rows[1].outputs[3:]) <= set(ends)
+        assert all(token < vocab_size for token in rows[1].outputs)
+    finally:
+        device.close()
