@@ -1,60 +1,78 @@
 """Anthropic's requests: /v1/messages and /v1/messages/count_tokens bodies to checked requests.
 
-Knows request bodies; answers are in :mod:`asyncllm.api.anthropic_reply`.
+Knows request bodies; messages are read in :mod:`asyncllm.api.anthropic_turns`, answers are in
+:mod:`asyncllm.api.anthropic_reply`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncllm.api import chatparts, fields
-from asyncllm.api.errors import NotAvailable
-from asyncllm.api.fields import Body, Field, Refused, bad, show, text, typed
-from asyncllm.api.generation import Generation, Prompt, Served, temperature
+from asyncllm.api import anthropic_turns, fields, grammar, offers
+from asyncllm.api.dialog import Dialog, dialog, refuse_calls
+from asyncllm.api.fields import Body, Field, Refused, bad, number, show, text, typed
+from asyncllm.api.generation import Generation, Served, temperature
+from asyncllm.api.grammar import Grammar
+from asyncllm.api.parts import Parting
+from asyncllm.api.turns import with_system
 from asyncllm.core.request import SamplingParams
 
 F = Field
+THINKING: Final = ("enabled", "adaptive", "disabled")
+DISPLAYS: Final = ("summarized", "omitted")
 
 
-def conversation(value: Any, name: str) -> list[dict[str, Any]]:
-    """The messages in template form; neighbours of one role are one turn, as Anthropic has it."""
-    if not value:
-        bad(f"{name} must hold at least one message", name)
-    if len(value) > chatparts.MAX_MESSAGES:
-        bad(f"{name}: {len(value)} messages, at most {chatparts.MAX_MESSAGES}", name)
-    turns: list[dict[str, Any]] = []
-    for i, message in enumerate(value):
-        at = f"{name}[{i}]"
-        typed(message, dict, at, "an object")
-        role = message.get("role")
-        if role not in ("user", "assistant"):
-            bad(f"{at}.role: {show(role)} is not one of user, assistant", f"{at}.role")
-        content = content_text(message.get("content"), f"{at}.content")
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n" + content
-        else:
-            turns.append({"role": role, "content": content})
-    return turns
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """What ``thinking`` asks for. ``most``: tokens of it, None: no limit."""
+
+    on: bool
+    most: int | None = None
+    hidden: bool = False
 
 
-def content_text(value: Any, name: str) -> str:
-    """The text of a string or of text blocks. Raises RequestError or NotAvailable."""
-    if isinstance(value, str):
-        return text(value, name)
-    typed(value, list, name, "a string or an array of blocks")
-    return "\n".join(_block(block, f"{name}[{i}]") for i, block in enumerate(value))
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What ``output_config`` asks for."""
+
+    effort: str | None = None
+    form: Grammar | None = None
 
 
-def _block(value: Any, name: str) -> str:
-    typed(value, dict, name, "an object")
-    kind = value.get("type")
-    if kind == "text":
-        return text(value.get("text"), f"{name}.text")
-    if not isinstance(kind, str):
-        bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
-    raise NotAvailable(
-        f"{name}: blocks of type {show(kind)} are not available on this server; text is",
-        param=f"{name}.type",
+def thinking(value: Any, name: str) -> Thinking:
+    """Whether the model is to think, and for how long. Raises RequestError."""
+    kind, display = value.get("type"), value.get("display")
+    if kind not in THINKING:
+        bad(f"{name}.type: {show(kind)} is not one of {', '.join(THINKING)}", f"{name}.type")
+    if display not in (None, *DISPLAYS):
+        known = ", ".join(DISPLAYS)
+        bad(f"{name}.display: {show(display)} is not one of {known}", f"{name}.display")
+    most = None
+    if kind == "enabled":
+        most = number(value.get("budget_tokens"), f"{name}.budget_tokens", integer=True)
+        if not 1 <= most <= fields.MAX_INT32:
+            limit = f"[1, {fields.MAX_INT32}]"
+            bad(f"{name}.budget_tokens: {show(most)} is not in {limit}", f"{name}.budget_tokens")
+    return Thinking(kind != "disabled", most, display == "omitted")
+
+
+def output_format(value: Any, name: str) -> Grammar | None:
+    """{type: json_schema, schema}. Raises RequestError."""
+    if (kind := value.get("type")) != "json_schema":
+        bad(f"{name}.type: {show(kind)} is not json_schema", f"{name}.type")
+    schema = typed(value.get("schema"), dict, f"{name}.schema", "an object")
+    return grammar.schema(schema, f"{name}.schema")
+
+
+def output_config(value: Any, name: str) -> Output:
+    """{effort, format}. Raises RequestError."""
+    effort, form = value.get("effort"), value.get("format")
+    return Output(
+        None if effort is None else text(effort, f"{name}.effort"),
+        None
+        if form is None
+        else output_format(typed(form, dict, f"{name}.format", "an object"), f"{name}.format"),
     )
 
 
@@ -63,20 +81,28 @@ def stop_sequences(value: Any, name: str) -> tuple[str, ...]:
     return fields.stop_strings(value, name)
 
 
-def _output(value: Any, name: str) -> None:
-    if value.get("format") is not None:
-        raise NotAvailable(
-            f"{name}.format: structured output is not available on this server",
-            param=f"{name}.format",
-        )
-
-
 PROMPT: Final = (
     F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
-    F(name="messages", kind="array", parse=conversation, required=True,
-      doc="turns of user and assistant; content is a string or text blocks. An assistant turn at the "
-      "end is the beginning of the answer"),
-    F(name="system", kind="any", parse=content_text, doc="the system prompt: a string or text blocks"),
+    F(name="messages", kind="array", parse=anthropic_turns.conversation, required=True,
+      doc="turns of user and assistant (and system); content is a string or blocks: text, thinking, "
+      "redacted_thinking, tool_use, tool_result. An assistant turn at the end is the beginning of the "
+      "answer"),
+    F(name="system", kind="any", parse=anthropic_turns.content_text,
+      doc="the system prompt: a string or text blocks"),
+    F(name="tools", kind="array", parse=offers.custom_tools,
+      doc=f"{{name, description, input_schema}}: what the model may call, at most {offers.MAX_TOOLS} and "
+      f"{offers.MAX_TOOLS_CHARS} characters of JSON"),
+    F(name="tool_choice", kind="object", parse=offers.custom_choice,
+      doc="{type: auto, any, tool or none, name, disable_parallel_tool_use}: a grammar forces any and "
+      "tool; default: auto if there are tools"),
+    F(name="thinking", kind="object", parse=thinking,
+      doc="{type: enabled, budget_tokens}, adaptive or disabled; display: omitted does not show it. "
+      "Absent: as the chat template has it"),
+    F(name="output_config", kind="object", default=Output(), parse=output_config,
+      doc="{effort, format}: effort is handed to the chat template; format {type: json_schema, schema}: "
+      "the output is valid against the schema"),
+    F(name="output_format", kind="object", parse=output_format,
+      doc="the older name of output_config.format"),
 )  # fmt: skip
 
 MESSAGES: Final = (
@@ -92,19 +118,10 @@ MESSAGES: Final = (
     F(name="top_k", kind="integer", default=-1, low=-1, high=fields.MAX_INT32,
       doc="this many best tokens; -1 or 0: all"),
     F(name="metadata", kind="object", doc="ignored"),
-    F(name="output_config", kind="object", parse=_output, doc="without format; effort is ignored"),
     F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
 )  # fmt: skip
 
-PROMPT_UNAVAILABLE: Final = (
-    Refused(name="tools", neutral=([],), doc="calling tools"),
-    Refused(name="tool_choice", neutral=({"type": "none"},), doc="calling tools"),
-    Refused(name="thinking", neutral=({"type": "disabled"},), doc="thinking"),
-)  # fmt: skip
-
 UNAVAILABLE: Final = (
-    *PROMPT_UNAVAILABLE,
-    Refused(name="output_format", doc="structured output"),
     Refused(name="container", doc="a container"),
     Refused(name="mcp_servers", neutral=([],), doc="MCP"),
 )  # fmt: skip
@@ -115,34 +132,56 @@ def messages(body: Body, served: Served) -> Generation:
     served.check_name(PROMPT[0].read(body))
     fields.refuse(UNAVAILABLE, body)
     values = fields.read(MESSAGES, body)
+    made = _dialog(values, served)
     params = SamplingParams(
         **fields.sampling(MESSAGES, values),
         max_new_tokens=values["max_tokens"],
         temperature=temperature(values["temperature"]),
         top_k=values["top_k"] or -1,
+        grammar=made.form,
+        max_thinking_tokens=None if values["thinking"] is None else values["thinking"].most,
     )
     return Generation(
-        prompts=(Prompt(chat=_pack(values)),),
+        prompts=(made.prompt,),
         params=params,
         seeded=False,
         stream=values["stream"],
         add_special_tokens=False,
+        parting=made.parting,
     )
 
 
 def count(body: Body, served: Served) -> bytes:
     """A /v1/messages/count_tokens body: the conversation for a Count message. Raises as above."""
     served.check_name(PROMPT[0].read(body))
-    fields.refuse(PROMPT_UNAVAILABLE, body)
-    return _pack(fields.read(PROMPT, body))
+    made = _dialog(fields.read(PROMPT, body), served)
+    assert made.prompt.chat is not None
+    return made.prompt.chat
 
 
-def _pack(values: dict[str, Any]) -> bytes:
-    turns: list[dict[str, Any]] = values["messages"]
+def _dialog(values: dict[str, Any], served: Served) -> Dialog:
+    output: Output = values["output_config"]
+    thoughts: Thinking | None = values["thinking"]
+    if output.form is not None and values["output_format"] is not None:
+        bad("output_config.format and output_format exclude each other", "output_format")
+    form = output.form or values["output_format"]
+    offered = offers.offer(values["tools"], values["tool_choice"])
+    if thoughts is not None and thoughts.on and (offered.forced or form is not None):
+        if thoughts.most is not None:
+            other = "tool_choice" if offered.forced else "an output format"
+            bad(f"thinking: a forced form ({other}) leaves no room for it", "thinking")
+        thoughts = None  # adaptive: none is as good as any
+    turns = values["messages"]
     going_on = turns[-1]["role"] == "assistant"
-    if values["system"]:
-        turns = [{"role": "system", "content": values["system"]}, *turns]
-    kwargs = {"add_generation_prompt": not going_on}
     if going_on:
-        kwargs["continue_final_message"] = True
-    return chatparts.pack(turns, None, kwargs)
+        refuse_calls(turns, "messages")
+    return dialog(
+        with_system(values["system"], turns),
+        served.dialect,
+        offered=offered,
+        form=form,
+        thinking=None if thoughts is None else thoughts.on,
+        effort=output.effort,
+        going_on=going_on,
+        manner=Parting(hidden=thoughts is not None and thoughts.hidden),
+    )

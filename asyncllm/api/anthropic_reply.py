@@ -5,11 +5,14 @@ Knows the JSON shapes; knows neither sockets nor request bodies.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 from asyncllm.api import sse
-from asyncllm.api.answer import Answer, Choice, Piece
+from asyncllm.api.answer import Answer, Choice
 from asyncllm.api.openai_reply import MARK
+from asyncllm.api.sections import Section, SectionReply
+from asyncllm.api.tools import CallStart, Reasoning, Text
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 
@@ -22,6 +25,12 @@ ERROR_TYPES: Final = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+# what a delta is called, and where its text stands
+DELTAS: Final = {
+    Text: ("text_delta", "text"),
+    Reasoning: ("thinking_delta", "thinking"),
+    CallStart: ("input_json_delta", "partial_json"),
+}
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
@@ -31,44 +40,51 @@ def error_body(error: RequestError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-class MessageReply:
-    """/v1/messages: one choice, one text block, which is there only if there is text."""
+class MessageReply(SectionReply):
+    """/v1/messages: one choice, a block for each section.
+
+    Clients send thinking back only with a signature, so it has one: the message's id.
+    """
 
     def __init__(self, answer: Answer) -> None:
-        self.answer = answer
-        self._open = False  # the text block has been begun
-        delta = {"type": "text_delta", "text": MARK}
-        event = {"type": "content_block_delta", "index": 0, "delta": delta}
-        self._template = sse.template(event, MARK, _head("content_block_delta"))
+        super().__init__(answer)
+        self._around = b"", b""  # a delta of the section in progress
 
     def opening(self) -> bytes:
         """The message's head, with the prompt's length."""
-        usage = self._usage(0, 0)
-        message = self._message([], None, None, usage)
+        message = self._message([], None, None, self._usage(0, 0))
         return _event({"type": "message_start", "message": message})
 
-    def piece(self, choice: Choice, piece: Piece) -> bytes:
-        """New text."""
-        if not piece.text:
-            return b""
-        out = self._template[0] + sse.escaped(piece.text) + self._template[1]
-        if self._open:
-            return out
-        self._open = True
-        block = {"type": "text", "text": ""}
-        return _event({"type": "content_block_start", "index": 0, "content_block": block}) + out
+    def begin(self, section: Section) -> bytes:
+        """The block's head."""
+        kind, key = DELTAS[section.kind]
+        event = {"type": "content_block_delta", "index": section.index}
+        self._around = sse.template(
+            event | {"delta": {"type": kind, key: MARK}}, MARK, _head("content_block_delta")
+        )
+        block = self._block(section, empty=True)
+        return _event(
+            {"type": "content_block_start", "index": section.index, "content_block": block}
+        )
 
-    def settle(self) -> bytes:
-        """Nothing is ever held back."""
-        return b""
+    def more(self, section: Section, text: str) -> bytes:
+        """A delta."""
+        return self._around[0] + sse.escaped(text) + self._around[1]
+
+    def finish(self, section: Section) -> bytes:
+        """The block's end."""
+        out, index = b"", section.index
+        if section.kind is Reasoning:
+            delta = {"type": "signature_delta", "signature": self.answer.id}
+            out = _event({"type": "content_block_delta", "index": index, "delta": delta})
+        return out + _event({"type": "content_block_stop", "index": index})
 
     def end(self, choice: Choice) -> bytes:
-        """The block's end, then why the message ends and what it took."""
-        out = _event({"type": "content_block_stop", "index": 0}) if self._open else b""
+        """The last block's end, then why the message ends and what it took."""
+        out = self.rest(choice)
         reason, stop = _reason(choice)
-        usage = self._usage(choice.num_tokens, choice.cached_len)
         delta = {"stop_reason": reason, "stop_sequence": stop}
-        return out + _event({"type": "message_delta", "delta": delta, "usage": usage})
+        return out + _event({"type": "message_delta", "delta": delta, "usage": self._used(choice)})
 
     def closing(self) -> bytes:
         """The end mark."""
@@ -79,12 +95,25 @@ class MessageReply:
         return _event(error_body(error))
 
     def whole(self) -> bytes:
-        """The answer in one piece."""
+        """The answer in one piece; a call whose input is cut is left out."""
         (choice,) = self.answer.choices
-        text = choice.text
-        content = [{"type": "text", "text": text}] if text else []
-        usage = self._usage(choice.num_tokens, choice.cached_len)
-        return sse.body(self._message(content, *_reason(choice), usage))
+        content = [
+            self._block(section)
+            for section in self.gathered(choice)
+            if section.complete or section.kind is not CallStart
+        ]
+        return sse.body(self._message(content, *_reason(choice), self._used(choice)))
+
+    def _block(self, section: Section, empty: bool = False) -> dict[str, Any]:
+        text = "" if empty else section.text
+        if section.call is not None:
+            value = json.loads(text) if text else {}
+            call = section.call
+            return {"type": "tool_use", "id": call.id, "name": call.name, "input": value}
+        if section.kind is Reasoning:
+            signature = "" if empty else self.answer.id
+            return {"type": "thinking", "thinking": text, "signature": signature}
+        return {"type": "text", "text": text}
 
     def _message(
         self,
@@ -104,6 +133,13 @@ class MessageReply:
             "usage": usage,
         }
 
+    def _used(self, choice: Choice) -> dict[str, Any]:
+        """The usage of an answer that has ended."""
+        usage = self._usage(choice.num_tokens, choice.cached_len)
+        if choice.parts is not None and choice.parts.thinks:
+            usage["output_tokens_details"] = {"thinking_tokens": choice.parts.num_thoughts}
+        return usage
+
     def _usage(self, num_tokens: int, cached_len: int) -> dict[str, Any]:
         """The three inputs add up to the prompt; what came from the cache is known at the end."""
         return {
@@ -118,6 +154,8 @@ def _reason(choice: Choice) -> tuple[str, str | None]:
     """``stop_reason`` and ``stop_sequence``."""
     if choice.reason is Reason.LENGTH:
         return "max_tokens", None
+    if choice.parts is not None and choice.parts.finish_reason("stop") == "tool_calls":
+        return "tool_use", None
     return ("stop_sequence", choice.stop) if choice.stop else ("end_turn", None)
 
 

@@ -1,13 +1,14 @@
 """The tools a request offers, whether one must be called, and how the prompt tells of them.
 
-Knows OpenAI's tool objects and template messages; knows neither templates nor answers.
+Knows the protocols' tool objects and template messages; knows neither templates nor answers.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from asyncllm.api.errors import NotAvailable
@@ -20,88 +21,136 @@ MAX_TOOLS_CHARS: Final = 256 << 10  # of their JSON
 MAX_NAME: Final = 128
 NAME: Final = f"[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}"
 MODES: Final = ("none", "auto", "required")
+ALLOWED_MODES: Final = ("auto", "required")
 
 Turns = list[dict[str, Any]]
+Tools = tuple[Tool, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Whether tools are to be called: ``mode`` is one of MODES, or "named" with a ``name``."""
+    """Whether tools are to be called.
+
+    Args:
+        mode: one of MODES, or "named" with a ``name``.
+        allowed: the only tools that count; None: all.
+        parallel: False: one call at most.
+    """
 
     mode: str
     name: str = ""
+    allowed: tuple[str, ...] | None = None
+    parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a request offers.
-
-    Args:
-        tools: none where none may be called.
-        listed: the same as templates want them.
-    """
+    """What a request offers; no ``tools`` where none may be called."""
 
     wanted: Wanted
-    tools: tuple[Tool, ...] = ()
-    listed: list[dict[str, Any]] = field(default_factory=list)
+    tools: Tools = ()
 
     @property
     def forced(self) -> bool:
         """There must be a call."""
         return self.wanted.mode in ("required", "named")
 
+    @property
+    def listed(self) -> list[dict[str, Any]]:
+        """The tools as templates want them."""
+        return [template_form(tool) for tool in self.tools]
 
-def tools(value: Any, name: str) -> list[dict[str, Any]]:
-    """Tools in the form templates expect. Raises RequestError, NotAvailable (400)."""
-    if len(value) > MAX_TOOLS:
-        bad(f"{name}: {len(value)} tools, at most {MAX_TOOLS}", name)
-    found = [_tool(tool, f"{name}[{i}]") for i, tool in enumerate(value)]
-    try:
-        size = len(json.dumps(found, ensure_ascii=False))
-    except RecursionError:
-        bad(f"{name}: nested too deeply", name)
-    if size > MAX_TOOLS_CHARS:
-        bad(f"{name}: {size} characters of JSON, at most {MAX_TOOLS_CHARS}", name)
-    names = [tool["function"]["name"] for tool in found]
-    for i, each in enumerate(names):
-        if each in names[:i]:
-            bad(f"{name}[{i}]: there is another tool {show(each)}", f"{name}[{i}].function.name")
-    return found
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Where a protocol's tool objects keep what.
+
+    Args:
+        kind: the ``type`` of functions.
+        untyped: ``type`` may be missing.
+        inner: the object inside that holds the rest; "": it is the same one.
+        schema: the name of the arguments' schema.
+        needs_schema: it must be there.
+    """
+
+    kind: str = "function"
+    untyped: bool = False
+    inner: str = ""
+    schema: str = "parameters"
+    needs_schema: bool = False
+
+
+CHAT: Final = Shape(inner="function")
+FLAT: Final = Shape()
+CUSTOM: Final = Shape(kind="custom", untyped=True, schema="input_schema", needs_schema=True)
+
+
+def tools(value: Any, name: str) -> Tools:
+    """Tools of OpenAI's chat. Raises RequestError, NotAvailable (400)."""
+    return _tools(value, name, CHAT)
+
+
+def flat_tools(value: Any, name: str) -> Tools:
+    """Tools of OpenAI's responses. Raises RequestError, NotAvailable (400)."""
+    return _tools(value, name, FLAT)
+
+
+def custom_tools(value: Any, name: str) -> Tools:
+    """Tools of Anthropic's messages. Raises RequestError, NotAvailable (400)."""
+    return _tools(value, name, CUSTOM)
 
 
 def choice(value: Any, name: str) -> Wanted:
-    """``tool_choice``. Raises RequestError, NotAvailable (400)."""
-    if isinstance(value, str):
-        if value not in MODES:
-            bad(f"{name}: {show(value)} is not one of {', '.join(MODES)}", name)
-        return Wanted(value)
-    typed(value, dict, name, f"one of {', '.join(MODES)}, or an object")
-    if (kind := value.get("type")) != "function":
-        if not isinstance(kind, str):
-            bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
-        raise NotAvailable(
-            f"{name}: {show(kind)} is not available on this server; function is",
-            param=f"{name}.type",
-        )
-    function = typed(value.get("function"), dict, f"{name}.function", "an object")
-    return Wanted("named", text(function.get("name"), f"{name}.function.name"))
+    """``tool_choice`` of OpenAI's chat. Raises RequestError, NotAvailable (400)."""
+    return _choice(value, name, "function", "allowed_tools")
 
 
-def offer(listed: list[dict[str, Any]] | None, wanted: Wanted | None) -> Offer:
+def flat_choice(value: Any, name: str) -> Wanted:
+    """``tool_choice`` of OpenAI's responses. Raises RequestError, NotAvailable (400)."""
+    return _choice(value, name, "", "")
+
+
+def custom_choice(value: Any, name: str) -> Wanted:
+    """``tool_choice`` of Anthropic's messages. Raises RequestError, NotAvailable (400)."""
+    single = value.get("disable_parallel_tool_use")
+    parallel = single is None or not typed(
+        single, bool, f"{name}.disable_parallel_tool_use", "true or false"
+    )
+    match kind := value.get("type"):
+        case "auto" | "none":
+            return Wanted(kind, parallel=parallel)
+        case "any":
+            return Wanted("required", parallel=parallel)
+        case "tool":
+            return Wanted("named", text(value.get("name"), f"{name}.name"), parallel=parallel)
+        case _:
+            bad(f"{name}.type: {show(kind)} is not one of auto, any, tool, none", f"{name}.type")
+
+
+def offer(listed: Sequence[Tool] | None, wanted: Wanted | None, parallel: bool = True) -> Offer:
     """Both together. Raises RequestError where a call is wanted that no tool allows."""
     if wanted is None:
         wanted = Wanted("auto" if listed else "none")
-    made = tuple(
-        Tool(f["name"], f["parameters"], f.get("description", ""))
-        for f in (tool["function"] for tool in listed or ())
-    )
+    wanted = replace(wanted, parallel=parallel and wanted.parallel)
+    made = tuple(listed or ())
+    names = {tool.name for tool in made}
     if wanted.mode in ("required", "named") and not made:
         bad("tool_choice: there are no tools", "tool_choice")
-    if wanted.mode == "named" and wanted.name not in {tool.name for tool in made}:
-        bad(f"tool_choice: there is no tool {show(wanted.name)}", "tool_choice")
-    if wanted.mode == "none" or not made:
+    for name in (wanted.name,) if wanted.mode == "named" else wanted.allowed or ():
+        if name not in names:
+            bad(f"tool_choice: there is no tool {show(name)}", "tool_choice")
+    if wanted.mode == "none":
         return Offer(wanted)
-    return Offer(wanted, made, listed or [])
+    if wanted.allowed is not None:
+        made = tuple(tool for tool in made if tool.name in wanted.allowed)
+    return Offer(wanted, made)
+
+
+def template_form(tool: Tool) -> dict[str, Any]:
+    """A tool as chat templates expect it."""
+    told = {"description": tool.description} if tool.description else {}
+    function = {"name": tool.name, **told, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
 
 
 def told(turns: Turns, offered: Offer, dialect: Dialect) -> tuple[Turns, list[Any] | None]:
@@ -127,7 +176,7 @@ def _plain(turns: Turns) -> Turns:
     out: Turns = []
     answers = False  # the last turn is of results
     for turn in turns:
-        if turn["role"] == "tool":
+        if turn["role"] in ("tool", "function"):
             text = f"<tool_response>\n{turn['content']}\n</tool_response>"
             if answers:
                 out[-1]["content"] += "\n" + text
@@ -148,33 +197,106 @@ def _written(function: dict[str, Any]) -> str:
     return f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>"
 
 
-def _tool(value: Any, name: str) -> dict[str, Any]:
+def _tools(value: Any, name: str, shape: Shape) -> Tools:
+    if len(value) > MAX_TOOLS:
+        bad(f"{name}: {len(value)} tools, at most {MAX_TOOLS}", name)
+    found = tuple(_tool(tool, f"{name}[{i}]", shape) for i, tool in enumerate(value))
+    try:
+        size = len(json.dumps([template_form(tool) for tool in found], ensure_ascii=False))
+    except RecursionError:
+        bad(f"{name}: nested too deeply", name)
+    if size > MAX_TOOLS_CHARS:
+        bad(f"{name}: {size} characters of JSON, at most {MAX_TOOLS_CHARS}", name)
+    taken: set[str] = set()
+    for i, tool in enumerate(found):
+        if tool.name in taken:
+            at = _inside(f"{name}[{i}]", shape)
+            bad(f"{name}[{i}]: there is another tool {show(tool.name)}", f"{at}.name")
+        taken.add(tool.name)
+    return found
+
+
+def _inside(name: str, shape: Shape) -> str:
+    return f"{name}.{shape.inner}" if shape.inner else name
+
+
+def _tool(value: Any, name: str, shape: Shape) -> Tool:
     typed(value, dict, name, "an object")
-    if (kind := value.get("type")) != "function":
+    kind = value.get("type")
+    if kind != shape.kind and not (kind is None and shape.untyped):
         if not isinstance(kind, str):
             bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
         raise NotAvailable(
-            f"{name}: tools of type {show(kind)} are not available on this server; functions are",
+            f"{name}: tools of type {show(kind)} are not available on this server; functions"
+            f" ({shape.kind}) are",
             param=f"{name}.type",
         )
-    function = typed(value.get("function"), dict, f"{name}.function", "an object")
-    at = f"{name}.function"
+    at = _inside(name, shape)
+    function = typed(value.get(shape.inner), dict, at, "an object") if shape.inner else value
     called = text(function.get("name"), f"{at}.name")
     if not re.fullmatch(NAME, called):
         bad(
             f"{at}.name: {show(called)} is not 1 to {MAX_NAME} letters, digits or _-.:/",
             f"{at}.name",
         )
-    out: dict[str, Any] = {"name": called}
-    if (description := function.get("description")) is not None:
-        out["description"] = text(description, f"{at}.description")
-    parameters = function.get("parameters")
+    description = function.get("description")
+    at_schema = f"{at}.{shape.schema}"
+    parameters = function.get(shape.schema)
     if parameters is None:
+        if shape.needs_schema:
+            bad(f"{at_schema} is missing", at_schema)
         parameters = {"type": "object", "properties": {}}
-    out["parameters"] = typed(parameters, dict, f"{at}.parameters", "an object")
+    typed(parameters, dict, at_schema, "an object")
     if parameters.get("type", "object") != "object":
-        bad(
-            f"{at}.parameters.type: {show(parameters['type'])} is not object",
-            f"{at}.parameters.type",
-        )
-    return {"type": "function", "function": out}
+        bad(f"{at_schema}.type: {show(parameters['type'])} is not object", f"{at_schema}.type")
+    strict = function.get("strict")
+    return Tool(
+        called,
+        parameters,
+        "" if description is None else text(description, f"{at}.description"),
+        strict is not None and typed(strict, bool, f"{at}.strict", "true or false"),
+    )
+
+
+def _choice(value: Any, name: str, inner: str, inner_allowed: str) -> Wanted:
+    """OpenAI's choice, which has the name or the allowed tools in an object ``inner``."""
+    if isinstance(value, str):
+        if value not in MODES:
+            bad(f"{name}: {show(value)} is not one of {', '.join(MODES)}", name)
+        return Wanted(value)
+    typed(value, dict, name, f"one of {', '.join(MODES)}, or an object")
+    kind = value.get("type")
+    if kind == "function":
+        return Wanted("named", _name(value, name, inner))
+    if kind == "allowed_tools":
+        at = f"{name}.{inner_allowed}" if inner_allowed else name
+        if inner_allowed:
+            value = typed(value.get(inner_allowed), dict, at, "an object")
+        mode = value.get("mode")
+        if mode not in ALLOWED_MODES:
+            bad(f"{at}.mode: {show(mode)} is not one of {', '.join(ALLOWED_MODES)}", f"{at}.mode")
+        given = typed(value.get("tools"), list, f"{at}.tools", "an array")
+        if not given:
+            bad(f"{at}.tools must hold at least one tool", f"{at}.tools")
+        names = (_named(each, f"{at}.tools[{i}]", inner) for i, each in enumerate(given))
+        return Wanted(mode, allowed=tuple(names))
+    if not isinstance(kind, str):
+        bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
+    raise NotAvailable(
+        f"{name}: {show(kind)} is not available on this server; function and allowed_tools are",
+        param=f"{name}.type",
+    )
+
+
+def _named(value: Any, name: str, inner: str) -> str:
+    """One of the allowed tools."""
+    typed(value, dict, name, "an object")
+    if value.get("type") != "function":
+        bad(f"{name}.type: {show(value.get('type'))} is not function", f"{name}.type")
+    return _name(value, name, inner)
+
+
+def _name(value: dict[str, Any], name: str, inner: str) -> str:
+    at = f"{name}.{inner}" if inner else name
+    function = typed(value.get(inner), dict, at, "an object") if inner else value
+    return text(function.get("name"), f"{at}.name")

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any, Final
 
 from asyncllm.api import chatparts, fields, grammar, offers
+from asyncllm.api.dialog import dialog, refuse_calls
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import Body, Field, Refused, bad, typed
 from asyncllm.api.generation import Generation, Prompt, Served, temperature
-from asyncllm.api.offers import Offer
+from asyncllm.api.offers import Turns
 from asyncllm.api.parts import Parting
-from asyncllm.api.tools import call_schema
 from asyncllm.core.request import SamplingParams
 
 F = Field
@@ -109,17 +109,20 @@ CHAT: Final = (
       doc="end the prompt with the head of an assistant turn; default true (extension)"),
     F(name="continue_final_message", kind="boolean", default=False,
       doc="the last message is the beginning of the answer (extension)"),
-    F(name="reasoning_effort", kind="string", doc="handed to the chat template"),
+    F(name="reasoning_effort", kind="string", doc="handed to the chat template; none: thinking is off"),
     F(name="tools", kind="array", parse=offers.tools,
       doc=f"functions the model may call, at most {offers.MAX_TOOLS} and {offers.MAX_TOOLS_CHARS} "
       "characters of JSON"),
     F(name="tool_choice", kind="any", parse=offers.choice,
-      doc="none, auto, required, or {type: function, function: {name}}: a grammar forces the last two; "
-      "default: auto if there are tools"),
+      doc="none, auto, required, {type: function, function: {name}}, or {type: allowed_tools, "
+      "allowed_tools: {mode, tools}}: a grammar forces required and named calls; default: auto if "
+      "there are tools"),
     F(name="parallel_tool_calls", kind="boolean", default=True,
       doc="false: the first call is the only one in the answer"),
     F(name="separate_reasoning", kind="boolean", default=True,
       doc="false: reasoning goes into the content (extension)"),
+    F(name="stream_reasoning", kind="boolean", default=True,
+      doc="false: a stream has reasoning in one piece, once it has ended (extension)"),
 )  # fmt: skip
 
 GRAMMARS: Final = ("response_format", "guided_json", "guided_regex", "guided_grammar")
@@ -183,25 +186,31 @@ def chat(body: Body, served: Served) -> Generation:
     values = _read(CHAT, CHAT_UNAVAILABLE, body, served)
     if values["messages"] is None:
         bad("messages is missing", "messages")
-    offered = offers.offer(values["tools"], values["tool_choice"])
     if values["top_logprobs"] and not values["logprobs"]:
         bad("top_logprobs needs logprobs: true", "top_logprobs")
-    logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else -1
-    turns, listed = offers.told(values["messages"], offered, served.dialect)
-    form = _forced(values, offered) if offered.forced else grammar.only(values, GRAMMARS)
-    kwargs = _template_kwargs(values)
-    if form is not None and served.dialect.reasoning:  # it holds from the first token on
-        kwargs = {"enable_thinking": False, "thinking": False} | kwargs
-    packed = chatparts.pack(turns, listed, kwargs)
+    opening, going_on = values["add_generation_prompt"], values["continue_final_message"]
+    if going_on:
+        _check_end(values["messages"], opening)
+    made = dialog(
+        values["messages"],
+        served.dialect,
+        offered=offers.offer(values["tools"], values["tool_choice"], values["parallel_tool_calls"]),
+        form=grammar.only(values, GRAMMARS),
+        effort=values["reasoning_effort"],
+        kwargs=values["chat_template_kwargs"],
+        opening=opening,
+        going_on=going_on,
+        manner=Parting(separate=values["separate_reasoning"], flowing=values["stream_reasoning"]),
+    )
     generation = _generation(
         values,
         served,
-        prompts=(Prompt(chat=packed),),
-        logprobs=logprobs,
-        form=form,
+        prompts=(made.prompt,),
+        logprobs=(values["top_logprobs"] or 0) if values["logprobs"] else -1,
+        form=made.form,
         add_special_tokens=False,
     )
-    return replace(generation, parting=_parting(values, offered, generation, served))
+    return replace(generation, parting=made.parting)
 
 
 def _read(
@@ -287,44 +296,11 @@ def _ids(value: Any, name: str, served: Served) -> Prompt:
     return Prompt(ids=column)
 
 
-def _forced(values: dict[str, Any], offered: Offer) -> grammar.Grammar | None:
-    """What makes the answer a call, or a list of them."""
-    name = offered.wanted.name or None
-    schema = call_schema(offered.tools, name, values["parallel_tool_calls"])
-    return grammar.schema(schema, "tools")
-
-
-def _parting(
-    values: dict[str, Any], offered: Offer, generation: Generation, served: Served
-) -> Parting | None:
-    """What is to be found in the answers; None: nothing."""
-    calls = "json" if offered.forced else served.dialect.calls if offered.tools else ""
-    # a grammar holds from the first token on, so there is no reasoning
-    thoughts = "" if generation.params.grammar is not None else served.dialect.reasoning
-    if not calls and not thoughts:
-        return None
-    return Parting(
-        calls=calls,
-        offered=offered.tools,
-        parallel=values["parallel_tool_calls"],
-        reasoning=thoughts,
-        separate=values["separate_reasoning"],
-        continued=values["messages"][-1]["content"] if values["continue_final_message"] else "",
-    )
-
-
-def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
-    kwargs: dict[str, Any] = dict(values["chat_template_kwargs"])
-    if values["reasoning_effort"] is not None:
-        kwargs.setdefault("reasoning_effort", values["reasoning_effort"])
-    going_on, opening = values["continue_final_message"], values["add_generation_prompt"]
-    if going_on:
-        if opening:
-            bad("continue_final_message and add_generation_prompt exclude each other",
-                "continue_final_message")  # fmt: skip
-        if values["messages"][-1]["role"] != "assistant":
-            bad("continue_final_message needs an assistant message at the end",
-                "continue_final_message")  # fmt: skip
-        kwargs["continue_final_message"] = True
-    kwargs["add_generation_prompt"] = not going_on if opening is None else opening
-    return kwargs
+def _check_end(turns: Turns, opening: bool | None) -> None:
+    """Refuse what ``continue_final_message`` cannot go on with."""
+    name = "continue_final_message"
+    if opening:
+        bad(f"{name} and add_generation_prompt exclude each other", name)
+    if turns[-1]["role"] != "assistant":
+        bad(f"{name} needs an assistant message at the end", name)
+    refuse_calls(turns, name)

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncllm import __version__
-from asyncllm.api import anthropic, chatparts, fields, lightllm, offers, openai, responses, shapes
+from asyncllm.api import (
+    anthropic,
+    anthropic_turns,
+    chatparts,
+    fields,
+    lightllm,
+    offers,
+    openai,
+    responses,
+    shapes,
+)
 from asyncllm.api.fields import Field, Refused
 from asyncllm.api.generation import Served
 from asyncllm.api.shapes import Schema
@@ -40,14 +50,21 @@ PARSED: Final[dict[Any, Schema]] = {
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
     chatparts.messages: _list(shapes.CHAT_MESSAGE, chatparts.MAX_MESSAGES, 1),
-    offers.tools: _list(shapes.TOOL, offers.MAX_TOOLS),
+    offers.tools: _list(shapes.tool(offers.CHAT), offers.MAX_TOOLS),
+    offers.flat_tools: _list(shapes.tool(offers.FLAT), offers.MAX_TOOLS),
+    offers.custom_tools: _list(shapes.tool(offers.CUSTOM), offers.MAX_TOOLS),
     offers.choice: shapes.TOOL_CHOICE,
+    offers.flat_choice: shapes.FLAT_CHOICE,
+    offers.custom_choice: shapes.CUSTOM_CHOICE,
+    anthropic.thinking: shapes.THINKING,
+    anthropic.output_format: shapes.OUTPUT_FORMAT,
+    anthropic.output_config: shapes.OUTPUT_CONFIG,
     chatparts.template_kwargs: {
         "type": "object",
         "propertyNames": {"not": {"enum": sorted(chatparts.RESERVED_KWARGS)}},
     },
-    anthropic.conversation: _list(shapes.ANTHROPIC_MESSAGE, chatparts.MAX_MESSAGES, 1),
-    anthropic.content_text: shapes.ANTHROPIC_CONTENT,
+    anthropic_turns.conversation: _list(shapes.ANTHROPIC_MESSAGE, chatparts.MAX_MESSAGES, 1),
+    anthropic_turns.content_text: shapes.ANTHROPIC_CONTENT,
     responses.input_turns: {
         "anyOf": [{"type": "string"}, _list(shapes.INPUT_ITEM, chatparts.MAX_MESSAGES, 1)]
     },
@@ -93,7 +110,7 @@ def of_field(field: Field) -> Schema:
         schema["exclusiveMinimum" if field.above else "minimum"] = field.low
     if field.high is not None:
         schema["maximum"] = field.high
-    if field.default not in (None, (), {}):
+    if isinstance(field.default, bool | int | float | str):
         schema["default"] = field.default
     return schema
 
@@ -147,7 +164,7 @@ def _bodies() -> dict[str, Schema]:
         ),
         "ResponseRequest": of_table(responses.RESPONSES, responses.UNAVAILABLE),
         "MessageRequest": of_table(anthropic.MESSAGES, anthropic.UNAVAILABLE),
-        "CountRequest": of_table(anthropic.PROMPT, anthropic.PROMPT_UNAVAILABLE),
+        "CountRequest": of_table(anthropic.PROMPT),
         "NativeRequest": _native(),
         "NativeAnyRequest": _native(STREAM),
         "TokensRequest": _tokens(),

@@ -62,6 +62,8 @@ class Parting:
         parallel: False: the first call is the only one told.
         reasoning: the format of reasoning; "": reasoning is content.
         separate: False: reasoning is found, and told as content.
+        hidden: reasoning is found, and not told.
+        flowing: False: reasoning is told in one piece, once it has ended.
         continued: the end of the prompt that is the beginning of the answer.
     """
 
@@ -70,6 +72,8 @@ class Parting:
     parallel: bool = True
     reasoning: str = ""
     separate: bool = True
+    hidden: bool = False
+    flowing: bool = True
     continued: str = ""
 
     @property
@@ -102,6 +106,7 @@ class Parts:
         self._content: list[str] = []
         self._news: list[Event] = []
         self._told_thoughts = False  # and no content after them yet
+        self._late: list[str] = []  # reasoning to be told once it has ended
         self._ended = False
         self.num_thoughts = 0
 
@@ -148,6 +153,7 @@ class Parts:
         if not self._ended:
             self._ended = True
             self._add(self._splitter.finish())
+            self._flush()
 
     def news(self) -> list[Event]:
         """What has been found since the last time."""
@@ -162,8 +168,13 @@ class Parts:
         for event in events:
             match event:
                 case Reasoning(text):
+                    if self._parting.hidden:
+                        continue
                     if self._parting.separate:
                         self._thoughts.append(text)
+                        if not self._parting.flowing:
+                            self._late.append(text)
+                            continue
                     else:
                         event = Text(text)
                         self._content.append(text)
@@ -176,4 +187,10 @@ class Parts:
                 case CallStart() | Arguments() | CallEnd():
                     if event.index and not self._parting.parallel:
                         continue
+            self._flush()
             self._news.append(event)
+
+    def _flush(self) -> None:
+        if self._late:
+            self._news.append(Reasoning("".join(self._late)))
+            self._late.clear()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from asyncllm.api import chatparts, offers
-from asyncllm.api.fields import Field
+from asyncllm.api.fields import MAX_INT32, Field
 
 Schema = dict[str, Any]
 
@@ -64,29 +64,67 @@ _PART: Final[Schema] = {
     ]
 }
 _PARTS: Final[Schema] = some(_PART)
-TOOL: Final[Schema] = {
-    "type": "object",
-    "properties": {
-        "type": one_of("function"),
-        "function": {
-            "type": "object",
-            "properties": {
-                "name": {"type": "string", "pattern": f"^{offers.NAME}$"},
-                "description": MAYBE_STRING,
-                "parameters": {
-                    "type": ["object", "null"],
-                    "properties": {"type": one_of("object")},
-                },
+
+
+def tool(shape: offers.Shape) -> Schema:
+    """A tool in a protocol's words."""
+    inner: Schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "pattern": f"^{offers.NAME}$"},
+            "description": MAYBE_STRING,
+            "strict": {"type": ["boolean", "null"]},
+            shape.schema: {
+                "type": "object" if shape.needs_schema else ["object", "null"],
+                "properties": {"type": one_of("object")},
             },
-            "required": ["name"],
         },
-    },
-    "required": ["type", "function"],
-}
+        "required": ["name", *([shape.schema] if shape.needs_schema else [])],
+    }
+    kind = one_of(shape.kind, *([None] if shape.untyped else []))
+    needed = [] if shape.untyped else ["type"]
+    if shape.inner:
+        properties = {"type": kind, shape.inner: inner}
+        return {"type": "object", "properties": properties, "required": [*properties]}
+    inner["properties"]["type"] = kind
+    inner["required"] += needed
+    return inner
+
+
+_FUNCTION: Final[Schema] = made(type=one_of("function"), function=made(name=STRING))
+_FLAT_FUNCTION: Final[Schema] = made(type=one_of("function"), name=STRING)
+
+
+def _allowed(function: Schema) -> Schema:
+    return made(mode=one_of(*offers.ALLOWED_MODES), tools={**some(function), "minItems": 1})
+
+
 TOOL_CHOICE: Final[Schema] = {
     "anyOf": [
         one_of(*offers.MODES),
-        made(type=one_of("function"), function=made(name=STRING)),
+        _FUNCTION,
+        made(type=one_of("allowed_tools"), allowed_tools=_allowed(_FUNCTION)),
+    ]
+}
+FLAT_CHOICE: Final[Schema] = {
+    "anyOf": [
+        one_of(*offers.MODES),
+        _FLAT_FUNCTION,
+        {"allOf": [made(type=one_of("allowed_tools")), _allowed(_FLAT_FUNCTION)]},
+    ]
+}
+_SINGLE: Final[Schema] = {
+    "properties": {"disable_parallel_tool_use": {"type": ["boolean", "null"]}}
+}
+CUSTOM_CHOICE: Final[Schema] = {
+    "allOf": [
+        {
+            "anyOf": [
+                made(type=one_of("auto", "any", "none")),
+                made(type=one_of("tool"), name=STRING),
+            ]
+        },
+        _SINGLE,
     ]
 }
 CHAT_MESSAGE: Final[Schema] = {
@@ -105,7 +143,49 @@ CHAT_MESSAGE: Final[Schema] = {
 }
 _BLOCK: Final[Schema] = made(type=one_of("text"), text=STRING)
 ANTHROPIC_CONTENT: Final[Schema] = {"anyOf": [STRING, some(_BLOCK)]}
-ANTHROPIC_MESSAGE: Final[Schema] = made(role=one_of("user", "assistant"), content=ANTHROPIC_CONTENT)
+_TOOL_RESULT: Final[Schema] = made(type=one_of("tool_result"), tool_use_id=STRING)
+_TOOL_RESULT["properties"] |= {
+    "content": {"anyOf": [*ANTHROPIC_CONTENT["anyOf"], {"type": "null"}]},
+    "is_error": {"type": ["boolean", "null"]},
+}
+_ANTHROPIC_BLOCKS: Final[dict[str, list[Schema]]] = {
+    "system": [_BLOCK],
+    "user": [_BLOCK, _TOOL_RESULT],
+    "assistant": [
+        _BLOCK,
+        made(type=one_of("thinking"), thinking=STRING),
+        made(type=one_of("redacted_thinking"), data=STRING),
+        made(type=one_of("tool_use"), id=STRING, name=STRING, input={"type": "object"}),
+    ],
+}
+ANTHROPIC_MESSAGE: Final[Schema] = {
+    "anyOf": [
+        made(role=one_of(role), content={"anyOf": [STRING, some({"anyOf": blocks})]})
+        for role, blocks in _ANTHROPIC_BLOCKS.items()
+    ]
+}
+THINKING: Final[Schema] = {
+    "allOf": [
+        {
+            "anyOf": [
+                made(
+                    type=one_of("enabled"),
+                    budget_tokens={"type": "integer", "minimum": 1, "maximum": MAX_INT32},
+                ),
+                made(type=one_of("adaptive", "disabled")),
+            ]
+        },
+        {"properties": {"display": one_of("summarized", "omitted", None)}},
+    ]
+}
+OUTPUT_FORMAT: Final[Schema] = made(type=one_of("json_schema"), schema={"type": "object"})
+OUTPUT_CONFIG: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "effort": MAYBE_STRING,
+        "format": {"anyOf": [OUTPUT_FORMAT, {"type": "null"}]},
+    },
+}
 INPUT_ITEM: Final[Schema] = {
     "type": "object",
     "properties": {

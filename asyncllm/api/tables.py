@@ -61,7 +61,8 @@ def _kind(field: Field) -> str:
 def _default(field: Field) -> str:
     if field.required:
         return "required"
-    return "" if field.default in (None, (), {}) else json.dumps(field.default)
+    plain = isinstance(field.default, bool | int | float | str)
+    return json.dumps(field.default) if plain else ""
 
 
 def _neutral(refused: Refused) -> str:

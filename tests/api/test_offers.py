@@ -96,6 +96,11 @@ def function(**more: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "f"} | more}]
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -119,6 +124,11 @@ def function(**more: Any) -> list[dict[str, Any]]:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "required", "tools": []}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": TOOLS}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools"}, "tools": TOOLS}, "tool_choice.allowed_tools"),
+        ({"tool_choice": allowed("none"), "tools": TOOLS}, "tool_choice.allowed_tools.mode"),
+        ({"tool_choice": allowed("auto"), "tools": TOOLS}, "tool_choice.allowed_tools.tools"),
+        ({"tool_choice": allowed("auto", "g"), "tools": TOOLS}, "tool_choice"),
+        ({"tools": function(strict="yes")}, "tools[0].function.strict"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ],
 )  # fmt: skip
@@ -133,7 +143,7 @@ def test_bad_tools_are_refused_by_name(body: dict[str, Any], param: str) -> None
     "body",
     [
         {"tools": [{"type": "web_search"}]},
-        {"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}},
+        {"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}},
     ],
 )
 def test_tools_that_are_not_functions_are_not_available(body: dict[str, Any]) -> None:
@@ -167,6 +177,31 @@ def test_a_grammar_forces_calls(body: dict[str, Any], kind: str, parallel: bool)
     assert rendered(got)["kwargs"] == off | {"add_generation_prompt": True}
     asked = chat(dialect, tools=TOOLS, **body, chat_template_kwargs={"thinking": True})
     assert rendered(asked)["kwargs"]["enable_thinking"] is True
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_tools_that_are_not_allowed_are_not_told(mode: str) -> None:
+    other = function(name="other")
+    got = chat(Dialect(lists_tools=True), tools=TOOLS + other, tool_choice=allowed(mode, "weather"))
+    assert rendered(got)["tools"] == TOOLS
+    assert got.parting is not None
+    assert [tool.name for tool in got.parting.offered] == ["weather"]
+    assert (got.params.grammar is not None) is (mode == "required")
+
+
+def test_no_effort_is_no_thinking() -> None:
+    dialect = Dialect(reasoning="think")
+    assert rendered(chat(dialect, reasoning_effort="none"))["kwargs"]["enable_thinking"] is False
+    got = rendered(chat(dialect, reasoning_effort="high"))["kwargs"]
+    assert got == {"reasoning_effort": "high", "add_generation_prompt": True}
+    kwargs = {"enable_thinking": True}
+    asked = chat(dialect, reasoning_effort="none", chat_template_kwargs=kwargs)
+    assert rendered(asked)["kwargs"]["enable_thinking"] is True
+
+
+def test_calls_cannot_be_continued() -> None:
+    with pytest.raises(RequestError, match="results must follow"):
+        chat(Dialect(), messages=HISTORY[:3], continue_final_message=True)
 
 
 def test_other_grammars_leave_no_reasoning_either() -> None:

@@ -270,3 +270,19 @@ def test_tokens_of_reasoning_are_counted_however_they_come(together: bool) -> No
     usage = made.answer.usage()
     assert usage["completion_tokens"] == 6
     assert usage["completion_tokens_details"] == {"reasoning_tokens": 4}
+
+
+@pytest.mark.parametrize("flows", [True, False])
+def test_reasoning_in_one_piece(flows: bool) -> None:
+    text = "<think>one two</think>Yes"
+    made = reply("", "think", stream=True, stream_reasoning=flows)
+    deltas = [c["choices"][0]["delta"] for c in events(feed(made, list(text), Reason.STOP))]
+    thoughts = [delta["reasoning"] for delta in deltas if "reasoning" in delta]
+    assert "".join(thoughts) == "one two"
+    assert (len(thoughts) == 1) is not flows
+    assert "".join(delta.get("content", "") for delta in deltas) == "Yes"
+    cut = reply("", "think", stream=True, stream_reasoning=flows)
+    deltas = [
+        c["choices"][0]["delta"] for c in events(feed(cut, list("<think>one"), Reason.LENGTH))
+    ]
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == "one"

@@ -15,11 +15,13 @@ class Tool:
         name: as the model writes it.
         parameters: JSON schema of its arguments, an object schema; empty: anything.
         description: for the prompt.
+        strict: calls are to fit the schema even where the model is free to call or not.
     """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     description: str = ""
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,100 @@
+"""A conversation to be answered, whatever the protocol: prompt, form of the answer, what to part.
+
+Knows turns in template form, offers and the served model's dialect; knows no protocol's JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from asyncllm.api import chatparts, grammar, offers
+from asyncllm.api.fields import bad
+from asyncllm.api.generation import Prompt
+from asyncllm.api.grammar import Grammar
+from asyncllm.api.offers import Offer, Turns
+from asyncllm.api.parts import Dialect, Parting
+from asyncllm.api.tools import call_schema
+
+USUAL: Final = Parting()
+NO_EFFORT: Final = "none"  # the effort that turns thinking off
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialog:
+    """What a request's Generation is made of.
+
+    Args:
+        form: what holds the output from its first token on.
+        parting: what is to be found in the answer; None: nothing.
+    """
+
+    prompt: Prompt
+    form: Grammar | None
+    parting: Parting | None
+
+
+def dialog(
+    turns: Turns,
+    dialect: Dialect,
+    *,
+    offered: Offer,
+    form: Grammar | None = None,
+    thinking: bool | None = None,
+    effort: str | None = None,
+    kwargs: dict[str, Any] | None = None,
+    opening: bool | None = None,
+    going_on: bool = False,
+    manner: Parting = USUAL,
+) -> Dialog:
+    """Everything that follows from a conversation.
+
+    Args:
+        form: the output's form; a forced call has its own.
+        thinking: whether the model is to think; None: as its template has it.
+        effort: for the template; "none" turns thinking off.
+        kwargs: further variables of the template, which win.
+        opening: the prompt ends with the head of an assistant's turn; None: unless ``going_on``.
+        going_on: the last turn is the beginning of the answer.
+        manner: how reasoning is told; the rest of it does not count.
+
+    Raises:
+        RequestError: 400, as :func:`call_schema` and :func:`chatparts.pack` do.
+    """
+    if offered.forced:
+        wanted = offered.wanted
+        form = grammar.schema(
+            call_schema(offered.tools, wanted.name or None, wanted.parallel), "tools"
+        )
+    if thinking is None and (effort == NO_EFFORT or (form is not None and dialect.reasoning)):
+        thinking = False  # a grammar holds from the first token on
+    variables: dict[str, Any] = {}
+    if thinking is not None:
+        variables = {"enable_thinking": thinking, "thinking": thinking}
+    if effort is not None and effort != NO_EFFORT:
+        variables["reasoning_effort"] = effort
+    variables |= kwargs or {}
+    if going_on:
+        variables["continue_final_message"] = True
+    variables["add_generation_prompt"] = not going_on if opening is None else opening
+    told, listed = offers.told(turns, offered, dialect)
+    packed = chatparts.pack(told, listed, variables)
+    calls = "json" if offered.forced else dialect.calls if offered.tools else ""
+    thoughts = "" if form is not None else dialect.reasoning
+    parting = None
+    if calls or thoughts:
+        parting = replace(
+            manner,
+            calls=calls,
+            offered=offered.tools,
+            parallel=offered.wanted.parallel,
+            reasoning=thoughts,
+            continued=turns[-1]["content"] if going_on else "",
+        )
+    return Dialog(prompt=Prompt(chat=packed), form=form, parting=parting)
+
+
+def refuse_calls(turns: Turns, name: str) -> None:
+    """Refuse calls at the end of what is to be continued. Raises RequestError (400)."""
+    if turns[-1].get("tool_calls"):
+        bad(f"{name}: the last turn calls tools, so their results must follow", name)

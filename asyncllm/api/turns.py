@@ -1,0 +1,68 @@
+"""Turns of a conversation in template form, made of blocks or items one by one.
+
+Knows what chat templates expect: one turn per role in a row, calls with the assistant's words, each
+result a turn. Knows no protocol's JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from asyncllm.api.fields import bad, show, text, typed
+
+Turns = list[dict[str, Any]]
+
+
+class TurnsMaker:
+    """Gathers a conversation; what one role says in a row is one turn."""
+
+    def __init__(self) -> None:
+        self.turns: Turns = []
+
+    def say(self, role: str, content: str) -> None:
+        """More of what somebody says."""
+        turn = self._turn(role)
+        turn["content"] = f"{turn['content']}\n{content}" if turn["content"] else content
+
+    def think(self, thought: str) -> None:
+        """More of what the assistant thinks."""
+        turn = self._turn("assistant")
+        known = turn.get("reasoning_content")
+        turn["reasoning_content"] = f"{known}\n{thought}" if known else thought
+
+    def call(self, key: str, name: str, arguments: dict[str, Any]) -> None:
+        """The assistant calls a tool."""
+        function = {"name": name, "arguments": arguments}
+        calls = self._turn("assistant").setdefault("tool_calls", [])
+        calls.append({"type": "function", "function": function, "id": key})
+
+    def result(self, key: str, content: str) -> None:
+        """What the call ``key`` gave."""
+        self.turns.append({"role": "tool", "content": content, "tool_call_id": key})
+
+    def _turn(self, role: str) -> dict[str, Any]:
+        if not self.turns or self.turns[-1]["role"] != role:
+            self.turns.append({"role": role, "content": ""})
+        return self.turns[-1]
+
+
+def with_system(system: str | None, turns: Turns) -> Turns:
+    """One system message in front: many templates know no second one."""
+    if not system:
+        return turns
+    if turns and turns[0]["role"] == "system":
+        system = f"{system}\n{turns[0]['content']}"
+        turns = turns[1:]
+    return [{"role": "system", "content": system}, *turns]
+
+
+def arguments(value: Any, name: str) -> dict[str, Any]:
+    """A call's arguments given as JSON text. Raises RequestError unless they are an object."""
+    raw = text(value, name)
+    try:
+        found = json.loads(raw) if raw.strip() else {}
+    except (ValueError, RecursionError):
+        bad(f"{name}: {show(raw)} is not JSON", name)
+    made: dict[str, Any] = typed(found, dict, name, "an object, as JSON")
+    return made
