@@ -250,6 +250,17 @@ class Config:
         "limit and to the KV slots, an explicit value above them is an error (LightLLM's default "
         "is now the model's limit)",
     )  # fmt: skip
+    max_req_input_len: int | None = flag(
+        None, group=MEMORY, check=at_least(1),
+        help="prompt tokens of one request, less than --max_req_total_len; default: no limit of "
+        "their own (LightLLM has dropped this option)",
+    )  # fmt: skip
+    long_truncation_mode: str = flag(
+        "None", group=MEMORY, choices=("None", "head", "center"),
+        help="what becomes of a prompt that is longer than --max_req_input_len, or that does not fit "
+        "beside the max_new_tokens asked for: None: it is refused; head: its first tokens are left "
+        "out; center: those in its middle are (LightLLM has dropped this option)",
+    )  # fmt: skip
     eos_id: tuple[int, ...] = flag(
         (), group=MEMORY, nargs="+", check=at_least(0), metavar="ID",
         help="token ids that end an answer; default: those of the model's configuration",
@@ -433,6 +444,7 @@ class Resolved:
 
     Attributes:
         max_req_total_len: prompt plus output tokens of one request.
+        max_req_input_len: prompt tokens of one request; None: only the former counts.
         eos_ids: token ids that end an answer, possibly none.
         model_name: the answer of /get_model_name.
         served_names: names that requests may use; the first is the id in /v1/models.
@@ -451,6 +463,14 @@ class Resolved:
     len_is_explicit: bool
     notes: tuple[str, ...] = ()
     num_slots: int = 0
+    max_req_input_len: int | None = None
+
+    def __post_init__(self) -> None:
+        most, total = self.max_req_input_len, self.max_req_total_len
+        if most is not None and most >= total:
+            raise StartupError(
+                f"--max_req_input_len {most:,} must be less than max_req_total_len, {total:,}"
+            )
 
     def with_slots(self, num_slots: int) -> Resolved:
         """The same for a KV cache of ``num_slots`` tokens: no request may be longer than it.
@@ -522,6 +542,7 @@ def resolve_limits(
         device=device,
         dtype=_dtype(config.data_type, checkpoint_dtype),
         max_req_total_len=length,
+        max_req_input_len=config.max_req_input_len,
         chunked_prefill_size=chunk,
         batch_max_tokens=batch,
         running_max_req_size=config.running_max_req_size,

@@ -33,6 +33,7 @@ class Tokenize:
     add_special_tokens: bool  # for text only; chat templates bring their own
     params: tuple[Any, ...]  # SamplingParams.pack()
     shown: tuple[str, ...] = ()  # special tokens that are in the text whatever the params say
+    truncate: int = 0  # keep only that many of the prompt's last tokens; 0: all
 
 
 @message(2)
@@ -42,6 +43,7 @@ class Accepted:
     rid: int
     prompt: bytes
     head: str = ""  # of a chat: the end of the prompt's text, without a message to be continued
+    left_out: int = 0  # tokens of the prompt as it was sent that are not in ``prompt``
 
 
 @message(3)

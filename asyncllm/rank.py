@@ -314,8 +314,14 @@ def _detokenizer(p: Parts) -> Actor[Any]:
 
 def _tokenizer(p: Parts) -> Actor[Any]:
     assert p.text is not None
-    limit = p.boot.resolved.max_req_total_len
-    return Tokenizer(p.text, limit=limit, vocab_size=p.spec.vocab_size)
+    resolved = p.boot.resolved
+    return Tokenizer(
+        p.text,
+        limit=resolved.max_req_total_len,
+        vocab_size=p.spec.vocab_size,
+        input_limit=resolved.max_req_input_len,
+        truncation=p.boot.config.long_truncation_mode,
+    )
 
 
 def _frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:

@@ -56,6 +56,8 @@ DOCUMENTED: dict[str, Any] = {
     "mode": (),
 }
 OURS: dict[str, Any] = {
+    "max_req_input_len": None,
+    "long_truncation_mode": "None",
     "output_constraint_mode": "xgrammar",
     "api_key": (),
     "ssl_certfile": None,
@@ -287,6 +289,16 @@ def test_slots_lower_the_default_and_contradict_an_explicit_length() -> None:
         resolve(Config(max_req_total_len=5000)).with_slots(1000)
     with pytest.raises(StartupError, match="no memory for KV"):
         resolve(Config()).with_slots(0)
+
+
+def test_prompts_are_shorter_than_requests() -> None:
+    assert resolve(Config(max_req_input_len=8191)).max_req_input_len == 8191
+    with pytest.raises(StartupError, match=r"--max_req_input_len 8,192 must be less than .* 8,192"):
+        resolve(Config(max_req_input_len=8192))
+    with pytest.raises(StartupError, match=r"--max_req_input_len 1,000 must be less than .* 1,000"):
+        resolve(Config(max_req_input_len=1000)).with_slots(1000)
+    for mode in ("None", "head", "center"):
+        assert Config(long_truncation_mode=mode).long_truncation_mode == mode
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,7 @@ class Frontend(Actor[Inbox]):
                 generation.add_special_tokens,
                 generation.params.pack(),
                 () if generation.parting is None else generation.parting.shown,
+                truncate=generation.truncate,
             )
         )
 
@@ -325,7 +326,7 @@ class Frontend(Actor[Inbox]):
         if found is None:
             return
         exchange, choice = found
-        exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.head)
+        exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.head, msg.left_out)
         exchange.unaccepted.discard(msg.rid)
         if not exchange.unaccepted:
             if exchange.streams:

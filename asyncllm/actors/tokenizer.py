@@ -39,6 +39,7 @@ TAIL_BYTES = 8 * 4  # prompt ids that the detokenizer gets: more than any charac
 HEAD_CHARS = 256  # of a chat's prompt that the frontend gets: more than any mark at its end
 MIN_CHARS_PER_TOKEN = 16
 LIMIT_FLAG = "--max_req_total_len"
+INPUT_FLAG = "--max_req_input_len"
 
 Inbox = Tokenize | Abort | Count | Prepared | Compiled
 
@@ -51,6 +52,7 @@ class _Job:
     alive: list[int]
     head: str = ""  # see Accepted
     ids: bytes = b""  # once they are known
+    sent_len: int = 0  # how many there were before any were left out
     params: SamplingParams = field(
         default_factory=SamplingParams
     )  # with max_new_tokens, of a Tokenize
@@ -62,6 +64,9 @@ class Tokenizer(Actor[Inbox]):
     Args:
         text: the model's tokenizer.
         limit: prompt and generated tokens of one request (--max_req_total_len).
+        input_limit: prompt tokens of one request (--max_req_input_len); None: ``limit``.
+        truncation: what happens to a longer prompt (--long_truncation_mode): "None", it is refused;
+            "head", its beginning is left out; "center", its middle is.
         vocab_size: ids the model has rows for.
         workers: threads that render and encode.
         time_limit_s: for one rendering and encoding; the thread stays taken until it is done.
@@ -77,12 +82,16 @@ class Tokenizer(Actor[Inbox]):
         *,
         limit: int,
         vocab_size: int,
+        input_limit: int | None = None,
+        truncation: str = "None",
         workers: int = 2,
         time_limit_s: float = 10.0,
         max_queue: int = 1024,
     ) -> None:
         super().__init__("tokenizer")
         self._text, self._limit, self._vocab_size = text, limit, vocab_size
+        self._input_limit, self._truncation = input_limit or limit, truncation
+        self._input_flag = LIMIT_FLAG if input_limit is None else INPUT_FLAG
         self._template = ChatTemplate(text.templates, text.special_tokens)
         # no text of more characters can fit, so it need not be encoded to be refused
         self._chars_per_token = max(MIN_CHARS_PER_TOKEN, text.max_piece_chars)
@@ -231,7 +240,7 @@ class Tokenizer(Actor[Inbox]):
                 head = text.removesuffix(continued)[-HEAD_CHARS:]
             else:
                 text, add_special_tokens = msg.text or "", msg.add_special_tokens
-            if isinstance(msg, Tokenize):
+            if isinstance(msg, Tokenize) and not (msg.truncate or self._truncation != "None"):
                 self._check_chars(len(text))
             if not text:
                 return b"", head
@@ -241,10 +250,10 @@ class Tokenizer(Actor[Inbox]):
 
     def _check_chars(self, num_chars: int) -> None:
         at_least = -(-num_chars // self._chars_per_token)
-        if at_least > self._limit:
+        if at_least > self._input_limit:
             raise PromptTooLong(
                 f"This prompt exceeds the context window: {num_chars} characters are at least"
-                f" {at_least} prompt tokens, limit {self._limit} ({LIMIT_FLAG})"
+                f" {at_least} prompt tokens, limit {self._input_limit} ({self._input_flag})"
             )
 
     # -- answers -------------------------------------------------------------------------------------
@@ -257,6 +266,8 @@ class Tokenizer(Actor[Inbox]):
             self.frontend.tell(Counted(msg.query, len(ids) // 4))
             return
         params = SamplingParams.unpack(msg.params)
+        job.sent_len = len(ids) // 4
+        ids = self._truncated(ids, msg.truncate, params.max_new_tokens)
         try:
             room = self._room(ids, params.max_new_tokens)
         except RequestError as error:
@@ -288,7 +299,18 @@ class Tokenizer(Actor[Inbox]):
             if rid in job.alive:
                 own = replace(params, seed=_wrapped(params.seed + i))
                 self.scheduler.tell(Submit(rid, ids, own.pack()))
-        self.frontend.tell(Accepted(msg.rids[0], ids, job.head))
+        left_out = job.sent_len - len(ids) // 4
+        self.frontend.tell(Accepted(msg.rids[0], ids, job.head, left_out))
+
+    def _truncated(self, ids: bytes, most: int, max_new_tokens: int | None) -> bytes:
+        """The ids, or as many as fit beside what is to be generated (one token if that is open)."""
+        if most:
+            ids = _shortened(ids, most, 0)
+        room = self._limit - (1 if max_new_tokens is None else max_new_tokens)
+        if self._truncation == "None" or room <= 0:
+            return ids
+        room = min(room, self._input_limit)
+        return _shortened(ids, room, room // 2 if self._truncation == "center" else 0)
 
     def _room(self, ids: bytes, max_new_tokens: int | None) -> int:
         """Tokens the request may generate. Raises RequestError where the prompt cannot be served."""
@@ -303,8 +325,14 @@ class Tokenizer(Actor[Inbox]):
                 param="prompt",
             )
         prompt_len, limit = len(tokens), self._limit
+        if prompt_len > self._input_limit:
+            raise PromptTooLong(
+                f"This prompt exceeds the context window: {prompt_len} prompt tokens,"
+                f" limit {self._input_limit} ({self._input_flag})",
+                param="prompt",
+            )
         # without a limit of its own the request wants at least one token
-        if prompt_len > limit or (max_new_tokens is None and prompt_len == limit):
+        if max_new_tokens is None and prompt_len == limit:
             raise PromptTooLong(
                 f"This prompt exceeds the context window: {prompt_len} prompt tokens,"
                 f" limit {limit} ({LIMIT_FLAG})",
@@ -337,6 +365,13 @@ class Tokenizer(Actor[Inbox]):
                 0,
             )
         )
+
+
+def _shortened(ids: bytes, most: int, head: int) -> bytes:
+    """At most ``most`` ids: the first ``head`` of them and the last."""
+    if len(ids) <= 4 * most:
+        return ids
+    return ids[: 4 * head] + ids[len(ids) - 4 * (most - head) :]
 
 
 def _error(msg: Prepared | Compiled) -> RequestError:

@@ -174,14 +174,17 @@ class Answer:
     vocab: Vocab
     choices: list[Choice]
     prompts: list[array[int]]
+    truncated: set[int] = field(default_factory=set)  # prompts that are shorter than they were sent
 
-    def accept(self, prompt_idx: int, ids: bytes, head: str) -> None:
+    def accept(self, prompt_idx: int, ids: bytes, head: str, left_out: int = 0) -> None:
         """A prompt is known.
 
         Args:
             ids: int32.
-            head: the end of a chat's prompt, as in Accepted.
+            head, left_out: as in Accepted.
         """
+        if left_out:
+            self.truncated.add(prompt_idx)
         generation = self.generation
         self.prompts[prompt_idx].frombytes(ids)
         if generation.parting is not None:
@@ -190,9 +193,11 @@ class Answer:
                 choice.parts = generation.parting.parts(head)
 
     def prompt_text(self, prompt_idx: int) -> str:
-        """The prompt as text, for echo."""
+        """The prompt as text, for echo: what was sent, unless that was ids or too long."""
         given = self.generation.prompts[prompt_idx].text
-        return self.vocab.decode(self.prompts[prompt_idx]) if given is None else given
+        if given is None or prompt_idx in self.truncated:
+            return self.vocab.decode(self.prompts[prompt_idx])
+        return given
 
     def usage(self, choice: Choice | None = None) -> dict[str, Any]:
         """Tokens used by all choices, or by one; a prompt counts once for its n choices."""

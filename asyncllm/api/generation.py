@@ -36,6 +36,7 @@ class Generation:
     stream: bool = False
     echo: bool = False
     add_special_tokens: bool = True
+    truncate: int = 0  # keep only that many of a prompt's last tokens; 0: all
     include_usage: bool = False  # a usage chunk ends the stream
     continuous_usage: bool = False  # every chunk says it too
     details: bool = False  # native: each token in the answer

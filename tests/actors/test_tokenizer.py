@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,69 @@ def test_hopelessly_long_text_is_refused_without_encoding(
     assert "exceeds the context window: 321 characters" in refusal.detail
     assert refusal.code == "context_length_exceeded"
     assert encoded == []
+
+
+def test_prompts_have_a_limit_of_their_own(text: Text) -> None:
+    refusal = only(play(text, [prompt(text="a" * 9)], answers=1, input_limit=8))
+    assert refusal.detail == (
+        "This prompt exceeds the context window: 9 prompt tokens, limit 8 (--max_req_input_len)"
+    )
+    assert (refusal.code, refusal.status) == ("context_length_exceeded", 400)
+    hopeless = only(play(text, [prompt(text="a" * 129)], answers=1, input_limit=8))
+    assert "129 characters are at least 9 prompt tokens, limit 8" in hopeless.detail
+    assert isinstance(play(text, [prompt(text="a" * 8)], answers=1, input_limit=8)[-1][1], Accepted)
+
+
+ABC = "abcdefghijklmnopqrstuvwxyz".replace("q", "")  # 25 tokens of one character
+
+
+@pytest.mark.parametrize(
+    ("mode", "input_limit", "most", "expected"),
+    [
+        ("head", 8, 3, "stuvwxyz"),
+        ("center", 8, 3, "abcdwxyz"),
+        ("center", 7, None, "abcwxyz"),
+        ("head", None, 15, "vwxyz"),
+        ("center", None, 15, "abxyz"),
+        ("head", 8, 15, "vwxyz"),
+        ("head", None, None, "ghijklmnoprstuvwxyz"),
+        ("head", None, 19, "z"),
+    ],
+)
+def test_long_prompts_are_truncated(
+    text: Text, mode: str, input_limit: int | None, most: int | None, expected: str
+) -> None:
+    options = {"truncation": mode, "input_limit": input_limit}
+    for asked in (
+        prompt(text=ABC, max_new_tokens=most),
+        prompt(ids=text.encode(ABC, False).tolist(), max_new_tokens=most),
+    ):
+        log = play(text, [asked], answers=1, **options)
+        accepted, submit = log[-1][1], log[1][1]
+        assert text.decode(ints(accepted.prompt)) == expected
+        assert accepted.left_out == len(ABC) - len(expected)
+        assert submit.prompt == accepted.prompt
+        assert log[0][1].prompt_tail == accepted.prompt[-32:]
+        room = SamplingParams.unpack(submit.params).max_new_tokens
+        assert room == (LIMIT - len(expected) if most is None else most)
+
+
+def test_short_prompts_are_not_truncated(text: Text) -> None:
+    log = play(text, [prompt(text="abc", max_new_tokens=3)], answers=1, truncation="center")
+    assert (text.decode(ints(log[-1][1].prompt)), log[-1][1].left_out) == ("abc", 0)
+
+
+def test_truncation_cannot_make_room_for_too_many_tokens(text: Text) -> None:
+    for most in (20, 30):
+        asked = prompt(text="abc", max_new_tokens=most)
+        refusal = only(play(text, [asked], answers=1, truncation="head"))
+        assert f"3 prompt tokens + {most} max_tokens = {3 + most}, limit 20" in refusal.detail
+
+
+def test_a_request_may_ask_for_a_shorter_prompt(text: Text) -> None:
+    asked = replace(prompt(text="a" * 330 + "bcd", max_new_tokens=3), truncate=4)
+    accepted = play(text, [asked], answers=1)[-1][1]
+    assert (text.decode(ints(accepted.prompt)), accepted.left_out) == ("abcd", 329)
 
 
 def test_chat_is_rendered_with_the_models_template(text: Text) -> None:

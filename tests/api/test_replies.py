@@ -25,7 +25,7 @@ SERVED = Served(
 )
 VOCAB = Vocab(
     piece=lambda t: bytes([t]),
-    decode=lambda ids: bytes(ids).decode("utf-8", "replace"),
+    decode=lambda ids: bytes(list(ids)).decode("utf-8", "replace"),
     special=frozenset({0}),
 )
 
@@ -188,6 +188,17 @@ def test_streamed_echo_waits_for_the_prompts_scores() -> None:
     out = events(take(reply, News("a", i32([97]), ("a",), floats(-0.5), 0, b"", b"", scores)))
     assert [c["choices"][0]["logprobs"]["token_logprobs"] for c in out] == [[None, -1.0], [-0.5]]
     assert [c["choices"][0]["logprobs"]["text_offset"] for c in out] == [[0, 1], [2]]
+
+
+def test_echo_of_a_truncated_prompt_is_what_was_used() -> None:
+    reply = completion([b"hello"], echo=True)
+    reply.answer.prompts = [array("i")]
+    reply.answer.accept(0, i32(list(b"lo")), "", 3)
+    take(reply, News("!", i32([33]), ("!",)))
+    end(reply)
+    body = json.loads(reply.whole())
+    assert body["choices"][0]["text"] == "lo!"
+    assert body["usage"]["prompt_tokens"] == 2
 
 
 def test_echo_of_nothing_more() -> None:
