@@ -67,12 +67,7 @@ def _message(value: Any, name: str) -> dict[str, Any]:
     role = role.lower()
     out: dict[str, Any] = {"role": "system" if role == "developer" else role}
     calls = value.get("tool_calls")
-    content = value.get("content")
-    if content is None:
-        if role != "assistant":
-            bad(f"{name}.content is missing", f"{name}.content")
-        content = ""
-    out["content"] = _content(content, f"{name}.content")
+    out["content"] = content(value.get("content"), f"{name}.content", role == "assistant")
     for key in ("name", "tool_call_id"):
         if value.get(key) is not None:
             out[key] = text(value[key], f"{name}.{key}")
@@ -85,7 +80,12 @@ def _message(value: Any, name: str) -> dict[str, Any]:
     return out
 
 
-def _content(value: Any, name: str) -> str:
+def content(value: Any, name: str, may_miss: bool = False) -> str:
+    """The text of a string or of text parts. Raises RequestError, NotAvailable (400)."""
+    if value is None:
+        if not may_miss:
+            bad(f"{name} is missing", name)
+        return ""
     if isinstance(value, str):
         return text(value, name)
     typed(value, list, name, "a string or an array of parts")

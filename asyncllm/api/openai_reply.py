@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from asyncllm.api import sse
-from asyncllm.api.answer import REASONS, Answer, Choice, Piece
+from asyncllm.api.answer import REASONS, Answer, Choice, Piece, Vocab
 from asyncllm.api.generation import Served
 from asyncllm.errors import RequestError
 
@@ -242,21 +242,22 @@ class ChatReply(_OpenAIReply):
         return sse.event(self._chunk(choice, body))
 
     def _logprobs(self, choice: Choice, first: int) -> dict[str, Any]:
-        tokens = choice.tokens
-        content = []
-        for i in range(first, len(tokens.ids)):
-            entry = self._entry(tokens.ids[i], tokens.logprob(i))
-            entry["top_logprobs"] = [self._entry(*best) for best in tokens.top(i)]
-            content.append(entry)
-        return {"content": content, "refusal": None}
+        return {"content": scored(self.answer.vocab, choice, first), "refusal": None}
 
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        vocab = self.answer.vocab
-        return {
-            "token": vocab.text(token),
-            "logprob": logprob,
-            "bytes": list(vocab.piece(token)),
-        }
+
+def scored(vocab: Vocab, choice: Choice, first: int = 0) -> list[dict[str, Any]]:
+    """The generated tokens from ``first`` on with their log-probabilities."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        raw = list(vocab.piece(token))
+        return {"token": vocab.text(token), "logprob": logprob, "bytes": raw}
+
+    tokens = choice.tokens
+    return [
+        entry(tokens.ids[i], tokens.logprob(i))
+        | {"top_logprobs": [entry(*best) for best in tokens.top(i)]}
+        for i in range(first, len(tokens.ids))
+    ]
 
 
 def models(served: Served) -> bytes:

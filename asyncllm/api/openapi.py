@@ -7,7 +7,7 @@ in one place, the :class:`~asyncllm.api.fields.Field`. Knows routes and shapes; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from asyncllm import __version__
@@ -20,7 +20,9 @@ from asyncllm.api import (
     offers,
     openai,
     responses,
+    responses_items,
     shapes,
+    tgi,
 )
 from asyncllm.api.fields import Field, Refused
 from asyncllm.api.generation import Served
@@ -33,6 +35,8 @@ _IDS: Final[Schema] = {"type": "array", "items": shapes.TOKEN, "minItems": 1}
 _STRINGS: Final[Schema] = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 _SEQUENCE: Final[Schema] = {**_IDS, "maxItems": lightllm.MAX_SEQUENCE}
 _NATIVE_STOP: Final[Schema] = {"anyOf": [_STOP, _SEQUENCE]}
+
+_JSON_SCHEMA: Final[Schema] = {"type": ["object", "string"]}
 
 
 def _list(items: Schema, most: int, least: int = 0) -> Schema:
@@ -48,6 +52,12 @@ PARSED: Final[dict[Any, Schema]] = {
         "maxProperties": fields.MAX_BIAS,
         "propertyNames": {"pattern": "^[0-9]{1,10}$"},
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    },
+    tgi.form: {
+        "anyOf": [
+            shapes.made(type=shapes.one_of("json", "json_schema"), value=_JSON_SCHEMA),
+            shapes.made(type=shapes.one_of("regex"), value={"type": "string"}),
+        ]
     },
     chatparts.messages: _list(shapes.CHAT_MESSAGE, chatparts.MAX_MESSAGES, 1),
     offers.tools: _list(shapes.tool(offers.CHAT), offers.MAX_TOOLS),
@@ -65,9 +75,12 @@ PARSED: Final[dict[Any, Schema]] = {
     },
     anthropic_turns.conversation: _list(shapes.ANTHROPIC_MESSAGE, chatparts.MAX_MESSAGES, 1),
     anthropic_turns.content_text: shapes.ANTHROPIC_CONTENT,
-    responses.input_turns: {
+    responses_items.input_turns: {
         "anyOf": [{"type": "string"}, _list(shapes.INPUT_ITEM, chatparts.MAX_MESSAGES, 1)]
     },
+    responses.text_options: shapes.TEXT_OPTIONS,
+    responses.effort: {"type": "object", "properties": {"effort": shapes.MAYBE_STRING}},
+    responses.include: {"type": "array", "items": shapes.STRING},
     responses.metadata: {
         "type": "object",
         "maxProperties": responses.MAX_METADATA,
@@ -141,9 +154,12 @@ def of_table(
     return schema | ({"required": needed} if needed else {})
 
 
-def _native(*more: Field) -> Schema:
+def _native(*more: Field, tgi_mode: bool) -> Schema:
     body = of_table((*lightllm.BODY, *more), required=("inputs",))
     parameters = of_table(lightllm.PARAMETERS, lightllm.UNAVAILABLE)
+    if tgi_mode:
+        body = of_table((*lightllm.BODY, tgi.NUM_BEAM, *more), required=("inputs",))
+        parameters = of_table(tgi.PARAMETERS, tgi.UNAVAILABLE)
     body["properties"]["parameters"] |= {"anyOf": [parameters, {"type": "null"}]}
     del body["properties"]["parameters"]["type"]
     return body
@@ -156,7 +172,7 @@ def _tokens() -> Schema:
     return body
 
 
-def _bodies() -> dict[str, Schema]:
+def _bodies(tgi_mode: bool) -> dict[str, Schema]:
     return {
         "ChatRequest": of_table(openai.CHAT, openai.CHAT_UNAVAILABLE, ("messages",)),
         "CompletionRequest": of_table(
@@ -165,8 +181,8 @@ def _bodies() -> dict[str, Schema]:
         "ResponseRequest": of_table(responses.RESPONSES, responses.UNAVAILABLE),
         "MessageRequest": of_table(anthropic.MESSAGES, anthropic.UNAVAILABLE),
         "CountRequest": of_table(anthropic.PROMPT),
-        "NativeRequest": _native(),
-        "NativeAnyRequest": _native(STREAM),
+        "NativeRequest": _native(tgi_mode=tgi_mode),
+        "NativeAnyRequest": _native(STREAM, tgi_mode=tgi_mode),
         "TokensRequest": _tokens(),
     }
 
@@ -269,11 +285,11 @@ def document(served: Served, *, secured: bool) -> dict[str, Any]:
         secured: API keys are asked for.
     """
     paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
+    for route in (_in_tgi(r) if served.tgi else r for r in ROUTES):
         for method in route.methods:
             paths.setdefault(route.path, {})[method] = _operation(route, method, secured)
     token = {"type": "integer", "minimum": 0, "maximum": served.vocab_size - 1}
-    components: dict[str, Any] = {"schemas": {"Token": token} | _bodies() | shapes.ANSWERS}
+    components: dict[str, Any] = {"schemas": {"Token": token} | _bodies(served.tgi) | shapes.ANSWERS}
     whole: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -292,6 +308,14 @@ def document(served: Served, *, secured: bool) -> dict[str, Any]:
         }
         whole["security"] = [{"bearer": []}, {"key": []}]
     return whole
+
+
+def _in_tgi(route: Route) -> Route:
+    """A route as --use_tgi_api has it."""
+    if not route.body.startswith("Native"):
+        return route
+    answer = "TgiList" if route.path == "/" else route.answer and "Tgi"
+    return replace(route, answer=answer, error="TgiError")
 
 
 def _operation(route: Route, method: str, secured: bool) -> dict[str, Any]:
@@ -318,7 +342,7 @@ def _operation(route: Route, method: str, secured: bool) -> dict[str, Any]:
     operation["responses"] = {"200": {"description": REASONS[200], "content": answers}}
     guarded = secured and not route.open
     for status in sorted({*route.fails, 500, *((401,) if guarded else ())}):
-        error = route.error if status != 500 or route.error == "AnthropicError" else "Error"
+        error = "Error" if status == 500 and route.error in {"Health", "Status"} else route.error
         content = {"application/json": {"schema": shapes.ref(error)}}
         operation["responses"][str(status)] = {"description": REASONS[status], "content": content}
     if secured and route.open:

@@ -6,62 +6,67 @@ Knows request bodies and conversations; answers are in :mod:`asyncllm.api.respon
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from asyncllm.api import chatparts, fields
+from asyncllm.api import chatparts, fields, grammar, offers, turns
+from asyncllm.api.dialog import dialog, refuse_calls
 from asyncllm.api.errors import NotAvailable, UnknownPath
 from asyncllm.api.fields import Body, Field, Refused, bad, show, text, typed
-from asyncllm.api.generation import Generation, Prompt, Served, temperature
+from asyncllm.api.generation import Generation, Served, temperature
+from asyncllm.api.grammar import Grammar
+from asyncllm.api.responses_items import input_turns
+from asyncllm.api.sections import Section
+from asyncllm.api.tools import Reasoning, Text, Tool
+from asyncllm.api.turns import Turns, TurnsMaker, with_system
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import RequestError
 
 F = Field
-Turns = list[dict[str, Any]]
 MAX_METADATA: Final = 16
 MAX_METADATA_CHARS: Final = 512
-ROLES: Final = ("user", "assistant", "system", "developer")
+LOGPROBS: Final = "message.output_text.logprobs"  # of ``include``
 
 
-def input_turns(value: Any, name: str) -> Turns:
-    """The new turns in template form."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": text(value, name)}]
-    typed(value, list, name, "a string or an array of items")
-    for i, item in enumerate(value):
-        at = f"{name}[{i}]"
-        typed(item, dict, at, "an object")
-        kind, role = item.get("type", "message"), item.get("role")
-        if not isinstance(kind, str):
-            bad(f"{at}.type must be a string, not {show(kind)}", f"{at}.type")
-        if kind != "message":
-            raise NotAvailable(
-                f"{at}: items of type {show(kind)} are not available on this server; messages are",
-                param=f"{at}.type",
-            )
-        if role not in ROLES:
-            bad(f"{at}.role: {show(role)} is not one of {', '.join(ROLES)}", f"{at}.role")
-    return chatparts.messages(value, name)
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """What ``text`` asks for, and its format as it comes back."""
+
+    form: Grammar | None = None
+    told: dict[str, Any] = field(default_factory=lambda: {"type": "text"})
 
 
-def _text_options(value: Any, name: str) -> None:
-    form = value.get("format")
-    if form is not None:
-        typed(form, dict, f"{name}.format", "an object")
-        if form.get("type") != "text":
-            raise NotAvailable(
-                f"{name}.format: structured output is not available on this server",
-                param=f"{name}.format",
-            )
+def text_options(value: Any, name: str) -> TextOptions:
+    """{format, verbosity}. Raises RequestError, NotAvailable (400)."""
     if value.get("verbosity") not in (None, "medium"):
         raise NotAvailable(
             f"{name}.verbosity is not available on this server", param=f"{name}.verbosity"
         )
+    told = value.get("format")
+    if told is None:
+        return TextOptions()
+    at = f"{name}.format"
+    typed(told, dict, at, "an object")
+    match kind := told.get("type"):
+        case "text":
+            return TextOptions()
+        case "json_object":
+            return TextOptions(("json", ""), {"type": kind})
+        case "json_schema":
+            called = text(told.get("name"), f"{at}.name")
+            schema = typed(told.get("schema"), dict, f"{at}.schema", "an object")
+            form = grammar.schema(schema, f"{at}.schema")
+            return TextOptions(form, {"type": kind, "name": called, "schema": schema})
+        case _:
+            known = "text, json_object, json_schema"
+            bad(f"{at}.type: {show(kind)} is not one of {known}", f"{at}.type")
 
 
-def _effort(value: Any, name: str) -> str | None:
-    effort = value.get("effort")
-    return None if effort is None else text(effort, f"{name}.effort")
+def effort(value: Any, name: str) -> str | None:
+    """The effort of {effort, summary}. Raises RequestError."""
+    given = value.get("effort")
+    return None if given is None else text(given, f"{name}.effort")
 
 
 def metadata(value: Any, name: str) -> dict[str, str]:
@@ -74,16 +79,17 @@ def metadata(value: Any, name: str) -> dict[str, str]:
     return dict(value)
 
 
-def _include(value: Any, name: str) -> None:
-    if "message.output_text.logprobs" in value:
-        raise NotAvailable(f"{name}: log-probabilities are not available here", param=name)
+def include(value: Any, name: str) -> bool:
+    """Whether log-probabilities are to be included. Raises RequestError."""
+    return LOGPROBS in [text(each, f"{name}[{i}]") for i, each in enumerate(value)]
 
 
 RESPONSES: Final = (
     F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
     F(name="input", kind="any", parse=input_turns, required=True,
-      doc="a string, or an array of messages: role (user, assistant, system, developer) and content "
-      "(string, or parts input_text and output_text)"),
+      doc="a string, or an array of items: messages with role (user, assistant, system, developer) and "
+      "content (string, or parts input_text and output_text), function_call, function_call_output, "
+      "reasoning"),
     F(name="instructions", kind="string", doc="a system message before everything else"),
     F(name="previous_response_id", kind="string",
       doc="go on from this stored response; its instructions do not count"),
@@ -94,20 +100,32 @@ RESPONSES: Final = (
     F(name="temperature", kind="number", default=1.0, low=0, high=2, doc="0: greedy"),
     F(name="top_p", kind="number", default=1.0, low=0, high=1, above=True, to="top_p",
       doc="smallest set of tokens with this probability"),
-    F(name="text", kind="object", parse=_text_options, doc="only {\"format\": {\"type\": \"text\"}}"),
-    F(name="reasoning", kind="object", parse=_effort, doc="effort is handed to the chat template"),
-    F(name="include", kind="array", parse=_include, doc="there is nothing more to include"),
+    F(name="text", kind="object", default=TextOptions(), parse=text_options,
+      doc="{format: {type: text, json_object or json_schema, name, schema}}: the output is JSON, or "
+      "valid against the schema"),
+    F(name="tools", kind="array", parse=offers.flat_tools,
+      doc=f"{{type: function, name, description, parameters}}: what the model may call, at most "
+      f"{offers.MAX_TOOLS} and {offers.MAX_TOOLS_CHARS} characters of JSON"),
+    F(name="tool_choice", kind="any", parse=offers.flat_choice,
+      doc="none, auto, required, {type: function, name}, or {type: allowed_tools, mode, tools}: a grammar "
+      "forces required and named calls; default: auto if there are tools"),
+    F(name="parallel_tool_calls", kind="boolean", default=True,
+      doc="false: the first call is the only one in the answer"),
+    F(name="reasoning", kind="object", parse=effort,
+      doc="effort is handed to the chat template, none: thinking is off; there are no summaries"),
+    F(name="include", kind="array", parse=include,
+      doc=f"{LOGPROBS}: log-probabilities of an answer without tools and reasoning; anything else has "
+      "nothing to include"),
+    F(name="top_logprobs", kind="integer", low=0, high=fields.MAX_LOGPROBS,
+      doc=f"and of this many best tokens; needs {LOGPROBS} in include"),
     F(name="metadata", kind="object", default={}, parse=metadata,
       doc=f"at most {MAX_METADATA} strings, which come back"),
     F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
 )  # fmt: skip
 
 UNAVAILABLE: Final = (
-    Refused(name="tools", neutral=([],), doc="calling tools"),
-    Refused(name="tool_choice", neutral=("none", "auto"), doc="calling tools"),
     Refused(name="background", neutral=(False,), doc="answering in the background"),
     Refused(name="truncation", neutral=("disabled",), doc="truncating the prompt"),
-    Refused(name="top_logprobs", neutral=(0,), doc="log-probabilities"),
     Refused(name="conversation", doc="a stored conversation (previous_response_id is there)"),
     Refused(name="prompt", doc="a stored prompt"),
     Refused(name="context_management", neutral=([],), doc="context management"),
@@ -190,7 +208,7 @@ class Store:
 
 
 def _size(stored: Stored) -> int:
-    return len(stored.body) + sum(100 + len(turn["content"]) for turn in stored.turns)
+    return len(stored.body) + sum(100 + len(repr(turn)) for turn in stored.turns)
 
 
 def read(body: Body, served: Served, store: Store) -> Asked:
@@ -204,46 +222,87 @@ def read(body: Body, served: Served, store: Store) -> Asked:
     fields.refuse(UNAVAILABLE, body)
     values = fields.read(RESPONSES, body)
     previous = values["previous_response_id"]
-    turns = values["input"] if previous is None else store.turns(previous) + values["input"]
-    if len(turns) > chatparts.MAX_MESSAGES:
-        bad(f"input: {len(turns)} messages, at most {chatparts.MAX_MESSAGES}", "input")
+    said = values["input"] if previous is None else store.turns(previous) + values["input"]
+    if len(said) > chatparts.MAX_MESSAGES:
+        bad(f"input: {len(said)} messages, at most {chatparts.MAX_MESSAGES}", "input")
+    refuse_calls(said, "input")
+    options: TextOptions = values["text"]
+    offered = offers.offer(values["tools"], values["tool_choice"], values["parallel_tool_calls"])
+    made = dialog(
+        with_system(values["instructions"], said),
+        served.dialect,
+        offered=offered,
+        form=options.form,
+        effort=values["reasoning"],
+    )
     params = SamplingParams(
         **fields.sampling(RESPONSES, values),
         max_new_tokens=values["max_output_tokens"],
         temperature=temperature(values["temperature"]),
+        grammar=made.form,
+        logprobs=_logprobs(values, made.parting is not None),
     )
-    kwargs: dict[str, Any] = {"add_generation_prompt": True}
-    if values["reasoning"] is not None:
-        kwargs["reasoning_effort"] = values["reasoning"]
-    packed = chatparts.pack(_with_system(values["instructions"], turns), None, kwargs)
     generation = Generation(
-        prompts=(Prompt(chat=packed),),
+        prompts=(made.prompt,),
         params=params,
         seeded=False,
         stream=values["stream"],
         add_special_tokens=False,
+        parting=made.parting,
     )
-    echo = {
-        name: values[name]
-        for name in (
-            "instructions", "max_output_tokens", "metadata", "previous_response_id", "store",
-            "temperature", "top_p",
+    return Asked(generation=generation, turns=said, echo=_echo(body, values))
+
+
+def _logprobs(values: dict[str, Any], parted: bool) -> int:
+    """How many log-probabilities are wanted, as SamplingParams has it."""
+    most = values["top_logprobs"] or 0
+    if not values["include"]:
+        if most:
+            bad(f"top_logprobs needs {LOGPROBS} in include", "top_logprobs")
+        return -1
+    if parted:
+        raise NotAvailable(
+            "include: log-probabilities of answers with tools or reasoning are not available here",
+            param="include",
         )
-    }  # fmt: skip
-    echo["reasoning"] = {"effort": values["reasoning"], "summary": None}
-    return Asked(generation=generation, turns=turns, echo=echo)
+    return most
 
 
-def answered(asked: Asked, answer: str, body: bytes) -> Stored:
-    """What is kept of a finished response."""
-    return Stored([*asked.turns, {"role": "assistant", "content": answer}], body)
+def _echo(body: Body, values: dict[str, Any]) -> dict[str, Any]:
+    """What the answer repeats of the request."""
+    same = (
+        "instructions", "max_output_tokens", "metadata", "parallel_tool_calls",
+        "previous_response_id", "store", "temperature", "top_p",
+    )  # fmt: skip
+    choice = body.get("tool_choice")
+    return {name: values[name] for name in same} | {
+        "reasoning": {"effort": values["reasoning"], "summary": None},
+        "text": {"format": values["text"].told},
+        "tool_choice": "auto" if choice is None else choice,
+        "tools": [_told(tool) for tool in values["tools"] or ()],
+        "top_logprobs": values["top_logprobs"] or 0,
+    }
 
 
-def _with_system(instructions: str | None, turns: Turns) -> Turns:
-    """One system message in front: many templates know no second one."""
-    if not instructions:
-        return turns
-    if turns and turns[0]["role"] == "system":
-        instructions = f"{instructions}\n{turns[0]['content']}"
-        turns = turns[1:]
-    return [{"role": "system", "content": instructions}, *turns]
+def _told(tool: Tool) -> dict[str, Any]:
+    return {
+        "type": "function",
+        "name": tool.name,
+        "description": tool.description or None,
+        "parameters": tool.parameters,
+        "strict": tool.strict,
+    }
+
+
+def answered(asked: Asked, sections: Iterable[Section], body: bytes) -> Stored:
+    """What is kept of a finished response; a call that is cut is no part of the conversation."""
+    maker = TurnsMaker()
+    for section in sections:
+        if section.kind is Text:
+            maker.say("assistant", section.text)
+        elif section.kind is Reasoning:
+            maker.think(section.text)
+        elif section.complete and section.call is not None:
+            given = turns.arguments(section.text, "arguments")
+            maker.call(section.call.id, section.call.name, given)
+    return Stored([*asked.turns, *maker.turns], body)

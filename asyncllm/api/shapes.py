@@ -186,7 +186,7 @@ OUTPUT_CONFIG: Final[Schema] = {
         "format": {"anyOf": [OUTPUT_FORMAT, {"type": "null"}]},
     },
 }
-INPUT_ITEM: Final[Schema] = {
+_INPUT_MESSAGE: Final[Schema] = {
     "type": "object",
     "properties": {
         "type": one_of("message"),
@@ -194,6 +194,38 @@ INPUT_ITEM: Final[Schema] = {
         "content": {"anyOf": [STRING, _PARTS, {"type": "null"}]},
     },
     "required": ["role"],
+}
+_THOUGHTS: Final[Schema] = {"anyOf": [some(made(text=STRING)), {"type": "null"}]}
+INPUT_ITEM: Final[Schema] = {
+    "anyOf": [
+        _INPUT_MESSAGE,
+        made(type=one_of("function_call"), call_id=STRING, name=STRING, arguments=STRING),
+        made(
+            type=one_of("function_call_output"),
+            call_id=STRING,
+            output={"anyOf": [STRING, _PARTS]},
+        ),
+        {
+            "type": "object",
+            "properties": {
+                "type": one_of("reasoning"),
+                "content": _THOUGHTS,
+                "summary": _THOUGHTS,
+            },
+            "required": ["type"],
+        },
+    ]
+}
+_TEXT_FORMAT: Final[Schema] = {
+    "anyOf": [
+        made(type=one_of("text", "json_object")),
+        made(type=one_of("json_schema"), name=STRING, schema={"type": "object"}),
+        {"type": "null"},
+    ]
+}
+TEXT_OPTIONS: Final[Schema] = {
+    "type": "object",
+    "properties": {"format": _TEXT_FORMAT, "verbosity": one_of("medium", None)},
 }
 
 # -- out ---------------------------------------------------------------------------------------
@@ -261,6 +293,15 @@ _MESSAGE: Final[Schema] = made(
     ),
 )
 
+_TGI: Final[Schema] = made(generated_text=STRING, logprobs=some({"type": "object"}))
+_TGI["properties"]["details"] = made(
+    finish_reason=one_of("length", "eos_token", "stop_sequence"),
+    generated_tokens=INTEGER,
+    seed={"type": ["integer", "null"]},
+    prefill=some({"type": "object"}),
+    tokens=some({"type": "object"}),
+)
+
 
 def _one_or_more(schema: Schema) -> Schema:
     return {"anyOf": [schema, some(schema)]}
@@ -311,6 +352,11 @@ ANSWERS: Final[dict[str, Schema]] = {
         input_usage=made(
             input_text_tokens=INTEGER, input_audio_tokens=INTEGER, input_image_tokens=INTEGER
         ),
+    ),
+    "Tgi": _TGI,
+    "TgiList": some(_TGI),
+    "TgiError": made(
+        closed=True, error=STRING, error_type=one_of("validation", "overloaded", "generation")
     ),
     "NumTokens": made(ntokens=INTEGER),
     "TokenLoad": made(current_load=NUMBER, logical_max_load=NUMBER, dynamic_max_load=NUMBER),

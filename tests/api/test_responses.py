@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from asyncllm.api import errors, responses
 from asyncllm.api.errors import NotAvailable, UnknownPath
+from asyncllm.api.parts import Dialect
 from asyncllm.api.responses import Asked, Store, Stored
 from asyncllm.api.responses_reply import ResponseReply
+from asyncllm.api.sections import Section
+from asyncllm.api.tools import Text
+from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.errors import ModelNotFound, RequestError
 from tests.api.test_anthropic import chat, events
-from tests.api.test_replies import News, answer
+from tests.api.test_offers import SCHEMA
+from tests.api.test_offers import TOOLS as OPENAI_TOOLS
+from tests.api.test_parted_reply import CASES, Case, ending
+from tests.api.test_replies import News, answer, floats
 from tests.api.test_requests import SERVED
+
+TOOLS = [{"type": "function", "name": "weather", "description": "of a city", "parameters": SCHEMA}]
+CALLED = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Ü"}'}
 
 
 def ask(memory: Store | None = None, **body: Any) -> Asked:
-    return responses.read({"input": "hi"} | body, SERVED, memory or Store())
+    served = replace(SERVED, dialect=body.pop("dialect", SERVED.dialect))
+    return responses.read({"input": "hi"} | body, served, memory or Store())
 
 
 def test_parameters() -> None:
@@ -61,6 +73,24 @@ def test_items() -> None:
         ({"input": ["x"]}, "input[0]"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
         ({"input": [{"type": 5}]}, "input[0].type"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{**CALLED, "arguments": "x"}]}, "input[0].arguments"),
+        ({"input": [{**CALLED, "arguments": "[]"}]}, "input[0].arguments"),
+        ({"input": [{**CALLED, "call_id": None}]}, "input[0].call_id"),
+        ({"input": [CALLED]}, "input"),
+        ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].output"),
+        ({"input": [{"type": "reasoning", "content": [{}]}]}, "input[0].content[0].text"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name"),
+        ({"tools": [*TOOLS, *TOOLS]}, "tools[1].name"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}, "tools": TOOLS}, "tool_choice.name"),
+        ({"tool_choice": {"type": "allowed_tools"}, "tools": TOOLS}, "tool_choice.mode"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
+        ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"top_logprobs": 21, "include": [responses.LOGPROBS]}, "top_logprobs"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": 3}, "temperature"),
         ({"store": "yes"}, "store"),
@@ -78,15 +108,13 @@ def test_bad_values(body: dict[str, Any], param: str) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"tools": [{"type": "function", "name": "f"}]},
-        {"tool_choice": "required"},
-        {"text": {"format": {"type": "json_object"}}},
+        {"tools": [{"type": "web_search"}]},
+        {"tools": TOOLS, "tool_choice": {"type": "file_search"}},
         {"text": {"verbosity": "low"}},
         {"background": True},
         {"truncation": "auto"},
-        {"top_logprobs": 1},
-        {"include": ["message.output_text.logprobs"]},
-        {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]},
+        {"tools": TOOLS, "include": ["message.output_text.logprobs"]},
+        {"input": [{"type": "item_reference", "id": "x"}]},
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
     ],
 )
@@ -102,6 +130,76 @@ def test_neutral_values_pass() -> None:
         ask(model="gpt")
 
 
+LISTS = Dialect(calls="hermes", lists_tools=True, reasoning="think")
+ITEMS = [
+    {"role": "user", "content": "warm?"},
+    {"type": "reasoning", "id": "rs_1", "summary": [],
+     "content": [{"type": "reasoning_text", "text": "hm"}]},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "ok"}]},
+    CALLED,
+    {**CALLED, "call_id": "c2"},
+    {"type": "function_call_output", "call_id": "c1", "output": "12"},
+    {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "13"}]},
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "so"}]},
+]  # fmt: skip
+
+
+def test_items_of_tools_and_reasoning() -> None:
+    got = chat(ask(input=ITEMS, tools=TOOLS, dialect=LISTS).generation)
+    assert got["tools"] == OPENAI_TOOLS
+    function = {"name": "weather", "arguments": {"city": "Ü"}}
+    calls = [{"type": "function", "function": function, "id": key} for key in ("c1", "c2")]
+    assert got["messages"] == [
+        {"role": "user", "content": "warm?"},
+        {"role": "assistant", "content": "ok", "reasoning_content": "hm", "tool_calls": calls},
+        {"role": "tool", "content": "12", "tool_call_id": "c1"},
+        {"role": "tool", "content": "13", "tool_call_id": "c2"},
+        {"role": "assistant", "content": "", "reasoning_content": "so"},
+    ]
+    unlisted = chat(ask(input=ITEMS[:-1], tools=TOOLS, instructions="be brief").generation)
+    assert unlisted["tools"] is None
+    system, _, said, results = unlisted["messages"]
+    assert system["content"].startswith("be brief\n\n")
+    assert json.dumps(OPENAI_TOOLS[0]["function"]) in system["content"]
+    assert said["content"].startswith('ok\n<tool_call>\n{"name": "weather"')
+    assert results["content"].count("<tool_response>") == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ({}, ""),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto",
+                          "tools": [{"type": "function", "name": "weather"}]}}, ""),
+        ({"tool_choice": "required"}, "array"),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, "object"),
+        ({"tool_choice": {"type": "function", "name": "weather"}}, "object"),
+    ],
+)  # fmt: skip
+def test_tool_choice(body: dict[str, Any], kind: str) -> None:
+    other = {"type": "function", "name": "other", "parameters": None}
+    got = ask(tools=[*TOOLS, other], dialect=LISTS, **body)
+    assert got.generation.parting is not None
+    assert got.generation.parting.calls == ("json" if kind else "hermes")
+    form = got.generation.params.grammar
+    assert ("" if form is None else json.loads(form[1]).get("type", "object")) == kind
+    names = [tool["function"]["name"] for tool in chat(got.generation)["tools"]]
+    allowed = isinstance(body.get("tool_choice"), dict) and not kind
+    assert names == (["weather"] if allowed else ["weather", "other"])
+    assert got.echo["tool_choice"] == body.get("tool_choice", "auto")
+    assert [tool["name"] for tool in got.echo["tools"]] == ["weather", "other"]
+
+
+def test_output_formats() -> None:
+    for form, expected in (
+        ({"type": "json_object"}, ("json", "")),
+        ({"type": "json_schema", "name": "n", "schema": SCHEMA}, ("schema", json.dumps(SCHEMA))),
+    ):
+        got = ask(text={"format": form}, dialect=LISTS)
+        assert got.generation.params.grammar == expected
+        assert got.echo["text"] == {"format": form}
+
+
 # -- memory ------------------------------------------------------------------------------------
 
 
@@ -110,8 +208,8 @@ def turn(text: str) -> list[dict[str, Any]]:
 
 
 def test_a_conversation_goes_on_without_its_instructions() -> None:
-    store = Store()
-    store.put("r1", responses.answered(ask(input="one", instructions="shout"), "ONE", b"{}"))
+    store, said = Store(), [Section(0, Text, pieces=["O", "NE"])]
+    store.put("r1", responses.answered(ask(input="one", instructions="shout"), said, b"{}"))
     got = ask(store, input="two", previous_response_id="r1", instructions="whisper")
     assert chat(got.generation)["messages"] == [
         {"role": "system", "content": "whisper"},
@@ -158,6 +256,101 @@ def reply(memory: Store, reason: Reason = Reason.STOP, **body: Any) -> ResponseR
     made = ResponseReply(answer(asked.generation, [b"hello"]), asked, memory)
     made.answer.choices[0].reason = reason
     return made
+
+
+def test_an_empty_answer_is_an_empty_message() -> None:
+    made = reply(Store())
+    (item,) = json.loads(made.whole())["output"]
+    got = events(made.end(made.answer.choices[0]) + made.closing())
+    assert got[-1]["response"]["output"] == [item]
+    assert (item["type"], item["content"][0]["text"]) == ("message", "")
+
+
+def test_log_probabilities() -> None:
+    for include, best in ([responses.LOGPROBS], 0), ([responses.LOGPROBS], 1), ([], 0):
+        made = reply(Store(), stream=True, include=include, top_logprobs=best)
+        assert made.answer.generation.params.logprobs == (best if include else -1)
+        (choice,) = made.answer.choices
+        raw = b""
+        for text in "", "a", "b":
+            news = News(
+                text, i32([97]), (text,), floats(-0.5), best, i32([98] * best), floats(*[-1] * best)
+            )
+            choice.take(news)
+            raw += made.piece(choice, news)
+        got = events(raw + made.end(choice) + made.closing())
+        one = {"token": "a", "logprob": -0.5, "bytes": [97]}
+        one["top_logprobs"] = [{"token": "b", "logprob": -1.0, "bytes": [98]}] * best
+        assert [e["logprobs"] for e in got if "delta" in e] == (
+            [[one] * 2, [one]] if include else [[], []]
+        )
+        (item,) = got[-1]["response"]["output"]
+        assert item["content"][0]["logprobs"] == ([one] * 3 if include else [])
+
+
+def parted(case: Case, pieces: list[str], store: Store, **body: Any) -> tuple[ResponseReply, bytes]:
+    """A reply that has taken an answer, one token for each piece, and what a stream says."""
+    calls, thoughts, *_, reason = case
+    dialect = Dialect(calls=calls or "hermes", lists_tools=True, reasoning=thoughts)
+    asked = ask(store, dialect=dialect, **({"tools": TOOLS} if calls else {}), **body)
+    made = ResponseReply(answer(asked.generation, [b"hello"]), asked, store)
+    made.answer.accept(0, b"", "")
+    (choice,) = made.answer.choices
+    raw = made.opening()
+    for piece in pieces:
+        news = News(piece, i32([65]), (piece,))
+        choice.take(news)
+        raw += made.piece(choice, news) if made.answer.generation.stream else b""
+    choice.end(ending(reason), 1, "")
+    return made, raw
+
+
+DELTAS = {
+    "message": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "function_call": "response.function_call_arguments",
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_items_in_answers(case: Case) -> None:
+    _, _, text, content, reasoning, calls, reason = case
+    store = Store()
+    made, raw = parted(case, list(text), store, stream=True)
+    got = events(raw + made.end(made.answer.choices[0]) + made.closing())
+    assert [e["sequence_number"] for e in got] == list(range(len(got)))
+    response = got[-1]["response"]
+    assert response["status"] == ("incomplete" if reason == "length" else "completed")
+    for index, item in enumerate(response["output"]):
+        own = [e for e in got if e.get("output_index") == index]
+        first, *middle, last = own
+        assert (first["type"], last["type"]) == (
+            "response.output_item.added",
+            "response.output_item.done",
+        )
+        assert (first["item"]["id"], first["item"]["status"]) == (item["id"], "in_progress")
+        assert last["item"] == item
+        name = DELTAS[item["type"]]
+        told = "".join(e["delta"] for e in middle if e["type"] == f"{name}.delta")
+        (done,) = [e for e in middle if e["type"] == f"{name}.done"]
+        whole = item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
+        assert told == done.get("text", done.get("arguments")) == whole
+        assert {e["item_id"] for e in middle} == {item["id"]}
+    made, _ = parted(case, [text], store)
+    items = json.loads(made.whole())["output"]
+    for item, other in zip(items, response["output"], strict=True):
+        assert {**item, "call_id": ""} == {**other, "call_id": ""}
+    found = [(i["name"], i["arguments"]) for i in items if i["type"] == "function_call"]
+    assert found == calls
+    assert "".join(i["content"][0]["text"] for i in items if i["type"] == "message") == (
+        content or ""
+    )
+    (turn,) = store.turns("id-1")[1:] or [{}]
+    assert turn.get("reasoning_content") == reasoning
+    kept = [] if reason == "length" else [json.loads(arguments) for _, arguments in calls]
+    assert [c["function"]["arguments"] for c in turn.get("tool_calls", [])] == kept
+    keys = [i["call_id"] for i in response["output"] if i["type"] == "function_call"]
+    assert len(set(keys)) == len(calls)
 
 
 @pytest.mark.parametrize(
