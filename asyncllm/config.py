@@ -165,6 +165,10 @@ class Config:
         help="how processes of this server talk: TCP on loopback, or sockets in a private folder "
         "(mode 0700, one per server) under /tmp",
     )  # fmt: skip
+    use_tgi_api: bool = flag(
+        False, group=BASIC,
+        help="/generate, /generate_stream and / speak text-generation-inference's protocol",
+    )  # fmt: skip
 
     # --- prefill/decode separation
     pd_master_ip: str = flag(

@@ -338,6 +338,7 @@ def _frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
             max_len=resolved.max_req_total_len,
             vocab_size=p.spec.vocab_size,
             created=int(time.time()),
+            tgi=config.use_tgi_api,
             dialect=dialect_of(text.templates, config.tool_call_parser, config.reasoning_parser),
         ),
         vocab=Vocab(

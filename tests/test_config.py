@@ -58,6 +58,7 @@ DOCUMENTED: dict[str, Any] = {
 OURS: dict[str, Any] = {
     "max_req_input_len": None,
     "long_truncation_mode": "None",
+    "use_tgi_api": False,
     "output_constraint_mode": "xgrammar",
     "api_key": (),
     "ssl_certfile": None,

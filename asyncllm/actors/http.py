@@ -27,6 +27,8 @@ from asyncllm.api import (
     openapi,
     responses,
     sse,
+    tgi,
+    tgi_reply,
 )
 from asyncllm.api.answer import Answer, Reply
 from asyncllm.api.anthropic_reply import MessageReply
@@ -35,6 +37,7 @@ from asyncllm.api.lightllm_reply import NativeReply
 from asyncllm.api.openai_reply import CompletionReply, model, models
 from asyncllm.api.parted_reply import chat_reply
 from asyncllm.api.responses_reply import ResponseReply
+from asyncllm.api.tgi_reply import TgiReply
 from asyncllm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ KEEPALIVE_S: Final = 75.0
 MAX_HEADER: Final = 8 << 10  # bytes of the request line, and of each header
 MAX_HEADERS: Final = 128
 ANTHROPIC: Final = "/v1/messages"  # errors here have Anthropic's shape
+NATIVE: Final = ("/", "/generate", "/generate_stream")
 SWAGGER: Final = Path(__file__).parents[1] / "swagger"
 DOC_FILES: Final = ("index.html", "start.js", "swagger-ui.css", "swagger-ui-bundle.js")
 DOC_HEADERS: Final = {
@@ -79,9 +83,7 @@ class Routes:
         app.on_response_prepare.append(self._prepare)
         add = app.router
         for path, handler in {
-            "/": self._native_any,
-            "/generate": self._native,
-            "/generate_stream": self._native_stream,
+            **dict.fromkeys(NATIVE, self._native),
             "/v1/completions": self._completion,
             "/v1/chat/completions": self._chat,
             "/v1/responses": self._respond,
@@ -151,22 +153,23 @@ class Routes:
         )
 
     async def _native(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, self._native_parser(False), NativeReply, "gen-")
-
-    async def _native_stream(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, self._native_parser(True), NativeReply, "gen-")
-
-    async def _native_any(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, self._native_parser(None), NativeReply, "gen-")
-
-    def _native_parser(self, stream: bool | None) -> Callable[[fields.Body], Generation]:
-        """``stream`` None: the body says it."""
+        """/generate, /generate_stream, and / where the body says which of them."""
+        served, path = self._front.served, request.path
+        asked: list[tgi.Asked] = []
 
         def parse(body: fields.Body) -> Generation:
-            flag = lightllm.stream_flag(body) if stream is None else stream
-            return lightllm.generate(body, self._front.served, stream=flag)
+            stream = lightllm.stream_flag(body) if path == "/" else path.endswith("_stream")
+            if not served.tgi:
+                return lightllm.generate(body, served, stream=stream)
+            asked.append(tgi.generate(body, served, stream=stream))
+            return asked[0].generation
 
-        return parse
+        def reply(answer: Answer) -> Reply:
+            if not served.tgi:
+                return NativeReply(answer)
+            return TgiReply(answer, asked[0], listed=path == "/")
+
+        return await self._generate(request, parse, reply, "gen-")
 
     async def _generate(
         self,
@@ -353,6 +356,8 @@ class Routes:
         told = errors.body(error)
         if request.path.startswith(ANTHROPIC):
             told = anthropic_reply.error_body(error)
+        elif self._front.served.tgi and request.path in NATIVE:
+            told = tgi_reply.error_body(error)
         response = _json(sse.body(told), error.status)
         if error.status in (429, 503):
             response.headers["Retry-After"] = str(self._front.retry_after_s())

@@ -55,6 +55,7 @@ class Served:
         vocab_size: token ids are below it.
         created: unix seconds.
         dialect: how the model writes calls and reasoning.
+        tgi: LightLLM's native routes speak text-generation-inference's protocol.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Served:
     owned_by: str = "asyncllm"
     model_name: str = ""  # what /get_model_name answers; "": ``name``
     dialect: Dialect = field(default_factory=Dialect)
+    tgi: bool = False
 
     def check_name(self, name: str | None) -> None:
         """Raises ModelNotFound (404) unless ``name`` is missing or one of ours."""

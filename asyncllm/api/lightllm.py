@@ -5,6 +5,7 @@ Knows request bodies; answers are in :mod:`asyncllm.api.lightllm_reply`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from asyncllm.api import fields, grammar
@@ -97,17 +98,55 @@ UNAVAILABLE: Final = (
 
 def generate(body: Body, served: Served, *, stream: bool) -> Generation:
     """A /generate or /generate_stream body. Raises RequestError or NotAvailable (400)."""
+    values = parameters(body, PARAMETERS, UNAVAILABLE)
+    n, best_of = values["n"], values["best_of"]
+    if best_of not in (None, n):
+        message = f"{AT}best_of: {best_of} with n {n}; only best_of equal to n is available"
+        raise NotAvailable(message, param=AT + "best_of")
+    if stream and n != 1:
+        bad(f"{AT}n: {n} choices cannot be streamed on this route, 1 can", AT + "n")
+    return generation(PARAMETERS, values, body["inputs"], served, stream=stream)
+
+
+def parameters(
+    body: Body, table: Sequence[Field], unavailable: Sequence[Refused]
+) -> dict[str, Any]:
+    """The values of ``parameters``, by name, in a body that has ``inputs``."""
     if body.get("inputs") is None:
         bad("inputs is missing", "inputs")
     _no_media(body)
-    parameters = BODY[1].read(body)
-    fields.refuse(UNAVAILABLE, parameters, AT)
-    values = fields.read(PARAMETERS, parameters, AT)
-    _check_counts(values, stream)
-    direct = fields.sampling(PARAMETERS, values)
+    given = BODY[1].read(body)
+    fields.refuse(unavailable, given, AT)
+    values = fields.read(table, given, AT)
+    most, least = values["max_new_tokens"], values["min_new_tokens"]
+    if most is not None and least > most:
+        name = AT + "min_new_tokens"
+        bad(f"{name}: {least} is more than max_new_tokens {most}", name)
+    return values
+
+
+def generation(
+    table: Sequence[Field],
+    values: dict[str, Any],
+    inputs: Any,
+    served: Served,
+    *,
+    stream: bool,
+    grammars: Sequence[str] = GRAMMARS,
+) -> Generation:
+    """What is asked for.
+
+    Args:
+        table: that the values were read by; each of ``PARAMETERS`` must have a value.
+        grammars: fields of which one may be a grammar.
+
+    Raises:
+        RequestError: 400.
+    """
+    direct = fields.sampling(table, values)
     served.check_ids(tuple(t for t, _ in direct["logit_bias"]), AT + "logit_bias")
     served.check_ids(direct["allowed_token_ids"], AT + "allowed_token_ids")
-    form = grammar.only(values, GRAMMARS, AT)
+    form = grammar.only(values, grammars, AT)
     grammar.without_tokens(form, direct["allowed_token_ids"], AT + "allowed_token_ids")
     if not values["do_sample"]:
         direct |= {"top_p": 1.0, "min_p": 0.0}
@@ -122,7 +161,7 @@ def generate(body: Body, served: Served, *, stream: bool) -> Generation:
         use_cache=not values["disable_prompt_cache"],
     )
     return Generation(
-        prompts=(_prompt(body["inputs"], served),),
+        prompts=(_prompt(inputs, served),),
         params=params,
         seeded=values["seed"] >= 0,
         n=values["n"],
@@ -141,8 +180,7 @@ def stream_flag(body: Body) -> bool:
 def tokens(body: Body) -> tuple[str, bool]:
     """A /tokens body: the text, and whether special tokens count."""
     _no_media(body)
-    parameters = BODY[1].read(body)
-    values = fields.read(TOKENS_PARAMETERS, parameters, AT)
+    values = fields.read(TOKENS_PARAMETERS, BODY[1].read(body), AT)
     if body.get("text") is None:
         bad("text is missing", "text")
     return fields.text(body["text"], "text"), values["add_special_tokens"]
@@ -157,19 +195,6 @@ def _no_media(body: Body) -> None:
         if media.get(kind):
             name = f"multimodal_params.{kind}"
             raise NotAvailable(f"{name}: {kind} are not available on this server", param=name)
-
-
-def _check_counts(values: dict[str, Any], stream: bool) -> None:
-    n, best_of = values["n"], values["best_of"]
-    if best_of not in (None, n):
-        message = f"{AT}best_of: {best_of} with n {n}; only best_of equal to n is available"
-        raise NotAvailable(message, param=AT + "best_of")
-    if stream and n != 1:
-        bad(f"{AT}n: {n} choices cannot be streamed on this route, 1 can", AT + "n")
-    most, least = values["max_new_tokens"], values["min_new_tokens"]
-    if most is not None and least > most:
-        name = AT + "min_new_tokens"
-        bad(f"{name}: {least} is more than max_new_tokens {most}", name)
 
 
 def _prompt(value: Any, served: Served) -> Prompt:

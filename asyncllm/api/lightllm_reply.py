@@ -81,9 +81,8 @@ class NativeReply:
         }
         if answer.generation.details:
             out["tokens"] = _each([self.tokens(c) for c in choices])
-        maps = [[self._scored(c, i) for i in range(len(c.tokens.ids))] for c in choices]
-        out["logprobs"] = _each(maps)
-        out |= self._prompt_scores(choices[0])
+        out["logprobs"] = _each([self.scored(c) for c in choices])
+        out |= self.prompt_scores(choices[0])
         usage = {"input_audio_tokens": 0, "input_image_tokens": 0}
         out["input_usage"] = {"input_text_tokens": len(prompt)} | usage
         return sse.body(out)
@@ -108,6 +107,26 @@ class NativeReply:
             )
         return out
 
+    def scored(self, choice: Choice) -> list[dict[str, Any]]:
+        """``{id: {logprob, rank, decoded_token}}`` of every token of a choice."""
+        tokens = choice.tokens
+        return [
+            {str(token): self._entry(token, tokens.logprob(i), None)}
+            for i, token in enumerate(tokens.ids)
+        ]
+
+    def prompt_scores(self, choice: Choice) -> dict[str, Any]:
+        """Ids and log-probabilities of the prompt's tokens, null for the first; {} if not asked."""
+        if self.answer.generation.params.prompt_logprobs < 0:
+            return {}
+        scores, prompt = choice.scores, self.answer.prompts[choice.prompt_idx]
+        out: list[dict[str, Any] | None] = [None]
+        for i, token in enumerate(prompt[1:]):
+            best = [(t, logprob, at + 1) for at, (t, logprob) in enumerate(scores.top(i))]
+            some = [(token, scores.logprob(i), None), *best]
+            out.append({str(t): self._entry(t, logprob, rank) for t, logprob, rank in some})
+        return {"prompt_token_ids": prompt.tolist(), "prompt_logprobs": out}
+
     def _event(self, choice: Choice, i: int | None, text: str) -> bytes:
         """One event, the last one if the choice has ended.
 
@@ -131,7 +150,7 @@ class NativeReply:
         more = ""
         if not self._told_prompt:
             self._told_prompt = True
-            more = "," + sse.dumps(self._prompt_scores(choice))[1:-1]
+            more = "," + sse.dumps(self.prompt_scores(choice))[1:-1]
         return HEAD + (
             f'{{"token":{{"id":{token},"text":{sse.quoted(text)},"logprob":{logprob},'
             f'"special":{special},"count_output_tokens":{count},"prompt_tokens":{prompt_len},'
@@ -139,26 +158,9 @@ class NativeReply:
             f'{prompt_len},"input_audio_tokens":0,"input_image_tokens":0}}{more}}}\n\n'
         ).encode("utf-8", "replace")
 
-    def _scored(self, choice: Choice, i: int) -> dict[str, Any]:
-        """``{id: {logprob, rank, decoded_token}}`` of a generated token."""
-        token = choice.tokens.ids[i]
-        return {str(token): self._entry(token, choice.tokens.logprob(i), None)}
-
     def _entry(self, token: int, logprob: float | None, rank: int | None) -> dict[str, Any]:
         name = self.answer.vocab.text(token)
         return {"logprob": logprob, "rank": rank, "decoded_token": name}
-
-    def _prompt_scores(self, choice: Choice) -> dict[str, Any]:
-        """Ids and log-probabilities of the prompt's tokens, null for the first; {} if not asked."""
-        if self.answer.generation.params.prompt_logprobs < 0:
-            return {}
-        scores, prompt = choice.scores, self.answer.prompts[choice.prompt_idx]
-        out: list[dict[str, Any] | None] = [None]
-        for i, token in enumerate(prompt[1:]):
-            best = [(t, logprob, at + 1) for at, (t, logprob) in enumerate(scores.top(i))]
-            some = [(token, scores.logprob(i), None), *best]
-            out.append({str(t): self._entry(t, logprob, rank) for t, logprob, rank in some})
-        return {"prompt_token_ids": prompt.tolist(), "prompt_logprobs": out}
 
 
 def _each(values: list[Any]) -> Any:

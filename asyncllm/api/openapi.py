@@ -289,7 +289,9 @@ def document(served: Served, *, secured: bool) -> dict[str, Any]:
         for method in route.methods:
             paths.setdefault(route.path, {})[method] = _operation(route, method, secured)
     token = {"type": "integer", "minimum": 0, "maximum": served.vocab_size - 1}
-    components: dict[str, Any] = {"schemas": {"Token": token} | _bodies(served.tgi) | shapes.ANSWERS}
+    components: dict[str, Any] = {
+        "schemas": {"Token": token} | _bodies(served.tgi) | shapes.ANSWERS
+    }
     whole: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {

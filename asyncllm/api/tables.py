@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from asyncllm.api import anthropic, lightllm, openai, responses
+from asyncllm.api import anthropic, lightllm, openai, responses, tgi
 from asyncllm.api.fields import Field, Refused
 
 FIELDS: Final[dict[str, Sequence[Field]]] = {
@@ -22,6 +22,7 @@ FIELDS: Final[dict[str, Sequence[Field]]] = {
     "messages": anthropic.MESSAGES,
     "native": lightllm.BODY,
     "native_parameters": lightllm.PARAMETERS,
+    "tgi_parameters": tgi.OWN,
 }
 REFUSED: Final[dict[str, Sequence[Refused]]] = {
     "completion_refused": openai.COMPLETION_UNAVAILABLE,
@@ -29,6 +30,7 @@ REFUSED: Final[dict[str, Sequence[Refused]]] = {
     "responses_refused": responses.UNAVAILABLE,
     "messages_refused": anthropic.UNAVAILABLE,
     "native_refused": lightllm.UNAVAILABLE,
+    "tgi_refused": tgi.UNAVAILABLE[: -len(lightllm.UNAVAILABLE)],
 }
 _BLOCK: Final = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -16,6 +17,13 @@ from tests.api.test_parted_reply import CASES, Case, ending, feed, reply
 from tests.api.test_requests import SERVED
 
 DOC = openapi.document(SERVED, secured=True)
+TGI = openapi.document(replace(SERVED, tgi=True), secured=False)
+
+
+def parameters(document: dict[str, Any]) -> dict[str, Any]:
+    native = document["components"]["schemas"]["NativeRequest"]["properties"]["parameters"]
+    found: dict[str, Any] = native["anyOf"][0]["properties"]
+    return found
 
 
 def refs(value: Any) -> set[str]:
@@ -33,7 +41,6 @@ def properties(name: str) -> dict[str, Any]:
 
 
 def test_every_field_of_every_table_is_there() -> None:
-    native = DOC["components"]["schemas"]["NativeRequest"]["properties"]["parameters"]["anyOf"][0]
     shown = {
         "common": properties("ChatRequest"),
         "chat": properties("ChatRequest"),
@@ -42,7 +49,8 @@ def test_every_field_of_every_table_is_there() -> None:
         "responses": properties("ResponseRequest"),
         "messages": properties("MessageRequest"),
         "native": properties("NativeRequest"),
-        "native_parameters": native["properties"],
+        "native_parameters": parameters(DOC),
+        "tgi_parameters": parameters(TGI),
     }
     for name, table in tables.FIELDS.items():
         for field in table:
@@ -50,7 +58,7 @@ def test_every_field_of_every_table_is_there() -> None:
     for name, refused in tables.REFUSED.items():
         base = name.removesuffix("_refused")
         for row in refused:
-            where = shown["native_parameters" if base == "native" else base]
+            where = shown[f"{base}_parameters" if base in {"native", "tgi"} else base]
             assert where[row.name]["enum"] == [None, *row.neutral]
 
 

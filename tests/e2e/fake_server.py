@@ -11,6 +11,7 @@ import socket
 from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -265,14 +266,14 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    *, start: bool = True, access: Access | None = None, **limits: Any
+    *, start: bool = True, access: Access | None = None, tgi: bool = False, **limits: Any
 ) -> AsyncIterator[Server]:
     """A server on a free port; ``start`` False leaves its doors closed."""
     system = ActorSystem(encode_local=True)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     front = Frontend(
-        served=SERVED,
+        served=replace(SERVED, tgi=tgi),
         vocab=VOCAB,
         sockets=[sock],
         limits=Limits(**limits),
