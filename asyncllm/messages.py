@@ -33,6 +33,8 @@ class Tokenize:
     add_special_tokens: bool  # for text only; chat templates bring their own
     params: tuple[Any, ...]  # SamplingParams.pack()
     shown: tuple[str, ...] = ()  # special tokens that are in the text whatever the params say
+    reasoning: str = ""  # the format of reasoning in the answers to a chat, "": none
+    continued: str = ""  # of a chat: the end of the prompt that is the beginning of the answer
     truncate: int = 0  # keep only that many of the prompt's last tokens; 0: all
 
 
@@ -53,6 +55,8 @@ class Submit:
     rid: int
     prompt: bytes
     params: tuple[Any, ...]  # max_new_tokens is an int here
+    thoughts: str = ""  # where the answer begins: "open", "closed" or "none" (inside reasoning,
+    # behind it, neither), "": reasoning is content
 
 
 @message(4)

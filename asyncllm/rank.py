@@ -35,11 +35,14 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import EXIT_HUNG, Duty, Means, Watchdog, dump_stacks
+from asyncllm.api import reasoning
 from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
-from asyncllm.api.parts import dialect_of
+from asyncllm.api.parts import Dialect, dialect_of
 from asyncllm.config import FLAGS, Config, Resolved, resolve_limits
 from asyncllm.core.constraints import Constraints, unconstrained
+from asyncllm.core.thinking import Rules
+from asyncllm.core.vocabulary import Vocabulary
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
@@ -82,6 +85,7 @@ class Parts:
     group: Group
     num_slots: int
     grammars: Grammars | None = None  # of rank 0, unless constrained output is off
+    thinking: Rules | None = None  # of rank 0, if the model reasons
 
 
 # -- start ---------------------------------------------------------------------------------------
@@ -233,7 +237,8 @@ def load_parts(boot: Boot, spec: ModelSpec) -> Parts:
         logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))
     boot = replace(boot, resolved=resolved)
     device = _load_device(boot, spec, group, where, num_slots)
-    return Parts(boot, spec, text, device, group, num_slots, _load_grammars(boot, spec, text))
+    grammars, thinking = _load_grammars(boot, spec, text), _load_thinking(boot, spec, text)
+    return Parts(boot, spec, text, device, group, num_slots, grammars, thinking)
 
 
 def _load_grammars(boot: Boot, spec: ModelSpec, text: Text | None) -> Grammars | None:
@@ -242,6 +247,18 @@ def _load_grammars(boot: Boot, spec: ModelSpec, text: Text | None) -> Grammars |
     with log.phase("load grammars"):
         pieces = [b"" if i in text.special else piece for i, piece in enumerate(text.pieces)]
         return Grammars(pieces, spec.vocab_size, boot.resolved.eos_ids)
+
+
+def _load_thinking(boot: Boot, spec: ModelSpec, text: Text | None) -> Rules | None:
+    if boot.endpoint or text is None or not (style := _dialect(boot, text).reasoning):
+        return None
+    tags = reasoning.tags(style, frozenset(text.pieces))
+    return Rules(Vocabulary(text.pieces, spec.vocab_size), tags, boot.resolved.eos_ids)
+
+
+def _dialect(boot: Boot, text: Text) -> Dialect:
+    config = boot.config
+    return dialect_of(text.templates, config.tool_call_parser, config.reasoning_parser)
 
 
 def _load_device(
@@ -287,7 +304,7 @@ def _allocator(p: Parts) -> Actor[Any]:
 def _scheduler(p: Parts) -> Actor[Any]:
     resolved = p.boot.resolved
     grammar = unconstrained if p.grammars is None else p.grammars.constrain
-    constraints = Constraints(p.spec.vocab_size, resolved.eos_ids, grammar)
+    constraints = Constraints(p.spec.vocab_size, resolved.eos_ids, grammar, p.thinking)
     return Scheduler(
         num_lanes=resolved.running_max_req_size,
         num_slots=p.num_slots,
@@ -339,7 +356,7 @@ def _frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
             vocab_size=p.spec.vocab_size,
             created=int(time.time()),
             tgi=config.use_tgi_api,
-            dialect=dialect_of(text.templates, config.tool_call_parser, config.reasoning_parser),
+            dialect=_dialect(p.boot, text),
         ),
         vocab=Vocab(
             piece=lambda i: pieces[i] if i < len(pieces) else b"",

@@ -308,6 +308,7 @@ class Frontend(Actor[Inbox]):
             exchange.live[rid] = choice
             self._by_rid[rid] = (exchange, choice)
         exchange.unaccepted.add(first)
+        parting = generation.parting
         self._tokenizer.tell(
             Tokenize(
                 rids,
@@ -316,7 +317,9 @@ class Frontend(Actor[Inbox]):
                 prompt.chat,
                 generation.add_special_tokens,
                 generation.params.pack(),
-                () if generation.parting is None else generation.parting.shown,
+                () if parting is None else parting.shown,
+                "" if parting is None else parting.reasoning,
+                "" if parting is None else parting.continued,
                 truncate=generation.truncate,
             )
         )

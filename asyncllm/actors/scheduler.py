@@ -58,7 +58,7 @@ class Scheduler(Actor[Inbox]):
         runners: Sequence[int],
         depth: int = 2,
         headroom: int = 8,
-        constrain: Callable[[SamplingParams], Constraint | None] = lambda params: None,
+        constrain: Callable[[SamplingParams, str], Constraint | None] = lambda *_: None,
     ) -> None:
         super().__init__("scheduler")
         self.core = Core(
@@ -118,7 +118,7 @@ class Scheduler(Actor[Inbox]):
             self.core.refuse(msg.rid, len(msg.prompt) // 4, "server is shutting down", 503)
             return
         try:
-            constraint = self._constrain(SamplingParams.unpack(msg.params))
+            constraint = self._constrain(SamplingParams.unpack(msg.params), msg.thoughts)
         except RequestError as error:
             self.core.refuse(msg.rid, len(msg.prompt) // 4, error.message, error.status)
             return

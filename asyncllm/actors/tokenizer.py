@@ -18,6 +18,7 @@ import numpy as np
 
 from asyncllm.actors.base import Actor
 from asyncllm.api.chat import ChatTemplate
+from asyncllm.api.reasoning import prompt_state
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.errors import PromptTooLong, RequestError, ServerBusy
 from asyncllm.messages import (
@@ -282,7 +283,9 @@ class Tokenizer(Actor[Inbox]):
         self._submit(job, msg)
 
     def _submit(self, job: _Job, msg: Tokenize) -> None:
-        ids, params = job.ids, job.params
+        ids, params, thoughts = job.ids, job.params, ""
+        if msg.reasoning:
+            thoughts = prompt_state(msg.reasoning, job.head + msg.continued, msg.continued)
         for rid in job.alive:
             self.detokenizer.tell(
                 Follow(
@@ -298,7 +301,7 @@ class Tokenizer(Actor[Inbox]):
         for i, rid in enumerate(msg.rids):
             if rid in job.alive:
                 own = replace(params, seed=_wrapped(params.seed + i))
-                self.scheduler.tell(Submit(rid, ids, own.pack()))
+                self.scheduler.tell(Submit(rid, ids, own.pack(), thoughts))
         left_out = job.sent_len - len(ids) // 4
         self.frontend.tell(Accepted(msg.rids[0], ids, job.head, left_out))
 

@@ -166,11 +166,6 @@ def _dialog(values: dict[str, Any], served: Served) -> Dialog:
         bad("output_config.format and output_format exclude each other", "output_format")
     form = output.form or values["output_format"]
     offered = offers.offer(values["tools"], values["tool_choice"])
-    if thoughts is not None and thoughts.on and (offered.forced or form is not None):
-        if thoughts.most is not None:
-            other = "tool_choice" if offered.forced else "an output format"
-            bad(f"thinking: a forced form ({other}) leaves no room for it", "thinking")
-        thoughts = None  # adaptive: none is as good as any
     turns = values["messages"]
     going_on = turns[-1]["role"] == "assistant"
     if going_on:

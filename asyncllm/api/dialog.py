@@ -25,7 +25,7 @@ class Dialog:
     """What a request's Generation is made of.
 
     Args:
-        form: what holds the output from its first token on.
+        form: what holds the answer, behind any reasoning.
         parting: what is to be found in the answer; None: nothing.
     """
 
@@ -50,7 +50,7 @@ def dialog(
     """Everything that follows from a conversation.
 
     Args:
-        form: the output's form; a forced call has its own.
+        form: the answer's form; a forced call has its own.
         thinking: whether the model is to think; None: as its template has it.
         effort: for the template; "none" turns thinking off.
         kwargs: further variables of the template, which win.
@@ -66,8 +66,8 @@ def dialog(
         form = grammar.schema(
             call_schema(offered.tools, wanted.name or None, wanted.parallel), "tools"
         )
-    if thinking is None and (effort == NO_EFFORT or (form is not None and dialect.reasoning)):
-        thinking = False  # a grammar holds from the first token on
+    if thinking is None and effort == NO_EFFORT:
+        thinking = False
     variables: dict[str, Any] = {}
     if thinking is not None:
         variables = {"enable_thinking": thinking, "thinking": thinking}
@@ -80,15 +80,14 @@ def dialog(
     told, listed = offers.told(turns, offered, dialect)
     packed = chatparts.pack(told, listed, variables)
     calls = "json" if offered.forced else dialect.calls if offered.tools else ""
-    thoughts = "" if form is not None else dialect.reasoning
     parting = None
-    if calls or thoughts:
+    if calls or dialect.reasoning:
         parting = replace(
             manner,
             calls=calls,
             offered=offered.tools,
             parallel=offered.wanted.parallel,
-            reasoning=thoughts,
+            reasoning=dialect.reasoning,
             continued=turns[-1]["content"] if going_on else "",
         )
     return Dialog(prompt=Prompt(chat=packed), form=form, parting=parting)

@@ -110,6 +110,9 @@ CHAT: Final = (
     F(name="continue_final_message", kind="boolean", default=False,
       doc="the last message is the beginning of the answer (extension)"),
     F(name="reasoning_effort", kind="string", doc="handed to the chat template; none: thinking is off"),
+    F(name="max_thinking_tokens", kind="integer", low=0, high=fields.MAX_INT32,
+      doc="tokens of reasoning, after which its end is forced and the answer follows; not with "
+      "allowed_token_ids (extension)"),
     F(name="tools", kind="array", parse=offers.tools,
       doc=f"functions the model may call, at most {offers.MAX_TOOLS} and {offers.MAX_TOOLS_CHARS} "
       "characters of JSON"),
@@ -196,6 +199,7 @@ def chat(body: Body, served: Served) -> Generation:
         served.dialect,
         offered=offers.offer(values["tools"], values["tool_choice"], values["parallel_tool_calls"]),
         form=grammar.only(values, GRAMMARS),
+        thinking=False if values["allowed_token_ids"] else None,  # they hold from the first token on
         effort=values["reasoning_effort"],
         kwargs=values["chat_template_kwargs"],
         opening=opening,
@@ -210,7 +214,11 @@ def chat(body: Body, served: Served) -> Generation:
         form=made.form,
         add_special_tokens=False,
     )
-    return replace(generation, parting=made.parting)
+    most = values["max_thinking_tokens"]
+    if most is not None and values["allowed_token_ids"]:
+        bad("max_thinking_tokens and allowed_token_ids exclude each other", "max_thinking_tokens")
+    params = replace(generation.params, max_thinking_tokens=most)
+    return replace(generation, params=params, parting=made.parting)
 
 
 def _read(

@@ -7,6 +7,7 @@ the answer only: :class:`Splitter` puts a tool parser behind a reasoning parser.
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -14,6 +15,7 @@ from asyncllm.api.blocks import SPACE, Incremental, Marks, Run
 from asyncllm.api.tools import deepseek
 from asyncllm.api.tools.events import Call, Event, Reasoning, Text
 from asyncllm.api.tools.parser import ToolParser
+from asyncllm.core.thinking import Tags
 
 State = Literal["open", "closed", "none"]
 OPENED: Final[dict[State, bool | None]] = {"open": True, "closed": False, "none": None}
@@ -112,6 +114,34 @@ def special_tokens(format_name: str) -> tuple[str, ...]:
         return _Harmony.TOKENS
     style = _FORMATS[format_name]
     return tuple(tag for pair in style.pairs for tag in pair) + style.ends
+
+
+def tags(format_name: str, pieces: Container[bytes]) -> Tags:
+    """The marks of a format, for the tokens of a model.
+
+    Args:
+        pieces: texts of all tokens; of several pairs of tags a model uses one that is in it.
+
+    Raises:
+        KeyError: no such format.
+    """
+    if format_name == "gpt-oss":
+        final = b"<|channel|>final<|message|>"
+        return Tags(
+            begins=(b"<|channel|>analysis<|message|>",),
+            ends=(b"<|end|>", b"<|start|>"),
+            close=b"<|end|><|start|>assistant" + final,
+            answer=final,
+        )
+    style = _FORMATS[format_name]
+    pairs = [(begin.encode(), end.encode()) for begin, end in style.pairs]
+    _, close = next((pair for pair in pairs if pair[0] in pieces), pairs[0])
+    return Tags(
+        begins=tuple(begin for begin, _ in pairs),
+        ends=tuple(end for _, end in pairs),
+        close=close,
+        strays=tuple(mark.encode() for mark in style.ends),
+    )
 
 
 def prompt_state(format_name: str, rendered_prompt: str, continued: str = "") -> State:

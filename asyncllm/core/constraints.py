@@ -1,4 +1,4 @@
-"""What restricts the tokens of one request: a grammar, a list of tokens, ...
+"""What restricts the tokens of one request: a grammar, a list of tokens, a limit to reasoning.
 
 Owns the rules that need no grammar; each is a :class:`asyncllm.core.request.Constraint`. Knows token
 ids and their bytes; knows neither text formats nor tensors.
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from asyncllm.core.request import Constraint, SamplingParams
+from asyncllm.core.thinking import Rules, Thinking
+from asyncllm.core.vocabulary import bits
 from asyncllm.errors import RequestError
-
-ANY = b""  # the mask that any token passes
 
 
 def unconstrained(kind: str, text: str) -> Constraint:
@@ -26,6 +26,7 @@ class Constraints:
         vocab_size: width of the logits.
         eos_ids: tokens that end an output.
         grammar: a fresh constraint of a grammar (kind, text); raises RequestError.
+        thinking: how the model writes reasoning; None: it does not.
     """
 
     def __init__(
@@ -33,13 +34,28 @@ class Constraints:
         vocab_size: int,
         eos_ids: Collection[int],
         grammar: Callable[[str, str], Constraint] = unconstrained,
+        thinking: Rules | None = None,
     ) -> None:
         self._vocab_size, self._eos_ids, self._grammar = vocab_size, eos_ids, grammar
+        self._thinking = thinking
 
-    def of(self, params: SamplingParams) -> Constraint | None:
-        """A fresh constraint; None: any token may come. Raises RequestError."""
-        if params.grammar is not None:
-            return self._grammar(*params.grammar)
+    def of(self, params: SamplingParams, thoughts: str = "") -> Constraint | None:
+        """A fresh constraint; None: any token may come. Raises RequestError.
+
+        Args:
+            thoughts: see ``Submit``.
+        """
+        grammar = None if params.grammar is None else self._grammar(*params.grammar)
+        limit = params.max_thinking_tokens
+        if (
+            self._thinking is not None
+            and thoughts in ("open", "none")
+            and (grammar or limit is not None)
+        ):
+            opened = thoughts == "open"
+            return Thinking(self._thinking, opened=opened, limit=limit, answer=grammar)
+        if grammar is not None:
+            return grammar
         if params.allowed_token_ids:
             ends = () if params.ignore_eos else self._eos_ids
             return Allowed(bits((*params.allowed_token_ids, *ends), self._vocab_size))
@@ -60,12 +76,3 @@ class Allowed:
 
     def accept(self, token: int) -> bool:
         return False
-
-
-def bits(tokens: Collection[int], vocab_size: int) -> bytes:
-    """The mask that ``tokens`` pass."""
-    mask = bytearray(-(-vocab_size // 32) * 4)
-    for token in tokens:
-        if token < vocab_size:
-            mask[token >> 3] |= 1 << (token & 7)
-    return bytes(mask)

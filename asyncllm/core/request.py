@@ -54,7 +54,7 @@ class SamplingParams:
     # logit + |logit| * (factor ** (generated - start) - 1) after start tokens (transformers'
     # ExponentialDecayLengthPenalty)
     allowed_token_ids: tuple[int, ...] = ()  # no others but eos ones come; (): all
-    max_thinking_tokens: int | None = None  # then reasoning is closed; None: no limit
+    max_thinking_tokens: int | None = None  # then reasoning is ended; None: no limit
 
     def pack(self) -> tuple[Any, ...]:
         """As a tuple of plain values, in field order, for a message."""

@@ -275,6 +275,22 @@ def test_head_of_a_chat_ends_before_a_continued_message(text: Text) -> None:
     assert log[-1][1].head == "uhia"
 
 
+@pytest.mark.parametrize(
+    ("said", "continued", "want"),
+    [("<think>", "", "open"), ("</think>", "", "closed"), ("x", "", "none"), ("x", "<think>x", "open")],
+)
+def test_the_scheduler_is_told_where_an_answer_begins(
+    text: Text, said: str, continued: str, want: str
+) -> None:
+    kwargs = {"add_generation_prompt": False, "continue_final_message": bool(continued)}
+    messages = [{"role": "user", "content": said}, {"role": "assistant", "content": continued}]
+    chat = {"messages": messages if continued else messages[:1], "tools": None, "kwargs": kwargs}
+    asked = replace(prompt(chat=chat), reasoning="think", continued=continued)
+    log = play(text, [asked], answers=1, limit=100)
+    (submit,) = [msg for _, msg in log if isinstance(msg, Submit)]
+    assert submit.thoughts == want
+
+
 def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
     bare = make_text(tmp_path, None)
     chat = {"messages": [{"role": "user", "content": "hi"}], "tools": None, "kwargs": {}}

@@ -170,13 +170,10 @@ def test_a_grammar_forces_calls(body: dict[str, Any], kind: str, parallel: bool)
     name, text = got.params.grammar
     assert (name, json.loads(text)["type"]) == ("schema", kind)
     assert got.parting is not None
-    assert (got.parting.calls, got.parting.reasoning) == ("json", "")
+    assert (got.parting.calls, got.parting.reasoning) == ("json", "think")
     assert got.parting.parallel is parallel
     assert rendered(got)["tools"] == TOOLS
-    off = {"enable_thinking": False, "thinking": False}
-    assert rendered(got)["kwargs"] == off | {"add_generation_prompt": True}
-    asked = chat(dialect, tools=TOOLS, **body, chat_template_kwargs={"thinking": True})
-    assert rendered(asked)["kwargs"]["enable_thinking"] is True
+    assert rendered(got)["kwargs"] == {"add_generation_prompt": True}
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
@@ -204,11 +201,15 @@ def test_calls_cannot_be_continued() -> None:
         chat(Dialect(), messages=HISTORY[:3], continue_final_message=True)
 
 
-def test_other_grammars_leave_no_reasoning_either() -> None:
-    got = chat(Dialect(reasoning="think"), response_format={"type": "json_object"})
-    assert got.parting is None
-    assert rendered(got)["kwargs"]["enable_thinking"] is False
-    assert "enable_thinking" not in rendered(chat(Dialect(reasoning="think")))["kwargs"]
+def test_a_form_leaves_reasoning_to_the_template_and_a_list_of_tokens_leaves_none() -> None:
+    dialect = Dialect(reasoning="think")
+    got = chat(dialect, response_format={"type": "json_object"}, max_thinking_tokens=7)
+    assert got.parting is not None
+    assert (got.parting.reasoning, got.params.max_thinking_tokens) == ("think", 7)
+    assert rendered(got)["kwargs"] == {"add_generation_prompt": True}
+    assert rendered(chat(dialect, allowed_token_ids=[1]))["kwargs"]["enable_thinking"] is False
+    with pytest.raises(RequestError, match="exclude each other"):
+        chat(dialect, allowed_token_ids=[1], max_thinking_tokens=7)
 
 
 LISTING = "{% for t in tools %}{{ t | tojson }}{% endfor %}"

@@ -210,7 +210,7 @@ def test_forced_calls(
     choice: Any, text: str, found: list[tuple[str, str]], reason: str, stream: bool
 ) -> None:
     made = reply("hermes", "think", tool_choice=choice, head="<think>", stream=stream)
-    out = feed(made, list(text), ending(reason))
+    out = feed(made, list(f"hm</think>{text}"), ending(reason))
     if stream:
         chunks = events(out)
         assert called(joined(chunks)["tool_calls"]) == found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from asyncllm.core.constraints import Constraints, bits
+from asyncllm.core.constraints import Constraints
 from asyncllm.core.request import SamplingParams
+from asyncllm.core.vocabulary import bits
 from asyncllm.errors import RequestError
 
 

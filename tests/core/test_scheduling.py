@@ -45,6 +45,23 @@ def grant(
     return core.plan(hits, counts, slots, available)
 
 
+class Countdown:
+    """Any token, then only one; near the change the mask depends on how many have come."""
+
+    def __init__(self, most: int) -> None:
+        self.left = most
+
+    def mask(self) -> bytes:
+        return b"" if self.left else b"\1\0\0\0"
+
+    def holds(self, ahead: int) -> bool:
+        return ahead == 0 or self.left > ahead
+
+    def accept(self, token: int) -> bool:
+        self.left -= self.left > 0
+        return False
+
+
 def step(core: Core, **how: Any) -> Step:
     planned = grant(core, **how)
     assert planned is not None
@@ -85,6 +102,22 @@ def test_decode_rows_come_first_oldest_first_and_hold_prefill_to_one_chunk() -> 
     assert shape(mixed) == [(1, 1), (2, 1), (3, 10), (4, 6)]
     assert mixed.num_decode == 2
     assert list(mixed.tokens[:3]) == [-1, -1, 100]
+
+
+def test_a_constraint_waits_only_while_its_mask_depends_on_tokens_to_come() -> None:
+    core = make()
+    packed = SamplingParams(max_new_tokens=9).pack()
+    core.add(1, array("i", range(4)), packed, Countdown(3))
+    first, second = step(core), step(core)
+    commit(core, first)
+    third = step(core)
+    assert [list(s.masked) for s in (first, second, third)] == [[], [], []]
+    commit(core, second)
+    assert core.propose() is None, "the mask after the third token is another one"
+    commit(core, third)
+    fourth = step(core)
+    assert (list(fourth.masked), bytes(fourth.masks)) == ([0], b"\1\0\0\0")
+    assert core.propose() is None
 
 
 def test_prefill_alone_fills_the_step() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer
 
 from tests.e2e.process import Server
@@ -35,3 +39,57 @@ def test_a_length_penalty_ends_an_answer_soon_after_its_start(server: Server) ->
     parameters = {"exponential_decay_length_penalty": [8, 3.0], "max_new_tokens": 60}
     native = server.post("/generate", {"inputs": body["prompt"], "parameters": parameters})
     assert native["count_output_tokens"] == short["usage"]["completion_tokens"]
+
+
+@pytest.fixture(scope="module")
+def thinker(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The embedded model with a template that opens reasoning."""
+    folder = tmp_path_factory.mktemp("thinker")
+    for file in demo_dir.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((demo_dir / "tokenizer_config.json").read_text())
+    config["chat_template"] += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    more = ("--data_type", "fp32", "--reasoning_parser", "think")
+    with Server(folder, folder / "log", *more) as running:
+        yield running
+
+
+def ask(server: Server, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 60, "logprobs": True, **more}
+    return server.post(CHAT, body)
+
+
+def test_reasoning_ends_at_its_limit(thinker: Server) -> None:
+    free = ask(thinker)
+    assert free["choices"][0]["message"]["content"] is None, "it never ends by itself"
+    for limit in (0, 7):
+        reply = ask(thinker, max_thinking_tokens=limit)
+        (choice,) = reply["choices"]
+        assert choice["message"]["content"]
+        thoughts = choice["message"].get("reasoning") or ""
+        assert free["choices"][0]["message"]["reasoning"].startswith(thoughts)
+        assert bool(thoughts) == bool(limit)
+        tokens = [t["token"] for t in choice["logprobs"]["content"]]
+        assert "".join(tokens[limit:]).startswith("</think>")
+        told = reply["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        assert limit <= told <= limit + 4
+
+
+def test_the_form_of_an_answer_begins_behind_reasoning(thinker: Server) -> None:
+    form = {"guided_regex": "(yes|no)!", "max_thinking_tokens": 9}
+    (choice,) = ask(thinker, **form)["choices"]
+    assert choice["message"]["content"] in ("yes!", "no!")
+    assert choice["message"]["reasoning"]
+    assert choice["finish_reason"] == "stop"
+    cut = ask(thinker, guided_regex="(yes|no)!", max_tokens=20)["choices"][0]
+    assert (cut["message"]["content"], cut["finish_reason"]) == (None, "length")
+    messages = {"max_tokens": 60, "messages": [{"role": "user", "content": "Why?"}]}
+    thinking = {"type": "enabled", "budget_tokens": 5}
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    form = {"output_format": {"type": "json_schema", "schema": schema}}
+    blocks = thinker.post("/v1/messages", {**messages, "thinking": thinking, **form})["content"]
+    assert [block["type"] for block in blocks] == ["thinking", "text"]
+    assert blocks[1]["text"] in ('{"a": 1}', '{"a": 2}')
