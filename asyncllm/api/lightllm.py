@@ -70,6 +70,8 @@ PARAMETERS: Final = (
       doc="leave special tokens out of the text"),
     F(name="add_special_tokens", kind="boolean", default=True,
       doc="the tokenizer may put a bos token before a text prompt"),
+    F(name="add_spaces_between_special_tokens", kind="boolean", default=True,
+      doc="false: no spaces between special tokens; no tokenizer here puts any, so true is the same"),
     F(name="print_eos_token", kind="boolean", default=False, to="print_eos",
       doc="show the text of the token that ended the request"),
     F(name="regular_constraint", kind="string", parse=grammar.regex,
@@ -89,8 +91,6 @@ TOKENS_PARAMETERS: Final = tuple(f for f in PARAMETERS if f.name == "add_special
 GRAMMARS: Final = ("regular_constraint", "guided_grammar", "guided_json")
 
 UNAVAILABLE: Final = (
-    Refused(name="add_spaces_between_special_tokens", neutral=(True,),
-            doc="removing spaces between special tokens"),
     Refused(name="return_routed_experts", neutral=(False,), doc="returning routed experts"),
     Refused(name="image_max_patch_num", neutral=(-1,), doc="images"),
 )  # fmt: skip

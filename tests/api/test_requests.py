@@ -379,12 +379,25 @@ def test_native_params() -> None:
     assert native(stop_sequences="x").params.stop == ("x",)
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-     {"return_routed_experts": True}, {"n": 2, "best_of": 1},
-     {"add_spaces_between_special_tokens": False}],
-)  # fmt: skip
+def test_lightllms_own_defaults_are_ours() -> None:
+    defaults = {
+        "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0, "repetition_penalty": 1.0, "input_penalty": False, "n": 1,
+        "exponential_decay_length_penalty": [1, 1.0], "min_new_tokens": 1, "ignore_eos": False,
+        "best_of": 1, "stop_sequences": [], "logit_bias": {}, "allowed_token_ids": [],
+        "regular_constraint": "", "guided_grammar": "", "guided_json": "",
+        "skip_special_tokens": False, "add_special_tokens": True, "print_eos_token": False,
+        "add_spaces_between_special_tokens": True, "seed": -1, "prompt_logprobs": -1,
+        "disable_prompt_cache": False, "image_max_patch_num": -1, "group_request_id": -1,
+        "suggested_dp_index": -1, "return_details": False, "return_routed_experts": False,
+    }  # fmt: skip
+    assert native(**defaults) == native()
+    assert native(add_spaces_between_special_tokens=False) == native()
+    with pytest.raises(RequestError, match="add_spaces"):
+        native(add_spaces_between_special_tokens=1)
+
+
+@pytest.mark.parametrize("parameters", [{"return_routed_experts": True}, {"n": 2, "best_of": 1}])
 def test_native_parameters_not_available(parameters: dict[str, Any]) -> None:
     with pytest.raises(NotAvailable, match="available"):
         native(**parameters)
