@@ -13,6 +13,7 @@ from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import bad, show, text, typed
 
 MAX_MESSAGES: Final = 4096
+OTHER_NAMES: Final = {"developer": "system", "function": "tool"}  # of roles
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 # chat_template_kwargs that would change what rendering is, not what it says
 RESERVED_KWARGS: Final = frozenset(
@@ -64,19 +65,22 @@ def _message(value: Any, name: str) -> dict[str, Any]:
     role = value.get("role")
     if not isinstance(role, str) or role.lower() not in ROLES:
         bad(f"{name}.role: {show(role)} is not one of {', '.join(ROLES)}", f"{name}.role")
-    role = role.lower()
-    out: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    calls = value.get("tool_calls")
+    role = OTHER_NAMES.get(role.lower(), role.lower())
+    out: dict[str, Any] = {"role": role}
+    calls, old = value.get("tool_calls"), value.get("function_call")
     out["content"] = content(value.get("content"), f"{name}.content", role == "assistant")
     for key in ("name", "tool_call_id"):
         if value.get(key) is not None:
             out[key] = text(value[key], f"{name}.{key}")
-    thought = value.get("reasoning_content") or value.get("reasoning")
+    thoughts = (value.get("reasoning_content"), value.get("reasoning"))
+    thought = next((given for given in thoughts if given not in (None, "")), None)
     if thought is not None:
         out["reasoning_content"] = text(thought, f"{name}.reasoning_content")
     if calls is not None and calls != []:
         typed(calls, list, f"{name}.tool_calls", "an array")
         out["tool_calls"] = [_call(c, f"{name}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    elif old is not None:
+        out["tool_calls"] = [_call({"function": old}, name, "function_call")]
     return out
 
 
@@ -109,18 +113,19 @@ def _part(value: Any, name: str) -> str:
     )
 
 
-def _call(value: Any, name: str) -> dict[str, Any]:
+def _call(value: Any, name: str, inner: str = "function") -> dict[str, Any]:
     """A tool call of an earlier turn; templates want its arguments as an object."""
     typed(value, dict, name, "an object")
-    function = typed(value.get("function"), dict, f"{name}.function", "an object")
+    at = f"{name}.{inner}"
+    function = typed(value.get("function"), dict, at, "an object")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError):
-            bad(f"{name}.function.arguments is not JSON", f"{name}.function.arguments")
-    typed(arguments, dict, f"{name}.function.arguments", "an object, as JSON")
-    called = text(function.get("name"), f"{name}.function.name")
+            bad(f"{at}.arguments is not JSON", f"{at}.arguments")
+    typed(arguments, dict, f"{at}.arguments", "an object, as JSON")
+    called = text(function.get("name"), f"{at}.name")
     out: dict[str, Any] = {
         "type": "function",
         "function": {"name": called, "arguments": arguments},

@@ -39,6 +39,7 @@ class Generation:
     truncate: int = 0  # keep only that many of a prompt's last tokens; 0: all
     include_usage: bool = False  # a usage chunk ends the stream
     continuous_usage: bool = False  # every chunk says it too
+    functions: bool = False  # OpenAI's chat: a call is told as function_call
     details: bool = False  # native: each token in the answer
     parting: Parting | None = None  # None: all text is content
 

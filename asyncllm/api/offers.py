@@ -82,6 +82,7 @@ class Shape:
 
 CHAT: Final = Shape(inner="function")
 FLAT: Final = Shape()
+OLD: Final = Shape(untyped=True)
 CUSTOM: Final = Shape(kind="custom", untyped=True, schema="input_schema", needs_schema=True)
 
 
@@ -93,6 +94,11 @@ def tools(value: Any, name: str) -> Tools:
 def flat_tools(value: Any, name: str) -> Tools:
     """Tools of OpenAI's responses. Raises RequestError, NotAvailable (400)."""
     return _tools(value, name, FLAT)
+
+
+def functions(value: Any, name: str) -> Tools:
+    """``functions``, the older name of OpenAI's tools. Raises RequestError, NotAvailable (400)."""
+    return _tools(value, name, OLD)
 
 
 def custom_tools(value: Any, name: str) -> Tools:
@@ -108,6 +114,15 @@ def choice(value: Any, name: str) -> Wanted:
 def flat_choice(value: Any, name: str) -> Wanted:
     """``tool_choice`` of OpenAI's responses. Raises RequestError, NotAvailable (400)."""
     return _choice(value, name, "", "")
+
+
+def function_call(value: Any, name: str) -> Wanted:
+    """``function_call``, the older name of OpenAI's ``tool_choice``. Raises RequestError (400)."""
+    if isinstance(value, dict):
+        return Wanted("named", text(value.get("name"), f"{name}.name"))
+    if value not in ("none", "auto"):
+        bad(f"{name}: {show(value)} is not one of none, auto, or an object", name)
+    return Wanted(value)
 
 
 def custom_choice(value: Any, name: str) -> Wanted:
@@ -176,7 +191,7 @@ def _plain(turns: Turns) -> Turns:
     out: Turns = []
     answers = False  # the last turn is of results
     for turn in turns:
-        if turn["role"] in ("tool", "function"):
+        if turn["role"] == "tool":
             text = f"<tool_response>\n{turn['content']}\n</tool_response>"
             if answers:
                 out[-1]["content"] += "\n" + text

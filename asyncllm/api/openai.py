@@ -14,7 +14,7 @@ from asyncllm.api.dialog import dialog, refuse_calls
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import Body, Field, Refused, bad, typed
 from asyncllm.api.generation import Generation, Prompt, Served, temperature
-from asyncllm.api.offers import Turns
+from asyncllm.api.offers import Offer, Turns, Wanted
 from asyncllm.api.parts import Parting
 from asyncllm.core.request import SamplingParams
 
@@ -122,6 +122,10 @@ CHAT: Final = (
       "there are tools"),
     F(name="parallel_tool_calls", kind="boolean", default=True,
       doc="false: the first call is the only one in the answer"),
+    F(name="functions", kind="array", parse=offers.functions,
+      doc="the older name of tools: {name, description, parameters}; calls come as function_call"),
+    F(name="function_call", kind="any", parse=offers.function_call,
+      doc="none, auto or {name}; default: auto if there are functions"),
     F(name="separate_reasoning", kind="boolean", default=True,
       doc="false: reasoning goes into the content (extension)"),
     F(name="stream_reasoning", kind="boolean", default=True,
@@ -147,8 +151,6 @@ COMPLETION_UNAVAILABLE: Final = (*UNAVAILABLE, Refused(name="suffix", neutral=("
 
 CHAT_UNAVAILABLE: Final = (
     *UNAVAILABLE,
-    Refused(name="functions", neutral=([],), doc="calling functions"),
-    Refused(name="function_call", neutral=("none",), doc="calling functions"),
     Refused(name="audio", doc="audio"),
     Refused(name="modalities", neutral=(["text"], []), doc="output other than text"),
     Refused(name="prediction", doc="predicted output"),
@@ -197,7 +199,7 @@ def chat(body: Body, served: Served) -> Generation:
     made = dialog(
         values["messages"],
         served.dialect,
-        offered=offers.offer(values["tools"], values["tool_choice"], values["parallel_tool_calls"]),
+        offered=_offered(values),
         form=grammar.only(values, GRAMMARS),
         thinking=False if values["allowed_token_ids"] else None,  # they hold from the first token on
         effort=values["reasoning_effort"],
@@ -218,7 +220,8 @@ def chat(body: Body, served: Served) -> Generation:
     if most is not None and values["allowed_token_ids"]:
         bad("max_thinking_tokens and allowed_token_ids exclude each other", "max_thinking_tokens")
     params = replace(generation.params, max_thinking_tokens=most)
-    return replace(generation, params=params, parting=made.parting)
+    old = bool(values["functions"])
+    return replace(generation, params=params, parting=made.parting, functions=old)
 
 
 def _read(
@@ -302,6 +305,16 @@ def _ids(value: Any, name: str, served: Served) -> Prompt:
     column = fields.token_ids(value, name)
     served.check_ids((max(value),), name)
     return Prompt(ids=column)
+
+
+def _offered(values: dict[str, Any]) -> Offer:
+    """Tools, or functions as they were called before."""
+    wanted: Wanted | None = values["function_call"]
+    if not values["functions"] and (wanted is None or wanted.mode != "named"):
+        return offers.offer(values["tools"], values["tool_choice"], values["parallel_tool_calls"])
+    if values["tools"] or values["tool_choice"] is not None:
+        bad("functions and tools exclude each other", "functions")
+    return offers.offer(values["functions"], wanted, parallel=False)
 
 
 def _check_end(turns: Turns, opening: bool | None) -> None:

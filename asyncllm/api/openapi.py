@@ -32,7 +32,8 @@ from asyncllm.api.shapes import Schema
 
 _STOP: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": fields.MAX_STOP_CHARS}
 _IDS: Final[Schema] = {"type": "array", "items": shapes.TOKEN, "minItems": 1}
-_STRINGS: Final[Schema] = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_PROMPT: Final[Schema] = {"type": "string", "minLength": 1}
+_PROMPTS: Final[Schema] = {"type": "array", "items": _PROMPT, "minItems": 1}
 _SEQUENCE: Final[Schema] = {**_IDS, "maxItems": lightllm.MAX_SEQUENCE}
 _NATIVE_STOP: Final[Schema] = {"anyOf": [_STOP, _SEQUENCE]}
 
@@ -61,6 +62,10 @@ PARSED: Final[dict[Any, Schema]] = {
     },
     chatparts.messages: _list(shapes.CHAT_MESSAGE, chatparts.MAX_MESSAGES, 1),
     offers.tools: _list(shapes.tool(offers.CHAT), offers.MAX_TOOLS),
+    offers.functions: _list(shapes.tool(offers.OLD), offers.MAX_TOOLS),
+    offers.function_call: {
+        "anyOf": [shapes.one_of("none", "auto"), shapes.made(name=shapes.STRING)]
+    },
     offers.flat_tools: _list(shapes.tool(offers.FLAT), offers.MAX_TOOLS),
     offers.custom_tools: _list(shapes.tool(offers.CUSTOM), offers.MAX_TOOLS),
     offers.choice: shapes.TOOL_CHOICE,
@@ -91,13 +96,13 @@ PARSED: Final[dict[Any, Schema]] = {
 NAMED: Final[dict[str, Schema]] = {
     "prompt": {
         "anyOf": [
-            {"type": "string"},
-            {**_STRINGS, "maxItems": fields.MAX_PROMPTS},
+            _PROMPT,
+            {**_PROMPTS, "maxItems": fields.MAX_PROMPTS},
             _IDS,
             {"type": "array", "items": _IDS, "minItems": 1, "maxItems": fields.MAX_PROMPTS},
         ]
     },
-    "inputs": {"anyOf": [{"type": "string"}, _IDS]},
+    "inputs": {"anyOf": [_PROMPT, _IDS]},
     "stop_sequences": {"anyOf": [_STOP, _list(_NATIVE_STOP, fields.MAX_STOP)]},
 }
 
@@ -184,6 +189,7 @@ def _bodies(tgi_mode: bool) -> dict[str, Schema]:
         "NativeRequest": _native(tgi_mode=tgi_mode),
         "NativeAnyRequest": _native(STREAM, tgi_mode=tgi_mode),
         "TokensRequest": _tokens(),
+        "AbortRequest": of_table(lightllm.ABORT),
     }
 
 
@@ -215,7 +221,7 @@ class Route:
     open: bool = False
 
 
-_TEXT_FAILS: Final = (400, 404, 408, 413, 429, 503)
+_TEXT_FAILS: Final = (400, 404, 408, 413, 429, 499, 503)
 _POST: Final = ("post",)
 _BOTH: Final = ("get", "post")
 
@@ -247,6 +253,10 @@ ROUTES: Final = (
           body="NativeAnyRequest", answer="Native", streams=True, fails=_TEXT_FAILS),
     Route(path="/tokens", tag="LightLLM", summary="Length of a text", methods=_POST,
           body="TokensRequest", answer="NumTokens", fails=(400, 408, 413, 429, 503)),
+    Route(path="/abort_request", tag="LightLLM", summary="End requests early", methods=_POST,
+          body="AbortRequest", answer="Success", fails=(400, 408, 413)),
+    Route(path="/get_server_info", tag="LightLLM", summary="The server's options", methods=_BOTH,
+          answer="ServerInfo"),
     Route(path="/token_load", tag="LightLLM", summary="How full the server is", answer="TokenLoad",
           fails=(503,)),
     Route(path="/get_model_name", tag="LightLLM", summary="The model's name", methods=_BOTH,
@@ -273,6 +283,7 @@ REASONS: Final = {
     408: "The body did not come in time",
     413: "The body is too large",
     429: "Too many requests at once; Retry-After says when to come back",
+    499: "Ended by /abort_request before it began",
     500: "The server failed",
     503: "The server is going down, or a part of it does not answer",
 }
@@ -341,7 +352,16 @@ def _operation(route: Route, method: str, secured: bool) -> dict[str, Any]:
         answers["text/event-stream"] = {"schema": shapes.ref("Event")}
     if route.media:
         answers[route.media] = {"schema": {"type": "string"}}
-    operation["responses"] = {"200": {"description": REASONS[200], "content": answers}}
+    good = {"description": REASONS[200], "content": answers}
+    operation["responses"] = {"200": good}
+    if route.answer == "Response" and route.body:
+        good["links"] = {
+            other: {
+                "operationId": f"{other}_v1_responses__id",
+                "parameters": {"id": "$response.body#/id"},
+            }
+            for other in ("get", "delete")
+        }
     guarded = secured and not route.open
     for status in sorted({*route.fails, 500, *((401,) if guarded else ())}):
         error = "Error" if status == 500 and route.error in {"Health", "Status"} else route.error

@@ -47,7 +47,7 @@ class PartedReply(ChatReply):
                 continue
             if logprobs is not None or self._continuous or isinstance(event, CallStart):
                 text = None if isinstance(event, CallStart) else event.text
-                out += self._event(choice, _delta(event, text), logprobs, None)
+                out += self._event(choice, self._delta(event, text), logprobs, None)
                 logprobs = None
             else:
                 out += sse.escaped(event.text).join(self._around(choice, event))
@@ -59,7 +59,7 @@ class PartedReply(ChatReply):
         """The chunk of an event, cut where its text goes."""
         key = choice.index, type(event), event.index if isinstance(event, Arguments) else 0
         if (ready := self._ready.get(key)) is None:
-            body = {"delta": _delta(event, MARK), "logprobs": None, "finish_reason": None}
+            body = {"delta": self._delta(event, MARK), "logprobs": None, "finish_reason": None}
             ready = self._ready[key] = sse.holes(self._chunk(choice, body), MARK)
         return ready
 
@@ -75,13 +75,23 @@ class PartedReply(ChatReply):
             thoughts = parts.reasoning or None
             message |= {"reasoning": thoughts, "reasoning_content": thoughts}
         if parts.calls:
-            message["tool_calls"] = [_call(call) for call in parts.calls]
+            told = [_call(call) for call in parts.calls]
+            old = self.answer.generation.functions
+            message |= {"function_call": told[0]["function"]} if old else {"tool_calls": told}
         return message
+
+    def _delta(self, event: Event, text: str | None) -> Delta:
+        delta = _delta(event, text)
+        if self.answer.generation.functions and "tool_calls" in delta:
+            return {"function_call": delta["tool_calls"][0]["function"]}
+        return delta
 
     def _reason(self, choice: Choice) -> str | None:
         if choice.reason is None:
             return None
-        return _parts(choice).finish_reason(REASONS[choice.reason])
+        reason = _parts(choice).finish_reason(REASONS[choice.reason])
+        old = reason == "tool_calls" and self.answer.generation.functions
+        return "function_call" if old else reason
 
 
 def _parts(choice: Choice) -> Parts:

@@ -5,6 +5,7 @@ Knows shapes as the protocols have them; which field has which is in :mod:`async
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -127,19 +128,48 @@ CUSTOM_CHOICE: Final[Schema] = {
         _SINGLE,
     ]
 }
-CHAT_MESSAGE: Final[Schema] = {
+_PAST_CALL: Final[Schema] = {
     "type": "object",
     "properties": {
-        "role": {
-            "type": "string",
-            "description": f"one of {', '.join(chatparts.ROLES)}, in any case",
-            "pattern": f"^({'|'.join(map(_any_case, chatparts.ROLES))})$",
-        },
-        "content": {"anyOf": [STRING, _PARTS, {"type": "null"}]},
-        "name": MAYBE_STRING,
-        "tool_call_id": MAYBE_STRING,
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": STRING,
+                "arguments": {"type": ["object", "string"], "description": "JSON"},
+            },
+            "required": ["name"],
+        }
     },
-    "required": ["role"],
+    "required": ["function"],
+}
+
+
+def _chat_message(roles: Sequence[str], content: Schema, needed: tuple[str, ...]) -> Schema:
+    return {
+        "type": "object",
+        "properties": {
+            "role": {
+                "type": "string",
+                "description": f"{' or '.join(roles)}, in any case",
+                "pattern": f"^({'|'.join(map(_any_case, roles))})$",
+            },
+            "content": content,
+            "name": MAYBE_STRING,
+            "tool_call_id": MAYBE_STRING,
+            "tool_calls": {"anyOf": [some(_PAST_CALL), {"type": "null"}]},
+            "reasoning_content": MAYBE_STRING,
+        },
+        "required": ["role", *needed],
+    }
+
+
+_SAID: Final[Schema] = {"anyOf": [STRING, _PARTS]}
+_MAYBE_SAID: Final[Schema] = {"anyOf": [STRING, _PARTS, {"type": "null"}]}
+CHAT_MESSAGE: Final[Schema] = {
+    "anyOf": [
+        _chat_message([r for r in chatparts.ROLES if r != "assistant"], _SAID, ("content",)),
+        _chat_message(["assistant"], _MAYBE_SAID, ()),  # who may have made calls only
+    ]
 }
 _BLOCK: Final[Schema] = made(type=one_of("text"), text=STRING)
 ANTHROPIC_CONTENT: Final[Schema] = {"anyOf": [STRING, some(_BLOCK)]}
@@ -186,19 +216,21 @@ OUTPUT_CONFIG: Final[Schema] = {
         "format": {"anyOf": [OUTPUT_FORMAT, {"type": "null"}]},
     },
 }
-_INPUT_MESSAGE: Final[Schema] = {
-    "type": "object",
-    "properties": {
-        "type": one_of("message"),
-        "role": one_of("user", "assistant", "system", "developer"),
-        "content": {"anyOf": [STRING, _PARTS, {"type": "null"}]},
-    },
-    "required": ["role"],
-}
+
+
+def _input_message(roles: Sequence[str], content: Schema, needed: tuple[str, ...]) -> Schema:
+    return {
+        "type": "object",
+        "properties": {"type": one_of("message"), "role": one_of(*roles), "content": content},
+        "required": ["role", *needed],
+    }
+
+
 _THOUGHTS: Final[Schema] = {"anyOf": [some(made(text=STRING)), {"type": "null"}]}
 INPUT_ITEM: Final[Schema] = {
     "anyOf": [
-        _INPUT_MESSAGE,
+        _input_message(("user", "system", "developer"), _SAID, ("content",)),
+        _input_message(("assistant",), _MAYBE_SAID, ()),
         made(type=one_of("function_call"), call_id=STRING, name=STRING, arguments=STRING),
         made(
             type=one_of("function_call_output"),
@@ -230,7 +262,7 @@ TEXT_OPTIONS: Final[Schema] = {
 
 # -- out ---------------------------------------------------------------------------------------
 
-_REASON: Final = one_of("stop", "length", "tool_calls")
+_REASON: Final = one_of("stop", "length", "tool_calls", "function_call", "abort")
 _USAGE: Final[Schema] = made(
     prompt_tokens=INTEGER,
     completion_tokens=INTEGER,
@@ -295,7 +327,7 @@ _MESSAGE: Final[Schema] = made(
 
 _TGI: Final[Schema] = made(generated_text=STRING, logprobs=some({"type": "object"}))
 _TGI["properties"]["details"] = made(
-    finish_reason=one_of("length", "eos_token", "stop_sequence"),
+    finish_reason=one_of("length", "eos_token", "stop_sequence", "abort"),
     generated_tokens=INTEGER,
     seed={"type": ["integer", "null"]},
     prefill=some({"type": "object"}),
@@ -346,7 +378,7 @@ ANSWERS: Final[dict[str, Schema]] = {
     "Native": made(
         generated_text=some(STRING),
         count_output_tokens=_one_or_more(INTEGER),
-        finish_reason=_one_or_more(one_of("stop", "length")),
+        finish_reason=_one_or_more(one_of("stop", "length", "abort")),
         prompt_tokens=INTEGER,
         logprobs=some(_one_or_more({"type": "object"})),
         input_usage=made(
@@ -359,6 +391,8 @@ ANSWERS: Final[dict[str, Schema]] = {
         closed=True, error=STRING, error_type=one_of("validation", "overloaded", "generation")
     ),
     "NumTokens": made(ntokens=INTEGER),
+    "Success": made(success=one_of(True)),
+    "ServerInfo": made(version=STRING),
     "TokenLoad": made(current_load=NUMBER, logical_max_load=NUMBER, dynamic_max_load=NUMBER),
     "ModelName": made(model_name=STRING),
     "Health": made(message=one_of("Ok", "Error")),

@@ -129,6 +129,11 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
         ({"tool_choice": allowed("auto"), "tools": TOOLS}, "tool_choice.allowed_tools.tools"),
         ({"tool_choice": allowed("auto", "g"), "tools": TOOLS}, "tool_choice"),
         ({"tools": function(strict="yes")}, "tools[0].function.strict"),
+        ({"functions": [{"name": "a b"}]}, "functions[0].name"),
+        ({"functions": [WEATHER], "tools": TOOLS}, "functions"),
+        ({"functions": [WEATHER], "function_call": "required"}, "function_call"),
+        ({"functions": [WEATHER], "function_call": {}}, "function_call.name"),
+        ({"function_call": {"name": "f"}}, "tool_choice"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ],
 )  # fmt: skip
@@ -184,6 +189,29 @@ def test_tools_that_are_not_allowed_are_not_told(mode: str) -> None:
     assert got.parting is not None
     assert [tool.name for tool in got.parting.offered] == ["weather"]
     assert (got.params.grammar is not None) is (mode == "required")
+
+
+@pytest.mark.parametrize("choice", [None, "auto", {"name": "weather"}])
+def test_functions_are_tools(choice: Any) -> None:
+    history = [
+        HI[0],
+        {"role": "assistant", "content": None, "function_call": CALL["function"]},
+        {"role": "function", "name": "weather", "content": "12"},
+    ]
+    got = chat(
+        Dialect(lists_tools=True), functions=[WEATHER], function_call=choice, messages=history
+    )
+    prompt = rendered(got)
+    assert prompt["tools"] == TOOLS
+    (call,) = prompt["messages"][1]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": {"city": "Ü"}}
+    assert prompt["messages"][2] == {"role": "tool", "name": "weather", "content": "12"}
+    assert got.functions
+    assert (got.params.grammar is not None) is isinstance(choice, dict)
+    assert got.parting is not None
+    assert not got.parting.parallel
+    none = chat(Dialect(lists_tools=True), functions=[WEATHER], function_call="none")
+    assert none.parting is None
 
 
 def test_no_effort_is_no_thinking() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
 
-from asyncllm.api import openai, openapi, tables
+from asyncllm.api import openai, openapi, shapes, tables
 from asyncllm.api.fields import Field
 from asyncllm.errors import RequestError
 from tests.api.test_parted_reply import CASES, Case, ending, feed, reply
@@ -51,6 +50,7 @@ def test_every_field_of_every_table_is_there() -> None:
         "native": properties("NativeRequest"),
         "native_parameters": parameters(DOC),
         "tgi_parameters": parameters(TGI),
+        "abort": properties("AbortRequest"),
     }
     for name, table in tables.FIELDS.items():
         for field in table:
@@ -80,12 +80,33 @@ def test_token_ids_end_with_the_vocabulary() -> None:
     assert token == {"type": "integer", "minimum": 0, "maximum": SERVED.vocab_size - 1}
 
 
-def test_roles_in_any_case() -> None:
-    message = openapi.of_field(next(f for f in openai.CHAT if f.name == "messages"))
-    pattern = message["anyOf"][0]["items"]["properties"]["role"]["pattern"]
-    assert re.search(pattern, "User")
-    assert re.search(pattern, "system")
-    assert not re.search(pattern, "users")
+@pytest.mark.parametrize(
+    ("message", "fine"),
+    [
+        ({"role": "User", "content": "a"}, True),
+        ({"role": "system", "content": [{"type": "text", "text": "a"}]}, True),
+        ({"role": "users", "content": "a"}, False),
+        ({"role": "user"}, False),
+        ({"role": "user", "content": None}, False),
+        ({"role": "Assistant"}, True),
+        ({"role": "assistant", "content": None, "reasoning_content": "a"}, True),
+        ({"role": "assistant", "reasoning_content": 0}, False),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, True),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}, False),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 1}}]}, False),
+    ],
+)
+def test_messages_are_described_as_they_are_checked(message: Any, fine: bool) -> None:
+    def right() -> bool:
+        try:
+            openai.chat({"messages": [message]}, SERVED)
+        except RequestError:
+            return False
+        return True
+
+    schema = {**shapes.CHAT_MESSAGE, "components": DOC["components"]}
+    assert jsonschema.Draft202012Validator(schema).is_valid(message) is fine
+    assert right() is fine
 
 
 def test_the_document_is_whole() -> None:

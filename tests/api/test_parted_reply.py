@@ -286,3 +286,19 @@ def test_reasoning_in_one_piece(flows: bool) -> None:
         c["choices"][0]["delta"] for c in events(feed(cut, list("<think>one"), Reason.LENGTH))
     ]
     assert "".join(delta.get("reasoning", "") for delta in deltas) == "one"
+
+
+def test_a_call_of_a_function() -> None:
+    text, asked = f"<tool_call>{CALL}</tool_call>", {"functions": [TOOLS[0]["function"]]}
+    made = reply("", "qwen3", **asked)
+    feed(made, [text], Reason.STOP)
+    (choice,) = json.loads(made.whole())["choices"]
+    assert choice["finish_reason"] == "function_call"
+    call = {"name": "weather", "arguments": ARGS}
+    assert (choice["message"]["function_call"], "tool_calls" in choice["message"]) == (call, False)
+    made = reply("", "qwen3", stream=True, **asked)
+    chunks = [c["choices"][0] for c in events(feed(made, list(text), Reason.STOP))]
+    told = [c["delta"]["function_call"] for c in chunks if "function_call" in c["delta"]]
+    assert told[0] == {"name": "weather", "arguments": ""}
+    assert "".join(each["arguments"] for each in told) == ARGS
+    assert chunks[-1]["finish_reason"] == "function_call"

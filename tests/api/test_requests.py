@@ -238,7 +238,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
     "body",
     [
      {"guided_choice": ["a"]}, {"audio": {"voice": "x"}}, {"modalities": ["text", "audio"]},
-     {"functions": TOOLS}, {"function_call": "auto"}, {"regular_constraint": "a"}, {"best_of": 2},
+     {"regular_constraint": "a"}, {"best_of": 2},
      {"add_special_tokens": True}, {"chat_template": "{{ x }}"}, {"echo": True},
      {"prompt_logprobs": 1}, {"use_beam_search": True}],
 )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from asyncllm.api.parts import Dialect
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import Accepted, Tokenize
-from tests.api.test_offers import TOOLS
+from tests.api.test_offers import SCHEMA, TOOLS
 from tests.api.test_parted_reply import ARGS, CALL, THINK, WEATHER, called, joined
 from tests.e2e.fake_server import Server
 from tests.e2e.test_api import CHAT, HI, live
@@ -136,3 +136,42 @@ async def test_a_turn_with_calls_comes_back_to_the_template(server: Server) -> N
     assert server.model.asked[-2].chat is not None
     roles = [m["role"] for m in json.loads(server.model.asked[-2].chat)["messages"]]
     assert roles == ["system", "user", "assistant", "user"]
+
+
+MESSAGE_TOOLS = [{"name": "weather", "input_schema": SCHEMA}]
+FLAT_TOOLS = [{"type": "function", "name": "weather", "parameters": SCHEMA}]
+
+
+@live()
+async def test_tools_of_a_template_without_them_in_every_protocol(server: Server) -> None:
+    server.front.served = replace(server.front.served, dialect=Dialect())
+    script(server, "", f"ok <tool_call>{CALL}</tool_call>")
+    _, chat = await server.post(CHAT, {"messages": HI, "tools": TOOLS})
+    _, message = await server.post(
+        "/v1/messages", {"messages": HI, "tools": MESSAGE_TOOLS, "max_tokens": 9}
+    )
+    _, response = await server.post("/v1/responses", {"input": "hi", "tools": FLAT_TOOLS})
+    assert called(chat["choices"][0]["message"]["tool_calls"]) == [WEATHER]
+    text, use = message["content"]
+    assert (text["text"], use["name"], use["input"]) == ("ok", "weather", json.loads(ARGS))
+    assert message["stop_reason"] == "tool_use"
+    said, call = response["output"]
+    assert (said["content"][0]["text"], call["name"], call["arguments"]) == ("ok", *WEATHER)
+    assert len(server.model.asked) == 3
+    for asked in server.model.asked:
+        assert asked.chat is not None
+        prompt = json.loads(asked.chat)
+        assert prompt["tools"] is None
+        assert prompt["messages"][0]["role"] == "system"
+        assert '{"name": "weather"' in prompt["messages"][0]["content"]
+        assert asked.shown == ("<tool_call>", "</tool_call>")
+    # the results go back as text too
+    script(server, "", "warm")
+    await server.post("/v1/responses", {
+        "previous_response_id": response["id"],
+        "input": [{"type": "function_call_output", "call_id": call["call_id"], "output": "12"}],
+    })  # fmt: skip
+    turns = json.loads(server.model.asked[-1].chat or b"")["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert turns[1]["content"].startswith("ok\n<tool_call>\n")
+    assert turns[2]["content"] == "<tool_response>\n12\n</tool_response>"
