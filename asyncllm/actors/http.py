@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import HttpVersion11, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from asyncllm.actors.gate import Gate
 from asyncllm.actors.stream import Exchange, Pipe
@@ -65,6 +66,14 @@ STREAM_HEADERS: Final = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+
+
+def _our_fault(record: logging.LogRecord) -> bool:
+    """Keeps aiohttp's log free of tracebacks for what clients send that is no HTTP (a plain 400)."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+logging.getLogger("aiohttp.server").addFilter(_our_fault)
 
 
 class Routes:

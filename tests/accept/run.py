@@ -7,14 +7,12 @@ MODEL_DIR. Exits with COMMAND's code, or with 1 if the server did not survive it
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 from asyncllm.demo import ensure_demo_model
@@ -36,6 +34,7 @@ def main() -> int:
     options, command = rest[:split], rest[split + 1 :]
     port = free_port()
     log = Path(folder) / "server.log"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and so stop the server
     with log.open("wb") as out:
         server = subprocess.Popen(
             [sys.executable, "-m", "asyncllm", "--port", str(port), *options],
@@ -44,15 +43,14 @@ def main() -> int:
         )
     try:
         assert server.stdout is not None
-        if b"ready" not in server.stdout.readline():
+        # asyncllm is ready: http://127.0.0.1:8000 serves NAME
+        root, _, model = server.stdout.readline().decode().rpartition(": ")[2].partition(" serves ")
+        if not model:
             sys.exit(f"the server did not start:\n{log.read_text()}")
-        root = f"http://127.0.0.1:{port}"
-        with urllib.request.urlopen(f"{root}/v1/models") as answer:
-            model = json.load(answer)["data"][0]["id"]
         found = {
             "ROOT_URL": root,
             "BASE_URL": f"{root}/v1",
-            "MODEL": model,
+            "MODEL": model.strip(),
             "MODEL_DIR": str(ensure_demo_model(cache_dir())),
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",

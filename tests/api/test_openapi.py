@@ -115,6 +115,8 @@ def test_the_document_is_whole() -> None:
     assert refs(DOC) <= names
     ids = [o["operationId"] for path in DOC["paths"].values() for o in path.values()]
     assert len(ids) == len(set(ids))
+    links = DOC["paths"]["/v1/responses"]["post"]["responses"]["200"]["links"]
+    assert {link["operationId"] for link in links.values()} <= set(ids)
 
 
 def test_security() -> None:

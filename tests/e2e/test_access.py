@@ -255,10 +255,10 @@ async def test_slow_bodies_are_408(server: Server) -> None:
 
 @pytest.mark.parametrize(
     "head",
-    ["X-Big: " + "x" * 9000, "\r\n".join(f"X-{i}: 1" for i in range(200))],
-    ids=["long", "many"],
+    ["X-Big: " + "x" * 9000, "\r\n".join(f"X-{i}: 1" for i in range(200)), "X: \0"],
+    ids=["long", "many", "no HTTP"],
 )
-def test_headers_are_limited(head: str) -> None:
+def test_bad_headers_are_refused_without_noise(head: str, caplog: pytest.LogCaptureFixture) -> None:
     @live()
     async def test(server: Server) -> None:
         answer = await raw(server, f"GET /health HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n")
@@ -266,3 +266,4 @@ def test_headers_are_limited(head: str) -> None:
         assert await server.get("/health") == (200, {"message": "Ok"})
 
     test()
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
