@@ -137,6 +137,10 @@ PD_MODES = Needs(
 )
 NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1, False)
 CERTIFIED = Needs("--ssl_certfile", lambda c: c.ssl_certfile is not None)
+CACHED = Needs(
+    "the prompt cache, without --disable_dynamic_prompt_cache",
+    lambda c: not c.disable_dynamic_prompt_cache,
+)
 RANKS = Needs("--tp above 1", lambda c: c.tp > 1)
 
 
@@ -287,6 +291,12 @@ class Config:
     disable_dynamic_prompt_cache: bool = flag(
         False, group=MEMORY, help="do not reuse the KV of equal prompt beginnings"
     )
+    diverse_mode: bool = flag(
+        False, group=MEMORY, needs=CACHED,
+        help="compute the prompt of a request with n above 1 once: one choice begins, the others "
+        "follow when its prompt has been launched; without it they begin together and may each "
+        "compute it",
+    )  # fmt: skip
     max_waiting: int = flag(
         1024, group=MEMORY, check=at_least(1),
         help="requests that may wait for a place; more are answered 429",

@@ -57,6 +57,7 @@ class Submit:
     params: tuple[Any, ...]  # max_new_tokens is an int here
     thoughts: str = ""  # where the answer begins: "open", "closed" or "none" (inside reasoning,
     # behind it, neither), "": reasoning is content
+    after: int = -1  # the rid of the first request for this prompt, if this is another
 
 
 @message(4)

@@ -312,6 +312,7 @@ def _scheduler(p: Parts) -> Actor[Any]:
         chunked_prefill_size=resolved.chunked_prefill_size,
         eos_ids=resolved.eos_ids,
         runners=range(p.boot.config.tp),
+        share_prompts=p.boot.config.diverse_mode,
         constrain=constraints.of,
     )
 

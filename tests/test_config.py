@@ -59,6 +59,7 @@ OURS: dict[str, Any] = {
     "max_req_input_len": None,
     "long_truncation_mode": "None",
     "use_tgi_api": False,
+    "diverse_mode": False,
     "output_constraint_mode": "xgrammar",
     "api_key": (),
     "ssl_certfile": None,

@@ -13,7 +13,8 @@ from typing import Any, assert_never
 from asyncllm.actors.base import Actor, Ref
 from asyncllm.codec import ints
 from asyncllm.core.request import Constraint, SamplingParams
-from asyncllm.core.scheduling import Core, Emitted, Step
+from asyncllm.core.scheduling import Core
+from asyncllm.core.steps import Emitted, Step
 from asyncllm.errors import RequestError
 from asyncllm.messages import (
     FRONTEND_SHIFT,
@@ -41,7 +42,8 @@ class Scheduler(Actor[Inbox]):
     """One per group of tp ranks, on the first of them, beside its allocator.
 
     Args:
-        num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom: see ``Core``.
+        num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom,
+            share_prompts: see ``Core``.
         runners: endpoints of the group's runners.
         depth: steps on the device at a time.
         constrain: see ``Constraints.of``; None: nothing is ever constrained.
@@ -58,6 +60,7 @@ class Scheduler(Actor[Inbox]):
         runners: Sequence[int],
         depth: int = 2,
         headroom: int = 8,
+        share_prompts: bool = False,
         constrain: Callable[[SamplingParams, str], Constraint | None] = lambda *_: None,
     ) -> None:
         super().__init__("scheduler")
@@ -68,6 +71,7 @@ class Scheduler(Actor[Inbox]):
             chunked_prefill_size=chunked_prefill_size,
             eos_ids=eos_ids,
             headroom=headroom,
+            share_prompts=share_prompts,
         )
         self._ranks, self._depth, self._constrain = runners, depth, constrain
         self._inflight: deque[Step] = deque()
@@ -123,7 +127,7 @@ class Scheduler(Actor[Inbox]):
             self.core.refuse(msg.rid, len(msg.prompt) // 4, error.message, error.status)
             return
         self._stalled = False
-        self.core.add(msg.rid, ints(msg.prompt), msg.params, constraint)
+        self.core.add(msg.rid, ints(msg.prompt), msg.params, constraint, msg.after)
 
     def _drain(self, timeout_s: float) -> None:
         self._draining = True
@@ -235,7 +239,7 @@ class Scheduler(Actor[Inbox]):
         return SchedulerStats(
             query,
             len(core.running),
-            len(core.waiting),
+            len(core.requests) - len(core.running),
             len(self._inflight),
             core.steps,
             core.preemptions,

@@ -301,7 +301,8 @@ class Tokenizer(Actor[Inbox]):
         for i, rid in enumerate(msg.rids):
             if rid in job.alive:
                 own = replace(params, seed=_wrapped(params.seed + i))
-                self.scheduler.tell(Submit(rid, ids, own.pack(), thoughts))
+                after = -1 if rid == job.alive[0] else job.alive[0]
+                self.scheduler.tell(Submit(rid, ids, own.pack(), thoughts, after))
         left_out = job.sent_len - len(ids) // 4
         self.frontend.tell(Accepted(msg.rids[0], ids, job.head, left_out))
 

@@ -1,12 +1,7 @@
 """What runs in the next step: queue order, budgets, phases, ends and preemption.
 
-Knows requests, lanes and counts of tokens; knows neither slots' contents nor tensors, actors, text.
-
-A request's life on the device is a :class:`Lane`. Its tokens, left to right:
-
-    [0, planned)          computed, or will be by a launched step; ``planned`` advances at planning
-    [planned, known)      the gap that the next steps close: prompt, and what a preempted life made
-    known = prompt + outputs; outputs grow at commit, up to the pipeline's depth behind planned
+Knows requests, lanes and counts of tokens (see :mod:`asyncllm.core.steps`); knows neither slots'
+contents nor tensors, actors, text.
 """
 
 from __future__ import annotations
@@ -14,141 +9,22 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-from asyncllm.core.request import Constraint, Reason, SamplingParams
+from asyncllm.core.request import Constraint, Reason
+from asyncllm.core.steps import (
+    INT,
+    NO_TOKEN,
+    Emitted,
+    Ended,
+    Lane,
+    Proposal,
+    Request,
+    Row,
+    Step,
+    empty_step,
+)
 from asyncllm.errors import RequestError
-
-INT = "i"
-NO_TOKEN = -1  # in a plan: the lane's last sampled token; in a result: none came out
-
-
-@dataclass(slots=True, eq=False)
-class Lane:
-    """One life of a request on the device."""
-
-    number: int
-    fill_len: int  # tokens known when it was opened; up to here rows carry their tokens
-    planned: int = 0
-    inflight: int = 0  # rows of launched steps and of the open reservation
-    opened: bool = False  # the allocator knows it
-    seen: bool = False  # the runners know it
-    over: bool = False  # results no longer count; released when nothing is in flight
-    leaves: array[int] = field(default_factory=lambda: array(INT))  # when over: for the cache
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One request from Submit to Finished. It waits while it has no lane, or one not granted."""
-
-    rid: int
-    prompt: array[int]
-    params: SamplingParams
-    packed: tuple[Any, ...]
-    max_new: int
-    final_len: int  # tokens to compute until the last one comes out (or the prompt is scored)
-    end_ids: frozenset[int]  # tokens that end it
-    outputs: array[int] = field(default_factory=lambda: array(INT))
-    lane: Lane | None = None
-    cached_len: int = -1  # prompt tokens of the first life's prefix hit; -1: none yet
-    scored: int = 0  # prompt tokens whose log-probabilities have been passed on
-    constraint: Constraint | None = None  # has accepted the outputs
-
-    @classmethod
-    def of(
-        cls, rid: int, prompt: array[int], packed: tuple[Any, ...], eos_ids: frozenset[int]
-    ) -> Request:
-        """From the fields of ``Submit``; ``max_new_tokens`` has been resolved to an int."""
-        params = SamplingParams.unpack(packed)
-        max_new = params.max_new_tokens
-        assert max_new is not None, f"request {rid}: max_new_tokens is open"
-        end_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            end_ids |= eos_ids
-        final_len = len(prompt) + max(max_new - 1, 0)
-        return cls(rid, prompt, params, packed, max_new, final_len, end_ids)
-
-    @property
-    def known_len(self) -> int:
-        return len(self.prompt) + len(self.outputs)
-
-    def ahead(self, lane: Lane) -> int:
-        """Tokens before the next one to be planned that are not known yet."""
-        return lane.planned + 1 - self.known_len
-
-    @property
-    def shares(self) -> bool:
-        """May use the prefix cache: computing a hit's tokens again would not be seen."""
-        return self.params.use_cache and self.params.prompt_logprobs < 0
-
-    @property
-    def needs_ids(self) -> bool:
-        """The device needs the known tokens themselves, not only their KV."""
-        p = self.params
-        penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-        return penalties != (1.0, 0.0, 0.0) or p.prompt_logprobs >= 0
-
-
-Row = tuple[Request, Lane, int]  # the third: the count it was proposed with
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """Rows that want slots, most deserving first; columns as in the message ``Reserve``."""
-
-    lanes: array[int]
-    counts: array[int]
-    opened: list[tuple[int, array[int], bool]]
-
-
-@dataclass(slots=True)
-class Step:
-    """A planned step; columns as in the message ``StepPlan``."""
-
-    number: int
-    rows: list[Row]
-    num_decode: int
-    lanes: array[int]
-    starts: array[int]
-    counts: array[int]
-    heads: array[int]
-    slots: array[int]
-    tokens: array[int]
-    samples: bytearray
-    opened: list[tuple[int, int, tuple[Any, ...], bytes]]
-    masked: array[int] = field(default_factory=lambda: array(INT))
-    masks: bytearray = field(default_factory=bytearray)
-
-    def constrain(self, row: int, constraint: Constraint) -> None:
-        """Row ``row`` samples one of the tokens that may come next."""
-        if mask := constraint.mask():
-            self.masked.append(row)
-            self.masks += mask
-
-
-@dataclass(frozen=True, slots=True)
-class Emitted:
-    """What a committed step gave: parallel columns, one entry per token."""
-
-    rids: array[int]  # int64
-    tokens: array[int]
-    ends: bytearray
-    rows: list[int]  # where in the step
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """Fields as in the message ``Finished``."""
-
-    rid: int
-    reason: Reason
-    detail: str
-    code: str
-    status: int
-    prompt_len: int
-    cached_len: int
-    num_tokens: int
 
 
 class Core:
@@ -162,6 +38,8 @@ class Core:
             a step that decodes.
         eos_ids: tokens that end a request unless it ignores them.
         headroom: tokens to leave free for each running request when another one is admitted.
+        share_prompts: of several requests for one prompt the others are held until the first one's
+            prompt has been launched, so that it is computed once.
 
     Attributes:
         ended: ends not told yet. The shell takes and clears it.
@@ -178,12 +56,15 @@ class Core:
         chunked_prefill_size: int,
         eos_ids: Collection[int],
         headroom: int = 8,
+        share_prompts: bool = False,
     ) -> None:
         self.num_lanes, self.num_slots, self.headroom = num_lanes, num_slots, headroom
         self.batch_max_tokens, self.chunk = batch_max_tokens, chunked_prefill_size
         self.eos_ids = frozenset(eos_ids)
         self.requests: dict[int, Request] = {}
         self.waiting: deque[Request] = deque()
+        self.held: dict[int, list[Request]] = {}  # not waiting yet: behind this rid's prompt
+        self.share_prompts = share_prompts
         self.running: dict[int, Request] = {}  # oldest first
         self.ended: list[Ended] = []
         self.released: list[tuple[int, array[int]]] = []
@@ -202,12 +83,21 @@ class Core:
         prompt: array[int],
         packed: tuple[Any, ...],
         constraint: Constraint | None = None,
+        after: int = -1,
     ) -> None:
-        """A new request at the end of the queue; one that can never fit ends at once."""
+        """A new request at the end of the queue; one that can never fit ends at once.
+
+        ``after``: the rid of an earlier request with the same prompt and parameters, if any.
+        """
         req = Request.of(rid, prompt, packed, self.eos_ids)
         req.constraint = constraint
         assert rid not in self.requests, f"request {rid} submitted twice"
+        first = self.requests.get(after) if self.share_prompts and req.shares else None
         self.requests[rid] = req
+        if first is not None and not first.launched:
+            req.after = after
+            self.held.setdefault(after, []).append(req)
+            return
         self.waiting.append(req)
         if not prompt:
             self._end(req, Reason.ERROR, detail="the prompt has no tokens", status=400)
@@ -439,9 +329,19 @@ class Core:
     ) -> None:
         if req.rid in self.running:
             del self.running[req.rid]
-        else:
+        elif req.after < 0:
             self.waiting.remove(req)
+        else:
+            self.held[req.after].remove(req)
         del self.requests[req.rid]
+        if held := self.held.pop(req.rid, None):  # the next one goes first
+            first, *others = held
+            first.after = -1
+            self.waiting.append(first)
+            for other in others:
+                other.after = first.rid
+            if others:
+                self.held[first.rid] = others
         self._leave(req)
         self._changed = True
         num = len(req.outputs) if num_tokens is None else num_tokens
@@ -516,7 +416,7 @@ class Core:
                 (singles if count == 1 else others).append((row, hit, count, row_slots))
         if not singles and not others:
             return None
-        step = _empty_step(self.steps + 1)
+        step = empty_step(self.steps + 1)
         step.num_decode = len(singles)
         for row, hit, count, row_slots in singles + others:
             step.slots.extend(row_slots)
@@ -560,23 +460,11 @@ class Core:
         self.prompt_tokens += count
         if req.shares:
             self.launched.append(lane.number)
+        if req.launched and (held := self.held.pop(req.rid, None)):
+            for other in held:
+                other.after = -1
+            self.waiting.extendleft(reversed(held))  # no proposal is open
         if not lane.seen:
             lane.seen = True
             ids = known.tobytes() if req.needs_ids else b""
             step.opened.append((lane.number, len(req.prompt), req.packed, ids))
-
-
-def _empty_step(number: int) -> Step:
-    return Step(
-        number=number,
-        rows=[],
-        num_decode=0,
-        lanes=array(INT),
-        starts=array(INT),
-        counts=array(INT),
-        heads=array(INT),
-        slots=array(INT),
-        tokens=array(INT),
-        samples=bytearray(),
-        opened=[],
-    )

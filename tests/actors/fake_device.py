@@ -319,6 +319,7 @@ class World:
         use_tree: bool = True,
         encode_local: bool = False,
         vocab: int = 50,
+        share_prompts: bool = False,
     ) -> None:
         self._encode_local = encode_local
         self.boxes: dict[tuple[str, int], Mailbox] = {}
@@ -334,6 +335,7 @@ class World:
             runners=[0],
             depth=depth,
             headroom=headroom,
+            share_prompts=share_prompts,
             constrain=Constraints(
                 vocab, set(eos_ids), lambda kind, text: FakeConstraint(json.loads(text), vocab)
             ).of,
@@ -360,9 +362,9 @@ class World:
     def ref(self, name: str, endpoint: int | None = None) -> Mailbox:
         return self.boxes.setdefault((name, endpoint or 0), Mailbox(self._encode_local))
 
-    def submit(self, rid: int, prompt: list[int], **params: Any) -> None:
+    def submit(self, rid: int, prompt: list[int], after: int = -1, **params: Any) -> None:
         """Mail a request; keywords are SamplingParams'."""
-        msg = Submit(rid, i32(prompt), SamplingParams(**params).pack())
+        msg = Submit(rid, i32(prompt), SamplingParams(**params).pack(), "", after)
         self.submitted[rid] = msg
         self.ref("scheduler").tell(msg)
 

@@ -35,10 +35,12 @@ def live(
                 params["grammar"] = fake_grammar(prompt)
             elif rng.random() < 0.2:
                 params["allowed_token_ids"] = tuple(rng.sample(range(50), 4))
+            first = -1
             for i in range(min(left, rng.choice([1, 1, 1, 3]))):
                 rid = (rng.choice([0, 2]) << 40) + num - left + 1
                 left -= 1
-                world.submit(rid, prompt, **params, seed=i)
+                world.submit(rid, prompt, first, **params, seed=i)
+                first = rid if i == 0 else first
                 if rng.random() < 0.2:
                     world.stop_after[rid] = rng.randint(1, 6)
         elif aborts and rng.random() < 0.03 and world.submitted:
@@ -86,6 +88,7 @@ def test_each_request_ends_once_with_its_tokens(seed: int, depth: int, encode_lo
         depth=depth,
         headroom=rng.choice([0, 0, 8]),
         use_tree=rng.random() < 0.85,
+        share_prompts=rng.random() < 0.5,
         encode_local=encode_local,
     )
     live(world, rng, 40)
@@ -140,6 +143,44 @@ def test_a_list_of_tokens_keeps_the_overlap() -> None:
     world.check_end()
     assert set(world.tokens[1]) <= {4, 499}
     assert len(world.device.plans) <= 9
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_choices_of_one_prompt_compute_it_once(share_prompts: bool) -> None:
+    world = World(num_slots=300, num_lanes=8, share_prompts=share_prompts)
+    prompt = list(range(30))
+    for rid in range(1, 5):
+        world.submit(rid, prompt, -1 if rid == 1 else 1, max_new_tokens=6, seed=rid)
+    world.run()
+    world.check_end()
+    once = len(prompt) + 3  # what follows a hit computes one token of it
+    assert (world.core.prompt_tokens == once) is share_prompts
+    cached = [world.finished[rid].cached_len for rid in range(1, 5)]
+    assert (cached == [0, 29, 29, 29]) is share_prompts
+
+
+@pytest.mark.parametrize("gone", [1, 2, 3])
+def test_held_choices_survive_the_end_of_the_first(gone: int) -> None:
+    world = World(num_slots=300, num_lanes=8, share_prompts=True, chunked_prefill_size=8)
+    for rid in range(1, 4):
+        world.submit(rid, list(range(30)), -1 if rid == 1 else 1, max_new_tokens=3, seed=rid)
+    world.settle("scheduler", "allocator", "runner")
+    assert [len(plan.lanes) // 4 for plan in world.device.plans] == [1, 1], "two chunks of the first"
+    world.tell(Abort(gone), urgent=True)
+    world.run()
+    world.check_end()
+    assert {rid for rid, end in world.finished.items() if end.reason == 2} == {gone}
+    assert world.core.prompt_tokens < 2 * 30
+
+
+def test_choices_without_the_cache_are_not_held() -> None:
+    world = World(num_slots=300, num_lanes=8, share_prompts=True)
+    for rid in range(1, 4):
+        world.submit(rid, [1] * 5, -1 if rid == 1 else 1, max_new_tokens=3, use_cache=False)
+    world.settle("scheduler", "allocator", "runner")
+    assert len(world.device.plans[0].lanes) // 4 == 3
+    world.run()
+    world.check_end()
 
 
 def test_a_grammar_that_cannot_be_had_ends_the_request_before_it_runs() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from asyncllm.core.request import Reason, SamplingParams
-from asyncllm.core.scheduling import Core, Step
+from asyncllm.core.scheduling import Core
+from asyncllm.core.steps import Step
 
 EOS = 2
 

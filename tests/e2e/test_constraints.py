@@ -56,6 +56,16 @@ def thinker(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield running
 
 
+def test_choices_share_the_computation_of_their_prompt(
+    demo_dir: Path, tmp_path: Path, prose: list[int]
+) -> None:
+    body = {"prompt": prose[:600], "n": 4, "max_tokens": 5, "temperature": 1, "seed": 1}
+    with Server(demo_dir, tmp_path / "log", "--diverse_mode", "--data_type", "fp32") as diverse:
+        reply = diverse.post(COMPLETIONS, body)
+        assert diverse.metric("asyncllm_prompt_tokens_total") == 600 + 3
+        assert len({choice["text"] for choice in reply["choices"]}) > 1
+
+
 def ask(server: Server, **more: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": "Why is the sky blue?"}]
     body = {"messages": messages, "temperature": 0, "max_tokens": 60, "logprobs": True, **more}

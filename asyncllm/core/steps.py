@@ -1,0 +1,171 @@
+"""Requests, their lanes and the steps they are rows of: what the scheduler's core keeps.
+
+Plain data and what follows from it; decides nothing.
+
+A request's life on the device is a :class:`Lane`. Its tokens, left to right:
+
+    [0, planned)          computed, or will be by a launched step; ``planned`` advances at planning
+    [planned, known)      the gap that the next steps close: prompt, and what a preempted life made
+    known = prompt + outputs; outputs grow at commit, up to the pipeline's depth behind planned
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncllm.core.request import Constraint, Reason, SamplingParams
+
+INT = "i"
+NO_TOKEN = -1  # in a plan: the lane's last sampled token; in a result: none came out
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One life of a request on the device."""
+
+    number: int
+    fill_len: int  # tokens known when it was opened; up to here rows carry their tokens
+    planned: int = 0
+    inflight: int = 0  # rows of launched steps and of the open reservation
+    opened: bool = False  # the allocator knows it
+    seen: bool = False  # the runners know it
+    over: bool = False  # results no longer count; released when nothing is in flight
+    leaves: array[int] = field(default_factory=lambda: array(INT))  # when over: for the cache
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request from Submit to Finished. It waits while it has no lane, or one not granted."""
+
+    rid: int
+    prompt: array[int]
+    params: SamplingParams
+    packed: tuple[Any, ...]
+    max_new: int
+    final_len: int  # tokens to compute until the last one comes out (or the prompt is scored)
+    end_ids: frozenset[int]  # tokens that end it
+    outputs: array[int] = field(default_factory=lambda: array(INT))
+    lane: Lane | None = None
+    cached_len: int = -1  # prompt tokens of the first life's prefix hit; -1: none yet
+    scored: int = 0  # prompt tokens whose log-probabilities have been passed on
+    constraint: Constraint | None = None  # has accepted the outputs
+    after: int = -1  # the rid it is held behind
+
+    @classmethod
+    def of(
+        cls, rid: int, prompt: array[int], packed: tuple[Any, ...], eos_ids: frozenset[int]
+    ) -> Request:
+        """From the fields of ``Submit``; ``max_new_tokens`` has been resolved to an int."""
+        params = SamplingParams.unpack(packed)
+        max_new = params.max_new_tokens
+        assert max_new is not None, f"request {rid}: max_new_tokens is open"
+        end_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_ids |= eos_ids
+        final_len = len(prompt) + max(max_new - 1, 0)
+        return cls(rid, prompt, params, packed, max_new, final_len, end_ids)
+
+    @property
+    def known_len(self) -> int:
+        return len(self.prompt) + len(self.outputs)
+
+    def ahead(self, lane: Lane) -> int:
+        """Tokens before the next one to be planned that are not known yet."""
+        return lane.planned + 1 - self.known_len
+
+    @property
+    def launched(self) -> bool:
+        """All of the prompt is computed, or will be by a launched step."""
+        return self.lane is not None and self.lane.planned >= len(self.prompt)
+
+    @property
+    def shares(self) -> bool:
+        """May use the prefix cache: computing a hit's tokens again would not be seen."""
+        return self.params.use_cache and self.params.prompt_logprobs < 0
+
+    @property
+    def needs_ids(self) -> bool:
+        """The device needs the known tokens themselves, not only their KV."""
+        p = self.params
+        penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or p.prompt_logprobs >= 0
+
+
+Row = tuple[Request, Lane, int]  # the third: the count it was proposed with
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Rows that want slots, most deserving first; columns as in the message ``Reserve``."""
+
+    lanes: array[int]
+    counts: array[int]
+    opened: list[tuple[int, array[int], bool]]
+
+
+@dataclass(slots=True)
+class Step:
+    """A planned step; columns as in the message ``StepPlan``."""
+
+    number: int
+    rows: list[Row]
+    num_decode: int
+    lanes: array[int]
+    starts: array[int]
+    counts: array[int]
+    heads: array[int]
+    slots: array[int]
+    tokens: array[int]
+    samples: bytearray
+    opened: list[tuple[int, int, tuple[Any, ...], bytes]]
+    masked: array[int] = field(default_factory=lambda: array(INT))
+    masks: bytearray = field(default_factory=bytearray)
+
+    def constrain(self, row: int, constraint: Constraint) -> None:
+        """Row ``row`` samples one of the tokens that may come next."""
+        if mask := constraint.mask():
+            self.masked.append(row)
+            self.masks += mask
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """What a committed step gave: parallel columns, one entry per token."""
+
+    rids: array[int]  # int64
+    tokens: array[int]
+    ends: bytearray
+    rows: list[int]  # where in the step
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Fields as in the message ``Finished``."""
+
+    rid: int
+    reason: Reason
+    detail: str
+    code: str
+    status: int
+    prompt_len: int
+    cached_len: int
+    num_tokens: int
+
+
+def empty_step(number: int) -> Step:
+    """A step without rows."""
+    return Step(
+        number=number,
+        rows=[],
+        num_decode=0,
+        lanes=array(INT),
+        starts=array(INT),
+        counts=array(INT),
+        heads=array(INT),
+        slots=array(INT),
+        tokens=array(INT),
+        samples=bytearray(),
+        opened=[],
+    )
