@@ -28,6 +28,9 @@ from torch import Tensor
 TILE = 4096
 _DEEPEST = 40.0  # exp(-40) of the best: 2**18 such tokens add 1e-12, less than rounding
 _Z = 4.5  # standard errors on each side of the bracket
+# A fused product and sum rounds differently on the two lanes that add up a pair, so that a sum over
+# a row would not be the same number in all of them; loops that end by it would never meet again.
+FUSION = False
 _HUGE = tl.constexpr(1e30)  # stands for +inf, which would make differences NaN
 _FULL = tl.constexpr(0x7F800000)  # bits of an infinite depth: all finite ones are below
 
@@ -512,7 +515,7 @@ def sample(
         logits, temperature, top_k, top_p, min_p, uniform, top, best, sums, mass, counts, bracket,
         used, depths, tokens, out, stride,
         VOCAB=vocab_size, TILE=TILE, TILES=tiles, PAD=pad, ROOM=room, DEEPEST=_DEEPEST,
-        TRUNCATES=truncates, num_warps=16 if truncates else 8,
+        TRUNCATES=truncates, num_warps=16 if truncates else 8, enable_fp_fusion=FUSION,
     )  # fmt: skip
     return out
 

@@ -1,5 +1,7 @@
 """Sampling against a reference that sorts."""
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -252,6 +254,22 @@ def test_large_vocabularies(vocab_size: int, num: int) -> None:
     for begin in range(0, num, 64):
         part = slice(begin, begin + 64)
         assert_within(logits[part], knobs[part], uniform[part], got[part])
+
+
+@pytest.mark.gpu
+def test_every_row_ends() -> None:
+    """A fused product and sum once made two half warps leave a loop at different turns."""
+    num, vocab_size = 252, 128256
+    args = columns([CUTS["top_p 0.9"]] * num, vocab_size)
+    ended, generator = torch.cuda.Event(), torch.Generator(DEVICE).manual_seed(0)
+    for _ in range(200):
+        logits = torch.randn(num, vocab_size, device=DEVICE, generator=generator) * 1.28
+        uniform = torch.rand(num, device=DEVICE, generator=generator).clamp(1e-6, 1 - 1e-6)
+        sample(logits.bfloat16(), *args, uniform, greedy=False, truncates=True)
+    ended.record()
+    deadline = time.monotonic() + 60
+    while not ended.query():
+        assert time.monotonic() < deadline, "sampling hangs"
 
 
 @pytest.mark.gpu
