@@ -7,9 +7,7 @@ ids and their bytes; knows neither text formats nor tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import cast
 
-from asyncllm.core.calls import Calls, Form
 from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.thinking import Rules, Thinking
 from asyncllm.core.vocabulary import bits
@@ -29,7 +27,6 @@ class Constraints:
         eos_ids: tokens that end an output.
         grammar: a fresh constraint of a grammar (kind, text); raises RequestError.
         thinking: how the model writes reasoning; None: it does not.
-        piece: the bytes of a token, for calls.
     """
 
     def __init__(
@@ -38,10 +35,9 @@ class Constraints:
         eos_ids: Collection[int],
         grammar: Callable[[str, str], Constraint] = unconstrained,
         thinking: Rules | None = None,
-        piece: Callable[[int], bytes] = lambda _: b"",
     ) -> None:
         self._vocab_size, self._eos_ids, self._grammar = vocab_size, eos_ids, grammar
-        self._thinking, self._piece = thinking, piece
+        self._thinking = thinking
 
     def of(self, params: SamplingParams, thoughts: str = "") -> Constraint | None:
         """A fresh constraint; None: any token may come. Raises RequestError.
@@ -50,24 +46,14 @@ class Constraints:
             thoughts: see ``Submit``.
         """
         grammar = None if params.grammar is None else self._grammar(*params.grammar)
-        calls = params.grammar is not None and params.grammar[0] == "calls"
-        limit, thinking = params.max_thinking_tokens, None
+        limit = params.max_thinking_tokens
         if (
             self._thinking is not None
             and thoughts in ("open", "none")
             and (grammar or limit is not None)
         ):
-            thinking = Thinking(
-                self._thinking,
-                opened=thoughts == "open",
-                limit=limit,
-                answer=None if calls else grammar,
-            )
-        if params.grammar is not None and calls:
-            mark = params.grammar[1].partition("\n")[0].encode()
-            return Calls(mark, cast(Form, grammar), self._piece, self._vocab_size, thinking)
-        if thinking is not None:
-            return thinking
+            opened = thoughts == "open"
+            return Thinking(self._thinking, opened=opened, limit=limit, answer=grammar)
         if grammar is not None:
             return grammar
         if params.allowed_token_ids:
