@@ -67,6 +67,13 @@ class Abort:
     rid: int
 
 
+@message(9)
+class Cancel:
+    """frontend -> every frontend: end requests early, each with what it has made so far."""
+
+    request_id: str  # the client's X-Request-Id or the answer's id; "": all requests
+
+
 @message(5)
 class Follow:
     """tokenizer -> detokenizer (same process), before Submit: how to turn this request's ids to text."""

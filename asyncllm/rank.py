@@ -23,7 +23,7 @@ from typing import Any, NoReturn, cast
 import torch
 import uvloop
 
-from asyncllm import log
+from asyncllm import __version__, log
 from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.base import Actor
 from asyncllm.actors.detokenizer import Detokenizer
@@ -372,8 +372,18 @@ def _frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
         access=Access(
             keys=config.api_key, origins=config.cors_allow_origins, tls=tls_context(config)
         ),
+        info=_info(p),
+        peers=(0, *range(config.tp, config.tp + num_frontends - 1)),
         on_open=on_open,
     )
+
+
+def _info(p: Parts) -> dict[str, Any]:
+    """All options but the secret ones, as they were resolved."""
+    config, resolved = p.boot.config, p.boot.resolved
+    values = {name: getattr(config, name) for name in FLAGS if not FLAGS[name].secret}
+    values |= {name: getattr(resolved, name) for name in values if hasattr(resolved, name)}
+    return values | {"max_total_token_num": resolved.num_slots, "version": __version__}
 
 
 # Names in order of start; they stop in reverse, so that the frontend's last answers still find

@@ -12,7 +12,7 @@ import math
 import secrets
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from socket import socket
 from time import monotonic, perf_counter, time
@@ -26,7 +26,7 @@ from asyncllm.actors.http import Routes
 from asyncllm.actors.stream import Exchange, Pipe, resolve
 from asyncllm.api import sse
 from asyncllm.api.answer import REASONS, Answer, Choice, Reply, Vocab
-from asyncllm.api.errors import NotServing, from_status
+from asyncllm.api.errors import Cancelled, NotServing, from_status
 from asyncllm.api.fields import MAX_SEED, bad
 from asyncllm.api.generation import Generation, Served
 from asyncllm.core.request import Reason
@@ -35,6 +35,7 @@ from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
     Accepted,
+    Cancel,
     Count,
     Counted,
     Delta,
@@ -50,7 +51,7 @@ from asyncllm.messages import Served as ServedOne
 
 log = logging.getLogger(__name__)
 
-Inbox = Accepted | Delta | Finished | Counted | Scraped | Started | Drain
+Inbox = Accepted | Delta | Finished | Counted | Scraped | Started | Drain | Cancel
 
 LOOK_EVERY = 4  # streams written between two looks at the clock
 
@@ -89,6 +90,8 @@ class Frontend(Actor[Inbox]):
         sockets: bound sockets; they are listened to when ``Started`` arrives.
         limits: see :class:`Limits`.
         access: see :class:`Access`.
+        info: the server's options, as /get_server_info tells them.
+        peers: endpoints of all frontends.
         on_open: called once the sockets are served, so that a ready line is true when it is read.
     """
 
@@ -103,11 +106,14 @@ class Frontend(Actor[Inbox]):
         sockets: Sequence[socket],
         limits: Limits | None = None,
         access: Access | None = None,
+        info: Mapping[str, Any] | None = None,
+        peers: Sequence[int] = (0,),
         on_open: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("frontend")
         self.served, self.limits = served, limits or Limits()
         self.access = access or Access()
+        self.info, self._peers = info or {}, peers
         self.serving = self.draining = False
         self._vocab, self._sockets, self._on_open = vocab, sockets, on_open
         self._counter = 0
@@ -141,6 +147,8 @@ class Frontend(Actor[Inbox]):
                     self._answered(msg.query, msg)
                 case Started():
                     self.spawn(self._serve())
+                case Cancel():
+                    self._cancel(msg.request_id)
                 case Drain():
                     self.draining = True
                     self._say_drained()
@@ -169,12 +177,17 @@ class Frontend(Actor[Inbox]):
     # -- called by the routes ----------------------------------------------------------------
 
     def submit(
-        self, generation: Generation, name: str, reply: Callable[[Answer], Reply]
+        self,
+        generation: Generation,
+        name: str,
+        reply: Callable[[Answer], Reply],
+        request_id: str,
     ) -> Exchange:
         """Admit a request and send its prompts to the tokenizer.
 
         Args:
             name: the answer's id.
+            request_id: the client's, or the one made for it.
 
         Raises:
             ServerBusy: 429, too much is going on. NotServing: 503, the server drains.
@@ -195,7 +208,7 @@ class Frontend(Actor[Inbox]):
             choices=choices,
             prompts=[array("i") for _ in generation.prompts],
         )
-        exchange = Exchange(answer, reply(answer), self.system.loop)
+        exchange = Exchange(answer, reply(answer), request_id, self.system.loop)
         self._exchanges.add(exchange)
         try:
             for i in range(num_prompts):
@@ -273,6 +286,11 @@ class Frontend(Actor[Inbox]):
         if counted.num_tokens < 0:
             raise NotServing("the tokenizer could not count this text in time")
         return counted.num_tokens
+
+    def cancel(self, request_id: str) -> None:
+        """End requests on every frontend by the client's id or the answer's; "": all of them."""
+        for endpoint in self._peers:
+            self.system.ref("frontend", endpoint).tell(Cancel(request_id))
 
     async def scrape(self) -> Scraped:
         """State of the whole server. Raises NotServing (503) when it does not come in time."""
@@ -357,8 +375,11 @@ class Frontend(Actor[Inbox]):
         if reason is Reason.ERROR:
             self._fail(exchange, from_status(msg.status, msg.detail, msg.code))
             return
-        if reason is Reason.ABORT:
-            self._fail(exchange, NotServing("the server ended this request", code="aborted"))
+        if reason is Reason.ABORT and (exchange.unaccepted or not exchange.cancelled):
+            error: RequestError = NotServing("the server ended this request", code="aborted")
+            if exchange.cancelled:
+                error = Cancelled("the request was aborted before it began")
+            self._fail(exchange, error)
             return
         del self._by_rid[msg.rid], exchange.live[msg.rid]
         choice.end(reason, msg.cached_len, msg.stop)
@@ -368,6 +389,13 @@ class Frontend(Actor[Inbox]):
             if exchange.streams:
                 self._render(exchange, exchange.reply.closing())
             exchange.end()
+
+    def _cancel(self, request_id: str) -> None:
+        """Their ends come like any other, with the reason ABORT."""
+        for exchange in self._exchanges:
+            if request_id in ("", exchange.request_id, exchange.answer.id):
+                exchange.cancelled = True
+                self._tell_abort(exchange)
 
     def _fail(self, exchange: Exchange, error: RequestError) -> None:
         """End a request with an error: plain before the headers, an event after them."""
@@ -383,10 +411,14 @@ class Frontend(Actor[Inbox]):
         """End every choice that still lives."""
         for rid in exchange.live:
             del self._by_rid[rid]
-            if not self.system.over:
-                self._scheduler.tell(Abort(rid), urgent=True)
-                self._tokenizer.tell(Abort(rid), urgent=True)
+        if not self.system.over:
+            self._tell_abort(exchange)
         exchange.live.clear()
+
+    def _tell_abort(self, exchange: Exchange) -> None:
+        for rid in exchange.live:
+            self._scheduler.tell(Abort(rid), urgent=True)
+            self._tokenizer.tell(Abort(rid), urgent=True)
 
     def _forget(self, exchange: Exchange) -> None:
         self._abort(exchange)

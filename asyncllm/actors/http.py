@@ -103,6 +103,7 @@ class Routes:
         for path, handler in {
             "/tokens": self._tokens,
             "/get_model_name": self._model_name,
+            "/get_server_info": self._server_info,
             "/liveness": self._liveness,
             "/readiness": self._readiness,
         }.items():
@@ -120,6 +121,7 @@ class Routes:
             "/v1/models/{name:.+}": self._model,
         }.items():
             add.add_get(path, handler)
+        add.add_post("/abort_request", self._abort_request)
         add.add_get("/v1/responses/{id}", self._response)
         add.add_delete("/v1/responses/{id}", self._delete_response)
         return web.AppRunner(
@@ -191,7 +193,8 @@ class Routes:
         front, exchange, status = self._front, None, CLIENT_GONE
         try:
             generation = parse(await self._body(request))
-            exchange = front.submit(generation, prefix + secrets.token_hex(12), reply)
+            name = prefix + secrets.token_hex(12)
+            exchange = front.submit(generation, name, reply, request[REQUEST_ID])
             await exchange.accepted
             if exchange.error is None and exchange.streams:
                 response = await self._stream(request, exchange)
@@ -259,6 +262,13 @@ class Routes:
     async def _model_name(self, request: web.Request) -> web.StreamResponse:
         served = self._front.served
         return _json(sse.body({"model_name": served.model_name or served.name}))
+
+    async def _server_info(self, request: web.Request) -> web.StreamResponse:
+        return _json(sse.body(self._front.info))
+
+    async def _abort_request(self, request: web.Request) -> web.StreamResponse:
+        self._front.cancel(lightllm.abort(await self._body(request)))
+        return _json(b'{"success":true}')
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         return _json(models(self._front.served))

@@ -55,6 +55,8 @@ class Exchange:
         live: rids that have not ended.
         pending: event bytes that are not written yet.
         queued: in the frontend's list of streams to write.
+        request_id: X-Request-Id.
+        cancelled: asked to end early.
         committed: headers of a stream are out or about to be: errors become events.
         ended: nothing more will be rendered.
         written_at: when the stream was last written to.
@@ -65,6 +67,7 @@ class Exchange:
         "accepted",
         "answer",
         "begun_at",
+        "cancelled",
         "committed",
         "done",
         "ended",
@@ -76,13 +79,16 @@ class Exchange:
         "pipe",
         "queued",
         "reply",
+        "request_id",
         "unaccepted",
         "watch",
         "written_at",
     )
 
-    def __init__(self, answer: Answer, reply: Reply, loop: asyncio.AbstractEventLoop) -> None:
-        self.answer, self.reply = answer, reply
+    def __init__(
+        self, answer: Answer, reply: Reply, request_id: str, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.answer, self.reply, self.request_id = answer, reply, request_id
         self.accepted: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.error: RequestError | None = None
@@ -90,7 +96,7 @@ class Exchange:
         self.unaccepted: set[int] = set()  # first rid of each prompt
         self.pending: list[bytes] = []
         self.pipe: Pipe | None = None
-        self.committed = self.ended = self.queued = False
+        self.committed = self.ended = self.queued = self.cancelled = False
         self.begun_at = monotonic()
         self.written_at = 0.0
         self.watch: asyncio.TimerHandle | None = None

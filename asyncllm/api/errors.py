@@ -40,6 +40,13 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
 
 
+class Cancelled(RequestError):
+    """Somebody asked for this request's end; not a status that clients try again after."""
+
+    status = 499
+    code = "aborted"
+
+
 class ServerFault(RequestError):
     """The server failed this request; the client did nothing wrong."""
 

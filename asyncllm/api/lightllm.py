@@ -86,6 +86,12 @@ PARAMETERS: Final = (
     F(name="return_details", kind="boolean", default=False, doc="each token in the answer"),
 )  # fmt: skip
 
+ABORT: Final = (
+    F(name="request_id", kind="string",
+      doc="the X-Request-Id that the request came with, or the id of its answer"),
+    F(name="abort_all", kind="boolean", default=False, doc="every request of the server instead"),
+)  # fmt: skip
+
 TOKENS_PARAMETERS: Final = tuple(f for f in PARAMETERS if f.name == "add_special_tokens")
 
 GRAMMARS: Final = ("regular_constraint", "guided_grammar", "guided_json")
@@ -175,6 +181,16 @@ def stream_flag(body: Body) -> bool:
     """``stream`` of a body for POST /. Raises RequestError unless it is a boolean."""
     flag = Field(name="stream", kind="boolean", default=False, doc="as /generate_stream")
     return bool(flag.read(body))
+
+
+def abort(body: Body) -> str:
+    """The id in an /abort_request body; "": all requests. Raises RequestError if there is none."""
+    values = fields.read(ABORT, body)
+    if values["abort_all"]:
+        return ""
+    if not values["request_id"]:
+        bad("request_id is missing, and abort_all is not true", "request_id")
+    return str(values["request_id"])
 
 
 def tokens(body: Body) -> tuple[str, bool]:

@@ -23,6 +23,7 @@ FIELDS: Final[dict[str, Sequence[Field]]] = {
     "native": lightllm.BODY,
     "native_parameters": lightllm.PARAMETERS,
     "tgi_parameters": tgi.OWN,
+    "abort": lightllm.ABORT,
 }
 REFUSED: Final[dict[str, Sequence[Refused]]] = {
     "completion_refused": openai.COMPLETION_UNAVAILABLE,

@@ -9,7 +9,7 @@ import math
 from typing import Any, Final
 
 from asyncllm.api import sse
-from asyncllm.api.answer import Answer, Choice, finite
+from asyncllm.api.answer import REASONS, Answer, Choice, finite
 from asyncllm.api.lightllm_reply import HEAD, NO_TOKEN, NativeReply
 from asyncllm.api.tgi import Asked
 from asyncllm.core.request import Reason
@@ -130,8 +130,8 @@ class TgiReply(NativeReply):
         return (params.seed + choice.index) % 2**64 if params.temperature > 0 else None
 
     def _reason(self, choice: Choice) -> str:
-        if choice.reason is Reason.LENGTH:
-            return "length"
+        if choice.reason in (Reason.LENGTH, Reason.ABORT):
+            return REASONS[choice.reason]
         params, ids = self.answer.generation.params, choice.tokens.ids
         sequences = (*((token,) for token in params.stop_token_ids), *params.stop_sequences)
         if choice.stop or any(tuple(ids[-len(s) :]) == s for s in sequences):

@@ -266,7 +266,12 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    *, start: bool = True, access: Access | None = None, tgi: bool = False, **limits: Any
+    *,
+    start: bool = True,
+    access: Access | None = None,
+    tgi: bool = False,
+    info: dict[str, Any] | None = None,
+    **limits: Any,
 ) -> AsyncIterator[Server]:
     """A server on a free port; ``start`` False leaves its doors closed."""
     system = ActorSystem(encode_local=True)
@@ -278,6 +283,7 @@ async def serving(
         sockets=[sock],
         limits=Limits(**limits),
         access=access,
+        info=info,
         on_open=lambda: server.opened.set(),
     )
     ref = system.add(front)

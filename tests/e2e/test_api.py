@@ -240,6 +240,70 @@ async def test_native(server: Server) -> None:
 
 
 @live()
+async def test_a_request_is_aborted_by_its_id(server: Server) -> None:
+    model, body = server.model, {"inputs": "hi", "parameters": {"n": 2}}
+    model.holds = True
+    post = functools.partial(server.post, "/generate", body)
+    mine, other = [
+        server.system.loop.create_task(post(headers={"X-Request-Id": name})) for name in "ab"
+    ]
+    await model.until(lambda: len(model.asked) == 2)
+    for asked in model.asked:
+        model.accept(asked)
+        model.delta(asked.rids[0], [97], SamplingParams.unpack(asked.params))
+    (first, second), _ = (asked.rids for asked in model.asked)
+    assert await server.post("/abort_request", {"request_id": "nobody"}) == (200, {"success": True})
+    assert await server.post("/abort_request", {"request_id": "a"}) == (200, {"success": True})
+    await model.until(lambda: len(model.aborted) == 2)
+    assert model.aborted == server.scheduler.aborted == [first, second]
+    for rid in (first, second):
+        model.finish(rid, 2, 0, Reason.ABORT)
+    status, whole = await mine
+    assert (status, whole["generated_text"], whole["finish_reason"]) == (
+        200,
+        ["a", ""],
+        ["abort"] * 2,
+    )
+    assert not other.done()
+    for rid in model.asked[1].rids:
+        model.finish(rid, 2, 1)
+    assert (await other)[1]["finish_reason"] == ["length"] * 2
+
+
+@live()
+async def test_all_requests_are_aborted_wherever_they_are(server: Server) -> None:
+    model = server.model
+    model.holds = True
+    started, waiting = [
+        server.system.loop.create_task(server.post(COMPLETIONS, {"prompt": text})) for text in "xy"
+    ]
+    await model.until(lambda: len(model.asked) == 2)
+    model.accept(model.asked[0])
+    await server.post("/abort_request", {"abort_all": True})
+    await model.until(lambda: len(model.aborted) == 2)
+    for rid in model.aborted:
+        model.finish(rid, 1, 0, Reason.ABORT)
+    status, whole = await started
+    assert (status, whole["choices"][0]["finish_reason"]) == (200, "abort")
+    status, told = await waiting
+    assert (status, told["error"]["code"]) == (499, "aborted")
+    assert "before it began" in told["error"]["message"]
+
+
+@live()
+async def test_an_abort_needs_an_id(server: Server) -> None:
+    for body in ({}, {"request_id": ""}, {"request_id": 5}, {"abort_all": "yes"}):
+        status, told = await server.post("/abort_request", body)
+        assert (status, told["error"]["param"] in ("request_id", "abort_all")) == (400, True)
+
+
+@live(info={"tp": 1, "version": "9"})
+async def test_server_info(server: Server) -> None:
+    assert await server.get("/get_server_info") == (200, {"tp": 1, "version": "9"})
+    assert await server.post("/get_server_info", {}) == (200, {"tp": 1, "version": "9"})
+
+
+@live()
 async def test_seeds_are_drawn_unless_given(server: Server) -> None:
     for seed in (None, None, 5):
         await server.post(COMPLETIONS, {"prompt": "x", "seed": seed})

@@ -125,6 +125,18 @@ def test_stop_string_across_tokens_is_cut(server: Server, prose: list[int]) -> N
     assert reply["text"] == free[: free.index(stop)]
 
 
+def test_stop_sequence_of_ids_is_cut(server: Server, prose: list[int]) -> None:
+    free = server.tokens(prose[:200], 24, ignore_eos=True)
+    stop = free[9:13]
+    at = next(i for i in range(len(free)) if free[i : i + 4] == stop)
+    parameters = {"max_new_tokens": 24, "ignore_eos": True, "return_details": True}
+    body = {"inputs": prose[:200], "parameters": parameters | {"stop_sequences": [stop]}}
+    reply = server.post("/generate", body)
+    assert [token["id"] for token in reply["tokens"]] == free[: at + 4]
+    assert reply["generated_text"] == ["".join(t["text"] for t in reply["tokens"][:at])]
+    assert (reply["finish_reason"], reply["count_output_tokens"]) == ("stop", at + 4)
+
+
 def test_seed_repeats_and_choices_differ(server: Server) -> None:
     body = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 1.0, "seed": 5, "n": 3}
     first, again = (server.post("/v1/completions", body) for _ in range(2))

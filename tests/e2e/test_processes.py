@@ -100,6 +100,29 @@ def test_a_rank_that_waits_for_a_hung_leader_ends_itself(
         assert server.text().count("in flight: step ") >= 1
 
 
+@contextmanager
+def running(server: Server, count: int) -> Iterator[list[http.client.HTTPResponse]]:
+    """Streams that have begun and would take long, with the ids r0, r1, ..."""
+    connections = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(count)]
+    body = json.dumps({"inputs": "Hi", "parameters": {"max_new_tokens": 600, "ignore_eos": True}})
+    try:
+        streams = []
+        for i, connection in enumerate(connections):
+            connection.request("POST", "/generate_stream", body, {"X-Request-Id": f"r{i}"})
+            streams.append(connection.getresponse())
+            assert streams[-1].readline().startswith(b"data:")
+        yield streams
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def ending(stream: http.client.HTTPResponse) -> str:
+    """Why a stream ended, from its last event."""
+    event = stream.read().split(b"\n\n")[-2].strip()
+    return str(json.loads(event.removeprefix(b"data:"))["finish_reason"])
+
+
 def test_http_workers_share_port_and_state(demo_dir: Path, tmp_path: Path) -> None:
     with Server(demo_dir, tmp_path / "log", *SMALL, "--httpserver_workers", "3") as server:
         workers = set()
@@ -108,10 +131,15 @@ def test_http_workers_share_port_and_state(demo_dir: Path, tmp_path: Path) -> No
             assert reply["usage"]["completion_tokens"] == 2
         served = server.metric('asyncllm_http_requests_total{route="/v1/completions",status="200"}')
         assert served == 20
+        with running(server, 6) as streams:  # on any of the processes, as is the abort
+            server.post("/abort_request", {"request_id": "r0"})
+            assert ending(streams[0]) == "abort"
+            server.post("/abort_request", {"abort_all": True})
+            assert [ending(stream) for stream in streams[1:]] == ["abort"] * 5
+        assert wait_until(lambda: server.metric("asyncllm_kv_slots_used") == 0, 10)
         for pid in server.children():
             workers.add(pid)
         assert len(workers) == 2
-        assert server.metric("asyncllm_kv_slots_used") == 0
         assert server.stop() == 0, server.text()
         assert not any(map(alive, workers))
 
