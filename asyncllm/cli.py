@@ -58,6 +58,8 @@ REASONS = {
     "is room for one on the device",
     "use_dynamic_prompt_cache": "the prompt cache is on unless --disable_dynamic_prompt_cache",
     "enable_prefill_decode_mixed": "steps always mix prefill and decode",
+    "enable_prompt_logprobs": "a request asks with prompt_logprobs, no option is needed",
+    "return_all_prompt_logprobs": "a request asks with prompt_logprobs",
     "hypercorn_config": "HTTP is served by aiohttp",
     "disable_shm_warning": "no shared memory is used",
     "visual_rpyc_port": "no rpyc is used",

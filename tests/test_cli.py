@@ -10,7 +10,7 @@ import pytest
 
 from asyncllm import __version__, cli, config
 from asyncllm.cli import ALIASES, FOREIGN, REASONS, main, markdown, parse
-from asyncllm.config import FLAGS, Config
+from asyncllm.config import ANY, FLAGS, Config
 from asyncllm.errors import StartupError
 
 ROOT = Path(__file__).parents[1]
@@ -276,3 +276,14 @@ def test_command_line_loads_neither_torch_nor_the_server() -> None:
 
 def test_the_page_is_written_to_stdout_by_the_module() -> None:
     assert run("-W", "error", "-m", "asyncllm.cli").stdout == markdown()
+
+
+def test_options_that_compatibility_promises_work() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    promised, _, _ = page.partition("**Options.**")[2].partition("Known, but not available yet")
+    names = re.findall(r"`--(\w+)`", promised)
+    assert len(names) > 25
+    for name in names:
+        option = FLAGS[name]
+        assert ANY not in option.unavailable
+        assert option.needs is None or option.needs.available
