@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from asyncllm.api import fields
-from asyncllm.api.fields import bad, show, typed
+from asyncllm.api.fields import Field, Refused, bad, show, typed
 
 MAX_CHARS: Final = 65_536
+MAX_CHOICES: Final = 1024
 
 Grammar = tuple[str, str]  # kind, text: see SamplingParams.grammar
 
@@ -47,6 +48,28 @@ def ebnf(value: str, name: str) -> Grammar | None:
     return ("ebnf", _limited(value, name)) if value else None
 
 
+def choice(value: Any, name: str) -> Grammar | None:
+    """A list of strings, one of which is the output; an empty list is none."""
+    typed(value, list, name, "an array of strings")
+    if len(value) > MAX_CHOICES:
+        bad(f"{name}: {len(value)} choices, at most {MAX_CHOICES}", name)
+    for i, item in enumerate(value):
+        if not fields.text(item, f"{name}[{i}]") or "\0" in item:
+            bad(f"{name}[{i}]: an output cannot be empty or hold NUL", name)
+    # JSON's escapes are EBNF's too; of characters beyond 16 bits it writes two, which EBNF does not
+    texts = " | ".join(json.dumps(item, ensure_ascii=False) for item in value)
+    return ebnf(f"root ::= {texts}", name) if value else None
+
+
+def structured(value: Mapping[str, Any], name: str) -> Grammar | None:
+    """vLLM's ``structured_outputs``: one of its keys gives the output's form."""
+    at = f"{name}."
+    fields.refuse(_STRUCTURED_UNAVAILABLE, value, at)
+    found = fields.read(STRUCTURED, value, at)
+    found["json_object"] = ("json", "") if found["json_object"] else None
+    return only(found, tuple(found), at)
+
+
 def response_format(value: Mapping[str, Any], name: str) -> Grammar | None:
     """OpenAI's: {"type": "text" | "json_object" | "json_schema", "json_schema": {"schema": ...}}."""
     match kind := value.get("type"):
@@ -76,6 +99,20 @@ def without_tokens(form: Grammar | None, allowed: Sequence[int], name: str) -> N
     """Raises RequestError where a grammar and a list of allowed tokens would both restrict."""
     if form is not None and allowed:
         bad(f"{name} and a grammar exclude each other (a forced call is one too)", name)
+
+
+STRUCTURED: Final = (
+    Field(name="json", kind="any", parse=schema, doc="a JSON schema"),
+    Field(name="json_object", kind="boolean", doc="any JSON object"),
+    Field(name="regex", kind="string", parse=regex, doc="a regular expression"),
+    Field(name="choice", kind="array", parse=choice, doc="a list of strings"),
+    Field(name="grammar", kind="string", parse=ebnf, doc="rules in EBNF"),
+)
+_STRUCTURED_UNAVAILABLE: Final = (
+    Refused(name="structural_tag", doc="a structural tag"),
+    Refused(name="whitespace_pattern", doc="a pattern for white space"),
+    Refused(name="disable_additional_properties", neutral=(False,), doc="closing open objects"),
+)
 
 
 def _limited(text: str, name: str) -> str:

@@ -74,6 +74,10 @@ COMMON: Final = (
       doc="a regular expression that the whole output matches (extension)"),
     F(name="guided_grammar", kind="string", parse=grammar.ebnf,
       doc="rules in EBNF; the output is a `root` (extension)"),
+    F(name="guided_choice", kind="array", parse=grammar.choice,
+      doc=f"at most {grammar.MAX_CHOICES} strings, one of which is the output (extension)"),
+    F(name="structured_outputs", kind="object", parse=grammar.structured,
+      doc="{json, regex, choice, grammar or json_object}: the same under vLLM's newer name (extension)"),
     F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
     F(name="stream_options", kind="object", doc="{include_usage, continuous_usage_stats}"),
 )  # fmt: skip
@@ -132,12 +136,14 @@ CHAT: Final = (
       doc="false: a stream has reasoning in one piece, once it has ended (extension)"),
 )  # fmt: skip
 
-GRAMMARS: Final = ("response_format", "guided_json", "guided_regex", "guided_grammar")
+GRAMMARS: Final = (
+    "response_format", "guided_json", "guided_regex", "guided_grammar", "guided_choice",
+    "structured_outputs",
+)  # fmt: skip
 
 UNAVAILABLE: Final = (
     *(Refused(name=name, neutral=("", {}, []), doc="constrained output")
-      for name in ("guided_choice", "structured_outputs", "regular_constraint",
-                   "bad_words")),
+      for name in ("regular_constraint", "bad_words")),
     Refused(name="use_beam_search", neutral=(False,), doc="beam search"),
     Refused(name="length_penalty", neutral=(1, 1.0), doc="beam search"),
     Refused(name="prompt_embeds", doc="a prompt of embeddings"),
@@ -201,7 +207,7 @@ def chat(body: Body, served: Served) -> Generation:
         served.dialect,
         offered=_offered(values),
         form=grammar.only(values, GRAMMARS),
-        thinking=False if values["allowed_token_ids"] else None,  # they hold from the first token on
+        thinking=False if values["allowed_token_ids"] else None,  # they hold from the start
         effort=values["reasoning_effort"],
         kwargs=values["chat_template_kwargs"],
         opening=opening,

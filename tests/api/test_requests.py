@@ -237,7 +237,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 @pytest.mark.parametrize(
     "body",
     [
-     {"guided_choice": ["a"]}, {"audio": {"voice": "x"}}, {"modalities": ["text", "audio"]},
+     {"bad_words": ["a"]}, {"audio": {"voice": "x"}}, {"modalities": ["text", "audio"]},
      {"regular_constraint": "a"}, {"best_of": 2},
      {"add_special_tokens": True}, {"chat_template": "{{ x }}"}, {"echo": True},
      {"prompt_logprobs": 1}, {"use_beam_search": True}],

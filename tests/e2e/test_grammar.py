@@ -76,6 +76,13 @@ def test_regex_and_ebnf(server: Server) -> None:
     assert re.fullmatch("[0-9]{3}-[0-9]{2}", reply["generated_text"][0])
 
 
+def test_one_of_some_choices(server: Server) -> None:
+    some = ["green", 'a "quoted" one', "größer"]
+    for form in ({"guided_choice": some}, {"structured_outputs": {"choice": some}}):
+        text, reason = chat(server, **form, temperature=2, seed=1)
+        assert (text in some, reason) == (True, "stop")
+
+
 def test_json_object_parses(server: Server) -> None:
     messages = [{"role": "user", "content": 'Reply with this JSON object: {"a": 1}'}]
     text, reason = chat(server, messages=messages, response_format={"type": "json_object"})

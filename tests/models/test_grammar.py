@@ -13,6 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from asyncllm.api.grammar import choice
 from asyncllm.engine import grammar
 from asyncllm.engine.grammar import Grammars, Matcher, bound_digits
 from asyncllm.errors import RequestError, ServerBusy
@@ -146,6 +147,22 @@ def test_regex_ends_as_soon_as_nothing_else_can_follow(
     assert not matcher.accept(a)
     assert EOS in allowed(matcher)
     assert matcher.accept(EOS)
+
+
+CHOICES = ["a", "ab", 'q"\\', "line\nbreak\t\x01", "ü😀", "[x]|(y)"]
+
+
+@pytest.mark.parametrize("wanted", CHOICES)
+def test_each_choice_can_come_as_it_is(
+    grammars: Grammars, pieces: list[bytes], text: Text, wanted: str
+) -> None:
+    form = choice(CHOICES, "x")
+    assert form is not None
+    likes = iter(text.encode(wanted, False))
+    out, whole = follow(start(grammars, *form), pieces, lambda some: next(likes, EOS))
+    assert (out.decode(), whole) == (wanted, True)
+    out, whole = follow(start(grammars, *form), pieces, random.Random(1).choice)
+    assert (out.decode() in CHOICES, whole) == (True, True)
 
 
 def test_characters_may_be_cut_by_tokens(grammars: Grammars, pieces: list[bytes]) -> None:
