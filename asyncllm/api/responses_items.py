@@ -28,6 +28,8 @@ def input_turns(value: Any, name: str) -> Turns:
         bad(f"{name}: {len(value)} items, at most {chatparts.MAX_MESSAGES}", name)
     for i, item in enumerate(value):
         _item(maker, typed(item, dict, f"{name}[{i}]", "an object"), f"{name}[{i}]")
+    if not maker.turns:
+        bad(f"{name}: an item of reasoning without text is no conversation", name)
     return maker.turns
 
 

@@ -80,6 +80,7 @@ def test_items() -> None:
         ({"input": [CALLED]}, "input"),
         ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].output"),
         ({"input": [{"type": "reasoning", "content": [{}]}]}, "input[0].content[0].text"),
+        ({"input": [{"type": "reasoning"}]}, "input"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools[1].name"),
         ({"tool_choice": "any"}, "tool_choice"),
