@@ -83,7 +83,7 @@ PARAMETERS: Final = (
     F(name="prompt_logprobs", kind="integer", default=-1, low=-1, high=fields.MAX_LOGPROBS,
       to="prompt_logprobs", doc="log-probabilities of the prompt's tokens and of this many best ones"),
     F(name="disable_prompt_cache", kind="boolean", default=False, doc="neither use nor fill the cache"),
-    F(name="return_details", kind="boolean", default=False, doc="each token in the answer"),
+    F(name="return_details", kind="boolean", default=False, doc="each token in the answer, as streams have them anyway"),
 )  # fmt: skip
 
 ABORT: Final = (

@@ -244,9 +244,10 @@ async def test_a_request_is_aborted_by_its_id(server: Server) -> None:
     model, body = server.model, {"inputs": "hi", "parameters": {"n": 2}}
     model.holds = True
     post = functools.partial(server.post, "/generate", body)
-    mine, other = [
-        server.system.loop.create_task(post(headers={"X-Request-Id": name})) for name in "ab"
-    ]
+    create = server.system.loop.create_task
+    mine = create(post(headers={"X-Request-Id": "a"}))
+    await model.until(lambda: len(model.asked) == 1)
+    other = create(post(headers={"X-Request-Id": "b"}))
     await model.until(lambda: len(model.asked) == 2)
     for asked in model.asked:
         model.accept(asked)
@@ -274,9 +275,10 @@ async def test_a_request_is_aborted_by_its_id(server: Server) -> None:
 async def test_all_requests_are_aborted_wherever_they_are(server: Server) -> None:
     model = server.model
     model.holds = True
-    started, waiting = [
-        server.system.loop.create_task(server.post(COMPLETIONS, {"prompt": text})) for text in "xy"
-    ]
+    create = server.system.loop.create_task
+    started = create(server.post(COMPLETIONS, {"prompt": "x"}))
+    await model.until(lambda: len(model.asked) == 1)
+    waiting = create(server.post(COMPLETIONS, {"prompt": "y"}))
     await model.until(lambda: len(model.asked) == 2)
     model.accept(model.asked[0])
     await server.post("/abort_request", {"abort_all": True})
