@@ -153,8 +153,7 @@ class CudaDevice:
 
     def close(self) -> None:
         """Free the graphs, which must go before the collectives that they hold."""
-        if self._engine.graphs is not None:
-            self._engine.graphs.close()
+        self._engine.close()
 
 
 def _fetch(out: Outputs) -> HostOutputs:

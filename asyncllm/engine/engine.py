@@ -18,7 +18,8 @@ from asyncllm.engine.lanes import Choice, LaneTable, Scored
 from asyncllm.engine.masks import ban, mask_columns
 from asyncllm.engine.parallel import Group
 from asyncllm.engine.sampling import Knobs, Penalties, Sampler, TorchSampler, raise_ends
-from asyncllm.engine.staging import Columns, Rows, Uploader, unpack
+from asyncllm.engine.staging import Columns, Placed, Rows, Uploader, unpack
+from asyncllm.engine.tails import Ended, Tail, Tails, tail_columns
 from asyncllm.messages import StepPlan
 from asyncllm.models.layers import Batch, HostRows
 from asyncllm.models.llama import Decoder
@@ -36,6 +37,7 @@ class Work:
     step: int
     rows: Rows
     bucket: Bucket | None  # the graph that runs it; None: eager
+    tail: Tail | None  # the graph that runs its end; None: eager
     choice: Choice
     scored: list[Scored]
     columns: Columns
@@ -88,6 +90,8 @@ class Engine:
         ends = [i for i in eos_ids if i < model.spec.vocab_size]
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
         self.graphs: Graphs | None = None
+        self.tails: Tails | None = None
+        self._no_top = torch.empty(num_lanes, 0, device=device)
         self.sampler = _sampler(model)
         self._uploader = Uploader(device)
 
@@ -96,34 +100,42 @@ class Engine:
 
         Every rank must call this at the same time, while no step is in flight.
         """
+        hidden = _zeros(
+            (self.num_lanes, self.model.spec.hidden_size), self.model.dtype, self.model.device
+        )
+        tails = Tails(self._end, self._uploader, hidden, dump_lane=self.num_lanes)
         graphs = Graphs(
             self._forward,
             self._uploader,
+            tails.columns(),
             most_rows=self.num_lanes,
             most_tokens=most_tokens,
             dump_lane=self.num_lanes,
             dump_slot=self.num_slots,
         )
-        graphs.capture(stream)
-        self.graphs = graphs
+        pool = torch.cuda.graph_pool_handle()
+        graphs.capture(stream, pool)
+        tails.capture(stream, pool)
+        self.graphs, self.tails = graphs, tails
+
+    def close(self) -> None:
+        """Free the graphs, which must go before the collectives that they hold."""
+        for held in (self.graphs, self.tails):
+            if held is not None:
+                held.close()
 
     def prepare(self, plan: StepPlan) -> Work:
         """Read ``plan``; host work only. Plans must come in order: lanes are opened here."""
         self.lanes.open(plan)
         rows = unpack(plan, self.max_len)
-        choice, scored = self.lanes.choice(rows), self.lanes.scores(rows)
-        bucket = self.graphs.pick(rows) if self.graphs else None
-        columns = self._row_columns(rows, bucket)
-        columns["logit_rows"] = rows.cu[1:][rows.samples] - 1
-        columns["sampled_lanes"] = rows.lanes[rows.samples]
-        if not choice.all_greedy:
-            columns |= {
-                "temperature": choice.temperature,
-                "top_k": choice.top_k,
-                "top_p": choice.top_p,
-                "min_p": choice.min_p,
-                "uniform": choice.uniform,
-            }
+        choice = self.lanes.choice(rows, masked=bool(plan.masks))
+        scored = self.lanes.scores(rows)
+        bucket, tail = None, None
+        columns = tail_columns(choice, rows)
+        if self.graphs is not None and self.tails is not None:
+            bucket, tail = self.graphs.pick(rows), self.tails.pick(choice)
+            columns = self.tails.columns(columns)
+        columns |= self._row_columns(rows, bucket)
         if choice.bias_rows:
             columns["bias_rows"] = np.array(choice.bias_rows, np.int32)
             columns["bias_tokens"] = np.array(choice.bias_tokens, np.int32)
@@ -136,7 +148,7 @@ class Engine:
             columns[f"targets{i}"] = part.targets
         columns |= self._known_columns(plan)
         columns |= mask_columns(plan, rows)
-        return Work(plan.step, rows, bucket, choice, scored, columns, penalty_len)
+        return Work(plan.step, rows, bucket, tail, choice, scored, columns, penalty_len)
 
     @torch.inference_mode()
     def execute(self, work: Work) -> Outputs:
@@ -156,9 +168,18 @@ class Engine:
         num_sampled = len(work.choice.temperature)
         if not num_sampled:
             return Outputs(None, None, scored)
-        every = num_sampled == len(rows.tokens)  # a decode step: no need to pick
-        last = hidden[:num_sampled] if every else hidden[d["logit_rows"].long()]
-        return self._choose(self.model.logits(last), work, d, scored)
+        picked = None
+        if num_sampled < len(rows.tokens):  # else a decode step: no need to pick
+            picked = d["logit_rows"][:num_sampled]
+        if work.tail is None:
+            last = hidden[:num_sampled] if picked is None else hidden[picked.long()]
+            return self._choose(self.model.logits(last), work, d, scored)
+        assert self.tails is not None
+        tokens, scores = self.tails.replay(work.tail, hidden, picked, num_sampled)
+        if scores is None:
+            return Outputs(tokens, None, scored)
+        none = self._no_top[:num_sampled]
+        return Outputs(tokens, (scores, none.int(), none), scored)
 
     def _row_columns(self, rows: Rows, bucket: Bucket | None) -> Columns:
         """What the decoder needs; in the fixed shapes of ``bucket`` where there is one."""
@@ -183,9 +204,7 @@ class Engine:
             columns |= {"cached_where": rows.cached_where, "cached_slots": rows.cached_slots}
         return columns
 
-    def _forward(
-        self, d: dict[str, Tensor], bucket: Bucket | None, rows: Rows | None = None
-    ) -> Tensor:
+    def _forward(self, d: Placed, bucket: Bucket | None, rows: Rows | None = None) -> Tensor:
         """The decoder on a step's columns; what a graph captures, so without any host decision."""
         host, max_count = None, bucket.num_tokens if bucket else 0
         if rows is not None:
@@ -208,29 +227,47 @@ class Engine:
         )
         return self.model.forward(batch, self.kv)
 
-    def _choose(
-        self,
-        logits: Tensor,
-        work: Work,
-        d: dict[str, Tensor],
-        scored: list[ScoredTensors],
-    ) -> Outputs:
-        choice, lanes = work.choice, d["sampled_lanes"].long()
+    def _end(self, hidden: Tensor, d: Placed, tail: Tail) -> Ended:
+        """From hidden states of the rows that sample to their tokens; what a graph captures."""
+        logits = self.model.logits(hidden)
+        chosen = self._sample(logits, d, greedy=tail.greedy, truncates=tail.truncates)
+        if not tail.scored or self.group.rank:
+            return chosen.int(), None
+        return chosen.int(), self.sampler.log_probs(logits, chosen, 0)[0]
+
+    def _sample(self, logits: Tensor, d: Placed, *, greedy: bool, truncates: bool) -> Tensor:
+        """Tokens [n] int64 of logits [n, vocab_size], the same on every rank; lanes keep them."""
+        num = len(logits)
         if self.group.rank:
-            chosen = torch.empty(len(lanes), dtype=torch.int64, device=logits.device)
+            chosen = torch.empty(num, dtype=torch.int64, device=logits.device)
         else:
-            changed = logits
-            if choice.bias_rows or work.penalty_len or d.keys() & {"length_rows", "masks"}:
-                changed = logits.to(torch.float32, copy=True)
-                self._change(changed, work, d)
-            chosen = self.sampler.sample(changed, self._knobs(choice, d))
-        self.last_token[lanes] = self.group.broadcast(chosen)
+            knobs = Knobs(
+                temperature=d["temperature"][:num],
+                top_k=d["top_k"][:num],
+                top_p=d["top_p"][:num],
+                min_p=d["min_p"][:num],
+                uniform=d["uniform"][:num],
+                all_greedy=greedy,
+                truncates=truncates,
+            )
+            chosen = self.sampler.sample(logits, knobs)
+        self.last_token[d["sampled_lanes"][:num].long()] = self.group.broadcast(chosen)
+        return chosen
+
+    def _choose(
+        self, logits: Tensor, work: Work, d: Placed, scored: list[ScoredTensors]
+    ) -> Outputs:
+        choice, changed = work.choice, logits
+        if choice.changes and self.group.rank == 0:
+            changed = logits.to(torch.float32, copy=True)
+            self._change(changed, work, d)
+        chosen = self._sample(changed, d, greedy=choice.all_greedy, truncates=choice.truncates)
         logprobs = None
         if choice.num_top >= 0 and self.group.rank == 0:
             logprobs = self.sampler.log_probs(logits, chosen, choice.num_top)
         return Outputs(chosen.int(), logprobs, scored)
 
-    def _change(self, logits: Tensor, work: Work, d: dict[str, Tensor]) -> None:
+    def _change(self, logits: Tensor, work: Work, d: Placed) -> None:
         if work.choice.bias_rows:
             self.sampler.add_bias(logits, d["bias_rows"], d["bias_tokens"], d["bias_values"])
         if work.penalty_len:
@@ -250,18 +287,6 @@ class Engine:
             raise_ends(logits, d["length_rows"], d["length_scales"], self.ends)
         if "masks" in d:
             ban(logits, d["mask_rows"], d["masks"])
-
-    def _knobs(self, choice: Choice, d: dict[str, Tensor]) -> Knobs:
-        none = d["logit_rows"]
-        return Knobs(
-            temperature=d.get("temperature", none),
-            top_k=d.get("top_k", none),
-            top_p=d.get("top_p", none),
-            min_p=d.get("min_p", none),
-            uniform=d.get("uniform", none),
-            all_greedy=choice.all_greedy,
-            truncates=choice.truncates,
-        )
 
     def _score(self, hidden: Tensor, part: Scored, targets: Tensor) -> ScoredTensors:
         """Log-probabilities of prompt tokens, in slices so that few logits exist at a time."""

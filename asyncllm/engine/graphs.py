@@ -2,7 +2,8 @@
 
 A launch of an 8B step costs the event loop 14 ms eager and some 10 us as a graph. A graph takes
 its columns from a fixed place on the device and leaves hidden states in a fixed buffer; what comes
-before (rare table writes) and after (logits of the rows that sample, sampling) is not in it.
+before (rare table writes) is in no graph, what comes after (logits, sampling) in those of
+:mod:`asyncllm.engine.tails`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.engine.staging import Columns, Rows, Uploader
+from asyncllm.engine.staging import Columns, Placed, Rows, Uploader
 
 MAX_PREFILL_ROWS = 32
 MAX_DECODE_ROWS = 1024  # of a decode step
@@ -59,21 +61,23 @@ class Graphs:
     Args:
         run: the decoder on columns of a bucket: (columns on the device, bucket) -> hidden states.
             It must not synchronise and must launch the same kernels whatever the columns hold.
+        first: columns, always of the same size, that come before a bucket's in every upload.
         most_rows: decode rows that can come in one step.
         most_tokens: tokens of the largest mixed step that is worth a graph.
     """
 
     def __init__(
         self,
-        run: Callable[[dict[str, Tensor], Bucket], Tensor],
+        run: Callable[[Placed, Bucket], Tensor],
         uploader: Uploader,
+        first: Columns,
         *,
         most_rows: int,
         most_tokens: int,
         dump_lane: int,
         dump_slot: int,
     ) -> None:
-        self._run, self._uploader = run, uploader
+        self._run, self._uploader, self._first = run, uploader, first
         self._dump_lane, self._dump_slot = dump_lane, dump_slot
         self._decode = [Bucket(n, n, 0) for n in decode_sizes(most_rows)]
         self._mixed = [
@@ -86,15 +90,14 @@ class Graphs:
         return len(self._captured)
 
     @torch.inference_mode()
-    def capture(self, stream: torch.cuda.Stream) -> None:
+    def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
         """Capture all buckets, largest first so that the later ones fit into its memory.
 
         Each runs once before: kernels are compiled and libraries choose their algorithms outside
         of the capture.
         """
-        pool = torch.cuda.graph_pool_handle()
         for bucket in sorted([*self._decode, *self._mixed], reverse=True):
-            columns = self._uploader.upload(self.columns(bucket))
+            columns = self._uploader.upload(self._first | self.columns(bucket))
             self._run(columns, bucket)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(
@@ -126,7 +129,7 @@ class Graphs:
         self._captured.clear()
 
     def columns(self, bucket: Bucket, rows: Rows | None = None) -> Columns:
-        """The graph's columns of ``rows``, or nothing but padding; first in every upload."""
+        """The graph's columns of ``rows``, or nothing but padding."""
         n, d, p = bucket.num_tokens, bucket.num_decode, bucket.num_prefill
         columns = {
             "tokens": np.zeros(n, np.int32),

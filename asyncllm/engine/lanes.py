@@ -37,6 +37,12 @@ class Choice:
     length_rows: I32  # rows whose end tokens come likelier now, and by how much
     length_scales: F32
     num_top: int  # most alternatives any row asks for; -1: nobody wants log-probabilities
+    masked: bool  # some row has a mask
+
+    @property
+    def changes(self) -> bool:
+        """Some row's logits are changed before the choice."""
+        return bool(self.masked or self.bias_rows or self.penalized or len(self.length_rows))
 
 
 @dataclass(slots=True)
@@ -106,10 +112,10 @@ class LaneTable:
             )
             self.least[number] = p.min_new_tokens
             self.length_start[number], self.length_factor[number] = p.length_penalty or (0, 1.0)
-            self.biased[number] = bool(p.logit_bias) or p.min_new_tokens > 0
+            self.biased[number] = bool(p.logit_bias)
             self.scored[number] = p.prompt_logprobs >= 0
 
-    def choice(self, rows: Rows) -> Choice:
+    def choice(self, rows: Rows, masked: bool = False) -> Choice:
         """Parameters of the rows of a step that sample, in row order."""
         lanes, ends = rows.lanes[rows.samples], rows.sampled_lens
         temperature = self.temperature[lanes]
@@ -131,8 +137,10 @@ class LaneTable:
             length_rows=length_rows,
             length_scales=length_scales,
             num_top=int(self.logprobs[lanes].max(initial=-1)),
+            masked=masked,
         )
-        for row in np.flatnonzero(self.biased[lanes]):
+        banned = ends - self.prompt_len[lanes] < self.least[lanes]
+        for row in np.flatnonzero(self.biased[lanes] | banned):
             self._bias(choice, int(row), self.lanes[int(lanes[row])], int(ends[row]))
         return choice
 

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
-from asyncllm.models.layers import Batch
+from asyncllm.models.layers import Batch, Named
 
 
 class TorchOps:
     """Implements :class:`asyncllm.models.layers.Ops`."""
 
-    def stage(
-        self, columns: dict[str, Tensor], last_token: Tensor, table: Tensor, history: Tensor
-    ) -> Tensor:
+    def stage(self, columns: Named, last_token: Tensor, table: Tensor, history: Tensor) -> Tensor:
         lanes = columns["token_lanes"].long()
         where = lanes * table.shape[1] + columns["positions"].long()
         table.view(-1).index_copy_(0, where, columns["slots"])

@@ -12,7 +12,7 @@ from asyncllm.kernels.prefill_attention import prefill_attention
 from asyncllm.kernels.rmsnorm import add_rmsnorm
 from asyncllm.kernels.rope_kv import rope_kv
 from asyncllm.kernels.silu_mul import silu_mul
-from asyncllm.models.layers import Batch
+from asyncllm.models.layers import Batch, Named
 
 GEMV_OUT = 65536  # up to so many outputs our kernel for one row is faster than cuBLAS
 
@@ -20,9 +20,7 @@ GEMV_OUT = 65536  # up to so many outputs our kernel for one row is faster than 
 class TritonOps:
     """Implements :class:`asyncllm.models.layers.Ops`."""
 
-    def stage(
-        self, columns: dict[str, Tensor], last_token: Tensor, table: Tensor, history: Tensor
-    ) -> Tensor:
+    def stage(self, columns: Named, last_token: Tensor, table: Tensor, history: Tensor) -> Tensor:
         lanes, positions = columns["token_lanes"], columns["positions"]
         return stage(
             columns["tokens"], lanes, positions, columns["slots"], last_token, table, history

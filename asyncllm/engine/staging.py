@@ -85,8 +85,8 @@ class Uploader:
     """Many small host columns to the device in one copy.
 
     On CUDA they go through pinned memory, a buffer of which is not touched again before its step
-    is done, into one fixed place on the device: a CUDA graph finds its columns, which come first
-    and have the sizes of its bucket, at the addresses that it was captured with. The next step's
+    is done, into one fixed place on the device: CUDA graphs find their columns, which come first
+    and have fixed sizes, at the addresses that they were captured with. The next step's
     copy is behind this step in the stream, so the place can be used again.
     """
 
@@ -100,7 +100,7 @@ class Uploader:
         self._events: list[torch.cuda.Event | None] = [None] * RING
         self._turn = 0
 
-    def upload(self, columns: Columns) -> dict[str, Tensor]:
+    def upload(self, columns: Columns) -> Placed:
         """Device tensors of the same dtypes and shapes (int32 or float32)."""
         # 16-byte alignment keeps loads wide
         sizes = [-(-column.size // 4) * 4 for column in columns.values()]
@@ -121,7 +121,7 @@ class Uploader:
             event = torch.cuda.Event()
             event.record()
             self._events[self._turn] = event
-        return split(device, columns)
+        return Placed(device, columns)
 
     def _next(self, size: int) -> Tensor:
         if not self._cuda:
@@ -136,12 +136,22 @@ class Uploader:
         return self._buffers[self._turn]
 
 
-def split(device: Tensor, columns: Columns) -> dict[str, Tensor]:
-    """Views of ``device`` in the order, shapes and dtypes of ``columns``."""
-    out: dict[str, Tensor] = {}
-    at = 0
-    for name, column in columns.items():
-        part = device[at : at + column.size].view(column.shape)
-        out[name] = part.view(torch.float32) if column.dtype == np.float32 else part
-        at += -(-column.size // 4) * 4
-    return out
+class Placed:
+    """Columns on the device by name; a view costs some us, so it is made when it is asked for."""
+
+    def __init__(self, device: Tensor, columns: Columns) -> None:
+        self._device = device
+        self._where: dict[str, tuple[int, NDArray[np.int32] | NDArray[np.float32]]] = {}
+        at = 0
+        for name, column in columns.items():
+            self._where[name] = at, column
+            at += -(-column.size // 4) * 4
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The column; KeyError if there is none."""
+        at, column = self._where[name]
+        part = self._device[at : at + column.size].view(column.shape)
+        return part.view(torch.float32) if column.dtype == np.float32 else part

@@ -47,11 +47,18 @@ class HostRows:
     counts: list[int]
 
 
+class Named(Protocol):
+    """Tensors by name."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Raises KeyError."""
+
+
 class Ops(Protocol):
     """The operators a decoder is made of, on one device."""
 
     def stage(
-        self, columns: dict[str, Tensor], last_token: Tensor, table: Tensor, history: Tensor
+        self, columns: Named, last_token: Tensor, table: Tensor, history: Tensor
     ) -> Tensor:
         """Enter a step's slots and tokens into the lane tables; its tokens, [num_tokens] int64.
 

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from asyncllm.codec import i32
+from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CudaDevice
 from asyncllm.engine.graphs import MAX_DECODE_ROWS, decode_sizes, mixed_sizes
+from asyncllm.engine.lanes import LaneTable
+from asyncllm.engine.staging import unpack
+from asyncllm.engine.tails import MAX_ROWS, Tail, Tails, tail_sizes
+from asyncllm.messages import StepPlan
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 from tests.models.test_llama import VOCAB, make_checkpoint
 
@@ -22,6 +28,100 @@ def test_sizes_rise_and_reach_the_most(most: int) -> None:
     assert mixed_sizes(most)[-1] == most
     waste = [b / (a + 1) for a, b in zip(decode_sizes(most), decode_sizes(most)[1:], strict=False)]
     assert all(w <= 2 for w in waste)
+
+
+CHOICES = [
+    SamplingParams(temperature=0.0, logprobs=0),
+    SamplingParams(temperature=0.9, seed=5),
+    SamplingParams(temperature=0.9, top_p=0.8, seed=7, logprobs=0),
+    SamplingParams(temperature=0.7, top_k=9, min_p=0.01, seed=9, logprobs=2),
+    SamplingParams(temperature=0.0, repetition_penalty=1.3),
+    SamplingParams(temperature=0.8, logit_bias=((3, 4.0),), seed=1),
+]
+
+
+@pytest.mark.parametrize("most", [1, 5, 256, 1000, 3000])
+def test_tail_sizes_rise_and_reach_the_most(most: int) -> None:
+    sizes = tail_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == min(most, MAX_ROWS)
+
+
+def test_columns_of_a_tail_have_one_size_and_padding_that_harms_nothing() -> None:
+    tails = Tails(lambda *_: None, None, torch.zeros(6, 4), dump_lane=6)  # type: ignore[arg-type, return-value]
+    given = {name: np.arange(1, 4).astype(column.dtype) for name, column in tails.columns().items()}
+    for name, column in tails.columns(given).items():
+        assert column.shape == (6,)
+        np.testing.assert_array_equal(column[:3], given[name])
+        np.testing.assert_array_equal(column[3:], tails.columns()[name][3:])
+    assert (tails.columns()["sampled_lanes"] == 6).all()
+    assert (tails.columns()["temperature"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ([0], Tail(1, True, False, True)),
+        ([0, 1], Tail(2, False, False, True)),
+        ([1, 1, 1], Tail(4, False, False, False)),
+        ([0, 2, 1], Tail(4, False, True, True)),
+        ([3], None),  # alternatives
+        ([0, 4], None),  # penalties
+        ([5], None),  # biases
+        ([0] * 7, None),  # more rows than graphs have
+    ],
+)
+def test_steps_end_in_the_graph_of_their_kind(params: list[int], expected: Tail | None) -> None:
+    lanes = LaneTable(8, VOCAB, (2,))
+    opened = tuple((lane, 3, CHOICES[i].pack(), b"") for lane, i in enumerate(params))
+    n = len(params)
+    plan = StepPlan(
+        step=1, num_decode=0, lanes=i32(range(n)), starts=i32([0] * n), counts=i32([3] * n),
+        heads=i32([0] * n), slots=i32(range(3 * n)), tokens=i32([1] * (3 * n)),
+        samples=b"\x01" * n, opened=opened,
+    )  # fmt: skip
+    lanes.open(plan)
+    tails = Tails(lambda *_: None, None, torch.zeros(6, 4), dump_lane=6)  # type: ignore[arg-type, return-value]
+    rows = unpack(plan, 16)
+    assert tails.pick(lanes.choice(rows)) == expected
+    assert tails.pick(lanes.choice(rows, masked=True)) is None
+
+
+@pytest.mark.gpu
+def test_ends_of_steps_give_what_eager_ones_give(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    answers = []
+    for graphs in (False, True):
+        device = make_device(tmp_path, "fp32", "cuda", num_lanes=40)
+        assert isinstance(device, CudaDevice)
+        if graphs:
+            device.capture(300)
+            torch.cuda.set_sync_debug_mode("error")
+        driver = Driver(device, 4096)
+        answers.append([])
+        try:
+            for kinds in ([0], [1], [2], [0, 1, 2], [1, 1], [3, 0], [4, 2], [5, 1], [2] * 7):
+                seqs = [
+                    Sequence(lane, random_ids(9 + lane, VOCAB, lane), CHOICES[kind])
+                    for lane, kind in enumerate(kinds)
+                ]
+                driver.run([(s, len(s.prompt), 0) for s in seqs])
+                for _ in range(8):
+                    driver.run([(s, 1, 0) for s in seqs])
+                answers[-1] += seqs
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    same = [e.outputs == g.outputs for e, g in zip(*answers, strict=True)]
+    assert np.mean(same) > 0.8  # buckets change the shape of products, so near-ties may flip
+    for eager, graphed in zip(*answers, strict=True):
+        if eager.outputs == graphed.outputs:
+            torch.testing.assert_close(
+                torch.tensor(graphed.logprobs),
+                torch.tensor(eager.logprobs),
+                atol=0.02,
+                rtol=0.02,
+                equal_nan=True,
+            )
 
 
 @pytest.mark.gpu
