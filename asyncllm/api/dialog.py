@@ -14,7 +14,7 @@ from asyncllm.api.generation import Prompt
 from asyncllm.api.grammar import Grammar
 from asyncllm.api.offers import Offer, Turns
 from asyncllm.api.parts import Dialect, Parting
-from asyncllm.api.tools import call_schema
+from asyncllm.api.tools import call_forms, call_schema
 
 USUAL: Final = Parting()
 NO_EFFORT: Final = "none"  # the effort that turns thinking off
@@ -66,6 +66,8 @@ def dialog(
         form = grammar.schema(
             call_schema(offered.tools, wanted.name or None, wanted.parallel), "tools"
         )
+    elif form is None and any(tool.strict for tool in offered.tools):
+        form = "calls", call_forms(dialect.spelling or dialect.calls, offered.tools)
     if thinking is None and effort == NO_EFFORT:
         thinking = False
     variables: dict[str, Any] = {}

@@ -23,11 +23,13 @@ class Dialect:
 
     Args:
         calls: the format of calls, one of ``tools.FORMATS``.
+        spelling: its variant, as ``tools.spelling`` names it; "": it has none.
         lists_tools: its chat template puts tools into the prompt.
         reasoning: the format of reasoning, one of ``reasoning.FORMATS``; "": none.
     """
 
     calls: str = "hermes"
+    spelling: str = ""
     lists_tools: bool = False
     reasoning: str = ""
 
@@ -45,8 +47,11 @@ def dialect_of(
     offering = templates.get("tool_use", usual)
     lists_tools = tools.template_uses_tools(offering)
     detected = tools.detect_format(offering) if lists_tools else None
+    name = calls or detected or "hermes"
+    spelling = tools.spelling(name, offering)
     return Dialect(
-        calls=calls or detected or "hermes",
+        calls=name,
+        spelling="" if spelling == name else spelling,
         lists_tools=lists_tools,
         reasoning=thoughts or reasoning.detect_format(usual) or "",
     )

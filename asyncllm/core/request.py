@@ -67,8 +67,14 @@ class SamplingParams:
 
 
 # kinds of SamplingParams.grammar: any JSON object (without a text), a JSON schema whose objects
-# have no properties that it does not allow for, a regular expression, rules in EBNF from ``root`` on
-GRAMMARS = ("json", "schema", "regex", "ebnf")
+# have no properties that it does not allow for, a regular expression, rules in EBNF from ``root`` on,
+# calls among free text: the mark that begins one, a line break, and a JSON array of what may follow
+# it, each {"begin", "schema", "style", "end"}
+GRAMMARS = ("json", "schema", "regex", "ebnf", "calls")
+
+
+class Again(Exception):
+    """A token came before it was known that it must not: it has to be sampled once more."""
 
 
 class Constraint(Protocol):
@@ -91,6 +97,7 @@ class Constraint(Protocol):
 
         Raises:
             RequestError: ``token`` was not allowed, or no token can follow.
+            Again: ``token`` is not taken; the mask says now what may come in its place.
         """
 
 

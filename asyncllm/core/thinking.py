@@ -93,6 +93,11 @@ class Thinking:
         if opened:
             self._open(b"")
 
+    @property
+    def inside(self) -> bool:
+        """The next token is reasoning, or closes it."""
+        return self._at in (_At.INSIDE, _At.CLOSING)
+
     def holds(self, ahead: int) -> bool:
         if ahead == 0:
             return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from asyncllm.errors import RequestError, ServerBusy, StartupError
 
 if TYPE_CHECKING:
-    from xgrammar import CompiledGrammar
+    from xgrammar import CompiledGrammar, GrammarCompiler
 
 Bits = NDArray[np.int32]
 
@@ -35,6 +35,8 @@ UNENFORCED = frozenset(
 NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 VALUES = frozenset(("enum", "const", "default", "examples"))
 
+# what may stand around a value between tags, in EBNF: parsers take the rest for a part of it
+TAG_SPACE = {"qwen_xml": r"([\n])", "glm_xml": '("")'}
 # In the compiler's own EBNF: literals and regular expressions, which stay as they are; a repeated
 # class of digits; a repeated rule.
 TOKENS = re.compile(
@@ -47,15 +49,24 @@ class Grammars:
     """Compiles; :meth:`build` may run in any thread, everything else on the loop's.
 
     Args:
-        pieces: bytes of every token in text, b"" for those that never are text (special ones).
+        pieces: bytes of every token in text; b"": it never is text.
         vocab_size: width of the logits; ids without a piece never come.
         end_ids: tokens that end an output.
+        special: ids of special tokens, which are no text either
+        marks: but for these, with which calls are written.
 
     Raises:
         StartupError: xgrammar cannot be imported.
     """
 
-    def __init__(self, pieces: Sequence[bytes], vocab_size: int, end_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[bytes],
+        vocab_size: int,
+        end_ids: Sequence[int],
+        special: Collection[int] = frozenset(),
+        marks: Collection[str] = (),
+    ) -> None:
         # imported here: it takes seconds, and --output_constraint_mode none does without
         try:
             import xgrammar
@@ -64,12 +75,23 @@ class Grammars:
                 f"--output_constraint_mode xgrammar: {error} (none: no constrained output)"
             ) from error
         self._lib = xgrammar
-        table = [*pieces[:vocab_size], *([b""] * (vocab_size - len(pieces)))]
+        texts = [*pieces[:vocab_size], *([b""] * (vocab_size - len(pieces)))]
+        table = [b"" if i in special else text for i, text in enumerate(texts)]
+        spelled = {mark.encode() for mark in marks}
+        self._call_texts = [
+            text if text in spelled else plain for text, plain in zip(texts, table, strict=True)
+        ]
         ends = sorted(i for i in end_ids if i < vocab_size)
-        info = xgrammar.TokenizerInfo(
-            table, xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=ends
-        )
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+
+        def compiler(table: list[bytes]) -> GrammarCompiler:
+            info = xgrammar.TokenizerInfo(
+                table, xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=ends
+            )
+            return xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+
+        self._compiler = self._call_compiler = compiler(table)
+        if self._call_texts != table:
+            self._call_compiler = compiler(self._call_texts)
         known = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
         known[:vocab_size] = 1
         self._all = np.packbits(known, bitorder="little").view(np.int32)
@@ -121,13 +143,18 @@ class Grammars:
         return self._follow(compiled)
 
     def _follow(self, compiled: CompiledGrammar) -> Matcher:
-        return Matcher(self._lib.GrammarMatcher(compiled), self._all, self._others)
+        matcher = self._lib.GrammarMatcher(compiled)
+        return Matcher(matcher, self._all, self._others, self._call_texts)
 
     def _compile(self, kind: str, text: str) -> CompiledGrammar:
         if kind == "regex":
             return self._compiler.compile_regex(text)
         if kind == "ebnf":
             return self._compiler.compile_grammar(text)
+        if kind == "calls":
+            forms = json.loads(text.partition("\n")[2])
+            ebnf = bound_digits(str(self._lib.Grammar.from_structural_tag(call_tag(forms))))
+            return self._call_compiler.compile_grammar(spaced(ebnf, forms[0]["style"]))
         schema = '{"type": "object"}' if kind == "json" else text
         check_schema(schema)
         # no white space but ", " and ": ", and no number without end: a model that likes blanks
@@ -137,7 +164,7 @@ class Grammars:
 
 
 NAMES = {"json": "JSON", "schema": "the JSON schema", "regex": "the regular expression",
-         "ebnf": "the EBNF grammar"}  # fmt: skip
+         "ebnf": "the EBNF grammar", "calls": "the tools' parameters"}  # fmt: skip
 
 
 class Matcher:
@@ -146,13 +173,15 @@ class Matcher:
     Args:
         matcher: xgrammar's, at the beginning.
         every, others: all tokens, and all but the end tokens, as bits.
+        texts: bytes of all tokens, for calls.
 
     Raises:
         RequestError: no token can begin.
     """
 
-    def __init__(self, matcher: Any, every: Bits, others: Bits) -> None:
+    def __init__(self, matcher: Any, every: Bits, others: Bits, texts: Sequence[bytes]) -> None:
         self._matcher, self._every, self._others = matcher, every, others
+        self._texts = texts
         self._bits = np.zeros((1, len(every)), np.int32)
         self._fill()
 
@@ -161,6 +190,19 @@ class Matcher:
 
     def holds(self, ahead: int) -> bool:
         return ahead == 0
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token in calls."""
+        return self._texts[token]
+
+    def restart(self) -> None:
+        """Follow another output, from its beginning."""
+        self._matcher.reset()
+        self._fill()
+
+    def begin(self, text: bytes) -> bool:
+        """Go on by ``text``. False: the output cannot go on like that."""
+        return bool(self._matcher.accept_string(text)) and not self._fill()
 
     def accept(self, token: int) -> bool:
         if not self._matcher.accept_token(token):
@@ -177,6 +219,43 @@ class Matcher:
         if self._bits.any() or self._matcher.is_completed():
             return True
         raise RequestError("no token of this model can continue the output as its grammar wants")
+
+
+def call_tag(forms: list[dict[str, Any]]) -> str:
+    """xgrammar's structural tag of what may follow a call's mark: one of the forms.
+
+    Args:
+        forms: each with ``begin`` (white space that it begins with may differ), ``schema``,
+            ``style``, ``end``.
+
+    Raises:
+        RequestError: as :func:`check_schema`.
+    """
+    sequences = []
+    for form in forms:
+        check_schema(json.dumps(form["schema"]))
+        begin = form["begin"]
+        parts: list[dict[str, Any]] = [
+            {"type": "const_string", "value": begin.lstrip()},
+            {"type": "json_schema", "json_schema": form["schema"], "style": form["style"],
+             "max_whitespace_cnt": 1},
+        ]  # fmt: skip
+        if begin != begin.lstrip():
+            parts.insert(0, {"type": "regex", "pattern": r"[ \n]{0,2}"})
+        if form["end"]:
+            parts.append({"type": "const_string", "value": form["end"]})
+        sequences.append({"type": "sequence", "elements": parts})
+    return json.dumps({"type": "structural_tag", "format": {"type": "or", "elements": sequences}})
+
+
+def spaced(ebnf: str, style: str) -> str:
+    """The compiler's EBNF of arguments in ``style``, without white space that changes their values."""
+    if style not in TAG_SPACE:
+        return ebnf
+    return "\n".join(
+        line if line.startswith("basic_") else line.replace(r"([ \n\r\t])", TAG_SPACE[style])
+        for line in ebnf.split("\n")
+    )
 
 
 def check_schema(text: str) -> None:

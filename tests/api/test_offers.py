@@ -181,6 +181,24 @@ def test_a_grammar_forces_calls(body: dict[str, Any], kind: str, parallel: bool)
     assert rendered(got)["kwargs"] == {"add_generation_prompt": True}
 
 
+def test_calls_of_strict_tools_are_held_to_their_parameters() -> None:
+    tools = [{"type": "function", "function": WEATHER | {"strict": True}}, *function(name="other")]
+    got = chat(Dialect(lists_tools=True), tools=tools)
+    assert got.params.grammar is not None
+    kind, text = got.params.grammar
+    trigger, _, forms = text.partition("\n")
+    assert (kind, trigger) == ("calls", "<tool_call>")
+    assert [(f["schema"], f["end"]) for f in json.loads(forms)] == [
+        (SCHEMA, "}"),
+        ({"type": "object"}, "}"),
+    ]
+    assert got.parting is not None
+    assert got.parting.calls == "hermes"
+    assert chat(Dialect(), tools=TOOLS).params.grammar is None
+    form = {"type": "json_object"}
+    assert chat(Dialect(), tools=tools, response_format=form).params.grammar == ("json", "")
+
+
 @pytest.mark.parametrize("mode", ["auto", "required"])
 def test_tools_that_are_not_allowed_are_not_told(mode: str) -> None:
     other = function(name="other")
@@ -249,7 +267,9 @@ LISTING = "{% for t in tools %}{{ t | tojson }}{% endfor %}"
         ({}, (), Dialect()),
         ({"default": "{{ messages }}<tool_call>"}, (), Dialect()),
         ({"default": LISTING}, (), Dialect(lists_tools=True)),
-        ({"default": LISTING + "[TOOL_CALLS]"}, (), Dialect(calls="mistral", lists_tools=True)),
+        ({"default": LISTING + "[TOOL_CALLS]"}, (),
+         Dialect(calls="mistral", spelling="mistral list", lists_tools=True)),
+        ({"default": LISTING + "[TOOL_CALLS][ARGS]"}, (), Dialect(calls="mistral", lists_tools=True)),
         ({"default": "{{ messages }}", "tool_use": LISTING + "<arg_key>"}, (),
          Dialect(calls="glm47", lists_tools=True)),
         ({"default": "{{ messages }}"}, ("llama3", "qwen3"), Dialect(calls="llama3", reasoning="qwen3")),

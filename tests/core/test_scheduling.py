@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import Again, Reason, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Step
 
@@ -119,6 +119,49 @@ def test_a_constraint_waits_only_while_its_mask_depends_on_tokens_to_come() -> N
     fourth = step(core)
     assert (list(fourth.masked), bytes(fourth.masks)) == ([0], b"\1\0\0\0")
     assert core.propose() is None
+
+
+class Picky:
+    """After a 5 only a 6 may come, which is known too late to wait for it."""
+
+    def __init__(self) -> None:
+        self.wants = False
+
+    def mask(self) -> bytes:
+        return b"\x40\0\0\0" if self.wants else b""
+
+    def holds(self, ahead: int) -> bool:
+        return ahead == 0 or not self.wants
+
+    def accept(self, token: int) -> bool:
+        if self.wants and token != 6:
+            raise Again
+        self.wants = token == 5
+        return False
+
+
+def test_a_token_that_came_too_early_is_sampled_again() -> None:
+    core = make()
+    packed = SamplingParams(max_new_tokens=5).pack()
+    core.add(1, array("i", range(4)), packed, Picky())
+    add(core, 2, 4)
+    first, second = step(core), step(core)
+    commit(core, first, 5)
+    third = step(core)
+    assert shape(third) == [(2, 1)], "the first waits for its 6"
+    add(core, 3, 4)
+    assert core.propose() is not None  # open while the wrong token comes
+    emitted = core.commit(second, array("i", [7, 8]))
+    assert list(emitted.rids) == [2]
+    assert (list(core.requests[1].outputs), core.preemptions) == ([5], 0)
+    core.plan(array("i", [0, 0]), array("i", [1, 4]), array("i", range(5)), 500)
+    assert list(core.running) == [2, 3]
+    again = step(core)
+    row = [r[0].rid for r in again.rows].index(1)
+    assert again.counts[row] == 5
+    assert (list(again.masked), bytes(again.masks)) == ([row], b"\x40\0\0\0")
+    commit(core, again, 6)
+    assert list(core.requests[1].outputs) == [5, 6]
 
 
 def test_prefill_alone_fills_the_step() -> None:

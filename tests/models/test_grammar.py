@@ -14,6 +14,15 @@ import numpy as np
 import pytest
 
 from asyncllm.api.grammar import choice
+from asyncllm.api.tools import (
+    FORMATS,
+    Tool,
+    call_forms,
+    make_parser,
+    special_tokens,
+    spelling,
+    tags,
+)
 from asyncllm.engine import grammar
 from asyncllm.engine.grammar import Grammars, Matcher, bound_digits
 from asyncllm.errors import RequestError, ServerBusy
@@ -224,3 +233,66 @@ def test_the_least_used_grammar_makes_room(grammars: Grammars, monkeypatch: Any)
     assert len(grammars) == 2
     with pytest.raises(ServerBusy):
         grammars.constrain("regex", "b")
+
+
+# -- calls -------------------------------------------------------------------------------------
+
+TOOLS = [
+    Tool("weather", {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer"}},
+                     "required": ["city"], "additionalProperties": False}, strict=True),
+    Tool("other", {"uniqueItems": True}),
+]  # fmt: skip
+# with the template that tells a variant
+SPELLINGS = {spelling(name, text): text for name in FORMATS for text in ("x", "[ARGS]", "")}
+
+
+@pytest.mark.parametrize("spelled", SPELLINGS)
+def test_calls_are_read_back_by_the_parser_of_their_format(
+    spelled: str, pieces: list[bytes]
+) -> None:
+    name = {"mistral list": "mistral", "deepseekv31": "deepseekv3"}.get(spelled, spelled)
+    # marks are special tokens of their own, as models of the format may have them
+    marks = special_tokens(name)
+    texts = [*pieces, *(mark.encode() for mark in marks)]
+    special = range(len(pieces), len(texts))
+    grammars = Grammars(texts, len(texts), (EOS,), special, marks)
+    source = call_forms(spelled, TOOLS)
+    matcher = start(grammars, "calls", source)
+    mark = source.partition("\n")[0]
+    random_token = random.Random(7)
+    names, answers = set(), []
+    for _ in range(60):
+        if "weather" in names and len(names) + len(answers) > 3:
+            break
+        matcher.restart()
+        written, whole = follow(matcher, texts, lambda ids: random_token.choice(ids), 400)
+        if not whole:
+            continue  # an object of the other tool that goes on and on
+        answer = (
+            tags(name, TOOLS, SPELLINGS[spelled]).opens + mark + written.decode("utf-8", "replace")
+        )
+        answers.append(answer)
+        parser = make_parser(name, TOOLS)
+        parser.push(answer)
+        parser.finish()
+        (call,) = parser.calls
+        names.add(call.name)
+        assert call.complete
+        if call.name == "weather":
+            jsonschema.validate(json.loads(call.arguments), dict(TOOLS[0].parameters))
+    assert "weather" in names
+
+
+def test_what_a_token_of_the_mark_brings_along(grammars: Grammars) -> None:
+    matcher = start(grammars, "calls", call_forms("hermes", TOOLS))
+    matcher.restart()
+    assert matcher.begin(b'\n{"name": "wea')
+    assert not matcher.begin(b"!")
+    matcher.restart()
+    assert not matcher.begin(b"no")
+
+
+def test_parameters_that_cannot_be_enforced_are_refused(grammars: Grammars) -> None:
+    unique = Tool("f", {"type": "object", "uniqueItems": True}, strict=True)
+    with pytest.raises(RequestError, match="uniqueItems"):
+        grammars.build("calls", call_forms("hermes", [unique]))

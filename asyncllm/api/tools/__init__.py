@@ -15,7 +15,7 @@ from asyncllm.api.tools.events import (
     Text,
     Tool,
 )
-from asyncllm.api.tools.forced import Tag, Tags, tags
+from asyncllm.api.tools.forced import Tag, Tags, call_forms, spelling, tags
 from asyncllm.api.tools.formats import (
     DeepSeekV3,
     GptOss,
@@ -44,11 +44,13 @@ __all__ = [
     "Text",
     "Tool",
     "ToolParser",
+    "call_forms",
     "call_schema",
     "detect_format",
     "make_parser",
     "parse_whole",
     "special_tokens",
+    "spelling",
     "system_text",
     "tags",
     "template_uses_tools",

@@ -139,6 +139,20 @@ _SPELLINGS: Final = {
 }
 
 
+def spelling(format_name: str, template: str = "") -> str:
+    """The name of a format's variant, for :func:`tags`.
+
+    Args:
+        format_name: one of FORMATS.
+        template: the chat template, which tells variants apart.
+    """
+    if format_name == "mistral" and "[ARGS]" not in template:
+        return "mistral list"
+    if format_name == "deepseekv3" and template and "```json" not in template:
+        return "deepseekv31"
+    return format_name
+
+
 def tags(format_name: str, tools: Sequence[Tool], template: str = "") -> Tags:
     """How calls of ``tools`` look in a format.
 
@@ -149,8 +163,33 @@ def tags(format_name: str, tools: Sequence[Tool], template: str = "") -> Tags:
     Raises:
         KeyError: no such format.
     """
-    if format_name == "mistral" and "[ARGS]" not in template:
-        format_name = "mistral list"
-    if format_name == "deepseekv3" and template and "```json" not in template:
-        format_name = "deepseekv31"
-    return _SPELLINGS[format_name].tags(tools)
+    return _SPELLINGS[spelling(format_name, template)].tags(tools)
+
+
+def call_forms(spelling_name: str, tools: Sequence[Tool]) -> str:
+    """The text of a grammar of kind "calls" (see ``core.request.GRAMMARS``).
+
+    Arguments of strict tools fit their schemas, those of others are any object. It ends with the
+    arguments where their end is plain to see: what stands behind them the model knows.
+
+    Args:
+        spelling_name: of :func:`spelling`.
+    """
+    form = _SPELLINGS[spelling_name]
+    made = form.tags([tool if tool.strict else Tool(tool.name) for tool in tools])
+    (trigger,) = made.triggers
+    end = (
+        ("}" if form.quoted else "")
+        if form.style == "json"
+        else form.end[: form.end.index(">") + 1]
+    )
+    told = [
+        {
+            "begin": tag.begin.removeprefix(trigger),
+            "schema": tag.schema,
+            "style": tag.style,
+            "end": end,
+        }
+        for tag in made.tags
+    ]
+    return f"{trigger}\n{json.dumps(told)}"
