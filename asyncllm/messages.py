@@ -230,6 +230,12 @@ class StepDone:
     top_logprobs: bytes  # float32[num_rows, num_top]
     prompt: tuple[tuple[int, bytes, int, bytes, bytes], ...]
     # (row, float32 logprobs of prompt tokens starts+1 .. , num_top, int32 top ids, float32 top logprobs)
+    device_ms: float = 0.0  # between its first and last operation; 0: not measured
+
+
+@message(15)
+class Due:
+    """scheduler -> itself: the step that was held back is to be launched."""
 
 
 # -- tokens go out -------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import EXIT_HUNG, Duty, Means, Watchdog, dump_stacks
-from asyncllm.api import reasoning, tools
+from asyncllm.api import reasoning
 from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
 from asyncllm.api.parts import Dialect, dialect_of
@@ -245,8 +245,8 @@ def _load_grammars(boot: Boot, spec: ModelSpec, text: Text | None) -> Grammars |
     if boot.endpoint or text is None or boot.config.output_constraint_mode == "none":
         return None
     with log.phase("load grammars"):
-        marks, ends = tools.special_tokens(_dialect(boot, text).calls), boot.resolved.eos_ids
-        return Grammars(text.pieces, spec.vocab_size, ends, text.special, marks)
+        pieces = [b"" if i in text.special else piece for i, piece in enumerate(text.pieces)]
+        return Grammars(pieces, spec.vocab_size, boot.resolved.eos_ids)
 
 
 def _load_thinking(boot: Boot, spec: ModelSpec, text: Text | None) -> Rules | None:

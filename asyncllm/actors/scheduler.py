@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, assert_never
 
 from asyncllm.actors.base import Actor, Ref
 from asyncllm.codec import ints
+from asyncllm.core.pacing import Pacer
 from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Emitted, Step
@@ -21,6 +23,7 @@ from asyncllm.messages import (
     Abort,
     Drain,
     Drained,
+    Due,
     Finished,
     Granted,
     Probe,
@@ -34,7 +37,7 @@ from asyncllm.messages import (
     Tokens,
 )
 
-Inbox = Submit | Abort | Granted | StepDone | StopHit | Drain | Probe
+Inbox = Submit | Abort | Granted | StepDone | StopHit | Due | Drain | Probe
 Part = tuple[int, bytes, int, bytes, bytes]  # log-probabilities of prompt tokens, see StepDone
 
 
@@ -75,6 +78,7 @@ class Scheduler(Actor[Inbox]):
         )
         self._ranks, self._depth, self._constrain = runners, depth, constrain
         self._inflight: deque[Step] = deque()
+        self._pacer, self._paused = Pacer(), False  # a Due is on its way
         self._asked = False  # a reservation is open
         self._stalled = (
             False  # nothing fits until a launched step is done or a request comes or goes
@@ -107,6 +111,8 @@ class Scheduler(Actor[Inbox]):
                     self._launch(msg)
                 case StepDone():
                     self._commit(msg)
+                case Due():
+                    self._paused = False
                 case Drain(timeout_s):
                     self._drain(timeout_s)
                 case Probe(query):
@@ -138,7 +144,7 @@ class Scheduler(Actor[Inbox]):
     def _fill(self) -> None:
         """Keep ``depth`` steps on the device; at most one reservation is open."""
         self._flush()
-        if self._asked or self._stalled or len(self._inflight) >= self._depth:
+        if self._asked or self._stalled or len(self._inflight) >= self._depth or self._pauses():
             return
         if (proposal := self.core.propose()) is None:
             return
@@ -148,6 +154,16 @@ class Scheduler(Actor[Inbox]):
         self._allocator.tell(
             Reserve(proposal.lanes.tobytes(), proposal.counts.tobytes(), opened, launched)
         )
+
+    def _pauses(self) -> bool:
+        """The next step can wait for newcomers, while the device is busy with one that decodes."""
+        if not self._inflight or self.core.waiting or not self._inflight[-1].decodes:
+            return False
+        pause = self._pacer.pause(perf_counter())
+        if pause and not self._paused:
+            self._paused = True
+            self.system.loop.call_later(pause, self.put, Due(), True)
+        return pause > 0
 
     def _flush(self) -> None:
         if released := self.core.released:
@@ -193,6 +209,8 @@ class Scheduler(Actor[Inbox]):
         self._stalled = False
         step = self._inflight.popleft()
         assert step.number == done.step, (step.number, done.step)
+        num_decode = step.num_decode if step.decodes else 0
+        self._pacer.over(perf_counter(), done.device_ms, num_decode)
         parts = [part for got in done.prompt if (part := self._part(step, got)) is not None]
         emitted = self.core.commit(step, ints(done.tokens))
         if emitted.rows or parts:

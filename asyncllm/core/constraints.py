@@ -7,16 +7,14 @@ ids and their bytes; knows neither text formats nor tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import NoReturn
 
-from asyncllm.core.calls import Calls, Form
 from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.thinking import Rules, Thinking
 from asyncllm.core.vocabulary import bits
 from asyncllm.errors import RequestError
 
 
-def unconstrained(kind: str, text: str) -> NoReturn:
+def unconstrained(kind: str, text: str) -> Constraint:
     """Makes no grammars. Raises RequestError."""
     raise RequestError("constrained output is off on this server (--output_constraint_mode)")
 
@@ -35,7 +33,7 @@ class Constraints:
         self,
         vocab_size: int,
         eos_ids: Collection[int],
-        grammar: Callable[[str, str], Form] = unconstrained,
+        grammar: Callable[[str, str], Constraint] = unconstrained,
         thinking: Rules | None = None,
     ) -> None:
         self._vocab_size, self._eos_ids, self._grammar = vocab_size, eos_ids, grammar
@@ -48,24 +46,14 @@ class Constraints:
             thoughts: see ``Submit``.
         """
         grammar = None if params.grammar is None else self._grammar(*params.grammar)
-        calls = params.grammar is not None and params.grammar[0] == "calls"
-        limit, thinking = params.max_thinking_tokens, None
+        limit = params.max_thinking_tokens
         if (
             self._thinking is not None
             and thoughts in ("open", "none")
             and (grammar or limit is not None)
         ):
-            thinking = Thinking(
-                self._thinking,
-                opened=thoughts == "open",
-                limit=limit,
-                answer=None if calls else grammar,
-            )
-        if params.grammar is not None and grammar is not None and calls:
-            mark = params.grammar[1].partition("\n")[0].encode()
-            return Calls(mark, grammar, self._vocab_size, thinking)
-        if thinking is not None:
-            return thinking
+            opened = thoughts == "open"
+            return Thinking(self._thinking, opened=opened, limit=limit, answer=grammar)
         if grammar is not None:
             return grammar
         if params.allowed_token_ids:

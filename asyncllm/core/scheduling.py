@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from asyncllm.core.request import Again, Constraint, Reason
+from asyncllm.core.request import Constraint, Reason
 from asyncllm.core.steps import (
     INT,
     NO_TOKEN,
@@ -252,16 +252,14 @@ class Core:
         return Emitted(rids, out, ends, where)
 
     def _accept(self, req: Request, token: int) -> bool | None:
-        """Tell the constraint. True: it wants nothing more; None: the token does not count."""
+        """Tell the constraint. True: it wants nothing more; None: the request has failed."""
         if req.constraint is None:
             return False
         try:
             return req.constraint.accept(token)
         except RequestError as error:
             self._end(req, Reason.ERROR, detail=error.message, status=error.status)
-        except Again:
-            self._requeue(req)
-        return None
+            return None
 
     # what others may know
 
@@ -307,12 +305,8 @@ class Core:
             self._release(lane)
 
     def _preempt(self, req: Request) -> None:
-        """Make room: the request waits for its next life."""
-        self.preemptions += 1
-        self._requeue(req)
-
-    def _requeue(self, req: Request) -> None:
         """Back to the head of the queue; the next life computes prompt and outputs again."""
+        self.preemptions += 1
         del self.running[req.rid]
         self._leave(req)
         self.waiting.appendleft(req)
@@ -437,7 +431,8 @@ class Core:
         lane.planned = hit
         if lane.over:
             return
-        self.waiting.remove(req)  # the first, but for those that have come back meanwhile
+        assert self.waiting[0] is req
+        self.waiting.popleft()
         self.running[req.rid] = req
         if req.cached_len < 0:
             req.cached_len = min(hit, len(req.prompt))

@@ -123,6 +123,11 @@ class Step:
     masked: array[int] = field(default_factory=lambda: array(INT))
     masks: bytearray = field(default_factory=bytearray)
 
+    @property
+    def decodes(self) -> bool:
+        """Every row brings one token."""
+        return self.num_decode == len(self.lanes)
+
     def constrain(self, row: int, constraint: Constraint) -> None:
         """Row ``row`` samples one of the tokens that may come next."""
         if mask := constraint.mask():

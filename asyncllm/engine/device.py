@@ -22,7 +22,7 @@ class HostOutputs:
     scored: list[tuple[int, Tensor, int, Tensor, Tensor]]  # row, chosen, num_top, ids, values
 
 
-def step_done(work: Work, host: HostOutputs) -> StepDone:
+def step_done(work: Work, host: HostOutputs, device_ms: float = 0.0) -> StepDone:
     """The message of a finished step; rows that sampled nothing get -1 and NaN."""
     samples, num_top = work.rows.samples, max(work.choice.num_top, 0)
     tokens = np.full(len(samples), -1, np.int32)
@@ -50,6 +50,7 @@ def step_done(work: Work, host: HostOutputs) -> StepDone:
             (row, _bytes(chosen), top, _bytes(ids), _bytes(values))
             for row, chosen, top, ids, values in host.scored
         ),
+        device_ms=device_ms,
     )
 
 
@@ -110,7 +111,7 @@ class CudaPending:
         if self._before is not None:
             self.gap_ms = max(0.0, self._before.end.elapsed_time(self._span.begin))
         self._span.over = True
-        return step_done(self._work, self._host)
+        return step_done(self._work, self._host, self._span.begin.elapsed_time(self._span.end))
 
 
 @dataclass(slots=True)

@@ -11,8 +11,9 @@ import random
 import threading
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from asyncllm.actors.allocator import Allocator
@@ -152,6 +153,7 @@ class FakeDevice:
         self.plans: list[StepPlan] = []
         self.gates: list[tuple[threading.Event, threading.Event]] = []
         self.closed = False
+        self.step_ms = 0.0  # what each step is said to have taken
 
     def close(self) -> None:
         self.closed = True
@@ -213,7 +215,9 @@ class FakeDevice:
         gate = (threading.Event(), threading.Event()) if self.gated else None
         if gate is not None:
             self.gates.append(gate)
-        return FakePending(StepDone(plan.step, ids, column, *top, tuple(prompt)), gate)
+        return FakePending(
+            StepDone(plan.step, ids, column, *top, tuple(prompt), self.step_ms), gate
+        )
 
     def _read(self, table: LaneTable, end: int) -> int:
         """The state at ``end``, after checking that the slots hold one unbroken sequence."""
@@ -301,6 +305,16 @@ class Mailbox:
         return bool(self.urgent or self.queue)
 
 
+class Timers:
+    """Of an event loop whose clock stands still: the test says when they go off."""
+
+    def __init__(self) -> None:
+        self.set: list[tuple[float, Callable[[], Any]]] = []
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> None:
+        self.set.append((delay, partial(callback, *args)))
+
+
 class World:
     """Scheduler, allocator and a fake device; the test says who handles its mail when."""
 
@@ -343,6 +357,7 @@ class World:
         for actor in (self.allocator, self.scheduler):
             actor.system = self  # type: ignore[assignment]
             actor.started()
+        self.loop = Timers()
         self.reserves = 0
         self.submitted: dict[int, Submit] = {}
         self.tokens: dict[int, list[int]] = defaultdict(list)

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from asyncllm.messages import (
     AllocatorStats,
     Drain,
     Drained,
+    Due,
     Finished,
     Probe,
     Reserve,
@@ -47,6 +49,53 @@ def test_abort_between_reserve_and_grant_neither_hangs_nor_frees_twice() -> None
     world.check_end()
     assert world.finished[1].reason == Reason.ABORT
     assert world.finished[2].reason == Reason.LENGTH
+
+
+def decoding(step_ms: float) -> World:
+    """A request that decodes: its prompt is done, one step is in flight and one may follow."""
+    world = World()
+    world.device.step_ms = step_ms
+    world.submit(1, [1] * 6, max_new_tokens=20)
+    world.settle("scheduler", "allocator", "runner")
+    for _ in range(2):  # the prompt's step and the decode step behind it
+        world.turn(("device", 0))
+        world.settle("scheduler", "allocator", "runner")
+    return world
+
+
+def test_a_decode_step_is_launched_behind_another_at_once_if_its_time_is_not_known() -> None:
+    world = decoding(step_ms=0.0)
+    assert len(world.pending) == 2
+    assert not world.loop.set
+    world.run()
+    world.check_end()
+
+
+def test_a_decode_step_waits_for_newcomers_while_the_device_is_busy() -> None:
+    world = decoding(step_ms=1e6)
+    assert len(world.pending) == 1
+    ((delay, _),) = world.loop.set
+    assert 700 < delay < 760  # three quarters of the step in front
+    world.submit(2, [2] * 3, max_new_tokens=1)
+    world.settle("scheduler", "allocator", "runner")
+    assert [len(plan.lanes) // 4 for plan in world.device.plans][-1] == 2, (
+        "both are in the next step"
+    )
+    world.run()
+    world.check_end()
+
+
+def test_a_held_back_step_is_launched_when_its_time_has_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = decoding(step_ms=1e6)
+    later = perf_counter() + 760
+    monkeypatch.setattr("asyncllm.actors.scheduler.perf_counter", lambda: later)
+    world.tell(Due())
+    world.settle("scheduler", "allocator", "runner")
+    assert len(world.pending) == 2
+    world.run()
+    world.check_end()
 
 
 def test_abort_of_all_granted_rows_reserves_again_at_once() -> None:
