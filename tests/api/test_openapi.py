@@ -11,7 +11,9 @@ import pytest
 
 from asyncllm.api import openai, openapi, shapes, tables
 from asyncllm.api.fields import Field
+from asyncllm.api.responses import Store
 from asyncllm.errors import RequestError
+from tests.api import test_anthropic, test_responses
 from tests.api.test_parted_reply import CASES, Case, ending, feed, reply
 from tests.api.test_requests import SERVED
 
@@ -170,9 +172,13 @@ def test_tools_are_refused_where_the_document_says_so(body: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_chat_answers_are_as_the_document_says(case: Case) -> None:
+def test_answers_are_as_the_document_says(case: Case) -> None:
     calls, thoughts, text, *_, reason = case
     made = reply(calls, thoughts)
     feed(made, [text], ending(reason))
-    schema = DOC["components"]["schemas"]["ChatCompletion"]
-    jsonschema.validate(json.loads(made.whole()), schema)
+    schemas = DOC["components"]["schemas"]
+    jsonschema.validate(json.loads(made.whole()), schemas["ChatCompletion"])
+    message, _ = test_anthropic.parted(case, [text])
+    jsonschema.validate(json.loads(message.whole()), schemas["Message"])
+    response, _ = test_responses.parted(case, [text], Store())
+    jsonschema.validate(json.loads(response.whole()), schemas["Response"])

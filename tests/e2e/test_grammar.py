@@ -191,3 +191,31 @@ def test_a_frontend_of_another_process_and_constrained_output_off(
         status, text = refusal(off, COMPLETIONS, {"prompt": "x", "guided_regex": "a"})
         assert (status, "--output_constraint_mode" in text) == (400, True)
         assert off.post(COMPLETIONS, {"prompt": "x", "max_tokens": 2})["choices"]
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Berlin"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_calls_of_strict_tools_fit_even_where_the_model_begins_them_wrong(
+    server: Server, strict: bool
+) -> None:
+    history = []
+    for city in ("Oslo", "Rome", "Lima", "Bonn"):
+        history.append({"role": "user", "content": f"Weather in {city}?"})
+        history.append({"role": "assistant", "content": "Sure <tool_call>oops"})
+    history.append({"role": "user", "content": "Weather in Cairo?"})
+    function = {"name": "get_weather", "strict": strict, "parameters": WEATHER}
+    tools = [{"type": "function", "function": function}]
+    body = {"messages": history, "tools": tools, "temperature": 0, "max_tokens": 80}
+    (choice,) = server.post(CHAT, body)["choices"]
+    calls = choice["message"].get("tool_calls", [])
+    assert len(calls) == strict, "it says oops unless it must not"
+    for call in calls:
+        jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER)
+    assert choice["finish_reason"] == ("tool_calls" if strict else "stop")
