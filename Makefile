@@ -16,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
 # suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
-SUITES := openai llm js lm-eval guidellm
+SUITES := openai llm js lm-eval guidellm schemathesis langchain
 ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
@@ -81,6 +81,15 @@ accept-lm-eval: $(STAMP) $(ACCEPT)/lm-eval/.installed
 
 accept-guidellm: $(STAMP) $(ACCEPT)/guidellm/.installed
 	@$(RUN) -- $(ACCEPT)/guidellm/bin/python tests/accept/load.py $(ACCEPT)/guidellm
+
+# 128 tokens at most, since most bodies that it makes up ask for as many as there may be
+accept-schemathesis: $(STAMP) $(ACCEPT)/schemathesis/.installed
+	@$(RUN) --max_req_total_len 128 --api_key KEY -- \
+	  sh tests/accept/schemathesis.sh $(ACCEPT)/schemathesis
+
+accept-langchain: $(STAMP) $(ACCEPT)/langchain/.installed
+	@$(RUN) --data_type fp32 -- $(ACCEPT)/langchain/bin/python -m pytest \
+	  -q -p no:cacheprovider --timeout=300 tests/accept/chains/standard.py
 
 $(ACCEPT)/js/.installed: tests/accept/package.json
 	@echo 'installing into $(@D)' >&2
