@@ -16,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
 # suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
-SUITES := openai llm js lm-eval guidellm schemathesis langchain
+SUITES := openai anthropic llm js lm-eval guidellm schemathesis langchain
 ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
@@ -67,6 +67,9 @@ accept: $(addprefix accept-,$(SUITES))
 
 accept-openai: $(STAMP) $(ACCEPT)/openai/.installed
 	@$(RUN) -- $(ACCEPT)/openai/bin/python tests/accept/openai_strict.py
+
+accept-anthropic: $(STAMP) $(ACCEPT)/anthropic/.installed
+	@$(RUN) -- $(ACCEPT)/anthropic/bin/python tests/accept/anthropic_strict.py
 
 accept-llm: $(STAMP) $(ACCEPT)/llm/.installed
 	@$(RUN) --data_type fp32 -- $(ACCEPT)/llm/bin/python tests/accept/llm_cli.py

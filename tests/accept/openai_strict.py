@@ -151,6 +151,42 @@ def response_events() -> str:
     return str(events[-1])
 
 
+FLAT = [{"type": "function", **TOOL["function"]}]
+NAMED = {"type": "function", "name": "get_weather"}
+
+
+def response_call(choice: Any) -> Any:
+    """A forced call; its result is told by both ways to go on."""
+    asked = {"input": "Weather in Oslo?", "tools": FLAT, "tool_choice": choice}
+    found = respond(**asked, max_output_tokens=128, parallel_tool_calls=False)
+    (call,) = found.output
+    assert (call.type, call.name, found.status) == ("function_call", "get_weather", "completed")
+    assert isinstance(json.loads(call.arguments)["city"], str), call
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "12"}
+    respond(previous_response_id=found.id, input=[result], tools=FLAT)
+    asked = {"role": "user", "content": "Weather in Oslo?"}
+    respond(store=False, input=[asked, *found.output, result], tools=FLAT)
+    return call.arguments
+
+
+def response_call_events() -> str:
+    events = list(
+        respond(
+            input="Weather in Oslo?",
+            tools=FLAT,
+            tool_choice="required",
+            max_output_tokens=128,
+            parallel_tool_calls=False,
+            stream=True,
+        )
+    )
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    told = "".join(e.delta for e in events if e.type.endswith("arguments.delta"))
+    (done,) = [e for e in events if e.type.endswith("arguments.done")]
+    assert told == done.arguments == events[-1].response.output[0].arguments, told
+    return told
+
+
 def remembered() -> str:
     first = respond()
     second = respond(previous_response_id=first.id)
@@ -199,6 +235,22 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "response": lambda: respond().output_text,
     "response stream": response_events,
     "response chain": remembered,
+    "response tools required": lambda: response_call("required"),
+    "response tools named": lambda: response_call(NAMED),
+    "response tools stream": response_call_events,
+    "response json_schema": lambda: valid_json(
+        respond(
+            max_output_tokens=64,
+            text={"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}},
+        ).output_text,
+        ("ok",),
+    ),
+    "response logprobs": lambda: (
+        respond(include=["message.output_text.logprobs"], top_logprobs=2)
+        .output[0]
+        .content[0]
+        .logprobs[0]
+    ),
     "refuses max_tokens": lambda: refused(400, max_tokens=-1),
     "refuses n": lambda: refused(400, n=100000),
     "refuses what is too long": lambda: refused(
