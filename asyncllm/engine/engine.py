@@ -19,7 +19,7 @@ from asyncllm.engine.masks import ban, mask_columns
 from asyncllm.engine.parallel import Group
 from asyncllm.engine.sampling import Knobs, Penalties, Sampler, TorchSampler, raise_ends
 from asyncllm.engine.staging import Columns, Placed, Rows, Uploader, unpack
-from asyncllm.engine.tails import Ended, Tail, Tails, tail_columns
+from asyncllm.engine.tails import Ended, Tail, Tails, penalty_matrix, tail_columns
 from asyncllm.messages import StepPlan
 from asyncllm.models.layers import Batch, HostRows
 from asyncllm.models.llama import Decoder
@@ -92,6 +92,7 @@ class Engine:
         self.graphs: Graphs | None = None
         self.tails: Tails | None = None
         self._no_top = torch.empty(num_lanes, 0, device=device)
+        self._row_numbers = torch.arange(num_lanes, dtype=torch.int32, device=device)
         self.sampler = _sampler(model)
         self._uploader = Uploader(device)
 
@@ -131,11 +132,15 @@ class Engine:
         choice = self.lanes.choice(rows, masked=bool(plan.masks))
         scored = self.lanes.scores(rows)
         bucket, tail = None, None
-        columns = tail_columns(choice, rows)
+        columns, penalties = tail_columns(choice, rows), self._penalty_columns(rows, choice)
         if self.graphs is not None and self.tails is not None:
             bucket, tail = self.graphs.pick(rows), self.tails.pick(choice)
+            if penalties and tail is not None:
+                columns["penalties"] = penalty_matrix(penalties, len(choice.temperature))
+                penalties = {}
             columns = self.tails.columns(columns)
         columns |= self._row_columns(rows, bucket)
+        columns |= penalties
         if choice.bias_rows:
             columns["bias_rows"] = np.array(choice.bias_rows, np.int32)
             columns["bias_tokens"] = np.array(choice.bias_tokens, np.int32)
@@ -143,7 +148,7 @@ class Engine:
         if len(choice.length_rows):
             columns["length_rows"] = choice.length_rows
             columns["length_scales"] = choice.length_scales
-        penalty_len = self._penalty_columns(rows, choice, columns)
+        penalty_len = int(penalties["pen_lens"].max()) if penalties else 0
         for i, part in enumerate(scored):
             columns[f"targets{i}"] = part.targets
         columns |= self._known_columns(plan)
@@ -229,11 +234,29 @@ class Engine:
 
     def _end(self, hidden: Tensor, d: Placed, tail: Tail) -> Ended:
         """From hidden states of the rows that sample to their tokens; what a graph captures."""
-        logits = self.model.logits(hidden)
-        chosen = self._sample(logits, d, greedy=tail.greedy, truncates=tail.truncates)
+        logits = changed = self.model.logits(hidden)
+        if tail.penalized and not self.group.rank:
+            changed = logits.to(torch.float32, copy=True)
+            self.sampler.penalize(changed, self.history, self._penalties(d, len(hidden)))
+        chosen = self._sample(changed, d, greedy=tail.greedy, truncates=tail.truncates)
         if not tail.scored or self.group.rank:
             return chosen.int(), None
         return chosen.int(), self.sampler.log_probs(logits, chosen, 0)[0]
+
+    def _penalties(self, d: Placed, num: int) -> Penalties:
+        """Of all rows of a graph, from its matrix."""
+        lens, prompt_lens, presence, frequency, repetition, prompt = d["penalties"][:, :num]
+        return Penalties(
+            rows=self._row_numbers[:num],
+            lanes=d["sampled_lanes"][:num],
+            lens=lens,
+            prompt_lens=prompt_lens,
+            max_len=self.max_len,
+            presence=presence.view(torch.float32),
+            frequency=frequency.view(torch.float32),
+            repetition=repetition.view(torch.float32),
+            penalize_prompt=prompt,
+        )
 
     def _sample(self, logits: Tensor, d: Placed, *, greedy: bool, truncates: bool) -> Tensor:
         """Tokens [n] int64 of logits [n, vocab_size], the same on every rank; lanes keep them."""
@@ -258,7 +281,7 @@ class Engine:
         self, logits: Tensor, work: Work, d: Placed, scored: list[ScoredTensors]
     ) -> Outputs:
         choice, changed = work.choice, logits
-        if choice.changes and self.group.rank == 0:
+        if (choice.changes or choice.penalized) and self.group.rank == 0:
             changed = logits.to(torch.float32, copy=True)
             self._change(changed, work, d)
         chosen = self._sample(changed, d, greedy=choice.all_greedy, truncates=choice.truncates)
@@ -310,23 +333,22 @@ class Engine:
             "known": np.concatenate([ids for _, ids in lanes]),
         }
 
-    def _penalty_columns(self, rows: Rows, choice: Choice, columns: Columns) -> int:
+    def _penalty_columns(self, rows: Rows, choice: Choice) -> Columns:
+        """Of the rows that have penalties; {} if none has."""
         if not choice.penalized:
-            return 0
+            return {}
         picked = np.array(choice.penalized, np.int32)
         lanes, t = rows.lanes[rows.samples][picked], self.lanes
-        lens = rows.sampled_lens[picked]
-        columns |= {
+        return {
             "pen_rows": picked,
             "pen_lanes": lanes,
-            "pen_lens": lens,
+            "pen_lens": rows.sampled_lens[picked],
             "pen_prompt_lens": t.prompt_len[lanes],
             "pen_presence": t.presence[lanes],
             "pen_frequency": t.frequency[lanes],
             "pen_repetition": t.repetition[lanes],
             "pen_prompt": t.penalize_prompt[lanes].astype(np.int32),
         }
-        return int(lens.max())
 
 
 def _sampler(model: Decoder) -> Sampler:

@@ -41,8 +41,8 @@ class Choice:
 
     @property
     def changes(self) -> bool:
-        """Some row's logits are changed before the choice."""
-        return bool(self.masked or self.bias_rows or self.penalized or len(self.length_rows))
+        """Some row's logits are changed before the choice, not only by penalties."""
+        return bool(self.masked or self.bias_rows or len(self.length_rows))
 
 
 @dataclass(slots=True)

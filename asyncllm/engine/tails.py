@@ -1,8 +1,8 @@
 """The end of a step as CUDA graphs: hidden states of the rows that sample, their logits, their tokens.
 
 Owns the graphs, by number of rows and kind of choice, and the place where they find their rows. What
-only some steps need (biases, penalties, masks, alternatives' log-probabilities) is in none of them:
-the end of such a step is launched kernel by kernel.
+only some steps need (biases, masks, length penalties, alternatives' log-probabilities) is in none of
+them: the end of such a step is launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncllm.engine.lanes import Choice
 from asyncllm.engine.staging import Columns, Placed, Rows, Uploader
 
 MAX_ROWS = 1024
-KINDS = ((True, False), (False, False), (False, True))  # greedy, truncates
+# greedy, truncates, penalized
+KINDS = ((True, False, False), (False, False, False), (False, True, False), (False, True, True))
+PENALTIES = ("lens", "prompt_lens", "presence", "frequency", "repetition", "prompt")
 
 Ended = tuple[Tensor, Tensor | None]  # tokens [n] int32, their log-probabilities [n] float32
 
@@ -32,12 +35,14 @@ class Tail:
     Attributes:
         greedy: every row takes its best token.
         truncates: some row has top_k, top_p or min_p.
+        penalized: some row has penalties.
         scored: with the log-probabilities of the tokens.
     """
 
     num_rows: int
     greedy: bool
     truncates: bool
+    penalized: bool
     scored: bool
 
 
@@ -60,6 +65,17 @@ def tail_columns(choice: Choice, rows: Rows) -> Columns:
         "uniform": choice.uniform,
     }
     return columns
+
+
+def penalty_matrix(columns: Columns, num_rows: int) -> NDArray[np.int32]:
+    """[6, num_rows] of PENALTIES, floats by their bits, from columns of the penalized rows only.
+
+    Other rows have length 0, which changes nothing.
+    """
+    matrix = np.zeros((len(PENALTIES), num_rows), np.int32)
+    for row, name in zip(matrix, PENALTIES, strict=True):
+        row[columns["pen_rows"]] = columns[f"pen_{name}"].view(np.int32)
+    return matrix
 
 
 class Tails:
@@ -91,6 +107,7 @@ class Tails:
             "top_p": floats + np.float32(1),
             "min_p": floats,
             "uniform": floats + np.float32(0.5),
+            "penalties": np.zeros((len(PENALTIES), len(hidden)), np.int32),
         }
         self._captured: dict[Tail, tuple[torch.cuda.CUDAGraph, Ended]] = {}
 
@@ -98,10 +115,10 @@ class Tails:
         """``columns`` padded to a fixed size: first in every upload, so that graphs find them."""
         if columns is None:
             return dict(self._padding)
-        made: Columns = {}
-        for name, padding in self._padding.items():
-            made[name] = padding.copy()
-            made[name][: len(columns[name])] = columns[name]
+        made: Columns = dict(self._padding)
+        for name, column in columns.items():
+            made[name] = made[name].copy()
+            made[name][..., : column.shape[-1]] = column
         return made
 
     @torch.inference_mode()
@@ -109,9 +126,9 @@ class Tails:
         """Capture all, in the memory pool of the decoder's graphs, which run before these."""
         placed = self._uploader.upload(self.columns())
         for size in reversed(self._sizes):
-            for greedy, truncates in KINDS:
+            for kind in KINDS:
                 for scored in (False, True):
-                    tail = Tail(size, greedy, truncates, scored)
+                    tail = Tail(size, *kind, scored)
                     self._run(self._hidden[:size], placed, tail)
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(
@@ -125,12 +142,10 @@ class Tails:
         at = bisect_left(self._sizes, len(choice.temperature))
         if at == len(self._sizes) or choice.num_top > 0 or choice.changes:
             return None
-        return Tail(
-            self._sizes[at],
-            choice.all_greedy,
-            choice.truncates and not choice.all_greedy,
-            choice.num_top == 0,
-        )
+        if choice.penalized:
+            return Tail(self._sizes[at], False, True, True, choice.num_top == 0)
+        truncates = choice.truncates and not choice.all_greedy
+        return Tail(self._sizes[at], choice.all_greedy, truncates, False, choice.num_top == 0)
 
     def replay(self, tail: Tail, hidden: Tensor, rows: Tensor | None, num_rows: int) -> Ended:
         """Queue the graph for ``hidden[rows]`` (None: the first ones).

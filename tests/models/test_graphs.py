@@ -13,8 +13,8 @@ from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CudaDevice
 from asyncllm.engine.graphs import MAX_DECODE_ROWS, decode_sizes, mixed_sizes
 from asyncllm.engine.lanes import LaneTable
-from asyncllm.engine.staging import unpack
-from asyncllm.engine.tails import MAX_ROWS, Tail, Tails, tail_sizes
+from asyncllm.engine.staging import Columns, unpack
+from asyncllm.engine.tails import MAX_ROWS, PENALTIES, Tail, Tails, penalty_matrix, tail_sizes
 from asyncllm.messages import StepPlan
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 from tests.models.test_llama import VOCAB, make_checkpoint
@@ -49,11 +49,18 @@ def test_tail_sizes_rise_and_reach_the_most(most: int) -> None:
 
 def test_columns_of_a_tail_have_one_size_and_padding_that_harms_nothing() -> None:
     tails = Tails(lambda *_: None, None, torch.zeros(6, 4), dump_lane=6)  # type: ignore[arg-type, return-value]
-    given = {name: np.arange(1, 4).astype(column.dtype) for name, column in tails.columns().items()}
+    given: Columns = {
+        name: np.full((*column.shape[:-1], 3), 5, column.dtype)
+        for name, column in tails.columns().items()
+        if name != "penalties"
+    }
     for name, column in tails.columns(given).items():
-        assert column.shape == (6,)
-        np.testing.assert_array_equal(column[:3], given[name])
-        np.testing.assert_array_equal(column[3:], tails.columns()[name][3:])
+        padding = tails.columns()[name]
+        assert column.shape == padding.shape
+        assert column.dtype == padding.dtype
+        np.testing.assert_array_equal(column[..., 3:], padding[..., 3:])
+        if name in given:
+            np.testing.assert_array_equal(column[..., :3], given[name])
     assert (tails.columns()["sampled_lanes"] == 6).all()
     assert (tails.columns()["temperature"] == 0).all()
 
@@ -61,12 +68,14 @@ def test_columns_of_a_tail_have_one_size_and_padding_that_harms_nothing() -> Non
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
-        ([0], Tail(1, True, False, True)),
-        ([0, 1], Tail(2, False, False, True)),
-        ([1, 1, 1], Tail(4, False, False, False)),
-        ([0, 2, 1], Tail(4, False, True, True)),
+        ([0], Tail(1, True, False, False, True)),
+        ([0, 1], Tail(2, False, False, False, True)),
+        ([1, 1, 1], Tail(4, False, False, False, False)),
+        ([0, 2, 1], Tail(4, False, True, False, True)),
         ([3], None),  # alternatives
-        ([0, 4], None),  # penalties
+        ([4], Tail(1, False, True, True, False)),
+        ([0, 4], Tail(2, False, True, True, True)),
+        ([4, 5], None),
         ([5], None),  # biases
         ([0] * 7, None),  # more rows than graphs have
     ],
@@ -87,6 +96,27 @@ def test_steps_end_in_the_graph_of_their_kind(params: list[int], expected: Tail 
     assert tails.pick(lanes.choice(rows, masked=True)) is None
 
 
+def test_penalties_reach_the_logits(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    driver = Driver(make_device(tmp_path, "fp32", "cpu", max_len=256), 4096)
+    far = SamplingParams(temperature=0.0, presence_penalty=1e4)
+    seqs = [Sequence(0, random_ids(5, VOCAB, 0), far), Sequence(1, random_ids(5, VOCAB, 0))]
+    driver.generate(seqs, 200)
+    assert len(set(seqs[0].outputs)) == 200
+    assert len(set(seqs[1].outputs)) < 200
+
+
+def test_rows_without_penalties_have_length_0() -> None:
+    columns: Columns = {
+        f"pen_{name}": np.array([7, 8], np.int32) for name in ("rows", "lanes", *PENALTIES)
+    }
+    columns["pen_rows"] = np.array([2, 0], np.int32)
+    columns["pen_repetition"] = np.array([1.5, 2.5], np.float32)
+    matrix = penalty_matrix(columns, 4)
+    assert matrix[0].tolist() == [8, 0, 7, 0]
+    assert matrix[4].view(np.float32).tolist() == [2.5, 0, 1.5, 0]
+
+
 @pytest.mark.gpu
 def test_ends_of_steps_give_what_eager_ones_give(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
@@ -100,7 +130,19 @@ def test_ends_of_steps_give_what_eager_ones_give(tmp_path: Path) -> None:
         driver = Driver(device, 4096)
         answers.append([])
         try:
-            for kinds in ([0], [1], [2], [0, 1, 2], [1, 1], [3, 0], [4, 2], [5, 1], [2] * 7):
+            for kinds in (
+                [0],
+                [1],
+                [2],
+                [0, 1, 2],
+                [1, 1],
+                [3, 0],
+                [4],
+                [4, 2, 4],
+                [5, 1],
+                [4] * 7,
+                [2] * 7,
+            ):
                 seqs = [
                     Sequence(lane, random_ids(9 + lane, VOCAB, lane), CHOICES[kind])
                     for lane, kind in enumerate(kinds)
