@@ -121,21 +121,28 @@ class Tails:
             made[name][..., : column.shape[-1]] = column
         return made
 
+    def all(self) -> list[Tail]:
+        """What there are graphs for, the largest first."""
+        return [
+            Tail(size, *kind, scored)
+            for size in reversed(self._sizes)
+            for kind in KINDS
+            for scored in (False, True)
+        ]
+
     @torch.inference_mode()
     def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
         """Capture all, in the memory pool of the decoder's graphs, which run before these."""
         placed = self._uploader.upload(self.columns())
-        for size in reversed(self._sizes):
-            for kind in KINDS:
-                for scored in (False, True):
-                    tail = Tail(size, *kind, scored)
-                    self._run(self._hidden[:size], placed, tail)
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(
-                        graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-                    ):
-                        ended = self._run(self._hidden[:size], placed, tail)
-                    self._captured[tail] = graph, ended
+        for tail in self.all():
+            hidden = self._hidden[: tail.num_rows]
+            self._run(hidden, placed, tail)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                ended = self._run(hidden, placed, tail)
+            self._captured[tail] = graph, ended
 
     def pick(self, choice: Choice) -> Tail | None:
         """The graph for ``choice``; None: there is none, launch the kernels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,20 @@ import torch
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CudaDevice
+from asyncllm.engine.engine import Engine
 from asyncllm.engine.graphs import MAX_DECODE_ROWS, decode_sizes, mixed_sizes
 from asyncllm.engine.lanes import LaneTable
-from asyncllm.engine.staging import Columns, unpack
-from asyncllm.engine.tails import MAX_ROWS, PENALTIES, Tail, Tails, penalty_matrix, tail_sizes
+from asyncllm.engine.staging import Columns, Placed, Rows, unpack
+from asyncllm.engine.tails import (
+    KINDS,
+    MAX_ROWS,
+    PENALTIES,
+    Ended,
+    Tail,
+    Tails,
+    penalty_matrix,
+    tail_sizes,
+)
 from asyncllm.messages import StepPlan
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 from tests.models.test_llama import VOCAB, make_checkpoint
@@ -96,6 +107,92 @@ def test_steps_end_in_the_graph_of_their_kind(params: list[int], expected: Tail 
     assert tails.pick(lanes.choice(rows, masked=True)) is None
 
 
+class Simulated(Tails):
+    """Replays by running what would have been captured, on the columns of the last upload."""
+
+    def __init__(self, engine: Engine) -> None:
+        hidden = torch.zeros(engine.num_lanes, engine.model.spec.hidden_size)
+        super().__init__(engine._end, engine._uploader, hidden, dump_lane=engine.num_lanes)
+        self.used: set[Tail] = set()
+        self._last: list[Placed] = []
+        upload = engine._uploader.upload
+
+        def keep(columns: Columns) -> Placed:
+            self._last = [upload(columns)]
+            return self._last[0]
+
+        engine._uploader.upload = keep  # type: ignore[method-assign]
+        for tail in self.all():
+            self._captured[tail] = self._simulate(tail)  # type: ignore[assignment]
+
+    def _simulate(self, tail: Tail) -> tuple[SimpleNamespace, Ended]:
+        tokens = torch.empty(tail.num_rows, dtype=torch.int32)
+        scores = torch.empty(tail.num_rows) if tail.scored else None
+
+        def replay() -> None:
+            self.used.add(tail)
+            ended = self._run(self._hidden[: tail.num_rows], self._last[0], tail)
+            tokens.copy_(ended[0])
+            if scores is not None and ended[1] is not None:
+                scores.copy_(ended[1])
+
+        return SimpleNamespace(replay=replay), (tokens, scores)
+
+
+class NoGraphs:
+    def pick(self, rows: Rows) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def test_ends_in_graphs_choose_what_eager_ones_choose(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    answers: list[list[Sequence]] = []
+    used: set[Tail] = set()
+    for graphs in (False, True):
+        device = make_device(tmp_path, "fp32", "cpu", num_lanes=40)
+        if graphs:
+            engine = device._engine
+            engine.graphs, engine.tails = NoGraphs(), Simulated(engine)  # type: ignore[assignment]
+            used = engine.tails.used  # type: ignore[union-attr]
+        answers.append(choose_in_many_ways(Driver(device, 4096)))
+    for eager, graphed in zip(*answers, strict=True):
+        assert eager.outputs == graphed.outputs
+        torch.testing.assert_close(
+            torch.tensor(graphed.logprobs), torch.tensor(eager.logprobs), equal_nan=True
+        )
+    assert {(t.greedy, t.truncates, t.penalized) for t in used} == set(KINDS)
+    assert {t.scored for t in used} == {False, True}
+
+
+def choose_in_many_ways(driver: Driver) -> list[Sequence]:
+    out = []
+    for kinds in (
+        [0],
+        [1],
+        [2],
+        [0, 1, 2],
+        [1, 1],
+        [3, 0],
+        [4],
+        [4, 2, 4],
+        [5, 1],
+        [4] * 7,
+        [2] * 7,
+    ):
+        seqs = [
+            Sequence(lane, random_ids(9 + lane, VOCAB, lane), CHOICES[kind])
+            for lane, kind in enumerate(kinds)
+        ]
+        driver.run([(s, len(s.prompt), 0) for s in seqs])
+        for _ in range(8):
+            driver.run([(s, 1, 0) for s in seqs])
+        out += seqs
+    return out
+
+
 def test_penalties_reach_the_logits(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     driver = Driver(make_device(tmp_path, "fp32", "cpu", max_len=256), 4096)
@@ -127,30 +224,8 @@ def test_ends_of_steps_give_what_eager_ones_give(tmp_path: Path) -> None:
         if graphs:
             device.capture(300)
             torch.cuda.set_sync_debug_mode("error")
-        driver = Driver(device, 4096)
-        answers.append([])
         try:
-            for kinds in (
-                [0],
-                [1],
-                [2],
-                [0, 1, 2],
-                [1, 1],
-                [3, 0],
-                [4],
-                [4, 2, 4],
-                [5, 1],
-                [4] * 7,
-                [2] * 7,
-            ):
-                seqs = [
-                    Sequence(lane, random_ids(9 + lane, VOCAB, lane), CHOICES[kind])
-                    for lane, kind in enumerate(kinds)
-                ]
-                driver.run([(s, len(s.prompt), 0) for s in seqs])
-                for _ in range(8):
-                    driver.run([(s, 1, 0) for s in seqs])
-                answers[-1] += seqs
+            answers.append(choose_in_many_ways(Driver(device, 4096)))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     same = [e.outputs == g.outputs for e, g in zip(*answers, strict=True)]
