@@ -297,6 +297,11 @@ class Config:
         "follow when its prompt has been launched; without it they begin together and may each "
         "compute it",
     )  # fmt: skip
+    token_healing_mode: bool = flag(
+        False, group=MEMORY,
+        help="the last tokens of a text prompt, at most two, are spelled anew by the model, so that "
+        "a prompt may end in the middle of a word",
+    )  # fmt: skip
     max_waiting: int = flag(
         1024, group=MEMORY, check=at_least(1),
         help="requests that may wait for a place; more are answered 429",

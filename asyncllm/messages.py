@@ -58,6 +58,8 @@ class Submit:
     thoughts: str = ""  # where the answer begins: "open", "closed" or "none" (inside reasoning,
     # behind it, neither), "": reasoning is content
     after: int = -1  # the rid of the first request for this prompt, if this is another
+    healed: tuple[bytes, ...] = ()  # texts of tokens taken off the end of the prompt, with which the
+    # output begins
 
 
 @message(4)
@@ -85,6 +87,7 @@ class Follow:
     print_eos: bool
     shown: tuple[str, ...] = ()  # as in Tokenize
     stop_sequences: tuple[tuple[int, ...], ...] = ()
+    healed: bytes = b""  # the output begins with this text of the prompt; it is not shown again
 
 
 @message(6)

@@ -35,14 +35,12 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import EXIT_HUNG, Duty, Means, Watchdog, dump_stacks
-from asyncllm.api import reasoning
 from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
 from asyncllm.api.parts import Dialect, dialect_of
 from asyncllm.config import FLAGS, Config, Resolved, resolve_limits
-from asyncllm.core.constraints import Constraints, unconstrained
-from asyncllm.core.thinking import Rules
-from asyncllm.core.vocabulary import Vocabulary
+from asyncllm.constraining import load_constraints, load_grammars
+from asyncllm.core.constraints import Constraints
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
@@ -85,7 +83,7 @@ class Parts:
     group: Group
     num_slots: int
     grammars: Grammars | None = None  # of rank 0, unless constrained output is off
-    thinking: Rules | None = None  # of rank 0, if the model reasons
+    constraints: Constraints | None = None  # of rank 0
 
 
 # -- start ---------------------------------------------------------------------------------------
@@ -237,23 +235,21 @@ def load_parts(boot: Boot, spec: ModelSpec) -> Parts:
         logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))
     boot = replace(boot, resolved=resolved)
     device = _load_device(boot, spec, group, where, num_slots)
-    grammars, thinking = _load_grammars(boot, spec, text), _load_thinking(boot, spec, text)
-    return Parts(boot, spec, text, device, group, num_slots, grammars, thinking)
+    parts = Parts(boot, spec, text, device, group, num_slots)
+    if boot.endpoint == 0 and text is not None:
+        _load_constraints(parts, text)
+    return parts
 
 
-def _load_grammars(boot: Boot, spec: ModelSpec, text: Text | None) -> Grammars | None:
-    if boot.endpoint or text is None or boot.config.output_constraint_mode == "none":
-        return None
+def _load_constraints(parts: Parts, text: Text) -> None:
+    config, eos_ids = parts.boot.config, parts.boot.resolved.eos_ids
+    model = text, _dialect(parts.boot, text), parts.spec.vocab_size, eos_ids
     with log.phase("load grammars"):
-        pieces = [b"" if i in text.special else piece for i, piece in enumerate(text.pieces)]
-        return Grammars(pieces, spec.vocab_size, boot.resolved.eos_ids)
-
-
-def _load_thinking(boot: Boot, spec: ModelSpec, text: Text | None) -> Rules | None:
-    if boot.endpoint or text is None or not (style := _dialect(boot, text).reasoning):
-        return None
-    tags = reasoning.tags(style, frozenset(text.pieces))
-    return Rules(Vocabulary(text.pieces, spec.vocab_size), tags, boot.resolved.eos_ids)
+        if config.output_constraint_mode != "none":
+            parts.grammars = load_grammars(*model)
+        parts.constraints = load_constraints(
+            *model, grammars=parts.grammars, heals=config.token_healing_mode
+        )
 
 
 def _dialect(boot: Boot, text: Text) -> Dialect:
@@ -303,8 +299,7 @@ def _allocator(p: Parts) -> Actor[Any]:
 
 def _scheduler(p: Parts) -> Actor[Any]:
     resolved = p.boot.resolved
-    grammar = unconstrained if p.grammars is None else p.grammars.constrain
-    constraints = Constraints(p.spec.vocab_size, resolved.eos_ids, grammar, p.thinking)
+    assert p.constraints is not None
     return Scheduler(
         num_lanes=resolved.running_max_req_size,
         num_slots=p.num_slots,
@@ -313,7 +308,7 @@ def _scheduler(p: Parts) -> Actor[Any]:
         eos_ids=resolved.eos_ids,
         runners=range(p.boot.config.tp),
         share_prompts=p.boot.config.diverse_mode,
-        constrain=constraints.of,
+        constrain=p.constraints.of,
     )
 
 
@@ -339,6 +334,7 @@ def _tokenizer(p: Parts) -> Actor[Any]:
         vocab_size=p.spec.vocab_size,
         input_limit=resolved.max_req_input_len,
         truncation=p.boot.config.long_truncation_mode,
+        heals=p.boot.config.token_healing_mode,
     )
 
 

@@ -60,6 +60,7 @@ OURS: dict[str, Any] = {
     "long_truncation_mode": "None",
     "use_tgi_api": False,
     "diverse_mode": False,
+    "token_healing_mode": False,
     "output_constraint_mode": "xgrammar",
     "api_key": (),
     "ssl_certfile": None,

@@ -81,7 +81,10 @@ class Detokenizer(Actor[Inbox]):
             stream = self._streams.get(rid)
             if stream is None or stream.stopped_at >= 0:
                 continue
-            stream.ids.frombytes(msg.tokens[i * 4 : i * 4 + 4])
+            token = msg.tokens[i * 4 : i * 4 + 4]
+            if stream.healed and stream.repeats(*ints(token)):
+                continue
+            stream.ids.frombytes(token)
             stream.ends.append(msg.ends[i])
             if msg.logprobs:
                 top = slice(i * width, (i + 1) * width)
@@ -129,11 +132,14 @@ class _Stream:
 
     __slots__ = (
         "blocks",
+        "covered",
         "ends",
         "finished",
         "has_news",
+        "healed",
         "ids",
         "num_tokens",
+        "pieces",
         "print_eos",
         "prompt",
         "rid",
@@ -146,7 +152,9 @@ class _Stream:
     )
 
     def __init__(self, follow: Follow, text: Text, shown: frozenset[int]) -> None:
-        self.rid = follow.rid
+        self.rid, self.pieces = follow.rid, text.pieces
+        self.healed = follow.healed  # text of the prompt that is to be said again
+        self.covered = len(follow.healed.decode())  # characters of it
         self.print_eos, self.shown = follow.print_eos, shown
         self.text: TextStream = text.stream(ints(follow.prompt_tail), follow.skip_special_tokens)
         self.stops = StopFinder(follow.stop) if follow.stop else None
@@ -161,6 +169,20 @@ class _Stream:
         self.num_tokens = 0  # passed on so far
         self.stopped_at = -1  # number of tokens that brought a stop string or sequence
 
+    def repeats(self, token: int) -> bool:
+        """The token says only what the prompt says already: it counts for nothing."""
+        size, left = len(self.pieces[token]), len(self.healed)
+        self.healed = self.healed[size:]
+        if size <= left:
+            self._uncovered(self.text.push(token))
+        return size <= left
+
+    def _uncovered(self, piece: str) -> str:
+        """What of the next text is not in the prompt."""
+        cut = min(len(piece), self.covered)
+        self.covered -= cut
+        return piece[cut:]
+
     def take(self) -> Delta | None:
         """All that has come in since the last time; None: nothing to tell."""
         shown: list[str] = []
@@ -169,6 +191,8 @@ class _Stream:
         for token, ends in zip(self.ids[:ready], self.ends[:ready], strict=True):
             force = ends or token in self.shown
             piece = self.text.push(token, bool(force)) if self.print_eos or not ends else ""
+            if self.covered:
+                piece = self._uncovered(piece)
             pieces.append(piece)
             shown.append(self._before_stop(piece))
             if self.stops is not None and self.stops.hit:
@@ -221,7 +245,7 @@ class _Stream:
         """Text held back, now that the stream has ended; it belongs to the last piece here."""
         if self.stops is not None and self.stops.hit:
             return ""
-        rest = self.text.flush()
+        rest = self._uncovered(self.text.flush())
         if rest and pieces:
             pieces[-1] += rest
         text = self._before_stop(rest)

@@ -64,7 +64,9 @@ class Scheduler(Actor[Inbox]):
         depth: int = 2,
         headroom: int = 8,
         share_prompts: bool = False,
-        constrain: Callable[[SamplingParams, str], Constraint | None] = lambda *_: None,
+        constrain: Callable[[SamplingParams, str, tuple[bytes, ...]], Constraint | None] = (
+            lambda *_: None
+        ),
     ) -> None:
         super().__init__("scheduler")
         self.core = Core(
@@ -128,7 +130,8 @@ class Scheduler(Actor[Inbox]):
             self.core.refuse(msg.rid, len(msg.prompt) // 4, "server is shutting down", 503)
             return
         try:
-            constraint = self._constrain(SamplingParams.unpack(msg.params), msg.thoughts)
+            params = SamplingParams.unpack(msg.params)
+            constraint = self._constrain(params, msg.thoughts, msg.healed)
         except RequestError as error:
             self.core.refuse(msg.rid, len(msg.prompt) // 4, error.message, error.status)
             return

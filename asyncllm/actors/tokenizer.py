@@ -36,6 +36,7 @@ from asyncllm.messages import (
 )
 from asyncllm.text import Text
 
+MOST_HEALED = 2  # tokens taken off a prompt, as LightLLM does
 TAIL_BYTES = 8 * 4  # prompt ids that the detokenizer gets: more than any character needs
 HEAD_CHARS = 256  # of a chat's prompt that the frontend gets: more than any mark at its end
 MIN_CHARS_PER_TOKEN = 16
@@ -53,6 +54,7 @@ class _Job:
     alive: list[int]
     head: str = ""  # see Accepted
     ids: bytes = b""  # once they are known
+    dropped: int = 0  # tokens at their end that the output spells anew
     sent_len: int = 0  # how many there were before any were left out
     params: SamplingParams = field(
         default_factory=SamplingParams
@@ -69,6 +71,7 @@ class Tokenizer(Actor[Inbox]):
         truncation: what happens to a longer prompt (--long_truncation_mode): "None", it is refused;
             "head", its beginning is left out; "center", its middle is.
         vocab_size: ids the model has rows for.
+        heals: texts are spelled anew at their end (--token_healing_mode).
         workers: threads that render and encode.
         time_limit_s: for one rendering and encoding; the thread stays taken until it is done.
         max_queue: prompts that may wait for a thread.
@@ -85,6 +88,7 @@ class Tokenizer(Actor[Inbox]):
         vocab_size: int,
         input_limit: int | None = None,
         truncation: str = "None",
+        heals: bool = False,
         workers: int = 2,
         time_limit_s: float = 10.0,
         max_queue: int = 1024,
@@ -92,6 +96,7 @@ class Tokenizer(Actor[Inbox]):
         super().__init__("tokenizer")
         self._text, self._limit, self._vocab_size = text, limit, vocab_size
         self._input_limit, self._truncation = input_limit or limit, truncation
+        self._heals = heals
         self._input_flag = LIMIT_FLAG if input_limit is None else INPUT_FLAG
         self._template = ChatTemplate(text.templates, text.special_tokens)
         # no text of more characters can fit, so it need not be encoded to be refused
@@ -276,6 +281,7 @@ class Tokenizer(Actor[Inbox]):
             self._refuse(job, error)
             return
         job.ids, job.params = ids, replace(params, max_new_tokens=room)
+        job.dropped = self._to_heal(ids, job.params) if msg.text is not None else 0
         if params.grammar is not None:
             self.grammar.tell(Compile(self.system.endpoint, number, *params.grammar))
             return
@@ -286,25 +292,50 @@ class Tokenizer(Actor[Inbox]):
         ids, params, thoughts = job.ids, job.params, ""
         if msg.reasoning:
             thoughts = prompt_state(msg.reasoning, job.head + msg.continued, msg.continued)
+        kept = ids[: len(ids) - 4 * job.dropped]
+        healed = tuple(self._pieces(ids[len(kept) :]))
         for rid in job.alive:
             self.detokenizer.tell(
                 Follow(
                     rid,
-                    ids[-TAIL_BYTES:],
+                    kept[-TAIL_BYTES:],
                     params.stop,
                     params.skip_special_tokens,
                     params.print_eos,
                     msg.shown,
                     params.stop_sequences,
+                    b"".join(healed),
                 )
             )
         for i, rid in enumerate(msg.rids):
             if rid in job.alive:
                 own = replace(params, seed=_wrapped(params.seed + i))
                 after = -1 if rid == job.alive[0] else job.alive[0]
-                self.scheduler.tell(Submit(rid, ids, own.pack(), thoughts, after))
+                self.scheduler.tell(Submit(rid, kept, own.pack(), thoughts, after, healed))
         left_out = job.sent_len - len(ids) // 4
         self.frontend.tell(Accepted(msg.rids[0], ids, job.head, left_out))
+
+    def _to_heal(self, ids: bytes, params: SamplingParams) -> int:
+        """How many tokens at the end of a text are to be spelled anew."""
+        bound = params.grammar is not None or params.allowed_token_ids
+        if not self._heals or bound or params.prompt_logprobs >= 0 or not params.max_new_tokens:
+            return 0
+        for num in range(min(MOST_HEALED, len(ids) // 4 - 1), 0, -1):
+            pieces = self._pieces(ids[-4 * num :])
+            # only whole characters, so that the output's text can be cut behind them
+            if all(pieces) and b"".join(pieces).decode(errors="ignore").encode() == b"".join(
+                pieces
+            ):
+                return num
+        return 0
+
+    def _pieces(self, ids: bytes) -> list[bytes]:
+        """Bytes of ordinary tokens, b"" of special ones."""
+        text = self._text
+        return [
+            text.pieces[i] if i < len(text.pieces) and i not in text.special else b""
+            for i in map(int, np.frombuffer(ids, np.int32))
+        ]
 
     def _truncated(self, ids: bytes, most: int, max_new_tokens: int | None) -> bytes:
         """The ids, or as many as fit beside what is to be generated (one token if that is open)."""

@@ -6,15 +6,18 @@ ids and their bytes; knows neither text formats nor tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import NoReturn
 
+from asyncllm.core.calls import Calls, Form
+from asyncllm.core.healing import Healing
 from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.thinking import Rules, Thinking
-from asyncllm.core.vocabulary import bits
+from asyncllm.core.vocabulary import Vocabulary, bits
 from asyncllm.errors import RequestError
 
 
-def unconstrained(kind: str, text: str) -> Constraint:
+def unconstrained(kind: str, text: str) -> NoReturn:
     """Makes no grammars. Raises RequestError."""
     raise RequestError("constrained output is off on this server (--output_constraint_mode)")
 
@@ -27,33 +30,50 @@ class Constraints:
         eos_ids: tokens that end an output.
         grammar: a fresh constraint of a grammar (kind, text); raises RequestError.
         thinking: how the model writes reasoning; None: it does not.
+        vocab: for token healing; None: there is none.
     """
 
     def __init__(
         self,
         vocab_size: int,
         eos_ids: Collection[int],
-        grammar: Callable[[str, str], Constraint] = unconstrained,
+        grammar: Callable[[str, str], Form] = unconstrained,
         thinking: Rules | None = None,
+        vocab: Vocabulary | None = None,
     ) -> None:
         self._vocab_size, self._eos_ids, self._grammar = vocab_size, eos_ids, grammar
+        self._vocab = vocab
         self._thinking = thinking
 
-    def of(self, params: SamplingParams, thoughts: str = "") -> Constraint | None:
+    def of(
+        self, params: SamplingParams, thoughts: str = "", healed: Sequence[bytes] = ()
+    ) -> Constraint | None:
         """A fresh constraint; None: any token may come. Raises RequestError.
 
         Args:
-            thoughts: see ``Submit``.
+            thoughts, healed: see ``Submit``.
         """
+        if healed and self._vocab is not None:
+            return Healing(self._vocab, healed)
         grammar = None if params.grammar is None else self._grammar(*params.grammar)
-        limit = params.max_thinking_tokens
+        calls = params.grammar is not None and params.grammar[0] == "calls"
+        limit, thinking = params.max_thinking_tokens, None
         if (
             self._thinking is not None
             and thoughts in ("open", "none")
             and (grammar or limit is not None)
         ):
-            opened = thoughts == "open"
-            return Thinking(self._thinking, opened=opened, limit=limit, answer=grammar)
+            thinking = Thinking(
+                self._thinking,
+                opened=thoughts == "open",
+                limit=limit,
+                answer=None if calls else grammar,
+            )
+        if params.grammar is not None and grammar is not None and calls:
+            mark = params.grammar[1].partition("\n")[0].encode()
+            return Calls(mark, grammar, self._vocab_size, thinking)
+        if thinking is not None:
+            return thinking
         if grammar is not None:
             return grammar
         if params.allowed_token_ids:

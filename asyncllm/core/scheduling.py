@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from asyncllm.core.request import Constraint, Reason
+from asyncllm.core.healing import Healing
+from asyncllm.core.request import Again, Constraint, Reason
 from asyncllm.core.steps import (
     INT,
     NO_TOKEN,
@@ -237,6 +238,9 @@ class Core:
             if (whole := self._accept(req, token)) is None:
                 continue
             req.outputs.append(token)
+            if isinstance(req.constraint, Healing):
+                more = req.constraint.uncounted()
+                req.max_new, req.final_len = req.max_new + more, req.final_len + more
             num = len(req.outputs)
             stops = token in req.end_ids and num > req.params.min_new_tokens
             stops |= whole and token in self.eos_ids
@@ -252,14 +256,16 @@ class Core:
         return Emitted(rids, out, ends, where)
 
     def _accept(self, req: Request, token: int) -> bool | None:
-        """Tell the constraint. True: it wants nothing more; None: the request has failed."""
+        """Tell the constraint. True: it wants nothing more; None: the token does not count."""
         if req.constraint is None:
             return False
         try:
             return req.constraint.accept(token)
         except RequestError as error:
             self._end(req, Reason.ERROR, detail=error.message, status=error.status)
-            return None
+        except Again:
+            self._requeue(req)
+        return None
 
     # what others may know
 
@@ -305,8 +311,12 @@ class Core:
             self._release(lane)
 
     def _preempt(self, req: Request) -> None:
-        """Back to the head of the queue; the next life computes prompt and outputs again."""
+        """Make room: the request waits for its next life."""
         self.preemptions += 1
+        self._requeue(req)
+
+    def _requeue(self, req: Request) -> None:
+        """Back to the head of the queue; the next life computes prompt and outputs again."""
         del self.running[req.rid]
         self._leave(req)
         self.waiting.appendleft(req)
@@ -431,8 +441,7 @@ class Core:
         lane.planned = hit
         if lane.over:
             return
-        assert self.waiting[0] is req
-        self.waiting.popleft()
+        self.waiting.remove(req)  # the first, but for those that have come back meanwhile
         self.running[req.rid] = req
         if req.cached_len < 0:
             req.cached_len = min(hit, len(req.prompt))

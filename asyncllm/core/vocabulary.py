@@ -5,6 +5,7 @@ Knows bytes and ids; knows neither tokenizer files nor requests.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 
@@ -23,8 +24,10 @@ class Vocabulary:
     ) -> None:
         self.pieces, self.size = list(pieces[:size]), size
         self._special = frozenset(special)
+        self._hidden = [i for i in special if i < size]
         self._order = sorted(range(len(self.pieces)), key=self.pieces.__getitem__)
         self._sorted = [self.pieces[i] for i in self._order]
+        self._ranked = array("i", self._order)
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -45,6 +48,25 @@ class Vocabulary:
                 found.append(self._order[at])
                 at += 1
         return self._of(found, special)
+
+    def agreeing_with(self, text: bytes, least: int = 1) -> bytes:
+        """The mask of ordinary tokens that begin with ``text``, or with which it begins.
+
+        Of the latter those of at least ``least`` bytes, unless nothing else is left.
+        """
+        import numpy as np  # here: the command line knows this module, and is to answer at once
+
+        first = bisect_left(self._sorted, text)
+        last = bisect_left(self._sorted, _after(text), first)
+        flags = np.zeros(-(-self.size // 32) * 32, np.uint8)
+        flags[np.frombuffer(self._ranked, np.int32)[first:last]] = 1
+        shorter = self.beginnings_of(text)
+        flags[[i for i in shorter if len(self.pieces[i]) >= least]] = 1
+        flags[self._hidden] = 0
+        if not flags.any():
+            flags[shorter] = 1
+            flags[self._hidden] = 0
+        return np.packbits(flags, bitorder="little").tobytes()
 
     def containing(self, text: bytes) -> list[int]:
         """Tokens with ``text`` anywhere in them; looks at every token."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,32 @@ def done(rid: int, num_tokens: int, reason: Reason = Reason.LENGTH) -> Finished:
 
 def said(front: list[Any], rid: int) -> str:
     return "".join(m.text for m in front if isinstance(m, Delta) and m.rid == rid)
+
+
+def healed(text: Text, prompt: str, again: str) -> Follow:
+    return Follow(7, text.encode(prompt, False).tobytes(), (), True, False, healed=again.encode())
+
+
+def test_what_a_prompt_says_already_is_neither_shown_nor_counted(text: Text) -> None:
+    ids = list(text.encode("ünd ok", False))
+    columns = {"logprobs": array("f", [-1.5]).tobytes()}
+    script = [healed(text, "h", "ün"), *[tokens([7], [i], **columns) for i in ids], done(7, 7)]
+    front, _ = play(text, script, finished=1)
+    assert said(front, 7) == "d ok"
+    deltas = front[:-1]
+    assert sum(len(ints(d.ids)) for d in deltas) == 4
+    assert sum(len(floats(d.logprobs)) for d in deltas) == 4
+    assert "".join(p for d in deltas for p in d.pieces) == "d ok"
+
+
+def test_a_token_that_says_more_than_the_prompt_shows_the_rest(text: Text) -> None:
+    long = replace(text, pieces=[*text.pieces])
+    long.pieces[text.encode("x", False)[0]] = b"so"  # a token of two characters, for its length
+    (token,) = text.encode("x", False)
+    script = [healed(text, "h", "x"), tokens([7], [token]), tokens([7], [token]), done(7, 2)]
+    front, _ = play(long, script, finished=1)
+    assert said(front, 7) == "x"
+    assert [len(ints(d.ids)) for d in front[:-1]] == [1, 1]
 
 
 def test_text_comes_token_by_token_and_finished_last(text: Text) -> None:

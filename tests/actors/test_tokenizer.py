@@ -258,6 +258,36 @@ def test_a_request_may_ask_for_a_shorter_prompt(text: Text) -> None:
     assert (text.decode(ints(accepted.prompt)), accepted.left_out) == ("abcd", 329)
 
 
+@pytest.mark.parametrize(
+    ("said", "taken", "params"),
+    [("hello", b"lo", {}), ("hi", b"i", {}), ("h", b"", {}), ("oé", "é".encode(), {}),
+     ("abé", "é".encode(), {}), ("aéb", b"b", {}), ("ab<eos>", b"", {}), ("a<eos>b", b"b", {}),
+     ("hello", b"", {"allowed_token_ids": (3,)}), ("hello", b"", {"prompt_logprobs": 0})],
+)  # fmt: skip
+def test_the_end_of_a_text_is_left_to_the_model(
+    text: Text, said: str, taken: bytes, params: dict[str, Any]
+) -> None:
+    asked = prompt(text=said, max_new_tokens=3, **params)
+    log = play(text, [asked], answers=1, heals=True)
+    (follow,) = [msg for _, msg in log if isinstance(msg, Follow)]
+    (submit,) = [msg for _, msg in log if isinstance(msg, Submit)]
+    (accepted,) = [msg for _, msg in log if isinstance(msg, Accepted)]
+    whole = text.encode(said, True)
+    assert accepted.prompt == whole.tobytes()
+    assert (b"".join(submit.healed), follow.healed) == (taken, taken)
+    assert len(submit.healed) == len(taken)
+    assert ints(submit.prompt) == whole[: len(whole) - len(taken)]
+    assert SamplingParams.unpack(submit.params).max_new_tokens == 3
+
+
+def test_ids_and_chats_are_not_healed(text: Text) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}], "tools": None, "kwargs": {}}
+    for asked in (prompt(ids=[1, 2, 3]), prompt(chat=chat)):
+        log = play(text, [asked], answers=1, heals=True)
+        (submit,) = [msg for _, msg in log if isinstance(msg, Submit)]
+        assert submit.healed == ()
+
+
 def test_chat_is_rendered_with_the_models_template(text: Text) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     chat = {"messages": messages, "tools": None, "kwargs": {}}
@@ -277,7 +307,12 @@ def test_head_of_a_chat_ends_before_a_continued_message(text: Text) -> None:
 
 @pytest.mark.parametrize(
     ("said", "continued", "want"),
-    [("<think>", "", "open"), ("</think>", "", "closed"), ("x", "", "none"), ("x", "<think>x", "open")],
+    [
+        ("<think>", "", "open"),
+        ("</think>", "", "closed"),
+        ("x", "", "none"),
+        ("x", "<think>x", "open"),
+    ],
 )
 def test_the_scheduler_is_told_where_an_answer_begins(
     text: Text, said: str, continued: str, want: str

@@ -66,6 +66,32 @@ def test_choices_share_the_computation_of_their_prompt(
         assert len({choice["text"] for choice in reply["choices"]}) > 1
 
 
+def test_the_end_of_a_prompt_is_spelled_anew(
+    demo_dir: Path, tmp_path: Path, server: Server, tokenizer: Tokenizer
+) -> None:
+    cut = "Once upon a tim"
+    ids = tokenizer.encode(cut).ids
+    body: dict[str, Any] = {"prompt": cut, "temperature": 0, "logprobs": 0, "max_tokens": 3}
+    with Server(demo_dir, tmp_path / "log", "--token_healing_mode", "--data_type", "fp32") as heals:
+        reply = heals.post(COMPLETIONS, body)
+        (choice,) = reply["choices"]
+        assert not server.post(COMPLETIONS, body)["choices"][0]["text"].startswith("e")
+        assert choice["text"].startswith("e")
+        assert choice["logprobs"]["tokens"][0] == " time"
+        usage = reply["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(ids), 3)
+        assert len(choice["logprobs"]["token_logprobs"]) == 3
+        plain = {"max_new_tokens": 3, "return_details": True}
+        native = heals.post("/generate", {"inputs": cut, "parameters": plain})
+        assert native["generated_text"] == [choice["text"]]
+        assert "".join(token["text"] for token in native["tokens"]) == choice["text"]
+        echoed = heals.post(COMPLETIONS, {**body, "echo": True, "logprobs": None})
+        assert echoed["choices"][0]["text"] == cut + choice["text"]
+        for more in ({"prompt": ids}, {"guided_regex": "[a-z]{3}"}, {"echo": True}):
+            mine, other = (one.post(COMPLETIONS, {**body, **more}) for one in (heals, server))
+            assert mine["choices"][0]["text"] == other["choices"][0]["text"], "these stay"
+
+
 def ask(server: Server, **more: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": "Why is the sky blue?"}]
     body = {"messages": messages, "temperature": 0, "max_tokens": 60, "logprobs": True, **more}
