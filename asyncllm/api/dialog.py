@@ -5,10 +5,11 @@ Knows turns in template form, offers and the served model's dialect; knows no pr
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from asyncllm.api import chatparts, grammar, offers
+from asyncllm.api import chatparts, offers
 from asyncllm.api.fields import bad
 from asyncllm.api.generation import Prompt
 from asyncllm.api.grammar import Grammar
@@ -63,9 +64,8 @@ def dialog(
     """
     if offered.forced:
         wanted = offered.wanted
-        form = grammar.schema(
-            call_schema(offered.tools, wanted.name or None, wanted.parallel), "tools"
-        )
+        schema = call_schema(offered.tools, wanted.name or None, wanted.parallel)
+        form = "schema", json.dumps(schema)  # as long as tools may be
     elif form is None and any(tool.strict for tool in offered.tools):
         form = "calls", call_forms(dialect.spelling or dialect.calls, offered.tools)
     if thinking is None and effort == NO_EFFORT:

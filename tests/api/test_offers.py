@@ -181,6 +181,12 @@ def test_a_grammar_forces_calls(body: dict[str, Any], kind: str, parallel: bool)
     assert rendered(got)["kwargs"] == {"add_generation_prompt": True}
 
 
+def test_long_tools_can_be_forced() -> None:
+    tools = function(description="a" * 90_000, parameters=SCHEMA | {"title": "a" * 90_000})
+    got = chat(Dialect(), tools=tools, tool_choice="required")
+    assert got.params.grammar is not None
+
+
 def test_calls_of_strict_tools_are_held_to_their_parameters() -> None:
     tools = [{"type": "function", "function": WEATHER | {"strict": True}}, *function(name="other")]
     got = chat(Dialect(lists_tools=True), tools=tools)
