@@ -146,6 +146,7 @@ class _Stream:
         "scanned",
         "sequences",
         "shown",
+        "simple",
         "stopped_at",
         "stops",
         "text",
@@ -159,6 +160,7 @@ class _Stream:
         self.text: TextStream = text.stream(ints(follow.prompt_tail), follow.skip_special_tokens)
         self.stops = StopFinder(follow.stop) if follow.stop else None
         self.sequences = SequenceFinder(follow.stop_sequences) if follow.stop_sequences else None
+        self.simple = self.stops is None and self.sequences is None
         self.scanned = 0  # tokens that ``sequences`` has seen
         self.ids: array[int] = array("i")  # not passed on yet
         self.ends = bytearray()
@@ -185,6 +187,12 @@ class _Stream:
 
     def take(self) -> Delta | None:
         """All that has come in since the last time; None: nothing to tell."""
+        if (
+            len(self.ids) == 1
+            and self.simple
+            and not (self.finished or self.prompt or self.covered)
+        ):
+            return self._take_one()
         shown: list[str] = []
         pieces: list[str] = []
         ready, hidden = self._ready()
@@ -218,6 +226,17 @@ class _Stream:
         # a request without log-probabilities sees columns only in steps it shares with others
         columns = _joined(blocks) if blocks and len(blocks) == len(ids) else (b"", 0, b"", b"")
         return Delta(self.rid, text, ids.tobytes(), tuple(pieces), *columns, prompt)
+
+    def _take_one(self) -> Delta:
+        """``take`` as it mostly is, in half the time: a token, and nothing that could stop the text."""
+        token, ends = self.ids[0], self.ends[0]
+        piece = ""
+        if self.print_eos or not ends:
+            piece = self.text.push(token, bool(ends) or token in self.shown)
+        self.num_tokens += 1
+        ids, block = self.ids.tobytes(), self.blocks[0] if self.blocks else (b"", 0, b"", b"")
+        del self.ids[:], self.ends[:], self.blocks[:]
+        return Delta(self.rid, piece, ids, (piece,), *block, None)
 
     def _ready(self) -> tuple[int, int]:
         """How many tokens can be shown now, and how many after them are a stop sequence."""
