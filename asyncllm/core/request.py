@@ -87,7 +87,7 @@ class Constraint(Protocol):
         """
 
     def holds(self, ahead: int) -> bool:
-        """The mask will be the same after ``ahead`` more tokens, whichever they are.
+        """The mask will be the same after ``ahead`` more tokens; if not, :meth:`accept` raises Again.
 
         True for 0, and never takes back what it has said of the same token.
         """

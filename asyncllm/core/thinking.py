@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from asyncllm.core.request import Constraint
+from asyncllm.core.request import Again, Constraint
 from asyncllm.core.vocabulary import Vocabulary, bits, either, passes, without
 
 SPACE = b" \t\r\n"
@@ -74,6 +74,10 @@ class _At(Enum):
 class Thinking:
     """A :class:`asyncllm.core.request.Constraint`.
 
+    Reasoning goes on without waiting for tokens that are not known yet, as long as its limit is far.
+    So the token behind its end may have been sampled as one of it: if it does not fit,
+    :meth:`accept` raises Again.
+
     Args:
         opened: the prompt ends inside reasoning; else the output may begin with it.
         limit: tokens of reasoning, its tags not counted; None: no limit.
@@ -103,7 +107,7 @@ class Thinking:
             return True
         if self._at is _At.ANSWER:
             return self._answer is None or (not self._gap and self._answer.holds(ahead))
-        if self._answer is not None or self._at is _At.CLOSING:
+        if self._at is _At.CLOSING or (self._answer is not None and self._at is _At.LEAD):
             return False
         return self._limit is None or self._count + ahead < self._limit
 
@@ -121,6 +125,8 @@ class Thinking:
         return self._before()
 
     def accept(self, token: int) -> bool:
+        if self._answer is not None and not passes(self.mask(), token):
+            raise Again
         piece = self._vocab.piece(token)
         match self._at:
             case _At.ANSWER:

@@ -23,7 +23,6 @@ class Vocabulary:
         self, pieces: Sequence[bytes], size: int, special: Collection[int] = frozenset()
     ) -> None:
         self.pieces, self.size = list(pieces[:size]), size
-        self._special = frozenset(special)
         self._hidden = [i for i in special if i < size]
         self._order = sorted(range(len(self.pieces)), key=self.pieces.__getitem__)
         self._sorted = [self.pieces[i] for i in self._order]
@@ -33,13 +32,13 @@ class Vocabulary:
         """The bytes of a token."""
         return self.pieces[token] if token < len(self.pieces) else b""
 
-    def beginning_with(self, text: bytes, *, special: bool = True) -> list[int]:
+    def beginning_with(self, text: bytes) -> list[int]:
         """Tokens whose bytes begin with ``text``, which is not empty."""
         first = bisect_left(self._sorted, text)
         last = bisect_left(self._sorted, _after(text), first)
-        return self._of(self._order[first:last], special)
+        return self._order[first:last]
 
-    def beginnings_of(self, text: bytes, *, special: bool = True) -> list[int]:
+    def beginnings_of(self, text: bytes) -> list[int]:
         """Tokens whose bytes, at least one, ``text`` begins with; the longest last."""
         found: list[int] = []
         for end in range(1, len(text) + 1):
@@ -47,7 +46,7 @@ class Vocabulary:
             while at < len(self._sorted) and self._sorted[at] == text[:end]:
                 found.append(self._order[at])
                 at += 1
-        return self._of(found, special)
+        return found
 
     def agreeing_with(self, text: bytes, least: int = 1) -> bytes:
         """The mask of ordinary tokens that begin with ``text``, or with which it begins.
@@ -71,9 +70,6 @@ class Vocabulary:
     def containing(self, text: bytes) -> list[int]:
         """Tokens with ``text`` anywhere in them; looks at every token."""
         return [i for i, piece in enumerate(self.pieces) if text in piece]
-
-    def _of(self, found: list[int], special: bool) -> list[int]:
-        return found if special else [i for i in found if i not in self._special]
 
 
 def _after(text: bytes) -> bytes:

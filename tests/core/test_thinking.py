@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncllm.core.request import Constraint
+from asyncllm.core.request import Again, Constraint
 from asyncllm.core.thinking import Rules, Tags, Thinking
 from asyncllm.core.vocabulary import Vocabulary, bits, passes
 
@@ -57,25 +57,34 @@ def spell(text: bytes, *tokens: bytes) -> list[int]:
     return out
 
 
-def write(constraint: Constraint, wanted: Iterable[int], most: int = 60) -> bytes:
+def write(constraint: Thinking, wanted: Iterable[int], most: int = 60) -> bytes:
     """What comes of a model that wants these tokens, and then ``a`` for ever.
 
-    Where it may not have its way it takes the first token that it may. It looks as far ahead as the
-    mask is said to hold, which must be true.
+    Where it may not have its way it takes the first token that it may. It goes by the mask of the
+    token before as long as that is said to hold, which without a form must be true.
     """
     wants, out = list(wanted), b""
-    promised: list[tuple[int, bytes]] = []
-    for at in range(most):
-        mask = constraint.mask()
-        assert all(until < at or mask == told for until, told in promised)
-        promised += [(at + ahead, mask) for ahead in (1, 2) if constraint.holds(ahead)]
-        token = wants.pop(0) if wants else IDS[b"a"]
-        if not passes(mask, token):
-            token = next(t for t in range(VOCAB.size) if passes(mask, t))
+    early: bytes | None = None
+    for _ in range(most):
+        mask = constraint.mask() if early is None else early
+        assert constraint._answer is not None or mask == constraint.mask()
+        early = mask if constraint.holds(1) else None
+        wish = wants.pop(0) if wants else IDS[b"a"]
+        token = may(mask, wish)
+        try:
+            whole = constraint.accept(token)
+        except Again:
+            assert not passes(constraint.mask(), token)
+            token, early = may(constraint.mask(), wish), None
+            whole = constraint.accept(token)
         out += VOCAB.piece(token)
-        if constraint.accept(token):
+        if whole:
             break
     return out
+
+
+def may(mask: bytes, wish: int) -> int:
+    return wish if passes(mask, wish) else next(t for t in range(VOCAB.size) if passes(mask, t))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 7])
@@ -134,6 +143,20 @@ def test_the_form_begins_behind_reasoning() -> None:
     )
 
 
+def test_reasoning_does_not_wait_and_what_came_too_early_comes_again() -> None:
+    constraint = thinking(True, None, Braces())
+    assert constraint.holds(2)
+    constraint.accept(IDS[b"</think>"])
+    assert not constraint.holds(1)
+    for refused in (IDS[b"a"], IDS[b"CALL"], EOS):
+        with pytest.raises(Again):
+            constraint.accept(refused)
+    assert not constraint.accept(IDS[b"\n\n"])
+    assert not constraint.accept(IDS[b"{"])
+    assert constraint.accept(IDS[b"}"])
+    assert not thinking(True, 2, Braces()).holds(2)
+
+
 def test_without_reasoning_the_form_holds_at_once() -> None:
     assert write(thinking(False, None, Braces()), spell(b"{a}")) == b"{a}"
     first = thinking(False, None, Braces()).mask()
@@ -184,11 +207,10 @@ def test_with_channels_reasoning_may_come_again_and_counts_together() -> None:
 class TestVocabulary:
     @given(st.lists(st.binary(max_size=3), max_size=30), st.binary(min_size=1, max_size=4))
     def test_ranges_are_those_of_a_plain_search(self, pieces: list[bytes], text: bytes) -> None:
-        vocab = Vocabulary([*pieces, b"\xff\xff"], 100, special={0})
+        vocab = Vocabulary([*pieces, b"\xff\xff"], 100)
         every = range(len(vocab.pieces))
         begins = [i for i in every if vocab.piece(i).startswith(text)]
         assert sorted(vocab.beginning_with(text)) == begins
-        assert sorted(vocab.beginning_with(text, special=False)) == [i for i in begins if i]
         starts = [i for i in every if vocab.piece(i) and text.startswith(vocab.piece(i))]
         found = vocab.beginnings_of(text)
         assert sorted(found) == starts
