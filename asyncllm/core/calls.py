@@ -51,20 +51,20 @@ class Calls:
         self._vocab_size, self._thinking = vocab_size, thinking
         self._calling = False
         self._text = b""  # the end of the text, as far as a mark may begin in it
-        self._banned = -1  # the token that was refused
+        self._banned: set[int] = set()  # tokens that were refused here
 
     def holds(self, ahead: int) -> bool:
         if ahead == 0:
             return True
-        if self._calling or self._banned >= 0:
+        if self._calling or self._banned:
             return False
         return self._thinking is None or self._thinking.holds(ahead)
 
     def mask(self) -> bytes:
         if self._calling:
             return self._form.mask()
-        if self._banned >= 0:
-            return without(bits(range(self._vocab_size), self._vocab_size), (self._banned,))
+        if self._banned:
+            return without(bits(range(self._vocab_size), self._vocab_size), self._banned)
         return b"" if self._thinking is None else self._thinking.mask()
 
     def accept(self, token: int) -> bool:
@@ -78,12 +78,12 @@ class Calls:
         if found and not self._thinks():
             self._form.restart()
             if rest and not self._form.begin(rest):
-                self._banned = token
+                self._banned.add(token)
                 raise Again
             self._calling, self._text = True, b""
         elif not found:
             self._text = before[1 - len(self._mark) :] if len(self._mark) > 1 else b""
-        self._banned = -1
+        self._banned.clear()
         if self._thinking is not None:
             self._thinking.accept(token)
             if self._thinks():
