@@ -15,8 +15,11 @@ from asyncllm.api.reasoning import (
     make_reasoning,
     prompt_state,
     special_tokens,
+    tags,
 )
 from asyncllm.api.tools import CallStart, Event, Reasoning, Text, Tool, make_parser
+from asyncllm.core.thinking import Rules, Thinking
+from asyncllm.core.vocabulary import Vocabulary
 
 EXAMPLES = settings(
     derandomize=True,
@@ -45,6 +48,39 @@ def split(format_name: str, state: bool | None, pieces: list[str]) -> tuple[str,
         "".join(event.text for event in events if isinstance(event, Reasoning)),
         "".join(event.text for event in events if isinstance(event, Text)),
     )
+
+
+BYTES = Vocabulary([bytes([i]) for i in range(256)], 256)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_what_is_forced_ends_reasoning(format_name: str) -> None:
+    forced = tags(format_name, frozenset())
+    for begin, state in ((b"", True), *((begin, None) for begin in forced.begins)):
+        text = (begin + b"hm" + forced.close + b"yes").decode()
+        if "◁" not in text:
+            assert split(format_name, state, [text]) == ("hm", "yes")
+
+
+def test_of_two_pairs_the_one_in_the_vocabulary_is_forced() -> None:
+    assert tags("kimi_k2", {b"<think>"}).close == b"</think>"
+    assert tags("kimi_k2", {"◁think▷".encode()}).close == "◁/think▷".encode()
+
+
+@pytest.mark.parametrize("format_name", TAGS)
+@EXAMPLES
+@given(pieces=st.lists(PIECES, max_size=12), state=st.booleans())
+def test_the_limit_sees_reasoning_where_the_parser_does(
+    format_name: str, pieces: list[str], state: bool
+) -> None:
+    text = "".join(pieces)
+    rules = Rules(BYTES, tags(format_name, frozenset()), ())
+    constraint = Thinking(rules, opened=state, limit=10**6, answer=None)
+    for byte in text.encode():
+        constraint.accept(byte)
+    parser = make_reasoning(format_name, opened=state or None)
+    parser.push(text)
+    assert constraint.inside == parser.inside
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
