@@ -1,6 +1,6 @@
 """Typed messages <-> msgpack frames.
 
-A message is a frozen slotted dataclass registered under a small integer tag. On the wire it is the
+A message is a slotted dataclass registered under a small integer tag. On the wire it is the
 msgpack array ``[tag, field0, field1, ...]``; bulk integers travel as little-endian ``bytes``.
 Fields are int, float, str, bytes, bool, None, or tuples of these; messages do not nest.
 """
