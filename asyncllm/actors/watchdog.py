@@ -158,11 +158,6 @@ class Watchdog(Actor[Inbox]):
         self._watcher = threading.Thread(target=self._watch_forever, name="watch", daemon=True)
         self._ended = threading.Event()
 
-    @property
-    def lag_p50_s(self) -> float:
-        """Median lateness of the loop over the last 10 s."""
-        return statistics.median(self._lags) if self._lags else 0.0
-
     def started(self) -> None:
         now = self._means.clock()
         self._due = now + self._means.tick_s
@@ -361,7 +356,9 @@ class Watchdog(Actor[Inbox]):
     def _answer(self, scrapes: list[Scrape], state: State, expected: int) -> None:
         system = self.system
         actors = [(a.name, a.depth, a.busy_s) for a in system.actors]
-        self._metrics.update(state, Process(actors, system.dead_letters, system.foreign_frames))
+        lag_ms = 1e3 * statistics.median(self._lags) if self._lags else 0.0
+        counts = system.dead_letters, system.foreign_frames
+        self._metrics.update(state, Process(actors, *counts, lag_ms))
         text = self._metrics.exposition() if scrapes else b""
         for scrape in scrapes:
             answer = Scraped(

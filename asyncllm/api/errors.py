@@ -73,7 +73,7 @@ def from_status(status: int, message: str, code: str) -> RequestError:
     """
     if not 400 <= status <= 599:
         status = 500
-    error: RequestError = RequestError(message)
+    error: RequestError = RequestError(message, code="invalid_value")
     if status == 429:
         error.type, error.code = "rate_limit_error", "rate_limit_exceeded"
     elif status >= 500:

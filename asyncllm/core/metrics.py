@@ -75,11 +75,12 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What the actor system of one process counts; ``actors`` is (name, waiting, busy seconds)."""
+    """What one process counts; ``actors`` is (name, waiting, busy seconds)."""
 
     actors: Sequence[tuple[str, int, float]] = ()
     dead_letters: int = 0
     foreign_frames: int = 0
+    lag_ms: float = 0.0  # median lateness of its loop
 
 
 # field of State -> (name without prefix, help, is a counter)
@@ -211,6 +212,11 @@ class _Held(Collector):
             busy.add_metric([actor], busy_s)
         yield depth
         yield busy
+        yield GaugeMetricFamily(
+            "asyncllm_loop_lag_ms",
+            "Lateness of a 100 ms timer, milliseconds, median of 10 s",
+            value=self.process.lag_ms,
+        )
         yield CounterMetricFamily(
             "asyncllm_dead_letters", "Messages to nobody", value=self.process.dead_letters
         )

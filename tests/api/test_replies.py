@@ -392,7 +392,7 @@ def test_errors_in_streams() -> None:
     ("status", "code", "expected"),
     [
         (400, "context_length_exceeded", (400, "invalid_request_error", "context_length_exceeded")),
-        (400, "", (400, "invalid_request_error", None)),
+        (400, "", (400, "invalid_request_error", "invalid_value")),
         (429, "", (429, "rate_limit_error", "rate_limit_exceeded")),
         (500, "", (500, "server_error", "internal_error")),
         (503, "", (503, "server_error", "service_unavailable")),
