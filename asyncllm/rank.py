@@ -131,6 +131,10 @@ def _resolve(config: Config, spec: ModelSpec, model_dir: Path) -> Resolved:
         raise StartupError(
             f"--tp {config.tp} needs as many GPUs, {torch.cuda.device_count()} are visible{hidden}"
         )
+    if max(config.eos_id, default=0) >= spec.vocab_size:
+        raise StartupError(
+            f"--eos_id {max(config.eos_id)} is not below the vocabulary size {spec.vocab_size}"
+        )
     return resolve_limits(
         config,
         device="cuda" if device == "cuda" else "cpu",

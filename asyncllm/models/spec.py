@@ -55,21 +55,20 @@ class ModelSpec:
         """Read config.json, and generation_config.json for more end tokens.
 
         Raises:
-            StartupError: a file or a needed key is missing, or asks for what is not supported.
+            StartupError: a file or a needed key is missing or broken, or asks for what is not
+                supported.
         """
         path = model_dir / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise StartupError(f"{path} does not exist: --model_dir must hold a model") from None
-        except ValueError as error:
-            raise StartupError(f"{path} is not JSON: {error}") from None
+        if not path.exists():
+            raise StartupError(f"{path} does not exist: --model_dir must hold a model")
         generation = model_dir / "generation_config.json"
-        more = json.loads(generation.read_text()) if generation.exists() else {}
+        config, more = _read(path), _read(generation) if generation.exists() else {}
         try:
             return cls.from_hf(config, more)
         except KeyError as error:
             raise StartupError(f"{path} has no {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise StartupError(f"{path} has a value of another type: {error}") from None
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelSpec:
@@ -79,6 +78,9 @@ class ModelSpec:
             raise StartupError(
                 f"{architecture} with hidden_act {hf['hidden_act']!r} is not available yet"
             )
+        if quantized := hf.get("quantization_config"):
+            method = quantized.get("quant_method", "?")
+            raise StartupError(f"quantised weights ({method}) are not available yet")
         heads = int(hf["num_attention_heads"])
         bias = bool(hf.get("attention_bias", False))
         dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
@@ -144,6 +146,16 @@ def shard_heads(num_q_heads: int, num_kv_heads: int, tp: int, rank: int) -> Head
     ]
     q_heads = [h * group + i if h >= 0 else -1 for h in kv_heads for i in range(group)]
     return HeadShard(tuple(q_heads), tuple(kv_heads))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise StartupError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise StartupError(f"{path} holds no JSON object")
+    return found
 
 
 def _rope(hf: dict[str, Any]) -> Rope:

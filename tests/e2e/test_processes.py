@@ -233,15 +233,22 @@ def test_check_prints_the_plan_and_exits(demo_dir: Path) -> None:
     assert "max_req_total_len = 4096" in done.stdout
 
 
-def test_an_explicit_limit_above_the_models_is_exit_code_2(demo_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [(("--max_req_total_len", "9000"), "9,000 8,192"), (("--eos_id", "2", "49152"), "49152")],
+    ids=str,
+)
+def test_an_explicit_limit_above_the_models_is_exit_code_2(
+    demo_dir: Path, option: tuple[str, ...], words: str
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "asyncllm", "--model_dir", str(demo_dir),
-         "--port", str(free_port()), "--max_req_total_len", "9000", *SMALL],
+         "--port", str(free_port()), *option, *SMALL],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "9,000" in done.stderr
-    assert "8,192" in done.stderr
+    assert option[0] in done.stderr
+    assert all(word in done.stderr for word in words.split())
 
 
 @contextmanager

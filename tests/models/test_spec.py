@@ -1,0 +1,60 @@
+"""What a checkpoint's config.json may say, and the one line for what it may not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncllm.errors import StartupError
+from asyncllm.models.spec import ModelSpec
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 499, "hidden_size": 96,
+    "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "eos_token_id": 2, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+def spec(folder: Path, config: Any, generation: str = "{}") -> ModelSpec:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(generation)
+    return ModelSpec.from_dir(folder)
+
+
+def test_both_files_count(tmp_path: Path) -> None:
+    found = spec(tmp_path, LLAMA, '{"eos_token_id": [2, 7]}')
+    assert (found.eos_ids, found.dtype) == ((2, 7), "fp16")
+    assert (found.num_kv_heads, found.head_dim) == (6, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not av"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 is not available"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not available yet"),
+        ({"torch_dtype": "int8"}, "checkpoint dtype 'int8' is not available yet"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised weights \(awq\) are not"),
+        ({"hidden_size": "many"}, "value of another type: .*'many'"),
+        ({"num_hidden_layers": None}, "value of another type"),
+        ({"rope_scaling": "yes"}, "value of another type"),
+    ],
+    ids=str,
+)
+def test_what_is_not_served_is_named(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(StartupError, match=line):
+        spec(tmp_path, LLAMA | changes)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"generation_config\.json is not JSON"):
+        spec(tmp_path, LLAMA, "{")
+    with pytest.raises(StartupError, match=r"config\.json holds no JSON object"):
+        spec(tmp_path, [])
+    with pytest.raises(StartupError, match="has no 'vocab_size'"):
+        spec(tmp_path, {k: v for k, v in LLAMA.items() if k != "vocab_size"})
+    with pytest.raises(StartupError, match="does not exist"):
+        ModelSpec.from_dir(tmp_path / "nowhere")
