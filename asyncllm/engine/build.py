@@ -193,9 +193,22 @@ def warm_up(device: CpuDevice | CudaDevice, num_tokens: int, *, graphs: bool = T
         num_tokens: of the longest chunk.
         graphs: False: every step is launched kernel by kernel (--disable_cudagraph).
     """
+    _try_steps(device, num_tokens)
+    if isinstance(device, CudaDevice) and graphs:
+        # with the decode rows that may come beside a chunk; the GPU takes longer for a larger step
+        # than its launch takes
+        device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
+        _try_steps(device, 16)  # what only a replay needs is loaded at its first use
+    gc.collect()
+
+
+def _try_steps(device: CpuDevice | CudaDevice, num_tokens: int) -> None:
     greedy = SamplingParams(temperature=0.0).pack()
     drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1).pack()
-    for params, sizes in ((greedy, (num_tokens, 16, 1, 1)), (drawn, (17, 1))):
+    plain = SamplingParams(temperature=1.0, logprobs=0).pack()
+    for params, sizes in (
+        (greedy, (num_tokens, 16, 1, 1)), (drawn, (17, 1)), (plain, (17, 1)),
+    ):  # fmt: skip
         start = 0
         for size in sizes:
             plan = StepPlan(
@@ -212,8 +225,3 @@ def warm_up(device: CpuDevice | CudaDevice, num_tokens: int, *, graphs: bool = T
             )
             device.launch(plan).wait()
             start += size
-    if isinstance(device, CudaDevice) and graphs:
-        # with the decode rows that may come beside a chunk; the GPU takes longer for a larger step
-        # than its launch takes
-        device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
-    gc.collect()
