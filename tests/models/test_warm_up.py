@@ -1,0 +1,36 @@
+"""The steps before serving: whatever a request may ask of sampling has run once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncllm.engine.build import warm_up
+from tests.models.harness import make_device
+from tests.models.test_llama import make_checkpoint
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_part_of_sampling_has_run(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path)
+    made = make_device(tmp_path, "fp32", device, max_len=256)
+    called: set[str] = set()
+    sampler = made._engine.sampler
+
+    def spy(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            called.add(name)
+            return call(*args)
+
+        return run
+
+    parts = {"sample", "add_bias", "penalize", "log_probs"}
+    for name in parts:
+        monkeypatch.setattr(sampler, name, spy(name, getattr(sampler, name)), raising=False)
+    warm_up(made, 64, graphs=False)
+    assert called == parts
