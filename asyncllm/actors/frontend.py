@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 Inbox = Accepted | Delta | Finished | Counted | Scraped | Started | Drain | Cancel
 
 LOOK_EVERY = 4  # streams written between two looks at the clock
+LIMITS = "(--running_max_req_size, --max_waiting)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,11 +307,11 @@ class Frontend(Actor[Inbox]):
             raise NotServing("the server is shutting down", code="shutting_down")
         wanted, most = generation.n * len(generation.prompts), self.limits.max_live
         if wanted > most:
-            bad(f"n: {wanted} choices in one request, this server runs at most {most} at once", "n")
+            bad(f"n: {wanted} choices in one request, at most {most} may run or wait {LIMITS}", "n")
         if len(self._by_rid) + wanted > most:
             raise ServerBusy(
-                f"{len(self._by_rid)} choices are being generated or wait, at most {most} may; "
-                f"try again in {self.retry_after_s()} s"
+                f"{len(self._by_rid)} choices are being generated or wait, at most {most} may "
+                f"{LIMITS}; try again in {self.retry_after_s()} s"
             )
 
     def _tokenize(self, exchange: Exchange, prompt_idx: int) -> None:

@@ -460,6 +460,7 @@ async def test_too_many_requests(server: Server) -> None:
         answer = (await response.json())["error"]
         assert (response.status, answer["code"]) == (429, "rate_limit_exceeded")
         assert answer["type"] == "rate_limit_error"
+        assert "at most 3 may (--running_max_req_size, --max_waiting)" in answer["message"]
         assert 1 <= int(response.headers["Retry-After"]) <= 60
     status, answer = await server.post(CHAT, {"messages": HI, "n": 4})
     assert (status, answer["error"]["param"]) == (400, "n")  # would never fit
