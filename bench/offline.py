@@ -36,6 +36,7 @@ from asyncllm.actors.base import Actor
 from asyncllm.actors.runner import Pending, Runner
 from asyncllm.actors.system import ActorSystem
 from asyncllm.config import Config
+from asyncllm.core.constraints import Constraints
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.environment import cache_dir, quiet_libraries
@@ -278,7 +279,9 @@ def load(config: Config) -> rank.Parts:
         listen_fd=-1,
         parent=0,
     )
-    return rank.load_parts(boot, spec)
+    parts = rank.load_parts(boot, spec)
+    parts.constraints = Constraints(spec.vocab_size, parts.boot.resolved.eos_ids)
+    return parts
 
 
 @contextlib.asynccontextmanager
