@@ -36,6 +36,7 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import EXIT_HUNG, Duty, Means, Watchdog, dump_stacks
 from asyncllm.api.answer import Vocab
+from asyncllm.api.chat import variables
 from asyncllm.api.generation import Served
 from asyncllm.api.parts import Dialect, dialect_of
 from asyncllm.config import FLAGS, Config, Resolved, resolve_limits
@@ -258,7 +259,8 @@ def _load_constraints(parts: Parts, text: Text) -> None:
 
 def _dialect(boot: Boot, text: Text) -> Dialect:
     config = boot.config
-    return dialect_of(text.templates, config.tool_call_parser, config.reasoning_parser)
+    dialect = dialect_of(text.templates, config.tool_call_parser, config.reasoning_parser)
+    return replace(dialect, variables=variables(text.templates, text.special_tokens))
 
 
 def _load_device(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from asyncllm.api.chat import ChatTemplate
+from asyncllm.api.chat import ChatTemplate, variables
 from asyncllm.codec import i32
 from asyncllm.errors import RequestError, StartupError
 from asyncllm.text import Text, load_tokenizer
@@ -259,6 +259,16 @@ def test_templates_get_what_they_expect() -> None:
     assert render("  {% if tools is none %}\nx{% endif %}\n") == "x"
     assert render("{{ add_generation_prompt }}{{ a }}", kwargs={"a": 1}) == "True1"
     assert render("{{ add_generation_prompt }}", kwargs={"add_generation_prompt": False}) == "False"
+
+
+def test_what_templates_read_from_outside() -> None:
+    usual = """{% if not thinking is defined %}{% set thinking = false %}{% endif %}
+        {%- set ns = namespace(first=true) %}{{ bos_token }}{{ strftime_now('%d') }}
+        {%- for m in messages %}{{ m.content }}{{ loop.index }}{% endfor %}{{ date or raise_exception('') }}"""
+    found = variables({"default": usual, "tool_use": "{{ tools }}"}, {"bos_token": "<s>"})
+    assert found == {"thinking", "messages", "date", "tools"}
+    with pytest.raises(StartupError, match="line 2"):
+        variables({"default": "a\n{% if %}"}, {})
 
 
 def test_tool_template_serves_calls_with_tools() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -45,14 +45,7 @@ class ChatTemplate:
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        env = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _Generation],
-        )
-        env.filters["tojson"] = _tojson
-        env.globals["raise_exception"] = _raise
-        env.globals["strftime_now"] = _strftime_now
+        env = _environment()
         self._special_tokens = dict(special_tokens)
         try:
             self._templates = {name: env.from_string(text) for name, text in templates.items()}
@@ -96,7 +89,33 @@ class ChatTemplate:
             ) from error
 
 
+def variables(templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> frozenset[str]:
+    """What templates read from outside, but special tokens: what a request may have to say.
+
+    Raises:
+        StartupError: as :class:`ChatTemplate`.
+    """
+    env = _environment()
+    try:
+        read = [meta.find_undeclared_variables(env.parse(text)) for text in templates.values()]
+    except TemplateSyntaxError as error:
+        raise StartupError(f"chat template, line {error.lineno}: {error}") from error
+    return frozenset().union(*read) - special_tokens.keys()
+
+
 # -- what chat templates expect of their environment -------------------------------------------------
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _Generation],
+    )
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise
+    env.globals["strftime_now"] = _strftime_now
+    return env
 
 
 class _Generation(Extension):

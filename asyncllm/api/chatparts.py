@@ -7,6 +7,7 @@ shapes; knows neither templates nor tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, Final
 
 from asyncllm.api.errors import NotAvailable
@@ -15,14 +16,12 @@ from asyncllm.api.fields import bad, show, text, typed
 MAX_MESSAGES: Final = 4096
 OTHER_NAMES: Final = {"developer": "system", "function": "tool"}  # of roles
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# chat_template_kwargs that would change what rendering is, not what it says
-RESERVED_KWARGS: Final = frozenset(
-    {
-        "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
-        "documents", "max_length", "messages", "padding", "return_assistant_tokens_mask",
-        "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation",
-    }
-)  # fmt: skip
+# variables of templates that other fields of a request set
+OWN_VARIABLES: Final = frozenset(
+    {"add_generation_prompt", "continue_final_message", "documents", "messages", "tools"}
+)
+# what clients say to every model, whether its template knows it or not
+USUAL_VARIABLES: Final = frozenset({"enable_thinking", "reasoning_effort", "thinking"})
 
 
 def messages(value: Any, name: str) -> list[dict[str, Any]]:
@@ -35,16 +34,26 @@ def messages(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def template_kwargs(value: Any, name: str) -> dict[str, Any]:
-    """Extra variables of the chat template; names that steer the rendering are refused."""
-    for key in value:
-        if key in RESERVED_KWARGS:
-            bad(f"{name}: {key} cannot be set by a request", name)
+    """Extra variables of the chat template; which there may be is for :func:`check_variables`."""
     kwargs = dict(value)
     # two families of templates, two names of one switch
     for one, other in (("thinking", "enable_thinking"), ("enable_thinking", "thinking")):
         if one in kwargs:
             kwargs.setdefault(other, kwargs[one])
     return kwargs
+
+
+def settable(variables: Collection[str]) -> list[str]:
+    """Those that requests may set, of the variables of a template; sorted."""
+    return sorted(USUAL_VARIABLES.union(variables) - OWN_VARIABLES)
+
+
+def check_variables(kwargs: dict[str, Any], variables: Collection[str], name: str) -> None:
+    """Raises RequestError for a name that is no variable of the template, or not to be set."""
+    known = settable(variables)
+    for key in kwargs:
+        if key not in known:
+            bad(f"{name}: {show(key)} is not one of {', '.join(known)}", name)
 
 
 def pack(

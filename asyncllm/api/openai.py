@@ -108,7 +108,8 @@ CHAT: Final = (
     F(name="top_logprobs", kind="integer", low=0, high=fields.MAX_LOGPROBS,
       doc="and of this many best ones; needs logprobs"),
     F(name="chat_template_kwargs", kind="object", default={}, parse=chatparts.template_kwargs,
-      doc="variables for the chat template (extension)"),
+      doc="variables for the chat template: those that it reads, enable_thinking, thinking and "
+      "reasoning_effort (extension)"),
     F(name="add_generation_prompt", kind="boolean",
       doc="end the prompt with the head of an assistant turn; default true (extension)"),
     F(name="continue_final_message", kind="boolean", default=False,
@@ -199,6 +200,8 @@ def chat(body: Body, served: Served) -> Generation:
         bad("messages is missing", "messages")
     if values["top_logprobs"] and not values["logprobs"]:
         bad("top_logprobs needs logprobs: true", "top_logprobs")
+    variables, name = served.dialect.variables, "chat_template_kwargs"
+    chatparts.check_variables(values[name], variables, name)
     opening, going_on = values["add_generation_prompt"], values["continue_final_message"]
     if going_on:
         _check_end(values["messages"], opening)

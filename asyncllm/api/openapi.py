@@ -76,7 +76,7 @@ PARSED: Final[dict[Any, Schema]] = {
     anthropic.output_config: shapes.OUTPUT_CONFIG,
     chatparts.template_kwargs: {
         "type": "object",
-        "propertyNames": {"not": {"enum": sorted(chatparts.RESERVED_KWARGS)}},
+        "propertyNames": shapes.ref("Variable"),
     },
     anthropic_turns.conversation: _list(shapes.ANTHROPIC_MESSAGE, chatparts.MAX_MESSAGES, 1),
     anthropic_turns.content_text: shapes.ANTHROPIC_CONTENT,
@@ -300,8 +300,9 @@ def document(served: Served, *, secured: bool) -> dict[str, Any]:
         for method in route.methods:
             paths.setdefault(route.path, {})[method] = _operation(route, method, secured)
     token = {"type": "integer", "minimum": 0, "maximum": served.vocab_size - 1}
+    variable = {"enum": chatparts.settable(served.dialect.variables)}
     components: dict[str, Any] = {
-        "schemas": {"Token": token} | _bodies(served.tgi) | shapes.ANSWERS
+        "schemas": {"Token": token, "Variable": variable} | _bodies(served.tgi) | shapes.ANSWERS
     }
     whole: dict[str, Any] = {
         "openapi": "3.1.0",

@@ -26,12 +26,14 @@ class Dialect:
         spelling: its variant, as ``tools.spelling`` names it; "": it has none.
         lists_tools: its chat template puts tools into the prompt.
         reasoning: the format of reasoning, one of ``reasoning.FORMATS``; "": none.
+        variables: what its chat template reads.
     """
 
     calls: str = "hermes"
     spelling: str = ""
     lists_tools: bool = False
     reasoning: str = ""
+    variables: frozenset[str] = frozenset()
 
 
 def dialect_of(

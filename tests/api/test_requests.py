@@ -333,11 +333,19 @@ def test_template_kwargs() -> None:
         "reasoning_effort": "low",
         "add_generation_prompt": True,
     }
-    for name in ("tokenize", "chat_template", "messages", "tools"):
-        with pytest.raises(RequestError, match=name):
-            chat(chat_template_kwargs={name: True})
     with pytest.raises(RequestError, match="Unicode"):
-        chat(chat_template_kwargs={"x": "\ud800"})
+        chat(chat_template_kwargs={"thinking": "\ud800"})
+
+
+def test_only_what_the_template_reads_is_a_template_kwarg() -> None:
+    served = replace(SERVED, dialect=Dialect(variables=frozenset({"date", "tools", "messages"})))
+    known = "is not one of date, enable_thinking, reasoning_effort, thinking"
+    for name in ("tokenize", "chat_template", "messages", "tools", "bos_token", "x"):
+        with pytest.raises(RequestError, match=f'"{name}" {known}') as caught:
+            openai.chat({"messages": HI, "chat_template_kwargs": {name: True}}, served)
+        assert caught.value.param == "chat_template_kwargs"
+    got = openai.chat({"messages": HI, "chat_template_kwargs": {"date": "today"}}, served)
+    assert rendered(got)["kwargs"]["date"] == "today"
 
 
 def test_continue_final_message() -> None:
