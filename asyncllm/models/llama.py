@@ -114,12 +114,13 @@ class Decoder:
 
     def targets(self) -> Iterator[tuple[str, Target]]:
         """Checkpoint name -> where its values go on this rank."""
-        yield "model.embed_tokens.weight", Target(self.embed, 0, ((0, 0, self.spec.vocab_size),))
+        vocab = self.spec.vocab_size
+        yield "model.embed_tokens.weight", Target(self.embed, 0, vocab, ((0, 0, vocab),))
         yield "model.norm.weight", whole(self.norm)
         if not self.spec.tie_embeddings:
             first = self.comm.rank * self.local_vocab
-            size = max(0, min(self.local_vocab, self.spec.vocab_size - first))
-            yield "lm_head.weight", Target(self.lm_head, 0, ((first, 0, size),))
+            size = max(0, min(self.local_vocab, vocab - first))
+            yield "lm_head.weight", Target(self.lm_head, 0, vocab, ((first, 0, size),))
         for i, layer in enumerate(self.layers):
             for name, target in self._layer_targets(layer):
                 yield f"model.layers.{i}.{name}", target
@@ -130,31 +131,33 @@ class Decoder:
         return tied or name.endswith("rotary_emb.inv_freq")
 
     def _layer_targets(self, layer: Layer) -> Iterator[tuple[str, Target]]:
-        dim = self.spec.head_dim
+        dim, inner = self.spec.head_dim, self.spec.intermediate_size
+        q_size, kv_size = self.spec.num_q_heads * dim, self.spec.num_kv_heads * dim
         q_dim = self.num_q_heads * dim
         kv_dim = self.num_kv_heads * dim
         q = _head_spans(self.heads.q_heads, dim, 0)
         k = _head_spans(self.heads.kv_heads, dim, q_dim)
         v = _head_spans(self.heads.kv_heads, dim, q_dim + kv_dim)
-        for name, spans in (("q", q), ("k", k), ("v", v)):
-            yield f"self_attn.{name}_proj.weight", Target(layer.qkv, 0, spans)
+        for name, length, spans in (("q", q_size, q), ("k", kv_size, k), ("v", kv_size, v)):
+            yield f"self_attn.{name}_proj.weight", Target(layer.qkv, 0, length, spans)
             if layer.qkv_bias is not None:
-                yield f"self_attn.{name}_proj.bias", Target(layer.qkv_bias, 0, spans)
-        yield "self_attn.o_proj.weight", Target(layer.out, 1, q)
+                yield f"self_attn.{name}_proj.bias", Target(layer.qkv_bias, 0, length, spans)
+        yield "self_attn.o_proj.weight", Target(layer.out, 1, q_size, q)
         first = self.comm.rank * self.local_inner
-        size = max(0, min(self.local_inner, self.spec.intermediate_size - first))
+        size = max(0, min(self.local_inner, inner - first))
         gate, up = ((first, 0, size),), ((first, self.local_inner, size),)
         for name, spans in (("gate", gate), ("up", up)):
-            yield f"mlp.{name}_proj.weight", Target(layer.gate_up, 0, spans)
+            yield f"mlp.{name}_proj.weight", Target(layer.gate_up, 0, inner, spans)
             if layer.gate_up_bias is not None:
-                yield f"mlp.{name}_proj.bias", Target(layer.gate_up_bias, 0, spans)
-        yield "mlp.down_proj.weight", Target(layer.down, 1, gate)
+                yield f"mlp.{name}_proj.bias", Target(layer.gate_up_bias, 0, inner, spans)
+        yield "mlp.down_proj.weight", Target(layer.down, 1, inner, gate)
         for name, bias in (
             ("self_attn.o_proj.bias", layer.out_bias),
             ("mlp.down_proj.bias", layer.down_bias),
         ):
             if bias is not None:  # added once, not once per rank
-                yield name, whole(bias) if self.comm.rank == 0 else Target(bias, 0, ())
+                spans = whole(bias).spans if self.comm.rank == 0 else ()
+                yield name, Target(bias, 0, len(bias), spans)
         yield "input_layernorm.weight", whole(layer.attn_norm)
         yield "post_attention_layernorm.weight", whole(layer.mlp_norm)
 

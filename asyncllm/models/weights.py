@@ -21,16 +21,17 @@ Span = tuple[int, int, int]  # (start in the checkpoint tensor, start in the par
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a checkpoint tensor goes: spans of it along ``dim`` of a parameter."""
+    """Where a checkpoint tensor goes: spans of it along ``dim``, where it has ``size``, of a parameter."""
 
     param: Tensor
     dim: int
+    size: int
     spans: tuple[Span, ...]
 
 
 def whole(param: Tensor) -> Target:
     """The checkpoint tensor as it is."""
-    return Target(param, 0, ((0, 0, param.shape[0]),))
+    return Target(param, 0, param.shape[0], ((0, 0, param.shape[0]),))
 
 
 def load(
@@ -89,12 +90,10 @@ def _load_file(path: Path, wanted: dict[str, Target]) -> set[str]:
 def _copy(name: str, source: object, target: Target) -> None:
     shape = list(source.get_shape())  # type: ignore[attr-defined]
     param = target.param
-    fits = len(shape) == param.dim() and all(
-        s == p for d, (s, p) in enumerate(zip(shape, param.shape, strict=True)) if d != target.dim
-    )
-    ends = max((start + length for start, _, length in target.spans), default=0)
-    if not fits or ends > shape[target.dim]:
-        raise StartupError(f"{name} has shape {shape}, which does not fit {list(param.shape)}")
+    wanted = list(param.shape)
+    wanted[target.dim] = target.size
+    if shape != wanted:
+        raise StartupError(f"{name} has shape {shape}, config.json wants {wanted}")
     for start, into, length in target.spans:
         pick = slice(start, start + length)
         part = source[pick] if target.dim == 0 else source[:, pick]  # type: ignore[index]

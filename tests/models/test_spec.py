@@ -10,6 +10,8 @@ import pytest
 
 from asyncllm.errors import StartupError
 from asyncllm.models.spec import ModelSpec
+from tests.models.harness import make_device
+from tests.models.test_llama import make_checkpoint
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 499, "hidden_size": 96,
@@ -58,3 +60,23 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         spec(tmp_path, {k: v for k, v in LLAMA.items() if k != "vocab_size"})
     with pytest.raises(StartupError, match="does not exist"):
         ModelSpec.from_dir(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor"),
+    [
+        ({"num_attention_heads": 4}, "_proj.weight"),
+        ({"vocab_size": 400}, "embed_tokens.weight|lm_head.weight"),
+        ({"intermediate_size": 96}, "mlp"),
+    ],
+    ids=str,
+)
+def test_weights_larger_than_the_config_says_are_refused(
+    tmp_path: Path, changes: dict[str, Any], tensor: str
+) -> None:
+    """They would fit where only their beginning is read."""
+    make_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": 16} | changes))
+    with pytest.raises(StartupError, match=f"({tensor}).*config.json wants"):
+        make_device(tmp_path, "fp32", "cpu", max_len=64)
