@@ -58,8 +58,8 @@ class Submit:
     thoughts: str = ""  # where the answer begins: "open", "closed" or "none" (inside reasoning,
     # behind it, neither), "": reasoning is content
     after: int = -1  # the rid of the first request for this prompt, if this is another
-    healed: tuple[bytes, ...] = ()  # texts of tokens taken off the end of the prompt, with which the
-    # output begins
+    # texts of tokens taken off the end of the prompt, with which the output begins
+    healed: tuple[bytes, ...] = ()
 
 
 @message(4)

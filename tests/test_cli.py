@@ -68,9 +68,8 @@ def sample(name: str) -> tuple[list[str], object]:
 PARSEABLE = [
     name
     for name, option in FLAGS.items()
-    if (option.default is not None and option.kind is not bool) or not (
-        option.needs or option.unavailable
-    )
+    if (option.default is not None and option.kind is not bool)
+    or not (option.needs or option.unavailable)
     if name != "mode"
 ]
 

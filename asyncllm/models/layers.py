@@ -57,9 +57,7 @@ class Named(Protocol):
 class Ops(Protocol):
     """The operators a decoder is made of, on one device."""
 
-    def stage(
-        self, columns: Named, last_token: Tensor, table: Tensor, history: Tensor
-    ) -> Tensor:
+    def stage(self, columns: Named, last_token: Tensor, table: Tensor, history: Tensor) -> Tensor:
         """Enter a step's slots and tokens into the lane tables; its tokens, [num_tokens] int64.
 
         Args:

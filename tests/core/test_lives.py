@@ -165,7 +165,9 @@ def test_held_choices_survive_the_end_of_the_first(gone: int) -> None:
     for rid in range(1, 4):
         world.submit(rid, list(range(30)), -1 if rid == 1 else 1, max_new_tokens=3, seed=rid)
     world.settle("scheduler", "allocator", "runner")
-    assert [len(plan.lanes) // 4 for plan in world.device.plans] == [1, 1], "two chunks of the first"
+    assert [len(plan.lanes) // 4 for plan in world.device.plans] == [1, 1], (
+        "two chunks of the first"
+    )
     world.tell(Abort(gone), urgent=True)
     world.run()
     world.check_end()
