@@ -171,11 +171,26 @@ def step_case(num: int) -> list[Tensor]:
     return [column(VOCAB) - 1, lanes, column(8192), column(1 << 20), last, *tables]
 
 
-def show(kernel: str, shape: str, us: float, torch_us: float, note: str = "") -> None:
-    print(f"{kernel:22} {shape:22} {us:9.1f} us   torch {torch_us:9.1f} us  {note}", flush=True)
+def show(
+    kernel: str, shape: str, us: float, moved: int, copy: float, torch_us: float | None = None
+) -> None:
+    """One row; ``moved``: bytes that have to be read and written once, ``copy``: TB/s of a copy."""
+    rate = moved / us / 1e6
+    theirs = "" if torch_us is None else f"torch {torch_us:9.1f} us"
+    print(
+        f"{kernel:14} {shape:20} {us:9.1f} us {rate:6.2f} TB/s {rate / copy:5.0%} of copy  {theirs}",
+        flush=True,
+    )
 
 
-def bench_sampling(quick: bool) -> None:
+def copy_rate(quick: bool) -> float:
+    """TB/s of a copy of 1 GiB, reads and writes counted."""
+    source = torch.empty(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_us([partial(target.copy_, source)] * 8, quick) / 1e6
+
+
+def bench_sampling(quick: bool, copy: float) -> None:
     for num in ROWS:
         for dtype in (torch.bfloat16, torch.float32):
             logits = torch.randn((num, VOCAB), device="cuda").to(dtype)
@@ -185,27 +200,21 @@ def bench_sampling(quick: bool) -> None:
             theirs = partial(torch.argmax, logits, dim=-1)
             moved = logits.nbytes
             us = median_us([greedy] * 8, quick)
-            show(
-                "greedy", shape, us, median_us([theirs] * 8, quick), f"{moved / us / 1e6:.2f} TB/s"
-            )
+            show("greedy", shape, us, moved, copy, median_us([theirs] * 8, quick))
             for name, knobs in CASES.items():
                 args = columns(num, knobs)
                 cuts = name != "plain"
                 mine = partial(sample, logits, *args, greedy=False, truncates=cuts)
                 theirs = partial(sorted_sample if cuts else plain_sample, logits, args)
                 us, other = median_us([mine] * 4, quick), median_us([theirs], quick)
-                show(name, shape, us, other, f"{moved / us / 1e6:.2f} TB/s a pass")
+                show(name, shape, us, moved, copy, other)
             tokens = logits.argmax(dim=-1)
             us = median_us([partial(log_probs, logits, tokens)] * 4, quick)
-            show("log_probs", shape, us, median_us([partial(log_probs_ref, logits, tokens)], quick))
+            other = median_us([partial(log_probs_ref, logits, tokens)], quick)
+            show("log_probs", shape, us, moved, copy, other)
 
 
-def bench_linear(quick: bool) -> None:
-    source = torch.empty(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / median_us([partial(target.copy_, source)] * 8, quick) / 1e6
-    del source, target
-    print(f"copy {copy:.2f} TB/s")
+def bench_linear(quick: bool, copy: float) -> None:
     for n, k in SHAPES:
         stack = [weights(n, k) for _ in range(max(2, L2_BYTES // (2 * n * k) + 1))]
         for m in (1, 2, 4, 8):
@@ -213,29 +222,29 @@ def bench_linear(quick: bool) -> None:
             calls = [partial(linear, x, weight) for weight in stack]
             theirs = [partial(torch.nn.functional.linear, x, weight) for weight in stack]
             us, other = median_us(calls, quick), median_us(theirs, quick)
-            rate = stack[0].nbytes / us / 1e6
-            show(f"linear m={m}", f"{n} x {k}", us, other, f"{rate:.2f} TB/s {rate / copy:.0%}")
+            show(f"linear m={m}", f"{n} x {k}", us, stack[0].nbytes, copy, other)
 
 
-def bench_rest(quick: bool) -> None:
+def bench_rest(quick: bool, copy: float) -> None:
     for num, length in ((1, 1000), (8, 8000), (64, 1000)):
         logits, args = torch.randn((num, VOCAB), device="cuda"), penalty_case(num, length)
         us = median_us([partial(penalize, logits, *args)] * 4, quick)
-        print(f"{'penalize':22} {f'{num} x {length} tokens':22} {us:9.1f} us")
+        show("penalize", f"{num} x {length} tokens", us, num * length * 24, copy)
     logits = torch.randn((256, VOCAB), device="cuda")
     rows = torch.arange(1280, dtype=torch.int32, device="cuda") % 256
     values = torch.full((1280,), -1.0, device="cuda")
     us = median_us([partial(add_bias, logits, rows, rows, values)] * 4, quick)
-    print(f"{'add_bias':22} {'1280 entries':22} {us:9.1f} us")
+    show("add_bias", "1280 entries", us, 1280 * 20, copy)
     table, norm = weights(VOCAB, HIDDEN), weights(1, HIDDEN)[0]
     for num in (1, 256, 4096):
         case = step_case(num)
         us = median_us([partial(stage, *case)] * 8, quick)
-        print(f"{'stage':22} {f'{num} tokens':22} {us:9.1f} us")
+        show("stage", f"{num} tokens", us, num * 40, copy)
         tokens = case[0].clamp(min=0)
         us = median_us([partial(embed_rmsnorm, tokens, table, norm, 1e-5)] * 8, quick)
         theirs = partial(embed_rmsnorm_ref, tokens, table, norm, 1e-5)
-        show("embed_rmsnorm", f"{num} x {HIDDEN}", us, median_us([theirs] * 8, quick))
+        other = median_us([theirs] * 8, quick)
+        show("embed_rmsnorm", f"{num} x {HIDDEN}", us, num * HIDDEN * 6, copy, other)
 
 
 def tune(num_rows: int) -> None:
@@ -279,9 +288,11 @@ def main() -> int:
         tune(4)
         return 0
     parts = {"sampling": bench_sampling, "linear": bench_linear, "rest": bench_rest}
+    copy = copy_rate(options.quick)
+    print(f"copy {copy:.2f} TB/s")
     for name, part in parts.items():
         if options.only in (None, name):
-            part(options.quick)
+            part(options.quick, copy)
     return 0
 
 
