@@ -220,6 +220,7 @@ class Routes:
                 front.count(request.path, status)
             else:
                 front.close(exchange, request.path, status)
+            _log_end(request, status, exchange)
 
     async def _stream(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
         """Headers, then the frontend writes; this only waits for the end."""
@@ -341,7 +342,9 @@ class Routes:
         except ConnectionError:
             raise
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception(
+                "request %s: %s %s failed", request[REQUEST_ID], request.method, request.path
+            )
             return self._error(
                 request, errors.ServerFault("the server failed on this request; see its log")
             )
@@ -390,6 +393,13 @@ class Routes:
 
 def _json(body: bytes, status: int = 200) -> web.Response:
     return web.Response(body=body, status=status, content_type="application/json")
+
+
+def _log_end(request: web.Request, status: int, exchange: Exchange | None) -> None:
+    """One line for a request whose client named it, or which failed here; others with debug."""
+    level = logging.INFO if "X-Request-Id" in request.headers or status >= 500 else logging.DEBUG
+    name = "refused" if exchange is None else exchange.answer.id
+    log.log(level, "request %s: %s %d %s", request[REQUEST_ID], request.path, status, name)
 
 
 def _request_id(request: web.Request) -> str:

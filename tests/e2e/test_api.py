@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -156,6 +158,24 @@ async def test_request_id(server: Server) -> None:
         assert response.headers["Cache-Control"] == "no-cache"
         assert response.headers["X-Accel-Buffering"] == "no"
         await response.read()
+
+
+def test_requests_are_logged_by_their_ids(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving() as server:
+            for name, body in (("s1", {"prompt": "x", "stream": True}), ("s2", {}), ("", {})):
+                headers = {"X-Request-Id": name} if name else {}
+                url = server.url + COMPLETIONS
+                async with server.http.post(url, json=body, headers=headers) as response:
+                    await response.read()
+                    assert response.status == (200 if name == "s1" else 400)
+
+    uvloop.run(main())
+    found = [r.getMessage() for r in caplog.records if r.name == "asyncllm.actors.http"]
+    assert re.fullmatch(r"request s1: /v1/completions 200 cmpl-\w{24}", found[0])
+    assert found[1:] == ["request s2: /v1/completions 400 refused"]
 
 
 # -- text --------------------------------------------------------------------------------------
