@@ -27,6 +27,7 @@ from asyncllm.kernels.linear import LinearConfig, linear, linear_ref
 from asyncllm.kernels.log_probs import log_probs, log_probs_ref
 from asyncllm.kernels.penalties import add_bias, penalize, penalize_ref, penalty_counts
 from asyncllm.kernels.sampling import kept_ref, sample
+from bench.kernels import measure_ceiling
 
 VOCAB, HIDDEN = 128256, 4096
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
@@ -183,13 +184,6 @@ def show(
     )
 
 
-def copy_rate(quick: bool) -> float:
-    """TB/s of a copy of 1 GiB, reads and writes counted."""
-    source = torch.empty(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_us([partial(target.copy_, source)] * 8, quick) / 1e6
-
-
 def bench_sampling(quick: bool, copy: float) -> None:
     for num in ROWS:
         for dtype in (torch.bfloat16, torch.float32):
@@ -288,7 +282,7 @@ def main() -> int:
         tune(4)
         return 0
     parts = {"sampling": bench_sampling, "linear": bench_linear, "rest": bench_rest}
-    copy = copy_rate(options.quick)
+    copy = measure_ceiling(options.quick).bytes_per_s / 1e12
     print(f"copy {copy:.2f} TB/s")
     for name, part in parts.items():
         if options.only in (None, name):
