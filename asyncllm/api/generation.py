@@ -6,8 +6,9 @@ Knows prompts, parameters and flags; knows neither JSON names nor answers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from asyncllm.api.fields import GREEDY_BELOW, bad, show
+from asyncllm.api.fields import GREEDY_BELOW, bad, show, token_ids, typed
 from asyncllm.api.parts import Dialect, Parting
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound
@@ -78,6 +79,15 @@ class Served:
             f"the model {show(name)} does not exist; this server has {', '.join(self.listed)}",
             param="model",
         )
+
+    def prompt_of(self, value: Any, name: str) -> Prompt:
+        """A prompt of token ids. Raises RequestError."""
+        typed(value, list, name, "an array of token ids")
+        if not value:
+            bad(f"{name} must not be empty", name)
+        column = token_ids(value, name)
+        self.check_ids((max(value),), name)
+        return Prompt(ids=column)
 
     def check_ids(self, ids: tuple[int, ...], name: str) -> None:
         """Raises RequestError for a token id outside the vocabulary."""

@@ -44,7 +44,9 @@ def regex(value: str, name: str) -> Grammar | None:
 
 
 def ebnf(value: str, name: str) -> Grammar | None:
-    """Rules in EBNF, the first of which is ``root``; "" is none."""
+    """Rules in EBNF, the first of which is ``root``; "" is none, "json" LightLLM's any JSON object."""
+    if value == "json":
+        return "json", ""
     return ("ebnf", _limited(value, name)) if value else None
 
 

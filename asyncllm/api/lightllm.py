@@ -77,7 +77,7 @@ PARAMETERS: Final = (
     F(name="regular_constraint", kind="string", parse=grammar.regex,
       doc=f"a regular expression that the whole output matches, at most {grammar.MAX_CHARS} characters"),
     F(name="guided_grammar", kind="string", parse=grammar.ebnf,
-      doc="rules in EBNF; the output is a `root`"),
+      doc="rules in EBNF; the output is a `root`; json: any JSON object"),
     F(name="guided_json", kind="any", parse=grammar.schema,
       doc="a JSON schema, as an object or a string: the output is valid against it"),
     F(name="prompt_logprobs", kind="integer", default=-1, low=-1, high=fields.MAX_LOGPROBS,
@@ -85,6 +85,9 @@ PARAMETERS: Final = (
     F(name="disable_prompt_cache", kind="boolean", default=False, doc="neither use nor fill the cache"),
     F(name="return_details", kind="boolean", default=False, doc="each token in the answer, as streams have them anyway"),
 )  # fmt: skip
+
+STREAM: Final = F(name="stream", kind="boolean", default=False, doc="as /generate_stream")
+TEXT: Final = F(name="text", kind="string", required=True, doc="what to count")
 
 ABORT: Final = (
     F(name="request_id", kind="string",
@@ -179,8 +182,7 @@ def generation(
 
 def stream_flag(body: Body) -> bool:
     """``stream`` of a body for POST /. Raises RequestError unless it is a boolean."""
-    flag = Field(name="stream", kind="boolean", default=False, doc="as /generate_stream")
-    return bool(flag.read(body))
+    return bool(STREAM.read(body))
 
 
 def abort(body: Body) -> str:
@@ -197,9 +199,7 @@ def tokens(body: Body) -> tuple[str, bool]:
     """A /tokens body: the text, and whether special tokens count."""
     _no_media(body)
     values = fields.read(TOKENS_PARAMETERS, BODY[1].read(body), AT)
-    if body.get("text") is None:
-        bad("text is missing", "text")
-    return fields.text(body["text"], "text"), values["add_special_tokens"]
+    return TEXT.read(body), values["add_special_tokens"]
 
 
 def _no_media(body: Body) -> None:
@@ -217,11 +217,7 @@ def _prompt(value: Any, served: Served) -> Prompt:
     if isinstance(value, str):
         return Prompt(text=fields.text(value, "inputs"))
     typed(value, list, "inputs", "a string or an array of token ids")
-    if not value:
-        bad("inputs must not be empty", "inputs")
-    column = fields.token_ids(value, "inputs")
-    served.check_ids((max(value),), "inputs")
-    return Prompt(ids=column)
+    return served.prompt_of(value, "inputs")
 
 
 def _stops(value: Any, served: Served) -> dict[str, Any]:

@@ -28,6 +28,8 @@ COMMON: Final = (
       doc="the newer name of max_tokens; wins over it"),
     F(name="min_tokens", kind="integer", default=0, low=0, high=fields.MAX_INT32, to="min_new_tokens",
       doc="eos and stop tokens are banned before (extension)"),
+    F(name="do_sample", kind="boolean", default=True,
+      doc="false: greedy, whatever temperature, top_p and top_k say (extension, LightLLM's)"),
     F(name="temperature", kind="number", default=1.0, low=0, high=2, doc="0: greedy"),
     F(name="top_p", kind="number", default=1.0, low=0, high=1, above=True, to="top_p",
       doc="smallest set of tokens with this probability"),
@@ -73,7 +75,7 @@ COMMON: Final = (
     F(name="guided_regex", kind="string", parse=grammar.regex,
       doc="a regular expression that the whole output matches (extension)"),
     F(name="guided_grammar", kind="string", parse=grammar.ebnf,
-      doc="rules in EBNF; the output is a `root` (extension)"),
+      doc="rules in EBNF; the output is a `root`; json: any JSON object (extension)"),
     F(name="guided_choice", kind="array", parse=grammar.choice,
       doc=f"at most {grammar.MAX_CHOICES} strings, one of which is the output (extension)"),
     F(name="structured_outputs", kind="object", parse=grammar.structured,
@@ -143,8 +145,8 @@ GRAMMARS: Final = (
 )  # fmt: skip
 
 UNAVAILABLE: Final = (
-    *(Refused(name=name, neutral=("", {}, []), doc="constrained output")
-      for name in ("regular_constraint", "bad_words")),
+    Refused(name="regular_constraint", neutral=("",), doc="LightLLM's name of guided_regex"),
+    Refused(name="bad_words", neutral=([],), doc="banning words (logit_bias bans tokens)"),
     Refused(name="use_beam_search", neutral=(False,), doc="beam search"),
     Refused(name="length_penalty", neutral=(1, 1.0), doc="beam search"),
     Refused(name="prompt_embeds", doc="a prompt of embeddings"),
@@ -268,7 +270,7 @@ def _generation(
     params = SamplingParams(
         **direct,
         max_new_tokens=most,
-        temperature=temperature(values["temperature"]),
+        temperature=temperature(values["temperature"]) if values["do_sample"] else 0.0,
         top_k=values["top_k"] or -1,
         penalize_prompt=values["repetition_penalty"] != 1.0,
         grammar=form,
@@ -299,21 +301,12 @@ def _prompts(value: Any, served: Served) -> tuple[Prompt, ...]:
     if not value:
         bad("prompt must not be empty", "prompt")
     if not isinstance(value[0], str | list):
-        return (_ids(value, "prompt", served),)
+        return (served.prompt_of(value, "prompt"),)
     if len(value) > fields.MAX_PROMPTS:
         bad(f"prompt: {len(value)} prompts, at most {fields.MAX_PROMPTS}", "prompt")
     if isinstance(value[0], str):
         return tuple(Prompt(text=fields.text(v, f"prompt[{i}]")) for i, v in enumerate(value))
-    return tuple(_ids(v, f"prompt[{i}]", served) for i, v in enumerate(value))
-
-
-def _ids(value: Any, name: str, served: Served) -> Prompt:
-    typed(value, list, name, "an array of token ids")
-    if not value:
-        bad(f"{name} must not be empty", name)
-    column = fields.token_ids(value, name)
-    served.check_ids((max(value),), name)
-    return Prompt(ids=column)
+    return tuple(served.prompt_of(v, f"prompt[{i}]") for i, v in enumerate(value))
 
 
 def _offered(values: dict[str, Any]) -> Offer:

@@ -106,9 +106,6 @@ NAMED: Final[dict[str, Schema]] = {
     "stop_sequences": {"anyOf": [_STOP, _list(_NATIVE_STOP, fields.MAX_STOP)]},
 }
 
-STREAM: Final = Field(name="stream", kind="boolean", default=False, doc="as /generate_stream")
-TEXT: Final = Field(name="text", kind="string", required=True, doc="what to count")
-
 
 def of_field(field: Field) -> Schema:
     """What a field may be; null is absence wherever absence is allowed."""
@@ -172,7 +169,7 @@ def _native(*more: Field, tgi_mode: bool) -> Schema:
 
 def _tokens() -> Schema:
     parameters = of_table(lightllm.TOKENS_PARAMETERS)
-    body = of_table((TEXT,))
+    body = of_table((lightllm.TEXT,))
     body["properties"]["parameters"] = {"anyOf": [parameters, {"type": "null"}]}
     return body
 
@@ -187,7 +184,7 @@ def _bodies(tgi_mode: bool) -> dict[str, Schema]:
         "MessageRequest": of_table(anthropic.MESSAGES, anthropic.UNAVAILABLE),
         "CountRequest": of_table(anthropic.PROMPT),
         "NativeRequest": _native(tgi_mode=tgi_mode),
-        "NativeAnyRequest": _native(STREAM, tgi_mode=tgi_mode),
+        "NativeAnyRequest": _native(lightllm.STREAM, tgi_mode=tgi_mode),
         "TokensRequest": _tokens(),
         "AbortRequest": of_table(lightllm.ABORT),
     }

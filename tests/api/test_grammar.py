@@ -46,7 +46,8 @@ def test_openai_fields(body: dict[str, Any], want: Any) -> None:
 @pytest.mark.parametrize(
     ("parameters", "want"),
     [({"regular_constraint": "a+"}, ("regex", "a+")), ({"guided_json": SCHEMA}, ("schema", TEXT)),
-     ({"guided_grammar": 'root ::= "a"'}, ("ebnf", 'root ::= "a"')), ({"guided_json": ""}, None)],
+     ({"guided_grammar": 'root ::= "a"'}, ("ebnf", 'root ::= "a"')), ({"guided_json": ""}, None),
+     ({"guided_grammar": "json"}, ("json", ""))],
 )  # fmt: skip
 def test_native_fields(parameters: dict[str, Any], want: Any) -> None:
     assert native(**parameters).params.grammar == want

@@ -188,6 +188,12 @@ def test_openai_defaults() -> None:
         assert (got.n, got.stream, got.seeded, got.include_usage) == (1, False, False, False)
 
 
+def test_do_sample_false_is_greedy() -> None:
+    for got in (completion(do_sample=False, temperature=2), chat(do_sample=False)):
+        assert got.params.temperature == 0
+    assert chat(do_sample=True, temperature=0.5).params.temperature == 0.5
+
+
 def test_echo_scores_the_prompt_only_with_logprobs() -> None:
     assert completion(echo=True).params.prompt_logprobs == -1
     got = completion(echo=True, max_tokens=0, logprobs=0).params
