@@ -150,6 +150,7 @@ def _check(boot: Boot, spec: ModelSpec) -> int:
     """``--check``: what would be started, on standard output."""
     plan, config = _memory(boot, spec), boot.config
     resolved = boot.resolved.with_slots(plan.num_slots)
+    _load_text(boot)  # what the start would refuse is refused here as well
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
     if resolved.device == "cpu":
         ranks += f", {_num_threads(boot)} threads each"
@@ -201,6 +202,11 @@ def _memory(boot: Boot, spec: ModelSpec) -> MemoryPlan:
     return plan_memory(spec, sizes, _torch_device(boot))
 
 
+def _load_text(boot: Boot) -> Text:
+    mode = cast("Mode", boot.config.tokenizer_mode)
+    return load_tokenizer(boot.model_dir, mode, boot.config.trust_remote_code)
+
+
 def _torch_device(boot: Boot) -> torch.device:
     if boot.resolved.device == "cuda":
         return torch.device("cuda", boot.endpoint)
@@ -220,8 +226,7 @@ def load_parts(boot: Boot, spec: ModelSpec) -> Parts:
     text = None
     if boot.listen_fd >= 0:
         with log.phase("load tokenizer"):
-            mode = cast("Mode", config.tokenizer_mode)
-            text = load_tokenizer(boot.model_dir, mode, config.trust_remote_code)
+            text = _load_text(boot)
     if boot.endpoint >= config.tp:
         return Parts(boot, spec, text, None, Alone(), boot.resolved.num_slots)
     where = _torch_device(boot)

@@ -235,10 +235,14 @@ def test_check_prints_the_plan_and_exits(demo_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [(("--max_req_total_len", "9000"), "9,000 8,192"), (("--eos_id", "2", "49152"), "49152")],
+    [
+        (("--max_req_total_len", "9000"), "9,000 8,192"),
+        (("--eos_id", "2", "49152"), "49152"),
+        (("--tokenizer_mode", "slow", "--check"), "slow"),
+    ],
     ids=str,
 )
-def test_an_explicit_limit_above_the_models_is_exit_code_2(
+def test_what_the_model_does_not_allow_is_exit_code_2(
     demo_dir: Path, option: tuple[str, ...], words: str
 ) -> None:
     done = subprocess.run(
