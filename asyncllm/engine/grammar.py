@@ -9,6 +9,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
+from time import thread_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,8 @@ Bits = NDArray[np.int32]
 MAX_DEPTH = 64  # of a schema: the compiler's time grows fast with it
 MAX_KEPT = 256
 MAX_KEPT_BYTES = 256 << 20
+MAX_STEP_S = 0.5  # of the loop's CPU time for one token
+TRIED = 16  # tokens of an output that is tried when a grammar has been compiled
 INTEGER_DIGITS = 16
 EXPONENT_DIGITS = 2
 
@@ -110,14 +113,29 @@ class Grammars:
         """Compile; the GIL is released. ``kind`` as in ``core.request.GRAMMARS``.
 
         Raises:
-            RequestError: the text is not of its kind, or no text at all can match it.
+            RequestError: the text is not of its kind, no text at all can match it, or outputs
+                would take too long to follow.
         """
         try:
             compiled = self._compile(kind, text)
         except RuntimeError as error:
             raise RequestError(f"{NAMES[kind]} cannot be compiled: {_cause(error)}") from error
-        self._follow(compiled)
+        self._try(self._follow(compiled))
         return compiled
+
+    def _try(self, matcher: Matcher) -> None:
+        """Some output, so that a grammar is refused here and not on the loop. Raises TooSlow."""
+        rng = np.random.default_rng(0)
+        for _ in range(TRIED):
+            allowed = np.frombuffer(matcher.mask(), np.int32) & self._others
+            tokens = np.flatnonzero(np.unpackbits(allowed.view(np.uint8), bitorder="little"))
+            try:
+                if not len(tokens) or matcher.accept(int(rng.choice(tokens))):
+                    return
+            except TooSlow:
+                raise
+            except RequestError:
+                return  # another output may do
 
     def keep(self, kind: str, text: str, compiled: CompiledGrammar) -> None:
         """Remember; the one not used for longest goes when there are too many."""
@@ -167,6 +185,10 @@ NAMES = {"json": "JSON", "schema": "the JSON schema", "regex": "the regular expr
          "ebnf": "the EBNF grammar", "calls": "the tools' parameters"}  # fmt: skip
 
 
+class TooSlow(RequestError):
+    """A grammar is so ambiguous that following one output would hold up all others."""
+
+
 class Matcher:
     """Follows one output; a :class:`asyncllm.core.request.Constraint`.
 
@@ -176,7 +198,8 @@ class Matcher:
         texts: bytes of all tokens, for calls.
 
     Raises:
-        RequestError: no token can begin.
+        RequestError: no token can begin. TooSlow: to find out takes more than MAX_STEP_S, which
+            :meth:`accept` raises too.
     """
 
     def __init__(self, matcher: Any, every: Bits, others: Bits, texts: Sequence[bytes]) -> None:
@@ -205,14 +228,18 @@ class Matcher:
         return bool(self._matcher.accept_string(text)) and not self._fill()
 
     def accept(self, token: int) -> bool:
+        begun = thread_time()
         if not self._matcher.accept_token(token):
             raise RequestError(f"token {token} does not continue the output as its grammar wants")
-        return self._matcher.is_terminated() or self._fill()
+        return self._matcher.is_terminated() or self._fill(begun)
 
-    def _fill(self) -> bool:
+    def _fill(self, begun: float | None = None) -> bool:
         """Bits of the next token. True: no token but an end can come, and one may."""
+        begun = thread_time() if begun is None else begun
         if not self._matcher.fill_next_token_bitmask(self._bits):
             self._bits.fill(-1)
+        if thread_time() - begun > MAX_STEP_S:
+            raise TooSlow("the grammar is too ambiguous to be followed: simplify it")
         self._bits &= self._every  # bits after the last token mean nothing
         if (self._bits[0] & self._others).any():
             return False

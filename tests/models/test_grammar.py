@@ -296,3 +296,14 @@ def test_parameters_that_cannot_be_enforced_are_refused(grammars: Grammars) -> N
     unique = Tool("f", {"type": "object", "uniqueItems": True}, strict=True)
     with pytest.raises(RequestError, match="uniqueItems"):
         grammars.build("calls", call_forms("hermes", [unique]))
+
+
+def test_what_takes_long_to_follow_is_refused_when_it_is_compiled(
+    grammars: Grammars, monkeypatch: Any
+) -> None:
+    with pytest.raises(grammar.TooSlow, match="too ambiguous"):
+        grammars.build("regex", "(([a-z]*)*)*x")
+    plain = start(grammars, "regex", "[a-z]{3}x?")
+    monkeypatch.setattr(grammar, "MAX_STEP_S", -1.0)
+    with pytest.raises(grammar.TooSlow):  # an output that has begun, too
+        plain.accept(allowed(plain)[0])
