@@ -49,9 +49,7 @@ class Actor(Generic[M]):
     ``spawn`` and comes back as a message.
 
     Attributes:
-        handled: messages given to ``receive`` so far.
         busy_s: seconds spent inside ``receive`` so far.
-        slowest_ms: the longest single ``receive`` so far.
     """
 
     capacity = 4096
@@ -59,9 +57,7 @@ class Actor(Generic[M]):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.handled = 0
         self.busy_s = 0.0
-        self.slowest_ms = 0.0
         self._queue: deque[M] = deque()
         self._urgent: deque[M] = deque()
         self._scheduled = True  # held until the system has called started()
@@ -125,7 +121,4 @@ class Actor(Generic[M]):
             self.receive(batch)
         except Exception as error:
             self.system.crashed(self, error)
-        spent = perf_counter() - begin
-        self.handled += len(batch)
-        self.busy_s += spent
-        self.slowest_ms = max(self.slowest_ms, spent * 1e3)
+        self.busy_s += perf_counter() - begin
