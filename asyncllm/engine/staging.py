@@ -15,7 +15,8 @@ from torch import Tensor
 from asyncllm.messages import StepPlan
 
 I32 = NDArray[np.int32]
-Columns = dict[str, NDArray[np.int32] | NDArray[np.float32]]
+Column = NDArray[np.int32] | NDArray[np.float32]
+Columns = dict[str, Column]
 RING = 4  # staging buffers: more than steps in flight on any rank
 FIXED_WORDS = 1 << 20  # int32 words of the place on the device
 
@@ -102,15 +103,15 @@ class Uploader:
 
     def upload(self, columns: Columns) -> Placed:
         """Device tensors of the same dtypes and shapes (int32 or float32)."""
-        # 16-byte alignment keeps loads wide
-        sizes = [-(-column.size // 4) * 4 for column in columns.values()]
-        total = sum(sizes)
+        where: dict[str, tuple[int, Column]] = {}
+        total = 0
+        for name, column in columns.items():
+            where[name] = total, column
+            total += -(-column.size // 4) * 4  # 16-byte alignment keeps loads wide
         host = self._next(total)
         view = host.numpy()
-        at = 0
-        for column, size in zip(columns.values(), sizes, strict=True):
+        for at, column in where.values():
             view[at : at + column.size] = column.reshape(-1).view(np.int32)
-            at += size
         device = host[:total]
         if self._cuda:
             if total <= FIXED_WORDS:
@@ -121,7 +122,7 @@ class Uploader:
             event = torch.cuda.Event()
             event.record()
             self._events[self._turn] = event
-        return Placed(device, columns)
+        return Placed(device, where)
 
     def _next(self, size: int) -> Tensor:
         if not self._cuda:
@@ -137,15 +138,14 @@ class Uploader:
 
 
 class Placed:
-    """Columns on the device by name; a view costs some us, so it is made when it is asked for."""
+    """Columns on the device by name; a view costs some us, so it is made when it is asked for.
 
-    def __init__(self, device: Tensor, columns: Columns) -> None:
-        self._device = device
-        self._where: dict[str, tuple[int, NDArray[np.int32] | NDArray[np.float32]]] = {}
-        at = 0
-        for name, column in columns.items():
-            self._where[name] = at, column
-            at += -(-column.size // 4) * 4
+    Args:
+        where: the place in ``device``, and the column on the host, by name.
+    """
+
+    def __init__(self, device: Tensor, where: dict[str, tuple[int, Column]]) -> None:
+        self._device, self._where = device, where
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
