@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 from anthropic import Anthropic, APIStatusError
+from checks import run_all
 from pydantic import create_model
 
 MODEL = os.environ["MODEL"]
@@ -144,15 +143,4 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "refuses a model": lambda: refused(404, model="another"),
 }
 
-failed = 0
-for name, run in CHECKS.items():
-    start = time.monotonic()
-    try:
-        found = run()
-        line = f"PASS {name} {time.monotonic() - start:.1f} s {found}"
-    except Exception as error:
-        failed += 1
-        line = f"FAIL {name} {type(error).__name__} {error}"
-    sys.stdout.write(line.replace("\n", " ")[:200] + "\n")
-sys.stdout.write(f"{len(CHECKS) - failed} passed, {failed} failed\n")
-sys.exit(failed > 0)
+run_all(CHECKS)

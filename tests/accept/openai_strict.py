@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
+from checks import run_all
 from openai import APIStatusError, OpenAI
 
 client, lenient = (
@@ -260,15 +259,4 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "refuses a completion's logprobs": lambda: refused(400, complete, logprobs=-1),
 }
 
-failed = 0
-for name, run in CHECKS.items():
-    start = time.monotonic()
-    try:
-        found = run()
-        line = f"PASS {name} {time.monotonic() - start:.1f} s {found}"
-    except Exception as error:
-        failed += 1
-        line = f"FAIL {name} {type(error).__name__} {error}"
-    sys.stdout.write(line.replace("\n", " ")[:200] + "\n")
-sys.stdout.write(f"{len(CHECKS) - failed} passed, {failed} failed\n")
-sys.exit(failed > 0)
+run_all(CHECKS)
