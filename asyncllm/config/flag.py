@@ -1,0 +1,104 @@
+"""What an option of the command line is: default, text, checks, where it counts.
+
+Knows no option by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from asyncllm.config.options import Config
+
+Check = Callable[[Any], str | None]
+ANY = "*"  # in Flag.unavailable: everything but the default
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Where an option counts; elsewhere a value other than its default is refused."""
+
+    text: str
+    met: Callable[[Config], bool]
+    available: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One option of the command line.
+
+    ``unavailable`` holds the values that are accepted by LightLLM but not served here yet;
+    ``ANY`` in it stands for everything but the default. ``check`` and ``choices`` apply to each
+    element of an option with several values. A ``secret`` value is never shown.
+    """
+
+    default: Any
+    help: str
+    group: str
+    choices: tuple[str, ...] = ()
+    check: Check | None = None
+    nargs: Literal["+"] | None = None
+    metavar: str | None = None
+    aliases: tuple[str, ...] = ()
+    unavailable: tuple[str, ...] = ()
+    needs: Needs | None = None
+    secret: bool = False
+    name: str = ""
+    kind: type = str
+
+    def complaint(self, value: Any) -> str | None:
+        """Why ``value`` is wrong whatever the other options are, or None."""
+        for item in value if self.nargs else (value,):
+            if item is None and self.default is None:
+                continue
+            if self.choices and item not in self.choices:
+                return f"must be one of {', '.join(self.choices)}, not {item!r}"
+            if self.check is not None and (wrong := self.check(item)) is not None:
+                return wrong if self.secret else f"{wrong}, not {item!r}"
+        return None
+
+    def waits(self, value: Any) -> bool:
+        """Whether ``value`` is fine but not available yet."""
+        return value != self.default and (ANY in self.unavailable or value in self.unavailable)
+
+
+def flag(default: Any, *, help: str, group: str, **more: Any) -> Any:  # noqa: A002
+    """A field of ``Config`` that is also an option; the keywords are the fields of ``Flag``."""
+    made = Flag(default, help, group, **more)
+    return field(default=default, repr=not made.secret, metadata={"flag": made})
+
+
+def between(low: int, high: int) -> Check:
+    return lambda value: None if low <= value <= high else f"must be from {low} to {high}"
+
+
+def at_least(low: int) -> Check:
+    return lambda value: (
+        None if value >= low and math.isfinite(value) else f"must be at least {low}"
+    )
+
+
+def above_zero(value: float) -> str | None:
+    return None if 0 < value < math.inf else "must be above 0"
+
+
+def unit_interval(value: float) -> str | None:
+    return None if 0 < value < 1 else "must be above 0 and below 1"
+
+
+def not_empty(value: str) -> str | None:
+    return None if value.strip() else "must not be empty"
+
+
+def api_key(value: str) -> str | None:
+    fits = value.isascii() and value.isprintable() and " " not in value and value
+    return None if fits else "must be printable ASCII without spaces"
+
+
+def origin(value: str) -> str | None:
+    scheme, _, rest = value.partition("://")
+    fits = scheme in {"http", "https"} and rest and not set(rest) & set("/?#@ ")
+    return None if fits or value == "*" else "must be * or like https://host:port"

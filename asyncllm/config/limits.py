@@ -1,0 +1,158 @@
+"""What the options mean for one model on one device.
+
+Knows no torch: what depends on the model or the device comes in as arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from asyncllm.config.options import DTYPES, Config
+from asyncllm.errors import StartupError
+
+DEFAULT_CHUNK = {"cuda": 4096, "cpu": 256}
+DEFAULT_BATCH = {"cuda": 16384, "cpu": 1024}
+GPU_ONLY = ("disable_cudagraph", "disable_symm_mem_allreduce")
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What the options mean for one model on one device; ``notes`` are lines for the log.
+
+    Attributes:
+        max_req_total_len: prompt plus output tokens of one request.
+        max_req_input_len: prompt tokens of one request; None: only the former counts.
+        eos_ids: token ids that end an answer, possibly none.
+        model_name: the answer of /get_model_name.
+        served_names: names that requests may use; the first is the id in /v1/models.
+        num_slots: KV slots, 0 until ``with_slots``.
+    """
+
+    device: Device
+    dtype: Dtype
+    max_req_total_len: int
+    chunked_prefill_size: int
+    batch_max_tokens: int
+    running_max_req_size: int
+    eos_ids: tuple[int, ...]
+    model_name: str
+    served_names: tuple[str, ...]
+    len_is_explicit: bool
+    notes: tuple[str, ...] = ()
+    num_slots: int = 0
+    max_req_input_len: int | None = None
+
+    def __post_init__(self) -> None:
+        most, total = self.max_req_input_len, self.max_req_total_len
+        if most is not None and most >= total:
+            raise StartupError(
+                f"--max_req_input_len {most:,} must be less than max_req_total_len, {total:,}"
+            )
+
+    def with_slots(self, num_slots: int) -> Resolved:
+        """The same for a KV cache of ``num_slots`` tokens: no request may be longer than it.
+
+        Raises:
+            StartupError: no slot at all, or fewer than an explicit --max_req_total_len.
+        """
+        raises_it = "raise --max_total_token_num or --mem_fraction"
+        if num_slots < 2:
+            raise StartupError(f"no memory for KV: room for {num_slots} tokens; {raises_it}")
+        if self.max_req_total_len <= num_slots:
+            return replace(self, num_slots=num_slots)
+        if self.len_is_explicit:
+            raise StartupError(
+                f"--max_req_total_len {self.max_req_total_len:,} is more than the KV cache holds, "
+                f"{num_slots:,} tokens; {raises_it}"
+            )
+        note = (
+            f"max_req_total_len lowered from {self.max_req_total_len:,} to {num_slots:,}, "
+            f"the KV slots (--max_total_token_num, --mem_fraction)"
+        )
+        return replace(
+            self, num_slots=num_slots, max_req_total_len=num_slots, notes=(*self.notes, note)
+        )
+
+
+def resolve_limits(
+    config: Config,
+    *,
+    device: Device,
+    checkpoint_dtype: str,
+    model_limit: int,
+    model_eos: tuple[int, ...],
+    model_dir_name: str,
+) -> Resolved:
+    """Fill in what depends on the model and the device.
+
+    Args:
+        device: the device chosen for ``config.device``.
+        checkpoint_dtype: as in the checkpoint's config.json, e.g. "bfloat16".
+        model_limit: positions the model was made for.
+        model_eos: end-of-answer ids named by the model.
+        model_dir_name: last part of the model's folder or hub id.
+
+    Raises:
+        StartupError: an explicit value that the model or another explicit value contradicts.
+    """
+    for name in GPU_ONLY:
+        if device == "cpu" and name in config.explicit:
+            raise StartupError(f"--{name} has no effect: it counts on GPUs, and this is the CPU")
+    notes: list[str] = []
+    length = config.max_req_total_len
+    len_is_explicit = "max_req_total_len" in config.explicit
+    if length > model_limit:
+        if len_is_explicit:
+            raise StartupError(
+                f"--max_req_total_len {length:,} is more than the model's limit of {model_limit:,}"
+            )
+        notes.append(f"max_req_total_len lowered from {length:,} to {model_limit:,}, the model's")
+        length = model_limit
+    chunk, batch = _budgets(config, device)
+    eos_ids = config.eos_id or tuple(dict.fromkeys(model_eos))
+    if not eos_ids:
+        notes.append("the model names no end token: answers end by length or stop (--eos_id)")
+    names = (*config.served_model_name, config.model_name, model_dir_name, "default")
+    if not config.served_model_name and "model_name" not in config.explicit:
+        names = (model_dir_name, config.model_name, "default")
+    return Resolved(
+        device=device,
+        dtype=_dtype(config.data_type, checkpoint_dtype),
+        max_req_total_len=length,
+        max_req_input_len=config.max_req_input_len,
+        chunked_prefill_size=chunk,
+        batch_max_tokens=batch,
+        running_max_req_size=config.running_max_req_size,
+        eos_ids=eos_ids,
+        model_name=config.model_name,
+        served_names=tuple(dict.fromkeys(names)),
+        len_is_explicit=len_is_explicit,
+        notes=tuple(notes),
+    )
+
+
+def _budgets(config: Config, device: Device) -> tuple[int, int]:
+    """(chunked_prefill_size, batch_max_tokens); a default gives way to a given value."""
+    chunk, batch = config.chunked_prefill_size, config.batch_max_tokens
+    if chunk is not None and batch is not None and batch < chunk:
+        raise StartupError(
+            f"--batch_max_tokens {batch:,} is less than --chunked_prefill_size {chunk:,}"
+        )
+    if batch is None:
+        batch = max(DEFAULT_BATCH[device], chunk or 0)
+    return (chunk or min(DEFAULT_CHUNK[device], batch)), batch
+
+
+def _dtype(wanted: str, checkpoint: str) -> Dtype:
+    name = checkpoint.removeprefix("torch.") if wanted == "auto" else wanted
+    match DTYPES.get(name, name):
+        case "fp32" | "bf16" | "fp16" as dtype:
+            return dtype
+        case _:
+            raise StartupError(
+                f"checkpoint type {checkpoint} is not served; choose --data_type bf16, fp16 or fp32"
+            )
