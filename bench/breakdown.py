@@ -21,7 +21,7 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from asyncllm.errors import StartupError
-from asyncllm.rank import Parts
+from asyncllm.server.loading import Parts
 from bench.offline import (
     Phase,
     Workload,

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir, cpu_count
-from asyncllm.launch import free_port
+from asyncllm.server.launch import free_port
 
 PREFILLS = (512, 1500)
 PROMPT_LEN = 16

@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 import uvloop
 
-from asyncllm import cli, log, rank
+from asyncllm import cli, log
 from asyncllm.actors.base import Actor
 from asyncllm.actors.runner import Pending, Runner
 from asyncllm.actors.system import ActorSystem
@@ -42,10 +42,13 @@ from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.environment import cache_dir, quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
-from asyncllm.launch import Boot
 from asyncllm.messages import Finished, StepDone, StepPlan, Submit, Tokens
 from asyncllm.models.registry import check_architecture
 from asyncllm.models.spec import ModelSpec
+from asyncllm.rank import resolve
+from asyncllm.server.assembly import make_allocator, make_scheduler
+from asyncllm.server.launch import Boot
+from asyncllm.server.loading import Parts, load_parts
 from bench.common import percentile
 
 FIRST_ID = 1000  # as in the HTTP benchmarks; smaller vocabularies are used whole
@@ -189,14 +192,14 @@ class Sink(Actor[Tokens | Finished]):
 class Offline:
     """A running engine; made by :func:`engine`."""
 
-    def __init__(self, parts: rank.Parts) -> None:
+    def __init__(self, parts: Parts) -> None:
         assert parts.device is not None
         self.parts = parts
         self._recorder, self._sink = Recorder(parts.device), Sink()
         self._system = ActorSystem()
         self._actors = [
-            rank._allocator(parts),
-            rank._scheduler(parts),
+            make_allocator(parts),
+            make_scheduler(parts),
             Runner(self._recorder, reports=True),
             self._sink,
         ]
@@ -258,7 +261,7 @@ class Offline:
         await self._running
 
 
-def load(config: Config) -> rank.Parts:
+def load(config: Config) -> Parts:
     """Model and K/V as a server with ``config`` would have them, in this process.
 
     Raises:
@@ -273,19 +276,19 @@ def load(config: Config) -> rank.Parts:
         endpoint=0,
         endpoints=(),
         config=config,
-        resolved=rank._resolve(config, spec, model_dir),
+        resolved=resolve(config, spec, model_dir),
         model_dir=str(model_dir),
         rendezvous="",
         listen_fd=-1,
         parent=0,
     )
-    parts = rank.load_parts(boot, spec)
+    parts = load_parts(boot, spec)
     parts.constraints = Constraints(spec.vocab_size, parts.boot.resolved.eos_ids)
     return parts
 
 
 @contextlib.asynccontextmanager
-async def engine(parts: rank.Parts) -> AsyncIterator[Offline]:
+async def engine(parts: Parts) -> AsyncIterator[Offline]:
     """The actors around a loaded device; the device is closed at the end."""
     offline = Offline(parts)
     try:
@@ -308,7 +311,7 @@ def random_workloads(a: argparse.Namespace, vocab_size: int, *names: str) -> dic
     }
 
 
-async def measure(a: argparse.Namespace, parts: rank.Parts) -> list[Phase]:
+async def measure(a: argparse.Namespace, parts: Parts) -> list[Phase]:
     """The three runs, after a short one that is not reported."""
     loads = random_workloads(a, parts.spec.vocab_size, "warm", "first", "whole")
     warm, first, whole = loads["warm"], loads["first"], loads["whole"]

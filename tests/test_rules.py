@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from asyncllm.rank import PLACEMENT, role
+from asyncllm.server.topology import PLACEMENT, role
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "asyncllm"
 
 LOOP = {"asyncio", "zmq", "aiohttp", "uvloop"}  # who may know the event loop and the wire
-LOOP_FILES = {"rank.py", "launch.py", "cli.py"}  # entry points, besides actors/
+LOOP_FILES = {"rank.py", "cli.py"}  # entry points, besides actors/ and server/
 PURE = {"core": ("errors", "core"), "api": ("errors", "core", "api", "__version__")}
 NO_SYNC = {"engine", "models", "kernels", "actors"}
 SYNC_CALLS = {"item", "tolist", "cpu"}  # each waits for the device
@@ -153,11 +153,11 @@ def layers(module: Module) -> Iterator[str]:
             yield f"{module.layer}/ imports asyncllm's {bad}"
     if module.layer == "kernels" and (bad := _within(module.imports, ("kernels",))):
         yield f"kernels/ imports asyncllm's {bad}"
-    if module.layer == "actors" or module.path in LOOP_FILES:
+    if module.layer in {"actors", "server"} or module.path in LOOP_FILES:
         return
     if bad := roots & LOOP:
         yield f"imports {bad}"
-    above = {"actors", "api"} if module.layer in {"models", "engine"} else {"actors"}
+    above = {"actors", "server"} | ({"api"} if module.layer in {"models", "engine"} else set())
     for name in module.imports:
         if name.startswith(tuple(f"asyncllm.{layer}" for layer in above)):
             yield f"imports {name} from above"
@@ -396,7 +396,7 @@ GOOD: list[tuple[str, str]] = [
     ("kernels/x.py", "import torch, triton\nfrom . import y\ndef x_ref(a):\n    return a"),
     ("models/x.py", "from asyncllm.kernels import x\nimport torch\nclass A:\n    pass"),
     ("actors/x.py", "import asyncio, zmq\nfrom asyncllm.api import openai\nawait_ = asyncio.sleep"),
-    ("rank.py", "import uvloop\nfrom asyncllm.actors.system import ActorSystem"),
+    ("server/process.py", "import uvloop\nfrom asyncllm.actors.system import ActorSystem"),
     ("environment.py", "import os\nos.environ['A']\nos.getenv('B')"),
     ("engine/x.py", "model.eval()\nevent.synchronize()\ndevice.load(plan)\npprint(1)"),
     ("actors/base.py", "try:\n    f()\nexcept Exception:\n    pass"),

@@ -15,7 +15,7 @@ import pytest
 
 from asyncllm import cli
 from asyncllm.errors import StartupError
-from asyncllm.rank import Parts
+from asyncllm.server.loading import Parts
 from bench import breakdown, offline
 from bench.breakdown import Event, by_group, by_name, device_events, group_of, span_and_busy, table
 from tests.models.test_llama import make_checkpoint

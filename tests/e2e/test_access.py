@@ -18,7 +18,7 @@ from asyncllm.actors.gate import Access
 from asyncllm.config import Config
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.errors import StartupError
-from asyncllm.launch import tls_context
+from asyncllm.server.launch import tls_context
 from tests.e2e.fake_server import Server, serving
 from tests.e2e.test_api import CHAT, COMPLETIONS, HI, live
 

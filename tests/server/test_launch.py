@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from asyncllm import launch
 from asyncllm.config import Config, resolve_limits
 from asyncllm.errors import StartupError
-from asyncllm.launch import Boot, Wires, bind_http, rendezvous
+from asyncllm.server import launch
+from asyncllm.server.launch import Boot, Wires, bind_http, rendezvous
 
 
 def boot() -> Boot:

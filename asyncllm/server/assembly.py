@@ -1,0 +1,158 @@
+"""Makes the actors of a process from what it has loaded."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from asyncllm import __version__
+from asyncllm.actors.allocator import Allocator
+from asyncllm.actors.base import Actor
+from asyncllm.actors.detokenizer import Detokenizer
+from asyncllm.actors.frontend import Frontend, Limits
+from asyncllm.actors.gate import Access
+from asyncllm.actors.grammar import GrammarKeeper
+from asyncllm.actors.runner import Runner
+from asyncllm.actors.scheduler import Scheduler
+from asyncllm.actors.tokenizer import Tokenizer
+from asyncllm.actors.watchdog import Duty, Means, Watchdog
+from asyncllm.api.answer import Vocab
+from asyncllm.api.generation import Served
+from asyncllm.config import FLAGS
+from asyncllm.engine.jit_monitor import JitMonitor
+from asyncllm.server.launch import (
+    endpoint_name,
+    tls_context,
+)
+from asyncllm.server.loading import Parts, dialect
+from asyncllm.server.topology import PLACEMENT, role
+
+
+def make_allocator(p: Parts) -> Actor[Any]:
+    return Allocator(p.num_slots, use_tree=not p.boot.config.disable_dynamic_prompt_cache)
+
+
+def make_scheduler(p: Parts) -> Actor[Any]:
+    resolved = p.boot.resolved
+    assert p.constraints is not None
+    return Scheduler(
+        num_lanes=resolved.running_max_req_size,
+        num_slots=p.num_slots,
+        batch_max_tokens=resolved.batch_max_tokens,
+        chunked_prefill_size=resolved.chunked_prefill_size,
+        eos_ids=resolved.eos_ids,
+        runners=range(p.boot.config.tp),
+        share_prompts=p.boot.config.diverse_mode,
+        constrain=p.constraints.of,
+    )
+
+
+def make_runner(p: Parts) -> Actor[Any]:
+    assert p.device is not None
+    monitor = JitMonitor()
+    if p.boot.resolved.device == "cuda":
+        monitor.arm()
+    return Runner(p.device, reports=p.boot.endpoint == 0, jit_after_warmup=lambda: monitor.count)
+
+
+def make_detokenizer(p: Parts) -> Actor[Any]:
+    assert p.text is not None
+    return Detokenizer(p.text)
+
+
+def make_tokenizer(p: Parts) -> Actor[Any]:
+    assert p.text is not None
+    resolved = p.boot.resolved
+    return Tokenizer(
+        p.text,
+        limit=resolved.max_req_total_len,
+        vocab_size=p.spec.vocab_size,
+        input_limit=resolved.max_req_input_len,
+        truncation=p.boot.config.long_truncation_mode,
+        heals=p.boot.config.token_healing_mode,
+    )
+
+
+def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
+    assert p.text is not None
+    config, resolved, text = p.boot.config, p.boot.resolved, p.text
+    pieces = text.pieces
+    num_frontends = config.httpserver_workers
+    return Frontend(
+        served=Served(
+            name=resolved.served_names[0],
+            listed=resolved.served_names[:1] + config.served_model_name[1:],
+            accepted=frozenset(resolved.served_names),
+            model_name=resolved.model_name,
+            max_len=resolved.max_req_total_len,
+            vocab_size=p.spec.vocab_size,
+            created=int(time.time()),
+            tgi=config.use_tgi_api,
+            dialect=dialect(p.boot, text),
+        ),
+        vocab=Vocab(
+            piece=lambda i: pieces[i] if i < len(pieces) else b"",
+            decode=text.decode,
+            special=text.special,
+        ),
+        sockets=[socket.socket(fileno=os.dup(p.boot.listen_fd))],
+        limits=Limits(
+            max_live=-(-(resolved.running_max_req_size + config.max_waiting) // num_frontends),
+            keep_alive_s=config.sse_keep_alive,
+        ),
+        access=Access(
+            keys=config.api_key, origins=config.cors_allow_origins, tls=tls_context(config)
+        ),
+        info=_info(p),
+        peers=(0, *range(config.tp, config.tp + num_frontends - 1)),
+        on_open=on_open,
+    )
+
+
+def _info(p: Parts) -> dict[str, Any]:
+    """All options but the secret ones, as they were resolved."""
+    config, resolved = p.boot.config, p.boot.resolved
+    values = {name: getattr(config, name) for name in FLAGS if not FLAGS[name].secret}
+    values |= {name: getattr(resolved, name) for name in values if hasattr(resolved, name)}
+    return values | {"max_total_token_num": resolved.num_slots, "version": __version__}
+
+
+def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[Actor[Any]]:
+    """The actors of this process, in order of start.
+
+    Args:
+        means: how the watchdog ends the process.
+        on_open: called when this process has begun to serve HTTP.
+    """
+    boot = parts.boot
+    config, resolved = boot.config, boot.resolved
+    made: dict[str, Actor[Any]] = {}
+    makers: dict[str, Callable[[Parts], Actor[Any]]] = {
+        "allocator": make_allocator,
+        "grammar": lambda p: GrammarKeeper(p.grammars),
+        "scheduler": make_scheduler,
+        "runner": make_runner,
+        "detokenizer": make_detokenizer,
+        "tokenizer": make_tokenizer,
+        "frontend": lambda p: make_frontend(p, on_open),
+    }
+    for name in PLACEMENT[role(boot.endpoint, config.tp)]:
+        if name != "watchdog":
+            made[name] = makers[name](parts)
+    runner = made.get("runner")
+    num_endpoints = max(1, len(boot.endpoints))
+    duty = Duty(
+        endpoint=boot.endpoint,
+        names={e: endpoint_name(e, config.tp) for e in range(num_endpoints)},
+        frontends=(0, *range(config.tp, num_endpoints)),
+        model_name=resolved.served_names[0],
+        max_len=resolved.max_req_total_len,
+        step_timeout_s=config.step_timeout,
+    )
+    if isinstance(runner, Runner):
+        duty = replace(duty, busy_since=runner.busy_since, in_flight=runner.in_flight)
+    return [*made.values(), Watchdog(duty, means)]

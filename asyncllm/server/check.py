@@ -1,0 +1,55 @@
+"""``--check``: what would be started, without starting it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from asyncllm.config import FLAGS
+from asyncllm.models.spec import ModelSpec
+from asyncllm.server.launch import (
+    Boot,
+)
+from asyncllm.server.loading import load_text, memory_plan, num_threads
+
+
+def check(boot: Boot, spec: ModelSpec) -> int:
+    """``--check``: what would be started, on standard output."""
+    plan, config = memory_plan(boot, spec), boot.config
+    resolved = boot.resolved.with_slots(plan.num_slots)
+    load_text(boot)  # what the start would refuse is refused here as well
+    ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
+    if resolved.device == "cpu":
+        ranks += f", {num_threads(boot)} threads each"
+    ports = [f"{'HTTPS' if config.ssl_certfile else 'HTTP'} {config.host}:{config.port}"]
+    if boot.rendezvous:
+        ports.append(f"torch.distributed {boot.rendezvous}")
+    limits = (
+        "max_req_total_len", "running_max_req_size", "batch_max_tokens", "chunked_prefill_size",
+        "eos_ids",
+    )  # fmt: skip
+    lines = [
+        f"model: {boot.model_dir}, {spec.architecture}, {spec.num_parameters():,} weights",
+        f"served as: {', '.join(resolved.served_names)}",
+        f"device: {resolved.device}, {resolved.dtype}, {ranks}; {config.httpserver_workers} for HTTP",
+        plan.text(resolved.max_req_total_len),
+        f"ports: {', '.join(ports + [a for a in boot.endpoints if a.startswith('tcp')])}",
+        *(f"note: {note}" for note in resolved.notes),
+        "limits:",
+        *(f"  {name} = {getattr(resolved, name)}" for name in limits),
+    ]
+    for title, given in (("options given:", True), ("options by default:", False)):
+        names = [n for n in FLAGS if (n in config.explicit) == given]
+        lines += [title, *(f"  {name} = {_shown(name, getattr(config, name))}" for name in names)]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _shown(name: str, value: Any) -> str:
+    if FLAGS[name].secret:
+        return f"{len(value)} given"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "-" if value is None else str(value)

@@ -1,0 +1,159 @@
+"""What a process loads before its actors start: tokenizer, weights, K/V, grammars.
+
+Knows no actor.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from asyncllm import log
+from asyncllm.api.chat import variables
+from asyncllm.api.parts import Dialect, dialect_of
+from asyncllm.constraining import load_constraints, load_grammars
+from asyncllm.core.constraints import Constraints
+from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
+from asyncllm.engine.device import CpuDevice, CudaDevice
+from asyncllm.engine.engine import Engine
+from asyncllm.engine.grammar import Grammars
+from asyncllm.engine.parallel import Alone, Group, TensorParallel
+from asyncllm.environment import cpu_count
+from asyncllm.models.spec import ModelSpec
+from asyncllm.server.launch import (
+    Boot,
+)
+from asyncllm.text import Mode, Text, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a process has loaded; the actors are made from it."""
+
+    boot: Boot
+    spec: ModelSpec
+    text: Text | None
+    device: CpuDevice | CudaDevice | None
+    group: Group
+    num_slots: int
+    grammars: Grammars | None = None  # of rank 0, unless constrained output is off
+    constraints: Constraints | None = None  # of rank 0
+
+
+# -- start ---------------------------------------------------------------------------------------
+
+
+def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
+    config, resolved = boot.config, boot.resolved
+    sizes = Sizes(
+        tp=config.tp,
+        dtype=resolved.dtype,
+        max_len=resolved.max_req_total_len,
+        num_lanes=resolved.running_max_req_size,
+        batch_max_tokens=resolved.batch_max_tokens,
+        mem_fraction=config.mem_fraction,
+        max_total_token_num=config.max_total_token_num,
+    )
+    return plan_memory(spec, sizes, torch_device(boot))
+
+
+def load_text(boot: Boot) -> Text:
+    mode = cast("Mode", boot.config.tokenizer_mode)
+    return load_tokenizer(boot.model_dir, mode, boot.config.trust_remote_code)
+
+
+def torch_device(boot: Boot) -> torch.device:
+    if boot.resolved.device == "cuda":
+        return torch.device("cuda", boot.endpoint)
+    return torch.device("cpu")
+
+
+def num_threads(boot: Boot) -> int:
+    return max(1, cpu_count() // boot.config.tp)
+
+
+def load_parts(boot: Boot, spec: ModelSpec) -> Parts:
+    """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks."""
+    config = boot.config
+    text = None
+    if boot.listen_fd >= 0:
+        with log.phase("load tokenizer"):
+            text = load_text(boot)
+    if boot.endpoint >= config.tp:
+        return Parts(boot, spec, text, None, Alone(), boot.resolved.num_slots)
+    where = torch_device(boot)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # what is launched from this thread goes to our device
+    group: Group = Alone()
+    if config.tp > 1:
+        with log.phase("meet the other ranks"):
+            group = TensorParallel(boot.endpoint, config.tp, boot.rendezvous, where)
+    plan = memory_plan(boot, spec)
+    num_slots = group.minimum(plan.num_slots)
+    resolved = boot.resolved.with_slots(num_slots)
+    if boot.endpoint == 0:
+        for note in resolved.notes[len(boot.resolved.notes) :]:
+            logger.info("%s", note)
+        logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))
+    boot = replace(boot, resolved=resolved)
+    device = _load_device(boot, spec, group, where, num_slots)
+    parts = Parts(boot, spec, text, device, group, num_slots)
+    if boot.endpoint == 0 and text is not None:
+        _load_constraints(parts, text)
+    return parts
+
+
+def _load_constraints(parts: Parts, text: Text) -> None:
+    config, eos_ids = parts.boot.config, parts.boot.resolved.eos_ids
+    model = text, dialect(parts.boot, text), parts.spec.vocab_size, eos_ids
+    with log.phase("load grammars"):
+        if config.output_constraint_mode != "none":
+            parts.grammars = load_grammars(*model)
+        parts.constraints = load_constraints(
+            *model, grammars=parts.grammars, heals=config.token_healing_mode
+        )
+
+
+def dialect(boot: Boot, text: Text) -> Dialect:
+    config = boot.config
+    found = dialect_of(text.templates, config.tool_call_parser, config.reasoning_parser)
+    return replace(found, variables=variables(text.templates, text.special_tokens))
+
+
+def _load_device(
+    boot: Boot, spec: ModelSpec, group: Group, where: torch.device, num_slots: int
+) -> CpuDevice | CudaDevice:
+    resolved = boot.resolved
+    torch.set_num_threads(num_threads(boot))
+    total = sum(f.stat().st_size for f in Path(boot.model_dir).glob("*.safetensors"))
+    with log.phase("load weights"), log.Progress("load weights", total) as bar:
+        model = build_model(
+            Path(boot.model_dir),
+            spec,
+            group,
+            dtype=resolved.dtype,
+            device=where,
+            max_len=resolved.max_req_total_len,
+            symmetric=not boot.config.disable_symm_mem_allreduce,
+            progress=lambda done, _: bar.advance(done - bar.done_bytes),
+        )
+    with log.phase("allocate KV"):
+        engine = Engine(
+            model,
+            group,
+            num_slots=num_slots,
+            num_lanes=resolved.running_max_req_size,
+            max_len=resolved.max_req_total_len,
+            eos_ids=resolved.eos_ids,
+        )
+        device = make_device(engine, num_threads(boot))
+    with log.phase("warm up"):
+        chunk = min(resolved.chunked_prefill_size, resolved.max_req_total_len // 2)
+        warm_up(device, chunk, graphs=not boot.config.disable_cudagraph)
+    return device

@@ -1,0 +1,21 @@
+"""Which endpoint is what, and which actors live there: data, nothing is started here."""
+
+from __future__ import annotations
+
+# Names in order of start; they stop in reverse, so that the frontend's last answers still find
+# the others.
+PLACEMENT: dict[str, tuple[str, ...]] = {
+    "leader": (
+        "allocator", "grammar", "scheduler", "runner", "detokenizer", "tokenizer", "frontend",
+        "watchdog",
+    ),
+    "follower": ("runner", "watchdog"),
+    "http": ("detokenizer", "tokenizer", "frontend", "watchdog"),
+}  # fmt: skip
+
+
+def role(endpoint: int, tp: int) -> str:
+    """The row of the placement table for an endpoint."""
+    if endpoint == 0:
+        return "leader"
+    return "follower" if endpoint < tp else "http"
