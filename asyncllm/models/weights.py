@@ -58,21 +58,20 @@ def load(
     wanted = dict(targets)
     total, done = sum(f.stat().st_size for f in files), 0
     found: set[str] = set()
-    strangers: list[str] = []
+    strangers: list[tuple[Path, str]] = []
     with ThreadPoolExecutor(num_threads) as pool:
         for path, names in zip(
             files, pool.map(lambda f: _load_file(f, wanted), files), strict=True
         ):
             found |= names & wanted.keys()
-            strangers += [n for n in names if n not in wanted and not ignores(n)]
+            strangers += [(path, n) for n in names if n not in wanted and not ignores(n)]
             done += path.stat().st_size
             progress(done, total)
     if missing := sorted(wanted.keys() - found):
         raise StartupError(f"{model_dir} lacks {len(missing)} tensors, the first: {missing[0]}")
     if strangers:
-        raise StartupError(
-            f"{model_dir} holds {len(strangers)} unknown tensors, the first: {min(strangers)}"
-        )
+        path, name = min(strangers)
+        raise StartupError(f"{path} holds {len(strangers)} unknown tensors, the first: {name}")
 
 
 def _load_file(path: Path, wanted: dict[str, Target]) -> set[str]:
@@ -80,7 +79,7 @@ def _load_file(path: Path, wanted: dict[str, Target]) -> set[str]:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = set(file.keys())
             for name in names & wanted.keys():
-                _copy(name, file.get_slice(name), wanted[name])
+                _copy(f"{path}: {name}", file.get_slice(name), wanted[name])
     except SafetensorError as error:
         raise StartupError(f"{path} cannot be read: {error}") from None
     return names

@@ -16,6 +16,7 @@ from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone
 from asyncllm.messages import StepDone, StepPlan
+from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
@@ -110,6 +111,13 @@ def _penalised(p: SamplingParams) -> bool:
     return not neutral
 
 
+def build(
+    model_dir: Path, spec: ModelSpec, dtype: str, where: torch.device, max_len: int
+) -> Decoder:
+    """The model of ``model_dir`` on one rank."""
+    return build_model(model_dir, spec, Alone(), dtype=dtype, device=where, max_len=max_len)
+
+
 def make_device(
     model_dir: Path, dtype: str, device: str, *, num_slots: int = 8192, num_lanes: int = 32,
     max_len: int = 4096, eos_ids: tuple[int, ...] = (),
@@ -117,7 +125,7 @@ def make_device(
     """A device with the model of ``model_dir``."""
     spec = ModelSpec.from_dir(model_dir)
     where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
-    model = build_model(model_dir, spec, Alone(), dtype=dtype, device=where, max_len=max_len)
+    model = build(model_dir, spec, dtype, where, max_len)
     engine = Engine(
         model, Alone(), num_slots=num_slots, num_lanes=num_lanes, max_len=max_len, eos_ids=eos_ids
     )
