@@ -17,6 +17,14 @@ def cache_dir() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "asyncllm"
 
 
+API_KEY = "ASYNCLLM_API_KEY"
+
+
+def take_api_key() -> str | None:
+    """What ASYNCLLM_API_KEY says; None: it is not set. Children will not inherit it."""
+    return os.environ.pop(API_KEY, None)
+
+
 CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 

@@ -18,6 +18,7 @@ from asyncllm.hub import resolve_model_dir
 from asyncllm.models.registry import check_architecture
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.check import check
+from asyncllm.server.keys import with_all_keys
 from asyncllm.server.launch import (
     Boot,
     Wires,
@@ -37,6 +38,7 @@ def serve(config: Config) -> int:
     Raises:
         StartupError: it cannot start as configured.
     """
+    config = with_all_keys(config)
     tls_context(config)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download

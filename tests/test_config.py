@@ -63,6 +63,7 @@ OURS: dict[str, Any] = {
     "token_healing_mode": False,
     "output_constraint_mode": "xgrammar",
     "api_key": (),
+    "api_key_file": None,
     "ssl_certfile": None,
     "ssl_keyfile": None,
     "cors_allow_origins": (),

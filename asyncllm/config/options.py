@@ -274,7 +274,12 @@ class Config:
     api_key: tuple[str, ...] = flag(
         (), group=ACCESS, nargs="+", check=api_key, metavar="KEY", secret=True,
         help="keys of which a request must bring one (Authorization: Bearer KEY, or x-api-key), on "
-        "every route but /health, /healthz, /liveness and /readiness",
+        "every route but /health, /healthz, /liveness and /readiness; command lines are visible to "
+        "other users of the machine, --api_key_file and the variable ASYNCLLM_API_KEY are not",
+    )  # fmt: skip
+    api_key_file: str | None = flag(
+        None, group=ACCESS, check=not_empty, metavar="FILE",
+        help="further keys, one a line; # begins a comment; a file without a key ends the start",
     )  # fmt: skip
     ssl_certfile: str | None = flag(
         None, group=ACCESS, check=not_empty, metavar="FILE",
