@@ -29,19 +29,15 @@ from triton.runtime.errors import OutOfResources
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from asyncllm.kernels.decode_attention import (
-    DecodeConfig,
-    decode_attention,
-    decode_attention_ref,
-    plan_decode,
-)
-from asyncllm.kernels.prefill_attention import (
+from asyncllm.kernels.attention.decode import decode_attention, decode_attention_ref
+from asyncllm.kernels.attention.decode_plan import DecodeConfig, plan_decode
+from asyncllm.kernels.attention.kv_write import rope_kv, rope_kv_ref
+from asyncllm.kernels.attention.prefill import (
     PrefillConfig,
     prefill_attention,
     prefill_attention_ref,
 )
 from asyncllm.kernels.rmsnorm import add_rmsnorm, add_rmsnorm_ref, rmsnorm, rmsnorm_ref
-from asyncllm.kernels.rope_kv import rope_kv, rope_kv_ref
 from asyncllm.kernels.silu_mul import silu_mul, silu_mul_ref
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128

@@ -26,7 +26,7 @@ from asyncllm.kernels.embedding import embed_rmsnorm, embed_rmsnorm_ref, stage
 from asyncllm.kernels.linear import LinearConfig, linear, linear_ref
 from asyncllm.kernels.log_probs import log_probs, log_probs_ref
 from asyncllm.kernels.penalties import add_bias, penalize, penalize_ref, penalty_counts
-from asyncllm.kernels.sampling import kept_ref, sample
+from asyncllm.kernels.sampling.sample import kept_ref, sample
 from bench.kernels import measure_ceiling
 
 VOCAB, HIDDEN = 128256, 4096

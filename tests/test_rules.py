@@ -47,6 +47,13 @@ BROAD_ALLOWED = {  # supervision: whatever an actor, a step or a request raises 
     "actors/runner.py": {"BaseException"},
     "actors/http.py": {"Exception"},
 }
+# files of kernels that only the file beside them launches, and whose truth and tests are its
+KERNEL_PARTS = {
+    "kernels/attention/decode_plan.py": "kernels/attention/decode.py",
+    "kernels/sampling/tiles.py": "kernels/sampling/sample.py",
+    "kernels/sampling/truncate.py": "kernels/sampling/sample.py",
+    "kernels/sampling/draw.py": "kernels/sampling/sample.py",
+}
 # (file, function): start-up code, never on the serving path
 SYNC_ALLOWED = {
     ("engine/parallel.py", "TensorParallel.minimum"),
@@ -198,12 +205,18 @@ def sync_calls(module: Module) -> Iterator[str]:
 
 def references(module: Module) -> Iterator[str]:
     """Every kernel file has a plain version of what it computes."""
-    name = module.path.split("/")[-1]
-    if module.layer != "kernels" or name in {"__init__.py", "autotune.py"}:
+    if not _is_kernel(module):
         return
     functions = [n.name for n in module.tree.body if isinstance(n, ast.FunctionDef)]
     if not any(n.endswith("_ref") for n in functions):
         yield "no function *_ref"
+
+
+def _is_kernel(module: Module) -> bool:
+    """A file with kernels of its own, not a part of another."""
+    name = module.path.split("/")[-1]
+    helper = name in {"__init__.py", "autotune.py"} or module.path in KERNEL_PARTS
+    return module.layer == "kernels" and not helper
 
 
 def broad_excepts(module: Module) -> Iterator[str]:
@@ -312,9 +325,17 @@ def test_actors_are_seen() -> None:
 
 def test_every_kernel_has_a_test_file() -> None:
     for module in sources():
-        name = module.path.split("/")[-1]
-        if module.layer == "kernels" and name not in {"__init__.py", "autotune.py"}:
+        name = module.path.removeprefix("kernels/").replace("/", "_")
+        if _is_kernel(module):
             assert (ROOT / "tests" / "kernels" / f"test_{name}").exists(), module.path
+
+
+def test_a_part_of_a_kernel_is_used_by_the_file_that_has_its_truth() -> None:
+    modules = {module.path: module for module in sources()}
+    for part, whole in KERNEL_PARTS.items():
+        name = "asyncllm." + part.removesuffix(".py").replace("/", ".")
+        assert any(used.startswith(f"{name}.") for used in modules[whole].imports), part
+        assert list(references(modules[whole])) == []
 
 
 def test_what_is_allowed_still_exists() -> None:
@@ -378,6 +399,7 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
     (sync_calls, "kernels/x.py", "def f(t):\n    return g(t.cpu())"),
     (sync_calls, "actors/x.py", "class A:\n    def f(self, t):\n        return t[0].item()"),
     (references, "kernels/x.py", "def x():\n    pass"),
+    (references, "kernels/attention/x.py", "def x():\n    pass"),
     (broad_excepts, "core/x.py", "try:\n    f()\nexcept Exception:\n    pass"),
     (broad_excepts, "rank.py", "try:\n    f()\nexcept (OSError, Exception) as e:\n    pass"),
     (broad_excepts, "actors/system.py", "try:\n    f()\nexcept:\n    pass"),

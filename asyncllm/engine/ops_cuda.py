@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyncllm.kernels.decode_attention import decode_attention, plan_decode
+from asyncllm.kernels.attention.decode import decode_attention
+from asyncllm.kernels.attention.decode_plan import plan_decode
+from asyncllm.kernels.attention.kv_write import rope_kv
+from asyncllm.kernels.attention.prefill import prefill_attention
 from asyncllm.kernels.embedding import embed_rmsnorm, stage
 from asyncllm.kernels.linear import linear
-from asyncllm.kernels.prefill_attention import prefill_attention
 from asyncllm.kernels.rmsnorm import add_rmsnorm
-from asyncllm.kernels.rope_kv import rope_kv
 from asyncllm.kernels.silu_mul import silu_mul
 from asyncllm.models.layers import Batch, Named
 

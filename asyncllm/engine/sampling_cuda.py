@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from asyncllm.engine.sampling import PENALTY_ROWS, Knobs, Penalties
-from asyncllm.kernels import penalties, sampling
+from asyncllm.kernels import penalties
 from asyncllm.kernels.log_probs import log_probs
+from asyncllm.kernels.sampling.sample import sample
 
 
 class TritonSampler:
@@ -17,7 +18,7 @@ class TritonSampler:
         self._counts = penalties.penalty_counts(PENALTY_ROWS, vocab_size, device)
 
     def sample(self, logits: Tensor, knobs: Knobs) -> Tensor:
-        return sampling.sample(
+        return sample(
             logits,
             knobs.temperature,
             knobs.top_k,

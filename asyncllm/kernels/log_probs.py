@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.sampling import TILE, check_logits, clean, combine, tiles_kernel
+from asyncllm.kernels.sampling.tiles import TILE, check_logits, clean, combine, tiles_kernel
 
 
 @triton.jit(do_not_specialize_on_alignment=["tokens_ptr", "out_ptr"])

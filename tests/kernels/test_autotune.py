@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from asyncllm.kernels import autotune
-from asyncllm.kernels.decode_attention import DecodeConfig, decode_config
-from asyncllm.kernels.prefill_attention import PrefillConfig, block_pairs, prefill_config
+from asyncllm.kernels.attention.decode_plan import DecodeConfig, decode_config
+from asyncllm.kernels.attention.prefill import PrefillConfig, block_pairs, prefill_config
 
 CPU = torch.device("cpu")
 KINDS = {"decode": DecodeConfig, "prefill": PrefillConfig}
@@ -27,7 +27,7 @@ def tuned_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.devic
     monkeypatch.setattr(autotune, "config_path", lambda name: path if name == "Some GPU" else None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(autotune, "num_sms", lambda device: 100)
-    monkeypatch.setattr("asyncllm.kernels.decode_attention.num_sms", lambda device: 100)
+    monkeypatch.setattr("asyncllm.kernels.attention.decode_plan.num_sms", lambda device: 100)
     autotune._read.cache_clear()
     return torch.device("cuda")
 

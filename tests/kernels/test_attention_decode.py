@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncllm.kernels.decode_attention import (
+from asyncllm.kernels.attention.decode import decode_attention, decode_attention_ref
+from asyncllm.kernels.attention.decode_plan import (
     DecodeConfig,
     DecodePlan,
-    decode_attention,
-    decode_attention_ref,
     decode_config,
     plan_decode,
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncllm.kernels.prefill_attention import (
+from asyncllm.kernels.attention.prefill import (
     PrefillConfig,
     prefill_attention,
     prefill_attention_ref,

@@ -1,137 +1,21 @@
 """Attention of one new token per row over K/V gathered by slot (decode).
 
-Owns how the work of a batch is divided among programs; knows neither requests nor layers.
-
-All rows' keys are cut into tiles of a fixed number of tokens. Tiles are numbered row by row, in a
-row KV head by KV head, and each program takes an equal, contiguous range of numbers:
-
-    row 0, head 0    row 0, head 1    row 1, head 0 ...
-    |--|--|--|--|--| |--|--|--|--|--| |--|--| ...
-    [ program 0 ][ program 1 ][ program 2 ] ...
-
-So one long row among short ones delays nobody, and the division is computed on the device from the
-lengths alone: the host launches a grid that depends on shapes only. A (row, head) that lies inside
-one program is written at once; one that crosses a border leaves at most two fp32 partial results
-per program, which the program that finishes last merges (a counter per (row, head) tells it so).
-Sources: work split by ranges as in Stream-K (Osama et al., 2023), merge of partial softmax results
-as in Flash-Decoding (Dao et al., 2023).
+How the work is divided is `decode_plan.py`'s.
 """
 
 # mypy: allow-incomplete-defs
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.autotune import num_sms, tuned
+from asyncllm.kernels.attention.decode_plan import DecodeConfig, DecodePlan, plan_decode
 
-_MIN_TILES = 2
 _HEAD_PAD = 16  # least M of a matrix instruction; the query heads of a KV head are padded to it
 _MERGED = 4096  # elements of partial results that are merged at once
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How the kernel is built and spread: tile in tokens, programs resident on a multiprocessor,
-    and how many such waves are launched. All programs get equal work, so part of a wave would leave
-    the device half idle."""
-
-    tile: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
-    waves: int = 1
-
-
-# padded head_dim -> configuration. Of num_stages two are spent on the slots, whose load comes before
-# that of K and V; with 4 the next tile's loads are in flight while one is worked on (39 KB of shared
-# memory at head_dim 128: three programs fit), with 5 there are two tiles (72 KB).
-_CONFIGS = {
-    64: DecodeConfig(128, 4, 4, 3),
-    128: DecodeConfig(64, 4, 4, 3),
-    256: DecodeConfig(32, 4, 4, 2),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """The division of one step's decode work, and the space its partial results need.
-
-    Made by ``plan_decode`` once per step, used by every layer, one layer after another (the
-    layers share ``partial``, ``lse`` and ``counters``). Device tensors only.
-    """
-
-    config: DecodeConfig
-    num_programs: int
-    lens: Tensor  # [num_rows] as given
-    meta: Tensor  # [2]: all tiles, tiles per program
-    first: Tensor  # [5, num_programs]: record where the program starts: its number, then itself
-    records: Tensor  # [4, num_rows]: row, lane, length, first tile of each non-empty row
-    counters: Tensor  # [num_rows, num_kv_heads]: pieces done; zero between layers
-    partial: Tensor  # [2 * num_programs, group, head_dim] fp32
-    lse: Tensor  # [2 * num_programs, group] fp32, base 2
-
-
-# step metadata lies anywhere in a staging buffer: one build for every alignment
-@triton.jit(
-    do_not_specialize=["num_rows", "num_programs"],
-    do_not_specialize_on_alignment=["lanes_ptr", "lens_ptr"],
-)
-def _plan_kernel(
-    lanes_ptr,
-    lens_ptr,
-    meta_ptr,
-    first_ptr,
-    records_ptr,
-    counters_ptr,
-    num_rows,
-    num_programs,
-    KV_HEADS: tl.constexpr,
-    HEADS_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    total = 0
-    start = 0
-    rank = 0
-    for begin in range(0, num_rows, BLOCK):
-        other = begin + tl.arange(0, BLOCK)
-        tiles = tl.cdiv(tl.load(lens_ptr + other, mask=other < num_rows, other=0), TILE)
-        total += tl.sum(tiles, axis=0)
-        start += tl.sum(tl.where(other < row, tiles, 0), axis=0)
-        rank += tl.sum(((other < row) & (tiles > 0)).to(tl.int32), axis=0)
-    total *= KV_HEADS
-    start *= KV_HEADS
-    per_program = tl.maximum(tl.cdiv(total, num_programs), MIN_TILES)
-    if row == 0:
-        tl.store(meta_ptr, total)
-        tl.store(meta_ptr + 1, per_program)
-    head = tl.arange(0, HEADS_PAD)
-    tl.store(counters_ptr + row * KV_HEADS + head, 0, mask=head < KV_HEADS)
-    length = tl.load(lens_ptr + row)
-    if length > 0:
-        lane = tl.load(lanes_ptr + row)
-        tl.store(records_ptr + rank, row)
-        tl.store(records_ptr + num_rows + rank, lane)
-        tl.store(records_ptr + 2 * num_rows + rank, length)
-        tl.store(records_ptr + 3 * num_rows + rank, start)
-        # the programs whose range begins in this row
-        stop = tl.cdiv(start + KV_HEADS * tl.cdiv(length, TILE), per_program)
-        for begin in range(tl.cdiv(start, per_program), stop, BLOCK):
-            program = begin + tl.arange(0, BLOCK)
-            zero = tl.zeros_like(program)
-            live = program < stop
-            tl.store(first_ptr + program, zero + rank, mask=live)
-            tl.store(first_ptr + num_programs + program, zero + row, mask=live)
-            tl.store(first_ptr + 2 * num_programs + program, zero + lane, mask=live)
-            tl.store(first_ptr + 3 * num_programs + program, zero + length, mask=live)
-            tl.store(first_ptr + 4 * num_programs + program, zero + start, mask=live)
 
 
 @triton.jit
@@ -334,72 +218,6 @@ def _decode_kernel(
                 )
 
 
-def plan_decode(
-    lanes: Tensor,
-    lens: Tensor,
-    num_q_heads: int,
-    k_cache: Tensor,
-    *,
-    config: DecodeConfig | None = None,
-    num_programs: int | None = None,
-) -> DecodePlan:
-    """Divide one step's decode attention among programs, on the device.
-
-    Args:
-        lanes, lens: [num_rows] int32, as given to ``decode_attention``; read when the plan's
-            kernel runs, so a captured plan follows what is in them at each replay.
-        num_q_heads: query heads on this device.
-        k_cache: [num_slots + 1, num_kv_heads, head_dim] of any layer.
-        config: instead of the tuned or built-in one.
-        num_programs: instead of the number fitting the device (for tests and tuning).
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    _, num_kv_heads, head_dim = k_cache.shape
-    num_rows = lens.shape[0]
-    if lanes.shape != lens.shape or lanes.dtype != torch.int32 or lens.dtype != torch.int32:
-        raise ValueError(f"lanes and lens must be [rows] int32, not {lanes.dtype}, {lens.dtype}")
-    if num_q_heads % num_kv_heads:
-        raise ValueError(f"{num_q_heads} query heads do not divide by {num_kv_heads} KV heads")
-    group = num_q_heads // num_kv_heads
-    if config is None:
-        pairs = num_rows * num_kv_heads
-        config = decode_config(head_dim, pairs, k_cache.element_size(), k_cache.device)
-    if num_programs is None:
-        num_programs = config.waves * config.programs_per_sm * num_sms(k_cache.device)
-    device = lens.device
-    plan = DecodePlan(
-        config=config,
-        num_programs=num_programs,
-        lens=lens,
-        meta=torch.empty(2, dtype=torch.int32, device=device),
-        first=torch.empty((5, num_programs), dtype=torch.int32, device=device),
-        records=torch.empty((4, num_rows), dtype=torch.int32, device=device),
-        counters=torch.empty((num_rows, num_kv_heads), dtype=torch.int32, device=device),
-        partial=torch.empty((2 * num_programs, group, head_dim), device=device),
-        lse=torch.empty((2 * num_programs, group), device=device),
-    )
-    if num_rows:
-        _plan_kernel[(num_rows,)](
-            lanes,
-            lens,
-            plan.meta,
-            plan.first,
-            plan.records,
-            plan.counters,
-            num_rows,
-            num_programs,
-            KV_HEADS=num_kv_heads,
-            HEADS_PAD=triton.next_power_of_2(num_kv_heads),
-            TILE=config.tile,
-            MIN_TILES=_MIN_TILES,
-            BLOCK=256,
-            num_warps=4,
-        )
-    return plan
-
-
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -509,27 +327,6 @@ def decode_attention_ref(
             weights = torch.einsum("hd,nhd->hn", q[row].float(), k).mul(scale).softmax(-1)
             out[row] = torch.einsum("hn,nhd->hd", weights, v)
     return out.to(q.dtype)
-
-
-def decode_config(
-    head_dim: int, pairs: int, element_size: int, device: torch.device
-) -> DecodeConfig:
-    """The configuration for a shape with ``pairs`` (row, KV head) pairs: the device's tuned one, for
-    few, some or many pairs, or that of the table; half tiles for 4-byte elements.
-
-    Raises:
-        ValueError: head_dim is over 256.
-    """
-    dim_pad = max(64, triton.next_power_of_2(head_dim))
-    found = _CONFIGS.get(dim_pad)
-    if found is None:
-        raise ValueError(f"head_dim {head_dim} is over 256")
-    size = "few" if pairs <= 32 else "some" if pairs <= num_sms(device) else "many"
-    if entry := tuned(device, "decode", f"{dim_pad} {size}"):
-        found = DecodeConfig(**entry)
-    if element_size <= 2:
-        return found
-    return DecodeConfig(found.tile // 2, found.num_warps, 2, found.programs_per_sm, found.waves)
 
 
 def _registers(config: DecodeConfig) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncllm.kernels.rope_kv import rope_kv, rope_kv_ref
+from asyncllm.kernels.attention.kv_write import rope_kv, rope_kv_ref
 from tests.kernels.harness import DEVICE, DTYPES, assert_close, ints, no_sync, randn, replayed
 
 # tokens, query heads, KV heads, head_dim
