@@ -126,11 +126,21 @@ def stage(
         raise ValueError(f"out {tuple(out.shape)} {out.dtype}: [{num}] int64 expected")
     if num:
         _stage_kernel[(triton.cdiv(num, _BLOCK),)](
-            tokens, token_lanes, positions, slots, last_token, table,
-            table if history is None else history, out, num, table.stride(0),
+            tokens,
+            token_lanes,
+            positions,
+            slots,
+            last_token,
+            table,
+            table if history is None else history,
+            out,
+            num,
+            table.stride(0),
             table.stride(0) if history is None else history.stride(0),
-            HISTORY=history is not None, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+            HISTORY=history is not None,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
     return out
 
 
@@ -176,10 +186,17 @@ def embed_rmsnorm(
     if num:
         block = triton.next_power_of_2(hidden)
         _embed_kernel[(num,)](
-            tokens, table, weight, made[0], made[1], table.stride(0), eps,
-            HIDDEN=hidden, BLOCK=block,
+            tokens,
+            table,
+            weight,
+            made[0],
+            made[1],
+            table.stride(0),
+            eps,
+            HIDDEN=hidden,
+            BLOCK=block,
             num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
-        )  # fmt: skip
+        )
     return made[0], made[1]
 
 

@@ -136,16 +136,37 @@ def linear(
     added = weight if bias is None else bias
     if m == 1:
         _one_kernel[grid](
-            x, weight, added, out, weight.stride(0),
-            N=n, K=k, BIAS=bias is not None, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-            STAGES=c.num_stages, num_warps=c.num_warps,
-        )  # fmt: skip
+            x,
+            weight,
+            added,
+            out,
+            weight.stride(0),
+            N=n,
+            K=k,
+            BIAS=bias is not None,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            STAGES=c.num_stages,
+            num_warps=c.num_warps,
+        )
     elif m:
         _few_kernel[grid](
-            x, weight, added, out, x.stride(0), weight.stride(0), out.stride(0),
-            M=m, N=n, K=k, BIAS=bias is not None, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-            num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
+            x,
+            weight,
+            added,
+            out,
+            x.stride(0),
+            weight.stride(0),
+            out.stride(0),
+            M=m,
+            N=n,
+            K=k,
+            BIAS=bias is not None,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
+        )
     return out
 
 

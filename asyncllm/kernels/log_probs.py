@@ -58,13 +58,30 @@ def log_probs(logits: Tensor, tokens: Tensor, out: Tensor | None = None) -> Tens
     top, sums = torch.empty((2, n, tiles), dtype=torch.float32, device=logits.device)
     best = torch.empty((n, tiles), dtype=torch.int32, device=logits.device)
     tiles_kernel[(tiles, n)](
-        logits, sums, top, best, sums, best, logits.stride(0),
-        VOCAB=vocab_size, TILE=TILE, SUMS=True, TEMPERED=False, num_warps=8,
-    )  # fmt: skip
+        logits,
+        sums,
+        top,
+        best,
+        sums,
+        best,
+        logits.stride(0),
+        VOCAB=vocab_size,
+        TILE=TILE,
+        SUMS=True,
+        TEMPERED=False,
+        num_warps=8,
+    )
     _log_prob_kernel[(n,)](
-        logits, tokens, top, sums, out, logits.stride(0),
-        TILES=tiles, PAD=triton.next_power_of_2(tiles), num_warps=1,
-    )  # fmt: skip
+        logits,
+        tokens,
+        top,
+        sums,
+        out,
+        logits.stride(0),
+        TILES=tiles,
+        PAD=triton.next_power_of_2(tiles),
+        num_warps=1,
+    )
     return out
 
 

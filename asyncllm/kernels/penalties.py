@@ -102,9 +102,15 @@ def _apply_kernel(
     do_not_specialize_on_alignment=["rows_ptr", "tokens_ptr", "values_ptr"],
 )
 def _bias_kernel(
-    logits_ptr, rows_ptr, tokens_ptr, values_ptr, num, stride, VOCAB: tl.constexpr,
+    logits_ptr,
+    rows_ptr,
+    tokens_ptr,
+    values_ptr,
+    num,
+    stride,
+    VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + i, mask=i < num, other=-1).to(tl.int64)
     token = tl.load(tokens_ptr + i, mask=i < num, other=-1)
@@ -177,13 +183,29 @@ def penalize(
         some = slice(begin, begin + len(counts))
         grid = (min(len(counts), p - begin), _PROGRAMS)
         _count_kernel[grid](
-            history, counts, lanes[some], lens[some], prompt_lens[some], penalize_prompt[some],
-            history.stride(0), VOCAB=vocab_size, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+            history,
+            counts,
+            lanes[some],
+            lens[some],
+            prompt_lens[some],
+            penalize_prompt[some],
+            history.stride(0),
+            VOCAB=vocab_size,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
         _apply_kernel[grid](
-            logits, history, counts, rows[some], *(c[some] for c in columns),
-            logits.stride(0), history.stride(0), VOCAB=vocab_size, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+            logits,
+            history,
+            counts,
+            rows[some],
+            *(c[some] for c in columns),
+            logits.stride(0),
+            history.stride(0),
+            VOCAB=vocab_size,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
     return logits
 
 
@@ -213,9 +235,16 @@ def add_bias(logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> Te
         raise ValueError(f"rows, tokens and values need {b} contiguous entries")
     if b:
         _bias_kernel[(triton.cdiv(b, 128),)](
-            logits, rows, tokens, values, b, logits.stride(0),
-            VOCAB=logits.shape[1], BLOCK=128, num_warps=4,
-        )  # fmt: skip
+            logits,
+            rows,
+            tokens,
+            values,
+            b,
+            logits.stride(0),
+            VOCAB=logits.shape[1],
+            BLOCK=128,
+            num_warps=4,
+        )
     return logits
 
 

@@ -192,10 +192,20 @@ def _decode_kernel(
             before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
             if before == highest - lowest:
                 _merge(
-                    out_row_ptr + head * GROUP * out_head, out_head, partial_ptr, lse_ptr,
-                    begin_tile, lowest, highest, per_program,
-                    GROUP, GROUP_POW, DIM, DIM_PAD, MERGE,
-                )  # fmt: skip
+                    out_row_ptr + head * GROUP * out_head,
+                    out_head,
+                    partial_ptr,
+                    lse_ptr,
+                    begin_tile,
+                    lowest,
+                    highest,
+                    per_program,
+                    GROUP,
+                    GROUP_POW,
+                    DIM,
+                    DIM_PAD,
+                    MERGE,
+                )
                 tl.store(counter, 0)  # for the next layer
         tile += count
         record = following

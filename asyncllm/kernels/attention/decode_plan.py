@@ -44,9 +44,9 @@ class DecodeConfig:
     waves: int = 1
 
 
-# padded head_dim -> configuration. Of num_stages two are spent on the slots, whose load comes before
-# that of K and V; with 4 the next tile's loads are in flight while one is worked on (39 KB of shared
-# memory at head_dim 128: three programs fit), with 5 there are two tiles (72 KB).
+# padded head_dim -> configuration. Of num_stages two are spent on the slots, whose load comes
+# before that of K and V; with 4 the next tile's loads are in flight while one is worked on (39 KB
+# of shared memory at head_dim 128: three programs fit), with 5 there are two tiles (72 KB).
 _CONFIGS = {
     64: DecodeConfig(128, 4, 4, 3),
     128: DecodeConfig(64, 4, 4, 3),
@@ -200,8 +200,8 @@ def plan_decode(
 def decode_config(
     head_dim: int, pairs: int, element_size: int, device: torch.device
 ) -> DecodeConfig:
-    """The configuration for a shape with ``pairs`` (row, KV head) pairs: the device's tuned one, for
-    few, some or many pairs, or that of the table; half tiles for 4-byte elements.
+    """The configuration for a shape with ``pairs`` (row, KV head) pairs: the device's tuned one,
+    for few, some or many pairs, or that of the table; half tiles for 4-byte elements.
 
     Raises:
         ValueError: head_dim is over 256.

@@ -4,9 +4,9 @@ Owns the walk over query blocks; knows neither requests nor layers. The rows' ow
 the cache already; given the packed qkv too, the chunk's K/V is read from there, where it lies in
 rows that the tensor copy engine can fetch, and only the prefix goes through the slot table.
 
-A block holds BLOCK_M (token, query head) pairs, of all query heads of a KV head or of one. Blocks of
-all rows form one list, found from the counts inside the kernel; it is walked from the end, because
-late blocks of a row have most keys to read.
+A block holds BLOCK_M (token, query head) pairs, of all query heads of a KV head or of one. Blocks
+of all rows form one list, found from the counts inside the kernel; it is walked from the end,
+because late blocks of a row have most keys to read.
 Source: online softmax over tiles as in FlashAttention-2 (Dao, 2023).
 """
 
@@ -231,9 +231,8 @@ def _prefill_kernel(
     PACKS: tl.constexpr = Q_HEADS // PACK
     pack = tl.program_id(0) % PACKS
     head = pack * PACK // (Q_HEADS // KV_HEADS)
-    row, block, wanted = _find_block(
-        cu_counts_ptr, num_rows, tl.program_id(0) // PACKS, TOKENS, SCAN
-    )
+    index = tl.program_id(0) // PACKS
+    row, block, wanted = _find_block(cu_counts_ptr, num_rows, index, TOKENS, SCAN)
     pair = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, DIM_PAD)
     heads = pack * PACK + pair % PACK
@@ -246,16 +245,11 @@ def _prefill_kernel(
         local = done + pair // PACK
         used = (pair // PACK < TOKENS)[:, None] & (local < count)[:, None] & (dim < DIM)[None, :]
         token = (first_token + local).to(tl.int64)
-        q = tl.load(
-            q_ptr + token[:, None] * q_row + heads[:, None] * q_head + dim[None, :],
-            mask=used,
-            other=0.0,
-        )
+        q_at = q_ptr + token[:, None] * q_row + heads[:, None] * q_head + dim[None, :]
+        q = tl.load(q_at, mask=used, other=0.0)
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
-        k_head = k_ptr + head * DIM
-        v_head = v_ptr + head * DIM
         # keys up to the block's end: [0, full) seen by all its queries, [full, stop) not by all;
         # the latter first, which leaves no query without a key
         if SOURCE == 0:
@@ -269,28 +263,88 @@ def _prefill_kernel(
             full = done // BLOCK_N * BLOCK_N
             stop = tl.minimum(done + TOKENS, count)
             acc, best, norm = _attend_edge(
-                acc, best, norm, q, k_chunk, v_chunk, lane_ptr, kv_row, full, stop, local,
-                scale_log2, DIM, DIM_PAD, BLOCK_N, False,
-            )  # fmt: skip
+                acc,
+                best,
+                norm,
+                q,
+                k_chunk,
+                v_chunk,
+                lane_ptr,
+                kv_row,
+                full,
+                stop,
+                local,
+                scale_log2,
+                DIM,
+                DIM_PAD,
+                BLOCK_N,
+                False,
+            )
             acc, best, norm = _attend_full(
-                acc, best, norm, q, k_chunk, v_chunk, lane_ptr, kv_row, kv_desc, first_token,
-                k_column, v_column, full, scale_log2, DIM, DIM_PAD, BLOCK_N, SOURCE, STAGES, SETTLE,
-            )  # fmt: skip
-            full = start // BLOCK_N * BLOCK_N
-            stop = start
+                acc,
+                best,
+                norm,
+                q,
+                k_chunk,
+                v_chunk,
+                lane_ptr,
+                kv_row,
+                kv_desc,
+                first_token,
+                k_column,
+                v_column,
+                full,
+                scale_log2,
+                DIM,
+                DIM_PAD,
+                BLOCK_N,
+                SOURCE,
+                STAGES,
+                SETTLE,
+            )
+            full, stop = start // BLOCK_N * BLOCK_N, start
         acc, best, norm = _attend_edge(
-            acc, best, norm, q, k_head, v_head, lane_ptr, KV_HEADS * DIM, full, stop,
-            start + local, scale_log2, DIM, DIM_PAD, BLOCK_N, True,
-        )  # fmt: skip
-        acc, best, norm = _attend_full(
-            acc, best, norm, q, k_head, v_head, lane_ptr, KV_HEADS * DIM, None, 0, 0, 0, full,
-            scale_log2, DIM, DIM_PAD, BLOCK_N, 0, GATHER_STAGES, SETTLE,
-        )  # fmt: skip
-        tl.store(
-            out_ptr + token[:, None] * out_row + heads[:, None] * out_head + dim[None, :],
-            (acc / norm[:, None]).to(out_ptr.dtype.element_ty),
-            mask=used,
+            acc,
+            best,
+            norm,
+            q,
+            k_ptr + head * DIM,
+            v_ptr + head * DIM,
+            lane_ptr,
+            KV_HEADS * DIM,
+            full,
+            stop,
+            start + local,
+            scale_log2,
+            DIM,
+            DIM_PAD,
+            BLOCK_N,
+            True,
         )
+        acc, best, norm = _attend_full(
+            acc,
+            best,
+            norm,
+            q,
+            k_ptr + head * DIM,
+            v_ptr + head * DIM,
+            lane_ptr,
+            KV_HEADS * DIM,
+            None,
+            0,
+            0,
+            0,
+            full,
+            scale_log2,
+            DIM,
+            DIM_PAD,
+            BLOCK_N,
+            0,
+            GATHER_STAGES,
+            SETTLE,
+        )
+        out_at = out_ptr + token[:, None] * out_row + heads[:, None] * out_head + dim[None, :]
+        tl.store(out_at, (acc / norm[:, None]).to(out_ptr.dtype.element_ty), mask=used)
 
 
 def prefill_attention(
@@ -422,8 +476,8 @@ def prefill_attention_ref(
 
 
 def block_pairs(row_pairs: int, all_pairs: int, device: torch.device) -> int:
-    """Class of a shape by (token, query head) pairs: 16, 64 or 128. Not more than the longest row has
-    in one KV head, and 128 only where that gives a block for each multiprocessor."""
+    """Class of a shape by (token, query head) pairs: 16, 64 or 128. Not more than the longest row
+    has in one KV head, and 128 only where that gives a block for each multiprocessor."""
     if row_pairs <= 16:
         return 16
     return 64 if row_pairs <= 64 or all_pairs < 128 * num_sms(device) else 128
@@ -432,8 +486,8 @@ def block_pairs(row_pairs: int, all_pairs: int, device: torch.device) -> int:
 def prefill_config(
     head_dim: int, group: int, size: int, element_size: int, device: torch.device
 ) -> PrefillConfig:
-    """The configuration for a shape of class ``size`` (``block_pairs``): the device's tuned one or that of the table,
-    with small tiles for 4-byte elements.
+    """The configuration for a shape of class ``size`` (``block_pairs``): the device's tuned one or
+    that of the table, with small tiles for 4-byte elements.
 
     Raises:
         ValueError: head_dim or group is too large.

@@ -25,10 +25,31 @@ def _first(sums, weight, index, goal, NONE: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=COLUMNS)
 def draw_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, uniform_ptr, top_ptr,
-    best_ptr, sum_ptr, mass_ptr, count_ptr, bracket_ptr, used_ptr, depth_ptr, token_ptr,
-    out_ptr, stride, VOCAB: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PAD: tl.constexpr, ROOM: tl.constexpr, DEEPEST: tl.constexpr, TRUNCATES: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    uniform_ptr,
+    top_ptr,
+    best_ptr,
+    sum_ptr,
+    mass_ptr,
+    count_ptr,
+    bracket_ptr,
+    used_ptr,
+    depth_ptr,
+    token_ptr,
+    out_ptr,
+    stride,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    PAD: tl.constexpr,
+    ROOM: tl.constexpr,
+    DEEPEST: tl.constexpr,
+    TRUNCATES: tl.constexpr,
+):
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride
     result = lowest_best(top_ptr, best_ptr, row, TILES, PAD)

@@ -87,9 +87,19 @@ def sample(
     used = torch.empty(n, dtype=torch.int32, device=device)
     stride = logits.stride(0)
     tiles_kernel[(tiles, n)](
-        logits, temperature, top, best, sums, used, stride,
-        VOCAB=vocab_size, TILE=TILE, SUMS=not greedy, TEMPERED=not greedy, num_warps=8,
-    )  # fmt: skip
+        logits,
+        temperature,
+        top,
+        best,
+        sums,
+        used,
+        stride,
+        VOCAB=vocab_size,
+        TILE=TILE,
+        SUMS=not greedy,
+        TEMPERED=not greedy,
+        num_warps=8,
+    )
     if greedy:
         best_kernel[(n,)](top, best, out, TILES=tiles, PAD=pad, num_warps=1)
         return out
@@ -100,20 +110,66 @@ def sample(
     bracket = torch.empty((shown, 3), dtype=torch.float32, device=device)
     if truncates:
         bracket_kernel[(n,)](
-            logits, temperature, top_k, top_p, min_p, top, sums, bracket, stride,
-            VOCAB=vocab_size, TILES=tiles, PAD=pad, SAMPLE=sample_size(vocab_size),
-            DEEPEST=DEEPEST, Z=Z, num_warps=8,
-        )  # fmt: skip
+            logits,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            top,
+            sums,
+            bracket,
+            stride,
+            VOCAB=vocab_size,
+            TILES=tiles,
+            PAD=pad,
+            SAMPLE=sample_size(vocab_size),
+            DEEPEST=DEEPEST,
+            Z=Z,
+            num_warps=8,
+        )
         list_kernel[(tiles, n)](
-            logits, temperature, bracket, mass, counts, used, depths, tokens, stride,
-            VOCAB=vocab_size, TILE=TILE, ROOM=room, num_warps=16,
-        )  # fmt: skip
+            logits,
+            temperature,
+            bracket,
+            mass,
+            counts,
+            used,
+            depths,
+            tokens,
+            stride,
+            VOCAB=vocab_size,
+            TILE=TILE,
+            ROOM=room,
+            num_warps=16,
+        )
     draw_kernel[(n,)](
-        logits, temperature, top_k, top_p, min_p, uniform, top, best, sums, mass, counts, bracket,
-        used, depths, tokens, out, stride,
-        VOCAB=vocab_size, TILE=TILE, TILES=tiles, PAD=pad, ROOM=room, DEEPEST=DEEPEST,
-        TRUNCATES=truncates, num_warps=16 if truncates else 8, enable_fp_fusion=FUSION,
-    )  # fmt: skip
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        uniform,
+        top,
+        best,
+        sums,
+        mass,
+        counts,
+        bracket,
+        used,
+        depths,
+        tokens,
+        out,
+        stride,
+        VOCAB=vocab_size,
+        TILE=TILE,
+        TILES=tiles,
+        PAD=pad,
+        ROOM=room,
+        DEEPEST=DEEPEST,
+        TRUNCATES=truncates,
+        num_warps=16 if truncates else 8,
+        enable_fp_fusion=FUSION,
+    )
     return out
 
 

@@ -1,4 +1,4 @@
-"""The tiles of a row of logits: best logit, its token and sum of weights of each, and of the row."""
+"""The tiles of a row of logits: best logit, its token and sum of weights of each and of all."""
 
 # mypy: allow-incomplete-defs
 

@@ -85,10 +85,22 @@ def _bracket(
 
 @triton.jit(do_not_specialize_on_alignment=COLUMNS)
 def bracket_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, top_ptr, sum_ptr, bracket_ptr,
-    stride, VOCAB: tl.constexpr, TILES: tl.constexpr, PAD: tl.constexpr, SAMPLE: tl.constexpr,
-    DEEPEST: tl.constexpr, Z: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    top_ptr,
+    sum_ptr,
+    bracket_ptr,
+    stride,
+    VOCAB: tl.constexpr,
+    TILES: tl.constexpr,
+    PAD: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    DEEPEST: tl.constexpr,
+    Z: tl.constexpr,
+):
     """Per row: near and far depth, best logit."""
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
@@ -109,9 +121,19 @@ def bracket_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=COLUMNS)
 def list_kernel(
-    logits_ptr, temperature_ptr, bracket_ptr, mass_ptr, count_ptr, used_ptr, depth_ptr, token_ptr,
-    stride, VOCAB: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    temperature_ptr,
+    bracket_ptr,
+    mass_ptr,
+    count_ptr,
+    used_ptr,
+    depth_ptr,
+    token_ptr,
+    stride,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    ROOM: tl.constexpr,
+):
     tile = tl.program_id(0)
     row = tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
@@ -182,7 +204,7 @@ def search_row(
     TILES: tl.constexpr,
     PAD: tl.constexpr,
 ):
-    """``search_listed`` over the whole row, three bits a pass; also the kept weight of every tile."""
+    """``search_listed`` over the whole row, three bits a pass, and the kept weight of each tile."""
     HALF: tl.constexpr = TILE // 2
     index = tl.arange(0, 8)
     while high - low > 1:
