@@ -72,6 +72,15 @@ def child_environment(**extra: str) -> dict[str, str]:
     return {**os.environ, **extra}
 
 
+def use_interface(name: str) -> None:
+    """Have NCCL and gloo talk over this network interface, here and in children.
+
+    The user's own setting of these variables wins.
+    """
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=" it is a prefix
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def hub_offline() -> bool:
     """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloads."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

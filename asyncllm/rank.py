@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import uvloop
 
 from asyncllm import log
 from asyncllm.config import Config, Resolved, resolve_limits
-from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
+from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible, use_interface
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.models.registry import check_architecture
 from asyncllm.models.spec import ModelSpec
+from asyncllm.server import meeting
 from asyncllm.server.check import check
 from asyncllm.server.keys import with_all_keys
 from asyncllm.server.launch import (
@@ -24,7 +26,6 @@ from asyncllm.server.launch import (
     Wires,
     bind_http,
     die_with_parent,
-    rendezvous,
     tls_context,
 )
 from asyncllm.server.process import EXIT_STARTUP, Server
@@ -50,15 +51,22 @@ def serve(config: Config) -> int:
             logger.info("%s", note)
         wires = Wires(config.zmq_mode, config.tp + config.httpserver_workers - 1)
         stack.callback(wires.close)
+        rendezvous, store_fd = None, -1
+        if config.tp > 1:
+            meets = stack.enter_context(meeting.listen(config))
+            rendezvous = meets.getsockname()[:2]
+            use_interface(meeting.interface_to(config.nccl_host))
+            store_fd = os.dup(meets.fileno())  # torch closes the one that it is given
         boot = Boot(
             endpoint=0,
             endpoints=wires.addresses,
             config=config,
             resolved=resolved,
             model_dir=str(model_dir),
-            rendezvous=rendezvous(config) if config.tp > 1 else "",
+            rendezvous=rendezvous,
             listen_fd=sock.fileno(),
             parent=0,
+            store_fd=store_fd,
         )
         if config.check:
             return check(boot, spec)

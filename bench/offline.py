@@ -278,7 +278,7 @@ def load(config: Config) -> Parts:
         config=config,
         resolved=resolve(config, spec, model_dir),
         model_dir=str(model_dir),
-        rendezvous="",
+        rendezvous=None,
         listen_fd=-1,
         parent=0,
     )

@@ -243,7 +243,8 @@ class Config:
     )  # fmt: skip
     nccl_host: str = flag(
         "127.0.0.1", group=PARALLEL, check=not_empty, needs=RANKS,
-        help="address at which the ranks of torch.distributed meet (NCCL, gloo on CPU)",
+        help="address at which the ranks of torch.distributed meet (NCCL, gloo on CPU); they listen "
+        "there only, and talk over the network interface that leads there",
     )  # fmt: skip
     nccl_port: int = flag(
         28765, group=PARALLEL, check=PORT, needs=RANKS,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from asyncllm.models.layers import Ops
 
@@ -53,16 +54,32 @@ class TensorParallel:
 
     Args:
         rank: this rank; it uses CUDA device ``rank`` where ``device`` is CUDA.
-        address: ``host:port`` of the rendezvous, which rank 0 serves.
+        address: host and port of the rendezvous, which rank 0 serves.
+        listen_fd: of rank 0: a socket that listens there. It belongs to the group from now on.
     """
 
-    def __init__(self, rank: int, size: int, address: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        address: tuple[str, int],
+        device: torch.device,
+        listen_fd: int | None = None,
+    ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self._symmetric: SymmetricSum | None = None
         cuda = device.type == "cuda"
+        # left to itself the store would listen on every address of this machine
+        store = TCPStore(
+            *address,
+            world_size=size,
+            is_master=rank == 0,
+            timeout=RENDEZVOUS_TIMEOUT,
+            master_listen_fd=listen_fd,
+        )
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            init_method=f"tcp://{address}",
+            store=store,
             rank=rank,
             world_size=size,
             timeout=RENDEZVOUS_TIMEOUT,

@@ -23,7 +23,7 @@ def check(boot: Boot, spec: ModelSpec) -> int:
         ranks += f", {num_threads(boot)} threads each"
     ports = [f"{'HTTPS' if config.ssl_certfile else 'HTTP'} {config.host}:{config.port}"]
     if boot.rendezvous:
-        ports.append(f"torch.distributed {boot.rendezvous}")
+        ports.append("torch.distributed {}:{}".format(*boot.rendezvous))
     limits = (
         "max_req_total_len", "running_max_req_size", "batch_max_tokens", "chunked_prefill_size",
         "eos_ids",

@@ -45,9 +45,10 @@ class Boot:
     config: Config
     resolved: Resolved
     model_dir: str
-    rendezvous: str  # host:port of torch.distributed; "" for tp == 1
+    rendezvous: tuple[str, int] | None  # address and port of torch.distributed; None for tp == 1
     listen_fd: int  # the HTTP socket, bound but not listening; -1 where there is no frontend
     parent: int  # pid; 0 for rank 0
+    store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
 
     @property
     def name(self) -> str:
@@ -198,31 +199,6 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StartupError(f"--ssl_certfile {config.ssl_certfile}: {reason}") from None
     return context
-
-
-def rendezvous(config: Config) -> str:
-    """``host:port`` at which the ranks meet.
-
-    Raises:
-        StartupError: an explicitly given --nccl_port is busy. A busy default gives way to a free
-            port, so that several servers coexist.
-    """
-    port = config.nccl_port
-    if not _is_free(config.nccl_host, port):
-        if "nccl_port" in config.explicit:
-            raise StartupError(f"--nccl_port {port} on {config.nccl_host} is busy")
-        port = free_port(config.nccl_host)
-    return f"{config.nccl_host}:{port}"
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def free_port(host: str) -> int:

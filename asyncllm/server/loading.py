@@ -93,7 +93,9 @@ def load_parts(boot: Boot, spec: ModelSpec) -> Parts:
     group: Group = Alone()
     if config.tp > 1:
         with log.phase("meet the other ranks"):
-            group = TensorParallel(boot.endpoint, config.tp, boot.rendezvous, where)
+            assert boot.rendezvous is not None
+            listen_fd = boot.store_fd if boot.store_fd >= 0 else None
+            group = TensorParallel(boot.endpoint, config.tp, boot.rendezvous, where, listen_fd)
     plan = memory_plan(boot, spec)
     num_slots = group.minimum(plan.num_slots)
     resolved = boot.resolved.with_slots(num_slots)

@@ -95,7 +95,10 @@ class Server:
     def _start_child(self, endpoint: int, **changes: Any) -> None:
         assert self._children is not None
         boot = replace(
-            self._boot, endpoint=endpoint, parent=os.getpid(), **{"listen_fd": -1, **changes}
+            self._boot,
+            endpoint=endpoint,
+            parent=os.getpid(),
+            **{"listen_fd": -1, "store_fd": -1, **changes},
         )
         self._children.start(boot, num_threads(boot))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ import aiohttp
 
 T = TypeVar("T")
 START_S = 120.0
+LISTENS = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 
 def free_port() -> int:
@@ -75,6 +78,24 @@ class Server:
         """The same as soon as there are ``count``, while it loads."""
         assert wait_until(lambda: len(self.children()) == count, START_S), self.text()
         return self.children()
+
+    def listeners(self) -> set[tuple[str, int]]:
+        """Addresses and ports on which its processes listen, from the kernel's tables."""
+        held = set()
+        for pid in (self.process.pid, *self.children()):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):  # closed meanwhile
+                    held.add(str(fd.readlink()))
+        found = set()
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{self.process.pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == LISTENS and f"socket:[{fields[9]}]" in held:
+                    host, _, port = fields[1].partition(":")
+                    words = struct.unpack(f">{len(host) // 8}I", bytes.fromhex(host))
+                    packed = struct.pack(f"={len(words)}I", *words)
+                    found.add((str(ipaddress.ip_address(packed)), int(port, 16)))
+        return found
 
     def stop(self, timeout_s: float = 30.0) -> int:
         """SIGTERM and wait; the exit code."""

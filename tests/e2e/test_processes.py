@@ -41,10 +41,12 @@ def ask(server: Server, prose: list[int]) -> Answers:
 def test_tensor_parallel_ranks_give_the_tokens_of_one(
     demo_dir: Path, tmp_path: Path, prose: list[int], answers: Answers, tp: int, zmq_mode: str
 ) -> None:
-    args = (*TP2, "--tp", str(tp), "--zmq_mode", zmq_mode)
+    args = (*TP2, "--tp", str(tp), "--zmq_mode", zmq_mode, "--nccl_host", f"127.0.0.{tp}")
     with Server(demo_dir, tmp_path / "log", *args) as server:
         children = server.children()
         assert len(children) == tp - 1
+        hosts = {host for host, _ in server.listeners()}
+        assert hosts == {"127.0.0.1", f"127.0.0.{tp}"}  # HTTP, gloo, ZMQ; where ranks meet
         assert ask(server, prose) == answers
         assert server.stop() == 0, server.text()
         assert not any(map(alive, children))

@@ -15,7 +15,7 @@ import pytest
 from asyncllm.config import Config, resolve_limits
 from asyncllm.errors import StartupError
 from asyncllm.server import launch
-from asyncllm.server.launch import Boot, Wires, bind_http, rendezvous
+from asyncllm.server.launch import Boot, Wires, bind_http
 
 
 def boot() -> Boot:
@@ -34,7 +34,7 @@ def boot() -> Boot:
         config=config,
         resolved=resolved,
         model_dir="/models/m",
-        rendezvous="127.0.0.1:28765",
+        rendezvous=("127.0.0.1", 28765),
         listen_fd=-1,
         parent=77,
     )
@@ -75,19 +75,6 @@ def test_folders_of_killed_servers_are_swept_and_no_others(
 
 def test_alone_needs_no_wires() -> None:
     assert Wires("ipc:///tmp/", 1).addresses == ()
-
-
-def test_a_busy_default_port_gives_way_and_a_given_one_does_not() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        given = Config(tp=2, nccl_port=port)
-        with pytest.raises(StartupError, match=f"--nccl_port {port}"):
-            rendezvous(given)
-        # as if it were the default: not given by the user
-        object.__setattr__(given, "explicit", frozenset())
-        host, _, other = rendezvous(given).partition(":")
-        assert host == "127.0.0.1"
-        assert int(other) != port
 
 
 def test_a_busy_http_port_is_named() -> None:
