@@ -46,8 +46,12 @@ $(STAMP): pyproject.toml
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+# float32 for the embedded model on a CPU, whose near ties bfloat16 turns over; ARGS come later and win
+ON_CPU = $(or $(findstring --device cpu,$(subst =, ,$(ARGS))),$(shell command -v nvidia-smi >/dev/null 2>&1 || echo yes))
+PRECISE = $(if $(findstring --model_dir,$(ARGS)),,$(if $(ON_CPU),--data_type fp32))
+
 serve: $(STAMP)
-	@exec $(BIN)/asyncllm $(ARGS)
+	@exec $(BIN)/asyncllm $(PRECISE) $(ARGS)
 
 test: $(STAMP)
 	@$(TEST_ENV) TRITON_INTERPRET=1 $(PYTEST) $(ARGS)

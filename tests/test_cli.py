@@ -1,6 +1,7 @@
 """Spellings, suggestions, refusals with exit code 2, help and the generated page."""
 
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -286,3 +287,32 @@ def test_options_that_compatibility_promises_work() -> None:
         option = FLAGS[name]
         assert ANY not in option.unavailable
         assert option.needs is None or option.needs.available
+
+
+@pytest.mark.parametrize(
+    ("words", "precise"),
+    [
+        ("", True),
+        ("--port 8001", True),
+        ("--model_dir /models/x", False),
+        ("--model_dir=/models/x --device cpu", False),
+    ],
+)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_make_serve_takes_float32_for_the_embedded_model_on_a_cpu(
+    tmp_path: Path, words: str, precise: bool, gpu: bool
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("make", "sh"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    if gpu:
+        (tools / "nvidia-smi").write_text("#!/bin/sh\n")
+        (tools / "nvidia-smi").chmod(0o755)
+    for device in ("", " --device cpu"):
+        command = ["make", "-n", "serve", f"ARGS={words}{device}"]
+        made = subprocess.run(
+            command, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True, check=True
+        ).stdout
+        wanted = precise and (not gpu or bool(device))
+        assert made.splitlines()[-1].count("--data_type fp32") == wanted

@@ -236,7 +236,7 @@ class Engine:
         """From hidden states of the rows that sample to their tokens; what a graph captures."""
         logits = changed = self.model.logits(hidden)
         if tail.penalized and not self.group.rank:
-            changed = logits.to(torch.float32, copy=True)
+            changed = logits.clone() if tail.scored else logits
             self.sampler.penalize(changed, self.history, self._penalties(d, len(hidden)))
         chosen = self._sample(changed, d, greedy=tail.greedy, truncates=tail.truncates)
         if not tail.scored or self.group.rank:
@@ -282,7 +282,7 @@ class Engine:
     ) -> Outputs:
         choice, changed = work.choice, logits
         if (choice.changes or choice.penalized) and self.group.rank == 0:
-            changed = logits.to(torch.float32, copy=True)
+            changed = logits.clone() if choice.num_top >= 0 else logits
             self._change(changed, work, d)
         chosen = self._sample(changed, d, greedy=choice.all_greedy, truncates=choice.truncates)
         logprobs = None

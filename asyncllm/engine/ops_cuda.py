@@ -40,6 +40,13 @@ class TritonOps:
         torch.mm(x, weight.t(), out=out)
         return out if bias is None else out.add_(bias)
 
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return torch.mm(x, weight.t())
+        if len(x) == 1 and len(weight) <= GEMV_OUT:
+            return linear(x, weight, out=x.new_empty(1, len(weight), dtype=torch.float32))
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
     def embed_rmsnorm(
         self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:

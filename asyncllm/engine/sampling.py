@@ -43,7 +43,7 @@ class Penalties:
 
 
 class Sampler(Protocol):
-    """What comes after the logits, on one device. Nothing here waits for the device."""
+    """What comes after the logits (float32), on one device. Nothing here waits for the device."""
 
     def sample(self, logits: Tensor, knobs: Knobs) -> Tensor:
         """One token per row of ``logits`` [n, vocab_size]: [n] int64.
@@ -84,7 +84,7 @@ class TorchSampler:
         if knobs.all_greedy:
             return best
         greedy = knobs.temperature == 0
-        scaled = logits.float() / torch.where(greedy, 1.0, knobs.temperature)[:, None]
+        scaled = logits / torch.where(greedy, 1.0, knobs.temperature)[:, None]
         probs = scaled.softmax(dim=-1)
         if knobs.truncates:
             probs = _truncated(probs, knobs)
@@ -100,7 +100,7 @@ class TorchSampler:
     def log_probs(
         self, logits: Tensor, tokens: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores = logits.float().log_softmax(dim=-1)
+        scores = logits.log_softmax(dim=-1)
         chosen = scores.gather(1, tokens[:, None])[:, 0]
         top, ids = scores.topk(num_top, dim=-1)
         return chosen, ids.int(), top

@@ -56,5 +56,5 @@ class TritonSampler:
             return chosen, none.int(), none
         top, ids = logits.topk(num_top, dim=-1)
         best = log_probs(logits, ids[:, 0].contiguous())
-        values = top.float() - top[:, :1].float() + best[:, None]
+        values = top - top[:, :1] + best[:, None]
         return chosen, ids.int(), values

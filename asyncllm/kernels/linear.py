@@ -113,7 +113,7 @@ def linear(
         x: [m, in_features], m at most 8; rows may be strided.
         weight: [out_features, in_features], dtype of x; rows may be strided.
         bias: [out_features], dtype of x.
-        out: [m, out_features], where to write; rows may be strided.
+        out: [m, out_features], where to write, in the dtype of x or float32; rows may be strided.
         config: instead of the built-in one, to measure others.
 
     Returns:
@@ -129,7 +129,7 @@ def linear(
     n = weight.shape[0]
     if out is None:
         out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    elif out.shape != (m, n) or out.dtype != x.dtype or out.stride(1) != 1:
+    elif out.shape != (m, n) or out.dtype not in (x.dtype, torch.float32) or out.stride(1) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit [{m}, {n}] {x.dtype}")
     c = config or linear_config(m, x.element_size())
     grid = (triton.cdiv(n, c.block_n),)

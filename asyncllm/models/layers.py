@@ -75,6 +75,9 @@ class Ops(Protocol):
     ) -> Tensor:
         """x @ weight.T + bias."""
 
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x @ weight.T as float32, never rounded to the dtype of the two."""
+
     def embed_rmsnorm(
         self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:

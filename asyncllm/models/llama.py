@@ -107,10 +107,9 @@ class Decoder:
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> [n, vocab_size], gathered over the ranks."""
-        return self.comm.gather_last(self.ops.linear(hidden, self.lm_head))[
-            :, : self.spec.vocab_size
-        ]
+        """[n, hidden] -> [n, vocab_size] float32, gathered over the ranks."""
+        gathered = self.comm.gather_last(self.ops.logits(hidden, self.lm_head))
+        return gathered[:, : self.spec.vocab_size]
 
     def targets(self) -> Iterator[tuple[str, Target]]:
         """Checkpoint name -> where its values go on this rank."""

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from tests.e2e.conftest import Reference
 from tests.e2e.process import Server, stream_text
@@ -97,6 +98,27 @@ def test_chat_answers_sensibly(server: Server) -> None:
     text = reply["choices"][0]["message"]["content"]
     assert "function" in text
     assert "debounce" in text.lower()
+
+
+# near ties: with logits in bfloat16 each is answered otherwise
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What is the capital of France?", "The capital of France is Paris"),
+        ("Who wrote Romeo and Juliet?", "William Shakespeare"),
+        ("How many legs does a spider have?", "the spider's anatomy"),
+    ],
+)
+def test_short_questions_are_answered_as_by_transformers(
+    server: Server, reference: Reference, demo_dir: Path, question: str, answer: str
+) -> None:
+    messages = [{"role": "user", "content": question}]
+    theirs = AutoTokenizer.from_pretrained(demo_dir)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 24}
+    text = server.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    assert answer in text
+    reference.check_greedy(ids, theirs.encode(text), MARGIN)
 
 
 def test_streamed_text_equals_the_whole(server: Server) -> None:

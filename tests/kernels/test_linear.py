@@ -32,6 +32,14 @@ def test_rows_may_be_strided(m: int) -> None:
     assert (wide[:, 70:] == 7).all()
 
 
+@pytest.mark.parametrize("m", [1, 3])
+def test_sums_may_stay_float32(m: int) -> None:
+    x, weight = randn(m, 300, dtype=torch.float16), randn(50, 300, dtype=torch.float16, seed=1)
+    out = torch.empty(m, 50, dtype=torch.float32, device=x.device)
+    linear(x, weight, out=out)
+    assert_close("out", linear_ref(x.float(), weight.float()), out)
+
+
 @pytest.mark.parametrize("m", [1, 4])
 def test_other_configurations_give_the_same(m: int) -> None:
     x, weight = randn(m, 1024, dtype=torch.float16), randn(80, 1024, dtype=torch.float16, seed=1)

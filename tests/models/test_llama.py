@@ -9,6 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from asyncllm.core.request import SamplingParams
+from asyncllm.engine.build import build_model
+from asyncllm.engine.parallel import Alone
+from asyncllm.models.spec import ModelSpec
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 
 VOCAB = 499
@@ -159,3 +162,25 @@ def test_a_launch_never_waits_for_the_device(tmp_path: Path) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert len(a.outputs) == 3
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_never_rounded_to_the_weights_dtype(
+    tmp_path: Path, dtype: str, where: str, tied: bool
+) -> None:
+    make_checkpoint(tmp_path, tie_word_embeddings=tied, vocab_size=9001)
+    device = torch.device(where)
+    spec = ModelSpec.from_dir(tmp_path)
+    model = build_model(tmp_path, spec, Alone(), dtype=dtype, device=device, max_len=64)
+    head = model.lm_head
+    matrix = head.to_dense() if head.is_mkldnn else head
+    for rows in (1, 5):
+        hidden = torch.randn(rows, 96, device=device).to(model.dtype)
+        with torch.inference_mode():
+            got = model.logits(hidden)
+        assert got.dtype == torch.float32
+        want = hidden.double() @ matrix.double().t()
+        close = 1e-2 if dtype == "fp32" and where == "cuda" else 3e-5  # tf32
+        torch.testing.assert_close(got.double(), want, atol=close, rtol=close)
