@@ -63,6 +63,8 @@ def sample(name: str) -> tuple[list[str], object]:
         value = {int: 5, float: 0.5, str: "text"}[option.kind]
         if name == "cors_allow_origins":
             value = "https://example.org:8443"
+        elif name == "trust_forwarded_for":
+            value = "10.0.0.0/8"
     return [str(value)], (value,) if option.nargs else value
 
 

@@ -39,6 +39,7 @@ from asyncllm.api.openai_reply import CompletionReply, model, models
 from asyncllm.api.parted_reply import chat_reply
 from asyncllm.api.responses_reply import ResponseReply
 from asyncllm.api.tgi_reply import TgiReply
+from asyncllm.core.metrics import REFUSED
 from asyncllm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -48,8 +49,11 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 REQUEST_ID: Final = web.RequestKey("request_id", str)
+CLIENT: Final = web.RequestKey("client", int)
+COUNTED: Final = web.RequestKey("counted", bool)  # by its route
 MAX_REQUEST_ID: Final = 128
 CLIENT_GONE: Final = 499  # nobody reads it; for the counters
+NO_ROUTE: Final = "other"  # for the counters
 KEEPALIVE_S: Final = 75.0
 MAX_HEADER: Final = 8 << 10  # bytes of the request line, and of each header
 MAX_HEADERS: Final = 128
@@ -191,10 +195,11 @@ class Routes:
     ) -> web.StreamResponse:
         """The one way from a request to text: admit, wait, answer; abort however it ends."""
         front, exchange, status = self._front, None, CLIENT_GONE
+        request[COUNTED] = True
         try:
             generation = parse(await self._body(request))
             name = prefix + secrets.token_hex(12)
-            exchange = front.submit(generation, name, reply, request[REQUEST_ID])
+            exchange = front.submit(generation, name, reply, request[REQUEST_ID], request[CLIENT])
             await exchange.accepted
             if exchange.error is None and exchange.streams:
                 response = await self._stream(request, exchange)
@@ -217,9 +222,9 @@ class Routes:
             raise
         finally:
             if exchange is None:
-                front.count(request.path, status)
+                front.count(_route(request), status, REFUSED)
             else:
-                front.close(exchange, request.path, status)
+                front.close(exchange, _route(request), status)
             _log_end(request, status, exchange)
 
     async def _stream(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
@@ -245,11 +250,12 @@ class Routes:
 
     async def _tokens(self, request: web.Request) -> web.StreamResponse:
         text, add_special_tokens = lightllm.tokens(await self._body(request))
-        return _json(sse.body({"ntokens": await self._front.num_tokens(text, add_special_tokens)}))
+        count = await self._front.num_tokens(text, add_special_tokens, client=request[CLIENT])
+        return _json(sse.body({"ntokens": count}))
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         chat = anthropic.count(await self._body(request), self._front.served)
-        count = await self._front.num_tokens("", False, chat)
+        count = await self._front.num_tokens("", False, chat, request[CLIENT])
         return _json(sse.body({"input_tokens": count}))
 
     async def _response(self, request: web.Request) -> web.StreamResponse:
@@ -324,6 +330,7 @@ class Routes:
             if (answer := self._gate.preflight(request)) is not None:
                 return answer
             self._gate.check(request)
+            request[CLIENT] = self._gate.client(request)
             return await handler(request)
         except RequestError as error:
             return self._error(request, error)
@@ -351,6 +358,8 @@ class Routes:
 
     async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers["X-Request-Id"] = request[REQUEST_ID]
+        if not request.get(COUNTED):
+            self._front.count(_route(request), response.status)
         self._gate.mark(request, response)
         if self._front.draining:
             response.force_close()
@@ -389,6 +398,12 @@ class Routes:
             response.force_close()
             response.headers["Connection"] = "close"
         return response
+
+
+def _route(request: web.Request) -> str:
+    """The path as registered: what clients may make up must not become a label."""
+    resource = request.match_info.route.resource
+    return NO_ROUTE if resource is None else resource.canonical
 
 
 def _json(body: bytes, status: int = 200) -> web.Response:

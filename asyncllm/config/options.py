@@ -19,6 +19,7 @@ from asyncllm.config.flag import (
     at_least,
     between,
     flag,
+    network,
     not_empty,
     origin,
     unit_interval,
@@ -217,7 +218,8 @@ class Config:
     )  # fmt: skip
     max_waiting: int = flag(
         1024, group=MEMORY, check=at_least(1),
-        help="requests that may wait for a place; more are answered 429",
+        help="requests that may wait for a place; more are answered 429, and so are those of one "
+        "client (API key, else address) beyond half of it while others wait",
     )  # fmt: skip
 
     # --- parallel modes
@@ -293,6 +295,12 @@ class Config:
     cors_allow_origins: tuple[str, ...] = flag(
         (), group=ACCESS, nargs="+", check=origin, metavar="ORIGIN",
         help="web origins whose scripts may use the API, e.g. https://chat.example.org; *: all",
+    )  # fmt: skip
+    trust_forwarded_for: tuple[str, ...] = flag(
+        (), group=ACCESS, nargs="+", check=network, metavar="ADDRESS",
+        help="addresses or networks of proxies in front of this server: a request that comes from "
+        "one belongs to the last address in X-Forwarded-For (or Forwarded) that is not one of "
+        "them; clients that wait are served in turn, one address each where there are no API keys",
     )  # fmt: skip
     sse_keep_alive: float = flag(
         15.0, group=ACCESS, check=at_least(0), metavar="SECONDS",

@@ -101,11 +101,15 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
         ),
         sockets=[socket.socket(fileno=os.dup(p.boot.listen_fd))],
         limits=Limits(
-            max_live=-(-(resolved.running_max_req_size + config.max_waiting) // num_frontends),
+            max_running=-(-resolved.running_max_req_size // num_frontends),
+            max_waiting=-(-config.max_waiting // num_frontends),
             keep_alive_s=config.sse_keep_alive,
         ),
         access=Access(
-            keys=config.api_key, origins=config.cors_allow_origins, tls=tls_context(config)
+            keys=config.api_key,
+            origins=config.cors_allow_origins,
+            tls=tls_context(config),
+            proxies=config.trust_forwarded_for,
         ),
         info=_info(p),
         peers=(0, *range(config.tp, config.tp + num_frontends - 1)),
