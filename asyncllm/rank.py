@@ -29,6 +29,7 @@ from asyncllm.server.launch import (
     tls_context,
 )
 from asyncllm.server.process import EXIT_STARTUP, Server
+from asyncllm.server.signals import Watch, leave_to_leader
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def serve(config: Config) -> int:
     """
     config = with_all_keys(config)
     tls_context(config)
+    watch = Watch("rank 0", leads=True)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
         model_dir = resolve_model_dir(config.model_dir, cache_dir())
@@ -70,7 +72,7 @@ def serve(config: Config) -> int:
         )
         if config.check:
             return check(boot, spec)
-        return uvloop.run(Server(boot, spec, wires).run())
+        return uvloop.run(Server(boot, spec, wires, watch).run())
 
 
 def resolve(config: Config, spec: ModelSpec, model_dir: Path) -> Resolved:
@@ -103,10 +105,12 @@ def main() -> int:
         return 1  # rank 0 has gone already
     boot = Boot.from_json(text)
     die_with_parent(boot.parent)
+    leave_to_leader()
     log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))
+    watch = Watch(boot.name, leads=False)
     try:
         spec = ModelSpec.from_dir(Path(boot.model_dir))
-        return uvloop.run(Server(boot, spec, None).run())
+        return uvloop.run(Server(boot, spec, None, watch).run())
     except StartupError as error:
         logger.critical("%s cannot start: %s", boot.name, error)
         return EXIT_STARTUP

@@ -180,6 +180,10 @@ class Frontend(Actor[Inbox]):
         for sock in self._sockets:
             sock.close()
 
+    def holds(self) -> str:
+        text = f"{len(self._exchanges)} requests, {len(self._by_rid)} choices"
+        return text + ", drains" * self.draining
+
     # -- called by the routes ----------------------------------------------------------------
 
     def submit(

@@ -125,6 +125,15 @@ class Scheduler(Actor[Inbox]):
         if not self._asked:  # no launch is pending, and those told run before the fan-out
             self._publish()
 
+    def holds(self) -> str:
+        running, total = len(self.core.running), len(self.core.requests)
+        waits = " for the allocator" * self._asked + " for room" * self._stalled
+        return (
+            f"running {running}, waiting {total - running}, steps in flight {len(self._inflight)}"
+            + (f", waits{waits}" if waits else "")
+            + ", drains" * self._draining
+        )
+
     def _submit(self, msg: Submit) -> None:
         if self._draining:
             self.core.refuse(msg.rid, len(msg.prompt) // 4, "server is shutting down", 503)
