@@ -155,6 +155,13 @@ class Built:
     frees: bool  # the thread is free again; False: the answer is late, the thread still busy
 
 
+@message(29)
+class Worked:
+    """scheduler -> itself: what a thread has done for constraints."""
+
+    done: tuple[tuple[int, int, float, str, int], ...]  # the fields of ``masking.Done``
+
+
 # -- a step --------------------------------------------------------------------------------------
 
 

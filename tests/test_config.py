@@ -74,6 +74,7 @@ OURS: dict[str, Any] = {
     "data_type": "auto",
     "chunked_prefill_size": None,
     "disable_dynamic_prompt_cache": False,
+    "constraint_time_limit": 5.0,
     "disable_cudagraph": False,
     "disable_symm_mem_allreduce": False,
     "max_waiting": 1024,

@@ -192,6 +192,11 @@ class Config:
         help="what makes outputs follow a JSON schema, regular expression or grammar; none: such "
         "requests are refused (LightLLM's default is none)",
     )  # fmt: skip
+    constraint_time_limit: float = flag(
+        5.0, group=MEMORY, check=above_zero, metavar="SECONDS",
+        help="CPU time that may go into one request's constraint (which tokens does the grammar "
+        "allow next?) over its whole life; beyond it the request ends with an error",
+    )  # fmt: skip
     tool_call_parser: str | None = flag(
         None, group=MEMORY, choices=tools.FORMATS,
         help="format in which the model writes tool calls; default: the one that its chat template "

@@ -24,12 +24,15 @@ from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
 from asyncllm.config import FLAGS
 from asyncllm.engine.jit_monitor import JitMonitor
+from asyncllm.environment import cpu_count
 from asyncllm.server.launch import (
     endpoint_name,
     tls_context,
 )
 from asyncllm.server.loading import Parts, dialect
 from asyncllm.server.topology import PLACEMENT, role
+
+MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
 
 
 def make_allocator(p: Parts) -> Actor[Any]:
@@ -47,6 +50,8 @@ def make_scheduler(p: Parts) -> Actor[Any]:
         eos_ids=resolved.eos_ids,
         runners=range(p.boot.config.tp),
         share_prompts=p.boot.config.diverse_mode,
+        constraint_s=p.boot.config.constraint_time_limit,
+        workers=max(1, min(MOST_MASK_THREADS, cpu_count() // 4)),
         constrain=p.constraints.of,
     )
 
