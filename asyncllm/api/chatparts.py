@@ -7,9 +7,10 @@ shapes; knows neither templates nor tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, Final
 
+from asyncllm.api import jsonbody
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import bad, show, text, typed
 
@@ -30,6 +31,7 @@ def messages(value: Any, name: str) -> list[dict[str, Any]]:
         bad(f"{name} must hold at least one message", name)
     if len(value) > MAX_MESSAGES:
         bad(f"{name}: {len(value)} messages, at most {MAX_MESSAGES}", name)
+    jsonbody.check_nested(_arguments(value), f"{name}: arguments of tool calls", name)
     return [_message(m, f"{name}[{i}]") for i, m in enumerate(value)]
 
 
@@ -67,6 +69,21 @@ def pack(
         bad("messages: not valid Unicode (a lone surrogate)", "messages")
     except RecursionError:
         bad("messages: nested too deeply", "messages")
+
+
+def _arguments(messages: list[Any]) -> Iterator[str]:
+    """Every call's arguments that are JSON text, in the order in which they will be parsed."""
+    for message in messages:
+        if not isinstance(message, dict):
+            continue
+        calls = message.get("tool_calls")
+        calls = calls if isinstance(calls, list) and calls else [message]
+        for call in calls:
+            if isinstance(call, dict):
+                for key in ("function", "function_call"):
+                    function = call.get(key)
+                    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                        yield function["arguments"]
 
 
 def _message(value: Any, name: str) -> dict[str, Any]:

@@ -140,19 +140,6 @@ def refuse(table: Sequence[Refused], body: Body, at: str = "") -> None:
         field.check(body, at)
 
 
-def load(raw: bytes) -> dict[str, Any]:
-    """The JSON object of a request body. Raises RequestError (400) for anything else."""
-    try:
-        value = json.loads(raw, parse_constant=_no_constant)
-    except RecursionError:
-        bad("the body is nested too deeply")
-    except ValueError as error:
-        bad(f"the body is not valid JSON: {error}")
-    if not isinstance(value, dict):
-        bad(f"the body must be a JSON object, not {show(value)}")
-    return value
-
-
 def bad(message: str, param: str | None = None) -> NoReturn:
     """Refuse with 400."""
     raise RequestError(message, param=param, code="invalid_value" if param else "invalid_json")
@@ -280,7 +267,3 @@ def logit_bias(value: Any, name: str) -> tuple[tuple[int, float], ...]:
             bad(f"{name}[{key}]: {show(raw)} is not in [-100, 100]", name)
         pairs.append((token_id(int(key), name), bias))
     return tuple(pairs)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

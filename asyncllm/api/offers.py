@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Final
 
 from asyncllm.api.errors import NotAvailable
@@ -189,23 +190,21 @@ def told(turns: Turns, offered: Offer, dialect: Dialect) -> tuple[Turns, list[An
 def _plain(turns: Turns) -> Turns:
     """Calls as text of the assistant, results as turns of the user; neighbours are one turn."""
     out: Turns = []
-    answers = False  # the last turn is of results
-    for turn in turns:
-        if turn["role"] == "tool":
-            text = f"<tool_response>\n{turn['content']}\n</tool_response>"
-            if answers:
-                out[-1]["content"] += "\n" + text
-            else:
-                out.append({"role": "user", "content": text})
-            answers = True
-            continue
-        answers = False
-        if calls := turn.get("tool_calls"):
-            turn = {key: value for key, value in turn.items() if key != "tool_calls"}
-            lines = [turn["content"], *(_written(call["function"]) for call in calls)]
-            turn["content"] = "\n".join(line for line in lines if line)
-        out.append(turn)
+    for results, group in groupby(turns, key=lambda turn: turn["role"] == "tool"):
+        if results:
+            lines = [f"<tool_response>\n{turn['content']}\n</tool_response>" for turn in group]
+            out.append({"role": "user", "content": "\n".join(lines)})
+        else:
+            out += map(_without_calls, group)
     return out
+
+
+def _without_calls(turn: dict[str, Any]) -> dict[str, Any]:
+    if not (calls := turn.get("tool_calls")):
+        return turn
+    lines = [turn["content"], *(_written(call["function"]) for call in calls)]
+    rest = {key: value for key, value in turn.items() if key != "tool_calls"}
+    return rest | {"content": "\n".join(line for line in lines if line)}
 
 
 def _written(function: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from asyncllm.api import chatparts, turns
+from asyncllm.api import chatparts, jsonbody, turns
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import bad, show, text, typed
 from asyncllm.api.turns import Turns, TurnsMaker
@@ -26,6 +26,10 @@ def input_turns(value: Any, name: str) -> Turns:
         bad(f"{name} must hold at least one item", name)
     if len(value) > chatparts.MAX_MESSAGES:
         bad(f"{name}: {len(value)} items, at most {chatparts.MAX_MESSAGES}", name)
+    texts = (item.get("arguments") for item in value if isinstance(item, dict))
+    jsonbody.check_nested(
+        (each for each in texts if isinstance(each, str)), f"{name}: arguments of calls", name
+    )
     for i, item in enumerate(value):
         _item(maker, typed(item, dict, f"{name}[{i}]", "an object"), f"{name}[{i}]")
     if not maker.turns:

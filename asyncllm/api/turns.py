@@ -7,29 +7,36 @@ result a turn. Knows no protocol's JSON.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
 from asyncllm.api.fields import bad, show, text, typed
 
 Turns = list[dict[str, Any]]
+_IN_PIECES: Final = ("content", "reasoning_content")
 
 
 class TurnsMaker:
     """Gathers a conversation; what one role says in a row is one turn."""
 
     def __init__(self) -> None:
-        self.turns: Turns = []
+        # texts as lists of their pieces: joined once, so that many pieces cost what their text does
+        self._made: Turns = []
+
+    @property
+    def turns(self) -> Turns:
+        """What has been gathered so far."""
+        return [
+            {key: "\n".join(v) if key in _IN_PIECES else v for key, v in turn.items()}
+            for turn in self._made
+        ]
 
     def say(self, role: str, content: str) -> None:
         """More of what somebody says."""
-        turn = self._turn(role)
-        turn["content"] = f"{turn['content']}\n{content}" if turn["content"] else content
+        _append(self._turn(role)["content"], content)
 
     def think(self, thought: str) -> None:
         """More of what the assistant thinks."""
-        turn = self._turn("assistant")
-        known = turn.get("reasoning_content")
-        turn["reasoning_content"] = f"{known}\n{thought}" if known else thought
+        _append(self._turn("assistant").setdefault("reasoning_content", []), thought)
 
     def call(self, key: str, name: str, arguments: dict[str, Any]) -> None:
         """The assistant calls a tool."""
@@ -39,12 +46,19 @@ class TurnsMaker:
 
     def result(self, key: str, content: str) -> None:
         """What the call ``key`` gave."""
-        self.turns.append({"role": "tool", "content": content, "tool_call_id": key})
+        self._made.append({"role": "tool", "content": [content], "tool_call_id": key})
 
     def _turn(self, role: str) -> dict[str, Any]:
-        if not self.turns or self.turns[-1]["role"] != role:
-            self.turns.append({"role": role, "content": ""})
-        return self.turns[-1]
+        if not self._made or self._made[-1]["role"] != role:
+            self._made.append({"role": role, "content": []})
+        return self._made[-1]
+
+
+def _append(pieces: list[str], piece: str) -> None:
+    """Nothing is put between an empty beginning and what follows."""
+    if pieces == [""]:
+        pieces.clear()
+    pieces.append(piece)
 
 
 def with_system(system: str | None, turns: Turns) -> Turns:
