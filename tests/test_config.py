@@ -67,14 +67,17 @@ OURS: dict[str, Any] = {
     "ssl_certfile": None,
     "ssl_keyfile": None,
     "cors_allow_origins": (),
-    "trust_forwarded_for": (),
+    "max_body_size": None,
+    "body_timeout": 60.0,
+    "max_header_size": 8192,
+    "max_headers": 128,
+    "keep_alive_timeout": 75.0,
     "sse_keep_alive": 15.0,
     "served_model_name": (),
     "device": "auto",
     "data_type": "auto",
     "chunked_prefill_size": None,
     "disable_dynamic_prompt_cache": False,
-    "constraint_time_limit": 5.0,
     "disable_cudagraph": False,
     "disable_symm_mem_allreduce": False,
     "max_waiting": 1024,
@@ -112,6 +115,13 @@ def test_parsers_begin_with_the_documented_ones() -> None:
     assert {"deepseek-r1", "qwen3", "glm45", "gpt-oss", "kimi_k2", "think"} == set(
         FLAGS["reasoning_parser"].choices
     )
+
+
+def test_the_longest_body_is_a_contexts_worth_of_text() -> None:
+    assert resolve(Config()).max_body_size == 4 << 20
+    long = Config(max_req_total_len=1 << 20)
+    assert resolve(long, model_limit=1 << 20).max_body_size == 64 << 20
+    assert resolve(Config(max_body_size=5000)).max_body_size == 5000
 
 
 def test_moved_defaults_say_so() -> None:
@@ -159,7 +169,11 @@ def test_moved_defaults_say_so() -> None:
         ("cors_allow_origins", ("*", "example.org")),
         ("cors_allow_origins", ("https://example.org/",)),
         ("sse_keep_alive", -1.0),
-        ("trust_forwarded_for", ("10.0.0.1", "proxy.local")),
+        ("max_body_size", 0),
+        ("body_timeout", 0.0),
+        ("max_header_size", 0),
+        ("max_headers", 0),
+        ("keep_alive_timeout", float("inf")),
         ("ssl_certfile", ""),
         ("log_level", "trace"),
     ],

@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import HttpVersion11, web
-from aiohttp.http_exceptions import HttpProcessingError
 
+from asyncllm.actors.body import read_body
+from asyncllm.actors.connection import Doors, Handler, Lookout
 from asyncllm.actors.gate import Gate
 from asyncllm.actors.stream import Exchange, Pipe
 from asyncllm.api import (
@@ -23,6 +24,7 @@ from asyncllm.api import (
     anthropic_reply,
     errors,
     fields,
+    jsonbody,
     lightllm,
     openai,
     openapi,
@@ -39,7 +41,6 @@ from asyncllm.api.openai_reply import CompletionReply, model, models
 from asyncllm.api.parted_reply import chat_reply
 from asyncllm.api.responses_reply import ResponseReply
 from asyncllm.api.tgi_reply import TgiReply
-from asyncllm.core.metrics import REFUSED
 from asyncllm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -47,16 +48,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 REQUEST_ID: Final = web.RequestKey("request_id", str)
-CLIENT: Final = web.RequestKey("client", int)
-COUNTED: Final = web.RequestKey("counted", bool)  # by its route
 MAX_REQUEST_ID: Final = 128
 CLIENT_GONE: Final = 499  # nobody reads it; for the counters
-NO_ROUTE: Final = "other"  # for the counters
-KEEPALIVE_S: Final = 75.0
-MAX_HEADER: Final = 8 << 10  # bytes of the request line, and of each header
-MAX_HEADERS: Final = 128
+BIG_BODY: Final = 64 << 10  # bytes; what is done with it is spread over turns of the loop
 ANTHROPIC: Final = "/v1/messages"  # errors here have Anthropic's shape
 NATIVE: Final = ("/", "/generate", "/generate_stream")
 SWAGGER: Final = Path(__file__).parents[1] / "swagger"
@@ -72,14 +67,6 @@ STREAM_HEADERS: Final = {
 }
 
 
-def _our_fault(record: logging.LogRecord) -> bool:
-    """Keeps aiohttp's log free of tracebacks for what clients send that is no HTTP (a plain 400)."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
-
-
-logging.getLogger("aiohttp.server").addFilter(_our_fault)
-
-
 class Routes:
     """The routes of one frontend."""
 
@@ -87,13 +74,27 @@ class Routes:
         self._front = front
         self._gate = Gate(front.access)
         self._store = responses.Store()
+        self._max_values = jsonbody.most_values(front.served.max_len)
+        self._lookout = Lookout()
 
-    def runner(self) -> web.AppRunner:
-        """An aiohttp runner; a client that leaves cancels its handler."""
-        app = web.Application(
-            middlewares=[self._guard], client_max_size=self._front.limits.max_body
+    def doors(self) -> Doors:
+        """What serves these routes on sockets."""
+        limits = self._front.limits
+        return Doors(
+            self.app(),
+            self._guard,
+            self._error,
+            lookout=self._lookout,
+            shutdown_s=limits.shutdown_s,
+            keepalive_timeout=limits.idle_s,
+            max_line_size=limits.max_header,
+            max_field_size=limits.max_header,
+            max_headers=limits.max_headers,
         )
-        app.on_response_prepare.append(self._prepare)
+
+    def app(self) -> web.Application:
+        """Every path with its handler."""
+        app = web.Application()
         add = app.router
         for path, handler in {
             **dict.fromkeys(NATIVE, self._native),
@@ -128,16 +129,7 @@ class Routes:
         add.add_post("/abort_request", self._abort_request)
         add.add_get("/v1/responses/{id}", self._response)
         add.add_delete("/v1/responses/{id}", self._delete_response)
-        return web.AppRunner(
-            app,
-            handler_cancellation=True,
-            access_log=None,
-            shutdown_timeout=self._front.limits.shutdown_s,
-            keepalive_timeout=KEEPALIVE_S,
-            max_line_size=MAX_HEADER,
-            max_field_size=MAX_HEADER,
-            max_headers=MAX_HEADERS,
-        )
+        return app
 
     # -- text ----------------------------------------------------------------------------------
 
@@ -195,11 +187,11 @@ class Routes:
     ) -> web.StreamResponse:
         """The one way from a request to text: admit, wait, answer; abort however it ends."""
         front, exchange, status = self._front, None, CLIENT_GONE
-        request[COUNTED] = True
         try:
             generation = parse(await self._body(request))
             name = prefix + secrets.token_hex(12)
-            exchange = front.submit(generation, name, reply, request[REQUEST_ID], request[CLIENT])
+            exchange = front.submit(generation, name, reply, request[REQUEST_ID])
+            self._lookout.add(request)
             await exchange.accepted
             if exchange.error is None and exchange.streams:
                 response = await self._stream(request, exchange)
@@ -214,17 +206,17 @@ class Routes:
         except RequestError as error:
             status = error.status
             raise
-        except web.HTTPException as error:
-            status = error.status
+        except ConnectionError:  # the client left: CLIENT_GONE
             raise
         except Exception:
             status = 500
             raise
         finally:
+            self._lookout.remove(request)
             if exchange is None:
-                front.count(_route(request), status, REFUSED)
+                front.count(request.path, status)
             else:
-                front.close(exchange, _route(request), status)
+                front.close(exchange, request.path, status)
             _log_end(request, status, exchange)
 
     async def _stream(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
@@ -235,6 +227,7 @@ class Routes:
         if not chunked:  # only the connection's end tells such a client that the body is over
             response.force_close()
             response.headers["Connection"] = "close"
+        self._mark(request, response)
         writer = await response.prepare(request)
         transport = request.transport
         if writer is None or transport is None:
@@ -250,12 +243,11 @@ class Routes:
 
     async def _tokens(self, request: web.Request) -> web.StreamResponse:
         text, add_special_tokens = lightllm.tokens(await self._body(request))
-        count = await self._front.num_tokens(text, add_special_tokens, client=request[CLIENT])
-        return _json(sse.body({"ntokens": count}))
+        return _json(sse.body({"ntokens": await self._front.num_tokens(text, add_special_tokens)}))
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         chat = anthropic.count(await self._body(request), self._front.served)
-        count = await self._front.num_tokens("", False, chat, request[CLIENT])
+        count = await self._front.num_tokens("", False, chat)
         return _json(sse.body({"input_tokens": count}))
 
     async def _response(self, request: web.Request) -> web.StreamResponse:
@@ -322,20 +314,22 @@ class Routes:
 
     # -- around every request ------------------------------------------------------------------
 
-    @web.middleware
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _guard(self, route: Handler, request: web.Request) -> web.StreamResponse:
         """Every failure becomes an error object."""
         request[REQUEST_ID] = _request_id(request)
+        response = await self._guarded(route, request)
+        if not response.prepared:
+            self._mark(request, response)
+        return response
+
+    async def _guarded(self, route: Handler, request: web.Request) -> web.StreamResponse:
         try:
             if (answer := self._gate.preflight(request)) is not None:
                 return answer
             self._gate.check(request)
-            request[CLIENT] = self._gate.client(request)
-            return await handler(request)
+            return await route(request)
         except RequestError as error:
             return self._error(request, error)
-        except web.HTTPRequestEntityTooLarge:
-            return self._error(request, self._too_large())
         except web.HTTPNotFound:
             return self._error(request, errors.UnknownPath(f"there is nothing at {request.path}"))
         except web.HTTPMethodNotAllowed as error:
@@ -344,10 +338,14 @@ class Routes:
             response = self._error(request, errors.WrongMethod(message))
             response.headers["Allow"] = allowed
             return response
+        except web.HTTPExpectationFailed:
+            expected = fields.show(request.headers.get("Expect"))
+            message = f"Expect: {expected} is not 100-continue"
+            return self._error(request, errors.Unexpected(message))
         except web.HTTPException as error:
             return self._error(request, errors.from_status(error.status, error.reason, ""))
         except ConnectionError:
-            raise
+            raise  # the client left
         except Exception:
             log.exception(
                 "request %s: %s %s failed", request[REQUEST_ID], request.method, request.path
@@ -356,34 +354,24 @@ class Routes:
                 request, errors.ServerFault("the server failed on this request; see its log")
             )
 
-    async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
+    def _mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+        """The headers that every answer has."""
         response.headers["X-Request-Id"] = request[REQUEST_ID]
-        if not request.get(COUNTED):
-            self._front.count(_route(request), response.status)
         self._gate.mark(request, response)
         if self._front.draining:
-            response.force_close()
-            response.headers["Connection"] = "close"
+            _close_after(response)
 
     async def _body(self, request: web.Request) -> dict[str, Any]:
-        """The JSON object sent. Raises RequestError."""
-        if (request.content_length or 0) > self._front.limits.max_body:
-            raise self._too_large()
-        try:
-            async with asyncio.timeout(self._front.limits.body_s):
-                raw = await request.read()
-        except TimeoutError:
-            raise errors.BodyTooSlow(
-                f"the body did not come within {self._front.limits.body_s:g} s"
-            ) from None
-        except web.RequestPayloadError as error:
-            raise RequestError(f"the body cannot be read: {error}", code="invalid_body") from None
-        return fields.load(raw)
+        """The JSON object sent. Raises RequestError, ConnectionError."""
+        limits = self._front.limits
+        raw = await read_body(request, limits.max_body, limits.body_s)
+        body = jsonbody.load(raw, self._max_values)
+        if len(raw) > BIG_BODY:
+            await asyncio.sleep(0)  # what the protocol makes of it is a turn of its own
+        return body
 
-    def _too_large(self) -> RequestError:
-        return errors.BodyTooLarge(f"the body is larger than {self._front.limits.max_body} bytes")
-
-    def _error(self, request: web.Request, error: RequestError) -> web.Response:
+    def _error(self, request: web.BaseRequest, error: RequestError) -> web.Response:
+        """The error object; also for what never became a request."""
         told = errors.body(error)
         if request.path.startswith(ANTHROPIC):
             told = anthropic_reply.error_body(error)
@@ -394,20 +382,22 @@ class Routes:
             response.headers["Retry-After"] = str(self._front.retry_after_s())
         if error.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
-        if error.status == 408:  # the rest of the body may still come
-            response.force_close()
-            response.headers["Connection"] = "close"
+        if error.status in (408, 413, 415, 417):  # the rest of the body may still come
+            _close_after(response)
+        if REQUEST_ID not in request:
+            request[REQUEST_ID] = secrets.token_hex(16)
+            self._mark(request, response)
         return response
-
-
-def _route(request: web.Request) -> str:
-    """The path as registered: what clients may make up must not become a label."""
-    resource = request.match_info.route.resource
-    return NO_ROUTE if resource is None else resource.canonical
 
 
 def _json(body: bytes, status: int = 200) -> web.Response:
     return web.Response(body=body, status=status, content_type="application/json")
+
+
+def _close_after(response: web.StreamResponse) -> None:
+    """The connection ends with this response."""
+    response.force_close()
+    response.headers["Connection"] = "close"
 
 
 def _log_end(request: web.Request, status: int, exchange: Exchange | None) -> None:

@@ -20,6 +20,13 @@ class Unauthorized(RequestError):
     status = 401
 
 
+class ForeignOrigin(RequestError):
+    """A page of another site sends this, perhaps unknown to who looks at it."""
+
+    status = 403
+    code = "origin_not_allowed"
+
+
 class UnknownPath(RequestError):
     status = 404
     code = "not_found"
@@ -38,6 +45,23 @@ class BodyTooSlow(RequestError):
 class BodyTooLarge(RequestError):
     status = 413
     code = "request_too_large"
+
+
+class UnknownEncoding(RequestError):
+    status = 415
+    code = "unsupported_encoding"
+
+
+class Unexpected(RequestError):
+    """The client waits for something that this server does not do."""
+
+    status = 417
+    code = "expectation_failed"
+
+
+class HeaderTooLarge(RequestError):
+    status = 431
+    code = "header_too_large"
 
 
 class Cancelled(RequestError):

@@ -13,6 +13,9 @@ from asyncllm.errors import StartupError
 
 DEFAULT_CHUNK = {"cuda": 4096, "cpu": 256}
 DEFAULT_BATCH = {"cuda": 16384, "cpu": 1024}
+# English is 4 bytes a token; written as \uXXXX other scripts come to 20
+BODY_BYTES_PER_TOKEN = 64
+MIN_BODY_SIZE = 4 << 20
 GPU_ONLY = ("disable_cudagraph", "disable_symm_mem_allreduce")
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -29,6 +32,7 @@ class Resolved:
         eos_ids: token ids that end an answer, possibly none.
         model_name: the answer of /get_model_name.
         served_names: names that requests may use; the first is the id in /v1/models.
+        max_body_size: bytes of a request body.
         num_slots: KV slots, 0 until ``with_slots``.
     """
 
@@ -44,6 +48,7 @@ class Resolved:
     len_is_explicit: bool
     notes: tuple[str, ...] = ()
     num_slots: int = 0
+    max_body_size: int = MIN_BODY_SIZE
     max_req_input_len: int | None = None
 
     def __post_init__(self) -> None:
@@ -124,6 +129,7 @@ def resolve_limits(
         dtype=_dtype(config.data_type, checkpoint_dtype),
         max_req_total_len=length,
         max_req_input_len=config.max_req_input_len,
+        max_body_size=config.max_body_size or max(MIN_BODY_SIZE, BODY_BYTES_PER_TOKEN * length),
         chunked_prefill_size=chunk,
         batch_max_tokens=batch,
         running_max_req_size=config.running_max_req_size,

@@ -19,7 +19,6 @@ from asyncllm.config.flag import (
     at_least,
     between,
     flag,
-    network,
     not_empty,
     origin,
     unit_interval,
@@ -192,11 +191,6 @@ class Config:
         help="what makes outputs follow a JSON schema, regular expression or grammar; none: such "
         "requests are refused (LightLLM's default is none)",
     )  # fmt: skip
-    constraint_time_limit: float = flag(
-        5.0, group=MEMORY, check=above_zero, metavar="SECONDS",
-        help="CPU time that may go into one request's constraint (which tokens does the grammar "
-        "allow next?) over its whole life; beyond it the request ends with an error",
-    )  # fmt: skip
     tool_call_parser: str | None = flag(
         None, group=MEMORY, choices=tools.FORMATS,
         help="format in which the model writes tool calls; default: the one that its chat template "
@@ -223,8 +217,7 @@ class Config:
     )  # fmt: skip
     max_waiting: int = flag(
         1024, group=MEMORY, check=at_least(1),
-        help="requests that may wait for a place; more are answered 429, and so are those of one "
-        "client (API key, else address) beyond half of it while others wait",
+        help="requests that may wait for a place; more are answered 429",
     )  # fmt: skip
 
     # --- parallel modes
@@ -301,11 +294,26 @@ class Config:
         (), group=ACCESS, nargs="+", check=origin, metavar="ORIGIN",
         help="web origins whose scripts may use the API, e.g. https://chat.example.org; *: all",
     )  # fmt: skip
-    trust_forwarded_for: tuple[str, ...] = flag(
-        (), group=ACCESS, nargs="+", check=network, metavar="ADDRESS",
-        help="addresses or networks of proxies in front of this server: a request that comes from "
-        "one belongs to the last address in X-Forwarded-For (or Forwarded) that is not one of "
-        "them; clients that wait are served in turn, one address each where there are no API keys",
+    max_body_size: int | None = flag(
+        None, group=ACCESS, check=at_least(1), metavar="BYTES",
+        help="longest request body, as sent and decompressed; a longer one is answered 413; default: "
+        "64 bytes for each token of --max_req_total_len, at least 4 MiB",
+    )  # fmt: skip
+    body_timeout: float = flag(
+        60.0, group=ACCESS, check=above_zero, metavar="SECONDS",
+        help="time that a request body may take to come; a slower one is answered 408",
+    )  # fmt: skip
+    max_header_size: int = flag(
+        8192, group=ACCESS, check=between(1, 1 << 20), metavar="BYTES",
+        help="longest request line and longest header; a longer one is answered 431",
+    )  # fmt: skip
+    max_headers: int = flag(
+        128, group=ACCESS, check=between(1, 4096),
+        help="headers of one request; more are answered 431",
+    )  # fmt: skip
+    keep_alive_timeout: float = flag(
+        75.0, group=ACCESS, check=above_zero, metavar="SECONDS",
+        help="a connection without a request for this long is closed",
     )  # fmt: skip
     sse_keep_alive: float = flag(
         15.0, group=ACCESS, check=at_least(0), metavar="SECONDS",

@@ -82,7 +82,7 @@ class Constraints:
         return None
 
 
-class Allowed(Constraint):
+class Allowed:
     """The same tokens all the way."""
 
     def __init__(self, mask: bytes) -> None:

@@ -26,7 +26,7 @@ def check(boot: Boot, spec: ModelSpec) -> int:
         ports.append("torch.distributed {}:{}".format(*boot.rendezvous))
     limits = (
         "max_req_total_len", "running_max_req_size", "batch_max_tokens", "chunked_prefill_size",
-        "eos_ids",
+        "eos_ids", "max_body_size",
     )  # fmt: skip
     lines = [
         f"model: {boot.model_dir}, {spec.architecture}, {spec.num_parameters():,} weights",

@@ -19,7 +19,7 @@ async def test_every_route_is_documented(server: Server) -> None:
         for path, methods in document["paths"].items()
         for method in methods
     }
-    app = Routes(server.front).runner().app
+    app = Routes(server.front).app()
     served = {
         (re.sub(r"\{.*\}", "*", str(r.resource.canonical)), r.method)
         for r in app.router.routes()

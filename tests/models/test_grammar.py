@@ -49,9 +49,7 @@ def grammars(pieces: list[bytes]) -> Grammars:
 
 def start(grammars: Grammars, kind: str, source: str) -> Matcher:
     grammars.keep(kind, source, grammars.build(kind, source))
-    matcher = grammars.constrain(kind, source)
-    matcher.start()
-    return matcher
+    return grammars.constrain(kind, source)
 
 
 def allowed(matcher: Matcher) -> list[int]:
