@@ -17,6 +17,7 @@ from asyncllm import __version__, log
 from asyncllm.config import ANY, FLAGS, GROUPS, OPERATION, Config, Flag
 from asyncllm.environment import quiet_libraries
 from asyncllm.errors import StartupError
+from asyncllm.server import signals
 
 # options of LightLLM, of today or of the time of the documented ones, that are not ours
 _FOREIGN = """
@@ -96,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if done.code is None else int(done.code)
     log.setup(config.log_level, json=config.log_json, who="rank0")
     quiet_libraries()
+    signals.hold()
     from asyncllm.rank import serve
 
     try:

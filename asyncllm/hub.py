@@ -6,7 +6,6 @@ files contain.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -18,10 +17,9 @@ from asyncllm.demo import Bar, ensure_demo_model
 from asyncllm.environment import hub_offline
 from asyncllm.errors import StartupError
 from asyncllm.log import Progress
+from asyncllm.models.checkpoint import INDEX, SINGLE, weight_files
 
 _log = logging.getLogger("asyncllm.hub")
-
-INDEX = "model.safetensors.index.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # what a server reads: config, tokenizer, template and safetensors
@@ -68,16 +66,8 @@ def check_model_dir(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise StartupError(f"{folder} holds no config.json: not a Hugging Face model folder")
-    if (folder / INDEX).is_file():
-        missing = [name for name in _shards(folder / INDEX) if not (folder / name).is_file()]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise StartupError(f"{folder} lacks {missing[0]}{more}, named in {INDEX}")
-    elif next(folder.glob("*.safetensors"), None) is None:
-        raise StartupError(
-            f"{folder} holds no *.safetensors; weights in other formats (.bin, .pt, .gguf) are not "
-            f"read"
-        )
+    if set(weight_files(folder)) == {folder / SINGLE} and (folder / INDEX).is_file():
+        _log.info("%s: all weights are taken from %s", folder, SINGLE)
 
 
 class _TerminalBar(tqdm):  # type: ignore[misc]  # it has no types
@@ -85,14 +75,6 @@ class _TerminalBar(tqdm):  # type: ignore[misc]  # it has no types
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "disable": None})
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise StartupError(f"{index} is not a safetensors index: {err!r}") from err
-    return sorted(str(name) for name in names)
 
 
 def _download(repo: str) -> Path:

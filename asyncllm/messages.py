@@ -36,6 +36,7 @@ class Tokenize:
     reasoning: str = ""  # the format of reasoning in the answers to a chat, "": none
     continued: str = ""  # of a chat: the end of the prompt that is the beginning of the answer
     truncate: int = 0  # keep only that many of the prompt's last tokens; 0: all
+    client: int = 0  # stands for an API key or an address; clients that wait are served in turn
 
 
 @message(2)
@@ -60,6 +61,7 @@ class Submit:
     after: int = -1  # the rid of the first request for this prompt, if this is another
     # texts of tokens taken off the end of the prompt, with which the output begins
     healed: tuple[bytes, ...] = ()
+    client: int = 0  # as in Tokenize
 
 
 @message(4)
@@ -98,6 +100,7 @@ class Count:
     text: str
     add_special_tokens: bool
     chat: bytes | None = None  # instead of the text, as in Tokenize
+    client: int = 0  # as in Tokenize
 
 
 @message(7)
@@ -150,6 +153,13 @@ class Built:
     text: str
     detail: str  # "": no error
     frees: bool  # the thread is free again; False: the answer is late, the thread still busy
+
+
+@message(29)
+class Worked:
+    """scheduler -> itself: what a thread has done for constraints."""
+
+    done: tuple[tuple[int, int, float, str, int], ...]  # the fields of ``masking.Done``
 
 
 # -- a step --------------------------------------------------------------------------------------
@@ -403,18 +413,9 @@ class AllocatorStats:
 
 @message(45)
 class Served:
-    """frontend -> watchdog@0: one HTTP request has been answered. Times in seconds."""
+    """frontend -> watchdog@0: HTTP requests have been answered."""
 
-    route: str
-    status: int
-    prompt_len: int
-    cached_len: int
-    num_tokens: int
-    max_new_tokens: int
-    reason: str
-    ttft_s: float  # < 0: no token came
-    tpot_s: float  # < 0: fewer than two tokens
-    total_s: float
+    answers: tuple[tuple[Any, ...], ...]  # each the fields of core.metrics.Answered
 
 
 @message(46)

@@ -16,6 +16,7 @@ from asyncllm.config import Config, Resolved, resolve_limits
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible, use_interface
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
+from asyncllm.models.checkpoint import HEAD, read_checkpoint, with_own_head
 from asyncllm.models.registry import check_architecture
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server import meeting
@@ -29,6 +30,7 @@ from asyncllm.server.launch import (
     tls_context,
 )
 from asyncllm.server.process import EXIT_STARTUP, Server
+from asyncllm.server.signals import Watch, leave_to_leader
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +43,19 @@ def serve(config: Config) -> int:
     """
     config = with_all_keys(config)
     tls_context(config)
+    watch = Watch("rank 0", leads=True)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
         model_dir = resolve_model_dir(config.model_dir, cache_dir())
-        spec = ModelSpec.from_dir(model_dir)
-        check_architecture(spec.architecture)
+        config_spec = ModelSpec.from_dir(model_dir)
+        check_architecture(config_spec.architecture)
+        spec = with_own_head(config_spec, read_checkpoint(model_dir))
+        if spec != config_spec:
+            logger.warning(
+                "config.json ties the output matrix to the embedding, but %s is another matrix: "
+                "it is used",
+                HEAD,
+            )
         resolved = resolve(config, spec, model_dir)
         for note in resolved.notes:
             logger.info("%s", note)
@@ -70,7 +80,7 @@ def serve(config: Config) -> int:
         )
         if config.check:
             return check(boot, spec)
-        return uvloop.run(Server(boot, spec, wires).run())
+        return uvloop.run(Server(boot, spec, wires, watch).run())
 
 
 def resolve(config: Config, spec: ModelSpec, model_dir: Path) -> Resolved:
@@ -103,10 +113,13 @@ def main() -> int:
         return 1  # rank 0 has gone already
     boot = Boot.from_json(text)
     die_with_parent(boot.parent)
+    leave_to_leader()
     log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))
+    watch = Watch(boot.name, leads=False)
     try:
-        spec = ModelSpec.from_dir(Path(boot.model_dir))
-        return uvloop.run(Server(boot, spec, None).run())
+        model_dir = Path(boot.model_dir)
+        spec = with_own_head(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
+        return uvloop.run(Server(boot, spec, None, watch).run())
     except StartupError as error:
         logger.critical("%s cannot start: %s", boot.name, error)
         return EXIT_STARTUP

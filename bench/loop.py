@@ -122,7 +122,7 @@ async def streams(args: argparse.Namespace, text: Text) -> None:
         ),
         vocab=Vocab(piece=lambda i: pieces[i], decode=text.decode, special=text.special),
         sockets=[sock],
-        limits=Limits(max_live=args.streams),
+        limits=Limits(max_running=args.streams, max_waiting=1),
         on_open=opened.set,
     )  # fmt: skip
     pacer = Pacer(args.streams, args.tokens, args.step_ms / 1e3, len(pieces))

@@ -13,6 +13,7 @@ from asyncllm import __version__, cli, config
 from asyncllm.cli import ALIASES, FOREIGN, REASONS, main, markdown, parse
 from asyncllm.config import ANY, FLAGS, Config
 from asyncllm.errors import StartupError
+from asyncllm.server import signals
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +48,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     stand_in = types.ModuleType("asyncllm.rank")
     stand_in.serve = serve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "asyncllm.rank", stand_in)
+    monkeypatch.setattr(signals, "hold", lambda: None)  # this process goes on
     monkeypatch.setattr(cli.log, "setup", lambda *args, **more: None)
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
     return seen
@@ -63,6 +65,8 @@ def sample(name: str) -> tuple[list[str], object]:
         value = {int: 5, float: 0.5, str: "text"}[option.kind]
         if name == "cors_allow_origins":
             value = "https://example.org:8443"
+        elif name == "trust_forwarded_for":
+            value = "10.0.0.0/8"
     return [str(value)], (value,) if option.nargs else value
 
 

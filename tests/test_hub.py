@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from asyncllm.errors import StartupError
-from asyncllm.hub import INDEX, check_model_dir, resolve_model_dir
+from asyncllm.hub import check_model_dir, resolve_model_dir
+from asyncllm.models.checkpoint import INDEX
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOBODY = "http://127.0.0.1:9"  # a port at which nobody listens

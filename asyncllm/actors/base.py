@@ -84,6 +84,10 @@ class Actor(Generic[M]):
     def stopped(self) -> None:
         """Called once, in reverse order of registration, also after a crash (of ``started`` too)."""
 
+    def holds(self) -> str:
+        """What it works on, for whoever looks into a running process. From any thread."""
+        return ""
+
     def spawn(self, work: Coroutine[Any, Any, M | None]) -> None:
         """Run ``work`` beside the actor; what it returns is put into this mailbox."""
         self.system.spawn(self, work)

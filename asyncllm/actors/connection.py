@@ -29,7 +29,7 @@ COMPLAIN_S: Final = 60.0  # between two lines of the log about descriptors
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-ErrorAnswer = Callable[[web.BaseRequest, RequestError], web.Response]
+ErrorAnswer = Callable[[RequestError], web.Response]
 
 
 class Connection(web.RequestHandler):
@@ -69,7 +69,7 @@ class Connection(web.RequestHandler):
         else:
             log.error("%s %s failed", request.method, request.path, exc_info=exc)
             error = ServerFault("the server failed on this request; see its log")
-        response = self._answer(request, error)
+        response = self._answer(error)
         response.force_close()
         return response
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from socket import socket
 from time import monotonic, perf_counter, time
 from typing import Any, assert_never
@@ -26,8 +25,10 @@ from asyncllm.actors.stream import Exchange, Pipe, resolve
 from asyncllm.api import sse
 from asyncllm.api.answer import REASONS, Answer, Choice, Reply, Vocab
 from asyncllm.api.errors import Cancelled, NotServing, from_status
-from asyncllm.api.fields import MAX_SEED, bad
+from asyncllm.api.fields import MAX_SEED
 from asyncllm.api.generation import Generation, Served
+from asyncllm.core.admission import Admission
+from asyncllm.core.metrics import REFUSED, Answered
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.messages import (
@@ -53,7 +54,6 @@ log = logging.getLogger(__name__)
 Inbox = Accepted | Delta | Finished | Counted | Scraped | Started | Drain | Cancel
 
 LOOK_EVERY = 4  # streams written between two looks at the clock
-LIMITS = "(--running_max_req_size, --max_waiting)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,8 @@ class Limits:
     """What the frontend takes on.
 
     Args:
-        max_live: choices being generated or waiting at once; more is 429.
+        max_running: choices that may be generated at once.
+        max_waiting: choices that may wait beside them; more is 429 (see ``Admission``).
         max_body: bytes of a request body; more is 413.
         max_header: bytes of the request line, and of each header; more is 431.
         max_headers: of one request; more is 431.
@@ -74,7 +75,8 @@ class Limits:
         shutdown_s: seconds for open connections when the server stops.
     """
 
-    max_live: int = 1024
+    max_running: int = 1000
+    max_waiting: int = 1024
     max_body: int = 4 << 20
     max_header: int = 8 << 10
     max_headers: int = 128
@@ -128,7 +130,10 @@ class Frontend(Actor[Inbox]):
         self._dirty: deque[Exchange] = deque()  # with something to write
         self._flush_waits = False
         self._queries: dict[int, asyncio.Future[Any]] = {}
-        self._mean_s = 1.0  # a request's time, for Retry-After
+        self._admission = Admission(
+            max_running=self.limits.max_running, max_waiting=self.limits.max_waiting
+        )
+        self._to_tell: list[tuple[Any, ...]] = []  # not told yet
         self._doors: Doors | None = None
 
     def started(self) -> None:
@@ -180,6 +185,10 @@ class Frontend(Actor[Inbox]):
         for sock in self._sockets:
             sock.close()
 
+    def holds(self) -> str:
+        text = f"{len(self._exchanges)} requests, {len(self._by_rid)} choices"
+        return text + ", drains" * self.draining
+
     # -- called by the routes ----------------------------------------------------------------
 
     def submit(
@@ -188,17 +197,22 @@ class Frontend(Actor[Inbox]):
         name: str,
         reply: Callable[[Answer], Reply],
         request_id: str,
+        client: int = 0,
     ) -> Exchange:
         """Admit a request and send its prompts to the tokenizer.
 
         Args:
             name: the answer's id.
             request_id: the client's, or the one made for it.
+            client: whose turn the request takes where several wait.
 
         Raises:
-            ServerBusy: 429, too much is going on. NotServing: 503, the server drains.
+            RequestError: 400, more choices than can ever wait. ServerBusy: 429, too much is going
+                on. NotServing: 503, the server drains.
         """
-        self._admit(generation)
+        if self.draining:
+            raise NotServing("the server is shutting down", code="shutting_down")
+        self._admission.enter(client, generation.n * len(generation.prompts))
         if not generation.seeded:
             params = replace(generation.params, seed=secrets.randbelow(MAX_SEED + 1))
             generation = replace(generation, params=params)
@@ -214,8 +228,9 @@ class Frontend(Actor[Inbox]):
             choices=choices,
             prompts=[array("i") for _ in generation.prompts],
         )
-        exchange = Exchange(answer, reply(answer), request_id, self.system.loop)
+        exchange = Exchange(answer, reply(answer), request_id, client, self.system.loop)
         self._exchanges.add(exchange)
+        self._give_rids(exchange)
         try:
             for i in range(num_prompts):
                 self._tokenize(exchange, i)
@@ -235,15 +250,16 @@ class Frontend(Actor[Inbox]):
     def close(self, exchange: Exchange, route: str, status: int) -> None:
         """The handler is over, whatever the reason: abort what still lives, and count."""
         self._forget(exchange)
-        self.count(route, status, exchange)
+        self._count_exchange(route, status, exchange)
         self._say_drained()
 
-    def count(self, route: str, status: int, exchange: Exchange | None = None) -> None:
-        """Tell the watchdog of an answered request; without an exchange it was refused."""
-        if self.system.over:
-            return
-        if exchange is None:
-            self._watchdog.tell(ServedOne(route, status, 0, 0, 0, 0, "error", -1.0, -1.0, 0.0))
+    def count(self, route: str, status: int, reason: str = "") -> None:
+        """Tell the watchdog of an answer that generated nothing; ``reason``: as in ``Answered``."""
+        self._tell_answered(Answered(route, status, 0, 0, reason, -1.0, -1.0, 0.0))
+
+    def _count_exchange(self, route: str, status: int, exchange: Exchange) -> None:
+        if exchange.unaccepted:
+            self.count(route, status, REFUSED)
             return
         now = monotonic()
         answer = exchange.answer
@@ -253,27 +269,30 @@ class Frontend(Actor[Inbox]):
         more = max(c.num_tokens for c in answer.choices) - 1
         tpot = (exchange.last_at - exchange.first_at) / more if more > 0 else -1.0
         total = now - exchange.begun_at
-        if status == 200:
-            self._mean_s += 0.1 * (total - self._mean_s)
-        most = answer.generation.params.max_new_tokens
-        if most is None:
-            most = max(self.served.max_len - max(map(len, answer.prompts)), 0)
         reason = "abort" if status == 499 else "error"
         if status == 200 and exchange.error is None and answer.choices[0].reason is not None:
             reason = REASONS[answer.choices[0].reason]
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        self._watchdog.tell(
-            ServedOne(
-                route, status, usage["prompt_tokens"], cached, tokens, most, reason, ttft, tpot, total
-            )
-        )  # fmt: skip
+        self._tell_answered(
+            Answered(route, status, usage["prompt_tokens"], tokens, reason, ttft, tpot, total)
+        )
+
+    def _tell_answered(self, answered: Answered) -> None:
+        """With what else is answered in this turn of the loop: no flood fills the mailbox."""
+        if not self._to_tell:
+            self.system.loop.call_soon(self._flush_answered)
+        self._to_tell.append(astuple(answered))
+
+    def _flush_answered(self) -> None:
+        answers, self._to_tell = self._to_tell, []
+        if not self.system.over:
+            self._watchdog.tell(ServedOne(tuple(answers)))
 
     def retry_after_s(self) -> int:
-        """When a refused client may try again: about one request's time, 1 to 60 s."""
-        return min(max(math.ceil(self._mean_s), 1), 60)
+        """When a refused client may try again: when those that wait now have been served."""
+        return self._admission.retry_after_s()
 
     async def num_tokens(
-        self, text: str, add_special_tokens: bool, chat: bytes | None = None
+        self, text: str, add_special_tokens: bool, chat: bytes | None = None, client: int = 0
     ) -> int:
         """Tokens of a text, or of a chat's prompt.
 
@@ -282,7 +301,7 @@ class Frontend(Actor[Inbox]):
         """
         query, future = self._query()
         try:
-            self._tokenizer.tell(Count(query, text, add_special_tokens, chat))
+            self._tokenizer.tell(Count(query, text, add_special_tokens, chat, client))
         except MailboxFull:
             del self._queries[query]
             raise ServerBusy("the tokenizer is behind; try again later") from None
@@ -307,35 +326,26 @@ class Frontend(Actor[Inbox]):
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _admit(self, generation: Generation) -> None:
-        if self.draining:
-            raise NotServing("the server is shutting down", code="shutting_down")
-        wanted, most = generation.n * len(generation.prompts), self.limits.max_live
-        if wanted > most:
-            bad(f"n: {wanted} choices in one request, at most {most} may run or wait {LIMITS}", "n")
-        if len(self._by_rid) + wanted > most:
-            raise ServerBusy(
-                f"{len(self._by_rid)} choices are being generated or wait, at most {most} may "
-                f"{LIMITS}; try again in {self.retry_after_s()} s"
-            )
+    def _give_rids(self, exchange: Exchange) -> None:
+        """One for each choice, in order."""
+        choices = exchange.answer.choices
+        first = (self.system.endpoint << FRONTEND_SHIFT) + self._counter
+        self._counter += len(choices)
+        exchange.rids = range(first, first + len(choices))
+        exchange.live = dict(zip(exchange.rids, choices, strict=True))
+        exchange.unaccepted = set(exchange.rids[:: exchange.answer.generation.n])
+        for rid, choice in exchange.live.items():
+            self._by_rid[rid] = (exchange, choice)
 
     def _tokenize(self, exchange: Exchange, prompt_idx: int) -> None:
-        """Send one prompt with a rid for each of its choices."""
+        """Send one prompt with the rids of its choices."""
         generation = exchange.answer.generation
         prompt, n = generation.prompts[prompt_idx], generation.n
-        first = (self.system.endpoint << FRONTEND_SHIFT) + self._counter
-        self._counter += n
-        rids = tuple(range(first, first + n))
-        for rid, choice in zip(
-            rids, exchange.answer.choices[prompt_idx * n : (prompt_idx + 1) * n], strict=True
-        ):
-            exchange.live[rid] = choice
-            self._by_rid[rid] = (exchange, choice)
-        exchange.unaccepted.add(first)
+        rids = exchange.rids[prompt_idx * n : (prompt_idx + 1) * n]
         parting = generation.parting
         self._tokenizer.tell(
             Tokenize(
-                rids,
+                tuple(rids),
                 prompt.text,
                 prompt.ids,
                 prompt.chat,
@@ -345,6 +355,7 @@ class Frontend(Actor[Inbox]):
                 "" if parting is None else parting.reasoning,
                 "" if parting is None else parting.continued,
                 truncate=generation.truncate,
+                client=exchange.client,
             )
         )
 
@@ -365,6 +376,8 @@ class Frontend(Actor[Inbox]):
         if found is None:
             return  # aborted; the detokenizer did not know yet
         exchange, choice = found
+        if msg.ids and not choice.num_tokens:
+            self._admission.begin(exchange.client)
         choice.take(msg)
         if msg.ids:
             exchange.last_at = monotonic()
@@ -388,6 +401,7 @@ class Frontend(Actor[Inbox]):
             self._fail(exchange, error)
             return
         del self._by_rid[msg.rid], exchange.live[msg.rid]
+        self._admission.leave(exchange.client, begun=choice.num_tokens > 0, served=True)
         choice.end(reason, msg.cached_len, msg.stop)
         if exchange.streams:
             self._render(exchange, exchange.reply.end(choice))
@@ -415,8 +429,9 @@ class Frontend(Actor[Inbox]):
 
     def _abort(self, exchange: Exchange) -> None:
         """End every choice that still lives."""
-        for rid in exchange.live:
+        for rid, choice in exchange.live.items():
             del self._by_rid[rid]
+            self._admission.leave(exchange.client, begun=choice.num_tokens > 0, served=False)
         if not self.system.over:
             self._tell_abort(exchange)
         exchange.live.clear()

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from hmac import compare_digest
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Final
 
 from aiohttp import web
@@ -28,11 +29,13 @@ class Access:
         keys: any one of them opens; none: everything is open.
         origins: web origins whose scripts may read answers; "*": all.
         tls: of the listening sockets; None: plain HTTP.
+        proxies: addresses or networks of proxies that tell whose requests they pass on.
     """
 
     keys: tuple[str, ...] = field(default=(), repr=False)
     origins: tuple[str, ...] = ()
     tls: ssl.SSLContext | None = None
+    proxies: tuple[str, ...] = ()
 
 
 class Gate:
@@ -42,6 +45,7 @@ class Gate:
         # digests have one length, so that a comparison's time says nothing about a key
         self._digests = [sha256(key.encode()).digest() for key in access.keys]
         self._origins = frozenset(access.origins)
+        self._proxies = [ip_network(proxy, strict=False) for proxy in access.proxies]
 
     def check(self, request: web.Request) -> None:
         """Raises Unauthorized (401) without a valid key, whatever is at the path.
@@ -59,6 +63,45 @@ class Gate:
         if not sum(self._fits(key) for key in given):
             raise Unauthorized("the API key is not valid", code="invalid_api_key")
 
+    def client(self, request: web.Request) -> int:
+        """Who a checked request comes from: 64 bits that stand for its key, else for its address.
+
+        The same in every process. Of IPv6 the first half counts: a host has the other to itself.
+        """
+        if self._digests:
+            name = next((key for key in _keys(request) if self._fits(key)), b"")
+        else:
+            name = _name(self._address(request))
+        return int.from_bytes(blake2b(name, digest_size=8).digest())
+
+    def _address(self, request: web.Request) -> IPv4Address | IPv6Address | None:
+        """The peer's, or what trusted proxies say; None: it has none that can be read.
+
+        A client can send the headers as well. What it wrote stands left of what the proxies have
+        added, so they are read from the right, up to the first that no trusted proxy has written.
+        Where both headers are there and differ, one of them was passed through: neither counts.
+        """
+        peer = _parsed(request.remote or "")
+        if not self._proxies:
+            return peer
+        told = {
+            self._behind(peer, tuple(reversed(hops)))
+            for hops in (_x_forwarded_for(request), _forwarded(request))
+            if hops
+        }
+        return told.pop() if len(told) == 1 else peer
+
+    def _behind(
+        self, peer: IPv4Address | IPv6Address | None, hops: tuple[str, ...]
+    ) -> IPv4Address | IPv6Address | None:
+        for hop in hops:
+            if peer is None or not any(peer in proxy for proxy in self._proxies):
+                break
+            if (before := _parsed(hop)) is None:  # "unknown", or a name that only the proxy knows
+                break
+            peer = before
+        return peer
+
     def preflight(self, request: web.Request) -> web.Response | None:
         """The answer to a browser that asks before it sends; it brings no key, and runs no route."""
         wanted = request.headers.get("Access-Control-Request-Method")
@@ -72,7 +115,7 @@ class Gate:
             headers["Access-Control-Allow-Headers"] = names
         return web.Response(status=204, headers=headers)
 
-    def mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+    def mark(self, request: web.Request, response: web.StreamResponse) -> None:
         """Let the asking page read the answer, if its origin may."""
         if not self._origins:
             return
@@ -98,3 +141,39 @@ def _keys(request: web.Request) -> list[bytes]:
         found.append(rest.strip())
     found.append(request.headers.get("x-api-key", ""))
     return [key.encode("utf-8", "surrogateescape") for key in found if key]
+
+
+def _x_forwarded_for(request: web.Request) -> list[str]:
+    """The addresses of X-Forwarded-For, the client's first."""
+    lines = request.headers.getall("X-Forwarded-For", ())
+    return [hop.strip() for line in lines for hop in line.split(",")]
+
+
+def _forwarded(request: web.Request) -> list[str]:
+    """The ``for`` of each element of Forwarded (RFC 7239), the client's first."""
+    hops = []
+    for line in request.headers.getall("Forwarded", ()):
+        for element in line.split(","):
+            pairs = dict(pair.strip().partition("=")[::2] for pair in element.lower().split(";"))
+            hops.append(pairs.get("for", "").strip('"'))
+    return hops
+
+
+def _parsed(text: str) -> IPv4Address | IPv6Address | None:
+    """An address with or without a port and brackets."""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def _name(address: IPv4Address | IPv6Address | None) -> bytes:
+    if address is None:
+        return b""
+    return address.packed[:8]

@@ -41,6 +41,7 @@ from asyncllm.api.openai_reply import CompletionReply, model, models
 from asyncllm.api.parted_reply import chat_reply
 from asyncllm.api.responses_reply import ResponseReply
 from asyncllm.api.tgi_reply import TgiReply
+from asyncllm.core.metrics import REFUSED
 from asyncllm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
+CLIENT: Final = web.RequestKey("client", int)
+COUNTED: Final = web.RequestKey("counted", bool)  # by its route
 MAX_REQUEST_ID: Final = 128
 CLIENT_GONE: Final = 499  # nobody reads it; for the counters
+NO_ROUTE: Final = "other"  # for the counters
 BIG_BODY: Final = 64 << 10  # bytes; what is done with it is spread over turns of the loop
 ANTHROPIC: Final = "/v1/messages"  # errors here have Anthropic's shape
 NATIVE: Final = ("/", "/generate", "/generate_stream")
@@ -83,7 +87,7 @@ class Routes:
         return Doors(
             self.app(),
             self._guard,
-            self._error,
+            self._never_a_request,
             lookout=self._lookout,
             shutdown_s=limits.shutdown_s,
             keepalive_timeout=limits.idle_s,
@@ -94,7 +98,7 @@ class Routes:
 
     def app(self) -> web.Application:
         """Every path with its handler."""
-        app = web.Application()
+        app = web.Application(middlewares=[self._admit])
         add = app.router
         for path, handler in {
             **dict.fromkeys(NATIVE, self._native),
@@ -187,10 +191,11 @@ class Routes:
     ) -> web.StreamResponse:
         """The one way from a request to text: admit, wait, answer; abort however it ends."""
         front, exchange, status = self._front, None, CLIENT_GONE
+        request[COUNTED] = True
         try:
             generation = parse(await self._body(request))
             name = prefix + secrets.token_hex(12)
-            exchange = front.submit(generation, name, reply, request[REQUEST_ID])
+            exchange = front.submit(generation, name, reply, request[REQUEST_ID], request[CLIENT])
             self._lookout.add(request)
             await exchange.accepted
             if exchange.error is None and exchange.streams:
@@ -214,9 +219,9 @@ class Routes:
         finally:
             self._lookout.remove(request)
             if exchange is None:
-                front.count(request.path, status)
+                front.count(_route(request), status, REFUSED)
             else:
-                front.close(exchange, request.path, status)
+                front.close(exchange, _route(request), status)
             _log_end(request, status, exchange)
 
     async def _stream(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
@@ -243,11 +248,12 @@ class Routes:
 
     async def _tokens(self, request: web.Request) -> web.StreamResponse:
         text, add_special_tokens = lightllm.tokens(await self._body(request))
-        return _json(sse.body({"ntokens": await self._front.num_tokens(text, add_special_tokens)}))
+        count = await self._front.num_tokens(text, add_special_tokens, client=request[CLIENT])
+        return _json(sse.body({"ntokens": count}))
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         chat = anthropic.count(await self._body(request), self._front.served)
-        count = await self._front.num_tokens("", False, chat)
+        count = await self._front.num_tokens("", False, chat, request[CLIENT])
         return _json(sse.body({"input_tokens": count}))
 
     async def _response(self, request: web.Request) -> web.StreamResponse:
@@ -324,9 +330,6 @@ class Routes:
 
     async def _guarded(self, route: Handler, request: web.Request) -> web.StreamResponse:
         try:
-            if (answer := self._gate.preflight(request)) is not None:
-                return answer
-            self._gate.check(request)
             return await route(request)
         except RequestError as error:
             return self._error(request, error)
@@ -354,9 +357,20 @@ class Routes:
                 request, errors.ServerFault("the server failed on this request; see its log")
             )
 
-    def _mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+    @web.middleware
+    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Keys and origins, once it is known whose route it is."""
+        if (answer := self._gate.preflight(request)) is not None:
+            return answer
+        self._gate.check(request)
+        request[CLIENT] = self._gate.client(request)
+        return await handler(request)
+
+    def _mark(self, request: web.Request, response: web.StreamResponse) -> None:
         """The headers that every answer has."""
         response.headers["X-Request-Id"] = request[REQUEST_ID]
+        if not request.get(COUNTED):
+            self._front.count(_route(request), response.status)
         self._gate.mark(request, response)
         if self._front.draining:
             _close_after(response)
@@ -370,8 +384,7 @@ class Routes:
             await asyncio.sleep(0)  # what the protocol makes of it is a turn of its own
         return body
 
-    def _error(self, request: web.BaseRequest, error: RequestError) -> web.Response:
-        """The error object; also for what never became a request."""
+    def _error(self, request: web.Request, error: RequestError) -> web.Response:
         told = errors.body(error)
         if request.path.startswith(ANTHROPIC):
             told = anthropic_reply.error_body(error)
@@ -384,10 +397,20 @@ class Routes:
             response.headers["WWW-Authenticate"] = "Bearer"
         if error.status in (408, 413, 415, 417):  # the rest of the body may still come
             _close_after(response)
-        if REQUEST_ID not in request:
-            request[REQUEST_ID] = secrets.token_hex(16)
-            self._mark(request, response)
         return response
+
+    def _never_a_request(self, error: RequestError) -> web.Response:
+        """The answer to bytes that are no HTTP."""
+        self._front.count(NO_ROUTE, error.status)
+        response = _json(sse.body(errors.body(error)), error.status)
+        response.headers["X-Request-Id"] = secrets.token_hex(16)
+        return response
+
+
+def _route(request: web.Request) -> str:
+    """The path as registered: what clients may make up must not become a label."""
+    resource = request.match_info.route.resource
+    return NO_ROUTE if resource is None else resource.canonical
 
 
 def _json(body: bytes, status: int = 200) -> web.Response:

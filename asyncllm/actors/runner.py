@@ -102,6 +102,9 @@ class Runner(Actor[StepPlan | Probe]):
         except IndexError:
             return None
 
+    def holds(self) -> str:
+        return f"in flight: {self.in_flight() or 'nothing'}"
+
     def in_flight(self) -> str:
         """What the unfinished steps are, oldest first, for whoever looks into a hang. Any thread."""
         now = perf_counter()

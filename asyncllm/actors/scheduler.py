@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import inf
 from time import perf_counter
 from typing import Any, assert_never
 
 from asyncllm.actors.base import Actor, Ref
 from asyncllm.codec import ints
+from asyncllm.core.masking import Done, Job, work
 from asyncllm.core.pacing import Pacer
 from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.scheduling import Core
@@ -35,9 +38,14 @@ from asyncllm.messages import (
     StopHit,
     Submit,
     Tokens,
+    Worked,
 )
 
-Inbox = Submit | Abort | Granted | StepDone | StopHit | Due | Drain | Probe
+MOST_JOBS = 16  # of constraints, for one trip of a thread
+MASKS_S = 0.005  # a step waits for cheap masks, from the end of the last one on: rows that want one
+# would come a step later, and in turns with each other
+
+Inbox = Submit | Abort | Granted | StepDone | StopHit | Due | Drain | Probe | Worked
 Part = tuple[int, bytes, int, bytes, bytes]  # log-probabilities of prompt tokens, see StepDone
 
 
@@ -46,10 +54,11 @@ class Scheduler(Actor[Inbox]):
 
     Args:
         num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom,
-            share_prompts: see ``Core``.
+            share_prompts, constraint_s: see ``Core``.
         runners: endpoints of the group's runners.
         depth: steps on the device at a time.
         constrain: see ``Constraints.of``; None: nothing is ever constrained.
+        workers: threads for what constraints have to work out.
     """
 
     def __init__(
@@ -64,6 +73,8 @@ class Scheduler(Actor[Inbox]):
         depth: int = 2,
         headroom: int = 8,
         share_prompts: bool = False,
+        constraint_s: float = 5.0,
+        workers: int = 1,
         constrain: Callable[[SamplingParams, str, tuple[bytes, ...]], Constraint | None] = (
             lambda *_: None
         ),
@@ -77,15 +88,20 @@ class Scheduler(Actor[Inbox]):
             eos_ids=eos_ids,
             headroom=headroom,
             share_prompts=share_prompts,
+            constraint_s=constraint_s,
         )
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="masks")
+        self._workers = self._free = workers
         self._ranks, self._depth, self._constrain = runners, depth, constrain
         self._inflight: deque[Step] = deque()
-        self._pacer, self._paused = Pacer(), False  # a Due is on its way
+        self._pacer = Pacer()
+        self._masks_until = 0.0  # a step waits for masks up to here
+        self._due_at = inf  # when the next Due comes
         self._asked = False  # a reservation is open
         self._stalled = (
             False  # nothing fits until a launched step is done or a request comes or goes
         )
-        self._unpublished: list[tuple[StepDone, Emitted, list[Part]]] = []
+        self._unpublished: list[tuple[Emitted, list[Part]]] = []
         self._detokenizers: dict[int, Ref[Any]] = {}
         self._draining = self._drained = False
 
@@ -113,17 +129,29 @@ class Scheduler(Actor[Inbox]):
                     self._launch(msg)
                 case StepDone():
                     self._commit(msg)
+                case Worked():
+                    self._worked(msg)
                 case Due():
-                    self._paused = False
+                    self._due_at = inf
                 case Drain(timeout_s):
                     self._drain(timeout_s)
                 case Probe(query):
                     self._watchdog.tell(self._stats(query))
                 case _:
                     assert_never(msg)
+        self._work()
         self._fill()
         if not self._asked:  # no launch is pending, and those told run before the fan-out
             self._publish()
+
+    def holds(self) -> str:
+        running, total = len(self.core.running), len(self.core.requests)
+        waits = " for the allocator" * self._asked + " for room" * self._stalled
+        return (
+            f"running {running}, waiting {total - running}, steps in flight {len(self._inflight)}"
+            + (f", waits{waits}" if waits else "")
+            + ", drains" * self._draining
+        )
 
     def _submit(self, msg: Submit) -> None:
         if self._draining:
@@ -132,11 +160,16 @@ class Scheduler(Actor[Inbox]):
         try:
             params = SamplingParams.unpack(msg.params)
             constraint = self._constrain(params, msg.thoughts, msg.healed)
+            if constraint is not None and not constraint.slow(None):
+                constraint.start()
         except RequestError as error:
             self.core.refuse(msg.rid, len(msg.prompt) // 4, error.message, error.status)
             return
         self._stalled = False
         self.core.add(msg.rid, ints(msg.prompt), msg.params, constraint, msg.after)
+
+    def stopped(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _drain(self, timeout_s: float) -> None:
         self._draining = True
@@ -159,14 +192,26 @@ class Scheduler(Actor[Inbox]):
         )
 
     def _pauses(self) -> bool:
-        """The next step can wait for newcomers, while the device is busy with one that decodes."""
+        """The next step can wait a little for more rows."""
+        now = perf_counter()
+        if now < self._masks_until and self.core.masks_come:
+            self._wake(now, self._masks_until)
+            return True
+        return self._waits_for_newcomers(now)
+
+    def _waits_for_newcomers(self, now: float) -> bool:
+        """While the device is busy with a step that decodes, and nobody waits."""
         if not self._inflight or self.core.waiting or not self._inflight[-1].decodes:
             return False
-        pause = self._pacer.pause(perf_counter())
-        if pause and not self._paused:
-            self._paused = True
-            self.system.loop.call_later(pause, self.put, Due(), True)
+        pause = self._pacer.pause(now)
+        if pause:
+            self._wake(now, now + pause)
         return pause > 0
+
+    def _wake(self, now: float, at: float) -> None:
+        if at < self._due_at:
+            self._due_at = at
+            self.system.loop.call_later(at - now, self.put, Due(), True)
 
     def _flush(self) -> None:
         if released := self.core.released:
@@ -213,11 +258,32 @@ class Scheduler(Actor[Inbox]):
         step = self._inflight.popleft()
         assert step.number == done.step, (step.number, done.step)
         num_decode = step.num_decode if step.decodes else 0
-        self._pacer.over(perf_counter(), done.device_ms, num_decode)
+        now = perf_counter()
+        self._pacer.over(now, done.device_ms, num_decode)
         parts = [part for got in done.prompt if (part := self._part(step, got)) is not None]
+        step.result = done
         emitted = self.core.commit(step, ints(done.tokens))
         if emitted.rows or parts:
-            self._unpublished.append((done, emitted, parts))
+            self._unpublished.append((emitted, parts))
+        self._masks_until = now + MASKS_S
+
+    def _work(self) -> None:
+        """Hand threads what constraints have to work out."""
+        while self._free:
+            most = min(MOST_JOBS, -(-self.core.num_jobs // self._workers))
+            if not (jobs := self.core.jobs(most, bool(self._inflight))):
+                return
+            self._free -= 1
+            self.spawn(self._run(jobs))
+
+    async def _run(self, jobs: list[Job]) -> Worked:
+        return Worked(tuple(await self.system.loop.run_in_executor(self._pool, work, jobs)))
+
+    def _worked(self, msg: Worked) -> None:
+        self._free += 1
+        self._stalled = False
+        for done in msg.done:
+            self._unpublished += [(emitted, []) for emitted in self.core.worked(Done(*done))]
 
     def _part(self, step: Step, got: Part) -> Part | None:
         row, logprobs, num_top, ids, top = got
@@ -228,8 +294,8 @@ class Scheduler(Actor[Inbox]):
         return rid, logprobs[4 * cut :], num_top, ids[wide:], top[wide:]
 
     def _publish(self) -> None:
-        for done, emitted, parts in self._unpublished:
-            for endpoint, tokens in pack_tokens(done, emitted, parts):
+        for emitted, parts in self._unpublished:
+            for endpoint, tokens in pack_tokens(emitted, parts):
                 self._detokenizer(endpoint).tell(tokens)
         self._unpublished.clear()
         for end in self.core.ended:
@@ -270,10 +336,9 @@ class Scheduler(Actor[Inbox]):
         )
 
 
-def pack_tokens(
-    done: StepDone, emitted: Emitted, parts: Sequence[Part]
-) -> list[tuple[int, Tokens]]:
-    """The step's results as one message per frontend endpoint."""
+def pack_tokens(emitted: Emitted, parts: Sequence[Part]) -> list[tuple[int, Tokens]]:
+    """A step's results as one message per frontend endpoint."""
+    done: StepDone = emitted.step.result
     endpoints = {rid >> FRONTEND_SHIFT for rid in emitted.rids}
     if len(endpoints) == 1 and not parts:
         (endpoint,) = endpoints

@@ -56,6 +56,8 @@ class Exchange:
         pending: event bytes that are not written yet.
         queued: in the frontend's list of streams to write.
         request_id: X-Request-Id.
+        client: whose it is, see ``Gate.client``.
+        rids: of all choices, in order.
         cancelled: asked to end early.
         committed: headers of a stream are out or about to be: errors become events.
         ended: nothing more will be rendered.
@@ -68,6 +70,7 @@ class Exchange:
         "answer",
         "begun_at",
         "cancelled",
+        "client",
         "committed",
         "done",
         "ended",
@@ -80,18 +83,25 @@ class Exchange:
         "queued",
         "reply",
         "request_id",
+        "rids",
         "unaccepted",
         "watch",
         "written_at",
     )
 
     def __init__(
-        self, answer: Answer, reply: Reply, request_id: str, loop: asyncio.AbstractEventLoop
+        self,
+        answer: Answer,
+        reply: Reply,
+        request_id: str,
+        client: int,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
-        self.answer, self.reply, self.request_id = answer, reply, request_id
+        self.answer, self.reply, self.request_id, self.client = answer, reply, request_id, client
         self.accepted: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.error: RequestError | None = None
+        self.rids = range(0)
         self.live: dict[int, Choice] = {}
         self.unaccepted: set[int] = set()  # first rid of each prompt
         self.pending: list[bytes] = []

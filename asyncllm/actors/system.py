@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from asyncllm.actors.base import Actor, MailboxFull, Ref
@@ -64,6 +64,13 @@ class ActorSystem:
     def foreign_frames(self) -> int:
         """Received frames that were not ours."""
         return self._wire.foreign_frames if self._wire else 0
+
+    def state(self) -> Iterator[str]:
+        """A line for each actor: its mailbox, its time, what it holds. From any thread."""
+        for actor in [*self._actors.values()]:
+            line = f"{actor.name}: {actor.depth} messages wait, busy for {actor.busy_s:.2f} s"
+            holds = actor.holds()
+            yield f"{line}; {holds}" if holds else line
 
     def add(self, actor: Actor[M]) -> Ref[M]:
         """Register an actor; its ``started`` is called by :meth:`run`."""

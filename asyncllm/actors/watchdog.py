@@ -313,18 +313,8 @@ class Watchdog(Actor[Inbox]):
     # -- numbers --------------------------------------------------------------------------------
 
     def _served(self, msg: Served) -> None:
-        self._metrics.observe(
-            Answered(
-                route=msg.route,
-                status=msg.status,
-                prompt_len=msg.prompt_len,
-                num_tokens=msg.num_tokens,
-                reason=msg.reason,
-                ttft_s=msg.ttft_s,
-                tpot_s=msg.tpot_s,
-                total_s=msg.total_s,
-            )
-        )
+        for answer in msg.answers:
+            self._metrics.observe(Answered(*answer))
 
     def _ask(self) -> None:
         """One probe for all who ask now; none while one is out, since its answers may be old."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -96,6 +97,14 @@ def not_empty(value: str) -> str | None:
 def api_key(value: str) -> str | None:
     fits = value.isascii() and value.isprintable() and " " not in value and value
     return None if fits else "must be printable ASCII without spaces"
+
+
+def network(value: str) -> str | None:
+    try:
+        ip_network(value, strict=False)
+    except ValueError:
+        return "must be an address or a network such as 10.0.0.0/8"
+    return None
 
 
 def origin(value: str) -> str | None:

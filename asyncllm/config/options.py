@@ -19,6 +19,7 @@ from asyncllm.config.flag import (
     at_least,
     between,
     flag,
+    network,
     not_empty,
     origin,
     unit_interval,
@@ -191,6 +192,11 @@ class Config:
         help="what makes outputs follow a JSON schema, regular expression or grammar; none: such "
         "requests are refused (LightLLM's default is none)",
     )  # fmt: skip
+    constraint_time_limit: float = flag(
+        5.0, group=MEMORY, check=above_zero, metavar="SECONDS",
+        help="CPU time that may go into one request's constraint (which tokens does the grammar "
+        "allow next?) over its whole life; beyond it the request ends with an error",
+    )  # fmt: skip
     tool_call_parser: str | None = flag(
         None, group=MEMORY, choices=tools.FORMATS,
         help="format in which the model writes tool calls; default: the one that its chat template "
@@ -217,7 +223,8 @@ class Config:
     )  # fmt: skip
     max_waiting: int = flag(
         1024, group=MEMORY, check=at_least(1),
-        help="requests that may wait for a place; more are answered 429",
+        help="requests that may wait for a place; more are answered 429, and so are those of one "
+        "client (API key, else address) beyond half of it while others wait",
     )  # fmt: skip
 
     # --- parallel modes
@@ -293,6 +300,12 @@ class Config:
     cors_allow_origins: tuple[str, ...] = flag(
         (), group=ACCESS, nargs="+", check=origin, metavar="ORIGIN",
         help="web origins whose scripts may use the API, e.g. https://chat.example.org; *: all",
+    )  # fmt: skip
+    trust_forwarded_for: tuple[str, ...] = flag(
+        (), group=ACCESS, nargs="+", check=network, metavar="ADDRESS",
+        help="addresses or networks of proxies in front of this server: a request that comes from "
+        "one belongs to the last address in X-Forwarded-For (or Forwarded) that is not one of "
+        "them; clients that wait are served in turn, one address each where there are no API keys",
     )  # fmt: skip
     max_body_size: int | None = flag(
         None, group=ACCESS, check=at_least(1), metavar="BYTES",

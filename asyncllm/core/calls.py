@@ -10,7 +10,7 @@ from typing import Protocol
 
 from asyncllm.core.request import Again, Constraint
 from asyncllm.core.thinking import Thinking
-from asyncllm.core.vocabulary import bits, passes, without
+from asyncllm.core.vocabulary import every, passes, without
 
 
 class Form(Constraint, Protocol):
@@ -20,13 +20,13 @@ class Form(Constraint, Protocol):
         """The bytes of a token."""
 
     def restart(self) -> None:
-        """Forget everything."""
+        """Back to the beginning, whose mask is made."""
 
     def begin(self, text: bytes) -> bool:
-        """Go on by ``text``. False: it cannot begin like that."""
+        """Go on by ``text``, and make the next mask. False: it cannot begin like that."""
 
 
-class Calls:
+class Calls(Constraint):
     """A :class:`asyncllm.core.request.Constraint`.
 
     Text has no mask, and goes on without waiting for tokens that are not known yet. So the token
@@ -53,6 +53,11 @@ class Calls:
         self._text = b""  # the end of the text, as far as a mark may begin in it
         self._banned: set[int] = set()  # tokens that were refused here
 
+    def slow(self, token: int | None) -> bool:
+        if token is None:
+            return False
+        return self._form.slow(token) if self._calling else self._ends_mark(token)
+
     def holds(self, ahead: int) -> bool:
         if ahead == 0:
             return True
@@ -64,7 +69,7 @@ class Calls:
         if self._calling:
             return self._form.mask()
         if self._banned:
-            return without(bits(range(self._vocab_size), self._vocab_size), self._banned)
+            return without(every(self._vocab_size), self._banned)
         return b"" if self._thinking is None else self._thinking.mask()
 
     def accept(self, token: int) -> bool:
@@ -89,6 +94,9 @@ class Calls:
             if self._thinks():
                 self._text = b""
         return False
+
+    def _ends_mark(self, token: int) -> bool:
+        return self._mark in self._text + self._form.piece(token) and not self._thinks()
 
     def _thinks(self) -> bool:
         return self._thinking is not None and self._thinking.inside

@@ -82,7 +82,7 @@ class Constraints:
         return None
 
 
-class Allowed:
+class Allowed(Constraint):
     """The same tokens all the way."""
 
     def __init__(self, mask: bytes) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from asyncllm.core.request import Constraint
 from asyncllm.core.vocabulary import Vocabulary
 
 
-class Healing:
+class Healing(Constraint):
     """A :class:`asyncllm.core.request.Constraint`.
 
     Tokens only get longer: one that repeats a part of the text is no shorter than the token that it

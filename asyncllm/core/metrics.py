@@ -20,7 +20,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-MAX_ROUTES = 64  # distinct label values; what comes later is "other"
+REFUSED = "refused"  # a reason: the request was not taken in
 LAG_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 FIRST_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
@@ -34,8 +34,9 @@ class Answered:
     """One HTTP request that has been answered.
 
     Args:
-        route: the path as registered, not as asked for.
-        reason: why generation ended; "" when the request was not about generation.
+        route: the path as registered, not as asked for; "other" where none is.
+        reason: why generation ended; REFUSED when it was not begun; "" when the request was not
+            about generation.
         ttft_s: seconds to the first token; < 0: none came.
         tpot_s: seconds per token after the first; < 0: fewer than two came.
     """
@@ -65,7 +66,7 @@ class State:
     inflight_steps: int = 0
     steps: int = 0
     preemptions: int = 0
-    prompt_tokens: int = 0  # computed, without those from the prefix cache
+    prompt_tokens: int = 0  # computed: without those from the prefix cache, twice if preempted
     generated_tokens: int = 0
     step_ms: float = 0.0
     launch_ms: float = 0.0
@@ -96,7 +97,11 @@ _STATE = {
     "gap_ms": ("gpu_gap_ms", "Device idle between two launched steps, ms, median", False),
     "steps": ("steps", "Steps launched", True),
     "preemptions": ("preemptions", "Requests taken out of the batch for want of KV", True),
-    "prompt_tokens": ("prompt_tokens", "Prompt tokens computed", True),
+    "prompt_tokens": (
+        "prompt_tokens_computed",
+        "Prompt tokens computed: none from the prefix cache, those of a preempted request again",
+        True,
+    ),
     "generated_tokens": ("generated_tokens", "Tokens sampled", True),
     "hit_tokens": ("prefix_hit_tokens", "Prompt tokens taken from the prefix cache", True),
     "looked_up_tokens": ("prefix_lookup_tokens", "Prompt tokens looked up in it", True),
@@ -126,20 +131,29 @@ class ServerMetrics:
         self._registry = CollectorRegistry()
         self._held = _Held(model_name)
         self._registry.register(self._held)
-        self._routes: set[str] = set()
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"asyncllm_{name}", text, registry=self._registry, buckets=buckets)
 
-        self._first = histogram("time_to_first_token_seconds", "From request in", FIRST_BUCKETS)
+        of = "of a request that was taken in"
+        self._first = histogram(
+            "time_to_first_token_seconds",
+            f"From the arrival {of} to its first token",
+            FIRST_BUCKETS,
+        )
         self._per_token = histogram(
-            "time_per_output_token_seconds", "After the first token", TOKEN_BUCKETS
+            "time_per_output_token_seconds", f"Each token {of} after its first", TOKEN_BUCKETS
         )
         self._duration = histogram(
-            "request_duration_seconds", "Of generating requests", TOTAL_BUCKETS
+            "request_duration_seconds", f"From the arrival {of} to its end", TOTAL_BUCKETS
         )
-        self._prompt_len = histogram("request_prompt_tokens", "Prompt tokens", LENGTH_BUCKETS)
-        self._num_tokens = histogram("request_generated_tokens", "New tokens", LENGTH_BUCKETS)
+        self._prompt_len = histogram("request_prompt_tokens", f"Prompt tokens {of}", LENGTH_BUCKETS)
+        self._num_tokens = histogram("request_generated_tokens", f"New tokens {of}", LENGTH_BUCKETS)
+        self._prompt_tokens = Counter(
+            "asyncllm_prompt_tokens",
+            "Prompt tokens of requests that were taken in, cached ones too, counted at their end",
+            registry=self._registry,
+        )
         self._lag = Histogram(
             "asyncllm_loop_lag_seconds",
             "Lateness of a 100 ms timer",
@@ -148,24 +162,29 @@ class ServerMetrics:
             buckets=LAG_BUCKETS,
         )
         self._http = Counter(
-            "asyncllm_http_requests", "Answers", ["route", "status"], registry=self._registry
+            "asyncllm_http_requests",
+            "Answers; status 499: the client left, route other: there is nothing at the path",
+            ["route", "status"],
+            registry=self._registry,
         )
         self._finished = Counter(
-            "asyncllm_request_finished", "Generations ended", ["reason"], registry=self._registry
+            "asyncllm_request_finished",
+            "Requests that were taken in and have ended",
+            ["reason"],
+            registry=self._registry,
         )
         self._lightllm = _LightLlm(self._registry, model_name, max_len)
 
     def observe(self, answered: Answered) -> None:
         """Count one answered HTTP request."""
-        route = answered.route
-        if route not in self._routes:
-            if len(self._routes) >= MAX_ROUTES:
-                route = "other"
-            self._routes.add(route)
-        self._http.labels(route, str(answered.status)).inc()
+        self._http.labels(answered.route, str(answered.status)).inc()
         if not answered.reason:
             return
+        self._lightllm.observe(answered)
+        if answered.reason == REFUSED:
+            return
         self._finished.labels(answered.reason).inc()
+        self._prompt_tokens.inc(answered.prompt_len)
         self._duration.observe(answered.total_s)
         self._prompt_len.observe(answered.prompt_len)
         self._num_tokens.observe(answered.num_tokens)
@@ -173,7 +192,6 @@ class ServerMetrics:
             self._first.observe(answered.ttft_s)
         if answered.tpot_s >= 0:
             self._per_token.observe(answered.tpot_s)
-        self._lightllm.observe(answered)
 
     def lag(self, endpoint: int, late_s: float) -> None:
         """Count one lateness of the loop's timer."""
@@ -200,7 +218,8 @@ class _Held(Collector):
             family = CounterMetricFamily if is_counter else GaugeMetricFamily
             yield family(f"asyncllm_{name}", text, value=getattr(self.state, field))
         for name, field in _LIGHTLLM.items():
-            gauge = GaugeMetricFamily(f"lightllm_{name}", name, labels=["model_name"])
+            text = f"The same as asyncllm_{_STATE[field][0]}"
+            gauge = GaugeMetricFamily(f"lightllm_{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], getattr(self.state, field))
             yield gauge
         depth = GaugeMetricFamily("asyncllm_mailbox_depth", "Messages waiting", labels=["actor"])
@@ -233,31 +252,42 @@ class _LightLlm:
     def __init__(self, registry: CollectorRegistry, model_name: str, max_len: int) -> None:
         lengths = [max_len / 100 * k for k in range(1, 102)]
 
-        def counter(name: str) -> Counter:
-            made = Counter(f"lightllm_{name}", name, ["model_name"], registry=registry)
+        def counter(name: str, text: str) -> Counter:
+            made = Counter(f"lightllm_{name}", text, ["model_name"], registry=registry)
             return made.labels(model_name)
 
-        def histogram(name: str, buckets: Sequence[float]) -> Histogram:
+        def histogram(name: str, same: str, buckets: Sequence[float]) -> Histogram:
+            text = f"The same as asyncllm_{same}"
             made = Histogram(
-                f"lightllm_{name}", name, ["model_name"], registry=registry, buckets=buckets
+                f"lightllm_{name}", text, ["model_name"], registry=registry, buckets=buckets
             )
             return made.labels(model_name)
 
-        self._count = counter("request_count")
-        self._success = counter("request_success")
-        self._failure = counter("request_failure")
-        self._prompt_tokens = counter("prompt_tokens")
-        self._generation_tokens = counter("generation_tokens")
-        self._duration = histogram("request_duration", LIGHTLLM_BUCKETS)
-        self._first = histogram("request_first_token_duration", LIGHTLLM_BUCKETS)
-        self._per_token = histogram("request_mean_time_per_token_duration", LIGHTLLM_BUCKETS)
-        self._input_length = histogram("request_input_length", lengths)
-        self._generated = histogram("request_generated_tokens", lengths)
+        self._count = counter("request_count", "Requests for text, refused ones too")
+        self._success = counter("request_success", "Those of them that were answered in full")
+        self._failure = counter("request_failure", "Those refused, failed, or left by their client")
+        self._prompt_tokens = counter("prompt_tokens", "The same as asyncllm_prompt_tokens")
+        self._generation_tokens = counter(
+            "generation_tokens", "Tokens of the answers to requests that were taken in"
+        )
+        self._duration = histogram("request_duration", "request_duration_seconds", LIGHTLLM_BUCKETS)
+        self._first = histogram(
+            "request_first_token_duration", "time_to_first_token_seconds", LIGHTLLM_BUCKETS
+        )
+        self._per_token = histogram(
+            "request_mean_time_per_token_duration",
+            "time_per_output_token_seconds",
+            LIGHTLLM_BUCKETS,
+        )
+        self._input_length = histogram("request_input_length", "request_prompt_tokens", lengths)
+        self._generated = histogram("request_generated_tokens", "request_generated_tokens", lengths)
 
     def observe(self, answered: Answered) -> None:
         self._count.inc()
-        failed = answered.status >= 400 or answered.reason in {"abort", "error"}
+        failed = answered.status >= 400 or answered.reason in {"abort", "error", REFUSED}
         (self._failure if failed else self._success).inc()
+        if answered.reason == REFUSED:
+            return
         self._prompt_tokens.inc(answered.prompt_len)
         self._generation_tokens.inc(answered.num_tokens)
         self._duration.observe(answered.total_s)

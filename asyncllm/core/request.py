@@ -78,12 +78,29 @@ class Again(Exception):
 
 
 class Constraint(Protocol):
-    """Which tokens may come next in one request."""
+    """Which tokens may come next in one request.
+
+    :meth:`start`, and :meth:`accept` of a token for which :meth:`slow` is True, run in a thread, one
+    at a time; nothing else is called meanwhile. All the rest runs on the event loop and takes
+    microseconds.
+    """
+
+    def slow(self, token: int | None) -> bool:
+        """``accept(token)``, or ``start()`` for None, may take long: it is work for a thread."""
+        return False
+
+    def start(self) -> None:
+        """Called once, before everything but :meth:`slow`: makes the first mask.
+
+        Raises:
+            RequestError: no token can begin.
+        """
+        return None
 
     def mask(self) -> bytes:
         """Bit ``t % 32`` of int32 word ``t // 32`` is set where token ``t`` may come next; b"": all.
 
-        At least one is set, before the first token and until :meth:`accept` says True or raises.
+        At least one is set, from :meth:`start` until :meth:`accept` says True or raises.
         """
 
     def holds(self, ahead: int) -> bool:
@@ -93,7 +110,7 @@ class Constraint(Protocol):
         """
 
     def accept(self, token: int) -> bool:
-        """Go on by ``token``. True: the output is whole, only an end token could follow.
+        """Go on by ``token``, and make the next mask. True: only an end token could follow.
 
         Raises:
             RequestError: ``token`` was not allowed, or no token can follow.

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from asyncllm.core.healing import Healing
+from asyncllm.core.masking import CHEAP_S, Done, Job, Line, Verdict
 from asyncllm.core.request import Again, Constraint, Reason
 from asyncllm.core.steps import (
     INT,
@@ -42,6 +43,8 @@ class Core:
         share_prompts: of several requests for one prompt the others are held until the first one's
             prompt has been launched, so that it is computed once.
 
+        constraint_s: CPU seconds of threads for the constraint of a request, over its life.
+
     Attributes:
         ended: ends not told yet. The shell takes and clears it.
         released: (lane, ids for the cache) not told yet. The shell takes and clears it.
@@ -58,6 +61,7 @@ class Core:
         eos_ids: Collection[int],
         headroom: int = 8,
         share_prompts: bool = False,
+        constraint_s: float = 5.0,
     ) -> None:
         self.num_lanes, self.num_slots, self.headroom = num_lanes, num_slots, headroom
         self.batch_max_tokens, self.chunk = batch_max_tokens, chunked_prefill_size
@@ -74,6 +78,7 @@ class Core:
         self.steps = self.preemptions = self.prompt_tokens = self.generated_tokens = 0
         self._free_lanes = list(range(num_lanes - 1, -1, -1))
         self._proposal: list[Row] = []
+        self._line, self._constraint_s = Line(), constraint_s
         self._changed = False  # something ended or was released since the last proposal
 
     # what comes from outside
@@ -92,6 +97,9 @@ class Core:
         """
         req = Request.of(rid, prompt, packed, self.eos_ids)
         req.constraint = constraint
+        if constraint is not None and constraint.slow(None):
+            req.todo.append((None, None, 0))
+            self._line.add(req)
         assert rid not in self.requests, f"request {rid} submitted twice"
         first = self.requests.get(after) if self.share_prompts and req.shares else None
         self.requests[rid] = req
@@ -137,8 +145,10 @@ class Core:
             assert lane is not None
             if lane.planned < lane.fill_len:
                 filling.append(req)
-            elif req.constraint is not None and not req.constraint.holds(req.ahead(lane)):
-                pass  # what may come next depends on a token that is not known yet
+            elif req.constraint is not None and (
+                req.todo or not req.constraint.holds(req.ahead(lane))
+            ):
+                pass  # what may come next depends on a token that is not known or accepted yet
             elif lane.planned < req.final_len and budget:
                 rows.append((req, lane, 1))
                 lane.inflight += 1
@@ -204,8 +214,8 @@ class Core:
             else:
                 # alone, too: duplicates of cached tokens cost it room that a fresh start does not
                 self._preempt(newest)
-        elif self.waiting:
-            self._fail_too_large(self.waiting[0])
+        elif first := next((req for req in self.waiting if not req.todo), None):
+            self._fail_too_large(first)
         return False
 
     def score(self, step: Step, row_idx: int, num: int) -> tuple[int, int] | None:
@@ -223,49 +233,111 @@ class Core:
         return req.rid, known
 
     def commit(self, step: Step, tokens: array[int]) -> Emitted:
-        """Apply the result of a launched step: int32[num_rows], -1 where no token came out."""
-        rids, out, ends, where = array("q"), array(INT), bytearray(), []
+        """Apply the result of a launched step: int32[num_rows], -1 where no token came out.
+
+        A token of a constraint that takes long to accept it comes later, of :meth:`worked`.
+        """
+        emitted = Emitted.of(step)
+        self._line.step_over()
         for i, ((req, lane, _), token) in enumerate(zip(step.rows, tokens, strict=True)):
             lane.inflight -= 1
             if lane.over:
                 if not lane.inflight:
                     self._release(lane)
-                continue
-            if token < 0:
+            elif token < 0:
                 if not (req.max_new or lane.inflight) and lane.planned == lane.fill_len:
                     self._end(req, Reason.LENGTH)
-                continue
-            if (whole := self._accept(req, token)) is None:
-                continue
-            req.outputs.append(token)
-            if isinstance(req.constraint, Healing):
-                more = req.constraint.uncounted()
-                req.max_new, req.final_len = req.max_new + more, req.final_len + more
-            num = len(req.outputs)
-            stops = token in req.end_ids and num > req.params.min_new_tokens
-            stops |= whole and token in self.eos_ids
-            rids.append(req.rid)
-            out.append(token)
-            ends.append(stops)
-            where.append(i)
-            if stops or whole:
-                self._end(req, Reason.STOP)
-            elif num >= req.max_new:
-                self._end(req, Reason.LENGTH)
-        self.generated_tokens += len(out)
-        return Emitted(rids, out, ends, where)
+            elif req.constraint is None:
+                self._emit(req, token, False, i, emitted)
+            else:
+                req.todo.append((token, step, i))
+                if len(req.todo) == 1:
+                    self._go_on(req, [emitted])
+        self.generated_tokens += len(emitted.tokens)
+        return emitted
 
-    def _accept(self, req: Request, token: int) -> bool | None:
-        """Tell the constraint. True: it wants nothing more; None: the token does not count."""
-        if req.constraint is None:
-            return False
-        try:
-            return req.constraint.accept(token)
-        except RequestError as error:
-            self._end(req, Reason.ERROR, detail=error.message, status=error.status)
-        except Again:
-            self._requeue(req)
-        return None
+    def jobs(self, most: int, busy: bool) -> list[Job]:
+        """Work of constraints for a thread, see ``Line.take``; its results go to :meth:`worked`."""
+        return self._line.take(most, busy)
+
+    @property
+    def num_jobs(self) -> int:
+        """How much such work waits for a thread."""
+        return len(self._line)
+
+    @property
+    def masks_come(self) -> bool:
+        """Running requests wait for masks that do not take long."""
+        return not self._line.idle and any(
+            req.todo and req.worked_s < CHEAP_S * len(req.outputs) for req in self.running.values()
+        )
+
+    def worked(self, done: Done) -> list[Emitted]:
+        """Work that a thread has done; the tokens that have now been accepted."""
+        req = self.requests.get(done.rid)
+        self._line.spent(req, done.cpu_s)
+        out: list[Emitted] = []
+        if req is None:
+            return out
+        if done.verdict == Verdict.UNDONE:
+            self._line.add(req)
+            return out
+        token, step, row = req.todo.popleft()
+        if done.verdict == Verdict.REFUSED:
+            self._end(req, Reason.ERROR, detail=done.detail, status=done.status)
+        elif done.verdict == Verdict.AGAIN:
+            self._again(req)
+        else:
+            if token is not None:
+                assert step is not None
+                out.append(Emitted.of(step))
+                self._emit(req, token, done.verdict == Verdict.WHOLE, row, out[0])
+            if req.worked_s > self._constraint_s and req.rid in self.requests:
+                self._fail_too_slow(req)
+            self._go_on(req, out)
+        self.generated_tokens += sum(len(emitted.tokens) for emitted in out)
+        return out
+
+    def _go_on(self, req: Request, out: list[Emitted]) -> None:
+        """Accept what has come of a request, up to what is work for a thread."""
+        assert req.constraint is not None
+        while req.todo:
+            token, step, row = req.todo[0]
+            assert token is not None
+            assert step is not None
+            if req.constraint.slow(token):
+                self._line.add(req)
+                return
+            try:
+                whole = req.constraint.accept(token)
+            except RequestError as error:
+                self._end(req, Reason.ERROR, detail=error.message, status=error.status)
+                return
+            except Again:
+                self._again(req)
+                return
+            req.todo.popleft()
+            if not out or out[-1].step is not step:
+                out.append(Emitted.of(step))
+            self._emit(req, token, whole, row, out[-1])
+
+    def _emit(self, req: Request, token: int, whole: bool, row: int, emitted: Emitted) -> None:
+        """The token counts; it may be the last."""
+        req.outputs.append(token)
+        if isinstance(req.constraint, Healing):
+            more = req.constraint.uncounted()
+            req.max_new, req.final_len = req.max_new + more, req.final_len + more
+        num = len(req.outputs)
+        stops = token in req.end_ids and num > req.params.min_new_tokens
+        stops |= whole and token in self.eos_ids
+        emitted.rids.append(req.rid)
+        emitted.tokens.append(token)
+        emitted.ends.append(stops)
+        emitted.rows.append(row)
+        if stops or whole:
+            self._end(req, Reason.STOP)
+        elif num >= req.max_new:
+            self._end(req, Reason.LENGTH)
 
     # what others may know
 
@@ -287,6 +359,8 @@ class Core:
         opened: list[tuple[int, array[int], bool]] = []
         alone = not self.running
         for req in self.waiting:
+            if req.todo:
+                continue  # what may come first is not known yet
             known = req.known_len
             if not (budget and self._free_lanes and (alone or known + self.headroom <= room)):
                 break
@@ -315,6 +389,12 @@ class Core:
         self.preemptions += 1
         self._requeue(req)
 
+    def _again(self, req: Request) -> None:
+        """What has come of this life since its last accepted token does not count."""
+        req.todo.clear()
+        if req.rid in self.running:  # else it has been preempted meanwhile
+            self._requeue(req)
+
     def _requeue(self, req: Request) -> None:
         """Back to the head of the queue; the next life computes prompt and outputs again."""
         del self.running[req.rid]
@@ -328,6 +408,13 @@ class Core:
         )
         self._end(req, Reason.ERROR, detail=detail, status=500 if req.outputs else 400)
 
+    def _fail_too_slow(self, req: Request) -> None:
+        detail = (
+            f"finding out which tokens the constraint allows has taken {req.worked_s:.1f} s of CPU"
+            f" time, limit {self._constraint_s:g} (--constraint_time_limit): simplify it"
+        )
+        self._end(req, Reason.ERROR, detail=detail, status=400)
+
     def _end(
         self,
         req: Request,
@@ -337,6 +424,7 @@ class Core:
         status: int = 200,
         num_tokens: int | None = None,
     ) -> None:
+        req.todo.clear()
         if req.rid in self.running:
             del self.running[req.rid]
         elif req.after < 0:
@@ -404,7 +492,7 @@ class Core:
         )
         for i, (req, _, _) in enumerate(rows):
             if req.constraint is not None:
-                step.constrain(i, req.constraint)
+                step.constrain(i, req)
         return step
 
     def _plan_mixed(
@@ -458,8 +546,8 @@ class Core:
         step.heads.append(hit)
         samples = start >= lane.fill_len or (end == lane.fill_len and req.max_new > 0)
         step.samples.append(samples)
-        if samples and req.constraint is not None:
-            step.constrain(len(step.rows) - 1, req.constraint)
+        if samples:
+            step.constrain(len(step.rows) - 1, req)
         if start >= lane.fill_len:
             step.tokens.append(NO_TOKEN)
             return

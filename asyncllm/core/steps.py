@@ -12,6 +12,7 @@ A request's life on the device is a :class:`Lane`. Its tokens, left to right:
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,11 @@ class Request:
     cached_len: int = -1  # prompt tokens of the first life's prefix hit; -1: none yet
     scored: int = 0  # prompt tokens whose log-probabilities have been passed on
     constraint: Constraint | None = None  # has accepted the outputs
+    # tokens that the constraint has not accepted yet, each with the row it is from; the first is in
+    # line for a thread or with one. (None, None, 0): it has not been started
+    todo: deque[tuple[int | None, Step | None, int]] = field(default_factory=deque)
+    worked_s: float = 0.0  # CPU time of threads for the constraint
+    level: float = -1.0  # see masking.Line
     after: int = -1  # the rid it is held behind
 
     @classmethod
@@ -122,27 +128,36 @@ class Step:
     opened: list[tuple[int, int, tuple[Any, ...], bytes]]
     masked: array[int] = field(default_factory=lambda: array(INT))
     masks: bytearray = field(default_factory=bytearray)
+    result: Any = None  # what came of it, for the shell: see Emitted
 
     @property
     def decodes(self) -> bool:
         """Every row brings one token."""
         return self.num_decode == len(self.lanes)
 
-    def constrain(self, row: int, constraint: Constraint) -> None:
-        """Row ``row`` samples one of the tokens that may come next."""
-        if mask := constraint.mask():
+    def constrain(self, row: int, req: Request) -> None:
+        """Row ``row`` samples one of the tokens that may come next, as far as that is known."""
+        if req.constraint is None or req.todo:
+            return  # the token will be looked at when it is accepted
+        if mask := req.constraint.mask():
             self.masked.append(row)
             self.masks += mask
 
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """What a committed step gave: parallel columns, one entry per token."""
+    """What a committed step gave, or a part of it: parallel columns, one entry per token."""
 
+    step: Step
     rids: array[int]  # int64
     tokens: array[int]
     ends: bytearray
     rows: list[int]  # where in the step
+
+    @classmethod
+    def of(cls, step: Step) -> Emitted:
+        """Nothing yet."""
+        return cls(step, array("q"), array(INT), bytearray(), [])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from asyncllm.core.request import Again, Constraint
-from asyncllm.core.vocabulary import Vocabulary, bits, either, passes, without
+from asyncllm.core.vocabulary import Vocabulary, bits, either, every, passes, without
 
 SPACE = b" \t\r\n"
 GAPS = (b"\n", b"\n\n")  # one of these may stand between reasoning and an answer of a given form
@@ -53,7 +53,7 @@ class Rules:
             banned.update(vocab.containing(stray))
         for mark in self.last:
             banned.update(i for i in vocab.containing(mark) if self.spoils(vocab.piece(i), mark))
-        self.before = without(bits(range(vocab.size), vocab.size), banned)
+        self.before = without(every(vocab.size), banned)
         gaps = [] if tags.answer else [i for i, p in enumerate(vocab.pieces) if p in GAPS]
         self.gap = bits(gaps, vocab.size)
 
@@ -71,7 +71,7 @@ class _At(Enum):
     ANSWER = auto()
 
 
-class Thinking:
+class Thinking(Constraint):
     """A :class:`asyncllm.core.request.Constraint`.
 
     Reasoning goes on without waiting for tokens that are not known yet, as long as its limit is far.
@@ -101,6 +101,16 @@ class Thinking:
     def inside(self) -> bool:
         """The next token is reasoning, or closes it."""
         return self._at in (_At.INSIDE, _At.CLOSING)
+
+    def slow(self, token: int | None) -> bool:
+        if self._answer is None:
+            return False
+        answers = token is None or self._at in (_At.LEAD, _At.ANSWER)
+        return answers and self._answer.slow(token)
+
+    def start(self) -> None:
+        if self._answer is not None:
+            self._answer.start()
 
     def holds(self, ahead: int) -> bool:
         if ahead == 0:

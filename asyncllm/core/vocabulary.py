@@ -87,6 +87,11 @@ def bits(tokens: Collection[int], vocab_size: int) -> bytes:
     return bytes(mask)
 
 
+def every(vocab_size: int) -> bytes:
+    """The mask that all tokens pass."""
+    return ((1 << vocab_size) - 1).to_bytes(-(-vocab_size // 32) * 4, "little")
+
+
 def passes(mask: bytes, token: int) -> bool:
     """``token`` may come."""
     return not mask or bool(mask[token >> 3] >> (token & 7) & 1)

@@ -21,6 +21,7 @@ from asyncllm.engine.parallel import Group
 from asyncllm.environment import memory_available
 from asyncllm.errors import StartupError
 from asyncllm.messages import StepPlan
+from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.layers import Ops
 from asyncllm.models.llama import Decoder
 from asyncllm.models.registry import MODELS, check_architecture
@@ -55,7 +56,7 @@ def build_model(
     model: Decoder = make(
         spec, group, _ops(device), max_len=max_len, dtype=TORCH_DTYPES[dtype], device=device
     )
-    load(model_dir, model.targets(), model.ignores, progress)
+    load(read_checkpoint(model_dir), model.targets(), model.ignores, progress)
     model.pack()
     if symmetric:
         group.use_symmetric_memory(spec.hidden_size, TORCH_DTYPES[dtype])

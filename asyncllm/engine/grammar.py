@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncllm.core.request import Constraint
 from asyncllm.errors import RequestError, ServerBusy, StartupError
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class Grammars:
 
     def _try(self, matcher: Matcher) -> None:
         """Some output, so that a grammar is refused here and not on the loop. Raises TooSlow."""
+        matcher.start()
         rng = np.random.default_rng(0)
         for _ in range(TRIED):
             allowed = np.frombuffer(matcher.mask(), np.int32) & self._others
@@ -189,7 +191,7 @@ class TooSlow(RequestError):
     """A grammar is so ambiguous that following one output would hold up all others."""
 
 
-class Matcher:
+class Matcher(Constraint):
     """Follows one output; a :class:`asyncllm.core.request.Constraint`.
 
     Args:
@@ -206,6 +208,11 @@ class Matcher:
         self._matcher, self._every, self._others = matcher, every, others
         self._texts = texts
         self._bits = np.zeros((1, len(every)), np.int32)
+
+    def slow(self, token: int | None) -> bool:
+        return True
+
+    def start(self) -> None:
         self._fill()
 
     def mask(self) -> bytes:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asyncllm.errors import StartupError
+from asyncllm.models.checkpoint import Checkpoint
 
 Span = tuple[int, int, int]  # (start in the checkpoint tensor, start in the parameter, length)
 
@@ -35,13 +36,13 @@ def whole(param: Tensor) -> Target:
 
 
 def load(
-    model_dir: Path,
+    checkpoint: Checkpoint,
     targets: Iterable[tuple[str, Target]],
     ignores: Callable[[str], bool],
     progress: Callable[[int, int], None],
     num_threads: int = 4,
 ) -> None:
-    """Fill every target from the ``*.safetensors`` of ``model_dir``.
+    """Fill every target from the files of ``checkpoint``.
 
     Files are memory-mapped and read once; nothing but the slices that this rank keeps is copied.
 
@@ -49,40 +50,34 @@ def load(
         progress: told (bytes done, bytes in all) after each file.
 
     Raises:
-        StartupError: no files, a damaged file, a tensor of unexpected shape, a parameter that no
-            file fills, or a tensor that nobody wants.
+        StartupError: a damaged file, a tensor of unexpected shape, a parameter that no file fills,
+            or a tensor that nobody wants.
     """
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        raise StartupError(f"{model_dir} holds no *.safetensors files")
-    wanted = dict(targets)
+    wanted, files = dict(targets), checkpoint.files
     total, done = sum(f.stat().st_size for f in files), 0
-    found: set[str] = set()
-    strangers: list[tuple[Path, str]] = []
+    found = frozenset().union(*files.values())
+    if missing := sorted(wanted.keys() - found):
+        where = checkpoint.placed.get(missing[0], checkpoint.folder)
+        raise StartupError(f"{where} lacks {len(missing)} tensors, the first: {missing[0]}")
+    if strangers := sorted(n for n in found - wanted.keys() if not ignores(n)):
+        where = checkpoint.placed[strangers[0]]
+        raise StartupError(
+            f"{where} holds {len(strangers)} unknown tensors, the first: {strangers[0]}"
+        )
     with ThreadPoolExecutor(num_threads) as pool:
-        for path, names in zip(
-            files, pool.map(lambda f: _load_file(f, wanted), files), strict=True
-        ):
-            found |= names & wanted.keys()
-            strangers += [(path, n) for n in names if n not in wanted and not ignores(n)]
+        for path in pool.map(lambda f: _load_file(f, files[f] & wanted.keys(), wanted), files):
             done += path.stat().st_size
             progress(done, total)
-    if missing := sorted(wanted.keys() - found):
-        raise StartupError(f"{model_dir} lacks {len(missing)} tensors, the first: {missing[0]}")
-    if strangers:
-        path, name = min(strangers)
-        raise StartupError(f"{path} holds {len(strangers)} unknown tensors, the first: {name}")
 
 
-def _load_file(path: Path, wanted: dict[str, Target]) -> set[str]:
+def _load_file(path: Path, names: frozenset[str], wanted: dict[str, Target]) -> Path:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = set(file.keys())
-            for name in names & wanted.keys():
+            for name in sorted(names):
                 _copy(f"{path}: {name}", file.get_slice(name), wanted[name])
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise StartupError(f"{path} cannot be read: {error}") from None
-    return names
+    return path
 
 
 @torch.no_grad()

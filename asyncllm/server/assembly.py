@@ -24,12 +24,15 @@ from asyncllm.api.answer import Vocab
 from asyncllm.api.generation import Served
 from asyncllm.config import FLAGS
 from asyncllm.engine.jit_monitor import JitMonitor
+from asyncllm.environment import cpu_count
 from asyncllm.server.launch import (
     endpoint_name,
     tls_context,
 )
 from asyncllm.server.loading import Parts, dialect
 from asyncllm.server.topology import PLACEMENT, role
+
+MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
 
 
 def make_allocator(p: Parts) -> Actor[Any]:
@@ -47,6 +50,8 @@ def make_scheduler(p: Parts) -> Actor[Any]:
         eos_ids=resolved.eos_ids,
         runners=range(p.boot.config.tp),
         share_prompts=p.boot.config.diverse_mode,
+        constraint_s=p.boot.config.constraint_time_limit,
+        workers=max(1, min(MOST_MASK_THREADS, cpu_count() // 4)),
         constrain=p.constraints.of,
     )
 
@@ -101,7 +106,8 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
         ),
         sockets=[socket.socket(fileno=os.dup(p.boot.listen_fd))],
         limits=Limits(
-            max_live=-(-(resolved.running_max_req_size + config.max_waiting) // num_frontends),
+            max_running=-(-resolved.running_max_req_size // num_frontends),
+            max_waiting=-(-config.max_waiting // num_frontends),
             max_body=resolved.max_body_size,
             max_header=config.max_header_size,
             max_headers=config.max_headers,
@@ -110,7 +116,10 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
             keep_alive_s=config.sse_keep_alive,
         ),
         access=Access(
-            keys=config.api_key, origins=config.cors_allow_origins, tls=tls_context(config)
+            keys=config.api_key,
+            origins=config.cors_allow_origins,
+            tls=tls_context(config),
+            proxies=config.trust_forwarded_for,
         ),
         info=_info(p),
         peers=(0, *range(config.tp, config.tp + num_frontends - 1)),

@@ -27,6 +27,7 @@ from typing import Any
 from asyncllm.config import Config, Resolved
 from asyncllm.environment import child_environment
 from asyncllm.errors import StartupError
+from asyncllm.server import signals
 
 PR_SET_PDEATHSIG = 1
 EXIT_GRACE_S = 5.0
@@ -96,17 +97,13 @@ class Children:
     def start(self, boot: Boot, num_threads: int) -> None:
         """Start a child and tell it ``boot`` on its standard input."""
         fds = (boot.listen_fd,) if boot.listen_fd >= 0 else ()
-        # it inherits the mask: a Ctrl-C that reaches the whole group is for rank 0 alone
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
+        with signals.for_child():
             process = subprocess.Popen(
                 [sys.executable, "-m", "asyncllm.rank"],
                 stdin=subprocess.PIPE,
                 pass_fds=fds,
                 env=child_environment(OMP_NUM_THREADS=str(num_threads)),
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is seen below
             process.stdin.write(boot.to_json().encode())
@@ -139,6 +136,11 @@ class Children:
             async with asyncio.timeout(seconds):
                 await self._empty.wait()
 
+    def signal(self, number: int) -> None:
+        """Send a signal to every child. From any thread."""
+        for _, process in [*self._running.values()]:
+            process.send_signal(number)
+
     def kill(self) -> None:
         """End every child at once. Any thread may call it, whatever the loop does."""
         self._leaving = True
@@ -151,18 +153,12 @@ class Children:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when ``parent`` is gone, and leave stopping to it.
-
-    Signals to the whole process group (a terminal's Ctrl-C, systemd's stop) reach rank 0 too, which
-    drains and then tells us; acting on them here would cut off running requests.
-    """
+    """Have the kernel kill this process when ``parent`` is gone."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it ended before the kernel was told
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def bind_http(host: str, port: int) -> socket.socket:

@@ -23,6 +23,7 @@ from asyncllm.engine.engine import Engine
 from asyncllm.engine.grammar import Grammars
 from asyncllm.engine.parallel import Alone, Group, TensorParallel
 from asyncllm.environment import cpu_count
+from asyncllm.models.checkpoint import weight_files
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.launch import (
     Boot,
@@ -133,7 +134,7 @@ def _load_device(
 ) -> CpuDevice | CudaDevice:
     resolved = boot.resolved
     torch.set_num_threads(num_threads(boot))
-    total = sum(f.stat().st_size for f in Path(boot.model_dir).glob("*.safetensors"))
+    total = sum(f.stat().st_size for f in weight_files(Path(boot.model_dir)))
     with log.phase("load weights"), log.Progress("load weights", total) as bar:
         model = build_model(
             Path(boot.model_dir),

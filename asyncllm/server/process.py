@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import sys
 import threading
 from dataclasses import replace
@@ -26,6 +25,7 @@ from asyncllm.server.launch import (
     Wires,
 )
 from asyncllm.server.loading import Parts, load_parts, num_threads
+from asyncllm.server.signals import SHOW, Watch, draining
 
 EXIT_STARTUP = 2
 CULPRIT_S = 1.0
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 class Server:
     """One process of the server, from load to exit."""
 
-    def __init__(self, boot: Boot, spec: ModelSpec, wires: Wires | None) -> None:
-        self._boot, self._spec, self._wires = boot, spec, wires
+    def __init__(self, boot: Boot, spec: ModelSpec, wires: Wires | None, watch: Watch) -> None:
+        self._boot, self._spec, self._wires, self._watch = boot, spec, wires, watch
         self._system: ActorSystem | None = None
         self._children: Children | None = None
         self._leaving = threading.Lock()
@@ -48,9 +48,11 @@ class Server:
         loop = asyncio.get_running_loop()
         leads = self._boot.endpoint == 0
         if leads:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in draining():
                 loop.add_signal_handler(number, self._signalled)
-            self._children = Children(self._child_died)
+            self._children = children = Children(self._child_died)
+            self._watch.leave = self._abandon
+            self._watch.forward = lambda: children.signal(SHOW)
             for endpoint in range(1, self._boot.config.tp):
                 self._start_child(endpoint)
         try:
@@ -114,6 +116,7 @@ class Server:
         boot = parts.boot
         system = ActorSystem(boot.endpoint, list(boot.endpoints) or None)
         self._system = system
+        self._watch.state = system.state
         means = Means(exit=self._abandon)
         for actor in place(parts, means, self._ready if boot.endpoint == 0 else lambda: None):
             system.add(actor)

@@ -11,21 +11,24 @@ import random
 import threading
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+import pytest
 
 from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.codec import decode, encode, i32, ints, longs
 from asyncllm.core.constraints import Constraints
 from asyncllm.core.radix import Node
-from asyncllm.core.request import SamplingParams
+from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.slots import Ledger
 from asyncllm.errors import RequestError
 from asyncllm.messages import Finished, StepDone, StepPlan, StopHit, Submit, Tokens
 
+T = TypeVar("T")
 PRIME = (1 << 61) - 1
 START = 7
 
@@ -58,19 +61,28 @@ def fake_grammar(prompt: Iterable[int]) -> tuple[str, str]:
     return "fake", json.dumps(list(prompt))
 
 
-class FakeConstraint:
-    """What may come next is a function of every token before."""
+class FakeConstraint(Constraint):
+    """What may come next is a function of every token before; some tokens are work for a thread."""
 
     def __init__(self, prompt: Iterable[int], vocab: int) -> None:
         self.state, self.vocab = START, vocab
         for token in prompt:
             self.state = chain(self.state, token)
+        self.started = False
+
+    def slow(self, token: int | None) -> bool:
+        return (self.state + (token or 0)) % 3 > 0
+
+    def start(self) -> None:
+        assert not self.started
+        self.started = True
 
     @staticmethod
     def allowed(state: int, vocab: int) -> set[int]:
         return {token for token in range(vocab) if (state + 7 * token) % 5 < 2}
 
     def mask(self) -> bytes:
+        assert self.started
         words = [0] * -(-self.vocab // 32)
         for token in self.allowed(self.state, self.vocab):
             words[token // 32] |= 1 << token % 32
@@ -100,6 +112,8 @@ def oracle(prompt: Iterable[int], params: SamplingParams, vocab: int, eos: set[i
     for token in prompt:
         state = chain(state, token)
     constraint = FakeConstraint(prompt, vocab) if params.grammar else None
+    if constraint:
+        constraint.start()
     while len(out) < (params.max_new_tokens or 0):
         allowed = constraint.allowed(state, vocab) if constraint else listed(params, eos)
         token = pick(state, params, len(out), vocab, eos, allowed)
@@ -314,6 +328,9 @@ class Timers:
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> None:
         self.set.append((delay, partial(callback, *args)))
 
+    async def run_in_executor(self, pool: object, call: Callable[..., T], *args: Any) -> T:
+        return call(*args)
+
 
 class World:
     """Scheduler, allocator and a fake device; the test says who handles its mail when."""
@@ -358,6 +375,7 @@ class World:
             actor.system = self  # type: ignore[assignment]
             actor.started()
         self.loop = Timers()
+        self.threads: deque[Coroutine[Any, Any, Any]] = deque()  # at work
         self.reserves = 0
         self.submitted: dict[int, Submit] = {}
         self.tokens: dict[int, list[int]] = defaultdict(list)
@@ -386,16 +404,26 @@ class World:
     def tell(self, msg: Any, *, urgent: bool = False) -> None:
         self.ref("scheduler").tell(msg, urgent=urgent)
 
+    def spawn(self, actor: Any, work: Coroutine[Any, Any, Any]) -> None:
+        self.threads.append(work)
+
     def ready(self) -> list[tuple[str, int]]:
-        """Who has mail; ("device", 0): a step is in flight."""
-        return [key for key, box in self.boxes.items() if box] + [("device", 0)][
-            : len(self.pending)
+        """Who has mail; ("thread", 0), ("device", 0): it has something to do."""
+        return [
+            *(key for key, box in self.boxes.items() if box),
+            *[("thread", 0)][: len(self.threads)],
+            *[("device", 0)][: len(self.pending)],
         ]
 
     def turn(self, key: tuple[str, int]) -> None:
         """Let one of the ready ones do its work."""
         if key[0] == "device":
             self.tell(self.pending.popleft().done)
+            return
+        if key[0] == "thread":
+            with pytest.raises(StopIteration) as ended:
+                self.threads.popleft().send(None)
+            self.tell(ended.value.value, urgent=True)
             return
         batch = self.boxes[key].take()
         if key[0] == "scheduler":

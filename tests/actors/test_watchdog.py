@@ -473,7 +473,7 @@ def test_halt_stops_the_endpoint() -> None:
 def test_a_scrape_gets_numbers_and_text() -> None:
     async def script(w: World) -> None:
         w.fakes["scheduler"].running = 3
-        w.tell(Served("/generate", 200, 10, 0, 5, 16, "stop", 0.1, 0.01, 0.2))
+        w.tell(Served((("/generate", 200, 10, 5, "stop", 0.1, 0.01, 0.2),)))
         w.tell(Scrape(41, 0))
         await settle()
         (answer,) = w.got("frontend", Scraped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from asyncllm.core.calls import Calls
-from asyncllm.core.request import Again
+from asyncllm.core.request import Again, Constraint
 from asyncllm.core.thinking import Rules, Tags, Thinking
 from asyncllm.core.vocabulary import Vocabulary, bits
 
@@ -32,7 +32,7 @@ WORDS = [
 VOCAB = Vocabulary(WORDS, len(WORDS))
 
 
-class Parens:
+class Parens(Constraint):
     """A form: ``(``, any number of ``x``, ``)``."""
 
     def __init__(self) -> None:

@@ -125,12 +125,13 @@ def test_a_constrained_request_waits_for_its_token_and_others_do_not() -> None:
     assert len(world.pending) == 2, "the pipeline is full"
     world.run()
     world.check_end()
-    lanes = [list(ints(plan.lanes)) for plan in world.device.plans]
-    free = [lane for step in lanes[:6] for lane in set(lanes[1])]
-    assert all(set(lanes[1]) <= set(step) for step in lanes[1:6]), free
-    (mine,) = set(lanes[0]) - set(lanes[1])
-    first = [number for number, step in enumerate(lanes) if mine in step]
-    assert first[:3] == [0, 2, 4]
+    lanes = [set(ints(plan.lanes)) for plan in world.device.plans]
+    free, (mine,) = lanes[0], set.union(*lanes) - lanes[0]
+    assert len(free) == 2
+    assert all(free <= step for step in lanes[1:6])
+    own = [number for number, step in enumerate(lanes) if mine in step]
+    assert own[0] < 4
+    assert all(own[i + 1] - own[i] in (2, 3) for i in range(2))
 
 
 def test_a_list_of_tokens_keeps_the_overlap() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncllm.core.metrics import Answered, Process, ServerMetrics, State
+from asyncllm.core.metrics import REFUSED, Answered, Process, ServerMetrics, State
 
 ANSWER = Answered("/v1/completions", 200, 10, 5, "stop", 0.25, 0.03, 0.4)
 
@@ -27,6 +27,7 @@ def test_every_name_is_there_from_the_start() -> None:
     own = (
         "kv_slots_used kv_slots_cached kv_slots_total requests_running requests_waiting "
         "inflight_steps steps_total preemptions_total prompt_tokens_total generated_tokens_total "
+        "prompt_tokens_computed_total "
         "prefix_hit_tokens_total prefix_lookup_tokens_total evicted_tokens_total "
         "time_to_first_token_seconds_count time_per_output_token_seconds_bucket "
         "request_duration_seconds_sum request_prompt_tokens_count request_generated_tokens_count "
@@ -87,13 +88,28 @@ def test_an_answer_without_generation_counts_as_http_only() -> None:
     assert got["lightllm_request_count_total{model_name=m}"] == 0
 
 
-def test_routes_do_not_grow_without_limit() -> None:
+def test_a_refused_request_enters_no_distribution() -> None:
     metrics = ServerMetrics("m")
-    for i in range(200):
-        metrics.observe(Answered(f"/{i}", 404, 0, 0, "", -1.0, -1.0, 0.001))
-    routes = [key for key in samples(metrics) if key.startswith("asyncllm_http_requests_total")]
-    assert len(routes) == 65
-    assert samples(metrics)["asyncllm_http_requests_total{route=other,status=404}"] == 136
+    metrics.observe(ANSWER)
+    before = samples(metrics)
+    metrics.observe(Answered("/v1/completions", 429, 0, 0, REFUSED, -1.0, -1.0, 0.0))
+    after = samples(metrics)
+    assert {key: value - before.get(key, 0) for key, value in after.items()
+            if value != before.get(key)} == {
+        "asyncllm_http_requests_total{route=/v1/completions,status=429}": 1,
+        "lightllm_request_count_total{model_name=m}": 1,
+        "lightllm_request_failure_total{model_name=m}": 1,
+    }  # fmt: skip
+
+
+def test_prompt_tokens_are_all_of_them_under_both_names_and_computed_ones_have_their_own() -> None:
+    metrics = ServerMetrics("m")
+    metrics.observe(ANSWER)
+    metrics.update(State(prompt_tokens=3), Process())
+    got = samples(metrics)
+    assert got["asyncllm_prompt_tokens_total"] == 10
+    assert got["lightllm_prompt_tokens_total{model_name=m}"] == 10
+    assert got["asyncllm_prompt_tokens_computed_total"] == 3
 
 
 def test_update_replaces_what_the_actors_hold() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyncllm.core.request import Again, Reason, SamplingParams
+from asyncllm.core.request import Again, Constraint, Reason, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Step
 
@@ -46,7 +46,7 @@ def grant(
     return core.plan(hits, counts, slots, available)
 
 
-class Countdown:
+class Countdown(Constraint):
     """Any token, then only one; near the change the mask depends on how many have come."""
 
     def __init__(self, most: int) -> None:
@@ -121,7 +121,7 @@ def test_a_constraint_waits_only_while_its_mask_depends_on_tokens_to_come() -> N
     assert core.propose() is None
 
 
-class Picky:
+class Picky(Constraint):
     """After a 5 only a 6 may come, which is known too late to wait for it."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ SPELLED = [piece for piece in PIECES if piece not in (b"<think>", b"</think>", b
 RULES = Rules(VOCAB, THINK, (EOS, 999))
 
 
-class Braces:
+class Braces(Constraint):
     """``{``, any number of ``a``, ``}``, and then the end."""
 
     def __init__(self) -> None:

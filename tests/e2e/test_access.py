@@ -7,14 +7,17 @@ import logging
 import ssl
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 import uvloop
+from aiohttp.test_utils import make_mocked_request
+from multidict import CIMultiDict
 
 from asyncllm import config as options
 from asyncllm import rank
-from asyncllm.actors.gate import Access
+from asyncllm.actors.gate import Access, Gate
 from asyncllm.config import Config
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.errors import StartupError
@@ -123,6 +126,101 @@ def test_keys_are_never_shown(
     for text in (shown, caplog.text, repr(config), repr(Access(keys=config.api_key))):
         assert "sk-" not in text
     assert options.FLAGS["api_key"].secret
+
+
+# -- whose request it is ---------------------------------------------------------------------------
+
+
+def client(access: Access, peer: str = "10.0.0.1", **headers: str | list[str]) -> int:
+    pairs = CIMultiDict[str]()
+    for name, values in headers.items():
+        for value in [values] if isinstance(values, str) else values:
+            pairs.add(name.replace("_", "-"), value)
+    request = make_mocked_request("POST", "/generate", headers=pairs)
+    return Gate(access).client(request.clone(remote=peer))
+
+
+def address(text: str) -> int:
+    return client(Access(), text)
+
+
+def test_a_client_is_its_key_whatever_header_brings_it_and_wherever_it_is() -> None:
+    one = client(KEYS, x_api_key="key-one")
+    assert one == client(KEYS, "10.0.0.2", Authorization="Bearer key-one")
+    assert one == client(KEYS, Authorization="Bearer made-up", x_api_key="key-one")
+    assert one == client(KEYS, Authorization="Bearer key-one", x_api_key="key-two")
+    assert one != client(KEYS, x_api_key="key-two")
+
+
+def test_without_keys_a_client_is_its_address_and_nothing_that_it_writes() -> None:
+    one = address("10.0.0.1")
+    assert one != address("10.0.0.2")
+    made_up = {
+        "Authorization": "Bearer x",
+        "X_Forwarded_For": "1.2.3.4",
+        "Forwarded": "for=1.2.3.4",
+    }
+    assert one == client(Access(), **made_up)
+    assert one == address("::ffff:10.0.0.1")
+    assert address("2001:db8::1") == address("2001:db8::ffff:1") != address("2001:db8:0:1::1")
+    assert 0 <= one < 2**64
+
+
+PROXIES = Access(proxies=("10.0.0.1", "192.168.0.0/16", "fd00::/8"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "who"),
+    [
+        ({}, "10.0.0.1"),
+        ({"X_Forwarded_For": "1.2.3.4"}, "1.2.3.4"),
+        ({"X_Forwarded_For": "9.9.9.9, 1.2.3.4"}, "1.2.3.4"),  # the first is the client's own
+        ({"X_Forwarded_For": "9.9.9.9, 1.2.3.4, 192.168.7.7"}, "1.2.3.4"),
+        ({"X_Forwarded_For": ["9.9.9.9", "1.2.3.4, 192.168.7.7", "fd00::5"]}, "1.2.3.4"),
+        ({"X_Forwarded_For": "1.2.3.4:5678"}, "1.2.3.4"),
+        ({"X_Forwarded_For": "192.168.7.7"}, "192.168.7.7"),
+        ({"X_Forwarded_For": "1.2.3.4, unknown"}, "10.0.0.1"),
+        ({"X_Forwarded_For": "1.2.3.4, unknown, 192.168.7.7"}, "192.168.7.7"),
+        ({"Forwarded": "for=9.9.9.9, For=1.2.3.4;proto=https;by=192.168.7.7"}, "1.2.3.4"),
+        ({"Forwarded": 'by=x;for="[2001:db8::1]:4711"'}, "2001:db8::1"),
+        ({"Forwarded": 'for="9.9.9.9, for=1.2.3.4'}, "1.2.3.4"),  # a quote that the client opened
+        ({"Forwarded": "proto=https"}, "10.0.0.1"),
+        ({"Forwarded": "for=1.2.3.4", "X_Forwarded_For": "1.2.3.4"}, "1.2.3.4"),
+        ({"Forwarded": "for=9.9.9.9", "X_Forwarded_For": "1.2.3.4"}, "10.0.0.1"),
+    ],
+)
+def test_behind_a_trusted_proxy_it_is_the_last_address_that_is_none(
+    headers: dict[str, str | list[str]], who: str
+) -> None:
+    assert client(PROXIES, **headers) == address(who)
+
+
+def test_what_comes_from_elsewhere_is_not_believed() -> None:
+    assert client(PROXIES, "10.0.0.2", X_Forwarded_For="1.2.3.4") == address("10.0.0.2")
+
+
+@live(max_running=0, max_waiting=4, access=Access(proxies=("127.0.0.1",)))
+async def test_one_client_holds_half_of_the_queue_while_another_waits(server: Server) -> None:
+    server.model.holds = True
+
+    def ask(who: str) -> asyncio.Task[tuple[int, Any]]:
+        headers = {"X-Forwarded-For": who}
+        return asyncio.create_task(server.post(CHAT, {"messages": HI}, headers=headers))
+
+    waiting = [ask("1.1.1.1") for _ in range(4)]
+    await server.model.until(lambda: len(server.model.asked) == 4)
+    waiting.append(ask("2.2.2.2"))
+    await server.model.until(lambda: len(server.model.asked) == 5)
+    code, answer = await ask("1.1.1.1")
+    assert code == 429
+    assert "this client has 4 choices waiting" in answer["error"]["message"]
+    assert "half of --max_waiting" in answer["error"]["message"]
+    assert len({msg.client for msg in server.model.asked}) == 2
+    for msg in server.model.asked:
+        server.model.answer(msg)
+    assert {(await task)[0] for task in waiting} == {200}
+    server.model.holds = False
+    assert (await ask("1.1.1.1"))[0] == 200
 
 
 # -- web pages ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 import uvloop
 
+from asyncllm.core.metrics import Answered
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import FRONTEND_SHIFT, Drain, Drained, Finished, Served, Started, Tokenize
 from tests.e2e.fake_server import Server, serving
@@ -52,11 +53,16 @@ async def http1(server: Server, head: str, body: Any) -> bytes:
         writer.close()
 
 
-async def served(server: Server) -> Served:
-    """The newest Served message."""
+async def served(server: Server) -> Answered:
+    """The newest answer for text that the watchdog was told of."""
     await server.post("/tokens", {"text": "x"})  # one more turn of the loop's actors
-    got = [m for m in server.watchdog.got if isinstance(m, Served)]
-    return got[-1]
+    return next(a for a in reversed(answered(server)) if a.reason)
+
+
+def answered(server: Server) -> list[Answered]:
+    """All that the watchdog was told of."""
+    told = [m.answers for m in server.watchdog.got if isinstance(m, Served)]
+    return [Answered(*answer) for answers in told for answer in answers]
 
 
 # -- routes ------------------------------------------------------------------------------------
@@ -340,12 +346,50 @@ async def test_served_is_told(server: Server) -> None:
     await server.post(COMPLETIONS, {"prompt": ["hi", "you"], "max_tokens": 2, "n": 2})
     got = await served(server)
     assert (got.route, got.status, got.reason) == (COMPLETIONS, 200, "length")
-    assert (got.prompt_len, got.cached_len, got.num_tokens, got.max_new_tokens) == (5, 2, 8, 2)
+    assert (got.prompt_len, got.num_tokens) == (5, 8)
     assert 0 <= got.ttft_s <= got.total_s
     assert got.tpot_s >= 0
     await server.post(CHAT, {"messages": 5})
     got = await served(server)
-    assert (got.route, got.status, got.reason, got.num_tokens) == (CHAT, 400, "error", 0)
+    assert (got.route, got.status, got.reason, got.num_tokens) == (CHAT, 400, "refused", 0)
+
+
+@live()
+async def test_what_the_tokenizer_refuses_was_not_taken_in(server: Server) -> None:
+    server.model.refuse = lambda m: Finished(m.rids[0], Reason.ERROR, "long", "", 400, 0, 0, 0)
+    assert (await server.post(COMPLETIONS, {"prompt": ["a", "b"]}))[0] == 400
+    got = await served(server)
+    assert (got.status, got.reason, got.total_s) == (400, "refused", 0.0)
+
+
+@live()
+async def test_every_answer_is_counted_under_the_path_as_registered(server: Server) -> None:
+    for i in range(20):
+        assert (await server.get(f"/none/{i}"))[0] == 404
+    assert (await server.get("/v1/models/tiny"))[0] == 200
+    assert (await server.get(CHAT))[0] == 405
+    assert (await server.post(CHAT, {"messages": HI}))[0] == 200
+    assert (await served(server)).status == 200
+    assert {(a.route, a.status) for a in answered(server)} == {
+        ("other", 404),
+        ("/v1/models/{name}", 200),
+        ("other", 405),
+        (CHAT, 200),
+    }
+    assert len(answered(server)) == 23
+
+
+@live()
+async def test_a_pipelined_flood_does_not_fill_the_watchdogs_mailbox(server: Server) -> None:
+    server.watchdog.capacity = 2
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET /none HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
+    writer.write(b"GET /liveness HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (await reader.read()).count(b" 404 ") == 300
+    writer.close()
+    assert (await server.post(CHAT, {"messages": HI}))[0] == 200
+    assert (await served(server)).status == 200
+    assert [a.status for a in answered(server)].count(404) == 300
 
 
 # -- errors ------------------------------------------------------------------------------------
@@ -471,7 +515,7 @@ async def test_body_limit(server: Server) -> None:
     assert (await served(server)).status == 413
 
 
-@live(max_live=3)
+@live(max_running=1, max_waiting=2)
 async def test_too_many_requests(server: Server) -> None:
     server.model.holds = True
     first = asyncio.create_task(server.post(CHAT, {"messages": HI, "n": 2}))
@@ -534,7 +578,7 @@ def test_a_client_that_leaves_aborts(stream: bool, accepted: bool) -> None:
         server.model.delta(two.rids[0], [97], SamplingParams())  # it is told too late
         server.model.finish(two.rids[0], 1, 1)
         got = await served(server)
-        assert (got.status, got.reason) == (499, "abort")
+        assert (got.status, got.reason) == (499, "abort" if accepted else "refused")
 
     test()
 

@@ -62,7 +62,7 @@ def test_choices_share_the_computation_of_their_prompt(
     body = {"prompt": prose[:600], "n": 4, "max_tokens": 5, "temperature": 1, "seed": 1}
     with Server(demo_dir, tmp_path / "log", "--diverse_mode", "--data_type", "fp32") as diverse:
         reply = diverse.post(COMPLETIONS, body)
-        assert diverse.metric("asyncllm_prompt_tokens_total") == 600 + 3
+        assert diverse.metric("asyncllm_prompt_tokens_computed_total") == 600 + 3
         assert len({choice["text"] for choice in reply["choices"]}) > 1
 
 

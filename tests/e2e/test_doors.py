@@ -266,8 +266,7 @@ async def test_a_client_that_leaves_just_before_the_headers(server: Server) -> N
     resolve(exchange.accepted)  # the handler will be woken, and find the connection closing
     link.transport.abort()
     await server.model.until(lambda: bool(server.model.aborted))
-    got = await served(server)
-    assert (got.status, got.reason) == (499, "abort")
+    assert (await served(server)).status == 499
     writer.close()
 
 

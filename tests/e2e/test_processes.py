@@ -142,7 +142,14 @@ def test_http_workers_share_port_and_state(demo_dir: Path, tmp_path: Path) -> No
         for pid in server.children():
             workers.add(pid)
         assert len(workers) == 2
-        assert server.stop() == 0, server.text()
+        server.process.send_signal(signal.SIGUSR1)
+        shown = ("HTTPworker2", "HTTP worker 2: watchdog: 0 messages wait", "rank 0: scheduler: ")
+        assert wait_until(lambda: all(text in server.text() for text in shown), 10), server.text()
+        assert "rank 0: runner: 0 messages wait, busy for " in server.text()
+        assert server.text().count("Current thread") == 3  # stacks of each process
+        server.get("/health")
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(30) == 0, server.text()
         assert not any(map(alive, workers))
 
 
@@ -161,6 +168,9 @@ def test_sigterm_while_loading_ends_it(demo_dir: Path, tmp_path: Path) -> None:
     server = Server(demo_dir, tmp_path / "log", *TP2)
     with server.failing():
         (child,) = server.first_children(1)
+        server.process.send_signal(signal.SIGUSR1)
+        shown = ("rank 0: starting", "rank 1: starting")
+        assert wait_until(lambda: all(text in server.text() for text in shown), 20), server.text()
         assert server.stop(10) == 0
         assert not alive(child)
     assert "stopped while starting" in server.text()
@@ -174,6 +184,13 @@ def test_two_servers_side_by_side(demo_dir: Path, tmp_path: Path) -> None:
     with starting[0] as a, starting[1] as b:
         for server in (a, b):
             assert server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 2})["choices"]
+        folders = [list(Path("/tmp").glob(f"asyncllm-{s.process.pid}-*")) for s in (a, b)]
+        assert [len(found) for found in folders] == [1, 1]
+        children = a.children()
+        a.process.send_signal(signal.SIGQUIT)
+        assert a.process.wait(10) == 128 + signal.SIGQUIT
+        assert wait_until(lambda: not any(map(alive, children)), 5)
+        assert [found[0].exists() for found in folders] == [False, True]
 
 
 def test_sigterm_lets_running_requests_finish(demo_dir: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ async def test_a_client_gets_a_stream(server: Server) -> None:
         assert (events[-1].details.finish_reason, events[-1].details.input_length) == ("length", 2)
 
 
-@live(tgi=True, max_live=1)
+@live(tgi=True, max_running=0, max_waiting=1)
 async def test_a_client_understands_errors(server: Server) -> None:
     async with client(server) as hub:
         with pytest.raises(ValidationError, match="typical decoding is not available"):

@@ -49,7 +49,9 @@ def grammars(pieces: list[bytes]) -> Grammars:
 
 def start(grammars: Grammars, kind: str, source: str) -> Matcher:
     grammars.keep(kind, source, grammars.build(kind, source))
-    return grammars.constrain(kind, source)
+    matcher = grammars.constrain(kind, source)
+    matcher.start()
+    return matcher
 
 
 def allowed(matcher: Matcher) -> list[int]:

@@ -1,15 +1,24 @@
-"""Checkpoints that do not hold what config.json says: one clear line, naming file and tensor."""
+"""Which files count, and checkpoints that do not hold what config.json says: one clear line."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from asyncllm.errors import StartupError
+from asyncllm.hub import check_model_dir
+from asyncllm.models.checkpoint import INDEX, read_checkpoint, with_own_head
+from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
 from tests.models.harness import build
 from tests.models.test_llama import make_checkpoint
@@ -18,8 +27,36 @@ FILE = "model.safetensors"
 NORM = "model.layers.1.input_layernorm.weight"
 
 
-def load(model_dir: Path) -> None:
-    build(model_dir, ModelSpec.from_dir(model_dir), "fp32", torch.device("cpu"), 64)
+def load(model_dir: Path) -> Decoder:
+    spec = with_own_head(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
+    return build(model_dir, spec, "fp32", torch.device("cpu"), 64)
+
+
+def split(model_dir: Path, *names: str, index: bool = True) -> dict[str, Tensor]:
+    """Spread the tensors over files of these names, instead of one; what they were."""
+    found = load_file(model_dir / FILE)
+    (model_dir / FILE).unlink()
+    placed = {tensor: names[i % len(names)] for i, tensor in enumerate(sorted(found))}
+    for name in names:
+        save_file({t: found[t] for t in found if placed[t] == name}, model_dir / name)
+    if index:
+        (model_dir / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    return found
+
+
+def zeros(model_dir: Path, name: str, **more: Tensor) -> None:
+    """A file with every tensor of the model, all zero."""
+    like = make_checkpoint(model_dir / "like").state_dict()
+    save_file({t: torch.zeros_like(v) for t, v in like.items()} | more, model_dir / name)
+    shutil.rmtree(model_dir / "like")
+
+
+def check_loaded(model: Decoder, want: dict[str, Tensor]) -> None:
+    assert torch.equal(model.embed, want["model.embed_tokens.weight"])
+    assert torch.equal(model.norm, want["model.norm.weight"])
+    for i, layer in enumerate(model.layers):
+        assert torch.equal(layer.down, want[f"model.layers.{i}.mlp.down_proj.weight"])
+        assert torch.equal(layer.out, want[f"model.layers.{i}.self_attn.o_proj.weight"])
 
 
 def change(model_dir: Path, **tensors: Tensor | None) -> None:
@@ -87,14 +124,175 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_directory_without_weights_is_named(tmp_path: Path) -> None:
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+STRAYS = ("z.safetensors", "consolidated.safetensors", "adapter_model.safetensors", "a.safetensors")
+
+
+@pytest.mark.parametrize("stray", [*STRAYS, FILE])
+def test_with_an_index_only_what_it_names_counts(tmp_path: Path, stray: str) -> None:
     make_checkpoint(tmp_path)
-    (tmp_path / FILE).unlink()
-    with pytest.raises(StartupError, match=rf"^{tmp_path} holds no \*\.safetensors files$"):
+    want = split(tmp_path, *SHARDS)
+    zeros(tmp_path, stray, unknown=torch.zeros(1))
+    check_loaded(load(tmp_path), want)
+
+
+@pytest.mark.parametrize("order", [SHARDS, SHARDS[::-1]])
+def test_each_tensor_comes_from_the_file_that_the_index_names(
+    tmp_path: Path, order: tuple[str, str]
+) -> None:
+    make_checkpoint(tmp_path)
+    want = split(tmp_path, *order)
+    other = {t: torch.zeros_like(v) for t, v in want.items()} | {"unknown": torch.zeros(1)}
+    for name in order:  # every shard has every tensor, and one that nobody knows
+        save_file(other | load_file(tmp_path / name), tmp_path / name)
+    check_loaded(load(tmp_path), want)
+
+
+@pytest.mark.parametrize("stray", [*STRAYS, *SHARDS])
+def test_without_an_index_it_is_the_usual_file(tmp_path: Path, stray: str) -> None:
+    make_checkpoint(tmp_path)
+    want = load_file(tmp_path / FILE)
+    zeros(tmp_path, stray)
+    check_loaded(load(tmp_path), want)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_an_old_index_beside_a_whole_file(tmp_path: Path, left: int) -> None:
+    make_checkpoint(tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    want = split(tmp_path, *SHARDS)
+    (tmp_path / FILE).write_bytes(whole)
+    for name in SHARDS[left:]:
+        (tmp_path / name).unlink()
+    check_loaded(load(tmp_path), want)
+
+
+@pytest.mark.parametrize("names", [SHARDS, ("weights.safetensors",), ("a.safetensors", "b.safetensors")])  # fmt: skip
+def test_other_names_without_an_index(tmp_path: Path, names: tuple[str, ...]) -> None:
+    make_checkpoint(tmp_path)
+    want = split(tmp_path, *names, index=False)
+    for stray in ("consolidated.safetensors", "adapter_model.safetensors", "._a.safetensors"):
+        zeros(tmp_path, stray)
+    check_loaded(load(tmp_path), want)
+
+
+def test_without_an_index_two_files_may_not_hold_the_same(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    split(tmp_path, "b.safetensors", index=False)
+    save_file({NORM: torch.zeros(96)}, tmp_path / "a.safetensors")
+    with pytest.raises(StartupError) as error:
+        load(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path / 'a.safetensors'} and {tmp_path / 'b.safetensors'} both hold {NORM}, and there "
+        f"is no {INDEX} to tell which counts; remove one of the files"
+    )
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_missing_shard_is_named(tmp_path: Path, index: bool) -> None:
+    make_checkpoint(tmp_path)
+    split(tmp_path, *SHARDS, index=index)
+    (tmp_path / SHARDS[1]).unlink()
+    with pytest.raises(StartupError, match=rf"^{tmp_path} lacks {SHARDS[1]}"):
         load(tmp_path)
 
 
-def test_a_tied_output_matrix_may_be_in_the_file(tmp_path: Path) -> None:
+def test_a_shard_without_what_the_index_places_there_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    split(tmp_path, *SHARDS)
+    for name in SHARDS:
+        found = load_file(tmp_path / name)
+        if NORM in found:
+            where = name
+            del found[NORM]
+            save_file(found, tmp_path / name)
+    with pytest.raises(StartupError) as error:
+        load(tmp_path)
+    assert str(error.value) == f"{tmp_path / where} lacks 1 tensors, the first: {NORM}"
+
+
+def test_a_tensor_that_the_index_does_not_name_is_missing(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    split(tmp_path, *SHARDS)
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index["weight_map"][NORM]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(StartupError) as error:
+        load(tmp_path)
+    assert str(error.value) == f"{tmp_path} lacks 1 tensors, the first: {NORM}"
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:-100], lambda raw: b"", lambda raw: b"junk" * 9]
+)
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    make_checkpoint(tmp_path)
+    split(tmp_path, *SHARDS)
+    path = tmp_path / SHARDS[1]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(StartupError, match=rf"^{path} cannot be read: .+"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ((), "holds no *.safetensors; weights in other formats"),
+        (("adapter_model.safetensors",), "holds an adapter (adapter_model.safetensors), not a"),
+        (("consolidated.safetensors",), "under the usual names, only consolidated.safetensors"),
+    ],
+)
+def test_a_directory_without_a_model_is_refused(
+    tmp_path: Path, left: tuple[str, ...], message: str
+) -> None:
+    make_checkpoint(tmp_path)
+    (tmp_path / FILE).unlink()
+    for name in left:
+        zeros(tmp_path, name)
+    with pytest.raises(StartupError) as error:
+        check_model_dir(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path} holds ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_tied_model_with_another_output_matrix_uses_it(tmp_path: Path, shards: bool) -> None:
     make_checkpoint(tmp_path, tie_word_embeddings=True)
-    change(tmp_path, lm_head__weight=torch.zeros(499, 96))
-    load(tmp_path)
+    head = torch.randn(499, 96)
+    change(tmp_path, lm_head__weight=head)
+    if shards:
+        split(tmp_path, *SHARDS)
+    model = load(tmp_path)
+    assert torch.equal(model.lm_head, head)
+    assert not model.spec.tie_embeddings
+
+
+def test_a_tied_model_may_hold_its_embedding_twice(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, tie_word_embeddings=True)
+    embed = load_file(tmp_path / FILE)["model.embed_tokens.weight"]
+    change(tmp_path, lm_head__weight=embed.clone())
+    model = load(tmp_path)
+    assert model.spec.tie_embeddings
+    assert model.lm_head.data_ptr() == model.embed.data_ptr()
+
+
+def test_another_output_matrix_is_told_once(tmp_path: Path) -> None:
+    """By --check, which tells the larger model, too."""
+    make_checkpoint(tmp_path, tie_word_embeddings=True)
+    make_tokenizer(tmp_path)
+    told = []
+    for head in (
+        load_file(tmp_path / FILE)["model.embed_tokens.weight"].clone(),
+        torch.ones(499, 96),
+    ):
+        change(tmp_path, lm_head__weight=head)
+        command = [sys.executable, "-m", "asyncllm", "--check", "--device", "cpu", "--model_dir"]
+        ran = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
+        told.append((ran.stderr.count("lm_head.weight is another matrix"), ran.stdout))
+    assert [count for count, _ in told] == [0, 1]
+    weights = [int(t.split(" weights")[0].split()[-1].replace(",", "")) for _, t in told]
+    assert weights[1] - weights[0] == 499 * 96
+
+
+def make_tokenizer(folder: Path) -> None:
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))

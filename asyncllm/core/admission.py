@@ -1,0 +1,160 @@
+"""Who may come in: places in a bounded queue, shared among clients, and when one is likely free.
+
+A client is a number that stands for an API key or an address. Knows counts and a clock that is
+handed in; knows neither HTTP nor what is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from time import monotonic
+
+from asyncllm.errors import RequestError, ServerBusy
+
+LIMITS = "(--running_max_req_size, --max_waiting)"
+HALF_LIFE_S = 30.0  # how fast the measured rate forgets
+FIRST_S = 0.5  # a request's time before any has been measured
+MOST_S = 60  # OpenAI's and Anthropic's clients do not follow a longer Retry-After
+
+
+class Shares:
+    """The places of a queue. One client may take all of them, but only half while others wait.
+
+    A client that comes when another one holds more than half finds its own half free
+    nevertheless. So the queue may hold more than ``most`` for a while, at most half as much again:
+    nobody grows beyond half while others wait.
+
+    Args:
+        most: places.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.half = most, max(most // 2, 1)
+        self.total = 0
+        self._held: dict[int, int] = {}  # clients that wait -> places, never 0
+
+    def of(self, client: int) -> int:
+        """Places that ``client`` holds."""
+        return self._held.get(client, 0)
+
+    def alone(self, client: int) -> bool:
+        """Nobody else waits."""
+        return len(self._held) == (client in self._held)
+
+    def room(self, client: int, extra: int = 0) -> int:
+        """Places that ``client`` could take now; ``extra``: free ones beside the queue's."""
+        most, share, mine = self.most + extra, self.half + extra, self.of(client)
+        if self.alone(client):
+            return most - mine
+        total = self.total
+        if total + share > most:  # who holds more than a share does not keep others from theirs
+            total = sum(min(held, share) for held in self._held.values())
+        return min(share - mine, most - total)
+
+    def take(self, client: int, places: int = 1) -> None:
+        self.total += places
+        self._held[client] = self.of(client) + places
+
+    def give(self, client: int) -> None:
+        """One place is free again."""
+        self.total -= 1
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
+
+
+class ServiceRate:
+    """Requests that end per second of the time in which there are any; the last ones count most."""
+
+    def __init__(self, now: float) -> None:
+        self._busy_s, self._ended = FIRST_S, 1.0
+        self._at, self._busy = now, False
+
+    def pass_time(self, now: float, busy: bool) -> None:
+        """``busy``: whether there are requests from now on."""
+        if self._busy:
+            kept = 0.5 ** ((now - self._at) / HALF_LIFE_S)
+            self._busy_s = self._busy_s * kept + (1 - kept) * HALF_LIFE_S / math.log(2)
+            self._ended *= kept
+        self._at, self._busy = now, busy
+
+    def count(self) -> None:
+        """A request has ended."""
+        self._ended += 1
+
+    def seconds_for(self, num: int) -> float:
+        """How long it takes until ``num`` have ended."""
+        return num * self._busy_s / max(self._ended, 1e-9)
+
+
+class Admission:
+    """Requests (choices, where one asks for several) from admission to their end.
+
+    One waits until its first token comes. Requests that have a place in the batch but no token yet
+    cannot be told from those that queue for one, so what the batch has room for counts as well.
+
+    Args:
+        max_running: places in the batch.
+        max_waiting: places in the queue.
+    """
+
+    def __init__(
+        self, *, max_running: int, max_waiting: int, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self._max_running, self._clock = max_running, clock
+        self._waiting = Shares(max_waiting)
+        self._begun = 0
+        self._rate = ServiceRate(clock())
+
+    def enter(self, client: int, wanted: int) -> None:
+        """Let ``wanted`` requests of one client wait.
+
+        Raises:
+            RequestError: 400, there are not as many places. ServerBusy: 429, not now.
+        """
+        waiting = self._waiting
+        most = self._max_running + waiting.most
+        if wanted > most:
+            raise RequestError(
+                f"n: {wanted} choices in one request, at most {most} may run or wait {LIMITS}",
+                param="n",
+                code="invalid_value",
+            )
+        extra = max(self._max_running - self._begun, 0)
+        if wanted > waiting.room(client, extra):
+            raise ServerBusy(self._refusal(client, wanted))
+        self._rate.pass_time(self._clock(), True)
+        waiting.take(client, wanted)
+
+    def begin(self, client: int) -> None:
+        """The first token of a request has come."""
+        self._waiting.give(client)
+        self._begun += 1
+
+    def leave(self, client: int, *, begun: bool, served: bool) -> None:
+        """A request is over; ``served``: it came to its end, nobody cut it off."""
+        if begun:
+            self._begun -= 1
+        else:
+            self._waiting.give(client)
+        self._rate.pass_time(self._clock(), self._waiting.total + self._begun > 0)
+        if served:
+            self._rate.count()
+
+    def retry_after_s(self) -> int:
+        """When those that wait now have been served, 1 to 60 s."""
+        self._rate.pass_time(self._clock(), self._waiting.total + self._begun > 0)
+        queued = self._begun + self._waiting.total - self._max_running
+        return min(max(math.ceil(self._rate.seconds_for(max(queued, 1))), 1), MOST_S)
+
+    def _refusal(self, client: int, wanted: int) -> str:
+        waiting, again = self._waiting, f"try again in {self.retry_after_s()} s"
+        mine, live = waiting.of(client), waiting.total + self._begun
+        if mine + wanted > waiting.half and not waiting.alone(client):
+            return (
+                f"this client has {mine} choices waiting and asks for {wanted} more: one may hold "
+                f"{waiting.half} places, half of --max_waiting, while others wait; {again}"
+            )
+        most = self._max_running + waiting.most
+        return f"{live} choices are being generated or wait, at most {most} may {LIMITS}; {again}"

@@ -1,0 +1,126 @@
+"""Work that constraints leave to threads: whose is next, and how much CPU time it may take.
+
+Owns the line and its budgets. Knows neither threads nor the device; :func:`work` is what a thread does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from heapq import heappop, heappush
+from time import thread_time
+from typing import NamedTuple
+
+from asyncllm.core.request import Again, Constraint
+from asyncllm.core.steps import Request
+from asyncllm.errors import RequestError
+
+STEP_S = 0.05  # CPU seconds for all constraints while the device is busy with one step
+BATCH_S = 0.005  # a thread comes back after so much, with what is left undone
+CHEAP_S = 0.002  # a step may wait for those that usually take less
+
+
+class Verdict(IntEnum):
+    """What has come of a token."""
+
+    GOES_ON = 0
+    WHOLE = 1  # accept has said True
+    AGAIN = 2
+    REFUSED = 3  # RequestError
+    UNDONE = 4  # the thread had no time for it
+
+
+class Done(NamedTuple):
+    """One piece of work that a thread brings back."""
+
+    rid: int
+    verdict: int  # a Verdict
+    cpu_s: float = 0.0
+    detail: str = ""  # of a refusal
+    status: int = 0
+
+
+Job = tuple[int, Constraint, int | None]  # rid and token; None: start
+
+
+def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[Done]:
+    """Do as many of the jobs, in a thread, as BATCH_S allows, at least one."""
+    done: list[Done] = []
+    begun = before = clock()
+    for rid, constraint, token in jobs:
+        if before - begun >= BATCH_S:
+            done.append(Done(rid, Verdict.UNDONE))
+            continue
+        verdict, detail, status = Verdict.GOES_ON, "", 0
+        try:
+            if token is None:
+                constraint.start()
+            elif constraint.accept(token):
+                verdict = Verdict.WHOLE
+        except Again:
+            verdict = Verdict.AGAIN
+        except RequestError as error:
+            verdict, detail, status = Verdict.REFUSED, error.message, error.status
+        now = clock()
+        done.append(Done(rid, verdict, now - before, detail, status))
+        before = now
+    return done
+
+
+class Line:
+    """Requests whose constraint has work to do; each is in it, or with a thread, at most once.
+
+    Next is the one that has used the least CPU time, where a newcomer counts as having used as much
+    as the last one that was taken. So one whose masks are cheap waits for a single piece of
+    anybody's work, and as long as all are costly each gets its share.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Request]] = []
+        self._number = 0
+        self._level = 0.0
+        self._left = STEP_S
+        self._working = 0  # requests that are with a thread
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is to be done, or being done."""
+        return not (self._heap or self._working)
+
+    def add(self, req: Request) -> None:
+        """The first of ``req.todo`` is to be done."""
+        if req.level < 0:
+            req.level = self._level
+        self._number += 1
+        heappush(self._heap, (req.level, self._number, req))
+
+    def take(self, most: int, busy: bool) -> list[Job]:
+        """Work for a thread, of at most ``most`` requests.
+
+        Args:
+            busy: the device works on a step, so that no more than STEP_S are for this.
+        """
+        jobs: list[Job] = []
+        while self._heap and len(jobs) < most and (self._left > 0 or not busy):
+            level, _, req = heappop(self._heap)
+            self._level = max(self._level, level)
+            if req.todo:  # else it has ended meanwhile
+                assert req.constraint is not None
+                jobs.append((req.rid, req.constraint, req.todo[0][0]))
+        self._working += len(jobs)
+        return jobs
+
+    def spent(self, req: Request | None, cpu_s: float) -> None:
+        """A thread comes back from ``req``; None: it has ended meanwhile."""
+        self._working -= 1
+        self._left -= cpu_s
+        if req is not None:
+            req.level += cpu_s
+            req.worked_s += cpu_s
+
+    def step_over(self) -> None:
+        """The device has done a step."""
+        self._left = STEP_S

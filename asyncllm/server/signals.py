@@ -1,0 +1,113 @@
+"""Signals: which of them stop a server, show its state, or end it at once.
+
+Knows signals and threads; what they lead to is told by the process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+STDERR = 2
+DRAIN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SHOW = signal.SIGUSR1
+# for whole groups of processes: a terminal's Ctrl-C, Ctrl-\ and hang-up, systemd's stop
+_GROUP = (*DRAIN, signal.SIGQUIT)
+# neither ends a process that does nothing about them, or they tell of a crash
+_OTHERS = {
+    signal.SIGKILL, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT,
+    signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGSEGV,
+    signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS,
+}  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+def _deadly() -> set[int]:
+    """Signals that would end this process without a trace, and that nobody here handles."""
+    rest = set(signal.valid_signals()) - {*DRAIN, SHOW, *_OTHERS}
+    return {number for number in rest if signal.getsignal(number) is signal.SIG_DFL}
+
+
+def hold() -> None:
+    """Keep what :class:`Watch` handles waiting until there is one. Call before threads start."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {SHOW, *_deadly()})
+
+
+class Watch:
+    """Answers signals in a thread of its own, so that it does so whatever the event loop does.
+
+    SIGUSR1 writes the stacks of all threads and ``state`` to the log. In rank 0 all signals that
+    would end the process, and are not for draining, call ``leave``, so that nothing is left behind.
+
+    Attributes:
+        state: lines about what this process does; replaced when there is more to tell.
+        forward: tells the other processes to do the same.
+        leave: told the exit code; from the thread.
+    """
+
+    def __init__(self, name: str, *, leads: bool) -> None:
+        self.state: Callable[[], Iterable[str]] = lambda: ["starting"]
+        self.forward: Callable[[], None] = lambda: None
+        self.leave: Callable[[int], object] = os._exit
+        self._name = name
+        self._numbers = {int(SHOW), *(_deadly() if leads else ())}
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        threading.Thread(target=self._wait_forever, name="signals", daemon=True).start()
+
+    def _wait_forever(self) -> None:
+        while True:
+            number = signal.sigwait(self._numbers)
+            if number == SHOW:
+                self.show()
+            else:
+                log.critical("%s: stopped at once by %s", self._name, _name(number))
+                self.leave(128 + number)
+
+    def show(self) -> None:
+        """Stacks and state, whatever the log level: somebody asked."""
+        level = max(logging.INFO, log.getEffectiveLevel())
+        log.log(level, "%s: stacks of all threads", self._name)
+        faulthandler.dump_traceback(STDERR)
+        for line in self.state():
+            log.log(level, "%s: %s", self._name, line)
+        self.forward()
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+@contextmanager
+def for_child() -> Iterator[None]:
+    """What is started inside has signals to groups of processes wait until it ignores them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_GROUP, SHOW})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def leave_to_leader() -> None:
+    """In a child: signals to the group reach rank 0 too, which drains and then tells us.
+
+    Acting on them here would cut off running requests.
+    """
+    for number in _GROUP:
+        signal.signal(number, signal.SIG_IGN)
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting - {SHOW})
+
+
+def draining() -> list[signal.Signals]:
+    """Signals that drain the server: SIGHUP only if it was not ignored at start (nohup)."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [n for n in DRAIN if not (n == signal.SIGHUP and ignored)]
