@@ -166,7 +166,7 @@ class Scheduler(Actor[Inbox]):
             self.core.refuse(msg.rid, len(msg.prompt) // 4, error.message, error.status)
             return
         self._stalled = False
-        self.core.add(msg.rid, ints(msg.prompt), msg.params, constraint, msg.after)
+        self.core.add(msg.rid, ints(msg.prompt), msg.params, constraint, msg.after, msg.client)
 
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

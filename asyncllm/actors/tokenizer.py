@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import assert_never
@@ -19,6 +18,8 @@ import numpy as np
 from asyncllm.actors.base import Actor
 from asyncllm.api.chat import ChatTemplate
 from asyncllm.api.reasoning import prompt_state
+from asyncllm.core.admission import Shares
+from asyncllm.core.fair_queue import FairQueue
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.errors import PromptTooLong, RequestError, ServerBusy
 from asyncllm.messages import (
@@ -101,12 +102,13 @@ class Tokenizer(Actor[Inbox]):
         self._template = ChatTemplate(text.templates, text.special_tokens)
         # no text of more characters can fit, so it need not be encoded to be refused
         self._chars_per_token = max(MIN_CHARS_PER_TOKEN, text.max_piece_chars)
-        self._workers, self._time_limit_s, self._max_queue = workers, time_limit_s, max_queue
+        self._workers, self._time_limit_s = workers, time_limit_s
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
         self._free = workers
         self._jobs: dict[int, _Job] = {}
         self._job_of: dict[int, int] = {}  # rid -> job
-        self._line: deque[int] = deque()  # jobs without a thread yet
+        self._line: FairQueue[int] = FairQueue()  # jobs without a thread yet
+        self._places = Shares(max_queue)  # in the line
         self._last_job = 0
 
     @property
@@ -163,18 +165,28 @@ class Tokenizer(Actor[Inbox]):
             del self._job_of[rid]
 
     def _wait(self, number: int, job: _Job) -> None:
-        if not self._free and len(self._line) >= self._max_queue:
+        client = job.msg.client
+        if not self._free and self._places.room(client) <= 0:
             self._forget(number, job)
             self._refuse(
-                job, ServerBusy(f"{self._max_queue} prompts wait to be tokenized, try again later")
+                job,
+                ServerBusy(
+                    f"{self._places.of(client)} prompts of this client and {len(self._line)} "
+                    f"together wait to be tokenized, at most {self._places.most} may, half of them "
+                    "of one client while others wait; try again later"
+                ),
             )
             return
-        self._line.append(number)
+        self._line.append(client, number, number)
+        self._places.take(client)
         self._start_some()
 
     def _start_some(self) -> None:
         while self._free and self._line:
-            number = self._line.popleft()
+            number = next(iter(self._line))
+            client = self._jobs[number].msg.client
+            self._line.serve(client, number)
+            self._places.give(client)
             self._free -= 1
             self.spawn(self._run(number, self._jobs[number].msg))
 
@@ -228,8 +240,9 @@ class Tokenizer(Actor[Inbox]):
         job.alive.remove(rid)
         if not job.alive:
             del self._jobs[number]
-            if number in self._line:
-                self._line.remove(number)
+            if self._line.has(job.msg.client, number):
+                self._line.discard(job.msg.client, number)
+                self._places.give(job.msg.client)
         self.frontend.tell(Finished(rid, Reason.ABORT, "", "", 0, 0, 0, 0))
 
     # -- in a thread of the pool: plain data in and out ------------------------------------------------
@@ -311,7 +324,9 @@ class Tokenizer(Actor[Inbox]):
             if rid in job.alive:
                 own = replace(params, seed=_wrapped(params.seed + i))
                 after = -1 if rid == job.alive[0] else job.alive[0]
-                self.scheduler.tell(Submit(rid, kept, own.pack(), thoughts, after, healed))
+                self.scheduler.tell(
+                    Submit(rid, kept, own.pack(), thoughts, after, healed, msg.client)
+                )
         left_out = job.sent_len - len(ids) // 4
         self.frontend.tell(Accepted(msg.rids[0], ids, job.head, left_out))
 

@@ -7,10 +7,10 @@ contents nor tensors, actors, text.
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from asyncllm.core.fair_queue import FairQueue
 from asyncllm.core.healing import Healing
 from asyncllm.core.masking import CHEAP_S, Done, Job, Line, Verdict
 from asyncllm.core.request import Again, Constraint, Reason
@@ -67,7 +67,7 @@ class Core:
         self.batch_max_tokens, self.chunk = batch_max_tokens, chunked_prefill_size
         self.eos_ids = frozenset(eos_ids)
         self.requests: dict[int, Request] = {}
-        self.waiting: deque[Request] = deque()
+        self.waiting: FairQueue[Request] = FairQueue()  # those that come back, then in turns
         self.held: dict[int, list[Request]] = {}  # not waiting yet: behind this rid's prompt
         self.share_prompts = share_prompts
         self.running: dict[int, Request] = {}  # oldest first
@@ -90,13 +90,14 @@ class Core:
         packed: tuple[Any, ...],
         constraint: Constraint | None = None,
         after: int = -1,
+        client: int = 0,
     ) -> None:
-        """A new request at the end of the queue; one that can never fit ends at once.
+        """A new request at the end of its client's line; one that can never fit ends at once.
 
         ``after``: the rid of an earlier request with the same prompt and parameters, if any.
         """
         req = Request.of(rid, prompt, packed, self.eos_ids)
-        req.constraint = constraint
+        req.constraint, req.client = constraint, client
         if constraint is not None and constraint.slow(None):
             req.todo.append((None, None, 0))
             self._line.add(req)
@@ -107,7 +108,7 @@ class Core:
             req.after = after
             self.held.setdefault(after, []).append(req)
             return
-        self.waiting.append(req)
+        self.waiting.append(client, rid, req)
         if not prompt:
             self._end(req, Reason.ERROR, detail="the prompt has no tokens", status=400)
         elif len(prompt) > self.num_slots:
@@ -351,7 +352,7 @@ class Core:
     def _admit(
         self, rows: list[Row], filling: Iterable[Request], budget: int
     ) -> list[tuple[int, array[int], bool]]:
-        """Add rows of waiting requests, first come first served, while KV is likely to last."""
+        """Add rows of waiting requests, each client in turn, while KV is likely to last."""
         room = self.available - self.headroom * len(self.running) - len(rows)
         for req in filling:
             assert req.lane is not None
@@ -399,7 +400,7 @@ class Core:
         """Back to the head of the queue; the next life computes prompt and outputs again."""
         del self.running[req.rid]
         self._leave(req)
-        self.waiting.appendleft(req)
+        self.waiting.put_first(req.rid, req)
 
     def _fail_too_large(self, req: Request) -> None:
         detail = (
@@ -428,14 +429,14 @@ class Core:
         if req.rid in self.running:
             del self.running[req.rid]
         elif req.after < 0:
-            self.waiting.remove(req)
+            self.waiting.discard(req.client, req.rid)
         else:
             self.held[req.after].remove(req)
         del self.requests[req.rid]
         if held := self.held.pop(req.rid, None):  # the next one goes first
             first, *others = held
             first.after = -1
-            self.waiting.append(first)
+            self.waiting.append(first.client, first.rid, first)
             for other in others:
                 other.after = first.rid
             if others:
@@ -529,7 +530,7 @@ class Core:
         lane.planned = hit
         if lane.over:
             return
-        self.waiting.remove(req)  # the first, but for those that have come back meanwhile
+        self.waiting.serve(req.client, req.rid)
         self.running[req.rid] = req
         if req.cached_len < 0:
             req.cached_len = min(hit, len(req.prompt))
@@ -558,9 +559,9 @@ class Core:
         if req.shares:
             self.launched.append(lane.number)
         if req.launched and (held := self.held.pop(req.rid, None)):
-            for other in held:
+            for other in reversed(held):  # before what else its client has waiting
                 other.after = -1
-            self.waiting.extendleft(reversed(held))  # no proposal is open
+                self.waiting.prepend(other.client, other.rid, other)  # no proposal is open
         if not lane.seen:
             lane.seen = True
             ids = known.tobytes() if req.needs_ids else b""

@@ -58,6 +58,7 @@ class Request:
     worked_s: float = 0.0  # CPU time of threads for the constraint
     level: float = -1.0  # see masking.Line
     after: int = -1  # the rid it is held behind
+    client: int = 0  # whose it is: clients that wait are served in turn
 
     @classmethod
     def of(

@@ -395,9 +395,12 @@ class World:
     def ref(self, name: str, endpoint: int | None = None) -> Mailbox:
         return self.boxes.setdefault((name, endpoint or 0), Mailbox(self._encode_local))
 
-    def submit(self, rid: int, prompt: list[int], after: int = -1, **params: Any) -> None:
+    def submit(
+        self, rid: int, prompt: list[int], after: int = -1, client: int = 0, **params: Any
+    ) -> None:
         """Mail a request; keywords are SamplingParams'."""
-        msg = Submit(rid, i32(prompt), SamplingParams(**params).pack(), "", after)
+        packed = SamplingParams(**params).pack()
+        msg = Submit(rid, i32(prompt), packed, "", after, client=client)
         self.submitted[rid] = msg
         self.ref("scheduler").tell(msg)
 

@@ -499,3 +499,66 @@ def test_seed_of_a_group_wraps_at_64_bits(text: Text) -> None:
     log = play(text, [prompt(1, "a", more=(2,), seed=2**63 - 1)], answers=1)
     seeds = [SamplingParams.unpack(m.params).seed for _, m in log if isinstance(m, Submit)]
     assert seeds == [2**63 - 1, -(2**63)]
+
+
+def test_prompts_of_clients_wait_for_a_thread_in_turns(text: Text) -> None:
+    """One client's line of texts does not hold up another's single one."""
+    mine = [replace(prompt(rid, "hello"), client=1) for rid in range(1, 41)]
+    log = play(text, [*mine, replace(prompt(50, "x"), client=2)], answers=41, workers=1)
+    accepted = [msg.rid for name, msg in log if name == "frontend"]
+    assert accepted == [1, 2, 50, *range(3, 41)], "the first found a free thread, and no line"
+    assert {msg.client for name, msg in log if name == "scheduler"} == {1, 2}
+
+
+def test_texts_to_count_wait_in_turns_too(text: Text) -> None:
+    counts = [Count(i, "hello", False, None, 1) for i in range(40)]
+    log = play(text, [*counts, Count(50, "x", False, None, 2)], answers=41, workers=1)
+    assert [msg.query for _, msg in log][:4] == [0, 1, 50, 2]
+
+
+def test_a_clients_share_of_the_line_is_half_while_others_wait(text: Text) -> None:
+    def asked(rid: int, client: int) -> Tokenize:
+        return replace(prompt(rid, "hello"), client=client)
+
+    batch = [asked(1, 1), asked(2, 2), *(asked(rid, 1) for rid in range(3, 9)), asked(9, 3)]
+    log = play(text, batch, answers=9, workers=1, max_queue=4)
+    refused = {msg.rid: msg for _, msg in log if isinstance(msg, Finished)}
+    assert set(refused) == {5, 6, 7, 8}
+    assert refused[5].status == 429
+    assert "half of them of one client while others wait" in refused[5].detail
+
+
+def test_an_abort_gives_the_place_in_the_line_back(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    async def main() -> list[tuple[str, Any]]:
+        log: list[tuple[str, Any]] = []
+
+        def until() -> bool:
+            msgs = [m for name, m in log if name == "frontend"]
+            if msgs == [Finished(3, Reason.ABORT, "", "", 0, 0, 0, 0)]:
+                ref.tell(prompt(4, "d"))
+                ref.tell(prompt(5, "e"))
+            elif isinstance(msgs[-1], Finished):
+                gate.opened.set()
+            return len(msgs) == 5
+
+        async with asyncio.timeout(20):
+            system = ActorSystem(encode_local=True)
+            for name in ("detokenizer", "scheduler", "frontend"):
+                system.add(Sink(name, log, until if name == "frontend" else lambda: False))
+            limits = {"limit": LIMIT, "vocab_size": 256, "workers": 1, "max_queue": 2}
+            ref = system.add(module.Tokenizer(text, **limits))
+            for rid in (1, 2, 3):
+                ref.tell(prompt(rid, "a"))
+            running = asyncio.create_task(system.run())
+            await asyncio.to_thread(gate.reached.wait, 20)
+            ref.tell(Abort(3), urgent=True)
+            await running
+        return log
+
+    ended = [m for name, m in uvloop.run(main()) if name == "frontend"]
+    assert [(m.rid, m.status) for m in ended if isinstance(m, Finished)] == [(3, 0), (5, 429)]
+    assert [m.rid for m in ended if isinstance(m, Accepted)] == [1, 2, 4]

@@ -19,6 +19,7 @@ def live(
     *,
     aborts: bool = True,
     constrained: float = 0.3,
+    clients: int = 1,
 ) -> None:
     """Submit ``num`` requests at random times and let everybody act until all is quiet."""
     base = [[rng.randrange(world.device.vocab) for _ in range(30)] for _ in range(3)]
@@ -35,11 +36,11 @@ def live(
                 params["grammar"] = fake_grammar(prompt)
             elif rng.random() < 0.2:
                 params["allowed_token_ids"] = tuple(rng.sample(range(50), 4))
-            first = -1
+            first, client = -1, left % clients
             for i in range(min(left, rng.choice([1, 1, 1, 3]))):
                 rid = (rng.choice([0, 2]) << 40) + num - left + 1
                 left -= 1
-                world.submit(rid, prompt, first, **params, seed=i)
+                world.submit(rid, prompt, first, client, **params, seed=i)
                 first = rid if i == 0 else first
                 if rng.random() < 0.2:
                     world.stop_after[rid] = rng.randint(1, 6)
@@ -91,7 +92,7 @@ def test_each_request_ends_once_with_its_tokens(seed: int, depth: int, encode_lo
         share_prompts=rng.random() < 0.5,
         encode_local=encode_local,
     )
-    live(world, rng, 40)
+    live(world, rng, 40, clients=rng.choice([1, 3]))
     world.check_end()
 
 
@@ -193,3 +194,29 @@ def test_a_grammar_that_cannot_be_had_ends_the_request_before_it_runs() -> None:
     world.run()
     assert world.finished[1].status == 400
     assert "--output_constraint_mode" in world.finished[1].detail
+
+
+def test_one_of_another_client_is_served_among_the_first_of_five_hundred() -> None:
+    world = World(num_slots=200, num_lanes=4, batch_max_tokens=32, vocab=500)
+    for rid in range(1, 501):
+        world.submit(rid, [rid % 500] * 6, client=1, max_new_tokens=3, ignore_eos=True)
+    world.settle("scheduler", "allocator", "runner")
+    world.submit(1000, [7] * 6, client=2, max_new_tokens=3, ignore_eos=True)
+    world.run()
+    world.check_end()
+    finished = list(world.finished)
+    assert finished.index(1000) < 12, "those that ran already, and its turn"
+    assert [rid for rid in finished if rid != 1000] == list(range(1, 501))
+
+
+def test_three_clients_take_turns_to_the_end() -> None:
+    world = World(num_slots=200, num_lanes=2, batch_max_tokens=16, vocab=500)
+    for rid in range(90):
+        client = 1 if rid < 60 else 2 if rid < 80 else 3
+        world.submit(rid + 1, [rid] * 6, client=client, max_new_tokens=2, ignore_eos=True)
+    world.run()
+    world.check_end()
+    finished = [1 if rid <= 60 else 2 if rid <= 80 else 3 for rid in world.finished]
+    assert [sorted(finished[i : i + 3]) for i in range(0, 30, 3)] == [[1, 2, 3]] * 10
+    assert sorted(finished[30:50]) == [1] * 10 + [2] * 10
+    assert finished[50:] == [1] * 40

@@ -26,9 +26,18 @@ def make(**changes: Any) -> Core:
     return Core(**(limits | changes))
 
 
-def add(core: Core, rid: int, prompt_len: int, max_new: int = 10, **params: Any) -> None:
+def add(
+    core: Core,
+    rid: int,
+    prompt_len: int,
+    max_new: int = 10,
+    after: int = -1,
+    client: int = 0,
+    **params: Any,
+) -> None:
     packed = SamplingParams(max_new_tokens=max_new, **params).pack()
-    core.add(rid, array("i", range(100, 100 + prompt_len)), packed)
+    ids = array("i", range(100, 100 + prompt_len))
+    core.add(rid, ids, packed, after=after, client=client)
 
 
 def grant(
@@ -423,3 +432,45 @@ def test_launched_prompt_chunks_are_told_unless_they_may_not_be_shared() -> None
     assert list(core.launched) == [0]
     step(core)
     assert list(core.launched) == [0]  # decode rows are not
+
+
+def test_a_turn_that_was_proposed_but_not_granted_is_not_lost() -> None:
+    core = make(num_lanes=8, batch_max_tokens=8)
+    for rid in (1, 2, 3):
+        add(core, rid, 4, client=1)
+    add(core, 10, 4, client=2)
+    add(core, 20, 4, client=3)
+    assert shape(step(core, rows=1)) == [(1, 4)], "2 and 3 have been proposed, 10 had no slots"
+    assert [req.rid for req in core.waiting] == [10, 20, 2, 3]
+    core.abort(10)
+    assert [req.rid for req in core.waiting] == [20, 2, 3]
+
+
+def test_a_preempted_request_returns_before_everybody_and_costs_no_turn() -> None:
+    core = make(num_lanes=2)
+    add(core, 1, 4, client=1)
+    add(core, 2, 4, client=1)
+    planned = step(core)
+    add(core, 3, 4, client=1)
+    add(core, 4, 4, client=2)
+    commit(core, planned)
+    assert core.propose() is not None
+    assert core.plan(array("i"), array("i"), array("i"), 0) is None
+    assert not core.relieve(False)
+    assert [req.rid for req in core.waiting] == [2, 3, 4]
+    core.abort(1)
+    core.available = 100
+    assert shape(step(core)) == [(2, 5), (3, 4)]
+    assert [req.rid for req in core.waiting] == [4]
+
+
+def test_held_choices_follow_in_their_own_clients_line() -> None:
+    core = make(num_lanes=8, batch_max_tokens=8, share_prompts=True)
+    add(core, 1, 8, client=1)
+    for rid in (2, 3):
+        add(core, rid, 8, after=1, client=1)
+    add(core, 4, 8, client=1)
+    add(core, 10, 8, client=2)
+    add(core, 11, 8, client=2)
+    assert shape(step(core)) == [(1, 8)]
+    assert [req.rid for req in core.waiting] == [10, 2, 11, 3, 4]
