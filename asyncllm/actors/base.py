@@ -6,14 +6,15 @@ Knows how messages wait and are handed over; knows neither sockets nor what any 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Coroutine
-from time import perf_counter
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from asyncllm.actors.system import ActorSystem
 
 M = TypeVar("M")
+T = TypeVar("T")
 
 
 class MailboxFull(Exception):
@@ -58,6 +59,7 @@ class Actor(Generic[M]):
     def __init__(self, name: str) -> None:
         self.name = name
         self.busy_s = 0.0
+        self._longest_s = 0.0
         self._queue: deque[M] = deque()
         self._urgent: deque[M] = deque()
         self._scheduled = True  # held until the system has called started()
@@ -92,6 +94,15 @@ class Actor(Generic[M]):
         """Run ``work`` beside the actor; what it returns is put into this mailbox."""
         self.system.spawn(self, work)
 
+    def timed(self, work: Awaitable[T]) -> Awaitable[T]:
+        """Await ``work``; what it does on the loop counts as callbacks of this actor."""
+        return _Timed(work.__await__(), self._took)
+
+    def take_longest(self) -> float:
+        """CPU seconds of the longest callback since this was last called."""
+        longest, self._longest_s = self._longest_s, 0.0
+        return longest
+
     def open(self) -> None:
         """Called by the system: start, then hand over what came in early."""
         self.started()
@@ -120,9 +131,37 @@ class Actor(Generic[M]):
         self._scheduled = False
         if self.system.over or not (batch := self.take()):
             return
-        begin = perf_counter()
+        begin, begin_cpu = perf_counter(), thread_time()
         try:
             self.receive(batch)
         except Exception as error:
             self.system.crashed(self, error)
         self.busy_s += perf_counter() - begin
+        self._took(thread_time() - begin_cpu)
+
+    def _took(self, cpu_s: float) -> None:
+        self._longest_s = max(self._longest_s, cpu_s)
+
+
+class _Timed(Generator[Any, Any, T], Awaitable[T]):
+    """Passes on what is sent and thrown, and tells the CPU time of each turn."""
+
+    def __init__(self, work: Generator[Any, Any, T], told: Callable[[float], None]) -> None:
+        self._work, self._told = work, told
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self
+
+    def send(self, value: Any) -> Any:
+        begin = thread_time()
+        try:
+            return self._work.send(value)
+        finally:
+            self._told(thread_time() - begin)
+
+    def throw(self, *error: Any) -> Any:
+        begin = thread_time()
+        try:
+            return self._work.throw(*error)
+        finally:
+            self._told(thread_time() - begin)

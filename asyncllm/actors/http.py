@@ -323,7 +323,7 @@ class Routes:
     async def _guard(self, route: Handler, request: web.Request) -> web.StreamResponse:
         """Every failure becomes an error object."""
         request[REQUEST_ID] = _request_id(request)
-        response = await self._guarded(route, request)
+        response = await self._front.timed(self._guarded(route, request))
         if not response.prepared:
             self._mark(request, response)
         return response

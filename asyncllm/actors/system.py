@@ -157,7 +157,7 @@ class ActorSystem:
 
     async def _run(self, actor: Actor[Any], work: Coroutine[Any, Any, Any]) -> None:
         try:
-            msg = await work
+            msg = await actor.timed(work)
         except Exception as error:
             self.crashed(actor, error)
             return

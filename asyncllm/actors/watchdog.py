@@ -345,7 +345,9 @@ class Watchdog(Actor[Inbox]):
 
     def _answer(self, scrapes: list[Scrape], state: State, expected: int) -> None:
         system = self.system
-        actors = [(a.name, a.depth, a.busy_s) for a in system.actors]
+        actors = [
+            (a.name, a.depth, a.busy_s, a.take_longest() if scrapes else 0.0) for a in system.actors
+        ]
         lag_ms = 1e3 * statistics.median(self._lags) if self._lags else 0.0
         counts = system.dead_letters, system.foreign_frames
         self._metrics.update(state, Process(actors, *counts, lag_ms))

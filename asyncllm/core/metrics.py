@@ -76,9 +76,9 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What one process counts; ``actors`` is (name, waiting, busy seconds)."""
+    """What one process counts; ``actors`` is (name, waiting, busy seconds, longest callback)."""
 
-    actors: Sequence[tuple[str, int, float]] = ()
+    actors: Sequence[tuple[str, int, float, float]] = ()
     dead_letters: int = 0
     foreign_frames: int = 0
     lag_ms: float = 0.0  # median lateness of its loop
@@ -226,11 +226,18 @@ class _Held(Collector):
         busy = CounterMetricFamily(
             "asyncllm_handler_seconds", "Time inside receive", labels=["actor"]
         )
-        for actor, waiting, busy_s in self.process.actors:
+        longest = GaugeMetricFamily(
+            "asyncllm_callback_cpu_seconds_max",
+            "CPU time of the longest callback since the last scrape; frontend: HTTP handlers too",
+            labels=["actor"],
+        )
+        for actor, waiting, busy_s, longest_s in self.process.actors:
             depth.add_metric([actor], waiting)
             busy.add_metric([actor], busy_s)
+            longest.add_metric([actor], longest_s)
         yield depth
         yield busy
+        yield longest
         yield GaugeMetricFamily(
             "asyncllm_loop_lag_ms",
             "Lateness of a 100 ms timer, milliseconds, median of 10 s",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from asyncllm.actors import base
 from asyncllm.actors import system as system_module
 from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.system import ActorSystem
@@ -449,3 +450,49 @@ def test_a_cancelled_run_stops_the_actors() -> None:
         return probe.life
 
     assert run(go()) == ["started", "stopped"]
+
+
+def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of receive, of what is spawned, and of what is awaited elsewhere in the actor's name."""
+    cpu_s = 0.0
+    monkeypatch.setattr(base, "thread_time", lambda: cpu_s)
+
+    def use(seconds: float) -> None:
+        nonlocal cpu_s
+        cpu_s += seconds
+
+    async def work(*turns: float) -> None:
+        for turn in turns:
+            use(turn)
+            await asyncio.sleep(0)
+
+    def act(probe: Probe, msg: Any) -> None:
+        match msg:
+            case Heartbeat(0):
+                use(3)
+            case Heartbeat(1):
+                probe.spawn(work(1, 4, 2))
+
+    async def go() -> list[float]:
+        system = ActorSystem()
+        probe = Probe("probe", act)
+        ref = system.add(probe)
+        running = asyncio.create_task(system.run())
+        seen = []
+        for i in range(2):
+            ref.tell(Heartbeat(i))
+            for _ in range(9):
+                await asyncio.sleep(0)
+            seen.append(probe.take_longest())
+        await probe.timed(work(5, 2))
+        seen += [probe.take_longest(), probe.take_longest()]
+        late = asyncio.create_task(probe.timed(asyncio.sleep(60)))
+        await asyncio.sleep(0)
+        late.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        system.stop()
+        await running
+        return seen
+
+    assert run(go()) == [3, 4, 5, 0]

@@ -114,7 +114,7 @@ def test_prompt_tokens_are_all_of_them_under_both_names_and_computed_ones_have_t
 
 def test_update_replaces_what_the_actors_hold() -> None:
     metrics = ServerMetrics("m")
-    process = Process([("scheduler", 3, 1.5), ("runner", 0, 0.5)], 2, 4)
+    process = Process([("scheduler", 3, 1.5, 0.02), ("runner", 0, 0.5, 0.1)], 2, 4)
     metrics.update(State(used=9, steps=5), Process())
     metrics.update(State(used=7, cached=2, total=100, running=3, waiting=1, steps=6), process)
     got = samples(metrics)
@@ -123,6 +123,7 @@ def test_update_replaces_what_the_actors_hold() -> None:
     assert got["asyncllm_steps_total"] == 6
     assert got["asyncllm_mailbox_depth{actor=scheduler}"] == 3
     assert got["asyncllm_handler_seconds_total{actor=runner}"] == 0.5
+    assert got["asyncllm_callback_cpu_seconds_max{actor=scheduler}"] == 0.02
     assert got["asyncllm_dead_letters_total"] == 2
     assert got["asyncllm_foreign_frames_total"] == 4
     assert got["lightllm_num_running_reqs{model_name=m}"] == 3
