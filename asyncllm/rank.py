@@ -29,8 +29,10 @@ from asyncllm.server.launch import (
     die_with_parent,
     tls_context,
 )
+from asyncllm.server.loading import load_text
 from asyncllm.server.process import EXIT_STARTUP, Server
 from asyncllm.server.signals import Watch, leave_to_leader
+from asyncllm.text import Text
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ def serve(config: Config) -> int:
                 "it is used",
                 HEAD,
             )
-        resolved = resolve(config, spec, model_dir)
+        text = load_text(config, str(model_dir), spec)
+        resolved = resolve(config, spec, model_dir, text)
         for note in resolved.notes:
             logger.info("%s", note)
         wires = Wires(config.zmq_mode, config.tp + config.httpserver_workers - 1)
@@ -80,10 +83,11 @@ def serve(config: Config) -> int:
         )
         if config.check:
             return check(boot, spec)
-        return uvloop.run(Server(boot, spec, wires, watch).run())
+        return uvloop.run(Server(boot, spec, text, wires, watch).run())
 
 
-def resolve(config: Config, spec: ModelSpec, model_dir: Path) -> Resolved:
+def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None = None) -> Resolved:
+    """What the options mean for the model and this machine; ``text``: None: no tokenizer is read."""
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise StartupError("--device cuda: torch finds no CUDA device (--device cpu)")
@@ -97,12 +101,14 @@ def resolve(config: Config, spec: ModelSpec, model_dir: Path) -> Resolved:
         raise StartupError(
             f"--eos_id {max(config.eos_id)} is not below the vocabulary size {spec.vocab_size}"
         )
+    end = None if text is None else text.eos_id
+    ends = [] if end is None or end >= spec.vocab_size else [end]
     return resolve_limits(
         config,
         device="cuda" if device == "cuda" else "cpu",
         checkpoint_dtype=spec.dtype,
         model_limit=spec.max_position,
-        model_eos=spec.eos_ids,
+        model_eos=(*spec.eos_ids, *ends),
         model_dir_name=model_dir.name,
     )
 
@@ -119,7 +125,7 @@ def main() -> int:
     try:
         model_dir = Path(boot.model_dir)
         spec = with_own_head(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
-        return uvloop.run(Server(boot, spec, None, watch).run())
+        return uvloop.run(Server(boot, spec, None, None, watch).run())
     except StartupError as error:
         logger.critical("%s cannot start: %s", boot.name, error)
         return EXIT_STARTUP

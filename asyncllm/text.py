@@ -6,6 +6,7 @@ The only place that knows the file formats of tokenizers and transformers; knows
 from __future__ import annotations
 
 import json
+import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from tokenizers import AddedToken, Tokenizer
 from asyncllm.core.detokenize import PieceTable, TextStream, WindowStream
 from asyncllm.errors import StartupError
 
+MOST_TOKENS = 1 << 20  # more than any model has
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+_log = logging.getLogger("asyncllm.text")
 
 Mode = Literal["fast", "slow", "auto"]
 
@@ -71,11 +75,20 @@ class Text:
         return WindowStream(self._decode, tail, skip_special_tokens)
 
 
-def load_tokenizer(model_dir: str, mode: Mode = "auto", trust_remote_code: bool = False) -> Text:
+def load_tokenizer(
+    model_dir: str,
+    mode: Mode = "auto",
+    trust_remote_code: bool = False,
+    vocab_size: int = MOST_TOKENS,
+) -> Text:
     """The tokenizer of a Hugging Face folder. ``fast`` and ``auto`` are the same.
 
     transformers is imported only where there is no tokenizer.json, or for ``slow``: it takes
     seconds, and some of its classes rebuild parts of the file that they should take as they are.
+
+    Args:
+        vocab_size: the model's; tokens that tokenizer_config.json or added_tokens.json put beyond it
+            are not added.
 
     Raises:
         StartupError: no tokenizer, an unreadable one, or no slow one for ``slow``.
@@ -90,6 +103,8 @@ def load_tokenizer(model_dir: str, mode: Mode = "auto", trust_remote_code: bool 
             tokenizer = Tokenizer.from_buffer(file.read_bytes())
         except (OSError, ValueError) as error:
             raise StartupError(f"cannot read {file}: {error}") from error
+        named = [*special.values(), *_more_special(config)]
+        _add_tokens(tokenizer, _added_tokens(folder, config, named), named, vocab_size)
         return _fast(tokenizer, config, special, templates)
     return _by_transformers(folder, mode, trust_remote_code, config, special, templates)
 
@@ -143,6 +158,51 @@ def _fast(
         encode,
         decode,
     )
+
+
+def _add_tokens(
+    tokenizer: Tokenizer,
+    wanted: dict[int, AddedToken],
+    special: Sequence[str],
+    vocab_size: int,
+) -> None:
+    """What the folder's other files add to tokenizer.json, at the ids that they give.
+
+    Ids that nobody names become placeholders, as the library numbers tokens in the order in which
+    they are added. A token that the file has already keeps its id; what is special becomes so.
+    Special tokens without an id get the next ones.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    present = {repr(token) for token in added.values()}
+    size = tokenizer.get_vocab_size(with_added_tokens=False)
+    free = max(size, max(added, default=-1) + 1)
+    left_out: list[str] = []
+    for i, token in sorted(wanted.items()):
+        if tokenizer.token_to_id(token.content) is not None:
+            if repr(token) not in present:
+                token.special |= token.content in special
+                tokenizer.add_tokens([token])
+        elif free <= i < vocab_size:
+            names = [f"<|reserved_token_{j}|>" for j in range(free, i)]
+            tokenizer.add_tokens([*(AddedToken(name, special=True) for name in names), token])
+            free = i + 1
+        else:
+            left_out.append(f"{token.content} ({i})")
+    known = {token.content for token in (*added.values(), *wanted.values())}
+    for content in dict.fromkeys(each for each in special if each not in known):
+        if tokenizer.token_to_id(content) is None:
+            if free >= vocab_size:
+                left_out.append(content)
+                continue
+            free += 1
+        tokenizer.add_tokens([AddedToken(content, special=True)])
+    if left_out:
+        _log.warning(
+            "%d tokens are ordinary text, since their ids are taken or beyond the model's "
+            "vocabulary: %s",
+            len(left_out),
+            ", ".join(left_out[:3]),
+        )
 
 
 def _bos_to_prepend(tokenizer: Tokenizer, config: dict[str, Any], bos: int | None) -> list[int]:
@@ -320,6 +380,39 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         content = value.get("content") if isinstance(value, dict) else value
         if isinstance(content, str) and content:
             found[name] = content
+    return found
+
+
+def _added_tokens(
+    folder: Path, config: dict[str, Any], special: Sequence[str]
+) -> dict[int, AddedToken]:
+    """Tokens by id that tokenizer_config.json adds, or before there were such, added_tokens.json."""
+    try:
+        if (listed := config.get("added_tokens_decoder")) is not None:
+            return {int(i): _added_token(token) for i, token in listed.items()}
+        return {
+            int(i): AddedToken(text, normalized=text not in special, special=text in special)
+            for text, i in _json(folder / "added_tokens.json").items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise StartupError(f"{folder}: added tokens that cannot be read: {error}") from error
+
+
+def _added_token(fields: dict[str, Any]) -> AddedToken:
+    if not fields.get("content"):
+        raise ValueError(f"{fields} has no content")
+    return AddedToken(**{key: value for key, value in fields.items() if key != "__type"})
+
+
+def _more_special(config: dict[str, Any]) -> list[str]:
+    """Special tokens without a name of their own."""
+    found: list[str] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = config.get(key) or []
+        for each in value.values() if isinstance(value, dict) else value:
+            content = each.get("content") if isinstance(each, dict) else each
+            if isinstance(content, str) and content:
+                found.append(content)
     return found
 
 

@@ -185,7 +185,8 @@ class Config:
     )  # fmt: skip
     eos_id: tuple[int, ...] = flag(
         (), group=MEMORY, nargs="+", check=at_least(0), metavar="ID",
-        help="token ids that end an answer; default: those of the model's configuration",
+        help="token ids that end an answer, instead of those that config.json, generation_config.json "
+        "and the tokenizer's eos_token name",
     )  # fmt: skip
     output_constraint_mode: str = flag(
         "xgrammar", group=MEMORY, choices=("xgrammar", "none"),

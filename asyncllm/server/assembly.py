@@ -132,7 +132,8 @@ def _info(p: Parts) -> dict[str, Any]:
     config, resolved = p.boot.config, p.boot.resolved
     values = {name: getattr(config, name) for name in FLAGS if not FLAGS[name].secret}
     values |= {name: getattr(resolved, name) for name in values if hasattr(resolved, name)}
-    return values | {"max_total_token_num": resolved.num_slots, "version": __version__}
+    values |= {"eos_id": resolved.eos_ids, "max_total_token_num": resolved.num_slots}
+    return values | {"version": __version__}
 
 
 def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[Actor[Any]]:

@@ -10,14 +10,13 @@ from asyncllm.models.spec import ModelSpec
 from asyncllm.server.launch import (
     Boot,
 )
-from asyncllm.server.loading import load_text, memory_plan, num_threads
+from asyncllm.server.loading import memory_plan, num_threads
 
 
 def check(boot: Boot, spec: ModelSpec) -> int:
     """``--check``: what would be started, on standard output."""
     plan, config = memory_plan(boot, spec), boot.config
     resolved = boot.resolved.with_slots(plan.num_slots)
-    load_text(boot)  # what the start would refuse is refused here as well
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
     if resolved.device == "cpu":
         ranks += f", {num_threads(boot)} threads each"

@@ -15,6 +15,7 @@ import torch
 from asyncllm import log
 from asyncllm.api.chat import variables
 from asyncllm.api.parts import Dialect, dialect_of
+from asyncllm.config import Config
 from asyncllm.constraining import load_constraints, load_grammars
 from asyncllm.core.constraints import Constraints
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
@@ -64,9 +65,10 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
     return plan_memory(spec, sizes, torch_device(boot))
 
 
-def load_text(boot: Boot) -> Text:
-    mode = cast("Mode", boot.config.tokenizer_mode)
-    return load_tokenizer(boot.model_dir, mode, boot.config.trust_remote_code)
+def load_text(config: Config, model_dir: str, spec: ModelSpec) -> Text:
+    mode = cast("Mode", config.tokenizer_mode)
+    with log.phase("load tokenizer"):
+        return load_tokenizer(model_dir, mode, config.trust_remote_code, spec.vocab_size)
 
 
 def torch_device(boot: Boot) -> torch.device:
@@ -79,13 +81,15 @@ def num_threads(boot: Boot) -> int:
     return max(1, cpu_count() // boot.config.tp)
 
 
-def load_parts(boot: Boot, spec: ModelSpec) -> Parts:
-    """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks."""
+def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
+    """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks.
+
+    Args:
+        text: the tokenizer, if it is loaded already.
+    """
     config = boot.config
-    text = None
-    if boot.listen_fd >= 0:
-        with log.phase("load tokenizer"):
-            text = load_text(boot)
+    if boot.listen_fd >= 0 and text is None:
+        text = load_text(config, boot.model_dir, spec)
     if boot.endpoint >= config.tp:
         return Parts(boot, spec, text, None, Alone(), boot.resolved.num_slots)
     where = torch_device(boot)

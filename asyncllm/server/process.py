@@ -26,6 +26,7 @@ from asyncllm.server.launch import (
 )
 from asyncllm.server.loading import Parts, load_parts, num_threads
 from asyncllm.server.signals import SHOW, Watch, draining
+from asyncllm.text import Text
 
 EXIT_STARTUP = 2
 CULPRIT_S = 1.0
@@ -37,8 +38,11 @@ logger = logging.getLogger(__name__)
 class Server:
     """One process of the server, from load to exit."""
 
-    def __init__(self, boot: Boot, spec: ModelSpec, wires: Wires | None, watch: Watch) -> None:
-        self._boot, self._spec, self._wires, self._watch = boot, spec, wires, watch
+    def __init__(
+        self, boot: Boot, spec: ModelSpec, text: Text | None, wires: Wires | None, watch: Watch
+    ) -> None:
+        self._boot, self._spec, self._text = boot, spec, text
+        self._wires, self._watch = wires, watch
         self._system: ActorSystem | None = None
         self._children: Children | None = None
         self._leaving = threading.Lock()
@@ -74,8 +78,9 @@ class Server:
 
     async def _load(self) -> Parts:
         loop = asyncio.get_running_loop()
+        parts = self._boot, self._spec, self._text
         try:
-            return await loop.run_in_executor(None, load_parts, self._boot, self._spec)
+            return await loop.run_in_executor(None, load_parts, *parts)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise StartupError(
                 f"out of memory while loading: {error} (--mem_fraction, --max_total_token_num, --tp)"
