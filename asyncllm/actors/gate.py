@@ -1,4 +1,4 @@
-"""Who may ask: API keys, and which web pages' scripts may (CORS).
+"""Who may ask: API keys, and which web pages may (CORS, and requests forged by other sites).
 
 Knows headers and raw request targets; knows neither routes nor bodies.
 """
@@ -14,8 +14,10 @@ from typing import Final
 
 from aiohttp import web
 
-from asyncllm.api.errors import Unauthorized
+from asyncllm.api.errors import ForeignOrigin, Unauthorized
+from asyncllm.api.fields import show
 
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS: Final = frozenset({"/health", "/healthz", "/liveness", "/readiness"})
 PREFLIGHT_S: Final = "600"  # how long a browser may remember a preflight's answer
 EXPOSED: Final = "X-Request-Id, Retry-After"
@@ -27,7 +29,7 @@ class Access:
 
     Args:
         keys: any one of them opens; none: everything is open.
-        origins: web origins whose scripts may read answers; "*": all.
+        origins: web origins whose pages may send requests and read answers; "*": all.
         tls: of the listening sockets; None: plain HTTP.
         proxies: addresses or networks of proxies that tell whose requests they pass on.
     """
@@ -62,6 +64,22 @@ class Gate:
             )
         if not sum(self._fits(key) for key in given):
             raise Unauthorized("the API key is not valid", code="invalid_api_key")
+
+    def check_origin(self, request: web.Request) -> None:
+        """Raises ForeignOrigin (403) where a page of another site may have sent what changes something.
+
+        A browser sends some requests for any page without asking first, though it hides the answer,
+        and it reaches a server that only listens on this machine. It says which page that was.
+        """
+        if request.method in SAFE_METHODS or "*" in self._origins:
+            return
+        origins = set(request.headers.getall("Origin", ()))
+        if origins and origins <= self._origins:
+            return
+        foreign = {each for each in origins if not _own(each, request)}
+        if foreign or request.headers.get("Sec-Fetch-Site") == "cross-site":
+            page = show(min(foreign)) if foreign else "another site"
+            raise ForeignOrigin(f"a page of {page} may not send this (--cors_allow_origins)")
 
     def client(self, request: web.Request) -> int:
         """Who a checked request comes from: 64 bits that stand for its key, else for its address.
@@ -131,6 +149,22 @@ class Gate:
         digest = sha256(key).digest()
         # sum: every key is compared, so that it does not show which one fits
         return sum(compare_digest(digest, known) for known in self._digests) > 0
+
+
+def _own(origin: str, request: web.Request) -> bool:
+    """Whether a page that this server may have served sends it.
+
+    A name that its owner has pointed at this machine makes his page look like ours (DNS rebinding),
+    so what comes over loopback must use a name that nobody else owns.
+    """
+    host = request.headers.get("Host", "").lower()
+    if origin.lower().partition("://")[2] != host:
+        return False
+    local = None if request.transport is None else request.transport.get_extra_info("sockname")
+    if not local or not ip_address(local[0].partition("%")[0]).is_loopback:
+        return True
+    name = host.partition(":")[0]
+    return name == "localhost" or name.endswith(".localhost") or _parsed(host) is not None
 
 
 def _keys(request: web.Request) -> list[bytes]:

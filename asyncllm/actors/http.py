@@ -362,6 +362,7 @@ class Routes:
         """Keys and origins, once it is known whose route it is."""
         if (answer := self._gate.preflight(request)) is not None:
             return answer
+        self._gate.check_origin(request)
         self._gate.check(request)
         request[CLIENT] = self._gate.client(request)
         return await handler(request)

@@ -6,6 +6,7 @@ Knows no option by name.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -109,5 +110,5 @@ def network(value: str) -> str | None:
 
 def origin(value: str) -> str | None:
     scheme, _, rest = value.partition("://")
-    fits = scheme in {"http", "https"} and rest and not set(rest) & set("/?#@ ")
+    fits = re.fullmatch("[a-z][a-z0-9+.-]*", scheme) and rest and not set(rest) & set("/?#@ ")
     return None if fits or value == "*" else "must be * or like https://host:port"

@@ -300,7 +300,8 @@ class Config:
     )  # fmt: skip
     cors_allow_origins: tuple[str, ...] = flag(
         (), group=ACCESS, nargs="+", check=origin, metavar="ORIGIN",
-        help="web origins whose scripts may use the API, e.g. https://chat.example.org; *: all",
+        help="web origins whose pages may use the API, e.g. https://chat.example.org; *: all; what "
+        "pages of others send with POST or DELETE is answered 403",
     )  # fmt: skip
     trust_forwarded_for: tuple[str, ...] = flag(
         (), group=ACCESS, nargs="+", check=network, metavar="ADDRESS",

@@ -365,3 +365,84 @@ def test_bad_headers_are_refused_without_noise(head: str, caplog: pytest.LogCapt
 
     test()
     assert not [r for r in caplog.records if r.levelno > logging.INFO]
+
+
+# -- forged requests ---------------------------------------------------------------------------
+
+
+def forged(site: str) -> dict[str, str]:
+    return {"Content-Type": "text/plain", "Origin": site}
+
+
+@live()
+async def test_pages_of_other_sites_cannot_post(server: Server) -> None:
+    """Browsers send text/plain for any page, and hide only the answer."""
+    own = f"127.0.0.1:{server.port}"
+    for headers, code in (
+        ({}, 200),
+        ({"Content-Type": "text/plain"}, 200),  # curl -d, more or less
+        ({"Origin": f"http://{own}"}, 200),  # /docs
+        ({"Origin": f"http://{own}", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        (forged("https://evil.example"), 403),
+        (forged("http://127.0.0.1"), 403),
+        (forged("http://127.0.0.1:1"), 403),
+        (forged(f"http://{own}.evil.example"), 403),
+        (forged("null"), 403),  # a sandboxed frame, a file
+        (forged(""), 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": f"http://{own}", "Sec-Fetch-Site": "cross-site"}, 403),
+    ):
+        for path in ("/abort_request", "/tokens", COMPLETIONS):
+            data = b'{"abort_all": true, "text": "x", "prompt": "x"}'
+            async with server.http.post(server.url + path, data=data, headers=headers) as response:
+                assert response.status == code, headers
+                if code == 403:
+                    error = (await response.json())["error"]
+                    assert error["code"] == "origin_not_allowed"
+                    assert "(--cors_allow_origins)" in error["message"]
+    async with server.http.delete(server.url + "/v1/responses/x", headers=forged("null")) as other:
+        assert other.status == 403
+    async with server.http.get(server.url + "/health", headers=forged("null")) as other:
+        assert other.status == 200
+
+
+@live()
+async def test_a_name_pointed_at_this_machine_makes_no_page_ours(server: Server) -> None:
+    for name, code in (
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost", 200),
+        ("LOCALHOST", 200),
+        ("app.localhost", 200),
+        ("127.0.0.1", 200),
+        ("[::1]", 200),
+    ):
+        for port in ("", f":{server.port}"):
+            headers = {"Host": name + port, "Origin": f"http://{name.lower()}{port}"}
+            async with server.http.post(
+                server.url + "/tokens", json={"text": "x"}, headers=headers
+            ) as response:
+                assert response.status == code, headers
+
+
+@live(access=Access(origins=("https://a.example", "chrome-extension://abc"), keys=("k",)))
+async def test_named_origins_may_post(server: Server) -> None:
+    for origin, code in (
+        ("https://a.example", 200),
+        ("chrome-extension://abc", 200),
+        ("https://b.example", 403),
+    ):
+        headers = forged(origin) | {"x-api-key": "k", "Sec-Fetch-Site": "cross-site"}
+        async with server.http.post(
+            server.url + "/tokens", data=b'{"text": "x"}', headers=headers
+        ) as response:
+            assert response.status == code
+
+
+@live(access=Access(origins=("*",)))
+async def test_all_origins_may_post_if_so_wished(server: Server) -> None:
+    async with server.http.post(
+        server.url + "/tokens", data=b'{"text": "x"}', headers=forged("null")
+    ) as response:
+        assert response.status == 200
