@@ -65,7 +65,7 @@ DOC_HEADERS: Final = {
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 }
 STREAM_HEADERS: Final = {
-    "Content-Type": "text/event-stream",
+    "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }

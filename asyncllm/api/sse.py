@@ -18,8 +18,8 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"  # a comment, which clients skip
 
 
 def dumps(value: Any) -> str:
-    """Compact JSON, not ASCII-only."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """Compact JSON, not ASCII-only, in one line."""
+    return _one_line(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
 def body(value: Any) -> bytes:
@@ -33,8 +33,20 @@ def event(value: Any, head: bytes = b"data: ") -> bytes:
 
 
 def quoted(text: str) -> str:
-    """A JSON string, quotes included."""
-    return encode_basestring(text)
+    """A JSON string, quotes included, in one line."""
+    return _one_line(encode_basestring(text))
+
+
+def _one_line(text: str) -> str:
+    """JSON without U+0085, U+2028 and U+2029 as they are.
+
+    They end no line of an event stream, but clients that split by Unicode's lines, as Python's
+    ``splitlines`` does, cut events there. JSON has escapes for all others anyway.
+    """
+    if text.isascii():
+        return text
+    text = text.replace("\x85", "\\u0085")
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def escaped(text: str) -> bytes:

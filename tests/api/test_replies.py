@@ -409,3 +409,21 @@ def test_templates_need_their_mark_once() -> None:
         sse.template({"a": "M", "b": "M"}, "M")
     with pytest.raises(ValueError, match="once"):
         sse.template({"a": "x"}, "M")
+
+
+LINES = "a\x85b\u2028c\u2029d\x0b\x0c\x1c\x1d\x1e\r\n é\\u0085"
+
+
+def test_no_character_of_a_text_ends_a_line() -> None:
+    for data in (
+        sse.event({"text": LINES, LINES: [LINES]}),
+        sse.event({"text": LINES}, b"data:"),
+        b"".join([b"data: ", sse.escaped(LINES), b"\n\n"]),
+        sse.escaped(LINES).join(sse.template({"a": LINES, "b": "M"}, "M")),
+        sse.escaped(LINES).join(sse.holes({"a": "M", "b": "M", "c": LINES}, "M")),
+    ):
+        line, empty = data.decode().splitlines()
+        assert empty == ""
+        said = json.loads(line.partition(":")[2])
+        texts = said.values() if isinstance(said, dict) else [said]
+        assert all(text in (LINES, [LINES]) for text in texts)

@@ -253,7 +253,7 @@ class Server:
         """Everything that a stream says."""
         async with self.http.post(self.url + path, json=body) as response:
             assert response.status == 200, await response.text()
-            assert response.headers["Content-Type"] == "text/event-stream"
+            assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
             return await response.read()
 
     async def chunks(self, path: str, body: Any) -> list[Any]:

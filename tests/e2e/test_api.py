@@ -726,3 +726,31 @@ async def test_the_servers_own_abort_is_503(server: Server) -> None:
     server.model.accept(asked)
     server.model.finish(asked.rids[0], 2, 0, Reason.ABORT)
     assert (await post)[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": HI}),
+        (COMPLETIONS, {"prompt": "a"}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/messages", {"messages": HI, "max_tokens": 5}),
+        ("/generate_stream", {"inputs": "a"}),
+        ("/", {"inputs": "a"}),
+    ],
+)
+@live()
+async def test_streams_survive_clients_that_split_by_unicode_lines(
+    server: Server, path: str, body: dict[str, Any]
+) -> None:
+    text = "one\x85two\u2028three\u2029four é"
+    server.model.holds = True
+    stream = asyncio.create_task(server.stream(path, body | {"stream": True}))
+    await server.model.until(lambda: bool(server.model.asked))
+    msg = server.model.asked[0]
+    server.model.accept(msg)
+    server.model.delta(msg.rids[0], [97], SamplingParams.unpack(msg.params), text=text)
+    server.model.finish(msg.rids[0], 1, 1)
+    raw = (await stream).decode()
+    assert not {"\x85", "\u2028", "\u2029"} & set(raw)
+    assert "one\\u0085two\\u2028three\\u2029four é" in raw
