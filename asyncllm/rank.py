@@ -17,7 +17,6 @@ from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible, use_inte
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.models.checkpoint import HEAD, read_checkpoint, with_own_head
-from asyncllm.models.registry import check_architecture
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server import meeting
 from asyncllm.server.check import check
@@ -50,7 +49,6 @@ def serve(config: Config) -> int:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
         model_dir = resolve_model_dir(config.model_dir, cache_dir())
         config_spec = ModelSpec.from_dir(model_dir)
-        check_architecture(config_spec.architecture)
         spec = with_own_head(config_spec, read_checkpoint(model_dir))
         if spec != config_spec:
             logger.warning(

@@ -43,7 +43,6 @@ from asyncllm.environment import cache_dir, quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.messages import Finished, StepDone, StepPlan, Submit, Tokens
-from asyncllm.models.registry import check_architecture
 from asyncllm.models.spec import ModelSpec
 from asyncllm.rank import resolve
 from asyncllm.server.assembly import make_allocator, make_scheduler
@@ -271,7 +270,6 @@ def load(config: Config) -> Parts:
         raise StartupError(f"--tp {config.tp} needs several processes; this runs one")
     model_dir = resolve_model_dir(config.model_dir, cache_dir())
     spec = ModelSpec.from_dir(model_dir)
-    check_architecture(spec.architecture)
     boot = Boot(
         endpoint=0,
         endpoints=(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -17,15 +16,17 @@ from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.parallel import Group
+from asyncllm.engine.parallel import Alone, Group
+from asyncllm.engine.sampling import PENALTY_ROWS
 from asyncllm.environment import memory_available
 from asyncllm.errors import StartupError
 from asyncllm.messages import StepPlan
+from asyncllm.models.attention import AttentionBackend
 from asyncllm.models.checkpoint import read_checkpoint
-from asyncllm.models.layers import Ops
-from asyncllm.models.llama import Decoder
-from asyncllm.models.registry import MODELS, check_architecture
-from asyncllm.models.spec import DTYPE_BYTES, ModelSpec, shard_heads
+from asyncllm.models.model import Model, Site
+from asyncllm.models.ops import Comm, Ops
+from asyncllm.models.registry import family
+from asyncllm.models.spec import ModelSpec, shard_heads
 from asyncllm.models.weights import load
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,18 +45,16 @@ def build_model(
     max_len: int,
     symmetric: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Decoder:
+) -> Model:
     """The model of ``model_dir`` with this rank's weights on ``device``.
 
     Args:
         symmetric: sums over ranks may go through symmetric memory.
+
+    Raises:
+        StartupError: the checkpoint does not fit ``spec``, or nothing here can run it.
     """
-    check_architecture(spec.architecture)
-    module, _, name = MODELS[spec.architecture].partition(":")
-    make = getattr(import_module(module), name)
-    model: Decoder = make(
-        spec, group, _ops(device), max_len=max_len, dtype=TORCH_DTYPES[dtype], device=device
-    )
+    model = make_model(spec, group, dtype=dtype, device=device, max_len=max_len, where=device)
     load(read_checkpoint(model_dir), model.targets(), model.ignores, progress)
     model.pack()
     if symmetric:
@@ -63,15 +62,46 @@ def build_model(
     return model
 
 
-def _ops(device: torch.device) -> Ops:
-    # imported here: Triton need not exist where there is no GPU
-    if device.type == "cuda":
+def make_model(
+    spec: ModelSpec,
+    comm: Comm,
+    *,
+    dtype: str,
+    device: torch.device,
+    max_len: int,
+    where: torch.device,
+) -> Model:
+    """One rank's model, its weights not loaded yet.
+
+    Args:
+        device: that is to run it.
+        max_len: positions for which rotary angles are computed.
+        where: its tensors are; ``meta`` for a model that only shows what it would take.
+
+    Raises:
+        StartupError: the device's attention cannot run a layer.
+    """
+    layers = [layer.on(shard_heads(layer, comm.size, comm.rank)) for layer in spec.layers]
+    kind = TORCH_DTYPES[dtype]
+    ops: Ops
+    attention: AttentionBackend
+    if device.type == "cuda":  # imported here: Triton need not exist where there is no GPU
+        from asyncllm.engine.attention_cuda import TritonAttention, TritonPairs
         from asyncllm.engine.ops_cuda import TritonOps
 
-        return TritonOps()
-    from asyncllm.engine.ops_cpu import TorchOps
+        ops = TritonOps()
+        attention = TritonAttention(layers, TritonPairs(layers, kind), max_len, where)
+    else:
+        from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
+        from asyncllm.engine.ops_cpu import TorchOps
 
-    return TorchOps()
+        ops = TorchOps()
+        attention = TorchAttention(layers, TorchPairs(layers, kind), max_len, where)
+    for layer in dict.fromkeys(layers):
+        if reason := attention.refuse(layer, attention.layout, device):
+            raise StartupError(f"attention of {spec.architecture} that {reason}: not available yet")
+    site = Site(comm=comm, ops=ops, attention=attention, dtype=kind, device=where)
+    return family(spec.architecture).make(spec, site)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +115,8 @@ class MemoryPlan:
 
     @property
     def kv(self) -> int:
-        return self.slot * self.num_slots
+        """Of all slots, and of one for padding."""
+        return self.slot * (self.num_slots + 1)
 
     def text(self, max_req_total_len: int) -> str:
         """One line for the log and for --check."""
@@ -114,21 +145,20 @@ class Sizes:
 def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPlan:
     """Slots that fit beside weights and work space in ``mem_fraction`` of the memory.
 
-    Weights are counted from the shape, so this can be asked before they are loaded.
+    Weights are those of a model without memory, so this can be asked before they are loaded.
 
     Raises:
-        StartupError: nothing is left for K/V, or the given number of slots does not fit.
+        StartupError: nothing is left for K/V, the given number of slots does not fit, or
+            nothing here can run the model.
     """
     if (sizes.num_lanes + 1) * sizes.max_len >= 1 << 31:
         raise StartupError(
             f"--running_max_req_size {sizes.num_lanes:,} times --max_req_total_len "
             f"{sizes.max_len:,} is more than 2^31 positions; lower one of them"
         )
-    width = DTYPE_BYTES[sizes.dtype]
-    shard = shard_heads(spec.num_q_heads, spec.num_kv_heads, sizes.tp, 0)
-    weights = _local_weights(spec, sizes.tp, shard.q_heads, shard.kv_heads) * width
-    work = _work_bytes(spec, sizes, len(shard.q_heads), len(shard.kv_heads), device.type == "cuda")
-    slot = spec.kv_bytes_per_slot(sizes.dtype, len(shard.kv_heads))
+    model = _on_paper(spec, sizes.tp, sizes.dtype, device, sizes.max_len)
+    weights, slot = model.nbytes, model.site.attention.layout.bytes_per_slot()
+    work = _work_bytes(model, sizes, device.type == "cuda")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # what others hold on this card counts against our share of it
@@ -136,7 +166,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     else:
         room = int(memory_available() * sizes.mem_fraction / sizes.tp) - weights - work
         budget = room if sizes.max_total_token_num else min(room, CPU_KV_BYTES // sizes.tp)
-    fits = budget // slot
+    fits = budget // slot - 1  # padding writes to one more
     wanted = sizes.max_total_token_num
     if wanted is not None and wanted > fits:
         raise StartupError(
@@ -154,32 +184,37 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     return MemoryPlan(weights, work, slot, wanted or fits)
 
 
-def _local_weights(
-    spec: ModelSpec, tp: int, q_heads: tuple[int, ...], kv_heads: tuple[int, ...]
-) -> int:
-    heads = 2 * len(q_heads) + 2 * len(kv_heads)
-    attention = spec.hidden_size * spec.head_dim * heads
-    mlp = 3 * spec.hidden_size * -(-spec.intermediate_size // tp)
-    head = 0 if spec.tie_embeddings else -(-spec.vocab_size // tp)
-    return spec.num_layers * (attention + mlp) + spec.hidden_size * (spec.vocab_size + head)
+def num_parameters(spec: ModelSpec, device: torch.device) -> int:
+    """Of the whole model, what is tied once."""
+    return _on_paper(spec, 1, "fp32", device, 1).nbytes // torch.float32.itemsize
 
 
-def _work_bytes(spec: ModelSpec, sizes: Sizes, q_heads: int, kv_heads: int, cuda: bool) -> int:
+def _on_paper(spec: ModelSpec, tp: int, dtype: str, device: torch.device, max_len: int) -> Model:
+    """The model of a rank without its memory."""
+    meta = torch.device("meta")
+    return make_model(spec, _Unmet(tp), dtype=dtype, device=device, max_len=max_len, where=meta)
+
+
+class _Unmet(Alone):
+    """Rank 0 of a group that has not met: enough to see what it would hold."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def _work_bytes(model: Model, sizes: Sizes, cuda: bool) -> int:
     """Activations of a full step, float32 logits of all rows (a few copies), tables."""
-    width = DTYPE_BYTES[sizes.dtype]
-    inner = -(-spec.intermediate_size // sizes.tp)
-    attention = spec.head_dim * (3 * q_heads + 2 * kv_heads)
-    per_token = width * (4 * spec.hidden_size + max(3 * inner, attention)) + 64
     rows = min(sizes.num_lanes, sizes.batch_max_tokens)
-    logits = rows * spec.vocab_size * 4 * 4
-    tables = 2 * sizes.num_lanes * sizes.max_len * 4 + sizes.max_len * spec.head_dim * 4
+    counted = 0 if cuda else min(rows, PENALTY_ROWS)  # torch counts tokens in dense rows
+    logits = (rows + counted) * model.vocab_size * 4 * 4
+    tables = 2 * sizes.num_lanes * sizes.max_len * 4 + model.site.attention.nbytes
     reserve = CUDA_RESERVE if cuda else 0
-    return sizes.batch_max_tokens * per_token + logits + tables + reserve
+    return model.work_bytes(sizes.batch_max_tokens) + logits + tables + reserve
 
 
 def make_device(engine: Engine, num_threads: int) -> CpuDevice | CudaDevice:
     """The device that runs ``engine``'s steps."""
-    if engine.model.device.type == "cuda":
+    if engine.device.type == "cuda":
         return CudaDevice(engine)
     return CpuDevice(engine, num_threads)
 

@@ -128,7 +128,7 @@ class CudaDevice:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._device = engine.model.device
+        self._device = engine.device
         self._stream = torch.cuda.Stream(self._device)
         self._last: Span | None = None
 

@@ -6,7 +6,7 @@ in a plan.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,8 @@ from asyncllm.engine.sampling import Knobs, Penalties, Sampler, TorchSampler, ra
 from asyncllm.engine.staging import Columns, Placed, Rows, Uploader, unpack
 from asyncllm.engine.tails import Ended, Tail, Tails, penalty_matrix, tail_columns
 from asyncllm.messages import StepPlan
-from asyncllm.models.layers import Batch, HostRows
-from asyncllm.models.llama import Decoder
+from asyncllm.models.attention import Batch, HostRows, zeros
+from asyncllm.models.model import Model
 
 LOGIT_ROWS = 256  # prompt log-probabilities: rows of logits that exist at a time
 
@@ -66,7 +66,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         group: Group,
         *,
         num_slots: int,
@@ -75,25 +75,21 @@ class Engine:
         eos_ids: tuple[int, ...],
     ) -> None:
         self.model, self.group, self.max_len, self.num_slots = model, group, max_len, num_slots
-        device = model.device
-        shape = (num_slots + 1, model.num_kv_heads, model.spec.head_dim)
-        self.kv = [
-            (_zeros(shape, model.dtype, device), _zeros(shape, model.dtype, device))
-            for _ in range(model.spec.num_layers)
-        ]
+        self.device = device = model.site.device
+        self.kv = model.site.attention.layout.allocate(num_slots + 1, device)
         # one lane more than requests can have: padding writes there
-        self.table = _zeros((num_lanes + 1, max_len), torch.int32, device)
-        self.history = _zeros((num_lanes + 1, max_len), torch.int32, device)
-        self.last_token = _zeros((num_lanes + 1,), torch.int64, device)
+        self.table = zeros((num_lanes + 1, max_len), torch.int32, device)
+        self.history = zeros((num_lanes + 1, max_len), torch.int32, device)
+        self.last_token = zeros((num_lanes + 1,), torch.int64, device)
         self.num_lanes = num_lanes
-        self.lanes = LaneTable(num_lanes, model.spec.vocab_size, eos_ids)
-        ends = [i for i in eos_ids if i < model.spec.vocab_size]
+        self.lanes = LaneTable(num_lanes, model.vocab_size, eos_ids)
+        ends = [i for i in eos_ids if i < model.vocab_size]
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
         self.graphs: Graphs | None = None
         self.tails: Tails | None = None
         self._no_top = torch.empty(num_lanes, 0, device=device)
         self._row_numbers = torch.arange(num_lanes, dtype=torch.int32, device=device)
-        self.sampler = _sampler(model)
+        self._stage, self.sampler = _step_ops(model)
         self._uploader = Uploader(device)
 
     def capture(self, stream: torch.cuda.Stream, most_tokens: int) -> None:
@@ -101,9 +97,7 @@ class Engine:
 
         Every rank must call this at the same time, while no step is in flight.
         """
-        hidden = _zeros(
-            (self.num_lanes, self.model.spec.hidden_size), self.model.dtype, self.model.device
-        )
+        hidden = zeros((self.num_lanes, self.model.hidden_size), self.model.site.dtype, self.device)
         tails = Tails(self._end, self._uploader, hidden, dump_lane=self.num_lanes)
         graphs = Graphs(
             self._forward,
@@ -218,9 +212,17 @@ class Engine:
             columns = (rows.lanes, rows.starts, rows.counts)
             host = HostRows(*(list(map(int, column)) for column in columns))
         batch = Batch(
-            tokens=self.model.ops.stage(d, self.last_token, self.table, self.history),
-            positions=d["positions"],
-            slots=d["slots"],
+            tokens=self._stage(
+                d["tokens"],
+                d["token_lanes"],
+                positions := d["positions"],
+                slots := d["slots"],
+                self.last_token,
+                self.table,
+                self.history,
+            ),
+            positions=positions,
+            slots=slots,
             table=self.table,
             decode_lanes=d["decode_lanes"],
             decode_lens=d["decode_lens"],
@@ -351,18 +353,14 @@ class Engine:
         }
 
 
-def _sampler(model: Decoder) -> Sampler:
+def _step_ops(model: Model) -> tuple[Callable[..., Tensor], Sampler]:
+    """What comes before the model, :func:`asyncllm.kernels.embedding.stage`, and after it."""
     # imported here: Triton need not exist where there is no GPU
-    if model.device.type == "cuda":
+    if model.site.device.type == "cuda":
         from asyncllm.engine.sampling_cuda import TritonSampler
+        from asyncllm.kernels.embedding import stage
 
-        return TritonSampler(model.spec.vocab_size, model.device)
-    return TorchSampler()
+        return stage, TritonSampler(model.vocab_size, model.site.device)
+    from asyncllm.engine import ops_cpu
 
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Like ``torch.zeros``; on the CPU without touching the memory (13 s for 4 GiB), by calloc."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    return ops_cpu.stage, TorchSampler()

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
-
-from asyncllm.models.layers import Batch, Named
+from torch.nn.functional import embedding, linear, rms_norm, silu
 
 WIDENED_ROWS = 8192  # of the output matrix, whose float32 copies exist at a time
 
 
-class TorchOps:
-    """Implements :class:`asyncllm.models.layers.Ops`."""
+def stage(
+    tokens: Tensor,
+    token_lanes: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    last_token: Tensor,
+    table: Tensor,
+    history: Tensor,
+) -> Tensor:
+    """:func:`asyncllm.kernels.embedding.stage` in torch."""
+    lanes = token_lanes.long()
+    where = lanes * table.shape[1] + positions.long()
+    table.view(-1).index_copy_(0, where, slots)
+    given = tokens.long()
+    tokens = torch.where(given < 0, last_token[lanes], given)
+    history.view(-1).index_copy_(0, where, tokens.int())
+    return tokens
 
-    def stage(self, columns: Named, last_token: Tensor, table: Tensor, history: Tensor) -> Tensor:
-        lanes = columns["token_lanes"].long()
-        where = lanes * table.shape[1] + columns["positions"].long()
-        table.view(-1).index_copy_(0, where, columns["slots"])
-        given = columns["tokens"].long()
-        tokens = torch.where(given < 0, last_token[lanes], given)
-        history.view(-1).index_copy_(0, where, tokens.int())
-        return tokens
+
+class TorchOps:
+    """Implements :class:`asyncllm.models.ops.Ops`."""
 
     def pack(self, weight: Tensor) -> Tensor:
         """oneDNN's own layout for bfloat16: half the time of a product of few rows."""
@@ -73,105 +79,4 @@ class TorchOps:
 
     def silu_mul(self, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
-        return silu(gate) * up
-
-    def attend(
-        self,
-        qkv: Tensor,
-        cos_sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: Batch,
-        scale: float,
-    ) -> Tensor:
-        if batch.plan is None:
-            batch.plan = _plan(cos_sin, batch)
-        plan: _Plan = batch.plan
-        q = _rope_kv(qkv, plan, k_cache, v_cache)
-        out = torch.empty_like(q)
-        decode = batch.decode_lanes.shape[0]
-        if decode:
-            _decode(q[:decode], out[:decode], k_cache, v_cache, plan, scale)
-        for part, slots, mask in plan.extends:
-            out[part] = _extend(q[part], k_cache[slots], v_cache[slots], mask, scale)
-        return out.flatten(1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is the same in all layers of a step; slots are int64."""
-
-    cos: Tensor  # [T, 1, D] float32, both halves alike
-    sin: Tensor  # the first half negated
-    slots: Tensor  # [T] of the new tokens
-    decode_slots: Tensor  # [num_decode * longest], padded with whatever the table holds
-    decode_mask: Tensor | None  # [num_decode, 1, 1, longest]
-    extends: list[tuple[slice, Tensor, Tensor | None]]  # tokens, slots, mask of the other rows
-
-
-def _plan(cos_sin: Tensor, batch: Batch) -> _Plan:
-    host, decode = batch.host, batch.decode_lanes.shape[0]
-    assert host is not None
-    cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
-    longest = max(host.starts[:decode], default=-1) + 1
-    lanes = batch.decode_lanes.long()
-    extends, token = [], decode
-    for row in range(decode, len(host.lanes)):
-        count, start = host.counts[row], host.starts[row]
-        total, mask = start + count, None
-        if start:
-            mask = torch.arange(total) <= torch.arange(start, total)[:, None]
-        slots = batch.table[host.lanes[row], :total].long()
-        extends.append((slice(token, token + count), slots, mask))
-        token += count
-    return _Plan(
-        torch.cat([cos, cos], dim=-1),
-        torch.cat([-sin, sin], dim=-1),
-        batch.slots.long(),
-        batch.table[lanes, :longest].flatten().long(),
-        (torch.arange(longest) < batch.decode_lens[:, None])[:, None, None] if decode > 1 else None,
-        extends,
-    )
-
-
-def _decode(
-    q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan, scale: float
-) -> None:
-    """One-token rows together: the query heads of a KV head act as its queries."""
-    rows, (kv_heads, dim) = q.shape[0], k_cache.shape[1:]
-    k = k_cache.flatten(1).index_select(0, plan.decode_slots).view(rows, -1, kv_heads, dim)
-    v = v_cache.flatten(1).index_select(0, plan.decode_slots).view(rows, -1, kv_heads, dim)
-    attended = scaled_dot_product_attention(
-        q.view(rows, kv_heads, -1, dim),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=plan.decode_mask,
-        scale=scale,
-    )
-    out.copy_(attended.reshape(rows, -1, dim))
-
-
-def _rope_kv(qkv: Tensor, plan: _Plan, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-    """Rotated q, [T, Hq, D]; rotated k, and v, go to the batch's slots."""
-    kv_heads, dim = k_cache.shape[1:]
-    heads = qkv.view(qkv.shape[0], -1, dim)
-    num_q = heads.shape[1] - 2 * kv_heads
-    plain = heads[:, : num_q + kv_heads].float()
-    rotated = (plain * plan.cos).add_(plain.roll(dim // 2, -1) * plan.sin).to(qkv.dtype)
-    k_cache.index_copy_(0, plan.slots, rotated[:, num_q:])
-    v_cache.index_copy_(0, plan.slots, heads[:, num_q + kv_heads :])
-    return rotated[:, :num_q]
-
-
-def _extend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """[count, Hq, D] new queries, the last of the k, v [total, Hk, D]; no mask: of all."""
-    attended = scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=mask is None and q.shape[0] > 1,
-        scale=scale,
-        enable_gqa=True,
-    )
-    return attended[0].transpose(0, 1)
+        return silu(gate).mul_(up)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from asyncllm.models.layers import Ops
+from asyncllm.models.ops import Linear
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 SYMMETRIC_ROWS = 2560  # larger sums go through NCCL
@@ -28,8 +28,8 @@ class Alone:
 
     rank, size = 0, 1
 
-    def linear_reduce(self, ops: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear(x, weight, bias)
+    def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
+        return linear(x)
 
     def gather_last(self, x: Tensor) -> Tensor:
         return x
@@ -86,11 +86,11 @@ class TensorParallel:
             device_id=device if cuda else None,
         )
 
-    def linear_reduce(self, ops: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias, summed over ranks; valid until the call after the next one."""
+    def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
+        """``linear(x)`` summed over ranks; valid until the call after the next one."""
         if self._symmetric is not None and len(x) <= SYMMETRIC_ROWS:
-            return self._symmetric.linear(ops, x, weight, bias)
-        out = ops.linear(x, weight, bias)
+            return self._symmetric.linear(linear, x)
+        out = linear(x)
         dist.all_reduce(out)
         return out
 
@@ -161,10 +161,10 @@ class SymmetricSum:
             self._buffers.append(buffer)
         self._turn = 0
 
-    def linear(self, ops: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias, summed over ranks: [n, hidden] in one of the buffers."""
+    def linear(self, linear: Linear, x: Tensor) -> Tensor:
+        """``linear(x)`` summed over ranks: [n, hidden] in one of the buffers."""
         self._turn ^= 1
-        return self._sum(ops.linear(x, weight, bias, self._buffers[self._turn][: len(x)]))
+        return self._sum(linear(x, self._buffers[self._turn][: len(x)]))
 
     def _sum(self, x: Tensor) -> Tensor:
         ops: Any = torch.ops.symm_mem

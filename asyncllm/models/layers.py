@@ -1,142 +1,143 @@
-"""What a model needs from the engine: one step's batch, its operators, its tensor-parallel group.
-
-Interfaces only; the engine implements them for CPU (torch) and CUDA (Triton).
-"""
+"""Layers that families share: linear layers sharded over ranks, and the gated MLP."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from asyncllm.models.spec import Rope
+from asyncllm.models.model import Site
+from asyncllm.models.ops import Linear
+from asyncllm.models.weights import Span, Target, whole
 
 
-@dataclass(slots=True)
-class Batch:
-    """One step on the device: rows of new tokens, one-token rows first.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A linear layer of the checkpoint, of which ours holds some spans.
 
-    Every tensor is int32 on the model's device unless said otherwise. In a CUDA graph the shapes
-    are those of a bucket and the rest is padding: padded decode rows have length 0, padded prefill
-    rows no tokens, and padded tokens write K and V to a slot that nobody reads.
+    Attributes:
+        name: below the prefix that ``targets`` is given.
+        size: of the sharded dimension in the checkpoint.
+        spans: what this rank holds of it; the rest of ours is padding, and zero.
     """
 
-    tokens: Tensor  # [num_tokens] int64, all known by now
-    positions: Tensor  # [num_tokens]
-    slots: Tensor  # [num_tokens] where the new tokens' K and V go
-    table: Tensor  # [num_lanes + 1, max_len] slot of every position of every lane
-    decode_lanes: Tensor  # [num_decode] rows of one new token: row i is token i
-    decode_lens: Tensor  # [num_decode] tokens a row attends to, the new one included
-    prefill_lanes: Tensor  # [num_prefill] the other rows
-    prefill_starts: Tensor  # [num_prefill] position of the first new token
-    prefill_cu: Tensor  # [num_prefill + 1] row i is tokens [cu[i], cu[i + 1])
-    max_count: int  # about the most new tokens of a prefill row
-    host: HostRows | None = None  # for operators that run on the host
-    plan: Any = None  # what the attention operator works out once for all layers
-
-
-@dataclass(slots=True)
-class HostRows:
-    """The rows of a batch on the host."""
-
-    lanes: list[int]
-    starts: list[int]
-    counts: list[int]
-
-
-class Named(Protocol):
-    """Tensors by name."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Raises KeyError."""
-
-
-class Ops(Protocol):
-    """The operators a decoder is made of, on one device."""
-
-    def stage(self, columns: Named, last_token: Tensor, table: Tensor, history: Tensor) -> Tensor:
-        """Enter a step's slots and tokens into the lane tables; its tokens, [num_tokens] int64.
-
-        Args:
-            columns: int32 [num_tokens] each: tokens (-1: the lane's last one), token_lanes,
-                positions, slots.
-            last_token: [num_lanes + 1] int64.
-            table, history: [num_lanes + 1, max_len] int32 slot and token of every position.
-        """
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """``weight`` [out, in] in the form that :meth:`linear` reads fastest; start-up only."""
-
-    def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """x @ weight.T + bias."""
-
-    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x @ weight.T as float32, never rounded to the dtype of the two."""
-
-    def embed_rmsnorm(
-        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """(norm of the embeddings, embeddings), [num_tokens, hidden] each."""
-
-    def add_rmsnorm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """(norm(residual + x), residual + x)."""
-
-    def silu_mul(self, x: Tensor) -> Tensor:
-        """[T, 2 * I] -> [T, I]: silu of the first half times the second."""
-
-    def attend(
-        self,
-        qkv: Tensor,
-        cos_sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: Batch,
-        scale: float,
-    ) -> Tensor:
-        """Rotate q and k of qkv [T, (Hq + 2 Hk) * D], write k and v to the batch's slots, and let
-        each row attend causally to its lane's slots: [T, Hq * D]. qkv may be changed."""
-
-
-class Comm(Protocol):
-    """The tensor-parallel group of a rank."""
-
-    rank: int
+    name: str
     size: int
-
-    def linear_reduce(self, ops: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias, summed over ranks; valid until the call after the next one."""
-
-    def gather_last(self, x: Tensor) -> Tensor:
-        """[n, v] of each rank -> [n, size * v], ranks side by side."""
+    spans: tuple[Span, ...]
 
 
-def rope_table(rope: Rope, head_dim: int, max_position: int) -> Tensor:
-    """cos and sin of every position: [max_position, head_dim] float32, cos in the first half.
+class DenseLinear:
+    """A weight in the model's dtype.
 
-    Frequencies as in RoFormer (Su et al., 2021, §3.4.2); "llama3" scaling blends long wavelengths
-    into frequencies divided by ``factor`` (The Llama 3 Herd of Models, 2024, §3.4.2 and its code).
+    Args:
+        shape: [out, in] on this rank.
+        parts: the checkpoint's layers; sharded by inputs (``dim`` 1) there is one.
+        dim: the sharded dimension, 0 for outputs. The bias of a sum is added by rank 0 only.
     """
-    half = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq = 1.0 / (rope.theta**half)
-    if rope.kind == "linear":
-        inv_freq = inv_freq / rope.factor
-    elif rope.kind == "llama3":
-        inv_freq = _llama3(inv_freq, rope)
-    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).contiguous()
+
+    def __init__(
+        self, site: Site, shape: tuple[int, int], parts: Sequence[Part], *, dim: int, bias: bool
+    ) -> None:
+        self._site, self._parts, self._dim = site, parts, dim
+        self.weight = site.empty(*shape)
+        self.bias = site.empty(shape[0]) if bias else None
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._site.ops.linear(x, self.weight, self.bias, out)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        for part in self._parts:
+            name = f"{prefix}{part.name}"
+            yield f"{name}.weight", Target(self.weight, self._dim, part.size, part.spans)
+            if self.bias is None:
+                continue
+            if self._dim == 0:
+                yield f"{name}.bias", Target(self.bias, 0, part.size, part.spans)
+            else:
+                spans = whole(self.bias).spans if self._site.comm.rank == 0 else ()
+                yield f"{name}.bias", Target(self.bias, 0, len(self.bias), spans)
+
+    def pack(self) -> None:
+        self.weight = self._site.ops.pack(self.weight)
 
 
-def _llama3(inv_freq: Tensor, rope: Rope) -> Tensor:
-    wavelen = 2 * math.pi / inv_freq
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    smooth = (rope.original_max_position / wavelen - low) / (high - low)
-    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-    scaled = torch.where(smooth < 0, inv_freq / rope.factor, blended)
-    return torch.where(smooth > 1, inv_freq, scaled)
+def by_outputs(site: Site, shape: tuple[int, int], parts: Sequence[Part], bias: bool) -> Linear:
+    """A linear layer whose outputs are shared out over the ranks."""
+    return DenseLinear(site, shape, parts, dim=0, bias=bias)
+
+
+def by_inputs(site: Site, shape: tuple[int, int], part: Part, bias: bool) -> Linear:
+    """A linear layer whose inputs are shared out: the ranks' results are to be summed."""
+    return DenseLinear(site, shape, (part,), dim=1, bias=bias)
+
+
+def share(total: int, site: Site) -> Span:
+    """This rank's equal slice of ``total``, as a span to the beginning of a parameter."""
+    local = -(-total // site.comm.size)
+    first = site.comm.rank * local
+    return first, 0, max(0, min(local, total - first))
+
+
+class Linears:
+    """Linear layers that together are one part of a block."""
+
+    def __init__(self, *linears: Linear) -> None:
+        self._linears = linears
+
+    @property
+    def nbytes(self) -> int:
+        return sum(linear.nbytes for linear in self._linears)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        for linear in self._linears:
+            yield from linear.targets(prefix)
+
+    def pack(self) -> None:
+        for linear in self._linears:
+            linear.pack()
+
+
+class MLP(Protocol):
+    """What a block does after its attention; experts would be one, too."""
+
+    width: int  # elements that a token takes inside, at most
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors on this rank."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, hidden] -> [n, hidden], summed over the ranks."""
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        """As of :class:`Linear`."""
+
+    def pack(self) -> None:
+        """As of :class:`Linear`."""
+
+
+class GatedMLP(Linears):
+    """down(silu(gate(x)) * up(x)), in equal slices."""
+
+    def __init__(self, site: Site, hidden: int, inner: int, bias: bool) -> None:
+        local = -(-inner // site.comm.size)
+        first, _, size = kept = share(inner, site)
+        gate, up = (
+            Part("gate_proj", inner, (kept,)),
+            Part("up_proj", inner, ((first, local, size),)),
+        )
+        self.gate_up = by_outputs(site, (2 * local, hidden), (gate, up), bias)
+        self.down = by_inputs(site, (hidden, local), Part("down_proj", inner, (kept,)), bias)
+        super().__init__(self.gate_up, self.down)
+        self.width = 3 * local
+        self._site = site
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inner = self._site.ops.silu_mul(self.gate_up(x))
+        return self._site.comm.linear_reduce(self.down, inner)

@@ -1,169 +1,151 @@
-"""Llama 1 to 3.x: the decoder, its parameters on one tensor-parallel rank, and where they come from.
+"""Llama 1 to 3.x and what is built like it: the decoder on one tensor-parallel rank.
 
 Knows the block structure and the checkpoint's names; knows neither files nor how attention is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from asyncllm.models.layers import Batch, Comm, Ops, rope_table
-from asyncllm.models.spec import ModelSpec, shard_heads
-from asyncllm.models.weights import Target, whole
+from asyncllm.models.attention import AttentionPlan, Batch, LayerKv
+from asyncllm.models.layers import MLP, GatedMLP, Linears, Part, by_inputs, by_outputs, share
+from asyncllm.models.model import Site
+from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
+from asyncllm.models.weights import Span, Target, whole
 
 
-class Layer:
-    """Parameters of one block on this rank; [out, in] as in torch."""
+class Attention(Linears):
+    """Heads in whole GQA groups; a group that is padding has zero weights and adds nothing."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        spec, empty = decoder.spec, decoder.empty
-        q_dim, kv_dim = decoder.num_q_heads * spec.head_dim, decoder.num_kv_heads * spec.head_dim
-        inner, hidden = decoder.local_inner, spec.hidden_size
-        self.qkv = empty(q_dim + 2 * kv_dim, hidden)
-        self.qkv_bias = empty(q_dim + 2 * kv_dim) if spec.qkv_bias else None
-        self.out = empty(hidden, q_dim)
-        self.out_bias = empty(hidden) if spec.out_bias else None
-        self.gate_up = empty(2 * inner, hidden)
-        self.gate_up_bias = empty(2 * inner) if spec.mlp_bias else None
-        self.down = empty(hidden, inner)
-        self.down_bias = empty(hidden) if spec.mlp_bias else None
-        self.attn_norm = empty(hidden)
-        self.mlp_norm = empty(hidden)
+    def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:
+        heads, dim = shard_heads(layer, site.comm.size, site.comm.rank), layer.head_dim
+        self.spec = layer.on(heads)
+        q_size, kv_size = layer.num_q_heads * dim, layer.num_kv_heads * dim
+        q_dim, kv_dim = self.spec.num_q_heads * dim, self.spec.num_kv_heads * dim
+        q = head_spans(heads.q_heads, dim, 0)
+        k = head_spans(heads.kv_heads, dim, q_dim)
+        v = head_spans(heads.kv_heads, dim, q_dim + kv_dim)
+        parts = Part("q_proj", q_size, q), Part("k_proj", kv_size, k), Part("v_proj", kv_size, v)
+        hidden = spec.hidden_size
+        self.qkv = by_outputs(site, (q_dim + 2 * kv_dim, hidden), parts, spec.qkv_bias)
+        self.out = by_inputs(site, (hidden, q_dim), Part("o_proj", q_size, q), spec.out_bias)
+        super().__init__(self.qkv, self.out)
+        self._comm = site.comm
+
+    def __call__(self, x: Tensor, plan: AttentionPlan, kv: LayerKv) -> Tensor:
+        return self._comm.linear_reduce(self.out, plan.run(self.qkv(x), kv))
+
+
+class Block:
+    """Attention, then MLP, each behind a norm and added to the residual stream.
+
+    The norm behind the MLP is that of the next block: one pass adds and normalises.
+    """
+
+    def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:
+        self._ops, self._eps = site.ops, spec.rms_eps
+        self.attention = Attention(site, spec, layer)
+        self.mlp: MLP = GatedMLP(site, spec.hidden_size, spec.intermediate_size, spec.mlp_bias)
+        self.attn_norm, self.mlp_norm = (site.empty(spec.hidden_size) for _ in range(2))
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, plan: AttentionPlan, kv: LayerKv, next_norm: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(normed input of the next block, residual stream)."""
+        x = self.attention(x, plan, kv)
+        x, residual = self._ops.add_rmsnorm(x, residual, self.mlp_norm, self._eps)
+        return self._ops.add_rmsnorm(self.mlp(x), residual, next_norm, self._eps)
+
+    @property
+    def nbytes(self) -> int:
+        norms = self.attn_norm.nbytes + self.mlp_norm.nbytes
+        return self.attention.nbytes + self.mlp.nbytes + norms
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield from self.attention.targets(f"{prefix}self_attn.")
+        yield from self.mlp.targets(f"{prefix}mlp.")
+        yield f"{prefix}input_layernorm.weight", whole(self.attn_norm)
+        yield f"{prefix}post_attention_layernorm.weight", whole(self.mlp_norm)
+
+    def pack(self) -> None:
+        self.attention.pack()
+        self.mlp.pack()
 
 
 class Decoder:
-    """A Llama decoder, or one tensor-parallel share of it.
+    """Implements :class:`asyncllm.models.model.Model`.
 
-    Attention heads go to ranks in whole GQA groups and the MLP in equal slices, both padded with
-    zeros where they do not divide: a zero group has zero query, key, value and output weights, so
-    it adds exactly nothing. The embedding is held whole; the output matrix is split by vocabulary
-    (a view of the embedding where the two are tied).
-
-    Args:
-        spec: shape of the whole model.
-        comm: tensor-parallel group; adds up partial sums after attention and MLP.
-        ops: operators of the device.
-        max_len: positions for which rotary angles are precomputed.
+    The embedding is held whole; the output matrix is split by vocabulary (a view of the embedding
+    where the two are tied).
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        comm: Comm,
-        ops: Ops,
-        *,
-        max_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.spec, self.comm, self.ops = spec, comm, ops
-        self.dtype, self.device = dtype, device
-        self.heads = shard_heads(spec.num_q_heads, spec.num_kv_heads, comm.size, comm.rank)
-        self.num_q_heads, self.num_kv_heads = len(self.heads.q_heads), len(self.heads.kv_heads)
-        self.local_inner = -(-spec.intermediate_size // comm.size)
-        self.local_vocab = -(-spec.vocab_size // comm.size)
-        self.embed = self.empty(self.local_vocab * comm.size, spec.hidden_size)
-        self.layers = [Layer(self) for _ in range(spec.num_layers)]
-        self.norm = self.empty(spec.hidden_size)
-        first = comm.rank * self.local_vocab
-        tied = self.embed[first : first + self.local_vocab]
-        self.lm_head = (
-            tied if spec.tie_embeddings else self.empty(self.local_vocab, spec.hidden_size)
-        )
-        self.cos_sin = rope_table(spec.rope, spec.head_dim, max_len).to(device)
-        self.scale = spec.head_dim**-0.5
+    def __init__(self, spec: ModelSpec, site: Site) -> None:
+        self.spec, self.site = spec, site
+        self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
+        local = -(-spec.vocab_size // site.comm.size)
+        self.embed = site.empty(local * site.comm.size, spec.hidden_size)
+        self.blocks = [Block(site, spec, layer) for layer in spec.layers]
+        self.norm = site.empty(spec.hidden_size)
+        tied = self.embed.narrow(0, site.comm.rank * local, local)
+        self.lm_head = tied if spec.tie_embeddings else site.empty(local, spec.hidden_size)
+        # layers that attend alike share a plan
+        self._kinds = list(dict.fromkeys(block.attention.spec for block in self.blocks))
+        self._kind_of = [self._kinds.index(block.attention.spec) for block in self.blocks]
 
-    def empty(self, *shape: int) -> Tensor:
-        """A parameter; zero where heads or slices may be padding (filled only in part)."""
-        make = torch.zeros if self.comm.size > 1 else torch.empty
-        return make(*shape, dtype=self.dtype, device=self.device)
+    @property
+    def nbytes(self) -> int:
+        lm_head = 0 if self.spec.tie_embeddings else self.lm_head.nbytes
+        blocks = sum(block.nbytes for block in self.blocks)
+        return self.embed.nbytes + blocks + self.norm.nbytes + lm_head
+
+    def work_bytes(self, num_tokens: int) -> int:
+        dtype, attention = self.site.dtype, self.site.attention
+        inside = [attention.token_bytes(spec, dtype) for spec in self._kinds]
+        inside += [dtype.itemsize * block.mlp.width for block in self.blocks]
+        angles = 8 * max(spec.head_dim for spec in self._kinds)
+        # residual stream and normed, before and behind a block
+        stream = 4 * dtype.itemsize * self.hidden_size
+        return num_tokens * (stream + max(inside) + angles + 64)
 
     def pack(self) -> None:
-        """Let the operators lay out the loaded weights as they like them best."""
-        for layer in self.layers:
-            layer.qkv, layer.out = self.ops.pack(layer.qkv), self.ops.pack(layer.out)
-            layer.gate_up, layer.down = self.ops.pack(layer.gate_up), self.ops.pack(layer.down)
-        self.lm_head = self.ops.pack(self.lm_head)
+        for block in self.blocks:
+            block.pack()
+        self.lm_head = self.site.ops.pack(self.lm_head)
 
-    def forward(self, batch: Batch, kv: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Hidden states [num_tokens, hidden] after the last norm; K and V are written to ``kv``."""
-        ops, eps, comm = self.ops, self.spec.rms_eps, self.comm
-        first = self.layers[0].attn_norm
-        x, residual = ops.embed_rmsnorm(batch.tokens, self.embed, first, eps)
-        for i, layer in enumerate(self.layers):
-            k_cache, v_cache = kv[i]
-            qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
-            attended = ops.attend(qkv, self.cos_sin, k_cache, v_cache, batch, self.scale)
-            x = comm.linear_reduce(ops, attended, layer.out, layer.out_bias)
-            x, residual = ops.add_rmsnorm(x, residual, layer.mlp_norm, eps)
-            inner = ops.silu_mul(ops.linear(x, layer.gate_up, layer.gate_up_bias))
-            x = comm.linear_reduce(ops, inner, layer.down, layer.down_bias)
-            last = i + 1 == len(self.layers)
-            weight = self.norm if last else self.layers[i + 1].attn_norm
-            x, residual = ops.add_rmsnorm(x, residual, weight, eps)
+    def forward(self, batch: Batch, kv: Sequence[LayerKv]) -> Tensor:
+        norms = [*(block.attn_norm for block in self.blocks), self.norm]
+        plans = [self.site.attention.plan(spec, batch) for spec in self._kinds]
+        x, residual = self.site.ops.embed_rmsnorm(
+            batch.tokens, self.embed, norms[0], self.spec.rms_eps
+        )
+        for i, block in enumerate(self.blocks):
+            x, residual = block(x, residual, plans[self._kind_of[i]], kv[i], norms[i + 1])
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> [n, vocab_size] float32, gathered over the ranks."""
-        gathered = self.comm.gather_last(self.ops.logits(hidden, self.lm_head))
-        return gathered[:, : self.spec.vocab_size]
+        gathered = self.site.comm.gather_last(self.site.ops.logits(hidden, self.lm_head))
+        return gathered[:, : self.vocab_size]
 
     def targets(self) -> Iterator[tuple[str, Target]]:
-        """Checkpoint name -> where its values go on this rank."""
-        vocab = self.spec.vocab_size
+        vocab = self.vocab_size
         yield "model.embed_tokens.weight", Target(self.embed, 0, vocab, ((0, 0, vocab),))
         yield "model.norm.weight", whole(self.norm)
         if not self.spec.tie_embeddings:
-            first = self.comm.rank * self.local_vocab
-            size = max(0, min(self.local_vocab, vocab - first))
-            yield "lm_head.weight", Target(self.lm_head, 0, vocab, ((first, 0, size),))
-        for i, layer in enumerate(self.layers):
-            for name, target in self._layer_targets(layer):
-                yield f"model.layers.{i}.{name}", target
+            kept = share(vocab, self.site)
+            yield "lm_head.weight", Target(self.lm_head, 0, vocab, (kept,))
+        for i, block in enumerate(self.blocks):
+            yield from block.targets(f"model.layers.{i}.")
 
     def ignores(self, name: str) -> bool:
-        """True for checkpoint tensors that are not parameters here."""
         tied = self.spec.tie_embeddings and name == "lm_head.weight"
         return tied or name.endswith("rotary_emb.inv_freq")
 
-    def _layer_targets(self, layer: Layer) -> Iterator[tuple[str, Target]]:
-        dim, inner = self.spec.head_dim, self.spec.intermediate_size
-        q_size, kv_size = self.spec.num_q_heads * dim, self.spec.num_kv_heads * dim
-        q_dim = self.num_q_heads * dim
-        kv_dim = self.num_kv_heads * dim
-        q = _head_spans(self.heads.q_heads, dim, 0)
-        k = _head_spans(self.heads.kv_heads, dim, q_dim)
-        v = _head_spans(self.heads.kv_heads, dim, q_dim + kv_dim)
-        for name, length, spans in (("q", q_size, q), ("k", kv_size, k), ("v", kv_size, v)):
-            yield f"self_attn.{name}_proj.weight", Target(layer.qkv, 0, length, spans)
-            if layer.qkv_bias is not None:
-                yield f"self_attn.{name}_proj.bias", Target(layer.qkv_bias, 0, length, spans)
-        yield "self_attn.o_proj.weight", Target(layer.out, 1, q_size, q)
-        first = self.comm.rank * self.local_inner
-        size = max(0, min(self.local_inner, inner - first))
-        gate, up = ((first, 0, size),), ((first, self.local_inner, size),)
-        for name, spans in (("gate", gate), ("up", up)):
-            yield f"mlp.{name}_proj.weight", Target(layer.gate_up, 0, inner, spans)
-            if layer.gate_up_bias is not None:
-                yield f"mlp.{name}_proj.bias", Target(layer.gate_up_bias, 0, inner, spans)
-        yield "mlp.down_proj.weight", Target(layer.down, 1, inner, gate)
-        for name, bias in (
-            ("self_attn.o_proj.bias", layer.out_bias),
-            ("mlp.down_proj.bias", layer.down_bias),
-        ):
-            if bias is not None:  # added once, not once per rank
-                spans = whole(bias).spans if self.comm.rank == 0 else ()
-                yield name, Target(bias, 0, len(bias), spans)
-        yield "input_layernorm.weight", whole(layer.attn_norm)
-        yield "post_attention_layernorm.weight", whole(layer.mlp_norm)
 
-
-def _head_spans(heads: tuple[int, ...], dim: int, offset: int) -> tuple[tuple[int, int, int], ...]:
+def head_spans(heads: tuple[int, ...], dim: int, offset: int) -> tuple[Span, ...]:
     """(source, destination, length) of each run of neighbouring heads; padding heads have none."""
-    spans: list[tuple[int, int, int]] = []
+    spans: list[Span] = []
     for local, head in enumerate(heads):
         if head < 0:
             continue

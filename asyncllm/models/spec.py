@@ -6,13 +6,15 @@ The only code that reads Hugging Face attribute names. Knows no tensors.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from asyncllm.errors import StartupError
+from asyncllm.models.registry import family
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+Json = dict[str, Any]  # what a file holds
+
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -29,6 +31,26 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """The attention of a layer. Layers with equal specs share their plan of a step."""
+
+    kind: Literal["gqa", "mla"]
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int  # of queries and keys
+    v_dim: int  # of values
+    scale: float  # multiplies q·k
+    rope: Rope | None
+    window: int | None = None  # tokens that a token sees, itself included; None: all before it
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    sinks: bool = False  # each head has a learned score that takes weight and gives no value
+
+    def on(self, heads: HeadShard) -> AttentionSpec:
+        """The share of a rank that has ``heads``."""
+        return replace(self, num_q_heads=len(heads.q_heads), num_kv_heads=len(heads.kv_heads))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Shape of a decoder-only transformer, independent of the checkpoint's own names."""
 
@@ -36,12 +58,8 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[AttentionSpec, ...]
     rms_eps: float
-    rope: Rope
     max_position: int
     tie_embeddings: bool
     qkv_bias: bool
@@ -71,9 +89,10 @@ class ModelSpec:
             raise StartupError(f"{path} has a value of another type: {error}") from None
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelSpec:
-        """From the dicts of config.json and generation_config.json (transformers 4 and 5 styles)."""
+    def from_hf(cls, hf: Json, generation: Json) -> ModelSpec:
+        """From what config.json and generation_config.json hold (transformers 4 and 5 styles)."""
         architecture = (hf.get("architectures") or ["?"])[0]
+        served = family(architecture)
         if hf.get("hidden_act", "silu") != "silu":
             raise StartupError(
                 f"{architecture} with hidden_act {hf['hidden_act']!r} is not available yet"
@@ -81,41 +100,26 @@ class ModelSpec:
         if quantized := hf.get("quantization_config"):
             method = quantized.get("quant_method", "?")
             raise StartupError(f"quantised weights ({method}) are not available yet")
-        heads = int(hf["num_attention_heads"])
         bias = bool(hf.get("attention_bias", False))
         dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
         if dtype not in _DTYPE_NAMES:
             raise StartupError(f"checkpoint dtype {dtype!r} is not available yet")
-        return cls(
+        spec = cls(
             architecture=architecture,
             vocab_size=int(hf["vocab_size"]),
             hidden_size=int(hf["hidden_size"]),
             intermediate_size=int(hf["intermediate_size"]),
-            num_layers=int(hf["num_hidden_layers"]),
-            num_q_heads=heads,
-            num_kv_heads=int(hf.get("num_key_value_heads") or heads),
-            head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // heads),
+            layers=(_attention(hf),) * int(hf["num_hidden_layers"]),
             rms_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            rope=_rope(hf),
             max_position=int(hf.get("max_position_embeddings", 2048)),
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             qkv_bias=bias,
             out_bias=bias,
             mlp_bias=bool(hf.get("mlp_bias", False)),
             dtype=_DTYPE_NAMES[dtype],
-            eos_ids=_eos(hf, generation or {}),
+            eos_ids=_eos(hf, generation),
         )
-
-    def kv_bytes_per_slot(self, dtype: str, local_kv_heads: int) -> int:
-        """Bytes of K and V of one token on one rank, over all layers."""
-        return self.num_layers * 2 * local_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
-
-    def num_parameters(self) -> int:
-        """Weights in the checkpoint, tied ones once (biases and norms left out: under 0.1 %)."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_q_heads + self.num_kv_heads)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * (attention + mlp) + embeddings
+        return served.read(spec, hf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +130,15 @@ class HeadShard:
     kv_heads: tuple[int, ...]
 
 
-def shard_heads(num_q_heads: int, num_kv_heads: int, tp: int, rank: int) -> HeadShard:
+def shard_heads(spec: AttentionSpec, tp: int, rank: int) -> HeadShard:
     """Give whole GQA groups to ranks.
 
     KV heads are replicated where tp is a multiple of them and the query heads of a group divide;
     otherwise the groups are padded with zero groups to a multiple of tp, so that any head count
     works with any tp (9 query and 3 KV heads on 2 ranks: 2 + 2 groups, the last one zero).
     """
-    group = num_q_heads // num_kv_heads
+    num_kv_heads = spec.num_kv_heads
+    group = spec.num_q_heads // num_kv_heads
     copies = tp // num_kv_heads if tp % num_kv_heads == 0 else 1
     if copies > 1 and group % copies == 0:
         kv_head, part = divmod(rank, copies)
@@ -148,7 +153,21 @@ def shard_heads(num_q_heads: int, num_kv_heads: int, tp: int, rank: int) -> Head
     return HeadShard(tuple(q_heads), tuple(kv_heads))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _attention(hf: Json) -> AttentionSpec:
+    heads = int(hf["num_attention_heads"])
+    head_dim = int(hf.get("head_dim") or int(hf["hidden_size"]) // heads)
+    return AttentionSpec(
+        kind="gqa",
+        num_q_heads=heads,
+        num_kv_heads=int(hf.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        v_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=_rope(hf),
+    )
+
+
+def _read(path: Path) -> Json:
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
@@ -158,7 +177,7 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _rope(hf: dict[str, Any]) -> Rope:
+def _rope(hf: Json) -> Rope:
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -176,7 +195,7 @@ def _rope(hf: dict[str, Any]) -> Rope:
     )
 
 
-def _eos(hf: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+def _eos(hf: Json, generation: Json) -> tuple[int, ...]:
     """End tokens of both files: chat models name the turn's end only in generation_config.json."""
     found: list[int] = []
     for value in (hf.get("eos_token_id"), generation.get("eos_token_id")):

@@ -6,11 +6,12 @@ import sys
 from typing import Any
 
 from asyncllm.config import FLAGS
+from asyncllm.engine.build import num_parameters
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.launch import (
     Boot,
 )
-from asyncllm.server.loading import memory_plan, num_threads
+from asyncllm.server.loading import memory_plan, num_threads, torch_device
 
 
 def check(boot: Boot, spec: ModelSpec) -> int:
@@ -28,7 +29,8 @@ def check(boot: Boot, spec: ModelSpec) -> int:
         "eos_ids", "max_body_size",
     )  # fmt: skip
     lines = [
-        f"model: {boot.model_dir}, {spec.architecture}, {spec.num_parameters():,} weights",
+        f"model: {boot.model_dir}, {spec.architecture}, "
+        f"{num_parameters(spec, torch_device(boot)):,} weights",
         f"served as: {', '.join(resolved.served_names)}",
         f"device: {resolved.device}, {resolved.dtype}, {ranks}; {config.httpserver_workers} for HTTP",
         plan.text(resolved.max_req_total_len),

@@ -16,7 +16,7 @@ from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone
 from asyncllm.messages import StepDone, StepPlan
-from asyncllm.models.llama import Decoder
+from asyncllm.models.model import Model
 from asyncllm.models.spec import ModelSpec
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
@@ -111,9 +111,7 @@ def _penalised(p: SamplingParams) -> bool:
     return not neutral
 
 
-def build(
-    model_dir: Path, spec: ModelSpec, dtype: str, where: torch.device, max_len: int
-) -> Decoder:
+def build(model_dir: Path, spec: ModelSpec, dtype: str, where: torch.device, max_len: int) -> Model:
     """The model of ``model_dir`` on one rank."""
     return build_model(model_dir, spec, Alone(), dtype=dtype, device=where, max_len=max_len)
 

@@ -111,7 +111,7 @@ class Simulated(Tails):
     """Replays by running what would have been captured, on the columns of the last upload."""
 
     def __init__(self, engine: Engine) -> None:
-        hidden = torch.zeros(engine.num_lanes, engine.model.spec.hidden_size)
+        hidden = torch.zeros(engine.num_lanes, engine.model.hidden_size)
         super().__init__(engine._end, engine._uploader, hidden, dump_lane=engine.num_lanes)
         self.used: set[Tail] = set()
         self._last: list[Placed] = []

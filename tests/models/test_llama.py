@@ -11,20 +11,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.build import build_model
 from asyncllm.engine.parallel import Alone
+from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 
 VOCAB = 499
 
 
-def make_checkpoint(path: Path, **changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(**{  # type: ignore[arg-type]
-        "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": VOCAB,
+def make_config(**changes: object) -> LlamaConfig:
+    return LlamaConfig(**{  # type: ignore[arg-type]
+        "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB,
+        "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,
         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 4096,
         "initializer_range": 0.3, **changes,
     })  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+
+
+def make_checkpoint(path: Path, **changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(make_config(**changes)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -174,10 +179,11 @@ def test_logits_are_never_rounded_to_the_weights_dtype(
     device = torch.device(where)
     spec = ModelSpec.from_dir(tmp_path)
     model = build_model(tmp_path, spec, Alone(), dtype=dtype, device=device, max_len=64)
+    assert isinstance(model, Decoder)
     head = model.lm_head
     matrix = head.to_dense() if head.is_mkldnn else head
     for rows in (1, 5):
-        hidden = torch.randn(rows, 96, device=device).to(model.dtype)
+        hidden = torch.randn(rows, 96, device=device).to(model.site.dtype)
         with torch.inference_mode():
             got = model.logits(hidden)
         assert got.dtype == torch.float32

@@ -29,7 +29,9 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 def load(model_dir: Path) -> Decoder:
     spec = with_own_head(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
-    return build(model_dir, spec, "fp32", torch.device("cpu"), 64)
+    model = build(model_dir, spec, "fp32", torch.device("cpu"), 64)
+    assert isinstance(model, Decoder)
+    return model
 
 
 def split(model_dir: Path, *names: str, index: bool = True) -> dict[str, Tensor]:
@@ -54,9 +56,11 @@ def zeros(model_dir: Path, name: str, **more: Tensor) -> None:
 def check_loaded(model: Decoder, want: dict[str, Tensor]) -> None:
     assert torch.equal(model.embed, want["model.embed_tokens.weight"])
     assert torch.equal(model.norm, want["model.norm.weight"])
-    for i, layer in enumerate(model.layers):
-        assert torch.equal(layer.down, want[f"model.layers.{i}.mlp.down_proj.weight"])
-        assert torch.equal(layer.out, want[f"model.layers.{i}.self_attn.o_proj.weight"])
+    for i, block in enumerate(model.blocks):
+        assert torch.equal(block.mlp.down.weight, want[f"model.layers.{i}.mlp.down_proj.weight"])
+        assert torch.equal(
+            block.attention.out.weight, want[f"model.layers.{i}.self_attn.o_proj.weight"]
+        )
 
 
 def change(model_dir: Path, **tensors: Tensor | None) -> None:

@@ -29,7 +29,8 @@ def spec(folder: Path, config: Any, generation: str = "{}") -> ModelSpec:
 def test_both_files_count(tmp_path: Path) -> None:
     found = spec(tmp_path, LLAMA, '{"eos_token_id": [2, 7]}')
     assert (found.eos_ids, found.dtype) == ((2, 7), "fp16")
-    assert (found.num_kv_heads, found.head_dim) == (6, 16)
+    assert {(layer.num_kv_heads, layer.head_dim) for layer in found.layers} == {(6, 16)}
+    assert len(found.layers) == 3
 
 
 @pytest.mark.parametrize(

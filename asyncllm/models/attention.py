@@ -1,0 +1,169 @@
+"""One step's batch, the K/V that attention reads and writes, and what computes it.
+
+A model plans each distinct attention of its layers once a step and runs the plan in every layer;
+how K and V lie in memory is the layout's to know. The engine implements backends per device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asyncllm.models.spec import AttentionSpec, Rope
+
+LayerKv = tuple[Tensor, ...]  # of one layer, as its layout made them; dimension 0 is the slot
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step on the device: rows of new tokens, one-token rows first.
+
+    Every tensor is int32 on the model's device unless said otherwise. In a CUDA graph the shapes
+    are those of a bucket and the rest is padding: padded decode rows have length 0, padded prefill
+    rows no tokens, and padded tokens write K and V to a slot that nobody reads.
+    """
+
+    tokens: Tensor  # [num_tokens] int64, all known by now
+    positions: Tensor  # [num_tokens]
+    slots: Tensor  # [num_tokens] where the new tokens' K and V go
+    table: Tensor  # [num_lanes + 1, max_len] slot of every position of every lane
+    decode_lanes: Tensor  # [num_decode] rows of one new token: row i is token i
+    decode_lens: Tensor  # [num_decode] tokens a row attends to, the new one included
+    prefill_lanes: Tensor  # [num_prefill] the other rows
+    prefill_starts: Tensor  # [num_prefill] position of the first new token
+    prefill_cu: Tensor  # [num_prefill + 1] row i is tokens [cu[i], cu[i + 1])
+    max_count: int  # about the most new tokens of a prefill row
+    host: HostRows | None = None  # for operators that run on the host
+
+
+@dataclass(slots=True)
+class HostRows:
+    """The rows of a batch on the host."""
+
+    lanes: list[int]
+    starts: list[int]
+    counts: list[int]
+
+
+class KvLayout(Protocol):
+    """How the K/V of a token lie in memory, in all layers of one rank.
+
+    The only place that knows bytes, shapes and dtypes; its subclass for a device writes them.
+    """
+
+    def bytes_per_slot(self) -> int:
+        """Of one token, over all layers."""
+
+    def allocate(self, num_slots: int, device: torch.device) -> list[LayerKv]:
+        """Zeroed tensors of every layer, for ``num_slots`` tokens."""
+
+
+class AttentionPlan(Protocol):
+    """An attention of one step, ready to run in every layer that has it."""
+
+    def run(self, qkv: Tensor, kv: LayerKv) -> Tensor:
+        """Rotate q and k of ``qkv`` [T, (Hq + Hk) * D + Hk * Dv], write k and v to the batch's
+        slots, and let each row attend causally to its lane's: [T, Hq * Dv]. May change qkv."""
+
+
+class AttentionBackend(Protocol):
+    """Attention on one device, over K/V in one layout."""
+
+    @property
+    def layout(self) -> KvLayout:
+        """How the K/V lie that it reads and writes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of tables that it holds beside the K/V."""
+
+    @staticmethod
+    def refuse(spec: AttentionSpec, layout: KvLayout, device: torch.device) -> str | None:
+        """Why ``spec`` cannot run here, as the end of a sentence about it; None: it can."""
+
+    def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:
+        """Of work space per token of a step while a plan runs, qkv and the result included."""
+
+    def plan(self, spec: AttentionSpec, batch: Batch) -> AttentionPlan:
+        """What all layers with ``spec`` share in a step; once per step and spec."""
+
+
+class KvPairs:
+    """K and V as tensors [num_slots, num_kv_heads, head_dim] and [.., v_dim], in ``dtype``."""
+
+    def __init__(self, layers: Sequence[AttentionSpec], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._shapes = [
+            ((spec.num_kv_heads, spec.head_dim), (spec.num_kv_heads, spec.v_dim)) for spec in layers
+        ]
+
+    def bytes_per_slot(self) -> int:
+        return self._dtype.itemsize * sum(math.prod(s) for pair in self._shapes for s in pair)
+
+    def allocate(self, num_slots: int, device: torch.device) -> list[LayerKv]:
+        return [
+            tuple(zeros((num_slots, *shape), self._dtype, device) for shape in pair)
+            for pair in self._shapes
+        ]
+
+
+def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
+    """``AttentionBackend.refuse`` of those that know causal softmax attention of grouped heads."""
+    asked = {
+        f"is of kind {spec.kind!r}": spec.kind != "gqa",
+        "has no rotary embedding": spec.rope is None,
+        f"has a sliding window of {spec.window}": spec.window is not None,
+        f"has logits capped at {spec.softcap}": spec.softcap is not None,
+        "has attention sinks": spec.sinks,
+        f"has values of {spec.v_dim} and keys of {spec.head_dim}": spec.v_dim != spec.head_dim,
+    }
+    return next((reason for reason, yes in asked.items() if yes), None)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Like ``torch.zeros``; on the CPU without touching the memory (13 s for 4 GiB), by calloc."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+def rope_tables(
+    specs: Iterable[AttentionSpec], max_position: int, device: torch.device
+) -> dict[tuple[Rope | None, int], Tensor]:
+    """(rope, head_dim) of the specs -> their :func:`rope_table`."""
+    kinds = {(spec.rope, spec.head_dim) for spec in specs}
+    return {
+        (rope, dim): rope_table(rope, dim, max_position).to(device) for rope, dim in kinds if rope
+    }
+
+
+def rope_table(rope: Rope, head_dim: int, max_position: int) -> Tensor:
+    """cos and sin of every position: [max_position, head_dim] float32, cos in the first half.
+
+    Frequencies as in RoFormer (Su et al., 2021, §3.4.2); "llama3" scaling blends long wavelengths
+    into frequencies divided by ``factor`` (The Llama 3 Herd of Models, 2024, §3.4.2 and its code).
+    """
+    half = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    inv_freq = 1.0 / (rope.theta**half)
+    if rope.kind == "linear":
+        inv_freq = inv_freq / rope.factor
+    elif rope.kind == "llama3":
+        inv_freq = _llama3(inv_freq, rope)
+    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).contiguous()
+
+
+def _llama3(inv_freq: Tensor, rope: Rope) -> Tensor:
+    wavelen = 2 * math.pi / inv_freq
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    smooth = (rope.original_max_position / wavelen - low) / (high - low)
+    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    scaled = torch.where(smooth < 0, inv_freq / rope.factor, blended)
+    return torch.where(smooth > 1, inv_freq, scaled)

@@ -1,0 +1,71 @@
+"""What a model is run with: operators, linear layers and the rank's tensor-parallel group.
+
+Interfaces only; the engine implements them for CPU (torch) and CUDA (Triton).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from asyncllm.models.weights import Target
+
+
+class Ops(Protocol):
+    """The operators a decoder is made of, on one device."""
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """``weight`` [out, in] in the form that :meth:`linear` reads fastest; start-up only."""
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """x @ weight.T + bias."""
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x @ weight.T as float32, never rounded to the dtype of the two."""
+
+    def embed_rmsnorm(
+        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(norm of the embeddings, embeddings), [num_tokens, hidden] each."""
+
+    def add_rmsnorm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(residual + x), residual + x)."""
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        """[T, 2 * I] -> [T, I]: silu of the first half times the second."""
+
+
+class Linear(Protocol):
+    """x @ weight.T + bias, whatever the weight is made of."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors on this rank."""
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[n, in] -> [n, out]; sharded by inputs it is this rank's part of a sum."""
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        """Checkpoint name -> where its values go; names begin with ``prefix``."""
+
+    def pack(self) -> None:
+        """Lay out the loaded weight as the operators like it best."""
+
+
+class Comm(Protocol):
+    """The tensor-parallel group of a rank."""
+
+    rank: int
+    size: int
+
+    def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
+        """``linear(x)`` summed over ranks; valid until the call after the next one."""
+
+    def gather_last(self, x: Tensor) -> Tensor:
+        """[n, v] of each rank -> [n, size * v], ranks side by side."""

@@ -1,0 +1,183 @@
+"""The memory plan against what is really allocated."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from asyncllm.core.request import SamplingParams
+from asyncllm.engine.attention_cpu import TorchAttention
+from asyncllm.engine.build import Sizes, make_model, plan_memory
+from asyncllm.engine.device import CpuDevice
+from asyncllm.engine.engine import Engine, Outputs, Work
+from asyncllm.engine.parallel import Alone
+from asyncllm.errors import StartupError
+from asyncllm.models.llama import Decoder
+from asyncllm.models.spec import ModelSpec
+from tests.models.harness import Driver, Sequence, build, random_ids
+from tests.models.test_llama import VARIANTS, make_checkpoint, make_config
+
+CPU = torch.device("cpu")
+
+
+def sizes(**changes: Any) -> Sizes:
+    given: dict[str, Any] = {
+        "tp": 1, "dtype": "fp32", "max_len": 256, "num_lanes": 8, "batch_max_tokens": 512,
+        "mem_fraction": 0.5, "max_total_token_num": 1000,
+    }  # fmt: skip
+    return Sizes(**{**given, **changes})
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the storages of ``tensors``, each once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and _storage(leaf) not in before | self._known:
+                self._take(leaf.untyped_storage())
+        return out
+
+    def _take(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.most = max(self.most, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def tensors_of(model: Decoder) -> list[Tensor]:
+    """Whatever the decoder and its blocks hold."""
+    found, seen, todo = [], set(), [model]
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found.append(thing)
+        elif isinstance(thing, dict | list | tuple):
+            todo += thing.values() if isinstance(thing, dict) else thing
+        elif type(thing).__module__ in {"asyncllm.models.llama", "asyncllm.models.layers"}:
+            todo += vars(thing).values() if hasattr(thing, "__dict__") else []
+    return found
+
+
+class Ranked(Alone):
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+SHAPES = {**VARIANTS, "uneven": {"num_key_value_heads": 3, "vocab_size": 501}}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("variant", SHAPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_planned_weights_and_kv_are_what_every_rank_allocates(
+    variant: str, tp: int, dtype: str
+) -> None:
+    spec = ModelSpec.from_hf(make_config(**SHAPES[variant]).to_dict(), {})
+    plan = plan_memory(spec, sizes(tp=tp, dtype=dtype), CPU)
+    for rank in range(tp):
+        model = make_model(spec, Ranked(rank, tp), dtype=dtype, device=CPU, max_len=256, where=CPU)
+        assert isinstance(model, Decoder)
+        assert num_bytes(tensors_of(model)) == model.nbytes == plan.weights
+        attention = model.site.attention
+        assert isinstance(attention, TorchAttention)
+        assert num_bytes(attention.angles.values()) == attention.nbytes
+        kv = attention.layout.allocate(plan.num_slots + 1, CPU)
+        assert num_bytes(tensor for layer in kv for tensor in layer) == plan.kv
+        targets = num_bytes(target.param for _, target in model.targets())
+        assert targets == model.nbytes, "every parameter is loaded from somewhere"
+
+
+def test_a_model_without_memory_has_none(tmp_path: Path) -> None:
+    spec = ModelSpec.from_hf(make_config(vocab_size=1 << 30, hidden_size=6 << 10).to_dict(), {})
+    model = make_model(
+        spec, Alone(), dtype="bf16", device=CPU, max_len=64, where=torch.device("meta")
+    )
+    assert model.nbytes > 1 << 44
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.8, top_p=0.9, logprobs=2),
+        SamplingParams(temperature=0.8, repetition_penalty=1.2, logprobs=0),
+    ],
+    ids=["greedy", "truncates", "penalises"],
+)
+@pytest.mark.parametrize("changes", [{}, {"intermediate_size": 64}, {"vocab_size": 9001}], ids=str)
+def test_a_full_step_takes_no_more_than_was_planned(
+    tmp_path: Path, changes: dict[str, int], params: SamplingParams
+) -> None:
+    make_checkpoint(tmp_path, **changes)
+    spec = ModelSpec.from_dir(tmp_path)
+    plan = plan_memory(spec, sizes(), CPU)
+    engine = Engine(
+        build(tmp_path, spec, "fp32", CPU, 256),
+        Alone(), num_slots=plan.num_slots, num_lanes=8, max_len=256, eos_ids=(),
+    )  # fmt: skip
+    device, peak = CpuDevice(engine, 1), Peak()
+    held = num_bytes((engine.table, engine.history, engine.last_token))
+    held += engine.model.site.attention.nbytes
+    execute = engine.execute
+
+    def watched(work: Work) -> Outputs:
+        with peak:
+            return execute(work)
+
+    engine.execute = watched  # type: ignore[method-assign]
+    seqs = [Sequence(lane, random_ids(64, 499, lane), params) for lane in range(8)]
+    driver = Driver(device, plan.num_slots)
+    driver.run([(s, 64, 0) for s in seqs])
+    assert plan.work / 4 < held + peak.most <= plan.work
+    driver.run([(s, 1, 0) for s in seqs])
+    assert held + peak.most <= plan.work
+    device.close()
+
+
+def test_what_does_not_fit_is_told_with_the_flag(tmp_path: Path) -> None:
+    spec = ModelSpec.from_hf(make_config().to_dict(), {})
+    with pytest.raises(
+        StartupError, match=r"--max_total_token_num 1,000,000,000 needs .* GiB of KV"
+    ):
+        plan_memory(spec, sizes(max_total_token_num=10**9), CPU)
+    with pytest.raises(
+        StartupError, match=r"no memory is left for KV: weights take .*--mem_fraction"
+    ):
+        plan_memory(spec, sizes(mem_fraction=1e-6, max_total_token_num=None), CPU)
+    with pytest.raises(StartupError, match="--running_max_req_size 100,000 times"):
+        plan_memory(spec, sizes(num_lanes=100_000, max_len=32768), CPU)
