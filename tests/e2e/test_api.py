@@ -739,18 +739,21 @@ async def test_the_servers_own_abort_is_503(server: Server) -> None:
         ("/", {"inputs": "a"}),
     ],
 )
-@live()
-async def test_streams_survive_clients_that_split_by_unicode_lines(
-    server: Server, path: str, body: dict[str, Any]
+def test_streams_survive_clients_that_split_by_unicode_lines(
+    path: str, body: dict[str, Any]
 ) -> None:
-    text = "one\x85two\u2028three\u2029four é"
-    server.model.holds = True
-    stream = asyncio.create_task(server.stream(path, body | {"stream": True}))
-    await server.model.until(lambda: bool(server.model.asked))
-    msg = server.model.asked[0]
-    server.model.accept(msg)
-    server.model.delta(msg.rids[0], [97], SamplingParams.unpack(msg.params), text=text)
-    server.model.finish(msg.rids[0], 1, 1)
-    raw = (await stream).decode()
-    assert not {"\x85", "\u2028", "\u2029"} & set(raw)
-    assert "one\\u0085two\\u2028three\\u2029four é" in raw
+    @live()
+    async def run(server: Server) -> None:
+        text = "one\x85two\u2028three\u2029four é"
+        server.model.holds = True
+        stream = asyncio.create_task(server.stream(path, body | {"stream": True}))
+        await server.model.until(lambda: bool(server.model.asked))
+        msg = server.model.asked[0]
+        server.model.accept(msg)
+        server.model.delta(msg.rids[0], [97], SamplingParams.unpack(msg.params), text=text)
+        server.model.finish(msg.rids[0], 1, 1)
+        raw = (await stream).decode()
+        assert not {"\x85", "\u2028", "\u2029"} & set(raw)
+        assert "one\\u0085two\\u2028three\\u2029four é" in raw
+
+    run()
