@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from asyncllm.api import reasoning, tools
 from asyncllm.api.parts import Dialect
+from asyncllm.constrain.engine import Grammars
 from asyncllm.core.constraints import Constraints, unconstrained
 from asyncllm.core.thinking import Rules
 from asyncllm.core.vocabulary import Vocabulary
-from asyncllm.engine.grammar import Grammars
 from asyncllm.errors import StartupError
 from asyncllm.text import Text
 

@@ -13,6 +13,7 @@ import uvloop
 
 from asyncllm import log
 from asyncllm.config import Config, Resolved, resolve_limits
+from asyncllm.constrain.engine import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible, use_interface
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
@@ -44,6 +45,8 @@ def serve(config: Config) -> int:
     """
     config = with_all_keys(config)
     tls_context(config)
+    if config.output_constraint_mode != "none":
+        library()
     watch = Watch("rank 0", leads=True)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download

@@ -61,7 +61,7 @@ OURS: dict[str, Any] = {
     "use_tgi_api": False,
     "diverse_mode": False,
     "token_healing_mode": False,
-    "output_constraint_mode": "xgrammar",
+    "output_constraint_mode": "llguidance",
     "api_key": (),
     "api_key_file": None,
     "ssl_certfile": None,

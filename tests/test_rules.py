@@ -18,7 +18,11 @@ PACKAGE = ROOT / "asyncllm"
 
 LOOP = {"asyncio", "zmq", "aiohttp", "uvloop"}  # who may know the event loop and the wire
 LOOP_FILES = {"rank.py", "cli.py"}  # entry points, besides actors/ and server/
-PURE = {"core": ("errors", "core"), "api": ("errors", "core", "api", "__version__")}
+PURE = {
+    "core": ("errors", "core"),
+    "constrain": ("errors", "constrain"),
+    "api": ("errors", "core", "api", "__version__"),
+}
 NO_SYNC = {"engine", "models", "kernels", "actors"}
 SYNC_CALLS = {"item", "tolist", "cpu"}  # each waits for the device
 FOREIGN_CODE = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}

@@ -58,9 +58,7 @@ def choice(value: Any, name: str) -> Grammar | None:
     for i, item in enumerate(value):
         if not fields.text(item, f"{name}[{i}]") or "\0" in item:
             bad(f"{name}[{i}]: an output cannot be empty or hold NUL", name)
-    # JSON's escapes are EBNF's too; of characters beyond 16 bits it writes two, which EBNF does not
-    texts = " | ".join(json.dumps(item, ensure_ascii=False) for item in value)
-    return ebnf(f"root ::= {texts}", name) if value else None
+    return ("choice", _limited(json.dumps(value, ensure_ascii=False), name)) if value else None
 
 
 def structured(value: Mapping[str, Any], name: str) -> Grammar | None:

@@ -121,6 +121,8 @@ def resolve_limits(
     eos_ids = config.eos_id or tuple(dict.fromkeys(model_eos))
     if not eos_ids:
         notes.append("the model names no end token: answers end by length or stop (--eos_id)")
+    if config.output_constraint_mode == "xgrammar":
+        notes.append("--output_constraint_mode xgrammar: it is llguidance that constrains outputs")
     names = (*config.served_model_name, config.model_name, model_dir_name, "default")
     if not config.served_model_name and "model_name" not in config.explicit:
         names = (model_dir_name, config.model_name, "default")

@@ -189,9 +189,9 @@ class Config:
         "and the tokenizer's eos_token name",
     )  # fmt: skip
     output_constraint_mode: str = flag(
-        "xgrammar", group=MEMORY, choices=("xgrammar", "none"),
-        help="what makes outputs follow a JSON schema, regular expression or grammar; none: such "
-        "requests are refused (LightLLM's default is none)",
+        "llguidance", group=MEMORY, choices=("llguidance", "xgrammar", "none"),
+        help="what makes outputs follow a JSON schema, regular expression or grammar; xgrammar, as in "
+        "LightLLM, means llguidance here; none: such requests are refused (LightLLM's default)",
     )  # fmt: skip
     constraint_time_limit: float = flag(
         5.0, group=MEMORY, check=above_zero, metavar="SECONDS",

@@ -66,11 +66,11 @@ class SamplingParams:
         return cls(**dict(zip(_NAMES, packed, strict=True)))
 
 
-# kinds of SamplingParams.grammar: any JSON object (without a text), a JSON schema whose objects
-# have no properties that it does not allow for, a regular expression, rules in EBNF from ``root`` on,
-# calls among free text: the mark that begins one, a line break, and a JSON array of what may follow
+# kinds of SamplingParams.grammar: any JSON object (without a text), a JSON schema, a regular
+# expression, rules in EBNF from ``root`` on, a JSON array of texts one of which is the output, calls
+# among free text: the mark that begins one, a line break, and a JSON array of what may follow
 # it, each {"begin", "schema", "style", "end"}
-GRAMMARS = ("json", "schema", "regex", "ebnf", "calls")
+GRAMMARS = ("json", "schema", "regex", "ebnf", "choice", "calls")
 
 
 class Again(Exception):

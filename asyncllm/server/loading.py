@@ -16,12 +16,12 @@ from asyncllm import log
 from asyncllm.api.chat import variables
 from asyncllm.api.parts import Dialect, dialect_of
 from asyncllm.config import Config
+from asyncllm.constrain.engine import Grammars
 from asyncllm.constraining import load_constraints, load_grammars
 from asyncllm.core.constraints import Constraints
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.grammar import Grammars
 from asyncllm.engine.parallel import Alone, Group, TensorParallel
 from asyncllm.environment import cpu_count
 from asyncllm.models.checkpoint import weight_files

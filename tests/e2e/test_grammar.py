@@ -25,6 +25,7 @@ SCHEMA = {
         "tags": {"type": "array", "items": {"enum": ["red", "green"]}, "maxItems": 3},
     },
     "required": ["name", "age"],
+    "additionalProperties": False,
 }
 STRICT = {
     "type": "json_schema",
@@ -130,7 +131,7 @@ def test_choices_of_one_prompt_follow_the_grammar_each_for_itself(server: Server
 @pytest.mark.parametrize(
     ("body", "told"),
     [({"guided_regex": "(("}, "regular expression"), ({"guided_grammar": "root ::= x"}, "EBNF"),
-     ({"guided_json": {"type": "foo"}}, "Unsupported type"),
+     ({"guided_json": {"type": "foo"}}, "unknown type"),
      ({"guided_json": {"uniqueItems": True}}, "uniqueItems"),
      ({"guided_json": "{", "guided_regex": ""}, "not valid JSON")],
 )  # fmt: skip

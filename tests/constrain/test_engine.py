@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from asyncllm.api.tools import (
     spelling,
     tags,
 )
-from asyncllm.engine import grammar
-from asyncllm.engine.grammar import Grammars, Matcher, bound_digits
+from asyncllm.constrain import engine
+from asyncllm.constrain.engine import Grammars, Matcher
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.text import Text, load_tokenizer
 
@@ -111,13 +112,6 @@ def test_no_number_and_no_white_space_goes_on_for_ever(
     jsonschema.validate(json.loads(out), schema)
 
 
-def test_without_bounds_digits_do_go_on(pieces: list[bytes], monkeypatch: Any) -> None:
-    """What the bounds are for; if this fails they can go."""
-    monkeypatch.setattr(grammar, "bound_digits", str)
-    matcher = start(Grammars(pieces, VOCAB, (EOS,)), "schema", '{"type": "integer"}')
-    assert not follow(matcher, pieces, liking(pieces, rb"[0-9]+"), 300)[1]
-
-
 @pytest.mark.parametrize("schema", SCHEMAS, ids=json.dumps)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_outputs_are_valid(
@@ -132,14 +126,7 @@ def test_random_outputs_are_valid(
 def test_numbers_are_finite(grammars: Grammars, pieces: list[bytes]) -> None:
     matcher = start(grammars, "schema", '{"type": "number"}')
     out, _ = follow(matcher, pieces, liking(pieces, rb"[0-9]+|[eE]|\."), 300)
-    assert abs(float(out)) < 1e200
-
-
-def test_literals_and_patterns_keep_their_digits() -> None:
-    line = 'root ::= "[0-9]*" Regex("[0-9]*") ([0-9]*) d{1, -1} e{1, -1} ["[0-9] "[0-9]*"'
-    made = bound_digits(f"d ::= (([0-9]))\n{line}").split("\n")[1]
-    assert made.startswith('root ::= "[0-9]*" Regex("[0-9]*") ([0-9]{0, 15}) d{1, 16} e{1, -1}')
-    assert made.endswith('"[0-9]*"')
+    assert math.isfinite(float(out))
 
 
 def test_json_is_an_object(grammars: Grammars, pieces: list[bytes]) -> None:
@@ -202,12 +189,18 @@ def test_special_tokens_and_ids_beyond_the_tokenizer_never_come(
 
 @pytest.mark.parametrize(
     ("kind", "source", "message"),
-    [("regex", "((", "parenthesis"), ("regex", "a{2,1}", "Lower bound"),
-     ("ebnf", "root ::= foo", '"foo" is not defined'), ("ebnf", 'x ::= "a"', "root"),
-     ("schema", '{"type": "foo"}', "Unsupported type"), ("schema", "{", "not valid JSON"),
+    [("regex", "((", "unclosed parenthesis"), ("regex", "a{2,1}", "out of order"),
+     ("regex", r"a\bc", "word boundaries"), ("regex", "(?=a)b", "look-around"),
+     ("regex", "a^b", "an anchor inside"), ("regex", "[^\\s\\S]", "no text at all"),
+     ("ebnf", "root ::= foo", 'no rule for "foo"'), ("ebnf", 'x ::= "a"', "no rule root"),
+     ("ebnf", 'root ::= "a" root', "never ends"), ("ebnf", 'root ::= "a', "closing quote in line 1"),
+     ("ebnf", "root ::= (", "unclosed parenthesis"), ("ebnf", "root ::= $", "means nothing"),
+     ("schema", '{"type": "foo"}', "unknown type 'foo' at #"), ("schema", "{", "not valid JSON"),
      ("schema", '{"$ref": "#/nope"}', "nope"),
-     ("schema", '{"properties": {"a": {"multipleOf": 3}}}', "multipleOf at #/properties/a"),
-     ("schema", '{"allOf": [{"type": "object"}, {"minProperties": 1}]}', "allOf of several"),
+     ("schema", '{"items": {"$ref": "http://a.b/c"}}', "another document: it is not fetched, at #/items"),
+     ("schema", '{"properties": {"a": {"multipleOf": 3}}}', "multipleOf, which cannot be enforced"),
+     ("schema", '{"type": "string", "enum": [1]}', "no value at all fits"),
+     ("schema", '{"minimum": 1e999}', "beyond double precision"),
      ("schema", '{"items":' * 70 + "{}" + "}" * 70, "nested more than 64"),
      ("schema", '{"a":' * 20_000 + "{}" + "}" * 20_000, "nested more than 64")],
 )  # fmt: skip
@@ -217,7 +210,7 @@ def test_what_cannot_be_compiled_says_why(
     with pytest.raises(RequestError, match=re.escape(message)) as caught:
         grammars.build(kind, source)
     assert caught.value.status == 400
-    assert ".cc:" not in caught.value.message
+    assert "x{" not in caught.value.message, "nothing of what the engine was told"
 
 
 def test_names_and_values_are_no_keywords(grammars: Grammars) -> None:
@@ -226,7 +219,7 @@ def test_names_and_values_are_no_keywords(grammars: Grammars) -> None:
 
 
 def test_the_least_used_grammar_makes_room(grammars: Grammars, monkeypatch: Any) -> None:
-    monkeypatch.setattr(grammar, "MAX_KEPT", 2)
+    monkeypatch.setattr(engine, "MAX_KEPT", 2)
     for source in ("a", "b"):
         start(grammars, "regex", source)
     grammars.constrain("regex", "a")
@@ -295,17 +288,6 @@ def test_what_a_token_of_the_mark_brings_along(grammars: Grammars) -> None:
 
 
 def test_parameters_that_cannot_be_enforced_are_refused(grammars: Grammars) -> None:
-    unique = Tool("f", {"type": "object", "uniqueItems": True}, strict=True)
+    unique = Tool("f", {"properties": {"a": {"type": "array", "uniqueItems": True}}}, strict=True)
     with pytest.raises(RequestError, match="uniqueItems"):
         grammars.build("calls", call_forms("hermes", [unique]))
-
-
-def test_what_takes_long_to_follow_is_refused_when_it_is_compiled(
-    grammars: Grammars, monkeypatch: Any
-) -> None:
-    with pytest.raises(grammar.TooSlow, match="too ambiguous"):
-        grammars.build("regex", "(([a-z]*)*)*x")
-    plain = start(grammars, "regex", "[a-z]{3}x?")
-    monkeypatch.setattr(grammar, "MAX_STEP_S", -1.0)
-    with pytest.raises(grammar.TooSlow):  # an output that has begun, too
-        plain.accept(allowed(plain)[0])

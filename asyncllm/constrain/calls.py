@@ -1,0 +1,160 @@
+"""Rules of calls: what stands before the arguments, the arguments, what stands behind them.
+
+Arguments are JSON, or stand between tags one by one, as some formats have it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncllm.constrain import terms
+from asyncllm.constrain.atoms import Atom, Const, Form, Number, Object, Schemas, String
+from asyncllm.constrain.rules import Alt, Node, Repeat, Seq, Term, finite, written
+from asyncllm.constrain.writing import LOOSE, Possible, Writer
+
+
+@dataclass(frozen=True, slots=True)
+class _Tags:
+    """How a format writes an argument: before its name, behind it, behind its value."""
+
+    begin: str
+    named: str
+    end: str
+    between: str
+    inside: tuple[str, ...]  # would end a value too soon
+
+
+_STYLES: Final = {
+    "qwen_xml": _Tags("<parameter=", ">\n", "\n</parameter>", "\n",
+                      ("</parameter>", "</function>", "<parameter=")),
+    "glm_xml": _Tags("<arg_key>", "</arg_key><arg_value>", "</arg_value>", "",
+                     ("</arg_value>", "</tool_call>")),
+}  # fmt: skip
+_KEY: Final = "/[A-Za-z_][0-9A-Za-z_]{0,63}/"
+# a text without quotes that reads as JSON would be taken for it
+_READS_AS_JSON: Final = (
+    r"~/\s*(?:[\x{5B}\x{7B}\x22\-0-9](?s:.*)|[Tt]rue|[Ff]alse|null|None|NaN|Infinity)\s*/"
+)
+_COMBINED: Final = frozenset(("$ref", "anyOf", "oneOf", "allOf"))
+
+
+def calls_grammar(forms: Sequence[dict[str, Any]], possible: Possible) -> str:
+    """The engine's grammar of one of several calls, behind their mark.
+
+    Args:
+        forms: each with ``begin`` (white space that it begins with may differ), ``schema``,
+            ``style``, ``end``.
+
+    Raises:
+        RequestError: a schema is malformed, cannot be enforced, or no object fits it.
+    """
+    calls: list[Node] = []
+    rules: dict[str, Node] = {}
+    for i, form in enumerate(forms):
+        writer = Writer(json.dumps(form["schema"]), possible, f"f{i}", LOOSE)
+        begin = form["begin"]
+        parts: list[Node] = [_text(begin.lstrip()), _arguments(writer, form["style"])]
+        if begin != begin.lstrip():
+            parts.insert(0, Repeat(Term(r"/[ \n]/"), 0, 2))
+        if form["end"]:
+            parts.append(_text(form["end"]))
+        made = writer.finished(Seq(tuple(parts)))
+        rules |= made
+        calls.append(made[writer.root])
+    rules["root"] = Alt(tuple(calls))
+    return written(finite(rules, "root"), "root")
+
+
+def _text(text: str) -> Node:
+    """A text in single characters: where tags share a beginning, none hides another."""
+    return Seq(tuple(Term(terms.text_term(char)) for char in text))
+
+
+def _arguments(writer: Writer, style: str) -> Node:
+    root = frozenset((writer.document.root,))
+    atoms = [atom for atom in writer.meaning.atoms(root) if _is_object(atom)]
+    if style not in _STYLES:
+        return writer.any_of(atoms)
+    tags = _STYLES[style]
+    return Alt(tuple(_tagged(writer, atom, tags) for atom in atoms))
+
+
+def _is_object(atom: Atom) -> bool:
+    return isinstance(atom, Object) or (isinstance(atom, Const) and isinstance(atom.value, dict))
+
+
+def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Node:
+    """Arguments between tags."""
+    comma = _text(tags.between)
+    if isinstance(atom, Const):
+        pairs = [
+            (_argument(writer, key, (Const("", value),), tags, False), True)
+            for key, value in atom.value.items()
+        ]
+        return writer.pairs(Object(), pairs, None, comma)
+    assert isinstance(atom, Object)
+    fields = writer.fields(atom)
+    pairs = []
+    for name, schemas, needed in fields:
+        values = writer.meaning.atoms(schemas)
+        if values or needed:
+            pairs.append((_argument(writer, name, values, tags, _is_text(writer, schemas)), needed))
+    keys = list(writer.others(atom, [name for name, _, _ in fields], quoted=False))
+
+    def other(more: str) -> Node:
+        assert not more, "keys between tags are not counted on"
+        return Alt(tuple(
+            Seq((_text(tags.begin), writer.term(f"{text} & {_KEY}"), _text(tags.named),
+                 _value(writer, writer.meaning.atoms(schemas), tags, False)))
+            for text, schemas in keys
+        ))  # fmt: skip
+
+    return writer.pairs(atom, pairs, other if keys else None, comma)
+
+
+def _is_text(writer: Writer, schemas: Schemas) -> bool:
+    """Whether a parser takes every value for a string: it looks at types only."""
+    nodes = writer.document.nodes
+    told = [nodes[one] for one in (writer.document.root, *schemas)]
+    if len(told) != 2 or any(_COMBINED & node.keys() for node in told):
+        return False
+    return bool(told[1].get("type") == "string")
+
+
+def _argument(
+    writer: Writer, name: str, values: Iterable[Atom], tags: _Tags, is_text: bool
+) -> Node:
+    key = Term(terms.text_term(name))
+    return Seq((_text(tags.begin), key, _text(tags.named), _value(writer, values, tags, is_text)))
+
+
+def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -> Node:
+    """A value and its end tag. What is no array and no object is one terminal with it."""
+    end = f"/{terms.text_expression(tags.end)}/"
+    found: list[Node] = []
+    for atom in values:
+        match atom:
+            case Const() if isinstance(atom.value, str):
+                only = String(forms=frozenset((Form("text", atom.value),)))
+                found.append(writer.term(f"({_raw(only, tags, is_text)}) {end}"))
+            case String():
+                found.append(writer.term(f"({_raw(atom, tags, is_text)}) {end}"))
+            case Const() if not isinstance(atom.value, dict | list):
+                found.append(Term(f"{terms.const_term((atom,))} {end}"))
+            case Number():
+                found.append(writer.term(f"({terms.number_term(atom)}) {end}"))
+            case _:
+                found.append(Seq((writer.any_of((atom,)), _text(tags.end))))
+    return Alt(tuple(found))
+
+
+def _raw(atom: String, tags: _Tags, is_text: bool) -> str:
+    """Strings in which no tag stands, and which are not read as something else."""
+    inside = "|".join(map(terms.text_expression, tags.inside))
+    parts = [terms.raw_term(atom), f"~/(?s:.*)(?:{inside})(?s:.*)/"]
+    if not is_text:
+        parts.append(_READS_AS_JSON)
+    return " & ".join(parts)

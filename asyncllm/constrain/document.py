@@ -1,0 +1,163 @@
+"""A JSON schema as a document: its nodes, their places, and what references point to.
+
+Knows which keywords hold schemas; knows not what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+from urllib.parse import unquote, urldefrag, urljoin
+
+from asyncllm.constrain.jsontext import MAX_DEPTH
+from asyncllm.errors import RequestError
+
+NAMED: Final = frozenset(
+    ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+)
+VALUES: Final = frozenset(("enum", "const", "default", "examples", "example"))
+TRUE: Final = 0
+FALSE: Final = 1
+
+
+class Document:
+    """Numbers the schemas of one document. 0 is what always holds, 1 what never does.
+
+    Args:
+        root: JSON, as :func:`asyncllm.constrain.jsontext.load` gives it.
+
+    Raises:
+        RequestError: it nests too deeply, or a name stands for two schemas.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self.nodes: list[Any] = [True, False]
+        self._numbers: dict[int, int] = {}
+        self._places: dict[int, str] = {}
+        self._bases: dict[int, str] = {}
+        self._named: dict[str, Any] = {}  # by URI, with the name behind # if it has one
+        self.negations: dict[int, Any] = {}  # of schemas by id(), see negation
+        self.base = ""
+        self._root = root
+        self._walk(root)
+        self.root = self.number(root)
+
+    def number(self, node: Any, parent: Any = None) -> int:
+        """A schema's number.
+
+        Args:
+            parent: where it comes from, if it does not stand in the document itself.
+
+        Raises:
+            RequestError: it is no schema.
+        """
+        if isinstance(node, bool):
+            return FALSE if node is False else TRUE
+        if not isinstance(node, dict):
+            self.fail(parent, f"has {str(node)[:40]!r} where a schema is meant")
+        if (number := self._numbers.get(id(node))) is None:
+            number = self._numbers[id(node)] = len(self.nodes)
+            self.nodes.append(node)
+            if id(node) not in self._places:
+                self._places[id(node)] = self._places.get(id(parent), "#")
+                self._bases[id(node)] = self._bases.get(id(parent), self.base)
+        return number
+
+    def fail(self, node: Any, why: str) -> NoReturn:
+        """Raises RequestError that names the place of ``node``."""
+        raise RequestError(f"the JSON schema {why} at {self._places.get(id(node), '#')}")
+
+    def target(self, node: Mapping[str, Any], ref: Any) -> Any:
+        """What ``ref``, a reference in ``node``, points to. Raises RequestError."""
+        if not isinstance(ref, str):
+            self.fail(node, "has a $ref that is no string")
+        try:
+            base = self._bases.get(id(node), self.base)
+            uri, name = urldefrag(base + ref if ref.startswith("#") else urljoin(base, ref))
+        except ValueError:
+            self.fail(node, f"has the $ref {ref!r}, which is no address,")
+        if uri in self._named:
+            found = self._named[uri]
+        elif uri == self.base:
+            found = self._root
+        else:
+            self.fail(node, f"has the $ref {ref!r}, which is another document: it is not fetched,")
+        if not name:
+            return found
+        if not name.startswith("/"):
+            if (key := f"{uri}#{name}") not in self._named:
+                self.fail(node, f"has the $ref {ref!r}, which points to nothing,")
+            return self._named[key]
+        for step in name[1:].split("/"):
+            part = unquote(step).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, dict) and part in found:
+                found = found[part]
+            elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+                found = found[int(part)]
+            else:
+                self.fail(node, f"has the $ref {ref!r}, which points to nothing,")
+        return found
+
+    def _walk(self, root: Any) -> None:
+        waiting: list[tuple[Any, str, int, bool, str]] = [(root, "#", 0, True, "")]
+        while waiting:
+            node, place, depth, is_schema, base = waiting.pop()
+            if depth > MAX_DEPTH:
+                raise RequestError(f"the JSON schema is nested more than {MAX_DEPTH} deep")
+            self._places[id(node)] = place
+            items: list[tuple[str, Any]] = []
+            if isinstance(node, dict):
+                if is_schema:
+                    base = self._identify(node, base)
+                self._bases[id(node)] = base
+                items = list(node.items())
+            elif isinstance(node, list):
+                items = [(str(i), item) for i, item in enumerate(node)]
+            for key, value in items:
+                if not isinstance(value, dict | list):
+                    continue
+                inner = not is_schema or isinstance(node, list) or key not in NAMED
+                if isinstance(node, list):
+                    inner = is_schema
+                # below "properties" keys are names; what "enum" holds are values
+                if is_schema and isinstance(node, dict) and key in VALUES:
+                    if _deep(value):
+                        raise RequestError(f"the JSON schema is nested more than {MAX_DEPTH} deep")
+                    continue
+                step = key.replace("~", "~0").replace("/", "~1")
+                waiting.append((value, f"{place}/{step}", depth + 1, inner, base))
+
+    def _identify(self, node: dict[str, Any], base: str) -> str:
+        """Remember the node's names; the base of addresses in it."""
+        for word in ("$id", "id"):
+            name = node.get(word)
+            if isinstance(name, str) and not ("$ref" in node and word == "id"):
+                try:
+                    full = urljoin(base, name)
+                    uri, anchor = urldefrag(full)
+                except ValueError:
+                    continue
+                if anchor and name.startswith("#"):
+                    self._named.setdefault(f"{base}#{anchor}", node)
+                elif uri:
+                    if node is self._root:
+                        self.base = uri
+                    base = uri
+                    self._named.setdefault(uri, node)
+        for word in ("$anchor", "$dynamicAnchor"):
+            if isinstance(name := node.get(word), str):
+                self._named.setdefault(f"{base}#{name}", node)
+        return base
+
+
+def _deep(value: Any) -> bool:
+    """Nested more than MAX_DEPTH deep."""
+    waiting = [(value, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            return True
+        if isinstance(node, dict | list):
+            inner = node.values() if isinstance(node, dict) else node
+            waiting += [(item, depth + 1) for item in inner if isinstance(item, dict | list)]
+    return False

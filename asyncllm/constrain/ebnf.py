@@ -1,0 +1,193 @@
+"""Grammars in EBNF (GBNF, as llama.cpp and xgrammar write it), turned into rules over single characters.
+
+Every terminal is one character of a class, so that splitting text into terminals is never a
+question, and what the rules say is decided by the parser alone. Knows no engine but its notation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final, NoReturn
+
+from asyncllm.constrain.regex import ALL, MAX_COUNT, MAX_DEPTH, class_at, escape_at, literal
+from asyncllm.constrain.rules import EMPTY, Alt, Node, Ref, Repeat, Rules, Seq, finite, written
+from asyncllm.errors import RequestError
+
+_SKIP: Final = re.compile(r"(?:\s|#[^\n]*)*")
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_DEFINES: Final = re.compile(r"(?:\s|#[^\n]*)*::=")
+_COUNT: Final = re.compile(r"\{\s*(\d{1,9})\s*(,?)\s*(\d{0,9})\s*\}")
+
+
+def to_lark(source: str) -> str:
+    """The engine's grammar of EBNF rules, of which ``root`` is the whole output.
+
+    Raises:
+        RequestError: they are malformed, or no text matches them.
+    """
+    rules = _Reader(source).rules()
+    if "root" not in rules:
+        raise RequestError("the EBNF grammar has no rule root")
+    rules = finite({name: _flat(name, rule) for name, rule in rules.items()}, "root")
+    if not rules:
+        raise RequestError("no text matches the EBNF grammar: root never ends")
+    return written(rules, "root")
+
+
+class _Reader:
+    def __init__(self, source: str) -> None:
+        self.source, self.at, self.depth = source, 0, 0
+        self.refs: list[tuple[str, int]] = []  # rules that are used, and where
+
+    def fail(self, why: str) -> NoReturn:
+        line = self.source.count("\n", 0, self.at) + 1
+        raise RequestError(f"the EBNF grammar {why} in line {line}")
+
+    def skip(self) -> str:
+        """The next character that means something."""
+        found = _SKIP.match(self.source, self.at)
+        self.at = found.end() if found else self.at
+        return self.source[self.at : self.at + 1]
+
+    def rules(self) -> Rules:
+        found: Rules = {}
+        while self.skip():
+            name = _NAME.match(self.source, self.at)
+            if name is None or not (defines := _DEFINES.match(self.source, name.end())):
+                self.fail(f"has {self.source[self.at : self.at + 20]!r} instead of a rule")
+            if name[0] in found:
+                self.fail(f"has a second rule {name[0]}")
+            self.at = defines.end()
+            found[name[0]] = self.alternatives()
+        for ref, at in self.refs:
+            if ref not in found:
+                self.at = at
+                self.fail(f'has no rule for "{ref}", which is used')
+        return found
+
+    def alternatives(self) -> Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"is nested more than {MAX_DEPTH} deep")
+        found = [self.sequence()]
+        while self.skip() == "|":
+            self.at += 1
+            found.append(self.sequence())
+        self.depth -= 1
+        return found[0] if len(found) == 1 else Alt(tuple(found))
+
+    def sequence(self) -> Node:
+        items: list[Node] = []
+        while (char := self.skip()) and char not in "|)":
+            item = self.item(char)
+            if item is None:
+                break
+            items.append(self.repeated(item))
+        return items[0] if len(items) == 1 else Seq(tuple(items))
+
+    def item(self, char: str) -> Node | None:
+        """None: the next rule begins here."""
+        if name := _NAME.match(self.source, self.at):
+            if _DEFINES.match(self.source, name.end()):
+                return None
+            self.refs.append((name[0], self.at))
+            self.at = name.end()
+            return Ref(name[0])
+        self.at += 1
+        match char:
+            case '"' | "'":
+                return self.text(char)
+            case "[":
+                node, self.at = class_at(self.source, self.at)
+                return node
+            case ".":
+                return ALL
+            case "(":
+                if self.skip() == "=":
+                    self.fail("has a look-ahead, which cannot be enforced,")
+                inner = self.alternatives()
+                if self.skip() != ")":
+                    self.fail("has an unclosed parenthesis")
+                self.at += 1
+                return inner
+            case _:
+                self.fail(f"has {char!r}, which means nothing,")
+
+    def text(self, quote: str) -> Node:
+        chars: list[str] = []
+        while (char := self.source[self.at : self.at + 1]) != quote:
+            if not char or char == "\n":
+                self.fail("has a text without its closing quote")
+            self.at += 1
+            if char == "\\":
+                code, self.at = escape_at(self.source, self.at)
+                char = chr(code)
+            if "\ud800" <= char <= "\udfff":
+                self.fail("has half a character in a text")
+            chars.append(char)
+        self.at += 1
+        return literal("".join(chars))
+
+    def repeated(self, item: Node) -> Node:
+        while char := self.skip():
+            bounds = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(char)
+            if bounds is not None:
+                self.at += 1
+            elif found := _COUNT.match(self.source, self.at):
+                self.at = found.end()
+                low = int(found[1])
+                high = int(found[3]) if found[3] else None if found[2] else low
+                if max(low, high or 0) > MAX_COUNT or (high is not None and low > high):
+                    self.fail(f"has the repetition {found[0]}, whose bounds are not in order or"
+                              f" beyond {MAX_COUNT},")  # fmt: skip
+                bounds = low, high
+            else:
+                break
+            item = Repeat(item, *bounds)
+        return item
+
+
+def _flat(name: str, rule: Node) -> Node:
+    """``rule`` without direct recursion at its edges, which parsers are slow at: the same texts.
+
+    Of X = A X | X C | X M X | B, what comes is Y (M Y)*, where Y = A* B C*.
+    """
+    me = Ref(name)
+    heads: list[Node] = []
+    tails: list[Node] = []
+    middles: list[Node] = []
+    bases: list[Node] = []
+    for one in _alternatives(rule):
+        items = list(one.items) if isinstance(one, Seq) else [one]
+        if items == [me]:
+            continue
+        if len(items) > 1 and items[0] == me and items[-1] == me:
+            middles.append(Seq(tuple(items[1:-1])))
+        elif items and items[-1] == me:
+            heads.append(Seq(tuple(items[:-1])))
+        elif items and items[0] == me:
+            tails.append(Seq(tuple(items[1:])))
+        else:
+            bases.append(one)
+    if not (heads or tails or middles):
+        return rule
+    base: Node = Alt(tuple(bases))
+    parts = [_many(heads), base, _many(tails)]
+    base = Seq(tuple(part for part in parts if part != EMPTY))
+    if not middles:
+        return base
+    more = Seq((Alt(tuple(middles)), base))
+    return Seq((base, Repeat(more, 0, None)))
+
+
+def _many(parts: list[Node]) -> Node:
+    return Repeat(Alt(tuple(parts)), 0, None) if parts else EMPTY
+
+
+def _alternatives(rule: Node) -> Iterator[Node]:
+    if isinstance(rule, Alt):
+        for item in rule.items:
+            yield from _alternatives(item)
+    else:
+        yield rule

@@ -1,0 +1,119 @@
+"""Schemas that hold where others do not: for ``not``, ``oneOf``, ``if`` and dependencies.
+
+What is made is a schema again, whose parts may be negated later, when they are looked at. It may be
+narrower than the opposite; only schemas of the document are negated, never what was made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from asyncllm.constrain.document import Document
+
+# keywords of schemas made here; no JSON has such keys
+VALUES: Final = 1  # none of these values
+PATTERN: Final = 2  # a string that this does not match
+FRACTION: Final = 3  # a number that is no integer
+
+_TYPES: Final = ("null", "boolean", "number", "string", "array", "object")
+_LENGTHS: Final = {
+    "minLength": ("string", "maxLength", -1), "maxLength": ("string", "minLength", 1),
+    "minItems": ("array", "maxItems", -1), "maxItems": ("array", "minItems", 1),
+    "minProperties": ("object", "maxProperties", -1),
+    "maxProperties": ("object", "minProperties", 1),
+}  # fmt: skip
+_BOUNDS: Final = {
+    "minimum": "exclusiveMaximum", "maximum": "exclusiveMinimum",
+    "exclusiveMinimum": "maximum", "exclusiveMaximum": "minimum",
+}  # fmt: skip
+# keywords that say nothing about a value
+_SILENT: Final = frozenset(
+    ("title", "description", "default", "examples", "example", "deprecated", "readOnly",
+     "writeOnly", "$comment", "$schema", "$id", "id", "$anchor", "$defs", "definitions", "then",
+     "else", "contentEncoding", "contentMediaType", "nullable")
+)  # fmt: skip
+
+Schema = Any
+
+
+def negated(schema: Schema, document: Document) -> Schema | None:
+    """A schema of values that do not fit ``schema``. None: there is none to be had."""
+    if isinstance(schema, bool):
+        return not schema
+    if not isinstance(schema, dict):
+        return None
+    if id(schema) in document.negations:
+        return document.negations[id(schema)]
+    parts: list[Schema] = []
+    says = [word for word in schema if word not in _SILENT]
+    for word in says:
+        parts += _opposites(schema, word, document)
+    made = False if not says else {"anyOf": parts} if parts else None
+    document.negations[id(schema)] = made
+    return made
+
+
+def _opposites(schema: dict[str, Any], word: str, document: Document) -> Iterator[Schema]:
+    """Schemas of values that break one keyword."""
+    value = schema[word]
+    match word:
+        case "type":
+            told = [value] if isinstance(value, str) else value
+            others = [
+                t for t in _TYPES if t not in told and not (t == "number" and "integer" in told)
+            ]
+            yield {"type": others} if others else False
+            if "integer" in told and "number" not in told:
+                yield {"type": "number", FRACTION: True}
+        case "const":
+            yield {VALUES: [value]}
+        case "enum" if isinstance(value, list):
+            yield {VALUES: value}
+        case "pattern":
+            yield {"type": "string", PATTERN: value}
+        case "not":
+            yield value
+        case "$ref":
+            yield {"not": document.target(schema, value)}
+        case "anyOf" if isinstance(value, list):
+            yield {"allOf": [{"not": part} for part in value]}
+        case "allOf" if isinstance(value, list):
+            for part in value:
+                yield {"not": part}
+        case "required" if isinstance(value, list):
+            for name in value:
+                yield {"type": "object", "properties": {name: False}}
+        case "properties" if isinstance(value, dict):
+            for name, part in value.items():
+                if part is not True and part != {}:
+                    yield {
+                        "type": "object",
+                        "required": [name],
+                        "properties": {name: {"not": part}},
+                    }
+        case _ if word in _BOUNDS and not isinstance(value, bool):
+            if not isinstance(schema.get(_opened(word)), bool):
+                yield {"type": "number", _BOUNDS[word]: value}
+        case _ if word in _LENGTHS and isinstance(value, int):
+            kind, limit, step = _LENGTHS[word]
+            if value + step >= 0:
+                yield {"type": kind, limit: value + step}
+
+
+def _opened(word: str) -> str:
+    """Draft 4's keyword that opens a bound."""
+    return {"minimum": "exclusiveMinimum", "maximum": "exclusiveMaximum"}.get(word, "")
+
+
+def dependencies(node: dict[Any, Any], document: Document) -> Iterator[Schema]:
+    """Each dependency as a schema: without the property, or with what it wants."""
+    for word in ("dependentRequired", "dependentSchemas", "dependencies"):
+        told = node.get(word, {})
+        if not isinstance(told, dict):
+            document.fail(node, f"has {word} that is no object")
+        for name, wants in told.items():
+            then = [wants] if isinstance(wants, str) else wants
+            then = {"required": then} if isinstance(then, list) else then
+            without = {"properties": {name: False}}
+            yield {"anyOf": [without, {"allOf": [{"required": [name]}, then]}]}

@@ -1,0 +1,460 @@
+"""Regular expressions as JSON Schema means them (ECMA-262), read and written for the engine.
+
+Knows their syntax, and how a JSON string spells what they match; knows no schemas and no engine.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Final, NoReturn
+
+from asyncllm.constrain.rules import EMPTY, NOTHING, Alt, Anchor, Chars, Node, Repeat, Seq
+from asyncllm.errors import RequestError
+
+MAX_DEPTH: Final = 100
+MAX_COUNT: Final = 1 << 20
+MAX_NODES: Final = 100_000
+
+# what a JSON string cannot hold as it is, and how it spells it: one way each, that of json.dumps
+SHORT: Final = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 0x22: '"', 0x5C: "\\"}
+SPECIAL: Final = frozenset((*range(32), 0x22, 0x5C))
+_NOT_PLAIN: Final = r'["\\\x00-\x1F]'
+_SPELLED: Final = {
+    code: rf"\\{re.escape(SHORT[code])}" if code in SHORT else rf"\\u00{code:02x}"
+    for code in sorted(SPECIAL)
+}
+_ALL_SPELLED: Final = r'\\(?:["\\bfnrt]|u00(?:0[0-7be-f]|1[0-9a-f]))'
+
+
+ANY: Final = Chars(r"[^\n\r\x{2028}\x{2029}]", SPECIAL - {10, 13})
+ALL: Final = Chars(r"[\x00-\x{10FFFF}]", SPECIAL)
+
+# Dialects differ in what lies beyond ASCII. A class takes what is in it everywhere, its opposite
+# what is in it nowhere, so that every validator agrees.
+_CLASSES: Final = {
+    "d": Chars("[0-9]"),
+    "w": Chars("[0-9A-Za-z_]"),
+    "s": Chars(r"[ \t\n\r\x0B\x0C]", frozenset((9, 10, 11, 12, 13))),
+    "D": Chars(r"[^\p{Nd}]", SPECIAL),
+    "W": Chars(r"[^\w]", SPECIAL),
+    "S": Chars(r"[^\s\x{FEFF}\x1C-\x1F]", SPECIAL - {9, 10, 11, 12, 13, 28, 29, 30, 31}),
+}
+_CONTROLS: Final = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
+_HEX: Final = re.compile(
+    r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\}|U([0-9A-Fa-f]{8})|c([A-Za-z])"
+)
+_BRACES: Final = re.compile(r"\{(\d{1,9})(,?)(\d{0,9})\}")
+_GROUP: Final = re.compile(r"\?(?::|P?<[A-Za-z_]\w*>)")
+_PROPERTY: Final = re.compile(r"([pP])\{([A-Za-z_=]+)\}")
+_WITHOUT_SPECIAL: Final = frozenset(
+    ("Alphabetic", "Lowercase", "Uppercase", "ID_Start", "ID_Continue", "Emoji")
+)
+_LONG: Final = {
+    "Letter": "L", "Lowercase_Letter": "Ll", "Uppercase_Letter": "Lu", "Mark": "M", "Number": "N",
+    "Decimal_Number": "Nd", "Punctuation": "P", "Symbol": "S", "Separator": "Z", "Other": "C",
+    "Control": "Cc",
+}  # fmt: skip
+
+
+def code_text(code: int) -> str:
+    """A code point as the engine's expressions and classes spell it."""
+    char = chr(code)
+    return char if char.isascii() and char.isalnum() else f"\\x{{{code:X}}}"
+
+
+def literal(text: str) -> Node:
+    """Matches ``text``, which holds no half characters."""
+    return Seq(tuple(_one(ord(char)) for char in text))
+
+
+def _one(code: int) -> Chars:
+    return Chars(f"[{code_text(code)}]", SPECIAL & {code})
+
+
+def parse(source: str) -> Node:
+    """What an expression means.
+
+    Raises:
+        RequestError: it is malformed, or holds what cannot be enforced (look-around, references,
+            word boundaries, flags).
+    """
+    return _Parser(source).whole()
+
+
+def class_at(source: str, at: int) -> tuple[Node, int]:
+    """The class whose ``[`` stands before ``at``, and where it ends. Raises RequestError."""
+    parser = _Parser(source, at)
+    return parser.bracket(), parser.at
+
+
+def escape_at(source: str, at: int) -> tuple[int, int]:
+    """The character whose backslash stands before ``at``, and where it ends. Raises RequestError."""
+    parser = _Parser(source, at)
+    found = parser.escaped()
+    if not isinstance(found, int):
+        parser.fail("has a class where one character is meant")
+    return found, parser.at
+
+
+def full(node: Node) -> Node:
+    """``node`` without its anchors: all of the text must match."""
+    return _unanchored(node, "", "", [MAX_NODES])
+
+
+def searched(node: Node) -> Node:
+    """What holds a match of ``node`` anywhere, as JSON Schema's ``pattern`` means it."""
+    return _unanchored(node, "^", "$", [MAX_NODES])
+
+
+def raw(node: Node) -> str:
+    """The engine's expression."""
+    return _written(node, quoted=False)
+
+
+def quoted(node: Node) -> str:
+    """The engine's expression of what stands between the quotes of a JSON string."""
+    return _written(node, quoted=True)
+
+
+@dataclass(slots=True)
+class _Class:
+    """A class that is being read."""
+
+    parts: list[str] = field(default_factory=list)
+    special: set[int] = field(default_factory=set)
+    everything: bool = False
+
+    def add(self, low: int, high: int) -> None:
+        self.special.update(code for code in SPECIAL if low <= code <= high)
+        for first, last in ((low, min(high, 0xD7FF)), (max(low, 0xE000), high)):
+            if first <= last:
+                ends = (code_text(first), code_text(last))
+                self.parts.append(ends[0] if first == last else "-".join(ends))
+
+    def join(self, other: Chars) -> None:
+        opposites = (("d", "D"), ("w", "W"), ("s", "S"))
+        for one, another in (*opposites, *(pair[::-1] for pair in opposites)):
+            self.everything |= other is _CLASSES[one] and _CLASSES[another].text in self.parts
+        self.parts.append(other.text)
+        self.special |= other.special
+
+    def done(self, negated: bool) -> Node:
+        if self.everything:
+            return NOTHING if negated else ALL
+        if not self.parts:
+            return ALL if negated else NOTHING
+        inner = "".join(self.parts)
+        if negated:
+            return Chars(f"[^{inner}]", SPECIAL - self.special)
+        return Chars(f"[{inner}]", frozenset(self.special))
+
+
+class _Parser:
+    def __init__(self, source: str, at: int = 0) -> None:
+        self.source, self.at, self.depth = source, at, 0
+        self.nodes = 0
+
+    def fail(self, why: str) -> NoReturn:
+        raise RequestError(f"the regular expression {_short(self.source)} {why}")
+
+    def whole(self) -> Node:
+        node = self.alternatives()
+        if self.at < len(self.source):
+            self.fail(f"has an unmatched ) at character {self.at}")
+        return node
+
+    def peek(self) -> str:
+        return self.source[self.at : self.at + 1]
+
+    def alternatives(self) -> Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"is nested more than {MAX_DEPTH} deep")
+        found = [self.sequence()]
+        while self.peek() == "|":
+            self.at += 1
+            found.append(self.sequence())
+        self.depth -= 1
+        return found[0] if len(found) == 1 else Alt(tuple(found))
+
+    def sequence(self) -> Node:
+        items: list[Node] = []
+        while (char := self.peek()) and char not in "|)":
+            self.nodes += 1
+            if self.nodes > MAX_NODES:
+                self.fail(f"has more than {MAX_NODES} parts")
+            item = self.atom()
+            items.append(self.repeated(item))
+        return items[0] if len(items) == 1 else Seq(tuple(items))
+
+    def repeated(self, item: Node) -> Node:
+        while bounds := self.bounds():
+            if isinstance(item, Anchor):
+                self.fail("repeats an anchor")
+            low, high = bounds
+            if high is not None and low > high:
+                self.fail(f"has the repetition {{{low},{high}}}, whose bounds are out of order")
+            if max(low, high or 0) > MAX_COUNT:
+                self.fail(f"repeats more than {MAX_COUNT} times")
+            item = Repeat(item, low, high)
+            if self.peek() == "?":  # the shortest match first: the same texts
+                self.at += 1
+        return item
+
+    def bounds(self) -> tuple[int, int | None] | None:
+        simple = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(self.peek())
+        if simple is not None:
+            self.at += 1
+            return simple
+        if found := _BRACES.match(self.source, self.at):
+            self.at = found.end()
+            low = int(found[1])
+            return low, int(found[3]) if found[3] else None if found[2] else low
+        return None
+
+    def atom(self) -> Node:
+        char = self.source[self.at]
+        self.at += 1
+        match char:
+            case "(":
+                return self.group()
+            case "[":
+                return self.bracket()
+            case "\\":
+                return self.escape()
+            case ".":
+                return ANY
+            case "^" | "$":
+                return Anchor(char)
+            case "*" | "+" | "?":
+                self.fail(f"has {char} at character {self.at - 1} with nothing to repeat")
+            case _:
+                return self.char(ord(char))
+
+    def char(self, code: int) -> Node:
+        return NOTHING if 0xD800 <= code <= 0xDFFF else _one(code)
+
+    def group(self) -> Node:
+        if self.peek() == "?":
+            found = _GROUP.match(self.source, self.at)
+            if found is None:
+                self.fail(
+                    f"has (? at character {self.at - 1}: look-around and flags cannot be enforced"
+                )
+            self.at = found.end()
+        node = self.alternatives()
+        if self.peek() != ")":
+            self.fail("has an unclosed parenthesis")
+        self.at += 1
+        return node
+
+    def escape(self) -> Node:
+        char = self.peek()
+        if char in ("b", "B", "k") or (char.isdigit() and char != "0"):
+            self.fail(f"has \\{char}: word boundaries and references cannot be enforced")
+        if char in ("A", "z", "Z"):
+            self.at += 1
+            return Anchor("^" if char == "A" else "$")
+        found = self.escaped()
+        return self.char(found) if isinstance(found, int) else found
+
+    def escaped(self) -> int | Chars:
+        """What follows a backslash, in or out of a class."""
+        char = self.peek()
+        if not char:
+            self.fail("ends with a backslash")
+        if char in _CLASSES:
+            self.at += 1
+            return _CLASSES[char]
+        if found := _PROPERTY.match(self.source, self.at):
+            self.at = found.end()
+            return self.property(found[1] == "P", found[2])
+        if found := _HEX.match(self.source, self.at):
+            self.at = found.end()
+            if found[5]:
+                return ord(found[5]) % 32
+            return self.paired(int(found[1] or found[2] or found[3] or found[4], 16))
+        self.at += 1
+        if char in _CONTROLS:
+            return _CONTROLS[char]
+        if char.isascii() and char.isalnum():
+            self.fail(f"has \\{char}, which is unknown")
+        return ord(char)
+
+    def paired(self, code: int) -> int:
+        """A character that is written as two halves."""
+        if code > 0x10FFFF:
+            self.fail(f"has the character {code:#x}, which is none")
+        low = _HEX.match(self.source, self.at + 1) if self.peek() == "\\" else None
+        if 0xD800 <= code <= 0xDBFF and low and low[2] and 0xDC00 <= int(low[2], 16) <= 0xDFFF:
+            self.at = low.end()
+            return 0x10000 + ((code - 0xD800) << 10) + int(low[2], 16) - 0xDC00
+        return code
+
+    def property(self, negated: bool, name: str) -> Chars:
+        key, _, value = name.rpartition("=")
+        if key in ("", "gc", "General_Category"):
+            value = _LONG.get(value, value)
+            inside = {c for c in SPECIAL if unicodedata.category(chr(c)).startswith(value)}
+            known = value in _WITHOUT_SPECIAL or value in {c for v in _LONG.values() for c in v[:1]}
+            known |= len(value) == 2 and value[0] in "LMNPSZC" and value[1].islower()
+        else:
+            inside = set()
+            known = key in ("sc", "Script", "scx", "Script_Extensions")
+            known &= value not in ("Common", "Zyyy", "Inherited", "Zinh")
+        if not known:
+            self.fail(f"has \\p{{{name}}}, which is unknown")
+        special = SPECIAL - inside if negated else frozenset(inside)
+        return Chars(f"[\\{'P' if negated else 'p'}{{{name}}}]", special)
+
+    def bracket(self) -> Node:
+        found = _Class()
+        negated = self.peek() == "^"
+        self.at += negated
+        while (char := self.peek()) != "]":
+            if not char:
+                self.fail("has an unclosed [")
+            low = self.member()
+            if isinstance(low, int) and self.source[self.at : self.at + 1] == "-":
+                if self.source[self.at + 1 : self.at + 2] in ("]", ""):
+                    found.add(low, low)
+                    continue
+                self.at += 1
+                high = self.member()
+                if isinstance(high, int):
+                    if low > high:
+                        self.fail("has a range that is out of order")
+                    found.add(low, high)
+                    continue
+                found.add(ord("-"), ord("-"))
+                found.add(low, low)
+                low = high
+            if isinstance(low, int):
+                found.add(low, low)
+            else:
+                found.join(low)
+        self.at += 1
+        return found.done(negated)
+
+    def member(self) -> int | Chars:
+        char = self.source[self.at : self.at + 1]
+        if not char:
+            self.fail("has an unclosed [")
+        self.at += 1
+        if char != "\\":
+            return ord(char)
+        if self.peek() == "b":
+            self.at += 1
+            return 8
+        return self.escaped()
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 100 else text[:97] + "...")
+
+
+def _has_anchor(node: Node) -> bool:
+    match node:
+        case Anchor():
+            return True
+        case Seq() | Alt():
+            return any(map(_has_anchor, node.items))
+        case Repeat():
+            return _has_anchor(node.item)
+        case _:
+            return False
+
+
+def _unanchored(node: Node, before: str, after: str, budget: list[int]) -> Node:
+    """Without anchors; ``before``, ``after``: "" where the text begins or ends, else anything goes.
+
+    A sequence with anchors below its edges is multiplied out until they stand at them.
+    """
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise RequestError("the regular expression has too many anchors")
+    rest = Repeat(ALL, 0, None)
+    if not _has_anchor(node):
+        inner = (*((rest,) if before else ()), node, *((rest,) if after else ()))
+        return node if len(inner) == 1 else Seq(inner)
+    match node:
+        case Alt():
+            return Alt(tuple(_unanchored(item, before, after, budget) for item in node.items))
+        case Repeat(low=0, high=1):
+            return _unanchored(Alt((EMPTY, node.item)), before, after, budget)
+        case Repeat(low=1, high=1):
+            return _unanchored(node.item, before, after, budget)
+        case Anchor(at="^"):
+            return Repeat(ALL, 0, None) if after else EMPTY
+        case Anchor():
+            return Repeat(ALL, 0, None) if before else EMPTY
+        case Seq():
+            return _edges(list(node.items), before, after, budget)
+        case _:
+            raise RequestError("the regular expression repeats an anchor, which cannot be enforced")
+
+
+def _edges(items: list[Node], before: str, after: str, budget: list[int]) -> Node:
+    while items and isinstance(items[0], Anchor) and items[0].at == "^":
+        before = ""
+        items = items[1:]
+    while items and isinstance(items[-1], Anchor) and items[-1].at == "$":
+        after = ""
+        items = items[:-1]
+    for i, item in enumerate(items):
+        if not _has_anchor(item):
+            continue
+        choices: tuple[Node, ...]
+        match item:
+            case Seq():
+                choices = (item,)
+            case Alt():
+                choices = item.items
+            case Repeat(low=0, high=1):
+                choices = (EMPTY, item.item)
+            case Repeat(low=1, high=1):
+                choices = (item.item,)
+            case _:
+                raise RequestError(
+                    "the regular expression has an anchor inside, which cannot be enforced"
+                )
+        spread = []
+        for choice in choices:
+            inner = list(choice.items) if isinstance(choice, Seq) else [choice]
+            made = [*items[:i], *inner, *items[i + 1 :]]
+            budget[0] -= len(made)
+            if budget[0] < 0:
+                raise RequestError("the regular expression has too many anchors")
+            spread.append(_edges(made, before, after, budget))
+        return Alt(tuple(spread))
+    return _unanchored(Seq(tuple(items)), before, after, budget)
+
+
+def _written(node: Node, quoted: bool) -> str:
+    match node:
+        case Chars():
+            return _chars(node) if quoted else node.text
+        case Seq():
+            return "".join(_written(item, quoted) for item in node.items)
+        case Alt(items=()):
+            return r"[^\x00-\x{10FFFF}]"
+        case Alt():
+            return f"(?:{'|'.join(_written(item, quoted) for item in node.items)})"
+        case Repeat():
+            inner = _written(node.item, quoted)
+            count = f"{{{node.low},{'' if node.high is None else node.high}}}"
+            count = {"{0,}": "*", "{1,}": "+", "{0,1}": "?"}.get(count, count)
+            return f"(?:{inner}){count}"
+        case _:
+            raise AssertionError(node)
+
+
+def _chars(node: Chars) -> str:
+    if not node.special:
+        return node.text
+    spelled = _ALL_SPELLED
+    if node.special != SPECIAL:
+        spelled = "|".join(_SPELLED[code] for code in sorted(node.special))
+    return f"(?:[{node.text}--{_NOT_PLAIN}]|{spelled})"

@@ -1,0 +1,161 @@
+"""Rules of a grammar: their parts, which of them can end, and the engine's notation for them.
+
+Knows neither where rules come from nor the engine but for its notation (Lark's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Chars:
+    """One character of a class: the engine's text of it, and what is in it that JSON must spell."""
+
+    text: str
+    special: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What a terminal matches, in the engine's notation; in grammars only."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seq:
+    items: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Alt:
+    items: tuple[Node, ...]  # none: nothing matches
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    item: Node
+    low: int
+    high: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    at: str  # "^" or "$"
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Another rule; in grammars only."""
+
+    name: str
+
+
+Node = Chars | Term | Seq | Alt | Repeat | Anchor | Ref
+Rules = dict[str, Node]
+EMPTY: Final = Seq()
+NOTHING: Final = Alt(())
+
+
+def finite(rules: Rules, root: str) -> Rules:
+    """The rules that ``root`` needs, without what can never end; none: root itself cannot."""
+    users: dict[str, set[str]] = {name: set() for name in rules}
+    for name, rule in rules.items():
+        for ref in _refs(rule):
+            users[ref].add(name)
+    ending: set[str] = set()
+    waiting = list(rules)
+    while waiting:
+        name = waiting.pop()
+        if name not in ending and _ends(rules[name], ending):
+            ending.add(name)
+            waiting += users[name]
+    if root not in ending:
+        return {}
+    used: Rules = {}
+    waiting = [root]
+    while waiting:
+        name = waiting.pop()
+        if name not in used:
+            used[name] = _pruned(rules[name], ending)
+            waiting += _refs(used[name])
+    return used
+
+
+def _refs(part: Node) -> Iterator[str]:
+    match part:
+        case Ref():
+            yield part.name
+        case Seq() | Alt():
+            for item in part.items:
+                yield from _refs(item)
+        case Repeat():
+            yield from _refs(part.item)
+        case _:
+            return
+
+
+def _ends(part: Node, ending: set[str]) -> bool:
+    match part:
+        case Ref():
+            return part.name in ending
+        case Seq():
+            return all(_ends(item, ending) for item in part.items)
+        case Alt():
+            return any(_ends(item, ending) for item in part.items)
+        case Repeat():
+            return part.low == 0 or _ends(part.item, ending)
+        case _:
+            return True
+
+
+def _pruned(part: Node, ending: set[str]) -> Node:
+    match part:
+        case Seq():
+            return Seq(tuple(_pruned(item, ending) for item in part.items))
+        case Alt():
+            kept = (item for item in part.items if _ends(item, ending))
+            return Alt(tuple(_pruned(item, ending) for item in kept))
+        case Repeat():
+            if not _ends(part.item, ending):
+                return EMPTY
+            return Repeat(_pruned(part.item, ending), part.low, part.high)
+        case _:
+            return part
+
+
+def written(rules: Rules, root: str) -> str:
+    """The engine's grammar."""
+    names = {name: f"r{i}" for i, name in enumerate(rules)}
+    terminals: dict[str, str] = {}
+    lines = [f"start: {names[root]}"]
+    for name, rule in rules.items():
+        lines.append(f"{names[name]}: {_text(rule, names, terminals)}")
+    lines += [f"{name}: {text}" for text, name in terminals.items()]
+    return "\n".join(lines)
+
+
+def _text(part: Node, names: dict[str, str], terminals: dict[str, str]) -> str:
+    match part:
+        case Ref():
+            return names[part.name]
+        case Chars():
+            return terminals.setdefault(f"/{part.text}/", f"T{len(terminals)}")
+        case Term():
+            return terminals.setdefault(part.text, f"T{len(terminals)}")
+        case Seq():
+            return " ".join(_text(item, names, terminals) for item in part.items) or '""'
+        case Alt():
+            return f"({' | '.join(_text(item, names, terminals) for item in part.items)})"
+        case Repeat(high=0):
+            return '""'
+        case Repeat():
+            inner = _text(part.item, names, terminals)
+            count = f"{{{part.low},{'' if part.high is None else part.high}}}"
+            count = {"{0,}": "*", "{1,}": "+", "{0,1}": "?"}.get(count, count)
+            return f"({inner}){count}"
+        case Anchor():
+            raise AssertionError(part)

@@ -1,0 +1,492 @@
+"""What a JSON schema means: for every set of its schemas, the alternatives that fit all of them.
+
+Keywords are enforced, or refused with their place; none is ignored that says something. Where a
+schema's meaning cannot be kept as it is, it may become narrower, never wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, Final
+
+from asyncllm.constrain import negation
+from asyncllm.constrain.atoms import (
+    FREE,
+    Array,
+    Atom,
+    Const,
+    Form,
+    Layer,
+    Number,
+    Object,
+    Schemas,
+    String,
+    Value,
+    common,
+    kind_of,
+    number,
+    same,
+)
+from asyncllm.constrain.document import FALSE, TRUE, Document
+from asyncllm.constrain.formats import FORMATS, UNENFORCED
+from asyncllm.constrain.jsontext import dump
+from asyncllm.constrain.terms import raw_form
+from asyncllm.errors import RequestError
+
+MAX_WORK: Final = 40_000  # combinations of alternatives that are looked at
+TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "object")
+
+# what could be broken, and is enforced in no way
+_REFUSED: Final = frozenset(
+    ("multipleOf", "divisibleBy", "contains", "minContains", "maxContains", "uniqueItems",
+     "$dynamicRef", "$recursiveRef", "extends", "disallow", "contentSchema")
+)  # fmt: skip
+Matches = Callable[[str, str], bool]
+
+
+class Meaning:
+    """Alternatives of one document's schemas.
+
+    Args:
+        matches: whether a text is all of the form of a terminal; raises RequestError.
+    """
+
+    def __init__(self, document: Document, matches: Matches) -> None:
+        self.document, self._matches = document, matches
+        self._known: dict[Schemas, tuple[Atom, ...]] = {}
+        self._alone: dict[int, tuple[Atom, ...]] = {}
+        self._open: set[int] = set()
+        self._looked: set[Schemas] = set()
+        self._work = MAX_WORK
+        self._anything = self._of_types(TYPES, {})
+
+    def atoms(self, schemas: Schemas) -> tuple[Atom, ...]:
+        """What fits all of ``schemas``. (): nothing does. Raises RequestError."""
+        if (known := self._known.get(schemas)) is not None:
+            return known
+        found = self._anything
+        for one in sorted(schemas):
+            part = self._alternatives(one)
+            found = part if found is self._anything else self._both(found, part)
+        if schemas in self._looked:
+            return found  # it is being looked at further up, and may be empty
+        self._looked.add(schemas)
+        found = tuple(atom for atom in found if not self._is_empty(atom))
+        self._looked.discard(schemas)
+        self._known[schemas] = found
+        return found
+
+    def fits(self, value: Value, schemas: Schemas) -> bool:
+        """Whether a value fits all of ``schemas``."""
+        return any(self._fits(value, atom) for atom in self.atoms(schemas))
+
+    def of_key(self, key: str, layers: Iterable[Layer]) -> Schemas:
+        """What must hold for the property ``key``."""
+        found: set[int] = set()
+        for layer in layers:
+            named = [schemas for name, schemas in layer.named if name == key]
+            named += [s for pattern, s in layer.patterns if self.matches_pattern(key, pattern)]
+            if not named and layer.others is not None:
+                named = [layer.others]
+            found.update(*named)
+        return frozenset(found)
+
+    def matches_pattern(self, text: str, pattern: str) -> bool:
+        return self._matches(raw_form(Form("pattern", pattern)), text)
+
+    # -- one schema ----------------------------------------------------------------------------
+
+    def _alternatives(self, schema: int) -> tuple[Atom, ...]:
+        if (known := self._alone.get(schema)) is not None:
+            return known
+        node = self.document.nodes[schema]
+        if schema == TRUE:
+            return self._anything
+        if schema == FALSE:
+            return ()
+        if schema in self._open:
+            self.document.fail(node, "refers to itself")
+        self._open.add(schema)
+        found = self._own(node)
+        for part in self._applied(node):
+            found = self._both(found, part)
+        found = tuple(self._closed(node, atom) for atom in found)
+        self._open.discard(schema)
+        self._alone[schema] = found
+        return found
+
+    def _number(self, node: Any, parent: Any) -> int:
+        return self.document.number(node, parent)
+
+    def _set(self, node: Any, parent: Any) -> Schemas:
+        one = self._number(node, parent)
+        return FREE if one == TRUE else frozenset((one,))
+
+    def _own(self, node: dict[Any, Any]) -> tuple[Atom, ...]:
+        """What the keywords say that hold no schemas for the same value."""
+        types = node.get("type", TYPES)
+        types = (types,) if isinstance(types, str) else types
+        if not isinstance(types, list | tuple):
+            self.document.fail(node, "has a type that is neither a string nor a list of them")
+        if "any" in types:
+            types = TYPES
+        if bad := [name for name in types if name not in TYPES]:
+            self.document.fail(node, f"has the unknown type {str(bad[0])[:40]!r}")
+        free = self._of_types(types, node)
+        values = None
+        if "enum" in node:
+            values = node["enum"]
+            if not isinstance(values, list):
+                self.document.fail(node, "has an enum that is no list")
+        if "const" in node:
+            values = [v for v in values if same(v, node["const"])] if values else [node["const"]]
+        if values is None:
+            return free
+        texts = {dump(value): value for value in values}
+        return tuple(
+            Const(text, value)
+            for text, value in texts.items()
+            if any(self._fits(value, atom) for atom in free)
+        )
+
+    def _of_types(self, types: Iterable[str], node: dict[Any, Any]) -> tuple[Atom, ...]:
+        found: list[Atom | None] = []
+        gone = node.get(negation.VALUES, ())
+        if "null" in types:
+            found.append(Const("null", None))
+        if "boolean" in types:
+            found += [Const("true", True), Const("false", False)]
+        found = [c for c in found if isinstance(c, Const) and not _among(c.value, gone)]
+        if "number" in types or "integer" in types:
+            found.append(self._numeric(node, "number" not in types, gone))
+        if "string" in types:
+            found.append(self._string(node, gone))
+        if "array" in types and not any(isinstance(value, list) for value in gone):
+            found.append(self._array(node))
+        if "object" in types and not any(isinstance(value, dict) for value in gone):
+            found.append(self._object(node))
+        return tuple(atom for atom in found if atom is not None)
+
+    def _refuse(self, node: dict[Any, Any], *words: str) -> None:
+        for word in words:
+            if word in node:
+                self.document.fail(
+                    node, f"has {word}, which cannot be enforced: leave it out; it stands"
+                )
+
+    def _count(self, node: dict[Any, Any], word: str) -> int | None:
+        value = node.get(word)
+        if value is None:
+            return None
+        if isinstance(value, bool) or kind_of(value) != "integer" or value < 0:
+            self.document.fail(node, f"has {word} {str(value)[:40]}, which is no count,")
+        return int(value)
+
+    def _bound(self, node: dict[Any, Any], word: str) -> Fraction | None:
+        value = node.get(word)
+        if value is None or isinstance(value, bool):
+            return None
+        if kind_of(value) not in ("integer", "number"):
+            self.document.fail(node, f"has {word} {str(value)[:40]!r}, which is no number,")
+        return number(value)
+
+    def _numeric(self, node: dict[Any, Any], integer: bool, gone: Iterable[Value]) -> Atom | None:
+        multiple = self._bound(node, "multipleOf")
+        if multiple is not None and multiple == 1:
+            integer = True
+        elif multiple is not None:
+            self._refuse(node, "multipleOf")
+        self._refuse(node, "divisibleBy")
+        low, high = self._bound(node, "minimum"), self._bound(node, "maximum")
+        found = common(
+            Number(low, high, node.get("exclusiveMinimum") is True,
+                   node.get("exclusiveMaximum") is True, integer),
+            Number(self._bound(node, "exclusiveMinimum"), self._bound(node, "exclusiveMaximum"),
+                   True, True),
+        )  # fmt: skip
+        if negation.FRACTION in node:
+            found = found and common(found, Number(fractional=True))
+        numbers = {number(v) for v in gone if kind_of(v) in ("integer", "number")}
+        return found if found is None else common(found, Number(excluded=frozenset(numbers)))
+
+    def _string(self, node: dict[Any, Any], gone: Iterable[Value]) -> Atom | None:
+        self._refuse(node, "contentSchema")
+        forms = {Form("text", value, False) for value in gone if isinstance(value, str)}
+        for word, kind, holds in (("pattern", "pattern", True), ("format", "format", True),
+                                  (negation.PATTERN, "pattern", False)):  # fmt: skip
+            if word not in node:
+                continue
+            text = node[word]
+            if not isinstance(text, str):
+                self.document.fail(node, f"has a {word} that is no string")
+            if kind == "format" and text not in FORMATS:
+                if text in UNENFORCED:
+                    self._refuse(node, "format")
+                continue
+            form = Form(kind, text, holds)
+            try:
+                raw_form(form)
+            except RequestError as error:
+                self.document.fail(node, f"has a pattern that cannot be kept ({error.message})")
+            forms.add(form)
+        return common(
+            String(self._count(node, "minLength") or 0, self._count(node, "maxLength")),
+            String(forms=frozenset(forms)),
+        )
+
+    def _array(self, node: dict[Any, Any]) -> Atom | None:
+        low, high = self._count(node, "minItems") or 0, self._count(node, "maxItems")
+        if node.get("uniqueItems") and (high is None or high > 1):
+            self._refuse(node, "uniqueItems")
+        self._refuse(node, "contains")
+        items, prefix, rest = node.get("items"), node.get("prefixItems", []), None
+        if isinstance(items, list):
+            prefix, rest = items, node.get("additionalItems")
+        elif items is not None:
+            rest = items
+        if not isinstance(prefix, list):
+            self.document.fail(node, "has prefixItems that are no list")
+        said = rest is not None
+        array = Array(
+            tuple(self._set(item, node) for item in prefix),
+            FREE if rest is None else self._set(rest, node),
+            said=said,
+        )
+        return common(array, Array(low=low, high=high))
+
+    def _object(self, node: dict[Any, Any]) -> Atom | None:
+        required = node.get("required", [])
+        if isinstance(required, bool):
+            required = []  # draft 3: of a property
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            self.document.fail(node, "has a required that is no list of names")
+        layers = []
+        parts = [node.get(word, {}) for word in ("properties", "patternProperties")]
+        if not all(isinstance(part, dict) for part in parts):
+            self.document.fail(node, "has properties that are no object")
+        others = node.get("additionalProperties")
+        if any(parts) or others is not None:
+            named, patterns = (
+                tuple((name, self._set(value, node)) for name, value in part.items())
+                for part in parts
+            )
+            for pattern, _ in patterns:
+                try:
+                    raw_form(Form("pattern", pattern))
+                except RequestError as error:
+                    self.document.fail(node, f"has patternProperties that cannot be kept ({error})")
+            layers.append(
+                Layer(named, patterns, None if others is None else self._set(others, node))
+            )
+        names = FREE
+        if "propertyNames" in node:
+            names = self._set(node["propertyNames"], node)
+        return common(
+            Object(tuple(layers), tuple(required), names=names),
+            Object(low=self._count(node, "minProperties") or 0,
+                   high=self._count(node, "maxProperties")),
+        )  # fmt: skip
+
+    # -- schemas for the same value ---------------------------------------------------------------
+
+    def _applied(self, node: dict[Any, Any]) -> Iterator[tuple[Atom, ...]]:
+        self._refuse(node, "$dynamicRef", "$recursiveRef", "extends", "disallow")
+        if "$ref" in node:
+            target = self.document.target(node, node["$ref"])
+            yield self._alternatives(self._number(target, node))
+        for one in self._list(node, "allOf"):
+            yield self._alternatives(one)
+        if "anyOf" in node:
+            yield self._any(self._list(node, "anyOf"))
+        if "oneOf" in node:
+            yield self._one(node, self._list(node, "oneOf"))
+        if "not" in node:
+            yield self._not(node["not"], node)
+        if "if" in node and ("then" in node or "else" in node):
+            yield self._if(node)
+        for made in negation.dependencies(node, self.document):
+            yield self._alternatives(self._number(made, node))
+
+    def _list(self, node: dict[Any, Any], word: str) -> list[int]:
+        parts = node.get(word, [])
+        if not isinstance(parts, list) or (word in node and not parts):
+            self.document.fail(node, f"has {word} that is no list of schemas")
+        return [self._number(part, node) for part in parts]
+
+    def _any(self, schemas: Iterable[int]) -> tuple[Atom, ...]:
+        found: dict[Atom, None] = {}
+        for one in schemas:
+            found |= dict.fromkeys(self._alternatives(one))
+        self._spend(len(found))
+        return tuple(found)
+
+    def _one(self, node: dict[Any, Any], schemas: list[int]) -> tuple[Atom, ...]:
+        """Exactly one: of those that overlap, each without the others."""
+        parts = [self._alternatives(one) for one in schemas]
+        found: dict[Atom, None] = {}
+        for i, part in enumerate(parts):
+            for j, other in enumerate(parts):
+                if i != j and not self._apart(part, other):
+                    part = self._both(part, self._not(self.document.nodes[schemas[j]], node))
+            found |= dict.fromkeys(part)
+        return tuple(found)
+
+    def _apart(self, one: tuple[Atom, ...], other: tuple[Atom, ...]) -> bool:
+        return all(self._is_empty(atom) for atom in self._both(one, other))
+
+    def _not(self, schema: Any, node: dict[Any, Any]) -> tuple[Atom, ...]:
+        made = negation.negated(schema, self.document)
+        if made is None:
+            self.document.fail(
+                node,
+                "has a schema that must not hold (not, oneOf or if), which cannot be enforced,",
+            )
+        return tuple(map(_opposite, self._alternatives(self._number(made, node))))
+
+    def _if(self, node: dict[Any, Any]) -> tuple[Atom, ...]:
+        condition = self._alternatives(self._number(node["if"], node))
+        yes = self._alternatives(self._number(node.get("then", True), node))
+        no = self._alternatives(self._number(node.get("else", True), node))
+        otherwise = self._both(self._not(node["if"], node), no)
+        return tuple(dict.fromkeys((*self._both(condition, yes), *otherwise)))
+
+    def _closed(self, node: dict[Any, Any], atom: Atom) -> Atom:
+        """``unevaluated*`` speak of what no schema for the same value has spoken of."""
+        if isinstance(atom, Object) and "unevaluatedProperties" in node:
+            layers = [layer for layer in atom.layers if not layer.opposite]
+            if any(layer.others is not None for layer in layers):
+                return atom
+            spoken = Layer(
+                tuple((name, FREE) for layer in layers for name, _ in layer.named),
+                tuple((pattern, FREE) for layer in layers for pattern, _ in layer.patterns),
+                self._set(node["unevaluatedProperties"], node),
+            )
+            return Object((*atom.layers, spoken), atom.required, atom.low, atom.high, atom.names)
+        if isinstance(atom, Array) and "unevaluatedItems" in node:
+            rest = self._set(node["unevaluatedItems"], node)
+            if atom.opposite:  # nobody knows any more who spoke of which
+                return replace(
+                    atom,
+                    prefix=tuple(p | rest for p in atom.prefix),
+                    rest=atom.rest | rest,
+                    said=True,
+                )
+            return atom if atom.said else replace(atom, rest=atom.rest | rest, said=True)
+        return atom
+
+    # -- alternatives -------------------------------------------------------------------------
+
+    def _spend(self, work: int) -> None:
+        self._work -= work
+        if self._work < 0:
+            raise RequestError(
+                "the JSON schema combines too many alternatives (anyOf, oneOf, if): simplify it"
+            )
+
+    def _both(self, one: tuple[Atom, ...], other: tuple[Atom, ...]) -> tuple[Atom, ...]:
+        if one is self._anything:
+            return other
+        if other is self._anything:
+            return one
+        self._spend(len(one) * len(other))
+        found: dict[Atom, None] = {}
+        for a in one:
+            for b in other:
+                if isinstance(a, Const) or isinstance(b, Const):
+                    made = self._with_const(a, b)
+                else:
+                    made = common(a, b)
+                if made is not None:
+                    found[made] = None
+        return tuple(found)
+
+    def _with_const(self, one: Atom, other: Atom) -> Atom | None:
+        const, free = (one, other) if isinstance(one, Const) else (other, one)
+        assert isinstance(const, Const)
+        return const if self._fits(const.value, free) else None
+
+    def _is_empty(self, atom: Atom) -> bool:
+        """Whether surely nothing fits; of objects and arrays, as far as what they must hold says."""
+        match atom:
+            case Object():
+                if atom.high is not None and len(atom.required) > atom.high:
+                    return True
+                return any(not self.atoms(self.of_key(name, atom.layers)) for name in atom.required)
+            case Array():
+                items = (atom.prefix[i] if i < len(atom.prefix) else atom.rest
+                         for i in range(min(atom.low, len(atom.prefix) + 1)))  # fmt: skip
+                return any(not self.atoms(item) for item in items)
+            case _:
+                return False
+
+    def _fits(self, value: Value, atom: Atom) -> bool:
+        match atom:
+            case Const():
+                return same(value, atom.value)
+            case Number():
+                return self._fits_number(value, atom)
+            case String():
+                return (
+                    isinstance(value, str)
+                    and atom.low <= len(value) <= _or_more(atom.high)
+                    and all(self._has_form(value, form) for form in atom.forms)
+                )
+            case Array():
+                return (
+                    isinstance(value, list)
+                    and atom.low <= len(value) <= _or_more(atom.high)
+                    and all(
+                        self.fits(item, atom.prefix[i] if i < len(atom.prefix) else atom.rest)
+                        for i, item in enumerate(value)
+                    )
+                )
+            case Object():
+                return isinstance(value, dict) and self._fits_object(value, atom)
+
+    def _fits_object(self, value: dict[str, Value], atom: Object) -> bool:
+        return (
+            atom.low <= len(value) <= _or_more(atom.high)
+            and all(name in value for name in atom.required)
+            and all(
+                self.fits(item, self.of_key(key, atom.layers)) and self.fits(key, atom.names)
+                for key, item in value.items()
+            )
+        )
+
+    def _has_form(self, value: str, form: Form) -> bool:
+        if form.kind == "text":
+            return (value == form.text) == form.holds
+        positive = Form(form.kind, form.text)
+        return self._matches(raw_form(positive), value) == form.holds
+
+    @staticmethod
+    def _fits_number(value: Value, atom: Number) -> bool:
+        if kind_of(value) not in ("integer", "number"):
+            return False
+        exact = number(value)
+        if (atom.integer if exact.denominator != 1 else atom.fractional) or exact in atom.excluded:
+            return False
+        if atom.low is not None and (exact < atom.low or (atom.low_open and exact == atom.low)):
+            return False
+        high = atom.high
+        return high is None or exact < high or (exact == high and not atom.high_open)
+
+
+def _opposite(atom: Atom) -> Atom:
+    match atom:
+        case Object():
+            return replace(atom, layers=tuple(replace(la, opposite=True) for la in atom.layers))
+        case Array():
+            return replace(atom, opposite=True)
+        case _:
+            return atom
+
+
+def _or_more(high: int | None) -> float:
+    return float("inf") if high is None else high
+
+
+def _among(value: Value, values: Iterable[Value]) -> bool:
+    return any(same(value, other) for other in values)

@@ -1,0 +1,120 @@
+"""Terminals: how the engine is told what a JSON string, a key or a number looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Final
+
+from asyncllm.constrain import numbers, regex
+from asyncllm.constrain.atoms import Const, Form, Number, String
+from asyncllm.constrain.formats import FORMATS
+from asyncllm.constrain.jsontext import scalar, string
+from asyncllm.constrain.regex import code_text
+from asyncllm.constrain.rules import Node
+
+# a character of a string that is held to no pattern: any spelling of one that UTF-8 can hold
+_HALVES: Final = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_HEX: Final = r"\\u(?:[0-9abcefABCEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2})"
+_FREE: Final = rf'(?:[^"\\\x00-\x1F]|\\["\\\x2Fbfnrt]|{_HEX}|{_HALVES})'
+# spelled one way, so that patterns and excluded texts mean what they say
+PLAIN: Final = regex.quoted(regex.ALL)
+NEVER: Final = r"[^\x00-\x{10FFFF}]"
+
+
+@lru_cache(4096)
+def _parsed(form: Form) -> Node:
+    match form.kind:
+        case "pattern":
+            return regex.searched(regex.parse(form.text))
+        case "format":
+            return regex.full(regex.parse(FORMATS[form.text]))
+        case _:
+            return regex.literal(form.text)
+
+
+def raw_form(form: Form) -> str:
+    """A terminal of the texts of a form. Raises RequestError: the pattern cannot be kept."""
+    return f"/{regex.raw(_parsed(form))}/"
+
+
+def _raw_form(form: Form) -> str:
+    return f"{'' if form.holds else '~'}{raw_form(form)}"
+
+
+def _json_form(form: Form) -> str:
+    if form.kind == "text":
+        inner = text_expression(string(form.text)[1:-1])
+    else:
+        inner = regex.quoted(_parsed(form))
+    return f'{"" if form.holds else "~"}/"{inner}"/'
+
+
+def text_expression(text: str) -> str:
+    """An expression of exactly ``text``."""
+    return "".join(code_text(ord(char)) for char in text)
+
+
+def text_term(text: str) -> str:
+    """A terminal of exactly ``text``."""
+    return f"/{text_expression(text)}/"
+
+
+def apart(i: int, count: int) -> str:
+    """What makes the keys of one of ``count`` kinds differ from those of all others: their length."""
+    return f' & /"(?:{PLAIN}{{{count}}})*{PLAIN}{{{i}}}"/'
+
+
+def times(low: int, high: int | None) -> str:
+    return "*" if (low, high) == (0, None) else f"{{{low},{'' if high is None else high}}}"
+
+
+def string_term(atom: String) -> str:
+    """JSON strings; a terminal."""
+    count = times(atom.low, atom.high)
+    if not atom.forms:
+        return f'/"{_FREE}{count}"/'
+    parts = [_json_form(form) for form in sorted(atom.forms, key=lambda f: (not f.holds, f.text))]
+    if count != "*" or not all(form.holds for form in atom.forms):
+        parts.append(f'/"{PLAIN}{count}"/')
+    return " & ".join(parts)
+
+
+def raw_term(atom: String) -> str:
+    """Strings as they are, without quotes; a terminal."""
+    return " & ".join(
+        (*map(_raw_form, atom.forms), f"/{regex.ALL.text}{times(atom.low, atom.high)}/")
+    )
+
+
+def key_term(
+    names: Iterable[str],
+    patterns: Iterable[tuple[str, bool]],
+    more: Iterable[Form],
+    quoted: bool = True,
+) -> str:
+    """Keys but ``names`` that match some patterns, and do not match others; a terminal."""
+    parts = [f'/"{PLAIN}*"/' if quoted else f"/{regex.ALL.text}*/"]
+    spelled = map(string, names) if quoted else names
+    if excluded := "|".join(map(text_expression, spelled)):
+        parts.append(f"~/(?:{excluded})/")
+    forms = (*(Form("pattern", pattern, holds) for pattern, holds in patterns), *more)
+    return " & ".join((*parts, *((_json_form if quoted else _raw_form)(form) for form in forms)))
+
+
+def number_term(atom: Number) -> str:
+    """JSON numbers; a terminal."""
+    if atom.integer:
+        text = f"/{numbers.integers(atom.low, atom.high)}/"
+    else:
+        text = numbers.numbers(atom.low, atom.low_open, atom.high, atom.high_open)
+    if atom.fractional:
+        text += r" & ~/-?[0-9]+(?:\.0+)?/ & ~/.*[eE].*/"
+    for value in sorted(atom.excluded):
+        text += f" & ~/{numbers.spellings(value)}/"
+    return text
+
+
+def const_term(values: Iterable[Const]) -> str:
+    """One of some values that are no arrays or objects; a terminal."""
+    return f"/{'|'.join(text_expression(scalar(const.value)) for const in values)}/"

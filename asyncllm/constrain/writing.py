@@ -1,0 +1,381 @@
+"""Rules of the JSON texts that fit a schema.
+
+Terminals are JSON's own tokens, so that where one ends is never a question; what may follow is
+decided by the rules alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from asyncllm.constrain import terms
+from asyncllm.constrain.atoms import (
+    FREE,
+    Array,
+    Atom,
+    Const,
+    Form,
+    Layer,
+    Number,
+    Object,
+    Schemas,
+    String,
+    Value,
+)
+from asyncllm.constrain.document import Document
+from asyncllm.constrain.jsontext import load, string
+from asyncllm.constrain.rules import (
+    EMPTY,
+    NOTHING,
+    Alt,
+    Node,
+    Ref,
+    Repeat,
+    Rules,
+    Seq,
+    Term,
+    finite,
+    written,
+)
+from asyncllm.constrain.schema import Matches, Meaning
+from asyncllm.errors import RequestError
+
+MAX_RULES: Final = 20_000
+MAX_OTHERS: Final = 16  # properties beyond those that a schema names: a model may like them
+MAX_PATTERNS: Final = 6  # that keys may match in any combination
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """JSON's own marks."""
+
+    comma: Node
+    colon: Node
+    open: Node
+    close: Node
+    begin: Node
+    end: Node
+
+
+# No white space is a choice: a model that likes it would go on with it.
+TIGHT: Final = Marks(
+    *map(Term, ("/, /", "/: /", r"/\x{7B}/", r"/\x{7D}/", r"/\x{5B}/", r"/\x{5D}/"))
+)
+# One at most: models write calls as they have learnt to, and go on better behind them.
+LOOSE: Final = Marks(
+    *map(Term, (r"/,[ \n]?/", r"/:[ \n]?/", r"/\x{7B}[ \n]?/", r"/[ \n]?\x{7D}/",
+                r"/\x{5B}[ \n]?/", r"/[ \n]?\x{5D}/"))
+)  # fmt: skip
+
+
+class Possible:
+    """What the engine is asked.
+
+    Attributes:
+        matches: whether a text is all of the form of a terminal.
+        some: whether a terminal matches any text at all.
+    """
+
+    def __init__(self, matches: Matches, some: Callable[[str], bool]) -> None:
+        self.matches, self.some = matches, some
+
+
+def schema_grammar(text: str, possible: Possible) -> str:
+    """The engine's grammar of the JSON texts that fit a schema.
+
+    Raises:
+        RequestError: the schema is malformed, cannot be enforced, or nothing fits it.
+    """
+    writer = Writer(text, possible)
+    return written(writer.finished(writer.value(frozenset((writer.document.root,)))), writer.root)
+
+
+class Writer:
+    """Collects the rules that values need.
+
+    Args:
+        text: the schema, JSON.
+        name: begins the names of all rules.
+    """
+
+    def __init__(self, text: str, possible: Possible, name: str = "", marks: Marks = TIGHT) -> None:
+        self.marks = marks
+        self.document = Document(load(text))
+        self.meaning = Meaning(self.document, possible.matches)
+        self._some = possible.some
+        self._name, self.root = name, f"{name}root"
+        self.rules: Rules = {}
+        self._values: dict[Schemas, str] = {}
+        self._waiting: list[Schemas] = []
+        self._terms: dict[str, Node] = {}
+
+    def value(self, schemas: Schemas) -> Ref:
+        """A rule of the values that fit ``schemas``."""
+        schemas = schemas - {0}
+        if (name := self._values.get(schemas)) is None:
+            name = self._values[schemas] = f"{self._name}v{len(self._values)}"
+            self._waiting.append(schemas)
+        return Ref(name)
+
+    def finished(self, root: Node) -> Rules:
+        """The rules that ``root`` needs, with itself. Raises RequestError: it cannot be."""
+        self.rules[self.root] = root
+        while self._waiting:
+            schemas = self._waiting.pop()
+            self.rules[self._values[schemas]] = self.any_of(self.meaning.atoms(schemas))
+        rules = finite(self.rules, self.root)
+        if not rules:
+            raise RequestError("no value at all fits the JSON schema")
+        return rules
+
+    def any_of(self, atoms: Iterable[Atom]) -> Node:
+        """A value of one of some alternatives."""
+        found: list[Node] = []
+        plain: list[Const] = []
+        for atom in atoms:
+            match atom:
+                case Const() if isinstance(atom.value, dict | list):
+                    found.append(self._const(atom.value))
+                case Const():
+                    plain.append(atom)
+                case Number():
+                    found.append(self.term(terms.number_term(atom)))
+                case String():
+                    found.append(self._string(atom))
+                case Array():
+                    found.append(self._array(atom))
+                case Object():
+                    found.append(self._object(atom))
+        if plain:
+            found.insert(0, Term(terms.const_term(plain)))
+        return found[0] if len(found) == 1 else Alt(tuple(found))
+
+    def term(self, text: str) -> Node:
+        """A terminal, if anything matches it."""
+        if (known := self._terms.get(text)) is None:
+            known = self._terms[text] = Term(text) if self._some(text) else NOTHING
+        return known
+
+    def rule(self, node: Node) -> Ref:
+        """A rule of its own."""
+        if len(self.rules) >= MAX_RULES:
+            raise RequestError(f"the JSON schema needs more than {MAX_RULES} rules: simplify it")
+        name = f"{self._name}x{len(self.rules)}"
+        self.rules[name] = node
+        return Ref(name)
+
+    def _string(self, atom: String) -> Node:
+        text = terms.string_term(atom)
+        return self.term(text) if atom.forms else Term(text)
+
+    def _const(self, value: Value) -> Node:
+        """A value in the tokens that other alternatives have too."""
+        match value:
+            case dict():
+                pairs: list[Node] = [
+                    Seq((Term(terms.text_term(string(key))), self.marks.colon, self._const(item)))
+                    for key, item in value.items()
+                ]
+                return Seq((self.marks.open, *_joined(pairs, self.marks.comma), self.marks.close))
+            case list():
+                return Seq(
+                    (
+                        self.marks.begin,
+                        *_joined([self._const(item) for item in value], self.marks.comma),
+                        self.marks.end,
+                    )
+                )
+            case _:
+                return Term(terms.const_term((Const("", value),)))
+
+    # -- arrays ---------------------------------------------------------------------------------
+
+    def _array(self, atom: Array) -> Node:
+        high = atom.high
+        for i, schemas in enumerate((*atom.prefix, atom.rest)):
+            if not self.meaning.atoms(schemas):  # no item can stand here
+                high = i if high is None else min(high, i)
+                break
+        if high is not None and high < atom.low:
+            return NOTHING
+        size = len(atom.prefix) if high is None else min(len(atom.prefix), high)
+        tail = self._rest(atom, size, high)
+        for i in reversed(range(size)):
+            item = (*((self.marks.comma,) if i else ()), self.value(atom.prefix[i]))
+            more = Seq((*item, tail))
+            tail = self.rule(Alt((EMPTY, more)) if i >= atom.low else more)
+        return Seq((self.marks.begin, tail, self.marks.end))
+
+    def _rest(self, atom: Array, size: int, high: int | None) -> Node:
+        """Items behind the first ``size``."""
+        low, most = max(atom.low - size, 0), None if high is None else high - size
+        if most is not None and most <= 0:
+            return EMPTY
+        item = self.value(atom.rest)
+        more = Seq((self.marks.comma, item))
+        if size:
+            return Repeat(more, low, most)
+        some = Seq((item, Repeat(more, max(low - 1, 0), None if most is None else most - 1)))
+        return some if low else Alt((EMPTY, some))
+
+    # -- objects --------------------------------------------------------------------------------
+
+    def _object(self, atom: Object) -> Node:
+        fields = self.fields(atom)
+        if any(needed and not self.meaning.atoms(schemas) for _, schemas, needed in fields):
+            return NOTHING
+        keys = list(self.others(atom, [name for name, _, _ in fields]))
+        pairs = [
+            (
+                Seq((Term(terms.text_term(string(name))), self.marks.colon, self.value(schemas))),
+                needed,
+            )
+            for name, schemas, needed in fields
+            if self.meaning.atoms(schemas)
+        ]
+
+        def other(more: str) -> Node:
+            return Alt(tuple(
+                Seq((self.term(text + more) if more else Term(text), self.marks.colon, self.value(schemas)))
+                for text, schemas in keys
+            ))  # fmt: skip
+
+        return Seq(
+            (
+                self.marks.open,
+                self.pairs(atom, pairs, other if keys else None, self.marks.comma),
+                self.marks.close,
+            )
+        )
+
+    def fields(self, atom: Object) -> list[tuple[str, Schemas, bool]]:
+        """Properties with a name: name, what must hold for the value, whether it must be there."""
+        names = dict.fromkeys(name for layer in atom.layers for name, _ in layer.named)
+        named = [dict(layer.named) for layer in atom.layers]
+        simple = not any(layer.patterns for layer in atom.layers)
+        if atom.names:
+            keys = self.meaning.atoms(atom.names)
+            if all(isinstance(key, Const | Number | Array | Object) for key in keys):
+                names |= {k.value: None for k in keys if isinstance(k, Const) and isinstance(k.value, str)}  # fmt: skip
+        names |= dict.fromkeys(atom.required)
+        needed = set(atom.required)
+        found = []
+        for name in names:
+            if simple:
+                holds = [
+                    _held(told, name, layer) for told, layer in zip(named, atom.layers, strict=True)
+                ]
+                schemas: Schemas = FREE.union(*holds)
+            else:
+                schemas = self.meaning.of_key(name, atom.layers)
+            if atom.names and not self.meaning.fits(name, atom.names):
+                schemas = frozenset((1,))
+            found.append((name, schemas, name in needed))
+        return found
+
+    def others(
+        self, atom: Object, names: Sequence[str], quoted: bool = True
+    ) -> Iterator[tuple[str, Schemas]]:
+        """Properties without a name: terminals of keys, and what must hold for values."""
+        patterns = list(dict.fromkeys(p for layer in atom.layers for p, _ in layer.patterns))
+        if len(patterns) > MAX_PATTERNS:
+            raise RequestError(
+                f"the JSON schema has an object with {len(patterns)} patternProperties, at most"
+                f" {MAX_PATTERNS} can be enforced"
+            )
+        forms: list[tuple[Form, ...]] = [()]
+        if atom.names:
+            keys = [key for key in self.meaning.atoms(atom.names) if isinstance(key, String)]
+            forms = [(*key.forms, Form("pattern", f"^[^]{terms.times(key.low, key.high)}$")) for key in keys]  # fmt: skip
+        for which in range(2 ** len(patterns)):
+            held = [(pattern, bool(which >> i & 1)) for i, pattern in enumerate(patterns)]
+            matched = {pattern for pattern, holds in held if holds}
+            schemas: Schemas = FREE.union(*(_of_others(layer, matched) for layer in atom.layers))
+            if not self.meaning.atoms(schemas):
+                continue
+            for more in forms:
+                text = terms.key_term(names, held, more, quoted)
+                if self._some(text):
+                    yield text, schemas
+
+    def pairs(
+        self,
+        atom: Object,
+        pairs: Sequence[tuple[Node, bool]],
+        other: Callable[[str], Node] | None,
+        comma: Node,
+    ) -> Node:
+        """Pairs by order, each at most once, then others; counted as far as needed.
+
+        Args:
+            pairs: each with whether it must be there.
+            other: a pair beyond them, whose key is restricted by the rest of a terminal.
+        """
+        low, high = atom.low, atom.high
+        top = max(low, 1) if high is None else high
+        if len(pairs) * (top + 1) > MAX_RULES or top > MAX_RULES:
+            raise RequestError(
+                f"the JSON schema counts {len(pairs)} properties up to {top}: too many rules"
+            )
+        tails: list[Node] = [EMPTY if count >= low else NOTHING for count in range(top + 1)]
+        if other is not None:
+            tails = self._tails(atom, top, other, comma, MAX_OTHERS if pairs else None)
+        for pair, needed in reversed(pairs):
+            new: list[Node] = []
+            for count in range(top + 1):
+                begun = min(count + 1, top) if high is None else count + 1
+                choices = [] if needed else [tails[count]]
+                if begun <= top and tails[begun] != NOTHING:
+                    choices.insert(0, Seq((*((comma,) if count else ()), pair, tails[begun])))
+                choices = [choice for choice in choices if choice != NOTHING]
+                new.append(self.rule(Alt(tuple(choices))) if choices else NOTHING)
+            tails = new
+        return tails[0]
+
+    def _tails(
+        self, atom: Object, top: int, other: Callable[[str], Node], comma: Node, most: int | None
+    ) -> list[Node]:
+        """What may follow the pairs with a name, by how many there have been."""
+        free = self.rule(other(""))
+        more = Seq((comma, free))
+        tails: list[Node] = []
+        for count in range(top + 1):
+            missing = max(atom.low - count, 0)
+            room = most if atom.high is None else atom.high - count - missing
+            parts: list[Node] = []
+            for i in range(missing):
+                # keys that are counted on must differ: their lengths do
+                one = free if missing == 1 else other(terms.apart(i, missing))
+                parts += [comma, one] if count + i else [one]
+            if count + missing:
+                tails.append(Seq((*parts, *_repeat(more, room))))
+            else:
+                some = Seq((free, *_repeat(more, None if room is None else room - 1)))
+                tails.append(Alt((EMPTY, some)) if room is None or room > 0 else EMPTY)
+        return tails
+
+
+def _repeat(node: Node, most: int | None) -> tuple[Node, ...]:
+    return () if most is not None and most <= 0 else (Repeat(node, 0, most),)
+
+
+def _held(told: dict[str, Schemas], name: str, layer: Layer) -> Schemas:
+    found = told.get(name)
+    return found if found is not None else layer.others or FREE
+
+
+def _of_others(layer: Layer, matched: set[str]) -> Schemas:
+    """What a layer says of a key without a name that matches just these patterns."""
+    held = [schemas for pattern, schemas in layer.patterns if pattern in matched]
+    if held:
+        return FREE.union(*held)
+    return layer.others or FREE
+
+
+def _joined(parts: list[Node], comma: Node) -> Iterator[Node]:
+    for i, part in enumerate(parts):
+        if i:
+            yield comma
+        yield part
