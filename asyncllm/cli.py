@@ -11,64 +11,29 @@ import difflib
 import sys
 import textwrap
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from asyncllm import __version__, log
 from asyncllm.config import ANY, FLAGS, GROUPS, OPERATION, Config, Flag
+from asyncllm.config.foreign import FOREIGN, Foreign
 from asyncllm.environment import quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.server import signals
 
-# options of LightLLM, of today or of the time of the documented ones, that are not ours
-_FOREIGN = """
-afs_embed_capacity afs_image_embed_dir audio_dp audio_gpu_ids audio_infer_batch_size audio_tp
-auto_update_redundancy_expert cache_capacity cache_reserved_ratio chat_template
-config_server_visual_redis_port cpu_cache_storage_size cpu_cache_token_page_size detail_log
-disable_aggressive_schedule disable_audio disable_chunked_prefill
-disable_custom_allreduce disable_flashinfer_allreduce disable_image_resize
-disable_linear_att_small_page_cpu_cache disable_log_stats disable_shm_warning
-disable_vision disk_cache_dir disk_cache_storage_size
-dp_balancer dp_prefill_wait_step embed_cache_storage_size enable_cpu_cache
-enable_custom_allgather enable_decode_microbatch_overlap enable_disk_cache
-enable_dp_prefill_balance enable_dp_prompt_cache_fetch enable_ep_moe enable_fa3
-enable_flashinfer_decode enable_flashinfer_prefill enable_fused_shared_experts
-enable_monitor_auth enable_mps enable_multimodal enable_multimodal_audio
-enable_multimodal_url_cache enable_prefill_cudagraph enable_prefill_decode_mixed
-enable_prefill_microbatch_overlap enable_profiling enable_prompt_logprobs
-enable_return_routed_experts enable_rl enable_torch_fallback enable_torch_memory_saver
-enable_tpsp_mix_mode enable_triton_fallback enable_weight_cpu_backup
-ep_redundancy_expert_config_path expert_dtype first_token_constraint_mode graph_grow_step_size
-graph_max_batch_size graph_max_len_in_batch graph_split_batch_size grouping_key
-hardware_platform health_monitor hypercorn_config job_name kv_quant_calibration_config_path
-linear_att_cache_size linear_att_hash_page_size linear_att_page_block_num
-linear_att_ssm_data_type llm_decode_att_backend llm_kv_quant_group_size llm_kv_type
-llm_prefill_att_backend log_stats_interval max_image_pixels
-max_image_token_count metric_gateway model_owner mtp_draft_model_dir mtp_mode mtp_step
-p_mode pd_kv_page_num pd_kv_page_size pd_master_mode pd_trans_mode
-penalty_counter_mode performance_mode prefill_cudagraph_max_handle_token push_interval
-quant_cfg quant_type return_all_prompt_logprobs router_max_new_token_len
-router_max_wait_tokens router_token_ratio sampling_backend schedule_time_interval
-select_p_d_node_strategy use_dynamic_prompt_cache use_reward_model
-visual_dp visual_gpu_ids visual_infer_batch_size visual_nccl_ports
-visual_rpyc_port visual_send_batch_size visual_tp visual_use_proxy_mode vit_att_backend
-vit_quant_cfg vit_quant_type
-"""
-FOREIGN = frozenset(_FOREIGN.split())
-REASONS = {
-    "schedule_time_interval": "there is no scheduling tick: a step is planned as soon as there "
-    "is room for one on the device",
-    "use_dynamic_prompt_cache": "the prompt cache is on unless --disable_dynamic_prompt_cache",
-    "enable_prefill_decode_mixed": "steps always mix prefill and decode",
-    "enable_prompt_logprobs": "a request asks with prompt_logprobs, no option is needed",
-    "return_all_prompt_logprobs": "a request asks with prompt_logprobs",
-    "hypercorn_config": "HTTP is served by aiohttp",
-    "disable_shm_warning": "no shared memory is used",
-    "visual_rpyc_port": "no rpyc is used",
-}
-
 ALIASES = {
     alias.replace("-", "_"): name for name, option in FLAGS.items() for alias in option.aliases
 }
+REFUSED_TITLE = """\
+## Options of LightLLM that end the start
+
+They would change answers, capacity or who may ask, and are not available.
+"""
+IGNORED_TITLE = """\
+## Options of LightLLM that are left out with a warning
+
+They cannot matter here.
+"""
 INTRO = """\
 # Command line
 
@@ -76,7 +41,8 @@ INTRO = """\
 
 `asyncllm [--option value ...]`, the same as `python -m asyncllm`. Every option may be written
 with hyphens too: `--model-dir` is `--model_dir`. A wrong option or value ends the start with one
-line on stderr and exit code 2; so does an option that has no effect in the chosen mode.
+line on stderr and exit code 2; so does one that would change answers, capacity or who may ask, and
+cannot be honoured. An option that cannot matter in the chosen mode is one warning in the log.
 """
 
 
@@ -115,9 +81,10 @@ def parse(argv: list[str]) -> Config:
         StartupError: an unknown option, or a value that ``Config`` refuses.
         SystemExit: --help or --version, answered on stdout.
     """
-    given = vars(_parser().parse_args([_canonical(word) for word in argv]))
+    words, warnings = _ours(argv)
+    given = vars(_parser().parse_args(words))
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return Config(**values, explicit=frozenset(values))
+    return Config(**values, explicit=frozenset(values), warnings=tuple(warnings))
 
 
 def markdown() -> str:
@@ -132,13 +99,22 @@ def markdown() -> str:
             parts.append("| `--help` |  | show all options and exit | yes |")
             parts.append("| `--version` |  | show the version and exit | yes |")
         parts.append("")
-    parts.append(
-        "## Options of LightLLM that are not available\n\n"
-        "They end the start with exit code 2, so that nothing is ignored silently.\n"
-    )
-    parts += [f"- `--{name}`: {reason}" for name, reason in REASONS.items()]
-    rest = ", ".join(f"`--{name}`" for name in sorted(FOREIGN - set(REASONS)))
-    return "\n".join(parts) + f"\n- {rest}\n"
+    for title, refused in ((REFUSED_TITLE, True), (IGNORED_TITLE, False)):
+        parts += [title, "| options | why |\n|---|---|"]
+        reasons = dict.fromkeys(f.reason for f in FOREIGN.values() if f.refused == refused)
+        parts += [f"| {', '.join(_foreign(reason))} | {reason} |" for reason in reasons]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _foreign(reason: str) -> list[str]:
+    """LightLLM's options with this reason."""
+    found = []
+    for name, option in FOREIGN.items():
+        if option.reason == reason:
+            other = f" (but `{'`, `'.join(option.harmless)}`)" if option.harmless else ""
+            found.append(f"`--{name}`{other}")
+    return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -214,27 +190,50 @@ def _reader(option: Flag) -> Callable[[str], Any]:
     return read
 
 
-def _canonical(word: str) -> str:
-    """``--model-dir=x`` -> ``--model_dir=x``, aliases by their option; other words as they are.
+def _ours(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words for argparse, and a warning for each of LightLLM's options that is left out.
 
     Raises:
-        StartupError: an option that does not exist here, with the nearest one that does.
+        StartupError: an option that does not exist here, or that would change what is served.
     """
-    if not word.startswith("--") or word == "--":
-        return word
-    typed, equals, value = word[2:].partition("=")
-    name = typed.replace("-", "_")
-    name = ALIASES.get(name, name)
-    if name in FLAGS or name in {"help", "version"}:
-        return f"--{name}{equals}{value}"
-    if name in FOREIGN:
-        reason = REASONS.get(name)
-        because = f": {reason}" if reason else ""
-        raise StartupError(f"--{typed} is an option of LightLLM that is not available{because}")
+    words, warnings, at = [], [], 0
+    while at < len(argv):
+        word = argv[at]
+        at += 1
+        if not word.startswith("--") or word == "--":
+            words.append(word)
+            continue
+        typed, equals, value = word[2:].partition("=")
+        name = typed.replace("-", "_")
+        name = ALIASES.get(name, name)
+        if name in FLAGS or name in {"help", "version"}:
+            words.append(f"--{name}{equals}{value}")
+        elif (foreign := FOREIGN.get(name)) is not None:
+            given = [value] if equals else _values(argv[at:], foreign)
+            at += 0 if equals else len(given)
+            if foreign.refused and not (foreign.harmless and set(given) <= {*foreign.harmless}):
+                what = f"--{typed} is an option of LightLLM that is not available"
+                raise StartupError(f"{what}: {foreign.reason}")
+            if foreign.values != "none" and not given:
+                raise StartupError(f"--{typed}: expected one argument")
+            warnings.append(f"{' '.join([f'--{typed}', *given])} has no effect: {foreign.reason}")
+        else:
+            raise StartupError(_unknown(typed, name))
+    return words, warnings
+
+
+def _values(rest: list[str], foreign: Foreign) -> list[str]:
+    """Those of ``rest`` that belong to an option before it."""
+    most = {"none": 0, "one": 1, "many": len(rest)}[foreign.values]
+    return list(takewhile(lambda word: not word.startswith("--"), rest[:most]))
+
+
+def _unknown(typed: str, name: str) -> str:
+    """The error for an option that does not exist, with the nearest one that does."""
     spellings = [*FLAGS, *ALIASES, "help", "version"]
     near = difflib.get_close_matches(name.lower(), spellings, n=1)
     hint = f"did you mean --{near[0]}?" if near else "see --help"
-    raise StartupError(f"unknown option --{typed}; {hint}")
+    return f"unknown option --{typed}; {hint}"
 
 
 def _availability(option: Flag) -> str:

@@ -44,6 +44,8 @@ def serve(config: Config) -> int:
         StartupError: it cannot start as configured.
     """
     config = with_all_keys(config)
+    for line in config.warnings:
+        logger.warning("%s", line)
     tls_context(config)
     if config.output_constraint_mode != "none":
         library()
@@ -61,6 +63,8 @@ def serve(config: Config) -> int:
             )
         text = load_text(config, str(model_dir), spec)
         resolved = resolve(config, spec, model_dir, text)
+        for line in resolved.warnings:
+            logger.warning("%s", line)
         for note in resolved.notes:
             logger.info("%s", note)
         wires = Wires(config.zmq_mode, config.tp + config.httpserver_workers - 1)

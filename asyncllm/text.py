@@ -91,7 +91,7 @@ def load_tokenizer(
             are not added.
 
     Raises:
-        StartupError: no tokenizer, an unreadable one, or no slow one for ``slow``.
+        StartupError: no tokenizer, or an unreadable one.
     """
     folder = Path(model_dir)
     config = _json(folder / "tokenizer_config.json")
@@ -106,7 +106,11 @@ def load_tokenizer(
         named = [*special.values(), *_more_special(config)]
         _add_tokens(tokenizer, _added_tokens(folder, config, named), named, vocab_size)
         return _fast(tokenizer, config, special, templates)
-    return _by_transformers(folder, mode, trust_remote_code, config, special, templates)
+    text = _by_transformers(folder, mode, trust_remote_code, config, special, templates)
+    if text is None:
+        _log.warning("--tokenizer_mode slow: the model has only a fast tokenizer, it is used")
+        return load_tokenizer(model_dir, "fast", trust_remote_code, vocab_size)
+    return text
 
 
 def _fast(
@@ -298,7 +302,8 @@ def _by_transformers(
     config: dict[str, Any],
     special: dict[str, str],
     templates: dict[str, str],
-) -> Text:
+) -> Text | None:
+    """None: a slow one is asked for, and there is a fast one only."""
     if not folder.is_dir():
         raise StartupError(f"{folder} is not a folder")
     from transformers import AutoTokenizer  # here: the import takes seconds and is rarely needed
@@ -314,9 +319,7 @@ def _by_transformers(
         templates = {"default": slow.chat_template, **templates}
     if getattr(slow, "is_fast", False):
         if mode == "slow":
-            raise StartupError(
-                f"--tokenizer_mode slow: {folder} has no slow tokenizer; not available yet"
-            )
+            return None
         return _fast(slow.backend_tokenizer, config, special, templates)
     return _slow(slow, special, templates)
 

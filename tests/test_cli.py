@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from asyncllm import __version__, cli, config
-from asyncllm.cli import ALIASES, FOREIGN, REASONS, main, markdown, parse
+from asyncllm.cli import ALIASES, FOREIGN, main, markdown, parse
 from asyncllm.config import ANY, FLAGS, Config
 from asyncllm.errors import StartupError
 from asyncllm.server import signals
@@ -59,14 +59,14 @@ def sample(name: str) -> tuple[list[str], object]:
     option = FLAGS[name]
     if option.kind is bool:
         return [], True
-    if option.unavailable or option.needs or option.choices:
+    if name == "trust_forwarded_for":
+        value = "10.0.0.0/8"
+    elif option.unavailable or option.needs or option.choices:
         value = option.choices[0] if option.default is None else option.default
     else:
         value = {int: 5, float: 0.5, str: "text"}[option.kind]
         if name == "cors_allow_origins":
             value = "https://example.org:8443"
-        elif name == "trust_forwarded_for":
-            value = "10.0.0.0/8"
     return [str(value)], (value,) if option.nargs else value
 
 
@@ -158,9 +158,11 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
         (["--dp", "2"], "not available yet"),
         (["--mode", "triton_int8kv", "ppl_fp16"], "--mode triton_int8kv ppl_fp16 is not available"),
         (["--load_way", "DS"], "not available yet"),
-        (["--use_config_server_to_init_nccl"], "not available yet"),
-        (["--pd_master_port", "1"], "it counts with --run_mode prefill or decode"),
-        (["--nccl_port", "1"], "it counts with --tp above 1"),
+        (["--use_config_server_to_init_nccl", "--tp", "2"], "not available yet"),
+        (["--ssl_keyfile", "key.pem"], "it counts with --ssl_certfile"),
+        (["--quant_type", "awq"], "in the type of --data_type"),
+        (["--quant_type=awq"], "in the type of --data_type"),
+        (["--sampling_backend"], "--sampling_backend: expected one argument"),
         (["--port", "http"], "--port: needs a whole number, not 'http'"),
         (["--mem_fraction", "much"], "--mem_fraction: needs a number, not 'much'"),
         (["--port", "99999"], "--port must be from 1 to 65535, not 99999"),
@@ -176,22 +178,37 @@ def test_refusals_are_one_line_and_exit_code_2(
     assert part in refusal(argv, capsys)
 
 
-@pytest.mark.parametrize("name", sorted(FOREIGN))
-def test_options_of_lightllm_that_are_not_ours(
+@pytest.mark.parametrize("name", [name for name, option in FOREIGN.items() if option.refused])
+def test_options_of_lightllm_that_would_change_what_is_served_end_the_start(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refusal([f"--{name}", "1"], capsys)
-    assert f"--{name} is an option of LightLLM that is not available" in line
-    assert REASONS.get(name, "") in line
+    assert f"--{name} is an option of LightLLM that is not available: " in line
+    assert FOREIGN[name].reason in line
 
 
-def test_no_scheduling_tick_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no scheduling tick" in refusal(["--schedule-time-interval", "0.03"], capsys)
+@pytest.mark.parametrize("name", [name for name, option in FOREIGN.items() if not option.refused])
+def test_options_of_lightllm_that_cannot_matter_are_one_warning(name: str) -> None:
+    values = {"none": [], "one": ["1"], "many": ["1", "2"]}[FOREIGN[name].values]
+    for spelling in (name, name.replace("_", "-")):
+        got = parse(["--port", "9000", f"--{spelling}", *values, "--tp", "2"])
+        assert (got.port, got.tp, got.explicit) == (9000, 2, {"port", "tp"})
+        words = " ".join([f"--{spelling}", *values])
+        assert got.warnings == (f"{words} has no effect: {FOREIGN[name].reason}",)
+
+
+def test_values_that_ask_for_nothing_are_left_out() -> None:
+    for argv in (
+        ["--quant_type", "none"],
+        ["--hardware-platform", "cuda"],
+        ["--llm_kv_type", "None"],
+    ):
+        (line,) = parse(argv).warnings
+        assert line.startswith(" ".join(argv) + " has no effect: ")
 
 
 def test_foreign_names_and_ours_are_apart() -> None:
-    assert not FOREIGN & (set(FLAGS) | set(ALIASES))
-    assert set(REASONS) <= FOREIGN
+    assert not set(FOREIGN) & (set(FLAGS) | set(ALIASES))
     assert not set(ALIASES) & set(FLAGS)
 
 
@@ -236,7 +253,8 @@ def test_page_is_fresh_and_complete() -> None:
     assert (ROOT / "docs" / "cli.md").read_text() == text, (
         "run: python -m asyncllm.cli > docs/cli.md"
     )
-    rows = {m[1]: m[0] for m in re.finditer(r"^\| `--(\w+)` \|.*$", text, re.M)}
+    ours, refused, ignored = text.split("## Options of LightLLM")
+    rows = {m[1]: m[0] for m in re.finditer(r"^\| `--(\w+)` \|.*$", ours, re.M)}
     assert set(rows) == {*FLAGS, "help", "version"}
     for name, row in rows.items():
         assert row.count("|") == 5, row
@@ -245,8 +263,9 @@ def test_page_is_fresh_and_complete() -> None:
             option is not None
             and bool(option.unavailable or (option.needs and not option.needs.available))
         )
-    for name in FOREIGN:
-        assert f"`--{name}`" in text
+    for name, foreign in FOREIGN.items():
+        assert (f"`--{name}`" in refused) == foreign.refused
+        assert (f"`--{name}`" in ignored) != foreign.refused
 
 
 @pytest.mark.parametrize(
@@ -254,7 +273,7 @@ def test_page_is_fresh_and_complete() -> None:
     [
         (["--dp", "2"], "--dp 2 is not available yet"),
         (["--prot", "1"], "did you mean --port?"),
-        (["--schedule_time_interval", "1"], "no scheduling tick"),
+        (["--chat_template", "x"], "the chat template is the model folder's"),
     ],
 )
 def test_refusals_of_a_real_process(argv: list[str], part: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyncllm import config as config_module
-from asyncllm.config import ANY, FLAGS, Config, Resolved, resolve_limits
+from asyncllm.config import FLAGS, Config, Resolved, resolve_limits
 from asyncllm.environment import (
     cache_dir,
     child_environment,
@@ -106,6 +106,7 @@ def resolve(config: Config, **changes: Any) -> Resolved:
 def test_options_and_defaults_are_the_documented_ones_and_ours() -> None:
     values = dataclasses.asdict(Config())
     assert values.pop("explicit") == frozenset()
+    assert values.pop("warnings") == ()
     assert values == DOCUMENTED | OURS
     assert set(FLAGS) == set(values)
 
@@ -220,8 +221,8 @@ UNAVAILABLE = [
     ("node_rank", 1),
     ("dp", 2),
     ("load_way", "DS"),
-    ("use_config_server_to_init_nccl", True),
-    *(("mode", (name,)) for name in FLAGS["mode"].choices),
+    *(("mode", (name,)) for name in ("triton_int8kv", "ppl_int8kv", "triton_fp8kv")),
+    ("mode", ("triton_flashdecoding", "triton_int8kv")),
 ]
 
 
@@ -233,8 +234,18 @@ def test_what_does_not_work_yet_says_so(name: str, value: Any) -> None:
 
 def test_every_unavailable_flag_is_tested() -> None:
     marked = {name for name, option in FLAGS.items() if option.unavailable}
-    assert marked == {name for name, _ in UNAVAILABLE}
-    assert FLAGS["mode"].unavailable == (ANY,)
+    assert marked == {name for name, _ in UNAVAILABLE} | {"use_config_server_to_init_nccl"}
+    with pytest.raises(StartupError, match=r"^--use_config_server_to_init_nccl is not avail"):
+        Config(use_config_server_to_init_nccl=True, tp=2)
+    mode = FLAGS["mode"]
+    assert {*mode.unavailable, *mode.moot} == {*mode.choices}
+
+
+def test_kernels_by_name_are_a_warning() -> None:
+    config = Config(mode=("triton_flashdecoding", "ppl_fp16"))
+    assert config.warnings == (
+        "--mode triton_flashdecoding ppl_fp16 has no effect: kernels are chosen by the shapes",
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,12 +260,31 @@ def test_every_unavailable_flag_is_tested() -> None:
         ("multinode_router_gloo_port", 20002, "--nnodes above 1"),
         ("nccl_host", "10.0.0.1", "--tp above 1"),
         ("nccl_port", 28766, "--tp above 1"),
-        ("ssl_keyfile", "key.pem", "--ssl_certfile"),
+        ("use_config_server_to_init_nccl", True, "--tp above 1"),
+        ("disable_symm_mem_allreduce", True, "--tp above 1"),
+        ("diverse_mode", True, "the prompt cache"),
+        ("trust_forwarded_for", ("10.0.0.1",), "without API keys"),
     ],
 )
-def test_options_of_another_mode_are_refused(name: str, value: Any, where: str) -> None:
-    with pytest.raises(StartupError, match=rf"^--{name} {value} has no effect: .*{where}"):
-        Config(**{name: value})
+def test_options_of_another_mode_are_one_warning(name: str, value: Any, where: str) -> None:
+    others: dict[str, Any] = {
+        "diverse_mode": {"disable_dynamic_prompt_cache": True},
+        "trust_forwarded_for": {"api_key": ("k",)},
+    }
+    config = Config(**{name: value}, **others.get(name, {}))
+    (line,) = config.warnings
+    shown = "" if value is True else f" {value[0] if isinstance(value, tuple) else value}"
+    assert line.startswith(f"--{name}{shown} has no effect: it counts with ")
+    assert where in line
+    assert Config.from_json(config.to_json()).warnings == (line,)
+
+
+def test_every_option_of_another_mode_is_tested_and_none_but_a_lost_key_ends_the_start() -> None:
+    assert {name for name, option in FLAGS.items() if option.needs and option.needs.vital} == {
+        "ssl_keyfile"
+    }
+    with pytest.raises(StartupError, match=r"^--ssl_keyfile key.pem has no effect: .*certfile"):
+        Config(ssl_keyfile="key.pem")
 
 
 def test_options_of_another_mode_pass_where_they_count_and_with_their_default() -> None:
@@ -297,10 +327,14 @@ def test_default_length_is_lowered_to_the_model_with_a_note() -> None:
     assert resolve(Config(), model_limit=131072).notes == ()
 
 
-def test_explicit_length_above_the_model_is_an_error_even_if_it_equals_the_default() -> None:
+def test_explicit_length_above_the_model_is_lowered_with_a_warning() -> None:
     config = Config(max_req_total_len=16384, explicit=frozenset({"max_req_total_len"}))
-    with pytest.raises(StartupError, match=r"--max_req_total_len 16,384 .* 2,048"):
-        resolve(config, model_limit=2048)
+    got = resolve(config, model_limit=2048)
+    assert got.max_req_total_len == 2048
+    assert got.warnings == ("max_req_total_len lowered from 16,384 to 2,048, the model's limit",)
+    assert got.notes == ()
+    with pytest.raises(StartupError, match=r"--max_req_total_len 2,048 is more than the KV cache"):
+        got.with_slots(1000)
     assert resolve(Config(max_req_total_len=100)).max_req_total_len == 100
 
 
@@ -400,11 +434,12 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["disable_cudagraph", "disable_symm_mem_allreduce"])
-def test_gpu_options_are_refused_on_cpu(name: str) -> None:
+def test_gpu_options_are_a_warning_on_cpu(name: str) -> None:
     config = Config(tp=2, **{name: True})  # type: ignore[arg-type]
     assert resolve(config, device="cuda").device == "cuda"
-    with pytest.raises(StartupError, match=f"^--{name} has no effect: .*GPU"):
-        resolve(config, device="cpu")
+    assert resolve(config, device="cuda").warnings == ()
+    (line,) = resolve(config, device="cpu").warnings
+    assert line == f"--{name} has no effect: it counts on GPUs, and this is the CPU"
 
 
 def test_cpu_count_is_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:

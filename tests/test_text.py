@@ -197,10 +197,15 @@ def test_transformers_is_not_imported_for_a_fast_tokenizer(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_slow_mode_without_a_slow_tokenizer_ends_the_start(tmp_path: Path) -> None:
+def test_slow_mode_without_a_slow_tokenizer_is_a_warning_and_the_fast_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, byte_level(), {"tokenizer_class": "PreTrainedTokenizerFast"})
-    with pytest.raises(StartupError, match="not available yet"):
-        load_tokenizer(str(tmp_path), "slow")
+    text = load_tokenizer(str(tmp_path), "slow")
+    assert text.pieces == load_tokenizer(str(tmp_path), "fast").pieces
+    assert text.tokenizer is not None
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "asyncllm.text"]
+    assert line == "--tokenizer_mode slow: the model has only a fast tokenizer, it is used"
 
 
 # -- the embedded model --------------------------------------------------------------------------

@@ -21,11 +21,15 @@ ANY = "*"  # in Flag.unavailable: everything but the default
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Where an option counts; elsewhere a value other than its default is refused."""
+    """Where an option counts; elsewhere a value other than its default is a warning.
+
+    ``vital``: without it the server would be more open than asked for, so there it is an error.
+    """
 
     text: str
     met: Callable[[Config], bool]
     available: bool = True
+    vital: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,8 @@ class Flag:
     """One option of the command line.
 
     ``unavailable`` holds the values that are accepted by LightLLM but not served here yet;
-    ``ANY`` in it stands for everything but the default. ``check`` and ``choices`` apply to each
+    ``ANY`` in it stands for everything but the default; those in ``moot`` change nothing here, which
+    is a warning. ``check`` and ``choices`` apply to each
     element of an option with several values. A ``secret`` value is never shown.
     """
 
@@ -46,6 +51,7 @@ class Flag:
     metavar: str | None = None
     aliases: tuple[str, ...] = ()
     unavailable: tuple[str, ...] = ()
+    moot: tuple[str, ...] = ()
     needs: Needs | None = None
     secret: bool = False
     name: str = ""
@@ -64,7 +70,10 @@ class Flag:
 
     def waits(self, value: Any) -> bool:
         """Whether ``value`` is fine but not available yet."""
-        return value != self.default and (ANY in self.unavailable or value in self.unavailable)
+        items = value if self.nargs else (value,)
+        return value != self.default and (
+            ANY in self.unavailable or any(item in self.unavailable for item in items)
+        )
 
 
 def flag(default: Any, *, help: str, group: str, **more: Any) -> Any:  # noqa: A002

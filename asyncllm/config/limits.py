@@ -24,7 +24,7 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """What the options mean for one model on one device; ``notes`` are lines for the log.
+    """What the options mean for one model on one device; ``notes`` and ``warnings`` are for the log.
 
     Attributes:
         max_req_total_len: prompt plus output tokens of one request.
@@ -47,6 +47,7 @@ class Resolved:
     served_names: tuple[str, ...]
     len_is_explicit: bool
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # what was asked for explicitly and is not so
     num_slots: int = 0
     max_body_size: int = MIN_BODY_SIZE
     max_req_input_len: int | None = None
@@ -104,18 +105,18 @@ def resolve_limits(
     Raises:
         StartupError: an explicit value that the model or another explicit value contradicts.
     """
-    for name in GPU_ONLY:
-        if device == "cpu" and name in config.explicit:
-            raise StartupError(f"--{name} has no effect: it counts on GPUs, and this is the CPU")
     notes: list[str] = []
+    warnings = [
+        f"--{name} has no effect: it counts on GPUs, and this is the CPU"
+        for name in GPU_ONLY
+        if device == "cpu" and getattr(config, name)
+    ]
     length = config.max_req_total_len
     len_is_explicit = "max_req_total_len" in config.explicit
     if length > model_limit:
-        if len_is_explicit:
-            raise StartupError(
-                f"--max_req_total_len {length:,} is more than the model's limit of {model_limit:,}"
-            )
-        notes.append(f"max_req_total_len lowered from {length:,} to {model_limit:,}, the model's")
+        (warnings if len_is_explicit else notes).append(
+            f"max_req_total_len lowered from {length:,} to {model_limit:,}, the model's limit"
+        )
         length = model_limit
     chunk, batch = _budgets(config, device)
     eos_ids = config.eos_id or tuple(dict.fromkeys(model_eos))
@@ -140,6 +141,7 @@ def resolve_limits(
         served_names=tuple(dict.fromkeys(names)),
         len_is_explicit=len_is_explicit,
         notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 

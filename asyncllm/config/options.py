@@ -6,6 +6,7 @@ Knows neither argparse (``cli`` builds the parser from ``FLAGS``) nor torch nor 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -50,7 +51,8 @@ PD_MODES = Needs(
     False,
 )
 NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1, False)
-CERTIFIED = Needs("--ssl_certfile", lambda c: c.ssl_certfile is not None)
+CERTIFIED = Needs("--ssl_certfile", lambda c: c.ssl_certfile is not None, vital=True)
+KEYLESS = Needs("addresses, without API keys", lambda c: not (c.api_key or c.api_key_file))
 CACHED = Needs(
     "the prompt cache, without --disable_dynamic_prompt_cache",
     lambda c: not c.disable_dynamic_prompt_cache,
@@ -124,8 +126,8 @@ class Config:
     )  # fmt: skip
     tokenizer_mode: str = flag(
         "fast", group=MODEL, choices=("slow", "fast", "auto"),
-        help="slow: the Python tokenizer, an error where the model has none; fast: the Rust one; "
-        "auto: fast, else slow",
+        help="slow: the Python tokenizer, with a warning the Rust one where the model has no other; "
+        "fast: the Rust one; auto: fast, else slow",
     )  # fmt: skip
     load_way: str = flag(
         "HF", group=MODEL, choices=("HF", "DS"), unavailable=("DS",),
@@ -168,9 +170,9 @@ class Config:
     )  # fmt: skip
     max_req_total_len: int = flag(
         16384, group=MEMORY, check=at_least(2), aliases=("max-model-len", "context-length"),
-        help="prompt plus output tokens of one request; the default is lowered to the model's own "
-        "limit and to the KV slots, an explicit value above them is an error (LightLLM's default "
-        "is now the model's limit)",
+        help="prompt plus output tokens of one request; lowered to the model's own limit (a given "
+        "value with a warning) and, by default, to the KV slots; a given value above those is an "
+        "error (LightLLM's default is now the model's limit)",
     )  # fmt: skip
     max_req_input_len: int | None = flag(
         None, group=MEMORY, check=at_least(1),
@@ -260,7 +262,11 @@ class Config:
         "must be free (LightLLM's default is now a free port)",
     )  # fmt: skip
     use_config_server_to_init_nccl: bool = flag(
-        False, group=PARALLEL, unavailable=(ANY,), help="let the ranks meet at the config_server"
+        False,
+        group=PARALLEL,
+        unavailable=(ANY,),
+        needs=RANKS,
+        help="let the ranks meet at the config_server",
     )
     disable_symm_mem_allreduce: bool = flag(
         False, group=PARALLEL, needs=RANKS,
@@ -269,10 +275,14 @@ class Config:
 
     # --- attention
     mode: tuple[str, ...] = flag(
-        (), group=ATTENTION, nargs="+", unavailable=(ANY,), metavar="MODE",
+        (), group=ATTENTION, nargs="+", metavar="MODE",
+        unavailable=("triton_int8kv", "ppl_int8kv", "triton_fp8kv"),
+        moot=("ppl_fp16", "triton_flashdecoding", "triton_gqa_attention",
+              "triton_gqa_flashdecoding"),
         choices=("triton_int8kv", "ppl_int8kv", "ppl_fp16", "triton_flashdecoding",
                  "triton_gqa_attention", "triton_gqa_flashdecoding", "triton_fp8kv"),
-        help="KV formats and attention kernels by name (LightLLM has dropped this option)",
+        help="KV formats and attention kernels by name; kernels are chosen by the shapes here "
+        "(LightLLM has dropped this option)",
     )  # fmt: skip
 
     disable_cudagraph: bool = flag(
@@ -304,7 +314,7 @@ class Config:
         "pages of others send with POST or DELETE is answered 403",
     )  # fmt: skip
     trust_forwarded_for: tuple[str, ...] = flag(
-        (), group=ACCESS, nargs="+", check=network, metavar="ADDRESS",
+        (), group=ACCESS, nargs="+", check=network, metavar="ADDRESS", needs=KEYLESS,
         help="addresses or networks of proxies in front of this server: a request that comes from "
         "one belongs to the last address in X-Forwarded-For (or Forwarded) that is not one of "
         "them; clients that wait are served in turn, one address each where there are no API keys",
@@ -355,8 +365,10 @@ class Config:
     )  # fmt: skip
     log_json: bool = flag(False, group=OPERATION, help="log one JSON object per line")
 
-    # not a flag: names of the options that were given, whatever their value
+    # not flags: names of the options that were given, whatever their value; and a line about
+    # each that cannot matter
     explicit: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in FLAGS}
@@ -365,15 +377,23 @@ class Config:
         for name, value in values.items():
             if (wrong := FLAGS[name].complaint(value)) is not None:
                 raise StartupError(f"--{name} {wrong}")
-        for name, value in values.items():
-            if FLAGS[name].waits(value):
-                raise StartupError(f"{_as_typed(name, value)} is not available yet")
-        for name in FLAGS:
-            needs = FLAGS[name].needs
-            if name in changed and needs is not None and not needs.met(self):
-                later = "" if needs.available else ", which is not available yet"
-                given = _as_typed(name, values[name])
-                raise StartupError(f"{given} has no effect: it counts with {needs.text}{later}")
+        warnings = [line for name in sorted(changed) for line in self._moot(name, values[name])]
+        object.__setattr__(self, "warnings", tuple(dict.fromkeys((*self.warnings, *warnings))))
+
+    def _moot(self, name: str, value: Any) -> Iterator[str]:
+        """A line if this option cannot matter. Raises StartupError where it cannot be honoured."""
+        option, given = FLAGS[name], _as_typed(name, value)
+        needs = option.needs
+        if needs is not None and not needs.met(self):
+            later = "" if needs.available else ", which is not available yet"
+            line = f"{given} has no effect: it counts with {needs.text}{later}"
+            if needs.vital:
+                raise StartupError(line)
+            yield line
+        elif option.waits(value):
+            raise StartupError(f"{given} is not available yet")
+        elif option.moot:
+            yield f"{given} has no effect: kernels are chosen by the shapes"
 
     def to_json(self) -> str:
         """All fields as one line, for a child process."""
@@ -394,7 +414,7 @@ def _as_typed(name: str, value: Any) -> str:
     """``--tp 2``, ``--mode a b``, ``--check``: the option as one would type it."""
     if value is True:
         return f"--{name}"
-    return f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _flags() -> dict[str, Flag]:

@@ -35,6 +35,7 @@ def check(boot: Boot, spec: ModelSpec) -> int:
         f"device: {resolved.device}, {resolved.dtype}, {ranks}; {config.httpserver_workers} for HTTP",
         plan.text(resolved.max_req_total_len),
         f"ports: {', '.join(ports + [a for a in boot.endpoints if a.startswith('tcp')])}",
+        *(f"warning: {line}" for line in (*config.warnings, *resolved.warnings)),
         *(f"note: {note}" for note in resolved.notes),
         "limits:",
         *(f"  {name} = {getattr(resolved, name)}" for name in limits),

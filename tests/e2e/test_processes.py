@@ -255,9 +255,8 @@ def test_check_prints_the_plan_and_exits(demo_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        (("--max_req_total_len", "9000"), "9,000 8,192"),
+        (("--max_req_total_len", "5000"), "5,000 4,096"),
         (("--eos_id", "2", "49152"), "49152"),
-        (("--tokenizer_mode", "slow", "--check"), "slow"),
     ],
     ids=str,
 )
