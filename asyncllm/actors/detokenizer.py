@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import assert_never
@@ -17,7 +17,7 @@ from asyncllm.actors.base import Actor
 from asyncllm.codec import ints, longs
 from asyncllm.core.detokenize import TextStream
 from asyncllm.core.request import Reason
-from asyncllm.core.stops import SequenceFinder, StopFinder
+from asyncllm.core.stops import SequenceFinder, Stops
 from asyncllm.messages import Delta, Finished, Flush, Follow, StopHit, Tokens
 from asyncllm.text import Text
 
@@ -64,7 +64,9 @@ class Detokenizer(Actor[Inbox]):
                 case Finished():
                     ends.append(msg)  # an urgent one may stand before its tokens
                 case Follow():
-                    self._streams[msg.rid] = _Stream(msg, self._text, self._shown(msg))
+                    self._streams[msg.rid] = _Stream(
+                        msg, self._text, self._special, self._shown(msg)
+                    )
                 case Flush():
                     self._posted = False
                 case _:
@@ -147,18 +149,22 @@ class _Stream:
         "sequences",
         "shown",
         "simple",
+        "special",
         "stopped_at",
         "stops",
         "text",
     )
 
-    def __init__(self, follow: Follow, text: Text, shown: frozenset[int]) -> None:
+    def __init__(
+        self, follow: Follow, text: Text, special: Mapping[str, int], shown: frozenset[int]
+    ) -> None:
         self.rid, self.pieces = follow.rid, text.pieces
         self.healed = follow.healed  # text of the prompt that is to be said again
         self.covered = len(follow.healed.decode())  # characters of it
         self.print_eos, self.shown = follow.print_eos, shown
         self.text: TextStream = text.stream(ints(follow.prompt_tail), follow.skip_special_tokens)
-        self.stops = StopFinder(follow.stop) if follow.stop else None
+        self.stops = Stops(follow.stop, special) if follow.stop else None
+        self.special = text.special
         self.sequences = SequenceFinder(follow.stop_sequences) if follow.stop_sequences else None
         self.simple = self.stops is None and self.sequences is None
         self.scanned = 0  # tokens that ``sequences`` has seen
@@ -202,7 +208,7 @@ class _Stream:
             if self.covered:
                 piece = self._uncovered(piece)
             pieces.append(piece)
-            shown.append(self._before_stop(piece))
+            shown.append(self._before_stop(piece, token))
             if self.stops is not None and self.stops.hit:
                 break
         if self.finished is not None or hidden:
@@ -257,8 +263,11 @@ class _Stream:
         own = replace(finished, reason=Reason.STOP, detail="", code="", status=0, stop=found)
         return replace(own, num_tokens=self.stopped_at)
 
-    def _before_stop(self, piece: str) -> str:
-        return piece if self.stops is None else self.stops.push(piece)
+    def _before_stop(self, piece: str, token: int = -1) -> str:
+        if self.stops is None:
+            return piece
+        hidden = not piece and token in self.special
+        return self.stops.push(piece, self.pieces[token].decode(errors="replace") if hidden else "")
 
     def _rest(self, pieces: list[str]) -> str:
         """Text held back, now that the stream has ended; it belongs to the last piece here."""

@@ -57,7 +57,7 @@ COMMON: Final = (
       "with a grammar (extension)"),
     F(name="stop", kind="any", default=(), parse=fields.stop_strings, to="stop",
       doc=f"a string or at most {fields.MAX_STOP} of them, each of at most {fields.MAX_STOP_CHARS} "
-      "characters; cut from the text"),
+      "characters; cut from the text. That of a special token stops at it, shown or not"),
     F(name="stop_token_ids", kind="any", default=(), parse=fields.stop_ids, to="stop_token_ids",
       doc=f"ids that end the text, at most {fields.MAX_STOP_IDS} (extension)"),
     F(name="ignore_eos", kind="boolean", default=False, to="ignore_eos",

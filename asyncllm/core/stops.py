@@ -5,7 +5,8 @@ Knows text and ids; knows neither tokenizers nor requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 
 
 class StopFinder:
@@ -54,6 +55,68 @@ class StopFinder:
         """Where a stop string begins first, and which; of two that begin there, the shorter."""
         places = ((at, s) for s in self._stops if (at := text.find(s)) >= 0)
         return min(places, default=(-1, ""))
+
+
+class Stops:
+    """Gives the text before the stop string that begins first, where some tokens are not shown.
+
+    A stop string with the text of a special token in it is looked for in the text with such tokens,
+    any other one in the text that is shown.
+
+    Args:
+        stops: the stop strings.
+        special: texts of special tokens.
+    """
+
+    __slots__ = ("_given", "_hidden", "_plain", "_taken", "_whole")
+
+    def __init__(self, stops: tuple[str, ...], special: Collection[str] = ()) -> None:
+        named = tuple(s for s in stops if any(token in s for token in special if token))
+        self._whole = StopFinder(named) if named else None
+        self._plain = StopFinder(tuple(s for s in stops if s not in named))
+        self._hidden: deque[tuple[int, int]] = deque()  # where the whole text is not to be shown
+        self._taken = self._given = 0  # characters of the whole text
+
+    @property
+    def hit(self) -> bool:
+        """A stop string was found; nothing comes out any more."""
+        return self._plain.hit or (self._whole is not None and self._whole.hit)
+
+    @property
+    def found(self) -> str:
+        """That string; "" until then."""
+        return self._plain.found or ("" if self._whole is None else self._whole.found)
+
+    def push(self, text: str, hidden: str = "") -> str:
+        """Take more text, and behind it that of a token that is not shown; what can be shown now."""
+        if self._whole is None:
+            return self._plain.push(text)
+        if self.hit:
+            return ""
+        begin = self._taken + len(text)
+        self._taken = begin + len(hidden)
+        if hidden:
+            self._hidden.append((begin, self._taken))
+        shown = self._plain.push(self._visible(self._whole.push(text + hidden)))
+        return shown + (self._plain.flush() if self._whole.hit else "")
+
+    def flush(self) -> str:
+        """The text has ended: what was held back, up to a stop string inside it."""
+        if self._whole is None:
+            return self._plain.flush()
+        return self._plain.push(self._visible(self._whole.flush())) + self._plain.flush()
+
+    def _visible(self, text: str) -> str:
+        """The next part of the whole text, without what is hidden of it."""
+        first, self._given = self._given, self._given + len(text)
+        shown, at = [], 0
+        while self._hidden and self._hidden[0][0] < self._given:
+            begin, end = self._hidden.popleft()
+            shown.append(text[at : begin - first])
+            at = min(end, self._given) - first
+            if end > self._given:
+                self._hidden.appendleft((self._given, end))
+        return "".join(shown) + text[at:]
 
 
 def _begun(text: str, stop: str) -> int:

@@ -373,3 +373,36 @@ def test_turns_are_short_fair_and_lose_nothing(text: Text) -> None:
 
 def _f32(*values: float) -> bytes:
     return array("f", values).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("stop", "wanted", "num"),
+    [
+        ("<call>", "ab", 3),
+        ("b<call>", "a", 3),
+        ("<call>\n", "ab", 4),
+        ("<call>x", "ab\n", 5),  # never comes: ends by <eos>, which nobody asked for
+        ("call", "ab\n", 5),  # text of a token that is not shown
+        ("<eos>", "ab\n", 5),
+        ("a", "", 1),
+    ],
+)
+@pytest.mark.parametrize("ends", [0, 1])
+def test_the_text_of_a_hidden_token_stops(
+    text: Text, stop: str, wanted: str, num: int, ends: int
+) -> None:
+    ids = [*text.encode("ab<call>\n<eos>", False)]
+    script: list[Any] = [follow(7, "zz", stop)]
+    script += [tokens([7], [i], [ends if i == ids[-1] else 0]) for i in ids]
+    front, sched = play(text, [*script, done(7, 5, Reason.STOP)], finished=1)
+    assert said(front, 7) == wanted
+    found = stop if stop not in ("<call>x", "call") else ""
+    assert (front[-1].stop, front[-1].num_tokens) == (found, num)
+    assert (StopHit(7, num) in sched) is bool(found)
+
+
+def test_the_text_of_a_shown_token_stops(text: Text) -> None:
+    ids = [*text.encode("ab<call>cd", False)]
+    shown = Follow(7, b"", ("<call>c",), False, False)
+    front, _ = play(text, [shown, tokens([7] * 5, ids), done(7, 5)], finished=1)
+    assert said(front, 7) == "ab"

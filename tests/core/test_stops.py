@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncllm.core.stops import SequenceFinder, StopFinder
+from asyncllm.core.stops import SequenceFinder, StopFinder, Stops
 
 LETTERS = st.text("abc", max_size=14)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
@@ -104,3 +104,32 @@ def test_no_sequences() -> None:
     finder = SequenceFinder([()])
     finder.push(1)
     assert (finder.hit, finder.held) == (0, 0)
+
+
+SPECIAL = ("<x>", "<y>")
+SOME = st.lists(st.tuples(st.text("ab<x", max_size=4), st.sampled_from(("", *SPECIAL))), max_size=7)
+NAMED = st.lists(
+    st.sampled_from(("<x>", "<y>", "<x>a", "b<y>", "<x><y>", "ab", "x", "<", "aa", "b<x>a")),
+    min_size=1,
+    max_size=4,
+    unique=True,
+).map(tuple)
+
+
+@settings(derandomize=True, max_examples=400, deadline=None)
+@given(parts=SOME, stops=NAMED)
+def test_texts_of_hidden_tokens_stop(parts: list[tuple[str, str]], stops: tuple[str, ...]) -> None:
+    finder = Stops(stops, SPECIAL)
+    got = "".join(finder.push(*part) for part in parts) + finder.flush()
+    # each character of the whole text, and whether it is shown
+    marked = [(c, i == 0) for part in parts for i, text in enumerate(part) for c in text]
+    whole = "".join(c for c, _ in marked)
+    visible = "".join(c for c, shown in marked if shown)
+    ends = [len(visible)]
+    for stop in stops:
+        named = any(token in stop for token in SPECIAL)
+        if (at := (whole if named else visible).find(stop)) >= 0:
+            ends.append(sum(shown for _, shown in marked[:at]) if named else at)
+    assert got == visible[: min(ends)]
+    assert finder.hit is (len(ends) > 1)
+    assert (finder.found in stops) is finder.hit

@@ -147,6 +147,21 @@ def test_stop_string_across_tokens_is_cut(server: Server, prose: list[int]) -> N
     assert reply["text"] == free[: free.index(stop)]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_the_text_of_a_special_token_stops_at_it(server: Server, path: str) -> None:
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 60}
+    free = server.post(path, body)
+    if path == "/v1/messages":
+        reply = server.post(path, body | {"stop_sequences": ["###", "<|im_end|>"]})
+        assert reply["content"] == free["content"]
+        assert (reply["stop_reason"], reply["stop_sequence"]) == ("stop_sequence", "<|im_end|>")
+        return
+    reply = server.post(path, body | {"stop": ["###", "<|im_end|>"], "ignore_eos": True})
+    assert reply["choices"][0] == free["choices"][0]
+    assert reply["usage"]["completion_tokens"] == free["usage"]["completion_tokens"] < 60
+
+
 def test_stop_sequence_of_ids_is_cut(server: Server, prose: list[int]) -> None:
     free = server.tokens(prose[:200], 24, ignore_eos=True)
     stop = free[9:13]
