@@ -46,7 +46,7 @@ class Accepted:
     rid: int
     prompt: bytes
     head: str = ""  # of a chat: the end of the prompt's text, without a message to be continued
-    left_out: int = 0  # tokens of the prompt as it was sent that are not in ``prompt``
+    cut: bool = False  # tokens of the prompt as it was sent are not in ``prompt``
 
 
 @message(3)
@@ -108,8 +108,10 @@ class Counted:
     """tokenizer -> frontend."""
 
     query: int
-    num_tokens: int  # -1: not counted (not Unicode, no free thread, or no answer in time)
-    detail: str = ""  # why the chat is refused
+    num_tokens: int  # -1: not counted
+    detail: str = ""  # and why
+    code: str = ""
+    status: int = 0
 
 
 @message(8)
@@ -123,6 +125,7 @@ class Prepared:
     status: int
     frees: bool  # the thread is free again; False: the answer is late, the thread still busy
     head: str = ""  # as in Accepted
+    cut: bool = False  # as in Accepted
 
 
 @message(26)

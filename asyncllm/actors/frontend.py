@@ -297,7 +297,8 @@ class Frontend(Actor[Inbox]):
         """Tokens of a text, or of a chat's prompt.
 
         Raises:
-            RequestError: 400, the template refuses the chat. ServerBusy: 429. NotServing: 503.
+            RequestError: 400, it is too long, or the template refuses the chat. ServerBusy: 429.
+            NotServing: 503.
         """
         query, future = self._query()
         try:
@@ -306,10 +307,10 @@ class Frontend(Actor[Inbox]):
             del self._queries[query]
             raise ServerBusy("the tokenizer is behind; try again later") from None
         counted: Counted = await self._wait(query, future, "the tokenizer")
-        if counted.detail:
-            raise RequestError(counted.detail, param="messages")
         if counted.num_tokens < 0:
-            raise NotServing("the tokenizer could not count this text in time")
+            error = from_status(counted.status, counted.detail, counted.code)
+            error.param = "text" if chat is None else "messages"
+            raise error
         return counted.num_tokens
 
     def cancel(self, request_id: str) -> None:
@@ -364,7 +365,7 @@ class Frontend(Actor[Inbox]):
         if found is None:
             return
         exchange, choice = found
-        exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.head, msg.left_out)
+        exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.head, msg.cut)
         exchange.unaccepted.discard(msg.rid)
         if not exchange.unaccepted:
             if exchange.streams:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import assert_never
@@ -19,6 +20,7 @@ from asyncllm.actors.base import Actor
 from asyncllm.api.chat import ChatTemplate
 from asyncllm.api.reasoning import prompt_state
 from asyncllm.core.admission import Shares
+from asyncllm.core.cutting import encode_ends, shortened
 from asyncllm.core.fair_queue import FairQueue
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.errors import PromptTooLong, RequestError, ServerBusy
@@ -40,7 +42,10 @@ from asyncllm.text import Text
 MOST_HEALED = 2  # tokens taken off a prompt, as LightLLM does
 TAIL_BYTES = 8 * 4  # prompt ids that the detokenizer gets: more than any character needs
 HEAD_CHARS = 256  # of a chat's prompt that the frontend gets: more than any mark at its end
-MIN_CHARS_PER_TOKEN = 16
+MIN_CHARS_PER_TOKEN = 16  # where the longest token is shorter; also what /tokens may count
+# A prompt takes a place in the line for each of these, so that all that waits are 32 Mi characters:
+# 4 s of English for two threads on slow cores, 19 s of digits (1 token each).
+PLACE_CHARS = 32 << 10
 LIMIT_FLAG = "--max_req_total_len"
 INPUT_FLAG = "--max_req_input_len"
 
@@ -55,8 +60,8 @@ class _Job:
     alive: list[int]
     head: str = ""  # see Accepted
     ids: bytes = b""  # once they are known
+    cut: bool = False  # there were more before some were left out
     dropped: int = 0  # tokens at their end that the output spells anew
-    sent_len: int = 0  # how many there were before any were left out
     params: SamplingParams = field(
         default_factory=SamplingParams
     )  # with max_new_tokens, of a Tokenize
@@ -75,7 +80,7 @@ class Tokenizer(Actor[Inbox]):
         heals: texts are spelled anew at their end (--token_healing_mode).
         workers: threads that render and encode.
         time_limit_s: for one rendering and encoding; the thread stays taken until it is done.
-        max_queue: prompts that may wait for a thread.
+        max_queue: prompts that may wait for a thread; a long one counts as several (PLACE_CHARS).
 
     Raises:
         StartupError: a chat template does not compile.
@@ -142,7 +147,11 @@ class Tokenizer(Actor[Inbox]):
         for number in whole:
             if job := self._jobs.get(number):
                 if isinstance(job.msg, Tokenize) and job.msg.ids is not None:
-                    self._answer(number, job, job.msg.ids)
+                    ids, job.cut = _fitted(array("i", job.msg.ids), self._keeps(job.msg))
+                    self._answer(number, job, ids.tobytes())
+                elif (error := self._too_long(job.msg)) is not None:
+                    self._forget(number, job)
+                    self._refuse(job, error)
                 else:
                     self._wait(number, job)
 
@@ -171,39 +180,40 @@ class Tokenizer(Actor[Inbox]):
             self._refuse(
                 job,
                 ServerBusy(
-                    f"{self._places.of(client)} prompts of this client and {len(self._line)} "
-                    f"together wait to be tokenized, at most {self._places.most} may, half of them "
-                    "of one client while others wait; try again later"
+                    f"prompts of this client in {self._places.of(client)} places (of {PLACE_CHARS} "
+                    f"characters) and {self._places.total} together wait to be tokenized, at most "
+                    f"{self._places.most} may, half of them of one client while others wait; try "
+                    "again later"
                 ),
             )
             return
         self._line.append(client, number, number)
-        self._places.take(client)
+        self._places.take(client, _places(job.msg))
         self._start_some()
 
     def _start_some(self) -> None:
         while self._free and self._line:
             number = next(iter(self._line))
-            client = self._jobs[number].msg.client
-            self._line.serve(client, number)
-            self._places.give(client)
+            msg = self._jobs[number].msg
+            self._line.serve(msg.client, number)
+            self._places.give(msg.client, _places(msg))
             self._free -= 1
-            self.spawn(self._run(number, self._jobs[number].msg))
+            self.spawn(self._run(number, msg))
 
     async def _run(self, number: int, msg: Tokenize | Count) -> Prepared:
         work = self.system.loop.run_in_executor(self._pool, self._ids, msg)
         try:
             async with asyncio.timeout(self._time_limit_s):
-                ids, head = await asyncio.shield(work)
+                ids, head, cut = await asyncio.shield(work)
         except TimeoutError:
             self.spawn(self._late(number, work))
             detail = f"the prompt could not be prepared in {self._time_limit_s:g} s"
             return Prepared(number, b"", detail, "", RequestError.status, False)
         except RequestError as error:
             return Prepared(number, b"", error.message, error.code or "", error.status, True)
-        return Prepared(number, ids, "", "", 0, True, head)
+        return Prepared(number, ids, "", "", 0, True, head, cut)
 
-    async def _late(self, number: int, work: asyncio.Future[tuple[bytes, str]]) -> Prepared:
+    async def _late(self, number: int, work: asyncio.Future[tuple[bytes, str, bool]]) -> Prepared:
         """Frees the thread of a job that has been answered already."""
         with contextlib.suppress(RequestError):
             await work
@@ -215,7 +225,7 @@ class Tokenizer(Actor[Inbox]):
             self._start_some()
         if (job := self._jobs.get(msg.job)) is None:
             return
-        job.head = msg.head
+        job.head, job.cut = msg.head, msg.cut
         if msg.detail:
             self._forget(msg.job, job)
             self._refuse(job, _error(msg))
@@ -242,13 +252,13 @@ class Tokenizer(Actor[Inbox]):
             del self._jobs[number]
             if self._line.has(job.msg.client, number):
                 self._line.discard(job.msg.client, number)
-                self._places.give(job.msg.client)
+                self._places.give(job.msg.client, _places(job.msg))
         self.frontend.tell(Finished(rid, Reason.ABORT, "", "", 0, 0, 0, 0))
 
     # -- in a thread of the pool: plain data in and out ------------------------------------------------
 
-    def _ids(self, msg: Tokenize | Count) -> tuple[bytes, str]:
-        """Ids of a text or a chat, and the chat's head. Raises RequestError."""
+    def _ids(self, msg: Tokenize | Count) -> tuple[bytes, str, bool]:
+        """Ids of a text or a chat, the chat's head, whether it was cut. Raises RequestError."""
         head = ""
         try:
             if msg.chat is not None:
@@ -259,21 +269,74 @@ class Tokenizer(Actor[Inbox]):
                 head = text.removesuffix(continued)[-HEAD_CHARS:]
             else:
                 text, add_special_tokens = msg.text or "", msg.add_special_tokens
-            if isinstance(msg, Tokenize) and not (msg.truncate or self._truncation != "None"):
-                self._check_chars(len(text))
-            if not text:
-                return b"", head
-            return self._text.encode(text, add_special_tokens).tobytes(), head
+            ids, cut = self._encoded(text, add_special_tokens, msg)
+            return ids.tobytes(), head, cut
         except UnicodeEncodeError as error:
             raise RequestError("the prompt is not valid Unicode: a lone surrogate") from error
 
-    def _check_chars(self, num_chars: int) -> None:
+    def _encoded(
+        self, text: str, add_special_tokens: bool, msg: Tokenize | Count
+    ) -> tuple[array[int], bool]:
+        """Ids of a text that has been rendered, and whether any were left out."""
+        keeps = self._keeps(msg) if isinstance(msg, Tokenize) else []
+        if not keeps or sum(keeps[-1]) > self._input_limit:
+            self._check_chars(len(text), msg)
+        if not text:
+            return array("i"), False
+        if not keeps:
+            return self._text.encode(text, add_special_tokens), False
+        ids, cut = encode_ends(
+            text,
+            lambda part: self._text.encode(part, add_special_tokens),
+            *keeps[0],
+            self._chars_per_token,
+        )
+        ids, more = _fitted(ids, keeps[1:])
+        return ids, cut or more
+
+    # -- how long prompts may be ---------------------------------------------------------------------
+
+    def _too_long(self, msg: Tokenize | Count) -> RequestError | None:
+        """What can be said before a thread is asked."""
+        if isinstance(msg, Tokenize) and (msg.truncate or self._truncation != "None"):
+            return None
+        try:
+            # a chat is JSON, which may take two bytes for a character
+            self._check_chars(len(msg.text or "") if msg.chat is None else len(msg.chat) // 2, msg)
+        except RequestError as error:
+            return error
+        return None
+
+    def _check_chars(self, num_chars: int, msg: Tokenize | Count) -> None:
         at_least = -(-num_chars // self._chars_per_token)
-        if at_least > self._input_limit:
-            raise PromptTooLong(
-                f"This prompt exceeds the context window: {num_chars} characters are at least"
-                f" {at_least} prompt tokens, limit {self._input_limit} ({self._input_flag})"
+        if at_least <= self._input_limit:
+            return
+        if isinstance(msg, Count):
+            most = self._input_limit * self._chars_per_token
+            raise RequestError(
+                f"at least {num_chars} characters are too many to be counted: at most {most} are,"
+                f" {self._chars_per_token} for each of {self._input_limit} tokens"
+                f" ({self._input_flag})",
+                code=PromptTooLong.code,
             )
+        raise PromptTooLong(
+            f"This prompt exceeds the context window: {num_chars} characters are at least"
+            f" {at_least} prompt tokens, limit {self._input_limit} ({self._input_flag})"
+        )
+
+    def _keeps(self, msg: Tokenize) -> list[tuple[int, int]]:
+        """(first, last) ids that a prompt is shortened to, one after the other.
+
+        What is to be generated has room beside them (one token if that is open).
+        """
+        keeps = [(0, msg.truncate)] if msg.truncate else []
+        most = SamplingParams.unpack(msg.params).max_new_tokens
+        room = self._limit - (1 if most is None else most)
+        if self._truncation != "None" and room > 0:
+            room = min(room, self._input_limit)
+            head = room // 2 if self._truncation == "center" else 0
+            keeps.append((head, room - head))
+        return keeps
 
     # -- answers -------------------------------------------------------------------------------------
 
@@ -285,8 +348,6 @@ class Tokenizer(Actor[Inbox]):
             self.frontend.tell(Counted(msg.query, len(ids) // 4))
             return
         params = SamplingParams.unpack(msg.params)
-        job.sent_len = len(ids) // 4
-        ids = self._truncated(ids, msg.truncate, params.max_new_tokens)
         try:
             room = self._room(ids, params.max_new_tokens)
         except RequestError as error:
@@ -327,8 +388,7 @@ class Tokenizer(Actor[Inbox]):
                 self.scheduler.tell(
                     Submit(rid, kept, own.pack(), thoughts, after, healed, msg.client)
                 )
-        left_out = job.sent_len - len(ids) // 4
-        self.frontend.tell(Accepted(msg.rids[0], ids, job.head, left_out))
+        self.frontend.tell(Accepted(msg.rids[0], ids, job.head, job.cut))
 
     def _to_heal(self, ids: bytes, params: SamplingParams) -> int:
         """How many tokens at the end of a text are to be spelled anew."""
@@ -351,16 +411,6 @@ class Tokenizer(Actor[Inbox]):
             text.pieces[i] if i < len(text.pieces) and i not in text.special else b""
             for i in map(int, np.frombuffer(ids, np.int32))
         ]
-
-    def _truncated(self, ids: bytes, most: int, max_new_tokens: int | None) -> bytes:
-        """The ids, or as many as fit beside what is to be generated (one token if that is open)."""
-        if most:
-            ids = _shortened(ids, most, 0)
-        room = self._limit - (1 if max_new_tokens is None else max_new_tokens)
-        if self._truncation == "None" or room <= 0:
-            return ids
-        room = min(room, self._input_limit)
-        return _shortened(ids, room, room // 2 if self._truncation == "center" else 0)
 
     def _room(self, ids: bytes, max_new_tokens: int | None) -> int:
         """Tokens the request may generate. Raises RequestError where the prompt cannot be served."""
@@ -400,8 +450,8 @@ class Tokenizer(Actor[Inbox]):
 
     def _refuse(self, job: _Job, error: RequestError) -> None:
         if isinstance(job.msg, Count):
-            detail = error.message if job.msg.chat is not None else ""
-            self.frontend.tell(Counted(job.msg.query, -1, detail))
+            told = Counted(job.msg.query, -1, error.message, error.code or "", error.status)
+            self.frontend.tell(told)
             return
         self.frontend.tell(
             Finished(
@@ -417,11 +467,17 @@ class Tokenizer(Actor[Inbox]):
         )
 
 
-def _shortened(ids: bytes, most: int, head: int) -> bytes:
-    """At most ``most`` ids: the first ``head`` of them and the last."""
-    if len(ids) <= 4 * most:
-        return ids
-    return ids[: 4 * head] + ids[len(ids) - 4 * (most - head) :]
+def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], bool]:
+    """The ids shortened, and whether any were left out."""
+    sent_len = len(ids)
+    for head, tail in keeps:
+        ids = shortened(ids, head, tail)
+    return ids, len(ids) < sent_len
+
+
+def _places(msg: Tokenize | Count) -> int:
+    """How much of the line it takes."""
+    return 1 + len(msg.chat if msg.chat is not None else msg.text or "") // PLACE_CHARS
 
 
 def _error(msg: Prepared | Compiled) -> RequestError:

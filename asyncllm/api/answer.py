@@ -176,14 +176,14 @@ class Answer:
     prompts: list[array[int]]
     truncated: set[int] = field(default_factory=set)  # prompts that are shorter than they were sent
 
-    def accept(self, prompt_idx: int, ids: bytes, head: str, left_out: int = 0) -> None:
+    def accept(self, prompt_idx: int, ids: bytes, head: str, cut: bool = False) -> None:
         """A prompt is known.
 
         Args:
             ids: int32.
-            head, left_out: as in Accepted.
+            head, cut: as in Accepted.
         """
-        if left_out:
+        if cut:
             self.truncated.add(prompt_idx)
         generation = self.generation
         self.prompts[prompt_idx].frombytes(ids)

@@ -56,10 +56,10 @@ class Shares:
         self.total += places
         self._held[client] = self.of(client) + places
 
-    def give(self, client: int) -> None:
-        """One place is free again."""
-        self.total -= 1
-        self._held[client] -= 1
+    def give(self, client: int, places: int = 1) -> None:
+        """They are free again."""
+        self.total -= places
+        self._held[client] -= places
         if not self._held[client]:
             del self._held[client]
 

@@ -195,6 +195,81 @@ def test_hopelessly_long_text_is_refused_without_encoding(
     assert encoded == []
 
 
+@pytest.mark.parametrize("options", [{}, {"input_limit": 19}])
+def test_what_is_too_long_is_refused_without_a_thread(
+    text: Text, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts and chats, to be answered or counted: 16 characters a token, as no token is longer."""
+    monkeypatch.setattr(module.Tokenizer, "_start_some", lambda self: None)
+    long = "a" * 100_000
+    chat = {"messages": [{"role": "user", "content": long}], "tools": None, "kwargs": {}}
+    packed = json.dumps(chat).encode()
+    flag = "--max_req_input_len" if options else "--max_req_total_len"
+    for asked in (prompt(text=long), prompt(chat=chat)):
+        refusal = only(play(text, [asked], answers=1, **options))
+        assert (refusal.code, refusal.status) == ("context_length_exceeded", 400)
+        assert f"({flag})" in refusal.detail
+    most = 16 * options.get("input_limit", LIMIT)
+    for count, number in ((Count(3, long, True), 100_000), (Count(3, "", False, packed), 50_038)):
+        counted = play(text, [count], answers=1, **options)[0][1]
+        assert (counted.num_tokens, counted.status) == (-1, 400)
+        assert counted.code == "context_length_exceeded"
+        assert f"at least {number} characters are too many to be counted: at most {most}" in (
+            counted.detail
+        )
+        assert f"({flag})" in counted.detail
+
+
+def test_a_chat_that_its_template_makes_too_long_is_refused(text: Text) -> None:
+    messages = [{"role": "u" * 100, "content": "a"}]
+    grows = "{% for m in messages %}{{ m.role * 10 }}{% endfor %}"
+    wide = replace(text, templates={"default": grows})
+    chat = {"messages": messages, "tools": None, "kwargs": {}}
+    assert "1000 characters" in only(play(wide, [prompt(chat=chat)], answers=1)).detail
+    counted = play(wide, [Count(3, "", False, json.dumps(chat).encode())], answers=1)[0][1]
+    assert "at least 1000 characters are too many to be counted" in counted.detail
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "expected"),
+    [
+        ({"truncate": 4}, {}, "wxyz"),
+        ({}, {"truncation": "head", "input_limit": 5}, "vwxyz"),
+        ({}, {"truncation": "center", "input_limit": 5}, "abxyz"),
+        ({"truncate": 4}, {"truncation": "center", "input_limit": 2}, "wz"),
+    ],
+)
+def test_of_long_texts_only_the_ends_are_encoded(
+    text: Text,
+    asked: dict[str, Any],
+    options: dict[str, Any],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded, original = [0], Text.encode
+
+    def encode(self: Text, some: str, special: bool) -> Any:
+        encoded[0] += len(some)
+        return original(self, some, special)
+
+    monkeypatch.setattr(Text, "encode", encode)
+    long = ABC + "-" * 1_000_000 + ABC
+    chat = {"messages": [{"role": "", "content": long}], "tools": None, "kwargs": {}}
+    plain = replace(text, templates={"default": "{{ messages[0].content }}"})
+    for msg in (prompt(text=long, max_new_tokens=3), prompt(chat=chat, max_new_tokens=3)):
+        accepted = play(plain, [replace(msg, **asked)], answers=1, **options)[-1][1]
+        assert (text.decode(ints(accepted.prompt)), accepted.cut) == (expected, True)
+    assert encoded[0] < 10_000
+
+
+def test_a_shorter_prompt_that_is_too_long_is_refused_unseen(text: Text) -> None:
+    asked = replace(prompt(text="a" * 400, max_new_tokens=3), truncate=30)
+    assert (
+        "400 characters are at least 25 prompt tokens"
+        in only(play(text, [asked], answers=1)).detail
+    )
+
+
 def test_prompts_have_a_limit_of_their_own(text: Text) -> None:
     refusal = only(play(text, [prompt(text="a" * 9)], answers=1, input_limit=8))
     assert refusal.detail == (
@@ -233,7 +308,7 @@ def test_long_prompts_are_truncated(
         log = play(text, [asked], answers=1, **options)
         accepted, submit = log[-1][1], log[1][1]
         assert text.decode(ints(accepted.prompt)) == expected
-        assert accepted.left_out == len(ABC) - len(expected)
+        assert accepted.cut
         assert submit.prompt == accepted.prompt
         assert log[0][1].prompt_tail == accepted.prompt[-32:]
         room = SamplingParams.unpack(submit.params).max_new_tokens
@@ -242,7 +317,7 @@ def test_long_prompts_are_truncated(
 
 def test_short_prompts_are_not_truncated(text: Text) -> None:
     log = play(text, [prompt(text="abc", max_new_tokens=3)], answers=1, truncation="center")
-    assert (text.decode(ints(log[-1][1].prompt)), log[-1][1].left_out) == ("abc", 0)
+    assert (text.decode(ints(log[-1][1].prompt)), log[-1][1].cut) == ("abc", False)
 
 
 def test_truncation_cannot_make_room_for_too_many_tokens(text: Text) -> None:
@@ -255,7 +330,7 @@ def test_truncation_cannot_make_room_for_too_many_tokens(text: Text) -> None:
 def test_a_request_may_ask_for_a_shorter_prompt(text: Text) -> None:
     asked = replace(prompt(text="a" * 330 + "bcd", max_new_tokens=3), truncate=4)
     accepted = play(text, [asked], answers=1)[-1][1]
-    assert (text.decode(ints(accepted.prompt)), accepted.left_out) == ("abcd", 329)
+    assert (text.decode(ints(accepted.prompt)), accepted.cut) == ("abcd", True)
 
 
 @pytest.mark.parametrize(
@@ -475,7 +550,9 @@ def test_full_queue_is_429(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     refused = [m for _, m in log if isinstance(m, Finished)]
     assert [(m.rid, m.status, m.code) for m in refused] == [(3, 429, "rate_limit_exceeded")]
-    assert Counted(5, -1) in [m for _, m in log]
+    (counted,) = [m for _, m in log if isinstance(m, Counted)]
+    assert (counted.num_tokens, counted.status) == (-1, 429)
+    assert "wait to be tokenized, at most 1 may" in counted.detail
     assert [m.rid for _, m in log if isinstance(m, Accepted)] == [1, 2]
 
 
@@ -526,6 +603,15 @@ def test_a_clients_share_of_the_line_is_half_while_others_wait(text: Text) -> No
     assert set(refused) == {5, 6, 7, 8}
     assert refused[5].status == 429
     assert "half of them of one client while others wait" in refused[5].detail
+
+
+def test_a_long_text_takes_several_places(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PLACE_CHARS", 100)
+    batch = [prompt(1, "a"), prompt(2, "b" * 250), prompt(3, "c"), prompt(4, "d"), prompt(5, "e")]
+    log = play(text, batch, answers=5, workers=1, max_queue=4, limit=1000)
+    refused = [msg.rid for _, msg in log if isinstance(msg, Finished)]
+    assert refused == [4, 5]  # 1 is in the thread, 2 has three places, 3 the last one
+    assert [msg.rid for _, msg in log if isinstance(msg, Accepted)] == [1, 2, 3]
 
 
 def test_an_abort_gives_the_place_in_the_line_back(

@@ -98,7 +98,7 @@ class Model(Actor[Any]):
                     if chat is not None:
                         text = json.loads(chat)["messages"][-1]["content"]
                     if self.refusal:
-                        self.front.tell(Counted(query, -1, self.refusal))
+                        self.front.tell(Counted(query, -1, self.refusal, "", 400))
                     elif self.counts:
                         self.front.tell(Counted(query, len(text.encode()) + special))
         self.spawn(self._notify())

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
+import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +38,62 @@ def test_ambiguous_grammars(demo_dir: Path, tmp_path: Path, tp: int) -> None:
     for status, text in report.result:
         assert status == 400
         assert "--constraint_time_limit" in text
+
+
+async def send(session: aiohttp.ClientSession, path: str, data: bytes, **headers: str) -> int:
+    async with session.post(path, data=io.BytesIO(data), headers=headers) as reply:
+        await reply.read()
+        return reply.status
+
+
+def chat_of(number: int, content: str) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": content}] * number}).encode()
+
+
+def test_counting_tokens(server: Server) -> None:
+    """Texts that are too long are refused at once; those that are not leave others their turn."""
+
+    async def attack(session: aiohttp.ClientSession) -> list[int]:
+        body = json.dumps({"text": "hello world " * 2_500_000}).encode()
+        long = json.dumps({"text": "hello world " * 300_000}).encode()
+        allowed = json.dumps({"text": "hello world " * 50_000}).encode()
+        chat = json.dumps(
+            {"max_tokens": 1, "messages": [{"role": "user", "content": "a " * 500_000}]}
+        )
+        codes = [await send(session, "/tokens", body), await send(session, "/tokens", long)]
+        codes.append(await send(session, "/v1/messages/count_tokens", chat.encode()))
+        begun = time.perf_counter()
+        counts = [send(session, "/tokens", allowed) for _ in range(8)]
+        codes += await asyncio.gather(*counts)
+        codes.append(await send(session, "/tokens", b'{"text": "hi"}'))
+        assert time.perf_counter() - begun < 20
+        return codes
+
+    report = server.run(under_attack(server, attack))
+    assert report.result == [413, 400, 400, *[200] * 9]
+    check(report)
+
+
+def test_bodies(server: Server) -> None:
+    """What the parser would hold the interpreter lock for, and what unpacks to a lot."""
+    packer = zlib.compressobj(wbits=31)
+    bomb = b"".join(packer.compress(bytes(1 << 24)) for _ in range(64)) + packer.flush()
+    arrays = b'{"prompt": "x", "max_tokens": 1, "x": [' + b"[]," * 1_390_000 + b"[]]}"
+    ids = b'{"prompt": [' + b"1," * 2_000_000 + b"1]}"
+    allowed = b'{"prompt": [' + b"49151," * 190_000 + b"1]}"
+    calls = [{"function": {"name": "f", "arguments": '{"a": [' + "[]," * 1_300_000 + "[]]}"}}]
+    nested = json.dumps({"messages": [{"role": "assistant", "tool_calls": calls}]}).encode()
+
+    async def attack(session: aiohttp.ClientSession) -> list[int]:
+        chat = "/v1/chat/completions"
+        codes = [await send(session, COMPLETIONS, bytes(28 << 20))]
+        codes.append(await send(session, COMPLETIONS, bomb, **{"Content-Encoding": "gzip"}))
+        for body in (arrays, ids, allowed):
+            codes.append(await send(session, COMPLETIONS, body))  # noqa: PERF401
+        codes.append(await send(session, chat, nested))
+        chats = [send(session, chat, chat_of(4096, "x" * 950)) for _ in range(4)]
+        return [*codes, *await asyncio.gather(*chats)]
+
+    report = server.run(under_attack(server, attack))
+    assert report.result == [413, 413, *[400] * 8]
+    check(report)
