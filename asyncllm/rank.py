@@ -54,14 +54,15 @@ def serve(config: Config) -> int:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
         model_dir = resolve_model_dir(config.model_dir, cache_dir())
         config_spec = ModelSpec.from_dir(model_dir)
-        spec = with_own_head(config_spec, read_checkpoint(model_dir))
+        checkpoint = read_checkpoint(model_dir)
+        text = load_text(config, str(model_dir), config_spec)
+        spec = with_own_head(config_spec, checkpoint)
         if spec != config_spec:
             logger.warning(
                 "config.json ties the output matrix to the embedding, but %s is another matrix: "
                 "it is used",
                 HEAD,
             )
-        text = load_text(config, str(model_dir), spec)
         resolved = resolve(config, spec, model_dir, text)
         for line in resolved.warnings:
             logger.warning("%s", line)
@@ -87,7 +88,7 @@ def serve(config: Config) -> int:
             store_fd=store_fd,
         )
         if config.check:
-            return check(boot, spec)
+            return check(boot, spec, text)
         return uvloop.run(Server(boot, spec, text, wires, watch).run())
 
 

@@ -12,6 +12,7 @@ import torch
 
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
+from bench.mkmodel import write_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +37,23 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320,
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048, "torch_dtype": "float32", "bos_token_id": 300,
+    "eos_token_id": 301, "tie_word_embeddings": False, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose tokens are the bytes; it loads in no time. Do not change it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    write_model(TINY, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -196,10 +196,17 @@ def _rope(hf: Json) -> Rope:
 
 
 def _eos(hf: Json, generation: Json) -> tuple[int, ...]:
-    """End tokens of both files: chat models name the turn's end only in generation_config.json."""
+    """End tokens of both files: chat models name the turn's end only in generation_config.json.
+
+    One beyond the vocabulary cannot come, and is left out.
+    """
     found: list[int] = []
     for value in (hf.get("eos_token_id"), generation.get("eos_token_id")):
         for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, int) and token not in found:
+            if token is None:
+                continue
+            if type(token) is not int or token < 0:
+                raise StartupError(f"eos_token_id {token!r} is not a token id (--eos_id)")
+            if token < int(hf["vocab_size"]):
                 found.append(token)
-    return tuple(found)
+    return tuple(dict.fromkeys(found))

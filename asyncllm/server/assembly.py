@@ -29,7 +29,7 @@ from asyncllm.server.launch import (
     endpoint_name,
     tls_context,
 )
-from asyncllm.server.loading import Parts, dialect
+from asyncllm.server.loading import Parts
 from asyncllm.server.topology import PLACEMENT, role
 
 MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
@@ -84,6 +84,7 @@ def make_tokenizer(p: Parts) -> Actor[Any]:
 
 def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
     assert p.text is not None
+    assert p.dialect is not None
     config, resolved, text = p.boot.config, p.boot.resolved, p.text
     pieces = text.pieces
     num_frontends = config.httpserver_workers
@@ -97,7 +98,7 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
             vocab_size=p.spec.vocab_size,
             created=int(time.time()),
             tgi=config.use_tgi_api,
-            dialect=dialect(p.boot, text),
+            dialect=p.dialect,
         ),
         vocab=Vocab(
             piece=lambda i: pieces[i] if i < len(pieces) else b"",

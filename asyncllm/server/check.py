@@ -7,16 +7,31 @@ from typing import Any
 
 from asyncllm.config import FLAGS
 from asyncllm.engine.build import num_parameters
+from asyncllm.engine.parallel import Alone
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.launch import (
     Boot,
 )
-from asyncllm.server.loading import memory_plan, num_threads, torch_device
+from asyncllm.server.loading import (
+    Parts,
+    load_forms,
+    memory_plan,
+    num_threads,
+    read_dialect,
+    torch_device,
+)
+from asyncllm.text import Text
 
 
-def check(boot: Boot, spec: ModelSpec) -> int:
-    """``--check``: what would be started, on standard output."""
-    plan, config = memory_plan(boot, spec), boot.config
+def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
+    """``--check``: what would be started, on standard output.
+
+    Raises:
+        StartupError: what the start would refuse before it reads weights.
+    """
+    config = boot.config
+    load_forms(Parts(boot, spec, text, read_dialect(config, text), None, Alone(), 0))
+    plan = memory_plan(boot, spec)
     resolved = boot.resolved.with_slots(plan.num_slots)
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
     if resolved.device == "cpu":

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from asyncllm import log
-from asyncllm.api.chat import variables
+from asyncllm.api.chat import ChatTemplate, variables
 from asyncllm.api.parts import Dialect, dialect_of
 from asyncllm.config import Config
 from asyncllm.constrain.engine import Grammars
@@ -40,7 +40,8 @@ class Parts:
 
     boot: Boot
     spec: ModelSpec
-    text: Text | None
+    text: Text | None  # of a process that serves HTTP, and so is the dialect
+    dialect: Dialect | None
     device: CpuDevice | CudaDevice | None
     group: Group
     num_slots: int
@@ -84,14 +85,20 @@ def num_threads(boot: Boot) -> int:
 def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
     """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks.
 
+    Whatever may refuse the start is tried before the weights, which take long.
+
     Args:
         text: the tokenizer, if it is loaded already.
     """
     config = boot.config
     if boot.listen_fd >= 0 and text is None:
         text = load_text(config, boot.model_dir, spec)
+    dialect = None if text is None else read_dialect(config, text)
+    parts = Parts(boot, spec, text, dialect, None, Alone(), boot.resolved.num_slots)
     if boot.endpoint >= config.tp:
-        return Parts(boot, spec, text, None, Alone(), boot.resolved.num_slots)
+        return parts
+    if boot.endpoint == 0:
+        load_forms(parts)
     where = torch_device(boot)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # what is launched from this thread goes to our device
@@ -110,15 +117,15 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
         logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))
     boot = replace(boot, resolved=resolved)
     device = _load_device(boot, spec, group, where, num_slots)
-    parts = Parts(boot, spec, text, device, group, num_slots)
-    if boot.endpoint == 0 and text is not None:
-        _load_constraints(parts, text)
-    return parts
+    return replace(parts, boot=boot, device=device, group=group, num_slots=num_slots)
 
 
-def _load_constraints(parts: Parts, text: Text) -> None:
+def load_forms(parts: Parts) -> None:
+    """What makes outputs follow a form. Raises StartupError."""
+    assert parts.text is not None
+    assert parts.dialect is not None
     config, eos_ids = parts.boot.config, parts.boot.resolved.eos_ids
-    model = text, dialect(parts.boot, text), parts.spec.vocab_size, eos_ids
+    model = parts.text, parts.dialect, parts.spec.vocab_size, eos_ids
     with log.phase("load grammars"):
         if config.output_constraint_mode != "none":
             parts.grammars = load_grammars(*model)
@@ -127,8 +134,9 @@ def _load_constraints(parts: Parts, text: Text) -> None:
         )
 
 
-def dialect(boot: Boot, text: Text) -> Dialect:
-    config = boot.config
+def read_dialect(config: Config, text: Text) -> Dialect:
+    """How the model writes. Raises StartupError where its chat templates do not compile."""
+    ChatTemplate(text.templates, text.special_tokens)
     found = dialect_of(text.templates, config.tool_call_parser, config.reasoning_parser)
     return replace(found, variables=variables(text.templates, text.special_tokens))
 

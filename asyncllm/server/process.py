@@ -134,7 +134,8 @@ class Server:
         boot = self._boot
         names = boot.resolved.served_names
         host = boot.config.host
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        host = f"[{host}]" if ":" in host else host
         scheme = "https" if boot.config.ssl_certfile else "http"
         url = f"{scheme}://{host}:{boot.config.port}"
         body = f'{{"model": "{names[0]}", "stream": true, "temperature": 0, "max_tokens": 100, '
