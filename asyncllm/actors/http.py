@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,7 @@ from asyncllm.api import (
     sse,
     tgi,
     tgi_reply,
+    welcome,
 )
 from asyncllm.api.answer import Answer, Reply
 from asyncllm.api.anthropic_reply import MessageReply
@@ -64,6 +66,12 @@ DOC_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; "
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 }
+PAGE_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    "frame-ancestors 'none'",
+    "Vary": "Accept",
+}
+PLAIN_HOST: Final = re.compile(r"[A-Za-z0-9._:\[\]-]+")  # what may stand in a command for a shell
 STREAM_HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -119,6 +127,7 @@ class Routes:
             add.add_get(path, handler)
             add.add_post(path, handler)
         for path, handler in {
+            "/": self._welcome,
             "/health": self._health,
             "/healthz": self._health,
             "/token_load": self._token_load,
@@ -280,6 +289,20 @@ class Routes:
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
         return _json(sse.body(model(self._front.served, request.match_info["name"])))
+
+    async def _welcome(self, request: web.Request) -> web.StreamResponse:
+        """A page for browsers, lines for terminals, JSON for who asks for it."""
+        served, secured = self._front.served, bool(self._front.access.keys)
+        accepted = request.headers.get("Accept", "")
+        if "text/html" not in accepted and "application/json" in accepted:
+            return _json(sse.body(welcome.facts(served)))
+        host = request.headers.get("Host", "")
+        host = host if PLAIN_HOST.fullmatch(host) else "HOST"
+        url = f"{'http' if self._front.access.tls is None else 'https'}://{host}"
+        if "text/html" in accepted:
+            page = welcome.page(served, url, secured=secured)
+            return web.Response(text=page, content_type="text/html", headers=PAGE_HEADERS)
+        return web.Response(text=welcome.plain(served, url, secured=secured))
 
     async def _liveness(self, request: web.Request) -> web.StreamResponse:
         return _json(b'{"status":"ok"}')

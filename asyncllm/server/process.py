@@ -15,6 +15,7 @@ import torch
 
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.watchdog import EXIT_HUNG, Means, dump_stacks
+from asyncllm.api.welcome import curl_line
 from asyncllm.errors import FatalError, StartupError
 from asyncllm.messages import Drain
 from asyncllm.models.spec import ModelSpec
@@ -138,13 +139,8 @@ class Server:
         host = f"[{host}]" if ":" in host else host
         scheme = "https" if boot.config.ssl_certfile else "http"
         url = f"{scheme}://{host}:{boot.config.port}"
-        body = f'{{"model": "{names[0]}", "stream": true, "temperature": 0, "max_tokens": 100, '
-        body += '"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
-        key = " -H 'Authorization: Bearer KEY'" if boot.config.api_key else ""
-        sys.stdout.write(
-            f"asyncllm is ready: {url} serves {names[0]}\n"
-            f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
-        )
+        line = curl_line(url, names[0], secured=bool(boot.config.api_key))
+        sys.stdout.write(f"asyncllm is ready: {url} serves {names[0]}\n{line}\n")
         sys.stdout.flush()
 
     def _signalled(self) -> None:
