@@ -68,6 +68,14 @@ class Text:
         """Text of all ``ids`` at once; ids without a token give nothing."""
         return self._decode(list(ids), skip_special_tokens)
 
+    def spell(self, ids: Sequence[int]) -> list[str]:
+        """What each of ``ids`` adds to their text, special tokens shown; "": a part of a character."""
+        stream = self.stream((), False)
+        out = [stream.push(i) for i in ids]
+        if rest := stream.flush():
+            out[-1] += rest
+        return out
+
     def stream(self, tail: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
         """Incremental text of the ids that follow ``tail``; see :mod:`asyncllm.core.detokenize`."""
         if self.table is not None:

@@ -120,7 +120,9 @@ async def streams(args: argparse.Namespace, text: Text) -> None:
             name="m", listed=("m",), accepted=frozenset({"m"}), model_name="m",
             max_len=MAX_LEN, vocab_size=len(pieces), created=0,
         ),
-        vocab=Vocab(piece=lambda i: pieces[i], decode=text.decode, special=text.special),
+        vocab=Vocab(
+            piece=lambda i: pieces[i], decode=text.decode, spell=text.spell, special=text.special
+        ),
         sockets=[sock],
         limits=Limits(max_running=args.streams, max_waiting=1),
         on_open=opened.set,

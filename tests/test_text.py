@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
+from asyncllm.api.answer import Vocab
 from asyncllm.api.chat import ChatTemplate, variables
 from asyncllm.codec import i32
 from asyncllm.errors import RequestError, StartupError
@@ -90,6 +99,45 @@ def test_stream_equals_decode_on_random_ids(tmp_path: Path, make: Any) -> None:
             ids = [i for i in ids if not 131 <= i < 259]  # see test_detokenize for broken runs
         for skip in (False, True):
             assert streamed(text, ids, skip) == text.decode(ids, skip)
+
+
+SAID = "hi 日本 é😀\n  hi</s>i <0x41> 😀😀 x"
+
+
+def with_bos() -> Tokenizer:
+    """Like Llama 2's: a space before the text, which decoding strips, and <s> before that."""
+    tokenizer = sentencepiece(decoders.Strip(" ", 1, 0))
+    first, space = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([first, space])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("make", [byte_level, with_bos])
+def test_offsets_of_a_prompts_tokens(tmp_path: Path, make: Any, add: bool) -> None:
+    text = load(tmp_path, make())
+    vocab = Vocab(text.pieces.__getitem__, text.decode, text.spell, text.special)
+    ids = text.encode(SAID, add)
+    offsets = vocab.offsets(SAID, ids)
+    at, raw = 0, SAID.encode()
+    for token, offset in zip(ids, offsets, strict=True):
+        piece = text.pieces[token]
+        if not raw.startswith(piece, at):  # <s>, or a space before the text, or behind </s>
+            piece = b"" if token in text.special else piece.removeprefix(b" ")
+        # the character that the token's first byte is a part of
+        assert offset == len(raw[:at].decode(errors="ignore"))
+        at += len(piece)
+    assert at == len(raw)
+
+
+def test_offsets_where_the_tokenizer_changes_the_text(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])
+    text = load(tmp_path, tokenizer)
+    vocab = Vocab(text.pieces.__getitem__, text.decode, text.spell, text.special)
+    assert vocab.offsets("   ab Cd", text.encode("   ab Cd", False)) == [3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(

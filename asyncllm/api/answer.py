@@ -5,7 +5,6 @@ Knows choices, token columns and usage; knows no protocol's JSON.
 
 from __future__ import annotations
 
-import codecs
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from asyncllm.api.parts import Parts
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 
+MOST_LOST: Final = 16  # characters between two tokens that a tokenizer may leave out
 LEAST_LOGPROB: Final = -9999.0  # stands for -inf, which JSON does not have
 REASONS: Final = {
     Reason.STOP: "stop",
@@ -54,11 +54,13 @@ class Vocab:
     Args:
         piece: the bytes of one token.
         decode: the text of many, special tokens shown.
+        spell: what each of many adds to it.
         special: ids of special tokens.
     """
 
     piece: Callable[[int], bytes]
     decode: Callable[[Sequence[int]], str]
+    spell: Callable[[Sequence[int]], list[str]]
     special: frozenset[int] = frozenset()
 
     def text(self, token: int) -> str:
@@ -68,6 +70,25 @@ class Vocab:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def offsets(self, text: str, ids: Sequence[int]) -> list[int]:
+        """Where in ``text``, from which ``ids`` were made, each of them starts, in characters.
+
+        Of a token that is a part of a character: where the character does. The tokenizer may have
+        put tokens and a space before the text and may have changed it, so it is gone along with it.
+        """
+        out, at = [], 0
+        for token, piece in zip(ids, self.spell(ids), strict=True):
+            out.append(at)
+            if not text.startswith(piece, at):
+                if token in self.special:
+                    continue
+                if piece[0] == " " and text.startswith(piece[1:], at):
+                    piece = piece[1:]
+                elif (found := text.find(piece, at, at + len(piece) + MOST_LOST)) >= 0:
+                    out[-1] = at = found
+            at = min(at + len(piece), len(text))
+        return out
 
 
 @dataclass(slots=True)
@@ -121,7 +142,6 @@ class Choice:
     stop: str = ""  # the stop string that ended it
     pieces: list[str] = field(default_factory=list)  # text of each token, if wants[0] >= 0
     offset: int = 0  # characters before the next token, for text_offset
-    decoder: codecs.IncrementalDecoder | None = None
     parts: Parts | None = None  # None: all text is content
 
     def __post_init__(self) -> None:
@@ -153,14 +173,6 @@ class Choice:
         self.reason, self.cached_len, self.stop = reason, cached_len, stop
         if self.parts is not None:
             self.parts.finish()
-
-    def advance(self, raw: bytes) -> int:
-        """Where the text of the next token (its bytes: ``raw``) starts, in characters."""
-        if self.decoder is None:
-            self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        start = self.offset
-        self.offset += len(self.decoder.decode(raw))
-        return start
 
 
 @dataclass(slots=True, eq=False)

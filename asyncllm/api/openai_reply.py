@@ -145,41 +145,51 @@ class CompletionReply(_OpenAIReply):
 
     def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
         """Of the prompt's tokens; the first has no log-probability."""
-        out = _no_logprobs()
-        for i, token in enumerate(self.answer.prompts[choice.prompt_idx]):
+        out, scores = _no_logprobs(), choice.scores
+        ids, text = (
+            self.answer.prompts[choice.prompt_idx],
+            self.answer.prompt_text(choice.prompt_idx),
+        )
+        for i, (token, at) in enumerate(
+            zip(ids, self.answer.vocab.offsets(text, ids), strict=True)
+        ):
             if i == 0:
-                self._append(out, choice, token, None, [])
+                self._append(out, at, token, None, [])
                 out["top_logprobs"][0] = None
             else:
-                scores = choice.scores
-                self._append(out, choice, token, scores.logprob(i - 1), scores.top(i - 1))
+                self._append(out, at, token, scores.logprob(i - 1), scores.top(i - 1))
+        choice.offset = len(text)
         return out
 
     def _logprobs(self, choice: Choice, first: int) -> dict[str, Any]:
         """Of the generated tokens from ``first`` on."""
         out, tokens = _no_logprobs(), choice.tokens
         for i in range(first, len(tokens.ids)):
-            self._append(out, choice, tokens.ids[i], tokens.logprob(i), tokens.top(i))
+            self._append(out, choice.offset, tokens.ids[i], tokens.logprob(i), tokens.top(i))
+            choice.offset += len(choice.pieces[i])
         return out
 
     def _append(
         self,
         out: dict[str, Any],
-        choice: Choice,
+        offset: int,
         token: int,
         logprob: float | None,
         top: list[tuple[int, float]],
     ) -> None:
-        vocab = self.answer.vocab
-        shown = vocab.text(token)
+        text = self.answer.vocab.text
         best: dict[str, float | None] = {}
         for other, value in top:
-            best.setdefault(vocab.text(other), value)
-        best.setdefault(shown, logprob)
-        out["tokens"].append(shown)
+            name = text(other)
+            # the text of the token itself is its own, that of several others the best one's
+            if other != token and (name in best or name == text(token)):
+                name = f"token_id:{other}"
+            best[name] = value
+        best.setdefault(text(token), logprob)
+        out["tokens"].append(text(token))
         out["token_logprobs"].append(logprob)
         out["top_logprobs"].append(best)
-        out["text_offset"].append(choice.advance(vocab.piece(token)))
+        out["text_offset"].append(offset)
 
 
 class ChatReply(_OpenAIReply):

@@ -103,6 +103,7 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
         vocab=Vocab(
             piece=lambda i: pieces[i] if i < len(pieces) else b"",
             decode=text.decode,
+            spell=text.spell,
             special=text.special,
         ),
         sockets=[socket.socket(fileno=os.dup(p.boot.listen_fd))],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jsonschema
@@ -26,8 +27,14 @@ SERVED = Served(
 VOCAB = Vocab(
     piece=lambda t: bytes([t]),
     decode=lambda ids: bytes(list(ids)).decode("utf-8", "replace"),
+    spell=lambda ids: spell(ids),
     special=frozenset({0}),
 )
+
+
+def spell(ids: Sequence[int]) -> list[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [decoder.decode(bytes([i])) for i in ids]
 
 
 @dataclass
@@ -226,10 +233,26 @@ def test_bytes_of_unfinished_characters() -> None:
 def test_text_offsets_count_characters() -> None:
     reply = completion(logprobs=0)
     ids = list("é☃a".encode())
-    take(reply, News("é☃a", i32(ids), (), floats(*[-1.0] * len(ids))))
+    take(reply, News("é☃a", i32(ids), tuple(spell(ids)), floats(*[-1.0] * len(ids))))
     end(reply)
     (choice,) = json.loads(reply.whole())["choices"]
     assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 1, 2]
+
+
+def test_alternatives_with_the_same_text_are_all_told() -> None:
+    """The text is the chosen token's, or the best one's; the others are told by their ids."""
+    reply = completion(logprobs=5)
+    reply.answer.vocab = replace(VOCAB, piece=lambda t: b"x" if t < 5 else b"y" if t < 8 else b"")
+    top = [2, 1, 6, 9, 7], [1, 6, 7, 8, 9]
+    columns = i32([2, 5]), ("x", "y"), floats(-1, -9), 5
+    values = floats(-1, -2, -3, -4, -5, -1, -2, -3, -4, -5)
+    take(reply, News("xy", *columns, i32([*top[0], *top[1]]), values))
+    end(reply)
+    (choice,) = json.loads(reply.whole())["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [
+        {"x": -1, "token_id:1": -2, "y": -3, "": -4, "token_id:7": -5},
+        {"x": -1, "token_id:6": -2, "token_id:7": -3, "": -4, "token_id:9": -5, "y": -9},
+    ]
 
 
 def test_usage_counts_a_prompt_once_for_its_choices() -> None:

@@ -56,6 +56,7 @@ def piece(token: int) -> bytes:
 VOCAB = Vocab(
     piece=piece,
     decode=lambda ids: b"".join(map(piece, ids)).decode("utf-8", "replace"),
+    spell=lambda ids: [piece(i).decode("utf-8", "replace") for i in ids],
     special=frozenset({EOS}),
 )
 
