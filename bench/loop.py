@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from asyncllm.actors.base import Actor
 from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.frontend import Frontend, Limits
+from asyncllm.actors.renderer import Renderer
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.api.answer import Vocab
@@ -128,7 +129,7 @@ async def streams(args: argparse.Namespace, text: Text) -> None:
         on_open=opened.set,
     )  # fmt: skip
     pacer = Pacer(args.streams, args.tokens, args.step_ms / 1e3, len(pieces))
-    tokenizer = Tokenizer(text, limit=MAX_LEN, vocab_size=len(pieces))
+    tokenizer = Tokenizer(text, Renderer({}, {}), limit=MAX_LEN, vocab_size=len(pieces))
     for actor in (pacer, Detokenizer(text), tokenizer, front, Quiet("watchdog")):
         system.add(actor)
     running = asyncio.create_task(system.run())

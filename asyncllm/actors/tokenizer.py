@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import numpy as np
 
+from asyncllm import templates
 from asyncllm.actors.base import Actor
-from asyncllm.api.chat import ChatTemplate
 from asyncllm.api.reasoning import prompt_state
 from asyncllm.core.admission import Shares
 from asyncllm.core.cutting import encode_ends, shortened
@@ -41,7 +40,6 @@ from asyncllm.text import Text
 
 MOST_HEALED = 2  # tokens taken off a prompt, as LightLLM does
 TAIL_BYTES = 8 * 4  # prompt ids that the detokenizer gets: more than any character needs
-HEAD_CHARS = 256  # of a chat's prompt that the frontend gets: more than any mark at its end
 MIN_CHARS_PER_TOKEN = 16  # where the longest token is shorter; also what /tokens may count
 # A prompt takes a place in the line for each of these, so that all that waits are 32 Mi characters:
 # 4 s of English for two threads on slow cores, 19 s of digits (1 token each).
@@ -67,28 +65,37 @@ class _Job:
     )  # with max_new_tokens, of a Tokenize
 
 
+class Renderer(Protocol):
+    """See :class:`asyncllm.actors.renderer.Renderer`."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    async def render(self, chat: bytes) -> bytes: ...
+
+
 class Tokenizer(Actor[Inbox]):
     """Every Tokenize ends in Accepted or in Finished, every Count in Counted.
 
     Args:
         text: the model's tokenizer.
+        renderer: makes the text of chats.
         limit: prompt and generated tokens of one request (--max_req_total_len).
         input_limit: prompt tokens of one request (--max_req_input_len); None: ``limit``.
         truncation: what happens to a longer prompt (--long_truncation_mode): "None", it is refused;
             "head", its beginning is left out; "center", its middle is.
         vocab_size: ids the model has rows for.
         heals: texts are spelled anew at their end (--token_healing_mode).
-        workers: threads that render and encode.
-        time_limit_s: for one rendering and encoding; the thread stays taken until it is done.
+        workers: threads that encode; as many prompts are worked on at a time.
+        time_limit_s: for encoding one; the thread stays taken until it is done.
         max_queue: prompts that may wait for a thread; a long one counts as several (PLACE_CHARS).
-
-    Raises:
-        StartupError: a chat template does not compile.
     """
 
     def __init__(
         self,
         text: Text,
+        renderer: Renderer,
         *,
         limit: int,
         vocab_size: int,
@@ -104,7 +111,7 @@ class Tokenizer(Actor[Inbox]):
         self._input_limit, self._truncation = input_limit or limit, truncation
         self._heals = heals
         self._input_flag = LIMIT_FLAG if input_limit is None else INPUT_FLAG
-        self._template = ChatTemplate(text.templates, text.special_tokens)
+        self._renderer = renderer
         # no text of more characters can fit, so it need not be encoded to be refused
         self._chars_per_token = max(MIN_CHARS_PER_TOKEN, text.max_piece_chars)
         self._workers, self._time_limit_s = workers, time_limit_s
@@ -126,6 +133,8 @@ class Tokenizer(Actor[Inbox]):
         self.detokenizer = self.system.ref("detokenizer")
         self.scheduler = self.system.ref("scheduler", 0)
         self.grammar = self.system.ref("grammar", 0)
+        if self._text.templates:
+            self._renderer.start()
 
     def receive(self, batch: list[Inbox]) -> None:
         # An Abort went to the scheduler too, which has ignored it by now: so an Abort in hand ends
@@ -157,6 +166,7 @@ class Tokenizer(Actor[Inbox]):
 
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._renderer.stop()
 
     # -- waiting for a thread ------------------------------------------------------------------------
 
@@ -201,7 +211,13 @@ class Tokenizer(Actor[Inbox]):
             self.spawn(self._run(number, msg))
 
     async def _run(self, number: int, msg: Tokenize | Count) -> Prepared:
-        work = self.system.loop.run_in_executor(self._pool, self._ids, msg)
+        rendered = b""
+        try:
+            if msg.chat is not None:
+                rendered = await self._renderer.render(msg.chat)
+        except RequestError as error:
+            return Prepared(number, b"", error.message, error.code or "", error.status, True)
+        work = self.system.loop.run_in_executor(self._pool, self._ids, msg, rendered)
         try:
             async with asyncio.timeout(self._time_limit_s):
                 ids, head, cut = await asyncio.shield(work)
@@ -257,16 +273,15 @@ class Tokenizer(Actor[Inbox]):
 
     # -- in a thread of the pool: plain data in and out ------------------------------------------------
 
-    def _ids(self, msg: Tokenize | Count) -> tuple[bytes, str, bool]:
+    def _ids(self, msg: Tokenize | Count, rendered: bytes) -> tuple[bytes, str, bool]:
         """Ids of a text or a chat, the chat's head, whether it was cut. Raises RequestError."""
         head = ""
         try:
             if msg.chat is not None:
-                chat = json.loads(msg.chat)
-                text, add_special_tokens = self._template.render(chat), False
-                going_on = chat["kwargs"].get("continue_final_message")
-                continued = chat["messages"][-1]["content"] if going_on else ""
-                head = text.removesuffix(continued)[-HEAD_CHARS:]
+                done, text, head = templates.unpack(rendered)
+                if not done:
+                    raise RequestError(text, param=head)
+                add_special_tokens = False
             else:
                 text, add_special_tokens = msg.text or "", msg.add_special_tokens
             ids, cut = self._encoded(text, add_special_tokens, msg)

@@ -16,6 +16,7 @@ from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.frontend import Frontend, Limits
 from asyncllm.actors.gate import Access
 from asyncllm.actors.grammar import GrammarKeeper
+from asyncllm.actors.renderer import Renderer
 from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.tokenizer import Tokenizer
@@ -74,6 +75,7 @@ def make_tokenizer(p: Parts) -> Actor[Any]:
     resolved = p.boot.resolved
     return Tokenizer(
         p.text,
+        Renderer(p.text.templates, p.text.special_tokens),
         limit=resolved.max_req_total_len,
         vocab_size=p.spec.vocab_size,
         input_limit=resolved.max_req_input_len,

@@ -12,9 +12,8 @@ from typing import cast
 
 import torch
 
-from asyncllm import log
-from asyncllm.api.chat import ChatTemplate, variables
-from asyncllm.api.parts import Dialect, dialect_of
+from asyncllm import log, templates
+from asyncllm.api.parts import Dialect
 from asyncllm.config import Config
 from asyncllm.constrain.engine import Grammars
 from asyncllm.constraining import load_constraints, load_grammars
@@ -136,9 +135,9 @@ def load_forms(parts: Parts) -> None:
 
 def read_dialect(config: Config, text: Text) -> Dialect:
     """How the model writes. Raises StartupError where its chat templates do not compile."""
-    ChatTemplate(text.templates, text.special_tokens)
-    found = dialect_of(text.templates, config.tool_call_parser, config.reasoning_parser)
-    return replace(found, variables=variables(text.templates, text.special_tokens))
+    known = config.tool_call_parser, config.reasoning_parser
+    with log.phase("read chat templates"):
+        return templates.read_dialect(text.templates, text.special_tokens, *known)
 
 
 def _load_device(

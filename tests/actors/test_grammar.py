@@ -19,6 +19,7 @@ from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.errors import RequestError
 from asyncllm.messages import Abort, Accepted, Compile, Compiled, Finished, Submit, Tokenize
 from asyncllm.text import Text
+from tests.actors.fake_renderer import FakeRenderer
 from tests.actors.test_tokenizer import Sink, make_text
 
 
@@ -187,7 +188,7 @@ def tokenize(text: Text, builder: FakeBuilder, script: list[Any], answers: int) 
             system.add(GrammarKeeper(builder))
             for name in ("detokenizer", "scheduler", "frontend"):
                 system.add(Sink(name, log, enough if name == "frontend" else lambda: False))
-            actor = Tokenizer(text, limit=20, vocab_size=text.vocab_size)
+            actor = Tokenizer(text, FakeRenderer(text), limit=20, vocab_size=text.vocab_size)
             ref = system.add(actor)
             for msg in script:
                 ref.tell(msg, urgent=isinstance(msg, Abort))
@@ -249,7 +250,7 @@ def test_an_abort_while_the_grammar_is_compiled_ends_the_request(text: Text) -> 
             for name in ("detokenizer", "scheduler", "frontend"):
                 answers = (lambda: len(log) >= 4) if name == "frontend" else (lambda: False)
                 system.add(Sink(name, log, answers))
-            system.add(Tokenizer(text, limit=20, vocab_size=text.vocab_size))
+            system.add(Tokenizer(text, FakeRenderer(text), limit=20, vocab_size=text.vocab_size))
             system.add(Opener("opener"))
             system.ref("tokenizer").tell(asked((1, 2), "slow"))
             await system.run()

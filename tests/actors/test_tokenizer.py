@@ -31,6 +31,7 @@ from asyncllm.messages import (
     Tokenize,
 )
 from asyncllm.text import Text, load_tokenizer
+from tests.actors.fake_renderer import FakeRenderer
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}"
 LIMIT = 20
@@ -92,7 +93,7 @@ def play(
             system = ActorSystem(encode_local=True)
             for name in ("detokenizer", "scheduler", "frontend"):
                 system.add(Sink(name, log, until if name == "frontend" else lambda: False))
-            actor = module.Tokenizer(text, **given)
+            actor = module.Tokenizer(text, FakeRenderer(text), **given)
             ref = system.add(actor)
             for msg in script:
                 ref.tell(msg, urgent=isinstance(msg, Abort))
@@ -456,7 +457,9 @@ def test_abort_of_a_pending_prompt_ends_it_without_a_submit(
             system.add(Sink("scheduler", log, lambda: False))
             system.add(Sink("frontend", log, until))
             ref = system.add(
-                module.Tokenizer(text, limit=LIMIT, vocab_size=text.vocab_size, workers=1)
+                module.Tokenizer(
+                    text, FakeRenderer(text), limit=LIMIT, vocab_size=text.vocab_size, workers=1
+                )
             )
             # 1 is in the thread, 2 and 9 wait for it; of the group 3, 4 only 4 goes on
             for msg in (prompt(1, "a"), prompt(2, "b"), prompt(3, "c", more=(4,)), prompt(9, "d")):
@@ -493,7 +496,7 @@ def test_abort_wins_over_ids_that_are_ready(text: Text, monkeypatch: pytest.Monk
             system = ActorSystem()
             for name in ("detokenizer", "scheduler", "frontend"):
                 system.add(Sink(name, log, lambda: True))
-            actor = module.Tokenizer(text, limit=LIMIT, vocab_size=256)
+            actor = module.Tokenizer(text, FakeRenderer(text), limit=LIMIT, vocab_size=256)
             system.add(actor)
             prepared = actor._prepared
             monkeypatch.setattr(actor, "spawn", lambda work: work.close())
@@ -564,7 +567,9 @@ def test_lone_surrogate_is_refused(text: Text) -> None:
         async with asyncio.timeout(20):
             system = ActorSystem()
             system.add(Sink("frontend", log, lambda: True))
-            ref = system.add(module.Tokenizer(text, limit=LIMIT, vocab_size=256))
+            ref = system.add(
+                module.Tokenizer(text, FakeRenderer(text), limit=LIMIT, vocab_size=256)
+            )
             ref.tell(prompt(1, "a\ud800"))
             await system.run()
 
@@ -636,7 +641,7 @@ def test_an_abort_gives_the_place_in_the_line_back(
             for name in ("detokenizer", "scheduler", "frontend"):
                 system.add(Sink(name, log, until if name == "frontend" else lambda: False))
             limits = {"limit": LIMIT, "vocab_size": 256, "workers": 1, "max_queue": 2}
-            ref = system.add(module.Tokenizer(text, **limits))
+            ref = system.add(module.Tokenizer(text, FakeRenderer(text), **limits))
             for rid in (1, 2, 3):
                 ref.tell(prompt(rid, "a"))
             running = asyncio.create_task(system.run())

@@ -69,10 +69,11 @@ class Server:
         """What it logged."""
         return self.log.read_text(errors="replace")
 
-    def children(self) -> list[int]:
-        """Pids of its child processes, in order of start."""
+    def children(self, module: str = "asyncllm.rank") -> list[int]:
+        """Pids of its child processes that run ``module``, in order of start."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return sorted(int(pid) for pid in path.read_text().split())
+        pids = sorted(int(pid) for pid in path.read_text().split())
+        return [pid for pid in pids if module in command_line(pid)]
 
     def first_children(self, count: int) -> list[int]:
         """The same as soon as there are ``count``, while it loads."""
@@ -143,6 +144,14 @@ async def stream_text(
         async for line in reply.content:
             if line.startswith(b"data: {"):
                 yield json.loads(line[6:])
+
+
+def command_line(pid: int) -> str:
+    """Of a process, "" where there is none."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def alive(pid: int) -> bool:

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from tests.e2e.bounds import check, under_attack
-from tests.e2e.process import Server
+from tests.e2e.process import Server, alive
 
 COMPLETIONS = "/v1/completions"
 AMBIGUOUS = "root ::= s\ns ::= s s | [a-z ]+"
@@ -97,3 +97,51 @@ def test_bodies(server: Server) -> None:
     report = server.run(under_attack(server, attack))
     assert report.result == [413, 413, *[400] * 8]
     check(report)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def with_template(model_dir: Path, folder: Path, template: str) -> Path:
+    """The same model with another chat template."""
+    folder.mkdir()
+    for file in model_dir.iterdir():
+        if file.name != "chat_template.jinja":
+            (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_templates_that_loop_on_a_message(demo_dir: Path, tmp_path: Path) -> None:
+    """One client's hang for 2 s each; another one's chat has its turn between them."""
+    source = (
+        f"{{% if messages[0].content == 'loop' %}}{LOOP}{{% endif %}}{{{{ messages[0].content }}}}"
+    )
+    model_dir = with_template(demo_dir, tmp_path / "model", source)
+
+    def chat(content: str) -> dict[str, Any]:
+        return {
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 1,
+            "model": "model",
+        }
+
+    async def attack(session: aiohttp.ClientSession) -> list[tuple[int, str]]:
+        asked = [
+            post(session, "/v1/chat/completions", **chat("loop")),
+            post(session, "/v1/messages/count_tokens", **chat("loop")),
+            post(session, "/v1/chat/completions", **chat("Hi")),
+        ]
+        return await asyncio.gather(*asked)
+
+    with Server(model_dir, tmp_path / "log") as server:
+        report = server.run(under_attack(server, attack))
+        check(report)
+        (helper,) = server.children("asyncllm.templates")
+        assert server.stop() == 0
+        assert not alive(helper)
+    *bad, good = report.result
+    assert good[0] == 200
+    for status, text in bad:
+        assert status == 400
+        assert "in 2 s" in text

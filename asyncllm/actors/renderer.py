@@ -1,0 +1,118 @@
+"""Renders chats by the model's own template, in a helper process that is killed if it takes too long.
+
+Owns the helper. Knows neither requests nor tokens; what runs in the helper is :mod:`asyncllm.templates`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Mapping
+
+from asyncllm.errors import RequestError
+from asyncllm.templates import MAX_FRAME, START_S, Helper, frame
+
+RENDER_S = 2.0
+MINUTE_S = 60.0
+MOST_DEATHS = 10  # of helpers that end by themselves, in a minute
+
+log = logging.getLogger(__name__)
+
+
+class Renderer:
+    """One helper process, one chat at a time.
+
+    Args:
+        templates, special_tokens: as ``ChatTemplate`` takes them.
+        render_s: for one chat. Beyond it the helper is replaced.
+    """
+
+    def __init__(
+        self,
+        templates: Mapping[str, str],
+        special_tokens: Mapping[str, str],
+        *,
+        render_s: float = RENDER_S,
+    ) -> None:
+        self._templates, self._special_tokens = templates, special_tokens
+        self._render_s = render_s
+        self._turn = asyncio.Lock()
+        self._helper: Helper | None = None
+        self._ready = False  # the helper has read the templates
+        self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
+
+    def start(self) -> None:
+        """Have a helper ready for the first chat."""
+        self._helper, self._ready = Helper(self._templates, self._special_tokens), False
+        self._helper.sock.setblocking(False)
+
+    def stop(self) -> None:
+        """Kill the helper."""
+        if self._helper is not None:
+            self._helper.kill()
+            self._helper.process.wait()
+            self._helper = None
+
+    async def render(self, chat: bytes) -> bytes:
+        """The helper's answer to a chat, for ``templates.unpack``.
+
+        Raises:
+            RequestError: the template takes too long or ends the helper; 503: it does so all the time.
+        """
+        async with self._turn:
+            loop = asyncio.get_running_loop()
+            if len(self._deaths) == MOST_DEATHS and loop.time() - self._deaths[0] < MINUTE_S:
+                busy = RequestError("the processes that render chat templates die, see the log")
+                busy.status = 503
+                raise busy
+            if self._helper is None:
+                self.start()
+            assert self._helper is not None
+            try:
+                if not self._ready:
+                    await self._ask(self._helper, self._helper.first, START_S)
+                    self._ready = True
+                return await self._ask(self._helper, frame(chat), self._render_s)
+            except TimeoutError:
+                await self._replace(self._helper)
+                raise RequestError(
+                    f"the chat template could not render these messages in {self._render_s:g} s",
+                    param="messages",
+                ) from None
+            except (EOFError, ConnectionError):
+                self._deaths.append(loop.time())
+                code = await self._replace(self._helper)
+                log.error("the process that renders chat templates ended with %d", code)
+                raise RequestError(
+                    "the process that rendered the chat template of these messages died",
+                    param="messages",
+                ) from None
+            except asyncio.CancelledError:  # nobody takes the answer that comes
+                self.stop()
+                raise
+
+    async def _replace(self, helper: Helper) -> int:
+        """A new helper; the exit code of the old one."""
+        helper.kill()
+        self._helper = None
+        loop = asyncio.get_running_loop()
+        code: int = await loop.run_in_executor(None, helper.process.wait)
+        self.start()
+        return code
+
+    async def _ask(self, helper: Helper, content: bytes, seconds: float) -> bytes:
+        """Send a frame; the content of the one that answers it."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(seconds):
+            await loop.sock_sendall(helper.sock, content)
+            got, size = bytearray(), 4
+            while len(got) < size:
+                if not (more := await loop.sock_recv(helper.sock, 1 << 18)):
+                    raise EOFError
+                got += more
+                if size == 4 and len(got) >= 4:
+                    size += int.from_bytes(got[:4], "little")
+                    if size > MAX_FRAME:
+                        raise EOFError
+        return bytes(got[4:])

@@ -1,0 +1,22 @@
+"""Renders chats without a process of its own."""
+
+from __future__ import annotations
+
+from asyncllm import templates
+from asyncllm.api.chat import ChatTemplate
+from asyncllm.text import Text
+
+
+class FakeRenderer:
+    def __init__(self, text: Text) -> None:
+        self._template = ChatTemplate(text.templates, text.special_tokens)
+        self.life: list[str] = []
+
+    def start(self) -> None:
+        self.life.append("start")
+
+    def stop(self) -> None:
+        self.life.append("stop")
+
+    async def render(self, chat: bytes) -> bytes:
+        return templates.answer(templates.render, self._template, chat)
