@@ -46,8 +46,8 @@ class Server:
 
     def __enter__(self) -> Server:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline().decode()  # the ready line, or nothing at its end
-        assert "ready" in line, self.text()
+        self.ready = self.process.stdout.readline().decode()  # or nothing at its end
+        assert "ready" in self.ready, self.text()
         return self
 
     @contextmanager
@@ -117,6 +117,11 @@ class Server:
     def complete(self, ids: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
         """Greedy completion of token ids; ``logprobs`` shows which tokens came."""
         body = {"prompt": ids, "max_tokens": max_tokens, "temperature": 0, **more}
+        return self.post("/v1/completions", body)
+
+    def complete_text(self, prompt: str, max_tokens: int) -> dict[str, Any]:
+        """Greedy completion of a text."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         return self.post("/v1/completions", body)
 
     def tokens(self, ids: list[int], max_tokens: int, **more: Any) -> list[int]:
