@@ -6,19 +6,21 @@ import contextlib
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import uvloop
 
 from asyncllm import log
+from asyncllm.api.defaults import read_defaults
 from asyncllm.config import Config, Resolved, resolve_limits
 from asyncllm.constrain.engine import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible, use_interface
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.models.checkpoint import HEAD, read_checkpoint, with_own_head
-from asyncllm.models.spec import ModelSpec
+from asyncllm.models.spec import ModelSpec, generation_config
 from asyncllm.server import meeting
 from asyncllm.server.check import check
 from asyncllm.server.keys import with_all_keys
@@ -109,7 +111,7 @@ def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None 
         )
     end = None if text is None else text.eos_id
     ends = [] if end is None or end >= spec.vocab_size else [end]
-    return resolve_limits(
+    resolved = resolve_limits(
         config,
         device="cuda" if device == "cuda" else "cpu",
         checkpoint_dtype=spec.dtype,
@@ -117,6 +119,8 @@ def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None 
         model_eos=(*spec.eos_ids, *ends),
         model_dir_name=model_dir.name,
     )
+    used = {} if config.generation_config == "none" else generation_config(model_dir)
+    return replace(resolved, generation_config=read_defaults(used))
 
 
 def main() -> int:

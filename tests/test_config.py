@@ -61,6 +61,7 @@ OURS: dict[str, Any] = {
     "use_tgi_api": False,
     "diverse_mode": False,
     "token_healing_mode": False,
+    "generation_config": "auto",
     "output_constraint_mode": "llguidance",
     "api_key": (),
     "api_key_file": None,

@@ -86,6 +86,7 @@ class Tokenizer(Actor[Inbox]):
         truncation: what happens to a longer prompt (--long_truncation_mode): "None", it is refused;
             "head", its beginning is left out; "center", its middle is.
         vocab_size: ids the model has rows for.
+        most_new: tokens to generate at most where a request does not say; None: what fits.
         heals: texts are spelled anew at their end (--token_healing_mode).
         workers: threads that encode; as many prompts are worked on at a time.
         time_limit_s: for encoding one; the thread stays taken until it is done.
@@ -100,6 +101,7 @@ class Tokenizer(Actor[Inbox]):
         limit: int,
         vocab_size: int,
         input_limit: int | None = None,
+        most_new: int | None = None,
         truncation: str = "None",
         heals: bool = False,
         workers: int = 2,
@@ -109,7 +111,7 @@ class Tokenizer(Actor[Inbox]):
         super().__init__("tokenizer")
         self._text, self._limit, self._vocab_size = text, limit, vocab_size
         self._input_limit, self._truncation = input_limit or limit, truncation
-        self._heals = heals
+        self._heals, self._most_new = heals, most_new
         self._input_flag = LIMIT_FLAG if input_limit is None else INPUT_FLAG
         self._renderer = renderer
         # no text of more characters can fit, so it need not be encoded to be refused
@@ -369,6 +371,8 @@ class Tokenizer(Actor[Inbox]):
             self._forget(number, job)
             self._refuse(job, error)
             return
+        if params.max_new_tokens is None and self._most_new is not None:
+            room = min(room, max(self._most_new, params.min_new_tokens))
         job.ids, job.params = ids, replace(params, max_new_tokens=room)
         job.dropped = self._to_heal(ids, job.params) if msg.text is not None else 0
         if params.grammar is not None:

@@ -131,10 +131,11 @@ def messages(body: Body, served: Served) -> Generation:
     """A /v1/messages body. Raises RequestError (400), NotAvailable (400), ModelNotFound (404)."""
     served.check_name(PROMPT[0].read(body))
     fields.refuse(UNAVAILABLE, body)
-    values = fields.read(MESSAGES, body)
+    values = fields.read(MESSAGES, body, silent=served.defaults.sampling(body))
     made = _dialog(values, served)
     params = SamplingParams(
         **fields.sampling(MESSAGES, values),
+        **served.defaults.beyond(MESSAGES),
         max_new_tokens=values["max_tokens"],
         temperature=temperature(values["temperature"]),
         top_k=values["top_k"] or -1,

@@ -124,9 +124,20 @@ class Refused:
         raise NotAvailable(f"{name}: {self.doc} is not available on this server", param=name)
 
 
-def read(table: Sequence[Field], body: Body, at: str = "") -> dict[str, Any]:
-    """Every field of the table, by name. Raises RequestError for the first bad value."""
-    return {field.name: field.read(body, at) for field in table}
+def read(
+    table: Sequence[Field], body: Body, at: str = "", silent: Body | None = None
+) -> dict[str, Any]:
+    """Every field of the table, by name.
+
+    Args:
+        silent: what absence and null mean, where it is not the field's default.
+
+    Raises:
+        RequestError: for the first bad value.
+    """
+    values = {field.name: field.read(body, at) for field in table}
+    known = {} if silent is None else silent
+    return values | {n: known[n] for n in values.keys() & known.keys() if body.get(n) is None}
 
 
 def sampling(table: Sequence[Field], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from asyncllm.api.defaults import Defaults
 from asyncllm.api.fields import GREEDY_BELOW, bad, show, token_ids, typed
 from asyncllm.api.parts import Dialect, Parting
 from asyncllm.core.request import SamplingParams
@@ -57,6 +58,7 @@ class Served:
         vocab_size: token ids are below it.
         created: unix seconds.
         dialect: how the model writes calls and reasoning.
+        defaults: what counts where a request is silent.
         tgi: LightLLM's native routes speak text-generation-inference's protocol.
     """
 
@@ -69,6 +71,7 @@ class Served:
     owned_by: str = "asyncllm"
     model_name: str = ""  # what /get_model_name answers; "": ``name``
     dialect: Dialect = field(default_factory=Dialect)
+    defaults: Defaults = field(default_factory=Defaults)
     tgi: bool = False
 
     def check_name(self, name: str | None) -> None:

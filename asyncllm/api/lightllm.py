@@ -107,7 +107,7 @@ UNAVAILABLE: Final = (
 
 def generate(body: Body, served: Served, *, stream: bool) -> Generation:
     """A /generate or /generate_stream body. Raises RequestError or NotAvailable (400)."""
-    values = parameters(body, PARAMETERS, UNAVAILABLE)
+    values = parameters(body, PARAMETERS, UNAVAILABLE, served)
     n, best_of = values["n"], values["best_of"]
     if best_of not in (None, n):
         message = f"{AT}best_of: {best_of} with n {n}; only best_of equal to n is available"
@@ -118,7 +118,7 @@ def generate(body: Body, served: Served, *, stream: bool) -> Generation:
 
 
 def parameters(
-    body: Body, table: Sequence[Field], unavailable: Sequence[Refused]
+    body: Body, table: Sequence[Field], unavailable: Sequence[Refused], served: Served
 ) -> dict[str, Any]:
     """The values of ``parameters``, by name, in a body that has ``inputs``."""
     if body.get("inputs") is None:
@@ -126,7 +126,7 @@ def parameters(
     _no_media(body)
     given = BODY[1].read(body)
     fields.refuse(unavailable, given, AT)
-    values = fields.read(table, given, AT)
+    values = fields.read(table, given, AT, served.defaults.greedy())
     most, least = values["max_new_tokens"], values["min_new_tokens"]
     if most is not None and least > most:
         name = AT + "min_new_tokens"

@@ -240,7 +240,7 @@ def _read(
 ) -> dict[str, Any]:
     served.check_name(table[0].read(body))
     fields.refuse(refused, body)
-    values = fields.read(table, body)
+    values = fields.read(table, body, silent=served.defaults.sampling(body))
     options = fields.read(STREAM_OPTIONS, values["stream_options"] or {}, "stream_options.")
     values.update(options)
     if values["max_completion_tokens"] is not None:

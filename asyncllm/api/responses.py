@@ -220,7 +220,7 @@ def read(body: Body, served: Served, store: Store) -> Asked:
     """
     served.check_name(RESPONSES[0].read(body))
     fields.refuse(UNAVAILABLE, body)
-    values = fields.read(RESPONSES, body)
+    values = fields.read(RESPONSES, body, silent=served.defaults.sampling(body))
     previous = values["previous_response_id"]
     said = values["input"] if previous is None else store.turns(previous) + values["input"]
     if len(said) > chatparts.MAX_MESSAGES:
@@ -237,6 +237,7 @@ def read(body: Body, served: Served, store: Store) -> Asked:
     )
     params = SamplingParams(
         **fields.sampling(RESPONSES, values),
+        **served.defaults.beyond(RESPONSES),
         max_new_tokens=values["max_output_tokens"],
         temperature=temperature(values["temperature"]),
         grammar=made.form,

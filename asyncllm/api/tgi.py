@@ -98,7 +98,7 @@ class Asked:
 
 def generate(body: Body, served: Served, *, stream: bool) -> Asked:
     """A /generate or /generate_stream body. Raises RequestError or NotAvailable (400)."""
-    values = lightllm.parameters(body, PARAMETERS, UNAVAILABLE)
+    values = lightllm.parameters(body, PARAMETERS, UNAVAILABLE, served)
     best_of = values["best_of"] or NUM_BEAM.read(body) or 1
     details = values["details"] or values["return_details"]
     prefill = values["decoder_input_details"]
@@ -113,7 +113,8 @@ def generate(body: Body, served: Served, *, stream: bool) -> Asked:
     if prefill:
         values["prompt_logprobs"] = max(values["prompt_logprobs"], 0)
     seed = values["seed"]
-    sampled = any(values[field.name] != field.default for field in _SAMPLING)
+    given = lightllm.BODY[1].read(body)
+    sampled = any(field.read(given) != field.default for field in _SAMPLING)
     values |= {
         "n": best_of,
         "seed": -1 if seed is None else seed,

@@ -5,8 +5,8 @@ Knows no torch: what depends on the model or the device comes in as arguments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from asyncllm.config.options import DTYPES, Config
 from asyncllm.errors import StartupError
@@ -32,6 +32,7 @@ class Resolved:
         eos_ids: token ids that end an answer, possibly none.
         model_name: the answer of /get_model_name.
         served_names: names that requests may use; the first is the id in /v1/models.
+        generation_config: what of the model's file counts where a request is silent.
         max_body_size: bytes of a request body.
         num_slots: KV slots, 0 until ``with_slots``.
     """
@@ -49,6 +50,7 @@ class Resolved:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()  # what was asked for explicitly and is not so
     num_slots: int = 0
+    generation_config: dict[str, Any] = field(default_factory=dict)
     max_body_size: int = MIN_BODY_SIZE
     max_req_input_len: int | None = None
 

@@ -190,6 +190,12 @@ class Config:
         help="token ids that end an answer, instead of those that config.json, generation_config.json "
         "and the tokenizer's eos_token name",
     )  # fmt: skip
+    generation_config: str = flag(
+        "auto", group=MEMORY, choices=("auto", "none"),
+        help="auto: where a request is silent, temperature, top_p, top_k, min_p, repetition_penalty, "
+        "do_sample and max_new_tokens are those of the model's generation_config.json; none: each "
+        "route's own defaults",
+    )  # fmt: skip
     output_constraint_mode: str = flag(
         "llguidance", group=MEMORY, choices=("llguidance", "xgrammar", "none"),
         help="what makes outputs follow a JSON schema, regular expression or grammar; xgrammar, as in "

@@ -79,8 +79,7 @@ class ModelSpec:
         path = model_dir / "config.json"
         if not path.exists():
             raise StartupError(f"{path} does not exist: --model_dir must hold a model")
-        generation = model_dir / "generation_config.json"
-        config, more = _read(path), _read(generation) if generation.exists() else {}
+        config, more = _read(path), generation_config(model_dir)
         try:
             return cls.from_hf(config, more)
         except KeyError as error:
@@ -165,6 +164,12 @@ def _attention(hf: Json) -> AttentionSpec:
         scale=head_dim**-0.5,
         rope=_rope(hf),
     )
+
+
+def generation_config(model_dir: Path) -> Json:
+    """What generation_config.json holds; {} where there is none. Raises StartupError."""
+    path = model_dir / "generation_config.json"
+    return _read(path) if path.exists() else {}
 
 
 def _read(path: Path) -> Json:

@@ -22,6 +22,7 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import Duty, Means, Watchdog
 from asyncllm.api.answer import Vocab
+from asyncllm.api.defaults import Defaults
 from asyncllm.api.generation import Served
 from asyncllm.config import FLAGS
 from asyncllm.engine.jit_monitor import JitMonitor
@@ -79,6 +80,7 @@ def make_tokenizer(p: Parts) -> Actor[Any]:
         limit=resolved.max_req_total_len,
         vocab_size=p.spec.vocab_size,
         input_limit=resolved.max_req_input_len,
+        most_new=resolved.generation_config.get("max_new_tokens"),
         truncation=p.boot.config.long_truncation_mode,
         heals=p.boot.config.token_healing_mode,
     )
@@ -101,6 +103,7 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
             created=int(time.time()),
             tgi=config.use_tgi_api,
             dialect=p.dialect,
+            defaults=Defaults(resolved.generation_config),
         ),
         vocab=Vocab(
             piece=lambda i: pieces[i] if i < len(pieces) else b"",

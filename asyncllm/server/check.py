@@ -52,6 +52,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         f"ports: {', '.join(ports + [a for a in boot.endpoints if a.startswith('tcp')])}",
         *(f"warning: {line}" for line in (*config.warnings, *resolved.warnings)),
         *(f"note: {note}" for note in resolved.notes),
+        f"sampling by default: {_sampling(resolved.generation_config)}",
         "limits:",
         *(f"  {name} = {getattr(resolved, name)}" for name in limits),
     ]
@@ -60,6 +61,11 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         lines += [title, *(f"  {name} = {_shown(name, getattr(config, name))}" for name in names)]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _sampling(values: dict[str, Any]) -> str:
+    said = ", ".join(f"{name} {value}" for name, value in values.items())
+    return f"{said} (generation_config.json)" if said else "that of each route"
 
 
 def _shown(name: str, value: Any) -> str:

@@ -141,6 +141,24 @@ def test_group_is_followed_submitted_and_accepted_in_this_order(text: Text) -> N
     assert log[-1][1] == Accepted(5, ids)
 
 
+@pytest.mark.parametrize(
+    ("params", "room"),
+    [
+        ({"max_new_tokens": None}, 4),
+        ({"max_new_tokens": None, "min_new_tokens": 6}, 6),
+        ({"max_new_tokens": 9}, 9),
+        ({"max_new_tokens": 0}, 0),
+    ],
+)
+def test_the_models_own_limit_counts_where_a_request_has_none(
+    text: Text, params: dict[str, Any], room: int
+) -> None:
+    log = play(text, [prompt(text="hello", **params)], answers=1, most_new=4)
+    assert SamplingParams.unpack(log[1][1].params).max_new_tokens == room
+    log = play(text, [prompt(text="hello", max_new_tokens=None)], answers=1, most_new=1000)
+    assert SamplingParams.unpack(log[1][1].params).max_new_tokens == LIMIT - 5
+
+
 def test_ids_pass_as_they_are_and_only_their_tail_is_followed(text: Text) -> None:
     log = play(text, [prompt(ids=list(range(15)), max_new_tokens=5)], answers=1)
     assert ints(log[0][1].prompt_tail).tolist() == list(range(7, 15))

@@ -284,6 +284,7 @@ def test_another_output_matrix_is_told_once(tmp_path: Path) -> None:
     """By --check, which tells the larger model, too."""
     make_checkpoint(tmp_path, tie_word_embeddings=True)
     make_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
     told = []
     for head in (
         load_file(tmp_path / FILE)["model.embed_tokens.weight"].clone(),
@@ -294,6 +295,7 @@ def test_another_output_matrix_is_told_once(tmp_path: Path) -> None:
         ran = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
         told.append((ran.stderr.count("lm_head.weight is another matrix"), ran.stdout))
     assert [count for count, _ in told] == [0, 1]
+    assert "by default: temperature 0.6, top_k 20 (generation_config.json)" in told[0][1]
     weights = [int(t.split(" weights")[0].split()[-1].replace(",", "")) for _, t in told]
     assert weights[1] - weights[0] == 499 * 96
 

@@ -28,6 +28,7 @@ def boot() -> Boot:
         model_eos=(2,),
         model_dir_name="m",
     )
+    resolved = replace(resolved, generation_config={"top_p": 0.9, "do_sample": True})
     return Boot(
         endpoint=1,
         endpoints=("ipc:///tmp/x/0", "ipc:///tmp/x/1"),
