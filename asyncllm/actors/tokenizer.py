@@ -17,6 +17,7 @@ import numpy as np
 
 from asyncllm import templates
 from asyncllm.actors.base import Actor
+from asyncllm.api.errors import NotServing
 from asyncllm.api.reasoning import prompt_state
 from asyncllm.core.admission import Shares
 from asyncllm.core.cutting import encode_ends, shortened
@@ -41,9 +42,11 @@ from asyncllm.text import Text
 MOST_HEALED = 2  # tokens taken off a prompt, as LightLLM does
 TAIL_BYTES = 8 * 4  # prompt ids that the detokenizer gets: more than any character needs
 MIN_CHARS_PER_TOKEN = 16  # where the longest token is shorter; also what /tokens may count
-# A prompt takes a place in the line for each of these, so that all that waits are 32 Mi characters:
-# 4 s of English for two threads on slow cores, 19 s of digits (1 token each).
+# A prompt takes a place in the line for each of these, so that what waits in one line are 32 Mi characters:
+# 8 s of English for one thread on a slow core, 37 s of digits (1 token each). A prompt of several
+# places is long: at least one thread takes none, so that short ones do not wait for them.
 PLACE_CHARS = 32 << 10
+COUNT_S = 5.0  # what has waited longer to be counted has been given up (Limits.query_s)
 LIMIT_FLAG = "--max_req_total_len"
 INPUT_FLAG = "--max_req_input_len"
 
@@ -56,6 +59,7 @@ class _Job:
 
     msg: Tokenize | Count
     alive: list[int]
+    since: float  # the loop's time
     head: str = ""  # see Accepted
     ids: bytes = b""  # once they are known
     cut: bool = False  # there were more before some were left out
@@ -73,6 +77,14 @@ class Renderer(Protocol):
     def stop(self) -> None: ...
 
     async def render(self, chat: bytes) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """Jobs that wait for a thread, by number, and the places they take."""
+
+    jobs: FairQueue[int]
+    places: Shares
 
 
 class Tokenizer(Actor[Inbox]):
@@ -118,11 +130,11 @@ class Tokenizer(Actor[Inbox]):
         self._chars_per_token = max(MIN_CHARS_PER_TOKEN, text.max_piece_chars)
         self._workers, self._time_limit_s = workers, time_limit_s
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
-        self._free = workers
+        self._running: dict[int, bool] = {}  # jobs with a thread -> whether they are long
         self._jobs: dict[int, _Job] = {}
         self._job_of: dict[int, int] = {}  # rid -> job
-        self._line: FairQueue[int] = FairQueue()  # jobs without a thread yet
-        self._places = Shares(max_queue)  # in the line
+        # jobs without a thread yet: short ones, long ones
+        self._lines = tuple(_Line(FairQueue(), Shares(max_queue)) for _ in range(2))
         self._last_job = 0
 
     @property
@@ -174,7 +186,8 @@ class Tokenizer(Actor[Inbox]):
 
     def _take(self, msg: Tokenize | Count) -> int:
         self._last_job += 1
-        job = _Job(msg, list(msg.rids) if isinstance(msg, Tokenize) else [])
+        rids = list(msg.rids) if isinstance(msg, Tokenize) else []
+        job = _Job(msg, rids, self.system.loop.time())
         self._jobs[self._last_job] = job
         for rid in job.alive:
             self._job_of[rid] = self._last_job
@@ -186,31 +199,66 @@ class Tokenizer(Actor[Inbox]):
             del self._job_of[rid]
 
     def _wait(self, number: int, job: _Job) -> None:
-        client = job.msg.client
-        if not self._free and self._places.room(client) <= 0:
+        client, line = job.msg.client, self._line(job.msg)
+        if line.places.room(client) <= 0:
+            self._drop_given_up(line)
+        if line.places.room(client) <= 0:
             self._forget(number, job)
             self._refuse(
                 job,
                 ServerBusy(
-                    f"prompts of this client in {self._places.of(client)} places (of {PLACE_CHARS} "
-                    f"characters) and {self._places.total} together wait to be tokenized, at most "
-                    f"{self._places.most} may, half of them of one client while others wait; try "
+                    f"prompts of this client in {line.places.of(client)} places (of {PLACE_CHARS} "
+                    f"characters) and {line.places.total} together wait to be tokenized, at most "
+                    f"{line.places.most} may, half of them of one client while others wait; try "
                     "again later"
                 ),
             )
             return
-        self._line.append(client, number, number)
-        self._places.take(client, _places(job.msg))
+        line.jobs.append(client, number, number)
+        line.places.take(client, _places(job.msg))
         self._start_some()
 
     def _start_some(self) -> None:
-        while self._free and self._line:
-            number = next(iter(self._line))
-            msg = self._jobs[number].msg
-            self._line.serve(msg.client, number)
-            self._places.give(msg.client, _places(msg))
-            self._free -= 1
-            self.spawn(self._run(number, msg))
+        while len(self._running) < self._workers and (number := self._next()) >= 0:
+            job = self._jobs[number]
+            msg, line = job.msg, self._line(job.msg)
+            line.jobs.serve(msg.client, number)
+            line.places.give(msg.client, _places(msg))
+            if self._given_up(job):
+                self._drop(number, job)
+            else:
+                self._running[number] = _places(msg) > 1
+                self.spawn(self._run(number, msg))
+
+    def _next(self) -> int:
+        """The job that a thread should take: whose turn it is among the short and the long; else -1."""
+        short, long = (next(iter(line.jobs), -1) for line in self._lines)
+        if long < 0 or sum(self._running.values()) >= max(self._workers - 1, 1):
+            return short
+        return long if short < 0 else min(short, long)
+
+    def _line(self, msg: Tokenize | Count) -> _Line:
+        return self._lines[_places(msg) > 1]
+
+    def _given_up(self, job: _Job) -> bool:
+        return isinstance(job.msg, Count) and self.system.loop.time() - job.since > COUNT_S
+
+    def _drop_given_up(self, line: _Line) -> None:
+        for number in [each for each in line.jobs if self._given_up(self._jobs[each])]:
+            job = self._jobs[number]
+            self._leave_line(number, job)
+            self._drop(number, job)
+
+    def _drop(self, number: int, job: _Job) -> None:
+        self._forget(number, job)
+        self._refuse(job, NotServing(f"not counted within {COUNT_S:g} s"))
+
+    def _leave_line(self, number: int, job: _Job) -> None:
+        """Without a turn, if it is in one."""
+        client, line = job.msg.client, self._line(job.msg)
+        if line.jobs.has(client, number):
+            line.jobs.discard(client, number)
+            line.places.give(client, _places(job.msg))
 
     async def _run(self, number: int, msg: Tokenize | Count) -> Prepared:
         rendered = b""
@@ -239,7 +287,7 @@ class Tokenizer(Actor[Inbox]):
 
     def _prepared(self, msg: Prepared) -> None:
         if msg.frees:
-            self._free += 1
+            del self._running[msg.job]
             self._start_some()
         if (job := self._jobs.get(msg.job)) is None:
             return
@@ -268,9 +316,7 @@ class Tokenizer(Actor[Inbox]):
         job.alive.remove(rid)
         if not job.alive:
             del self._jobs[number]
-            if self._line.has(job.msg.client, number):
-                self._line.discard(job.msg.client, number)
-                self._places.give(job.msg.client, _places(job.msg))
+            self._leave_line(number, job)
         self.frontend.tell(Finished(rid, Reason.ABORT, "", "", 0, 0, 0, 0))
 
     # -- in a thread of the pool: plain data in and out ------------------------------------------------

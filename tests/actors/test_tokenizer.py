@@ -73,6 +73,7 @@ def play(
     *,
     answers: int,
     on_answer: Callable[[Any], None] = lambda msg: None,
+    waiting: int = 0,
     **options: Any,
 ) -> list[tuple[str, Any]]:
     """(receiver, message) in order, up to the frontend's answer number ``answers``.
@@ -98,7 +99,7 @@ def play(
             for msg in script:
                 ref.tell(msg, urgent=isinstance(msg, Abort))
             await system.run()
-            assert actor.waiting == 0
+            assert actor.waiting == waiting
 
     uvloop.run(main())
     return log
@@ -629,12 +630,70 @@ def test_a_clients_share_of_the_line_is_half_while_others_wait(text: Text) -> No
 
 
 def test_a_long_text_takes_several_places(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of short texts stay free for them."""
     monkeypatch.setattr(module, "PLACE_CHARS", 100)
-    batch = [prompt(1, "a"), prompt(2, "b" * 250), prompt(3, "c"), prompt(4, "d"), prompt(5, "e")]
-    log = play(text, batch, answers=5, workers=1, max_queue=4, limit=1000)
+    batch = [prompt(1, "a" * 100), prompt(2, "b" * 250), prompt(3, "c" * 150), prompt(4, "d" * 100)]
+    batch += [prompt(5, "e"), prompt(6, "f" * 100)]
+    log = play(text, batch, answers=6, workers=1, max_queue=4, limit=1000)
     refused = [msg.rid for _, msg in log if isinstance(msg, Finished)]
-    assert refused == [4, 5]  # 1 is in the thread, 2 has three places, 3 the last one
-    assert [msg.rid for _, msg in log if isinstance(msg, Accepted)] == [1, 2, 3]
+    assert refused == [4, 6]  # 1 is in the thread, 2 has three places, 3 the last one and one more
+    assert [msg.rid for _, msg in log if isinstance(msg, Accepted)] == [1, 2, 3, 5]
+
+
+def test_what_has_been_given_up_keeps_nobody_out(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "COUNT_S", -1.0)
+    monkeypatch.setattr(module.Tokenizer, "_start_some", lambda self: None)
+    batch = [Count(1, "a", False), Count(2, "b", False), Count(3, "c", False)]
+    log = play(text, batch, answers=2, workers=1, max_queue=2, waiting=1)
+    assert [(m.query, m.status) for _, m in log if isinstance(m, Counted)] == [(1, 503), (2, 503)]
+
+
+def test_short_texts_do_not_wait_for_long_ones(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two threads one takes no long texts, though nothing else waits."""
+    monkeypatch.setattr(module, "PLACE_CHARS", 10)
+    gate, encode = threading.Event(), Text.encode
+
+    def held(self: Text, some: str, special: bool) -> Any:
+        assert len(some) < 10 or gate.wait(20)
+        return encode(self, some, special)
+
+    monkeypatch.setattr(Text, "encode", held)
+    batch = [Count(i, "b" * 15, False) for i in range(4)]
+    batch += [Count(i, "a", False) for i in range(4, 8)]
+
+    def on_answer(msg: Counted) -> None:
+        if msg.query == 7:
+            gate.set()
+
+    log = play(text, batch, answers=8, workers=2, on_answer=on_answer)
+    assert [msg.query for _, msg in log] == [4, 5, 6, 7, 0, 1, 2, 3]
+
+
+def test_long_texts_come_to_their_turn_among_short_ones(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PLACE_CHARS", 10)
+    texts = ["a", "a", "b" * 15, "a", "a", "b" * 15]
+    log = play(text, [Count(i, t, False) for i, t in enumerate(texts)], answers=6, workers=1)
+    assert [msg.query for _, msg in log] == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_has_been_given_up_is_not_counted(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COUNT_S", 0.05)
+    encode = Text.encode
+
+    def slow(self: Text, some: str, special: bool) -> Any:
+        threading.Event().wait(0.1)
+        return encode(self, some, special)
+
+    monkeypatch.setattr(Text, "encode", slow)
+    batch = [Count(1, "a", False), Count(2, "b", False), prompt(3, "c")]
+    log = play(text, batch, answers=3, workers=1)
+    told = {m.query: m for _, m in log if isinstance(m, Counted)}
+    assert (told[1].num_tokens, told[2].num_tokens, told[2].status) == (1, -1, 503)
+    assert [m.rid for _, m in log if isinstance(m, Accepted)] == [3]  # a prompt waits on
 
 
 def test_an_abort_gives_the_place_in_the_line_back(
