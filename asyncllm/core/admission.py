@@ -14,7 +14,7 @@ from asyncllm.errors import RequestError, ServerBusy
 
 LIMITS = "(--running_max_req_size, --max_waiting)"
 HALF_LIFE_S = 30.0  # how fast the measured rate forgets
-FIRST_S = 0.5  # a request's time before any has been measured
+FIRST_S = 1.0  # a request's time before any has been measured
 MOST_S = 60  # OpenAI's and Anthropic's clients do not follow a longer Retry-After
 
 
@@ -65,27 +65,34 @@ class Shares:
 
 
 class ServiceRate:
-    """Requests that end per second of the time in which there are any; the last ones count most."""
+    """Requests that end per second of a full batch.
 
-    def __init__(self, now: float) -> None:
-        self._busy_s, self._ended = FIRST_S, 1.0
-        self._at, self._busy = now, False
+    Time in which only a part of the batch is taken counts for that part, as if requests beside it
+    would have cost nothing; a full batch soon outweighs that. The last half minute counts most.
 
-    def pass_time(self, now: float, busy: bool) -> None:
-        """``busy``: whether there are requests from now on."""
-        if self._busy:
-            kept = 0.5 ** ((now - self._at) / HALF_LIFE_S)
-            self._busy_s = self._busy_s * kept + (1 - kept) * HALF_LIFE_S / math.log(2)
-            self._ended *= kept
-        self._at, self._busy = now, busy
+    Args:
+        places: in the batch. Before anything has ended a request is taken to last FIRST_S.
+    """
+
+    def __init__(self, places: int, now: float) -> None:
+        self._full_s, self._ended = FIRST_S / max(places, 1), 1.0
+        self._at, self._load = now, 0.0
+
+    def pass_time(self, now: float, load: float) -> None:
+        """``load``: the part of the batch that is wanted from now on, 0 to 1."""
+        spent = (now - self._at) * self._load
+        kept = 0.5 ** (spent / HALF_LIFE_S)
+        self._full_s = self._full_s * kept + (1 - kept) * HALF_LIFE_S / math.log(2)
+        self._ended *= kept
+        self._at, self._load = now, load
 
     def count(self) -> None:
         """A request has ended."""
         self._ended += 1
 
     def seconds_for(self, num: int) -> float:
-        """How long it takes until ``num`` have ended."""
-        return num * self._busy_s / max(self._ended, 1e-9)
+        """How long it takes until ``num`` have ended, the batch being full."""
+        return num * self._full_s / max(self._ended, 1e-9)
 
 
 class Admission:
@@ -105,7 +112,7 @@ class Admission:
         self._max_running, self._clock = max_running, clock
         self._waiting = Shares(max_waiting)
         self._begun = 0
-        self._rate = ServiceRate(clock())
+        self._rate = ServiceRate(max_running, clock())
 
     def enter(self, client: int, wanted: int) -> None:
         """Let ``wanted`` requests of one client wait.
@@ -124,8 +131,8 @@ class Admission:
         extra = max(self._max_running - self._begun, 0)
         if wanted > waiting.room(client, extra):
             raise ServerBusy(self._refusal(client, wanted))
-        self._rate.pass_time(self._clock(), True)
         waiting.take(client, wanted)
+        self._pass_time()
 
     def begin(self, client: int) -> None:
         """The first token of a request has come."""
@@ -138,15 +145,19 @@ class Admission:
             self._begun -= 1
         else:
             self._waiting.give(client)
-        self._rate.pass_time(self._clock(), self._waiting.total + self._begun > 0)
+        self._pass_time()
         if served:
             self._rate.count()
 
     def retry_after_s(self) -> int:
         """When those that wait now have been served, 1 to 60 s."""
-        self._rate.pass_time(self._clock(), self._waiting.total + self._begun > 0)
+        self._pass_time()
         queued = self._begun + self._waiting.total - self._max_running
         return min(max(math.ceil(self._rate.seconds_for(max(queued, 1))), 1), MOST_S)
+
+    def _pass_time(self) -> None:
+        live = self._waiting.total + self._begun
+        self._rate.pass_time(self._clock(), min(live / max(self._max_running, 1), 1.0))
 
     def _refusal(self, client: int, wanted: int) -> str:
         waiting, again = self._waiting, f"try again in {self.retry_after_s()} s"

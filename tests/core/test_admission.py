@@ -118,6 +118,34 @@ def test_retry_after_is_the_queue_over_the_measured_rate() -> None:
     assert 4 <= admission.retry_after_s() <= 6
 
 
+def test_what_one_alone_took_is_no_measure_of_a_full_batch() -> None:
+    clock = Clock()
+    admission = Admission(max_running=16, max_waiting=100, clock=clock)
+    admission.enter(A, 1)
+    clock.now += 0.7
+    admission.begin(A)
+    admission.leave(A, begun=True, served=True)
+    full(A, admission)
+    assert 3 <= admission.retry_after_s() <= 8, "100 of 0.7 s, 16 at a time"
+    for _ in range(4):  # two seconds for each batch of 16
+        for _ in range(16):
+            admission.begin(A)
+        clock.now += 2
+        for _ in range(16):
+            admission.leave(A, begun=True, served=True)
+        full(A, admission)
+    assert 11 <= admission.retry_after_s() <= 14, "100 of 8 a second"
+
+
+def test_before_anything_is_measured_a_request_is_taken_to_last_a_second() -> None:
+    clock = Clock()
+    admission = Admission(max_running=4, max_waiting=32, clock=clock)
+    full(A, admission)
+    assert admission.retry_after_s() == 8
+    clock.now += 5
+    assert admission.retry_after_s() == 60
+
+
 def test_an_idle_time_does_not_slow_the_rate_and_a_stall_does() -> None:
     clock = Clock()
     admission = Admission(max_running=1, max_waiting=10, clock=clock)
