@@ -211,10 +211,9 @@ def _add_tokens(
         tokenizer.add_tokens([AddedToken(content, special=True)])
     if left_out:
         _log.warning(
-            "%d tokens are ordinary text, since their ids are taken or beyond the model's "
-            "vocabulary: %s",
-            len(left_out),
-            ", ".join(left_out[:3]),
+            "special and added tokens that stay ordinary text, since their ids are taken or beyond "
+            "the model's vocabulary: %s",
+            ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if left_out[3:] else ""),
         )
 
 

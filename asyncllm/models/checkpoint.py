@@ -23,7 +23,7 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # weights that are no model, or the same ones once more under the names of another library
 _ASIDE = re.compile(r"(\.|adapter|consolidated).*", re.IGNORECASE)
-_NUMBERED = re.compile(r"(.*-)(\d+)(-of-(\d+)\.safetensors)")
+_NUMBERED = re.compile(r"(.*-)(\d{1,5})(-of-(\d{1,5})\.safetensors)")
 _COMPARED_ROWS = 8192
 
 
@@ -121,11 +121,11 @@ def _index(path: Path) -> dict[Path, frozenset[str]]:
 
 def _numbered(files: list[Path]) -> Iterator[Path]:
     """All files of the sets, such as model-00001-of-00003.safetensors, of which some are there."""
-    for path in files:
-        if match := _NUMBERED.fullmatch(path.name):
-            head, number, tail, total = match.groups()
-            for i in range(1, int(total) + 1):
-                yield path.with_name(f"{head}{i:0{len(number)}}{tail}")
+    matches = (_NUMBERED.fullmatch(path.name) for path in files)
+    sets = {(m[1], len(m[2]), m[3], int(m[4])) for m in matches if m}
+    for head, width, tail, total in sorted(sets):
+        for i in range(1, total + 1):
+            yield files[0].with_name(f"{head}{i:0{width}}{tail}")
 
 
 def _lacks(folder: Path, missing: list[Path]) -> str:

@@ -96,7 +96,7 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
     parts = Parts(boot, spec, text, dialect, None, Alone(), boot.resolved.num_slots)
     if boot.endpoint >= config.tp:
         return parts
-    if boot.endpoint == 0:
+    if boot.endpoint == 0 and text is not None:
         load_forms(parts)
     where = torch_device(boot)
     if where.type == "cuda":
