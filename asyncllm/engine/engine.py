@@ -13,13 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asyncllm.engine.bitmask import apply_token_bitmask, mask_columns
 from asyncllm.engine.graphs import Bucket, Graphs
-from asyncllm.engine.lanes import Choice, LaneTable, Scored
-from asyncllm.engine.masks import ban, mask_columns
 from asyncllm.engine.parallel import Group
-from asyncllm.engine.sampling import Knobs, Penalties, Sampler, TorchSampler, raise_ends
-from asyncllm.engine.staging import Columns, Placed, Rows, Uploader, unpack
-from asyncllm.engine.tails import Ended, Tail, Tails, penalty_matrix, tail_columns
+from asyncllm.engine.sampler_graphs import (
+    Ended,
+    SamplerGraphs,
+    SamplerVariant,
+    penalty_matrix,
+    tail_columns,
+)
+from asyncllm.engine.sampling import Penalties, Sampler, SamplingTensors, TorchSampler, raise_ends
+from asyncllm.engine.sampling_table import SamplingBatch, SamplingTable, Scored
+from asyncllm.engine.step_inputs import Columns, Placed, Rows, Uploader, unpack
 from asyncllm.messages import StepPlan
 from asyncllm.models.attention import Batch, HostRows, zeros
 from asyncllm.models.model import Model
@@ -37,8 +43,8 @@ class Work:
     step: int
     rows: Rows
     bucket: Bucket | None  # the graph that runs it; None: eager
-    tail: Tail | None  # the graph that runs its end; None: eager
-    choice: Choice
+    tail: SamplerVariant | None  # the graph that runs its end; None: eager
+    choice: SamplingBatch
     scored: list[Scored]
     columns: Columns
     penalty_len: int  # longest history of a penalised row; 0: none
@@ -82,11 +88,11 @@ class Engine:
         self.history = zeros((num_lanes + 1, max_len), torch.int32, device)
         self.last_token = zeros((num_lanes + 1,), torch.int64, device)
         self.num_lanes = num_lanes
-        self.lanes = LaneTable(num_lanes, model.vocab_size, eos_ids)
+        self.lanes = SamplingTable(num_lanes, model.vocab_size, eos_ids)
         ends = [i for i in eos_ids if i < model.vocab_size]
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
         self.graphs: Graphs | None = None
-        self.tails: Tails | None = None
+        self.tails: SamplerGraphs | None = None
         self._no_top = torch.empty(num_lanes, 0, device=device)
         self._row_numbers = torch.arange(num_lanes, dtype=torch.int32, device=device)
         self._stage, self.sampler = _step_ops(model)
@@ -98,7 +104,7 @@ class Engine:
         Every rank must call this at the same time, while no step is in flight.
         """
         hidden = zeros((self.num_lanes, self.model.hidden_size), self.model.site.dtype, self.device)
-        tails = Tails(self._end, self._uploader, hidden, dump_lane=self.num_lanes)
+        tails = SamplerGraphs(self._end, self._uploader, hidden, dump_lane=self.num_lanes)
         graphs = Graphs(
             self._forward,
             self._uploader,
@@ -234,7 +240,7 @@ class Engine:
         )
         return self.model.forward(batch, self.kv)
 
-    def _end(self, hidden: Tensor, d: Placed, tail: Tail) -> Ended:
+    def _end(self, hidden: Tensor, d: Placed, tail: SamplerVariant) -> Ended:
         """From hidden states of the rows that sample to their tokens; what a graph captures."""
         logits = changed = self.model.logits(hidden)
         if tail.penalized and not self.group.rank:
@@ -266,7 +272,7 @@ class Engine:
         if self.group.rank:
             chosen = torch.empty(num, dtype=torch.int64, device=logits.device)
         else:
-            knobs = Knobs(
+            given = SamplingTensors(
                 temperature=d["temperature"][:num],
                 top_k=d["top_k"][:num],
                 top_p=d["top_p"][:num],
@@ -275,7 +281,7 @@ class Engine:
                 all_greedy=greedy,
                 truncates=truncates,
             )
-            chosen = self.sampler.sample(logits, knobs)
+            chosen = self.sampler.sample(logits, given)
         self.last_token[d["sampled_lanes"][:num].long()] = self.group.broadcast(chosen)
         return chosen
 
@@ -311,7 +317,7 @@ class Engine:
         if "length_rows" in d:
             raise_ends(logits, d["length_rows"], d["length_scales"], self.ends)
         if "masks" in d:
-            ban(logits, d["mask_rows"], d["masks"])
+            apply_token_bitmask(logits, d["mask_rows"], d["masks"])
 
     def _score(self, hidden: Tensor, part: Scored, targets: Tensor) -> ScoredTensors:
         """Log-probabilities of prompt tokens, in slices so that few logits exist at a time."""
@@ -335,7 +341,7 @@ class Engine:
             "known": np.concatenate([ids for _, ids in lanes]),
         }
 
-    def _penalty_columns(self, rows: Rows, choice: Choice) -> Columns:
+    def _penalty_columns(self, rows: Rows, choice: SamplingBatch) -> Columns:
         """Of the rows that have penalties; {} if none has."""
         if not choice.penalized:
             return {}

@@ -3,7 +3,7 @@
 A launch of an 8B step costs the event loop 14 ms eager and some 10 us as a graph. A graph takes
 its columns from a fixed place on the device and leaves hidden states in a fixed buffer; what comes
 before (rare table writes) is in no graph, what comes after (logits, sampling) in those of
-:mod:`asyncllm.engine.tails`.
+:mod:`asyncllm.engine.sampler_graphs`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.engine.staging import Columns, Placed, Rows, Uploader
+from asyncllm.engine.step_inputs import Columns, Placed, Rows, Uploader
 
 MAX_PREFILL_ROWS = 32
 MAX_DECODE_ROWS = 1024  # of a decode step

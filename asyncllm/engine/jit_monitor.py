@@ -16,9 +16,9 @@ class JitMonitor:
 
     def arm(self) -> None:
         """Start counting. Triton keeps one hook for the process."""
-        from triton import knobs
+        from triton import given
 
-        knobs.runtime.jit_post_compile_hook = self._compiled
+        given.runtime.jit_post_compile_hook = self._compiled
 
     def _compiled(self, *_: Any, **details: Any) -> None:
         self.count += 1

@@ -15,8 +15,8 @@ PENALTY_ROWS = 64  # rows whose token counts are dense at a time: bounds the mem
 
 
 @dataclass(slots=True)
-class Knobs:
-    """:class:`asyncllm.engine.lanes.Choice` on the device; n rows, float32 or int32."""
+class SamplingTensors:
+    """:class:`asyncllm.engine.sampling_table.SamplingBatch` on the device; n rows, float32 or int32."""
 
     temperature: Tensor
     top_k: Tensor
@@ -45,7 +45,7 @@ class Penalties:
 class Sampler(Protocol):
     """What comes after the logits (float32), on one device. Nothing here waits for the device."""
 
-    def sample(self, logits: Tensor, knobs: Knobs) -> Tensor:
+    def sample(self, logits: Tensor, given: SamplingTensors) -> Tensor:
         """One token per row of ``logits`` [n, vocab_size]: [n] int64.
 
         Temperature, then top_k, top_p and min_p on the tempered distribution, then inversion: the
@@ -79,16 +79,16 @@ class Sampler(Protocol):
 class TorchSampler:
     """:class:`Sampler` in plain torch."""
 
-    def sample(self, logits: Tensor, knobs: Knobs) -> Tensor:
+    def sample(self, logits: Tensor, given: SamplingTensors) -> Tensor:
         best = logits.argmax(dim=-1)
-        if knobs.all_greedy:
+        if given.all_greedy:
             return best
-        greedy = knobs.temperature == 0
-        scaled = logits / torch.where(greedy, 1.0, knobs.temperature)[:, None]
+        greedy = given.temperature == 0
+        scaled = logits / torch.where(greedy, 1.0, given.temperature)[:, None]
         probs = scaled.softmax(dim=-1)
-        if knobs.truncates:
-            probs = _truncated(probs, knobs)
-        return torch.where(greedy, best, _invert(probs, knobs.uniform))
+        if given.truncates:
+            probs = _truncated(probs, given)
+        return torch.where(greedy, best, _invert(probs, given.uniform))
 
     def add_bias(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
         logits.index_put_((rows.long(), tokens.long()), values, accumulate=True)
@@ -119,14 +119,14 @@ def raise_ends(logits: Tensor, rows: Tensor, scales: Tensor, ends: Tensor) -> No
     logits.index_put_(where, some + some.abs() * scales[:, None])
 
 
-def _truncated(probs: Tensor, knobs: Knobs) -> Tensor:
+def _truncated(probs: Tensor, given: SamplingTensors) -> Tensor:
     """``probs`` with what top_k, top_p and min_p cut off set to 0."""
     ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(probs.shape[1], device=probs.device)
     before = ordered.cumsum(dim=-1) - ordered
-    keep = rank < knobs.top_k[:, None]
-    keep &= (before < knobs.top_p[:, None]) | (knobs.top_p[:, None] >= 1)
-    keep &= ordered >= knobs.min_p[:, None] * ordered[:, :1]
+    keep = rank < given.top_k[:, None]
+    keep &= (before < given.top_p[:, None]) | (given.top_p[:, None] >= 1)
+    keep &= ordered >= given.min_p[:, None] * ordered[:, :1]
     keep[:, 0] = True
     return torch.zeros_like(probs).scatter_(1, tokens, ordered * keep)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyncllm.engine.sampling import PENALTY_ROWS, Knobs, Penalties
+from asyncllm.engine.sampling import PENALTY_ROWS, Penalties, SamplingTensors
 from asyncllm.kernels import penalties
 from asyncllm.kernels.log_probs import log_probs
 from asyncllm.kernels.sampling.sample import sample
@@ -17,16 +17,16 @@ class TritonSampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._counts = penalties.penalty_counts(PENALTY_ROWS, vocab_size, device)
 
-    def sample(self, logits: Tensor, knobs: Knobs) -> Tensor:
+    def sample(self, logits: Tensor, given: SamplingTensors) -> Tensor:
         return sample(
             logits,
-            knobs.temperature,
-            knobs.top_k,
-            knobs.top_p,
-            knobs.min_p,
-            knobs.uniform,
-            greedy=knobs.all_greedy,
-            truncates=knobs.truncates,
+            given.temperature,
+            given.top_k,
+            given.top_p,
+            given.min_p,
+            given.uniform,
+            greedy=given.all_greedy,
+            truncates=given.truncates,
         )
 
     def add_bias(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:

@@ -14,18 +14,18 @@ from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.graphs import MAX_DECODE_ROWS, decode_sizes, mixed_sizes
-from asyncllm.engine.lanes import LaneTable
-from asyncllm.engine.staging import Columns, Placed, Rows, unpack
-from asyncllm.engine.tails import (
+from asyncllm.engine.sampler_graphs import (
     KINDS,
     MAX_ROWS,
     PENALTIES,
     Ended,
-    Tail,
-    Tails,
+    SamplerGraphs,
+    SamplerVariant,
     penalty_matrix,
-    tail_sizes,
+    sampler_sizes,
 )
+from asyncllm.engine.sampling_table import SamplingTable
+from asyncllm.engine.step_inputs import Columns, Placed, Rows, unpack
 from asyncllm.messages import StepPlan
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 from tests.models.test_llama import VOCAB, make_checkpoint
@@ -53,13 +53,13 @@ CHOICES = [
 
 @pytest.mark.parametrize("most", [1, 5, 256, 1000, 3000])
 def test_tail_sizes_rise_and_reach_the_most(most: int) -> None:
-    sizes = tail_sizes(most)
+    sizes = sampler_sizes(most)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == min(most, MAX_ROWS)
 
 
 def test_columns_of_a_tail_have_one_size_and_padding_that_harms_nothing() -> None:
-    tails = Tails(lambda *_: None, None, torch.zeros(6, 4), dump_lane=6)  # type: ignore[arg-type, return-value]
+    tails = SamplerGraphs(lambda *_: None, None, torch.zeros(6, 4), dump_lane=6)  # type: ignore[arg-type, return-value]
     given: Columns = {
         name: np.full((*column.shape[:-1], 3), 5, column.dtype)
         for name, column in tails.columns().items()
@@ -79,20 +79,22 @@ def test_columns_of_a_tail_have_one_size_and_padding_that_harms_nothing() -> Non
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
-        ([0], Tail(1, True, False, False, True)),
-        ([0, 1], Tail(2, False, False, False, True)),
-        ([1, 1, 1], Tail(4, False, False, False, False)),
-        ([0, 2, 1], Tail(4, False, True, False, True)),
+        ([0], SamplerVariant(1, True, False, False, True)),
+        ([0, 1], SamplerVariant(2, False, False, False, True)),
+        ([1, 1, 1], SamplerVariant(4, False, False, False, False)),
+        ([0, 2, 1], SamplerVariant(4, False, True, False, True)),
         ([3], None),  # alternatives
-        ([4], Tail(1, False, True, True, False)),
-        ([0, 4], Tail(2, False, True, True, True)),
+        ([4], SamplerVariant(1, False, True, True, False)),
+        ([0, 4], SamplerVariant(2, False, True, True, True)),
         ([4, 5], None),
         ([5], None),  # biases
         ([0] * 7, None),  # more rows than graphs have
     ],
 )
-def test_steps_end_in_the_graph_of_their_kind(params: list[int], expected: Tail | None) -> None:
-    lanes = LaneTable(8, VOCAB, (2,))
+def test_steps_end_in_the_graph_of_their_kind(
+    params: list[int], expected: SamplerVariant | None
+) -> None:
+    lanes = SamplingTable(8, VOCAB, (2,))
     opened = tuple((lane, 3, CHOICES[i].pack(), b"") for lane, i in enumerate(params))
     n = len(params)
     plan = StepPlan(
@@ -101,19 +103,19 @@ def test_steps_end_in_the_graph_of_their_kind(params: list[int], expected: Tail 
         samples=b"\x01" * n, opened=opened,
     )  # fmt: skip
     lanes.open(plan)
-    tails = Tails(lambda *_: None, None, torch.zeros(6, 4), dump_lane=6)  # type: ignore[arg-type, return-value]
+    tails = SamplerGraphs(lambda *_: None, None, torch.zeros(6, 4), dump_lane=6)  # type: ignore[arg-type, return-value]
     rows = unpack(plan, 16)
     assert tails.pick(lanes.choice(rows)) == expected
     assert tails.pick(lanes.choice(rows, masked=True)) is None
 
 
-class Simulated(Tails):
+class Simulated(SamplerGraphs):
     """Replays by running what would have been captured, on the columns of the last upload."""
 
     def __init__(self, engine: Engine) -> None:
         hidden = torch.zeros(engine.num_lanes, engine.model.hidden_size)
         super().__init__(engine._end, engine._uploader, hidden, dump_lane=engine.num_lanes)
-        self.used: set[Tail] = set()
+        self.used: set[SamplerVariant] = set()
         self._last: list[Placed] = []
         upload = engine._uploader.upload
 
@@ -125,7 +127,7 @@ class Simulated(Tails):
         for tail in self.all():
             self._captured[tail] = self._simulate(tail)  # type: ignore[assignment]
 
-    def _simulate(self, tail: Tail) -> tuple[SimpleNamespace, Ended]:
+    def _simulate(self, tail: SamplerVariant) -> tuple[SimpleNamespace, Ended]:
         tokens = torch.empty(tail.num_rows, dtype=torch.int32)
         scores = torch.empty(tail.num_rows) if tail.scored else None
 
@@ -150,7 +152,7 @@ class NoGraphs:
 def test_ends_in_graphs_choose_what_eager_ones_choose(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     answers: list[list[Sequence]] = []
-    used: set[Tail] = set()
+    used: set[SamplerVariant] = set()
     for graphs in (False, True):
         device = make_device(tmp_path, "fp32", "cpu", num_lanes=40)
         if graphs:

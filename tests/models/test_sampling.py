@@ -14,9 +14,9 @@ import torch
 
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.lanes import LaneTable, uniform
-from asyncllm.engine.sampling import Knobs, Penalties, TorchSampler, raise_ends
-from asyncllm.engine.staging import unpack
+from asyncllm.engine.sampling import Penalties, SamplingTensors, TorchSampler, raise_ends
+from asyncllm.engine.sampling_table import SamplingTable, uniform
+from asyncllm.engine.step_inputs import unpack
 from asyncllm.messages import StepPlan
 from tests.models.harness import Driver, Sequence, make_device
 
@@ -27,7 +27,7 @@ DRAWS = 4000
 def draw(logits: list[float], **params: float) -> dict[int, float]:
     """Share of each token in many draws with seeds 0, 1, 2, ..."""
     uniforms = uniform(np.arange(DRAWS, dtype=np.uint64), np.full(DRAWS, 5, np.int32))
-    knobs = Knobs(
+    given = SamplingTensors(
         temperature=torch.full((DRAWS,), params.get("temperature", 1.0)),
         top_k=torch.full((DRAWS,), int(params.get("top_k", len(logits))), dtype=torch.int32),
         top_p=torch.full((DRAWS,), params.get("top_p", 1.0)),
@@ -36,7 +36,7 @@ def draw(logits: list[float], **params: float) -> dict[int, float]:
         all_greedy=params.get("temperature") == 0,
         truncates=bool({"top_k", "top_p", "min_p"} & params.keys()),
     )
-    tokens = TorchSampler().sample(torch.tensor([logits]).expand(DRAWS, -1), knobs)
+    tokens = TorchSampler().sample(torch.tensor([logits]).expand(DRAWS, -1), given)
     return {int(t): float((tokens == t).float().mean()) for t in tokens.unique()}
 
 
@@ -77,11 +77,11 @@ def test_a_row_does_not_depend_on_its_company() -> None:
     def run(rows: slice) -> torch.Tensor:
         n = len(range(16)[rows])
         uniforms = uniform(np.arange(16, dtype=np.uint64)[rows], np.full(n, 9, np.int32))
-        knobs = Knobs(
+        given = SamplingTensors(
             torch.full((n,), 0.8), torch.full((n,), 50), torch.full((n,), 0.9),
             torch.zeros(n), torch.from_numpy(uniforms), False, True,
         )  # fmt: skip
-        return TorchSampler().sample(logits[rows], knobs)
+        return TorchSampler().sample(logits[rows], given)
 
     together = run(slice(None))
     for row in range(16):
@@ -156,7 +156,7 @@ def one_row_plan(params: SamplingParams, prompt_len: int, start: int) -> StepPla
 @pytest.mark.parametrize(("start", "banned"), [(9, True), (11, True), (12, False)])
 def test_end_tokens_are_banned_below_min_new_tokens(start: int, banned: bool) -> None:
     """The token at position start + 1 is number start + 1 - prompt_len, counted from 0."""
-    table = LaneTable(1, 100, eos_ids=(2,))
+    table = SamplingTable(1, 100, eos_ids=(2,))
     plan = one_row_plan(SamplingParams(min_new_tokens=3, stop_token_ids=(5,)), 10, start)
     table.open(plan)
     choice = table.choice(unpack(plan, 64))
@@ -164,7 +164,7 @@ def test_end_tokens_are_banned_below_min_new_tokens(start: int, banned: bool) ->
 
 
 def test_logit_bias_reaches_the_row() -> None:
-    table = LaneTable(1, 100, eos_ids=())
+    table = SamplingTable(1, 100, eos_ids=())
     plan = one_row_plan(SamplingParams(logit_bias=((4, 2.5), (7, -100.0))), 10, 9)
     table.open(plan)
     choice = table.choice(unpack(plan, 64))
@@ -187,7 +187,7 @@ def test_the_length_penalty_is_that_of_transformers(generated: int, negative: bo
     reference: Any = ExponentialDecayLengthPenalty((4, 1.3), list(ends), prompt_len)
     ids = torch.zeros(1, prompt_len + generated, dtype=torch.int64)
     want = reference(ids, logits.clone())
-    table = LaneTable(1, 100, eos_ids=ends)
+    table = SamplingTable(1, 100, eos_ids=ends)
     params = SamplingParams(length_penalty=(4, 1.3))
     plan = one_row_plan(params, prompt_len, prompt_len + generated - 1)
     table.open(plan)
@@ -200,7 +200,7 @@ def test_the_length_penalty_is_that_of_transformers(generated: int, negative: bo
 
 
 def test_a_length_penalty_waits_for_min_new_tokens_and_stays_finite() -> None:
-    table = LaneTable(1, 100, eos_ids=(2,))
+    table = SamplingTable(1, 100, eos_ids=(2,))
     params = SamplingParams(length_penalty=(0, 100.0), min_new_tokens=6)
     plan = one_row_plan(params, 10, 14)
     table.open(plan)

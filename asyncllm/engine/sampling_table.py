@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.staging import I32, Rows
+from asyncllm.engine.step_inputs import I32, Rows
 from asyncllm.messages import StepPlan
 
 F32 = NDArray[np.float32]
@@ -20,7 +20,7 @@ BAN = -1e30  # below every logit; more than -inf, since a constraint may leave n
 
 
 @dataclass(slots=True)
-class Choice:
+class SamplingBatch:
     """How the sampled rows of one step choose their tokens; n rows."""
 
     temperature: F32  # [n], 0: greedy
@@ -56,7 +56,7 @@ class Scored:
 
 
 @dataclass(slots=True)
-class Lane:
+class OpenLane:
     """What is needed only of lanes that use the rarer parameters."""
 
     params: SamplingParams
@@ -64,7 +64,7 @@ class Lane:
     known: I32 = field(default_factory=lambda: np.empty(0, np.int32))
 
 
-class LaneTable:
+class SamplingTable:
     """Sampling parameters of every lane; written when a plan opens the lane.
 
     Args:
@@ -90,13 +90,13 @@ class LaneTable:
         self.length_start = np.zeros(num_lanes, np.int32)
         self.length_factor = np.ones(num_lanes, np.float64)
         self.scored = np.zeros(num_lanes, bool)
-        self.lanes: dict[int, Lane] = {}
+        self.lanes: dict[int, OpenLane] = {}
 
     def open(self, plan: StepPlan) -> None:
         """Take in the lanes that ``plan`` opens."""
         for number, prompt_len, packed, known in plan.opened:
             p = SamplingParams.unpack(packed)
-            self.lanes[number] = Lane(p, prompt_len, np.frombuffer(known, np.int32))
+            self.lanes[number] = OpenLane(p, prompt_len, np.frombuffer(known, np.int32))
             self.temperature[number] = p.temperature
             self.top_k[number] = p.top_k if p.top_k > 0 else self._vocab_size
             self.top_p[number], self.min_p[number] = p.top_p, p.min_p
@@ -115,14 +115,14 @@ class LaneTable:
             self.biased[number] = bool(p.logit_bias)
             self.scored[number] = p.prompt_logprobs >= 0
 
-    def choice(self, rows: Rows, masked: bool = False) -> Choice:
+    def choice(self, rows: Rows, masked: bool = False) -> SamplingBatch:
         """Parameters of the rows of a step that sample, in row order."""
         lanes, ends = rows.lanes[rows.samples], rows.sampled_lens
         temperature = self.temperature[lanes]
         top_k, top_p, min_p = self.top_k[lanes], self.top_p[lanes], self.min_p[lanes]
         truncates = (top_k < self._vocab_size) | (top_p < 1) | (min_p > 0)
         length_rows, length_scales = self._lengths(lanes, ends)
-        choice = Choice(
+        choice = SamplingBatch(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -155,7 +155,7 @@ class LaneTable:
             grown = np.power(self.length_factor[lanes[rows]], beyond[rows]) - 1
         return rows, np.minimum(grown, MOST_SCALE).astype(np.float32)
 
-    def _bias(self, choice: Choice, row: int, lane: Lane, position: int) -> None:
+    def _bias(self, choice: SamplingBatch, row: int, lane: OpenLane, position: int) -> None:
         p = lane.params
         pairs = list(p.logit_bias)
         if position - lane.prompt_len < p.min_new_tokens:

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asyncllm.engine.lanes import Choice
-from asyncllm.engine.staging import Columns, Placed, Rows, Uploader
+from asyncllm.engine.sampling_table import SamplingBatch
+from asyncllm.engine.step_inputs import Columns, Placed, Rows, Uploader
 
 MAX_ROWS = 1024
 # greedy, truncates, penalized
@@ -29,7 +29,7 @@ Ended = tuple[Tensor, Tensor | None]  # tokens [n] int32, their log-probabilitie
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Tail:
+class SamplerVariant:
     """What one graph does, for up to ``num_rows`` rows.
 
     Attributes:
@@ -46,14 +46,14 @@ class Tail:
     scored: bool
 
 
-def tail_sizes(most: int) -> list[int]:
+def sampler_sizes(most: int) -> list[int]:
     """Numbers of rows that have graphs: reading the output matrix costs more than padding."""
     sizes = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, MAX_ROWS]
     last = min(most, MAX_ROWS)
     return [s for s in sizes if s < last] + [last]
 
 
-def tail_columns(choice: Choice, rows: Rows) -> Columns:
+def tail_columns(choice: SamplingBatch, rows: Rows) -> Columns:
     """Columns of a step's end, an entry for each row that samples."""
     columns: Columns = {
         "logit_rows": rows.cu[1:][rows.samples] - 1,
@@ -78,7 +78,7 @@ def penalty_matrix(columns: Columns, num_rows: int) -> NDArray[np.int32]:
     return matrix
 
 
-class Tails:
+class SamplerGraphs:
     """All graphs of a step's end.
 
     Args:
@@ -90,14 +90,14 @@ class Tails:
 
     def __init__(
         self,
-        run: Callable[[Tensor, Placed, Tail], Ended],
+        run: Callable[[Tensor, Placed, SamplerVariant], Ended],
         uploader: Uploader,
         hidden: Tensor,
         *,
         dump_lane: int,
     ) -> None:
         self._run, self._uploader, self._hidden = run, uploader, hidden
-        self._sizes = tail_sizes(len(hidden))
+        self._sizes = sampler_sizes(len(hidden))
         ints, floats = np.zeros(len(hidden), np.int32), np.zeros(len(hidden), np.float32)
         self._padding: Columns = {  # of a greedy choice
             "logit_rows": ints,
@@ -109,7 +109,7 @@ class Tails:
             "uniform": floats + np.float32(0.5),
             "penalties": np.zeros((len(PENALTIES), len(hidden)), np.int32),
         }
-        self._captured: dict[Tail, tuple[torch.cuda.CUDAGraph, Ended]] = {}
+        self._captured: dict[SamplerVariant, tuple[torch.cuda.CUDAGraph, Ended]] = {}
 
     def columns(self, columns: Columns | None = None) -> Columns:
         """``columns`` padded to a fixed size: first in every upload, so that graphs find them."""
@@ -121,10 +121,10 @@ class Tails:
             made[name][..., : column.shape[-1]] = column
         return made
 
-    def all(self) -> list[Tail]:
+    def all(self) -> list[SamplerVariant]:
         """What there are graphs for, the largest first."""
         return [
-            Tail(size, *kind, scored)
+            SamplerVariant(size, *kind, scored)
             for size in reversed(self._sizes)
             for kind in KINDS
             for scored in (False, True)
@@ -144,17 +144,21 @@ class Tails:
                 ended = self._run(hidden, placed, tail)
             self._captured[tail] = graph, ended
 
-    def pick(self, choice: Choice) -> Tail | None:
+    def pick(self, choice: SamplingBatch) -> SamplerVariant | None:
         """The graph for ``choice``; None: there is none, launch the kernels."""
         at = bisect_left(self._sizes, len(choice.temperature))
         if at == len(self._sizes) or choice.num_top > 0 or choice.changes:
             return None
         if choice.penalized:
-            return Tail(self._sizes[at], False, True, True, choice.num_top == 0)
+            return SamplerVariant(self._sizes[at], False, True, True, choice.num_top == 0)
         truncates = choice.truncates and not choice.all_greedy
-        return Tail(self._sizes[at], choice.all_greedy, truncates, False, choice.num_top == 0)
+        return SamplerVariant(
+            self._sizes[at], choice.all_greedy, truncates, False, choice.num_top == 0
+        )
 
-    def replay(self, tail: Tail, hidden: Tensor, rows: Tensor | None, num_rows: int) -> Ended:
+    def replay(
+        self, tail: SamplerVariant, hidden: Tensor, rows: Tensor | None, num_rows: int
+    ) -> Ended:
         """Queue the graph for ``hidden[rows]`` (None: the first ones).
 
         Returns:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.engine.staging import I32, Columns, Rows
+from asyncllm.engine.step_inputs import I32, Columns, Rows
 from asyncllm.messages import StepPlan
 
 SLICE_ROWS = 64  # rows whose bits are spread out at a time: bounds the memory
@@ -29,7 +29,7 @@ def mask_columns(plan: StepPlan, rows: Rows) -> Columns:
     return {"mask_rows": sampled[masked], "masks": bits}
 
 
-def ban(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+def apply_token_bitmask(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
     """Logits of tokens whose bit is 0 become -inf, in place.
 
     Args:

@@ -11,10 +11,10 @@ import torch
 
 from asyncllm.codec import i32, ints
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.lanes import LaneTable
-from asyncllm.engine.masks import SLICE_ROWS, ban, mask_columns
-from asyncllm.engine.sampling import Knobs, TorchSampler
-from asyncllm.engine.staging import unpack
+from asyncllm.engine.bitmask import SLICE_ROWS, apply_token_bitmask, mask_columns
+from asyncllm.engine.sampling import SamplingTensors, TorchSampler
+from asyncllm.engine.sampling_table import SamplingTable
+from asyncllm.engine.step_inputs import unpack
 from asyncllm.messages import StepPlan
 from tests.models.harness import Driver, Sequence, make_device
 
@@ -44,7 +44,7 @@ def test_ban(device: str, vocab_size: int, num_masks: int) -> None:
     for row, some in zip(rows, allowed, strict=True):
         want[row, [t for t in range(vocab_size) if t not in some]] = -math.inf
     got = logits.to(device)
-    ban(got, rows.to(device), masks.to(device))
+    apply_token_bitmask(got, rows.to(device), masks.to(device))
     torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0)
 
 
@@ -65,7 +65,7 @@ def test_a_ban_of_end_tokens_yields_to_a_grammar_that_allows_nothing_else(
     temperature: float,
 ) -> None:
     params = SamplingParams(min_new_tokens=3, grammar=("regex", "a"), temperature=temperature)
-    table = LaneTable(1, 32, eos_ids=(2,))
+    table = SamplingTable(1, 32, eos_ids=(2,))
     plan = StepPlan(
         step=1, num_decode=1, lanes=i32([0]), starts=i32([9]), counts=i32([1]), heads=i32([0]),
         slots=i32([7]), tokens=i32([-1]), samples=b"\x01", opened=((0, 10, params.pack(), b""),),
@@ -77,9 +77,9 @@ def test_a_ban_of_end_tokens_yields_to_a_grammar_that_allows_nothing_else(
         choice.bias_rows, choice.bias_tokens, choice.bias_values, strict=True
     ):
         logits[row, token] += value
-    ban(logits, torch.tensor([0]), torch.tensor([[1 << 2]], dtype=torch.int32))
+    apply_token_bitmask(logits, torch.tensor([0]), torch.tensor([[1 << 2]], dtype=torch.int32))
     one = torch.tensor([0.5])
-    knobs = Knobs(
+    given = SamplingTensors(
         torch.tensor([temperature]),
         torch.tensor([32]),
         one * 2,
@@ -88,7 +88,7 @@ def test_a_ban_of_end_tokens_yields_to_a_grammar_that_allows_nothing_else(
         not temperature,
         False,
     )
-    assert int(TorchSampler().sample(logits, knobs)) == 2
+    assert int(TorchSampler().sample(logits, given)) == 2
 
 
 @pytest.mark.parametrize("where", ["cpu", GPU])
@@ -136,9 +136,9 @@ def test_the_kernels_draw_only_what_is_allowed(top: tuple[int, float, float]) ->
     allowed += [{1008}, set(range(vocab_size))]
     column = np.frombuffer(b"".join(packed(a, vocab_size) for a in allowed), np.int32)
     masks = torch.from_numpy(column.reshape(num, -1).copy()).to(device)
-    ban(logits, torch.arange(num, dtype=torch.int32, device=device), masks)
+    apply_token_bitmask(logits, torch.arange(num, dtype=torch.int32, device=device), masks)
     ones = torch.ones(num, device=device)
-    knobs = Knobs(
+    given = SamplingTensors(
         temperature=ones * 1.3,
         top_k=(ones * top[0]).int(),
         top_p=ones * top[1],
@@ -147,5 +147,5 @@ def test_the_kernels_draw_only_what_is_allowed(top: tuple[int, float, float]) ->
         all_greedy=False,
         truncates=top != (1009, 1.0, 0.0),
     )
-    tokens = TritonSampler(vocab_size, device).sample(logits, knobs)
+    tokens = TritonSampler(vocab_size, device).sample(logits, given)
     assert all(int(token) in some for token, some in zip(tokens, allowed, strict=True))
