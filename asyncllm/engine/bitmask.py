@@ -9,24 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.engine.step_inputs import I32, Columns, Rows
+from asyncllm.engine.step_inputs import I32, Bitmask, Column, Rows
 from asyncllm.messages import StepPlan
 
 SLICE_ROWS = 64  # rows whose bits are spread out at a time: bounds the memory
 
 
-def mask_columns(plan: StepPlan, rows: Rows) -> Columns:
-    """Columns of a plan's masks, {} where it has none; rows count sampled rows only.
-
-    Returns:
-        mask_rows int32 [m] and masks int32 [m, words], bit t % 32 of word t // 32: token t may come.
-    """
+def bitmask_of(plan: StepPlan, rows: Rows) -> Bitmask[Column] | None:
+    """A plan's masks, by sampled rows."""
     if not plan.masks:
-        return {}
+        return None
     masked = np.frombuffer(plan.masked, np.int32)
     sampled: I32 = np.cumsum(rows.samples, dtype=np.int32) - np.int32(1)
-    bits = np.frombuffer(plan.masks, np.int32).reshape(len(masked), -1)
-    return {"mask_rows": sampled[masked], "masks": bits}
+    return Bitmask(sampled[masked], np.frombuffer(plan.masks, np.int32).reshape(len(masked), -1))
 
 
 def apply_token_bitmask(logits: Tensor, rows: Tensor, masks: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.engine.engine import Engine, Outputs, Work
+from asyncllm.engine.graphs import cuda_capture
 from asyncllm.messages import StepDone, StepPlan
 
 
@@ -24,7 +25,7 @@ class HostOutputs:
 
 def step_done(work: Work, host: HostOutputs, device_ms: float = 0.0) -> StepDone:
     """The message of a finished step; rows that sampled nothing get -1 and NaN."""
-    samples, num_top = work.rows.samples, max(work.choice.num_top, 0)
+    samples, num_top = work.rows.samples, max(work.batch.num_top, 0)
     tokens = np.full(len(samples), -1, np.int32)
     if host.tokens is not None:
         tokens[samples] = host.tokens.numpy()
@@ -149,7 +150,7 @@ class CudaDevice:
     def capture(self, most_tokens: int) -> None:
         """Make the engine's CUDA graphs; start-up only."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._engine.capture(self._stream, most_tokens)
+            self._engine.capture(cuda_capture(self._stream), most_tokens)
         self._stream.synchronize()
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from asyncllm.engine.step_inputs import Penalties
+
 PENALTY_ROWS = 64  # rows whose token counts are dense at a time: bounds the memory
 
 
@@ -27,21 +29,6 @@ class SamplingTensors:
     truncates: bool
 
 
-@dataclass(slots=True)
-class Penalties:
-    """Rows with penalties; p rows, int32 and float32 values."""
-
-    rows: Tensor  # [p] rows of the logits
-    lanes: Tensor  # [p]
-    lens: Tensor  # [p] tokens of the lane so far
-    prompt_lens: Tensor  # [p]
-    max_len: int
-    presence: Tensor
-    frequency: Tensor
-    repetition: Tensor
-    penalize_prompt: Tensor  # [p] 0 or 1
-
-
 class Sampler(Protocol):
     """What comes after the logits (float32), on one device. Nothing here waits for the device."""
 
@@ -56,7 +43,7 @@ class Sampler(Protocol):
     def add_bias(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
         """``logits[rows, tokens] += values`` in place."""
 
-    def penalize(self, logits: Tensor, history: Tensor, p: Penalties) -> None:
+    def penalize(self, logits: Tensor, history: Tensor, p: Penalties[Tensor], max_len: int) -> None:
         """Repetition, frequency and presence penalties on float32 ``logits`` in place.
 
         Repetition divides positive and multiplies negative logits (Keskar et al., 2019, §4.1);
@@ -64,6 +51,7 @@ class Sampler(Protocol):
 
         Args:
             history: [num_lanes + 1, max_len] int32 token of every position of every lane.
+            max_len: no row is longer.
         """
 
     def log_probs(
@@ -93,9 +81,10 @@ class TorchSampler:
     def add_bias(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
         logits.index_put_((rows.long(), tokens.long()), values, accumulate=True)
 
-    def penalize(self, logits: Tensor, history: Tensor, p: Penalties) -> None:
+    def penalize(self, logits: Tensor, history: Tensor, p: Penalties[Tensor], max_len: int) -> None:
         for first in range(0, len(p.rows), PENALTY_ROWS):
-            _penalize_rows(logits, history, p, slice(first, first + PENALTY_ROWS))
+            part = Penalties(*(column[first : first + PENALTY_ROWS] for column in p))
+            _penalize_rows(logits, history, part, max_len)
 
     def log_probs(
         self, logits: Tensor, tokens: Tensor, num_top: int
@@ -139,13 +128,13 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.where(index < probs.shape[1], index, probs.argmax(dim=-1))
 
 
-def _penalize_rows(logits: Tensor, history: Tensor, p: Penalties, part: slice) -> None:
-    rows, vocab_size = p.rows[part].long(), logits.shape[1]
-    tokens = history[p.lanes[part].long(), : p.max_len].long()
-    position = torch.arange(p.max_len, device=logits.device)
-    valid = position < p.lens[part, None]
-    made = valid & (position >= p.prompt_lens[part, None])
-    seen = made | (valid & (p.penalize_prompt[part, None] > 0))
+def _penalize_rows(logits: Tensor, history: Tensor, p: Penalties[Tensor], max_len: int) -> None:
+    rows, vocab_size = p.rows.long(), logits.shape[1]
+    tokens = history[p.lanes.long(), :max_len].long()
+    position = torch.arange(max_len, device=logits.device)
+    valid = position < p.lens[:, None]
+    made = valid & (position >= p.prompt_lens[:, None])
+    seen = made | (valid & (p.penalize_prompt[:, None] > 0))
     # counts per token; column vocab_size collects what does not count
     zeros = torch.zeros(len(rows), vocab_size + 1, device=logits.device)
     ones = torch.ones((), device=logits.device).expand(tokens.shape)
@@ -153,9 +142,9 @@ def _penalize_rows(logits: Tensor, history: Tensor, p: Penalties, part: slice) -
     seen_counts = zeros.scatter_add(1, tokens.masked_fill(~seen, vocab_size), ones)
     changed = logits[rows]
     factor = torch.where(
-        seen_counts[:, :vocab_size] > 0, p.repetition[part, None], torch.ones_like(changed)
+        seen_counts[:, :vocab_size] > 0, p.repetition[:, None], torch.ones_like(changed)
     )
     changed = torch.where(changed > 0, changed / factor, changed * factor)
-    changed -= p.frequency[part, None] * counts
-    changed -= p.presence[part, None] * (counts > 0)
+    changed -= p.frequency[:, None] * counts
+    changed -= p.presence[:, None] * (counts > 0)
     logits.index_copy_(0, rows, changed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyncllm.engine.sampling import PENALTY_ROWS, Penalties, SamplingTensors
+from asyncllm.engine.sampling import PENALTY_ROWS, SamplingTensors
+from asyncllm.engine.step_inputs import Penalties
 from asyncllm.kernels import penalties
 from asyncllm.kernels.log_probs import log_probs
 from asyncllm.kernels.sampling.sample import sample
@@ -32,20 +33,8 @@ class TritonSampler:
     def add_bias(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
         penalties.add_bias(logits, rows, tokens, values)
 
-    def penalize(self, logits: Tensor, history: Tensor, p: Penalties) -> None:
-        penalties.penalize(
-            logits,
-            history,
-            self._counts,
-            p.rows,
-            p.lanes,
-            p.lens,
-            p.prompt_lens,
-            p.presence,
-            p.frequency,
-            p.repetition,
-            p.penalize_prompt,
-        )
+    def penalize(self, logits: Tensor, history: Tensor, p: Penalties[Tensor], max_len: int) -> None:
+        penalties.penalize(logits, history, self._counts, *p)
 
     def log_probs(
         self, logits: Tensor, tokens: Tensor, num_top: int

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.step_inputs import I32, Rows
+from asyncllm.engine.step_inputs import F32, I32, Bias, Column, Lengths, Penalties, Rows
 from asyncllm.messages import StepPlan
 
-F32 = NDArray[np.float32]
 MOST_SCALE = 1e30  # of a length penalty: its product with a logit is finite
 BAN = -1e30  # below every logit; more than -inf, since a constraint may leave nothing else
 
@@ -23,26 +22,25 @@ BAN = -1e30  # below every logit; more than -inf, since a constraint may leave n
 class SamplingBatch:
     """How the sampled rows of one step choose their tokens; n rows."""
 
-    temperature: F32  # [n], 0: greedy
-    top_k: I32  # [n], vocab_size: all
+    logit_rows: I32  # [n] the last token of the row, in the step
+    lanes: I32
+    temperature: F32  # 0: greedy
+    top_k: I32  # vocab_size: all
     top_p: F32
     min_p: F32
-    uniform: F32  # [n] in (0, 1), a function of (seed, position)
+    uniform: F32  # in (0, 1), a function of (seed, position)
     all_greedy: bool
     truncates: bool  # some row has top_k, top_p or min_p
-    bias_rows: list[int]  # sparse additions to the logits: row, token, value
-    bias_tokens: list[int]
-    bias_values: list[float]
-    penalized: list[int]  # rows with penalties
-    length_rows: I32  # rows whose end tokens come likelier now, and by how much
-    length_scales: F32
+    bias: Bias[Column] | None
+    penalties: Penalties[Column] | None
+    lengths: Lengths[Column] | None
     num_top: int  # most alternatives any row asks for; -1: nobody wants log-probabilities
     masked: bool  # some row has a mask
 
     @property
     def changes(self) -> bool:
         """Some row's logits are changed before the choice, not only by penalties."""
-        return bool(self.masked or self.bias_rows or len(self.length_rows))
+        return self.masked or self.bias is not None or self.lengths is not None
 
 
 @dataclass(slots=True)
@@ -115,14 +113,15 @@ class SamplingTable:
             self.biased[number] = bool(p.logit_bias)
             self.scored[number] = p.prompt_logprobs >= 0
 
-    def choice(self, rows: Rows, masked: bool = False) -> SamplingBatch:
+    def batch(self, rows: Rows, masked: bool = False) -> SamplingBatch:
         """Parameters of the rows of a step that sample, in row order."""
         lanes, ends = rows.lanes[rows.samples], rows.sampled_lens
         temperature = self.temperature[lanes]
         top_k, top_p, min_p = self.top_k[lanes], self.top_p[lanes], self.min_p[lanes]
         truncates = (top_k < self._vocab_size) | (top_p < 1) | (min_p > 0)
-        length_rows, length_scales = self._lengths(lanes, ends)
-        choice = SamplingBatch(
+        return SamplingBatch(
+            logit_rows=rows.cu[1:][rows.samples] - np.int32(1),
+            lanes=lanes,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -130,42 +129,65 @@ class SamplingTable:
             uniform=uniform(self.seed[lanes], ends),
             all_greedy=not temperature.any(),
             truncates=bool((truncates & (temperature > 0)).any()),
-            bias_rows=[],
-            bias_tokens=[],
-            bias_values=[],
-            penalized=[int(r) for r in np.flatnonzero(self.penalized[lanes])],
-            length_rows=length_rows,
-            length_scales=length_scales,
+            bias=self._bias(lanes, ends),
+            penalties=self._penalties(lanes, ends),
+            lengths=self._lengths(lanes, ends),
             num_top=int(self.logprobs[lanes].max(initial=-1)),
             masked=masked,
         )
-        banned = ends - self.prompt_len[lanes] < self.least[lanes]
-        for row in np.flatnonzero(self.biased[lanes] | banned):
-            self._bias(choice, int(row), self.lanes[int(lanes[row])], int(ends[row]))
-        return choice
 
-    def _lengths(self, lanes: I32, ends: I32) -> tuple[I32, F32]:
+    def _lengths(self, lanes: I32, ends: I32) -> Lengths[Column] | None:
         """Rows beyond the start of their length penalty, and factor ** (tokens beyond) - 1."""
         generated = ends - self.prompt_len[lanes]
         beyond = generated - self.length_start[lanes]
         # while end tokens are banned, nothing may bring them back
         on = (beyond > 0) & (self.length_factor[lanes] > 1) & (generated >= self.least[lanes])
+        if not on.any():
+            return None
         rows = np.flatnonzero(on).astype(np.int32)
         with np.errstate(over="ignore"):
             grown = np.power(self.length_factor[lanes[rows]], beyond[rows]) - 1
-        return rows, np.minimum(grown, MOST_SCALE).astype(np.float32)
+        return Lengths(rows, np.minimum(grown, MOST_SCALE).astype(np.float32))
 
-    def _bias(self, choice: SamplingBatch, row: int, lane: OpenLane, position: int) -> None:
-        p = lane.params
+    def _penalties(self, lanes: I32, ends: I32) -> Penalties[Column] | None:
+        on = self.penalized[lanes]
+        if not on.any():
+            return None
+        rows = np.flatnonzero(on).astype(np.int32)
+        lanes = lanes[rows]
+        return Penalties(
+            rows=rows,
+            lanes=lanes,
+            lens=ends[rows],
+            prompt_lens=self.prompt_len[lanes],
+            presence=self.presence[lanes],
+            frequency=self.frequency[lanes],
+            repetition=self.repetition[lanes],
+            penalize_prompt=self.penalize_prompt[lanes].astype(np.int32),
+        )
+
+    def _bias(self, lanes: I32, ends: I32) -> Bias[Column] | None:
+        """Of logit_bias, and of end tokens below min_new_tokens."""
+        banned = ends - self.prompt_len[lanes] < self.least[lanes]
+        entries = [
+            (row, token, value)
+            for row in map(int, np.flatnonzero(self.biased[lanes] | banned))
+            for token, value in self._pairs(self.lanes[int(lanes[row])].params, bool(banned[row]))
+            if token < self._vocab_size
+        ]
+        if not entries:
+            return None
+        rows, tokens, values = zip(*entries, strict=True)
+        return Bias(
+            np.array(rows, np.int32), np.array(tokens, np.int32), np.array(values, np.float32)
+        )
+
+    def _pairs(self, p: SamplingParams, banned: bool) -> list[tuple[int, float]]:
         pairs = list(p.logit_bias)
-        if position - lane.prompt_len < p.min_new_tokens:
-            banned = p.stop_token_ids if p.ignore_eos else (*p.stop_token_ids, *self._eos_ids)
-            pairs += [(token, BAN) for token in banned]
-        for token, value in pairs:
-            if token < self._vocab_size:
-                choice.bias_rows.append(row)
-                choice.bias_tokens.append(token)
-                choice.bias_values.append(value)
+        if banned:
+            ends = p.stop_token_ids if p.ignore_eos else (*p.stop_token_ids, *self._eos_ids)
+            pairs += [(token, BAN) for token in ends]
+        return pairs
 
     def scores(self, rows: Rows) -> list[Scored]:
         """Prompt log-probabilities that this step can give."""

@@ -1,24 +1,24 @@
-"""From a step plan to the columns a step needs, computed on the host, uploaded in one copy.
+"""What a step needs on the device, by name, and a step plan's rows on the host.
 
-Knows plans and numpy; the only tensors here are the staging buffers.
+Knows plans and numpy. The columns that CUDA graphs read are apart from what only some steps have.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from asyncllm.messages import StepPlan
 
 I32 = NDArray[np.int32]
+F32 = NDArray[np.float32]
 Column = NDArray[np.int32] | NDArray[np.float32]
-Columns = dict[str, Column]
-RING = 4  # staging buffers: more than steps in flight on any rank
-FIXED_WORDS = 1 << 20  # int32 words of the place on the device
+A = TypeVar("A")  # a Column on the host, a Tensor on the device
+B = TypeVar("B")
 
 
 @dataclass(slots=True)
@@ -33,8 +33,7 @@ class Rows:
     positions: I32  # [num_tokens]
     token_lanes: I32  # [num_tokens]
     slots: I32  # [num_tokens]
-    cached_where: I32  # flat table indices (lane * max_len + position) of cached tokens
-    cached_slots: I32  # their slots; both are empty in most steps
+    cached: Scatter[Column] | None  # slots of cached tokens, to lane * max_len + position
     cu: I32  # [num_rows + 1] prefix sums of counts
     samples: NDArray[np.bool_]  # [num_rows]
 
@@ -44,28 +43,29 @@ class Rows:
         ends: I32 = (self.starts + self.counts)[self.samples]
         return ends
 
+    @property
+    def shape(self) -> Bucket:
+        """The bucket that these rows fill."""
+        return Bucket(len(self.tokens), self.num_decode, len(self.lanes) - self.num_decode)
+
 
 def unpack(plan: StepPlan, max_len: int) -> Rows:
     """Spread the columns of ``plan`` over its tokens; ~50 us at 256 rows."""
-    lanes, starts, counts, heads, slots, tokens = (
-        np.frombuffer(column, np.int32)
-        for column in (
-            plan.lanes, plan.starts, plan.counts, plan.heads, plan.slots, plan.tokens,
-        )
-    )  # fmt: skip
+    columns = plan.lanes, plan.starts, plan.counts, plan.heads, plan.slots, plan.tokens
+    lanes, starts, counts, heads, slots, tokens = (np.frombuffer(c, np.int32) for c in columns)
     cu = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=cu[1:])
     span = np.arange(cu[-1], dtype=np.int32)
     positions = span + np.repeat(starts - cu[:-1], counts)
     token_lanes = np.repeat(lanes, counts)
-    cached_where, cached_slots, new_slots = slots[:0], slots[:0], slots
+    cached, new_slots = None, slots
     if heads.any():
         totals = heads + counts
         ends = np.cumsum(totals, dtype=np.int32)
         where = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts + counts - ends, totals)
-        cached = where < np.repeat(starts, totals)
-        cached_where = (np.repeat(lanes, totals) * np.int32(max_len) + where)[cached]
-        cached_slots, new_slots = slots[cached], slots[~cached]
+        old = where < np.repeat(starts, totals)
+        places = (np.repeat(lanes, totals) * np.int32(max_len) + where)[old]
+        cached, new_slots = Scatter[Column](places, slots[old]), slots[~old]
     return Rows(
         lanes=lanes,
         starts=starts,
@@ -75,83 +75,123 @@ def unpack(plan: StepPlan, max_len: int) -> Rows:
         positions=positions,
         token_lanes=token_lanes,
         slots=new_slots,
-        cached_where=cached_where,
-        cached_slots=cached_slots,
+        cached=cached,
         cu=cu,
         samples=np.frombuffer(plan.samples, np.uint8).astype(bool),
     )
 
 
-class Uploader:
-    """Many small host columns to the device in one copy.
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """The shape of a step, or of the graph that runs it."""
 
-    On CUDA they go through pinned memory, a buffer of which is not touched again before its step
-    is done, into one fixed place on the device: CUDA graphs find their columns, which come first
-    and have fixed sizes, at the addresses that they were captured with. The next step's
-    copy is behind this step in the stream, so the place can be used again.
+    num_tokens: int
+    num_decode: int  # rows of one token, which come first
+    num_prefill: int  # other rows
+
+
+class SamplingColumns(NamedTuple, Generic[A]):
+    """Of the rows that sample, [num_rows] each."""
+
+    temperature: A  # float32
+    top_p: A
+    min_p: A
+    uniform: A
+    top_k: A  # int32
+    logit_rows: A  # the last token of the row, in the step
+    lanes: A
+
+
+class Penalties(NamedTuple, Generic[A]):
+    """Rows with penalties, [p] each; rows of length 0 only pad."""
+
+    rows: A  # of the logits
+    lanes: A
+    lens: A  # tokens of the lane so far
+    prompt_lens: A
+    presence: A
+    frequency: A
+    repetition: A
+    penalize_prompt: A  # 0 or 1
+
+
+class RowColumns(NamedTuple, Generic[A]):
+    """What the decoder needs, int32; see :class:`asyncllm.models.attention.Batch`."""
+
+    tokens: A  # [num_tokens], -1: the lane's last one
+    token_lanes: A
+    positions: A
+    slots: A
+    decode_lanes: A  # [num_decode]
+    decode_lens: A
+    prefill_cu: A  # [num_prefill + 1]
+    prefill_lanes: A  # [num_prefill]
+    prefill_starts: A
+
+
+class StepColumns(NamedTuple, Generic[A]):
+    """What every step has, and CUDA graphs read.
+
+    Attributes:
+        penalties: of all rows that sample, where there are graphs.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._device = device
-        self._place = torch.empty(
-            FIXED_WORDS if self._cuda else 0, dtype=torch.int32, device=device
-        )
-        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.int32) for _ in range(RING)]
-        self._events: list[torch.cuda.Event | None] = [None] * RING
-        self._turn = 0
-
-    def upload(self, columns: Columns) -> Placed:
-        """Device tensors of the same dtypes and shapes (int32 or float32)."""
-        where: dict[str, tuple[int, Column]] = {}
-        total = 0
-        for name, column in columns.items():
-            where[name] = total, column
-            total += -(-column.size // 4) * 4  # 16-byte alignment keeps loads wide
-        host = self._next(total)
-        view = host.numpy()
-        for at, column in where.values():
-            view[at : at + column.size] = column.reshape(-1).view(np.int32)
-        device = host[:total]
-        if self._cuda:
-            if total <= FIXED_WORDS:
-                device = self._place[:total].copy_(device, non_blocking=True)
-            else:
-                device = device.to(self._device, non_blocking=True)
-                self._place.copy_(device[:FIXED_WORDS])  # a graph reads its columns there
-            event = torch.cuda.Event()
-            event.record()
-            self._events[self._turn] = event
-        return Placed(device, where)
-
-    def _next(self, size: int) -> Tensor:
-        if not self._cuda:
-            return torch.empty(size, dtype=torch.int32)
-        self._turn = (self._turn + 1) % RING
-        event = self._events[self._turn]
-        if event is not None and not event.query():
-            event.synchronize()  # only a follower that lags a whole ring behind comes here
-        if len(self._buffers[self._turn]) < size:
-            room = max(4096, 2 * size)
-            self._buffers[self._turn] = torch.empty(room, dtype=torch.int32, pin_memory=True)
-        return self._buffers[self._turn]
+    sampling: SamplingColumns[A]
+    penalties: Penalties[A] | None
+    rows: RowColumns[A]
 
 
-class Placed:
-    """Columns on the device by name; a view costs some us, so it is made when it is asked for.
+class Scatter(NamedTuple, Generic[A]):
+    """Values for places of a flattened table."""
 
-    Args:
-        where: the place in ``device``, and the column on the host, by name.
-    """
+    where: A
+    values: A
 
-    def __init__(self, device: Tensor, where: dict[str, tuple[int, Column]]) -> None:
-        self._device, self._where = device, where
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
+class Bias(NamedTuple, Generic[A]):
+    """``logits[rows, tokens] += values``."""
 
-    def __getitem__(self, name: str) -> Tensor:
-        """The column; KeyError if there is none."""
-        at, column = self._where[name]
-        part = self._device[at : at + column.size].view(column.shape)
-        return part.view(torch.float32) if column.dtype == np.float32 else part
+    rows: A
+    tokens: A
+    values: A
+
+
+class Lengths(NamedTuple, Generic[A]):
+    """Rows whose logits of end tokens are raised, and the factor."""
+
+    rows: A
+    scales: A
+
+
+class Bitmask(NamedTuple, Generic[A]):
+    """Sampled rows, and a bit per token, bit t % 32 of word t // 32: token t may come."""
+
+    rows: A  # [m]
+    bits: A  # [m, words]
+
+
+class Targets(NamedTuple, Generic[A]):
+    """Prompt tokens whose log-probabilities are asked for, of all such rows."""
+
+    tokens: A
+
+
+@dataclass(slots=True)
+class Extras(Generic[A]):
+    """What only some steps have."""
+
+    known: Scatter[A] | None = None  # tokens for the history
+    cached: Scatter[A] | None = None  # slots for the table
+    bias: Bias[A] | None = None
+    penalties: Penalties[A] | None = None  # of the rows that have them, where no graph penalises
+    lengths: Lengths[A] | None = None
+    masks: Bitmask[A] | None = None
+    targets: Targets[A] | None = None
+
+    def map(self, call: Callable[[A], B]) -> Extras[B]:
+        """With ``call`` made of each column, in a fixed order."""
+        made: Extras[B] = Extras()
+        for name in self.__slots__:
+            if (group := getattr(self, name)) is not None:
+                setattr(made, name, group._make(map(call, group)))
+        return made

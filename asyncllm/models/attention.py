@@ -30,14 +30,14 @@ class Batch:
     """
 
     tokens: Tensor  # [num_tokens] int64, all known by now
+    table: Tensor  # [num_lanes + 1, max_len] slot of every position of every lane
     positions: Tensor  # [num_tokens]
     slots: Tensor  # [num_tokens] where the new tokens' K and V go
-    table: Tensor  # [num_lanes + 1, max_len] slot of every position of every lane
     decode_lanes: Tensor  # [num_decode] rows of one new token: row i is token i
     decode_lens: Tensor  # [num_decode] tokens a row attends to, the new one included
-    prefill_lanes: Tensor  # [num_prefill] the other rows
+    prefill_cu: Tensor  # [num_prefill + 1] the other rows: row i is tokens [cu[i], cu[i + 1])
+    prefill_lanes: Tensor  # [num_prefill]
     prefill_starts: Tensor  # [num_prefill] position of the first new token
-    prefill_cu: Tensor  # [num_prefill + 1] row i is tokens [cu[i], cu[i + 1])
     max_count: int  # about the most new tokens of a prefill row
     host: HostRows | None = None  # for operators that run on the host
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -103,27 +102,12 @@ class Linears:
             linear.pack()
 
 
-class MLP(Protocol):
-    """What a block does after its attention; experts would be one, too."""
-
-    width: int  # elements that a token takes inside, at most
-
-    @property
-    def nbytes(self) -> int:
-        """Of its tensors on this rank."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[n, hidden] -> [n, hidden], summed over the ranks."""
-
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
-        """As of :class:`Linear`."""
-
-    def pack(self) -> None:
-        """As of :class:`Linear`."""
-
-
 class GatedMLP(Linears):
-    """down(silu(gate(x)) * up(x)), in equal slices."""
+    """down(silu(gate(x)) * up(x)), in equal slices.
+
+    Attributes:
+        width: elements that a token takes inside, at most.
+    """
 
     def __init__(self, site: Site, hidden: int, inner: int, bias: bool) -> None:
         local = -(-inner // site.comm.size)

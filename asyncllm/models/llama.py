@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from asyncllm.models.attention import AttentionPlan, Batch, LayerKv
-from asyncllm.models.layers import MLP, GatedMLP, Linears, Part, by_inputs, by_outputs, share
+from asyncllm.models.layers import GatedMLP, Linears, Part, by_inputs, by_outputs, share
 from asyncllm.models.model import Site
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import Span, Target, whole
@@ -47,7 +47,7 @@ class Block:
     def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:
         self._ops, self._eps = site.ops, spec.rms_eps
         self.attention = Attention(site, spec, layer)
-        self.mlp: MLP = GatedMLP(site, spec.hidden_size, spec.intermediate_size, spec.mlp_bias)
+        self.mlp = GatedMLP(site, spec.hidden_size, spec.intermediate_size, spec.mlp_bias)
         self.attn_norm, self.mlp_norm = (site.empty(spec.hidden_size) for _ in range(2))
 
     def __call__(

@@ -11,7 +11,7 @@ import torch
 
 from asyncllm.codec import i32, ints
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.bitmask import SLICE_ROWS, apply_token_bitmask, mask_columns
+from asyncllm.engine.bitmask import SLICE_ROWS, apply_token_bitmask, bitmask_of
 from asyncllm.engine.sampling import SamplingTensors, TorchSampler
 from asyncllm.engine.sampling_table import SamplingTable
 from asyncllm.engine.step_inputs import unpack
@@ -55,9 +55,10 @@ def test_rows_of_the_plan_become_rows_of_the_logits() -> None:
         tokens=i32([-1, -1, 5, 5, 5, 5]), samples=b"\x01\x01\x00\x01", opened=(),
         masked=i32([1, 3]), masks=i32([6, 9]),
     )  # fmt: skip
-    columns = mask_columns(plan, unpack(plan, 64))
-    assert columns["mask_rows"].tolist() == [1, 2]
-    assert columns["masks"].tolist() == [[6], [9]]
+    found = bitmask_of(plan, unpack(plan, 64))
+    assert found is not None
+    assert found.rows.tolist() == [1, 2]
+    assert found.bits.tolist() == [[6], [9]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -71,11 +72,10 @@ def test_a_ban_of_end_tokens_yields_to_a_grammar_that_allows_nothing_else(
         slots=i32([7]), tokens=i32([-1]), samples=b"\x01", opened=((0, 10, params.pack(), b""),),
     )  # fmt: skip
     table.open(plan)
-    choice = table.choice(unpack(plan, 64))
+    bias = table.batch(unpack(plan, 64)).bias
     logits = torch.zeros(1, 32)
-    for row, token, value in zip(
-        choice.bias_rows, choice.bias_tokens, choice.bias_values, strict=True
-    ):
+    assert bias is not None
+    for row, token, value in zip(*bias, strict=True):
         logits[row, token] += value
     apply_token_bitmask(logits, torch.tensor([0]), torch.tensor([[1 << 2]], dtype=torch.int32))
     one = torch.tensor([0.5])

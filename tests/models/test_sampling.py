@@ -14,9 +14,9 @@ import torch
 
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.sampling import Penalties, SamplingTensors, TorchSampler, raise_ends
+from asyncllm.engine.sampling import SamplingTensors, TorchSampler, raise_ends
 from asyncllm.engine.sampling_table import SamplingTable, uniform
-from asyncllm.engine.step_inputs import unpack
+from asyncllm.engine.step_inputs import Penalties, unpack
 from asyncllm.messages import StepPlan
 from tests.models.harness import Driver, Sequence, make_device
 
@@ -99,14 +99,14 @@ def test_uniform_is_a_function_of_seed_and_position() -> None:
     assert abs(many.mean() - 0.5) < 0.01
 
 
-def penalties(**changes: object) -> Penalties:
+def penalties(**changes: torch.Tensor) -> Penalties[torch.Tensor]:
     base = Penalties(
         rows=torch.tensor([1]), lanes=torch.tensor([2]), lens=torch.tensor([5]),
-        prompt_lens=torch.tensor([3]), max_len=5, presence=torch.tensor([0.0]),
+        prompt_lens=torch.tensor([3]), presence=torch.tensor([0.0]),
         frequency=torch.tensor([0.0]), repetition=torch.tensor([1.0]),
         penalize_prompt=torch.tensor([0]),
     )  # fmt: skip
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return base._replace(**changes)
 
 
 # lane 2: prompt 0 1 1, generated 3 3; what follows is left from an earlier request
@@ -125,15 +125,15 @@ HISTORY = torch.tensor([[9] * 6, [9] * 6, [0, 1, 1, 3, 3, 4]], dtype=torch.int32
         ),
     ],
 )
-def test_penalties(changes: dict[str, object], want: list[float]) -> None:
+def test_penalties(changes: dict[str, torch.Tensor], want: list[float]) -> None:
     logits = torch.ones(2, 5)
-    TorchSampler().penalize(logits, HISTORY, penalties(**changes))
+    TorchSampler().penalize(logits, HISTORY, penalties(**changes), 5)
     torch.testing.assert_close(logits, torch.tensor([[1.0] * 5, want]))
 
 
 def test_repetition_multiplies_negative_logits() -> None:
     logits = -torch.ones(2, 5)
-    TorchSampler().penalize(logits, HISTORY, penalties(repetition=torch.tensor([2.0])))
+    TorchSampler().penalize(logits, HISTORY, penalties(repetition=torch.tensor([2.0])), 5)
     assert logits[1, 3] == -2
 
 
@@ -159,16 +159,17 @@ def test_end_tokens_are_banned_below_min_new_tokens(start: int, banned: bool) ->
     table = SamplingTable(1, 100, eos_ids=(2,))
     plan = one_row_plan(SamplingParams(min_new_tokens=3, stop_token_ids=(5,)), 10, start)
     table.open(plan)
-    choice = table.choice(unpack(plan, 64))
-    assert sorted(choice.bias_tokens) == ([2, 5] if banned else [])
+    batch = table.batch(unpack(plan, 64))
+    assert (sorted(batch.bias.tokens) if batch.bias else []) == ([2, 5] if banned else [])
 
 
 def test_logit_bias_reaches_the_row() -> None:
     table = SamplingTable(1, 100, eos_ids=())
     plan = one_row_plan(SamplingParams(logit_bias=((4, 2.5), (7, -100.0))), 10, 9)
     table.open(plan)
-    choice = table.choice(unpack(plan, 64))
-    assert list(zip(choice.bias_rows, choice.bias_tokens, choice.bias_values, strict=True)) == [
+    batch = table.batch(unpack(plan, 64))
+    assert batch.bias is not None
+    assert list(zip(*batch.bias, strict=True)) == [
         (0, 4, 2.5),
         (0, 7, -100.0),
     ]
@@ -191,10 +192,10 @@ def test_the_length_penalty_is_that_of_transformers(generated: int, negative: bo
     params = SamplingParams(length_penalty=(4, 1.3))
     plan = one_row_plan(params, prompt_len, prompt_len + generated - 1)
     table.open(plan)
-    choice = table.choice(unpack(plan, 64))
-    assert len(choice.length_rows) == (generated > 4)
-    if generated > 4:
-        rows, scales = torch.tensor(choice.length_rows), torch.tensor(choice.length_scales)
+    batch = table.batch(unpack(plan, 64))
+    assert (batch.lengths is not None) == (generated > 4)
+    if batch.lengths is not None:
+        rows, scales = map(torch.tensor, batch.lengths)
         raise_ends(logits, rows, scales, torch.tensor(ends))
     torch.testing.assert_close(logits, want, rtol=2e-6, atol=1e-6)
 
@@ -204,14 +205,15 @@ def test_a_length_penalty_waits_for_min_new_tokens_and_stays_finite() -> None:
     params = SamplingParams(length_penalty=(0, 100.0), min_new_tokens=6)
     plan = one_row_plan(params, 10, 14)
     table.open(plan)
-    assert not len(table.choice(unpack(plan, 64)).length_rows)
+    assert table.batch(unpack(plan, 64)).lengths is None
     later = replace(plan, starts=i32([15]), opened=())
-    assert list(table.choice(unpack(later, 64)).length_rows) == [0]
-    far = table.choice(unpack(replace(plan, starts=i32([60_000]), opened=()), 70_000))
+    lengths = table.batch(unpack(later, 64)).lengths
+    assert lengths is not None
+    assert list(lengths.rows) == [0]
+    far = table.batch(unpack(replace(plan, starts=i32([60_000]), opened=()), 70_000)).lengths
+    assert far is not None
     logits = torch.full((1, 100), 50.0)
-    raise_ends(
-        logits, torch.tensor(far.length_rows), torch.tensor(far.length_scales), torch.tensor([2])
-    )
+    raise_ends(logits, *map(torch.tensor, far), torch.tensor([2]))
     assert torch.isfinite(logits).all()
     assert int(logits.argmax()) == 2
 

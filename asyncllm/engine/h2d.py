@@ -1,0 +1,231 @@
+"""A step's inputs to the device, all in one copy.
+
+The only tensors here are the buffers and their columns. Those that CUDA graphs read come first,
+padded, at places that depend on the graph only; what only some steps have comes behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asyncllm.engine.sampling_table import SamplingBatch
+from asyncllm.engine.step_inputs import (
+    Bucket,
+    Column,
+    Extras,
+    Penalties,
+    RowColumns,
+    Rows,
+    SamplingColumns,
+    StepColumns,
+)
+
+C = TypeVar("C", Column, Tensor)
+RING = 4  # buffers: more than steps in flight on any rank
+FIXED_WORDS = 1 << 20  # int32 words of the place on the device
+NUM_SAMPLING, NUM_PENALTIES = 7, 8  # columns
+
+
+class Layout:
+    """Where the columns of a shape lie, in int32 words of the buffer.
+
+    Columns are padded to 16 bytes, which keeps loads wide. Those of sampling come first, so with
+    one number of rows they have one place, whatever the shape of the step.
+
+    Args:
+        fixed: with penalties of all rows.
+    """
+
+    def __init__(self, num_rows: int, shape: Bucket, *, fixed: bool) -> None:
+        sizes = num_rows, num_rows, shape.num_tokens, shape.num_decode, shape.num_prefill + 1
+        counts = NUM_SAMPLING, NUM_PENALTIES if fixed else 0, 4, 2, 3
+        self._blocks: list[tuple[slice, int, int]] = []  # words, columns, entries in each
+        self.words = 0
+        for count, size in zip(counts, sizes, strict=True):
+            begin, self.words = self.words, self.words + count * _padded(size)
+            self._blocks.append((slice(begin, self.words), count, size))
+
+    def columns(self, buffer: C, as_float: Callable[[C], C]) -> StepColumns[C]:
+        """Views of ``buffer``."""
+        blocks: list[list[C]] = []
+        for words, count, size in self._blocks:
+            columns = buffer[words].reshape(count, -1) if count else ()
+            blocks.append([column[:size] for column in columns])
+        sampling, penalties, tokens, decode, prefill = blocks
+        sampling[:4] = map(as_float, sampling[:4])
+        penalties[4:7] = map(as_float, penalties[4:7])
+        prefill[1:] = [column[:-1] for column in prefill[1:]]  # shorter than the prefix sums
+        return StepColumns(
+            SamplingColumns(*sampling),
+            Penalties(*penalties) if penalties else None,
+            RowColumns(*tokens, *decode, *prefill),
+        )
+
+
+def _float_column(column: Column) -> Column:
+    return column.view(np.float32)
+
+
+def _float_tensor(column: Tensor) -> Tensor:
+    return column.view(torch.float32)
+
+
+def _padded(size: int) -> int:
+    return -(-size // 4) * 4
+
+
+def _fill(column: Column, values: Column, padding: float) -> None:
+    column[: len(values)] = values
+    if len(values) < len(column):
+        column[len(values) :] = padding
+
+
+@dataclass(slots=True)
+class Staged:
+    """A step's inputs on the host, ready for the copy."""
+
+    host: Tensor
+    layout: Layout
+    columns: StepColumns[Column]
+    extras: Extras[Column]  # written behind the columns
+    bucket: Bucket | None  # whose graph reads the columns
+
+
+class Uploader:
+    """The inputs of each step: written on the host, then on the device in one copy.
+
+    With ``fixed``, the copy goes through buffers that are not touched again before their step is
+    done (on CUDA pinned memory) into one fixed place: what was captured with :meth:`captured` finds
+    the columns of its bucket where :meth:`write` and :meth:`upload` put them, since one
+    :class:`Layout` says where for both. The next step's copy is behind this step in the stream, so
+    the place can be used again. Without ``fixed``, each step has a buffer of its own.
+
+    Args:
+        num_lanes: lane ``num_lanes`` and slot ``dump_slot`` are those of padding.
+    """
+
+    def __init__(
+        self, device: torch.device, *, num_lanes: int, dump_slot: int, fixed: bool
+    ) -> None:
+        self._device, self._cuda, self._fixed = device, device.type == "cuda", fixed
+        self._dump_lane, self._dump_slot = num_lanes, dump_slot
+        self._place = torch.empty(FIXED_WORDS if fixed else 0, dtype=torch.int32, device=device)
+        self._buffers = [torch.empty(0, dtype=torch.int32) for _ in range(RING)]
+        self._events: list[torch.cuda.Event | None] = [None] * RING
+        self._turn = 0
+        self._captured: dict[Bucket, StepColumns[Tensor]] = {}
+
+    def write(
+        self,
+        rows: Rows,
+        batch: SamplingBatch,
+        extras: Extras[Column],
+        bucket: Bucket | None = None,
+    ) -> Staged:
+        """Put a step into the next buffer; penalties that are no extras go to the columns."""
+        graphs = bool(self._captured)
+        num_rows = self._dump_lane if graphs else len(batch.lanes)
+        layout = Layout(num_rows, bucket or rows.shape, fixed=graphs)
+        behind: list[Column] = []
+        extras.map(behind.append)
+        words = layout.words + sum(_padded(column.size) for column in behind)
+        host, at = self._next(words), layout.words
+        view = host.numpy()
+        columns = layout.columns(view, _float_column)
+        self._write(columns, rows, batch)
+        for column in behind:
+            view[at : at + column.size] = column.reshape(-1).view(np.int32)
+            at += _padded(column.size)
+        return Staged(host[:words], layout, columns, extras, bucket)
+
+    def _write(self, columns: StepColumns[Column], rows: Rows, batch: SamplingBatch) -> None:
+        s, p, r = columns
+        # rows that pad are greedy
+        _fill(s.temperature, batch.temperature, 0)
+        _fill(s.top_p, batch.top_p, 1)
+        _fill(s.min_p, batch.min_p, 0)
+        _fill(s.uniform, batch.uniform, 0.5)
+        _fill(s.top_k, batch.top_k, 1)
+        _fill(s.logit_rows, batch.logit_rows, 0)
+        _fill(s.lanes, batch.lanes, self._dump_lane)
+        if p is not None and batch.penalties is not None:
+            for column, values in zip(p, batch.penalties, strict=True):
+                column[:] = 0
+                column[batch.penalties.rows] = values
+            p.rows[:], p.lanes[:] = np.arange(len(s.lanes)), s.lanes
+        decode, dump = rows.num_decode, self._dump_lane
+        _fill(r.tokens, rows.tokens, 0)
+        _fill(r.token_lanes, rows.token_lanes, dump)
+        _fill(r.positions, rows.positions, 0)
+        _fill(r.slots, rows.slots, self._dump_slot)
+        _fill(r.decode_lanes, rows.lanes[:decode], dump)
+        _fill(r.decode_lens, rows.starts[:decode] + 1, 0)
+        _fill(r.prefill_cu, rows.cu[decode:], rows.cu[-1])
+        _fill(r.prefill_lanes, rows.lanes[decode:], dump)
+        _fill(r.prefill_starts, rows.starts[decode:], 0)
+
+    def upload(self, staged: Staged) -> tuple[StepColumns[Tensor], Extras[Tensor]]:
+        """The step's inputs on the device."""
+        at = staged.layout.words
+
+        def behind(column: Column) -> Tensor:
+            nonlocal at
+            part = device[at : at + column.size].view(column.shape)
+            at += _padded(column.size)
+            return _float_tensor(part) if column.dtype == np.float32 else part
+
+        if not self._fixed:
+            device, (sampling, _, rows) = staged.host, staged.columns
+            columns = StepColumns(
+                SamplingColumns(*map(torch.from_numpy, sampling)),
+                None,
+                RowColumns(*map(torch.from_numpy, rows)),
+            )
+        else:
+            device = self._to_device(staged.host)
+            if staged.bucket is None:
+                columns = staged.layout.columns(device, _float_tensor)
+            else:
+                columns = self._captured[staged.bucket]
+        return columns, staged.extras.map(behind)
+
+    def captured(self, bucket: Bucket) -> StepColumns[Tensor]:
+        """The fixed place of a bucket's columns, for a graph to be captured with; start-up only.
+
+        They hold zeros: rows without tokens, and tokens that write to lane 0 and slot 0.
+        """
+        assert self._fixed
+        layout = Layout(self._dump_lane, bucket, fixed=True)
+        columns = self._captured[bucket] = layout.columns(self._place, _float_tensor)
+        self._place.zero_()
+        return columns
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        if len(host) <= FIXED_WORDS:
+            device = self._place[: len(host)].copy_(host, non_blocking=True)
+        else:
+            device = host.to(self._device, non_blocking=True)
+            self._place.copy_(device[:FIXED_WORDS])  # a graph reads its columns there
+        if self._cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._events[self._turn] = event
+        return device
+
+    def _next(self, size: int) -> Tensor:
+        if not self._fixed:
+            return torch.empty(size, dtype=torch.int32)
+        self._turn = (self._turn + 1) % RING
+        event = self._events[self._turn]
+        if event is not None and not event.query():
+            event.synchronize()  # only a follower that lags a whole ring behind comes here
+        if len(self._buffers[self._turn]) < size:
+            room = max(4096, 2 * size)
+            self._buffers[self._turn] = torch.empty(room, dtype=torch.int32, pin_memory=self._cuda)
+        return self._buffers[self._turn]
