@@ -6,6 +6,7 @@ Owns the format of a line and the live bar below it; knows nothing of what is lo
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ QUIET = ("aiohttp.access", "asyncio", "filelock", "httpcore", "httpx", "huggingf
          "transformers", "urllib3")  # fmt: skip
 REDRAW_S = 0.1
 LINE_S = 5.0
+SELDOM_S = 60.0
 
 _log = logging.getLogger("asyncllm.start")
 
@@ -42,6 +44,28 @@ def setup(level: str = "info", json: bool = False, who: str = "rank0") -> None:
     logging.captureWarnings(True)
     for name in QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+class Seldom:
+    """Log lines of which there may be very many: at most one a minute, with a count.
+
+    Args:
+        logger: where they go, as warnings.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._logger, self._clock = logger, clock
+        self._next, self._kept_back = -math.inf, 0
+
+    def warning(self, text: str, *args: object) -> None:
+        """As ``Logger.warning``; what is kept back is counted in the next line."""
+        if (now := self._clock()) < self._next:
+            self._kept_back += 1
+            return
+        more = f" (and {self._kept_back} more since the last such line)" if self._kept_back else ""
+        self._next, self._kept_back = now + SELDOM_S, 0
+        self._logger.warning("%s%s", text % args, more)
 
 
 @contextmanager

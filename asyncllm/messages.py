@@ -8,11 +8,45 @@ Tags are never reused.
 
 from __future__ import annotations
 
-from typing import Any
+from math import isfinite
+from typing import Any, get_type_hints
 
-from asyncllm.codec import message
+from asyncllm.codec import fits, i32, ints, message
+from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
 
 FRONTEND_SHIFT = 40  # rid >> FRONTEND_SHIFT is the endpoint of the request's frontend
+MAX_RID = (1 << 63) - 1
+MAX_COUNT = (1 << 31) - 1  # of tokens; columns are int32
+
+_REASONS = frozenset(map(int, Reason))
+_PARAMS = [fits(kind) for kind in get_type_hints(SamplingParams).values()]
+
+
+def _is_rid(rid: int) -> bool:
+    return 0 <= rid <= MAX_RID
+
+
+def _is_column(*columns: bytes) -> bool:
+    return all(len(column) % 4 == 0 for column in columns)
+
+
+def _natural(*columns: bytes, width: int = 4) -> bool:
+    """Whole little-endian columns of integers whose sign bits are all 0."""
+    return all(
+        len(column) % width == 0 and column[width - 1 :: width].isascii() for column in columns
+    )
+
+
+def _scores(rows: int, logprobs: bytes, num_top: int, ids: bytes, top: bytes) -> bool:
+    """Log-probabilities of ``rows`` tokens with ``num_top`` alternatives each, or none at all."""
+    if not logprobs:
+        return num_top >= 0 and not ids and not top
+    wide = 4 * rows * num_top
+    return num_top >= 0 and len(logprobs) == 4 * rows and len(ids) == len(top) == wide
+
+
+def _counts(*values: int) -> bool:
+    return all(0 <= value <= MAX_COUNT for value in values)
 
 
 # -- a request comes in -----------------------------------------------------------------------
@@ -63,6 +97,16 @@ class Submit:
     healed: tuple[bytes, ...] = ()
     client: int = 0  # as in Tokenize
 
+    def valid(self) -> bool:
+        params = self.params
+        return (
+            _is_rid(self.rid)
+            and _is_column(self.prompt)
+            and self.thoughts in ("open", "closed", "none", "")
+            and len(params) == len(_PARAMS)
+            and all(fit(value) for fit, value in zip(_PARAMS, params, strict=True))
+        )
+
 
 @message(4)
 class Abort:
@@ -70,10 +114,13 @@ class Abort:
 
     rid: int
 
+    def valid(self) -> bool:
+        return _is_rid(self.rid)
+
 
 @message(9)
 class Cancel:
-    """frontend -> every frontend: end requests early, each with what it has made so far."""
+    """frontend -> watchdog@0 -> every frontend: end requests early, each with what it has so far."""
 
     request_id: str  # the client's X-Request-Id or the answer's id; "": all requests
 
@@ -137,6 +184,9 @@ class Compile:
     kind: str  # see core.request.GRAMMARS
     text: str
 
+    def valid(self) -> bool:
+        return self.endpoint >= 0 and self.job >= 0 and self.kind in GRAMMARS
+
 
 @message(27)
 class Compiled:
@@ -146,6 +196,9 @@ class Compiled:
     detail: str  # "": no error
     code: str
     status: int
+
+    def valid(self) -> bool:
+        return not self.detail or 400 <= self.status <= 599
 
 
 @message(28)
@@ -233,6 +286,26 @@ class StepPlan:
     masks: bytes = b""  # int32[len(masked), ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is 1
     # where token t may come; empty on ranks that do not sample
 
+    def valid(self) -> bool:
+        rows = len(self.lanes)
+        if not (
+            self.step > 0
+            and _natural(self.lanes, self.starts, self.counts, self.heads, self.slots, self.masked)
+            and _is_column(self.tokens, self.masks)
+            and len(self.starts) == len(self.counts) == len(self.heads) == rows
+            and len(self.samples) * 4 == rows
+            and 0 <= self.num_decode * 4 <= rows
+        ):
+            return False
+        counts = ints(self.counts)
+        num_new = sum(counts)
+        return (
+            0 not in counts
+            and self.counts.startswith(i32([1]) * self.num_decode)
+            and len(self.tokens) == 4 * num_new
+            and len(self.slots) == 4 * (num_new + sum(ints(self.heads)))
+        )
+
 
 @message(14)
 class StepDone:
@@ -271,6 +344,22 @@ class Tokens:
     top_logprobs: bytes
     prompt: tuple[tuple[int, bytes, int, bytes, bytes], ...]  # as in StepDone, with the rid
 
+    def valid(self) -> bool:
+        rows = len(self.rids) // 8
+        return (
+            _natural(self.rids, width=8)
+            and _natural(self.tokens)
+            and len(self.tokens) == 4 * rows
+            and len(self.ends) == rows
+            and _scores(rows, self.logprobs, self.num_top, self.top_ids, self.top_logprobs)
+            and all(
+                _is_rid(rid)
+                and _is_column(column)
+                and _scores(len(column) // 4, column, num, ids, top)
+                for rid, column, num, ids, top in self.prompt
+            )
+        )
+
 
 @message(21)
 class Delta:
@@ -294,6 +383,9 @@ class StopHit:
     rid: int
     num_tokens: int
 
+    def valid(self) -> bool:
+        return _is_rid(self.rid) and _counts(self.num_tokens)
+
 
 @message(23)
 class Finished:
@@ -309,6 +401,15 @@ class Finished:
     num_tokens: int  # generated tokens
     stop: str = ""  # for STOP: the stop string that was found
 
+    def valid(self) -> bool:
+        error = self.reason == Reason.ERROR
+        return (
+            _is_rid(self.rid)
+            and self.reason in _REASONS
+            and (400 <= self.status <= 599 if error else True)
+            and _counts(self.prompt_len, self.cached_len, self.num_tokens)
+        )
+
 
 @message(24)
 class Flush:
@@ -318,11 +419,12 @@ class Flush:
 # -- the server itself -----------------------------------------------------------------------------
 
 
-@message(30)
-class Ready:
-    """watchdog of every other endpoint -> watchdog@0: loaded and listening to its mailbox."""
+@message(36)
+class Hello:
+    """watchdog of every other endpoint -> watchdog@0: loaded, and reachable at this address."""
 
     endpoint: int
+    address: str  # where its ZMQ socket is bound
 
 
 @message(31)
@@ -355,6 +457,27 @@ class Halt:
 @message(35)
 class Started:
     """watchdog@0 -> every frontend: warm and complete; open the doors."""
+
+
+@message(37)
+class Lost:
+    """watchdog@0 -> every other watchdog: the server fails; end what runs with an error."""
+
+
+@message(38)
+class Gone:
+    """watchdog@0 -> scheduler: this endpoint's process has ended, and its requests with it."""
+
+    endpoint: int
+
+
+@message(39)
+class Replaced:
+    """the process -> watchdog@0: an HTTP worker has ended; another one starts in its place."""
+
+    endpoint: int
+    by: int  # its endpoint; -1: none, the server is ending
+    name: str  # how that one is called in messages
 
 
 @message(40)
@@ -418,7 +541,14 @@ class AllocatorStats:
 class Served:
     """frontend -> watchdog@0: HTTP requests have been answered."""
 
-    answers: tuple[tuple[Any, ...], ...]  # each the fields of core.metrics.Answered
+    # each the fields of core.metrics.Answered
+    answers: tuple[tuple[str, int, int, int, str, float, float, float], ...]
+
+    def valid(self) -> bool:
+        return all(
+            100 <= status <= 599 and _counts(prompt_len, num_tokens) and all(map(isfinite, times))
+            for _, status, prompt_len, num_tokens, _, *times in self.answers
+        )
 
 
 @message(46)

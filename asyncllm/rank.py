@@ -7,12 +7,15 @@ import logging
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import uvloop
 
 from asyncllm import log
+from asyncllm.actors.transport import Keys
 from asyncllm.api.defaults import read_defaults
 from asyncllm.config import Config, Resolved, resolve_limits
 from asyncllm.constrain.engine import library
@@ -33,7 +36,7 @@ from asyncllm.server.launch import (
 )
 from asyncllm.server.loading import load_text
 from asyncllm.server.process import EXIT_STARTUP, Server
-from asyncllm.server.signals import Watch, leave_to_leader
+from asyncllm.server.signals import Watch, hold_draining, leave_to_leader
 from asyncllm.text import Text
 
 logger = logging.getLogger(__name__)
@@ -70,8 +73,12 @@ def serve(config: Config) -> int:
             logger.warning("%s", line)
         for note in resolved.notes:
             logger.info("%s", note)
-        wires = Wires(config.zmq_mode, config.tp + config.httpserver_workers - 1)
+        if not config.check:
+            hold_draining()  # from here on there is a folder to be removed
+        wires = Wires(config.zmq_mode, alone=config.tp == config.httpserver_workers == 1)
         stack.callback(wires.close)
+        watch.leave = partial(_leave, wires)
+        keys = Keys.make()
         rendezvous, store_fd = None, -1
         if config.tp > 1:
             meets = stack.enter_context(meeting.listen(config))
@@ -80,7 +87,9 @@ def serve(config: Config) -> int:
             store_fd = os.dup(meets.fileno())  # torch closes the one that it is given
         boot = Boot(
             endpoint=0,
-            endpoints=wires.addresses,
+            address=wires.address(0),
+            leader="",
+            keys=(keys.public, keys.secret),
             config=config,
             resolved=resolved,
             model_dir=str(model_dir),
@@ -92,6 +101,11 @@ def serve(config: Config) -> int:
         if config.check:
             return check(boot, spec, text)
         return uvloop.run(Server(boot, spec, text, wires, watch).run())
+
+
+def _leave(wires: Wires, code: int) -> NoReturn:
+    wires.close()
+    os._exit(code)
 
 
 def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None = None) -> Resolved:
@@ -128,7 +142,8 @@ def main() -> int:
     if not (text := sys.stdin.read()):
         return 1  # rank 0 has gone already
     boot = Boot.from_json(text)
-    die_with_parent(boot.parent)
+    if boot.endpoint < boot.config.tp:  # an HTTP worker has something to say before it ends
+        die_with_parent(boot.parent)
     leave_to_leader()
     log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))
     watch = Watch(boot.name, leads=False)

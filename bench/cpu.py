@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -27,10 +28,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir, cpu_count
-from asyncllm.server.launch import free_port
 
 PREFILLS = (512, 1500)
 PROMPT_LEN = 16
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+    return port
 
 
 def prompt(rng: random.Random, length: int) -> list[int]:
@@ -41,7 +49,7 @@ class Ours:
     """A server in a process of its own."""
 
     def __init__(self, model_dir: Path, extra: list[str]) -> None:
-        self.url = f"http://127.0.0.1:{(port := free_port('127.0.0.1'))}"
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "asyncllm", "--device", "cpu", "--model_dir", str(model_dir),
              "--port", str(port), "--log_level", "warning", *extra],

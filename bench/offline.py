@@ -273,7 +273,9 @@ def load(config: Config) -> Parts:
     spec = with_own_head(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
     boot = Boot(
         endpoint=0,
-        endpoints=(),
+        address="",
+        leader="",
+        keys=("", ""),
         config=config,
         resolved=resolve(config, spec, model_dir),
         model_dir=str(model_dir),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from asyncllm.actors.transport import Keys, Wire
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
 from bench.mkmodel import write_model
@@ -25,9 +26,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def ipc(tmp_path: Path) -> Callable[[int], list[str]]:
-    """Makes ZMQ addresses of ``n`` processes in a folder of this test."""
-    return lambda n: [f"ipc://{tmp_path}/{i}" for i in range(n)]
+def wires(tmp_path: Path) -> Callable[[int], list[Wire]]:
+    """How each of ``n`` processes talks to the others, in a folder of this test."""
+    keys = Keys.make()
+
+    def make(n: int) -> list[Wire]:
+        addresses = {i: f"ipc://{tmp_path}/{i}" for i in range(n)}
+        return [
+            Wire(addresses[i], keys, {j: a for j, a in addresses.items() if j != i})
+            for i in range(n)
+        ]
+
+    return make
 
 
 @pytest.fixture

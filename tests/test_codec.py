@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, get_type_hints
+
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncllm.codec import CodecError, decode, encode, floats, i32, i64, ints, longs, message
+from asyncllm.codec import (
+    CodecError,
+    decode,
+    encode,
+    fits,
+    floats,
+    i32,
+    i64,
+    ints,
+    longs,
+    message,
+    registered,
+)
 from asyncllm.core.request import SamplingParams
-from asyncllm.messages import Abort, Halt, Heartbeat, Submit, Tokens
+from asyncllm.messages import (
+    Abort,
+    Compile,
+    Drain,
+    Finished,
+    Halt,
+    Heartbeat,
+    Served,
+    StepPlan,
+    StopHit,
+    Submit,
+    Tokens,
+)
 
 
 def test_round_trip_keeps_values_and_types() -> None:
@@ -29,7 +56,7 @@ def test_a_message_with_one_field_survives() -> None:
 
 
 def test_nested_tuples_survive() -> None:
-    tokens = Tokens(1, b"", b"", b"", b"", 0, b"", b"", ((3, b"x", 1, b"y", b"z"),))
+    tokens = Tokens(1, b"", b"", b"", b"", 0, b"", b"", ((3, b"xxxx", 1, b"yyyy", b"zzzz"),))
     assert decode(encode(tokens)) == tokens
 
 
@@ -80,6 +107,75 @@ def test_a_tag_out_of_range_is_refused() -> None:
 def test_other_bytes_are_codec_errors(frame: bytes) -> None:
     with pytest.raises(CodecError):
         decode(frame)
+
+
+GOOD = StepPlan(
+    7, 1, i32([0, 3]), i32([5, 0]), i32([1, 2]), i32([0, 1]), i32([9, 1, 2, 3]), i32([-1, 4, 5]),
+    b"\1\1", (),
+)  # fmt: skip
+TOKENS = Tokens(
+    1, i64([5, 6]), i32([1, 2]), b"\0\1", bytes(8), 1, i32([1, 2]), bytes(8),
+    ((5, bytes(8), 2, bytes(16), bytes(16)),),
+)  # fmt: skip
+SERVED = ("/", 200, 1, 2, "stop", 0.1, -1, 2)
+
+
+@pytest.mark.parametrize("msg", [GOOD, TOKENS, Served((SERVED,)), Drain(3)], ids=lambda m: type(m))
+def test_whole_messages_pass(msg: object) -> None:
+    assert decode(encode(msg)) == msg
+
+
+@pytest.mark.parametrize(
+    "msg",
+    [
+        Heartbeat("1"),  # type: ignore[arg-type]
+        Heartbeat(True),
+        Heartbeat(1.0),  # type: ignore[arg-type]
+        Drain("soon"),  # type: ignore[arg-type]
+        Abort(-1),
+        Abort(1 << 63),
+        StopHit(1, -1),
+        Finished(1, 9, "", "", 0, 0, 0, 0),
+        Finished(1, 3, "no", "", 0, 0, 0, 0),
+        Compile(1, 1, "prose", ""),
+        Served((("/", 99, 1, 2, "stop", 0.1, -1, 2),)),
+        Served((("/", 200, -1, 2, "stop", 0.1, -1, 2),)),
+        Served((("/", 200, 1, 2, "stop", float("nan"), -1, 2),)),
+        Served((("/", 200),)),  # type: ignore[arg-type]
+        Submit(1, b"", ()),
+        Submit(1, b"\0", SamplingParams().pack()),
+        Submit(1, b"", SamplingParams().pack(), "between"),
+        Submit(1, b"", SamplingParams(stop="abc").pack()),  # type: ignore[arg-type]
+        replace(GOOD, step=0),
+        replace(GOOD, num_decode=2),
+        replace(GOOD, lanes=i32([0])),
+        replace(GOOD, lanes=i32([0, -3])),
+        replace(GOOD, counts=i32([1, 0])),
+        replace(GOOD, slots=i32([9, 1, 2])),
+        replace(GOOD, slots=i32([9, 1, 2, -3])),
+        replace(GOOD, tokens=i32([1])),
+        replace(GOOD, samples=b"\1"),
+        replace(GOOD, heads=i32([-1, 2])),
+        replace(TOKENS, rids=i64([5])),
+        replace(TOKENS, rids=i64([5, -6])),
+        replace(TOKENS, tokens=i32([1, -2])),
+        replace(TOKENS, ends=b""),
+        replace(TOKENS, logprobs=bytes(4)),
+        replace(TOKENS, top_ids=b""),
+        replace(TOKENS, num_top=-1),
+        replace(TOKENS, prompt=((5, bytes(8), 1, bytes(16), bytes(16)),)),
+    ],
+    ids=repr,
+)
+def test_a_message_that_nobody_can_mean_is_a_codec_error(msg: object) -> None:
+    with pytest.raises(CodecError, match=f"impossible {type(msg).__name__}"):
+        decode(encode(msg))
+
+
+@pytest.mark.parametrize("cls", registered())
+def test_every_field_of_every_message_can_be_checked(cls: type) -> None:
+    for kind in get_type_hints(cls).values():
+        assert not fits(kind)(object()) or kind is Any
 
 
 @given(st.binary(max_size=64))

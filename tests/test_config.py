@@ -88,6 +88,7 @@ OURS: dict[str, Any] = {
     "check": False,
     "drain_timeout": 30.0,
     "step_timeout": 120.0,
+    "dead_after": 10.0,
     "log_level": "info",
     "log_json": False,
 }
@@ -170,6 +171,7 @@ def test_moved_defaults_say_so() -> None:
         ("drain_timeout", -1.0),
         ("drain_timeout", float("inf")),
         ("step_timeout", 0.0),
+        ("dead_after", 0.4),
         ("cors_allow_origins", ("*", "example.org")),
         ("cors_allow_origins", ("https://example.org/",)),
         ("sse_keep_alive", -1.0),

@@ -178,3 +178,23 @@ def test_json_logs_have_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with Progress("load", 10) as progress:
         progress.advance(10)
     assert [json.loads(line)["level"] for line in stream.getvalue().splitlines()] == ["INFO"]
+
+
+def test_what_comes_often_is_one_line_a_minute_with_a_count(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = 5.0
+    seldom = log.Seldom(logging.getLogger("asyncllm.x"), lambda: now)
+    for i in range(100):
+        seldom.warning("frame %d", i)
+    now += 59.0
+    seldom.warning("frame %d", 100)
+    now += 1.0
+    seldom.warning("frame %d", 101)
+    now += 61.0
+    seldom.warning("frame %d", 102)
+    assert caplog.messages == [
+        "frame 0",
+        "frame 101 (and 100 more since the last such line)",
+        "frame 102",
+    ]

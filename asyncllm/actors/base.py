@@ -6,7 +6,7 @@ Knows how messages wait and are handed over; knows neither sockets nor what any 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -50,10 +50,12 @@ class Actor(Generic[M]):
     ``spawn`` and comes back as a message.
 
     Attributes:
+        remote: types of messages that it takes from other processes; others are dropped there.
         busy_s: seconds spent inside ``receive`` so far.
     """
 
     capacity = 4096
+    remote: Collection[type] = frozenset()
     vital = True  # a crash ends this endpoint's process; False: it ends this actor only
 
     def __init__(self, name: str) -> None:
@@ -77,10 +79,24 @@ class Actor(Generic[M]):
         """Handle all waiting messages, urgent ones first."""
         raise NotImplementedError
 
+    def possible(self, msg: M) -> bool:
+        """Whether a message of another process is one that it can have meant; if not, it is dropped.
+
+        Asked of those in ``remote``, whose fields have been checked; here is what only the
+        receiver knows.
+        """
+        return True
+
     async def closing(self) -> None:
         """Finish what must be waited for; at most 5 s, on an orderly stop only, before stopped().
 
         Called in reverse order of registration, when no handler runs any more.
+        """
+
+    async def failing(self) -> None:
+        """Tell those outside that it is over; at most 1 s, after a failure only, before stopped().
+
+        Other actors may be in any state, and no handler runs any more.
         """
 
     def stopped(self) -> None:

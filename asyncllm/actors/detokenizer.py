@@ -38,6 +38,8 @@ class Detokenizer(Actor[Inbox]):
     Delta.
     """
 
+    remote = frozenset({Tokens, Finished})
+
     def __init__(self, text: Text, *, budget_s: float = BUDGET_S) -> None:
         super().__init__("detokenizer")
         self._text, self._budget_s = text, budget_s

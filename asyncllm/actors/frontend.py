@@ -99,12 +99,12 @@ class Frontend(Actor[Inbox]):
         limits: see :class:`Limits`.
         access: see :class:`Access`.
         info: the server's options, as /get_server_info tells them.
-        peers: endpoints of all frontends.
         on_open: called once the sockets are served, so that a ready line is true when it is read.
     """
 
     # a step may bring a Delta and a Finished for each live request, several steps may wait
     capacity = 65536
+    remote = frozenset({Started, Drain, Scraped, Cancel})
 
     def __init__(
         self,
@@ -115,13 +115,12 @@ class Frontend(Actor[Inbox]):
         limits: Limits | None = None,
         access: Access | None = None,
         info: Mapping[str, Any] | None = None,
-        peers: Sequence[int] = (0,),
         on_open: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("frontend")
         self.served, self.limits = served, limits or Limits()
         self.access = access or Access()
-        self.info, self._peers = info or {}, peers
+        self.info = info or {}
         self.serving = self.draining = False
         self._vocab, self._sockets, self._on_open = vocab, sockets, on_open
         self._counter = 0
@@ -170,9 +169,16 @@ class Frontend(Actor[Inbox]):
 
     async def closing(self) -> None:
         """Fail what is left, then let aiohttp close the connections."""
+        await self._end(NotServing("the server is shutting down", code="shutting_down"))
+
+    async def failing(self) -> None:
+        """The same, for clients to know that it was not their turn to end."""
+        await self._end(NotServing("the server has failed and ends", code="server_failed"))
+
+    async def _end(self, error: RequestError) -> None:
         self.draining = True
         for exchange in list(self._exchanges):
-            self._fail(exchange, NotServing("the server is shutting down", code="shutting_down"))
+            self._fail(exchange, error)
         while self._dirty:
             self._write(self._dirty.popleft())
         for future in self._queries.values():
@@ -315,8 +321,7 @@ class Frontend(Actor[Inbox]):
 
     def cancel(self, request_id: str) -> None:
         """End requests on every frontend by the client's id or the answer's; "": all of them."""
-        for endpoint in self._peers:
-            self.system.ref("frontend", endpoint).tell(Cancel(request_id))
+        self._watchdog.tell(Cancel(request_id), urgent=True)
 
     async def scrape(self) -> Scraped:
         """State of the whole server. Raises NotServing (503) when it does not come in time."""

@@ -45,6 +45,8 @@ class GrammarKeeper(Actor[Inbox]):
         max_queue: grammars that may wait for a thread.
     """
 
+    remote = frozenset({Compile})
+
     def __init__(
         self,
         builder: Builder | None,

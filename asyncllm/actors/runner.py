@@ -57,6 +57,8 @@ class Runner(Actor[StepPlan | Probe]):
         jit_after_warmup: counts kernels that were compiled while serving.
     """
 
+    remote = frozenset({StepPlan})
+
     def __init__(
         self, device: Device, *, reports: bool, jit_after_warmup: Callable[[], int] = lambda: 0
     ) -> None:

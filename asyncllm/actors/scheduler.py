@@ -23,11 +23,13 @@ from asyncllm.core.steps import Emitted, Step
 from asyncllm.errors import RequestError
 from asyncllm.messages import (
     FRONTEND_SHIFT,
+    MAX_COUNT,
     Abort,
     Drain,
     Drained,
     Due,
     Finished,
+    Gone,
     Granted,
     Probe,
     Release,
@@ -45,7 +47,7 @@ MOST_JOBS = 16  # of constraints, for one trip of a thread
 MASKS_S = 0.005  # a step waits for cheap masks, from the end of the last one on: rows that want one
 # would come a step later, and in turns with each other
 
-Inbox = Submit | Abort | Granted | StepDone | StopHit | Due | Drain | Probe | Worked
+Inbox = Submit | Abort | Granted | StepDone | StopHit | Due | Drain | Gone | Probe | Worked
 Part = tuple[int, bytes, int, bytes, bytes]  # log-probabilities of prompt tokens, see StepDone
 
 
@@ -59,7 +61,11 @@ class Scheduler(Actor[Inbox]):
         depth: steps on the device at a time.
         constrain: see ``Constraints.of``; None: nothing is ever constrained.
         workers: threads for what constraints have to work out.
+        vocab_size, max_len: what a request of another process is held against, as its own process
+            has done already.
     """
+
+    remote = frozenset({Submit, Abort, StopHit})
 
     def __init__(
         self,
@@ -75,6 +81,8 @@ class Scheduler(Actor[Inbox]):
         share_prompts: bool = False,
         constraint_s: float = 5.0,
         workers: int = 1,
+        vocab_size: int = MAX_COUNT,
+        max_len: int = MAX_COUNT,
         constrain: Callable[[SamplingParams, str, tuple[bytes, ...]], Constraint | None] = (
             lambda *_: None
         ),
@@ -93,6 +101,7 @@ class Scheduler(Actor[Inbox]):
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="masks")
         self._workers = self._free = workers
         self._ranks, self._depth, self._constrain = runners, depth, constrain
+        self._vocab_size, self._max_len = vocab_size, max_len
         self._inflight: deque[Step] = deque()
         self._pacer = Pacer()
         self._masks_until = 0.0  # a step waits for masks up to here
@@ -103,6 +112,7 @@ class Scheduler(Actor[Inbox]):
         )
         self._unpublished: list[tuple[Emitted, list[Part]]] = []
         self._detokenizers: dict[int, Ref[Any]] = {}
+        self._gone: set[int] = set()  # endpoints whose processes have ended
         self._draining = self._drained = False
 
     def started(self) -> None:
@@ -135,6 +145,8 @@ class Scheduler(Actor[Inbox]):
                     self._due_at = inf
                 case Drain(timeout_s):
                     self._drain(timeout_s)
+                case Gone(endpoint):
+                    self._forget(endpoint)
                 case Probe(query):
                     self._watchdog.tell(self._stats(query))
                 case _:
@@ -154,6 +166,11 @@ class Scheduler(Actor[Inbox]):
         )
 
     def _submit(self, msg: Submit) -> None:
+        if msg.rid >> FRONTEND_SHIFT in self._gone:
+            return
+        if msg.rid in self.core.requests:
+            self.system.reject(msg, f"request {msg.rid} is there already")
+            return
         if self._draining:
             self.core.refuse(msg.rid, len(msg.prompt) // 4, "server is shutting down", 503)
             return
@@ -170,6 +187,23 @@ class Scheduler(Actor[Inbox]):
 
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def possible(self, msg: Inbox) -> bool:
+        """Whether a request of another process is within the limits that it was checked against."""
+        if not isinstance(msg, Submit):
+            return True
+        prompt, params = ints(msg.prompt), SamplingParams.unpack(msg.params)
+        if params.max_new_tokens is None or len(prompt) + params.max_new_tokens > self._max_len:
+            return False
+        ids = min(prompt, default=0), max(prompt, default=0)
+        return params.possible(self._vocab_size) and ids[0] >= 0 and ids[1] < self._vocab_size
+
+    def _forget(self, endpoint: int) -> None:
+        """Its requests end, untold; what it has sent before its end and comes later is ignored."""
+        self._gone.add(endpoint)
+        self._stalled = False
+        for rid in [rid for rid in self.core.requests if rid >> FRONTEND_SHIFT == endpoint]:
+            self.core.abort(rid)
 
     def _drain(self, timeout_s: float) -> None:
         self._draining = True
@@ -296,10 +330,13 @@ class Scheduler(Actor[Inbox]):
     def _publish(self) -> None:
         for emitted, parts in self._unpublished:
             for endpoint, tokens in pack_tokens(emitted, parts):
-                self._detokenizer(endpoint).tell(tokens)
+                if endpoint not in self._gone:
+                    self._detokenizer(endpoint).tell(tokens)
         self._unpublished.clear()
         for end in self.core.ended:
-            self._detokenizer(end.rid >> FRONTEND_SHIFT).tell(
+            if (endpoint := end.rid >> FRONTEND_SHIFT) in self._gone:
+                continue
+            self._detokenizer(endpoint).tell(
                 Finished(
                     end.rid,
                     int(end.reason),

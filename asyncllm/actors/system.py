@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from asyncllm.actors.base import Actor, MailboxFull, Ref
-from asyncllm.actors.transport import Transport
+from asyncllm.actors.transport import Transport, Wire
 from asyncllm.codec import decode, encode
 from asyncllm.errors import ActorCrashed, FatalError, StartupError
+from asyncllm.log import Seldom
 
 CLOSING_S = 5.0
+LAST_WORDS_S = 1.0
 
 M = TypeVar("M")
 
@@ -26,28 +28,30 @@ class ActorSystem:
     """Owns every actor, task and socket of one endpoint (a rank or an HTTP worker).
 
     Args:
-        endpoint: index of this process in ``endpoints``.
-        endpoints: one ZMQ address per process; None when this process is alone.
+        endpoint: number of this process.
+        wire: how it talks to others; None when it is alone.
         encode_local: send local messages through the codec as well (tests switch it on).
 
     Attributes:
-        dead_letters: messages for a name that is gone.
+        dead_letters: messages for a name, or an endpoint, that is gone.
+        on_failure: called when the system fails, before anything else is done about it.
 
     Raises:
         StartupError: the own address cannot be bound.
     """
 
     def __init__(
-        self, endpoint: int = 0, endpoints: list[str] | None = None, *, encode_local: bool = False
+        self, endpoint: int = 0, wire: Wire | None = None, *, encode_local: bool = False
     ) -> None:
         self.endpoint, self._encode_local = endpoint, encode_local
         self.dead_letters = 0
+        self.on_failure: Callable[[], object] = lambda: None
         self.loop = asyncio.get_running_loop()
         self._actors: dict[str, Actor[Any]] = {}
         self._tasks: dict[asyncio.Task[None], Actor[Any]] = {}
         self._ended: asyncio.Future[None] = self.loop.create_future()
-        self._num_endpoints = len(endpoints) if endpoints else 1
-        self._wire = Transport(endpoint, endpoints, self._arrive) if endpoints else None
+        self._wire = Transport(wire, self._arrive) if wire else None
+        self._dead_log = Seldom(log)
         self.loop.set_exception_handler(self._loop_error)
 
     @property
@@ -72,6 +76,26 @@ class ActorSystem:
             holds = actor.holds()
             yield f"{line}; {holds}" if holds else line
 
+    @property
+    def address(self) -> str:
+        """Where other endpoints reach this one; "" when it is alone."""
+        return self._wire.address if self._wire else ""
+
+    def connect(self, endpoint: int, address: str) -> None:
+        """Another endpoint is there from now on. Raises ValueError for what is no address."""
+        if self._wire:
+            self._wire.connect(endpoint, address)
+
+    def disconnect(self, endpoint: int) -> None:
+        """Another endpoint has gone: messages to it are dead letters."""
+        if self._wire:
+            self._wire.disconnect(endpoint)
+
+    def reject(self, msg: Any, why: str) -> None:
+        """Called by an actor that was sent what no sender of ours could have meant."""
+        if self._wire:
+            self._wire.reject(f"{type(msg).__name__}: {why}")
+
     def add(self, actor: Actor[M]) -> Ref[M]:
         """Register an actor; its ``started`` is called by :meth:`run`."""
         if actor.name in self._actors:
@@ -83,7 +107,6 @@ class ActorSystem:
     def ref(self, name: str, endpoint: int | None = None) -> Ref[Any]:
         """Address of ``name`` on ``endpoint`` (None: here), whether it is there or not."""
         endpoint = self.endpoint if endpoint is None else endpoint
-        assert endpoint == self.endpoint or 0 <= endpoint < self._num_endpoints, endpoint
         return Ref(self, endpoint, name)
 
     async def run(self) -> None:
@@ -114,6 +137,15 @@ class ActorSystem:
         if not self.over:
             self._ended.set_result(None)
 
+    def fail(self, error: FatalError) -> None:
+        """End :meth:`run` with ``error``; once this has returned no handler runs."""
+        self._fail(str(error), error)
+
+    def close(self) -> None:
+        """Close the wire, which :meth:`run` does as well."""
+        if self._wire and not self._wire.closed:
+            self._wire.close()
+
     def crashed(self, actor: Actor[Any], error: Exception) -> None:
         """Called when ``actor`` raised: ends the system, or only the actor if it is not vital."""
         if self.over or self._actors.get(actor.name) is not actor:
@@ -140,7 +172,7 @@ class ActorSystem:
     def deliver(self, endpoint: int, name: str, msg: Any, urgent: bool) -> None:
         """Put ``msg`` into a mailbox here or send it. Raises MailboxFull or PeerLost."""
         if endpoint != self.endpoint:
-            if self._wire is None or self._wire.closed:
+            if self._wire is None or self._wire.closed or not self._wire.knows(endpoint):
                 self._dead_letter(name, msg)
             else:
                 self._wire.send(endpoint, name, urgent, encode(msg))
@@ -172,6 +204,10 @@ class ActorSystem:
         try:
             if (actor := self._actors.get(name)) is None:
                 self._dead_letter(name, msg)
+            elif type(msg) not in actor.remote:
+                self.reject(msg, f"not for {name}@{self.endpoint} from another process")
+            elif not actor.possible(msg):
+                self.reject(msg, f"beyond the limits of {name}@{self.endpoint}")
             else:
                 actor.put(msg, urgent)
         except MailboxFull as error:  # the sender cannot be told: an inner bound was broken
@@ -180,18 +216,22 @@ class ActorSystem:
 
     def _dead_letter(self, name: str, msg: Any) -> None:
         self.dead_letters += 1
-        log.warning("dead letter for %s@%d: %s", name, self.endpoint, type(msg).__name__)
+        self._dead_log.warning("dead letter for %s: %s", name, type(msg).__name__)
 
     def _fail(self, message: str, error: BaseException | None) -> None:
         """End run() with ``error`` if its type tells the exit code, else with ActorCrashed."""
         if self.over:
             return
-        if isinstance(error, FatalError | StartupError):
+        if isinstance(error, StartupError):
+            self._ended.set_exception(error)
+            return
+        if isinstance(error, FatalError):
             self._ended.set_exception(error)
         else:
             crash = ActorCrashed(message)
             crash.__cause__ = error
             self._ended.set_exception(crash)
+        self.on_failure()
 
     def _loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Errors in plain callbacks reach no task: make them end the process, not a log line.
@@ -208,26 +248,35 @@ class ActorSystem:
     async def _close(self, opened: list[Actor[Any]], orderly: bool) -> None:
         if self._wire:
             self._wire.pause()
+        living = [a for a in reversed(opened) if a in self._actors.values()]
+        if not orderly and not self._ended.cancelled():
+            await asyncio.gather(*(self._last_words(actor) for actor in living))
         if tasks := list(self._tasks):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=CLOSING_S)
-        living = [a for a in reversed(opened) if a in self._actors.values()]
         if orderly:
             for actor in living:
                 await self._close_one(actor)
         for actor in living:
             self._stop_one(actor)
-        if self._wire:
-            self._wire.close()
+        self.close()
         self.loop.set_exception_handler(None)
 
     async def _close_one(self, actor: Actor[Any]) -> None:
+        await self._bounded(actor, actor.closing(), CLOSING_S)
+
+    async def _last_words(self, actor: Actor[Any]) -> None:
+        await self._bounded(actor, actor.failing(), LAST_WORDS_S)
+
+    async def _bounded(
+        self, actor: Actor[Any], work: Coroutine[Any, Any, None], seconds: float
+    ) -> None:
         try:
-            async with asyncio.timeout(CLOSING_S):
-                await actor.closing()
+            async with asyncio.timeout(seconds):
+                await work
         except TimeoutError:
-            log.warning("%s@%d did not close in %g s", actor.name, self.endpoint, CLOSING_S)
+            log.warning("%s@%d did not close in %g s", actor.name, self.endpoint, seconds)
         except Exception as error:
             log.error("%s@%d failed to close", actor.name, self.endpoint, exc_info=error)
 

@@ -105,6 +105,8 @@ class Tokenizer(Actor[Inbox]):
         max_queue: prompts that may wait for a thread; a long one counts as several (PLACE_CHARS).
     """
 
+    remote = frozenset({Compiled})
+
     def __init__(
         self,
         text: Text,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ import zmq
 
 from asyncllm.codec import CodecError, decode
 from asyncllm.errors import PeerLost, StartupError
+from asyncllm.log import Seldom
 
 DRAIN_LIMIT = 256  # frames per wake, so that a flood cannot hold the loop
 OUTBOX_LIMIT = 65536
@@ -28,44 +30,101 @@ RETRY_S = (0.001, 0.064)  # first and longest wait for a peer that does not take
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The CURVE key pair that all processes of one server share.
+
+    A socket answers only those who know its public key, and nobody but the server's own processes
+    is told it: it never travels in clear. So this is what makes a process one of us.
+    """
+
+    public: str
+    secret: str = field(repr=False)
+
+    @staticmethod
+    def make() -> Keys:
+        """A new pair."""
+        public, secret = zmq.curve_keypair()
+        return Keys(public.decode(), secret.decode())
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How one endpoint talks to the others.
+
+    Args:
+        address: where it listens: ``ipc://path``, or ``tcp://127.0.0.1:*`` for any free port.
+        keys: the server's.
+        peers: addresses of endpoints that are known already.
+    """
+
+    address: str
+    keys: Keys
+    peers: Mapping[int, str] = field(default_factory=dict)
+
+
 class Transport:
     """Frame = msgpack([name, urgent]) + message. FIFO per (sender, receiver) pair, no loss.
 
+    Everything is encrypted, and who does not know the server's keys is not heard.
+
     Args:
-        endpoint: index of this process in ``endpoints``.
-        endpoints: ZMQ address of every process, ``ipc://path`` or ``tcp://127.0.0.1:port``.
         on_message: called with (actor name, urgent, message) for each frame that decodes.
 
     Attributes:
+        address: where others reach this endpoint.
         foreign_frames: received frames that are not ours; dropped.
 
     Raises:
         StartupError: the own address cannot be bound.
     """
 
-    def __init__(
-        self, endpoint: int, endpoints: list[str], on_message: Callable[[str, bool, Any], None]
-    ) -> None:
+    def __init__(self, wire: Wire, on_message: Callable[[str, bool, Any], None]) -> None:
         self._loop, self._on_message = asyncio.get_running_loop(), on_message
+        self._keys = wire.keys
         self.foreign_frames = 0
+        self._foreign_log = Seldom(log)
         self._reading = False
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._in = self._ctx.socket(zmq.PULL)
         self._in.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+        self._in.setsockopt(zmq.CURVE_SERVER, 1)
+        self._in.setsockopt_string(zmq.CURVE_SECRETKEY, wire.keys.secret)
         try:
-            self._in.bind(endpoints[endpoint])
+            self._in.bind(wire.address)
         except zmq.ZMQError as error:
             self._in.close()
             self._ctx.term()
-            raise StartupError(f"cannot listen on {endpoints[endpoint]}: {error}") from error
+            raise StartupError(f"cannot listen on {wire.address}: {error}") from error
+        self.address = self._in.getsockopt_string(zmq.LAST_ENDPOINT)
         self._fd = int(self._in.getsockopt(zmq.FD))
         self._outs: dict[int, _Out] = {}
-        for peer, address in enumerate(endpoints):
-            if peer != endpoint:
-                sock = self._ctx.socket(zmq.PUSH)
-                sock.setsockopt(zmq.LINGER, LINGER_MS)
-                sock.connect(address)
-                self._outs[peer] = _Out(peer, sock, self._loop)
+        for peer, address in wire.peers.items():
+            self.connect(peer, address)
+
+    def connect(self, peer: int, address: str) -> None:
+        """From now on ``peer`` is there. Raises ValueError for what is no address."""
+        sock = self._ctx.socket(zmq.PUSH)
+        sock.setsockopt(zmq.LINGER, LINGER_MS)
+        sock.setsockopt_string(zmq.CURVE_SERVERKEY, self._keys.public)
+        sock.setsockopt_string(zmq.CURVE_PUBLICKEY, self._keys.public)
+        sock.setsockopt_string(zmq.CURVE_SECRETKEY, self._keys.secret)
+        try:
+            sock.connect(address)
+        except zmq.ZMQError as error:
+            sock.close()
+            raise ValueError(f"cannot connect to {address!r}: {error}") from error
+        self.disconnect(peer)
+        self._outs[peer] = _Out(peer, sock, self._loop)
+
+    def disconnect(self, peer: int) -> None:
+        """Forget ``peer`` and what it has not taken."""
+        if (out := self._outs.pop(peer, None)) is not None:
+            out.drop()
+
+    def knows(self, peer: int) -> bool:
+        """Whether ``peer`` is connected to."""
+        return peer in self._outs
 
     @property
     def closed(self) -> bool:
@@ -79,8 +138,17 @@ class Transport:
         self._loop.call_soon(self._pump)  # edge-triggered: look once before waiting
 
     def send(self, peer: int, name: str, urgent: bool, body: bytes) -> None:
-        """Queue one encoded message. Raises PeerLost when the peer has stopped reading."""
+        """Queue one encoded message for a peer that is connected to.
+
+        Raises:
+            PeerLost: it has stopped reading.
+        """
         self._outs[peer].push(_head(name, urgent) + body)
+
+    def reject(self, why: str) -> None:
+        """Count a frame, or what was in it, as not ours."""
+        self.foreign_frames += 1
+        self._foreign_log.warning("foreign frame dropped: %s", why)
 
     def pause(self) -> None:
         """Deliver nothing any more; sending goes on."""
@@ -107,8 +175,7 @@ class Transport:
             try:
                 name, urgent, msg = _open(frame)
             except CodecError as error:
-                self.foreign_frames += 1
-                log.warning("foreign frame dropped: %s", error)
+                self.reject(str(error))
                 continue
             self._on_message(name, urgent, msg)
         self._loop.call_soon(self._pump)
@@ -135,6 +202,12 @@ class _Out:
             self._timer.cancel()
         self._send_all()
         self._sock.close()
+
+    def drop(self) -> None:
+        """Close, without what waits."""
+        self._box.clear()
+        self._sock.setsockopt(zmq.LINGER, 0)
+        self.close()
 
     def _flush(self) -> None:
         if self._send_all():

@@ -23,12 +23,16 @@ from asyncllm.core.metrics import Answered, Process, ServerMetrics, State
 from asyncllm.errors import PeerLost
 from asyncllm.messages import (
     AllocatorStats,
+    Cancel,
     Drain,
     Drained,
+    Gone,
     Halt,
     Heartbeat,
+    Hello,
+    Lost,
     Probe,
-    Ready,
+    Replaced,
     RunnerStats,
     SchedulerStats,
     Scrape,
@@ -45,8 +49,11 @@ LAST_RESORT_S = 5.0
 ABORT_S = 2.0  # for the answers to what a drain cut off
 
 Inbox = (
-    Ready
+    Hello
     | Heartbeat
+    | Cancel
+    | Replaced
+    | Lost
     | Drain
     | Drained
     | Halt
@@ -84,8 +91,10 @@ class Duty:
 
     Args:
         endpoint: where it runs; 0 leads and has scheduler, allocator and runner beside it.
-        names: every endpoint of the server -> what it is called in messages ("rank 1").
-        frontends: the endpoints that serve HTTP.
+        names: every endpoint of the server at its start -> what it is called in messages
+            ("rank 1").
+        frontends: those of them that serve HTTP. They own nothing, so that one that is lost is
+            replaced, while any other that is lost ends the server.
         model_name: label in the metrics.
         max_len: most tokens of a request, for the metrics' buckets.
         step_timeout_s: a launched step, or the loop, that takes longer ends the process. 0: never.
@@ -115,6 +124,7 @@ class Means:
 
     clock: Callable[[], float] = perf_counter
     exit: Callable[[int], None] = os._exit  # from any thread, whatever the loop does
+    kill: Callable[[int], None] = lambda _: None  # end an endpoint's process at once
     dump: Callable[[], None] = dump_stacks
     guard: Callable[[float], None] = guard_loop
     tick_s: float = TICK_S
@@ -129,18 +139,23 @@ class Watchdog(Actor[Inbox]):
     endpoint stops. A second ``Drain`` stops them at once.
 
     Raises:
-        PeerLost: another endpoint has been silent for too long.
+        PeerLost: an endpoint that cannot be replaced has been silent for too long, or the server
+            fails.
     """
 
     def __init__(self, duty: Duty, means: Means | None = None) -> None:
         super().__init__("watchdog")
         self._duty, self._means = duty, means or Means()
         self._leads = duty.endpoint == 0
-        self._others = [e for e in duty.names if e != duty.endpoint]
-        self._peers = self._others if self._leads else [0]  # whom to hear and to tell
-        self._absent = set(self._others) if self._leads else set()
+        self._names = dict(duty.names)
+        self._frontends = list(duty.frontends)
+        self._absent = set(self._names) - {0} if self._leads else set()
         self._open = False
         self._heard: dict[int, float] = {}  # from a peer's first sign of life on
+        if self._leads:
+            self.remote = frozenset({Hello, Heartbeat, Cancel, Drained, Scrape, Served})
+        else:
+            self.remote = frozenset({Heartbeat, Halt, Lost})
         self._due = self._beat_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lags: deque[float] = deque(maxlen=100)
@@ -166,7 +181,8 @@ class Watchdog(Actor[Inbox]):
         if self._leads:
             self._open_doors()
         else:
-            self.system.ref("watchdog", 0).tell(Ready(self._duty.endpoint), urgent=True)
+            hello = Hello(self._duty.endpoint, self.system.address)
+            self.system.ref("watchdog", 0).tell(hello, urgent=True)
         self._arm()
         if self._duty.step_timeout_s > 0 and self._means.watch_s > 0:
             self._watcher.start()
@@ -174,12 +190,17 @@ class Watchdog(Actor[Inbox]):
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
             match msg:
-                case Ready(endpoint):
-                    self._heard[endpoint] = self._means.clock()
-                    self._absent.discard(endpoint)
-                    self._open_doors()
+                case Hello():
+                    self._hello(msg)
                 case Heartbeat(endpoint):
                     self._hear(endpoint)
+                case Cancel():
+                    for endpoint in self._frontends:
+                        self.system.ref("frontend", endpoint).tell(msg)
+                case Replaced():
+                    self._replaced(msg)
+                case Lost():
+                    raise PeerLost("the server has failed")
                 case Drain(timeout_s):
                     self._drain(timeout_s)
                 case Drained(who, endpoint):
@@ -195,6 +216,12 @@ class Watchdog(Actor[Inbox]):
                 case _:
                     assert_never(msg)
         self._ask()
+
+    async def failing(self) -> None:
+        """The other processes that serve HTTP have a moment to end their streams with an error."""
+        for endpoint in self._heard if self._leads else ():
+            if endpoint in self._frontends:
+                self.system.ref("watchdog", endpoint).tell(Lost(), urgent=True)
 
     def stopped(self) -> None:
         if self._timer is not None:
@@ -231,17 +258,49 @@ class Watchdog(Actor[Inbox]):
             self._arm()
             self.tick()
 
+    def _hello(self, msg: Hello) -> None:
+        if msg.endpoint not in self._absent:
+            self.system.reject(msg, f"nobody waits for endpoint {msg.endpoint}")
+            return
+        try:
+            self.system.connect(msg.endpoint, msg.address)
+        except ValueError as error:
+            self.system.reject(msg, str(error))
+            return
+        self._absent.discard(msg.endpoint)
+        self._heard[msg.endpoint] = self._means.clock()
+        if self._busy is not None:
+            self.system.ref("watchdog", msg.endpoint).tell(Halt(), urgent=True)
+        elif self._open:  # it replaces another one
+            log.info("%s serves", self._names[msg.endpoint])
+            self.system.ref("frontend", msg.endpoint).tell(Started(), urgent=True)
+        else:
+            self._open_doors()
+
     def _open_doors(self) -> None:
         """Once: everybody is there."""
-        if self._absent or self._open:
+        if self._absent:
             return
         self._open = True
-        for endpoint in self._duty.frontends:
+        for endpoint in self._frontends:
             self.system.ref("frontend", endpoint).tell(Started(), urgent=True)
 
     def _hear(self, endpoint: int) -> None:
-        if endpoint in self._peers and endpoint not in self._absent:
+        if endpoint in self._heard or (endpoint == 0 and not self._leads):
             self._heard[endpoint] = self._means.clock()
+
+    def _replaced(self, msg: Replaced) -> None:
+        """Nobody waits for the old one any more; the new one is expected."""
+        self.system.disconnect(msg.endpoint)
+        self._heard.pop(msg.endpoint, None)
+        self._absent.discard(msg.endpoint)
+        self._frontends.remove(msg.endpoint)
+        self.system.ref("scheduler").tell(Gone(msg.endpoint), urgent=True)
+        if msg.by >= 0:
+            self._names[msg.by] = msg.name
+            self._frontends.append(msg.by)
+            self._absent.add(msg.by)
+        self._drained("frontend", msg.endpoint)
 
     def _watch_forever(self) -> None:
         while not self._ended.wait(self._means.watch_s):
@@ -257,7 +316,7 @@ class Watchdog(Actor[Inbox]):
             what = f"the event loop has not come round for {now - self._due:.1f} s"
         else:
             return
-        log.critical("%s: %s (--step_timeout)", self._duty.names[self._duty.endpoint], what)
+        log.critical("%s: %s (--step_timeout)", self._names[self._duty.endpoint], what)
         log.critical("in flight: %s", self._duty.in_flight() or "nothing")
         self._means.dump()
         self._means.exit(EXIT_HUNG)
@@ -270,11 +329,19 @@ class Watchdog(Actor[Inbox]):
         self._beat_at = now + self._duty.heartbeat_s
         if (limit := self._duty.step_timeout_s) > 0:
             self._means.guard(limit + LAST_RESORT_S)
-        for peer in self._peers:
+        for peer in self._heard if self._leads else (0,):
             self.system.ref("watchdog", peer).tell(Heartbeat(self._duty.endpoint), urgent=True)
-        for peer, heard in self._heard.items():
+        for peer, heard in [*self._heard.items()]:
             if now - heard > self._duty.dead_after_s:
-                raise PeerLost(f"{self._duty.names[peer]} has been silent for {now - heard:.1f} s")
+                self._silent(peer, now - heard)
+
+    def _silent(self, peer: int, seconds: float) -> None:
+        what = f"{self._names[peer]} has been silent for {seconds:.1f} s (--dead_after)"
+        if peer not in self._frontends or peer == 0:
+            raise PeerLost(what)
+        log.error("%s: it is killed", what)
+        del self._heard[peer]
+        self._means.kill(peer)
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -286,7 +353,8 @@ class Watchdog(Actor[Inbox]):
             self._halt()
         else:
             log.info("draining for at most %g s", timeout_s)
-            self._busy = {("scheduler", 0), *(("frontend", e) for e in self._duty.frontends)}
+            serving = [e for e in self._frontends if e not in self._absent]
+            self._busy = {("scheduler", 0), *(("frontend", e) for e in serving)}
             self._deadline = self._means.clock() + timeout_s
             for who, endpoint in sorted(self._busy):
                 self.system.ref(who, endpoint).tell(Drain(timeout_s), urgent=True)
@@ -306,8 +374,10 @@ class Watchdog(Actor[Inbox]):
             self.system.ref("scheduler", 0).tell(Drain(0.0), urgent=True)
 
     def _halt(self) -> None:
-        for endpoint in self._others:
+        for endpoint in self._heard:
             self.system.ref("watchdog", endpoint).tell(Halt(), urgent=True)
+        for endpoint in self._absent:  # it loads, and cannot be told
+            self._means.kill(endpoint)
         self.system.stop()
 
     # -- numbers --------------------------------------------------------------------------------

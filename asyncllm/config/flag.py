@@ -86,7 +86,7 @@ def between(low: int, high: int) -> Check:
     return lambda value: None if low <= value <= high else f"must be from {low} to {high}"
 
 
-def at_least(low: int) -> Check:
+def at_least(low: float) -> Check:
     return lambda value: (
         None if value >= low and math.isfinite(value) else f"must be at least {low}"
     )

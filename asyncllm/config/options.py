@@ -365,6 +365,11 @@ class Config:
         120.0, group=OPERATION, check=above_zero, metavar="SECONDS",
         help="a step that takes longer is a hang: stacks are dumped, exit code 70",
     )  # fmt: skip
+    dead_after: float = flag(
+        10.0, group=OPERATION, check=at_least(0.5), metavar="SECONDS",
+        help="a process of this server that is silent for longer is lost: a rank ends the server, an "
+        "HTTP worker is replaced",
+    )  # fmt: skip
     log_level: str = flag(
         "info", group=OPERATION, choices=("debug", "info", "warning", "error"),
         help="least severity that is logged",

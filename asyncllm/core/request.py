@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
+from math import isfinite
 from typing import Any, Protocol
 
 
@@ -65,6 +66,34 @@ class SamplingParams:
         """Inverse of :meth:`pack`."""
         return cls(**dict(zip(_NAMES, packed, strict=True)))
 
+    def possible(self, vocab_size: int) -> bool:
+        """Whether values of the right types are in range; asked of what another process sends."""
+        numbers = (
+            self.temperature, self.top_p, self.min_p, self.presence_penalty,
+            self.frequency_penalty, self.repetition_penalty, *(b for _, b in self.logit_bias),
+            *(self.length_penalty or ()),
+        )  # fmt: skip
+        counts = (
+            self.max_new_tokens or 0, self.min_new_tokens, self.max_thinking_tokens or 0,
+            self.top_k + 1, self.logprobs + 1, self.prompt_logprobs + 1,
+            *(self.length_penalty or ())[:1],
+        )  # fmt: skip
+        ids = (
+            *self.stop_token_ids, *self.allowed_token_ids, *(i for i, _ in self.logit_bias),
+            *(i for ids in self.stop_sequences for i in ids),
+        )  # fmt: skip
+        return (
+            all(map(isfinite, numbers))
+            and min(self.temperature, self.top_p, self.min_p, self.repetition_penalty) >= 0
+            and self.repetition_penalty > 0
+            and all(0 <= count <= _MAX_INT32 for count in counts)
+            and max(self.logprobs, self.prompt_logprobs) <= vocab_size
+            and -(1 << 63) <= self.seed < 1 << 63
+            and all(0 <= i < vocab_size for i in ids)
+            and all(len(ids) > 1 for ids in self.stop_sequences)
+            and (self.grammar is None or self.grammar[0] in GRAMMARS)
+        )
+
 
 # kinds of SamplingParams.grammar: any JSON object (without a text), a JSON schema, a regular
 # expression, rules in EBNF from ``root`` on, a JSON array of texts one of which is the output, calls
@@ -118,4 +147,5 @@ class Constraint(Protocol):
         """
 
 
+_MAX_INT32 = (1 << 31) - 1
 _NAMES = [f.name for f in fields(SamplingParams)]

@@ -32,7 +32,7 @@ from asyncllm.server.launch import (
     tls_context,
 )
 from asyncllm.server.loading import Parts
-from asyncllm.server.topology import PLACEMENT, role
+from asyncllm.server.topology import PLACEMENT, SERVED_HERE, role
 
 MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
 
@@ -51,6 +51,8 @@ def make_scheduler(p: Parts) -> Actor[Any]:
         chunked_prefill_size=resolved.chunked_prefill_size,
         eos_ids=resolved.eos_ids,
         runners=range(p.boot.config.tp),
+        vocab_size=p.spec.vocab_size,
+        max_len=resolved.max_req_total_len,
         share_prompts=p.boot.config.diverse_mode,
         constraint_s=p.boot.config.constraint_time_limit,
         workers=max(1, min(MOST_MASK_THREADS, cpu_count() // 4)),
@@ -129,7 +131,6 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
             proxies=config.trust_forwarded_for,
         ),
         info=_info(p),
-        peers=(0, *range(config.tp, config.tp + num_frontends - 1)),
         on_open=on_open,
     )
 
@@ -166,14 +167,19 @@ def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[Actor
         if name != "watchdog":
             made[name] = makers[name](parts)
     runner = made.get("runner")
-    num_endpoints = max(1, len(boot.endpoints))
+    if boot.endpoint == 0:
+        for name in SERVED_HERE:
+            made[name].remote = frozenset()
+    endpoints = range(config.tp + config.httpserver_workers - 1)
     duty = Duty(
         endpoint=boot.endpoint,
-        names={e: endpoint_name(e, config.tp) for e in range(num_endpoints)},
-        frontends=(0, *range(config.tp, num_endpoints)),
+        names={e: endpoint_name(e, config.tp) for e in endpoints},
+        frontends=(0, *endpoints[config.tp :]),
         model_name=resolved.served_names[0],
         max_len=resolved.max_req_total_len,
         step_timeout_s=config.step_timeout,
+        dead_after_s=config.dead_after,
+        heartbeat_s=min(1.0, config.dead_after / 4),
     )
     if isinstance(runner, Runner):
         duty = replace(duty, busy_since=runner.busy_since, in_flight=runner.in_flight)

@@ -43,13 +43,15 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         "max_req_total_len", "running_max_req_size", "batch_max_tokens", "chunked_prefill_size",
         "eos_ids", "max_body_size",
     )  # fmt: skip
+    if boot.address.startswith("tcp"):
+        ports.append("messages 127.0.0.1 (free ones)")
     lines = [
         f"model: {boot.model_dir}, {spec.architecture}, "
         f"{num_parameters(spec, torch_device(boot)):,} weights",
         f"served as: {', '.join(resolved.served_names)}",
         f"device: {resolved.device}, {resolved.dtype}, {ranks}; {config.httpserver_workers} for HTTP",
         plan.text(resolved.max_req_total_len),
-        f"ports: {', '.join(ports + [a for a in boot.endpoints if a.startswith('tcp')])}",
+        f"ports: {', '.join(ports)}",
         *(f"warning: {line}" for line in (*config.warnings, *resolved.warnings)),
         *(f"note: {note}" for note in resolved.notes),
         f"sampling by default: {_sampling(resolved.generation_config)}",

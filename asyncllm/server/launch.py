@@ -1,7 +1,7 @@
 """The processes of one server: what a child is told, starting it, and sharing its fate.
 
-Rank 0 starts the others and watches them; a child dies with rank 0 (``PR_SET_PDEATHSIG``) and rank
-0 ends when a child does. Knows processes, ports and folders; knows no actor.
+Rank 0 starts the others and watches them, and a child does not outlive it. Knows processes, ports
+and folders; knows no actor.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import socket
@@ -19,8 +20,9 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,9 @@ class Boot:
     """Everything an endpoint needs to start; rank 0 makes one for each child."""
 
     endpoint: int
-    endpoints: tuple[str, ...]  # ZMQ addresses: tp ranks, then HTTP workers; empty: alone
+    address: str  # where it is to listen for messages, see ``Wire``; "": alone
+    leader: str  # address of endpoint 0; "" for itself
+    keys: tuple[str, str] = field(repr=False)  # see ``Keys``
     config: Config
     resolved: Resolved
     model_dir: str
@@ -83,13 +87,13 @@ class Children:
     """The child processes of rank 0.
 
     Args:
-        on_death: told the child's name and exit code when one ends that was not asked to.
+        on_death: told a child's endpoint, pid and exit code when one ends that was not asked to.
     """
 
-    def __init__(self, on_death: Callable[[str, int], None]) -> None:
+    def __init__(self, on_death: Callable[[int, int, int], None]) -> None:
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
-        self._running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}  # by pidfd
+        self._running: dict[int, tuple[Boot, subprocess.Popen[bytes]]] = {}  # by pidfd
         self._leaving = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -108,26 +112,26 @@ class Children:
         with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is seen below
             process.stdin.write(boot.to_json().encode())
         pidfd = os.pidfd_open(process.pid)
-        self._running[pidfd] = boot.name, process
+        self._running[pidfd] = boot, process
         self._empty.clear()
         self._loop.add_reader(pidfd, self._ended, pidfd)
 
     def _ended(self, pidfd: int) -> None:
-        name, process = self._running.pop(pidfd)
+        boot, process = self._running.pop(pidfd)
         self._loop.remove_reader(pidfd)
         os.close(pidfd)
         code = process.wait()
         if not self._running:
             self._empty.set()
         if not self._leaving:
-            self._on_death(f"{name} (pid {process.pid})", code)
+            self._on_death(boot.endpoint, process.pid, code)
 
     async def close(self, grace_s: float = EXIT_GRACE_S) -> None:
         """Wait for the children to end; kill those that do not."""
         self._leaving = True
         await self.wait(grace_s)
-        for name, _ in self._running.values():
-            log.warning("%s did not end by itself and is killed", name)
+        for boot, _ in self._running.values():
+            log.warning("%s did not end by itself and is killed", boot.name)
         self.kill()
 
     async def wait(self, seconds: float) -> None:
@@ -140,6 +144,12 @@ class Children:
         """Send a signal to every child. From any thread."""
         for _, process in [*self._running.values()]:
             process.send_signal(number)
+
+    def kill_one(self, endpoint: int) -> None:
+        """End one child at once; its death is told like any other."""
+        for boot, process in self._running.values():
+            if boot.endpoint == endpoint:
+                process.kill()
 
     def kill(self) -> None:
         """End every child at once. Any thread may call it, whatever the loop does."""
@@ -159,6 +169,24 @@ def die_with_parent(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it ended before the kernel was told
         os._exit(1)
+
+
+def watch_parent(parent: int, orphaned: Callable[[], object]) -> None:
+    """Call ``orphaned``, in a thread, when ``parent`` is gone.
+
+    Instead of :func:`die_with_parent` where there is something to be said before the end.
+    """
+
+    def wait() -> None:
+        try:
+            pidfd = os.pidfd_open(parent)
+        except ProcessLookupError:
+            pidfd = -1
+        if pidfd >= 0 and os.getppid() == parent:
+            select.select([pidfd], [], [])
+        orphaned()
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def bind_http(host: str, port: int) -> socket.socket:
@@ -197,14 +225,6 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     return context
 
 
-def free_port(host: str) -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        port: int = sock.getsockname()[1]
-    return port
-
-
 def _sweep(parent: Path) -> None:
     """Remove our folders whose server was killed before it could."""
     for folder in parent.glob("asyncllm-*-*"):
@@ -216,23 +236,28 @@ def _sweep(parent: Path) -> None:
 
 
 class Wires:
-    """ZMQ addresses of all endpoints: sockets in a private folder, or loopback ports."""
+    """Where the endpoints listen for messages: sockets in a private folder, or loopback ports.
 
-    def __init__(self, zmq_mode: str, num_endpoints: int) -> None:
-        self._folder: Path | None = None
-        self.addresses: tuple[str, ...] = ()
-        if num_endpoints == 1:
-            return
-        if zmq_mode == "tcp://":
-            ports = [free_port("127.0.0.1") for _ in range(num_endpoints)]
-            self.addresses = tuple(f"tcp://127.0.0.1:{port}" for port in ports)
+    Args:
+        zmq_mode: as the option.
+        alone: there is but one process; nobody listens.
+    """
+
+    def __init__(self, zmq_mode: str, *, alone: bool) -> None:
+        self._alone, self._folder = alone, ""
+        if alone or zmq_mode == "tcp://":
             return
         _sweep(FOLDERS)
         # mkdtemp makes it 0700: other users of this machine cannot reach the sockets
-        self._folder = Path(tempfile.mkdtemp(prefix=f"asyncllm-{os.getpid()}-", dir=FOLDERS))
-        self.addresses = tuple(f"ipc://{self._folder}/{i}" for i in range(num_endpoints))
+        self._folder = tempfile.mkdtemp(prefix=f"asyncllm-{os.getpid()}-", dir=FOLDERS)
+
+    def address(self, endpoint: int) -> str:
+        """What an endpoint binds; "" when it is alone. A port is chosen only then: none is guessed."""
+        if self._alone:
+            return ""
+        return f"ipc://{self._folder}/{endpoint}" if self._folder else "tcp://127.0.0.1:*"
 
     def close(self) -> None:
         """Remove the folder."""
-        if self._folder is not None:
+        if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)

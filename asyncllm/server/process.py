@@ -3,79 +3,114 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import sys
 import threading
+from collections import deque
 from dataclasses import replace
+from functools import partial
+from time import monotonic
 from typing import Any, NoReturn
 
 import torch
 
 from asyncllm.actors.system import ActorSystem
+from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import EXIT_HUNG, Means, dump_stacks
 from asyncllm.api.welcome import curl_line
-from asyncllm.errors import FatalError, StartupError
-from asyncllm.messages import Drain
+from asyncllm.errors import FatalError, PeerLost, StartupError
+from asyncllm.messages import Drain, Replaced
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.assembly import place
 from asyncllm.server.launch import (
     Boot,
     Children,
     Wires,
+    endpoint_name,
+    watch_parent,
 )
 from asyncllm.server.loading import Parts, load_parts, num_threads
-from asyncllm.server.signals import SHOW, Watch, draining
+from asyncllm.server.signals import SHOW, Watch, handle_draining
 from asyncllm.text import Text
 
 EXIT_STARTUP = 2
 CULPRIT_S = 1.0
+FAIL_S = 3.0  # from a failure to the end: last words of all processes, and the culprit's death
+MINUTE_S = 60.0
+MOST_REPLACED = 3  # HTTP workers in a minute
 SWITCH_INTERVAL_S = 0.0005  # a helper thread that needs the GIL must not hold the loop for 5 ms
 
 logger = logging.getLogger(__name__)
 
 
 class Server:
-    """One process of the server, from load to exit."""
+    """One process of the server, from load to exit.
+
+    Args:
+        wires: of rank 0.
+    """
 
     def __init__(
         self, boot: Boot, spec: ModelSpec, text: Text | None, wires: Wires | None, watch: Watch
     ) -> None:
         self._boot, self._spec, self._text = boot, spec, text
         self._wires, self._watch = wires, watch
-        self._system: ActorSystem | None = None
+        self._system: ActorSystem
         self._children: Children | None = None
         self._leaving = threading.Lock()
+        # actors run; HTTP is served; it is to end; it fails
+        self._acting = self._open = self._drains = self._failing = False
+        self._code = 1  # of the exit, if the server fails
+        self._next_endpoint = boot.config.tp  # numbers are never given twice
+        self._replaced: deque[float] = deque()  # when HTTP workers were, of late
 
     async def run(self) -> int:
         """Load, run the actors until they stop; the exit code."""
-        loop = asyncio.get_running_loop()
-        leads = self._boot.endpoint == 0
-        if leads:
-            for number in draining():
-                loop.add_signal_handler(number, self._signalled)
-            self._children = children = Children(self._child_died)
-            self._watch.leave = self._abandon
-            self._watch.forward = lambda: children.signal(SHOW)
-            for endpoint in range(1, self._boot.config.tp):
-                self._start_child(endpoint)
+        if self._boot.endpoint == 0:
+            self._lead()
+        elif self._boot.endpoint >= self._boot.config.tp:
+            loop = asyncio.get_running_loop()
+            orphaned = partial(self._fail_from_thread, loop, 1, "rank 0 has gone")
+            watch_parent(self._boot.parent, orphaned)
+        self._system = ActorSystem(self._boot.endpoint, self._wire())
+        self._system.on_failure = self._failed
         try:
+            for endpoint in range(1, self._boot.config.tp * (self._boot.endpoint == 0)):
+                self._start_child(endpoint)
             parts = await self._load()
-            if leads and self._boot.listen_fd >= 0:
-                self._start_workers(parts)
+            self._boot = parts.boot
+            if self._boot.endpoint == 0:
+                for _ in range(self._boot.config.httpserver_workers - 1):
+                    self._start_worker()
             await self._run_actors(parts)
         except FatalError as error:
             await self._wait_for_culprit()
             logger.critical("%s ends: %s", self._boot.name, error)
-            self._abandon(1)
+            self._abandon(self._code)
         except StartupError:
             self._stop_children()
             raise
+        finally:
+            self._system.close()
         if self._children:
             await self._children.close()
         parts.group.close()
         return 0
+
+    def _lead(self) -> None:
+        """Rank 0 takes the signals and starts the others."""
+        handle_draining(asyncio.get_running_loop(), self._signalled)
+        self._children = children = Children(self._child_died)
+        self._watch.leave = self._abandon
+        self._watch.forward = lambda: children.signal(SHOW)
+
+    def _wire(self) -> Wire | None:
+        boot = self._boot
+        peers = {0: boot.leader} if boot.leader else {}
+        return Wire(boot.address, Keys(*boot.keys), peers) if boot.address else None
 
     async def _load(self) -> Parts:
         loop = asyncio.get_running_loop()
@@ -102,36 +137,46 @@ class Server:
 
     def _start_child(self, endpoint: int, **changes: Any) -> None:
         assert self._children is not None
+        assert self._wires is not None
         boot = replace(
             self._boot,
             endpoint=endpoint,
+            address=self._wires.address(endpoint),
+            leader=self._system.address,
             parent=os.getpid(),
             **{"listen_fd": -1, "store_fd": -1, **changes},
         )
         self._children.start(boot, num_threads(boot))
 
-    def _start_workers(self, parts: Parts) -> None:
-        """HTTP workers start last: they must know the limits that the K/V size decides."""
-        config = self._boot.config
-        for i in range(config.httpserver_workers - 1):
-            self._start_child(
-                config.tp + i, listen_fd=self._boot.listen_fd, resolved=parts.boot.resolved
-            )
+    def _start_worker(self) -> int:
+        """One more HTTP worker; its endpoint.
+
+        They start last: they must know the limits that the K/V size decides.
+        """
+        endpoint, self._next_endpoint = self._next_endpoint, self._next_endpoint + 1
+        self._start_child(endpoint, listen_fd=self._boot.listen_fd)
+        return endpoint
 
     async def _run_actors(self, parts: Parts) -> None:
-        boot = parts.boot
-        system = ActorSystem(boot.endpoint, list(boot.endpoints) or None)
-        self._system = system
-        self._watch.state = system.state
-        means = Means(exit=self._abandon)
-        for actor in place(parts, means, self._ready if boot.endpoint == 0 else lambda: None):
+        system, loop = self._system, asyncio.get_running_loop()
+        means = Means(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
+        if self._children:
+            means = replace(means, kill=self._children.kill_one)
+        for actor in place(parts, means, self._opened):
             system.add(actor)
+        self._acting = True
+        self._watch.state = system.state
         gc.collect()
         gc.freeze()  # a full collection over what start-up made would stop the loop for 100 ms
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         await system.run()
 
-    def _ready(self) -> None:
+    def _opened(self) -> None:
+        self._open = True
+        if self._boot.endpoint == 0:
+            self._say_ready()
+
+    def _say_ready(self) -> None:
         boot = self._boot
         names = boot.resolved.served_names
         host = boot.config.host
@@ -143,22 +188,76 @@ class Server:
         sys.stdout.write(f"asyncllm is ready: {url} serves {names[0]}\n{line}\n")
         sys.stdout.flush()
 
+    # -- the end --------------------------------------------------------------------------------
+
     def _signalled(self) -> None:
-        if self._system is None:
+        if not self._acting:
             logger.info("stopped while starting")
             self._abandon(0)
-        else:
-            drain = Drain(self._boot.config.drain_timeout)
-            self._system.ref("watchdog").tell(drain, urgent=True)
+        self._drains = True
+        drain = Drain(self._boot.config.drain_timeout)
+        self._system.ref("watchdog").tell(drain, urgent=True)
 
-    def _child_died(self, name: str, code: int) -> None:
-        """The server is one: what remains of it cannot serve."""
-        if code == 0 and self._system is not None and self._system.over:
+    def _child_died(self, endpoint: int, pid: int, code: int) -> None:
+        """A rank is a part of the model; an HTTP worker owns nothing, and another takes its place."""
+        serves_http = endpoint >= self._boot.config.tp
+        over = self._acting and self._system.over
+        if over and (code == 0 or serves_http):
             return  # it was told to end
-        logger.critical("%s ended with exit code %d: stopping the server", name, code)
+        name = f"{endpoint_name(endpoint, self._boot.config.tp)} (pid {pid})"
+        what = f"{name} ended with exit code {code}"
+        if serves_http and self._open:
+            self._replace(endpoint, what)
+            return
+        logger.critical("%s: stopping the server", what)
         if code == EXIT_HUNG:
             dump_stacks()  # a collective hangs everywhere; this may be the side that shows why
-        self._abandon(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1)
+        self._fail(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, what)
+
+    def _replace(self, endpoint: int, what: str) -> None:
+        now, by, name = monotonic(), -1, ""
+        while self._replaced and self._replaced[0] <= now - MINUTE_S:
+            self._replaced.popleft()
+        if self._drains:
+            logger.error("%s", what)
+        elif len(self._replaced) == MOST_REPLACED:
+            logger.critical(
+                "%s, the %dth HTTP worker within a minute: stopping the server",
+                what,
+                MOST_REPLACED + 1,
+            )
+            self._fail(1, what)
+            return
+        else:
+            self._replaced.append(now)
+            by = self._start_worker()
+            name = endpoint_name(by, self._boot.config.tp)
+            logger.error("%s: %s takes its place", what, name)
+        self._system.ref("watchdog").tell(Replaced(endpoint, by, name), urgent=True)
+
+    def _fail(self, code: int, reason: str) -> None:
+        """End with ``code``, once those who wait for answers know. On the loop."""
+        if not self._acting or (self._system.over and not self._failing):
+            self._abandon(code)
+        if self._code == 1:  # the first telling one counts
+            self._code = code
+        self._system.fail(PeerLost(reason))
+
+    def _fail_from_thread(
+        self, loop: asyncio.AbstractEventLoop, code: int, reason: str
+    ) -> NoReturn:
+        """The same from another thread, whatever the loop does."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            loop.call_soon_threadsafe(self._fail, code, reason)
+        threading.Event().wait(FAIL_S)
+        self._abandon(code)
+
+    def _failed(self) -> None:
+        """The system has failed; what it still does may hang as well."""
+        self._failing = True
+        timer = threading.Timer(FAIL_S, lambda: self._abandon(self._code))
+        timer.daemon = True
+        timer.start()
 
     def _abandon(self, code: int) -> NoReturn:
         """Leave at once: other threads may hang in a collective or on a device. From any thread."""

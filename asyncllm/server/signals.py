@@ -12,6 +12,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 STDERR = 2
 DRAIN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -105,6 +109,18 @@ def leave_to_leader() -> None:
         signal.signal(number, signal.SIG_IGN)
     waiting = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting - {SHOW})
+
+
+def hold_draining() -> None:
+    """Keep signals that drain waiting until :func:`handle_draining`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, DRAIN)
+
+
+def handle_draining(loop: asyncio.AbstractEventLoop, drain: Callable[[], object]) -> None:
+    """Have ``drain`` called on the loop from now on."""
+    for number in draining():
+        loop.add_signal_handler(number, drain)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, DRAIN)
 
 
 def draining() -> list[signal.Signals]:

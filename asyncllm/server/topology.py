@@ -13,6 +13,10 @@ PLACEMENT: dict[str, tuple[str, ...]] = {
     "http": ("detokenizer", "tokenizer", "frontend", "watchdog"),
 }  # fmt: skip
 
+# Those of the leader that are told by others only what its own scheduler and watchdog tell them,
+# which are in the same process: a message to them from another one is not ours.
+SERVED_HERE = ("runner", "detokenizer", "tokenizer", "frontend")
+
 
 def role(endpoint: int, tp: int) -> str:
     """The row of the placement table for an endpoint."""

@@ -20,12 +20,14 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32, ints, longs
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import (
+    FRONTEND_SHIFT,
     Abort,
     AllocatorStats,
     Drain,
     Drained,
     Due,
     Finished,
+    Gone,
     Probe,
     Reserve,
     SchedulerStats,
@@ -49,6 +51,22 @@ def test_abort_between_reserve_and_grant_neither_hangs_nor_frees_twice() -> None
     world.check_end()
     assert world.finished[1].reason == Reason.ABORT
     assert world.finished[2].reason == Reason.LENGTH
+
+
+def test_requests_of_a_process_that_has_gone_end_untold_and_late_ones_are_ignored() -> None:
+    theirs = 1 << FRONTEND_SHIFT
+    world = World(num_slots=40)
+    world.submit(1, [1] * 6, max_new_tokens=4)
+    world.submit(theirs, [2] * 6, max_new_tokens=20)
+    world.submit(theirs + 1, [3] * 30, max_new_tokens=20)  # waits
+    world.settle("scheduler", "allocator", "runner")
+    world.tell(Gone(1), urgent=True)
+    world.submit(theirs + 2, [4] * 6, max_new_tokens=20)  # sent before its end
+    world.run()
+    assert set(world.core.requests) == set()
+    assert set(world.finished) == {1}
+    assert world.ledger.used == 0
+    assert world.finished[1].reason == Reason.LENGTH
 
 
 def decoding(step_ms: float) -> World:

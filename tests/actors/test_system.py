@@ -14,7 +14,7 @@ from asyncllm.actors import base
 from asyncllm.actors import system as system_module
 from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.system import ActorSystem
-from asyncllm.errors import ActorCrashed, StartupError
+from asyncllm.errors import ActorCrashed, PeerLost, StartupError
 from asyncllm.messages import Abort, Halt, Heartbeat, Started
 
 Step = Callable[["Probe", Any], None]
@@ -40,6 +40,9 @@ class Probe(Actor[Any]):
 
     async def closing(self) -> None:
         self.life.append("closing")
+
+    async def failing(self) -> None:
+        self.life.append("failing")
 
     def stopped(self) -> None:
         self.life.append("stopped")
@@ -164,7 +167,7 @@ def test_a_message_for_a_name_that_is_gone_is_counted_and_logged(
         return system.dead_letters
 
     assert run(go()) == 1
-    assert "dead letter for nobody@0: Heartbeat" in caplog.text
+    assert "dead letter for nobody: Heartbeat" in caplog.text
 
 
 def test_a_vital_crash_ends_the_system_with_its_cause() -> None:
@@ -176,8 +179,8 @@ def test_a_vital_crash_ends_the_system_with_its_cause() -> None:
         try:
             await system.run()
         finally:
-            assert probe.life == ["started", "stopped"]  # no closing() after a crash
-            assert other.life == ["started", "stopped"]
+            assert probe.life == ["started", "failing", "stopped"]  # no closing() after a crash
+            assert other.life == ["started", "failing", "stopped"]
 
     with pytest.raises(ActorCrashed, match=r"probe@0.*boom") as raised:
         run(go())
@@ -269,7 +272,7 @@ def test_a_crash_in_started_is_the_actors_and_startup_errors_pass() -> None:
         try:
             await system.run()
         finally:
-            assert actor.life == ["started", "stopped"]
+            assert actor.life == ["started", *["failing"] * vital, "stopped"]
         return actor
 
     run(go(RuntimeError("boom"), False))
@@ -496,3 +499,31 @@ def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
         return seen
 
     assert run(go()) == [3, 4, 5, 0]
+
+
+def test_after_a_failure_actors_have_last_words_of_bounded_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(system_module, "LAST_WORDS_S", 0.01)
+
+    class Talker(Probe):
+        async def failing(self) -> None:
+            await super().failing()
+            await asyncio.sleep(10)
+
+    async def go() -> Talker:
+        told: list[bool] = []
+        system = ActorSystem()
+        talker = Talker("talker")
+        system.add(talker)
+        system.on_failure = lambda: told.append(system.over)
+        running = asyncio.ensure_future(system.run())
+        await asyncio.sleep(0)
+        system.fail(PeerLost("rank 1 has gone"))
+        system.fail(PeerLost("another reason"))
+        with pytest.raises(PeerLost, match="rank 1 has gone"):
+            await asyncio.wait_for(running, 5)
+        assert told == [True]
+        return talker
+
+    assert run(go()).life == ["started", "failing", "stopped"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import msgpack
@@ -14,16 +15,18 @@ import zmq
 from asyncllm.actors import transport
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.transport import Transport
+from asyncllm.actors.transport import Keys, Transport, Wire
 from asyncllm.codec import encode
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
-from asyncllm.messages import Heartbeat
+from asyncllm.messages import Halt, Heartbeat
 
-Ipc = Callable[[int], list[str]]
+Wires = Callable[[int], list[Wire]]
 
 
 class Sink(Actor[Heartbeat]):
     """Keeps what comes; stops its system at ``last``."""
+
+    remote = frozenset({Heartbeat})
 
     def __init__(self, last: int) -> None:
         super().__init__("sink")
@@ -43,25 +46,30 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
     return uvloop.run(bounded())
 
 
-def push(ctx: zmq.Context[zmq.Socket[bytes]], endpoint: str, *frames: bytes) -> None:
-    sock = ctx.socket(zmq.PUSH)
-    sock.connect(endpoint)
-    for frame in frames:
-        sock.send(frame)
-    sock.close()
+def push(address: str, keys: Keys | None, *frames: bytes) -> None:
+    """Send frames as a process that has the keys, or none."""
+    with zmq.Context() as ctx, ctx.socket(zmq.PUSH) as sock:
+        if keys:
+            sock.curve_serverkey = keys.public.encode()
+            sock.curve_publickey = keys.public.encode()
+            sock.curve_secretkey = keys.secret.encode()
+        sock.linger = 0 if keys is None else -1
+        sock.connect(address)
+        for frame in frames:
+            sock.send(frame)
 
 
 def frame(name: str, number: int, urgent: bool = False) -> bytes:
     return bytes(msgpack.packb((name, urgent))) + encode(Heartbeat(number))
 
 
-def test_frames_arrive_once_and_in_order_even_from_before_the_start(ipc: Ipc) -> None:
+def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: Wires) -> None:
     async def go() -> list[int]:
-        sender = ActorSystem(1, ipc(2))
+        sender = ActorSystem(1, wires(2)[1])
         sink = sender.ref("sink", 0)
         for i in range(3000):  # more than both high-water marks hold: the outbox is used
             sink.tell(Heartbeat(i))
-        receiver = ActorSystem(0, ipc(2))
+        receiver = ActorSystem(0, wires(2)[0])
         actor = Sink(2999)
         actor.capacity = 10_000
         receiver.add(actor)
@@ -90,14 +98,13 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("bad", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_frame_is_dropped_and_counted(bad: bytes, free_port: int) -> None:
+def test_a_foreign_frame_is_dropped_and_counted(bad: bytes) -> None:
     async def go() -> None:
-        endpoint = f"tcp://127.0.0.1:{free_port}"
-        system = ActorSystem(0, [endpoint])
+        keys = Keys.make()
+        system = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
         actor = Sink(7)
         system.add(actor)
-        with zmq.Context() as ctx:
-            push(ctx, endpoint, frame("sink", 6), bad, frame("sink", 7))
+        push(system.address, keys, frame("sink", 6), bad, frame("sink", 7))
         await system.run()
         assert actor.got == [6, 7]
         assert system.foreign_frames == 1
@@ -105,57 +112,153 @@ def test_a_foreign_frame_is_dropped_and_counted(bad: bytes, free_port: int) -> N
     run(go())
 
 
-def test_bytes_that_are_not_even_zmq_do_no_harm(free_port: int) -> None:
+def test_foreign_frames_are_one_line_a_minute(
+    wires: Wires, caplog: pytest.LogCaptureFixture
+) -> None:
     async def go() -> None:
-        endpoint = f"tcp://127.0.0.1:{free_port}"
-        system = ActorSystem(0, [endpoint])
+        wire = wires(1)[0]
+        system = ActorSystem(0, wire)
+        system.add(Sink(7))
+        letters = [frame("nobody", i) for i in range(30)]
+        push(wire.address, wire.keys, *[b"x"] * 50, *letters, frame("sink", 7))
+        await system.run()
+        assert (system.foreign_frames, system.dead_letters) == (50, 30)
+
+    run(go())
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
+        "foreign frame dropped",
+        "dead letter for nobody",
+    ]
+
+
+def test_a_message_that_is_not_for_other_processes_is_dropped(wires: Wires) -> None:
+    async def go() -> list[int]:
+        wire = wires(1)[0]
+        system = ActorSystem(0, wire)
+        actor = Sink(7)
+        system.add(actor)
+        halt = bytes(msgpack.packb(("sink", True))) + encode(Halt())
+        push(wire.address, wire.keys, halt, frame("sink", 7))
+        await system.run()
+        assert system.foreign_frames == 1
+        return actor.got
+
+    assert run(go()) == [7]
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "ipc"])
+@pytest.mark.parametrize("keys", [None, Keys.make()], ids=["no keys", "other keys"])
+def test_who_has_not_the_keys_is_not_heard(wires: Wires, address: str, keys: Keys | None) -> None:
+    """Strangers go on sending until one of us has been heard."""
+
+    async def go() -> list[int]:
+        wire = wires(1)[0]
+        if address != "ipc":
+            wire = Wire(address, wire.keys)
+        system = ActorSystem(0, wire)
+        actor = Sink(7)
+        system.add(actor)
+        running = asyncio.ensure_future(system.run())
+        with zmq.Context() as ctx, ctx.socket(zmq.PUSH) as sock:
+            if keys:
+                sock.curve_serverkey = keys.public.encode()
+                sock.curve_publickey = keys.public.encode()
+                sock.curve_secretkey = keys.secret.encode()
+            sock.linger = 0
+            sock.connect(system.address)
+            for i in range(20):
+                with suppress(zmq.Again):
+                    sock.send(frame("sink", 100 + i), zmq.NOBLOCK)
+                await asyncio.sleep(0.02)
+            push(system.address, wire.keys, frame("sink", 7))
+            await running
+        assert system.foreign_frames == 0
+        return actor.got
+
+    assert run(go()) == [7]
+
+
+def test_bytes_that_are_not_even_zmq_do_no_harm() -> None:
+    async def go() -> None:
+        keys = Keys.make()
+        system = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
         actor = Sink(1)
         system.add(actor)
         running = asyncio.ensure_future(system.run())
-        reader, writer = await asyncio.open_connection("127.0.0.1", free_port)
+        port = int(system.address.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
         writer.write_eof()
-        await reader.read()
+        with suppress(ConnectionResetError):
+            await reader.read()
         writer.close()
-        with zmq.Context() as ctx:
-            push(ctx, endpoint, frame("sink", 1))
+        push(system.address, keys, frame("sink", 1))
         await running
         assert actor.got == [1]
 
     run(go())
 
 
-def test_a_remote_message_for_a_missing_name_is_a_dead_letter(ipc: Ipc) -> None:
+def test_a_peer_may_come_later_and_another_may_take_its_place(wires: Wires) -> None:
+    async def go() -> tuple[list[int], list[int]]:
+        keys = Keys.make()
+        sender = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
+        sink = sender.ref("sink", 1)
+        sink.tell(Heartbeat(0))
+        assert sender.dead_letters == 1  # nobody is there
+        got = []
+        for last in (1, 2):
+            receiver = ActorSystem(1, Wire("tcp://127.0.0.1:*", keys))
+            actor = Sink(last)
+            receiver.add(actor)
+            sender.connect(1, receiver.address)
+            sink.tell(Heartbeat(last))
+            await receiver.run()
+            got.append(actor.got)
+            sink.tell(Heartbeat(9))  # the other has gone; nobody else gets it
+        sender.disconnect(1)
+        sink.tell(Heartbeat(0))
+        assert sender.dead_letters == 2
+        with pytest.raises(ValueError, match="nonsense"):
+            sender.connect(1, "nonsense")
+        sender.stop()
+        await sender.run()
+        return got[0], got[1]
+
+    assert run(go()) == ([1], [2])
+
+
+def test_a_remote_message_for_a_missing_name_is_a_dead_letter(wires: Wires) -> None:
     async def go() -> int:
-        system = ActorSystem(0, ipc(1))
+        system = ActorSystem(0, wires(1)[0])
         system.add(Sink(1))
-        with zmq.Context() as ctx:
-            push(ctx, ipc(1)[0], frame("nobody", 0), frame("sink", 1))
+        wire = wires(1)[0]
+        push(wire.address, wire.keys, frame("nobody", 0), frame("sink", 1))
         await system.run()
         return system.dead_letters
 
     assert run(go()) == 1
 
 
-def test_a_remote_message_for_a_full_mailbox_ends_the_endpoint(ipc: Ipc) -> None:
+def test_a_remote_message_for_a_full_mailbox_ends_the_endpoint(wires: Wires) -> None:
     async def go() -> None:
-        system = ActorSystem(0, ipc(1))
+        system = ActorSystem(0, wires(1)[0])
         actor = Sink(-1)
         actor.capacity = 2
         system.add(actor)
-        with zmq.Context() as ctx:
-            push(ctx, ipc(1)[0], *[frame("sink", i) for i in range(20)])
+        wire = wires(1)[0]
+        push(wire.address, wire.keys, *[frame("sink", i) for i in range(20)])
         await system.run()
 
     with pytest.raises(ActorCrashed, match=r"sink@0.*MailboxFull"):
         run(go())
 
 
-def test_a_peer_that_does_not_read_is_lost(ipc: Ipc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_does_not_read_is_lost(wires: Wires, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "OUTBOX_LIMIT", 5)
 
     async def go() -> None:
-        wire = Transport(0, ipc(2), lambda *_: None)
+        wire = Transport(wires(2)[0], lambda *_: None)
         try:
             for _ in range(5000):
                 wire.send(1, "sink", False, b"x")
@@ -169,7 +272,7 @@ def test_a_peer_that_does_not_read_is_lost(ipc: Ipc, monkeypatch: pytest.MonkeyP
 
 
 def test_a_peer_lost_in_a_handler_ends_the_endpoint_as_such(
-    ipc: Ipc, monkeypatch: pytest.MonkeyPatch
+    wires: Wires, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "OUTBOX_LIMIT", 5)
     monkeypatch.setattr(transport, "LINGER_MS", 0)
@@ -182,7 +285,7 @@ def test_a_peer_lost_in_a_handler_ends_the_endpoint_as_such(
                 self.system.ref("sink", 1).tell(Heartbeat(i))
 
     async def go() -> None:
-        system = ActorSystem(0, ipc(2))
+        system = ActorSystem(0, wires(2)[0])
         system.add(Talker("talker"))
         await system.run()
 
@@ -190,27 +293,28 @@ def test_a_peer_lost_in_a_handler_ends_the_endpoint_as_such(
         run(go())
 
 
-def test_an_address_in_use_is_a_startup_error(free_port: int) -> None:
+def test_an_address_in_use_is_a_startup_error() -> None:
     async def go() -> None:
-        endpoints = [f"tcp://127.0.0.1:{free_port}"]
-        first = ActorSystem(0, endpoints)
-        with pytest.raises(StartupError, match=str(free_port)):
-            ActorSystem(0, endpoints)
+        keys = Keys.make()
+        first = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
+        again = Wire(first.address, keys)
+        with pytest.raises(StartupError, match=first.address):
+            ActorSystem(0, again)
         first.stop()
         await first.run()
-        again = ActorSystem(0, endpoints)  # and is free after the end
-        again.stop()
-        await again.run()
+        system = ActorSystem(0, again)  # and is free after the end
+        system.stop()
+        await system.run()
 
     run(go())
 
 
-def test_what_was_told_just_before_stop_still_leaves(ipc: Ipc) -> None:
+def test_what_was_told_just_before_stop_still_leaves(wires: Wires) -> None:
     async def go() -> list[int]:
-        receiver = ActorSystem(0, ipc(2))
+        receiver = ActorSystem(0, wires(2)[0])
         actor = Sink(9)
         receiver.add(actor)
-        sender = ActorSystem(1, ipc(2))
+        sender = ActorSystem(1, wires(2)[1])
         sender.ref("sink", 0).tell(Heartbeat(9))
         sender.stop()
         await sender.run()

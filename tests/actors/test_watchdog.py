@@ -21,12 +21,16 @@ from asyncllm.actors.watchdog import Duty, Means, Watchdog
 from asyncllm.errors import PeerLost
 from asyncllm.messages import (
     AllocatorStats,
+    Cancel,
     Drain,
     Drained,
+    Gone,
     Halt,
     Heartbeat,
+    Hello,
+    Lost,
     Probe,
-    Ready,
+    Replaced,
     RunnerStats,
     SchedulerStats,
     Scrape,
@@ -81,14 +85,15 @@ class World:
     now: float = 1000.0
     clock_step: float = 0.0  # each look at the clock moves it
     tick_s: float = 1e6
+    dead_after_s: float = 10.0
     busy_since: float | None = None
     ends: list[Any] = field(default_factory=list)
+    killed: list[int] = field(default_factory=list)
     guards: list[float] = field(default_factory=list)
     sent: list[tuple[int, str, Any]] = field(default_factory=list)
 
     def build(self) -> ActorSystem:
         self.system = ActorSystem(self.endpoint, encode_local=True)
-        self.system._num_endpoints = len(self.names)
         deliver = self.system.deliver
 
         def divert(endpoint: int, name: str, msg: Any, urgent: bool) -> None:
@@ -109,12 +114,14 @@ class World:
                 model_name="m",
                 max_len=1000,
                 step_timeout_s=120.0,
+                dead_after_s=self.dead_after_s,
                 busy_since=lambda: self.busy_since,
                 in_flight=lambda: "step 7",
             ),
             Means(
                 clock=self.clock,
                 exit=self.ends.append,
+                kill=self.killed.append,
                 dump=lambda: self.ends.append("dump"),
                 guard=self.guards.append,
                 tick_s=self.tick_s,
@@ -181,15 +188,15 @@ def test_alone_it_is_ready_at_once() -> None:
 
 def test_doors_open_when_every_endpoint_is_there_and_once() -> None:
     async def script(w: World) -> None:
-        w.tell(Ready(2))
-        w.tell(Ready(2))
+        w.tell(Hello(2, ""))
+        w.tell(Hello(2, ""))
         await settle()
         assert w.got("frontend", Started) == []
-        w.tell(Ready(1))
+        w.tell(Hello(1, ""))
         await settle()
         assert w.got("frontend", Started) == [Started()]
         assert w.sent_of(Started) == [(2, "frontend")]
-        w.tell(Ready(1))
+        w.tell(Hello(1, ""))
         await settle()
         assert w.got("frontend", Started) == [Started()]
 
@@ -198,7 +205,7 @@ def test_doors_open_when_every_endpoint_is_there_and_once() -> None:
 
 def test_the_others_say_that_they_are_there() -> None:
     async def script(w: World) -> None:
-        assert (0, "watchdog", Ready(1)) in w.sent
+        assert (0, "watchdog", Hello(1, "")) in w.sent
 
     play(trio(endpoint=1), script)
 
@@ -208,6 +215,11 @@ def test_the_others_say_that_they_are_there() -> None:
 
 def test_heartbeats_go_between_the_first_and_each_other_once_a_second() -> None:
     async def leads(w: World) -> None:
+        w.pass_time(1.0)
+        assert w.sent_of(Heartbeat) == []  # nobody is there
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        await settle()
         for _ in range(20):
             w.pass_time(0.25)
         assert w.sent_of(Heartbeat) == [(1, "watchdog"), (2, "watchdog")] * 5
@@ -222,8 +234,8 @@ def test_heartbeats_go_between_the_first_and_each_other_once_a_second() -> None:
 
 def test_a_silent_endpoint_is_lost_by_name() -> None:
     async def script(w: World) -> None:
-        w.tell(Ready(1))
-        w.tell(Ready(2))
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
         await settle()
         for _ in range(10):
             w.tell(Heartbeat(2))
@@ -272,10 +284,140 @@ def test_a_lost_peer_ends_the_system() -> None:
     async def go() -> None:
         world = trio(tick_s=0.001, clock_step=0.5)
         system = world.build()
-        world.tell(Ready(1))
+        world.tell(Hello(1, ""))
         await asyncio.wait_for(system.run(), 10)
 
     with pytest.raises(PeerLost, match="rank 1"):
+        uvloop.run(go())
+
+
+def test_a_silent_http_worker_is_killed_once() -> None:
+    async def script(w: World) -> None:
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        await settle()
+        for _ in range(15):
+            w.tell(Heartbeat(1))
+            await settle()
+            w.pass_time(1.0)
+        assert w.killed == [2]
+
+    play(trio(), script)
+
+
+def test_a_worker_takes_the_place_of_another() -> None:
+    async def script(w: World) -> None:
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        await settle()
+        w.tell(Replaced(2, 3, "http worker 2"))
+        await settle()
+        assert w.got("scheduler", Gone) == [Gone(2)]
+        w.tell(Cancel("all"))
+        w.tell(Hello(2, ""))  # on its way when it died
+        w.tell(Heartbeat(2))
+        await settle()
+        assert w.sent_of(Started) == [(2, "frontend")]
+        w.tell(Hello(3, ""))
+        await settle()
+        assert w.sent_of(Started) == [(2, "frontend"), (3, "frontend")]
+        for _ in range(11):
+            w.tell(Heartbeat(1))
+            w.tell(Heartbeat(3))
+            await settle()
+            w.pass_time(1.0)
+        assert w.killed == []
+        assert (3, "watchdog") in w.sent_of(Heartbeat)
+        assert (2, "watchdog") not in w.sent_of(Heartbeat)
+        w.tell(Cancel("x"))
+        w.tell(Drain(30.0))
+        await settle()
+        assert w.sent_of(Cancel)[-1:] == [(3, "frontend")]
+        assert w.sent_of(Drain) == [(3, "frontend")]
+
+    play(trio(), script)
+
+
+def test_a_worker_that_dies_while_the_server_drains_is_not_waited_for() -> None:
+    async def script(w: World) -> None:
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        w.tell(Drain(30.0))
+        await settle()
+        w.tell(Drained("scheduler", 0))
+        w.tell(Drained("frontend", 0))
+        await settle()
+        assert not w.system.over
+        w.tell(Replaced(2, -1, ""))
+        await settle()
+        assert w.system.over
+        assert w.sent_of(Halt) == [(1, "watchdog")]
+
+    play(trio(), script)
+
+
+def test_a_worker_that_still_loads_does_not_hold_up_the_end() -> None:
+    async def script(w: World) -> None:
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        await settle()
+        w.tell(Replaced(2, 3, "http worker 2"))
+        w.tell(Drain(30.0))
+        await settle()
+        assert w.sent_of(Drain) == []
+        w.tell(Drained("scheduler", 0))
+        w.tell(Drained("frontend", 0))
+        await settle()
+        assert w.system.over
+        assert w.killed == [3]
+
+    play(trio(), script)
+
+
+def test_a_worker_that_comes_while_the_server_drains_is_sent_away() -> None:
+    async def script(w: World) -> None:
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        await settle()
+        w.tell(Replaced(2, 3, "http worker 2"))
+        w.tell(Drain(30.0))
+        w.tell(Hello(3, ""))
+        await settle()
+        assert (3, "frontend") not in w.sent_of(Started)
+        assert w.sent_of(Halt) == [(3, "watchdog")]
+
+    play(trio(), script)
+
+
+def test_a_cancellation_reaches_every_frontend() -> None:
+    async def script(w: World) -> None:
+        w.tell(Cancel("x"))
+        await settle()
+        assert w.got("frontend", Cancel) == [Cancel("x")]
+        assert w.sent_of(Cancel) == [(2, "frontend")]
+
+    play(trio(), script)
+
+
+def test_a_failing_server_tells_those_that_serve_http() -> None:
+    async def script(w: World) -> None:
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        await settle()
+        await w.dog.failing()
+        assert w.sent_of(Lost) == [(2, "watchdog")]
+
+    play(trio(), script)
+
+
+def test_a_worker_that_is_told_of_the_failure_fails_too() -> None:
+    async def go() -> None:
+        world = trio(endpoint=2)
+        system = world.build()
+        world.tell(Lost())
+        await asyncio.wait_for(system.run(), 10)
+
+    with pytest.raises(PeerLost, match="the server has failed"):
         uvloop.run(go())
 
 
@@ -385,6 +527,9 @@ def test_the_loops_lateness_is_measured() -> None:
 
 def test_drain_tells_everybody_and_ends_when_all_have_drained() -> None:
     async def script(w: World) -> None:
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        await settle()
         w.tell(Drain(30.0))
         await settle()
         assert w.got("scheduler", Drain) == [Drain(30.0)]
@@ -401,11 +546,14 @@ def test_drain_tells_everybody_and_ends_when_all_have_drained() -> None:
         assert w.sent_of(Halt) == [(1, "watchdog"), (2, "watchdog")]
         assert w.got("scheduler", Drain) == [Drain(30.0)]
 
-    play(trio(), script)
+    play(trio(dead_after_s=1e6), script)
 
 
 def test_a_drain_that_takes_too_long_aborts_then_halts() -> None:
     async def script(w: World) -> None:
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        await settle()
         w.tell(Drain(30.0))
         await settle()
         w.tell(Drained("frontend", 2))
@@ -420,7 +568,7 @@ def test_a_drain_that_takes_too_long_aborts_then_halts() -> None:
         assert w.system.over
         assert w.sent_of(Halt) == [(1, "watchdog"), (2, "watchdog")]
 
-    play(trio(), script)
+    play(trio(dead_after_s=1e6), script)
 
 
 def test_aborted_requests_that_are_answered_end_the_wait() -> None:
@@ -438,6 +586,9 @@ def test_aborted_requests_that_are_answered_end_the_wait() -> None:
 
 def test_a_second_drain_halts_at_once() -> None:
     async def script(w: World) -> None:
+        w.tell(Hello(1, ""))
+        w.tell(Hello(2, ""))
+        await settle()
         w.tell(Drain(30.0))
         w.tell(Drain(30.0))
         await settle()

@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgpack
 import pytest
+import zmq
 
+from asyncllm.codec import encode
+from asyncllm.messages import Drain, Halt
 from tests.e2e.process import Server, alive, free_port, wait_until
 
 Answers = list[list[int]]
@@ -45,11 +49,24 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one(
     with Server(demo_dir, tmp_path / "log", *args) as server:
         children = server.children()
         assert len(children) == tp - 1
+        send_as_stranger(server, Drain(0.0), Halt())
         hosts = {host for host, _ in server.listeners()}
         assert hosts == {"127.0.0.1", f"127.0.0.{tp}"}  # HTTP, gloo, ZMQ; where ranks meet
         assert ask(server, prose) == answers
         assert server.stop() == 0, server.text()
         assert not any(map(alive, children))
+
+
+def send_as_stranger(server: Server, *messages: object) -> None:
+    """To every port but that of HTTP, as a local process could."""
+    with zmq.Context() as ctx:
+        for host, port in server.listeners():
+            if port != server.port:
+                with ctx.socket(zmq.PUSH) as sock:
+                    sock.setsockopt(zmq.LINGER, 200)
+                    sock.connect(f"tcp://{host}:{port}")
+                    for msg in messages:
+                        sock.send(bytes(msgpack.packb(("watchdog", True))) + encode(msg))
 
 
 def test_a_dead_rank_ends_the_server_and_is_named(demo_dir: Path, tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def boot() -> Boot:
     resolved = replace(resolved, generation_config={"top_p": 0.9, "do_sample": True})
     return Boot(
         endpoint=1,
-        endpoints=("ipc:///tmp/x/0", "ipc:///tmp/x/1"),
+        address="ipc:///tmp/x/1",
+        leader="ipc:///tmp/x/0",
+        keys=("public", "secret"),
         config=config,
         resolved=resolved,
         model_dir="/models/m",
@@ -51,8 +53,8 @@ def test_sockets_lie_in_a_private_folder_that_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "FOLDERS", tmp_path)
-    wires, other = Wires("ipc:///tmp/", 2), Wires("ipc:///tmp/", 2)
-    assert not set(wires.addresses) & set(other.addresses)
+    wires, other = Wires("ipc:///tmp/", alone=False), Wires("ipc:///tmp/", alone=False)
+    assert len({w.address(i) for w in (wires, other) for i in (0, 1)}) == 4
     (folder, _) = sorted(tmp_path.iterdir())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     wires.close()
@@ -69,13 +71,21 @@ def test_folders_of_killed_servers_are_swept_and_no_others(
     kept = [f"asyncllm-{os.getpid()}-abc", "asyncllm-notes", "other-1-x", "asyncllm-x-y"]
     for name in (f"asyncllm-{dead.pid}-abc", *kept):
         (tmp_path / name).mkdir()
-    wires = Wires("ipc:///tmp/", 2)
-    wires.close()
+    Wires("ipc:///tmp/", alone=False).close()
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_alone_needs_no_wires() -> None:
-    assert Wires("ipc:///tmp/", 1).addresses == ()
+    for mode in ("ipc:///tmp/", "tcp://"):
+        assert Wires(mode, alone=True).address(0) == ""
+
+
+def test_no_port_is_guessed() -> None:
+    assert Wires("tcp://", alone=False).address(3) == "tcp://127.0.0.1:*"
+
+
+def test_keys_are_not_shown() -> None:
+    assert "secret" not in repr(boot())
 
 
 def test_a_busy_http_port_is_named() -> None:
