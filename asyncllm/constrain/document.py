@@ -39,6 +39,9 @@ class Document:
         self.negations: dict[int, Any] = {}  # of schemas by id(), see negation
         self.base = ""
         self._root = root
+        told = root.get("$schema") if isinstance(root, dict) else None
+        # up to draft 7 a $ref makes a $id beside it mean nothing
+        self._alone = isinstance(told, str) and "/draft-0" in told
         self._walk(root)
         self.root = self.number(root)
 
@@ -131,7 +134,7 @@ class Document:
         """Remember the node's names; the base of addresses in it."""
         for word in ("$id", "id"):
             name = node.get(word)
-            if isinstance(name, str) and not ("$ref" in node and word == "id"):
+            if isinstance(name, str) and not ("$ref" in node and (word == "id" or self._alone)):
                 try:
                     full = urljoin(base, name)
                     uri, anchor = urldefrag(full)

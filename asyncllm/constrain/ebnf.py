@@ -14,6 +14,9 @@ from asyncllm.constrain.regex import ALL, MAX_COUNT, MAX_DEPTH, class_at, escape
 from asyncllm.constrain.rules import EMPTY, Alt, Node, Ref, Repeat, Rules, Seq, finite, written
 from asyncllm.errors import RequestError
 
+MAX_RULES: Final = 3000
+MAX_REPEATS: Final = 8
+
 _SKIP: Final = re.compile(r"(?:\s|#[^\n]*)*")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _DEFINES: Final = re.compile(r"(?:\s|#[^\n]*)*::=")
@@ -58,6 +61,8 @@ class _Reader:
                 self.fail(f"has {self.source[self.at : self.at + 20]!r} instead of a rule")
             if name[0] in found:
                 self.fail(f"has a second rule {name[0]}")
+            if len(found) == MAX_RULES:
+                self.fail(f"has more than {MAX_RULES} rules")
             self.at = defines.end()
             found[name[0]] = self.alternatives()
         for ref, at in self.refs:
@@ -130,6 +135,7 @@ class _Reader:
         return literal("".join(chars))
 
     def repeated(self, item: Node) -> Node:
+        times = 0
         while char := self.skip():
             bounds = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(char)
             if bounds is not None:
@@ -145,6 +151,9 @@ class _Reader:
             else:
                 break
             item = Repeat(item, *bounds)
+            times += 1
+            if times > MAX_REPEATS:
+                self.fail(f"repeats a repetition more than {MAX_REPEATS} times")
         return item
 
 
@@ -172,11 +181,14 @@ def _flat(name: str, rule: Node) -> Node:
             bases.append(one)
     if not (heads or tails or middles):
         return rule
-    base: Node = Alt(tuple(bases))
-    parts = [_many(heads), base, _many(tails)]
-    base = Seq(tuple(part for part in parts if part != EMPTY))
+    base = bases[0] if len(bases) == 1 else Alt(tuple(bases))
+    if heads or tails:
+        base = Seq((_many(heads), base, _many(tails)))
     if not middles:
         return base
+    endless = isinstance(base, Repeat) and base.low <= 1 and base.high is None
+    if endless and all(middle == EMPTY for middle in middles):
+        return base  # one after the other are one
     more = Seq((Alt(tuple(middles)), base))
     return Seq((base, Repeat(more, 0, None)))
 

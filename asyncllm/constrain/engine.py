@@ -10,6 +10,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
+from time import thread_time
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -29,11 +30,13 @@ MAX_KEPT: Final = 256
 MAX_KEPT_CHARS: Final = 16 << 20  # of grammars, as the library reads them
 BYTES: Final = 256  # tokens behind the vocabulary, of one byte each, for texts that are no tokens
 
-# The library counts its work. About 20 items or 14 units of fuel take a microsecond, so that a mask
-# takes 25 ms at most, and making a grammar ready 50 ms.
-MAX_STEP_ITEMS: Final = 500_000
+# What a token of an ambiguous grammar takes grows with the output, so that the first that takes longer is
+# hardly over it; what the library counts bounds a single one.
+MAX_STEP_S: Final = 0.05  # of CPU time
+TOO_SLOW: Final = "the grammar is too ambiguous to be followed: simplify it"
+MAX_STEP_ITEMS: Final = 200_000
 MAX_STEP_FUEL: Final = 200_000
-MAX_START_FUEL: Final = 1_000_000
+MAX_START_FUEL: Final = 250_000
 MAX_ROW_ITEMS: Final = 20_000
 MAX_STATES: Final = 50_000
 MAX_SIZE: Final = 500_000
@@ -256,17 +259,21 @@ class Matcher:
         return self._matcher.consume_tokens([first + byte for byte in text]) and not self._fill()
 
     def accept(self, token: int) -> bool:
+        begun = thread_time()
         if not self._matcher.consume_token(token):
             raise _too_slow(self._matcher) or RequestError(
                 f"token {token} does not continue the output as its grammar wants"
             )
-        return self._matcher.is_stopped() or self._fill()
+        return self._matcher.is_stopped() or self._fill(begun)
 
-    def _fill(self) -> bool:
+    def _fill(self, begun: float | None = None) -> bool:
         """Bits of the next token. True: no token but an end can come, and one may."""
+        begun = thread_time() if begun is None else begun
         words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
         if self._matcher.is_error():
             raise _too_slow(self._matcher) or self._nothing()
+        if thread_time() - begun > MAX_STEP_S:
+            raise TooSlow(TOO_SLOW)
         np.bitwise_and(words[: len(self._every)], self._every, out=self._bits)
         if (self._bits & self._others).any():
             return False
@@ -314,7 +321,7 @@ def _too_slow(matcher: LLMatcher) -> TooSlow | None:
     """Why a matcher that has failed cannot go on, if it is work without end."""
     told = matcher.stop_reason(), matcher.get_error()
     if told[0] in ("ParserTooComplex", "LexerTooComplex") or _LIMIT.search(told[1]):
-        return TooSlow("the grammar is too ambiguous to be followed: simplify it")
+        return TooSlow(TOO_SLOW)
     return None
 
 

@@ -19,12 +19,19 @@ _DATE: Final = f"(?:{_YEAR}-{_DAY}|{_LEAP}-02-29)"
 _CLOCK: Final = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME: Final = rf"{_CLOCK}:[0-5][0-9](?:\.[0-9]{{1,9}})?(?:[Zz]|[+-]{_CLOCK})"
 
-_ATOM: Final = "[0-9A-Za-z!#$%&'*+/=?^_`{|}~-]{1,32}"
-_LABEL: Final = "[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?"
-# no "--" in third and fourth place, which only names in other scripts have
-_PLAIN_LABEL: Final = "(?:[0-9A-Za-z]{1,3}|[0-9A-Za-z]{2}(?:-?[0-9A-Za-z]){1,30})"
-_HOST: Final = rf"{_PLAIN_LABEL}(?:\.{_PLAIN_LABEL}){{0,3}}"
-_MAIL_HOST: Final = rf"{_PLAIN_LABEL}(?:\.{_PLAIN_LABEL}){{1,3}}"
+_ATEXT: Final = "[0-9A-Za-z!#$%&'*+/=?^_`{|}~-]"
+_LOCAL: Final = rf"(?:{_ATEXT}{{1,64}}|{_ATEXT}{{1,15}}(?:\.{_ATEXT}{{1,15}}){{0,3}})"
+# No "--", which in third and fourth place only names in other scripts have. Up to 63 characters a label and
+# 253 in all: a few long ones, or more that are short.
+_LABEL: Final = "[0-9A-Za-z](?:-?[0-9A-Za-z]){0,31}"
+_SHORT: Final = "[0-9A-Za-z](?:-?[0-9A-Za-z]){0,9}"
+
+
+def _labels(least: int) -> str:
+    return rf"(?:{_LABEL}(?:\.{_LABEL}){{{least},2}}|{_SHORT}(?:\.{_SHORT}){{{least},11}})"
+
+
+_HOST: Final = _labels(0)
 
 _BYTE: Final = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4: Final = rf"{_BYTE}(?:\.{_BYTE}){{3}}"
@@ -73,7 +80,7 @@ _OWN: Final = {
     "time": _TIME,
     "date-time": f"{_DATE}[Tt]{_TIME}",
     "duration": f"P(?:[0-9]{{1,9}}W|{_D}(?:{_T})?|{_T})",
-    "email": rf"{_ATOM}(?:\.{_ATOM})?@{_MAIL_HOST}",
+    "email": f"{_LOCAL}@{_labels(1)}",
     "hostname": _HOST,
     "ipv4": _IPV4,
     "ipv6": _IPV6,

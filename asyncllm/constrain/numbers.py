@@ -15,15 +15,25 @@ FRACTION_DIGITS: Final = 20
 
 _DIGITS: Final = f"[0-9]{{0,{INTEGER_DIGITS - 1}}}"
 _SHORT: Final = f"(?:0|[1-9]{_DIGITS})(?:\\.[0-9]{{1,{FRACTION_DIGITS}}})?"
-# With an exponent the digits before the point are one or 17, so that the largest is below 1.8e308
-# and the smallest is not 0.
+# With an exponent the digits before the point are one or 17, so that the largest is finite; where 0 is out
+# of bounds the smallest is above 0.
 _ONE: Final = f"[1-9](?:\\.[0-9]{{1,{FRACTION_DIGITS}}})?[eE]"
 _MANY: Final = f"(?:0|[1-9][0-9]{{0,16}})(?:\\.[0-9]{{1,{FRACTION_DIGITS}}})?[eE]"
-_LOW_EXPONENT: Final = "-0?(?:[1-9]|[1-9][0-9]|[12][0-9][0-9]|30[0-7])"
-_HIGH_EXPONENT: Final = r"\+?(?:[1-9]?[0-9]|1[0-9][0-9]|2[0-8][0-9])"
-_ANY: Final = f"(?:{_SHORT}|{_MANY}(?:{_LOW_EXPONENT}|{_HIGH_EXPONENT}|[-+]?00?)|{_ONE}\\+?(?:29[0-9]|30[0-7]))"
-_TINY: Final = f"{_ONE}{_LOW_EXPONENT}"  # in (0, 1)
-_HUGE: Final = f"{_ONE}\\+?(?:1[6-9]|[2-9][0-9]|[12][0-9][0-9]|30[0-7])"  # >= 1e16
+_MOST: Final = "7976931348623157"  # behind 1. and before e308
+_LARGEST: Final = (
+    "1(?:\\.(?:"
+    + "|".join(f"{_MOST[:i]}[0-{int(digit) - 1}][0-9]{{0,16}}" for i, digit in enumerate(_MOST))
+    + f"|{_MOST}))?[eE]\\+?308"
+)
+_TINY: Final = (  # in (0, 1)
+    f"(?:{_ONE}-(?:0{{0,2}}[1-9]|0?[1-9][0-9]|[12][0-9][0-9]|3[01][0-9]|32[0-3])|[5-9][eE]-324)"
+)
+_HUGE: Final = (  # >= 1e16
+    f"(?:{_ONE}\\+?(?:1[6-9]|[2-9][0-9]|[12][0-9][0-9]|30[0-7])|{_LARGEST})"
+)
+_ANY: Final = (
+    f"(?:{_SHORT}|{_MANY}(?:-[0-9]{{1,3}}|\\+?(?:[0-9]{{1,2}}|[01][0-9][0-9]|2[0-8][0-9]))|{_HUGE})"
+)
 _NOTHING: Final = "[^\\x00-\\x{10FFFF}]"
 
 Bound = Fraction | None

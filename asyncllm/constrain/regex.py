@@ -16,6 +16,7 @@ from asyncllm.errors import RequestError
 MAX_DEPTH: Final = 100
 MAX_COUNT: Final = 1 << 20
 MAX_NODES: Final = 100_000
+MAX_REPEATS: Final = 2_000  # the engine takes long over many
 
 # what a JSON string cannot hold as it is, and how it spells it: one way each, that of json.dumps
 SHORT: Final = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 0x22: '"', 0x5C: "\\"}
@@ -108,6 +109,19 @@ def searched(node: Node) -> Node:
     return _unanchored(node, "^", "$", [MAX_NODES])
 
 
+def possible(node: Node) -> bool:
+    """Whether any text matches."""
+    match node:
+        case Seq():
+            return all(map(possible, node.items))
+        case Alt():
+            return any(map(possible, node.items))
+        case Repeat():
+            return node.low == 0 or possible(node.item)
+        case _:
+            return True
+
+
 def raw(node: Node) -> str:
     """The engine's expression."""
     return _written(node, quoted=False)
@@ -154,7 +168,7 @@ class _Class:
 class _Parser:
     def __init__(self, source: str, at: int = 0) -> None:
         self.source, self.at, self.depth = source, at, 0
-        self.nodes = 0
+        self.nodes = self.repeats = 0
 
     def fail(self, why: str) -> NoReturn:
         raise RequestError(f"the regular expression {_short(self.source)} {why}")
@@ -190,7 +204,7 @@ class _Parser:
         return items[0] if len(items) == 1 else Seq(tuple(items))
 
     def repeated(self, item: Node) -> Node:
-        while bounds := self.bounds():
+        if bounds := self.bounds():
             if isinstance(item, Anchor):
                 self.fail("repeats an anchor")
             low, high = bounds
@@ -198,9 +212,14 @@ class _Parser:
                 self.fail(f"has the repetition {{{low},{high}}}, whose bounds are out of order")
             if max(low, high or 0) > MAX_COUNT:
                 self.fail(f"repeats more than {MAX_COUNT} times")
+            self.repeats += 1
+            if self.repeats > MAX_REPEATS:
+                self.fail(f"has more than {MAX_REPEATS} repetitions")
             item = Repeat(item, low, high)
             if self.peek() == "?":  # the shortest match first: the same texts
                 self.at += 1
+            if self.bounds():
+                self.fail(f"repeats a repetition at character {self.at - 1}")
         return item
 
     def bounds(self) -> tuple[int, int | None] | None:

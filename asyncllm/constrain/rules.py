@@ -58,6 +58,7 @@ Node = Chars | Term | Seq | Alt | Repeat | Anchor | Ref
 Rules = dict[str, Node]
 EMPTY: Final = Seq()
 NOTHING: Final = Alt(())
+STRIDE: Final = 16
 
 
 def finite(rules: Rules, root: str) -> Rules:
@@ -131,11 +132,33 @@ def written(rules: Rules, root: str) -> str:
     """The engine's grammar."""
     names = {name: f"r{i}" for i, name in enumerate(rules)}
     terminals: dict[str, str] = {}
-    lines = [f"start: {names[root]}"]
-    for name, rule in rules.items():
-        lines.append(f"{names[name]}: {_text(rule, names, terminals)}")
+    lines = [f"{names[name]}: {_text(rule, names, terminals)}" for name, rule in rules.items()]
     lines += [f"{name}: {text}" for text, name in terminals.items()]
-    return "\n".join(lines)
+    # The engine reads the rules that a rule refers to within it, on the stack. So those that refer to the
+    # fewest come first, behind what never comes.
+    shallow = _bottom_up(rules, root)[STRIDE - 1 :: STRIDE]
+    if not shallow:
+        return "\n".join([f"start: {names[root]}", *lines])
+    first = " | ".join(f"NEVER {names[name]}" for name in shallow)
+    return "\n".join(
+        [f"start: first | {names[root]}", f"first: {first}", r"NEVER: /[^\x00-\x{10FFFF}]/", *lines]
+    )
+
+
+def _bottom_up(rules: Rules, root: str) -> list[str]:
+    """All rules, each behind those that it refers to unless they refer to it too."""
+    found: dict[str, None] = {}
+    begun = {root}
+    path = [(root, list(_refs(rules[root])))]
+    while path:
+        name, left = path[-1]
+        if not left:
+            found[name] = None
+            path.pop()
+        elif (ref := left.pop()) not in begun:
+            begun.add(ref)
+            path.append((ref, list(_refs(rules[ref]))))
+    return list(found)
 
 
 def _text(part: Node, names: dict[str, str], terminals: dict[str, str]) -> str:

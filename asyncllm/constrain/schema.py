@@ -35,7 +35,7 @@ from asyncllm.constrain.jsontext import dump
 from asyncllm.constrain.terms import raw_form
 from asyncllm.errors import RequestError
 
-MAX_WORK: Final = 40_000  # combinations of alternatives that are looked at
+MAX_WORK: Final = 10_000  # combinations of alternatives that are looked at
 TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "object")
 
 # what could be broken, and is enforced in no way

@@ -33,6 +33,15 @@ def _parsed(form: Form) -> Node:
             return regex.literal(form.text)
 
 
+def is_plain(atom: String) -> bool:
+    """Some string is of this form, as far as one look shows."""
+    forms = list(atom.forms)
+    bounded = (atom.low, atom.high) != (0, None)
+    return not forms or (
+        len(forms) == 1 and not bounded and forms[0].holds and regex.possible(_parsed(forms[0]))
+    )
+
+
 def raw_form(form: Form) -> str:
     """A terminal of the texts of a form. Raises RequestError: the pattern cannot be kept."""
     return f"/{regex.raw(_parsed(form))}/"
@@ -110,6 +119,10 @@ def number_term(atom: Number) -> str:
         text = numbers.numbers(atom.low, atom.low_open, atom.high, atom.high_open)
     if atom.fractional:
         text += r" & ~/-?[0-9]+(?:\.0+)?/ & ~/.*[eE].*/"
+    # a reader rounds to double precision, and must not round to what is out of bounds
+    near = (atom.low_open and atom.low != 0) or (atom.high_open and atom.high != 0)
+    if not atom.integer and (near or atom.fractional or atom.excluded):
+        text += r" & /-?[0-9]{1,9}(?:\.[0-9]{1,6})?/"
     for value in sorted(atom.excluded):
         text += f" & ~/{numbers.spellings(value)}/"
     return text

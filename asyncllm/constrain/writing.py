@@ -42,8 +42,8 @@ from asyncllm.constrain.rules import (
 from asyncllm.constrain.schema import Matches, Meaning
 from asyncllm.errors import RequestError
 
-MAX_RULES: Final = 20_000
-MAX_OTHERS: Final = 16  # properties beyond those that a schema names: a model may like them
+MAX_RULES: Final = 6_000
+MAX_OTHERS: Final = 32  # properties beyond those that a schema names: a model may like them
 MAX_PATTERNS: Final = 6  # that keys may match in any combination
 
 
@@ -168,7 +168,7 @@ class Writer:
 
     def _string(self, atom: String) -> Node:
         text = terms.string_term(atom)
-        return self.term(text) if atom.forms else Term(text)
+        return Term(text) if terms.is_plain(atom) else self.term(text)
 
     def _const(self, value: Value) -> Node:
         """A value in the tokens that other alternatives have too."""
@@ -242,23 +242,20 @@ class Writer:
                 for text, schemas in keys
             ))  # fmt: skip
 
-        return Seq(
-            (
-                self.marks.open,
-                self.pairs(atom, pairs, other if keys else None, self.marks.comma),
-                self.marks.close,
-            )
-        )
+        most = MAX_OTHERS if pairs else None
+        told = self._told(atom)
+        if told and not any(isinstance(key, String) for key in self.meaning.atoms(atom.names)):
+            most = len(told)
+        inner = self.pairs(atom, pairs, other if keys else None, self.marks.comma, most)
+        return Seq((self.marks.open, inner, self.marks.close))
 
     def fields(self, atom: Object) -> list[tuple[str, Schemas, bool]]:
         """Properties with a name: name, what must hold for the value, whether it must be there."""
         names = dict.fromkeys(name for layer in atom.layers for name, _ in layer.named)
         named = [dict(layer.named) for layer in atom.layers]
         simple = not any(layer.patterns for layer in atom.layers)
-        if atom.names:
-            keys = self.meaning.atoms(atom.names)
-            if all(isinstance(key, Const | Number | Array | Object) for key in keys):
-                names |= {k.value: None for k in keys if isinstance(k, Const) and isinstance(k.value, str)}  # fmt: skip
+        if atom.names and atom.low > 1:  # names that are counted on must differ: they get an order
+            names |= dict.fromkeys(self._told(atom))
         names |= dict.fromkeys(atom.required)
         needed = set(atom.required)
         found = []
@@ -275,6 +272,11 @@ class Writer:
             found.append((name, schemas, name in needed))
         return found
 
+    def _told(self, atom: Object) -> list[str]:
+        """Names that propertyNames lists."""
+        keys = self.meaning.atoms(atom.names) if atom.names else ()
+        return [k.value for k in keys if isinstance(k, Const) and isinstance(k.value, str)]
+
     def others(
         self, atom: Object, names: Sequence[str], quoted: bool = True
     ) -> Iterator[tuple[str, Schemas]]:
@@ -286,13 +288,21 @@ class Writer:
                 f" {MAX_PATTERNS} can be enforced"
             )
         forms: list[tuple[Form, ...]] = [()]
+        told: dict[Schemas, list[str]] = {}
+        for name in self._told(atom):
+            if name not in names:
+                told.setdefault(self.meaning.of_key(name, atom.layers), []).append(name)
+        for schemas, some in told.items():
+            if self.meaning.atoms(schemas):
+                spelled = map(string, some) if quoted else some
+                yield f"/{'|'.join(map(terms.text_expression, spelled))}/", schemas
         if atom.names:
             keys = [key for key in self.meaning.atoms(atom.names) if isinstance(key, String)]
             forms = [(*key.forms, Form("pattern", f"^[^]{terms.times(key.low, key.high)}$")) for key in keys]  # fmt: skip
         for which in range(2 ** len(patterns)):
             held = [(pattern, bool(which >> i & 1)) for i, pattern in enumerate(patterns)]
             matched = {pattern for pattern, holds in held if holds}
-            schemas: Schemas = FREE.union(*(_of_others(layer, matched) for layer in atom.layers))
+            schemas = FREE.union(*(_of_others(layer, matched) for layer in atom.layers))
             if not self.meaning.atoms(schemas):
                 continue
             for more in forms:
@@ -306,12 +316,14 @@ class Writer:
         pairs: Sequence[tuple[Node, bool]],
         other: Callable[[str], Node] | None,
         comma: Node,
+        most: int | None = MAX_OTHERS,
     ) -> Node:
         """Pairs by order, each at most once, then others; counted as far as needed.
 
         Args:
             pairs: each with whether it must be there.
             other: a pair beyond them, whose key is restricted by the rest of a terminal.
+            most: others beyond those that are counted on; None: any number.
         """
         low, high = atom.low, atom.high
         top = max(low, 1) if high is None else high
@@ -321,7 +333,7 @@ class Writer:
             )
         tails: list[Node] = [EMPTY if count >= low else NOTHING for count in range(top + 1)]
         if other is not None:
-            tails = self._tails(atom, top, other, comma, MAX_OTHERS if pairs else None)
+            tails = self._tails(atom, top, other, comma, most)
         for pair, needed in reversed(pairs):
             new: list[Node] = []
             for count in range(top + 1):

@@ -189,7 +189,7 @@ def test_special_tokens_and_ids_beyond_the_tokenizer_never_come(
 
 @pytest.mark.parametrize(
     ("kind", "source", "message"),
-    [("regex", "((", "unclosed parenthesis"), ("regex", "a{2,1}", "out of order"),
+    [("regex", "((", "unclosed parenthesis"), ("regex", "a{2,1}", "out of order"), ("regex", "a**", "repeats a repetition"),
      ("regex", r"a\bc", "word boundaries"), ("regex", "(?=a)b", "look-around"),
      ("regex", "a^b", "an anchor inside"), ("regex", "[^\\s\\S]", "no text at all"),
      ("ebnf", "root ::= foo", 'no rule for "foo"'), ("ebnf", 'x ::= "a"', "no rule root"),

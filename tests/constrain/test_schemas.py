@@ -1,0 +1,253 @@
+"""JSON schemas: whatever is accepted is enforced, and what it allows can come."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from asyncllm.api.tools import Tool, call_forms
+from asyncllm.constrain.engine import Grammars
+from asyncllm.errors import RequestError
+from tests.constrain.walks import allowed, byte_grammars, matcher, takes, walk, written
+
+DATA = Path(__file__).parents[1] / "data"
+API_SCHEMAS = json.loads((DATA / "api_schemas.json").read_text())
+# keyword, description, schema, valid instances, invalid ones
+Case = tuple[str, str, dict[str, Any], list[Any], list[Any]]
+SUITE: list[Case] = json.loads((DATA / "json_schema_suite.json").read_text())
+LEAST_ACCEPTED = 0.75  # of the suite, whose every fourth schema is made of what is refused
+LEAST_TAKEN = 0.93  # of the suite's valid instances, which like quoted mailboxes and 1.0
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return byte_grammars()
+
+
+def validator(schema: Any) -> Any:
+    cls = jsonschema.validators.validator_for(schema)
+    return cls(schema, format_checker=cls.FORMAT_CHECKER)
+
+
+def test_the_suite_of_json_schema(grammars: Grammars) -> None:
+    accepted = taken = valid = 0
+    wrong = []
+    for keyword, what, schema, good, bad in SUITE:
+        try:
+            at = matcher(grammars, "schema", json.dumps(schema))
+        except RequestError:
+            continue
+        accepted += 1
+        check, rng = validator(schema), random.Random(1)
+        outs = [out for _ in range(10) if (out := walk(at, rng, 400)) is not None]
+        if "\\c" not in json.dumps(schema) and "\\p" not in json.dumps(schema):  # not of Python
+            wrong += [(keyword, what, out) for out in outs if not check.is_valid(json.loads(out))]
+        wrong += [(keyword, what, v) for v in bad if takes(at, written(v, schema))]
+        valid += len(good)
+        taken += sum(takes(at, written(value, schema)) for value in good)
+    assert wrong == []
+    assert accepted / len(SUITE) > LEAST_ACCEPTED
+    assert taken / valid > LEAST_TAKEN
+
+
+@pytest.mark.parametrize("schema", API_SCHEMAS, ids=lambda schema: json.dumps(schema)[:60])
+def test_random_outputs_are_valid(grammars: Grammars, schema: Any) -> None:
+    at = matcher(grammars, "schema", json.dumps(schema))
+    rng = random.Random(2)
+    outs = [walk(at, rng) for _ in range(10)]
+    assert sum(out is not None for out in outs) > 5
+    for out in outs:
+        if out is not None:
+            validator(schema).validate(json.loads(out))
+
+
+class _Many:
+    """hypothesis-jsonschema's way to ask for one element more, of a Hypothesis that has another."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._many = MANY(*args, **kwargs)
+        self._many.__enter__()
+        self._elements: Iterator[None] = iter(self._many)
+
+    def more(self) -> bool:
+        for _ in self._elements:
+            return True
+        self._many.__exit__(None, None, None)
+        return False
+
+    def reject(self) -> None:
+        self._many.reject()
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from hypothesis_jsonschema import _from_schema, from_schema
+MANY = _from_schema.cu.many
+
+
+def test_valid_values_can_come(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(MANY, "more"):
+        names = {name: getattr(_from_schema.cu, name) for name in dir(_from_schema.cu)}
+        monkeypatch.setattr(_from_schema, "cu", SimpleNamespace(**{**names, "many": _Many}))
+    seen, missed = 0, []
+    for schema in API_SCHEMAS:
+        at, check = matcher(grammars, "schema", json.dumps(schema)), validator(schema)
+
+        values: list[Any] = []
+
+        def keep(value: Any) -> None:
+            values.append(value)  # noqa: B023 (it runs before the next turn)
+
+        if any("$ref" in text for text in json.dumps(schema).split('"')):
+            continue  # recursive ones it cannot generate
+        run = given(from_schema(schema))(keep)
+        run = settings(max_examples=20, database=None, deadline=None, phases=[Phase.generate],
+                       suppress_health_check=list(HealthCheck))(run)  # fmt: skip
+        seed(1)(run)()
+        texts = [written(value, schema) for value in values if check.is_valid(value)]
+        seen += len(texts)
+        missed += [text for text in texts if not takes(at, text)]
+    assert seen > 500
+    assert len(missed) <= 0.05 * seen, missed[:5]
+
+
+# -- exact over all of Unicode ------------------------------------------------------------------
+
+TEXT = st.text() | st.text(st.characters(categories=["Cs"]), max_size=1)
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def forced(grammars: Grammars, kind: str, text: str) -> str:
+    """The only output there is."""
+    at = matcher(grammars, kind, text)
+    out = b""
+    while True:
+        (token,) = allowed(at)
+        out += bytes([token])
+        if at.accept(token):
+            return out.decode()
+
+
+@settings(max_examples=200, database=None, deadline=None)
+@given(ANY)
+def test_a_value_that_a_schema_forces_comes_back(value: Any) -> None:
+    grammars = byte_grammars()
+    for schema in ({"const": value}, {"enum": [value]}):
+        assert json.loads(forced(grammars, "schema", json.dumps(schema))) == value
+    schema = {"type": "object", "properties": {"a": {"const": value}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    assert json.loads(forced(grammars, "schema", json.dumps(schema))) == {"a": value}
+
+
+@settings(max_examples=200, database=None, deadline=None)
+@given(TEXT)
+def test_names_that_a_schema_forces_come_back(name: str) -> None:
+    schema = {"type": "object", "properties": {name: {"const": name}}, "required": [name],
+              "additionalProperties": False}  # fmt: skip
+    grammars = byte_grammars()
+    assert json.loads(forced(grammars, "schema", json.dumps(schema))) == {name: name}
+    # as the arguments of a tool: what comes first is white space and the tool's name
+    source = call_forms("hermes", [Tool("f", schema, strict=True)])
+    at = matcher(grammars, "calls", source)
+    spelled = f'\n{{"name": "f", "arguments": {json.dumps({name: name}, ensure_ascii=False)}}}'
+    if name.isprintable() and "\\" not in spelled:
+        assert takes(at, spelled)
+        assert not takes(at, spelled.replace(f'"{name}": ', f'"{name}x": '))
+
+
+def test_every_character_is_itself(grammars: Grammars) -> None:
+    """All of them, in texts of some thousands each."""
+    for first in range(0, 0x110000, 0x2000):
+        # two halves side by side would be one character in JSON
+        apart = "-" if first in (0xC000, 0xE000) else ""
+        text = apart.join(map(chr, range(first, first + 0x2000)))
+        at = matcher(grammars, "schema", json.dumps({"const": text}))
+        spelled = b"".join(
+            (json.dumps(c) if "\ud800" <= c <= "\udfff" else json.dumps(c, ensure_ascii=False))[
+                1:-1
+            ].encode()
+            for c in text
+        )
+        assert not at.begin(b'"' + spelled[:-1]) or allowed(at) == [spelled[-1]]
+        assert not at.accept(spelled[-1])
+        assert (allowed(at), at.accept(ord('"'))) == ([ord('"')], True)
+
+
+# -- strings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [({"type": "string", "maxLength": 2}, ['"\\n\\n"', '"\\u00e9\\""', '"\\ud83d\\ude00é"', '"😀😀"'],
+      ['"\n"', '"\0"', '"\t"', '"\\n\\n\\n"', '"""', '"\\ud83d"', '"\\x"']),
+     ({"type": "string", "pattern": '^[^a]{2}$'}, ['"\\"\\\\"', '"\\u0000\\n"'], ['"""', '"\\a"', '"\n\n"']),
+     ({"type": "string", "pattern": ".", "maxLength": 1}, ['"\\t"', '"x"'], ['"\t"', '"\\\\\\\\"', '""']),
+     ({"type": "string", "pattern": "^a+$", "minLength": 2, "maxLength": 3}, ['"aa"', '"aaa"'], ['"a"', '"aaaa"']),
+     ({"type": "string", "format": "date", "pattern": "^2"}, ['"2024-02-29"'],
+      ['"1999-01-01"', '"2023-02-29"', '"2023-02-31"', '"2023-13-01"', '"2023-04-31"']),
+     ({"type": "string", "format": "time"}, ['"23:59:59Z"'], ['"25:00:00Z"', '"24:00:00Z"', '"12:60:00Z"']),
+     ({"type": "string", "format": "ipv4", "maxLength": 7}, ['"1.2.3.4"'], ['"1.2.3.256"', '"10.0.0.1"']),
+     ({"type": "string", "format": "ipv6"}, ['"::1"', '"1::8"', '"::ffff:1.2.3.4"'], ['"1::2::3"', '"12345::"']),
+     ({"type": "string", "format": "x-unknown"}, ['"anything"'], ["1"])],
+)  # fmt: skip
+def test_strings(grammars: Grammars, schema: Any, good: list[str], bad: list[str]) -> None:
+    at = matcher(grammars, "schema", json.dumps(schema))
+    assert [text for text in good if not takes(at, text)] == []
+    assert [text for text in bad if takes(at, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [({"items": {"$ref": "http://example.com/x"}}, "another document: it is not fetched, at #/items"),
+     ({"properties": {"a": {"uniqueItems": True}}}, "uniqueItems, which cannot be enforced"),
+     ({"type": "integer", "multipleOf": 3}, "multipleOf"), ({"contains": {}}, "contains"),
+     ({"format": "regex"}, "has format"), ({"pattern": "(?<=a)b"}, "look-around"),
+     ({"type": "string", "const": 1}, "no value at all"), ({"minimum": 3, "maximum": 2, "type": "number"}, "no value"),
+     ({"type": "string", "pattern": "^a$", "minLength": 2}, "no value at all"),
+     ({"type": "object", "required": ["a"], "additionalProperties": False}, "no value at all"),
+     ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no value at all"),
+     ({"$ref": "#"}, "refers to itself"), ({"type": 3}, "a type that is neither"),
+     ({"properties": []}, "properties that are no object"), ({"enum": 3}, "an enum that is no list"),
+     ({"minLength": -1}, "minLength -1, which is no count"), ({"anyOf": []}, "anyOf that is no list")],
+    ids=lambda value: json.dumps(value)[:40],
+)  # fmt: skip
+def test_what_cannot_be_kept_is_refused_with_its_place(
+    grammars: Grammars, capfd: pytest.CaptureFixture[str], schema: Any, why: str
+) -> None:
+    with pytest.raises(RequestError, match="JSON schema") as caught:
+        grammars.build("schema", json.dumps(schema))
+    assert why in caught.value.message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_properties_beyond_those_named_come_last_and_end(grammars: Grammars) -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}}
+    at = matcher(grammars, "schema", json.dumps(schema))
+    assert takes(at, '{"b": 1, "a": 2, "z": [], "y": {}}')
+    assert not takes(at, '{"a": 1, "b": 2}')
+    assert not takes(at, '{"z": 1, "b": 2}')
+    assert not takes(at, '{"z": 1, "\\u0062": "no number"}')
+    many = ", ".join(f'"x{i}": 0' for i in range(33))
+    assert not takes(at, f"{{{many}}}")
+
+
+def test_keys_that_are_counted_on_differ(grammars: Grammars) -> None:
+    at = matcher(grammars, "schema", '{"type": "object", "minProperties": 3}')
+    rng = random.Random(0)
+    outs = [out for _ in range(20) if (out := walk(at, rng)) is not None]
+    assert outs
+    assert all(len(json.loads(out)) >= 3 for out in outs)
