@@ -125,7 +125,7 @@ def test_parsers_begin_with_the_documented_ones() -> None:
 def test_the_longest_body_is_a_contexts_worth_of_text() -> None:
     assert resolve(Config()).max_body_size == 4 << 20
     long = Config(max_req_total_len=1 << 20)
-    assert resolve(long, model_limit=1 << 20).max_body_size == 64 << 20
+    assert resolve(long, model_limit=1 << 20).max_body_size == 24 << 20
     assert resolve(Config(max_body_size=5000)).max_body_size == 5000
 
 

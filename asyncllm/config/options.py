@@ -328,7 +328,7 @@ class Config:
     max_body_size: int | None = flag(
         None, group=ACCESS, check=at_least(1), metavar="BYTES",
         help="longest request body, as sent and decompressed; a longer one is answered 413; default: "
-        "64 bytes for each token of --max_req_total_len, at least 4 MiB",
+        "24 bytes for each token of --max_req_total_len, at least 4 MiB",
     )  # fmt: skip
     body_timeout: float = flag(
         60.0, group=ACCESS, check=above_zero, metavar="SECONDS",
