@@ -5,6 +5,7 @@ Knows which keywords hold schemas; knows not what they mean.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 from urllib.parse import unquote, urldefrag, urljoin
@@ -37,6 +38,7 @@ class Document:
         self._bases: dict[int, str] = {}
         self._named: dict[str, Any] = {}  # by URI, with the name behind # if it has one
         self.negations: dict[int, Any] = {}  # of schemas by id(), see negation
+        self.anchors: Counter[str] = Counter()  # dynamic ones by name; "": recursive
         self.base = ""
         self._root = root
         told = root.get("$schema") if isinstance(root, dict) else None
@@ -149,7 +151,9 @@ class Document:
                     self._named.setdefault(uri, node)
         for word in ("$anchor", "$dynamicAnchor"):
             if isinstance(name := node.get(word), str):
+                self.anchors[name] += word == "$dynamicAnchor"
                 self._named.setdefault(f"{base}#{name}", node)
+        self.anchors[""] += node.get("$recursiveAnchor") is True
         return base
 
 

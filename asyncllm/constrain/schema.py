@@ -38,11 +38,6 @@ from asyncllm.errors import RequestError
 MAX_WORK: Final = 10_000  # combinations of alternatives that are looked at
 TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "object")
 
-# what could be broken, and is enforced in no way
-_REFUSED: Final = frozenset(
-    ("multipleOf", "divisibleBy", "contains", "minContains", "maxContains", "uniqueItems",
-     "$dynamicRef", "$recursiveRef", "extends", "disallow", "contentSchema")
-)  # fmt: skip
 Matches = Callable[[str, str], bool]
 
 
@@ -212,7 +207,6 @@ class Meaning:
         return found if found is None else common(found, Number(excluded=frozenset(numbers)))
 
     def _string(self, node: dict[Any, Any], gone: Iterable[Value]) -> Atom | None:
-        self._refuse(node, "contentSchema")
         forms = {Form("text", value, False) for value in gone if isinstance(value, str)}
         for word, kind, holds in (("pattern", "pattern", True), ("format", "format", True),
                                   (negation.PATTERN, "pattern", False)):  # fmt: skip
@@ -292,10 +286,15 @@ class Meaning:
     # -- schemas for the same value ---------------------------------------------------------------
 
     def _applied(self, node: dict[Any, Any]) -> Iterator[tuple[Atom, ...]]:
-        self._refuse(node, "$dynamicRef", "$recursiveRef", "extends", "disallow")
-        if "$ref" in node:
-            target = self.document.target(node, node["$ref"])
-            yield self._alternatives(self._number(target, node))
+        self._refuse(node, "extends", "disallow")
+        for word in ("$ref", "$dynamicRef", "$recursiveRef"):
+            if word not in node:
+                continue
+            ref = node[word]
+            # with one anchor of the name in the document there is nothing to choose from
+            if word != "$ref" and self.document.anchors[str(ref).rpartition("#")[2]] > 1:
+                self._refuse(node, word)
+            yield self._alternatives(self._number(self.document.target(node, ref), node))
         for one in self._list(node, "allOf"):
             yield self._alternatives(one)
         if "anyOf" in node:
