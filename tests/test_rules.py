@@ -23,6 +23,7 @@ PURE = {
     "constrain": ("errors", "constrain"),
     "api": ("errors", "core", "api", "__version__"),
 }
+TIDY = {"kernels", "models", "engine"}  # no tables of data that a formatter would spoil
 NO_SYNC = {"engine", "models", "kernels", "actors"}
 SYNC_CALLS = {"item", "tolist", "cpu"}  # each waits for the device
 FOREIGN_CODE = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
@@ -155,6 +156,16 @@ def size(module: Module) -> Iterator[str]:
                 yield f"{node.name} has {length} lines"
 
 
+def tidy(module: Module) -> Iterator[str]:
+    if module.layer not in TIDY:
+        return
+    for number, line in enumerate(module.text.splitlines(), 1):
+        if len(line) > 100:
+            yield f"line {number} has {len(line)} columns"
+        if line.endswith("# fmt: skip"):
+            yield f"line {number} keeps the formatter out"
+
+
 def layers(module: Module) -> Iterator[str]:
     roots = _roots(module.imports)
     if module.layer in PURE:
@@ -238,6 +249,7 @@ def broad_excepts(module: Module) -> Iterator[str]:
 
 RULES: list[Callable[[Module], Iterator[str]]] = [
     size,
+    tidy,
     layers,
     foreign_code,
     banned_calls,
@@ -364,6 +376,8 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
     (size, "core/x.py", "a = 1\n" * 601),
     (size, "core/x.py", "def f():\n" + "    a = 1\n" * 60),
     (size, "kernels/x.py", "def f():\n" + "    a = 1\n" * 150),
+    (tidy, "kernels/x.py", "a = 1  # " + "x" * 92),
+    (tidy, "models/x.py", "f(\n    1, 2,\n)  # fmt: skip"),
     (layers, "kernels/x.py", "from asyncllm.core import slots"),
     (layers, "kernels/x.py", "from ..core import slots"),
     (layers, "kernels/deep/x.py", "import asyncllm.errors"),

@@ -243,9 +243,8 @@ def _try_steps(device: CpuDevice | CudaDevice, num_tokens: int) -> None:
     drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1).pack()
     plain = SamplingParams(temperature=1.0, logprobs=0).pack()
     changed = SamplingParams(presence_penalty=0.5, logit_bias=((0, 0.5),)).pack()
-    for params, sizes in (
-        (greedy, (num_tokens, 16, 1, 1)), (drawn, (17, 1)), (plain, (17, 1)), (changed, (17, 1)),
-    ):  # fmt: skip
+    steps = {greedy: (num_tokens, 16, 1, 1), drawn: (17, 1), plain: (17, 1), changed: (17, 1)}
+    for params, sizes in steps.items():
         start = 0
         for size in sizes:
             plan = StepPlan(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -16,11 +15,11 @@ class JitMonitor:
 
     def arm(self) -> None:
         """Start counting. Triton keeps one hook for the process."""
-        from triton import given
+        from triton import knobs
 
-        given.runtime.jit_post_compile_hook = self._compiled
+        knobs.runtime.jit_post_compile_hook = self._compiled
 
-    def _compiled(self, *_: Any, **details: Any) -> None:
+    def _compiled(self, *_: object, **details: object) -> None:
         self.count += 1
         kernel = details.get("fn")
         name = getattr(kernel, "name", None) or details.get("repr", "a kernel")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -167,8 +166,7 @@ class SymmetricSum:
         return self._sum(linear(x, self._buffers[self._turn][: len(x)]))
 
     def _sum(self, x: Tensor) -> Tensor:
-        ops: Any = torch.ops.symm_mem
-        summed: Tensor = ops.two_shot_all_reduce_(x, "sum", self._group)
+        summed: Tensor = torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self._group)
         return summed
 
     def check(self) -> bool:

@@ -18,7 +18,7 @@ PENALTY_ROWS = 64  # rows whose token counts are dense at a time: bounds the mem
 
 @dataclass(slots=True)
 class SamplingTensors:
-    """:class:`asyncllm.engine.sampling_table.SamplingBatch` on the device; n rows, float32 or int32."""
+    """How n rows choose their tokens, on the device; float32 or int32."""
 
     temperature: Tensor
     top_k: Tensor

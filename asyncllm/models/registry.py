@@ -42,6 +42,7 @@ class Family:
 
 MODELS = {
     "LlamaForCausalLM": Family("asyncllm.models.llama:Decoder"),
+    "Qwen2ForCausalLM": Family("asyncllm.models.llama:Decoder", "asyncllm.models.qwen2:read"),
 }
 
 

@@ -22,7 +22,7 @@ Span = tuple[int, int, int]  # (start in the checkpoint tensor, start in the par
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a checkpoint tensor goes: spans of it along ``dim``, where it has ``size``, of a parameter."""
+    """Where a checkpoint tensor goes: spans along ``dim``, of which it has ``size``, to ours."""
 
     param: Tensor
     dim: int

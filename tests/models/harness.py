@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from asyncllm.codec import floats, i32, ints
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.build import build_model
-from asyncllm.engine.device import CpuDevice, CudaDevice
+from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone
 from asyncllm.messages import StepDone, StepPlan
 from asyncllm.models.model import Model
+from asyncllm.models.ops import Linear
 from asyncllm.models.spec import ModelSpec
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
@@ -39,7 +42,7 @@ class Sequence:
 class Driver:
     """Gives slots in a scrambled order, so that nothing works by being contiguous."""
 
-    def __init__(self, device: CpuDevice | CudaDevice, num_slots: int) -> None:
+    def __init__(self, device: CpuDevice | CudaDevice | Ranks, num_slots: int) -> None:
         self.device, self.step = device, 0
         self.free = list(range(num_slots))
         random.Random(0).shuffle(self.free)
@@ -114,6 +117,55 @@ def _penalised(p: SamplingParams) -> bool:
 def build(model_dir: Path, spec: ModelSpec, dtype: str, where: torch.device, max_len: int) -> Model:
     """The model of ``model_dir`` on one rank."""
     return build_model(model_dir, spec, Alone(), dtype=dtype, device=where, max_len=max_len)
+
+
+class Together(Alone):
+    """A rank of a group whose ranks are threads of this process."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, box: list[Tensor | None]) -> None:
+        self.rank, self.size = rank, len(box)
+        self._barrier, self._box = barrier, box
+
+    def _all(self, x: Tensor) -> list[Tensor]:
+        self._box[self.rank] = x
+        self._barrier.wait()
+        found = [part.clone() for part in self._box if part is not None]
+        self._barrier.wait()
+        return found
+
+    def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
+        return torch.stack(self._all(linear(x))).sum(0)
+
+    def gather_last(self, x: Tensor) -> Tensor:
+        return torch.cat(self._all(x), dim=1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return x.copy_(self._all(x)[0])
+
+
+class Ranks:
+    """The ranks of a group as one device, whose answers are rank 0's."""
+
+    def __init__(self, model_dir: Path, size: int) -> None:
+        barrier = threading.Barrier(size, timeout=60)
+        box: list[Tensor | None] = [None] * size
+        self.devices = []
+        for rank in range(size):
+            group, spec = Together(rank, barrier, box), ModelSpec.from_dir(model_dir)
+            model = build_model(
+                model_dir, spec, group, dtype="fp32", device=torch.device("cpu"), max_len=4096
+            )
+            engine = Engine(model, group, num_slots=1024, num_lanes=8, max_len=4096, eos_ids=())
+            self.devices.append(CpuDevice(engine, 1))
+        self._pending: list[CpuPending] = []
+
+    def launch(self, plan: StepPlan) -> Ranks:
+        self._pending = [device.launch(plan) for device in self.devices]
+        return self
+
+    def wait(self) -> StepDone:
+        done, *_ = [pending.wait() for pending in self._pending]
+        return done
 
 
 def make_device(

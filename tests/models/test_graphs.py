@@ -337,7 +337,7 @@ def test_penalties_reach_the_logits(tmp_path: Path) -> None:
 
 # float32 products of Triton and cuBLAS differ with their shape by this much in log-probabilities;
 # bfloat16 ones by a rounding of the residual stream in each of the 3 layers
-BOUNDS = {"fp32": 2e-3, "bf16": 0.15}
+BOUNDS = {"fp32": 2e-3, "bf16": 0.05}
 
 
 def on_device(
@@ -394,7 +394,7 @@ def test_graphs_give_the_tokens_of_eager_steps(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_graphs_give_the_log_probabilities_of_eager_steps(tmp_path: Path) -> None:
     """In bfloat16 near-ties may flip, so all tokens are given: each step feeds known ones."""
-    make_checkpoint(tmp_path)
+    make_checkpoint(tmp_path, initializer_range=0.05)
     params = SamplingParams(temperature=0.0, prompt_logprobs=0)
 
     def given_tokens(driver: Driver) -> list[Sequence]:
@@ -413,5 +413,5 @@ def test_graphs_give_the_log_probabilities_of_eager_steps(tmp_path: Path) -> Non
         assert len(e.prompt_logprobs) >= len(e.prompt) - 2
         torch.testing.assert_close(
             torch.tensor(g.prompt_logprobs), torch.tensor(e.prompt_logprobs),
-            atol=BOUNDS["bf16"], rtol=0.02,
+            atol=BOUNDS["bf16"], rtol=0,
         )  # fmt: skip

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.build import build_model
 from asyncllm.engine.parallel import Alone
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
-from tests.models.harness import Driver, Sequence, make_device, random_ids
+from tests.models.harness import Driver, Ranks, Sequence, make_device, random_ids
 
 VOCAB = 499
 
@@ -37,7 +37,7 @@ def make_checkpoint(path: Path, **changes: object) -> LlamaForCausalLM:
     return model
 
 
-def expected_logprobs(model: LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
+def expected_logprobs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """[len(ids) - 1]: log-probability of each token but the first."""
     with torch.no_grad():
         scores = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
@@ -64,15 +64,8 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=["cpu", "cuda"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("chunk", [1000, 7], ids=["whole", "chunked"])
-def test_matches_transformers(
-    tmp_path: Path, variant: str, chunk: int, device: tuple[str, float]
-) -> None:
-    reference = make_checkpoint(tmp_path, **VARIANTS[variant])
-    where, close = device
-    driver = Driver(make_device(tmp_path, "fp32", where), 1024)
+def check_against(reference: PreTrainedModel, driver: Driver, chunk: int, close: float) -> None:
+    """Prompts of many lengths, whole or in chunks, then decoded together, token by token."""
     params = SamplingParams(temperature=0.0, logprobs=0, prompt_logprobs=0)
     seqs = [
         Sequence(lane, random_ids(size, VOCAB, lane), params)
@@ -88,6 +81,23 @@ def test_matches_transformers(
         scores = logits[len(seq.prompt) - 1 : -1].log_softmax(-1)
         chosen = scores.gather(1, torch.tensor(seq.outputs)[:, None])[:, 0]
         assert (scores.max(-1).values - chosen).max() <= close  # the best, or a near-tie
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=["cpu", "cuda"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("chunk", [1000, 7], ids=["whole", "chunked"])
+def test_matches_transformers(
+    tmp_path: Path, variant: str, chunk: int, device: tuple[str, float]
+) -> None:
+    reference = make_checkpoint(tmp_path, **VARIANTS[variant])
+    where, close = device
+    check_against(reference, Driver(make_device(tmp_path, "fp32", where), 1024), chunk, close)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied", "biases"])
+def test_two_ranks_match_transformers(tmp_path: Path, variant: str) -> None:
+    reference = make_checkpoint(tmp_path, **VARIANTS[variant])
+    check_against(reference, Driver(Ranks(tmp_path, 2), 1024), 7, 2e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=["cpu", "cuda"])
