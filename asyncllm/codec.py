@@ -1,8 +1,9 @@
 """Typed messages <-> msgpack frames.
 
 A message is a slotted dataclass registered under a small integer tag. On the wire it is the
-msgpack array ``[tag, field0, field1, ...]``; bulk integers travel as little-endian ``bytes``.
-Fields are int, float, str, bytes, bool, None, or tuples of these; messages do not nest.
+msgpack array ``[tag, field0, field1, ...]``. Fields are int, float, str, bytes, bool, None, columns
+(``array`` of int32, int64 or float32: little-endian bytes on the wire), records (dataclasses of the
+same kinds of fields), or tuples of these.
 
 What comes in is checked: each field against its annotation, and the whole against the class's own
 ``valid``, so that no actor meets a message that no sender could have meant.
@@ -13,19 +14,36 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from enum import Enum
 from operator import attrgetter
 from types import NoneType, UnionType
-from typing import Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Generic,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgpack
 
 T = TypeVar("T")
+Reader = Callable[[Any], Any]  # raises TypeError or ValueError where a value is not of its type
 
-Check = Callable[[Any], bool]
+INT32, INT64, FLOAT32 = "i", "q", "f"
+_COLUMNS = {INT32: 1, INT64: 2, FLOAT32: 3}  # typecode -> msgpack's extension type
+_TYPECODES = {code: typecode for typecode, code in _COLUMNS.items()}
 
-_BY_TAG: dict[int, type] = {}
-_CHECKS: dict[type, Check] = {}  # made when first needed: annotations may name what comes later
+_BY_TAG: dict[int, tuple[type, tuple[Reader, ...]]] = {}
 _ENCODERS: dict[type, tuple[int, Callable[[Any], Any]]] = {}
+_RECORDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
+
+
+class Column(Generic[T]):
+    """Stands for ``array`` in annotations, which Python 3.11 cannot subscript."""
 
 
 class CodecError(ValueError):
@@ -53,11 +71,10 @@ def message(tag: int) -> Callable[[type[T]], type[T]]:
         if not 0 <= tag <= 127:
             raise ValueError(f"tag {tag} is not in 0..127")
         if tag in _BY_TAG:
-            raise ValueError(f"tag {tag} is taken by {_BY_TAG[tag].__name__}")
+            raise ValueError(f"tag {tag} is taken by {_BY_TAG[tag][0].__name__}")
         cls = dataclass(slots=True, unsafe_hash=True)(cls)
-        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        _ENCODERS[cls] = (tag, _getter(names))
-        _BY_TAG[tag] = cls
+        _ENCODERS[cls] = (tag, _getter(_names(cls)))
+        _BY_TAG[tag] = cls, _readers(cls)
         return cls
 
     return register
@@ -65,7 +82,13 @@ def message(tag: int) -> Callable[[type[T]], type[T]]:
 
 def registered() -> dict[type, int]:
     """Every message with its tag."""
-    return {cls: tag for tag, cls in _BY_TAG.items()}
+    return {cls: tag for tag, (cls, _) in _BY_TAG.items()}
+
+
+def record(cls: type[T]) -> type[T]:
+    """Let instances of the dataclass ``cls`` be fields of messages."""
+    _RECORDS[cls] = _getter(_names(cls))
+    return cls
 
 
 def encode(msg: object) -> bytes:
@@ -74,103 +97,126 @@ def encode(msg: object) -> bytes:
         tag, get = _ENCODERS[type(msg)]
     except KeyError:
         raise TypeError(f"{type(msg).__name__} is not a registered message") from None
-    frame: bytes = msgpack.packb((tag, *get(msg)))
+    frame: bytes = msgpack.packb((tag, *get(msg)), default=_plain)
     return frame
 
 
 def decode(frame: bytes | memoryview) -> Any:
     """Inverse of :func:`encode`. Raises CodecError, and nothing else, on any other bytes."""
     try:
-        tag, *values = msgpack.unpackb(frame, use_list=False)
-        msg = _BY_TAG[tag](*values)
+        tag, *values = msgpack.unpackb(frame, use_list=False, ext_hook=_column)
+        cls, readers = _BY_TAG[tag]
+        msg = cls(*[read(value) for read, value in zip(readers, values, strict=True)])
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-        raise CodecError(f"{len(frame)} bytes are no message: {error!r}") from error
-    if not _check_of(type(msg))(msg):
-        raise CodecError(f"an impossible {type(msg).__name__}")
+        raise CodecError(f"{len(frame)} bytes do not decode to a message: {error!r}") from error
+    if (valid := getattr(cls, "valid", None)) is not None and not valid(msg):
+        raise CodecError(f"an impossible {cls.__name__}")
     return msg
 
 
-def _check_of(cls: type) -> Check:
-    if (check := _CHECKS.get(cls)) is None:
-        check = _CHECKS[cls] = _message_check(cls)
-    return check
+def _plain(value: object) -> object:
+    """What msgpack writes in place of a column or a record."""
+    if isinstance(value, array):
+        return msgpack.ExtType(_COLUMNS[value.typecode], value.tobytes())
+    return _RECORDS[type(value)](value)
 
 
-def _message_check(cls: type) -> Check:
-    hints = get_type_hints(cls)
-    get = _ENCODERS[cls][1]
-    kinds = tuple(hints[f.name] for f in fields(cls))
-    each = [fits(kind) for kind in kinds]
-    valid: Check = vars(cls).get("valid", lambda msg: True)
-
-    def check(msg: Any) -> bool:
-        values = get(msg)
-        # mostly plain fields of exactly their types: one comparison
-        if tuple(map(type, values)) != kinds and not all(
-            fit(value) for fit, value in zip(each, values, strict=True)
-        ):
-            return False
-        return valid(msg)
-
-    return check
+def _column(code: int, data: bytes) -> array[Any]:
+    column: array[Any] = array(_TYPECODES[code])
+    column.frombytes(data)
+    return column
 
 
-def fits(kind: Any) -> Check:
-    """Whether a value that came over the wire is one of this annotation's.
-
-    A whole number will do for a float; a bool is no number.
-    """
-    if kind is Any:
-        return lambda value: True
-    if kind is float:
-        return lambda value: type(value) in (float, int)
-    if kind is None:
-        kind = NoneType
-    if get_origin(kind) is UnionType:
-        choices = [fits(one) for one in get_args(kind)]
-        return lambda value: any(fit(value) for fit in choices)
-    if get_origin(kind) is tuple:
-        parts = get_args(kind)
-        if len(parts) == 2 and parts[1] is Ellipsis:
-            fit_one = fits(parts[0])
-            return lambda value: type(value) is tuple and all(map(fit_one, value))
-        each = [fits(part) for part in parts]
-        return lambda value: (
-            type(value) is tuple
-            and len(value) == len(each)
-            and all(fit(one) for fit, one in zip(each, value, strict=True))
-        )
-    if kind not in (int, str, bytes, bool, NoneType):
-        raise TypeError(f"{kind} cannot be a field of a message")
-    return lambda value: type(value) is kind
+def _names(cls: type) -> list[str]:
+    return [f.name for f in fields(cls)]
 
 
-def i32(values: Iterable[int]) -> bytes:
+def field_types(cls: type) -> dict[str, Any]:
+    """The annotations of a message's or record's fields, ``Column`` in place of ``array``."""
+    return get_type_hints(cls, localns={"array": Column})
+
+
+def _readers(cls: type) -> tuple[Reader, ...]:
+    hints = field_types(cls)
+    return tuple(_reader(hints[name]) for name in _names(cls))
+
+
+def _reader(hint: Any) -> Reader:
+    """Checks and converts a value of the annotated type ``hint``."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        (inner,) = (_reader(arg) for arg in args if arg is not NoneType)
+        return lambda value: None if value is None else inner(value)
+    if origin is tuple:
+        return _tuple_reader(args)
+    if origin is list:
+        each = _reader(args[0])
+        return lambda values: [each(value) for value in _of_tuple(values)]
+    if origin is Column:
+        return _column_reader({float: (FLOAT32,), int: (INT32, INT64)}[args[0]])
+    if hint in _RECORDS:
+        return _record_reader(hint)
+    if issubclass(hint, Enum):
+        return lambda value: hint(value)
+    if hint is bytearray:
+        return lambda value: bytearray(_bytes(value))
+    return _scalar_reader((int, float) if hint is float else (hint,))
+
+
+def _scalar_reader(kinds: tuple[type, ...]) -> Reader:
+    def read(value: Any) -> Any:
+        if type(value) not in kinds:
+            raise TypeError(f"{type(value).__name__} instead of {kinds[-1].__name__}")
+        return value
+
+    return read
+
+
+_bytes = _scalar_reader((bytes,))
+
+
+def _column_reader(typecodes: tuple[str, ...]) -> Reader:
+    def read(value: Any) -> Any:
+        if type(value) is not array or value.typecode not in typecodes:
+            raise TypeError(f"{type(value).__name__} instead of a column of {typecodes}")
+        return value
+
+    return read
+
+
+def _tuple_reader(args: tuple[Any, ...]) -> Reader:
+    readers = [_reader(arg) for arg in args if arg is not ...]
+
+    def read_all(values: Any) -> tuple[Any, ...]:
+        (each,) = readers
+        return tuple(map(each, _of_tuple(values)))
+
+    def read_each(values: Any) -> tuple[Any, ...]:
+        return tuple([read(value) for read, value in zip(readers, _of_tuple(values), strict=True)])
+
+    return read_all if ... in args else read_each
+
+
+def _record_reader(cls: type) -> Reader:
+    names, readers = _names(cls), _readers(cls)
+
+    def read(values: Any) -> Any:
+        return cls(**{n: r(v) for n, r, v in zip(names, readers, _of_tuple(values), strict=True)})
+
+    return read
+
+
+def _of_tuple(value: Any) -> tuple[Any, ...]:
+    if type(value) is not tuple:
+        raise TypeError(f"{type(value).__name__} instead of an array")
+    return value
+
+
+def i32(values: Iterable[int]) -> array[int]:
     """A column of int32."""
-    return array("i", values).tobytes()
+    return array(INT32, values)
 
 
-def i64(values: Iterable[int]) -> bytes:
+def i64(values: Iterable[int]) -> array[int]:
     """A column of int64 (request ids)."""
-    return array("q", values).tobytes()
-
-
-def ints(column: bytes) -> array[int]:
-    """The int32 values of a column made by :func:`i32`."""
-    out = array("i")
-    out.frombytes(column)
-    return out
-
-
-def longs(column: bytes) -> array[int]:
-    """The int64 values of a column made by :func:`i64`."""
-    out = array("q")
-    out.frombytes(column)
-    return out
-
-
-def floats(column: bytes) -> array[float]:
-    """The float32 values of a column."""
-    out = array("f")
-    out.frombytes(column)
-    return out
+    return array(INT64, values)

@@ -1,48 +1,35 @@
 """Every message that crosses an actor boundary, with its tag.
 
-Commands are imperative, events are past. Columns are ``bytes``: int32 unless a comment says
-otherwise (see :mod:`asyncllm.codec`). ``rid`` is ``endpoint << 40 | counter`` of the frontend that
+Commands are imperative, events are past. Columns are arrays of int32 unless a comment says otherwise;
+nobody changes a column once it has been sent. ``rid`` is ``endpoint << 40 | counter`` of the frontend that
 took the request; a *lane* is a request's place in the device tables; a *slot* the KV of one token.
 Tags are never reused.
 """
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import field
 from math import isfinite
-from typing import Any, get_type_hints
 
-from asyncllm.codec import fits, i32, ints, message
+from asyncllm.codec import INT32, message
 from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
+from asyncllm.records import Answered, Done, Failure, Logprobs, Opened, int32s
 
 FRONTEND_SHIFT = 40  # rid >> FRONTEND_SHIFT is the endpoint of the request's frontend
 MAX_RID = (1 << 63) - 1
 MAX_COUNT = (1 << 31) - 1  # of tokens; columns are int32
-
-_REASONS = frozenset(map(int, Reason))
-_PARAMS = [fits(kind) for kind in get_type_hints(SamplingParams).values()]
 
 
 def _is_rid(rid: int) -> bool:
     return 0 <= rid <= MAX_RID
 
 
-def _is_column(*columns: bytes) -> bool:
-    return all(len(column) % 4 == 0 for column in columns)
-
-
-def _natural(*columns: bytes, width: int = 4) -> bool:
-    """Whole little-endian columns of integers whose sign bits are all 0."""
+def _natural(*columns: array[int]) -> bool:
+    """No value is negative: no sign bit is set (the columns are little-endian)."""
     return all(
-        len(column) % width == 0 and column[width - 1 :: width].isascii() for column in columns
+        column.tobytes()[column.itemsize - 1 :: column.itemsize].isascii() for column in columns
     )
-
-
-def _scores(rows: int, logprobs: bytes, num_top: int, ids: bytes, top: bytes) -> bool:
-    """Log-probabilities of ``rows`` tokens with ``num_top`` alternatives each, or none at all."""
-    if not logprobs:
-        return num_top >= 0 and not ids and not top
-    wide = 4 * rows * num_top
-    return num_top >= 0 and len(logprobs) == 4 * rows and len(ids) == len(top) == wide
 
 
 def _counts(*values: int) -> bool:
@@ -62,10 +49,10 @@ class Tokenize:
 
     rids: tuple[int, ...]  # one per choice of the same prompt (n); seed + i for the i-th
     text: str | None
-    ids: bytes | None
+    ids: array[int] | None
     chat: bytes | None  # JSON: {"messages": [...], "tools": [...] | null, "kwargs": {...}}
     add_special_tokens: bool  # for text only; chat templates bring their own
-    params: tuple[Any, ...]  # SamplingParams.pack()
+    params: SamplingParams
     shown: tuple[str, ...] = ()  # special tokens that are in the text whatever the params say
     reasoning: str = ""  # the format of reasoning in the answers to a chat, "": none
     continued: str = ""  # of a chat: the end of the prompt that is the beginning of the answer
@@ -78,7 +65,7 @@ class Accepted:
     """tokenizer -> frontend (same process): the prompt is valid and on its way."""
 
     rid: int
-    prompt: bytes
+    prompt: array[int]
     head: str = ""  # of a chat: the end of the prompt's text, without a message to be continued
     cut: bool = False  # tokens of the prompt as it was sent are not in ``prompt``
 
@@ -88,8 +75,8 @@ class Submit:
     """tokenizer -> scheduler."""
 
     rid: int
-    prompt: bytes
-    params: tuple[Any, ...]  # max_new_tokens is an int here
+    prompt: array[int]
+    params: SamplingParams  # max_new_tokens is an int here
     thoughts: str = ""  # where the answer begins: "open", "closed" or "none" (inside reasoning,
     # behind it, neither), "": reasoning is content
     after: int = -1  # the rid of the first request for this prompt, if this is another
@@ -98,14 +85,7 @@ class Submit:
     client: int = 0  # as in Tokenize
 
     def valid(self) -> bool:
-        params = self.params
-        return (
-            _is_rid(self.rid)
-            and _is_column(self.prompt)
-            and self.thoughts in ("open", "closed", "none", "")
-            and len(params) == len(_PARAMS)
-            and all(fit(value) for fit, value in zip(_PARAMS, params, strict=True))
-        )
+        return _is_rid(self.rid) and self.thoughts in ("open", "closed", "none", "")
 
 
 @message(4)
@@ -130,7 +110,7 @@ class Follow:
     """tokenizer -> detokenizer (same process), before Submit: how to turn this request's ids to text."""
 
     rid: int
-    prompt_tail: bytes  # the last few prompt ids, where decoding depends on what came before
+    prompt_tail: array[int]  # the last few prompt ids, where decoding depends on what came before
     stop: tuple[str, ...]
     skip_special_tokens: bool
     print_eos: bool
@@ -166,7 +146,7 @@ class Prepared:
     """tokenizer -> itself: what a thread of its pool answered, or that the time was up."""
 
     job: int
-    ids: bytes
+    ids: array[int]
     detail: str  # "": no error
     code: str
     status: int
@@ -215,7 +195,7 @@ class Built:
 class Worked:
     """scheduler -> itself: what a thread has done for constraints."""
 
-    done: tuple[tuple[int, int, float, str, int], ...]  # the fields of ``masking.Done``
+    done: tuple[Done, ...]
 
 
 # -- a step --------------------------------------------------------------------------------------
@@ -230,10 +210,10 @@ class Reserve:
     since the last Reserve, so that they may be shared from now on.
     """
 
-    lanes: bytes
-    counts: bytes
-    opened: tuple[tuple[int, bytes, bool], ...]  # (lane, prompt ids, may use the prefix cache)
-    launched: bytes
+    lanes: array[int]
+    counts: array[int]
+    opened: tuple[tuple[int, array[int], bool], ...]  # (lane, prompt ids, may use the prefix cache)
+    launched: array[int]
 
 
 @message(11)
@@ -244,9 +224,9 @@ class Granted:
     ones (fewer than asked where the hit leaves less to compute).
     """
 
-    hits: bytes
-    counts: bytes
-    slots: bytes  # int32[sum(hits + counts)], row by row: cached slots, then new ones
+    hits: array[int]
+    counts: array[int]
+    slots: array[int]  # int32[sum(hits + counts)], row by row: cached slots, then new ones
     available: int  # free slots plus evictable ones, after this grant
 
 
@@ -258,8 +238,8 @@ class Release:
     prefix cache.
     """
 
-    items: tuple[tuple[int, bytes], ...]
-    launched: bytes  # as in Reserve; a request may end before another Reserve is sent
+    items: tuple[tuple[int, array[int]], ...]
+    launched: array[int]  # as in Reserve; a request may end before another Reserve is sent
 
 
 @message(13)
@@ -272,38 +252,39 @@ class StepPlan:
 
     step: int  # 1, 2, 3, ... without a gap
     num_decode: int  # the first rows have counts == 1
-    lanes: bytes
-    starts: bytes
-    counts: bytes
-    heads: bytes  # cached tokens before the new ones: > 0 only in a lane's first step
-    slots: bytes  # int32[sum(heads + counts)]
-    tokens: bytes  # int32[sum(counts)]; -1: the lane's last sampled token
-    samples: bytes  # 1 where the row ends the known tokens, so that a token comes out
-    opened: tuple[tuple[int, int, tuple[Any, ...], bytes], ...]
-    # (lane, prompt_len, SamplingParams.pack(), known ids: the prompt, and tokens made before a
-    # preemption; empty unless penalties or prompt_logprobs need them)
-    masked: bytes = b""  # rows whose token is constrained
-    masks: bytes = b""  # int32[len(masked), ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is 1
-    # where token t may come; empty on ranks that do not sample
+    lanes: array[int] = field(default_factory=int32s)
+    starts: array[int] = field(default_factory=int32s)
+    counts: array[int] = field(default_factory=int32s)
+    heads: array[int] = field(default_factory=int32s)  # cached tokens before the new ones: > 0 only
+    # in a lane's first step
+    slots: array[int] = field(default_factory=int32s)  # sum(heads + counts)
+    tokens: array[int] = field(default_factory=int32s)  # sum(counts); -1: the lane's last token
+    samples: bytearray = field(default_factory=bytearray)  # 1 where the row ends the known tokens,
+    # so that a token comes out
+    opened: list[Opened] = field(default_factory=list)
+    masked: array[int] = field(default_factory=int32s)  # rows whose token is constrained
+    masks: bytearray = field(
+        default_factory=bytearray
+    )  # int32[len(masked), ceil(vocab_size / 32)]:
+    # bit t % 32 of word t // 32 is 1 where token t may come; empty on ranks that do not sample
 
     def valid(self) -> bool:
         rows = len(self.lanes)
         if not (
             self.step > 0
             and _natural(self.lanes, self.starts, self.counts, self.heads, self.slots, self.masked)
-            and _is_column(self.tokens, self.masks)
             and len(self.starts) == len(self.counts) == len(self.heads) == rows
-            and len(self.samples) * 4 == rows
-            and 0 <= self.num_decode * 4 <= rows
+            and len(self.samples) == rows
+            and 0 <= self.num_decode <= rows
         ):
             return False
-        counts = ints(self.counts)
-        num_new = sum(counts)
+        num_new = sum(self.counts)
         return (
-            0 not in counts
-            and self.counts.startswith(i32([1]) * self.num_decode)
-            and len(self.tokens) == 4 * num_new
-            and len(self.slots) == 4 * (num_new + sum(ints(self.heads)))
+            0 not in self.counts
+            and self.counts[: self.num_decode] == array(INT32, [1]) * self.num_decode
+            and len(self.tokens) == num_new
+            and len(self.slots) == num_new + sum(self.heads)
+            and len(self.masks) % 4 == 0
         )
 
 
@@ -312,13 +293,9 @@ class StepDone:
     """runner of rank 0 -> scheduler: a launched step has finished on the device."""
 
     step: int
-    tokens: bytes  # int32[num_rows], -1 where the row yields none
-    logprobs: bytes  # float32[num_rows]; empty when no row asks
-    num_top: int  # columns of the next two
-    top_ids: bytes  # int32[num_rows, num_top]
-    top_logprobs: bytes  # float32[num_rows, num_top]
-    prompt: tuple[tuple[int, bytes, int, bytes, bytes], ...]
-    # (row, float32 logprobs of prompt tokens starts+1 .. , num_top, int32 top ids, float32 top logprobs)
+    tokens: array[int]  # int32[num_rows], -1 where the row yields none
+    logprobs: Logprobs | None  # one per row; None when no row asks
+    prompt: tuple[tuple[int, Logprobs], ...] = ()  # row, those of its prompt tokens starts + 1 ..
     device_ms: float = 0.0  # between its first and last operation; 0: not measured
 
 
@@ -335,29 +312,19 @@ class Tokens:
     """scheduler -> detokenizer of one frontend's process: what a step gave to its requests."""
 
     step: int
-    rids: bytes  # int64
-    tokens: bytes
+    rids: array[int]  # int64
+    tokens: array[int]
     ends: bytes  # uint8: 1 where the token is the eos or stop token that ended the request
-    logprobs: bytes  # float32[n] or empty
-    num_top: int
-    top_ids: bytes
-    top_logprobs: bytes
-    prompt: tuple[tuple[int, bytes, int, bytes, bytes], ...]  # as in StepDone, with the rid
+    logprobs: Logprobs | None
+    prompt: tuple[tuple[int, Logprobs], ...]  # as in StepDone, with the rid
 
     def valid(self) -> bool:
-        rows = len(self.rids) // 8
+        rows = len(self.rids)
         return (
-            _natural(self.rids, width=8)
-            and _natural(self.tokens)
-            and len(self.tokens) == 4 * rows
-            and len(self.ends) == rows
-            and _scores(rows, self.logprobs, self.num_top, self.top_ids, self.top_logprobs)
-            and all(
-                _is_rid(rid)
-                and _is_column(column)
-                and _scores(len(column) // 4, column, num, ids, top)
-                for rid, column, num, ids, top in self.prompt
-            )
+            _natural(self.rids, self.tokens)
+            and len(self.tokens) == len(self.ends) == rows
+            and (self.logprobs is None or (self.logprobs.whole and len(self.logprobs) == rows))
+            and all(_is_rid(rid) and logprobs.whole for rid, logprobs in self.prompt)
         )
 
 
@@ -367,13 +334,10 @@ class Delta:
 
     rid: int
     text: str  # may be empty: bytes of an unfinished character, a possible stop string
-    ids: bytes
+    ids: array[int]
     pieces: tuple[str, ...]  # text of each token alone, as the detokenizer shows it ("" for hidden)
-    logprobs: bytes  # float32[len(ids)] or empty
-    num_top: int
-    top_ids: bytes
-    top_logprobs: bytes
-    prompt: tuple[bytes, int, bytes, bytes] | None  # prompt log-probabilities, once they are there
+    logprobs: Logprobs | None
+    prompt: Logprobs | None  # prompt log-probabilities, once they are there
 
 
 @message(22)
@@ -392,22 +356,18 @@ class Finished:
     """scheduler -> detokenizer -> frontend, or tokenizer -> frontend: exactly one per request."""
 
     rid: int
-    reason: int  # core.request.Reason
-    detail: str  # for ERROR: the message
-    code: str  # for ERROR: OpenAI's string code, or ""
-    status: int  # for ERROR: the HTTP status
-    prompt_len: int
-    cached_len: int  # prompt tokens that came from the prefix cache
-    num_tokens: int  # generated tokens
+    reason: Reason
+    failure: Failure | None = None  # for ERROR
+    cached_len: int = 0  # prompt tokens that came from the prefix cache
+    num_tokens: int = 0  # generated tokens
     stop: str = ""  # for STOP: the stop string that was found
 
     def valid(self) -> bool:
-        error = self.reason == Reason.ERROR
         return (
             _is_rid(self.rid)
-            and self.reason in _REASONS
-            and (400 <= self.status <= 599 if error else True)
-            and _counts(self.prompt_len, self.cached_len, self.num_tokens)
+            and (self.failure is not None) == (self.reason is Reason.ERROR)
+            and (self.failure is None or 400 <= self.failure.status <= 599)
+            and _counts(self.cached_len, self.num_tokens)
         )
 
 
@@ -541,13 +501,14 @@ class AllocatorStats:
 class Served:
     """frontend -> watchdog@0: HTTP requests have been answered."""
 
-    # each the fields of core.metrics.Answered
-    answers: tuple[tuple[str, int, int, int, str, float, float, float], ...]
+    answers: tuple[Answered, ...]
 
     def valid(self) -> bool:
         return all(
-            100 <= status <= 599 and _counts(prompt_len, num_tokens) and all(map(isfinite, times))
-            for _, status, prompt_len, num_tokens, _, *times in self.answers
+            100 <= a.status <= 599
+            and _counts(a.prompt_len, a.num_tokens)
+            and all(map(isfinite, (a.ttft_s, a.tpot_s, a.total_s)))
+            for a in self.answers
         )
 
 

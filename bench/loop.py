@@ -63,7 +63,7 @@ def best(work: Callable[[], object], per: int, rounds: int = ROUNDS) -> float:
 
 
 def tokens_of(step: int, rids: array[int], ids: list[int]) -> Tokens:
-    return Tokens(step, rids.tobytes(), i32(ids), bytes(len(ids)), b"", 0, b"", b"", ())
+    return Tokens(step, rids, i32(ids), bytes(len(ids)), None, ())
 
 
 class Quiet(Actor[Any]):
@@ -108,7 +108,7 @@ class Pacer(Actor[Any]):
             due += self.step_s
             await asyncio.sleep(max(0.0, due - self.system.loop.time()))
         for rid in self.rids:
-            end = Finished(rid, int(Reason.LENGTH), "", "", 0, 8, 0, self.num_tokens)
+            end = Finished(rid, Reason.LENGTH, num_tokens=self.num_tokens)
             self.detokenizer.tell(end)
 
 
@@ -238,7 +238,7 @@ def scheduling(num_rows: int) -> None:
         chunked_prefill_size=2048, eos_ids=(2,),
     )  # fmt: skip
     ledger = Ledger(num_rows * 600)
-    params = SamplingParams(max_new_tokens=500, ignore_eos=True).pack()
+    params = SamplingParams(max_new_tokens=500, ignore_eos=True)
     for rid in range(num_rows):
         core.add(rid, array("i", [rid % 251 + j for j in range(16)]), params)
     spent = {"propose": 0.0, "reserve": 0.0, "plan": 0.0, "commit": 0.0}
@@ -250,11 +250,10 @@ def scheduling(num_rows: int) -> None:
         assert proposal is not None
         b = clock()
         opened = {lane: (ids, share) for lane, ids, share in proposal.opened}
-        ledger.launched(core.launched)
-        del core.launched[:]
+        ledger.launched(proposal.launched)
         grant = ledger.reserve(proposal.lanes, proposal.counts, opened)
         c = clock()
-        step = core.plan(grant.hits, grant.counts, grant.slots, grant.available)
+        step = core.plan(grant)
         assert step is not None
         d = clock()
         core.commit(step, array("i", [7] * len(step.rows)))

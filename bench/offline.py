@@ -128,7 +128,7 @@ class Recorder:
         self.steps: list[StepTime] = []
 
     def launch(self, plan: StepPlan) -> Pending:
-        num_rows, num_tokens = len(plan.lanes) // 4, len(plan.tokens) // 4
+        num_rows, num_tokens = len(plan.lanes), len(plan.tokens)
         step = StepTime(num_rows, plan.num_decode, num_tokens, time.perf_counter())
         pending = self._device.launch(plan)
         step.launch_ms = (time.perf_counter() - step.begin) * 1e3
@@ -184,7 +184,7 @@ class Sink(Actor[Tokens | Finished]):
             self.num_tokens += msg.num_tokens
             self.cached_len += max(0, msg.cached_len)
             if msg.reason == Reason.ERROR:
-                self.error = msg.detail
+                self.error = msg.failure.detail if msg.failure else ""
         if not self._waiting:
             self.ended.set()
 
@@ -227,8 +227,7 @@ class Offline:
             ignore_eos=True,
         )
         submits = [
-            Submit(rid, prompt.tobytes(), params.pack())
-            for rid, prompt in zip(rids, load.prompts, strict=True)
+            Submit(rid, prompt, params) for rid, prompt in zip(rids, load.prompts, strict=True)
         ]
         busy = {actor.name: actor.busy_s for actor in self._actors}
         begin, host = time.perf_counter(), time.thread_time()

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
-from typing import Any, get_type_hints
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncllm.codec import (
-    CodecError,
-    decode,
-    encode,
-    fits,
-    floats,
-    i32,
-    i64,
-    ints,
-    longs,
-    message,
-    registered,
-)
-from asyncllm.core.request import SamplingParams
+from asyncllm.codec import CodecError, decode, encode, i32, i64, message
+from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import (
     Abort,
     Compile,
@@ -37,14 +25,15 @@ from asyncllm.messages import (
     Submit,
     Tokens,
 )
+from asyncllm.records import Answered, Failure, Logprobs
 
 
 def test_round_trip_keeps_values_and_types() -> None:
     params = SamplingParams(max_new_tokens=3, stop=("a", "bé"), logit_bias=((5, -1.5),))
-    submit = Submit(7 << 40 | 1, i32([1, -2, 3]), params.pack())
+    submit = Submit(7 << 40 | 1, i32([1, -2, 3]), params)
     back = decode(encode(submit))
     assert back == submit
-    assert SamplingParams.unpack(back.params) == params
+    assert back.params == params
 
 
 def test_a_message_without_fields_survives() -> None:
@@ -56,16 +45,20 @@ def test_a_message_with_one_field_survives() -> None:
 
 
 def test_nested_tuples_survive() -> None:
-    tokens = Tokens(1, b"", b"", b"", b"", 0, b"", b"", ((3, b"xxxx", 1, b"yyyy", b"zzzz"),))
+    tokens = Tokens(
+        1,
+        i64([9]),
+        i32([8]),
+        b"\1",
+        None,
+        ((3, Logprobs(1, array("f", [-1.5]), i32([7]), array("f", [-2]))),),
+    )
     assert decode(encode(tokens)) == tokens
 
 
 def test_columns() -> None:
-    assert list(ints(i32([1, -1, 2**31 - 1]))) == [1, -1, 2**31 - 1]
-    assert list(longs(i64([3 << 40 | 9]))) == [3 << 40 | 9]
-    assert list(floats(bytes.fromhex("0000c03f"))) == [1.5]
-    assert len(i32([1, 2])) == 8
-    assert len(i64([1, 2])) == 16
+    assert list(i32([1, -1, 2**31 - 1])) == [1, -1, 2**31 - 1]
+    assert list(i64([3 << 40 | 9])) == [3 << 40 | 9]
 
 
 def test_only_registered_types_are_encoded() -> None:
@@ -111,16 +104,16 @@ def test_other_bytes_are_codec_errors(frame: bytes) -> None:
 
 GOOD = StepPlan(
     7, 1, i32([0, 3]), i32([5, 0]), i32([1, 2]), i32([0, 1]), i32([9, 1, 2, 3]), i32([-1, 4, 5]),
-    b"\1\1", (),
+    bytearray(b"\1\1"),
 )  # fmt: skip
-TOKENS = Tokens(
-    1, i64([5, 6]), i32([1, 2]), b"\0\1", bytes(8), 1, i32([1, 2]), bytes(8),
-    ((5, bytes(8), 2, bytes(16), bytes(16)),),
-)  # fmt: skip
-SERVED = ("/", 200, 1, 2, "stop", 0.1, -1, 2)
+TWO = Logprobs(1, array("f", [-1, -2]), i32([1, 2]), array("f", [-1, -2]))
+TOKENS = Tokens(1, i64([5, 6]), i32([1, 2]), b"\0\1", TWO, ((5, TWO),))
+ANSWERED = Answered("/", 200, 1, 2, "stop", 0.1, -1, 2)
 
 
-@pytest.mark.parametrize("msg", [GOOD, TOKENS, Served((SERVED,)), Drain(3)], ids=lambda m: type(m))
+@pytest.mark.parametrize(
+    "msg", [GOOD, TOKENS, Served((ANSWERED,)), Drain(3)], ids=lambda m: type(m)
+)
 def test_whole_messages_pass(msg: object) -> None:
     assert decode(encode(msg)) == msg
 
@@ -135,17 +128,21 @@ def test_whole_messages_pass(msg: object) -> None:
         Abort(-1),
         Abort(1 << 63),
         StopHit(1, -1),
-        Finished(1, 9, "", "", 0, 0, 0, 0),
-        Finished(1, 3, "no", "", 0, 0, 0, 0),
+        Finished(1, 9),  # type: ignore[arg-type]
+        Finished(1, Reason.ERROR),
+        Finished(1, Reason.ERROR, Failure("no", status=0)),
+        Finished(1, Reason.STOP, Failure("no")),
+        Finished(1, Reason.ERROR, ("no",)),  # type: ignore[arg-type]
         Compile(1, 1, "prose", ""),
-        Served((("/", 99, 1, 2, "stop", 0.1, -1, 2),)),
-        Served((("/", 200, -1, 2, "stop", 0.1, -1, 2),)),
-        Served((("/", 200, 1, 2, "stop", float("nan"), -1, 2),)),
+        Served((replace(ANSWERED, status=99),)),
+        Served((replace(ANSWERED, prompt_len=-1),)),
+        Served((replace(ANSWERED, ttft_s=float("nan")),)),
         Served((("/", 200),)),  # type: ignore[arg-type]
-        Submit(1, b"", ()),
-        Submit(1, b"\0", SamplingParams().pack()),
-        Submit(1, b"", SamplingParams().pack(), "between"),
-        Submit(1, b"", SamplingParams(stop="abc").pack()),  # type: ignore[arg-type]
+        Submit(1, i32([]), ()),  # type: ignore[arg-type]
+        Submit(1, b"", SamplingParams()),  # type: ignore[arg-type]
+        Submit(1, array("f"), SamplingParams()),
+        Submit(1, i32([]), SamplingParams(), "between"),
+        Submit(1, i32([]), SamplingParams(stop="abc")),  # type: ignore[arg-type]
         replace(GOOD, step=0),
         replace(GOOD, num_decode=2),
         replace(GOOD, lanes=i32([0])),
@@ -154,28 +151,23 @@ def test_whole_messages_pass(msg: object) -> None:
         replace(GOOD, slots=i32([9, 1, 2])),
         replace(GOOD, slots=i32([9, 1, 2, -3])),
         replace(GOOD, tokens=i32([1])),
-        replace(GOOD, samples=b"\1"),
+        replace(GOOD, samples=bytearray(b"\1")),
         replace(GOOD, heads=i32([-1, 2])),
+        replace(GOOD, masks=bytearray(b"\1")),
         replace(TOKENS, rids=i64([5])),
         replace(TOKENS, rids=i64([5, -6])),
         replace(TOKENS, tokens=i32([1, -2])),
         replace(TOKENS, ends=b""),
-        replace(TOKENS, logprobs=bytes(4)),
-        replace(TOKENS, top_ids=b""),
-        replace(TOKENS, num_top=-1),
-        replace(TOKENS, prompt=((5, bytes(8), 1, bytes(16), bytes(16)),)),
+        replace(TOKENS, logprobs=TWO.slice(0, 1)),
+        replace(TOKENS, logprobs=replace(TWO, top_ids=i32([]))),
+        replace(TOKENS, logprobs=replace(TWO, num_top=-1)),
+        replace(TOKENS, prompt=((5, replace(TWO, num_top=2)),)),
     ],
     ids=repr,
 )
 def test_a_message_that_nobody_can_mean_is_a_codec_error(msg: object) -> None:
-    with pytest.raises(CodecError, match=f"impossible {type(msg).__name__}"):
+    with pytest.raises(CodecError):
         decode(encode(msg))
-
-
-@pytest.mark.parametrize("cls", registered())
-def test_every_field_of_every_message_can_be_checked(cls: type) -> None:
-    for kind in get_type_hints(cls).values():
-        assert not fits(kind)(object()) or kind is Any
 
 
 @given(st.binary(max_size=64))

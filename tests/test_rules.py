@@ -18,10 +18,11 @@ PACKAGE = ROOT / "asyncllm"
 
 LOOP = {"asyncio", "zmq", "aiohttp", "uvloop"}  # who may know the event loop and the wire
 LOOP_FILES = {"rank.py", "cli.py"}  # entry points, besides actors/ and server/
+VALUES = ("errors", "codec", "records", "messages", "core")  # plain values and pure logic
 PURE = {
-    "core": ("errors", "core"),
+    "core": VALUES,
     "constrain": ("errors", "constrain"),
-    "api": ("errors", "core", "api", "__version__"),
+    "api": (*VALUES, "api", "__version__"),
 }
 TIDY = {"kernels", "models", "engine"}  # no tables of data that a formatter would spoil
 NO_SYNC = {"engine", "models", "kernels", "actors"}
@@ -386,8 +387,8 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
     (layers, "core/x.py", "from torch import Tensor"),
     (layers, "core/x.py", "import zmq"),
     (layers, "core/x.py", "from asyncllm.api import openai"),
-    (layers, "core/x.py", "from asyncllm import messages"),
-    (layers, "core/x.py", "from .. import codec"),
+    (layers, "core/x.py", "from asyncllm import text"),
+    (layers, "core/x.py", "from .. import hub"),
     (layers, "core/deep/x.py", "def f():\n    import asyncio"),
     (layers, "api/tools/x.py", "from asyncllm.engine.device import Device"),
     (layers, "api/x.py", "import aiohttp.web"),

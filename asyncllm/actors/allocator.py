@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
-from asyncllm.codec import ints
 from asyncllm.core.slots import Ledger
-from asyncllm.messages import AllocatorStats, Granted, Probe, Release, Reserve
+from asyncllm.messages import AllocatorStats, Probe, Release, Reserve
 
 
 class Allocator(Actor[Reserve | Release | Probe]):
@@ -35,9 +34,9 @@ class Allocator(Actor[Reserve | Release | Probe]):
                 case Reserve():
                     self._reserve(msg)
                 case Release(items, launched):
-                    self.ledger.launched(ints(launched))
+                    self.ledger.launched(launched)
                     for lane, generated in items:
-                        self.ledger.release(lane, ints(generated))
+                        self.ledger.release(lane, generated)
                 case Probe(query):
                     self._watchdog.tell(self._stats(query))
                 case _:
@@ -45,17 +44,9 @@ class Allocator(Actor[Reserve | Release | Probe]):
 
     def _reserve(self, msg: Reserve) -> None:
         ledger = self.ledger
-        ledger.launched(ints(msg.launched))
-        opened = {lane: (ints(ids), may_share) for lane, ids, may_share in msg.opened}
-        grant = ledger.reserve(ints(msg.lanes), ints(msg.counts), opened)
-        self._scheduler.tell(
-            Granted(
-                grant.hits.tobytes(),
-                grant.counts.tobytes(),
-                grant.slots.tobytes(),
-                grant.available,
-            )
-        )
+        ledger.launched(msg.launched)
+        opened = {lane: (ids, may_share) for lane, ids, may_share in msg.opened}
+        self._scheduler.tell(ledger.reserve(msg.lanes, msg.counts, opened))
 
     def _stats(self, query: int) -> AllocatorStats:
         ledger = self.ledger

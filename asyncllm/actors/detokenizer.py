@@ -8,26 +8,23 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from time import perf_counter
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
-from asyncllm.codec import ints, longs
+from asyncllm.codec import INT32
 from asyncllm.core.detokenize import TextStream
 from asyncllm.core.request import Reason
 from asyncllm.core.stops import SequenceFinder, Stops
 from asyncllm.messages import Delta, Finished, Flush, Follow, StopHit, Tokens
+from asyncllm.records import Logprobs
 from asyncllm.text import Text
 
 BUDGET_S = 0.0005  # one turn, so that a launch never waits longer for the loop
 LOOK_EVERY = 4  # streams between two looks at the clock
 
 Inbox = Follow | Tokens | Finished | Flush
-
-# log-probabilities of some tokens: (float32 chosen, num_top, int32 ids, float32 log-probabilities)
-Block = tuple[bytes, int, bytes, bytes]
 
 
 class Detokenizer(Actor[Inbox]):
@@ -80,24 +77,20 @@ class Detokenizer(Actor[Inbox]):
         self._turn()
 
     def _append(self, msg: Tokens) -> None:
-        width = msg.num_top * 4
-        for i, rid in enumerate(longs(msg.rids)):
+        for i, (rid, token) in enumerate(zip(msg.rids, msg.tokens, strict=True)):
             stream = self._streams.get(rid)
             if stream is None or stream.stopped_at >= 0:
                 continue
-            token = msg.tokens[i * 4 : i * 4 + 4]
-            if stream.healed and stream.repeats(*ints(token)):
+            if stream.healed and stream.repeats(token):
                 continue
-            stream.ids.frombytes(token)
+            stream.ids.append(token)
             stream.ends.append(msg.ends[i])
-            if msg.logprobs:
-                top = slice(i * width, (i + 1) * width)
-                chosen = msg.logprobs[i * 4 : i * 4 + 4]
-                stream.blocks.append((chosen, msg.num_top, msg.top_ids[top], msg.top_logprobs[top]))
+            if msg.logprobs is not None:
+                stream.blocks.append(msg.logprobs.slice(i, i + 1))
             self._mark(stream)
-        for rid, chosen, num_top, top_ids, top_logprobs in msg.prompt:
+        for rid, logprobs in msg.prompt:
             if stream := self._streams.get(rid):
-                stream.prompt.append((chosen, num_top, top_ids, top_logprobs))
+                stream.prompt.append(logprobs)
 
     def _shown(self, msg: Follow) -> frozenset[int]:
         """Ids of the special tokens that a request shows; a name that is none is ordinary text."""
@@ -164,16 +157,16 @@ class _Stream:
         self.healed = follow.healed  # text of the prompt that is to be said again
         self.covered = len(follow.healed.decode())  # characters of it
         self.print_eos, self.shown = follow.print_eos, shown
-        self.text: TextStream = text.stream(ints(follow.prompt_tail), follow.skip_special_tokens)
+        self.text: TextStream = text.stream(follow.prompt_tail, follow.skip_special_tokens)
         self.stops = Stops(follow.stop, special) if follow.stop else None
         self.special = text.special
         self.sequences = SequenceFinder(follow.stop_sequences) if follow.stop_sequences else None
         self.simple = self.stops is None and self.sequences is None
         self.scanned = 0  # tokens that ``sequences`` has seen
-        self.ids: array[int] = array("i")  # not passed on yet
+        self.ids: array[int] = array(INT32)  # not passed on yet
         self.ends = bytearray()
-        self.blocks: list[Block] = []  # one per id, or fewer where steps brought none
-        self.prompt: list[Block] = []  # one per chunk
+        self.blocks: list[Logprobs] = []  # one per id, or fewer where steps brought none
+        self.prompt: list[Logprobs] = []  # one per chunk
         self.finished: Finished | None = None
         self.has_news = False
         self.num_tokens = 0  # passed on so far
@@ -227,13 +220,13 @@ class _Stream:
         del self.ids[:used], self.ends[:used], self.blocks[:used]
         prompt = None
         if self.prompt and (ids or self.finished is not None):
-            prompt = _joined(self.prompt)
+            prompt = Logprobs.join(self.prompt)
             self.prompt = []
         if not (ids or text or prompt):
             return None
         # a request without log-probabilities sees columns only in steps it shares with others
-        columns = _joined(blocks) if blocks and len(blocks) == len(ids) else (b"", 0, b"", b"")
-        return Delta(self.rid, text, ids.tobytes(), tuple(pieces), *columns, prompt)
+        logprobs = Logprobs.join(blocks) if blocks and len(blocks) == len(ids) else None
+        return Delta(self.rid, text, ids, tuple(pieces), logprobs, prompt)
 
     def _take_one(self) -> Delta:
         """``take`` as it mostly is, in half the time: a token, and nothing that could stop the text."""
@@ -242,9 +235,10 @@ class _Stream:
         if self.print_eos or not ends:
             piece = self.text.push(token, bool(ends) or token in self.shown)
         self.num_tokens += 1
-        ids, block = self.ids.tobytes(), self.blocks[0] if self.blocks else (b"", 0, b"", b"")
-        del self.ids[:], self.ends[:], self.blocks[:]
-        return Delta(self.rid, piece, ids, (piece,), *block, None)
+        ids, self.ids = self.ids, array(INT32)
+        logprobs = self.blocks.pop() if self.blocks else None
+        del self.ends[:]
+        return Delta(self.rid, piece, ids, (piece,), logprobs, None)
 
     def _ready(self) -> tuple[int, int]:
         """How many tokens can be shown now, and how many after them are a stop sequence."""
@@ -262,8 +256,9 @@ class _Stream:
         if self.stopped_at < 0:
             return finished
         found = self.stops.found if self.stops is not None else ""
-        own = replace(finished, reason=Reason.STOP, detail="", code="", status=0, stop=found)
-        return replace(own, num_tokens=self.stopped_at)
+        return Finished(
+            self.rid, Reason.STOP, None, finished.cached_len, self.stopped_at, stop=found
+        )
 
     def _before_stop(self, piece: str, token: int = -1) -> str:
         if self.stops is None:
@@ -280,21 +275,3 @@ class _Stream:
             pieces[-1] += rest
         text = self._before_stop(rest)
         return text if self.stops is None else text + self.stops.flush()
-
-
-def _joined(blocks: Sequence[Block]) -> Block:
-    """Several blocks as one, as wide as the narrowest: a step is as wide as its widest request."""
-    num_top = min(block[1] for block in blocks)
-    top_ids: list[bytes] = []
-    top_logprobs: list[bytes] = []
-    for chosen, width, some_ids, some_logprobs in blocks:
-        if width == num_top:
-            top_ids.append(some_ids)
-            top_logprobs.append(some_logprobs)
-            continue
-        for row in range(len(chosen) // 4):
-            top = slice(row * width * 4, (row * width + num_top) * 4)
-            top_ids.append(some_ids[top])
-            top_logprobs.append(some_logprobs[top])
-    chosen = b"".join(block[0] for block in blocks)
-    return chosen, num_top, b"".join(top_ids), b"".join(top_logprobs)

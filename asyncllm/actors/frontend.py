@@ -12,7 +12,7 @@ import secrets
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from socket import socket
 from time import monotonic, perf_counter, time
 from typing import Any, assert_never
@@ -28,7 +28,7 @@ from asyncllm.api.errors import Cancelled, NotServing, from_status
 from asyncllm.api.fields import MAX_SEED
 from asyncllm.api.generation import Generation, Served
 from asyncllm.core.admission import Admission
-from asyncllm.core.metrics import REFUSED, Answered
+from asyncllm.core.metrics import REFUSED
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.messages import (
@@ -48,6 +48,7 @@ from asyncllm.messages import (
     Tokenize,
 )
 from asyncllm.messages import Served as ServedOne
+from asyncllm.records import Answered
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Frontend(Actor[Inbox]):
         self._admission = Admission(
             max_running=self.limits.max_running, max_waiting=self.limits.max_waiting
         )
-        self._to_tell: list[tuple[Any, ...]] = []  # not told yet
+        self._to_tell: list[Answered] = []  # not told yet
         self._doors: Doors | None = None
 
     def started(self) -> None:
@@ -286,7 +287,7 @@ class Frontend(Actor[Inbox]):
         """With what else is answered in this turn of the loop: no flood fills the mailbox."""
         if not self._to_tell:
             self.system.loop.call_soon(self._flush_answered)
-        self._to_tell.append(astuple(answered))
+        self._to_tell.append(answered)
 
     def _flush_answered(self) -> None:
         answers, self._to_tell = self._to_tell, []
@@ -356,7 +357,7 @@ class Frontend(Actor[Inbox]):
                 prompt.ids,
                 prompt.chat,
                 generation.add_special_tokens,
-                generation.params.pack(),
+                generation.params,
                 () if parting is None else parting.shown,
                 "" if parting is None else parting.reasoning,
                 "" if parting is None else parting.continued,
@@ -396,9 +397,9 @@ class Frontend(Actor[Inbox]):
         if found is None:
             return
         exchange, choice = found
-        reason = Reason(msg.reason)
-        if reason is Reason.ERROR:
-            self._fail(exchange, from_status(msg.status, msg.detail, msg.code))
+        reason, failure = msg.reason, msg.failure
+        if failure is not None:
+            self._fail(exchange, from_status(failure.status, failure.detail, failure.code))
             return
         if reason is Reason.ABORT and (exchange.unaccepted or not exchange.cancelled):
             error: RequestError = NotServing("the server ended this request", code="aborted")

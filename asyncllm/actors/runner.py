@@ -174,6 +174,6 @@ def _median(values: deque[float]) -> float:
 
 
 def _describe(plan: StepPlan) -> str:
-    num_rows, num_tokens = len(plan.lanes) // 4, len(plan.tokens) // 4
-    new = f", lanes opened {[lane for lane, *_ in plan.opened]}" if plan.opened else ""
+    num_rows, num_tokens = len(plan.lanes), len(plan.tokens)
+    new = f", lanes opened {[o.lane for o in plan.opened]}" if plan.opened else ""
     return f"step {plan.step}: {num_rows} rows ({plan.num_decode} decode), {num_tokens} tokens{new}"

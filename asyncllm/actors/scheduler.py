@@ -5,6 +5,7 @@ Owns the queue, the step clock and what is in flight; knows neither slots' conte
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,8 @@ from time import perf_counter
 from typing import Any, assert_never
 
 from asyncllm.actors.base import Actor, Ref
-from asyncllm.codec import ints
-from asyncllm.core.masking import Done, Job, work
+from asyncllm.codec import INT32, INT64
+from asyncllm.core.masking import Job, work
 from asyncllm.core.pacing import Pacer
 from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.scheduling import Core
@@ -28,27 +29,25 @@ from asyncllm.messages import (
     Drain,
     Drained,
     Due,
-    Finished,
     Gone,
     Granted,
     Probe,
     Release,
-    Reserve,
     SchedulerStats,
     StepDone,
-    StepPlan,
     StopHit,
     Submit,
     Tokens,
     Worked,
 )
+from asyncllm.records import Failure, Logprobs
 
 MOST_JOBS = 16  # of constraints, for one trip of a thread
 MASKS_S = 0.005  # a step waits for cheap masks, from the end of the last one on: rows that want one
 # would come a step later, and in turns with each other
 
 Inbox = Submit | Abort | Granted | StepDone | StopHit | Due | Drain | Gone | Probe | Worked
-Part = tuple[int, bytes, int, bytes, bytes]  # log-probabilities of prompt tokens, see StepDone
+Scored = tuple[int, Logprobs]  # rid, log-probabilities of some of its prompt tokens
 
 
 class Scheduler(Actor[Inbox]):
@@ -110,7 +109,7 @@ class Scheduler(Actor[Inbox]):
         self._stalled = (
             False  # nothing fits until a launched step is done or a request comes or goes
         )
-        self._unpublished: list[tuple[Emitted, list[Part]]] = []
+        self._unpublished: list[tuple[Emitted, list[Scored]]] = []
         self._detokenizers: dict[int, Ref[Any]] = {}
         self._gone: set[int] = set()  # endpoints whose processes have ended
         self._draining = self._drained = False
@@ -172,18 +171,17 @@ class Scheduler(Actor[Inbox]):
             self.system.reject(msg, f"request {msg.rid} is there already")
             return
         if self._draining:
-            self.core.refuse(msg.rid, len(msg.prompt) // 4, "server is shutting down", 503)
+            self.core.refuse(msg.rid, Failure("server is shutting down", status=503))
             return
         try:
-            params = SamplingParams.unpack(msg.params)
-            constraint = self._constrain(params, msg.thoughts, msg.healed)
+            constraint = self._constrain(msg.params, msg.thoughts, msg.healed)
             if constraint is not None and not constraint.slow(None):
                 constraint.start()
         except RequestError as error:
-            self.core.refuse(msg.rid, len(msg.prompt) // 4, error.message, error.status)
+            self.core.refuse(msg.rid, Failure(error.message, status=error.status))
             return
         self._stalled = False
-        self.core.add(msg.rid, ints(msg.prompt), msg.params, constraint, msg.after, msg.client)
+        self.core.add(msg.rid, msg.prompt, msg.params, constraint, msg.after, msg.client)
 
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -192,7 +190,7 @@ class Scheduler(Actor[Inbox]):
         """Whether a request of another process is within the limits that it was checked against."""
         if not isinstance(msg, Submit):
             return True
-        prompt, params = ints(msg.prompt), SamplingParams.unpack(msg.params)
+        prompt, params = msg.prompt, msg.params
         if params.max_new_tokens is None or len(prompt) + params.max_new_tokens > self._max_len:
             return False
         ids = min(prompt, default=0), max(prompt, default=0)
@@ -219,11 +217,7 @@ class Scheduler(Actor[Inbox]):
         if (proposal := self.core.propose()) is None:
             return
         self._asked = True
-        opened = tuple((lane, ids.tobytes(), share) for lane, ids, share in proposal.opened)
-        launched = self._take_launched()
-        self._allocator.tell(
-            Reserve(proposal.lanes.tobytes(), proposal.counts.tobytes(), opened, launched)
-        )
+        self._allocator.tell(proposal)
 
     def _pauses(self) -> bool:
         """The next step can wait a little for more rows."""
@@ -250,55 +244,36 @@ class Scheduler(Actor[Inbox]):
     def _flush(self) -> None:
         if released := self.core.released:
             self.core.released = []
-            items = tuple((lane, generated.tobytes()) for lane, generated in released)
-            self._allocator.tell(Release(items, self._take_launched()))
-
-    def _take_launched(self) -> bytes:
-        # empty while a reservation is open: then the allocator has granted more than was launched
-        launched = self.core.launched.tobytes()
-        del self.core.launched[:]
-        return launched
+            # nothing is launched while a reservation is open: then the allocator has granted more
+            self._allocator.tell(Release(tuple(released), self.core.take_launched()))
 
     def _launch(self, granted: Granted) -> None:
         self._asked = False
-        step = self.core.plan(
-            ints(granted.hits), ints(granted.counts), ints(granted.slots), granted.available
-        )
+        step = self.core.plan(granted)
         if step is None:
             self._stalled = self.core.relieve(bool(self._inflight))
             return
         self._inflight.append(step)  # lengths have advanced here, not at commit
-        plan = StepPlan(
-            step.number,
-            step.num_decode,
-            step.lanes.tobytes(),
-            step.starts.tobytes(),
-            step.counts.tobytes(),
-            step.heads.tobytes(),
-            step.slots.tobytes(),
-            step.tokens.tobytes(),
-            bytes(step.samples),
-            tuple(step.opened),
-            step.masked.tobytes(),
-            bytes(step.masks),
-        )
+        plan = step.plan
         for i, runner in enumerate(self._runners):
             if i == 1 and plan.masks:
-                plan = replace(plan, masked=b"", masks=b"")  # the group's first rank samples
+                plan = replace(
+                    plan, masked=array(INT32), masks=bytearray()
+                )  # the group's first rank samples
             runner.tell(plan)
 
     def _commit(self, done: StepDone) -> None:
         self._stalled = False
         step = self._inflight.popleft()
-        assert step.number == done.step, (step.number, done.step)
-        num_decode = step.num_decode if step.decodes else 0
+        assert step.plan.step == done.step, (step.plan.step, done.step)
+        num_decode = len(step.rows) if step.decodes else 0
         now = perf_counter()
         self._pacer.over(now, done.device_ms, num_decode)
-        parts = [part for got in done.prompt if (part := self._part(step, got)) is not None]
+        scores = [scored for got in done.prompt if (scored := self._score(step, *got)) is not None]
         step.result = done
-        emitted = self.core.commit(step, ints(done.tokens))
-        if emitted.rows or parts:
-            self._unpublished.append((emitted, parts))
+        emitted = self.core.commit(step, done.tokens)
+        if emitted.rows or scores:
+            self._unpublished.append((emitted, scores))
         self._masks_until = now + MASKS_S
 
     def _work(self) -> None:
@@ -317,37 +292,23 @@ class Scheduler(Actor[Inbox]):
         self._free += 1
         self._stalled = False
         for done in msg.done:
-            self._unpublished += [(emitted, []) for emitted in self.core.worked(Done(*done))]
+            self._unpublished += [(emitted, []) for emitted in self.core.worked(done)]
 
-    def _part(self, step: Step, got: Part) -> Part | None:
-        row, logprobs, num_top, ids, top = got
-        if (scored := self.core.score(step, row, len(logprobs) // 4)) is None:
+    def _score(self, step: Step, row: int, logprobs: Logprobs) -> Scored | None:
+        if (scored := self.core.score(step, row, len(logprobs))) is None:
             return None
-        rid, cut = scored
-        wide = 4 * cut * num_top
-        return rid, logprobs[4 * cut :], num_top, ids[wide:], top[wide:]
+        rid, known = scored
+        return rid, logprobs.slice(known)
 
     def _publish(self) -> None:
-        for emitted, parts in self._unpublished:
-            for endpoint, tokens in pack_tokens(emitted, parts):
+        for emitted, scores in self._unpublished:
+            for endpoint, tokens in pack_tokens(emitted, scores):
                 if endpoint not in self._gone:
                     self._detokenizer(endpoint).tell(tokens)
         self._unpublished.clear()
         for end in self.core.ended:
-            if (endpoint := end.rid >> FRONTEND_SHIFT) in self._gone:
-                continue
-            self._detokenizer(endpoint).tell(
-                Finished(
-                    end.rid,
-                    int(end.reason),
-                    end.detail,
-                    end.code,
-                    end.status,
-                    end.prompt_len,
-                    end.cached_len,
-                    end.num_tokens,
-                )
-            )
+            if (endpoint := end.rid >> FRONTEND_SHIFT) not in self._gone:
+                self._detokenizer(endpoint).tell(end)
         self.core.ended.clear()
         if self._draining and not (self._drained or self.core.requests or self._inflight):
             self._drained = True
@@ -373,51 +334,32 @@ class Scheduler(Actor[Inbox]):
         )
 
 
-def pack_tokens(emitted: Emitted, parts: Sequence[Part]) -> list[tuple[int, Tokens]]:
+def pack_tokens(emitted: Emitted, scores: Sequence[Scored]) -> list[tuple[int, Tokens]]:
     """A step's results as one message per frontend endpoint."""
-    done: StepDone = emitted.step.result
+    done = emitted.step.result
+    assert done is not None
     endpoints = {rid >> FRONTEND_SHIFT for rid in emitted.rids}
-    if len(endpoints) == 1 and not parts:
+    if len(endpoints) == 1 and not scores:
         (endpoint,) = endpoints
-        whole = len(emitted.rows) * 4 == len(done.tokens)
-        return [(endpoint, _pack(done, emitted, range(len(emitted.rows)), whole, ()))]
+        return [(endpoint, _pack(done, emitted, range(len(emitted.rows)), ()))]
     out = []
-    for endpoint in sorted(endpoints | {part[0] >> FRONTEND_SHIFT for part in parts}):
+    for endpoint in sorted(endpoints | {rid >> FRONTEND_SHIFT for rid, _ in scores}):
         mine = [i for i, rid in enumerate(emitted.rids) if rid >> FRONTEND_SHIFT == endpoint]
-        own_parts = tuple(part for part in parts if part[0] >> FRONTEND_SHIFT == endpoint)
-        out.append((endpoint, _pack(done, emitted, mine, False, own_parts)))
+        own_scores = tuple(s for s in scores if s[0] >> FRONTEND_SHIFT == endpoint)
+        out.append((endpoint, _pack(done, emitted, mine, own_scores)))
     return out
 
 
 def _pack(
-    done: StepDone, emitted: Emitted, mine: Sequence[int], whole: bool, parts: tuple[Part, ...]
+    done: StepDone, emitted: Emitted, mine: Sequence[int], scores: tuple[Scored, ...]
 ) -> Tokens:
-    """``mine`` indexes the emitted columns; ``whole``: these are all rows of the step."""
-    if isinstance(mine, range):
-        rids, tokens, ends = emitted.rids, emitted.tokens, bytes(emitted.ends)
-    else:
-        rids = emitted.rids[:0]
-        rids.extend(emitted.rids[i] for i in mine)
-        tokens = emitted.tokens[:0]
-        tokens.extend(emitted.tokens[i] for i in mine)
-        ends = bytes(emitted.ends[i] for i in mine)
-    logprobs, top_ids, top_logprobs = done.logprobs, done.top_ids, done.top_logprobs
-    if logprobs and not whole:
-        rows, width = [emitted.rows[i] for i in mine], 4 * done.num_top
-        logprobs = _gather(logprobs, rows, 4)
-        top_ids, top_logprobs = _gather(top_ids, rows, width), _gather(top_logprobs, rows, width)
-    return Tokens(
-        done.step,
-        rids.tobytes(),
-        tokens.tobytes(),
-        ends,
-        logprobs,
-        done.num_top,
-        top_ids,
-        top_logprobs,
-        parts,
-    )
-
-
-def _gather(column: bytes, rows: Sequence[int], width: int) -> bytes:
-    return b"".join(column[i * width : (i + 1) * width] for i in rows)
+    """``mine`` indexes the emitted columns; a range: it is all of them."""
+    rids, tokens, ends = emitted.rids, emitted.tokens, bytes(emitted.ends)
+    if not isinstance(mine, range):
+        rids = array(INT64, [rids[i] for i in mine])
+        tokens = array(INT32, [tokens[i] for i in mine])
+        ends = bytes(ends[i] for i in mine)
+    logprobs = done.logprobs
+    if logprobs is not None and len(mine) != len(done.tokens):
+        logprobs = logprobs.pick([emitted.rows[i] for i in mine])
+    return Tokens(done.step, rids, tokens, ends, logprobs, scores)

@@ -19,6 +19,7 @@ from asyncllm import templates
 from asyncllm.actors.base import Actor
 from asyncllm.api.errors import NotServing
 from asyncllm.api.reasoning import prompt_state
+from asyncllm.codec import INT32
 from asyncllm.core.admission import Shares
 from asyncllm.core.cutting import encode_ends, shortened
 from asyncllm.core.fair_queue import FairQueue
@@ -37,10 +38,11 @@ from asyncllm.messages import (
     Submit,
     Tokenize,
 )
+from asyncllm.records import Failure
 from asyncllm.text import Text
 
 MOST_HEALED = 2  # tokens taken off a prompt, as LightLLM does
-TAIL_BYTES = 8 * 4  # prompt ids that the detokenizer gets: more than any character needs
+TAIL_TOKENS = 8  # prompt ids that the detokenizer gets: more than any character needs
 MIN_CHARS_PER_TOKEN = 16  # where the longest token is shorter; also what /tokens may count
 # A prompt takes a place in the line for each of these, so that what waits in one line are 32 Mi characters:
 # 8 s of English for one thread on a slow core, 37 s of digits (1 token each). A prompt of several
@@ -61,7 +63,7 @@ class _Job:
     alive: list[int]
     since: float  # the loop's time
     head: str = ""  # see Accepted
-    ids: bytes = b""  # once they are known
+    ids: array[int] = field(default_factory=lambda: array(INT32))  # once they are known
     cut: bool = False  # there were more before some were left out
     dropped: int = 0  # tokens at their end that the output spells anew
     params: SamplingParams = field(
@@ -172,8 +174,8 @@ class Tokenizer(Actor[Inbox]):
         for number in whole:
             if job := self._jobs.get(number):
                 if isinstance(job.msg, Tokenize) and job.msg.ids is not None:
-                    ids, job.cut = _fitted(array("i", job.msg.ids), self._keeps(job.msg))
-                    self._answer(number, job, ids.tobytes())
+                    ids, job.cut = _fitted(job.msg.ids, self._keeps(job.msg))
+                    self._answer(number, job, ids)
                 elif (error := self._too_long(job.msg)) is not None:
                     self._forget(number, job)
                     self._refuse(job, error)
@@ -268,7 +270,9 @@ class Tokenizer(Actor[Inbox]):
             if msg.chat is not None:
                 rendered = await self._renderer.render(msg.chat)
         except RequestError as error:
-            return Prepared(number, b"", error.message, error.code or "", error.status, True)
+            return Prepared(
+                number, array(INT32), error.message, error.code or "", error.status, True
+            )
         work = self.system.loop.run_in_executor(self._pool, self._ids, msg, rendered)
         try:
             async with asyncio.timeout(self._time_limit_s):
@@ -276,16 +280,20 @@ class Tokenizer(Actor[Inbox]):
         except TimeoutError:
             self.spawn(self._late(number, work))
             detail = f"the prompt could not be prepared in {self._time_limit_s:g} s"
-            return Prepared(number, b"", detail, "", RequestError.status, False)
+            return Prepared(number, array(INT32), detail, "", RequestError.status, False)
         except RequestError as error:
-            return Prepared(number, b"", error.message, error.code or "", error.status, True)
+            return Prepared(
+                number, array(INT32), error.message, error.code or "", error.status, True
+            )
         return Prepared(number, ids, "", "", 0, True, head, cut)
 
-    async def _late(self, number: int, work: asyncio.Future[tuple[bytes, str, bool]]) -> Prepared:
+    async def _late(
+        self, number: int, work: asyncio.Future[tuple[array[int], str, bool]]
+    ) -> Prepared:
         """Frees the thread of a job that has been answered already."""
         with contextlib.suppress(RequestError):
             await work
-        return Prepared(number, b"", "", "", 0, True)
+        return Prepared(number, array(INT32), "", "", 0, True)
 
     def _prepared(self, msg: Prepared) -> None:
         if msg.frees:
@@ -319,11 +327,11 @@ class Tokenizer(Actor[Inbox]):
         if not job.alive:
             del self._jobs[number]
             self._leave_line(number, job)
-        self.frontend.tell(Finished(rid, Reason.ABORT, "", "", 0, 0, 0, 0))
+        self.frontend.tell(Finished(rid, Reason.ABORT))
 
     # -- in a thread of the pool: plain data in and out ------------------------------------------------
 
-    def _ids(self, msg: Tokenize | Count, rendered: bytes) -> tuple[bytes, str, bool]:
+    def _ids(self, msg: Tokenize | Count, rendered: bytes) -> tuple[array[int], str, bool]:
         """Ids of a text or a chat, the chat's head, whether it was cut. Raises RequestError."""
         head = ""
         try:
@@ -335,7 +343,7 @@ class Tokenizer(Actor[Inbox]):
             else:
                 text, add_special_tokens = msg.text or "", msg.add_special_tokens
             ids, cut = self._encoded(text, add_special_tokens, msg)
-            return ids.tobytes(), head, cut
+            return ids, head, cut
         except UnicodeEncodeError as error:
             raise RequestError("the prompt is not valid Unicode: a lone surrogate") from error
 
@@ -395,7 +403,7 @@ class Tokenizer(Actor[Inbox]):
         What is to be generated has room beside them (one token if that is open).
         """
         keeps = [(0, msg.truncate)] if msg.truncate else []
-        most = SamplingParams.unpack(msg.params).max_new_tokens
+        most = msg.params.max_new_tokens
         room = self._limit - (1 if most is None else most)
         if self._truncation != "None" and room > 0:
             room = min(room, self._input_limit)
@@ -405,14 +413,14 @@ class Tokenizer(Actor[Inbox]):
 
     # -- answers -------------------------------------------------------------------------------------
 
-    def _answer(self, number: int, job: _Job, ids: bytes) -> None:
+    def _answer(self, number: int, job: _Job, ids: array[int]) -> None:
         """The ids are there; a grammar must be ready before its request is accepted."""
         msg = job.msg
         if isinstance(msg, Count):
             self._forget(number, job)
-            self.frontend.tell(Counted(msg.query, len(ids) // 4))
+            self.frontend.tell(Counted(msg.query, len(ids)))
             return
-        params = SamplingParams.unpack(msg.params)
+        params = msg.params
         try:
             room = self._room(ids, params.max_new_tokens)
         except RequestError as error:
@@ -433,13 +441,13 @@ class Tokenizer(Actor[Inbox]):
         ids, params, thoughts = job.ids, job.params, ""
         if msg.reasoning:
             thoughts = prompt_state(msg.reasoning, job.head + msg.continued, msg.continued)
-        kept = ids[: len(ids) - 4 * job.dropped]
+        kept = ids[: len(ids) - job.dropped]
         healed = tuple(self._pieces(ids[len(kept) :]))
         for rid in job.alive:
             self.detokenizer.tell(
                 Follow(
                     rid,
-                    kept[-TAIL_BYTES:],
+                    kept[-TAIL_TOKENS:],
                     params.stop,
                     params.skip_special_tokens,
                     params.print_eos,
@@ -452,18 +460,16 @@ class Tokenizer(Actor[Inbox]):
             if rid in job.alive:
                 own = replace(params, seed=_wrapped(params.seed + i))
                 after = -1 if rid == job.alive[0] else job.alive[0]
-                self.scheduler.tell(
-                    Submit(rid, kept, own.pack(), thoughts, after, healed, msg.client)
-                )
+                self.scheduler.tell(Submit(rid, kept, own, thoughts, after, healed, msg.client))
         self.frontend.tell(Accepted(msg.rids[0], ids, job.head, job.cut))
 
-    def _to_heal(self, ids: bytes, params: SamplingParams) -> int:
+    def _to_heal(self, ids: array[int], params: SamplingParams) -> int:
         """How many tokens at the end of a text are to be spelled anew."""
         bound = params.grammar is not None or params.allowed_token_ids
         if not self._heals or bound or params.prompt_logprobs >= 0 or not params.max_new_tokens:
             return 0
-        for num in range(min(MOST_HEALED, len(ids) // 4 - 1), 0, -1):
-            pieces = self._pieces(ids[-4 * num :])
+        for num in range(min(MOST_HEALED, len(ids) - 1), 0, -1):
+            pieces = self._pieces(ids[-num:])
             # only whole characters, so that the output's text can be cut behind them
             if all(pieces) and b"".join(pieces).decode(errors="ignore").encode() == b"".join(
                 pieces
@@ -471,15 +477,14 @@ class Tokenizer(Actor[Inbox]):
                 return num
         return 0
 
-    def _pieces(self, ids: bytes) -> list[bytes]:
+    def _pieces(self, ids: array[int]) -> list[bytes]:
         """Bytes of ordinary tokens, b"" of special ones."""
         text = self._text
         return [
-            text.pieces[i] if i < len(text.pieces) and i not in text.special else b""
-            for i in map(int, np.frombuffer(ids, np.int32))
+            text.pieces[i] if i < len(text.pieces) and i not in text.special else b"" for i in ids
         ]
 
-    def _room(self, ids: bytes, max_new_tokens: int | None) -> int:
+    def _room(self, ids: array[int], max_new_tokens: int | None) -> int:
         """Tokens the request may generate. Raises RequestError where the prompt cannot be served."""
         if not ids:
             raise RequestError("prompt is empty", param="prompt")
@@ -520,18 +525,9 @@ class Tokenizer(Actor[Inbox]):
             told = Counted(job.msg.query, -1, error.message, error.code or "", error.status)
             self.frontend.tell(told)
             return
-        self.frontend.tell(
-            Finished(
-                job.alive[0],  # the group's first, unless that one has been aborted
-                Reason.ERROR,
-                error.message,
-                error.code or "",
-                error.status,
-                0,
-                0,
-                0,
-            )
-        )
+        failure = Failure(error.message, error.code or "", error.status)
+        # the group's first, unless that one has been aborted
+        self.frontend.tell(Finished(job.alive[0], Reason.ERROR, failure))
 
 
 def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], bool]:

@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
-from asyncllm.core.metrics import Answered, Process, ServerMetrics, State
+from asyncllm.core.metrics import Process, ServerMetrics, State
 from asyncllm.errors import PeerLost
 from asyncllm.messages import (
     AllocatorStats,
@@ -384,7 +384,7 @@ class Watchdog(Actor[Inbox]):
 
     def _served(self, msg: Served) -> None:
         for answer in msg.answers:
-            self._metrics.observe(Answered(*answer))
+            self._metrics.observe(answer)
 
     def _ask(self) -> None:
         """One probe for all who ask now; none while one is out, since its answers may be old."""

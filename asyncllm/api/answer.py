@@ -13,8 +13,11 @@ from typing import Any, Final, Protocol
 
 from asyncllm.api.generation import Generation
 from asyncllm.api.parts import Parts
+from asyncllm.codec import INT32
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
+from asyncllm.messages import Delta
+from asyncllm.records import Logprobs
 
 MOST_LOST: Final = 16  # characters between two tokens that a tokenizer may leave out
 LEAST_LOGPROB: Final = -9999.0  # stands for -inf, which JSON does not have
@@ -24,27 +27,6 @@ REASONS: Final = {
     Reason.ABORT: "abort",
     Reason.ERROR: "error",
 }
-
-
-class Piece(Protocol):
-    """New tokens of one choice; the Delta message is one."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def ids(self) -> bytes: ...
-    @property
-    def pieces(self) -> tuple[str, ...]: ...
-    @property
-    def logprobs(self) -> bytes: ...
-    @property
-    def num_top(self) -> int: ...
-    @property
-    def top_ids(self) -> bytes: ...
-    @property
-    def top_logprobs(self) -> bytes: ...
-    @property
-    def prompt(self) -> tuple[bytes, int, bytes, bytes] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,37 +74,25 @@ class Vocab:
 
 
 @dataclass(slots=True)
-class Columns:
-    """Tokens with their log-probabilities, column-wise, each with ``num_top`` alternatives."""
+class TokenLogprobs:
+    """Tokens with their log-probabilities, each with ``num_top`` alternatives at most."""
 
     num_top: int = 0
-    ids: array[int] = field(default_factory=lambda: array("i"))
-    logprobs: array[float] = field(default_factory=lambda: array("f"))
-    top_ids: array[int] = field(default_factory=lambda: array("i"))
-    top_logprobs: array[float] = field(default_factory=lambda: array("f"))
+    ids: array[int] = field(default_factory=lambda: array(INT32))
+    logprobs: Logprobs = field(init=False)
 
-    def extend(self, logprobs: bytes, width: int, top_ids: bytes, top_logprobs: bytes) -> None:
-        """Append scores that come with ``width`` alternatives, which other requests widened."""
-        self.logprobs.frombytes(logprobs)
-        if not self.num_top:
-            return
-        if width == self.num_top:
-            self.top_ids.frombytes(top_ids)
-            self.top_logprobs.frombytes(top_logprobs)
-            return
-        for row in range(len(logprobs) // 4):
-            part = slice(row * width * 4, (row * width + self.num_top) * 4)
-            self.top_ids.frombytes(top_ids[part])
-            self.top_logprobs.frombytes(top_logprobs[part])
+    def __post_init__(self) -> None:
+        self.logprobs = Logprobs(self.num_top)
 
     def logprob(self, i: int) -> float | None:
         """Log-probability of token ``i``, or None where it is not known."""
-        return finite(self.logprobs[i]) if i < len(self.logprobs) else None
+        chosen = self.logprobs.chosen
+        return finite(chosen[i]) if i < len(chosen) else None
 
     def top(self, i: int) -> list[tuple[int, float]]:
         """The best (id, logprob) pairs at token ``i``, best first."""
-        span = range(i * self.num_top, min((i + 1) * self.num_top, len(self.top_ids)))
-        return [(self.top_ids[j], finite(self.top_logprobs[j])) for j in span]
+        at = self.logprobs.slice(i, i + 1)
+        return [(j, finite(value)) for j, value in zip(at.top_ids, at.top, strict=True)]
 
 
 @dataclass(slots=True, eq=False)
@@ -133,8 +103,8 @@ class Choice:
     prompt_idx: int
     texts: list[str] = field(default_factory=list)
     wants: tuple[int, int] = (-1, -1)  # log-probabilities of tokens, and of the prompt's
-    tokens: Columns = field(init=False)
-    scores: Columns = field(init=False)  # of prompt tokens 1..; the ids are the prompt's
+    tokens: TokenLogprobs = field(init=False)
+    scores: TokenLogprobs = field(init=False)  # of prompt tokens 1..; the ids are the prompt's
     num_tokens: int = 0
     prompt_len: int = 0
     cached_len: int = 0
@@ -145,28 +115,28 @@ class Choice:
     parts: Parts | None = None  # None: all text is content
 
     def __post_init__(self) -> None:
-        self.tokens = Columns(max(self.wants[0], 0))
-        self.scores = Columns(max(self.wants[1], 0))
+        self.tokens = TokenLogprobs(max(self.wants[0], 0))
+        self.scores = TokenLogprobs(max(self.wants[1], 0))
 
     @property
     def text(self) -> str:
         """The whole text so far."""
         return "".join(self.texts)
 
-    def take(self, piece: Piece) -> None:
+    def take(self, delta: Delta) -> None:
         """Add new tokens and text."""
-        if piece.text:
-            self.texts.append(piece.text)
-        num_tokens = len(piece.ids) // 4
-        self.num_tokens += num_tokens
+        if delta.text:
+            self.texts.append(delta.text)
+        self.num_tokens += len(delta.ids)
         if self.parts is not None:
-            self.parts.take(piece.text, piece.pieces, num_tokens)
+            self.parts.take(delta.text, delta.pieces, len(delta.ids))
         if self.wants[0] >= 0:
-            self.pieces += piece.pieces
-            self.tokens.ids.frombytes(piece.ids)
-            self.tokens.extend(piece.logprobs, piece.num_top, piece.top_ids, piece.top_logprobs)
-        if self.wants[1] >= 0 and piece.prompt is not None:
-            self.scores.extend(*piece.prompt)
+            self.pieces += delta.pieces
+            self.tokens.ids.extend(delta.ids)
+            if delta.logprobs is not None:
+                self.tokens.logprobs.extend(delta.logprobs)
+        if self.wants[1] >= 0 and delta.prompt is not None:
+            self.scores.logprobs.extend(delta.prompt)
 
     def end(self, reason: Reason, cached_len: int, stop: str) -> None:
         """There will be no more tokens."""
@@ -188,17 +158,16 @@ class Answer:
     prompts: list[array[int]]
     truncated: set[int] = field(default_factory=set)  # prompts that are shorter than they were sent
 
-    def accept(self, prompt_idx: int, ids: bytes, head: str, cut: bool = False) -> None:
+    def accept(self, prompt_idx: int, ids: array[int], head: str, cut: bool = False) -> None:
         """A prompt is known.
 
         Args:
-            ids: int32.
-            head, cut: as in Accepted.
+            ids, head, cut: as in Accepted.
         """
         if cut:
             self.truncated.add(prompt_idx)
         generation = self.generation
-        self.prompts[prompt_idx].frombytes(ids)
+        self.prompts[prompt_idx] = ids
         if generation.parting is not None:
             first = prompt_idx * generation.n
             for choice in self.choices[first : first + generation.n]:
@@ -236,7 +205,7 @@ class Reply(Protocol):
     def opening(self) -> bytes:
         """What is sent right after the headers."""
 
-    def piece(self, choice: Choice, piece: Piece) -> bytes:
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
         """New tokens; ``choice`` has taken them already."""
 
     def settle(self) -> bytes:

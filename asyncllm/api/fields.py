@@ -211,8 +211,8 @@ def token_id(value: Any, name: str) -> int:
     return int(value)
 
 
-def token_ids(value: Any, name: str) -> bytes:
-    """A prompt of token ids as int32 bytes."""
+def token_ids(value: Any, name: str) -> array[int]:
+    """A prompt of token ids as a column of int32."""
     try:
         column = array("i", value)
     except (TypeError, OverflowError):
@@ -221,7 +221,7 @@ def token_ids(value: Any, name: str) -> bytes:
         bad(f"{name} must be token ids, not {show(value)}", name)
     if column and min(column) < 0:
         bad(f"{name}: {min(column)} is not a token id (0 .. vocabulary size - 1)", name)
-    return column.tobytes()
+    return column
 
 
 def stop_strings(value: Any, name: str) -> tuple[str, ...]:

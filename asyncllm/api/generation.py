@@ -5,6 +5,7 @@ Knows prompts, parameters and flags; knows neither JSON names nor answers.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ class Prompt:
     """One prompt; exactly one field is set."""
 
     text: str | None = None
-    ids: bytes | None = None  # int32
+    ids: array[int] | None = None
     chat: bytes | None = None  # JSON for the chat template: messages, tools, kwargs
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 from asyncllm.api import sse
-from asyncllm.api.answer import REASONS, Answer, Choice, Piece, finite
+from asyncllm.api.answer import REASONS, Answer, Choice, finite
 from asyncllm.errors import RequestError
+from asyncllm.messages import Delta
 
 HEAD: Final = b"data:"  # no space, as LightLLM has it
 NO_TOKEN: Final = -1  # id in a last event that brings no token
@@ -28,9 +29,9 @@ class NativeReply:
         """Nothing."""
         return b""
 
-    def piece(self, choice: Choice, piece: Piece) -> bytes:
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
         """An event per token, the newest held back. The texts of the events are the whole text."""
-        count = len(piece.ids) // 4
+        count = len(piece.ids)
         if not count:
             if piece.text:  # held back until the end came
                 i, text = self._held or (None, "")
@@ -110,9 +111,9 @@ class NativeReply:
 
     def scored(self, choice: Choice) -> str:
         """``{id: {logprob, rank, decoded_token}}`` of every token of a choice, as JSON."""
-        ids, logprobs, text = choice.tokens.ids, choice.tokens.logprobs, self.answer.vocab.text
+        ids, text = choice.tokens.ids, self.answer.vocab.text
         names = {token: sse.quoted(text(token)) for token in set(ids)}
-        pairs = zip(ids, logprobs, strict=True)
+        pairs = zip(ids, choice.tokens.logprobs.chosen, strict=True)
         return f"[{','.join([_map(token, finite(x), names[token]) for token, x in pairs])}]"
 
     def prompt_scores(self, choice: Choice) -> dict[str, Any]:

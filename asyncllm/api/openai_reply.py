@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from asyncllm.api import sse
-from asyncllm.api.answer import REASONS, Answer, Choice, Piece, Vocab
+from asyncllm.api.answer import REASONS, Answer, Choice, Vocab
 from asyncllm.api.generation import Served
 from asyncllm.errors import RequestError
+from asyncllm.messages import Delta
 
 MARK: Final = "\ue000text\ue001"  # stands for the text in a chunk template
 
@@ -80,7 +81,7 @@ class CompletionReply(_OpenAIReply):
         unsaid = [c for c in self.answer.choices if c.index not in self._echoed]
         return b"".join(self._echo(choice) for choice in unsaid)
 
-    def piece(self, choice: Choice, piece: Piece) -> bytes:
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
         """One chunk; with echo and logprobs the prompt's chunk once its scores are complete."""
         generation = self.answer.generation
         out = b""
@@ -92,7 +93,7 @@ class CompletionReply(_OpenAIReply):
                 out = self._echo(choice)
         if self._wants_logprobs:
             if piece.ids or piece.text:
-                count = len(piece.ids) // 4
+                count = len(piece.ids)
                 logprobs = self._logprobs(choice, choice.num_tokens - count)
                 out += self._event(choice, piece.text, logprobs)
         elif piece.text:
@@ -202,12 +203,12 @@ class ChatReply(_OpenAIReply):
         delta = {"role": "assistant", "content": ""}
         return b"".join(self._event(choice, delta, None, None) for choice in self.answer.choices)
 
-    def piece(self, choice: Choice, piece: Piece) -> bytes:
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
         """One content chunk, if there is something to say."""
         if self._wants_logprobs:
             if not piece.ids and not piece.text:
                 return b""
-            logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids) // 4)
+            logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids))
             return self._event(choice, {"content": piece.text}, logprobs, None)
         if not piece.text:
             return b""

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from asyncllm.api import sse
-from asyncllm.api.answer import REASONS, Answer, Choice, Piece
+from asyncllm.api.answer import REASONS, Answer, Choice
 from asyncllm.api.openai_reply import MARK, ChatReply
 from asyncllm.api.parts import Parts
 from asyncllm.api.tools import Arguments, Call, CallEnd, CallStart, Event, Reasoning, Text
+from asyncllm.messages import Delta
 
-Delta = dict[str, Any]
+ChatDelta = dict[str, Any]
 
 
 def chat_reply(answer: Answer) -> ChatReply:
@@ -29,11 +30,11 @@ class PartedReply(ChatReply):
         # by choice, kind of event, and call
         self._ready: dict[tuple[int, type[Event], int], tuple[bytes, ...]] = {}
 
-    def piece(self, choice: Choice, piece: Piece) -> bytes:
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
         """A chunk for each thing found; the first has the log-probabilities of all new tokens."""
         logprobs = None
         if self._wants_logprobs and piece.ids:
-            logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids) // 4)
+            logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids))
         return self._news(choice, logprobs)
 
     def end(self, choice: Choice) -> bytes:
@@ -80,7 +81,7 @@ class PartedReply(ChatReply):
             message |= {"function_call": told[0]["function"]} if old else {"tool_calls": told}
         return message
 
-    def _delta(self, event: Event, text: str | None) -> Delta:
+    def _delta(self, event: Event, text: str | None) -> ChatDelta:
         delta = _delta(event, text)
         if self.answer.generation.functions and "tool_calls" in delta:
             return {"function_call": delta["tool_calls"][0]["function"]}
@@ -99,7 +100,7 @@ def _parts(choice: Choice) -> Parts:
     return choice.parts
 
 
-def _delta(event: Event, text: str | None) -> Delta:
+def _delta(event: Event, text: str | None) -> ChatDelta:
     match event:
         case Reasoning():
             return {"reasoning": text, "reasoning_content": text}

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any, Final
 
 from asyncllm.api import sse
-from asyncllm.api.answer import Answer, Choice, Piece
+from asyncllm.api.answer import Answer, Choice
 from asyncllm.api.openai_reply import scored
 from asyncllm.api.responses import Asked, Store, answered
 from asyncllm.api.sections import Section, SectionReply
 from asyncllm.api.tools import CallStart, Reasoning, Text
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
+from asyncllm.messages import Delta
 
 PREFIXES: Final = {Text: "msg_", Reasoning: "rs_", CallStart: "fc_"}  # of items' ids
 EVENTS: Final = {  # that bring a section's text
@@ -42,10 +43,10 @@ class ResponseReply(SectionReply):
             "response.in_progress", response=response
         )
 
-    def piece(self, choice: Choice, piece: Piece) -> bytes:
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
         """What has been found in new text."""
         if self._scored and piece.ids:
-            vocab, first = self.answer.vocab, choice.num_tokens - len(piece.ids) // 4
+            vocab, first = self.answer.vocab, choice.num_tokens - len(piece.ids)
             self._scores += scored(vocab, choice, first)
         return super().piece(choice, piece)
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from asyncllm.api.answer import Answer, Choice, Piece
+from asyncllm.api.answer import Answer, Choice
 from asyncllm.api.tools import Arguments, CallEnd, CallStart, Event, Reasoning, Text
+from asyncllm.messages import Delta
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +106,7 @@ class SectionReply:
         """Events for its end."""
         raise NotImplementedError
 
-    def piece(self, choice: Choice, piece: Piece) -> bytes:
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
         """What has been found in new text."""
         if choice.parts is not None:
             return self._tell(self.sections.add(choice.parts.news()))

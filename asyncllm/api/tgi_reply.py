@@ -91,7 +91,7 @@ class TgiReply(NativeReply):
             "generated_text": self._text(choice),
             "finish_reason": self._reason(choice),
             "generated_tokens": choice.num_tokens,
-            "logprob": finite(math.fsum(choice.tokens.logprobs)),
+            "logprob": finite(math.fsum(choice.tokens.logprobs.chosen)),
         }
 
     def _details(self, choice: Choice) -> dict[str, Any]:
@@ -150,5 +150,5 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 
 def _mean_logprob(choice: Choice) -> float:
-    logprobs = choice.tokens.logprobs
+    logprobs = choice.tokens.logprobs.chosen
     return math.fsum(logprobs) / len(logprobs) if logprobs else -math.inf

@@ -6,38 +6,17 @@ Owns the line and its budgets. Knows neither threads nor the device; :func:`work
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from heapq import heappop, heappush
 from time import thread_time
-from typing import NamedTuple
 
-from asyncllm.core.request import Again, Constraint
+from asyncllm.core.request import Again, Constraint, Verdict
 from asyncllm.core.steps import Request
 from asyncllm.errors import RequestError
+from asyncllm.records import Done, Failure
 
 STEP_S = 0.05  # CPU seconds for all constraints while the device is busy with one step
 BATCH_S = 0.005  # a thread comes back after so much, with what is left undone
 CHEAP_S = 0.002  # a step may wait for those that usually take less
-
-
-class Verdict(IntEnum):
-    """What has come of a token."""
-
-    GOES_ON = 0
-    WHOLE = 1  # accept has said True
-    AGAIN = 2
-    REFUSED = 3  # RequestError
-    UNDONE = 4  # the thread had no time for it
-
-
-class Done(NamedTuple):
-    """One piece of work that a thread brings back."""
-
-    rid: int
-    verdict: int  # a Verdict
-    cpu_s: float = 0.0
-    detail: str = ""  # of a refusal
-    status: int = 0
 
 
 Job = tuple[int, Constraint, int | None]  # rid and token; None: start
@@ -51,7 +30,7 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
         if before - begun >= BATCH_S:
             done.append(Done(rid, Verdict.UNDONE))
             continue
-        verdict, detail, status = Verdict.GOES_ON, "", 0
+        verdict, failure = Verdict.GOES_ON, None
         try:
             if token is None:
                 constraint.start()
@@ -60,9 +39,9 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
         except Again:
             verdict = Verdict.AGAIN
         except RequestError as error:
-            verdict, detail, status = Verdict.REFUSED, error.message, error.status
+            verdict, failure = Verdict.REFUSED, Failure(error.message, status=error.status)
         now = clock()
-        done.append(Done(rid, verdict, now - before, detail, status))
+        done.append(Done(rid, verdict, now - before, failure))
         before = now
     return done
 

@@ -20,6 +20,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from asyncllm.records import Answered
+
 REFUSED = "refused"  # a reason: the request was not taken in
 LAG_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 FIRST_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -27,28 +29,6 @@ TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1,
 TOTAL_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LENGTH_BUCKETS = tuple(2**k for k in range(21))
 LIGHTLLM_BUCKETS = tuple(0.0015 * 1.5**k for k in range(35))
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """One HTTP request that has been answered.
-
-    Args:
-        route: the path as registered, not as asked for; "other" where none is.
-        reason: why generation ended; REFUSED when it was not begun; "" when the request was not
-            about generation.
-        ttft_s: seconds to the first token; < 0: none came.
-        tpot_s: seconds per token after the first; < 0: fewer than two came.
-    """
-
-    route: str
-    status: int
-    prompt_len: int
-    num_tokens: int
-    reason: str
-    ttft_s: float
-    tpot_s: float
-    total_s: float
 
 
 @dataclass(frozen=True, slots=True)

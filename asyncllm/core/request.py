@@ -5,10 +5,10 @@ Knows values and their meaning; knows neither HTTP field names nor tensors.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from math import isfinite
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Reason(IntEnum):
@@ -57,15 +57,6 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()  # no others but eos ones come; (): all
     max_thinking_tokens: int | None = None  # then reasoning is ended; None: no limit
 
-    def pack(self) -> tuple[Any, ...]:
-        """As a tuple of plain values, in field order, for a message."""
-        return astuple(self)
-
-    @classmethod
-    def unpack(cls, packed: tuple[Any, ...]) -> SamplingParams:
-        """Inverse of :meth:`pack`."""
-        return cls(**dict(zip(_NAMES, packed, strict=True)))
-
     def possible(self, vocab_size: int) -> bool:
         """Whether values of the right types are in range; asked of what another process sends."""
         numbers = (
@@ -104,6 +95,16 @@ GRAMMARS = ("json", "schema", "regex", "ebnf", "choice", "calls")
 
 class Again(Exception):
     """A token came before it was known that it must not: it has to be sampled once more."""
+
+
+class Verdict(IntEnum):
+    """What has come of a token that a constraint was told."""
+
+    GOES_ON = 0
+    WHOLE = 1  # accept has said True
+    AGAIN = 2
+    REFUSED = 3  # RequestError
+    UNDONE = 4  # the thread had no time for it
 
 
 class Constraint(Protocol):
@@ -148,4 +149,3 @@ class Constraint(Protocol):
 
 
 _MAX_INT32 = (1 << 31) - 1
-_NAMES = [f.name for f in fields(SamplingParams)]

@@ -8,25 +8,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Iterable
-from typing import Any
 
+from asyncllm.codec import INT32
 from asyncllm.core.fair_queue import FairQueue
 from asyncllm.core.healing import Healing
-from asyncllm.core.masking import CHEAP_S, Done, Job, Line, Verdict
-from asyncllm.core.request import Again, Constraint, Reason
-from asyncllm.core.steps import (
-    INT,
-    NO_TOKEN,
-    Emitted,
-    Ended,
-    Lane,
-    Proposal,
-    Request,
-    Row,
-    Step,
-    empty_step,
-)
+from asyncllm.core.masking import CHEAP_S, Job, Line
+from asyncllm.core.request import Again, Constraint, Reason, SamplingParams, Verdict
+from asyncllm.core.steps import NO_TOKEN, Emitted, Lane, Request, Row, Step
 from asyncllm.errors import RequestError
+from asyncllm.messages import Finished, Granted, Reserve, StepPlan
+from asyncllm.records import Done, Failure, Opened
 
 
 class Core:
@@ -48,7 +39,7 @@ class Core:
     Attributes:
         ended: ends not told yet. The shell takes and clears it.
         released: (lane, ids for the cache) not told yet. The shell takes and clears it.
-        launched: lanes whose prompt tokens have been launched. The shell takes and clears it.
+        launched: lanes whose prompt tokens have been launched since the last proposal.
     """
 
     def __init__(
@@ -71,9 +62,9 @@ class Core:
         self.held: dict[int, list[Request]] = {}  # not waiting yet: behind this rid's prompt
         self.share_prompts = share_prompts
         self.running: dict[int, Request] = {}  # oldest first
-        self.ended: list[Ended] = []
+        self.ended: list[Finished] = []
         self.released: list[tuple[int, array[int]]] = []
-        self.launched = array(INT)
+        self.launched = array(INT32)
         self.available = num_slots  # as of the last grant
         self.steps = self.preemptions = self.prompt_tokens = self.generated_tokens = 0
         self._free_lanes = list(range(num_lanes - 1, -1, -1))
@@ -87,7 +78,7 @@ class Core:
         self,
         rid: int,
         prompt: array[int],
-        packed: tuple[Any, ...],
+        params: SamplingParams,
         constraint: Constraint | None = None,
         after: int = -1,
         client: int = 0,
@@ -96,7 +87,7 @@ class Core:
 
         ``after``: the rid of an earlier request with the same prompt and parameters, if any.
         """
-        req = Request.of(rid, prompt, packed, self.eos_ids)
+        req = Request.of(rid, prompt, params, self.eos_ids)
         req.constraint, req.client = constraint, client
         if constraint is not None and constraint.slow(None):
             req.todo.append((None, None, 0))
@@ -110,13 +101,13 @@ class Core:
             return
         self.waiting.append(client, rid, req)
         if not prompt:
-            self._end(req, Reason.ERROR, detail="the prompt has no tokens", status=400)
+            self._end(req, Reason.ERROR, failure=Failure("the prompt has no tokens"))
         elif len(prompt) > self.num_slots:
             self._fail_too_large(req)
 
-    def refuse(self, rid: int, prompt_len: int, detail: str, status: int) -> None:
+    def refuse(self, rid: int, failure: Failure) -> None:
         """End a request that is not taken in."""
-        self.ended.append(Ended(rid, Reason.ERROR, detail, "", status, prompt_len, 0, 0))
+        self.ended.append(Finished(rid, Reason.ERROR, failure))
 
     def abort(self, rid: int) -> None:
         """End a request; unknown and ended ids are ignored, as everywhere."""
@@ -134,7 +125,7 @@ class Core:
 
     # a step
 
-    def propose(self) -> Proposal | None:
+    def propose(self) -> Reserve | None:
         """The rows of the next step, before anybody knows whether they fit; None: nothing to do."""
         assert not self._proposal, "a proposal is open"
         self._changed = False
@@ -170,26 +161,27 @@ class Core:
         if not rows:
             return None
         self._proposal = rows
-        return Proposal(
-            array(INT, [lane.number for _, lane, _ in rows]),
-            array(INT, [count for _, _, count in rows]),
-            opened,
+        return Reserve(
+            lanes=array(INT32, [lane.number for _, lane, _ in rows]),
+            counts=array(INT32, [count for _, _, count in rows]),
+            opened=tuple(opened),
+            launched=self.take_launched(),
         )
 
-    def plan(
-        self, hits: array[int], counts: array[int], slots: array[int], available: int
-    ) -> Step | None:
-        """Make a step of the granted rows; None: nothing is left of them (see :meth:`relieve`).
+    def take_launched(self) -> array[int]:
+        """Empty ``launched``: what it held."""
+        launched, self.launched = self.launched, array(INT32)
+        return launched
 
-        Args:
-            hits, counts, slots, available: as in the message ``Granted``.
-        """
+    def plan(self, granted: Granted) -> Step | None:
+        """Make a step of the granted rows; None: nothing is left of them (see :meth:`relieve`)."""
         rows, self._proposal = self._proposal, []
-        self.available = available
-        for req, lane, _ in rows[len(counts) :]:
+        self.available = granted.available
+        num = len(granted.counts)
+        for req, lane, _ in rows[num:]:
             self._ungrant(req, lane)
-        del rows[len(counts) :]
-        step = self._plan_decode(rows, counts, slots) or self._plan_mixed(rows, hits, counts, slots)
+        del rows[num:]
+        step = self._plan_decode(rows, granted) or self._plan_mixed(rows, granted)
         if step is not None:
             self.steps += 1
         return step
@@ -228,7 +220,7 @@ class Core:
         req, lane, _ = step.rows[row_idx]
         if lane.over:
             return None
-        start = step.starts[row_idx]
+        start = step.plan.starts[row_idx]
         known = min(max(req.scored - start, 0), num)
         req.scored = max(req.scored, start + num)
         return req.rid, known
@@ -285,7 +277,7 @@ class Core:
             return out
         token, step, row = req.todo.popleft()
         if done.verdict == Verdict.REFUSED:
-            self._end(req, Reason.ERROR, detail=done.detail, status=done.status)
+            self._end(req, Reason.ERROR, failure=done.failure)
         elif done.verdict == Verdict.AGAIN:
             self._again(req)
         else:
@@ -312,7 +304,7 @@ class Core:
             try:
                 whole = req.constraint.accept(token)
             except RequestError as error:
-                self._end(req, Reason.ERROR, detail=error.message, status=error.status)
+                self._end(req, Reason.ERROR, failure=Failure(error.message, status=error.status))
                 return
             except Again:
                 self._again(req)
@@ -407,22 +399,22 @@ class Core:
             f"the request holds {req.known_len:,} tokens ({len(req.prompt):,} of them prompt), the "
             f"KV cache has room for {self.num_slots:,} (--max_total_token_num, --mem_fraction)"
         )
-        self._end(req, Reason.ERROR, detail=detail, status=500 if req.outputs else 400)
+        failure = Failure(detail, status=500 if req.outputs else 400)
+        self._end(req, Reason.ERROR, failure=failure)
 
     def _fail_too_slow(self, req: Request) -> None:
         detail = (
             f"finding out which tokens the constraint allows has taken {req.worked_s:.1f} s of CPU"
             f" time, limit {self._constraint_s:g} (--constraint_time_limit): simplify it"
         )
-        self._end(req, Reason.ERROR, detail=detail, status=400)
+        self._end(req, Reason.ERROR, failure=Failure(detail))
 
     def _end(
         self,
         req: Request,
         reason: Reason,
         *,
-        detail: str = "",
-        status: int = 200,
+        failure: Failure | None = None,
         num_tokens: int | None = None,
     ) -> None:
         req.todo.clear()
@@ -444,8 +436,7 @@ class Core:
         self._leave(req)
         self._changed = True
         num = len(req.outputs) if num_tokens is None else num_tokens
-        cached = max(req.cached_len, 0)
-        self.ended.append(Ended(req.rid, reason, detail, "", status, len(req.prompt), cached, num))
+        self.ended.append(Finished(req.rid, reason, failure, max(req.cached_len, 0), num))
 
     def _leave(self, req: Request) -> None:
         """The request's lane is over. Rows that were launched, or are being reserved, keep it."""
@@ -466,10 +457,10 @@ class Core:
 
     # rows of a plan
 
-    def _plan_decode(self, rows: list[Row], counts: array[int], slots: array[int]) -> Step | None:
+    def _plan_decode(self, rows: list[Row], granted: Granted) -> Step | None:
         """The common case, all rows decode and live; None: it is not that case."""
         num = len(rows)
-        if not num or len(slots) != num:
+        if not num or len(granted.slots) != num:
             return None
         starts = []
         for _, lane, _ in rows:
@@ -478,33 +469,30 @@ class Core:
             starts.append(lane.planned)
         for _, lane, _ in rows:
             lane.planned += 1
-        step = Step(
-            number=self.steps + 1,
-            rows=rows,
+        plan = StepPlan(
+            step=self.steps + 1,
             num_decode=num,
-            lanes=array(INT, [lane.number for _, lane, _ in rows]),
-            starts=array(INT, starts),
-            counts=counts,
-            heads=array(INT, bytes(4 * num)),
-            slots=slots,
-            tokens=array(INT, b"\xff" * (4 * num)),
+            lanes=array(INT32, [lane.number for _, lane, _ in rows]),
+            starts=array(INT32, starts),
+            counts=granted.counts,
+            heads=array(INT32, bytes(4 * num)),
+            slots=granted.slots,
+            tokens=array(INT32, b"\xff" * (4 * num)),
             samples=bytearray(b"\1" * num),
-            opened=[],
         )
+        step = Step(plan, rows)
         for i, (req, _, _) in enumerate(rows):
             if req.constraint is not None:
                 step.constrain(i, req)
         return step
 
-    def _plan_mixed(
-        self, rows: list[Row], hits: array[int], counts: array[int], slots: array[int]
-    ) -> Step | None:
+    def _plan_mixed(self, rows: list[Row], granted: Granted) -> Step | None:
         singles: list[tuple[Row, int, int, array[int]]] = []
         others: list[tuple[Row, int, int, array[int]]] = []
         at = 0
-        for row, hit, count in zip(rows, hits, counts, strict=True):
+        for row, hit, count in zip(rows, granted.hits, granted.counts, strict=True):
             lane = row[1]
-            row_slots = slots[at : at + hit + count]
+            row_slots = granted.slots[at : at + hit + count]
             at += hit + count
             self._granted(row[0], lane, hit)
             if lane.over:  # ended since the reservation
@@ -515,10 +503,9 @@ class Core:
                 (singles if count == 1 else others).append((row, hit, count, row_slots))
         if not singles and not others:
             return None
-        step = empty_step(self.steps + 1)
-        step.num_decode = len(singles)
+        step = Step(StepPlan(step=self.steps + 1, num_decode=len(singles)), [])
         for row, hit, count, row_slots in singles + others:
-            step.slots.extend(row_slots)
+            step.plan.slots.extend(row_slots)
             self._plan_row(step, row, hit, count)
         return step
 
@@ -537,24 +524,24 @@ class Core:
 
     def _plan_row(self, step: Step, row: Row, hit: int, count: int) -> None:
         """Append one row; its slots have been appended."""
-        req, lane, _ = row
+        (req, lane, _), plan = row, step.plan
         start = lane.planned
         end = lane.planned = start + count
         step.rows.append(row)
-        step.lanes.append(lane.number)
-        step.starts.append(start)
-        step.counts.append(count)
-        step.heads.append(hit)
+        plan.lanes.append(lane.number)
+        plan.starts.append(start)
+        plan.counts.append(count)
+        plan.heads.append(hit)
         samples = start >= lane.fill_len or (end == lane.fill_len and req.max_new > 0)
-        step.samples.append(samples)
+        plan.samples.append(samples)
         if samples:
             step.constrain(len(step.rows) - 1, req)
         if start >= lane.fill_len:
-            step.tokens.append(NO_TOKEN)
+            plan.tokens.append(NO_TOKEN)
             return
         # no output has come since the lane was opened: its first rows are still filling it
         known = req.prompt + req.outputs if req.outputs else req.prompt
-        step.tokens.extend(known[start:end])
+        plan.tokens.extend(known[start:end])
         self.prompt_tokens += count
         if req.shares:
             self.launched.append(lane.number)
@@ -564,5 +551,5 @@ class Core:
                 self.waiting.prepend(other.client, other.rid, other)  # no proposal is open
         if not lane.seen:
             lane.seen = True
-            ids = known.tobytes() if req.needs_ids else b""
-            step.opened.append((lane.number, len(req.prompt), req.packed, ids))
+            ids = known if req.needs_ids else array(INT32)
+            plan.opened.append(Opened(lane.number, len(req.prompt), req.params, ids))

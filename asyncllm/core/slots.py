@@ -9,6 +9,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from asyncllm.core.radix import Node, RadixTree
+from asyncllm.messages import Granted
 
 
 class SlotPool:
@@ -54,16 +55,6 @@ class Holding:
     duplicates: array[int] = field(default_factory=lambda: array("i"))
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """The first ``len(counts)`` rows of a reservation; columns as in the message ``Granted``."""
-
-    hits: array[int]
-    counts: array[int]
-    slots: array[int]
-    available: int
-
-
 class Ledger:
     """All slots of one KV pool and who holds them; ``used + cached + free == total`` always.
 
@@ -107,7 +98,7 @@ class Ledger:
         lanes: array[int],
         counts: array[int],
         opened: dict[int, tuple[array[int], bool]],
-    ) -> Grant:
+    ) -> Granted:
         """Grant the longest prefix of the rows that fits.
 
         Args:
@@ -130,7 +121,7 @@ class Ledger:
             hits.append(row[0])
             granted.append(len(row[1]) - row[0])
             out.extend(row[1])
-        return Grant(hits, granted, out, self.available)
+        return Granted(hits, granted, out, self.available)
 
     def launched(self, lanes: array[int]) -> None:
         """All slots these lanes were granted have been written, or will be before any later step:

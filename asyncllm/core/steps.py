@@ -14,11 +14,11 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
-from asyncllm.core.request import Constraint, Reason, SamplingParams
+from asyncllm.codec import INT32, INT64
+from asyncllm.core.request import Constraint, SamplingParams
+from asyncllm.messages import StepDone, StepPlan
 
-INT = "i"
 NO_TOKEN = -1  # in a plan: the lane's last sampled token; in a result: none came out
 
 
@@ -33,7 +33,7 @@ class Lane:
     opened: bool = False  # the allocator knows it
     seen: bool = False  # the runners know it
     over: bool = False  # results no longer count; released when nothing is in flight
-    leaves: array[int] = field(default_factory=lambda: array(INT))  # when over: for the cache
+    leaves: array[int] = field(default_factory=lambda: array(INT32))  # when over: for the cache
 
 
 @dataclass(slots=True, eq=False)
@@ -43,11 +43,10 @@ class Request:
     rid: int
     prompt: array[int]
     params: SamplingParams
-    packed: tuple[Any, ...]
     max_new: int
     final_len: int  # tokens to compute until the last one comes out (or the prompt is scored)
     end_ids: frozenset[int]  # tokens that end it
-    outputs: array[int] = field(default_factory=lambda: array(INT))
+    outputs: array[int] = field(default_factory=lambda: array(INT32))
     lane: Lane | None = None
     cached_len: int = -1  # prompt tokens of the first life's prefix hit; -1: none yet
     scored: int = 0  # prompt tokens whose log-probabilities have been passed on
@@ -62,17 +61,16 @@ class Request:
 
     @classmethod
     def of(
-        cls, rid: int, prompt: array[int], packed: tuple[Any, ...], eos_ids: frozenset[int]
+        cls, rid: int, prompt: array[int], params: SamplingParams, eos_ids: frozenset[int]
     ) -> Request:
         """From the fields of ``Submit``; ``max_new_tokens`` has been resolved to an int."""
-        params = SamplingParams.unpack(packed)
         max_new = params.max_new_tokens
         assert max_new is not None, f"request {rid}: max_new_tokens is open"
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= eos_ids
         final_len = len(prompt) + max(max_new - 1, 0)
-        return cls(rid, prompt, params, packed, max_new, final_len, end_ids)
+        return cls(rid, prompt, params, max_new, final_len, end_ids)
 
     @property
     def known_len(self) -> int:
@@ -103,46 +101,26 @@ class Request:
 Row = tuple[Request, Lane, int]  # the third: the count it was proposed with
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """Rows that want slots, most deserving first; columns as in the message ``Reserve``."""
-
-    lanes: array[int]
-    counts: array[int]
-    opened: list[tuple[int, array[int], bool]]
-
-
 @dataclass(slots=True)
 class Step:
-    """A planned step; columns as in the message ``StepPlan``."""
+    """A planned step: what the runners get, and whose rows they are."""
 
-    number: int
+    plan: StepPlan
     rows: list[Row]
-    num_decode: int
-    lanes: array[int]
-    starts: array[int]
-    counts: array[int]
-    heads: array[int]
-    slots: array[int]
-    tokens: array[int]
-    samples: bytearray
-    opened: list[tuple[int, int, tuple[Any, ...], bytes]]
-    masked: array[int] = field(default_factory=lambda: array(INT))
-    masks: bytearray = field(default_factory=bytearray)
-    result: Any = None  # what came of it, for the shell: see Emitted
+    result: StepDone | None = None  # for the shell: see Emitted
 
     @property
     def decodes(self) -> bool:
         """Every row brings one token."""
-        return self.num_decode == len(self.lanes)
+        return self.plan.num_decode == len(self.rows)
 
     def constrain(self, row: int, req: Request) -> None:
         """Row ``row`` samples one of the tokens that may come next, as far as that is known."""
         if req.constraint is None or req.todo:
             return  # the token will be looked at when it is accepted
         if mask := req.constraint.mask():
-            self.masked.append(row)
-            self.masks += mask
+            self.plan.masked.append(row)
+            self.plan.masks.extend(mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,35 +136,4 @@ class Emitted:
     @classmethod
     def of(cls, step: Step) -> Emitted:
         """Nothing yet."""
-        return cls(step, array("q"), array(INT), bytearray(), [])
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """Fields as in the message ``Finished``."""
-
-    rid: int
-    reason: Reason
-    detail: str
-    code: str
-    status: int
-    prompt_len: int
-    cached_len: int
-    num_tokens: int
-
-
-def empty_step(number: int) -> Step:
-    """A step without rows."""
-    return Step(
-        number=number,
-        rows=[],
-        num_decode=0,
-        lanes=array(INT),
-        starts=array(INT),
-        counts=array(INT),
-        heads=array(INT),
-        slots=array(INT),
-        tokens=array(INT),
-        samples=bytearray(),
-        opened=[],
-    )
+        return cls(step, array(INT64), array(INT32), bytearray(), [])

@@ -28,6 +28,7 @@ from asyncllm.models.ops import Comm, Ops
 from asyncllm.models.registry import family
 from asyncllm.models.spec import ModelSpec, shard_heads
 from asyncllm.models.weights import load
+from asyncllm.records import Opened
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_KV_BYTES = 4 << 30  # on CPU the K/V cache takes no more than this unless slots are given
@@ -239,10 +240,10 @@ def warm_up(device: CpuDevice | CudaDevice, num_tokens: int, *, graphs: bool = T
 
 
 def _try_steps(device: CpuDevice | CudaDevice, num_tokens: int) -> None:
-    greedy = SamplingParams(temperature=0.0).pack()
-    drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1).pack()
-    plain = SamplingParams(temperature=1.0, logprobs=0).pack()
-    changed = SamplingParams(presence_penalty=0.5, logit_bias=((0, 0.5),)).pack()
+    greedy = SamplingParams(temperature=0.0)
+    drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1)
+    plain = SamplingParams(temperature=1.0, logprobs=0)
+    changed = SamplingParams(presence_penalty=0.5, logit_bias=((0, 0.5),))
     steps = {greedy: (num_tokens, 16, 1, 1), drawn: (17, 1), plain: (17, 1), changed: (17, 1)}
     for params, sizes in steps.items():
         start = 0
@@ -256,8 +257,8 @@ def _try_steps(device: CpuDevice | CudaDevice, num_tokens: int) -> None:
                 heads=i32([0]),
                 slots=i32(range(start, start + size)),
                 tokens=i32([0] * size),
-                samples=b"\x01",
-                opened=((0, size, params, b""),) if start == 0 else (),
+                samples=bytearray(b"\x01"),
+                opened=[Opened(0, size, params, i32([]))] if start == 0 else [],
             )
             device.launch(plan).wait()
             start += size

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from asyncllm.codec import FLOAT32, INT32
 from asyncllm.engine.engine import Engine, Outputs, Work
 from asyncllm.engine.graphs import cuda_capture
 from asyncllm.messages import StepDone, StepPlan
+from asyncllm.records import Logprobs
 
 
 @dataclass(slots=True)
@@ -29,35 +33,37 @@ def step_done(work: Work, host: HostOutputs, device_ms: float = 0.0) -> StepDone
     tokens = np.full(len(samples), -1, np.int32)
     if host.tokens is not None:
         tokens[samples] = host.tokens.numpy()
-    logprobs = top_ids = top_values = b""
+    logprobs = None
     if host.logprobs is not None:
         chosen, ids, values = (t.numpy() for t in host.logprobs)
         column = np.full(len(samples), np.nan, np.float32)
         column[samples] = chosen
-        logprobs = column.tobytes()
+        wide_ids = np.full((len(samples), num_top), -1, np.int32)
+        wide = np.full((len(samples), num_top), np.nan, np.float32)
         if num_top:
-            wide_ids = np.full((len(samples), num_top), -1, np.int32)
-            wide = np.full((len(samples), num_top), np.nan, np.float32)
             wide_ids[samples], wide[samples] = ids, values
-            top_ids, top_values = wide_ids.tobytes(), wide.tobytes()
+        logprobs = Logprobs(num_top, _floats(column), _ints(wide_ids), _floats(wide))
     return StepDone(
         step=work.step,
-        tokens=tokens.tobytes(),
+        tokens=_ints(tokens),
         logprobs=logprobs,
-        num_top=num_top,
-        top_ids=top_ids,
-        top_logprobs=top_values,
         prompt=tuple(
-            (row, _bytes(chosen), top, _bytes(ids), _bytes(values))
-            for row, chosen, top, ids, values in host.scored
+            (
+                row,
+                Logprobs(num, _floats(chosen.numpy()), _ints(ids.numpy()), _floats(top.numpy())),
+            )
+            for row, chosen, num, ids, top in host.scored
         ),
         device_ms=device_ms,
     )
 
 
-def _bytes(x: Tensor) -> bytes:
-    column: bytes = x.numpy().tobytes()
-    return column
+def _ints(values: NDArray[np.int32]) -> array[int]:
+    return array(INT32, values.tobytes())
+
+
+def _floats(values: NDArray[np.float32]) -> array[float]:
+    return array(FLOAT32, values.tobytes())
 
 
 class CpuPending:

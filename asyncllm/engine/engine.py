@@ -274,7 +274,7 @@ class Engine:
 
 def _known(plan: StepPlan, max_len: int) -> Scatter[Column] | None:
     """Tokens of opened lanes that the history must hold before penalties read it."""
-    lanes = [(lane, np.frombuffer(ids, np.int32)) for lane, _, _, ids in plan.opened if ids]
+    lanes = [(o.lane, np.frombuffer(o.known, np.int32)) for o in plan.opened if o.known]
     if not lanes:
         return None
     where = [np.arange(len(ids), dtype=np.int32) + lane * max_len for lane, ids in lanes]

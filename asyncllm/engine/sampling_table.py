@@ -92,14 +92,15 @@ class SamplingTable:
 
     def open(self, plan: StepPlan) -> None:
         """Take in the lanes that ``plan`` opens."""
-        for number, prompt_len, packed, known in plan.opened:
-            p = SamplingParams.unpack(packed)
-            self.lanes[number] = OpenLane(p, prompt_len, np.frombuffer(known, np.int32))
+        for opened in plan.opened:
+            number, p = opened.lane, opened.params
+            known = np.frombuffer(opened.known, np.int32)
+            self.lanes[number] = OpenLane(p, opened.prompt_len, known)
             self.temperature[number] = p.temperature
             self.top_k[number] = p.top_k if p.top_k > 0 else self._vocab_size
             self.top_p[number], self.min_p[number] = p.top_p, p.min_p
             self.seed[number] = p.seed & 0xFFFFFFFFFFFFFFFF
-            self.prompt_len[number] = prompt_len
+            self.prompt_len[number] = opened.prompt_len
             self.logprobs[number] = p.logprobs
             self.presence[number] = p.presence_penalty
             self.frequency[number] = p.frequency_penalty

@@ -20,13 +20,14 @@ import pytest
 
 from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.scheduler import Scheduler
-from asyncllm.codec import decode, encode, i32, ints, longs
+from asyncllm.codec import decode, encode, i32
 from asyncllm.core.constraints import Constraints
 from asyncllm.core.radix import Node
 from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.slots import Ledger
 from asyncllm.errors import RequestError
 from asyncllm.messages import Finished, StepDone, StepPlan, StopHit, Submit, Tokens
+from asyncllm.records import Logprobs
 
 T = TypeVar("T")
 PRIME = (1 << 61) - 1
@@ -174,24 +175,20 @@ class FakeDevice:
 
     def launch(self, plan: StepPlan) -> FakePending:
         self.plans.append(plan)
-        opened = {row[0]: row[1:] for row in plan.opened}
+        opened = {row.lane: row for row in plan.opened}
         assert len(opened) == len(plan.opened)
-        counts = ints(plan.counts)
+        counts = plan.counts
         assert all((c == 1) == (i < plan.num_decode) for i, c in enumerate(counts))
-        assert len(set(ints(plan.lanes))) == len(counts)
-        slots, fed = deque(ints(plan.slots)), deque(ints(plan.tokens))
+        assert len(set(plan.lanes)) == len(counts)
+        slots, fed = deque(plan.slots), deque(plan.tokens)
         words = -(-self.vocab // 32) * 4
-        masks = {
-            row: plan.masks[i * words : (i + 1) * words] for i, row in enumerate(ints(plan.masked))
-        }
+        masks = {row: plan.masks[i * words : (i + 1) * words] for i, row in enumerate(plan.masked)}
         tokens, prompt, logprobs, asks = [], [], [], False
-        columns = zip(
-            ints(plan.lanes), ints(plan.starts), counts, ints(plan.heads), plan.samples, strict=True
-        )
+        columns = zip(plan.lanes, plan.starts, counts, plan.heads, plan.samples, strict=True)
         for row, (lane, start, count, head, samples) in enumerate(columns):
             if lane in opened:
-                length, packed, known = opened[lane]
-                self.lanes[lane] = LaneTable(length, SamplingParams.unpack(packed), ints(known))
+                new = opened[lane]
+                self.lanes[lane] = LaneTable(new.prompt_len, new.params, new.known)
             table = self.lanes[lane]
             assert len(table.slots) == start - head, f"lane {lane}: gap before {start - head}"
             assert not head or lane in opened
@@ -218,20 +215,17 @@ class FakeDevice:
             logprobs.append(-float(token))
             scored = min(start + count, table.prompt_len - 1) - start
             if table.params.prompt_logprobs >= 0 and scored > 0:
-                values = array("f", [-(start + 1.0 + i) for i in range(scored)]).tobytes()
+                values = array("f", [-(start + 1.0 + i) for i in range(scored)])
                 tops = i32(range(start + 1, start + 1 + scored))
-                prompt.append((row, values, 1, tops, values))
+                prompt.append((row, Logprobs(1, values, tops, values)))
         assert not slots
         assert not fed
-        column = array("f", logprobs).tobytes() if asks else b""
-        ids = i32(tokens)
-        top = (1, ids, column) if asks else (0, b"", b"")
+        ids, column = i32(tokens), array("f", logprobs)
+        columns = Logprobs(1, column, ids, column) if asks else None
         gate = (threading.Event(), threading.Event()) if self.gated else None
         if gate is not None:
             self.gates.append(gate)
-        return FakePending(
-            StepDone(plan.step, ids, column, *top, tuple(prompt), self.step_ms), gate
-        )
+        return FakePending(StepDone(plan.step, ids, columns, tuple(prompt), self.step_ms), gate)
 
     def _read(self, table: LaneTable, end: int) -> int:
         """The state at ``end``, after checking that the slots hold one unbroken sequence."""
@@ -399,8 +393,7 @@ class World:
         self, rid: int, prompt: list[int], after: int = -1, client: int = 0, **params: Any
     ) -> None:
         """Mail a request; keywords are SamplingParams'."""
-        packed = SamplingParams(**params).pack()
-        msg = Submit(rid, i32(prompt), packed, "", after, client=client)
+        msg = Submit(rid, i32(prompt), SamplingParams(**params), "", after, client=client)
         self.submitted[rid] = msg
         self.ref("scheduler").tell(msg)
 
@@ -468,12 +461,11 @@ class World:
         assert sorted(self.core._free_lanes) == list(range(self.core.num_lanes))
         for rid, end in self.finished.items():
             submit = self.submitted[rid]
-            params, prompt = SamplingParams.unpack(submit.params), ints(submit.prompt)
+            params, prompt = submit.params, submit.prompt
             want = oracle(prompt, params, self.device.vocab, self.device.eos)
             got = self.tokens[rid]
-            assert end.prompt_len == len(prompt)
             assert 0 <= end.cached_len < max(len(prompt), 1)
-            if params.grammar and end.reason == 3 and end.detail == "nothing can follow":
+            if params.grammar and end.failure and end.failure.detail == "nothing can follow":
                 assert got == want
             elif end.reason >= 2 or rid in self.stop_after:
                 assert got == want[: len(got)]
@@ -505,26 +497,23 @@ class World:
             assert msg.rid not in self.finished, "ended twice"
             self.finished[msg.rid] = msg
             return
-        rids, tokens = longs(msg.rids), ints(msg.tokens)
-        if msg.logprobs:
-            assert msg.logprobs == array("f", [-float(t) for t in tokens]).tobytes()
-            assert msg.num_top == 1
-            assert msg.top_ids == msg.tokens
+        rids, tokens = msg.rids, msg.tokens
+        if msg.logprobs is not None:
+            scores = array("f", [-float(t) for t in tokens])
+            assert msg.logprobs == Logprobs(1, scores, tokens, scores)
         for rid, token, ends in zip(rids, tokens, msg.ends, strict=True):
             assert rid >> 40 == endpoint
             assert rid not in self.finished, "a token after the end"
             self.tokens[rid].append(token)
-            params = SamplingParams.unpack(self.submitted[rid].params)
+            params = self.submitted[rid].params
             eos = not params.ignore_eos and token in self.device.eos
             late = len(self.tokens[rid]) > params.min_new_tokens
             if not params.grammar:
                 assert bool(ends) == (late and (eos or token in params.stop_token_ids))
             if len(self.tokens[rid]) == self.stop_after.get(rid):
                 self.tell(StopHit(rid, self.stop_after[rid]), urgent=True)
-        for rid, values, num_top, ids, top in msg.prompt:
-            scores = array("f")
-            scores.frombytes(values)
-            first = len(self.parts[rid]) + 1
-            assert ids == i32(range(first, first + len(scores)))
-            assert (num_top, top) == (1, values)
+        for rid, logprobs in msg.prompt:
+            scores, first = logprobs.chosen, len(self.parts[rid]) + 1
+            ids = i32(range(first, first + len(scores)))
+            assert logprobs == Logprobs(1, scores, ids, scores)
             self.parts[rid] += scores

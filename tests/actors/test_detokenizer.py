@@ -18,9 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from asyncllm.actors.base import Actor
 from asyncllm.actors.detokenizer import LOOK_EVERY, Detokenizer
 from asyncllm.actors.system import ActorSystem
-from asyncllm.codec import floats, i32, i64, ints
+from asyncllm.codec import i32, i64
 from asyncllm.core.request import Reason
 from asyncllm.messages import Delta, Finished, Follow, StopHit, Tokens
+from asyncllm.records import Failure, Logprobs
 from asyncllm.text import Text, load_tokenizer
 
 
@@ -84,23 +85,26 @@ def play(
     return front, sched
 
 
-def follow(rid: int, *stop: str, tail: bytes = b"", print_eos: bool = False) -> Follow:
-    return Follow(rid, tail, stop, True, print_eos)
+def follow(rid: int, *stop: str, tail: array[int] | None = None, print_eos: bool = False) -> Follow:
+    return Follow(rid, i32(tail or []), stop, True, print_eos)
 
 
 def sequenced(rid: int, *sequences: list[int]) -> Follow:
-    return Follow(rid, b"", (), True, False, (), tuple(map(tuple, sequences)))
+    return Follow(rid, i32([]), (), True, False, (), tuple(map(tuple, sequences)))
 
 
 def tokens(
-    rids: list[int], ids: list[int], ends: list[int] | None = None, **columns: Any
+    rids: list[int],
+    ids: list[int],
+    ends: list[int] | None = None,
+    logprobs: Logprobs | None = None,
+    prompt: tuple[tuple[int, Logprobs], ...] = (),
 ) -> Tokens:
-    given = {"logprobs": b"", "num_top": 0, "top_ids": b"", "top_logprobs": b"", "prompt": ()}
-    return Tokens(1, i64(rids), i32(ids), bytes(ends or [0] * len(ids)), **{**given, **columns})
+    return Tokens(1, i64(rids), i32(ids), bytes(ends or [0] * len(ids)), logprobs, prompt)
 
 
 def done(rid: int, num_tokens: int, reason: Reason = Reason.LENGTH) -> Finished:
-    return Finished(rid, reason, "", "", 0, 3, 1, num_tokens)
+    return Finished(rid, reason, None, 1, num_tokens)
 
 
 def said(front: list[Any], rid: int) -> str:
@@ -108,18 +112,22 @@ def said(front: list[Any], rid: int) -> str:
 
 
 def healed(text: Text, prompt: str, again: str) -> Follow:
-    return Follow(7, text.encode(prompt, False).tobytes(), (), True, False, healed=again.encode())
+    return Follow(7, text.encode(prompt, False), (), True, False, healed=again.encode())
 
 
 def test_what_a_prompt_says_already_is_neither_shown_nor_counted(text: Text) -> None:
     ids = list(text.encode("ünd ok", False))
-    columns = {"logprobs": array("f", [-1.5]).tobytes()}
-    script = [healed(text, "h", "ün"), *[tokens([7], [i], **columns) for i in ids], done(7, 7)]
+    scores = Logprobs(chosen=array("f", [-1.5]))
+    script = [
+        healed(text, "h", "ün"),
+        *[tokens([7], [i], logprobs=scores) for i in ids],
+        done(7, 7),
+    ]
     front, _ = play(text, script, finished=1)
     assert said(front, 7) == "d ok"
     deltas = front[:-1]
-    assert sum(len(ints(d.ids)) for d in deltas) == 4
-    assert sum(len(floats(d.logprobs)) for d in deltas) == 4
+    assert sum(len(d.ids) for d in deltas) == 4
+    assert sum(len(d.logprobs) for d in deltas) == 4
     assert "".join(p for d in deltas for p in d.pieces) == "d ok"
 
 
@@ -130,7 +138,7 @@ def test_a_token_that_says_more_than_the_prompt_shows_the_rest(text: Text) -> No
     script = [healed(text, "h", "x"), tokens([7], [token]), tokens([7], [token]), done(7, 2)]
     front, _ = play(long, script, finished=1)
     assert said(front, 7) == "x"
-    assert [len(ints(d.ids)) for d in front[:-1]] == [1, 1]
+    assert [len(d.ids) for d in front[:-1]] == [1, 1]
 
 
 def test_text_comes_token_by_token_and_finished_last(text: Text) -> None:
@@ -139,7 +147,7 @@ def test_text_comes_token_by_token_and_finished_last(text: Text) -> None:
     front, sched = play(text, script, finished=1)
     deltas, end = front[:-1], front[-1]
     assert [d.text for d in deltas] == ["h", "", "é"]
-    assert [ints(d.ids).tolist() for d in deltas] == [[i] for i in ids]
+    assert [d.ids.tolist() for d in deltas] == [[i] for i in ids]
     assert [d.pieces for d in deltas] == [("h",), ("",), ("é",)]
     assert end == done(7, 3)
     assert sched == []
@@ -178,12 +186,12 @@ def test_ending_token_is_hidden_unless_asked_for(text: Text) -> None:
     assert said(front, 1) == "a"
     assert said(front, 2) == "a<eos>"
     hidden = [m for m in front if isinstance(m, Delta) and m.rid == 1][-1]
-    assert (ints(hidden.ids).tolist(), hidden.pieces) == ([eos], ("",))
+    assert (hidden.ids.tolist(), hidden.pieces) == ([eos], ("",))
 
 
 def test_special_tokens_are_shown_by_name(text: Text) -> None:
     eos, call = text.encode("<eos><call>", False)
-    script = [follow(1), Follow(2, b"", (), True, False, ("<call>", "</call>"))]
+    script = [follow(1), Follow(2, i32([]), (), True, False, ("<call>", "</call>"))]
     script += [tokens([1, 2], [call, call]), tokens([1, 2], [eos, eos])]
     script += [tokens([1, 2], [call, call], [1, 1]), done(1, 3), done(2, 3)]
     front, _ = play(text, script, finished=2)
@@ -197,9 +205,9 @@ def test_stop_string_over_tokens_is_cut_and_told_once(text: Text) -> None:
     assert said(front, 1) == "one "
     assert sched == [StopHit(1, 8)]
     end = front[-1]
-    assert (end.reason, end.num_tokens, end.prompt_len, end.cached_len) == (Reason.STOP, 8, 3, 1)
+    assert (end.reason, end.num_tokens, end.cached_len) == (Reason.STOP, 8, 1)
     shown = [m for m in front if isinstance(m, Delta)]
-    assert b"".join(m.ids for m in shown) == i32(ids[:8])
+    assert array("i", [i for m in shown for i in m.ids]) == i32(ids[:8])
     assert "".join(p for m in shown for p in m.pieces) == "one STOP"
 
 
@@ -213,9 +221,9 @@ def test_stop_string_found_with_the_end_needs_no_stop_hit(text: Text) -> None:
 
 def test_error_after_a_stop_string_is_a_stop(text: Text) -> None:
     (x,) = text.encode("X", False)
-    error = Finished(1, Reason.ERROR, "no room", "code", 500, 3, 0, 4)
+    error = Finished(1, Reason.ERROR, Failure("no room", "code", 500), 0, 4)
     front, _ = play(text, [follow(1, "X"), tokens([1], [x]), error], finished=1)
-    assert front[-1] == Finished(1, Reason.STOP, "", "", 0, 3, 0, 1, "X")
+    assert front[-1] == Finished(1, Reason.STOP, None, 0, 1, "X")
 
 
 def test_stop_sequence_over_steps_is_cut_and_told_once(text: Text) -> None:
@@ -224,8 +232,8 @@ def test_stop_sequence_over_steps_is_cut_and_told_once(text: Text) -> None:
     front, sched = play(text, script, finished=1)
     deltas = [m for m in front if isinstance(m, Delta)]
     # the third a could still be the second of the sequence, the second its first
-    assert [(m.text, len(m.ids) // 4) for m in deltas] == [("a", 1), ("", 3)]
-    assert b"".join(m.ids for m in deltas) == i32(ids[:4])
+    assert [(m.text, len(m.ids)) for m in deltas] == [("a", 1), ("", 3)]
+    assert array("i", [i for m in deltas for i in m.ids]) == i32(ids[:4])
     assert deltas[-1].pieces == ("", "", "")
     assert sched == [StopHit(1, 4)]
     assert (front[-1].reason, front[-1].num_tokens, front[-1].stop) == (Reason.STOP, 4, "")
@@ -234,13 +242,13 @@ def test_stop_sequence_over_steps_is_cut_and_told_once(text: Text) -> None:
 @pytest.mark.parametrize("at_once", [False, True])
 def test_beginning_of_a_stop_sequence_comes_out_when_it_fails(text: Text, at_once: bool) -> None:
     ids = list(text.encode("ababc☃", False))
-    steps = [tokens([1], [i], logprobs=_f32(-n)) for n, i in enumerate(ids)]
+    steps = [tokens([1], [i], logprobs=Logprobs(chosen=_f32(-n))) for n, i in enumerate(ids)]
     script = [sequenced(1, [*ids[:2], ids[4], ids[4]]), *steps, done(1, len(ids))]
     front, sched = play(text, [script] if at_once else script, finished=1)
     deltas = [m for m in front if isinstance(m, Delta)]
     assert (said(front, 1), sched) == ("ababc☃", [])
-    assert b"".join(m.ids for m in deltas) == i32(ids)
-    assert b"".join(m.logprobs for m in deltas) == _f32(*[-n for n in range(len(ids))])
+    assert array("i", [i for m in deltas for i in m.ids]) == i32(ids)
+    assert [x for m in deltas for x in m.logprobs.chosen] == [-n for n in range(len(ids))]
     assert front[-1] == done(1, len(ids))
 
 
@@ -261,14 +269,14 @@ def test_stop_sequence_found_with_the_end_needs_no_stop_hit(text: Text) -> None:
 
 def test_stop_string_before_a_stop_sequence_wins(text: Text) -> None:
     ids = list(text.encode("xSTOPab", False))
-    follow_both = Follow(1, b"", ("STOP",), True, False, (), (tuple(ids[-2:]),))
+    follow_both = Follow(1, i32([]), ("STOP",), True, False, (), (tuple(ids[-2:]),))
     front, _ = play(text, [follow_both, tokens([1] * 7, ids), done(1, 7)], finished=1)
     assert (said(front, 1), front[-1].stop, front[-1].num_tokens) == ("x", "STOP", 5)
 
 
 def test_text_before_a_stop_sequence_is_whole(text: Text) -> None:
     half, a, b = *text.encode("é", False)[:1], *text.encode("ab", False)
-    both = Follow(1, b"", ("ab!",), True, False, (), ((b, b),))
+    both = Follow(1, i32([]), ("ab!",), True, False, (), ((b, b),))
     script = [both, tokens([1] * 4, [half, a, b, b]), done(1, 4)]
     front, _ = play(text, script, finished=1)
     assert said(front, 1) == "\ufffda"
@@ -299,36 +307,33 @@ def test_unknown_requests_are_ignored(text: Text) -> None:
 
 def test_logprobs_travel_with_their_tokens_as_wide_as_all_have_them(text: Text) -> None:
     a, b = text.encode("ab", False)
-    wide = {"num_top": 2, "top_ids": i32([1, 2, 3, 4])}
-    wide |= {"logprobs": _f32(-1, -2), "top_logprobs": _f32(-1, -3, -2, -4)}
-    slim = {"num_top": 1, "top_ids": i32([5]), "logprobs": _f32(-5), "top_logprobs": _f32(-5)}
-    batch = [follow(1), tokens([8, 1], [a, a], **wide), tokens([1], [b], **slim), done(1, 2)]
+    wide = Logprobs(2, _f32(-1, -2), i32([1, 2, 3, 4]), _f32(-1, -3, -2, -4))
+    slim = Logprobs(1, _f32(-5), i32([5]), _f32(-5))
+    first, second = tokens([8, 1], [a, a], logprobs=wide), tokens([1], [b], logprobs=slim)
+    batch = [follow(1), first, second, done(1, 2)]
     front, _ = play(text, [batch], finished=1)
     delta = front[0]
-    assert floats(delta.logprobs).tolist() == [-2, -5]
-    assert delta.num_top == 1
-    assert ints(delta.top_ids).tolist() == [3, 5]
-    assert floats(delta.top_logprobs).tolist() == [-2, -5]
+    assert delta.logprobs == Logprobs(1, _f32(-2, -5), i32([3, 5]), _f32(-2, -5))
 
 
 def test_logprobs_of_others_do_not_make_half_columns(text: Text) -> None:
     a, b = text.encode("ab", False)
-    shared = {"num_top": 0, "logprobs": _f32(-1, -2)}
-    batch = [follow(1), tokens([1, 8], [a, a], **shared), tokens([1], [b]), done(1, 2)]
+    shared = Logprobs(chosen=_f32(-1, -2))
+    batch = [follow(1), tokens([1, 8], [a, a], logprobs=shared), tokens([1], [b]), done(1, 2)]
     front, _ = play(text, [batch], finished=1)
-    assert (front[0].text, front[0].logprobs) == ("ab", b"")
+    assert (front[0].text, front[0].logprobs) == ("ab", None)
 
 
 def test_prompt_logprobs_of_all_chunks_come_with_the_first_tokens(text: Text) -> None:
     (a,) = text.encode("a", False)
-    one = (1, _f32(-1, -2), 1, i32([1, 2]), _f32(-1, -2))
-    two = (1, _f32(-3), 1, i32([3]), _f32(-3))
+    one = (1, Logprobs(1, _f32(-1, -2), i32([1, 2]), _f32(-1, -2)))
+    two = (1, Logprobs(1, _f32(-3), i32([3]), _f32(-3)))
     script = [follow(1), tokens([], [], prompt=(one,)), tokens([1], [a], prompt=(two,))]
     front, _ = play(text, [*script, tokens([1], [a]), done(1, 2)], finished=1)
-    whole = (_f32(-1, -2, -3), 1, i32([1, 2, 3]), _f32(-1, -2, -3))
+    whole = Logprobs(1, _f32(-1, -2, -3), i32([1, 2, 3]), _f32(-1, -2, -3))
     assert [m.prompt for m in front[:-1]] == [whole, None]
     scored, _ = play(text, [follow(1), tokens([], [], prompt=(one,)), done(1, 0)], finished=1)
-    assert [m.prompt for m in scored[:-1]] == [one[1:]]
+    assert [m.prompt for m in scored[:-1]] == [one[1]]
 
 
 def test_turns_are_short_fair_and_lose_nothing(text: Text) -> None:
@@ -371,8 +376,8 @@ def test_turns_are_short_fair_and_lose_nothing(text: Text) -> None:
     assert max(steps) <= 2 * LOOK_EVERY  # a Delta and a Finished each
 
 
-def _f32(*values: float) -> bytes:
-    return array("f", values).tobytes()
+def _f32(*values: float) -> array[float]:
+    return array("f", values)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +408,6 @@ def test_the_text_of_a_hidden_token_stops(
 
 def test_the_text_of_a_shown_token_stops(text: Text) -> None:
     ids = [*text.encode("ab<call>cd", False)]
-    shown = Follow(7, b"", ("<call>c",), False, False)
+    shown = Follow(7, i32([]), ("<call>c",), False, False)
     front, _ = play(text, [shown, tokens([7] * 5, ids), done(7, 5)], finished=1)
     assert said(front, 7) == "ab"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
+from dataclasses import astuple, is_dataclass
+from enum import IntEnum
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import msgpack
 import uvloop
@@ -21,7 +24,7 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import Duty, Means, Watchdog
-from asyncllm.codec import encode, i32, ints, registered
+from asyncllm.codec import Column, encode, field_types, i32, registered
 from asyncllm.core.request import GRAMMARS, Constraint, Reason, SamplingParams
 from asyncllm.errors import RequestError
 from asyncllm.messages import FRONTEND_SHIFT, Finished, Hello, StepDone, StepPlan, Submit
@@ -30,19 +33,19 @@ VOCAB, MAX_LEN, LANES, SLOTS = 50, 24, 4, 64
 NAMES = ("allocator", "grammar", "scheduler", "runner", "detokenizer", "tokenizer", "frontend",
          "watchdog", "nobody")  # fmt: skip
 TYPES = {cls: tag for cls, tag in registered().items() if cls.__module__ == messages.__name__}
-PARAMS = get_type_hints(SamplingParams)
+PARAMS = field_types(SamplingParams)
 
 
 class Device:
     """Every token is 1; refuses what a device could not compute."""
 
     def launch(self, plan: StepPlan) -> Pending:
-        lanes, starts, counts = ints(plan.lanes), ints(plan.starts), ints(plan.counts)
+        lanes, starts, counts = plan.lanes, plan.starts, plan.counts
         assert all(0 <= lane < LANES for lane in lanes)
         assert all(s + c <= MAX_LEN for s, c in zip(starts, counts, strict=True))
-        assert all(-1 <= token < VOCAB for token in ints(plan.tokens))
+        assert all(-1 <= token < VOCAB for token in plan.tokens)
         tokens = i32(1 if samples else -1 for samples in plan.samples)
-        return Pending(StepDone(plan.step, tokens, b"", 0, b"", b"", ()))
+        return Pending(StepDone(plan.step, tokens, None))
 
     def close(self) -> None:
         pass
@@ -126,31 +129,45 @@ INTS = st.one_of(
     st.integers(-3, 70), RIDS, st.sampled_from([2**31 - 1, 2**31, 2**63 - 1, 2**64 - 1, -(2**63)])
 )
 FLOATS = st.one_of(st.floats(0, 2), st.floats(), st.integers(-1, 2))
-BYTES = st.one_of(st.lists(st.integers(-2, 60), max_size=8).map(i32), st.binary(max_size=9))
+BYTES = st.binary(max_size=9)
+INT32S = st.lists(st.integers(-2, 60), max_size=8).map(lambda some: i32(some).tobytes())
+COLUMNS = st.builds(
+    msgpack.ExtType,
+    st.sampled_from([1, 1, 1, 1, 2, 2, 3, 3, 4]),
+    st.one_of(INT32S, INT32S, st.binary(max_size=17)),
+)
 STRINGS = st.one_of(st.sampled_from(["", "open", "frontend", *GRAMMARS]), st.text(max_size=5))
-ANY = st.one_of(INTS, FLOATS, BYTES, STRINGS, st.booleans(), st.none())
+ANY = st.one_of(INTS, FLOATS, BYTES, COLUMNS, STRINGS, st.booleans(), st.none())
 
 
 def values(kind: Any) -> st.SearchStrategy[Any]:
-    """Of the annotated type."""
-    if kind is Any:
-        return ANY
+    """Of the annotated type, as they travel."""
+    if kind is SamplingParams:
+        return packed()
+    if is_dataclass(kind):
+        return st.tuples(*map(values, field_types(kind).values()))
     plain = {int: INTS, float: FLOATS, bytes: BYTES, str: STRINGS, bool: st.booleans()}
     if kind in plain:
         return plain[kind]
+    if get_origin(kind) is Column:
+        return COLUMNS
+    if kind is bytearray:
+        return st.one_of(BYTES, st.lists(st.integers(0, 1), max_size=4).map(bytes))
+    if isinstance(kind, type) and issubclass(kind, IntEnum):
+        return st.integers(-1, 6)
     if kind in (None, NoneType):
         return st.none()
     parts = get_args(kind)
     if get_origin(kind) is UnionType:
         return st.one_of(*map(values, parts))
-    if parts[-1] is Ellipsis:
+    if parts[-1] is Ellipsis or get_origin(kind) is list:
         return st.lists(values(parts[0]), max_size=3).map(tuple)
     return st.tuples(*map(values, parts))
 
 
 def packed() -> st.SearchStrategy[tuple[Any, ...]]:
     """Parameters of the right types: the default or any, field by field."""
-    ordinary = SamplingParams(max_new_tokens=3).pack()
+    ordinary = astuple(SamplingParams(max_new_tokens=3))
     fields = [
         st.one_of(st.just(default), st.just(default), st.just(default), values(kind))
         for default, kind in zip(ordinary, PARAMS.values(), strict=True)
@@ -162,9 +179,8 @@ def packed() -> st.SearchStrategy[tuple[Any, ...]]:
 def frames(draw: st.DrawFn) -> bytes:
     cls = draw(st.sampled_from([*TYPES, Submit, Submit]))
     fields = []
-    for name, kind in get_type_hints(cls).items():
-        typed = packed() if name == "params" else values(kind)
-        mostly = st.sampled_from([typed] * 30 + [ANY])
+    for kind in field_types(cls).values():
+        mostly = st.sampled_from([values(kind)] * 30 + [ANY])
         fields.append(draw(draw(mostly)))
     name = draw(st.sampled_from([*NAMES, *(["scheduler"] * 5 if cls is Submit else [])]))
     head: bytes = msgpack.packb((name, draw(st.booleans())))
@@ -181,7 +197,7 @@ async def survives(rogues: list[bytes]) -> ActorSystem:
     for actor in (sink, Sink("watchdog"), Sink("frontend"), Sink("tokenizer")):
         worker.add(actor)
     tasks = [asyncio.ensure_future(s.run()) for s in (system, worker)]
-    submit = Submit(rid, i32([3, 4, 5]), SamplingParams(max_new_tokens=4, ignore_eos=True).pack())
+    submit = Submit(rid, i32([3, 4, 5]), SamplingParams(max_new_tokens=4, ignore_eos=True))
     with zmq.Context() as ctx, ctx.socket(zmq.PUSH) as sock:
         sock.curve_serverkey = sock.curve_publickey = keys.public.encode()
         sock.curve_secretkey = keys.secret.encode()
@@ -219,13 +235,13 @@ def test_each_kind_of_senseless_request_is_dropped_and_counted() -> None:
     good = SamplingParams(max_new_tokens=3)
     rid = (1 << FRONTEND_SHIFT) + 7
 
-    def submit(prompt: bytes = i32([1]), **changes: Any) -> bytes:
+    def submit(prompt: Any = i32([1]), **changes: Any) -> bytes:  # noqa: B008
         params = {**{f: getattr(good, f) for f in PARAMS}, **changes}
-        msg = Submit(rid, prompt, SamplingParams(**params).pack())
+        msg = Submit(rid, prompt, SamplingParams(**params))
         return bytes(msgpack.packb(("scheduler", False))) + encode(msg)
 
     bad = [
-        submit(b"\0\0\0"), submit(i32([VOCAB])), submit(i32([-1])), submit(i32([1] * MAX_LEN)),
+        submit(b"\0\0\0"), submit(array("f", [1])), submit(i32([VOCAB])), submit(i32([-1])), submit(i32([1] * MAX_LEN)),
         submit(max_new_tokens=None), submit(max_new_tokens=-1), submit(temperature=float("nan")),
         submit(temperature=-1.0), submit(top_k=-2), submit(seed=2**63), submit(logprobs=VOCAB + 1),
         submit(stop_token_ids=(VOCAB,)), submit(logit_bias=((-1, 1.0),)),

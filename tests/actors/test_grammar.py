@@ -200,7 +200,7 @@ def tokenize(text: Text, builder: FakeBuilder, script: list[Any], answers: int) 
 
 
 def asked(rids: tuple[int, ...], source: str, **params: Any) -> Tokenize:
-    packed = SamplingParams(grammar=("regex", source), **params).pack()
+    packed = SamplingParams(grammar=("regex", source), **params)
     return Tokenize(rids, None, i32([1, 2, 3]), None, True, packed)
 
 
@@ -209,7 +209,7 @@ def test_a_request_is_accepted_once_its_grammar_is_ready(text: Text) -> None:
     first, second, accepted = tokenize(text, builder, [asked((1, 2), "a")], 1)
     assert isinstance(first, Submit)
     assert isinstance(second, Submit)
-    assert SamplingParams.unpack(second.params).grammar == ("regex", "a")
+    assert second.params.grammar == ("regex", "a")
     assert accepted == Accepted(1, i32([1, 2, 3]))
     assert builder.kept == {("regex", "a")}
 
@@ -217,13 +217,18 @@ def test_a_request_is_accepted_once_its_grammar_is_ready(text: Text) -> None:
 def test_a_bad_grammar_is_refused_before_anything_is_submitted(text: Text) -> None:
     (end,) = tokenize(text, FakeBuilder(), [asked((1, 2), "bad")], 1)
     assert isinstance(end, Finished)
-    assert (end.rid, end.reason, end.detail, end.status) == (1, Reason.ERROR, "it is bad", 400)
+    assert (end.rid, end.reason, end.failure.detail, end.failure.status) == (
+        1,
+        Reason.ERROR,
+        "it is bad",
+        400,
+    )
 
 
 def test_a_prompt_too_long_is_refused_before_its_grammar_is_compiled(text: Text) -> None:
     builder = FakeBuilder()
     (end,) = tokenize(text, builder, [asked((1,), "a", max_new_tokens=1000)], 1)
-    assert end.code == "context_length_exceeded"
+    assert end.failure.code == "context_length_exceeded"
     assert builder.built == []
 
 

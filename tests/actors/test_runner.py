@@ -18,6 +18,7 @@ from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ActorCrashed, PlanOutOfOrder
 from asyncllm.messages import Probe, RunnerStats, StepDone, StepPlan
+from asyncllm.records import Opened
 from tests.actors.fake_device import FakeDevice
 
 
@@ -41,10 +42,10 @@ class Sink(Actor[Any]):
 
 def plan(step: int) -> StepPlan:
     """Step ``step`` of a lane whose prompt is one token."""
-    opened = ((0, 1, SamplingParams(max_new_tokens=99).pack(), b""),) if step == 1 else ()
+    opened = [Opened(0, 1, SamplingParams(max_new_tokens=99), i32([]))] if step == 1 else []
     token = 5 if step == 1 else -1
     columns = (i32([0]), i32([step - 1]), i32([1]), i32([0]), i32([step]), i32([token]))
-    return StepPlan(step, 1, *columns, b"\1", opened)
+    return StepPlan(step, 1, *columns, bytearray(b"\1"), opened)
 
 
 def run(

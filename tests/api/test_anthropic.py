@@ -13,12 +13,14 @@ from asyncllm.api.anthropic_reply import MessageReply
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.generation import Generation
 from asyncllm.api.parts import Dialect
+from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.errors import ModelNotFound, RequestError
 from tests.api.test_offers import SCHEMA as WEATHER_SCHEMA
 from tests.api.test_offers import TOOLS as OPENAI_TOOLS
 from tests.api.test_parted_reply import CASES, Case, ending
-from tests.api.test_replies import News, answer
+from tests.api.test_replies import answer
+from tests.api.test_replies import delta as delta_of
 from tests.api.test_requests import SERVED
 
 HI = [{"role": "user", "content": "hi"}]
@@ -317,7 +319,7 @@ def test_stream() -> None:
     raw = made.opening()
     choice.reason = None
     for piece in ('a"\n', "", "é"):
-        news = News(piece, b"\0\0\0\0")
+        news = delta_of(piece, i32([0]))
         choice.take(news)
         raw += made.piece(choice, news) + made.settle()
     choice.reason, choice.cached_len = Reason.LENGTH, 2
@@ -385,7 +387,7 @@ def test_a_stream_without_text_has_no_block() -> None:
 def test_whole(reason: Reason, stop: str, expected: tuple[str, str | None]) -> None:
     made = reply(reason, stop)
     assert json.loads(made.whole())["content"] == []
-    made.answer.choices[0].take(News("hey", b"\0\0\0\0"))
+    made.answer.choices[0].take(delta_of("hey", i32([0])))
     got = json.loads(made.whole())
     assert got["content"] == [{"type": "text", "text": "hey"}]
     assert (got["stop_reason"], got["stop_sequence"]) == expected
@@ -423,7 +425,7 @@ def parted(case: Case, pieces: list[str], **body: Any) -> tuple[MessageReply, by
     (choice,) = made.answer.choices
     raw = made.opening()
     for piece in pieces:
-        news = News(piece, b"A\0\0\0", (piece,))
+        news = delta_of(piece, i32([65]), (piece,))
         choice.take(news)
         raw += made.piece(choice, news) if made.answer.generation.stream else b""
     choice.end(ending(reason), 1, "")

@@ -18,7 +18,7 @@ from asyncllm.api.parts import Dialect
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from tests.api.test_offers import TOOLS
-from tests.api.test_replies import SERVED, VOCAB, News, events, floats
+from tests.api.test_replies import SERVED, VOCAB, delta, events, floats
 from tests.api.tools.answers import EXAMPLES
 
 ARGS = '{"city": "Ü\\n{"}'
@@ -72,7 +72,7 @@ def feed(made: PartedReply, pieces: list[str], reason: Reason, index: int = 0) -
     choice, out = made.answer.choices[index], b""
     for text in pieces:
         scored = made.answer.generation.params.logprobs >= 0
-        news = News(text, i32([65]), (text,), floats(-1) if scored else b"")
+        news = delta(text, i32([65]), (text,), floats(-1) if scored else b"")
         choice.take(news)
         out += made.piece(choice, news) if made.answer.generation.stream else b""
     choice.end(reason, 1, "")
@@ -263,7 +263,7 @@ def test_tokens_of_reasoning_are_counted_however_they_come(together: bool) -> No
     made = reply("", "think", head="<think>", stream=True)
     if together:
         (choice,) = made.answer.choices
-        choice.take(News("".join(pieces), i32([65] * 6), tuple(pieces)))
+        choice.take(delta("".join(pieces), i32([65] * 6), tuple(pieces)))
         choice.end(Reason.STOP, 1, "")
     else:
         feed(made, pieces, Reason.STOP)

@@ -6,7 +6,7 @@ import codecs
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -20,6 +20,8 @@ from asyncllm.api.openai_reply import ChatReply, CompletionReply
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
+from asyncllm.messages import Delta
+from asyncllm.records import Logprobs
 
 SERVED = Served(
     name='m"1', listed=('m"1',), accepted=frozenset(), max_len=64, vocab_size=256, created=0
@@ -37,22 +39,21 @@ def spell(ids: Sequence[int]) -> list[str]:
     return [decoder.decode(bytes([i])) for i in ids]
 
 
-@dataclass
-class News:
-    """New tokens, as a Delta brings them."""
+def delta(
+    text: str,
+    ids: array[int] | None = None,
+    pieces: tuple[str, ...] = (),
+    logprobs: array[float] | Logprobs | None = None,
+    prompt: Logprobs | None = None,
+) -> Delta:
+    """New tokens; ``logprobs`` may be those of the chosen ones alone."""
+    if isinstance(logprobs, array):
+        logprobs = Logprobs(chosen=logprobs)
+    return Delta(1, text, i32([]) if ids is None else ids, pieces, logprobs, prompt)
 
-    text: str
-    ids: bytes
-    pieces: tuple[str, ...] = ()
-    logprobs: bytes = b""
-    num_top: int = 0
-    top_ids: bytes = b""
-    top_logprobs: bytes = b""
-    prompt: tuple[bytes, int, bytes, bytes] | None = None
 
-
-def floats(*values: float) -> bytes:
-    return array("f", values).tobytes()
+def floats(*values: float) -> array[float]:
+    return array("f", values)
 
 
 def answer(generation: Generation, prompts: list[bytes]) -> Answer:
@@ -78,7 +79,7 @@ def native(stream: bool = True, **parameters: Any) -> NativeReply:
     return NativeReply(answer(lightllm.generate(body, SERVED, stream=stream), [b"hi"]))
 
 
-def take(reply: Any, news: News, index: int = 0) -> bytes:
+def take(reply: Any, news: Delta, index: int = 0) -> bytes:
     choice = reply.answer.choices[index]
     choice.take(news)
     out: bytes = reply.piece(choice, news) if reply.answer.generation.stream else b""
@@ -106,20 +107,20 @@ def test_chat_stream_bytes() -> None:
     )
     tail = ',"logprobs":null,"finish_reason":%s}]}\n\n'
     assert reply.opening().decode() == head + '{"role":"assistant","content":""}' + tail % "null"
-    got = take(reply, News('é"\n\\☃', i32([1, 2]))).decode()
+    got = take(reply, delta('é"\n\\☃', i32([1, 2]))).decode()
     assert got == head + '{"content":"é\\"\\n\\\\☃"}' + tail % "null"
-    assert take(reply, News("", i32([3]))) == b""
+    assert take(reply, delta("", i32([3]))) == b""
     assert end(reply).decode() == head + "{}" + tail % '"stop"'
     assert reply.closing() == b"data: [DONE]\n\n"
 
 
 def test_a_lone_surrogate_does_not_break_the_stream() -> None:
-    assert b'"content":"?"' in take(chat(stream=True), News("\ud800", i32([1])))
+    assert b'"content":"?"' in take(chat(stream=True), delta("\ud800", i32([1])))
 
 
 def test_usage_chunk_only_when_asked() -> None:
     reply = chat(stream=True, stream_options={"include_usage": True})
-    chunks = events(reply.opening() + take(reply, News("a", i32([1]))) + end(reply))
+    chunks = events(reply.opening() + take(reply, delta("a", i32([1]))) + end(reply))
     assert [c["usage"] for c in chunks] == [None] * 3
     reply.answer.choices[0].cached_len = 1
     last, done = reply.closing().split(b"\n\n")[:2]
@@ -137,7 +138,7 @@ def test_usage_chunk_only_when_asked() -> None:
 @pytest.mark.parametrize("make", [chat, completion])
 def test_continuous_usage(make: Callable[..., Any]) -> None:
     reply = make(stream=True, stream_options={"continuous_usage_stats": True})
-    chunks = events(take(reply, News("a", i32([1]))) + take(reply, News("b", i32([2, 3]))))
+    chunks = events(take(reply, delta("a", i32([1]))) + take(reply, delta("b", i32([2, 3]))))
     assert [c["usage"]["completion_tokens"] for c in chunks] == [1, 3]
 
 
@@ -148,7 +149,7 @@ def test_completion_stream_bytes() -> None:
         '"choices":[{"index":0,"text":'
     )
     assert reply.opening() == b""
-    got = take(reply, News("x", i32([1]))).decode()
+    got = take(reply, delta("x", i32([1]))).decode()
     assert got == head + '"x","logprobs":null,"finish_reason":null}]}\n\n'
     got = end(reply, Reason.LENGTH).decode()
     assert got == head + '"","logprobs":null,"finish_reason":"length"}]}\n\n'
@@ -156,20 +157,18 @@ def test_completion_stream_bytes() -> None:
 
 def test_echo_goes_first_once_per_choice() -> None:
     reply = completion([b"hi", b"yo"], stream=True, echo=True)
-    early = events(take(reply, News("x", i32([1])), 1))  # before prompt 0 was accepted
+    early = events(take(reply, delta("x", i32([1])), 1))  # before prompt 0 was accepted
     assert [c["choices"][0]["text"] for c in early] == ["yo", "x"]
     assert [c["choices"][0]["text"] for c in events(reply.opening())] == ["hi"]
-    assert len(events(take(reply, News("z", i32([1]))))) == 1
+    assert len(events(take(reply, delta("z", i32([1]))))) == 1
 
 
 def test_completion_logprobs_of_prompt_and_text() -> None:
     reply = completion([b"hi!"], echo=True, logprobs=1)
-    scores = (floats(-1, -2), 1, i32([ord("i"), ord("?")]), floats(-1, -0.5))
+    scores = Logprobs(1, floats(-1, -2), i32([ord("i"), ord("?")]), floats(-1, -0.5))
     # two columns came for one that was asked for: another row of the step wanted two
-    news = News(
-        "ab", i32(list(b"ab")), ("a", "b"), floats(-0.5, float("-inf")), 2,
-        i32(list(b"aAcb")), floats(-0.5, -3, -0.25, -4), scores,
-    )  # fmt: skip
+    wide = Logprobs(2, floats(-0.5, float("-inf")), i32(list(b"aAcb")), floats(-0.5, -3, -0.25, -4))
+    news = delta("ab", i32(list(b"ab")), ("a", "b"), wide, scores)
     take(reply, news)
     end(reply)
     (choice,) = json.loads(reply.whole())["choices"]
@@ -191,8 +190,8 @@ def test_completion_logprobs_of_prompt_and_text() -> None:
 def test_streamed_echo_waits_for_the_prompts_scores() -> None:
     reply = completion(stream=True, echo=True, logprobs=0)
     assert reply.opening() == b""
-    scores = (floats(-1), 0, b"", b"")
-    out = events(take(reply, News("a", i32([97]), ("a",), floats(-0.5), 0, b"", b"", scores)))
+    scores = Logprobs(chosen=floats(-1))
+    out = events(take(reply, delta("a", i32([97]), ("a",), floats(-0.5), scores)))
     assert [c["choices"][0]["logprobs"]["token_logprobs"] for c in out] == [[None, -1.0], [-0.5]]
     assert [c["choices"][0]["logprobs"]["text_offset"] for c in out] == [[0, 1], [2]]
 
@@ -201,7 +200,7 @@ def test_echo_of_a_truncated_prompt_is_what_was_used() -> None:
     reply = completion([b"hello"], echo=True)
     reply.answer.prompts = [array("i")]
     reply.answer.accept(0, i32(list(b"lo")), "", 3)
-    take(reply, News("!", i32([33]), ("!",)))
+    take(reply, delta("!", i32([33]), ("!",)))
     end(reply)
     body = json.loads(reply.whole())
     assert body["choices"][0]["text"] == "lo!"
@@ -211,7 +210,7 @@ def test_echo_of_a_truncated_prompt_is_what_was_used() -> None:
 def test_echo_of_nothing_more() -> None:
     """max_tokens 0: the prompt and its scores, no token."""
     reply = completion(stream=True, echo=True, logprobs=0, max_tokens=0)
-    out = take(reply, News("", b"", prompt=(floats(-1), 0, b"", b""))) + end(reply, Reason.LENGTH)
+    out = take(reply, delta("", prompt=Logprobs(chosen=floats(-1)))) + end(reply, Reason.LENGTH)
     texts = [(c["choices"][0]["text"], c["choices"][0]["finish_reason"]) for c in events(out)]
     assert texts == [("hi", None), ("", "length")]
 
@@ -219,8 +218,8 @@ def test_echo_of_nothing_more() -> None:
 def test_bytes_of_unfinished_characters() -> None:
     snow = list("☃".encode())
     reply = chat(logprobs=True)
-    take(reply, News("", i32(snow[:1]), ("",), floats(-1)))
-    take(reply, News("☃", i32(snow[1:]), ("", "☃"), floats(-1, -1)))
+    take(reply, delta("", i32(snow[:1]), ("",), floats(-1)))
+    take(reply, delta("☃", i32(snow[1:]), ("", "☃"), floats(-1, -1)))
     end(reply)
     (choice,) = json.loads(reply.whole())["choices"]
     content = choice["logprobs"]["content"]
@@ -233,7 +232,7 @@ def test_bytes_of_unfinished_characters() -> None:
 def test_text_offsets_count_characters() -> None:
     reply = completion(logprobs=0)
     ids = list("é☃a".encode())
-    take(reply, News("é☃a", i32(ids), tuple(spell(ids)), floats(*[-1.0] * len(ids))))
+    take(reply, delta("é☃a", i32(ids), tuple(spell(ids)), floats(*[-1.0] * len(ids))))
     end(reply)
     (choice,) = json.loads(reply.whole())["choices"]
     assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 1, 2]
@@ -244,9 +243,9 @@ def test_alternatives_with_the_same_text_are_all_told() -> None:
     reply = completion(logprobs=5)
     reply.answer.vocab = replace(VOCAB, piece=lambda t: b"x" if t < 5 else b"y" if t < 8 else b"")
     top = [2, 1, 6, 9, 7], [1, 6, 7, 8, 9]
-    columns = i32([2, 5]), ("x", "y"), floats(-1, -9), 5
     values = floats(-1, -2, -3, -4, -5, -1, -2, -3, -4, -5)
-    take(reply, News("xy", *columns, i32([*top[0], *top[1]]), values))
+    scores = Logprobs(5, floats(-1, -9), i32([*top[0], *top[1]]), values)
+    take(reply, delta("xy", i32([2, 5]), ("x", "y"), scores))
     end(reply)
     (choice,) = json.loads(reply.whole())["choices"]
     assert choice["logprobs"]["top_logprobs"] == [
@@ -258,7 +257,7 @@ def test_alternatives_with_the_same_text_are_all_told() -> None:
 def test_usage_counts_a_prompt_once_for_its_choices() -> None:
     reply = completion([b"hi", b"there"], n=2)
     for i in range(4):
-        take(reply, News("x", i32([1])), i)
+        take(reply, delta("x", i32([1])), i)
         reply.answer.choices[i].cached_len = i
         end(reply, index=i)
     body = json.loads(reply.whole())
@@ -283,9 +282,9 @@ def parsed(data: bytes) -> list[Any]:
 
 def test_native_stream_one_event_per_token() -> None:
     reply = native()
-    out = take(reply, News("ab", i32(list(b"ab")), ("a", "b"), floats(-0.5, -1)))
+    out = take(reply, delta("ab", i32(list(b"ab")), ("a", "b"), floats(-0.5, -1)))
     out += reply.settle()
-    out += take(reply, News("", i32([0]), ("",), floats(-2)))
+    out += take(reply, delta("", i32([0]), ("",), floats(-2)))
     out += end(reply)
     assert reply.closing() == b""
     first, second, last = parsed(out)
@@ -305,7 +304,7 @@ def test_native_stream_one_event_per_token() -> None:
 
 def test_native_end_that_comes_alone_has_no_token() -> None:
     reply = native()
-    out = take(reply, News("a", i32([97]), ("a",), floats(-1))) + reply.settle() + end(reply)
+    out = take(reply, delta("a", i32([97]), ("a",), floats(-1))) + reply.settle() + end(reply)
     token, last = parsed(out)
     assert not token["finished"]
     assert (last["token"]["id"], last["token"]["text"], last["finished"]) == (-1, "", True)
@@ -316,7 +315,7 @@ def test_native_end_that_comes_alone_has_no_token() -> None:
 @pytest.mark.parametrize("text", ['"', "\\", "\n", "\x00", "\u2028", "é", "😀"])
 def test_native_events_are_json_whatever_the_text(text: str) -> None:
     reply = native()
-    out = take(reply, News(text, i32([255]), (text,), floats(-1e-7))) + end(reply)
+    out = take(reply, delta(text, i32([255]), (text,), floats(-1e-7))) + end(reply)
     (event,) = parsed(out)
     assert (event["token"]["text"], event["generated_text"]) == (text, text)
     assert event["token"]["logprob"] == -1e-7
@@ -325,9 +324,9 @@ def test_native_events_are_json_whatever_the_text(text: str) -> None:
 
 def test_native_stream_brings_the_prompts_scores_once() -> None:
     reply = native(prompt_logprobs=0)
-    scores = (floats(-1), 0, b"", b"")
-    out = take(reply, News("a", i32([97]), ("a",), floats(-1), prompt=scores)) + reply.settle()
-    out += take(reply, News("b", i32([98]), ("b",), floats(-1))) + end(reply)
+    scores = Logprobs(chosen=floats(-1))
+    out = take(reply, delta("a", i32([97]), ("a",), floats(-1), prompt=scores)) + reply.settle()
+    out += take(reply, delta("b", i32([98]), ("b",), floats(-1))) + end(reply)
     first, second = parsed(out)
     assert first["prompt_token_ids"] == list(b"hi")
     own = {"105": {"logprob": -1.0, "rank": None, "decoded_token": "i"}}
@@ -338,9 +337,9 @@ def test_native_stream_brings_the_prompts_scores_once() -> None:
 def test_native_texts_join_to_the_whole_text() -> None:
     reply = native()
     snow = list("☃".encode())
-    out = take(reply, News("", i32(snow[:2]), ("", "\ufffd"), floats(-1, -1)))
-    out += take(reply, News("☃", i32(snow[2:]), ("☃",), floats(-1)))
-    out += take(reply, News("!", b""))  # text that a stop string's beginning held back
+    out = take(reply, delta("", i32(snow[:2]), ("", "\ufffd"), floats(-1, -1)))
+    out += take(reply, delta("☃", i32(snow[2:]), ("☃",), floats(-1)))
+    out += take(reply, delta("!"))  # text that a stop string's beginning held back
     out += end(reply)
     assert [e["token"]["text"] for e in parsed(out)] == ["", "", "☃!"]
     assert parsed(out)[-1]["generated_text"] == "☃!"
@@ -348,9 +347,13 @@ def test_native_texts_join_to_the_whole_text() -> None:
 
 def test_native_whole_lists_for_more_choices() -> None:
     reply = native(stream=False, n=2, return_details=True, prompt_logprobs=1)
-    scores = (floats(-1), 1, i32([ord("o")]), floats(-0.5))
+    scores = Logprobs(1, floats(-1), i32([ord("o")]), floats(-0.5))
     for i in range(2):
-        take(reply, News("a", i32([97]), ("a",), floats(-1), 1, i32([98]), floats(-0.5), scores), i)
+        take(
+            reply,
+            delta("a", i32([97]), ("a",), Logprobs(1, floats(-1), i32([98]), floats(-0.5)), scores),
+            i,
+        )
         end(reply, Reason.LENGTH, i)
     body = json.loads(reply.whole())
     assert body["generated_text"] == ["a", "a"]
@@ -373,8 +376,8 @@ def test_native_whole_lists_for_more_choices() -> None:
 def test_native_details_join_to_the_text_and_sum_up() -> None:
     reply = native(stream=False, return_details=True)
     snow = list("☃".encode())
-    take(reply, News("a", i32([97]), ("a",), floats(-1)))
-    take(reply, News("☃", i32(snow), ("", "", "☃"), floats(-1, -2, -0.5)))
+    take(reply, delta("a", i32([97]), ("a",), floats(-1)))
+    take(reply, delta("☃", i32(snow), ("", "", "☃"), floats(-1, -2, -0.5)))
     end(reply)
     body = json.loads(reply.whole())
     assert [t["text"] for t in body["tokens"]] == ["a", "", "", "☃"]
@@ -382,7 +385,7 @@ def test_native_details_join_to_the_text_and_sum_up() -> None:
     assert [t["count_output_tokens"] for t in body["tokens"]] == [1, 2, 3, 4]
     assert [list(m) for m in body["logprobs"]] == [["97"], *([str(i)] for i in snow)]
     plain = native(stream=False)
-    take(plain, News("a", i32([97]), ("a",), floats(-1)))
+    take(plain, delta("a", i32([97]), ("a",), floats(-1)))
     end(plain)
     body = json.loads(plain.whole())
     assert "tokens" not in body
@@ -394,7 +397,9 @@ def test_native_answers_are_as_the_document_says() -> None:
         reply = native(stream=False, n=n, return_details=True, prompt_logprobs=0)
         for i in range(n):
             take(
-                reply, News("a", i32([97]), ("a",), floats(-1), prompt=(floats(-1), 0, b"", b"")), i
+                reply,
+                delta("a", i32([97]), ("a",), floats(-1), prompt=Logprobs(chosen=floats(-1))),
+                i,
             )
             end(reply, Reason.LENGTH, i)
         schema = openapi.document(SERVED, secured=False)["components"]["schemas"]["Native"]

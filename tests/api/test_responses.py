@@ -18,11 +18,12 @@ from asyncllm.api.tools import Text
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.errors import ModelNotFound, RequestError
+from asyncllm.records import Logprobs
 from tests.api.test_anthropic import chat, events
 from tests.api.test_offers import SCHEMA
 from tests.api.test_offers import TOOLS as OPENAI_TOOLS
 from tests.api.test_parted_reply import CASES, Case, ending
-from tests.api.test_replies import News, answer, floats
+from tests.api.test_replies import answer, delta, floats
 from tests.api.test_requests import SERVED
 
 TOOLS = [{"type": "function", "name": "weather", "description": "of a city", "parameters": SCHEMA}]
@@ -274,9 +275,8 @@ def test_log_probabilities() -> None:
         (choice,) = made.answer.choices
         raw = b""
         for text in "", "a", "b":
-            news = News(
-                text, i32([97]), (text,), floats(-0.5), best, i32([98] * best), floats(*[-1] * best)
-            )
+            scores = Logprobs(best, floats(-0.5), i32([98] * best), floats(*[-1] * best))
+            news = delta(text, i32([97]), (text,), scores)
             choice.take(news)
             raw += made.piece(choice, news)
         got = events(raw + made.end(choice) + made.closing())
@@ -295,11 +295,11 @@ def parted(case: Case, pieces: list[str], store: Store, **body: Any) -> tuple[Re
     dialect = Dialect(calls=calls or "hermes", lists_tools=True, reasoning=thoughts)
     asked = ask(store, dialect=dialect, **({"tools": TOOLS} if calls else {}), **body)
     made = ResponseReply(answer(asked.generation, [b"hello"]), asked, store)
-    made.answer.accept(0, b"", "")
+    made.answer.accept(0, i32([]), "")
     (choice,) = made.answer.choices
     raw = made.opening()
     for piece in pieces:
-        news = News(piece, i32([65]), (piece,))
+        news = delta(piece, i32([65]), (piece,))
         choice.take(news)
         raw += made.piece(choice, news) if made.answer.generation.stream else b""
     choice.end(ending(reason), 1, "")
@@ -363,7 +363,7 @@ def test_stream(reason: Reason, status: str) -> None:
     (choice,) = made.answer.choices
     raw = made.opening()
     for piece in ('a"\n', "", "é"):
-        news = News(piece, b"\0\0\0\0")
+        news = delta(piece, i32([0]))
         choice.take(news)
         raw += made.piece(choice, news) + made.settle()
     choice.cached_len = 2

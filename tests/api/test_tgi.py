@@ -15,8 +15,9 @@ from asyncllm.api.tgi_reply import TgiReply, error_body
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
+from asyncllm.records import Logprobs
 from tests.api.test_openapi import TGI
-from tests.api.test_replies import SERVED, News, answer, end, floats, parsed, take
+from tests.api.test_replies import SERVED, answer, delta, end, floats, parsed, take
 
 
 def ask(stream: bool = False, **parameters: Any) -> tgi.Asked:
@@ -141,7 +142,7 @@ def test_other_parameters_are_lightllms() -> None:
 def test_plain_answer() -> None:
     for listed in (False, True):
         made = reply(listed=listed, return_full_text=listed)
-        take(made, News("ab", i32(list(b"ab")), ("a", "b"), floats(-0.5, -1)))
+        take(made, delta("ab", i32(list(b"ab")), ("a", "b"), floats(-0.5, -1)))
         end(made)
         scored = [
             {"97": {"logprob": -0.5, "rank": None, "decoded_token": "a"}},
@@ -155,7 +156,7 @@ def test_best_of_picks_the_best_mean() -> None:
     made = reply(best_of=3, details=True, seed=7, temperature=1.5)
     for i, logprobs in enumerate(((-1.0,), (-0.5, -0.75), (-9.0, 0.0))):
         text = "xyz"[i] * len(logprobs)
-        take(made, News(text, i32(list(text.encode())), tuple(text), floats(*logprobs)), i)
+        take(made, delta(text, i32(list(text.encode())), tuple(text), floats(*logprobs)), i)
         end(made, Reason.LENGTH if i else Reason.STOP, i)
     body = whole(made)
     details = body["details"]
@@ -182,8 +183,10 @@ def test_best_of_picks_the_best_mean() -> None:
 
 def test_details_of_the_prompt_and_of_the_best_tokens() -> None:
     made = reply(details=True, decoder_input_details=True, top_n_tokens=1)
-    scores = (floats(-2), 0, b"", b"")
-    take(made, News("a", i32([97]), ("a",), floats(-1), 1, i32([0]), floats(-0.5), scores))
+    scores = Logprobs(chosen=floats(-2))
+    take(
+        made, delta("a", i32([97]), ("a",), Logprobs(1, floats(-1), i32([0]), floats(-0.5)), scores)
+    )
     end(made)
     body = whole(made)
     assert body["details"]["prefill"] == [
@@ -209,7 +212,7 @@ def test_details_of_the_prompt_and_of_the_best_tokens() -> None:
 )
 def test_what_ended_it(stops: dict[str, Any], ids: bytes, found: str, reason: str) -> None:
     made = reply(details=True, **stops)
-    take(made, News("a", i32(list(ids)), ("a", ""), floats(-1, -1)))
+    take(made, delta("a", i32(list(ids)), ("a", ""), floats(-1, -1)))
     made.answer.choices[0].stop = found
     end(made)
     assert whole(made)["details"]["finish_reason"] == reason
@@ -219,9 +222,9 @@ def test_stream() -> None:
     made = reply(
         stream=True, details=True, top_n_tokens=1, return_full_text=True, prompt_logprobs=0
     )
-    prompt = (floats(-2), 0, b"", b"")
-    one = News("a", i32([97]), ("a",), floats(-1), 1, i32([98]), floats(-0.5), prompt)
-    two = News("", i32([0]), ("",), floats(-2), 1, i32([97]), floats(-0.25))
+    prompt = Logprobs(chosen=floats(-2))
+    one = delta("a", i32([97]), ("a",), Logprobs(1, floats(-1), i32([98]), floats(-0.5)), prompt)
+    two = delta("", i32([0]), ("",), Logprobs(1, floats(-2), i32([97]), floats(-0.25)))
     out = take(made, one) + made.settle() + take(made, two) + end(made)
     first, last = parsed(out)
     top = [{"id": 98, "text": "b", "logprob": -0.5, "special": False}]
@@ -247,14 +250,14 @@ def test_stream() -> None:
 
 def test_an_end_that_comes_alone_is_nothing_to_show() -> None:
     made = reply(stream=True, stop=["x"])
-    out = take(made, News("a", i32([97]), ("a",), floats(-1))) + made.settle() + end(made)
+    out = take(made, delta("a", i32([97]), ("a",), floats(-1))) + made.settle() + end(made)
     _, last = parsed(out)
     token = {"id": -1, "text": "", "logprob": 0.0, "special": True, "count_output_tokens": 1}
     assert last["token"] == token
     assert (last["index"], last["details"]) == (1, None)
     held = reply(stream=True)
-    out = take(held, News("", i32([97]), ("",), floats(-1))) + held.settle()
-    out += take(held, News("a", b"")) + end(held)
+    out = take(held, delta("", i32([97]), ("",), floats(-1))) + held.settle()
+    out += take(held, delta("a")) + end(held)
     assert (parsed(out)[-1]["token"]["text"], parsed(out)[-1]["token"]["special"]) == ("a", False)
 
 

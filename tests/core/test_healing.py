@@ -12,6 +12,7 @@ from asyncllm.core.healing import Healing
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.vocabulary import Vocabulary, passes
+from asyncllm.messages import Granted
 
 PIECES = [b"<s>", b"a", b"b", b"ab", b"abc", b"bc", b"c", b"<", b"", b"ba"]
 VOCAB = Vocabulary(PIECES, 12, special={0})
@@ -80,15 +81,15 @@ def test_a_request_gets_as_many_tokens_more() -> None:
     )  # fmt: skip
     params = SamplingParams(max_new_tokens=2)
     constraint = Constraints(12, (), vocab=VOCAB).of(params, "", (b"a", b"b"))
-    core.add(1, array("i", [9] * 4), params.pack(), constraint)
+    core.add(1, array("i", [9] * 4), params, constraint)
     out: list[int] = []
     for token in (1, 2, 6, 6, 6):
         if (proposal := core.propose()) is None:
             break
         counts = proposal.counts
-        step = core.plan(array("i", [0]), counts, array("i", range(sum(counts))), 50)
+        step = core.plan(Granted(array("i", [0]), counts, array("i", range(sum(counts))), 50))
         assert step is not None
-        assert bool(step.masks) == (len(out) < 2)
+        assert bool(step.plan.masks) == (len(out) < 2)
         out += core.commit(step, array("i", [token])).tokens
     assert out == [1, 2, 6, 6]
     assert core.ended[0].num_tokens == 4

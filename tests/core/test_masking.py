@@ -9,11 +9,13 @@ from itertools import accumulate
 import pytest
 
 from asyncllm.core import masking
-from asyncllm.core.masking import Done, Job, Line, Verdict
-from asyncllm.core.request import Again, Constraint, Reason, SamplingParams
+from asyncllm.core.masking import Job, Line
+from asyncllm.core.request import Again, Constraint, Reason, SamplingParams, Verdict
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Request, Step
 from asyncllm.errors import RequestError
+from asyncllm.messages import Granted
+from asyncllm.records import Done
 from tests.core.test_scheduling import add, commit, grant, make, reasons, shape, step
 
 WHOLE, BAD, AGAIN, MARK = 30, 31, 29, 20
@@ -48,7 +50,7 @@ class Slow(Constraint):
 
 def ask(core: Core, rid: int, *, max_new: int = 5, loose: bool = False) -> Slow:
     made = Slow(loose)
-    core.add(rid, array("i", range(4)), SamplingParams(max_new_tokens=max_new).pack(), made)
+    core.add(rid, array("i", range(4)), SamplingParams(max_new_tokens=max_new), made)
     return made
 
 
@@ -67,14 +69,14 @@ def test_a_request_waits_for_its_mask_and_others_do_not() -> None:
     assert shape(step(core)) == [(2, 4)], "the first mask is not known"
     assert play(core) == []
     first = step(core)
-    assert (shape(first), list(first.masked)) == ([(2, 1), (1, 4)], [1])
+    assert (shape(first), list(first.plan.masked)) == ([(2, 1), (1, 4)], [1])
     emitted = core.commit(first, array("i", [7, 8]))
     assert (list(emitted.rids), list(emitted.tokens)) == ([2], [7])
     assert shape(step(core)) == [(2, 1)]
     assert play(core) == [(1, [8])]
     following = step(core)
     assert shape(following) == [(2, 1), (1, 1)]
-    assert bytes(following.masks) == bytes([2, 0, 0, 0])
+    assert bytes(following.plan.masks) == bytes([2, 0, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -127,12 +129,12 @@ def test_a_row_that_was_proposed_before_goes_without_a_mask() -> None:
     core = make()
     ask(core, 1, loose=True)
     first, second = step(core), step(core)
-    assert (bytes(first.masks), bytes(second.masks)) == (bytes([1, 0, 0, 0]),) * 2
+    assert (bytes(first.plan.masks), bytes(second.plan.masks)) == (bytes([1, 0, 0, 0]),) * 2
     core.propose()
     core.commit(first, array("i", [MARK]))
-    third = core.plan(array("i", [0]), array("i", [1]), array("i", [9]), 500)
+    third = core.plan(Granted(array("i", [0]), array("i", [1]), array("i", [9]), 500))
     assert third is not None
-    assert list(third.masked) == [], "a thread is making it"
+    assert list(third.plan.masked) == [], "a thread is making it"
 
 
 def test_a_token_that_a_thread_does_not_take_is_sampled_again() -> None:
@@ -178,8 +180,8 @@ def test_a_request_over_its_budget_ends_alone() -> None:
     core.worked(Done(1, Verdict.GOES_ON, 0.6))
     core.worked(Done(2, Verdict.GOES_ON, 0.1))
     (end,) = core.ended
-    assert (end.rid, end.reason, end.status) == (1, Reason.ERROR, 400)
-    assert "1.2 s of CPU time, limit 1 (--constraint_time_limit)" in end.detail
+    assert (end.rid, end.reason, end.failure.status) == (1, Reason.ERROR, 400)
+    assert "1.2 s of CPU time, limit 1 (--constraint_time_limit)" in end.failure.detail
     assert list(core.running) == [2]
     assert len(core.released) == 1
 
@@ -188,7 +190,7 @@ def test_a_request_over_its_budget_ends_alone() -> None:
 
 
 def waiting(rid: int) -> Request:
-    packed = SamplingParams(max_new_tokens=5).pack()
+    packed = SamplingParams(max_new_tokens=5)
     req = Request.of(rid, array("i", [1]), packed, frozenset())
     req.constraint = Slow()
     req.todo.append((None, None, 0))

@@ -10,6 +10,7 @@ import pytest
 from asyncllm.core.request import Again, Constraint, Reason, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Step
+from asyncllm.messages import Granted
 
 EOS = 2
 
@@ -35,9 +36,9 @@ def add(
     client: int = 0,
     **params: Any,
 ) -> None:
-    packed = SamplingParams(max_new_tokens=max_new, **params).pack()
+    asked = SamplingParams(max_new_tokens=max_new, **params)
     ids = array("i", range(100, 100 + prompt_len))
-    core.add(rid, ids, packed, after=after, client=client)
+    core.add(rid, ids, asked, after=after, client=client)
 
 
 def grant(
@@ -52,7 +53,7 @@ def grant(
         hits.append(hit if lane in opened else 0)
         counts.append(min(count, opened.get(lane, 10**6) - hits[-1]))
     slots = array("i", range(sum(hits) + sum(counts)))
-    return core.plan(hits, counts, slots, available)
+    return core.plan(Granted(hits, counts, slots, available))
 
 
 class Countdown(Constraint):
@@ -79,11 +80,13 @@ def step(core: Core, **how: Any) -> Step:
 
 
 def shape(planned: Step) -> list[tuple[int, int]]:
-    return [(row[0].rid, count) for row, count in zip(planned.rows, planned.counts, strict=True)]
+    return [
+        (row[0].rid, count) for row, count in zip(planned.rows, planned.plan.counts, strict=True)
+    ]
 
 
 def commit(core: Core, planned: Step, token: int = 7) -> None:
-    core.commit(planned, array("i", [token if s else -1 for s in planned.samples]))
+    core.commit(planned, array("i", [token if s else -1 for s in planned.plan.samples]))
 
 
 def reasons(core: Core) -> dict[int, tuple[Reason, int]]:
@@ -95,10 +98,10 @@ def test_a_prompt_goes_in_chunks_and_samples_at_its_end() -> None:
     add(core, 1, 40)
     steps = [step(core) for _ in range(3)]
     assert [shape(s) for s in steps] == [[(1, 16)], [(1, 16)], [(1, 8)]]
-    assert [list(s.starts) for s in steps] == [[0], [16], [32]]
-    assert [bytes(s.samples) for s in steps] == [b"\0", b"\0", b"\1"]
-    assert list(steps[2].tokens) == list(range(132, 140))
-    assert [len(s.opened) for s in steps] == [1, 0, 0]
+    assert [list(s.plan.starts) for s in steps] == [[0], [16], [32]]
+    assert [bytes(s.plan.samples) for s in steps] == [b"\0", b"\0", b"\1"]
+    assert list(steps[2].plan.tokens) == list(range(132, 140))
+    assert [len(s.plan.opened) for s in steps] == [1, 0, 0]
 
 
 def test_decode_rows_come_first_oldest_first_and_hold_prefill_to_one_chunk() -> None:
@@ -110,23 +113,23 @@ def test_decode_rows_come_first_oldest_first_and_hold_prefill_to_one_chunk() -> 
     add(core, 4, 60)
     mixed = step(core)
     assert shape(mixed) == [(1, 1), (2, 1), (3, 10), (4, 6)]
-    assert mixed.num_decode == 2
-    assert list(mixed.tokens[:3]) == [-1, -1, 100]
+    assert mixed.plan.num_decode == 2
+    assert list(mixed.plan.tokens[:3]) == [-1, -1, 100]
 
 
 def test_a_constraint_waits_only_while_its_mask_depends_on_tokens_to_come() -> None:
     core = make()
-    packed = SamplingParams(max_new_tokens=9).pack()
+    packed = SamplingParams(max_new_tokens=9)
     core.add(1, array("i", range(4)), packed, Countdown(3))
     first, second = step(core), step(core)
     commit(core, first)
     third = step(core)
-    assert [list(s.masked) for s in (first, second, third)] == [[], [], []]
+    assert [list(s.plan.masked) for s in (first, second, third)] == [[], [], []]
     commit(core, second)
     assert core.propose() is None, "the mask after the third token is another one"
     commit(core, third)
     fourth = step(core)
-    assert (list(fourth.masked), bytes(fourth.masks)) == ([0], b"\1\0\0\0")
+    assert (list(fourth.plan.masked), bytes(fourth.plan.masks)) == ([0], b"\1\0\0\0")
     assert core.propose() is None
 
 
@@ -151,7 +154,7 @@ class Picky(Constraint):
 
 def test_a_token_that_came_too_early_is_sampled_again() -> None:
     core = make()
-    packed = SamplingParams(max_new_tokens=5).pack()
+    packed = SamplingParams(max_new_tokens=5)
     core.add(1, array("i", range(4)), packed, Picky())
     add(core, 2, 4)
     first, second = step(core), step(core)
@@ -163,12 +166,12 @@ def test_a_token_that_came_too_early_is_sampled_again() -> None:
     emitted = core.commit(second, array("i", [7, 8]))
     assert list(emitted.rids) == [2]
     assert (list(core.requests[1].outputs), core.preemptions) == ([5], 0)
-    core.plan(array("i", [0, 0]), array("i", [1, 4]), array("i", range(5)), 500)
+    core.plan(Granted(array("i", [0, 0]), array("i", [1, 4]), array("i", range(5)), 500))
     assert list(core.running) == [2, 3]
     again = step(core)
     row = [r[0].rid for r in again.rows].index(1)
-    assert again.counts[row] == 5
-    assert (list(again.masked), bytes(again.masks)) == ([row], b"\x40\0\0\0")
+    assert again.plan.counts[row] == 5
+    assert (list(again.plan.masked), bytes(again.plan.masks)) == ([row], b"\x40\0\0\0")
     commit(core, again, 6)
     assert list(core.requests[1].outputs) == [5, 6]
 
@@ -194,10 +197,10 @@ def test_a_hit_moves_the_start_and_a_row_of_one_token_comes_first() -> None:
     add(core, 2, 13)
     planned = step(core, hit=9)
     assert shape(planned) == [(1, 1), (2, 4)]
-    assert planned.num_decode == 1
-    assert list(planned.heads) == [9, 9]
-    assert list(planned.starts) == [9, 9]
-    assert list(planned.tokens) == [109, 109, 110, 111, 112]
+    assert planned.plan.num_decode == 1
+    assert list(planned.plan.heads) == [9, 9]
+    assert list(planned.plan.starts) == [9, 9]
+    assert list(planned.plan.tokens) == [109, 109, 110, 111, 112]
     assert core.running[1].cached_len == 9
 
 
@@ -207,10 +210,10 @@ def test_single_rows_granted_behind_longer_ones_keep_their_slots() -> None:
     add(core, 2, 10)
     core.propose()
     hits, counts = array("i", [0, 9]), array("i", [12, 1])
-    planned = core.plan(hits, counts, array("i", range(22)), 500)
+    planned = core.plan(Granted(hits, counts, array("i", range(22)), 500))
     assert planned is not None
     assert shape(planned) == [(2, 1), (1, 12)]
-    assert list(planned.slots) == [*range(12, 22), *range(12)]
+    assert list(planned.plan.slots) == [*range(12, 22), *range(12)]
 
 
 def test_no_rows_are_asked_for_beyond_the_last_token() -> None:
@@ -286,7 +289,7 @@ def test_waiting_requests_are_admitted_only_while_kv_is_likely_to_last() -> None
     proposal = core.propose()
     assert proposal is not None
     assert not proposal.opened  # 12 + 5 does not fit 20 - 1 - 5
-    core.plan(array("i", [0]), array("i", [1]), array("i", [0]), 40)
+    core.plan(Granted(array("i", [0]), array("i", [1]), array("i", [0]), 40))
     assert shape(step(core)) == [(1, 1), (2, 12)]
 
 
@@ -337,8 +340,10 @@ def test_nothing_fits_and_nothing_is_in_flight_preempts_the_newest() -> None:
     assert [lane for lane, _ in core.released] == [2]
     again = step(core)
     assert shape(again) == [(1, 1), (2, 1), (3, 5)]
-    assert list(again.tokens[2:]) == [100, 101, 102, 103, 7]
-    assert again.opened[0][1] == 4  # the prompt's length, without the token made before
+    assert list(again.plan.tokens[2:]) == [100, 101, 102, 103, 7]
+    assert (
+        again.plan.opened[0].prompt_len == 4
+    )  # the prompt's length, without the token made before
 
 
 def test_a_preempted_request_that_has_outgrown_the_kv_fails_instead_of_starting_over() -> None:
@@ -363,8 +368,8 @@ def test_a_result_of_a_former_lane_is_ignored() -> None:
     again = step(core)
     emitted = core.commit(late, array("i", [8, 9]))
     assert list(emitted.rids) == [1]
-    assert [lane for lane, _ in core.released] == [late.lanes[1]]
-    assert again.lanes[1] != late.lanes[1]
+    assert [lane for lane, _ in core.released] == [late.plan.lanes[1]]
+    assert again.plan.lanes[1] != late.plan.lanes[1]
 
 
 def test_a_release_since_the_reservation_is_tried_before_preempting() -> None:
@@ -375,7 +380,7 @@ def test_a_release_since_the_reservation_is_tried_before_preempting() -> None:
     proposal = core.propose()
     assert proposal is not None
     commit(core, first, EOS)  # both end while their rows are reserved
-    assert core.plan(array("i"), array("i"), array("i"), 0) is None
+    assert core.plan(Granted(array("i"), array("i"), array("i"), 0)) is None
     assert not core.relieve(any_inflight=False)
     assert core.preemptions == 0
     assert len(core.released) == 2
@@ -385,7 +390,7 @@ def test_a_score_only_request_ends_when_its_last_chunk_is_committed() -> None:
     core = make()
     add(core, 1, 20, max_new=0)
     first, second = step(core), step(core)
-    assert not any(first.samples + second.samples)
+    assert not any(first.plan.samples + second.plan.samples)
     commit(core, first)
     assert not core.ended
     commit(core, second)
@@ -406,8 +411,8 @@ def test_known_ids_go_to_the_device_where_it_needs_them(params: dict[str, Any]) 
     core = make()
     add(core, 1, 20)
     add(core, 2, 20, **params)
-    opened = {lane: (length, ids) for lane, length, _, ids in step(core).opened}
-    assert opened == {0: (20, b""), 1: (20, array("i", range(100, 120)).tobytes())}
+    opened = {o.lane: (o.prompt_len, o.known.tolist()) for o in step(core).plan.opened}
+    assert opened == {0: (20, []), 1: (20, list(range(100, 120)))}
 
 
 def test_scores_known_from_before_a_preemption_are_cut() -> None:
@@ -431,7 +436,7 @@ def test_launched_prompt_chunks_are_told_unless_they_may_not_be_shared() -> None
     commit(core, step(core))
     assert list(core.launched) == [0]
     step(core)
-    assert list(core.launched) == [0]  # decode rows are not
+    assert not core.launched  # told with the proposal; decode rows are not
 
 
 def test_a_turn_that_was_proposed_but_not_granted_is_not_lost() -> None:
@@ -455,7 +460,7 @@ def test_a_preempted_request_returns_before_everybody_and_costs_no_turn() -> Non
     add(core, 4, 4, client=2)
     commit(core, planned)
     assert core.propose() is not None
-    assert core.plan(array("i"), array("i"), array("i"), 0) is None
+    assert core.plan(Granted(array("i"), array("i"), array("i"), 0)) is None
     assert not core.relieve(False)
     assert [req.rid for req in core.waiting] == [2, 3, 4]
     core.abort(1)

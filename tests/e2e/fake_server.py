@@ -37,6 +37,7 @@ from asyncllm.messages import (
     Started,
     Tokenize,
 )
+from asyncllm.records import Failure, Logprobs
 
 EOS = 256
 SERVED = Served(
@@ -61,8 +62,8 @@ VOCAB = Vocab(
 )
 
 
-def floats(values: list[float]) -> bytes:
-    return array("f", values).tobytes()
+def floats(values: list[float]) -> array[float]:
+    return array("f", values)
 
 
 def score(i: int) -> float:
@@ -121,7 +122,7 @@ class Model(Actor[Any]):
             self.front.tell(refusal)
             return
         ids = self.accept(msg)
-        params = SamplingParams.unpack(msg.params)
+        params = msg.params
         count = 3 if params.max_new_tokens is None else params.max_new_tokens
         for rid in msg.rids:
             if count == 0 and params.prompt_logprobs >= 0:
@@ -133,14 +134,13 @@ class Model(Actor[Any]):
 
     def accept(self, msg: Tokenize) -> array[int]:
         if msg.ids is not None:
-            ids = array("i")
-            ids.frombytes(msg.ids)
+            ids = msg.ids
         elif msg.text is not None:
             ids = array("i", list(msg.text.encode()))
         else:
             assert msg.chat is not None
             ids = array("i", list(json.loads(msg.chat)["messages"][-1]["content"].encode()))
-        self.front.tell(Accepted(msg.rids[0], ids.tobytes()))
+        self.front.tell(Accepted(msg.rids[0], ids))
         return ids
 
     def delta(
@@ -159,12 +159,13 @@ class Model(Actor[Any]):
         top_ids = [(t + j) % 256 for t in tokens for j in range(num_top)]
         top = [score(first + i) - j for i in range(len(tokens)) for j in range(num_top)]
         scored = params.logprobs >= 0
+        chosen = floats([score(first + i) for i in range(len(tokens))])
         columns = None
         if prompt is not None:
             wide = max(params.prompt_logprobs, 0)
-            columns = (
-                floats([score(i) for i in range(len(prompt) - 1)]),
+            columns = Logprobs(
                 wide,
+                floats([score(i) for i in range(len(prompt) - 1)]),
                 i32([(t + j) % 256 for t in prompt[1:] for j in range(wide)]),
                 floats([score(i) - j for i in range(len(prompt) - 1) for j in range(wide)]),
             )
@@ -174,10 +175,7 @@ class Model(Actor[Any]):
                 "".join(pieces) if text is None else text,
                 i32(tokens),
                 pieces,
-                floats([score(first + i) for i in range(len(tokens))]) if scored else b"",
-                num_top,
-                i32(top_ids),
-                floats(top),
+                Logprobs(num_top, chosen, i32(top_ids), floats(top)) if scored else None,
                 columns,
             )
         )
@@ -190,10 +188,10 @@ class Model(Actor[Any]):
         reason: Reason = Reason.LENGTH,
         stop: str = "",
     ) -> None:
-        self.front.tell(Finished(rid, reason, "", "", 0, prompt_len, prompt_len // 2, count, stop))
+        self.front.tell(Finished(rid, reason, None, prompt_len // 2, count, stop))
 
     def fail(self, rid: int, detail: str, code: str, status: int) -> None:
-        self.front.tell(Finished(rid, Reason.ERROR, detail, code, status, 0, 0, 0))
+        self.front.tell(Finished(rid, Reason.ERROR, Failure(detail, code, status)))
 
 
 class Scheduler(Actor[Any]):

@@ -19,7 +19,7 @@ from asyncllm import config as options
 from asyncllm import rank
 from asyncllm.actors.gate import Access, Gate
 from asyncllm.config import Config
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import Reason
 from asyncllm.errors import StartupError
 from asyncllm.server.launch import tls_context
 from tests.e2e.fake_server import Server, serving
@@ -331,7 +331,7 @@ async def test_silent_streams_get_comments(server: Server) -> None:
             while (event := await response.content.readuntil(b"\n\n")) != quiet:
                 assert event.startswith(b"data:")  # what is sent before the first token
             assert await response.content.readuntil(b"\n\n") == quiet
-            params = SamplingParams.unpack(asked.params)
+            params = asked.params
             server.model.delta(asked.rids[0], [97], params)
             server.model.finish(asked.rids[0], len(ids), 1, Reason.STOP)
             rest = (await response.read()).replace(quiet, b"")

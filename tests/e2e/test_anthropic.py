@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from asyncllm.actors.gate import Access
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import Reason
 from tests.e2e.fake_server import Server
 from tests.e2e.test_api import HI, live
 
@@ -46,7 +46,7 @@ async def test_the_stop_sequence_is_named(server: Server) -> None:
     await server.model.until(lambda: bool(server.model.asked))
     (asked,) = server.model.asked
     ids = server.model.accept(asked)
-    server.model.delta(asked.rids[0], [97], SamplingParams.unpack(asked.params))
+    server.model.delta(asked.rids[0], [97], asked.params)
     server.model.finish(asked.rids[0], len(ids), 2, Reason.STOP, stop="!")
     _, got = await post
     assert (got["stop_reason"], got["stop_sequence"]) == ("stop_sequence", "!")

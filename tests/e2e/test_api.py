@@ -14,9 +14,9 @@ import aiohttp
 import pytest
 import uvloop
 
-from asyncllm.core.metrics import Answered
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import FRONTEND_SHIFT, Drain, Drained, Finished, Served, Started, Tokenize
+from asyncllm.records import Answered, Failure
 from tests.e2e.fake_server import Server, serving
 
 HI = [{"role": "user", "content": "hi"}]
@@ -62,7 +62,7 @@ async def served(server: Server) -> Answered:
 def answered(server: Server) -> list[Answered]:
     """All that the watchdog was told of."""
     told = [m.answers for m in server.watchdog.got if isinstance(m, Served)]
-    return [Answered(*answer) for answers in told for answer in answers]
+    return [answer for answers in told for answer in answers]
 
 
 # -- routes ------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ async def test_scoring_a_prompt(server: Server) -> None:
     (choice,) = whole["choices"]
     assert (status, choice["text"], choice["finish_reason"]) == (200, "hi", "length")
     assert choice["logprobs"]["token_logprobs"] == [None, -0.25]
-    params = SamplingParams.unpack(server.model.asked[0].params)
+    params = server.model.asked[0].params
     assert (params.max_new_tokens, params.prompt_logprobs) == (0, 1)
 
 
@@ -277,7 +277,7 @@ async def test_a_request_is_aborted_by_its_id(server: Server) -> None:
     await model.until(lambda: len(model.asked) == 2)
     for asked in model.asked:
         model.accept(asked)
-        model.delta(asked.rids[0], [97], SamplingParams.unpack(asked.params))
+        model.delta(asked.rids[0], [97], asked.params)
     (first, second), _ = (asked.rids for asked in model.asked)
     assert await server.post("/abort_request", {"request_id": "nobody"}) == (200, {"success": True})
     assert await server.post("/abort_request", {"request_id": "a"}) == (200, {"success": True})
@@ -335,7 +335,7 @@ async def test_server_info(server: Server) -> None:
 async def test_seeds_are_drawn_unless_given(server: Server) -> None:
     for seed in (None, None, 5):
         await server.post(COMPLETIONS, {"prompt": "x", "seed": seed})
-    one, two, given = [SamplingParams.unpack(m.params).seed for m in server.model.asked]
+    one, two, given = [m.params.seed for m in server.model.asked]
     assert one != two
     assert given == 5
     assert 0 <= max(one, two) < 2**63 - 16
@@ -356,7 +356,7 @@ async def test_served_is_told(server: Server) -> None:
 
 @live()
 async def test_what_the_tokenizer_refuses_was_not_taken_in(server: Server) -> None:
-    server.model.refuse = lambda m: Finished(m.rids[0], Reason.ERROR, "long", "", 400, 0, 0, 0)
+    server.model.refuse = lambda m: Finished(m.rids[0], Reason.ERROR, Failure("long"))
     assert (await server.post(COMPLETIONS, {"prompt": ["a", "b"]}))[0] == 400
     got = await served(server)
     assert (got.status, got.reason, got.total_s) == (400, "refused", 0.0)
@@ -436,9 +436,8 @@ def test_errors_before_headers_are_plain(stream: bool) -> None:
         def refuse(msg: Tokenize) -> Finished | None:
             bad = msg.text == "bad"
             detail = "This prompt exceeds the context window: 9 prompt tokens, limit 8"
-            error = Finished(
-                msg.rids[0], Reason.ERROR, detail, "context_length_exceeded", 400, 9, 0, 0
-            )
+            failure = Failure(detail, "context_length_exceeded")
+            error = Finished(msg.rids[0], Reason.ERROR, failure)
             return error if bad else None
 
         server.model.refuse = refuse
@@ -750,7 +749,7 @@ def test_streams_survive_clients_that_split_by_unicode_lines(
         await server.model.until(lambda: bool(server.model.asked))
         msg = server.model.asked[0]
         server.model.accept(msg)
-        server.model.delta(msg.rids[0], [97], SamplingParams.unpack(msg.params), text=text)
+        server.model.delta(msg.rids[0], [97], msg.params, text=text)
         server.model.finish(msg.rids[0], 1, 1)
         raw = (await stream).decode()
         assert not {"\x85", "\u2028", "\u2029"} & set(raw)

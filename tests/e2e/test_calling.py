@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyncllm.api.parts import Dialect
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import Reason
 from asyncllm.messages import Accepted, Tokenize
 from tests.api.test_offers import SCHEMA, TOOLS
 from tests.api.test_parted_reply import ARGS, CALL, THINK, WEATHER, called, joined
@@ -37,7 +37,7 @@ def script(server: Server, head: str, text: str, reason: Reason = Reason.STOP) -
 
     def answer(msg: Tokenize) -> None:
         server.model.front.tell(Accepted(msg.rids[0], b"\x01\0\0\0" * 2, head))
-        params, raw = SamplingParams.unpack(msg.params), text.encode()
+        params, raw = msg.params, text.encode()
         for rid in msg.rids:
             held = b""
             for i, byte in enumerate(raw):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.codec import floats, i32, ints
+from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.build import build_model
 from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice
@@ -21,6 +21,7 @@ from asyncllm.messages import StepDone, StepPlan
 from asyncllm.models.model import Model
 from asyncllm.models.ops import Linear
 from asyncllm.models.spec import ModelSpec
+from asyncllm.records import Opened
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
 
@@ -61,7 +62,7 @@ class Driver:
             if first:
                 p = seq.params
                 known = seq.prompt if p.prompt_logprobs >= 0 or _penalised(p) else []
-                opened.append((seq.lane, len(seq.prompt), p.pack(), i32(known)))
+                opened.append(Opened(seq.lane, len(seq.prompt), p, i32(known)))
                 seq.computed = head
             starts.append(seq.computed)
             new = [self.free.pop() for _ in range(count)]
@@ -82,10 +83,10 @@ class Driver:
                 heads=i32(head for _, _, head in rows),
                 slots=i32(slots),
                 tokens=i32(tokens),
-                samples=bytes(samples),
-                opened=tuple(opened),
+                samples=bytearray(samples),
+                opened=opened,
                 masked=i32(i for i, (s, _, _) in enumerate(rows) if s.lane in (masks or {})),
-                masks=b"".join((masks or {}).get(s.lane, b"") for s, _, _ in rows),
+                masks=bytearray().join((masks or {}).get(s.lane, b"") for s, _, _ in rows),
             )
         ).wait()
         self._take(rows, done)
@@ -100,13 +101,13 @@ class Driver:
 
     def _take(self, rows: list[tuple[Sequence, int, int]], done: StepDone) -> None:
         assert done.step == self.step
-        values = floats(done.logprobs) if done.logprobs else [float("nan")] * len(rows)
-        for (seq, _, _), token, value in zip(rows, ints(done.tokens), values, strict=True):
+        values = done.logprobs.chosen if done.logprobs else [float("nan")] * len(rows)
+        for (seq, _, _), token, value in zip(rows, done.tokens, values, strict=True):
             if token >= 0:
                 seq.outputs.append(token)
                 seq.logprobs.append(value)
-        for row, chosen, _, _, _ in done.prompt:
-            rows[row][0].prompt_logprobs += floats(chosen)
+        for row, logprobs in done.prompt:
+            rows[row][0].prompt_logprobs += logprobs.chosen
 
 
 def _penalised(p: SamplingParams) -> bool:

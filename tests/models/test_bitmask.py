@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from asyncllm.codec import i32, ints
+from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.bitmask import SLICE_ROWS, apply_token_bitmask, bitmask_of
 from asyncllm.engine.sampling import SamplingTensors, TorchSampler
 from asyncllm.engine.sampling_table import SamplingTable
 from asyncllm.engine.step_inputs import unpack
 from asyncllm.messages import StepPlan
+from asyncllm.records import Opened
 from tests.models.harness import Driver, Sequence, make_device
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -52,8 +53,8 @@ def test_rows_of_the_plan_become_rows_of_the_logits() -> None:
     plan = StepPlan(
         step=1, num_decode=2, lanes=i32([0, 1, 2, 3]), starts=i32([4, 4, 0, 0]),
         counts=i32([1, 1, 2, 2]), heads=i32([0, 0, 0, 0]), slots=i32(range(6)),
-        tokens=i32([-1, -1, 5, 5, 5, 5]), samples=b"\x01\x01\x00\x01", opened=(),
-        masked=i32([1, 3]), masks=i32([6, 9]),
+        tokens=i32([-1, -1, 5, 5, 5, 5]), samples=bytearray(b"\x01\x01\x00\x01"),
+        masked=i32([1, 3]), masks=bytearray(i32([6, 9]).tobytes()),
     )  # fmt: skip
     found = bitmask_of(plan, unpack(plan, 64))
     assert found is not None
@@ -69,7 +70,7 @@ def test_a_ban_of_end_tokens_yields_to_a_grammar_that_allows_nothing_else(
     table = SamplingTable(1, 32, eos_ids=(2,))
     plan = StepPlan(
         step=1, num_decode=1, lanes=i32([0]), starts=i32([9]), counts=i32([1]), heads=i32([0]),
-        slots=i32([7]), tokens=i32([-1]), samples=b"\x01", opened=((0, 10, params.pack(), b""),),
+        slots=i32([7]), tokens=i32([-1]), samples=bytearray(b"\x01"), opened=[Opened(0, 10, params, i32([]))],
     )  # fmt: skip
     table.open(plan)
     bias = table.batch(unpack(plan, 64)).bias
@@ -112,12 +113,12 @@ def test_an_engine_samples_what_the_mask_allows_and_tells_raw_log_probabilities(
         free = Driver(device, 64)
         again = [Sequence(s.lane, s.prompt, s.params) for s in rows]
         free_done = free.run([(s, len(s.prompt), 0) for s in again])
-        assert ints(done.tokens)[0] == ints(free_done.tokens)[0]
+        assert done.tokens[0] == free_done.tokens[0]
         for lane, tokens in allowed.items():
             assert rows[lane].outputs[0] in tokens
             assert rows[lane].logprobs[0] < -3, "a token forced is not made likely"
         assert rows[1].outputs[1] == 5
-        assert len(ints(step.tokens)) == 3
+        assert len(step.tokens) == 3
     finally:
         device.close()
 

@@ -37,6 +37,7 @@ from asyncllm.engine.step_inputs import (
     unpack,
 )
 from asyncllm.messages import StepPlan
+from asyncllm.records import Opened
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 from tests.models.test_llama import VOCAB, make_checkpoint
 
@@ -89,12 +90,12 @@ def test_steps_end_in_the_graph_of_their_kind(
     params: list[int], expected: SamplerVariant | None
 ) -> None:
     lanes = SamplingTable(8, VOCAB, (2,))
-    opened = tuple((lane, 3, CHOICES[i].pack(), b"") for lane, i in enumerate(params))
+    opened = [Opened(lane, 3, CHOICES[i], i32([])) for lane, i in enumerate(params)]
     n = len(params)
     plan = StepPlan(
         step=1, num_decode=0, lanes=i32(range(n)), starts=i32([0] * n), counts=i32([3] * n),
         heads=i32([0] * n), slots=i32(range(3 * n)), tokens=i32([1] * (3 * n)),
-        samples=b"\x01" * n, opened=opened,
+        samples=bytearray(b"\x01" * n), opened=opened,
     )  # fmt: skip
     lanes.open(plan)
     graphs, rows = SamplerGraphs(torch.zeros(6, 4)), unpack(plan, 16)
@@ -169,12 +170,12 @@ def step(num_decode: int, prefills: list[int], choices: list[int]) -> StepPlan:
     """Rows in lanes 0, 1, ..., which the plan opens, with tokens and slots that tell them apart."""
     counts = [1] * num_decode + prefills
     num, total = len(counts), sum(counts)
-    params = [CHOICES[choices[i % len(choices)]].pack() for i in range(num)]
+    params = [CHOICES[choices[i % len(choices)]] for i in range(num)]
     return StepPlan(
         step=1, num_decode=num_decode, lanes=i32(range(num)), starts=i32(range(7, 7 + num)),
         counts=i32(counts), heads=i32([0] * num), slots=i32(range(100, 100 + total)),
-        tokens=i32(range(200, 200 + total)), samples=bytes(1 for _ in counts),
-        opened=tuple((lane, 3, p, b"") for lane, p in enumerate(params)),
+        tokens=i32(range(200, 200 + total)), samples=bytearray(1 for _ in counts),
+        opened=[Opened(lane, 3, p, i32([])) for lane, p in enumerate(params)],
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from asyncllm.engine.sampling import SamplingTensors, TorchSampler, raise_ends
 from asyncllm.engine.sampling_table import SamplingTable, uniform
 from asyncllm.engine.step_inputs import Penalties, unpack
 from asyncllm.messages import StepPlan
+from asyncllm.records import Opened
 from tests.models.harness import Driver, Sequence, make_device
 
 PROBS = [0.4, 0.3, 0.15, 0.1, 0.05]
@@ -148,8 +149,8 @@ def test_log_probs() -> None:
 def one_row_plan(params: SamplingParams, prompt_len: int, start: int) -> StepPlan:
     return StepPlan(
         step=1, num_decode=1, lanes=i32([0]), starts=i32([start]), counts=i32([1]), heads=i32([0]),
-        slots=i32([7]), tokens=i32([-1]), samples=b"\x01",
-        opened=((0, prompt_len, params.pack(), b""),),
+        slots=i32([7]), tokens=i32([-1]), samples=bytearray(b"\x01"),
+        opened=[Opened(0, prompt_len, params, i32([]))],
     )  # fmt: skip
 
 
@@ -206,11 +207,11 @@ def test_a_length_penalty_waits_for_min_new_tokens_and_stays_finite() -> None:
     plan = one_row_plan(params, 10, 14)
     table.open(plan)
     assert table.batch(unpack(plan, 64)).lengths is None
-    later = replace(plan, starts=i32([15]), opened=())
+    later = replace(plan, starts=i32([15]), opened=[])
     lengths = table.batch(unpack(later, 64)).lengths
     assert lengths is not None
     assert list(lengths.rows) == [0]
-    far = table.batch(unpack(replace(plan, starts=i32([60_000]), opened=()), 70_000)).lengths
+    far = table.batch(unpack(replace(plan, starts=i32([60_000]), opened=[]), 70_000)).lengths
     assert far is not None
     logits = torch.full((1, 100), 50.0)
     raise_ends(logits, *map(torch.tensor, far), torch.tensor([2]))

@@ -1,0 +1,131 @@
+"""Values that travel together, as fields of messages: log-probabilities, failures, parameters.
+
+Knows nothing of who sends them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from asyncllm.codec import FLOAT32, INT32, record
+from asyncllm.core.request import SamplingParams, Verdict
+
+record(SamplingParams)
+
+
+def int32s() -> array[int]:
+    """An empty column."""
+    return array(INT32)
+
+
+def _floats() -> array[float]:
+    return array(FLOAT32)
+
+
+@record
+@dataclass(slots=True)
+class Logprobs:
+    """Log-probabilities of some tokens, each with the ``num_top`` best alternatives."""
+
+    num_top: int = 0
+    chosen: array[float] = field(default_factory=_floats)  # one per token
+    top_ids: array[int] = field(default_factory=int32s)  # num_top per token, best first
+    top: array[float] = field(default_factory=_floats)  # the alternatives' log-probabilities
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def whole(self) -> bool:
+        """Every token has all its alternatives."""
+        wide = len(self) * self.num_top
+        return self.num_top >= 0 and len(self.top_ids) == len(self.top) == wide
+
+    def slice(self, start: int, stop: int | None = None) -> Logprobs:
+        """Those of tokens ``[start:stop]``."""
+        wide = slice(start * self.num_top, None if stop is None else stop * self.num_top)
+        return Logprobs(self.num_top, self.chosen[start:stop], self.top_ids[wide], self.top[wide])
+
+    def pick(self, tokens: Sequence[int]) -> Logprobs:
+        """Those of the tokens with these indices, in this order."""
+        picked = Logprobs(self.num_top)
+        for i in tokens:
+            picked.extend(self.slice(i, i + 1))
+        return picked
+
+    @staticmethod
+    def join(blocks: Sequence[Logprobs]) -> Logprobs:
+        """All of them; a step has as many alternatives as the request that wants most."""
+        joined = Logprobs(min(block.num_top for block in blocks))
+        for block in blocks:
+            joined.extend(block)
+        return joined
+
+    def extend(self, more: Logprobs) -> None:
+        """Append those of further tokens; of theirs that have more alternatives the best ones."""
+        self.chosen.extend(more.chosen)
+        if more.num_top == self.num_top:
+            self.top_ids.extend(more.top_ids)
+            self.top.extend(more.top)
+        elif self.num_top:
+            for first in range(0, len(more.top_ids), more.num_top):
+                best = slice(first, first + self.num_top)
+                self.top_ids.extend(more.top_ids[best])
+                self.top.extend(more.top[best])
+
+
+@record
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request cannot be answered."""
+
+    detail: str
+    code: str = ""  # OpenAI's string code
+    status: int = 400  # of HTTP
+
+
+@record
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One piece of a constraint's work that a thread brings back."""
+
+    rid: int
+    verdict: Verdict
+    cpu_s: float = 0.0
+    failure: Failure | None = None  # of a refusal
+
+
+@record
+@dataclass(slots=True)
+class Opened:
+    """A lane that the runners have not seen: the request's way through the device begins."""
+
+    lane: int
+    prompt_len: int
+    params: SamplingParams
+    known: array[int]  # the prompt, and tokens made before a preemption; empty unless needed
+
+
+@record
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One HTTP request that has been answered.
+
+    Args:
+        route: the path as registered, not as asked for; "other" where none is.
+        reason: why generation ended; "refused" when it was not begun; "" when the request was not
+            about generation.
+        ttft_s: seconds to the first token; < 0: none came.
+        tpot_s: seconds per token after the first; < 0: fewer than two came.
+    """
+
+    route: str
+    status: int
+    prompt_len: int
+    num_tokens: int
+    reason: str
+    ttft_s: float
+    tpot_s: float
+    total_s: float
