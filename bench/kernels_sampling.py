@@ -1,10 +1,10 @@
-"""Time of sampling, penalties, few-row linear and step-start kernels on a CUDA device, beside torch.
+"""Time of sampling, penalties, one-row linear and step-start kernels on a CUDA device, beside torch.
 
     python bench/kernels_sampling.py [--quick] [--only sampling|linear|rest] [--tune]
 
 No number is printed while a kernel disagrees with its reference. Each call runs in a CUDA graph;
-times are medians. Weights of the linear rows rotate over more memory than the L2 cache holds;
-``--tune`` tries configurations of the linear kernels instead.
+times are medians. Weights of the linear layer rotate over more memory than the L2 cache holds;
+``--tune`` tries configurations of the linear kernel instead.
 """
 
 import argparse
@@ -126,9 +126,9 @@ def wrong_kernels() -> list[str]:
         if not torch.equal(best, logits.argmax(dim=-1)):
             found.append(f"sample, greedy, {dtype}, scale {scale}")
         compare("log_probs", log_probs_ref(logits, best), log_probs(logits, best), 1e-5)
-    for m, (n, k) in itertools.product((1, 2, 8), [*SHAPES[:2], (1000, 1531)]):
-        x, weight = weights(m, k), weights(n, k)
-        compare(f"linear {m} {n} {k}", linear_ref(x, weight), linear(x, weight))
+    for n, k in [*SHAPES[:2], (1000, 1531)]:
+        x, weight = weights(1, k), weights(n, k)
+        compare(f"linear {n} {k}", linear_ref(x, weight), linear(x, weight))
     logits, args = torch.randn((8, VOCAB), device="cuda"), penalty_case(8, 700)
     want = penalize_ref(logits.clone(), args[0], *args[2:])
     compare("penalize", want, penalize(logits, *args), 1e-5)
@@ -211,12 +211,11 @@ def bench_sampling(quick: bool, copy: float) -> None:
 def bench_linear(quick: bool, copy: float) -> None:
     for n, k in SHAPES:
         stack = [weights(n, k) for _ in range(max(2, L2_BYTES // (2 * n * k) + 1))]
-        for m in (1, 2, 4, 8):
-            x = weights(m, k)
-            calls = [partial(linear, x, weight) for weight in stack]
-            theirs = [partial(torch.nn.functional.linear, x, weight) for weight in stack]
-            us, other = median_us(calls, quick), median_us(theirs, quick)
-            show(f"linear m={m}", f"{n} x {k}", us, stack[0].nbytes, copy, other)
+        x = weights(1, k)
+        calls = [partial(linear, x, weight) for weight in stack]
+        theirs = [partial(torch.nn.functional.linear, x, weight) for weight in stack]
+        us, other = median_us(calls, quick), median_us(theirs, quick)
+        show("linear", f"{n} x {k}", us, stack[0].nbytes, copy, other)
 
 
 def bench_rest(quick: bool, copy: float) -> None:
@@ -241,26 +240,25 @@ def bench_rest(quick: bool, copy: float) -> None:
         show("embed_rmsnorm", f"{num} x {HIDDEN}", us, num * HIDDEN * 6, copy, other)
 
 
-def tune(num_rows: int) -> None:
+def tune() -> None:
     """Each row: configuration, then TB/s per weight shape."""
-    one = itertools.product((2, 4, 8, 16), (512, 1024, 2048), (2, 4, 8), (1, 3, 4))
-    few = itertools.product((16, 32, 64), (128, 256, 512), (1, 2, 4), (3, 4, 6))
+    choices = itertools.product((2, 4, 8, 16), (512, 1024, 2048), (2, 4, 8), (1, 3, 4))
     stacks = [[weights(n, k) for _ in range(L2_BYTES // (2 * n * k) + 1)] for n, k in SHAPES[:4]]
     results = []
-    for choice in one if num_rows == 1 else few:
+    for choice in choices:
         config, rates = LinearConfig(*choice), []
         if not 2048 <= config.block_n * config.block_k <= 16384:
             continue
         try:
             for stack in stacks:
-                x = weights(num_rows, stack[0].shape[1])
+                x = weights(1, stack[0].shape[1])
                 us = median_us([partial(linear, x, w, config=config) for w in stack], True)
                 rates.append(stack[0].nbytes / us / 1e6)
         except OutOfResources:
             continue
         results.append((sum(rates), choice, rates))
     for _, choice, rates in sorted(results, reverse=True)[:12]:
-        print(f"m={num_rows} {choice}: " + "  ".join(f"{r:.2f}" for r in rates), flush=True)
+        print(f"{choice}: " + "  ".join(f"{r:.2f}" for r in rates), flush=True)
 
 
 def main() -> int:
@@ -278,8 +276,7 @@ def main() -> int:
         return 1
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     if options.tune:
-        tune(1)
-        tune(4)
+        tune()
         return 0
     parts = {"sampling": bench_sampling, "linear": bench_linear, "rest": bench_rest}
     copy = measure_ceiling(options.quick).bytes_per_s / 1e12

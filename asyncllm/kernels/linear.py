@@ -1,8 +1,7 @@
-"""Linear layer for a few rows: reads every weight once, at the speed of memory.
+"""Linear layer for one row: reads every weight once, at the speed of memory.
 
-For 1 to 8 rows a matrix product is a walk over the weights. One row is multiplied on the ordinary
-units, straight from registers; more rows go through matrix instructions, rows padded to 16.
-Owns the tile shapes; does not know which layer it is.
+The row is multiplied on the ordinary units, straight from registers: a matrix product is a walk
+over the weights. Owns the tile shapes; does not know which layer it is.
 """
 
 # mypy: allow-incomplete-defs
@@ -13,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-MAX_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,6 @@ class LinearConfig:
 
 
 _ONE = LinearConfig(8, 1024, 4, 3)
-_FEW = LinearConfig(16, 512, 1, 4)
 
 
 @triton.jit
@@ -63,42 +59,6 @@ def _one_kernel(
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
-def _few_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    x_stride,
-    weight_stride,
-    out_stride,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, 16)
-    weight_ptr += tl.minimum(n, N - 1).to(tl.int64)[:, None] * weight_stride
-    total = tl.zeros((BLOCK_N, 16), tl.float32)
-    for begin in range(0, K, BLOCK_K):
-        k = begin + tl.arange(0, BLOCK_K)
-        if K % BLOCK_K == 0:
-            weight = tl.load(weight_ptr + k[None, :])
-        else:
-            weight = tl.load(weight_ptr + k[None, :], mask=k[None, :] < K, other=0.0)
-        live = (m[None, :] < M) & (k[:, None] < K)
-        x = tl.load(x_ptr + m[None, :] * x_stride + k[:, None], mask=live, other=0.0)
-        total = tl.dot(weight, x, acc=total, input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    live = (n[:, None] < N) & (m[None, :] < M)
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + m[None, :] * out_stride + n[:, None], out, mask=live)
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -107,66 +67,44 @@ def linear(
     *,
     config: LinearConfig | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` for 1 to 8 rows.
+    """``x @ weight.T + bias`` for one row.
 
     Args:
-        x: [m, in_features], m at most 8; rows may be strided.
+        x: [1, in_features].
         weight: [out_features, in_features], dtype of x; rows may be strided.
         bias: [out_features], dtype of x.
-        out: [m, out_features], where to write, in the dtype of x or float32; rows may be strided.
+        out: [1, out_features], where to write, in the dtype of x or float32.
         config: instead of the built-in one, to measure others.
 
     Returns:
-        [m, out_features]; sums in fp32, in a fixed order, rounded once.
+        [1, out_features]; sums in fp32, in a fixed order, rounded once.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
 
-    Reference: ``linear_ref``. One launch, compiled per m and weight shape. Does not synchronise;
+    Reference: ``linear_ref``. One launch, compiled per weight shape. Does not synchronise;
     safe in CUDA graphs.
     """
-    m, k = _check(x, weight, bias)
-    n = weight.shape[0]
+    n, k = _check(x, weight, bias)
     if out is None:
-        out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    elif out.shape != (m, n) or out.dtype not in (x.dtype, torch.float32) or out.stride(1) != 1:
-        raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit [{m}, {n}] {x.dtype}")
-    c = config or linear_config(m, x.element_size())
-    grid = (triton.cdiv(n, c.block_n),)
-    added = weight if bias is None else bias
-    if m == 1:
-        _one_kernel[grid](
-            x,
-            weight,
-            added,
-            out,
-            weight.stride(0),
-            N=n,
-            K=k,
-            BIAS=bias is not None,
-            BLOCK_N=c.block_n,
-            BLOCK_K=c.block_k,
-            STAGES=c.num_stages,
-            num_warps=c.num_warps,
-        )
-    elif m:
-        _few_kernel[grid](
-            x,
-            weight,
-            added,
-            out,
-            x.stride(0),
-            weight.stride(0),
-            out.stride(0),
-            M=m,
-            N=n,
-            K=k,
-            BIAS=bias is not None,
-            BLOCK_N=c.block_n,
-            BLOCK_K=c.block_k,
-            num_warps=c.num_warps,
-            num_stages=c.num_stages,
-        )
+        out = torch.empty((1, n), dtype=x.dtype, device=x.device)
+    elif out.shape != (1, n) or out.dtype not in (x.dtype, torch.float32) or out.stride(1) != 1:
+        raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit [1, {n}] {x.dtype}")
+    c = config or linear_config(x.element_size())
+    _one_kernel[(triton.cdiv(n, c.block_n),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        out,
+        weight.stride(0),
+        N=n,
+        K=k,
+        BIAS=bias is not None,
+        BLOCK_N=c.block_n,
+        BLOCK_K=c.block_k,
+        STAGES=c.num_stages,
+        num_warps=c.num_warps,
+    )
     return out
 
 
@@ -178,18 +116,17 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.to(x.dtype)
 
 
-def linear_config(num_rows: int, element_size: int) -> LinearConfig:
+def linear_config(element_size: int) -> LinearConfig:
     """The built-in configuration; 4-byte elements get a smaller tile."""
-    c = _ONE if num_rows == 1 else _FEW
     if element_size <= 2:
-        return c
-    return LinearConfig(c.block_n, c.block_k // 4, c.num_warps, 2)
+        return _ONE
+    return LinearConfig(_ONE.block_n, _ONE.block_k // 4, _ONE.num_warps, 2)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    if x.dim() != 2 or x.stride(1) != 1 or x.shape[0] > MAX_ROWS:
-        raise ValueError(f"x must be at most {MAX_ROWS} contiguous rows: {tuple(x.shape)}")
-    m, k = x.shape
+    if x.dim() != 2 or x.stride(1) != 1 or len(x) != 1:
+        raise ValueError(f"x must be one contiguous row: {tuple(x.shape)}")
+    k = x.shape[1]
     if weight.dim() != 2 or weight.shape[1] != k or weight.stride(1) != 1:
         raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     if weight.dtype != x.dtype:
@@ -198,4 +135,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
         bias.shape != weight.shape[:1] or bias.dtype != x.dtype or not bias.is_contiguous()
     ):
         raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype} does not fit the weight")
-    return m, k
+    return len(weight), k
