@@ -387,13 +387,6 @@ class Hello:
     address: str  # where its ZMQ socket is bound
 
 
-@message(31)
-class Heartbeat:
-    """watchdog -> watchdog."""
-
-    endpoint: int
-
-
 @message(32)
 class Drain:
     """watchdog@0 -> every frontend and the scheduler: no new requests; running ones may finish."""

@@ -15,6 +15,7 @@ import torch
 import uvloop
 
 from asyncllm import log
+from asyncllm.actors.pulse import Pulse
 from asyncllm.actors.transport import Keys
 from asyncllm.api.defaults import read_defaults
 from asyncllm.config import Config, Resolved, resolve_limits
@@ -97,6 +98,7 @@ def serve(config: Config) -> int:
             listen_fd=sock.fileno(),
             parent=0,
             store_fd=store_fd,
+            pulse_fd=Pulse.create() if wires.address(0) else -1,
         )
         if config.check:
             return check(boot, spec, text)

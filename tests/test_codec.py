@@ -17,8 +17,8 @@ from asyncllm.messages import (
     Compile,
     Drain,
     Finished,
+    Gone,
     Halt,
-    Heartbeat,
     Served,
     StepPlan,
     StopHit,
@@ -67,9 +67,9 @@ def test_only_registered_types_are_encoded() -> None:
 
 
 def test_a_taken_tag_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"tag 31 is taken by Heartbeat"):
-        message(31)(type("Other", (), {}))
-    assert decode(encode(Heartbeat(2))) == Heartbeat(2)
+    with pytest.raises(ValueError, match=r"tag 38 is taken by Gone"):
+        message(38)(type("Other", (), {}))
+    assert decode(encode(Gone(2))) == Gone(2)
 
 
 def test_a_tag_out_of_range_is_refused() -> None:
@@ -82,10 +82,10 @@ def test_a_tag_out_of_range_is_refused() -> None:
     [
         b"",
         b"\x91\x7e",  # unknown tag
-        b"\x91\x1f",  # Heartbeat without its field
-        b"\x93\x1f\x01\x02",  # and with one too many
-        b"\x92\x1f",  # truncated
-        b"\x92\x1f\x01\x00",  # bytes after the message
+        b"\x91\x26",  # Gone without its field
+        b"\x93\x26\x01\x02",  # and with one too many
+        b"\x92\x26",  # truncated
+        b"\x92\x26\x01\x00",  # bytes after the message
         b"\xc1",  # never used by msgpack
         b"\x90",  # no tag
         b"\x05",  # no array
@@ -121,9 +121,9 @@ def test_whole_messages_pass(msg: object) -> None:
 @pytest.mark.parametrize(
     "msg",
     [
-        Heartbeat("1"),  # type: ignore[arg-type]
-        Heartbeat(True),
-        Heartbeat(1.0),  # type: ignore[arg-type]
+        Gone("1"),  # type: ignore[arg-type]
+        Gone(True),
+        Gone(1.0),  # type: ignore[arg-type]
         Drain("soon"),  # type: ignore[arg-type]
         Abort(-1),
         Abort(1 << 63),

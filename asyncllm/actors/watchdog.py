@@ -28,7 +28,6 @@ from asyncllm.messages import (
     Drained,
     Gone,
     Halt,
-    Heartbeat,
     Hello,
     Lost,
     Probe,
@@ -50,7 +49,6 @@ ABORT_S = 2.0  # for the answers to what a drain cut off
 
 Inbox = (
     Hello
-    | Heartbeat
     | Cancel
     | Replaced
     | Lost
@@ -100,7 +98,7 @@ class Duty:
         step_timeout_s: a launched step, or the loop, that takes longer ends the process. 0: never.
         busy_since: perf_counter time at which the oldest unfinished step was launched, or None.
         in_flight: what the unfinished steps are. It and busy_since are called in a thread.
-        heartbeat_s: between two heartbeats.
+        heartbeat_s: between two signs of life, and two looks at those of the others.
         dead_after_s: an endpoint silent for this long is lost.
         log_every_s: between two lines about throughput.
     """
@@ -120,9 +118,14 @@ class Duty:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Means:
-    """How a watchdog reaches the world outside; tests put other functions here."""
+    """How a watchdog reaches the world outside; tests put other functions here.
 
-    clock: Callable[[], float] = perf_counter
+    ``beat`` and ``last_beat`` are those of a ``Pulse``; a process that is alone has none.
+    """
+
+    clock: Callable[[], float] = perf_counter  # on Linux the same in all processes
+    beat: Callable[[int, float], None] = lambda _endpoint, _now: None
+    last_beat: Callable[[int], float] = lambda _: 0.0
     exit: Callable[[int], None] = os._exit  # from any thread, whatever the loop does
     kill: Callable[[int], None] = lambda _: None  # end an endpoint's process at once
     dump: Callable[[], None] = dump_stacks
@@ -153,9 +156,9 @@ class Watchdog(Actor[Inbox]):
         self._open = False
         self._heard: dict[int, float] = {}  # from a peer's first sign of life on
         if self._leads:
-            self.remote = frozenset({Hello, Heartbeat, Cancel, Drained, Scrape, Served})
+            self.remote = frozenset({Hello, Cancel, Drained, Scrape, Served})
         else:
-            self.remote = frozenset({Heartbeat, Halt, Lost})
+            self.remote = frozenset({Halt, Lost})
         self._due = self._beat_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lags: deque[float] = deque(maxlen=100)
@@ -169,7 +172,8 @@ class Watchdog(Actor[Inbox]):
         self._scrapes: list[Scrape] = []
         self._log_wanted = False
         self._logged, self._logged_at, self._log_due = State(), 0.0, 0.0
-        # a thread, since a launch on a full queue hangs the loop and the loop's timers with it
+        # A thread, since a launch on a full queue hangs the loop and the loop's timers with it. It also
+        # says that the process lives, which is another thing than that its loop comes round.
         self._watcher = threading.Thread(target=self._watch_forever, name="watch", daemon=True)
         self._ended = threading.Event()
 
@@ -184,7 +188,8 @@ class Watchdog(Actor[Inbox]):
             hello = Hello(self._duty.endpoint, self.system.address)
             self.system.ref("watchdog", 0).tell(hello, urgent=True)
         self._arm()
-        if self._duty.step_timeout_s > 0 and self._means.watch_s > 0:
+        self._means.beat(self._duty.endpoint, now)
+        if self._means.watch_s > 0:
             self._watcher.start()
 
     def receive(self, batch: list[Inbox]) -> None:
@@ -192,8 +197,6 @@ class Watchdog(Actor[Inbox]):
             match msg:
                 case Hello():
                     self._hello(msg)
-                case Heartbeat(endpoint):
-                    self._hear(endpoint)
                 case Cancel():
                     for endpoint in self._frontends:
                         self.system.ref("frontend", endpoint).tell(msg)
@@ -285,10 +288,6 @@ class Watchdog(Actor[Inbox]):
         for endpoint in self._frontends:
             self.system.ref("frontend", endpoint).tell(Started(), urgent=True)
 
-    def _hear(self, endpoint: int) -> None:
-        if endpoint in self._heard or (endpoint == 0 and not self._leads):
-            self._heard[endpoint] = self._means.clock()
-
     def _replaced(self, msg: Replaced) -> None:
         """Nobody waits for the old one any more; the new one is expected."""
         self.system.disconnect(msg.endpoint)
@@ -303,8 +302,10 @@ class Watchdog(Actor[Inbox]):
         self._drained("frontend", msg.endpoint)
 
     def _watch_forever(self) -> None:
-        while not self._ended.wait(self._means.watch_s):
-            self.watch()
+        while not self._ended.wait(min(self._means.watch_s, self._duty.heartbeat_s)):
+            self._means.beat(self._duty.endpoint, self._means.clock())
+            if self._duty.step_timeout_s > 0:
+                self.watch()
 
     def watch(self) -> None:
         """End the process if a step, or the loop, takes too long. From any thread."""
@@ -322,15 +323,16 @@ class Watchdog(Actor[Inbox]):
         self._means.exit(EXIT_HUNG)
 
     def _watch_peers(self, now: float, late: float) -> None:
-        if late > self._duty.heartbeat_s:  # we were away: their heartbeats wait in the socket
+        for peer in [*self._heard] if self._leads else [0]:
+            if beat := self._means.last_beat(peer):
+                self._heard[peer] = max(self._heard.get(peer, 0.0), beat)
+        if late > self._duty.heartbeat_s:  # perhaps all of us were stopped
             self._heard = {peer: heard + late for peer, heard in self._heard.items()}
         if now < self._beat_at:
             return
         self._beat_at = now + self._duty.heartbeat_s
         if (limit := self._duty.step_timeout_s) > 0:
             self._means.guard(limit + LAST_RESORT_S)
-        for peer in self._heard if self._leads else (0,):
-            self.system.ref("watchdog", peer).tell(Heartbeat(self._duty.endpoint), urgent=True)
         for peer, heard in [*self._heard.items()]:
             if now - heard > self._duty.dead_after_s:
                 self._silent(peer, now - heard)

@@ -54,6 +54,7 @@ class Boot:
     listen_fd: int  # the HTTP socket, bound but not listening; -1 where there is no frontend
     parent: int  # pid; 0 for rank 0
     store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
+    pulse_fd: int = -1  # see ``Pulse``; -1: alone
 
     @property
     def name(self) -> str:
@@ -100,7 +101,7 @@ class Children:
 
     def start(self, boot: Boot, num_threads: int) -> None:
         """Start a child and tell it ``boot`` on its standard input."""
-        fds = (boot.listen_fd,) if boot.listen_fd >= 0 else ()
+        fds = [fd for fd in (boot.listen_fd, boot.pulse_fd) if fd >= 0]
         with signals.for_child():
             process = subprocess.Popen(
                 [sys.executable, "-m", "asyncllm.rank"],

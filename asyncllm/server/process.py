@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from asyncllm.actors.pulse import Pulse
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import EXIT_HUNG, Means, dump_stacks
@@ -162,6 +163,9 @@ class Server:
         means = Means(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
         if self._children:
             means = replace(means, kill=self._children.kill_one)
+        if self._boot.pulse_fd >= 0:
+            pulse = Pulse(self._boot.pulse_fd)
+            means = replace(means, beat=pulse.beat, last_beat=pulse.last)
         for actor in place(parts, means, self._opened):
             system.add(actor)
         self._acting = True

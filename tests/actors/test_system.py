@@ -15,7 +15,7 @@ from asyncllm.actors import system as system_module
 from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.system import ActorSystem
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
-from asyncllm.messages import Abort, Halt, Heartbeat, Started
+from asyncllm.messages import Abort, Gone, Halt, Started
 
 Step = Callable[["Probe", Any], None]
 
@@ -68,15 +68,15 @@ def boom(actor: Probe, msg: Any) -> None:
 def test_messages_of_one_sender_stay_in_order(encode_local: bool) -> None:
     async def go() -> Probe:
         system = ActorSystem(encode_local=encode_local)
-        probe = Probe("probe", lambda p, m: p.system.stop() if m == Heartbeat(499) else None)
+        probe = Probe("probe", lambda p, m: p.system.stop() if m == Gone(499) else None)
         ref = system.add(probe)
         for i in range(500):
-            ref.tell(Heartbeat(i))
+            ref.tell(Gone(i))
         await system.run()
         return probe
 
     probe = run(go())
-    assert probe.got == [Heartbeat(i) for i in range(500)]
+    assert probe.got == [Gone(i) for i in range(500)]
     assert probe.busy_s > 0
     assert probe.depth == 0
 
@@ -85,7 +85,7 @@ def test_encode_local_hands_over_a_copy() -> None:
     async def go(encode_local: bool) -> bool:
         system = ActorSystem(encode_local=encode_local)
         probe = Probe("probe", lambda p, m: p.system.stop())
-        sent = Heartbeat(1)
+        sent = Gone(1)
         system.add(probe).tell(sent)
         await system.run()
         return probe.got[0] is sent
@@ -100,17 +100,17 @@ def test_urgent_messages_go_first_and_are_never_refused() -> None:
         probe = Probe("probe", boom)
         probe.capacity = 2
         ref = system.add(probe)
-        ref.tell(Heartbeat(1))
-        ref.tell(Heartbeat(2))
+        ref.tell(Gone(1))
+        ref.tell(Gone(2))
         with pytest.raises(MailboxFull, match="probe"):
-            ref.tell(Heartbeat(3))
+            ref.tell(Gone(3))
         ref.tell(Started(), urgent=True)
         ref.tell(Halt(), urgent=True)
         assert probe.depth == 4
         await system.run()
         return probe.got
 
-    assert run(go()) == [Started(), Halt(), Heartbeat(1), Heartbeat(2)]
+    assert run(go()) == [Started(), Halt(), Gone(1), Gone(2)]
 
 
 def test_a_full_mailbox_here_raises_at_the_teller() -> None:
@@ -121,9 +121,9 @@ def test_a_full_mailbox_here_raises_at_the_teller() -> None:
 
         def flood(actor: Probe, msg: Any) -> None:
             target = actor.system.ref("slow")
-            target.tell(Heartbeat(1))
+            target.tell(Gone(1))
             try:
-                target.tell(Heartbeat(2))
+                target.tell(Gone(2))
             except MailboxFull:
                 actor.life.append("refused")
             actor.system.stop()
@@ -161,13 +161,13 @@ def test_a_message_for_a_name_that_is_gone_is_counted_and_logged(
 ) -> None:
     async def go() -> int:
         system = ActorSystem()
-        system.ref("nobody").tell(Heartbeat(1))
+        system.ref("nobody").tell(Gone(1))
         system.stop()
         await system.run()
         return system.dead_letters
 
     assert run(go()) == 1
-    assert "dead letter for nobody: Heartbeat" in caplog.text
+    assert "dead letter for nobody: Gone" in caplog.text
 
 
 def test_a_vital_crash_ends_the_system_with_its_cause() -> None:
@@ -196,7 +196,7 @@ def test_a_crash_that_is_not_vital_ends_the_actor_once_and_makes_dead_letters() 
 
         def after(actor: Probe, msg: Any) -> None:
             if isinstance(msg, Started):  # weak has crashed by now
-                ref.tell(Heartbeat(5))
+                ref.tell(Gone(5))
                 actor.system.ref("strong").tell(Halt())
             else:
                 actor.system.stop()
@@ -216,7 +216,7 @@ def test_a_crash_that_is_not_vital_ends_the_actor_once_and_makes_dead_letters() 
 
 def test_what_waits_for_an_actor_that_crashed_is_a_dead_letter() -> None:
     def act(actor: Probe, msg: Any) -> None:
-        actor.system.ref(actor.name).tell(Heartbeat(1))
+        actor.system.ref(actor.name).tell(Gone(1))
         raise RuntimeError("boom")
 
     async def go() -> int:
@@ -288,7 +288,7 @@ def test_no_handler_runs_after_stop_or_crash() -> None:
         other = Probe("other")
 
         def act(actor: Probe, msg: Any) -> None:
-            actor.system.ref("other").tell(Heartbeat(1))
+            actor.system.ref("other").tell(Gone(1))
             boom(actor, msg)
 
         class Waits(Probe):
@@ -471,9 +471,9 @@ def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def act(probe: Probe, msg: Any) -> None:
         match msg:
-            case Heartbeat(0):
+            case Gone(0):
                 use(3)
-            case Heartbeat(1):
+            case Gone(1):
                 probe.spawn(work(1, 4, 2))
 
     async def go() -> list[float]:
@@ -483,7 +483,7 @@ def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
         running = asyncio.create_task(system.run())
         seen = []
         for i in range(2):
-            ref.tell(Heartbeat(i))
+            ref.tell(Gone(i))
             for _ in range(9):
                 await asyncio.sleep(0)
             seen.append(probe.take_longest())

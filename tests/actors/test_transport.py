@@ -18,21 +18,21 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Transport, Wire
 from asyncllm.codec import encode
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
-from asyncllm.messages import Halt, Heartbeat
+from asyncllm.messages import Gone, Halt
 
 Wires = Callable[[int], list[Wire]]
 
 
-class Sink(Actor[Heartbeat]):
+class Sink(Actor[Gone]):
     """Keeps what comes; stops its system at ``last``."""
 
-    remote = frozenset({Heartbeat})
+    remote = frozenset({Gone})
 
     def __init__(self, last: int) -> None:
         super().__init__("sink")
         self.last, self.got = last, list[int]()
 
-    def receive(self, batch: list[Heartbeat]) -> None:
+    def receive(self, batch: list[Gone]) -> None:
         self.got += [msg.endpoint for msg in batch]
         if self.last in self.got:
             self.system.stop()
@@ -60,7 +60,7 @@ def push(address: str, keys: Keys | None, *frames: bytes) -> None:
 
 
 def frame(name: str, number: int, urgent: bool = False) -> bytes:
-    return bytes(msgpack.packb((name, urgent))) + encode(Heartbeat(number))
+    return bytes(msgpack.packb((name, urgent))) + encode(Gone(number))
 
 
 def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: Wires) -> None:
@@ -68,7 +68,7 @@ def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: Wires
         sender = ActorSystem(1, wires(2)[1])
         sink = sender.ref("sink", 0)
         for i in range(3000):  # more than both high-water marks hold: the outbox is used
-            sink.tell(Heartbeat(i))
+            sink.tell(Gone(i))
         receiver = ActorSystem(0, wires(2)[0])
         actor = Sink(2999)
         actor.capacity = 10_000
@@ -86,11 +86,11 @@ FOREIGN = {
     "no msgpack": b"GET / HTTP/1.1\r\n\r\n",
     "empty": b"",
     "header alone": bytes(msgpack.packb(("sink", False))),
-    "header of other types": bytes(msgpack.packb((1, 2))) + encode(Heartbeat(1)),
-    "header of three": bytes(msgpack.packb(("sink", False, 1))) + encode(Heartbeat(1)),
-    "header not a tuple": b"\x05" + encode(Heartbeat(1)),
+    "header of other types": bytes(msgpack.packb((1, 2))) + encode(Gone(1)),
+    "header of three": bytes(msgpack.packb(("sink", False, 1))) + encode(Gone(1)),
+    "header not a tuple": b"\x05" + encode(Gone(1)),
     "endless header": b"\x92\xdb\x00\x10\x00\x00" + b"a" * 5000,
-    "header not UTF-8": b"\x92\xa1\xff\xc2" + encode(Heartbeat(1)),
+    "header not UTF-8": b"\x92\xa1\xff\xc2" + encode(Gone(1)),
     "unknown tag": bytes(msgpack.packb(("sink", False))) + b"\x91\x7e",
     "too few fields": bytes(msgpack.packb(("sink", False))) + b"\x91\x1f",
     "broken body": bytes(msgpack.packb(("sink", False))) + b"\xc1",
@@ -204,7 +204,7 @@ def test_a_peer_may_come_later_and_another_may_take_its_place(wires: Wires) -> N
         keys = Keys.make()
         sender = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
         sink = sender.ref("sink", 1)
-        sink.tell(Heartbeat(0))
+        sink.tell(Gone(0))
         assert sender.dead_letters == 1  # nobody is there
         got = []
         for last in (1, 2):
@@ -212,12 +212,12 @@ def test_a_peer_may_come_later_and_another_may_take_its_place(wires: Wires) -> N
             actor = Sink(last)
             receiver.add(actor)
             sender.connect(1, receiver.address)
-            sink.tell(Heartbeat(last))
+            sink.tell(Gone(last))
             await receiver.run()
             got.append(actor.got)
-            sink.tell(Heartbeat(9))  # the other has gone; nobody else gets it
+            sink.tell(Gone(9))  # the other has gone; nobody else gets it
         sender.disconnect(1)
-        sink.tell(Heartbeat(0))
+        sink.tell(Gone(0))
         assert sender.dead_letters == 2
         with pytest.raises(ValueError, match="nonsense"):
             sender.connect(1, "nonsense")
@@ -277,12 +277,12 @@ def test_a_peer_lost_in_a_handler_ends_the_endpoint_as_such(
     monkeypatch.setattr(transport, "OUTBOX_LIMIT", 5)
     monkeypatch.setattr(transport, "LINGER_MS", 0)
 
-    class Talker(Actor[Heartbeat]):
+    class Talker(Actor[Gone]):
         vital = False  # even so: a message to a peer is lost
 
         def started(self) -> None:
             for i in range(5000):
-                self.system.ref("sink", 1).tell(Heartbeat(i))
+                self.system.ref("sink", 1).tell(Gone(i))
 
     async def go() -> None:
         system = ActorSystem(0, wires(2)[0])
@@ -315,7 +315,7 @@ def test_what_was_told_just_before_stop_still_leaves(wires: Wires) -> None:
         actor = Sink(9)
         receiver.add(actor)
         sender = ActorSystem(1, wires(2)[1])
-        sender.ref("sink", 0).tell(Heartbeat(9))
+        sender.ref("sink", 0).tell(Gone(9))
         sender.stop()
         await sender.run()
         await receiver.run()

@@ -31,7 +31,7 @@ def test_ambiguous_grammars(demo_dir: Path, tmp_path: Path, tp: int) -> None:
         body = {"prompt": "x", "n": 16, "max_tokens": 100, "guided_grammar": AMBIGUOUS}
         return await asyncio.gather(*(post(session, COMPLETIONS, **body) for _ in range(3)))
 
-    options = ("--tp", str(tp), "--constraint_time_limit", "0.1")
+    options = ("--tp", str(tp), "--constraint_time_limit", "0.01")
     with Server(demo_dir, tmp_path / "log", *options) as server:
         report = server.run(under_attack(server, attack))
     check(report)
@@ -145,3 +145,29 @@ def test_templates_that_loop_on_a_message(demo_dir: Path, tmp_path: Path) -> Non
     for status, text in bad:
         assert status == 400
         assert "in 2 s" in text
+
+
+def test_large_schemas_and_deep_grammars(server: Server) -> None:
+    """They are compiled in a time that is bounded, and nobody's small one waits for long."""
+
+    def of(prefix: str) -> dict[str, Any]:
+        fields = {f"{prefix}{i}": {"type": "string"} for i in range(1500)}
+        return {"guided_json": {"type": "object", "properties": fields}}
+
+    async def attack(session: aiohttp.ClientSession) -> tuple[list[tuple[int, str]], float]:
+        body = {"prompt": "x", "max_tokens": 2}
+        large = [post(session, COMPLETIONS, **body, **of(name)) for name in "kq"]
+        rules = [f'r{i} ::= "a" r{i + 1} | "b"' for i in range(2500)]
+        chain = "\n".join(["root ::= r0", *rules, 'r2500 ::= "x"'])
+        deep = post(session, COMPLETIONS, **body, guided_grammar=chain)
+        tasks = [asyncio.create_task(work) for work in (*large, deep)]
+        begun = time.perf_counter()
+        small = await post(session, COMPLETIONS, **body, guided_regex="[a-z]{5}")
+        waited = time.perf_counter() - begun
+        return [small, *await asyncio.gather(*tasks)], waited
+
+    report = server.run(under_attack(server, attack))
+    answers, waited = report.result
+    assert [status for status, _ in answers] == [200] * 4, answers
+    assert waited < 8
+    check(report)

@@ -1,0 +1,20 @@
+"""Signs of life go through memory that processes share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from asyncllm.actors.pulse import PLACES, Pulse
+
+
+def test_another_process_sees_it() -> None:
+    fd = Pulse.create()
+    pulse = Pulse(fd)
+    source = f"from asyncllm.actors.pulse import Pulse; p = Pulse({fd}); p.beat(7, p.last(1) + 0.5)"
+    pulse.beat(1, 3.25)
+    assert pulse.last(7) == 0.0
+    subprocess.run([sys.executable, "-c", source], pass_fds=[fd], check=True)
+    os.close(fd)
+    assert (pulse.last(7), pulse.last(7 + PLACES), pulse.last(1)) == (3.75, 3.75, 3.25)
