@@ -13,6 +13,9 @@ from asyncllm.errors import RequestError
 TYPES: Final = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
 MAX_CALLS: Final = 8  # that are forced at once: a model that repeats itself comes to an end
 _DATA: Final = frozenset({"const", "default", "enum", "example", "examples"})  # hold no schemas
+_COMBINED: Final = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
+# words that tell of further properties, or ask for a number of them
+_OPEN: Final = frozenset({"additionalProperties", "unevaluatedProperties", "minProperties"})
 _JSON_TYPE: Final[Mapping[type, str]] = {
     str: "string",
     int: "integer",
@@ -93,10 +96,20 @@ def call_schema(
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """The JSON schema of a tool's arguments: always an object's."""
+    """The JSON schema of a tool's arguments: always an object's.
+
+    Where the tool names its arguments and does not say whether there may be others, there are none:
+    models like to go on with some of their own.
+    """
     schema = dict(tool.parameters)
-    if not any(word in schema for word in ("type", "$ref", "anyOf", "oneOf", "allOf")):
+    if _COMBINED.isdisjoint(schema) and "type" not in schema:
         schema["type"] = "object"
+    if _OPEN.isdisjoint(schema) and not (_COMBINED | {"properties"}).isdisjoint(schema):
+        named, required = schema.get("properties", {}), schema.get("required")
+        if isinstance(named, Mapping) and isinstance(required, list):
+            others = {name: True for name in required if isinstance(name, str)}
+            schema["properties"] = {**named, **{k: v for k, v in others.items() if k not in named}}
+        schema["unevaluatedProperties"] = False
     return schema
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 
 from asyncllm.api.tools import FORMATS, Tool, call_schema, deepseek, parse_whole, tags
@@ -81,6 +82,32 @@ def test_the_shape_of_forced_calls() -> None:
     assert [c["properties"]["name"]["const"] for c in several["items"]["anyOf"]] == [
         tool.name for tool in TOOLS
     ]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "closed"),
+    [
+        ({"properties": {"a": {}}}, True),
+        ({"type": "object", "properties": {}}, True),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {}}}}}, True),
+        ({"type": "object", "anyOf": [{"properties": {"a": {}}}]}, True),
+        ({"type": "object"}, False),  # any arguments
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "string"}}, False),
+        ({"properties": {"a": {}}, "unevaluatedProperties": True}, False),
+        ({"properties": {"a": {}}, "minProperties": 2}, False),
+    ],
+)
+def test_arguments_that_a_tool_names_are_all(parameters: dict[str, Any], closed: bool) -> None:
+    schema = call_schema([Tool("f", parameters)], "f")
+    told = jsonschema.Draft202012Validator(schema)
+    assert told.is_valid({"name": "f", "arguments": {"a": "x", "b": "y"}}) != closed
+
+
+def test_arguments_that_must_come_may_come() -> None:
+    parameters = {"properties": {"a": {"type": "null"}}, "required": ["b", "a"]}
+    told = jsonschema.Draft202012Validator(call_schema([Tool("f", parameters)], "f"))
+    assert told.is_valid({"name": "f", "arguments": {"a": None, "b": 1}})
+    assert not told.is_valid({"name": "f", "arguments": {"a": None, "b": 1, "c": 1}})
 
 
 def test_a_choice_that_is_none_is_the_clients_fault() -> None:
