@@ -27,6 +27,7 @@ from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import (
     Abort,
     Accepted,
+    Cancel,
     Count,
     Counted,
     Delta,
@@ -206,7 +207,7 @@ class Scheduler(Actor[Any]):
 
 
 class Watchdog(Actor[Any]):
-    """Answers Scrape, writes down the rest."""
+    """Answers Scrape, sends Cancel back to the frontend, writes down the rest."""
 
     def __init__(self) -> None:
         super().__init__("watchdog")
@@ -216,7 +217,9 @@ class Watchdog(Actor[Any]):
 
     def receive(self, batch: list[Any]) -> None:
         for msg in batch:
-            if isinstance(msg, Scrape):
+            if isinstance(msg, Cancel):
+                self.system.ref("frontend").tell(msg)
+            elif isinstance(msg, Scrape):
                 if self.answers:
                     answer = Scraped(msg.query, b"# TYPE x gauge\nx 1\n", 10, 5, 40, 1, 2, 30)
                     self.system.ref("frontend", msg.endpoint).tell(answer)
