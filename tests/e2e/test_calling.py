@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from asyncllm.api.parts import Dialect
+from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.messages import Accepted, Tokenize
 from tests.api.test_offers import SCHEMA, TOOLS
@@ -36,7 +37,7 @@ def script(server: Server, head: str, text: str, reason: Reason = Reason.STOP) -
     """Answer every request with ``text``, a byte at a time."""
 
     def answer(msg: Tokenize) -> None:
-        server.model.front.tell(Accepted(msg.rids[0], b"\x01\0\0\0" * 2, head))
+        server.model.front.tell(Accepted(msg.rids[0], i32([1, 1]), head))
         params, raw = msg.params, text.encode()
         for rid in msg.rids:
             held = b""
