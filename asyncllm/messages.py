@@ -90,7 +90,10 @@ class Submit:
 
 @message(4)
 class Abort:
-    """frontend -> scheduler and tokenizer, urgent. Unknown and ended ids are ignored."""
+    """frontend -> tokenizer -> scheduler, urgent, behind what begins the request.
+
+    The tokenizer passes it on unless the request is still there; unknown and ended ids are ignored.
+    """
 
     rid: int
 

@@ -5,7 +5,6 @@ Knows how messages wait and are handed over; knows neither sockets nor what any 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -33,7 +32,7 @@ class Ref(Generic[M]):
         return f"{self.name}@{self.endpoint}"
 
     def tell(self, msg: M, *, urgent: bool = False) -> None:
-        """Send and forget; urgent messages go first and are never refused.
+        """Send and forget, in order; urgent messages are never refused.
 
         Raises:
             MailboxFull: the receiver lives here and ``capacity`` messages wait for it.
@@ -62,21 +61,20 @@ class Actor(Generic[M]):
         self.name = name
         self.busy_s = 0.0
         self._longest_s = 0.0
-        self._queue: deque[M] = deque()
-        self._urgent: deque[M] = deque()
+        self._queue: list[M] = []
         self._scheduled = True  # held until the system has called started()
         self.system: ActorSystem
 
     @property
     def depth(self) -> int:
         """Messages waiting in the mailbox."""
-        return len(self._queue) + len(self._urgent)
+        return len(self._queue)
 
     def started(self) -> None:
         """Called once, in order of registration; every ref resolves."""
 
     def receive(self, batch: list[M]) -> None:
-        """Handle all waiting messages, urgent ones first."""
+        """Handle all waiting messages, in the order in which they came."""
         raise NotImplementedError
 
     def possible(self, msg: M) -> bool:
@@ -126,21 +124,16 @@ class Actor(Generic[M]):
 
     def put(self, msg: M, urgent: bool = False) -> None:
         """Queue one message. Raises MailboxFull unless it is urgent."""
-        if urgent:
-            self._urgent.append(msg)
-        elif len(self._queue) >= self.capacity:
+        if len(self._queue) >= self.capacity and not urgent:
             raise MailboxFull(f"{self.name}: {self.capacity} messages wait")
-        else:
-            self._queue.append(msg)
+        self._queue.append(msg)
         if not self._scheduled:
             self._scheduled = True
             self.system.loop.call_soon(self._deliver)
 
     def take(self) -> list[M]:
-        """Empty the mailbox: all waiting messages, urgent ones first."""
-        batch = [*self._urgent, *self._queue]
-        self._urgent.clear()
-        self._queue.clear()
+        """Empty the mailbox."""
+        batch, self._queue = self._queue, []
         return batch
 
     def _deliver(self) -> None:

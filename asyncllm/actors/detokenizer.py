@@ -55,13 +55,12 @@ class Detokenizer(Actor[Inbox]):
         self.scheduler = self.system.ref("scheduler", 0)
 
     def receive(self, batch: list[Inbox]) -> None:
-        ends: list[Finished] = []
         for msg in batch:
             match msg:
                 case Tokens():
                     self._append(msg)
                 case Finished():
-                    ends.append(msg)  # an urgent one may stand before its tokens
+                    self._finish(msg)
                 case Follow():
                     self._streams[msg.rid] = _Stream(
                         msg, self._text, self._special, self._shown(msg)
@@ -70,11 +69,12 @@ class Detokenizer(Actor[Inbox]):
                     self._posted = False
                 case _:
                     assert_never(msg)
-        for end in ends:
-            if stream := self._streams.get(end.rid):
-                stream.finished = end
-                self._mark(stream)
         self._turn()
+
+    def _finish(self, end: Finished) -> None:
+        if stream := self._streams.get(end.rid):
+            stream.finished = end
+            self._mark(stream)
 
     def _append(self, msg: Tokens) -> None:
         for i, (rid, token) in enumerate(zip(msg.rids, msg.tokens, strict=True)):

@@ -139,7 +139,6 @@ class Frontend(Actor[Inbox]):
     def started(self) -> None:
         """Refs of those this actor talks to."""
         self._tokenizer = self.system.ref("tokenizer")
-        self._scheduler = self.system.ref("scheduler", 0)
         self._watchdog = self.system.ref("watchdog", 0)
 
     def receive(self, batch: list[Inbox]) -> None:
@@ -445,7 +444,6 @@ class Frontend(Actor[Inbox]):
 
     def _tell_abort(self, exchange: Exchange) -> None:
         for rid in exchange.live:
-            self._scheduler.tell(Abort(rid), urgent=True)
             self._tokenizer.tell(Abort(rid), urgent=True)
 
     def _forget(self, exchange: Exchange) -> None:

@@ -120,14 +120,10 @@ class Scheduler(Actor[Inbox]):
         self._runners = [self.system.ref("runner", rank) for rank in self._ranks]
 
     def receive(self, batch: list[Inbox]) -> None:
-        # urgent messages come first in a batch: an Abort may precede its own Submit
-        for msg in batch:
-            if isinstance(msg, Submit):
-                self._submit(msg)
         for msg in batch:
             match msg:
                 case Submit():
-                    pass
+                    self._submit(msg)
                 case Abort(rid):
                     self._stalled = False
                     self.core.abort(rid)

@@ -155,32 +155,18 @@ class Tokenizer(Actor[Inbox]):
             self._renderer.start()
 
     def receive(self, batch: list[Inbox]) -> None:
-        # An Abort went to the scheduler too, which has ignored it by now: so an Abort in hand ends
-        # its request before anything here submits it, wherever the two stand in the batch.
-        whole = [self._take(m) for m in batch if isinstance(m, Tokenize | Count)]
-        for msg in batch:
-            if isinstance(msg, Abort):
-                self._abort(msg.rid)
         for msg in batch:
             match msg:
+                case Tokenize() | Count():
+                    self._take(msg)
+                case Abort():
+                    self._abort(msg)
                 case Prepared():
                     self._prepared(msg)
                 case Compiled():
                     self._compiled(msg)
-                case Abort() | Tokenize() | Count():
-                    pass
                 case _:
                     assert_never(msg)
-        for number in whole:
-            if job := self._jobs.get(number):
-                if isinstance(job.msg, Tokenize) and job.msg.ids is not None:
-                    ids, job.cut = _fitted(job.msg.ids, self._keeps(job.msg))
-                    self._answer(number, job, ids)
-                elif (error := self._too_long(job.msg)) is not None:
-                    self._forget(number, job)
-                    self._refuse(job, error)
-                else:
-                    self._wait(number, job)
 
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -188,14 +174,21 @@ class Tokenizer(Actor[Inbox]):
 
     # -- waiting for a thread ------------------------------------------------------------------------
 
-    def _take(self, msg: Tokenize | Count) -> int:
+    def _take(self, msg: Tokenize | Count) -> None:
         self._last_job += 1
+        number = self._last_job
         rids = list(msg.rids) if isinstance(msg, Tokenize) else []
-        job = _Job(msg, rids, self.system.loop.time())
-        self._jobs[self._last_job] = job
+        job = self._jobs[number] = _Job(msg, rids, self.system.loop.time())
         for rid in job.alive:
-            self._job_of[rid] = self._last_job
-        return self._last_job
+            self._job_of[rid] = number
+        if isinstance(msg, Tokenize) and msg.ids is not None:
+            ids, job.cut = _fitted(msg.ids, self._keeps(msg))
+            self._answer(number, job, ids)
+        elif (error := self._too_long(msg)) is not None:
+            self._forget(number, job)
+            self._refuse(job, error)
+        else:
+            self._wait(number, job)
 
     def _forget(self, number: int, job: _Job) -> None:
         del self._jobs[number]
@@ -318,16 +311,17 @@ class Tokenizer(Actor[Inbox]):
             assert isinstance(job.msg, Tokenize)
             self._submit(job, job.msg)
 
-    def _abort(self, rid: int) -> None:
+    def _abort(self, msg: Abort) -> None:
         """A request that has not been submitted ends here; any other is the scheduler's."""
-        if (number := self._job_of.pop(rid, None)) is None:
+        if (number := self._job_of.pop(msg.rid, None)) is None:
+            self.scheduler.tell(msg, urgent=True)
             return
         job = self._jobs[number]
-        job.alive.remove(rid)
+        job.alive.remove(msg.rid)
         if not job.alive:
             del self._jobs[number]
             self._leave_line(number, job)
-        self.frontend.tell(Finished(rid, Reason.ABORT))
+        self.frontend.tell(Finished(msg.rid, Reason.ABORT))
 
     # -- in a thread of the pool: plain data in and out ------------------------------------------------
 

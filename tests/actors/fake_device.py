@@ -296,21 +296,18 @@ class Mailbox:
     """Stands for a Ref and the mailbox behind it."""
 
     encode_local: bool
-    urgent: list[Any] = field(default_factory=list)
     queue: list[Any] = field(default_factory=list)
 
     def tell(self, msg: Any, *, urgent: bool = False) -> None:
         msg = decode(encode(msg)) if self.encode_local else msg
-        (self.urgent if urgent else self.queue).append(msg)
+        self.queue.append(msg)
 
     def take(self) -> list[Any]:
-        batch = [*self.urgent, *self.queue]
-        self.urgent.clear()
-        self.queue.clear()
+        batch, self.queue = self.queue, []
         return batch
 
     def __bool__(self) -> bool:
-        return bool(self.urgent or self.queue)
+        return bool(self.queue)
 
 
 class Timers:

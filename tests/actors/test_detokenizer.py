@@ -290,13 +290,6 @@ def test_held_back_text_comes_out_at_the_end(text: Text) -> None:
     assert sched == []
 
 
-def test_finished_that_overtakes_its_tokens_waits_for_them(text: Text) -> None:
-    (a,) = text.encode("a", False)
-    front, _ = play(text, [[follow(1), done(1, 1), tokens([1], [a])]], finished=1)
-    assert [type(m) for m in front] == [Delta, Finished]
-    assert front[0].text == "a"
-
-
 def test_unknown_requests_are_ignored(text: Text) -> None:
     (a,) = text.encode("a", False)
     script = [done(9, 0), tokens([9, 1], [a, a]), follow(1), tokens([9, 1], [a, a]), done(1, 1)]

@@ -94,7 +94,7 @@ def test_encode_local_hands_over_a_copy() -> None:
     assert not run(go(True))
 
 
-def test_urgent_messages_go_first_and_are_never_refused() -> None:
+def test_urgent_messages_are_never_refused_and_keep_their_place() -> None:
     async def go() -> list[Any]:
         system = ActorSystem()
         probe = Probe("probe", boom)
@@ -105,12 +105,14 @@ def test_urgent_messages_go_first_and_are_never_refused() -> None:
         with pytest.raises(MailboxFull, match="probe"):
             ref.tell(Gone(3))
         ref.tell(Started(), urgent=True)
+        with pytest.raises(MailboxFull, match="probe"):
+            ref.tell(Gone(3))
         ref.tell(Halt(), urgent=True)
         assert probe.depth == 4
         await system.run()
         return probe.got
 
-    assert run(go()) == [Started(), Halt(), Gone(1), Gone(2)]
+    assert run(go()) == [Gone(1), Gone(2), Started(), Halt()]
 
 
 def test_a_full_mailbox_here_raises_at_the_teller() -> None:

@@ -505,16 +505,28 @@ def test_abort_of_a_pending_prompt_ends_it_without_a_submit(
     assert gate.calls == ["a", "c", "d"]  # 2 never got a thread
 
 
-@pytest.mark.parametrize("asked", [prompt(1, "a"), prompt(1, ids=[1]), prompt(1, "")])
-def test_abort_that_overtakes_its_prompt_ends_it(text: Text, asked: Tokenize) -> None:
+@pytest.mark.parametrize("asked", [prompt(1, "a"), prompt(1, "b" * 9), prompt(1, "")])
+def test_abort_in_the_batch_of_its_prompt_ends_it(text: Text, asked: Tokenize) -> None:
     log = play(text, [asked, prompt(2, ids=[1]), Abort(1)], answers=2)
     (ended,) = [m for _, m in log if isinstance(m, Finished)]
     assert (ended.rid, ended.reason) == (1, Reason.ABORT)
-    assert [m.rid for _, m in log if isinstance(m, Submit)] == [2]
+    assert [(type(m), m.rid) for name, m in log if name == "scheduler"] == [(Submit, 2)]
 
 
-def test_abort_wins_over_ids_that_are_ready(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both wait in the mailbox: the scheduler has seen the Abort already, so no Submit may follow."""
+def test_abort_of_what_has_been_submitted_follows_it_to_the_scheduler(text: Text) -> None:
+    script = [prompt(1, ids=[1], more=(2,)), Abort(2), prompt(3, ids=[1]), Abort(3), Abort(3)]
+    log = play(text, script, answers=2)
+    at_scheduler = [(type(m), m.rid) for name, m in log if name == "scheduler"]
+    sent = [(Submit, 1), (Submit, 2), (Abort, 2), (Submit, 3), (Abort, 3), (Abort, 3)]
+    assert at_scheduler == sent
+    assert not [m for _, m in log if isinstance(m, Finished)]  # that is the scheduler's to say
+
+
+@pytest.mark.parametrize("abort_first", [False, True])
+def test_abort_beside_ids_that_are_ready(
+    text: Text, monkeypatch: pytest.MonkeyPatch, abort_first: bool
+) -> None:
+    """Both wait in the mailbox: whichever came first, no Abort comes before its Submit."""
     log: list[tuple[str, Any]] = []
 
     async def main() -> None:
@@ -524,23 +536,22 @@ def test_abort_wins_over_ids_that_are_ready(text: Text, monkeypatch: pytest.Monk
                 system.add(Sink(name, log, lambda: True))
             actor = module.Tokenizer(text, FakeRenderer(text), limit=LIMIT, vocab_size=256)
             system.add(actor)
-            prepared = actor._prepared
             monkeypatch.setattr(actor, "spawn", lambda work: work.close())
-            monkeypatch.setattr(
-                actor, "_prepared", lambda msg: (order.append("ready"), prepared(msg))
-            )
-            abort = actor._abort
-            monkeypatch.setattr(actor, "_abort", lambda rid: (order.append("abort"), abort(rid)))
             actor.started()
             actor.receive([prompt(1, "a")])
-            actor.receive([Prepared(1, i32([1]), "", "", 0, True), Abort(1)])
+            batch = [Prepared(1, i32([1]), "", "", 0, True), Abort(1)]
+            actor.receive(batch[::-1] if abort_first else batch)
             await system.run()
 
-    order: list[str] = []
     uvloop.run(main())
-    assert order == ["abort", "ready"]
-    assert [name for name, _ in log] == ["frontend"]
-    assert log[0][1].reason == Reason.ABORT
+    sent = [(name, type(m)) for name, m in log if name != "detokenizer"]
+    if abort_first:
+        assert sent == [("frontend", Finished)]
+    else:
+        assert sorted(sent, key=str) == sorted(
+            [("scheduler", Submit), ("scheduler", Abort), ("frontend", Accepted)], key=str
+        )
+        assert sent.index(("scheduler", Submit)) < sent.index(("scheduler", Abort))
 
 
 def test_late_encoding_is_answered_at_the_limit_and_keeps_its_thread(

@@ -195,17 +195,6 @@ class Model(Actor[Any]):
         self.front.tell(Finished(rid, Reason.ERROR, Failure(detail, code, status)))
 
 
-class Scheduler(Actor[Any]):
-    """Writes down aborts."""
-
-    def __init__(self) -> None:
-        super().__init__("scheduler")
-        self.aborted: list[int] = []
-
-    def receive(self, batch: list[Any]) -> None:
-        self.aborted += [msg.rid for msg in batch]
-
-
 class Watchdog(Actor[Any]):
     """Answers Scrape, sends Cancel back to the frontend, writes down the rest."""
 
@@ -235,7 +224,6 @@ class Server:
     def __init__(self, system: ActorSystem, front: Frontend, port: int) -> None:
         self.system, self.front, self.port = system, front, port
         self.model = next(a for a in system.actors if isinstance(a, Model))
-        self.scheduler = next(a for a in system.actors if isinstance(a, Scheduler))
         self.watchdog = next(a for a in system.actors if isinstance(a, Watchdog))
         self.url = f"http://127.0.0.1:{port}"
         self.http: aiohttp.ClientSession
@@ -289,7 +277,7 @@ async def serving(
         on_open=lambda: server.opened.set(),
     )
     ref = system.add(front)
-    for actor in (Model(), Scheduler(), Watchdog()):
+    for actor in (Model(), Watchdog()):
         system.add(actor)
     running = asyncio.create_task(system.run())
     server = Server(system, front, sock.getsockname()[1])
