@@ -41,7 +41,7 @@ from asyncllm.core.scheduling import Core
 from asyncllm.core.slots import Ledger
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
-from asyncllm.messages import Abort, Finished, Follow, Heartbeat, Started, Submit, Tokens
+from asyncllm.messages import Abort, Finished, Follow, Gone, Started, Submit, Tokens
 from asyncllm.text import Text, load_tokenizer
 
 ROUNDS = 7
@@ -200,7 +200,7 @@ class Echo(Actor[Any]):
     def __init__(self, name: str, other: str, burst: int, rounds: int) -> None:
         super().__init__(name)
         self.other, self.burst, self.left = other, burst, rounds
-        self.msg = Heartbeat(0)
+        self.msg = Gone(0)
 
     def started(self) -> None:
         self.ref = self.system.ref(self.other)
@@ -222,7 +222,7 @@ def hops(burst: int, encode: bool) -> float:
         for name, other in (("a", "b"), ("b", "a")):
             system.add(Echo(name, other, burst, rounds))
         for _ in range(burst):
-            system.ref("a").tell(Heartbeat(0))
+            system.ref("a").tell(Gone(0))
         await system.run()
 
     return best(lambda: uvloop.run(play()), per=2 * rounds * burst)

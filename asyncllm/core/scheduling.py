@@ -317,7 +317,7 @@ class Core:
     def _emit(self, req: Request, token: int, whole: bool, row: int, emitted: Emitted) -> None:
         """The token counts; it may be the last."""
         req.outputs.append(token)
-        if isinstance(req.constraint, Healing):
+        if req.constraint is not None and isinstance(req.constraint, Healing):
             more = req.constraint.uncounted()
             req.max_new, req.final_len = req.max_new + more, req.final_len + more
         num = len(req.outputs)
