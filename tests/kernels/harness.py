@@ -1,5 +1,6 @@
 """What the kernel tests share: cases of cached K/V, comparison, and the calls a GPU must allow."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -42,11 +43,17 @@ def no_sync() -> Iterator[None]:
     if DEVICE != "cuda":
         yield
         return
-    torch.cuda.set_sync_debug_mode("error")
+    _watch_syncs("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        _watch_syncs("default")
+
+
+def _watch_syncs(mode: str) -> None:
+    with warnings.catch_warnings():  # it says once that it does not see everything
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def replayed(call: Callable[[], object], before: Callable[[], object] = lambda: None) -> None:
