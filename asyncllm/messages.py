@@ -166,6 +166,7 @@ class Compile:
     job: int
     kind: str  # see core.request.GRAMMARS
     text: str
+    client: int = 0  # as in Tokenize
 
     def valid(self) -> bool:
         return self.endpoint >= 0 and self.job >= 0 and self.kind in GRAMMARS
@@ -186,12 +187,11 @@ class Compiled:
 
 @message(28)
 class Built:
-    """grammar@0 -> itself: what a thread of its pool answered, or that the time was up."""
+    """grammar@0 -> itself: what a thread of its pool answered."""
 
     kind: str
     text: str
     detail: str  # "": no error
-    frees: bool  # the thread is free again; False: the answer is late, the thread still busy
 
 
 @message(29)

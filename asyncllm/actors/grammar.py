@@ -6,13 +6,13 @@ what a grammar means.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol, assert_never
 
 from asyncllm.actors.base import Actor
+from asyncllm.core.admission import Shares
+from asyncllm.core.fair_queue import FairQueue
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.messages import Built, Compile, Compiled
 
@@ -35,33 +35,33 @@ class Builder(Protocol):
         """Remember what has been built."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    number: int
+    client: int
+    key: Key
+
+
 class GrammarKeeper(Actor[Inbox]):
     """Every Compile is answered by one Compiled.
 
     Args:
-        builder: None: constrained output is off.
+        builder: None: constrained output is off. What it may cost to build one is bounded.
         workers: threads that compile.
-        time_limit_s: for one grammar; the thread stays taken until it is done.
-        max_queue: grammars that may wait for a thread.
+        max_queue: grammars that may wait for a thread, half of them one client's while others wait.
     """
 
     remote = frozenset({Compile})
 
-    def __init__(
-        self,
-        builder: Builder | None,
-        *,
-        workers: int = 2,
-        time_limit_s: float = 10.0,
-        max_queue: int = 64,
-    ) -> None:
+    def __init__(self, builder: Builder | None, *, workers: int = 2, max_queue: int = 64) -> None:
         super().__init__("grammar")
-        self._builder, self._time_limit_s, self._max_queue = builder, time_limit_s, max_queue
+        self._builder = builder
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="grammar")
-        self._workers = self._free = workers
+        self._free = workers
         self._asking: dict[Key, list[Compile]] = {}  # being compiled or in line
-        self._late: set[Key] = set()  # being compiled, answered already
-        self._line: deque[Key] = deque()
+        self._line: FairQueue[_Waiting] = FairQueue()
+        self._places = Shares(max_queue)
+        self._last = 0
 
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
@@ -82,56 +82,41 @@ class GrammarKeeper(Actor[Inbox]):
             self._answer(msg, RequestError(OFF))
         elif key in self._builder:
             self._answer(msg, None)
-        elif key in self._late:
-            self._answer(msg, self._too_slow())
         elif asking := self._asking.get(key):
             asking.append(msg)
-        elif len(self._late) == self._workers or len(self._line) >= self._max_queue:
-            self._answer(msg, self._busy())
+        elif self._places.room(msg.client) <= 0:
+            self._answer(msg, self._busy(msg.client))
         else:
             self._asking[key] = [msg]
-            self._line.append(key)
+            self._last += 1
+            self._line.append(msg.client, self._last, _Waiting(self._last, msg.client, key))
+            self._places.take(msg.client)
             self._start_some()
 
     def _start_some(self) -> None:
         while self._free and self._line:
             self._free -= 1
-            self.spawn(self._run(*self._line.popleft()))
+            first = next(iter(self._line))
+            self._line.serve(first.client, first.number)
+            self._places.give(first.client)
+            self.spawn(self._run(*first.key))
 
     async def _run(self, kind: str, text: str) -> Built:
         assert self._builder is not None
-        work = self.system.loop.run_in_executor(self._pool, self._builder.build, kind, text)
         try:
-            async with asyncio.timeout(self._time_limit_s):
-                compiled = await asyncio.shield(work)
-        except TimeoutError:
-            self._late.add((kind, text))
-            self.spawn(self._wait(kind, text, work))
-            return Built(kind, text, self._too_slow().message, False)
+            compiled = await self.system.loop.run_in_executor(
+                self._pool, self._builder.build, kind, text
+            )
         except RequestError as error:
-            return Built(kind, text, error.message, True)
+            return Built(kind, text, error.message)
         self._builder.keep(kind, text, compiled)
-        return Built(kind, text, "", True)
-
-    async def _wait(self, kind: str, text: str, work: asyncio.Future[Any]) -> Built:
-        """Frees the thread of a grammar that has been answered already."""
-        assert self._builder is not None
-        with contextlib.suppress(RequestError):
-            self._builder.keep(kind, text, await work)
-        self._late.discard((kind, text))
-        return Built(kind, text, "", True)
+        return Built(kind, text, "")
 
     def _built(self, msg: Built) -> None:
+        self._free += 1
         error = RequestError(msg.detail) if msg.detail else None
-        for one in self._asking.pop((msg.kind, msg.text), ()):
+        for one in self._asking.pop((msg.kind, msg.text)):
             self._answer(one, error)
-        if msg.frees:
-            self._free += 1
-        elif len(self._late) == self._workers:
-            # nobody knows when a thread will be free again
-            while self._line:
-                for one in self._asking.pop(self._line.popleft()):
-                    self._answer(one, self._busy())
         self._start_some()
 
     def _answer(self, msg: Compile, error: RequestError | None) -> None:
@@ -141,8 +126,10 @@ class GrammarKeeper(Actor[Inbox]):
         else:
             tokenizer.tell(Compiled(msg.job, error.message, error.code or "", error.status))
 
-    def _too_slow(self) -> RequestError:
-        return RequestError(f"the grammar could not be compiled in {self._time_limit_s:g} s")
-
-    def _busy(self) -> ServerBusy:
-        return ServerBusy("other grammars are being compiled, try again later")
+    def _busy(self, client: int) -> ServerBusy:
+        places = self._places
+        return ServerBusy(
+            f"{places.of(client)} grammars of this client and {places.total} together wait to be "
+            f"compiled, at most {places.most} may, half of them of one client while others wait; "
+            "try again later"
+        )

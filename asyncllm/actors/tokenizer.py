@@ -426,7 +426,8 @@ class Tokenizer(Actor[Inbox]):
         job.ids, job.params = ids, replace(params, max_new_tokens=room)
         job.dropped = self._to_heal(ids, job.params) if msg.text is not None else 0
         if params.grammar is not None:
-            self.grammar.tell(Compile(self.system.endpoint, number, *params.grammar))
+            kind, source = params.grammar
+            self.grammar.tell(Compile(self.system.endpoint, number, kind, source, msg.client))
             return
         self._forget(number, job)
         self._submit(job, msg)

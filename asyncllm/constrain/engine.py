@@ -34,7 +34,7 @@ BYTES: Final = 256  # tokens behind the vocabulary, of one byte each, for texts 
 # hardly over it; what the library counts bounds a single one.
 MAX_STEP_S: Final = 0.05  # of CPU time
 TOO_SLOW: Final = "the grammar is too ambiguous to be followed: simplify it"
-MAX_STEP_ITEMS: Final = 200_000
+MAX_STEP_ITEMS: Final = 40_000  # its time grows with the square
 MAX_STEP_FUEL: Final = 200_000
 MAX_START_FUEL: Final = 250_000
 MAX_ROW_ITEMS: Final = 20_000

@@ -1,4 +1,4 @@
-"""Grammar keeper: each question answered once; threads, line and time limit; the tokenizer waits."""
+"""Grammar keeper: each question answered once; threads, line and turns; the tokenizer waits."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Asker(Actor[Any]):
         self.keeper = self.system.ref("grammar")
         self.system.loop.call_soon(self.script, self, None)
 
-    def ask(self, job: int, text: str) -> None:
-        self.keeper.tell(Compile(0, job, "regex", text))
+    def ask(self, job: int, text: str, client: int = 0) -> None:
+        self.keeper.tell(Compile(0, job, "regex", text, client))
 
     def receive(self, batch: list[Any]) -> None:
         for msg in batch:
@@ -119,36 +119,25 @@ def test_off_is_said() -> None:
     assert (status, "--output_constraint_mode" in detail) == (400, True)
 
 
-def test_at_the_time_limit_the_thread_stays_taken_until_the_work_ends() -> None:
-    builder = FakeBuilder("slow", "slower")
+def test_clients_that_wait_are_served_in_turn_and_leave_places_for_others() -> None:
+    builder = FakeBuilder("slow")
 
     def script(asker: Asker, msg: Compiled | None) -> None:
         if msg is None:
-            for job, text in enumerate(("slow", "slower", "in line")):
-                asker.ask(job, text)
-        elif len(asker.answers) == 3:
-            asker.ask(3, "fresh")  # no thread is free
-            asker.ask(4, "slow")  # the same again costs nothing
-        elif len(asker.answers) == 5:
+            for job, text in enumerate(("slow", "b", "c", "d", "e", "f")):
+                asker.ask(job, text, client=1)
+            asker.ask(6, "x", client=2)
+            asker.ask(7, "y", client=2)
+            asker.ask(8, "z", client=2)
+        elif len(asker.answers) == 2:  # no place for the last one of either
             builder.gates["slow"].set()
-            poll(asker)
-        elif msg.job == 6:
+        elif len(asker.answers) == 9:
             asker.system.stop()
 
-    def poll(asker: Asker) -> None:
-        if ("regex", "slow") not in builder.kept:
-            asker.system.loop.call_later(0.005, poll, asker)
-            return
-        asker.ask(6, "fresh")
-
-    try:
-        answers = play(builder, script, workers=2, time_limit_s=0.05)
-    finally:
-        builder.gates["slower"].set()
-    late = ("the grammar could not be compiled in 0.05 s", 400)
-    busy = ("other grammars are being compiled, try again later", 429)
-    assert answers == {0: late, 1: late, 2: busy, 3: busy, 4: late, 6: ("", 0)}
-    assert builder.built.count("slow") == 1
+    answers = play(builder, script, workers=1, max_queue=4)
+    assert {job for job, (_, status) in answers.items() if status == 429} == {5, 8}
+    assert "at most 4" in answers[8][0]
+    assert builder.built == ["slow", "b", "x", "c", "y", "d", "e"]
 
 
 def test_a_full_line_is_429() -> None:

@@ -57,6 +57,7 @@ HOSTILE: dict[str, tuple[str, Any]] = {
     "counts of counts": ("ebnf", 'root ::= ((("a"{1,1000}){1,1000}){1,1000}){1,1000}'),
     "a chain of rules": ("ebnf", "root ::= r0\n" + "".join(f'r{i} ::= r{i + 1} | "a"\n' for i in range(2900)) + 'r2900 ::= "b"'),
     "longer": ("ebnf", "root ::= r0\n" + "".join(f'r{i} ::= r{i + 1} | "a"\n' for i in range(3100)) + 'r3100 ::= "b"'),
+    "many optional rules": ("ebnf", "root ::= r0\n" + "".join(f'r{i} ::= r{i + 1}* r{i * 7 % 990} | "x" r{i} "y" | [a-z]\n' for i in range(990)) + "r990 ::= [a-z]"),
     "many words": ("ebnf", "root ::= " + " | ".join(f'"w{i}"' for i in range(6000))),
 }  # fmt: skip
 
