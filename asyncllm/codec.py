@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from enum import Enum
+from hashlib import sha256
 from operator import attrgetter
 from types import NoneType, UnionType
 from typing import (
@@ -83,6 +84,14 @@ def message(tag: int) -> Callable[[type[T]], type[T]]:
 def registered() -> dict[type, int]:
     """Every message with its tag."""
     return {cls: tag for tag, (cls, _) in _BY_TAG.items()}
+
+
+def protocol() -> str:
+    """Version of all messages that are registered: changes with any name, tag, field or type."""
+    kinds = [(f"{tag} {cls.__name__}", cls) for cls, tag in registered().items()]
+    kinds += [(cls.__name__, cls) for cls in _RECORDS]
+    lines = (f"{name} {[(f.name, str(f.type)) for f in fields(cls)]}" for name, cls in kinds)
+    return sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
 
 
 def record(cls: type[T]) -> type[T]:

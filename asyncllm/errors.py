@@ -6,6 +6,7 @@ AsyncllmError
 │   ├── ModelNotFound       404 model_not_found
 │   └── ServerBusy          429 rate_limit_exceeded, with Retry-After
 ├── StartupError            bad flag, missing file, memory that does not fit: one line, exit 2
+│   └── Mismatch            processes that cannot belong to one server
 └── FatalError              this rank cannot go on: exit 1
     ├── ActorCrashed        a vital actor raised
     ├── PeerLost            another rank stopped reading or died
@@ -56,6 +57,10 @@ class ServerBusy(RequestError):
 
 class StartupError(AsyncllmError):
     """The server cannot start as configured; the message is the whole explanation."""
+
+
+class Mismatch(StartupError):
+    """Two processes cannot belong to one server; each of them says so and ends."""
 
 
 class FatalError(AsyncllmError):

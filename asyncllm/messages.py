@@ -15,6 +15,7 @@ from math import isfinite
 from asyncllm.codec import INT32, message
 from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
 from asyncllm.records import Answered, Done, Failure, Logprobs, Opened, int32s
+from asyncllm.topology import Contract, Endpoint, Topology
 
 FRONTEND_SHIFT = 40  # rid >> FRONTEND_SHIFT is the endpoint of the request's frontend
 MAX_RID = (1 << 63) - 1
@@ -384,9 +385,11 @@ class Flush:
 
 @message(36)
 class Hello:
-    """watchdog of every other endpoint -> watchdog@0: loaded, and reachable at this address."""
+    """watchdog of every other endpoint -> the coordinator's: loaded, and this is who I am."""
 
     endpoint: int
+    contract: Contract
+    node: int
     address: str  # where its ZMQ socket is bound
 
 
@@ -420,9 +423,17 @@ class Lost:
     """watchdog@0 -> every other watchdog: the server fails; end what runs with an error."""
 
 
+@message(47)
+class Welcome:
+    """coordinator's watchdog -> every other one: all are there, or one of them does not belong."""
+
+    contract: Contract
+    topology: Topology
+
+
 @message(38)
 class Gone:
-    """watchdog@0 -> scheduler: this endpoint's process has ended, and its requests with it."""
+    """watchdog@0 -> every scheduler: this endpoint's process has ended, and its requests with it."""
 
     endpoint: int
 
@@ -432,8 +443,7 @@ class Replaced:
     """the process -> watchdog@0: an HTTP worker has ended; another one starts in its place."""
 
     endpoint: int
-    by: int  # its endpoint; -1: none, the server is ending
-    name: str  # how that one is called in messages
+    by: Endpoint | None  # None: none, the server is ending
 
 
 @message(40)
@@ -460,7 +470,7 @@ class Scraped:
 
 @message(42)
 class Probe:
-    """watchdog@0 -> scheduler, allocator and other watchdogs: report what you hold."""
+    """watchdog@0 -> ``Topology.reporters``: report what you hold."""
 
     query: int
 
@@ -470,6 +480,7 @@ class SchedulerStats:
     """scheduler -> watchdog@0."""
 
     query: int
+    endpoint: int
     running: int
     waiting: int
     inflight_steps: int
@@ -485,6 +496,7 @@ class AllocatorStats:
     """allocator -> watchdog@0."""
 
     query: int
+    endpoint: int
     used: int
     cached: int
     total: int
@@ -510,9 +522,10 @@ class Served:
 
 @message(46)
 class RunnerStats:
-    """runner@0 -> watchdog@0 on Probe: medians of the last steps."""
+    """runner -> watchdog@0: medians of the last steps."""
 
     query: int
+    endpoint: int
     step_ms: float
     launch_ms: float
     gap_ms: float  # device idle between two steps that were both launched; 0 where not measured

@@ -39,6 +39,7 @@ from asyncllm.server.loading import load_text
 from asyncllm.server.process import EXIT_STARTUP, Server
 from asyncllm.server.signals import Watch, hold_draining, leave_to_leader
 from asyncllm.text import Text
+from asyncllm.topology import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +77,20 @@ def serve(config: Config) -> int:
             logger.info("%s", note)
         if not config.check:
             hold_draining()  # from here on there is a folder to be removed
-        wires = Wires(config.zmq_mode, alone=config.tp == config.httpserver_workers == 1)
+        topology = Topology.on_one_node(tp=config.tp, http=config.httpserver_workers)
+        wires = Wires(config.zmq_mode, alone=len(topology.endpoints) == 1)
         stack.callback(wires.close)
         watch.leave = partial(_leave, wires)
         keys = Keys.make()
         rendezvous, store_fd = None, -1
-        if config.tp > 1:
+        if len(topology.ranks) > 1:
             meets = stack.enter_context(meeting.listen(config))
             rendezvous = meets.getsockname()[:2]
             use_interface(meeting.interface_to(config.nccl_host))
             store_fd = os.dup(meets.fileno())  # torch closes the one that it is given
         boot = Boot(
-            endpoint=0,
-            address=wires.address(0),
-            leader="",
+            endpoint=topology.coordinator.id,
+            topology=topology.at(topology.coordinator.id, wires.address(topology.coordinator.id)),
             keys=(keys.public, keys.secret),
             config=config,
             resolved=resolved,
@@ -144,7 +145,7 @@ def main() -> int:
     if not (text := sys.stdin.read()):
         return 1  # rank 0 has gone already
     boot = Boot.from_json(text)
-    if boot.endpoint < boot.config.tp:  # an HTTP worker has something to say before it ends
+    if not boot.me.replaceable:  # an HTTP worker has something to say before it ends
         die_with_parent(boot.parent)
     leave_to_leader()
     log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))

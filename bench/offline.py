@@ -49,6 +49,7 @@ from asyncllm.rank import resolve
 from asyncllm.server.assembly import make_allocator, make_scheduler
 from asyncllm.server.launch import Boot
 from asyncllm.server.loading import Parts, load_parts
+from asyncllm.topology import Topology
 from bench.common import percentile
 
 FIRST_ID = 1000  # as in the HTTP benchmarks; smaller vocabularies are used whole
@@ -272,8 +273,7 @@ def load(config: Config) -> Parts:
     spec = with_own_head(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
     boot = Boot(
         endpoint=0,
-        address="",
-        leader="",
+        topology=Topology.on_one_node(),
         keys=("", ""),
         config=config,
         resolved=resolve(config, spec, model_dir),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncllm.server.topology import PLACEMENT, role
+from asyncllm.topology import ACTORS, PLACEMENT
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "asyncllm"
@@ -322,14 +322,7 @@ def _is_actor(base: ast.expr) -> bool:
 def test_the_placement_table_covers_every_actor() -> None:
     found = actors_of(sources())
     assert len(found) >= 7
-    assert set(found.values()) == {name for row in PLACEMENT.values() for name in row}
-    for endpoint, tp, row in (
-        (0, 1, "leader"),
-        (0, 2, "leader"),
-        (1, 2, "follower"),
-        (2, 2, "http"),
-    ):
-        assert role(endpoint, tp) == row
+    assert set(found.values()) == set(ACTORS) == set().union(*PLACEMENT.values())
 
 
 def test_actors_are_seen() -> None:

@@ -26,7 +26,7 @@ class Allocator(Actor[Reserve | Release | Probe]):
 
     def started(self) -> None:
         self._scheduler = self.system.ref("scheduler")
-        self._watchdog = self.system.ref("watchdog", 0)
+        self._watchdog = self.system.at_coordinator("watchdog")
 
     def receive(self, batch: list[Reserve | Release | Probe]) -> None:
         for msg in batch:
@@ -52,6 +52,7 @@ class Allocator(Actor[Reserve | Release | Probe]):
         ledger = self.ledger
         return AllocatorStats(
             query,
+            self.system.endpoint,
             ledger.used,
             ledger.cached,
             ledger.total,

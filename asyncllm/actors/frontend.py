@@ -139,7 +139,7 @@ class Frontend(Actor[Inbox]):
     def started(self) -> None:
         """Refs of those this actor talks to."""
         self._tokenizer = self.system.ref("tokenizer")
-        self._watchdog = self.system.ref("watchdog", 0)
+        self._watchdog = self.system.at_coordinator("watchdog")
 
     def receive(self, batch: list[Inbox]) -> None:
         """Render everything first, then write once per stream."""

@@ -75,14 +75,20 @@ class Runner(Actor[StepPlan | Probe]):
     def started(self) -> None:
         self._loop = self.system.loop
         self._scheduler = self.system.ref("scheduler")
-        self._watchdog = self.system.ref("watchdog", 0)
+        self._watchdog = self.system.at_coordinator("watchdog")
         self._thread.start()
 
     def receive(self, batch: list[StepPlan | Probe]) -> None:
         for msg in batch:
             match msg:
                 case StepPlan():
-                    self._launch(msg)
+                    if msg.step != self._step + 1:
+                        raise PlanOutOfOrder(self._step, msg.step)
+                    self._step = msg.step
+                    begin = perf_counter()
+                    self._unfinished.append((begin, msg))  # a launch can hang as well
+                    self._waits.put(self.device.launch(msg))
+                    self._launch_ms.append((perf_counter() - begin) * 1e3)
                 case Probe(query):
                     self._watchdog.tell(self._stats(query))
                 case _:
@@ -116,20 +122,12 @@ class Runner(Actor[StepPlan | Probe]):
     def _stats(self, query: int) -> RunnerStats:
         return RunnerStats(
             query,
+            self.system.endpoint,
             _median(self._step_ms),
             _median(self._launch_ms),
             _median(self._gap_ms),
             self._jit_after_warmup(),
         )
-
-    def _launch(self, plan: StepPlan) -> None:
-        if plan.step != self._step + 1:
-            raise PlanOutOfOrder(self._step, plan.step)
-        self._step = plan.step
-        begin = perf_counter()
-        self._unfinished.append((begin, plan))  # a launch can hang as well
-        self._waits.put(self.device.launch(plan))
-        self._launch_ms.append((perf_counter() - begin) * 1e3)
 
     def _wait_forever(self) -> None:
         """The one waiter thread. Followers wait too, so that their hangs are seen."""

@@ -116,7 +116,7 @@ class Scheduler(Actor[Inbox]):
 
     def started(self) -> None:
         self._allocator = self.system.ref("allocator")
-        self._watchdog = self.system.ref("watchdog", 0)
+        self._watchdog = self.system.at_coordinator("watchdog")
         self._runners = [self.system.ref("runner", rank) for rank in self._ranks]
 
     def receive(self, batch: list[Inbox]) -> None:
@@ -319,6 +319,7 @@ class Scheduler(Actor[Inbox]):
         core = self.core
         return SchedulerStats(
             query,
+            self.system.endpoint,
             len(core.running),
             len(core.requests) - len(core.running),
             len(self._inflight),

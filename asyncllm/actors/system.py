@@ -15,6 +15,7 @@ from asyncllm.actors.transport import Transport, Wire
 from asyncllm.codec import decode, encode
 from asyncllm.errors import ActorCrashed, FatalError, StartupError
 from asyncllm.log import Seldom
+from asyncllm.topology import Endpoint, Topology
 
 CLOSING_S = 5.0
 LAST_WORDS_S = 1.0
@@ -30,9 +31,11 @@ class ActorSystem:
     Args:
         endpoint: number of this process.
         wire: how it talks to others; None when it is alone.
+        topology: the server's endpoints, this one among them; None: this one is all of it.
         encode_local: send local messages through the codec as well (tests switch it on).
 
     Attributes:
+        topology: as far as it is known here, see :meth:`join`.
         dead_letters: messages for a name, or an endpoint, that is gone.
         on_failure: called when the system fails, before anything else is done about it.
 
@@ -41,7 +44,12 @@ class ActorSystem:
     """
 
     def __init__(
-        self, endpoint: int = 0, wire: Wire | None = None, *, encode_local: bool = False
+        self,
+        endpoint: int = 0,
+        wire: Wire | None = None,
+        *,
+        topology: Topology | None = None,
+        encode_local: bool = False,
     ) -> None:
         self.endpoint, self._encode_local = endpoint, encode_local
         self.dead_letters = 0
@@ -51,6 +59,8 @@ class ActorSystem:
         self._tasks: dict[asyncio.Task[None], Actor[Any]] = {}
         self._ended: asyncio.Future[None] = self.loop.create_future()
         self._wire = Transport(wire, self._arrive) if wire else None
+        topology = topology or Topology((Endpoint(id=endpoint),))
+        self.topology = topology.at(endpoint, self.address)
         self._dead_log = Seldom(log)
         self.loop.set_exception_handler(self._loop_error)
 
@@ -81,15 +91,20 @@ class ActorSystem:
         """Where other endpoints reach this one; "" when it is alone."""
         return self._wire.address if self._wire else ""
 
-    def connect(self, endpoint: int, address: str) -> None:
-        """Another endpoint is there from now on. Raises ValueError for what is no address."""
-        if self._wire:
-            self._wire.connect(endpoint, address)
+    def join(self, topology: Topology) -> None:
+        """From now on these are the server's endpoints; messages to others are dead letters.
 
-    def disconnect(self, endpoint: int) -> None:
-        """Another endpoint has gone: messages to it are dead letters."""
-        if self._wire:
-            self._wire.disconnect(endpoint)
+        Raises:
+            ValueError: an address of one that this one talks to is none; nothing has changed.
+        """
+        if wire := self._wire:
+            for peer in topology.peers(self.endpoint):
+                if peer.address and not wire.knows(peer.id):
+                    wire.connect(peer.id, peer.address)
+            for gone in self.topology.endpoints:
+                if gone.id not in topology:
+                    wire.disconnect(gone.id)
+        self.topology = topology
 
     def reject(self, msg: Any, why: str) -> None:
         """Called by an actor that was sent what no sender of ours could have meant."""
@@ -109,12 +124,21 @@ class ActorSystem:
         endpoint = self.endpoint if endpoint is None else endpoint
         return Ref(self, endpoint, name)
 
+    def at_coordinator(self, name: str) -> Ref[Any]:
+        """Address of ``name`` on the endpoint that coordinates the server."""
+        return self.ref(name, self.topology.coordinator.id)
+
+    def at_leader(self, name: str) -> Ref[Any]:
+        """Address of ``name`` on the first rank of this endpoint's group."""
+        topology = self.topology
+        return self.ref(name, topology.leader(topology[self.endpoint].group).id)
+
     async def run(self) -> None:
         """Run until ``stop``.
 
         Raises:
             FatalError: ActorCrashed with the cause chained, or the FatalError that was raised.
-            StartupError: from an actor's ``started``.
+            StartupError: that an actor raised.
         """
         opened: list[Actor[Any]] = []
         orderly = False
@@ -151,7 +175,8 @@ class ActorSystem:
         if self.over or self._actors.get(actor.name) is not actor:
             log.error("%s@%d failed while stopping", actor.name, self.endpoint, exc_info=error)
             return
-        log.error("%s@%d crashed", actor.name, self.endpoint, exc_info=error)
+        if not isinstance(error, StartupError):  # which is one line, and the caller's to say
+            log.error("%s@%d crashed", actor.name, self.endpoint, exc_info=error)
         if actor.vital or isinstance(error, FatalError):
             self._fail(f"{actor.name}@{self.endpoint}: {error!r}", error)
             return

@@ -149,8 +149,8 @@ class Tokenizer(Actor[Inbox]):
     def started(self) -> None:
         self.frontend = self.system.ref("frontend")
         self.detokenizer = self.system.ref("detokenizer")
-        self.scheduler = self.system.ref("scheduler", 0)
-        self.grammar = self.system.ref("grammar", 0)
+        self.scheduler = self.system.at_leader("scheduler")
+        self.grammar = self.system.at_leader("grammar")
         if self._text.templates:
             self._renderer.start()
 

@@ -1,7 +1,7 @@
 """Watchdog: is every endpoint there and alive, how does the server start and end, what does it hold.
 
 Knows liveness, drain and the numbers; knows neither requests nor what a step computes.
-One runs on every endpoint. That of endpoint 0 leads: it waits for all, drains, and answers scrapes.
+One runs on every endpoint. The coordinator's leads: it waits for all, drains, and answers scrapes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import os
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from time import perf_counter
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.core.metrics import Process, ServerMetrics, State
-from asyncllm.errors import PeerLost
+from asyncllm.errors import Mismatch, PeerLost
+from asyncllm.log import Seldom
 from asyncllm.messages import (
     AllocatorStats,
     Cancel,
@@ -38,7 +39,9 @@ from asyncllm.messages import (
     Scraped,
     Served,
     Started,
+    Welcome,
 )
+from asyncllm.topology import Contract, Topology
 
 EXIT_HUNG = 70
 STDERR = 2
@@ -46,9 +49,11 @@ TICK_S = 0.1
 WATCH_S = 0.5
 LAST_RESORT_S = 5.0
 ABORT_S = 2.0  # for the answers to what a drain cut off
+PROBE_S = 1.0  # for the answers to a probe; the numbers of those who are silent are older
 
 Inbox = (
     Hello
+    | Welcome
     | Cancel
     | Replaced
     | Lost
@@ -62,6 +67,11 @@ Inbox = (
     | RunnerStats
 )
 Stats = SchedulerStats | AllocatorStats | RunnerStats
+REPORTER: dict[type[Stats], str] = {
+    SchedulerStats: "scheduler",
+    AllocatorStats: "allocator",
+    RunnerStats: "runner",
+}
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +98,7 @@ class Duty:
     """What one watchdog looks after.
 
     Args:
-        endpoint: where it runs; 0 leads and has scheduler, allocator and runner beside it.
-        names: every endpoint of the server at its start -> what it is called in messages
-            ("rank 1").
-        frontends: those of them that serve HTTP. They own nothing, so that one that is lost is
-            replaced, while any other that is lost ends the server.
+        contract: what this process must have in common with the others.
         model_name: label in the metrics.
         max_len: most tokens of a request, for the metrics' buckets.
         step_timeout_s: a launched step, or the loop, that takes longer ends the process. 0: never.
@@ -103,9 +109,7 @@ class Duty:
         log_every_s: between two lines about throughput.
     """
 
-    endpoint: int
-    names: Mapping[int, str]
-    frontends: tuple[int, ...]
+    contract: Contract
     model_name: str
     max_len: int
     step_timeout_s: float
@@ -137,28 +141,23 @@ class Means:
 class Watchdog(Actor[Inbox]):
     """Liveness, start, drain and numbers of the server.
 
-    ``Drain`` told to the one of endpoint 0 ends the server: frontends and scheduler are told, and
+    Which endpoints there are, and which actors on them have work or numbers, is the topology's to
+    say. ``Drain`` told to the coordinator's ends the server: frontends and schedulers are told, and
     when they have drained, or the time is over and running requests have been aborted, every
     endpoint stops. A second ``Drain`` stops them at once.
 
     Raises:
         PeerLost: an endpoint that cannot be replaced has been silent for too long, or the server
             fails.
+        Mismatch: an endpoint and the coordinator cannot be one server.
     """
 
     def __init__(self, duty: Duty, means: Means | None = None) -> None:
         super().__init__("watchdog")
         self._duty, self._means = duty, means or Means()
-        self._leads = duty.endpoint == 0
-        self._names = dict(duty.names)
-        self._frontends = list(duty.frontends)
-        self._absent = set(self._names) - {0} if self._leads else set()
-        self._open = False
+        self._leads = self._open = False
+        self._absent: set[int] = set()  # not there yet
         self._heard: dict[int, float] = {}  # from a peer's first sign of life on
-        if self._leads:
-            self.remote = frozenset({Hello, Cancel, Drained, Scrape, Served})
-        else:
-            self.remote = frozenset({Halt, Lost})
         self._due = self._beat_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lags: deque[float] = deque(maxlen=100)
@@ -169,6 +168,8 @@ class Watchdog(Actor[Inbox]):
         # scrapes: at most one probe is out; who asks meanwhile gets the next one
         self._probe: _Probe | None = None
         self._num_probes = 0
+        self._reports: dict[tuple[str, int], Stats] = {}  # the last of each (actor, endpoint)
+        self._silent_log = Seldom(log)
         self._scrapes: list[Scrape] = []
         self._log_wanted = False
         self._logged, self._logged_at, self._log_due = State(), 0.0, 0.0
@@ -178,6 +179,13 @@ class Watchdog(Actor[Inbox]):
         self._ended = threading.Event()
 
     def started(self) -> None:
+        me, topology = self.system.endpoint, self.system.topology
+        self._leads = me == topology.coordinator.id
+        if self._leads:
+            self.remote = frozenset({Hello, Cancel, Drained, Scrape, Served})
+            self._absent = {e.id for e in topology.endpoints} - {me}
+        else:
+            self.remote = frozenset({Welcome, Halt, Lost})
         now = self._means.clock()
         self._due = now + self._means.tick_s
         self._beat_at = self._logged_at = now
@@ -185,10 +193,15 @@ class Watchdog(Actor[Inbox]):
         if self._leads:
             self._open_doors()
         else:
-            hello = Hello(self._duty.endpoint, self.system.address)
-            self.system.ref("watchdog", 0).tell(hello, urgent=True)
+            hello = Hello(
+                endpoint=me,
+                contract=self._duty.contract,
+                node=topology[me].node,
+                address=self.system.address,
+            )
+            self.system.at_coordinator("watchdog").tell(hello, urgent=True)
         self._arm()
-        self._means.beat(self._duty.endpoint, now)
+        self._means.beat(me, now)
         if self._means.watch_s > 0:
             self._watcher.start()
 
@@ -197,8 +210,12 @@ class Watchdog(Actor[Inbox]):
             match msg:
                 case Hello():
                     self._hello(msg)
+                case Welcome(contract, topology):
+                    me = self.system.topology[self.system.endpoint]
+                    check_member(topology, me.id, me.node, contract, self._duty.contract)
+                    self.system.join(topology)
                 case Cancel():
-                    for endpoint in self._frontends:
+                    for endpoint in self.system.topology.placed("frontend"):
                         self.system.ref("frontend", endpoint).tell(msg)
                 case Replaced():
                     self._replaced(msg)
@@ -223,7 +240,7 @@ class Watchdog(Actor[Inbox]):
     async def failing(self) -> None:
         """The other processes that serve HTTP have a moment to end their streams with an error."""
         for endpoint in self._heard if self._leads else ():
-            if endpoint in self._frontends:
+            if endpoint in self.system.topology.placed("frontend"):
                 self.system.ref("watchdog", endpoint).tell(Lost(), urgent=True)
 
     def stopped(self) -> None:
@@ -242,10 +259,13 @@ class Watchdog(Actor[Inbox]):
         late = max(0.0, now - self._due)
         self._due = now + self._means.tick_s
         self._lags.append(late)
-        self._metrics.lag(self._duty.endpoint, late)
+        self._metrics.lag(self.system.endpoint, late)
         self._watch_peers(now, late)
         if self._busy is not None and now >= self._deadline:
             self._drain_timed_out(now)
+        if self._probe is not None and now >= self._probe.deadline:
+            self._silence(self._probe)
+            self._ask()
         if self._leads and now >= self._log_due:
             self._log_due = now + self._duty.log_every_s
             self._log_wanted = True
@@ -265,17 +285,25 @@ class Watchdog(Actor[Inbox]):
         if msg.endpoint not in self._absent:
             self.system.reject(msg, f"nobody waits for endpoint {msg.endpoint}")
             return
+        topology = self.system.topology.at(msg.endpoint, msg.address)
         try:
-            self.system.connect(msg.endpoint, msg.address)
+            self.system.join(topology)
         except ValueError as error:
             self.system.reject(msg, str(error))
             return
+        try:
+            ours = self._duty.contract
+            check_member(topology, msg.endpoint, msg.node, ours, msg.contract)
+        except Mismatch:
+            self._welcome(msg.endpoint)  # which will find the same
+            raise
         self._absent.discard(msg.endpoint)
         self._heard[msg.endpoint] = self._means.clock()
         if self._busy is not None:
             self.system.ref("watchdog", msg.endpoint).tell(Halt(), urgent=True)
         elif self._open:  # it replaces another one
-            log.info("%s serves", self._names[msg.endpoint])
+            log.info("%s serves", topology.name(msg.endpoint))
+            self._welcome(*self._heard)
             self.system.ref("frontend", msg.endpoint).tell(Started(), urgent=True)
         else:
             self._open_doors()
@@ -285,25 +313,30 @@ class Watchdog(Actor[Inbox]):
         if self._absent:
             return
         self._open = True
-        for endpoint in self._frontends:
+        self._welcome(*self._heard)
+        for endpoint in self.system.topology.placed("frontend"):
             self.system.ref("frontend", endpoint).tell(Started(), urgent=True)
+
+    def _welcome(self, *endpoints: int) -> None:
+        welcome = Welcome(contract=self._duty.contract, topology=self.system.topology)
+        for endpoint in endpoints:
+            self.system.ref("watchdog", endpoint).tell(welcome, urgent=True)
 
     def _replaced(self, msg: Replaced) -> None:
         """Nobody waits for the old one any more; the new one is expected."""
-        self.system.disconnect(msg.endpoint)
+        topology = self.system.topology.replaced(msg.endpoint, msg.by)
+        self.system.join(topology)
         self._heard.pop(msg.endpoint, None)
         self._absent.discard(msg.endpoint)
-        self._frontends.remove(msg.endpoint)
-        self.system.ref("scheduler").tell(Gone(msg.endpoint), urgent=True)
-        if msg.by >= 0:
-            self._names[msg.by] = msg.name
-            self._frontends.append(msg.by)
-            self._absent.add(msg.by)
+        for endpoint in topology.placed("scheduler"):
+            self.system.ref("scheduler", endpoint).tell(Gone(msg.endpoint), urgent=True)
+        if msg.by is not None:
+            self._absent.add(msg.by.id)
         self._drained("frontend", msg.endpoint)
 
     def _watch_forever(self) -> None:
         while not self._ended.wait(min(self._means.watch_s, self._duty.heartbeat_s)):
-            self._means.beat(self._duty.endpoint, self._means.clock())
+            self._means.beat(self.system.endpoint, self._means.clock())
             if self._duty.step_timeout_s > 0:
                 self.watch()
 
@@ -317,13 +350,14 @@ class Watchdog(Actor[Inbox]):
             what = f"the event loop has not come round for {now - self._due:.1f} s"
         else:
             return
-        log.critical("%s: %s (--step_timeout)", self._names[self._duty.endpoint], what)
+        name = self.system.topology.name(self.system.endpoint)
+        log.critical("%s: %s (--step_timeout)", name, what)
         log.critical("in flight: %s", self._duty.in_flight() or "nothing")
         self._means.dump()
         self._means.exit(EXIT_HUNG)
 
     def _watch_peers(self, now: float, late: float) -> None:
-        for peer in [*self._heard] if self._leads else [0]:
+        for peer in [*self._heard] if self._leads else [self.system.topology.coordinator.id]:
             if beat := self._means.last_beat(peer):
                 self._heard[peer] = max(self._heard.get(peer, 0.0), beat)
         if late > self._duty.heartbeat_s:  # perhaps all of us were stopped
@@ -338,8 +372,9 @@ class Watchdog(Actor[Inbox]):
                 self._silent(peer, now - heard)
 
     def _silent(self, peer: int, seconds: float) -> None:
-        what = f"{self._names[peer]} has been silent for {seconds:.1f} s (--dead_after)"
-        if peer not in self._frontends or peer == 0:
+        topology = self.system.topology
+        what = f"{topology.name(peer)} has been silent for {seconds:.1f} s (--dead_after)"
+        if not topology[peer].replaceable:
             raise PeerLost(what)
         log.error("%s: it is killed", what)
         del self._heard[peer]
@@ -349,14 +384,15 @@ class Watchdog(Actor[Inbox]):
 
     def _drain(self, timeout_s: float) -> None:
         if not self._leads:
-            log.warning("drain ignored: endpoint 0 decides")
+            log.warning("drain ignored: the coordinator decides")
         elif self._busy is not None:
             log.info("second signal: stopping at once")
             self._halt()
         else:
             log.info("draining for at most %g s", timeout_s)
-            serving = [e for e in self._frontends if e not in self._absent]
-            self._busy = {("scheduler", 0), *(("frontend", e) for e in serving)}
+            placed = self.system.topology.placed
+            working = [(who, e) for who in ("scheduler", "frontend") for e in placed(who)]
+            self._busy = {(who, e) for who, e in working if e not in self._absent}
             self._deadline = self._means.clock() + timeout_s
             for who, endpoint in sorted(self._busy):
                 self.system.ref(who, endpoint).tell(Drain(timeout_s), urgent=True)
@@ -373,7 +409,8 @@ class Watchdog(Actor[Inbox]):
         else:
             log.warning("drain timed out: aborting what still runs (--drain_timeout)")
             self._aborting, self._deadline = True, now + ABORT_S
-            self.system.ref("scheduler", 0).tell(Drain(0.0), urgent=True)
+            for endpoint in self.system.topology.placed("scheduler"):
+                self.system.ref("scheduler", endpoint).tell(Drain(0.0), urgent=True)
 
     def _halt(self) -> None:
         for endpoint in self._heard:
@@ -393,27 +430,44 @@ class Watchdog(Actor[Inbox]):
         if self._probe is not None or not (self._scrapes or self._log_wanted):
             return
         self._num_probes += 1
-        self._probe = _Probe(self._num_probes, self._scrapes, self._log_wanted)
+        self._probe = probe = _Probe(
+            query=self._num_probes,
+            scrapes=self._scrapes,
+            log=self._log_wanted,
+            deadline=self._means.clock() + PROBE_S,
+            silent=set(self.system.topology.reporters()),
+        )
         self._scrapes, self._log_wanted = [], False
-        for name in ("scheduler", "allocator", "runner"):
-            self.system.ref(name).tell(Probe(self._num_probes), urgent=True)
+        for name, endpoint in sorted(probe.silent):
+            self.system.ref(name, endpoint).tell(Probe(probe.query), urgent=True)
+        if not probe.silent:
+            self._report(probe)
 
     def _collect(self, msg: Stats) -> None:
         if (probe := self._probe) is None or msg.query != probe.query:
             return
-        match msg:
-            case SchedulerStats():
-                probe.scheduler = msg
-            case AllocatorStats():
-                probe.allocator = msg
-            case RunnerStats():
-                probe.runner = msg
-        if probe.scheduler and probe.allocator and probe.runner:
-            self._probe = None
-            state = _state(probe.scheduler, probe.allocator, probe.runner)
-            self._answer(probe.scrapes, state, probe.scheduler.expected_slots)
-            if probe.log:
-                self._log(state)
+        reporter = REPORTER[type(msg)], msg.endpoint
+        if reporter not in probe.silent:
+            return
+        probe.silent.discard(reporter)
+        self._reports[reporter] = msg
+        if not probe.silent:
+            self._report(probe)
+
+    def _silence(self, probe: _Probe) -> None:
+        """The time is over: what has come must do, with older numbers of those who are silent."""
+        names = ", ".join(f"{name}@{endpoint}" for name, endpoint in sorted(probe.silent))
+        self._silent_log.warning("no numbers from %s within %g s", names, PROBE_S)
+        self._report(probe)
+
+    def _report(self, probe: _Probe) -> None:
+        self._probe = None
+        reports = self._reports.values()
+        state = gather(reports, len(probe.silent))
+        expected = sum(r.expected_slots for r in reports if isinstance(r, SchedulerStats))
+        self._answer(probe.scrapes, state, expected)
+        if probe.log:
+            self._log(state)
 
     def _answer(self, scrapes: list[Scrape], state: State, expected: int) -> None:
         system = self.system
@@ -461,35 +515,66 @@ class Watchdog(Actor[Inbox]):
         )
 
 
+def check_member(
+    topology: Topology, endpoint: int, node: int, ours: Contract, theirs: Contract
+) -> None:
+    """Whether a process is the endpoint of the server that it claims to be; both sides ask.
+
+    Args:
+        topology, ours: as the coordinator has them.
+        node, theirs: as the endpoint has them.
+
+    Raises:
+        Mismatch: with the same line on both sides.
+    """
+    breach = ours.breach(theirs)
+    if breach is None and node != topology[endpoint].node:
+        breach = "node", str(topology[endpoint].node), str(node)
+    if breach is not None:
+        field, wanted, found = breach
+        first, other = topology.name(topology.coordinator.id), topology.name(endpoint)
+        raise Mismatch(
+            f"{other} cannot belong to this server: its {field} is {found}, that of {first} {wanted}"
+        )
+
+
 @dataclass(slots=True)
 class _Probe:
-    """One question to scheduler, allocator and runner, and what has come back."""
+    """One question to all who have numbers."""
 
     query: int
     scrapes: list[Scrape]
     log: bool
-    scheduler: SchedulerStats | None = None
-    allocator: AllocatorStats | None = None
-    runner: RunnerStats | None = None
+    deadline: float
+    silent: set[tuple[str, int]]  # (actor, endpoint) of those who have not answered
 
 
-def _state(scheduler: SchedulerStats, allocator: AllocatorStats, runner: RunnerStats) -> State:
+def gather(reports: Collection[Stats], silent: int) -> State:
+    """All groups together: their counts added up, the times of the slowest.
+
+    Args:
+        silent: number of those whose report is an older one, or missing.
+    """
+    queues = [r for r in reports if isinstance(r, SchedulerStats)]
+    pools = [r for r in reports if isinstance(r, AllocatorStats)]
+    devices = [r for r in reports if isinstance(r, RunnerStats)]
     return State(
-        used=allocator.used,
-        cached=allocator.cached,
-        total=allocator.total,
-        hit_tokens=allocator.hit_tokens,
-        looked_up_tokens=allocator.looked_up_tokens,
-        evicted_tokens=allocator.evicted_tokens,
-        running=scheduler.running,
-        waiting=scheduler.waiting,
-        inflight_steps=scheduler.inflight_steps,
-        steps=scheduler.steps,
-        preemptions=scheduler.preemptions,
-        prompt_tokens=scheduler.prompt_tokens,
-        generated_tokens=scheduler.generated_tokens,
-        step_ms=runner.step_ms,
-        launch_ms=runner.launch_ms,
-        gap_ms=runner.gap_ms,
-        jit_after_warmup=runner.jit_after_warmup,
+        used=sum(r.used for r in pools),
+        cached=sum(r.cached for r in pools),
+        total=sum(r.total for r in pools),
+        hit_tokens=sum(r.hit_tokens for r in pools),
+        looked_up_tokens=sum(r.looked_up_tokens for r in pools),
+        evicted_tokens=sum(r.evicted_tokens for r in pools),
+        running=sum(r.running for r in queues),
+        waiting=sum(r.waiting for r in queues),
+        inflight_steps=sum(r.inflight_steps for r in queues),
+        steps=sum(r.steps for r in queues),
+        preemptions=sum(r.preemptions for r in queues),
+        prompt_tokens=sum(r.prompt_tokens for r in queues),
+        generated_tokens=sum(r.generated_tokens for r in queues),
+        step_ms=max((r.step_ms for r in devices), default=0.0),
+        launch_ms=max((r.launch_ms for r in devices), default=0.0),
+        gap_ms=max((r.gap_ms for r in devices), default=0.0),
+        jit_after_warmup=sum(r.jit_after_warmup for r in devices),
+        silent_reporters=silent,
     )

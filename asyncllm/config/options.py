@@ -5,6 +5,7 @@ Knows neither argparse (``cli`` builds the parser from ``FLAGS``) nor torch nor 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -57,6 +58,11 @@ CACHED = Needs(
     "the prompt cache, without --disable_dynamic_prompt_cache",
     lambda c: not c.disable_dynamic_prompt_cache,
 )
+# what may differ between the nodes of one server; the rest decides what it answers
+OF_ONE_NODE = frozenset(
+    {"host", "port", "node_rank", "api_key_file", "ssl_certfile", "ssl_keyfile", "check",
+     "log_level", "log_json"}
+)  # fmt: skip
 RANKS = Needs("--tp above 1", lambda c: c.tp > 1)
 
 
@@ -405,6 +411,11 @@ class Config:
             raise StartupError(f"{given} is not available yet")
         elif option.moot:
             yield f"{given} has no effect: kernels are chosen by the shapes"
+
+    def digest(self) -> str:
+        """Of the options that all processes of one server must share: equal where those are."""
+        shared = {name: getattr(self, name) for name in FLAGS if name not in OF_ONE_NODE}
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
         """All fields as one line, for a child process."""

@@ -52,6 +52,7 @@ class State:
     launch_ms: float = 0.0
     gap_ms: float = 0.0
     jit_after_warmup: int = 0
+    silent_reporters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,11 @@ _STATE = {
     "looked_up_tokens": ("prefix_lookup_tokens", "Prompt tokens looked up in it", True),
     "evicted_tokens": ("evicted_tokens", "Tokens evicted from it", True),
     "jit_after_warmup": ("jit_after_warmup", "Kernels compiled while serving", True),
+    "silent_reporters": (
+        "silent_reporters",
+        "Actors whose numbers here are older, since they have not answered within a second",
+        False,
+    ),
 }
 assert set(_STATE) == {f.name for f in fields(State)}
 

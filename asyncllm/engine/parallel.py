@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from asyncllm.models.ops import Linear
+from asyncllm.topology import Endpoint, Topology
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 SYMMETRIC_ROWS = 2560  # larger sums go through NCCL
@@ -49,66 +50,80 @@ class Alone:
 
 
 class TensorParallel:
-    """``size`` ranks over NCCL (CUDA) or gloo (CPU).
+    """The ranks of one group, over NCCL (CUDA) or gloo (CPU).
+
+    All ranks of the server meet; what a step needs goes among those of a group only.
 
     Args:
-        rank: this rank; it uses CUDA device ``rank`` where ``device`` is CUDA.
-        address: host and port of the rendezvous, which rank 0 serves.
-        listen_fd: of rank 0: a socket that listens there. It belongs to the group from now on.
+        topology: ranks and groups of the server.
+        me: this rank.
+        address: host and port of the rendezvous, which the first rank serves.
+        device: where it computes.
+        listen_fd: of the first rank: a socket that listens there, and belongs to the group from now
+            on.
     """
 
     def __init__(
         self,
-        rank: int,
-        size: int,
+        topology: Topology,
+        me: Endpoint,
         address: tuple[str, int],
         device: torch.device,
         listen_fd: int | None = None,
     ) -> None:
-        self.rank, self.size, self.device = rank, size, device
+        self.rank, self.size = me.group_rank, len(topology.group(me.group))
+        self.device = device
+        ranks = topology.ranks
         self._symmetric: SymmetricSum | None = None
         cuda = device.type == "cuda"
         # left to itself the store would listen on every address of this machine
         store = TCPStore(
             *address,
-            world_size=size,
-            is_master=rank == 0,
+            world_size=len(ranks),
+            is_master=me == ranks[0],
             timeout=RENDEZVOUS_TIMEOUT,
             master_listen_fd=listen_fd,
         )
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             store=store,
-            rank=rank,
-            world_size=size,
+            rank=ranks.index(me),
+            world_size=len(ranks),
             timeout=RENDEZVOUS_TIMEOUT,
-            device_id=device if cuda else None,
         )
+        for number in topology.groups:  # everybody makes all of them, in the same order
+            group = dist.new_group(
+                [ranks.index(rank) for rank in topology.group(number)],
+                timeout=RENDEZVOUS_TIMEOUT,
+                device_id=device if cuda and number == me.group else None,
+            )
+            if number == me.group:
+                self._group = group
 
     def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
         """``linear(x)`` summed over ranks; valid until the call after the next one."""
         if self._symmetric is not None and len(x) <= SYMMETRIC_ROWS:
             return self._symmetric.linear(linear, x)
         out = linear(x)
-        dist.all_reduce(out)
+        dist.all_reduce(out, group=self._group)
         return out
 
     def gather_last(self, x: Tensor) -> Tensor:
         """[n, v] of each rank -> [n, size * v]."""
         num_rows, width = x.shape
         out = x.new_empty(self.size * num_rows, width)  # gloo knows no third dimension
-        _all_gather(out, x.contiguous())
+        _all_gather(out, x.contiguous(), group=self._group)
         return out.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Make ``x`` on every rank what it is on rank 0, in place."""
-        dist.broadcast(x, 0)
+        dist.broadcast(x, group=self._group, group_src=0)
         return x
 
     def minimum(self, value: int) -> int:
         """Smallest of the ranks' values; start-up only, it waits for all."""
         box = torch.tensor([value], dtype=torch.int64, device=self.device)
-        dist.all_reduce(box, dist.ReduceOp.MIN)
+        dist.all_reduce(box, dist.ReduceOp.MIN, group=self._group)
         return int(box.item())
 
     def use_symmetric_memory(self, hidden_size: int, dtype: torch.dtype) -> None:
@@ -120,7 +135,7 @@ class TensorParallel:
             return
         found: SymmetricSum | None = None
         try:
-            found = SymmetricSum(self.rank, hidden_size, dtype, self.device)
+            found = SymmetricSum(self._group, hidden_size, dtype, self.device)
             works = found.check()
         except (RuntimeError, AttributeError, ImportError) as error:
             log.info("no symmetric memory, sums go through NCCL: %s", error)
@@ -145,18 +160,15 @@ class SymmetricSum:
     """
 
     def __init__(
-        self, rank: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+        self, group: dist.ProcessGroup, hidden_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         import torch.distributed._symmetric_memory as symm
 
-        self._rank = rank
-        world = dist.group.WORLD
-        assert world is not None
-        self._group = world.group_name
+        self._group, self._name = group, group.group_name
         self._buffers: list[Tensor] = []
         for _ in range(2):
             buffer = symm.empty(SYMMETRIC_ROWS, hidden_size, dtype=dtype, device=device)
-            symm.rendezvous(buffer, self._group)
+            symm.rendezvous(buffer, self._name)
             self._buffers.append(buffer)
         self._turn = 0
 
@@ -166,7 +178,7 @@ class SymmetricSum:
         return self._sum(linear(x, self._buffers[self._turn][: len(x)]))
 
     def _sum(self, x: Tensor) -> Tensor:
-        summed: Tensor = torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self._group)
+        summed: Tensor = torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self._name)
         return summed
 
     def check(self) -> bool:
@@ -175,16 +187,16 @@ class SymmetricSum:
         Every rank goes through all of it, whatever it finds: the others wait for it.
         """
         worst = 0.0
-        noise = torch.Generator(self._buffers[0].device).manual_seed(self._rank)
+        noise = torch.Generator(self._buffers[0].device).manual_seed(self._group.rank())
         for num_rows in (1, 33, SYMMETRIC_ROWS):
             self._turn ^= 1
             ours = self._buffers[self._turn][:num_rows]
             ours.normal_(generator=noise)
             want = ours.float()
-            dist.all_reduce(want)
+            dist.all_reduce(want, group=self._group)
             got = self._sum(ours).float()
             worst = max(worst, ((got - want).norm() / want.norm()).item())
-            dist.barrier()  # a peer may still be reading our part of this buffer
+            dist.barrier(self._group)  # a peer may still be reading our part of this buffer
         if worst >= CHECK_TOLERANCE:
             log.warning("symmetric memory sums are off by %g: not used", worst)
         return worst < CHECK_TOLERANCE

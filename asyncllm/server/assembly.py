@@ -27,12 +27,8 @@ from asyncllm.api.generation import Served
 from asyncllm.config import FLAGS
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count
-from asyncllm.server.launch import (
-    endpoint_name,
-    tls_context,
-)
+from asyncllm.server.launch import tls_context
 from asyncllm.server.loading import Parts
-from asyncllm.server.topology import PLACEMENT, SERVED_HERE, role
 
 MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
 
@@ -50,7 +46,7 @@ def make_scheduler(p: Parts) -> Actor[Any]:
         batch_max_tokens=resolved.batch_max_tokens,
         chunked_prefill_size=resolved.chunked_prefill_size,
         eos_ids=resolved.eos_ids,
-        runners=range(p.boot.config.tp),
+        runners=[rank.id for rank in p.boot.group],
         vocab_size=p.spec.vocab_size,
         max_len=resolved.max_req_total_len,
         share_prompts=p.boot.config.diverse_mode,
@@ -65,7 +61,8 @@ def make_runner(p: Parts) -> Actor[Any]:
     monitor = JitMonitor()
     if p.boot.resolved.device == "cuda":
         monitor.arm()
-    return Runner(p.device, reports=p.boot.endpoint == 0, jit_after_warmup=lambda: monitor.count)
+    leads = p.boot.topology.leads(p.boot.endpoint)
+    return Runner(p.device, reports=leads, jit_after_warmup=lambda: monitor.count)
 
 
 def make_detokenizer(p: Parts) -> Actor[Any]:
@@ -93,7 +90,7 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
     assert p.dialect is not None
     config, resolved, text = p.boot.config, p.boot.resolved, p.text
     pieces = text.pieces
-    num_frontends = config.httpserver_workers
+    num_frontends = len(p.boot.topology.placed("frontend"))
     return Frontend(
         served=Served(
             name=resolved.served_names[0],
@@ -163,18 +160,14 @@ def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[Actor
         "tokenizer": make_tokenizer,
         "frontend": lambda p: make_frontend(p, on_open),
     }
-    for name in PLACEMENT[role(boot.endpoint, config.tp)]:
+    for name in boot.me.actors:
         if name != "watchdog":
             made[name] = makers[name](parts)
     runner = made.get("runner")
-    if boot.endpoint == 0:
-        for name in SERVED_HERE:
-            made[name].remote = frozenset()
-    endpoints = range(config.tp + config.httpserver_workers - 1)
+    for name in boot.topology.served_here(boot.endpoint):
+        made[name].remote = frozenset()
     duty = Duty(
-        endpoint=boot.endpoint,
-        names={e: endpoint_name(e, config.tp) for e in endpoints},
-        frontends=(0, *endpoints[config.tp :]),
+        contract=boot.contract,
         model_name=resolved.served_names[0],
         max_len=resolved.max_req_total_len,
         step_timeout_s=config.step_timeout,

@@ -9,9 +9,7 @@ from asyncllm.config import FLAGS
 from asyncllm.engine.build import num_parameters
 from asyncllm.engine.parallel import Alone
 from asyncllm.models.spec import ModelSpec
-from asyncllm.server.launch import (
-    Boot,
-)
+from asyncllm.server.launch import Boot
 from asyncllm.server.loading import (
     Parts,
     load_forms,
@@ -43,7 +41,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         "max_req_total_len", "running_max_req_size", "batch_max_tokens", "chunked_prefill_size",
         "eos_ids", "max_body_size",
     )  # fmt: skip
-    if boot.address.startswith("tcp"):
+    if boot.me.address.startswith("tcp"):
         ports.append("messages 127.0.0.1 (free ones)")
     lines = [
         f"model: {boot.model_dir}, {spec.architecture}, "

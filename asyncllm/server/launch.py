@@ -26,10 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from asyncllm.codec import protocol
 from asyncllm.config import Config, Resolved
 from asyncllm.environment import child_environment
 from asyncllm.errors import StartupError
 from asyncllm.server import signals
+from asyncllm.topology import Contract, Endpoint, Topology
 
 PR_SET_PDEATHSIG = 1
 EXIT_GRACE_S = 5.0
@@ -44,13 +46,12 @@ class Boot:
     """Everything an endpoint needs to start; rank 0 makes one for each child."""
 
     endpoint: int
-    address: str  # where it is to listen for messages, see ``Wire``; "": alone
-    leader: str  # address of endpoint 0; "" for itself
+    topology: Topology  # with the addresses that are known; its own: where it is to listen
     keys: tuple[str, str] = field(repr=False)  # see ``Keys``
     config: Config
     resolved: Resolved
     model_dir: str
-    rendezvous: tuple[str, int] | None  # address and port of torch.distributed; None for tp == 1
+    rendezvous: tuple[str, int] | None  # address and port of torch.distributed; None for one rank
     listen_fd: int  # the HTTP socket, bound but not listening; -1 where there is no frontend
     parent: int  # pid; 0 for rank 0
     store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
@@ -59,10 +60,30 @@ class Boot:
     @property
     def name(self) -> str:
         """How logs and errors call this process."""
-        return endpoint_name(self.endpoint, self.config.tp)
+        return self.topology.name(self.endpoint)
+
+    @property
+    def me(self) -> Endpoint:
+        return self.topology[self.endpoint]
+
+    @property
+    def coordinates(self) -> bool:
+        """It is the process that the user has started; it starts the others."""
+        return self.me == self.topology.coordinator
+
+    @property
+    def group(self) -> tuple[Endpoint, ...]:
+        """The ranks of its group."""
+        return self.topology.group(self.me.group)
+
+    @property
+    def contract(self) -> Contract:
+        """What it must have in common with the other processes."""
+        return Contract(protocol=protocol(), options=self.config.digest())
 
     def to_json(self) -> str:
         fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["topology"] = self.topology.to_plain()
         fields["config"] = self.config.to_json()
         fields["resolved"] = asdict(self.resolved)
         return json.dumps(fields)
@@ -70,6 +91,7 @@ class Boot:
     @classmethod
     def from_json(cls, text: str) -> Boot:
         fields: dict[str, Any] = json.loads(text)
+        fields["topology"] = Topology.from_plain(fields["topology"])
         fields["config"] = Config.from_json(fields["config"])
         fields["resolved"] = Resolved(**{k: _tuple(v) for k, v in fields["resolved"].items()})
         return cls(**{k: _tuple(v) for k, v in fields.items()})
@@ -79,19 +101,14 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def endpoint_name(endpoint: int, tp: int) -> str:
-    """ "rank 1", or "HTTP worker 1" for the processes after the tp ranks."""
-    return f"rank {endpoint}" if endpoint < tp else f"HTTP worker {endpoint - tp + 1}"
-
-
 class Children:
     """The child processes of rank 0.
 
     Args:
-        on_death: told a child's endpoint, pid and exit code when one ends that was not asked to.
+        on_death: told a child's boot, pid and exit code when one ends that was not asked to.
     """
 
-    def __init__(self, on_death: Callable[[int, int, int], None]) -> None:
+    def __init__(self, on_death: Callable[[Boot, int, int], None]) -> None:
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, tuple[Boot, subprocess.Popen[bytes]]] = {}  # by pidfd
@@ -125,7 +142,7 @@ class Children:
         if not self._running:
             self._empty.set()
         if not self._leaving:
-            self._on_death(boot.endpoint, process.pid, code)
+            self._on_death(boot, process.pid, code)
 
     async def close(self, grace_s: float = EXIT_GRACE_S) -> None:
         """Wait for the children to end; kill those that do not."""

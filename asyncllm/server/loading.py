@@ -25,9 +25,7 @@ from asyncllm.engine.parallel import Alone, Group, TensorParallel
 from asyncllm.environment import cpu_count
 from asyncllm.models.checkpoint import weight_files
 from asyncllm.models.spec import ModelSpec
-from asyncllm.server.launch import (
-    Boot,
-)
+from asyncllm.server.launch import Boot
 from asyncllm.text import Mode, Text, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -44,8 +42,8 @@ class Parts:
     device: CpuDevice | CudaDevice | None
     group: Group
     num_slots: int
-    grammars: Grammars | None = None  # of rank 0, unless constrained output is off
-    constraints: Constraints | None = None  # of rank 0
+    grammars: Grammars | None = None  # of a leader, unless constrained output is off
+    constraints: Constraints | None = None  # of a leader
 
 
 # -- start ---------------------------------------------------------------------------------------
@@ -54,7 +52,7 @@ class Parts:
 def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
     config, resolved = boot.config, boot.resolved
     sizes = Sizes(
-        tp=config.tp,
+        tp=len(boot.group),
         dtype=resolved.dtype,
         max_len=resolved.max_req_total_len,
         num_lanes=resolved.running_max_req_size,
@@ -72,13 +70,15 @@ def load_text(config: Config, model_dir: str, spec: ModelSpec) -> Text:
 
 
 def torch_device(boot: Boot) -> torch.device:
-    if boot.resolved.device == "cuda":
-        return torch.device("cuda", boot.endpoint)
+    if boot.resolved.device == "cuda" and boot.me.device is not None:
+        return torch.device("cuda", boot.me.device)
     return torch.device("cpu")
 
 
 def num_threads(boot: Boot) -> int:
-    return max(1, cpu_count() // boot.config.tp)
+    """Of a rank's computations on the CPU: the node's ranks share its cores."""
+    ours = [rank for rank in boot.topology.ranks if rank.node == boot.me.node]
+    return max(1, cpu_count() // len(ours))
 
 
 def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
@@ -94,23 +94,24 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
         text = load_text(config, boot.model_dir, spec)
     dialect = None if text is None else read_dialect(config, text)
     parts = Parts(boot, spec, text, dialect, None, Alone(), boot.resolved.num_slots)
-    if boot.endpoint >= config.tp:
+    if boot.me.device is None:
         return parts
-    if boot.endpoint == 0 and text is not None:
+    leads = boot.topology.leads(boot.endpoint)
+    if leads and text is not None:
         load_forms(parts)
     where = torch_device(boot)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # what is launched from this thread goes to our device
     group: Group = Alone()
-    if config.tp > 1:
+    if len(boot.group) > 1:
         with log.phase("meet the other ranks"):
             assert boot.rendezvous is not None
             listen_fd = boot.store_fd if boot.store_fd >= 0 else None
-            group = TensorParallel(boot.endpoint, config.tp, boot.rendezvous, where, listen_fd)
+            group = TensorParallel(boot.topology, boot.me, boot.rendezvous, where, listen_fd)
     plan = memory_plan(boot, spec)
     num_slots = group.minimum(plan.num_slots)
     resolved = boot.resolved.with_slots(num_slots)
-    if boot.endpoint == 0:
+    if boot.coordinates:
         for note in resolved.notes[len(boot.resolved.notes) :]:
             logger.info("%s", note)
         logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import replace
 from functools import partial
 from time import monotonic
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -22,7 +22,7 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import EXIT_HUNG, Means, dump_stacks
 from asyncllm.api.welcome import curl_line
-from asyncllm.errors import FatalError, PeerLost, StartupError
+from asyncllm.errors import FatalError, Mismatch, PeerLost, StartupError
 from asyncllm.messages import Drain, Replaced
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.assembly import place
@@ -30,12 +30,12 @@ from asyncllm.server.launch import (
     Boot,
     Children,
     Wires,
-    endpoint_name,
     watch_parent,
 )
 from asyncllm.server.loading import Parts, load_parts, num_threads
 from asyncllm.server.signals import SHOW, Watch, handle_draining
 from asyncllm.text import Text
+from asyncllm.topology import HTTP, Endpoint, Topology
 
 EXIT_STARTUP = 2
 CULPRIT_S = 1.0
@@ -65,32 +65,36 @@ class Server:
         # actors run; HTTP is served; it is to end; it fails
         self._acting = self._open = self._drains = self._failing = False
         self._code = 1  # of the exit, if the server fails
-        self._next_endpoint = boot.config.tp  # numbers are never given twice
+        self._next_endpoint = len(boot.topology.endpoints)  # numbers are never given twice
         self._replaced: deque[float] = deque()  # when HTTP workers were, of late
 
     async def run(self) -> int:
         """Load, run the actors until they stop; the exit code."""
-        if self._boot.endpoint == 0:
+        boot = self._boot
+        if boot.coordinates:
             self._lead()
-        elif self._boot.endpoint >= self._boot.config.tp:
+        elif boot.me.replaceable:
             loop = asyncio.get_running_loop()
             orphaned = partial(self._fail_from_thread, loop, 1, "rank 0 has gone")
-            watch_parent(self._boot.parent, orphaned)
-        self._system = ActorSystem(self._boot.endpoint, self._wire())
+            watch_parent(boot.parent, orphaned)
+        self._system = ActorSystem(boot.endpoint, self._wire(), topology=boot.topology)
         self._system.on_failure = self._failed
         try:
-            for endpoint in range(1, self._boot.config.tp * (self._boot.endpoint == 0)):
-                self._start_child(endpoint)
+            self._start_children(replaceable=False)
             parts = await self._load()
             self._boot = parts.boot
-            if self._boot.endpoint == 0:
-                for _ in range(self._boot.config.httpserver_workers - 1):
-                    self._start_worker()
-            await self._run_actors(parts)
+            # they must know the limits that the K/V size decides
+            self._start_children(replaceable=True)
+            self._assemble(parts)
+            await self._system.run()
         except FatalError as error:
             await self._wait_for_culprit()
             logger.critical("%s ends: %s", self._boot.name, error)
             self._abandon(self._code)
+        except Mismatch:
+            if self._children:
+                await self._children.close(CULPRIT_S)  # the other one finds the same, and says so
+            raise
         except StartupError:
             self._stop_children()
             raise
@@ -110,8 +114,10 @@ class Server:
 
     def _wire(self) -> Wire | None:
         boot = self._boot
-        peers = {0: boot.leader} if boot.leader else {}
-        return Wire(boot.address, Keys(*boot.keys), peers) if boot.address else None
+        if not boot.me.address:
+            return None
+        peers = {e.id: e.address for e in boot.topology.peers(boot.endpoint) if e.address}
+        return Wire(boot.me.address, Keys(*boot.keys), peers)
 
     async def _load(self) -> Parts:
         loop = asyncio.get_running_loop()
@@ -136,29 +142,26 @@ class Server:
         if self._children:
             self._children.kill()
 
-    def _start_child(self, endpoint: int, **changes: Any) -> None:
+    def _start_children(self, *, replaceable: bool) -> None:
+        for endpoint in self._boot.topology.endpoints if self._children else ():
+            if endpoint != self._boot.me and endpoint.replaceable == replaceable:
+                self._start_child(endpoint, self._system.topology)
+
+    def _start_child(self, endpoint: Endpoint, topology: Topology) -> None:
         assert self._children is not None
         assert self._wires is not None
         boot = replace(
             self._boot,
-            endpoint=endpoint,
-            address=self._wires.address(endpoint),
-            leader=self._system.address,
+            endpoint=endpoint.id,
+            topology=topology.at(endpoint.id, self._wires.address(endpoint.id)),
             parent=os.getpid(),
-            **{"listen_fd": -1, "store_fd": -1, **changes},
+            listen_fd=self._boot.listen_fd if HTTP in endpoint.roles else -1,
+            store_fd=-1,
         )
         self._children.start(boot, num_threads(boot))
 
-    def _start_worker(self) -> int:
-        """One more HTTP worker; its endpoint.
-
-        They start last: they must know the limits that the K/V size decides.
-        """
-        endpoint, self._next_endpoint = self._next_endpoint, self._next_endpoint + 1
-        self._start_child(endpoint, listen_fd=self._boot.listen_fd)
-        return endpoint
-
-    async def _run_actors(self, parts: Parts) -> None:
+    def _assemble(self, parts: Parts) -> None:
+        """The actors, ready to run."""
         system, loop = self._system, asyncio.get_running_loop()
         means = Means(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
         if self._children:
@@ -173,11 +176,10 @@ class Server:
         gc.collect()
         gc.freeze()  # a full collection over what start-up made would stop the loop for 100 ms
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        await system.run()
 
     def _opened(self) -> None:
         self._open = True
-        if self._boot.endpoint == 0:
+        if self._boot.coordinates:
             self._say_ready()
 
     def _say_ready(self) -> None:
@@ -202,24 +204,23 @@ class Server:
         drain = Drain(self._boot.config.drain_timeout)
         self._system.ref("watchdog").tell(drain, urgent=True)
 
-    def _child_died(self, endpoint: int, pid: int, code: int) -> None:
+    def _child_died(self, boot: Boot, pid: int, code: int) -> None:
         """A rank is a part of the model; an HTTP worker owns nothing, and another takes its place."""
-        serves_http = endpoint >= self._boot.config.tp
+        replaceable = boot.me.replaceable
         over = self._acting and self._system.over
-        if over and (code == 0 or serves_http):
+        if over and (code == 0 or replaceable):
             return  # it was told to end
-        name = f"{endpoint_name(endpoint, self._boot.config.tp)} (pid {pid})"
-        what = f"{name} ended with exit code {code}"
-        if serves_http and self._open:
-            self._replace(endpoint, what)
+        what = f"{boot.name} (pid {pid}) ended with exit code {code}"
+        if replaceable and self._open:
+            self._replace(boot.me, what)
             return
         logger.critical("%s: stopping the server", what)
         if code == EXIT_HUNG:
             dump_stacks()  # a collective hangs everywhere; this may be the side that shows why
         self._fail(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, what)
 
-    def _replace(self, endpoint: int, what: str) -> None:
-        now, by, name = monotonic(), -1, ""
+    def _replace(self, dead: Endpoint, what: str) -> None:
+        now, by = monotonic(), None
         while self._replaced and self._replaced[0] <= now - MINUTE_S:
             self._replaced.popleft()
         if self._drains:
@@ -234,10 +235,12 @@ class Server:
             return
         else:
             self._replaced.append(now)
-            by = self._start_worker()
-            name = endpoint_name(by, self._boot.config.tp)
-            logger.error("%s: %s takes its place", what, name)
-        self._system.ref("watchdog").tell(Replaced(endpoint, by, name), urgent=True)
+            by = replace(dead, id=self._next_endpoint, address="")
+            self._next_endpoint += 1
+            topology = self._system.topology.replaced(dead.id, by)
+            self._start_child(by, topology)
+            logger.error("%s: %s takes its place", what, topology.name(by.id))
+        self._system.ref("watchdog").tell(Replaced(dead.id, by), urgent=True)
 
     def _fail(self, code: int, reason: str) -> None:
         """End with ``code``, once those who wait for answers know. On the loop."""

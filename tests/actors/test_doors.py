@@ -28,8 +28,10 @@ from asyncllm.codec import Column, encode, field_types, i32, registered
 from asyncllm.core.request import GRAMMARS, Constraint, Reason, SamplingParams
 from asyncllm.errors import RequestError
 from asyncllm.messages import FRONTEND_SHIFT, Finished, Hello, StepDone, StepPlan, Submit
+from asyncllm.topology import Contract, Topology
 
 VOCAB, MAX_LEN, LANES, SLOTS = 50, 24, 4, 64
+CONTRACT = Contract(protocol="p", options="o")
 NAMES = ("allocator", "grammar", "scheduler", "runner", "detokenizer", "tokenizer", "frontend",
          "watchdog", "nobody")  # fmt: skip
 TYPES = {cls: tag for cls, tag in registered().items() if cls.__module__ == messages.__name__}
@@ -102,7 +104,7 @@ def constrain(params: SamplingParams, thoughts: str, healed: object) -> Constrai
 
 
 def leader(keys: Keys) -> ActorSystem:
-    system = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
+    system = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys), topology=Topology.on_one_node(http=2))
     scheduler = Scheduler(
         num_lanes=LANES, num_slots=SLOTS, batch_max_tokens=16, chunked_prefill_size=8,
         eos_ids=(2,), runners=[0], vocab_size=VOCAB, max_len=MAX_LEN, constrain=constrain,
@@ -110,8 +112,7 @@ def leader(keys: Keys) -> ActorSystem:
     runner = Runner(Device(), reports=True)
     runner.remote = frozenset()
     duty = Duty(
-        endpoint=0, names={0: "rank 0", 1: "HTTP worker 1"}, frontends=(0, 1), model_name="m",
-        max_len=MAX_LEN, step_timeout_s=60.0,
+        contract=CONTRACT, model_name="m", max_len=MAX_LEN, step_timeout_s=60.0,
     )  # fmt: skip
     watchdog = Watchdog(duty, Means(guard=lambda _: None, watch_s=0.0))
     keeper = GrammarKeeper(Builder())
@@ -203,7 +204,7 @@ async def survives(rogues: list[bytes]) -> ActorSystem:
         sock.curve_secretkey = keys.secret.encode()
         sock.connect(system.address)
         for name, msg in (
-            ("watchdog", Hello(1, worker.address)),
+            ("watchdog", Hello(endpoint=1, contract=CONTRACT, node=0, address=worker.address)),
             ("", None),
             ("scheduler", submit),
         ):

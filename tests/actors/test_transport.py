@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -19,6 +20,7 @@ from asyncllm.actors.transport import Keys, Transport, Wire
 from asyncllm.codec import encode
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
 from asyncllm.messages import Gone, Halt
+from asyncllm.topology import http_worker
 
 Wires = Callable[[int], list[Wire]]
 
@@ -203,24 +205,25 @@ def test_a_peer_may_come_later_and_another_may_take_its_place(wires: Wires) -> N
     async def go() -> tuple[list[int], list[int]]:
         keys = Keys.make()
         sender = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
-        sink = sender.ref("sink", 1)
-        sink.tell(Gone(0))
+        sender.ref("sink", 1).tell(Gone(0))
         assert sender.dead_letters == 1  # nobody is there
         got = []
         for last in (1, 2):
-            receiver = ActorSystem(1, Wire("tcp://127.0.0.1:*", keys))
+            receiver = ActorSystem(last, Wire("tcp://127.0.0.1:*", keys))
             actor = Sink(last)
             receiver.add(actor)
-            sender.connect(1, receiver.address)
+            worker = replace(http_worker(last), address=receiver.address)
+            sender.join(sender.topology.replaced(last - 1 or -1, worker))
+            sink = sender.ref("sink", last)
             sink.tell(Gone(last))
             await receiver.run()
             got.append(actor.got)
             sink.tell(Gone(9))  # the other has gone; nobody else gets it
-        sender.disconnect(1)
+        sender.join(sender.topology.replaced(2, None))
         sink.tell(Gone(0))
         assert sender.dead_letters == 2
         with pytest.raises(ValueError, match="nonsense"):
-            sender.connect(1, "nonsense")
+            sender.join(sender.topology.replaced(2, replace(worker, id=3, address="nonsense")))
         sender.stop()
         await sender.run()
         return got[0], got[1]

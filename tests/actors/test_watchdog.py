@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -17,8 +17,8 @@ import uvloop
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.watchdog import Duty, Means, Watchdog
-from asyncllm.errors import PeerLost
+from asyncllm.actors.watchdog import Duty, Means, Watchdog, gather
+from asyncllm.errors import Mismatch, PeerLost
 from asyncllm.messages import (
     AllocatorStats,
     Cancel,
@@ -36,9 +36,15 @@ from asyncllm.messages import (
     Scraped,
     Served,
     Started,
+    Welcome,
 )
+from asyncllm.topology import Contract, Topology, http_worker
 
-NAMES = {0: "rank 0", 1: "rank 1", 2: "http worker 1"}
+CONTRACT = Contract(protocol="p1", options="o1")
+
+
+def hello(endpoint: int, address: str = "", **changes: Any) -> Hello:
+    return replace(Hello(endpoint=endpoint, contract=CONTRACT, node=0, address=address), **changes)
 
 
 class Fake(Actor[Any]):
@@ -65,13 +71,13 @@ class Fake(Actor[Any]):
         if self.name == "scheduler":
             dog.tell(
                 SchedulerStats(
-                    query, self.running, self.waiting, 1, 9, 0, self.prompt, self.generated, 77
+                    query, 0, self.running, self.waiting, 1, 9, 0, self.prompt, self.generated, 77
                 )
             )
         elif self.name == "allocator":
-            dog.tell(AllocatorStats(query, 30, 20, 100, 8, 16, 4))
+            dog.tell(AllocatorStats(query, 0, 30, 20, 100, 8, 16, 4))
         elif self.name == "runner":
-            dog.tell(RunnerStats(query, 5.0, 0.5, 0.1, 0))
+            dog.tell(RunnerStats(query, 0, 5.0, 0.5, 0.1, 0))
 
 
 class Beats:
@@ -99,8 +105,7 @@ class World:
     """A watchdog among fakes, with a clock that stands still."""
 
     endpoint: int = 0
-    names: dict[int, str] = field(default_factory=lambda: {0: "rank 0"})
-    frontends: tuple[int, ...] = (0,)
+    topology: Topology = field(default_factory=Topology.on_one_node)
     now: float = 1000.0
     clock_step: float = 0.0  # each look at the clock moves it
     tick_s: float = 1e6
@@ -114,7 +119,7 @@ class World:
     sent: list[tuple[int, str, Any]] = field(default_factory=list)
 
     def build(self) -> ActorSystem:
-        self.system = ActorSystem(self.endpoint, encode_local=True)
+        self.system = ActorSystem(self.endpoint, topology=self.topology, encode_local=True)
         deliver = self.system.deliver
 
         def divert(endpoint: int, name: str, msg: Any, urgent: bool) -> None:
@@ -129,9 +134,7 @@ class World:
             self.system.add(fake)
         self.dog = Watchdog(
             Duty(
-                endpoint=self.endpoint,
-                names=self.names,
-                frontends=self.frontends,
+                contract=CONTRACT,
                 model_name="m",
                 max_len=1000,
                 step_timeout_s=120.0,
@@ -196,7 +199,7 @@ async def settle() -> None:
 
 
 def trio(**more: Any) -> World:
-    return World(names=NAMES, frontends=(0, 2), **more)
+    return World(topology=Topology.on_one_node(tp=2, http=2), **more)
 
 
 # -- start ---------------------------------------------------------------------------------------
@@ -211,15 +214,15 @@ def test_alone_it_is_ready_at_once() -> None:
 
 def test_doors_open_when_every_endpoint_is_there_and_once() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(2, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(2))
+        w.tell(hello(2))
         await settle()
         assert w.got("frontend", Started) == []
-        w.tell(Hello(1, ""))
+        w.tell(hello(1))
         await settle()
         assert w.got("frontend", Started) == [Started()]
         assert w.sent_of(Started) == [(2, "frontend")]
-        w.tell(Hello(1, ""))
+        w.tell(hello(1))
         await settle()
         assert w.got("frontend", Started) == [Started()]
 
@@ -228,7 +231,76 @@ def test_doors_open_when_every_endpoint_is_there_and_once() -> None:
 
 def test_the_others_say_that_they_are_there() -> None:
     async def script(w: World) -> None:
-        assert (0, "watchdog", Hello(1, "")) in w.sent
+        assert (0, "watchdog", hello(1)) in w.sent
+
+    play(trio(endpoint=1), script)
+
+
+def test_everybody_is_told_who_there_is_once_all_are_there() -> None:
+    async def script(w: World) -> None:
+        w.tell(hello(2))
+        await settle()
+        assert w.sent_of(Welcome) == []
+        w.tell(hello(1))
+        await settle()
+        assert set(w.sent_of(Welcome)) == {(1, "watchdog"), (2, "watchdog")}
+        w.sent.clear()
+        w.tell(Replaced(2, http_worker(3)))
+        w.tell(hello(3))
+        await settle()
+        told = [(e, m.topology.placed("frontend")) for e, _, m in w.sent if type(m) is Welcome]
+        assert told == [(1, (0, 3)), (3, (0, 3))]
+
+    play(trio(), script)
+
+
+BREACHES: list[tuple[dict[str, Any], str]] = [
+    ({"contract": replace(CONTRACT, protocol="p2")}, "protocol is p2, that of rank 0 p1"),
+    ({"contract": replace(CONTRACT, options="o2")}, "options is o2, that of rank 0 o1"),
+    ({"node": 7}, "node is 7, that of rank 0 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BREACHES, ids=str)
+def test_a_process_that_does_not_fit_ends_the_start_and_is_told(
+    changes: dict[str, Any], words: str
+) -> None:
+    async def go() -> None:
+        world = trio()
+        system = world.build()
+        world.tell(hello(1, **changes))
+        try:
+            await asyncio.wait_for(system.run(), 10)
+        finally:
+            assert world.sent_of(Welcome) == [(1, "watchdog")]
+
+    with pytest.raises(Mismatch, match=f"rank 1 cannot belong to this server: its {words}"):
+        uvloop.run(go())
+
+
+def test_one_that_is_told_so_ends_with_the_same_line(caplog: pytest.LogCaptureFixture) -> None:
+    async def go(welcome: Welcome) -> None:
+        world = trio(endpoint=1)
+        system = world.build()
+        world.tell(welcome)
+        await asyncio.wait_for(system.run(), 10)
+
+    words = "rank 1 cannot belong to this server: its options is o1, that of rank 0 o2"
+    topology = Topology.on_one_node(tp=2, http=2)
+    with pytest.raises(Mismatch, match=words):
+        uvloop.run(go(Welcome(replace(CONTRACT, options="o2"), topology)))
+    moved = Topology(tuple(replace(e, node=3) for e in topology.endpoints))
+    with pytest.raises(Mismatch, match="its node is 0, that of rank 0 3"):
+        uvloop.run(go(Welcome(CONTRACT, moved)))
+    assert "Traceback" not in caplog.text
+
+
+def test_a_welcome_says_who_is_where() -> None:
+    async def script(w: World) -> None:
+        topology = Topology.on_one_node(tp=2, http=2).at(2, "ipc://there")
+        w.tell(Welcome(CONTRACT, topology))
+        await settle()
+        assert w.system.topology == topology
 
     play(trio(endpoint=1), script)
 
@@ -249,8 +321,8 @@ def test_a_busy_loop_is_no_silence() -> None:
 
 def test_a_silent_endpoint_is_lost_by_name() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         await settle()
         for _ in range(10):
             w.beats.last[2] = w.now
@@ -299,7 +371,7 @@ def test_a_lost_peer_ends_the_system() -> None:
     async def go() -> None:
         world = trio(tick_s=0.001, clock_step=0.5)
         system = world.build()
-        world.tell(Hello(1, ""))
+        world.tell(hello(1))
         await asyncio.wait_for(system.run(), 10)
 
     with pytest.raises(PeerLost, match="rank 1"):
@@ -308,8 +380,8 @@ def test_a_lost_peer_ends_the_system() -> None:
 
 def test_a_silent_http_worker_is_killed_once() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         await settle()
         for _ in range(15):
             w.beats.last[1] = w.now
@@ -322,18 +394,18 @@ def test_a_silent_http_worker_is_killed_once() -> None:
 
 def test_a_worker_takes_the_place_of_another() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         await settle()
-        w.tell(Replaced(2, 3, "http worker 2"))
+        w.tell(Replaced(2, http_worker(3)))
         await settle()
         assert w.got("scheduler", Gone) == [Gone(2)]
         w.tell(Cancel("all"))
-        w.tell(Hello(2, ""))  # on its way when it died
+        w.tell(hello(2))  # on its way when it died
         w.beats.last[2] = w.now
         await settle()
         assert w.sent_of(Started) == [(2, "frontend")]
-        w.tell(Hello(3, ""))
+        w.tell(hello(3))
         await settle()
         assert w.sent_of(Started) == [(2, "frontend"), (3, "frontend")]
         for _ in range(11):
@@ -353,15 +425,15 @@ def test_a_worker_takes_the_place_of_another() -> None:
 
 def test_a_worker_that_dies_while_the_server_drains_is_not_waited_for() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         w.tell(Drain(30.0))
         await settle()
         w.tell(Drained("scheduler", 0))
         w.tell(Drained("frontend", 0))
         await settle()
         assert not w.system.over
-        w.tell(Replaced(2, -1, ""))
+        w.tell(Replaced(2, None))
         await settle()
         assert w.system.over
         assert w.sent_of(Halt) == [(1, "watchdog")]
@@ -371,10 +443,10 @@ def test_a_worker_that_dies_while_the_server_drains_is_not_waited_for() -> None:
 
 def test_a_worker_that_still_loads_does_not_hold_up_the_end() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         await settle()
-        w.tell(Replaced(2, 3, "http worker 2"))
+        w.tell(Replaced(2, http_worker(3)))
         w.tell(Drain(30.0))
         await settle()
         assert w.sent_of(Drain) == []
@@ -389,12 +461,12 @@ def test_a_worker_that_still_loads_does_not_hold_up_the_end() -> None:
 
 def test_a_worker_that_comes_while_the_server_drains_is_sent_away() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         await settle()
-        w.tell(Replaced(2, 3, "http worker 2"))
+        w.tell(Replaced(2, http_worker(3)))
         w.tell(Drain(30.0))
-        w.tell(Hello(3, ""))
+        w.tell(hello(3))
         await settle()
         assert (3, "frontend") not in w.sent_of(Started)
         assert w.sent_of(Halt) == [(3, "watchdog")]
@@ -414,8 +486,8 @@ def test_a_cancellation_reaches_every_frontend() -> None:
 
 def test_a_failing_server_tells_those_that_serve_http() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         await settle()
         await w.dog.failing()
         assert w.sent_of(Lost) == [(2, "watchdog")]
@@ -464,9 +536,7 @@ def test_a_loop_that_hangs_is_seen_by_the_watching_thread(caplog: pytest.LogCapt
     async def go() -> None:
         system = ActorSystem()
         duty = Duty(
-            endpoint=0,
-            names={0: "rank 0"},
-            frontends=(),
+            contract=CONTRACT,
             model_name="m",
             max_len=1000,
             step_timeout_s=0.05,
@@ -540,8 +610,8 @@ def test_the_loops_lateness_is_measured() -> None:
 
 def test_drain_tells_everybody_and_ends_when_all_have_drained() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         await settle()
         w.tell(Drain(30.0))
         await settle()
@@ -564,8 +634,8 @@ def test_drain_tells_everybody_and_ends_when_all_have_drained() -> None:
 
 def test_a_drain_that_takes_too_long_aborts_then_halts() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         await settle()
         w.tell(Drain(30.0))
         await settle()
@@ -599,8 +669,8 @@ def test_aborted_requests_that_are_answered_end_the_wait() -> None:
 
 def test_a_second_drain_halts_at_once() -> None:
     async def script(w: World) -> None:
-        w.tell(Hello(1, ""))
-        w.tell(Hello(2, ""))
+        w.tell(hello(1))
+        w.tell(hello(2))
         await settle()
         w.tell(Drain(30.0))
         w.tell(Drain(30.0))
@@ -632,6 +702,61 @@ def test_halt_stops_the_endpoint() -> None:
 
 
 # -- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("silent", ["scheduler", "allocator", "runner"])
+def test_a_scrape_is_answered_although_somebody_is_silent(
+    silent: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(w: World) -> None:
+        w.tell(Scrape(1, 0))
+        await settle()
+        w.fakes[silent].silent = True
+        w.fakes["scheduler"].running = 3
+        w.tell(Scrape(2, 0))
+        await settle()
+        w.pass_time(0.9)
+        await settle()
+        assert [s.query for s in w.got("frontend", Scraped)] == [1]
+        w.pass_time(0.1)
+        await settle()
+        first, second = w.got("frontend", Scraped)
+        assert b"asyncllm_silent_reporters 0.0" in first.exposition
+        assert b"asyncllm_silent_reporters 1.0" in second.exposition
+        assert (second.used, second.expected) == (30, 77), "older ones, not zeros"
+        assert second.running == (0 if silent == "scheduler" else 3)
+        w.tell(Scrape(3, 0))  # the next one is asked again
+        await settle()
+        assert len(w.got(silent, Probe)) == 3
+
+    play(World(), script)
+    assert f"no numbers from {silent}@0 within 1 s" in caplog.text
+
+
+def test_a_server_that_computes_nothing_has_metrics() -> None:
+    async def script(w: World) -> None:
+        w.tell(Scrape(1, 0))
+        await settle()
+        assert b"asyncllm_steps_total 0.0" in w.got("frontend", Scraped)[0].exposition
+        assert not any(w.got(name, Probe) for name in w.fakes)
+
+    play(World(topology=Topology((http_worker(0),))), script)
+
+
+def test_groups_are_added_up_and_the_slowest_time_counts() -> None:
+    state = gather(
+        [
+            SchedulerStats(1, 0, 3, 2, 1, 9, 0, 50, 7, 77),
+            SchedulerStats(1, 4, 1, 0, 2, 5, 1, 10, 3, 20),
+            AllocatorStats(1, 0, 30, 20, 100, 8, 16, 4),
+            RunnerStats(1, 0, 5.0, 0.5, 0.1, 0),
+            RunnerStats(1, 4, 4.0, 0.9, 0.2, 1),
+        ],
+        silent=1,
+    )
+    assert (state.running, state.waiting, state.generated_tokens) == (4, 2, 10)
+    assert (state.used, state.total, state.silent_reporters) == (30, 100, 1)
+    assert (state.step_ms, state.launch_ms, state.jit_after_warmup) == (5.0, 0.9, 1)
 
 
 def test_a_scrape_gets_numbers_and_text() -> None:

@@ -16,6 +16,7 @@ from asyncllm.config import Config, resolve_limits
 from asyncllm.errors import StartupError
 from asyncllm.server import launch
 from asyncllm.server.launch import Boot, Wires, bind_http
+from asyncllm.topology import Topology
 
 
 def boot() -> Boot:
@@ -31,8 +32,7 @@ def boot() -> Boot:
     resolved = replace(resolved, generation_config={"top_p": 0.9, "do_sample": True})
     return Boot(
         endpoint=1,
-        address="ipc:///tmp/x/1",
-        leader="ipc:///tmp/x/0",
+        topology=Topology.on_one_node(tp=2, http=3).at(0, "ipc:///tmp/x/0").at(1, "ipc:///tmp/x/1"),
         keys=("public", "secret"),
         config=config,
         resolved=resolved,

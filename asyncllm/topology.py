@@ -1,0 +1,212 @@
+"""Which processes a server has, what each of them is, and which actors live there: data.
+
+Everybody who asks where an actor lives, or who is in a tensor-parallel group, asks here. Nothing is
+started here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from asyncllm.codec import record
+
+# In order of start; they stop in reverse, so that the frontend's last answers still find the others.
+ACTORS = (
+    "allocator", "grammar", "scheduler", "runner", "detokenizer", "tokenizer", "frontend",
+    "watchdog",
+)  # fmt: skip
+
+LEADER, FOLLOWER, HTTP = "leader", "follower", "http"
+WHOLE = (LEADER, HTTP)  # the roles of a process that is a server by itself
+
+# A row for each role; an endpoint with several roles has the actors of all of them, each once.
+PLACEMENT: Mapping[str, frozenset[str]] = {
+    LEADER: frozenset({"allocator", "grammar", "scheduler", "runner", "watchdog"}),
+    FOLLOWER: frozenset({"runner", "watchdog"}),
+    HTTP: frozenset({"detokenizer", "tokenizer", "frontend", "watchdog"}),
+}
+
+# What a leader's watchdog asks for numbers. Followers do what their leader does, and are not asked.
+REPORTERS = ("scheduler", "allocator", "runner")
+
+
+@record
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """One process of a server.
+
+    Args:
+        id: its number; never given twice. It is what messages and request ids name.
+        node: the machine that it runs on.
+        address: where it is reached; "" until it has bound a socket and told where.
+        roles: rows of ``PLACEMENT``.
+        device: index of its accelerator on its node; None: it computes nothing.
+        group: its tensor-parallel group; without a device: the one whose scheduler it talks to.
+        group_rank: place in the group; -1 without a device.
+    """
+
+    id: int
+    node: int = 0
+    address: str = ""
+    roles: tuple[str, ...] = WHOLE
+    device: int | None = 0
+    group: int = 0
+    group_rank: int = 0
+
+    @property
+    def actors(self) -> tuple[str, ...]:
+        """Names of the actors that live here, in order of start."""
+        names = frozenset[str]().union(*(PLACEMENT[role] for role in self.roles))
+        return tuple(name for name in ACTORS if name in names)
+
+    @property
+    def replaceable(self) -> bool:
+        """It owns nothing that others need, so that another may take its place."""
+        return self.roles == (HTTP,)
+
+
+@record
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """What all processes of one server must have in common.
+
+    Args:
+        protocol: version of the messages, see ``codec.protocol``.
+        options: hash of the options that they share, see ``Config.digest``.
+    """
+
+    protocol: str
+    options: str
+
+    def breach(self, other: Contract) -> tuple[str, str, str] | None:
+        """(name, our value, theirs) of what ``other`` has not in common with us."""
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            if ours != theirs:
+                return field.name, ours, theirs
+        return None
+
+
+@record
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The endpoints of one server; the first of them coordinates it and is never replaced."""
+
+    endpoints: tuple[Endpoint, ...]
+
+    @staticmethod
+    def on_one_node(tp: int = 1, http: int = 1) -> Topology:
+        """One group of ``tp`` ranks; ``http`` processes serve HTTP, the first rank among them."""
+        followers = (
+            Endpoint(id=i, roles=(FOLLOWER,), device=i, group_rank=i) for i in range(1, tp)
+        )
+        workers = (http_worker(tp + i) for i in range(http - 1))
+        return Topology((Endpoint(id=0), *followers, *workers))
+
+    @property
+    def coordinator(self) -> Endpoint:
+        """Whose watchdog waits for all, drains the server and answers scrapes."""
+        return self.endpoints[0]
+
+    @property
+    def ranks(self) -> tuple[Endpoint, ...]:
+        """Those with a device; the place of one here is its rank in torch.distributed."""
+        return tuple(e for e in self.endpoints if e.device is not None)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Numbers of the tensor-parallel groups."""
+        return tuple(sorted({e.group for e in self.ranks}))
+
+    def __contains__(self, number: object) -> bool:
+        return any(e.id == number for e in self.endpoints)
+
+    def __getitem__(self, number: int) -> Endpoint:
+        """The endpoint of this number. Raises KeyError."""
+        for endpoint in self.endpoints:
+            if endpoint.id == number:
+                return endpoint
+        raise KeyError(number)
+
+    def group(self, group: int) -> tuple[Endpoint, ...]:
+        """The ranks of a group, in order."""
+        found = (e for e in self.ranks if e.group == group)
+        return tuple(sorted(found, key=lambda e: e.group_rank))
+
+    def leader(self, group: int) -> Endpoint:
+        """The first rank of a group: it schedules and samples for it."""
+        return self.group(group)[0]
+
+    def leads(self, number: int) -> bool:
+        """Whether an endpoint is the first rank of its group."""
+        return self[number].group_rank == 0
+
+    def placed(self, actor: str) -> tuple[int, ...]:
+        """Numbers of the endpoints where an actor of this name lives."""
+        return tuple(e.id for e in self.endpoints if actor in e.actors)
+
+    def reporters(self) -> frozenset[tuple[str, int]]:
+        """(actor, endpoint) of those who answer the coordinator's probes."""
+        return frozenset(
+            (actor, e.id)
+            for e in self.endpoints
+            if LEADER in e.roles
+            for actor in REPORTERS
+            if actor in e.actors
+        )
+
+    def peers(self, number: int) -> tuple[Endpoint, ...]:
+        """The other endpoints that one may have something to send to."""
+        me = self[number]
+        if me == self.coordinator:
+            near = set(self.endpoints)
+        else:
+            near = {self.coordinator, self.leader(me.group)}
+        if self.leads(number):
+            near |= {e for e in self.endpoints if e.group == me.group}
+        return tuple(e for e in self.endpoints if e in near and e.id != number)
+
+    def served_here(self, number: int) -> tuple[str, ...]:
+        """Actors of an endpoint to which only actors of the same endpoint have something to say.
+
+        A message to one of them from another process is not ours.
+        """
+        if not self.leads(number):
+            return ()
+        if self[number] == self.coordinator and len(self.groups) == 1:
+            return ("runner", "detokenizer", "tokenizer", "frontend")
+        return ("runner",)
+
+    def name(self, number: int) -> str:
+        """How logs and errors call an endpoint: "rank 1", "HTTP worker 1" for those after them."""
+        ranks = self.ranks
+        return (
+            f"rank {number}" if self[number] in ranks else f"HTTP worker {number - len(ranks) + 1}"
+        )
+
+    def at(self, number: int, address: str) -> Topology:
+        """The same with the address of one endpoint known."""
+        return Topology(
+            tuple(replace(e, address=address) if e.id == number else e for e in self.endpoints)
+        )
+
+    def replaced(self, number: int, by: Endpoint | None) -> Topology:
+        """The same without one endpoint, and with another, if there is one."""
+        left = tuple(e for e in self.endpoints if e.id != number)
+        return Topology(left if by is None else (*left, by))
+
+    def to_plain(self) -> list[dict[str, Any]]:
+        """For JSON."""
+        return [asdict(e) for e in self.endpoints]
+
+    @staticmethod
+    def from_plain(plain: list[dict[str, Any]]) -> Topology:
+        """The inverse of ``to_plain``."""
+        return Topology(tuple(Endpoint(**{**e, "roles": tuple(e["roles"])}) for e in plain))
+
+
+def http_worker(number: int, group: int = 0) -> Endpoint:
+    """An endpoint that serves HTTP for a group, and nothing else."""
+    return Endpoint(id=number, roles=(HTTP,), device=None, group=group, group_rank=-1)

@@ -1,0 +1,143 @@
+"""Who is where: one node as it is served today, several nodes and groups as data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from asyncllm.codec import protocol
+from asyncllm.config import Config
+from asyncllm.topology import (
+    FOLLOWER,
+    HTTP,
+    LEADER,
+    WHOLE,
+    Contract,
+    Endpoint,
+    Topology,
+    http_worker,
+)
+
+# two nodes of two GPUs, a group of two ranks on each; an HTTP worker for either group
+NODES = Topology(
+    (
+        Endpoint(id=0, address="tcp://a:1", roles=WHOLE, device=0, group=0, group_rank=0),
+        Endpoint(id=1, address="tcp://a:2", roles=(FOLLOWER,), device=1, group=0, group_rank=1),
+        Endpoint(id=2, node=1, address="tcp://b:1", roles=(FOLLOWER,), device=1, group=1,
+                 group_rank=1),
+        Endpoint(id=3, node=1, address="tcp://b:2", roles=(LEADER,), device=0, group=1,
+                 group_rank=0),
+        replace(http_worker(4), address="tcp://a:3"),
+        replace(http_worker(5, group=1), node=1, address="tcp://b:3"),
+    )
+)  # fmt: skip
+
+
+def ids(endpoints: tuple[Endpoint, ...]) -> list[int]:
+    return [endpoint.id for endpoint in endpoints]
+
+
+def test_one_process_is_a_whole_server() -> None:
+    (alone,) = Topology.on_one_node().endpoints
+    assert alone.actors == (
+        "allocator", "grammar", "scheduler", "runner", "detokenizer", "tokenizer", "frontend",
+        "watchdog",
+    )  # fmt: skip
+    assert not alone.replaceable
+
+
+def test_ranks_come_first_on_one_node_then_http_workers() -> None:
+    topology = Topology.on_one_node(tp=2, http=3)
+    assert [e.roles for e in topology.endpoints] == [WHOLE, (FOLLOWER,), (HTTP,), (HTTP,)]
+    assert [e.device for e in topology.endpoints] == [0, 1, None, None]
+    assert [topology.name(i) for i in range(4)] == [
+        "rank 0", "rank 1", "HTTP worker 1", "HTTP worker 2",
+    ]  # fmt: skip
+    assert topology[1].actors == ("runner", "watchdog")
+    assert topology[2].actors == ("detokenizer", "tokenizer", "frontend", "watchdog")
+    assert [e.replaceable for e in topology.endpoints] == [False, False, True, True]
+    assert topology.placed("frontend") == (0, 2, 3)
+    assert topology.groups == (0,)
+
+
+def test_everybody_talks_to_the_coordinator_alone_in_one_group() -> None:
+    topology = Topology.on_one_node(tp=2, http=2)
+    assert ids(topology.peers(0)) == [1, 2]
+    assert ids(topology.peers(1)) == ids(topology.peers(2)) == [0]
+
+
+def test_each_group_has_its_ranks_in_their_order_and_a_leader() -> None:
+    assert NODES.groups == (0, 1)
+    assert [ids(NODES.group(g)) for g in NODES.groups] == [[0, 1], [3, 2]]
+    assert [NODES.leader(g).id for g in NODES.groups] == [0, 3]
+    assert [e.id for e in NODES.endpoints if NODES.leads(e.id)] == [0, 3]
+    assert ids(NODES.ranks) == [0, 1, 2, 3]
+
+
+def test_each_group_schedules_for_itself_and_reports() -> None:
+    assert NODES[3].actors == ("allocator", "grammar", "scheduler", "runner", "watchdog")
+    assert NODES.placed("scheduler") == (0, 3)
+    assert NODES.reporters() == {
+        (actor, endpoint) for actor in ("scheduler", "allocator", "runner") for endpoint in (0, 3)
+    }
+
+
+def test_peers_are_the_own_group_and_who_coordinates() -> None:
+    assert ids(NODES.peers(0)) == [1, 2, 3, 4, 5]
+    assert ids(NODES.peers(1)) == [0]
+    assert ids(NODES.peers(2)) == [0, 3]
+    assert ids(NODES.peers(3)) == [0, 2, 5]
+    assert ids(NODES.peers(4)) == [0]
+    assert ids(NODES.peers(5)) == [0, 3]
+
+
+def test_what_nobody_elsewhere_talks_to_depends_on_the_groups() -> None:
+    alone = Topology.on_one_node(tp=2, http=2)
+    assert set(alone.served_here(0)) == {"runner", "detokenizer", "tokenizer", "frontend"}
+    assert alone.served_here(1) == alone.served_here(2) == ()
+    # another group's scheduler may have tokens for a frontend of the coordinator
+    assert NODES.served_here(0) == NODES.served_here(3) == ("runner",)
+
+
+def test_another_takes_the_place_of_one_and_no_number_comes_again() -> None:
+    topology = Topology.on_one_node(tp=2, http=2).replaced(2, http_worker(3)).at(3, "ipc://x")
+    assert 2 not in topology
+    assert topology[3].address == "ipc://x"
+    assert topology.name(3) == "HTTP worker 2"
+    assert topology.placed("frontend") == (0, 3)
+    assert topology.replaced(3, None).placed("frontend") == (0,)
+    with pytest.raises(KeyError):
+        topology[2]
+
+
+def test_it_survives_json() -> None:
+    assert Topology.from_plain(json.loads(json.dumps(NODES.to_plain()))) == NODES
+
+
+# -- what processes must have in common ------------------------------------------------------------
+
+
+def test_a_breach_is_named_with_both_values() -> None:
+    ours = Contract(protocol="p1", options="o1")
+    assert ours.breach(ours) is None
+    assert ours.breach(replace(ours, options="o2")) == ("options", "o1", "o2")
+    assert ours.breach(Contract(protocol="p2", options="o2")) == ("protocol", "p1", "p2")
+
+
+def test_options_count_unless_they_are_those_of_a_node() -> None:
+    assert Config(tp=2).digest() == Config(tp=2).digest()
+    assert Config(tp=2).digest() != Config().digest()
+    assert Config(eos_id=(1,)).digest() != Config(eos_id=(2,)).digest()
+    assert Config(host="::", port=1, log_level="debug").digest() == Config().digest()
+
+
+def test_the_protocol_changes_with_any_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    from asyncllm.messages import Gone
+
+    before = protocol()
+    assert protocol() == before
+    field = Gone.__dataclass_fields__["endpoint"]  # type: ignore[attr-defined]
+    monkeypatch.setattr(field, "type", "str")
+    assert protocol() != before
