@@ -6,6 +6,7 @@ Knows names and files; nothing is loaded here.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -49,12 +50,13 @@ def weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:
     ``model.safetensors``; without that either, every other file that may hold a model.
 
     Raises:
-        StartupError: there are none, some are missing, or the index cannot be read.
+        StartupError: there are none, some are missing, or the index cannot be read or names files
+            outside the folder.
     """
     single = folder / SINGLE
     if (folder / INDEX).is_file():
         named = _index(folder / INDEX)
-        missing = sorted(path for path in named if not path.is_file())
+        missing = sorted(path for path in named if not os.path.isfile(path))
         if not missing:
             return dict(named)
         if single in named or not single.is_file():
@@ -109,12 +111,14 @@ def _index(path: Path) -> dict[Path, frozenset[str]]:
     try:
         placed = json.loads(path.read_bytes())["weight_map"]
         pairs = [(str(name), path.parent / file) for name, file in placed.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise StartupError(f"{path} is not a safetensors index: {err!r}") from err
     if not pairs:
         raise StartupError(f"{path} is not a safetensors index: it names no tensor")
     names: dict[Path, set[str]] = {}
     for name, file in pairs:
+        if not file.is_relative_to(path.parent) or ".." in file.relative_to(path.parent).parts:
+            raise StartupError(f"{path} names {str(file)[:200]}, which is outside the folder")
         names.setdefault(file, set()).add(name)
     return {file: frozenset(names[file]) for file in sorted(names)}
 
@@ -130,7 +134,7 @@ def _numbered(files: list[Path]) -> Iterator[Path]:
 
 def _lacks(folder: Path, missing: list[Path]) -> str:
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return f"{folder} lacks {missing[0].relative_to(folder)}{more}"
+    return f"{folder} lacks {str(missing[0].relative_to(folder))[:200]}{more}"
 
 
 def _nothing(folder: Path, aside: list[str]) -> str:

@@ -50,8 +50,8 @@ def load(
         progress: told (bytes done, bytes in all) after each file.
 
     Raises:
-        StartupError: a damaged file, a tensor of unexpected shape, a parameter that no file fills,
-            or a tensor that nobody wants.
+        StartupError: a damaged file, a tensor of unexpected shape or type, a parameter that no file
+            fills, or a tensor that nobody wants.
     """
     wanted, files = dict(targets), checkpoint.files
     total, done = sum(f.stat().st_size for f in files), 0
@@ -88,6 +88,9 @@ def _copy(name: str, source: object, target: Target) -> None:
     wanted[target.dim] = target.size
     if shape != wanted:
         raise StartupError(f"{name} has shape {shape}, config.json wants {wanted}")
+    kind = source.get_dtype()  # type: ignore[attr-defined]
+    if not kind.startswith(("F", "BF")):
+        raise StartupError(f"{name} has type {kind}: weights of quantized integers are not read")
     for start, into, length in target.spans:
         pick = slice(start, start + length)
         part = source[pick] if target.dim == 0 else source[:, pick]  # type: ignore[index]

@@ -201,6 +201,35 @@ def test_a_missing_shard_is_named(tmp_path: Path, index: bool) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["/nowhere/", "../", "sub/../../"])
+def test_an_index_names_files_of_its_folder(tmp_path: Path, place: str) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {NORM: f"{place}{FILE}"}}))
+    with pytest.raises(StartupError, match=f"^{tmp_path / INDEX} names .*outside the folder$"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 5000, FILE])
+def test_an_index_may_name_what_no_file_can_be_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
+    with pytest.raises(StartupError, match=f"^{tmp_path} lacks .{{0,210}}, named in"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"weight_map": {"a": null}}'])
+def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(StartupError, match=f"^{tmp_path / INDEX} is not a safetensors index: "):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.bool])
+def test_weights_that_are_no_fractions_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    make_checkpoint(tmp_path)
+    change(tmp_path, model__norm__weight=torch.ones(96, dtype=kind))
+    with pytest.raises(StartupError, match=r"norm\.weight has type [A-Z0-9]+: weights of"):
+        load(tmp_path)
+
+
 def test_a_shard_without_what_the_index_places_there_is_named(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     split(tmp_path, *SHARDS)
