@@ -53,6 +53,7 @@ class Meaning:
         self._known: dict[Schemas, tuple[Atom, ...]] = {}
         self._alone: dict[int, tuple[Atom, ...]] = {}
         self._open: set[int] = set()
+        self._narrowed: set[int] = set()  # by id, the oneOf nodes whose parts overlap
         self._looked: set[Schemas] = set()
         self._work = MAX_WORK
         self._anything = self._of_types(TYPES, {})
@@ -324,13 +325,31 @@ class Meaning:
     def _one(self, node: dict[Any, Any], schemas: list[int]) -> tuple[Atom, ...]:
         """Exactly one: of those that overlap, each without the others."""
         parts = [self._alternatives(one) for one in schemas]
+        # what is told narrower than it is may overlap unseen
+        narrow = [self._is_narrow(self.document.nodes[one]) for one in schemas]
         found: dict[Atom, None] = {}
         for i, part in enumerate(parts):
             for j, other in enumerate(parts):
-                if i != j and not self._apart(part, other):
+                if i != j and (narrow[j] or not self._apart(part, other)):
+                    self._narrowed.add(id(node))
                     part = self._both(part, self._not(self.document.nodes[schemas[j]], node))
             found |= dict.fromkeys(part)
         return tuple(found)
+
+    def _is_narrow(self, schema: Any) -> bool:
+        """An opposite stands in ``schema``, or in what it refers to."""
+        waiting, seen = [schema], set[int]()
+        while waiting:
+            one = waiting.pop()
+            if not isinstance(one, dict | list) or id(one) in seen:
+                continue
+            seen.add(id(one))
+            if id(one) in self._narrowed or "not" in one or "if" in one:
+                return True
+            waiting += one.values() if isinstance(one, dict) else one
+            if isinstance(one, dict) and isinstance(ref := one.get("$ref"), str):
+                waiting.append(self.document.target(one, ref))
+        return False
 
     def _apart(self, one: tuple[Atom, ...], other: tuple[Atom, ...]) -> bool:
         return all(self._is_empty(atom) for atom in self._both(one, other))

@@ -187,6 +187,25 @@ def test_every_character_is_itself(grammars: Grammars) -> None:
         assert (allowed(at), at.accept(ord('"'))) == ([ord('"')], True)
 
 
+@pytest.mark.parametrize(
+    ("told", "value"),
+    [({"not": {"const": {}}}, {"m": 1}),
+     ({"not": {"type": "object", "additionalProperties": False}}, {"m": 1}),
+     ({"not": {"type": "object", "patternProperties": {"^a": {"type": "string"}}}}, {"a": 1}),
+     ({"$ref": "#/$defs/x"}, {"m": 1}),
+     ({"type": "object", "properties": {"m": {"not": {"const": {}}}}}, {"m": {"a": 1}})],
+)  # fmt: skip
+def test_one_of_knows_more_than_what_can_be_told(grammars: Grammars, told: Any, value: Any) -> None:
+    """Opposites are narrower than they should be: values of both schemas are not of one alone."""
+    schema = {"oneOf": [{"type": "object"}, told], "$defs": {"x": {"not": {"const": {}}}}}
+    assert not validator(schema).is_valid(value)
+    try:
+        at = matcher(grammars, "schema", json.dumps(schema))
+    except RequestError:
+        return
+    assert not takes(at, json.dumps(value))
+
+
 # -- strings ------------------------------------------------------------------------------------
 
 
