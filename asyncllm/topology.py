@@ -112,8 +112,9 @@ class Topology:
 
     @property
     def ranks(self) -> tuple[Endpoint, ...]:
-        """Those with a device; the place of one here is its rank in torch.distributed."""
-        return tuple(e for e in self.endpoints if e.device is not None)
+        """Those with a device, group by group; their places here are torch.distributed's ranks."""
+        found = (e for e in self.endpoints if e.device is not None)
+        return tuple(sorted(found, key=lambda e: (e.group, e.group_rank)))
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -132,8 +133,7 @@ class Topology:
 
     def group(self, group: int) -> tuple[Endpoint, ...]:
         """The ranks of a group, in order."""
-        found = (e for e in self.ranks if e.group == group)
-        return tuple(sorted(found, key=lambda e: e.group_rank))
+        return tuple(e for e in self.ranks if e.group == group)
 
     def leader(self, group: int) -> Endpoint:
         """The first rank of a group: it schedules and samples for it."""

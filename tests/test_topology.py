@@ -73,7 +73,7 @@ def test_each_group_has_its_ranks_in_their_order_and_a_leader() -> None:
     assert [ids(NODES.group(g)) for g in NODES.groups] == [[0, 1], [3, 2]]
     assert [NODES.leader(g).id for g in NODES.groups] == [0, 3]
     assert [e.id for e in NODES.endpoints if NODES.leads(e.id)] == [0, 3]
-    assert ids(NODES.ranks) == [0, 1, 2, 3]
+    assert ids(NODES.ranks) == [0, 1, 3, 2]
 
 
 def test_each_group_schedules_for_itself_and_reports() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -192,6 +193,43 @@ def test_sigterm_while_loading_ends_it(demo_dir: Path, tmp_path: Path) -> None:
         assert not alive(child)
     assert "stopped while starting" in server.text()
     assert "Traceback" not in server.text()
+
+
+# a rank 0 whose child is given other options than its own, and that tells the child's exit code
+MISLED = """
+import sys
+from dataclasses import replace
+from asyncllm import cli
+from asyncllm.server.launch import Boot, Children
+plain, ended = Boot.to_json, Children._ended
+def misled(boot):
+    return plain(replace(boot, config=replace(boot.config, max_waiting=7)))
+def told(self, pidfd):
+    process = self._running[pidfd][1]
+    ended(self, pidfd)
+    sys.stderr.write(f"the child's exit code: {process.returncode}\\n")
+Boot.to_json, Children._ended = misled, told
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--tp", "rank 1"), ("--httpserver_workers", "HTTP worker 1")]
+)
+def test_processes_that_do_not_fit_end_with_one_line_and_exit_code_2(
+    demo_dir: Path, option: str, name: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MISLED, "--model_dir", str(demo_dir), "--port", str(free_port()),
+         *SMALL, "--data_type", "fp32", option, "2"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "the child's exit code: 2\n" in done.stderr
+    line = rf"{name} cannot belong to this server: its options is \w+, that of rank 0 \w+\n"
+    assert len(set(re.findall(line, done.stderr))) == 1, done.stderr
+    assert len(re.findall(line, done.stderr)) == 2, "once on each side"
+    assert "Traceback" not in done.stderr
 
 
 def test_two_servers_side_by_side(demo_dir: Path, tmp_path: Path) -> None:
