@@ -3,7 +3,8 @@
 Commands are imperative, events are past. Columns are arrays of int32 unless a comment says otherwise;
 nobody changes a column once it has been sent. ``rid`` is ``endpoint << 40 | counter`` of the frontend that
 took the request; a *lane* is a request's place in the device tables; a *slot* the KV of one token.
-Tags are never reused.
+Tags are never reused. ``coordinator`` is the watchdog of the server's coordinator, ``@leader`` an actor of
+the group's leader (see ``topology``).
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Abort:
 
 @message(9)
 class Cancel:
-    """frontend -> watchdog@0 -> every frontend: end requests early, each with what it has so far."""
+    """frontend -> coordinator -> every frontend: end requests early, each with what it has so far."""
 
     request_id: str  # the client's X-Request-Id or the answer's id; "": all requests
 
@@ -161,7 +162,7 @@ class Prepared:
 
 @message(26)
 class Compile:
-    """tokenizer -> grammar@0: make this grammar ready; the answer is ``Compiled``."""
+    """tokenizer -> grammar@leader: make this grammar ready; the answer is ``Compiled``."""
 
     endpoint: int  # where the tokenizer is
     job: int
@@ -175,7 +176,7 @@ class Compile:
 
 @message(27)
 class Compiled:
-    """grammar@0 -> tokenizer: requests with this grammar can be submitted, or why not."""
+    """grammar@leader -> tokenizer: requests with this grammar can be submitted, or why not."""
 
     job: int
     detail: str  # "": no error
@@ -188,7 +189,7 @@ class Compiled:
 
 @message(28)
 class Built:
-    """grammar@0 -> itself: what a thread of its pool answered."""
+    """grammar@leader -> itself: what a thread of its pool answered."""
 
     kind: str
     text: str
@@ -294,7 +295,7 @@ class StepPlan:
 
 @message(14)
 class StepDone:
-    """runner of rank 0 -> scheduler: a launched step has finished on the device."""
+    """runner@leader -> scheduler: a launched step has finished on the device."""
 
     step: int
     tokens: array[int]  # int32[num_rows], -1 where the row yields none
@@ -385,7 +386,7 @@ class Flush:
 
 @message(36)
 class Hello:
-    """watchdog of every other endpoint -> the coordinator's: loaded, and this is who I am."""
+    """every other watchdog -> coordinator: loaded, and this is who I am."""
 
     endpoint: int
     contract: Contract
@@ -395,14 +396,14 @@ class Hello:
 
 @message(32)
 class Drain:
-    """watchdog@0 -> every frontend and the scheduler: no new requests; running ones may finish."""
+    """coordinator -> every frontend and the scheduler: no new requests; running ones may finish."""
 
     timeout_s: float
 
 
 @message(33)
 class Drained:
-    """scheduler or a frontend -> watchdog@0: nothing is left here."""
+    """scheduler or a frontend -> coordinator: nothing is left here."""
 
     who: str  # "scheduler" or "frontend"
     endpoint: int
@@ -410,22 +411,22 @@ class Drained:
 
 @message(34)
 class Halt:
-    """watchdog@0 -> every watchdog: stop this endpoint now."""
+    """coordinator -> every watchdog: stop this endpoint now."""
 
 
 @message(35)
 class Started:
-    """watchdog@0 -> every frontend: warm and complete; open the doors."""
+    """coordinator -> every frontend: warm and complete; open the doors."""
 
 
 @message(37)
 class Lost:
-    """watchdog@0 -> every other watchdog: the server fails; end what runs with an error."""
+    """coordinator -> every other watchdog: the server fails; end what runs with an error."""
 
 
 @message(47)
 class Welcome:
-    """coordinator's watchdog -> every other one: all are there, or one of them does not belong."""
+    """coordinator -> every other one: all are there, or one of them does not belong."""
 
     contract: Contract
     topology: Topology
@@ -433,14 +434,14 @@ class Welcome:
 
 @message(38)
 class Gone:
-    """watchdog@0 -> every scheduler: this endpoint's process has ended, and its requests with it."""
+    """coordinator -> every scheduler: this endpoint's process has ended, and its requests with it."""
 
     endpoint: int
 
 
 @message(39)
 class Replaced:
-    """the process -> watchdog@0: an HTTP worker has ended; another one starts in its place."""
+    """the process -> coordinator: an HTTP worker has ended; another one starts in its place."""
 
     endpoint: int
     by: Endpoint | None  # None: none, the server is ending
@@ -448,7 +449,7 @@ class Replaced:
 
 @message(40)
 class Scrape:
-    """frontend -> watchdog@0: state of the whole server, please."""
+    """frontend -> coordinator: state of the whole server, please."""
 
     query: int
     endpoint: int
@@ -456,7 +457,7 @@ class Scrape:
 
 @message(41)
 class Scraped:
-    """watchdog@0 -> frontend."""
+    """coordinator -> frontend."""
 
     query: int
     exposition: bytes  # Prometheus text
@@ -470,14 +471,14 @@ class Scraped:
 
 @message(42)
 class Probe:
-    """watchdog@0 -> ``Topology.reporters``: report what you hold."""
+    """coordinator -> ``Topology.reporters``: report what you hold."""
 
     query: int
 
 
 @message(43)
 class SchedulerStats:
-    """scheduler -> watchdog@0."""
+    """scheduler -> coordinator."""
 
     query: int
     endpoint: int
@@ -493,7 +494,7 @@ class SchedulerStats:
 
 @message(44)
 class AllocatorStats:
-    """allocator -> watchdog@0."""
+    """allocator -> coordinator."""
 
     query: int
     endpoint: int
@@ -507,7 +508,7 @@ class AllocatorStats:
 
 @message(45)
 class Served:
-    """frontend -> watchdog@0: HTTP requests have been answered."""
+    """frontend -> coordinator: HTTP requests have been answered."""
 
     answers: tuple[Answered, ...]
 
@@ -522,7 +523,7 @@ class Served:
 
 @message(46)
 class RunnerStats:
-    """runner -> watchdog@0: medians of the last steps."""
+    """runner -> coordinator: medians of the last steps."""
 
     query: int
     endpoint: int

@@ -78,7 +78,7 @@ def torch_device(boot: Boot) -> torch.device:
 def num_threads(boot: Boot) -> int:
     """Of a rank's computations on the CPU: the node's ranks share its cores."""
     ours = [rank for rank in boot.topology.ranks if rank.node == boot.me.node]
-    return max(1, cpu_count() // len(ours))
+    return max(1, cpu_count() // max(1, len(ours)))
 
 
 def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
