@@ -140,10 +140,8 @@ class Counted:
     """tokenizer -> frontend."""
 
     query: int
-    num_tokens: int  # -1: not counted
-    detail: str = ""  # and why
-    code: str = ""
-    status: int = 0
+    num_tokens: int = 0
+    failure: Failure | None = None  # why they were not counted
 
 
 @message(8)
@@ -151,11 +149,9 @@ class Prepared:
     """tokenizer -> itself: what a thread of its pool answered, or that the time was up."""
 
     job: int
-    ids: array[int]
-    detail: str  # "": no error
-    code: str
-    status: int
-    frees: bool  # the thread is free again; False: the answer is late, the thread still busy
+    ids: array[int] = field(default_factory=int32s)
+    failure: Failure | None = None
+    frees: bool = True  # the thread is free again; False: the answer is late, the thread still busy
     head: str = ""  # as in Accepted
     cut: bool = False  # as in Accepted
 
@@ -179,12 +175,10 @@ class Compiled:
     """grammar@leader -> tokenizer: requests with this grammar can be submitted, or why not."""
 
     job: int
-    detail: str  # "": no error
-    code: str
-    status: int
+    failure: Failure | None = None
 
     def valid(self) -> bool:
-        return not self.detail or 400 <= self.status <= 599
+        return self.failure is None or self.failure.valid
 
 
 @message(28)
@@ -193,7 +187,7 @@ class Built:
 
     kind: str
     text: str
-    detail: str  # "": no error
+    failure: Failure | None = None
 
 
 @message(29)
@@ -371,7 +365,7 @@ class Finished:
         return (
             _is_rid(self.rid)
             and (self.failure is not None) == (self.reason is Reason.ERROR)
-            and (self.failure is None or 400 <= self.failure.status <= 599)
+            and (self.failure is None or self.failure.valid)
             and _counts(self.cached_len, self.num_tokens)
         )
 
@@ -480,30 +474,30 @@ class Probe:
 class SchedulerStats:
     """scheduler -> coordinator."""
 
-    query: int
-    endpoint: int
-    running: int
-    waiting: int
-    inflight_steps: int
-    steps: int
-    preemptions: int
-    prompt_tokens: int  # computed, cumulative
-    generated_tokens: int
-    expected_slots: int
+    query: int = 0
+    endpoint: int = 0
+    running: int = 0
+    waiting: int = 0
+    inflight_steps: int = 0
+    steps: int = 0  # since the start, as those below
+    preemptions: int = 0
+    prompt_tokens: int = 0  # computed: without those from the prefix cache, twice if preempted
+    generated_tokens: int = 0
+    expected_slots: int = 0  # held and promised now
 
 
 @message(44)
 class AllocatorStats:
     """allocator -> coordinator."""
 
-    query: int
-    endpoint: int
-    used: int
-    cached: int
-    total: int
-    hit_tokens: int  # cumulative
-    looked_up_tokens: int
-    evicted_tokens: int
+    query: int = 0
+    endpoint: int = 0
+    used: int = 0  # slots held by requests
+    cached: int = 0
+    total: int = 0
+    hit_tokens: int = 0  # since the start, as those below
+    looked_up_tokens: int = 0
+    evicted_tokens: int = 0
 
 
 @message(45)
@@ -525,9 +519,9 @@ class Served:
 class RunnerStats:
     """runner -> coordinator: medians of the last steps."""
 
-    query: int
-    endpoint: int
-    step_ms: float
-    launch_ms: float
-    gap_ms: float  # device idle between two steps that were both launched; 0 where not measured
-    jit_after_warmup: int
+    query: int = 0
+    endpoint: int = 0
+    step_ms: float = 0.0
+    launch_ms: float = 0.0
+    gap_ms: float = 0.0  # device idle between two steps that were both launched; 0: not measured
+    jit_after_warmup: int = 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from asyncllm.codec import FLOAT32, INT32, record
 from asyncllm.core.request import SamplingParams, Verdict
+from asyncllm.errors import RequestError
 
 record(SamplingParams)
 
@@ -84,6 +85,15 @@ class Failure:
     detail: str
     code: str = ""  # OpenAI's string code
     status: int = 400  # of HTTP
+
+    @property
+    def valid(self) -> bool:
+        return 400 <= self.status <= 599
+
+    @classmethod
+    def of(cls, error: RequestError) -> Failure:
+        """What travels of an error."""
+        return cls(error.message, error.code or "", error.status)
 
 
 @record

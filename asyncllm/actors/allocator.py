@@ -51,12 +51,12 @@ class Allocator(Actor[Reserve | Release | Probe]):
     def _stats(self, query: int) -> AllocatorStats:
         ledger = self.ledger
         return AllocatorStats(
-            query,
-            self.system.endpoint,
-            ledger.used,
-            ledger.cached,
-            ledger.total,
-            ledger.hit_tokens,
-            ledger.looked_up_tokens,
-            ledger.evicted_tokens,
+            query=query,
+            endpoint=self.system.endpoint,
+            used=ledger.used,
+            cached=ledger.cached,
+            total=ledger.total,
+            hit_tokens=ledger.hit_tokens,
+            looked_up_tokens=ledger.looked_up_tokens,
+            evicted_tokens=ledger.evicted_tokens,
         )

@@ -226,7 +226,14 @@ class _Stream:
             return None
         # a request without log-probabilities sees columns only in steps it shares with others
         logprobs = Logprobs.join(blocks) if blocks and len(blocks) == len(ids) else None
-        return Delta(self.rid, text, ids, tuple(pieces), logprobs, prompt)
+        return Delta(
+            rid=self.rid,
+            text=text,
+            ids=ids,
+            pieces=tuple(pieces),
+            logprobs=logprobs,
+            prompt=prompt,
+        )
 
     def _take_one(self) -> Delta:
         """``take`` as it mostly is, in half the time: a token, and nothing that could stop the text."""
@@ -238,7 +245,9 @@ class _Stream:
         ids, self.ids = self.ids, array(INT32)
         logprobs = self.blocks.pop() if self.blocks else None
         del self.ends[:]
-        return Delta(self.rid, piece, ids, (piece,), logprobs, None)
+        return Delta(
+            rid=self.rid, text=piece, ids=ids, pieces=(piece,), logprobs=logprobs, prompt=None
+        )
 
     def _ready(self) -> tuple[int, int]:
         """How many tokens can be shown now, and how many after them are a stop sequence."""
@@ -257,7 +266,11 @@ class _Stream:
             return finished
         found = self.stops.found if self.stops is not None else ""
         return Finished(
-            self.rid, Reason.STOP, None, finished.cached_len, self.stopped_at, stop=found
+            self.rid,
+            Reason.STOP,
+            cached_len=finished.cached_len,
+            num_tokens=self.stopped_at,
+            stop=found,
         )
 
     def _before_stop(self, piece: str, token: int = -1) -> str:

@@ -24,7 +24,7 @@ from asyncllm.actors.http import Routes
 from asyncllm.actors.stream import Exchange, Pipe, resolve
 from asyncllm.api import sse
 from asyncllm.api.answer import REASONS, Answer, Choice, Reply, Vocab
-from asyncllm.api.errors import Cancelled, NotServing, from_status
+from asyncllm.api.errors import Cancelled, NotServing, from_failure
 from asyncllm.api.fields import MAX_SEED
 from asyncllm.api.generation import Generation, Served
 from asyncllm.core.admission import Admission
@@ -308,13 +308,13 @@ class Frontend(Actor[Inbox]):
         """
         query, future = self._query()
         try:
-            self._tokenizer.tell(Count(query, text, add_special_tokens, chat, client))
+            self._tokenizer.tell(Count(query, text, add_special_tokens, chat=chat, client=client))
         except MailboxFull:
             del self._queries[query]
             raise ServerBusy("the tokenizer is behind; try again later") from None
         counted: Counted = await self._wait(query, future, "the tokenizer")
-        if counted.num_tokens < 0:
-            error = from_status(counted.status, counted.detail, counted.code)
+        if counted.failure is not None:
+            error = from_failure(counted.failure)
             error.param = "text" if chat is None else "messages"
             raise error
         return counted.num_tokens
@@ -351,15 +351,15 @@ class Frontend(Actor[Inbox]):
         parting = generation.parting
         self._tokenizer.tell(
             Tokenize(
-                tuple(rids),
-                prompt.text,
-                prompt.ids,
-                prompt.chat,
-                generation.add_special_tokens,
-                generation.params,
-                () if parting is None else parting.shown,
-                "" if parting is None else parting.reasoning,
-                "" if parting is None else parting.continued,
+                rids=tuple(rids),
+                text=prompt.text,
+                ids=prompt.ids,
+                chat=prompt.chat,
+                add_special_tokens=generation.add_special_tokens,
+                params=generation.params,
+                shown=() if parting is None else parting.shown,
+                reasoning="" if parting is None else parting.reasoning,
+                continued="" if parting is None else parting.continued,
                 truncate=generation.truncate,
                 client=exchange.client,
             )
@@ -398,7 +398,7 @@ class Frontend(Actor[Inbox]):
         exchange, choice = found
         reason, failure = msg.reason, msg.failure
         if failure is not None:
-            self._fail(exchange, from_status(failure.status, failure.detail, failure.code))
+            self._fail(exchange, from_failure(failure))
             return
         if reason is Reason.ABORT and (exchange.unaccepted or not exchange.cancelled):
             error: RequestError = NotServing("the server ended this request", code="aborted")

@@ -15,6 +15,7 @@ from asyncllm.core.admission import Shares
 from asyncllm.core.fair_queue import FairQueue
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.messages import Built, Compile, Compiled
+from asyncllm.records import Failure
 
 OFF = "constrained output is off on this server (--output_constraint_mode none)"
 
@@ -79,7 +80,7 @@ class GrammarKeeper(Actor[Inbox]):
     def _compile(self, msg: Compile) -> None:
         key = msg.kind, msg.text
         if self._builder is None:
-            self._answer(msg, RequestError(OFF))
+            self._answer(msg, Failure(OFF))
         elif key in self._builder:
             self._answer(msg, None)
         elif asking := self._asking.get(key):
@@ -108,28 +109,24 @@ class GrammarKeeper(Actor[Inbox]):
                 self._pool, self._builder.build, kind, text
             )
         except RequestError as error:
-            return Built(kind, text, error.message)
+            return Built(kind, text, Failure.of(error))
         self._builder.keep(kind, text, compiled)
-        return Built(kind, text, "")
+        return Built(kind, text)
 
     def _built(self, msg: Built) -> None:
         self._free += 1
-        error = RequestError(msg.detail) if msg.detail else None
         for one in self._asking.pop((msg.kind, msg.text)):
-            self._answer(one, error)
+            self._answer(one, msg.failure)
         self._start_some()
 
-    def _answer(self, msg: Compile, error: RequestError | None) -> None:
-        tokenizer = self.system.ref("tokenizer", msg.endpoint)
-        if error is None:
-            tokenizer.tell(Compiled(msg.job, "", "", 0))
-        else:
-            tokenizer.tell(Compiled(msg.job, error.message, error.code or "", error.status))
+    def _answer(self, msg: Compile, failure: Failure | None) -> None:
+        self.system.ref("tokenizer", msg.endpoint).tell(Compiled(msg.job, failure))
 
-    def _busy(self, client: int) -> ServerBusy:
+    def _busy(self, client: int) -> Failure:
         places = self._places
-        return ServerBusy(
+        error = ServerBusy(
             f"{places.of(client)} grammars of this client and {places.total} together wait to be "
             f"compiled, at most {places.most} may, half of them of one client while others wait; "
             "try again later"
         )
+        return Failure.of(error)

@@ -45,6 +45,7 @@ from asyncllm.api.responses_reply import ResponseReply
 from asyncllm.api.tgi_reply import TgiReply
 from asyncllm.core.metrics import REFUSED
 from asyncllm.errors import RequestError
+from asyncllm.records import Failure
 
 if TYPE_CHECKING:
     from asyncllm.actors.frontend import Frontend
@@ -369,7 +370,9 @@ class Routes:
             message = f"Expect: {expected} is not 100-continue"
             return self._error(request, errors.Unexpected(message))
         except web.HTTPException as error:
-            return self._error(request, errors.from_status(error.status, error.reason, ""))
+            return self._error(
+                request, errors.from_failure(Failure(error.reason, status=error.status))
+            )
         except ConnectionError:
             raise  # the client left
         except Exception:

@@ -121,12 +121,12 @@ class Runner(Actor[StepPlan | Probe]):
 
     def _stats(self, query: int) -> RunnerStats:
         return RunnerStats(
-            query,
-            self.system.endpoint,
-            _median(self._step_ms),
-            _median(self._launch_ms),
-            _median(self._gap_ms),
-            self._jit_after_warmup(),
+            query=query,
+            endpoint=self.system.endpoint,
+            step_ms=_median(self._step_ms),
+            launch_ms=_median(self._launch_ms),
+            gap_ms=_median(self._gap_ms),
+            jit_after_warmup=self._jit_after_warmup(),
         )
 
     def _wait_forever(self) -> None:

@@ -174,7 +174,7 @@ class Scheduler(Actor[Inbox]):
             if constraint is not None and not constraint.slow(None):
                 constraint.start()
         except RequestError as error:
-            self.core.refuse(msg.rid, Failure(error.message, status=error.status))
+            self.core.refuse(msg.rid, Failure.of(error))
             return
         self._stalled = False
         self.core.add(msg.rid, msg.prompt, msg.params, constraint, msg.after, msg.client)
@@ -318,16 +318,16 @@ class Scheduler(Actor[Inbox]):
     def _stats(self, query: int) -> SchedulerStats:
         core = self.core
         return SchedulerStats(
-            query,
-            self.system.endpoint,
-            len(core.running),
-            len(core.requests) - len(core.running),
-            len(self._inflight),
-            core.steps,
-            core.preemptions,
-            core.prompt_tokens,
-            core.generated_tokens,
-            core.expected_slots,
+            query=query,
+            endpoint=self.system.endpoint,
+            running=len(core.running),
+            waiting=len(core.requests) - len(core.running),
+            inflight_steps=len(self._inflight),
+            expected_slots=core.expected_slots,
+            steps=core.steps,
+            preemptions=core.preemptions,
+            prompt_tokens=core.prompt_tokens,
+            generated_tokens=core.generated_tokens,
         )
 
 
@@ -359,4 +359,6 @@ def _pack(
     logprobs = done.logprobs
     if logprobs is not None and len(mine) != len(done.tokens):
         logprobs = logprobs.pick([emitted.rows[i] for i in mine])
-    return Tokens(done.step, rids, tokens, ends, logprobs, scores)
+    return Tokens(
+        step=done.step, rids=rids, tokens=tokens, ends=ends, logprobs=logprobs, prompt=scores
+    )

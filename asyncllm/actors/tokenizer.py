@@ -186,7 +186,7 @@ class Tokenizer(Actor[Inbox]):
             self._answer(number, job, ids)
         elif (error := self._too_long(msg)) is not None:
             self._forget(number, job)
-            self._refuse(job, error)
+            self._refuse(job, Failure.of(error))
         else:
             self._wait(number, job)
 
@@ -201,15 +201,13 @@ class Tokenizer(Actor[Inbox]):
             self._drop_given_up(line)
         if line.places.room(client) <= 0:
             self._forget(number, job)
-            self._refuse(
-                job,
-                ServerBusy(
-                    f"prompts of this client in {line.places.of(client)} places (of {PLACE_CHARS} "
-                    f"characters) and {line.places.total} together wait to be tokenized, at most "
-                    f"{line.places.most} may, half of them of one client while others wait; try "
-                    "again later"
-                ),
+            error = ServerBusy(
+                f"prompts of this client in {line.places.of(client)} places (of {PLACE_CHARS} "
+                f"characters) and {line.places.total} together wait to be tokenized, at most "
+                f"{line.places.most} may, half of them of one client while others wait; try "
+                "again later"
             )
+            self._refuse(job, Failure.of(error))
             return
         line.jobs.append(client, number, number)
         line.places.take(client, _places(job.msg))
@@ -248,7 +246,7 @@ class Tokenizer(Actor[Inbox]):
 
     def _drop(self, number: int, job: _Job) -> None:
         self._forget(number, job)
-        self._refuse(job, NotServing(f"not counted within {COUNT_S:g} s"))
+        self._refuse(job, Failure.of(NotServing(f"not counted within {COUNT_S:g} s")))
 
     def _leave_line(self, number: int, job: _Job) -> None:
         """Without a turn, if it is in one."""
@@ -263,9 +261,7 @@ class Tokenizer(Actor[Inbox]):
             if msg.chat is not None:
                 rendered = await self._renderer.render(msg.chat)
         except RequestError as error:
-            return Prepared(
-                number, array(INT32), error.message, error.code or "", error.status, True
-            )
+            return Prepared(number, failure=Failure.of(error))
         work = self.system.loop.run_in_executor(self._pool, self._ids, msg, rendered)
         try:
             async with asyncio.timeout(self._time_limit_s):
@@ -273,12 +269,10 @@ class Tokenizer(Actor[Inbox]):
         except TimeoutError:
             self.spawn(self._late(number, work))
             detail = f"the prompt could not be prepared in {self._time_limit_s:g} s"
-            return Prepared(number, array(INT32), detail, "", RequestError.status, False)
+            return Prepared(number, failure=Failure(detail), frees=False)
         except RequestError as error:
-            return Prepared(
-                number, array(INT32), error.message, error.code or "", error.status, True
-            )
-        return Prepared(number, ids, "", "", 0, True, head, cut)
+            return Prepared(number, failure=Failure.of(error))
+        return Prepared(number, ids, head=head, cut=cut)
 
     async def _late(
         self, number: int, work: asyncio.Future[tuple[array[int], str, bool]]
@@ -286,7 +280,7 @@ class Tokenizer(Actor[Inbox]):
         """Frees the thread of a job that has been answered already."""
         with contextlib.suppress(RequestError):
             await work
-        return Prepared(number, array(INT32), "", "", 0, True)
+        return Prepared(number)
 
     def _prepared(self, msg: Prepared) -> None:
         if msg.frees:
@@ -295,9 +289,9 @@ class Tokenizer(Actor[Inbox]):
         if (job := self._jobs.get(msg.job)) is None:
             return
         job.head, job.cut = msg.head, msg.cut
-        if msg.detail:
+        if msg.failure is not None:
             self._forget(msg.job, job)
-            self._refuse(job, _error(msg))
+            self._refuse(job, msg.failure)
         else:
             self._answer(msg.job, job, msg.ids)
 
@@ -305,8 +299,8 @@ class Tokenizer(Actor[Inbox]):
         if (job := self._jobs.get(msg.job)) is None:
             return
         self._forget(msg.job, job)
-        if msg.detail:
-            self._refuse(job, _error(msg))
+        if msg.failure is not None:
+            self._refuse(job, msg.failure)
         else:
             assert isinstance(job.msg, Tokenize)
             self._submit(job, job.msg)
@@ -419,7 +413,7 @@ class Tokenizer(Actor[Inbox]):
             room = self._room(ids, params.max_new_tokens)
         except RequestError as error:
             self._forget(number, job)
-            self._refuse(job, error)
+            self._refuse(job, Failure.of(error))
             return
         if params.max_new_tokens is None and self._most_new is not None:
             room = min(room, max(self._most_new, params.min_new_tokens))
@@ -441,22 +435,32 @@ class Tokenizer(Actor[Inbox]):
         for rid in job.alive:
             self.detokenizer.tell(
                 Follow(
-                    rid,
-                    kept[-TAIL_TOKENS:],
-                    params.stop,
-                    params.skip_special_tokens,
-                    params.print_eos,
-                    msg.shown,
-                    params.stop_sequences,
-                    b"".join(healed),
+                    rid=rid,
+                    prompt_tail=kept[-TAIL_TOKENS:],
+                    stop=params.stop,
+                    skip_special_tokens=params.skip_special_tokens,
+                    print_eos=params.print_eos,
+                    shown=msg.shown,
+                    stop_sequences=params.stop_sequences,
+                    healed=b"".join(healed),
                 )
             )
         for i, rid in enumerate(msg.rids):
             if rid in job.alive:
                 own = replace(params, seed=_wrapped(params.seed + i))
                 after = -1 if rid == job.alive[0] else job.alive[0]
-                self.scheduler.tell(Submit(rid, kept, own, thoughts, after, healed, msg.client))
-        self.frontend.tell(Accepted(msg.rids[0], ids, job.head, job.cut))
+                self.scheduler.tell(
+                    Submit(
+                        rid=rid,
+                        prompt=kept,
+                        params=own,
+                        thoughts=thoughts,
+                        after=after,
+                        healed=healed,
+                        client=msg.client,
+                    )
+                )
+        self.frontend.tell(Accepted(msg.rids[0], ids, head=job.head, cut=job.cut))
 
     def _to_heal(self, ids: array[int], params: SamplingParams) -> int:
         """How many tokens at the end of a text are to be spelled anew."""
@@ -515,12 +519,10 @@ class Tokenizer(Actor[Inbox]):
             )
         return max_new_tokens
 
-    def _refuse(self, job: _Job, error: RequestError) -> None:
+    def _refuse(self, job: _Job, failure: Failure) -> None:
         if isinstance(job.msg, Count):
-            told = Counted(job.msg.query, -1, error.message, error.code or "", error.status)
-            self.frontend.tell(told)
+            self.frontend.tell(Counted(job.msg.query, failure=failure))
             return
-        failure = Failure(error.message, error.code or "", error.status)
         # the group's first, unless that one has been aborted
         self.frontend.tell(Finished(job.alive[0], Reason.ERROR, failure))
 
@@ -536,12 +538,6 @@ def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], 
 def _places(msg: Tokenize | Count) -> int:
     """How much of the line it takes."""
     return 1 + len(msg.chat if msg.chat is not None else msg.text or "") // PLACE_CHARS
-
-
-def _error(msg: Prepared | Compiled) -> RequestError:
-    error = RequestError(msg.detail, code=msg.code or None)
-    error.status = msg.status
-    return error
 
 
 def _wrapped(seed: int) -> int:

@@ -14,9 +14,9 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from time import perf_counter
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.core.metrics import Process, ServerMetrics, State
@@ -67,6 +67,7 @@ Inbox = (
     | RunnerStats
 )
 Stats = SchedulerStats | AllocatorStats | RunnerStats
+S = TypeVar("S", SchedulerStats, AllocatorStats, RunnerStats)
 REPORTER: dict[type[Stats], str] = {
     SchedulerStats: "scheduler",
     AllocatorStats: "allocator",
@@ -462,14 +463,12 @@ class Watchdog(Actor[Inbox]):
 
     def _report(self, probe: _Probe) -> None:
         self._probe = None
-        reports = self._reports.values()
-        state = gather(reports, len(probe.silent))
-        expected = sum(r.expected_slots for r in reports if isinstance(r, SchedulerStats))
-        self._answer(probe.scrapes, state, expected)
+        state = gather(self._reports.values(), len(probe.silent))
+        self._answer(probe.scrapes, state)
         if probe.log:
             self._log(state)
 
-    def _answer(self, scrapes: list[Scrape], state: State, expected: int) -> None:
+    def _answer(self, scrapes: list[Scrape], state: State) -> None:
         system = self.system
         actors = [
             (a.name, a.depth, a.busy_s, a.take_longest() if scrapes else 0.0) for a in system.actors
@@ -482,12 +481,12 @@ class Watchdog(Actor[Inbox]):
             answer = Scraped(
                 query=scrape.query,
                 exposition=text,
-                used=state.used,
-                cached=state.cached,
-                total=state.total,
-                running=state.running,
-                waiting=state.waiting,
-                expected=expected,
+                used=state.allocator.used,
+                cached=state.allocator.cached,
+                total=state.allocator.total,
+                running=state.scheduler.running,
+                waiting=state.scheduler.waiting,
+                expected=state.scheduler.expected_slots,
             )
             system.ref("frontend", scrape.endpoint).tell(answer, urgent=True)
 
@@ -496,22 +495,23 @@ class Watchdog(Actor[Inbox]):
         last, now = self._logged, self._means.clock()
         span = now - self._logged_at
         self._logged, self._logged_at = state, now
-        prompt = state.prompt_tokens - last.prompt_tokens
-        generated = state.generated_tokens - last.generated_tokens
-        if not (state.running or state.waiting or prompt or generated) or span <= 0:
+        requests, slots = state.scheduler, state.allocator
+        prompt = requests.prompt_tokens - last.scheduler.prompt_tokens
+        generated = requests.generated_tokens - last.scheduler.generated_tokens
+        if not (requests.running or requests.waiting or prompt or generated) or span <= 0:
             return
-        total = max(1, state.total)
-        looked_up = max(1, state.looked_up_tokens - last.looked_up_tokens)
+        total = max(1, slots.total)
+        looked_up = max(1, slots.looked_up_tokens - last.allocator.looked_up_tokens)
         log.info(
             "prompt %.1f tok/s, generated %.1f tok/s, running %d, waiting %d, "
             "KV used %.1f%%, cached %.1f%%, prefix hit %.1f%%",
             prompt / span,
             generated / span,
-            state.running,
-            state.waiting,
-            100 * state.used / total,
-            100 * state.cached / total,
-            100 * (state.hit_tokens - last.hit_tokens) / looked_up,
+            requests.running,
+            requests.waiting,
+            100 * slots.used / total,
+            100 * slots.cached / total,
+            100 * (slots.hit_tokens - last.allocator.hit_tokens) / looked_up,
         )
 
 
@@ -555,26 +555,20 @@ def gather(reports: Collection[Stats], silent: int) -> State:
     Args:
         silent: number of those whose report is an older one, or missing.
     """
-    queues = [r for r in reports if isinstance(r, SchedulerStats)]
-    pools = [r for r in reports if isinstance(r, AllocatorStats)]
-    devices = [r for r in reports if isinstance(r, RunnerStats)]
     return State(
-        used=sum(r.used for r in pools),
-        cached=sum(r.cached for r in pools),
-        total=sum(r.total for r in pools),
-        hit_tokens=sum(r.hit_tokens for r in pools),
-        looked_up_tokens=sum(r.looked_up_tokens for r in pools),
-        evicted_tokens=sum(r.evicted_tokens for r in pools),
-        running=sum(r.running for r in queues),
-        waiting=sum(r.waiting for r in queues),
-        inflight_steps=sum(r.inflight_steps for r in queues),
-        steps=sum(r.steps for r in queues),
-        preemptions=sum(r.preemptions for r in queues),
-        prompt_tokens=sum(r.prompt_tokens for r in queues),
-        generated_tokens=sum(r.generated_tokens for r in queues),
-        step_ms=max((r.step_ms for r in devices), default=0.0),
-        launch_ms=max((r.launch_ms for r in devices), default=0.0),
-        gap_ms=max((r.gap_ms for r in devices), default=0.0),
-        jit_after_warmup=sum(r.jit_after_warmup for r in devices),
+        _merged(SchedulerStats, reports),
+        _merged(AllocatorStats, reports),
+        _merged(RunnerStats, reports),
         silent_reporters=silent,
     )
+
+
+def _merged(kind: type[S], reports: Collection[Stats]) -> S:
+    """Counts are ints, times are floats."""
+    mine = [report for report in reports if isinstance(report, kind)]
+    merged = kind()
+    for name in (f.name for f in fields(kind) if f.name not in ("query", "endpoint")):
+        values = [getattr(report, name) for report in mine]
+        most = isinstance(getattr(merged, name), float)
+        setattr(merged, name, max(values, default=0.0) if most else sum(values))
+    return merged

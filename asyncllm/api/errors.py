@@ -6,6 +6,7 @@ Knows statuses, types and codes; knows neither aiohttp nor who raised.
 from __future__ import annotations
 
 from asyncllm.errors import RequestError
+from asyncllm.records import Failure
 
 
 class NotAvailable(RequestError):
@@ -87,24 +88,20 @@ class NotServing(RequestError):
     code = "service_unavailable"
 
 
-def from_status(status: int, message: str, code: str) -> RequestError:
+def from_failure(failure: Failure) -> RequestError:
     """The error of a request that failed behind the HTTP layer.
 
-    Args:
-        status: HTTP status; outside 400..599 it counts as 500.
-        message: what is wrong.
-        code: OpenAI's string code, or "" for the status's usual one.
+    A status outside 400..599 counts as 500; without a code it gets the status's usual one.
     """
-    if not 400 <= status <= 599:
-        status = 500
+    message, status = failure.detail, failure.status if failure.valid else 500
     error: RequestError = RequestError(message, code="invalid_value")
     if status == 429:
         error.type, error.code = "rate_limit_error", "rate_limit_exceeded"
     elif status >= 500:
         error = ServerFault(message) if status == 500 else NotServing(message)
     error.status = status
-    if code:
-        error.code = code
+    if failure.code:
+        error.code = failure.code
     return error
 
 

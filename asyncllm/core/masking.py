@@ -39,7 +39,7 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
         except Again:
             verdict = Verdict.AGAIN
         except RequestError as error:
-            verdict, failure = Verdict.REFUSED, Failure(error.message, status=error.status)
+            verdict, failure = Verdict.REFUSED, Failure.of(error)
         now = clock()
         done.append(Done(rid, verdict, now - before, failure))
         before = now

@@ -8,7 +8,8 @@ an honest meaning here (``lightllm_``, with the label ``model_name``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,6 +21,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from asyncllm.messages import AllocatorStats, RunnerStats, SchedulerStats
 from asyncllm.records import Answered
 
 REFUSED = "refused"  # a reason: the request was not taken in
@@ -33,25 +35,11 @@ LIGHTLLM_BUCKETS = tuple(0.0015 * 1.5**k for k in range(35))
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What scheduler, allocator and runner hold; token and step counts are since the start."""
+    """What scheduler, allocator and runner hold."""
 
-    used: int = 0  # slots held by requests
-    cached: int = 0
-    total: int = 0
-    hit_tokens: int = 0
-    looked_up_tokens: int = 0
-    evicted_tokens: int = 0
-    running: int = 0
-    waiting: int = 0
-    inflight_steps: int = 0
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0  # computed: without those from the prefix cache, twice if preempted
-    generated_tokens: int = 0
-    step_ms: float = 0.0
-    launch_ms: float = 0.0
-    gap_ms: float = 0.0
-    jit_after_warmup: int = 0
+    scheduler: SchedulerStats = field(default_factory=SchedulerStats)
+    allocator: AllocatorStats = field(default_factory=AllocatorStats)
+    runner: RunnerStats = field(default_factory=RunnerStats)
     silent_reporters: int = 0
 
 
@@ -67,40 +55,54 @@ class Process:
 
 # field of State -> (name without prefix, help, is a counter)
 _STATE = {
-    "used": ("kv_slots_used", "KV slots held by requests", False),
-    "cached": ("kv_slots_cached", "KV slots of the prefix cache alone", False),
-    "total": ("kv_slots_total", "KV slots there are", False),
-    "running": ("requests_running", "Requests in the batch", False),
-    "waiting": ("requests_waiting", "Requests queued for the batch", False),
-    "inflight_steps": ("inflight_steps", "Steps launched and not committed", False),
-    "step_ms": ("step_ms", "Time of a step, milliseconds, median of the last ones", False),
-    "launch_ms": ("launch_ms", "Host time of a launch, milliseconds, median", False),
-    "gap_ms": ("gpu_gap_ms", "Device idle between two launched steps, ms, median", False),
-    "steps": ("steps", "Steps launched", True),
-    "preemptions": ("preemptions", "Requests taken out of the batch for want of KV", True),
-    "prompt_tokens": (
+    "allocator.used": ("kv_slots_used", "KV slots held by requests", False),
+    "allocator.cached": ("kv_slots_cached", "KV slots of the prefix cache alone", False),
+    "allocator.total": ("kv_slots_total", "KV slots there are", False),
+    "scheduler.running": ("requests_running", "Requests in the batch", False),
+    "scheduler.waiting": ("requests_waiting", "Requests queued for the batch", False),
+    "scheduler.inflight_steps": ("inflight_steps", "Steps launched and not committed", False),
+    "runner.step_ms": ("step_ms", "Time of a step, milliseconds, median of the last ones", False),
+    "runner.launch_ms": ("launch_ms", "Host time of a launch, milliseconds, median", False),
+    "runner.gap_ms": ("gpu_gap_ms", "Device idle between two launched steps, ms, median", False),
+    "scheduler.steps": ("steps", "Steps launched", True),
+    "scheduler.preemptions": (
+        "preemptions",
+        "Requests taken out of the batch for want of KV",
+        True,
+    ),
+    "scheduler.prompt_tokens": (
         "prompt_tokens_computed",
         "Prompt tokens computed: none from the prefix cache, those of a preempted request again",
         True,
     ),
-    "generated_tokens": ("generated_tokens", "Tokens sampled", True),
-    "hit_tokens": ("prefix_hit_tokens", "Prompt tokens taken from the prefix cache", True),
-    "looked_up_tokens": ("prefix_lookup_tokens", "Prompt tokens looked up in it", True),
-    "evicted_tokens": ("evicted_tokens", "Tokens evicted from it", True),
-    "jit_after_warmup": ("jit_after_warmup", "Kernels compiled while serving", True),
+    "scheduler.generated_tokens": ("generated_tokens", "Tokens sampled", True),
+    "allocator.hit_tokens": (
+        "prefix_hit_tokens",
+        "Prompt tokens taken from the prefix cache",
+        True,
+    ),
+    "allocator.looked_up_tokens": ("prefix_lookup_tokens", "Prompt tokens looked up in it", True),
+    "allocator.evicted_tokens": ("evicted_tokens", "Tokens evicted from it", True),
+    "runner.jit_after_warmup": ("jit_after_warmup", "Kernels compiled while serving", True),
     "silent_reporters": (
         "silent_reporters",
         "Actors whose numbers here are older, since they have not answered within a second",
         False,
     ),
 }
-assert set(_STATE) == {f.name for f in fields(State)}
+_UNNAMED = {"query", "endpoint", "expected_slots"}  # the last one is for /token_load alone
+assert set(_STATE) - {"silent_reporters"} == {
+    f"{of.name}.{count.name}"
+    for of in fields(State)[:3]
+    for count in fields(getattr(State(), of.name))
+    if count.name not in _UNNAMED
+}
 
 # name without prefix -> field of State
 _LIGHTLLM = {
-    "queue_size": "waiting",
-    "batch_current_size": "running",
-    "num_running_reqs": "running",
+    "queue_size": "scheduler.waiting",
+    "batch_current_size": "scheduler.running",
+    "num_running_reqs": "scheduler.running",
 }
 
 
@@ -200,13 +202,13 @@ class _Held(Collector):
         self.state, self.process = State(), Process()
 
     def collect(self) -> Iterator[Metric]:
-        for field, (name, text, is_counter) in _STATE.items():
+        for path, (name, text, is_counter) in _STATE.items():
             family = CounterMetricFamily if is_counter else GaugeMetricFamily
-            yield family(f"asyncllm_{name}", text, value=getattr(self.state, field))
-        for name, field in _LIGHTLLM.items():
-            text = f"The same as asyncllm_{_STATE[field][0]}"
+            yield family(f"asyncllm_{name}", text, value=attrgetter(path)(self.state))
+        for name, path in _LIGHTLLM.items():
+            text = f"The same as asyncllm_{_STATE[path][0]}"
             gauge = GaugeMetricFamily(f"lightllm_{name}", text, labels=["model_name"])
-            gauge.add_metric([self._model_name], getattr(self.state, field))
+            gauge.add_metric([self._model_name], attrgetter(path)(self.state))
             yield gauge
         depth = GaugeMetricFamily("asyncllm_mailbox_depth", "Messages waiting", labels=["actor"])
         busy = CounterMetricFamily(

@@ -304,7 +304,7 @@ class Core:
             try:
                 whole = req.constraint.accept(token)
             except RequestError as error:
-                self._end(req, Reason.ERROR, failure=Failure(error.message, status=error.status))
+                self._end(req, Reason.ERROR, failure=Failure.of(error))
                 return
             except Again:
                 self._again(req)
@@ -436,7 +436,8 @@ class Core:
         self._leave(req)
         self._changed = True
         num = len(req.outputs) if num_tokens is None else num_tokens
-        self.ended.append(Finished(req.rid, reason, failure, max(req.cached_len, 0), num))
+        cached_len = max(req.cached_len, 0)
+        self.ended.append(Finished(req.rid, reason, failure, cached_len=cached_len, num_tokens=num))
 
     def _leave(self, req: Request) -> None:
         """The request's lane is over. Rows that were launched, or are being reserved, keep it."""

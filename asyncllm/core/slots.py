@@ -121,7 +121,7 @@ class Ledger:
             hits.append(row[0])
             granted.append(len(row[1]) - row[0])
             out.extend(row[1])
-        return Granted(hits, granted, out, self.available)
+        return Granted(hits, granted, out, available=self.available)
 
     def launched(self, lanes: array[int]) -> None:
         """All slots these lanes were granted have been written, or will be before any later step:

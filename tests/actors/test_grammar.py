@@ -67,7 +67,8 @@ class Asker(Actor[Any]):
     def receive(self, batch: list[Any]) -> None:
         for msg in batch:
             assert msg.job not in self.answers, "answered twice"
-            self.answers[msg.job] = msg.detail, msg.status
+            failure = msg.failure
+            self.answers[msg.job] = (failure.detail, failure.status) if failure else ("", 0)
             self.script(self, msg)
 
 

@@ -344,8 +344,10 @@ def test_stats_tell_what_is_held() -> None:
     world.ref("allocator").tell(Probe(7))
     world.settle("scheduler", "allocator", "watchdog")
     scheduler, allocator = sorted(world.others, key=lambda msg: type(msg).__name__, reverse=True)
-    assert scheduler == SchedulerStats(7, 0, 1, 0, 2, 2, 0, 16, 0, 25)
-    assert allocator == AllocatorStats(7, 0, 16, 0, 64, 0, 20, 0)
+    assert scheduler == SchedulerStats(
+        query=7, running=1, inflight_steps=2, steps=2, prompt_tokens=16, expected_slots=25
+    )
+    assert allocator == AllocatorStats(query=7, used=16, total=64, looked_up_tokens=20)
 
 
 def test_one_message_per_frontend_and_step() -> None:

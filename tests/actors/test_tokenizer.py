@@ -235,12 +235,12 @@ def test_what_is_too_long_is_refused_without_a_thread(
     most = 16 * options.get("input_limit", LIMIT)
     for count, number in ((Count(3, long, True), 100_000), (Count(3, "", False, packed), 50_038)):
         counted = play(text, [count], answers=1, **options)[0][1]
-        assert (counted.num_tokens, counted.status) == (-1, 400)
-        assert counted.code == "context_length_exceeded"
+        assert counted.failure.status == 400
+        assert counted.failure.code == "context_length_exceeded"
         assert f"at least {number} characters are too many to be counted: at most {most}" in (
-            counted.detail
+            counted.failure.detail
         )
-        assert f"({flag})" in counted.detail
+        assert f"({flag})" in counted.failure.detail
 
 
 def test_a_chat_that_its_template_makes_too_long_is_refused(text: Text) -> None:
@@ -250,7 +250,7 @@ def test_a_chat_that_its_template_makes_too_long_is_refused(text: Text) -> None:
     chat = {"messages": messages, "tools": None, "kwargs": {}}
     assert "1000 characters" in only(play(wide, [prompt(chat=chat)], answers=1)).failure.detail
     counted = play(wide, [Count(3, "", False, json.dumps(chat).encode())], answers=1)[0][1]
-    assert "at least 1000 characters are too many to be counted" in counted.detail
+    assert "at least 1000 characters are too many to be counted" in counted.failure.detail
 
 
 @pytest.mark.parametrize(
@@ -539,7 +539,7 @@ def test_abort_beside_ids_that_are_ready(
             monkeypatch.setattr(actor, "spawn", lambda work: work.close())
             actor.started()
             actor.receive([prompt(1, "a")])
-            batch = [Prepared(1, i32([1]), "", "", 0, True), Abort(1)]
+            batch = [Prepared(1, i32([1])), Abort(1)]
             actor.receive(batch[::-1] if abort_first else batch)
             await system.run()
 
@@ -593,8 +593,8 @@ def test_full_queue_is_429(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
         (3, 429, "rate_limit_exceeded")
     ]
     (counted,) = [m for _, m in log if isinstance(m, Counted)]
-    assert (counted.num_tokens, counted.status) == (-1, 429)
-    assert "wait to be tokenized, at most 1 may" in counted.detail
+    assert counted.failure.status == 429
+    assert "wait to be tokenized, at most 1 may" in counted.failure.detail
     assert [m.rid for _, m in log if isinstance(m, Accepted)] == [1, 2]
 
 
@@ -667,7 +667,10 @@ def test_what_has_been_given_up_keeps_nobody_out(
     monkeypatch.setattr(module.Tokenizer, "_start_some", lambda self: None)
     batch = [Count(1, "a", False), Count(2, "b", False), Count(3, "c", False)]
     log = play(text, batch, answers=2, workers=1, max_queue=2, waiting=1)
-    assert [(m.query, m.status) for _, m in log if isinstance(m, Counted)] == [(1, 503), (2, 503)]
+    assert [(m.query, m.failure.status) for _, m in log if isinstance(m, Counted)] == [
+        (1, 503),
+        (2, 503),
+    ]
 
 
 def test_short_texts_do_not_wait_for_long_ones(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -712,7 +715,7 @@ def test_what_has_been_given_up_is_not_counted(text: Text, monkeypatch: pytest.M
     batch = [Count(1, "a", False), Count(2, "b", False), prompt(3, "c")]
     log = play(text, batch, answers=3, workers=1)
     told = {m.query: m for _, m in log if isinstance(m, Counted)}
-    assert (told[1].num_tokens, told[2].num_tokens, told[2].status) == (1, -1, 503)
+    assert (told[1], told[2].failure.status) == (Counted(1, 1), 503)
     assert [m.rid for _, m in log if isinstance(m, Accepted)] == [3]  # a prompt waits on
 
 

@@ -18,6 +18,7 @@ import uvloop
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.watchdog import Duty, Means, Watchdog, gather
+from asyncllm.core.metrics import State
 from asyncllm.errors import Mismatch, PeerLost
 from asyncllm.messages import (
     AllocatorStats,
@@ -71,7 +72,14 @@ class Fake(Actor[Any]):
         if self.name == "scheduler":
             dog.tell(
                 SchedulerStats(
-                    query, 0, self.running, self.waiting, 1, 9, 0, self.prompt, self.generated, 77
+                    query=query,
+                    running=self.running,
+                    waiting=self.waiting,
+                    inflight_steps=1,
+                    expected_slots=77,
+                    steps=9,
+                    prompt_tokens=self.prompt,
+                    generated_tokens=self.generated,
                 )
             )
         elif self.name == "allocator":
@@ -754,9 +762,12 @@ def test_groups_are_added_up_and_the_slowest_time_counts() -> None:
         ],
         silent=1,
     )
-    assert (state.running, state.waiting, state.generated_tokens) == (4, 2, 10)
-    assert (state.used, state.total, state.silent_reporters) == (30, 100, 1)
-    assert (state.step_ms, state.launch_ms, state.jit_after_warmup) == (5.0, 0.9, 1)
+    assert state == State(
+        scheduler=SchedulerStats(0, 0, 4, 2, 3, 14, 1, 60, 10, 97),
+        allocator=AllocatorStats(0, 0, 30, 20, 100, 8, 16, 4),
+        runner=RunnerStats(0, 0, 5.0, 0.9, 0.2, 1),
+        silent_reporters=1,
+    )
 
 
 def test_a_scrape_gets_numbers_and_text() -> None:

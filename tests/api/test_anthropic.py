@@ -16,6 +16,7 @@ from asyncllm.api.parts import Dialect
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.errors import ModelNotFound, RequestError
+from asyncllm.records import Failure
 from tests.api.test_offers import SCHEMA as WEATHER_SCHEMA
 from tests.api.test_offers import TOOLS as OPENAI_TOOLS
 from tests.api.test_parted_reply import CASES, Case, ending
@@ -406,7 +407,7 @@ def test_errors() -> None:
         (500, "api_error"),
         (503, "overloaded_error"),
     ):
-        error = errors.from_status(status, "m", "")
+        error = errors.from_failure(Failure("m", status=status))
         expected = {"type": "error", "error": {"type": kind, "message": "m"}}
         assert anthropic_reply.error_body(error) == expected
     assert events(reply().error(error)) == [expected]

@@ -21,7 +21,7 @@ from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 from asyncllm.messages import Delta
-from asyncllm.records import Logprobs
+from asyncllm.records import Failure, Logprobs
 
 SERVED = Served(
     name='m"1', listed=('m"1',), accepted=frozenset(), max_len=64, vocab_size=256, created=0
@@ -428,7 +428,7 @@ def test_errors_in_streams() -> None:
     ],
 )
 def test_errors_from_behind(status: int, code: str, expected: tuple[int, str, str | None]) -> None:
-    error = errors.from_status(status, "x", code)
+    error = errors.from_failure(Failure("x", code, status))
     assert (error.status, error.type, error.code) == expected
 
 

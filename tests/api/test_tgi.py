@@ -10,12 +10,12 @@ import jsonschema
 import pytest
 
 from asyncllm.api import lightllm, tgi
-from asyncllm.api.errors import NotAvailable, from_status
+from asyncllm.api.errors import NotAvailable, from_failure
 from asyncllm.api.tgi_reply import TgiReply, error_body
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
-from asyncllm.records import Logprobs
+from asyncllm.records import Failure, Logprobs
 from tests.api.test_openapi import TGI
 from tests.api.test_replies import SERVED, answer, delta, end, floats, parsed, take
 
@@ -274,6 +274,6 @@ def test_a_truncated_prompt_is_given_back_as_used() -> None:
     [(400, "validation"), (413, "validation"), (429, "overloaded"), (500, "generation"), (503, "generation")],
 )  # fmt: skip
 def test_errors(status: int, kind: str) -> None:
-    error = from_status(status, "no", "")
+    error = from_failure(Failure("no", status=status))
     assert error_body(error) == {"error": "no", "error_type": kind}
     assert parsed(reply(stream=True).error(error)) == [{"error": "no", "error_type": kind}]

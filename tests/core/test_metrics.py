@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncllm.core.metrics import REFUSED, Answered, Process, ServerMetrics, State
+from asyncllm.messages import AllocatorStats, SchedulerStats
 
 ANSWER = Answered("/v1/completions", 200, 10, 5, "stop", 0.25, 0.03, 0.4)
 
@@ -105,7 +106,7 @@ def test_a_refused_request_enters_no_distribution() -> None:
 def test_prompt_tokens_are_all_of_them_under_both_names_and_computed_ones_have_their_own() -> None:
     metrics = ServerMetrics("m")
     metrics.observe(ANSWER)
-    metrics.update(State(prompt_tokens=3), Process())
+    metrics.update(State(SchedulerStats(prompt_tokens=3)), Process())
     got = samples(metrics)
     assert got["asyncllm_prompt_tokens_total"] == 10
     assert got["lightllm_prompt_tokens_total{model_name=m}"] == 10
@@ -115,8 +116,9 @@ def test_prompt_tokens_are_all_of_them_under_both_names_and_computed_ones_have_t
 def test_update_replaces_what_the_actors_hold() -> None:
     metrics = ServerMetrics("m")
     process = Process([("scheduler", 3, 1.5, 0.02), ("runner", 0, 0.5, 0.1)], 2, 4)
-    metrics.update(State(used=9, steps=5), Process())
-    metrics.update(State(used=7, cached=2, total=100, running=3, waiting=1, steps=6), process)
+    metrics.update(State(SchedulerStats(steps=5), AllocatorStats(used=9)), Process())
+    requests = SchedulerStats(running=3, waiting=1, steps=6)
+    metrics.update(State(requests, AllocatorStats(used=7, cached=2, total=100)), process)
     got = samples(metrics)
     assert got["asyncllm_kv_slots_used"] == 7
     assert got["asyncllm_kv_slots_total"] == 100

@@ -101,7 +101,7 @@ class Model(Actor[Any]):
                     if chat is not None:
                         text = json.loads(chat)["messages"][-1]["content"]
                     if self.refusal:
-                        self.front.tell(Counted(query, -1, self.refusal, "", 400))
+                        self.front.tell(Counted(query, failure=Failure(self.refusal)))
                     elif self.counts:
                         self.front.tell(Counted(query, len(text.encode()) + special))
         self.spawn(self._notify())
