@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from asyncllm.environment import quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.server import signals
 
+NUMBER = re.compile(r"[-+]?[0-9.eE+-]*|[-+]?(inf|nan)", re.ASCII)
 ALIASES = {
     alias.replace("-", "_"): name for name, option in FLAGS.items() for alias in option.aliases
 }
@@ -183,6 +185,8 @@ def _reader(option: Flag) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         try:
+            if option.kind is not str and not NUMBER.fullmatch(text):
+                raise ValueError(text)  # Python reads more: 1_0, digits of any script, spaces
             return option.kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"needs {noun}, not {text!r}") from None

@@ -7,6 +7,7 @@ a socket that is bound to ``--nccl_host`` alone.
 from __future__ import annotations
 
 import ctypes
+import errno
 import ipaddress
 import socket
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ def listen(config: Config) -> socket.socket:
     """
     host, port = config.nccl_host, config.nccl_port
     try:
+        if port == config.port and config.host in (host, "0.0.0.0", "::"):
+            raise OSError(errno.EADDRINUSE, "HTTP is served there (--port)")
         return _listen(host, port)
     except OSError as error:
         if "nccl_port" in config.explicit:

@@ -40,6 +40,7 @@ from asyncllm.topology import HTTP, Endpoint, Topology
 EXIT_STARTUP = 2
 CULPRIT_S = 1.0
 FAIL_S = 3.0  # from a failure to the end: last words of all processes, and the culprit's death
+LEAVING_S = 2.0  # for the group of ranks; the process ends all the same
 MINUTE_S = 60.0
 MOST_REPLACED = 3  # HTTP workers in a minute
 SWITCH_INTERVAL_S = 0.0005  # a helper thread that needs the GIL must not hold the loop for 5 ms
@@ -100,9 +101,12 @@ class Server:
             raise
         finally:
             self._system.close()
+        # NCCL's ranks leave together: one that waited for the others to end would wait in vain
+        leaving = threading.Thread(target=parts.group.close, daemon=True)
+        leaving.start()
         if self._children:
             await self._children.close()
-        parts.group.close()
+        leaving.join(LEAVING_S)
         return 0
 
     def _lead(self) -> None:

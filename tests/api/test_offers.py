@@ -195,7 +195,7 @@ def test_calls_of_strict_tools_are_held_to_their_parameters() -> None:
     trigger, _, forms = text.partition("\n")
     assert (kind, trigger) == ("calls", "<tool_call>")
     assert [(f["schema"], f["end"]) for f in json.loads(forms)] == [
-        (SCHEMA, "}"),
+        (SCHEMA | {"unevaluatedProperties": False}, "}"),
         ({"type": "object"}, "}"),
     ]
     assert got.parting is not None

@@ -23,6 +23,8 @@ def test_a_busy_default_port_gives_way_and_a_given_one_does_not() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*in use.*--nccl_port"):
             listen(Config(tp=2, nccl_port=port))
+        with pytest.raises(StartupError, match="HTTP is served there"):
+            listen(Config(tp=2, nccl_port=port + 1, port=port + 1))
         with listen(by_default(tp=2, nccl_port=port)) as sock:
             host, other = sock.getsockname()
             assert host == "127.0.0.1"
