@@ -174,8 +174,10 @@ def answer(work: Callable[..., list[Any]], *args: Any) -> bytes:
             f"the chat template needs more than {MEMORY >> 20} MiB for this",
             "messages",
         ]
+    except RequestError as error:
+        reply = [False, str(error), error.param]
     except AsyncllmError as error:
-        reply = [False, str(error), getattr(error, "param", None)]
+        reply = [False, str(error), None]
     packed: bytes = msgpack.packb(reply, unicode_errors="surrogatepass")
     return packed
 

@@ -421,7 +421,15 @@ class Tokenizer(Actor[Inbox]):
         job.dropped = self._to_heal(ids, job.params) if msg.text is not None else 0
         if params.grammar is not None:
             kind, source = params.grammar
-            self.grammar.tell(Compile(self.system.endpoint, number, kind, source, msg.client))
+            self.grammar.tell(
+                Compile(
+                    endpoint=self.system.endpoint,
+                    job=number,
+                    kind=kind,
+                    text=source,
+                    client=msg.client,
+                )
+            )
             return
         self._forget(number, job)
         self._submit(job, msg)

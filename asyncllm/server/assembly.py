@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from asyncllm import __version__
@@ -136,7 +136,8 @@ def _info(p: Parts) -> dict[str, Any]:
     """All options but the secret ones, as they were resolved."""
     config, resolved = p.boot.config, p.boot.resolved
     values = {name: getattr(config, name) for name in FLAGS if not FLAGS[name].secret}
-    values |= {name: getattr(resolved, name) for name in values if hasattr(resolved, name)}
+    known = {field.name for field in fields(resolved)}
+    values |= {name: getattr(resolved, name) for name in values.keys() & known}
     values |= {"eos_id": resolved.eos_ids, "max_total_token_num": resolved.num_slots}
     return values | {"version": __version__}
 
