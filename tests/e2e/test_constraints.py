@@ -124,7 +124,12 @@ def test_the_form_of_an_answer_begins_behind_reasoning(thinker: Server) -> None:
     assert (cut["message"]["content"], cut["finish_reason"]) == (None, "length")
     messages = {"max_tokens": 60, "messages": [{"role": "user", "content": "Why?"}]}
     thinking = {"type": "enabled", "budget_tokens": 5}
-    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     form = {"output_format": {"type": "json_schema", "schema": schema}}
     blocks = thinker.post("/v1/messages", {**messages, "thinking": thinking, **form})["content"]
     assert [block["type"] for block in blocks] == ["thinking", "text"]
