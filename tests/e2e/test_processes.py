@@ -149,8 +149,8 @@ def test_http_workers_share_port_and_state(demo_dir: Path, tmp_path: Path) -> No
         for _ in range(20):  # the kernel spreads connections over the processes that listen
             reply = server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 2})
             assert reply["usage"]["completion_tokens"] == 2
-        served = server.metric('asyncllm_http_requests_total{route="/v1/completions",status="200"}')
-        assert served == 20
+        served = 'asyncllm_http_requests_total{route="/v1/completions",status="200"}'
+        assert wait_until(lambda: server.metric(served) == 20, 10)  # workers tell it a turn later
         with running(server, 6) as streams:  # on any of the processes, as is the abort
             server.post("/abort_request", {"request_id": "r0"})
             assert ending(streams[0]) == "abort"
@@ -164,7 +164,8 @@ def test_http_workers_share_port_and_state(demo_dir: Path, tmp_path: Path) -> No
         shown = ("HTTPworker2", "HTTP worker 2: watchdog: 0 messages wait", "rank 0: scheduler: ")
         assert wait_until(lambda: all(text in server.text() for text in shown), 10), server.text()
         assert "rank 0: runner: 0 messages wait, busy for " in server.text()
-        assert server.text().count("Current thread") == 3  # stacks of each process
+        # stacks of each process
+        assert wait_until(lambda: server.text().count("Current thread") == 3, 10), server.text()
         server.get("/health")
         server.process.send_signal(signal.SIGHUP)
         assert server.process.wait(30) == 0, server.text()
