@@ -56,7 +56,8 @@ def build_model(
         StartupError: the checkpoint does not fit ``spec``, or nothing here can run it.
     """
     model = make_model(spec, group, dtype=dtype, device=device, max_len=max_len, where=device)
-    load(read_checkpoint(model_dir), model.targets(), model.ignores, progress)
+    checkpoint = read_checkpoint(model_dir)
+    load(checkpoint, model.targets(), model.ignores, progress, block=spec.weight_block)
     model.pack()
     if symmetric:
         group.use_symmetric_memory(spec.hidden_size, TORCH_DTYPES[dtype])

@@ -29,17 +29,30 @@ _COMPARED_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor is.
+
+    Attributes:
+        files: that have it.
+    """
+
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The weights of a folder.
 
     Attributes:
         folder: where they are.
-        files: by file, the tensors that are taken from it.
+        groups: all files, those together that hold shards of the same tensors.
+        tensors: by name, those that are there.
         placed: by tensor, the file that has it, or that should, as the index says.
     """
 
     folder: Path
-    files: Mapping[Path, frozenset[str]]
+    groups: tuple[tuple[Path, ...], ...]
+    tensors: Mapping[str, Stored]
     placed: Mapping[str, Path]
 
 
@@ -79,11 +92,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         StartupError: as :func:`weight_files`; a file cannot be read; or, without an index, two
             files hold the same tensor.
     """
-    files: dict[Path, frozenset[str]] = {}
+    tensors: dict[str, Stored] = {}
     placed: dict[str, Path] = {}
-    for path, named in weight_files(folder).items():
+    files = weight_files(folder)
+    for path, named in files.items():
         held = _names(path)
-        files[path] = held if named is None else held & named
+        for name in held if named is None else held & named:
+            tensors[name] = Stored((path,))
         for name in sorted(held if named is None else named):
             if name in placed:
                 raise StartupError(
@@ -91,7 +106,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                     f"which counts; remove one of the files"
                 )
             placed[name] = path
-    return Checkpoint(folder, files, placed)
+    return Checkpoint(folder, tuple((path,) for path in files), tensors, placed)
 
 
 def with_own_head(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from asyncllm.errors import StartupError
+from asyncllm.models.quantization import weight_block
 from asyncllm.models.registry import family
 
 Json = dict[str, Any]  # what a file holds
@@ -67,6 +68,8 @@ class ModelSpec:
     mlp_bias: bool
     dtype: str  # of the checkpoint: fp32, bf16 or fp16
     eos_ids: tuple[int, ...]
+    # of the checkpoint's 8-bit weights: rows and columns that share a scale; None: there are none
+    weight_block: tuple[int, int] | None = None
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelSpec:
@@ -96,9 +99,6 @@ class ModelSpec:
             raise StartupError(
                 f"{architecture} with hidden_act {hf['hidden_act']!r} is not available yet"
             )
-        if quantized := hf.get("quantization_config"):
-            method = quantized.get("quant_method", "?")
-            raise StartupError(f"quantised weights ({method}) are not available yet")
         bias = bool(hf.get("attention_bias", False))
         dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
         if dtype not in _DTYPE_NAMES:
@@ -117,6 +117,7 @@ class ModelSpec:
             mlp_bias=bool(hf.get("mlp_bias", False)),
             dtype=_DTYPE_NAMES[dtype],
             eos_ids=_eos(hf, generation),
+            weight_block=weight_block(hf.get("quantization_config")),
         )
         return served.read(spec, hf)
 
