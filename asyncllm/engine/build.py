@@ -24,7 +24,7 @@ from asyncllm.messages import StepPlan
 from asyncllm.models.attention import AttentionBackend
 from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.model import Model, Site
-from asyncllm.models.ops import Comm, Ops
+from asyncllm.models.ops import Ops
 from asyncllm.models.registry import family
 from asyncllm.models.spec import ModelSpec, shard_heads
 from asyncllm.models.weights import load
@@ -66,7 +66,7 @@ def build_model(
 
 def make_model(
     spec: ModelSpec,
-    comm: Comm,
+    comm: Group,
     *,
     dtype: str,
     device: torch.device,
@@ -102,7 +102,7 @@ def make_model(
     for layer in dict.fromkeys(layers):
         if reason := attention.refuse(layer, attention.layout, device):
             raise StartupError(f"attention of {spec.architecture} that {reason}: not available yet")
-    site = Site(comm=comm, ops=ops, attention=attention, dtype=kind, device=where)
+    site = Site(comm=comm, world=comm, ops=ops, attention=attention, dtype=kind, device=where)
     return family(spec.architecture).make(spec, site)
 
 

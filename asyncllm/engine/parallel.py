@@ -1,4 +1,4 @@
-"""The tensor-parallel group of a rank: rendezvous and the collectives a step needs."""
+"""The ranks of a server: rendezvous, the group of each, and the collectives a step needs."""
 
 from __future__ import annotations
 
@@ -38,21 +38,23 @@ class Alone:
         """Make ``x`` on every rank what it is on rank 0, in place."""
         return x
 
-    def minimum(self, value: int) -> int:
-        """Smallest of the ranks' values; start-up only, it waits for all."""
-        return value
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        """[n, h] of each group -> [groups * n, h], group by group: there is but this one."""
+        return x
+
+    def sum_tokens(self, x: Tensor) -> Tensor:
+        """[groups * n, h] summed over all ranks -> this group's [n, h]. May change ``x``."""
+        return x
 
     def use_symmetric_memory(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Nothing to add, so nothing to speed up."""
 
-    def close(self) -> None:
-        """Leave the group."""
 
+class Ranks:
+    """All ranks of a server with several, which meet here.
 
-class TensorParallel:
-    """The ranks of one group, over NCCL (CUDA) or gloo (CPU).
-
-    All ranks of the server meet; what a step needs goes among those of a group only.
+    Attributes:
+        group: that of this rank; what its layers add and gather stays there.
 
     Args:
         topology: ranks and groups of the server.
@@ -71,13 +73,11 @@ class TensorParallel:
         device: torch.device,
         listen_fd: int | None = None,
     ) -> None:
-        self.rank, self.size = me.group_rank, len(topology.group(me.group))
-        self.device = device
         ranks = topology.ranks
-        self._symmetric: SymmetricSum | None = None
+        self._rank, self._size, self._asked = ranks.index(me), len(ranks), 0
         cuda = device.type == "cuda"
         # left to itself the store would listen on every address of this machine
-        store = TCPStore(
+        self._store = TCPStore(
             *address,
             world_size=len(ranks),
             is_master=me == ranks[0],
@@ -86,19 +86,54 @@ class TensorParallel:
         )
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=store,
-            rank=ranks.index(me),
+            store=self._store,
+            rank=self._rank,
             world_size=len(ranks),
             timeout=RENDEZVOUS_TIMEOUT,
         )
+        self.group: Group = Alone()
         for number in topology.groups:  # everybody makes all of them, in the same order
-            group = dist.new_group(
-                [ranks.index(rank) for rank in topology.group(number)],
+            members = topology.group(number)
+            if len(members) == 1:
+                continue
+            made = dist.new_group(
+                [ranks.index(rank) for rank in members],
                 timeout=RENDEZVOUS_TIMEOUT,
                 device_id=device if cuda and number == me.group else None,
             )
             if number == me.group:
-                self._group = group
+                self.group = TensorParallel(made, me.group_rank, len(members), device)
+
+    def minimum(self, value: int) -> int:
+        """Smallest of all ranks' values; start-up only, it waits for all.
+
+        No collective: ranks of several groups need no communicator in common.
+        """
+        self._asked += 1
+        keys = [f"minimum/{self._asked}/{rank}" for rank in range(self._size)]
+        self._store.set(keys[self._rank], str(value))
+        return min(int(self._store.get(key)) for key in keys)
+
+    def close(self) -> None:
+        """Leave; must come after CUDA graphs that hold collectives are gone."""
+        self.group = Alone()
+        dist.destroy_process_group()
+
+
+class TensorParallel:
+    """The ranks of one group, over NCCL (CUDA) or gloo (CPU).
+
+    Args:
+        group: the process group.
+        rank, size: place in it, and how many there are.
+        device: where this rank computes.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, rank: int, size: int, device: torch.device
+    ) -> None:
+        self._group, self.rank, self.size, self.device = group, rank, size, device
+        self._symmetric: SymmetricSum | None = None
 
     def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
         """``linear(x)`` summed over ranks; valid until the call after the next one."""
@@ -114,6 +149,15 @@ class TensorParallel:
         out = x.new_empty(self.size * num_rows, width)  # gloo knows no third dimension
         _all_gather(out, x.contiguous(), group=self._group)
         return out.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
+
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        """[n, h] of each group -> [groups * n, h], group by group: there is but this one."""
+        return x
+
+    def sum_tokens(self, x: Tensor) -> Tensor:
+        """[groups * n, h] summed over all ranks -> this group's [n, h]. May change ``x``."""
+        dist.all_reduce(x, group=self._group)
+        return x
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Make ``x`` on every rank what it is on rank 0, in place."""
@@ -144,11 +188,6 @@ class TensorParallel:
         if self.minimum(int(works)):
             self._symmetric = found
             log.info("sums of up to %d rows go through symmetric memory", SYMMETRIC_ROWS)
-
-    def close(self) -> None:
-        """Leave the group; must come after CUDA graphs that hold its collectives are gone."""
-        self._symmetric = None
-        dist.destroy_process_group()
 
 
 class SymmetricSum:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.models.attention import AttentionBackend, Batch, LayerKv
-from asyncllm.models.ops import Comm, Ops
+from asyncllm.models.ops import Comm, Ops, World
 from asyncllm.models.weights import Target
 
 
@@ -19,10 +19,13 @@ class Site:
     """Where a model is put: its rank, and what computes there.
 
     Attributes:
+        comm: the rank's tensor-parallel group, which cuts everything but experts.
+        world: what cuts experts: the same, but for several groups that step together.
         device: of the parameters; ``meta`` for a model that only shows what it would take.
     """
 
     comm: Comm
+    world: World
     ops: Ops
     attention: AttentionBackend
     dtype: torch.dtype

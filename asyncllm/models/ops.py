@@ -69,3 +69,20 @@ class Comm(Protocol):
 
     def gather_last(self, x: Tensor) -> Tensor:
         """[n, v] of each rank -> [n, size * v], ranks side by side."""
+
+
+class World(Protocol):
+    """All ranks among which the experts of a model are divided: those of all groups.
+
+    Each group attends to its own tokens; the experts see those of all groups, of each as many.
+    With one group it is the group itself.
+    """
+
+    rank: int
+    size: int
+
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        """[n, h] of each group -> [groups * n, h], group by group."""
+
+    def sum_tokens(self, x: Tensor) -> Tensor:
+        """[groups * n, h] summed over all ranks -> this group's [n, h]. May change ``x``."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from asyncllm.config import FLAGS
 from asyncllm.engine.build import num_parameters
-from asyncllm.engine.parallel import Alone
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.launch import Boot
 from asyncllm.server.loading import (
@@ -28,7 +27,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         StartupError: what the start would refuse before it reads weights.
     """
     config = boot.config
-    load_forms(Parts(boot, spec, text, read_dialect(config, text), None, Alone(), 0))
+    load_forms(Parts(boot, spec, text, read_dialect(config, text), None, None, 0))
     plan = memory_plan(boot, spec)
     resolved = boot.resolved.with_slots(plan.num_slots)
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"

@@ -21,7 +21,7 @@ from asyncllm.core.constraints import Constraints
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.parallel import Alone, Group, TensorParallel
+from asyncllm.engine.parallel import Alone, Group, Ranks
 from asyncllm.environment import cpu_count
 from asyncllm.models.checkpoint import weight_files
 from asyncllm.models.spec import ModelSpec
@@ -40,7 +40,7 @@ class Parts:
     text: Text | None  # of a process that serves HTTP, and so is the dialect
     dialect: Dialect | None
     device: CpuDevice | CudaDevice | None
-    group: Group
+    ranks: Ranks | None  # None: there is but one
     num_slots: int
     grammars: Grammars | None = None  # of a leader, unless constrained output is off
     constraints: Constraints | None = None  # of a leader
@@ -93,7 +93,7 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
     if boot.listen_fd >= 0 and text is None:
         text = load_text(config, boot.model_dir, spec)
     dialect = None if text is None else read_dialect(config, text)
-    parts = Parts(boot, spec, text, dialect, None, Alone(), boot.resolved.num_slots)
+    parts = Parts(boot, spec, text, dialect, None, None, boot.resolved.num_slots)
     if boot.me.device is None:
         return parts
     leads = boot.topology.leads(boot.endpoint)
@@ -102,14 +102,16 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
     where = torch_device(boot)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # what is launched from this thread goes to our device
-    group: Group = Alone()
-    if len(boot.group) > 1:
+    ranks: Ranks | None = None
+    if len(boot.topology.ranks) > 1:
         with log.phase("meet the other ranks"):
             assert boot.rendezvous is not None
             listen_fd = boot.store_fd if boot.store_fd >= 0 else None
-            group = TensorParallel(boot.topology, boot.me, boot.rendezvous, where, listen_fd)
+            ranks = Ranks(boot.topology, boot.me, boot.rendezvous, where, listen_fd)
+    group = Alone() if ranks is None else ranks.group
     plan = memory_plan(boot, spec)
-    num_slots = group.minimum(plan.num_slots)
+    # the same in every group: any of them may get any request
+    num_slots = plan.num_slots if ranks is None else ranks.minimum(plan.num_slots)
     resolved = boot.resolved.with_slots(num_slots)
     if boot.coordinates:
         for note in resolved.notes[len(boot.resolved.notes) :]:
@@ -117,7 +119,7 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
         logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))
     boot = replace(boot, resolved=resolved)
     device = _load_device(boot, spec, group, where, num_slots)
-    return replace(parts, boot=boot, device=device, group=group, num_slots=num_slots)
+    return replace(parts, boot=boot, device=device, ranks=ranks, num_slots=num_slots)
 
 
 def load_forms(parts: Parts) -> None:

@@ -102,7 +102,8 @@ class Server:
         finally:
             self._system.close()
         # NCCL's ranks leave together: one that waited for the others to end would wait in vain
-        leaving = threading.Thread(target=parts.group.close, daemon=True)
+        leave = parts.ranks.close if parts.ranks is not None else lambda: None
+        leaving = threading.Thread(target=leave, daemon=True)
         leaving.start()
         if self._children:
             await self._children.close()

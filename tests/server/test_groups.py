@@ -21,21 +21,23 @@ TOPOLOGY = Topology(
 RANK = """
 import json, sys
 import torch
-from asyncllm.engine.parallel import TensorParallel
+from asyncllm.engine.parallel import Ranks
 from asyncllm.topology import Topology
 
 topology = Topology.from_plain(json.loads(sys.argv[1]))
 me = topology[int(sys.argv[2])]
 fd = int(sys.argv[4])
-group = TensorParallel(
+ranks = Ranks(
     topology, me, ("127.0.0.1", int(sys.argv[3])), torch.device("cpu"), fd if fd >= 0 else None
 )
+group = ranks.group
 mine = torch.full((1, 1), float(me.id))
 told = group.broadcast(mine.clone())
 summed = group.linear_reduce(lambda x, out=None: x.clone(), mine)
-got = [group.minimum(me.id), int(told), int(summed), group.gather_last(mine).tolist()[0]]
+got = [group.minimum(me.id), ranks.minimum(me.id + 5), int(told), int(summed), group.gather_last(mine).tolist()[0]]
 sys.stdout.write(json.dumps([group.rank, group.size, *got]))
-group.close()
+torch.distributed.barrier()  # the first rank keeps what all read until they have
+ranks.close()
 """
 
 
@@ -56,8 +58,8 @@ def test_each_group_computes_by_itself() -> None:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    # rank, size, minimum, what the first rank told, sum, all of the group in order
-    assert said[0] == [0, 2, 0, 0, 1, [0.0, 1.0]]
-    assert said[1] == [1, 2, 0, 0, 1, [0.0, 1.0]]
-    assert said[2] == [1, 2, 2, 3, 5, [3.0, 2.0]]
-    assert said[3] == [0, 2, 2, 3, 5, [3.0, 2.0]]
+    # rank, size, minimum of the group and of all, what the first rank told, sum, all of the group in order
+    assert said[0] == [0, 2, 0, 5, 0, 1, [0.0, 1.0]]
+    assert said[1] == [1, 2, 0, 5, 0, 1, [0.0, 1.0]]
+    assert said[2] == [1, 2, 2, 5, 3, 5, [3.0, 2.0]]
+    assert said[3] == [0, 2, 2, 5, 3, 5, [3.0, 2.0]]
