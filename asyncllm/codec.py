@@ -20,6 +20,7 @@ from operator import attrgetter
 from types import NoneType, UnionType
 from typing import (
     Any,
+    ClassVar,
     Generic,
     TypeVar,
     Union,
@@ -31,16 +32,33 @@ from typing import (
 
 import msgpack
 
+
+class Message:
+    """What actors tell each other: base of all classes that :func:`message` registers."""
+
+    __slots__ = ()
+    tag: ClassVar[int]
+
+    def valid(self) -> bool:
+        """What types cannot say: lengths, ranges. Asked, after the types of all fields, of messages
+        that come from another process."""
+        return True
+
+
 T = TypeVar("T")
-Reader = Callable[[Any], Any]  # raises TypeError or ValueError where a value is not of its type
+M = TypeVar("M", bound=Message)
 
 INT32, INT64, FLOAT32 = "i", "q", "f"
 _COLUMNS = {INT32: 1, INT64: 2, FLOAT32: 3}  # typecode -> msgpack's extension type
 _TYPECODES = {code: typecode for typecode, code in _COLUMNS.items()}
 
-_BY_TAG: dict[int, tuple[type, tuple[Reader, ...]]] = {}
-_ENCODERS: dict[type, tuple[int, Callable[[Any], Any]]] = {}
-_RECORDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
+Fields = Callable[[Any], tuple[object, ...]]  # of a message (behind its tag) or a record
+Look = Callable[[Any], Any]  # from a value on the wire, whose type is known, to that of a field
+Form = tuple[frozenset[type], Look | None]  # the types on the wire, and if they do not say it all
+
+_BY_TAG: dict[int, tuple[type[Message], Look]] = {}
+_FIELDS: dict[type, Fields] = {}
+_RECORDS: set[type] = set()
 
 
 class Column(Generic[T]):
@@ -51,31 +69,30 @@ class CodecError(ValueError):
     """A frame does not decode to a registered message."""
 
 
-def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """All fields as one tuple; attrgetter alone returns a bare value for a single name."""
+def _getter(*names: str) -> Fields:
+    """These attributes as one tuple; attrgetter alone gives a bare value for a single name."""
     if len(names) > 1:
         return attrgetter(*names)
-    return lambda msg: tuple(getattr(msg, name) for name in names)
+    get = attrgetter(*names)
+    return lambda instance: (get(instance),)
 
 
 @dataclass_transform(frozen_default=True)
-def message(tag: int) -> Callable[[type[T]], type[T]]:
+def message(tag: int) -> Callable[[type[M]], type[M]]:
     """Class decorator: make the class a dataclass and register it under ``tag`` (0..127).
-
-    A method ``valid(self) -> bool`` says what types cannot: lengths, ranges. It is asked, after
-    the types of all fields, for messages that come in from another process.
 
     Frozen for type checkers only: at run time that would cost a Delta 1.2 us more.
     """
 
-    def register(cls: type[T]) -> type[T]:
+    def register(cls: type[M]) -> type[M]:
         if not 0 <= tag <= 127:
             raise ValueError(f"tag {tag} is not in 0..127")
         if tag in _BY_TAG:
             raise ValueError(f"tag {tag} is taken by {_BY_TAG[tag][0].__name__}")
         cls = dataclass(slots=True, unsafe_hash=True)(cls)
-        _ENCODERS[cls] = (tag, _getter(_names(cls)))
-        _BY_TAG[tag] = cls, _readers(cls)
+        cls.tag = tag
+        _FIELDS[cls] = _getter("tag", *_names(cls))
+        _BY_TAG[tag] = cls, _row(field_types(cls).values())
         return cls
 
     return register
@@ -96,29 +113,30 @@ def protocol() -> str:
 
 def record(cls: type[T]) -> type[T]:
     """Let instances of the dataclass ``cls`` be fields of messages."""
-    _RECORDS[cls] = _getter(_names(cls))
+    _RECORDS.add(cls)
+    _FIELDS[cls] = _getter(*_names(cls))
     return cls
 
 
-def encode(msg: object) -> bytes:
+def encode(msg: Message) -> bytes:
     """Frame one message. Raises TypeError for an unregistered type or an unpackable field."""
     try:
-        tag, get = _ENCODERS[type(msg)]
+        get = _FIELDS[type(msg)]
     except KeyError:
         raise TypeError(f"{type(msg).__name__} is not a registered message") from None
-    frame: bytes = msgpack.packb((tag, *get(msg)), default=_plain)
+    frame: bytes = _pack(get(msg))
     return frame
 
 
-def decode(frame: bytes | memoryview) -> Any:
+def decode(frame: bytes | memoryview) -> Message:
     """Inverse of :func:`encode`. Raises CodecError, and nothing else, on any other bytes."""
     try:
-        tag, *values = msgpack.unpackb(frame, use_list=False, ext_hook=_column)
-        cls, readers = _BY_TAG[tag]
-        msg = cls(*[read(value) for read, value in zip(readers, values, strict=True)])
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        values = msgpack.unpackb(frame, use_list=False, ext_hook=_column)
+        cls, read = _BY_TAG[values[0]]
+        msg = cls(*read(values[1:]))
+    except (ValueError, TypeError, LookupError, msgpack.UnpackException) as error:
         raise CodecError(f"{len(frame)} bytes do not decode to a message: {error!r}") from error
-    if (valid := getattr(cls, "valid", None)) is not None and not valid(msg):
+    if not msg.valid():
         raise CodecError(f"an impossible {cls.__name__}")
     return msg
 
@@ -127,11 +145,16 @@ def _plain(value: object) -> object:
     """What msgpack writes in place of a column or a record."""
     if isinstance(value, array):
         return msgpack.ExtType(_COLUMNS[value.typecode], value.tobytes())
-    return _RECORDS[type(value)](value)
+    return _FIELDS[type(value)](value)
 
 
-def _column(code: int, data: bytes) -> array[Any]:
-    column: array[Any] = array(_TYPECODES[code])
+# one for all messages: to make one takes longer than to pack a small message, and nobody packs
+# beside the loop's thread
+_pack = msgpack.Packer(default=_plain).pack
+
+
+def _column(code: int, data: bytes) -> array[int] | array[float]:
+    column: array[int] = array(_TYPECODES[code])
     column.frombytes(data)
     return column
 
@@ -140,85 +163,86 @@ def _names(cls: type) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, object]:
     """The annotations of a message's or record's fields, ``Column`` in place of ``array``."""
-    return get_type_hints(cls, localns={"array": Column})
+    hints = get_type_hints(cls, localns={"array": Column})
+    return {name: hints[name] for name in _names(cls)}
 
 
-def _readers(cls: type) -> tuple[Reader, ...]:
-    hints = field_types(cls)
-    return tuple(_reader(hints[name]) for name in _names(cls))
+def _row(hints: Iterable[object]) -> Look:
+    """For a tuple of values with one type each."""
+    forms = [_form(hint) for hint in hints]
+    allowed = [kinds for kinds, _ in forms]
+    looks = [(i, look) for i, (_, look) in enumerate(forms) if look is not None]
+
+    def read(values: tuple[object, ...]) -> tuple[object, ...]:
+        for value, kinds in zip(values, allowed, strict=True):
+            if type(value) not in kinds:
+                raise _wrong(value, kinds)
+        if not looks:
+            return values
+        row = list(values)
+        for i, look in looks:
+            row[i] = look(row[i])
+        return tuple(row)
+
+    return read
 
 
-def _reader(hint: Any) -> Reader:
-    """Checks and converts a value of the annotated type ``hint``."""
+def _many(hint: object) -> Look:
+    """For a tuple of any number of values of one type."""
+    kinds, look = _form(hint)
+
+    def read(values: tuple[object, ...]) -> tuple[object, ...]:
+        if not kinds.issuperset(map(type, values)):
+            raise _wrong(next(value for value in values if type(value) not in kinds), kinds)
+        return values if look is None else tuple(map(look, values))
+
+    return read
+
+
+def _form(hint: object) -> Form:
+    """How values of the annotated type ``hint`` come in; worked out once for each class."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        (inner,) = (_reader(arg) for arg in args if arg is not NoneType)
-        return lambda value: None if value is None else inner(value)
+        (inner,) = (arg for arg in args if arg is not NoneType)
+        kinds, look = _form(inner)
+        return kinds | {NoneType}, look and (lambda value: None if value is None else look(value))
     if origin is tuple:
-        return _tuple_reader(args)
+        return frozenset({tuple}), _many(args[0]) if ... in args else _row(args)
     if origin is list:
-        each = _reader(args[0])
-        return lambda values: [each(value) for value in _of_tuple(values)]
+        read = _many(args[0])
+        return frozenset({tuple}), lambda values: list(read(values))
     if origin is Column:
-        return _column_reader({float: (FLOAT32,), int: (INT32, INT64)}[args[0]])
+        typecodes = {float: (FLOAT32,), int: (INT32, INT64)}[args[0]]
+        return frozenset({array}), _column_of(typecodes)
+    assert isinstance(hint, type), hint
     if hint in _RECORDS:
-        return _record_reader(hint)
+        return frozenset({tuple}), _record(hint)
     if issubclass(hint, Enum):
-        return lambda value: hint(value)
+        return frozenset({int}), hint
     if hint is bytearray:
-        return lambda value: bytearray(_bytes(value))
-    return _scalar_reader((int, float) if hint is float else (hint,))
+        return frozenset({bytes}), bytearray
+    return frozenset({int, float} if hint is float else {hint}), None
 
 
-def _scalar_reader(kinds: tuple[type, ...]) -> Reader:
-    def read(value: Any) -> Any:
-        if type(value) not in kinds:
-            raise TypeError(f"{type(value).__name__} instead of {kinds[-1].__name__}")
-        return value
-
-    return read
+def _record(cls: type) -> Look:
+    names, read = _names(cls), _row(field_types(cls).values())
+    return lambda values: cls(**dict(zip(names, read(values), strict=True)))
 
 
-_bytes = _scalar_reader((bytes,))
-
-
-def _column_reader(typecodes: tuple[str, ...]) -> Reader:
-    def read(value: Any) -> Any:
-        if type(value) is not array or value.typecode not in typecodes:
-            raise TypeError(f"{type(value).__name__} instead of a column of {typecodes}")
-        return value
+def _column_of(typecodes: tuple[str, ...]) -> Look:
+    def read(column: array[int] | array[float]) -> array[int] | array[float]:
+        if column.typecode not in typecodes:
+            raise TypeError(f"a column of {column.typecode!r} instead of {typecodes}")
+        return column
 
     return read
 
 
-def _tuple_reader(args: tuple[Any, ...]) -> Reader:
-    readers = [_reader(arg) for arg in args if arg is not ...]
-
-    def read_all(values: Any) -> tuple[Any, ...]:
-        (each,) = readers
-        return tuple(map(each, _of_tuple(values)))
-
-    def read_each(values: Any) -> tuple[Any, ...]:
-        return tuple([read(value) for read, value in zip(readers, _of_tuple(values), strict=True)])
-
-    return read_all if ... in args else read_each
-
-
-def _record_reader(cls: type) -> Reader:
-    names, readers = _names(cls), _readers(cls)
-
-    def read(values: Any) -> Any:
-        return cls(**{n: r(v) for n, r, v in zip(names, readers, _of_tuple(values), strict=True)})
-
-    return read
-
-
-def _of_tuple(value: Any) -> tuple[Any, ...]:
-    if type(value) is not tuple:
-        raise TypeError(f"{type(value).__name__} instead of an array")
-    return value
+def _wrong(value: object, kinds: Iterable[type]) -> TypeError:
+    wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
+    return TypeError(f"{type(value).__name__} instead of {wanted}")
 
 
 def i32(values: Iterable[int]) -> array[int]:

@@ -13,7 +13,7 @@ from array import array
 from dataclasses import field
 from math import isfinite
 
-from asyncllm.codec import INT32, message
+from asyncllm.codec import INT32, Message, message
 from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
 from asyncllm.records import Answered, Done, Failure, Logprobs, Opened, int32s
 from asyncllm.topology import Contract, Endpoint, Topology
@@ -42,7 +42,7 @@ def _counts(*values: int) -> bool:
 
 
 @message(1)
-class Tokenize:
+class Tokenize(Message):
     """frontend -> tokenizer (same process). Exactly one of ``text``, ``ids`` and ``chat`` is set.
 
     The answer is one ``Accepted`` for the whole group (under its first rid), or one ``Finished``
@@ -63,7 +63,7 @@ class Tokenize:
 
 
 @message(2)
-class Accepted:
+class Accepted(Message):
     """tokenizer -> frontend (same process): the prompt is valid and on its way."""
 
     rid: int
@@ -73,7 +73,7 @@ class Accepted:
 
 
 @message(3)
-class Submit:
+class Submit(Message):
     """tokenizer -> scheduler."""
 
     rid: int
@@ -91,7 +91,7 @@ class Submit:
 
 
 @message(4)
-class Abort:
+class Abort(Message):
     """frontend -> tokenizer -> scheduler, urgent, behind what begins the request.
 
     The tokenizer passes it on unless the request is still there; unknown and ended ids are ignored.
@@ -104,14 +104,14 @@ class Abort:
 
 
 @message(9)
-class Cancel:
+class Cancel(Message):
     """frontend -> coordinator -> every frontend: end requests early, each with what it has so far."""
 
     request_id: str  # the client's X-Request-Id or the answer's id; "": all requests
 
 
 @message(5)
-class Follow:
+class Follow(Message):
     """tokenizer -> detokenizer (same process), before Submit: how to turn this request's ids to text."""
 
     rid: int
@@ -125,7 +125,7 @@ class Follow:
 
 
 @message(6)
-class Count:
+class Count(Message):
     """frontend -> tokenizer (same process): how many tokens is this text?"""
 
     query: int
@@ -136,7 +136,7 @@ class Count:
 
 
 @message(7)
-class Counted:
+class Counted(Message):
     """tokenizer -> frontend."""
 
     query: int
@@ -145,7 +145,7 @@ class Counted:
 
 
 @message(8)
-class Prepared:
+class Prepared(Message):
     """tokenizer -> itself: what a thread of its pool answered, or that the time was up."""
 
     job: int
@@ -157,7 +157,7 @@ class Prepared:
 
 
 @message(26)
-class Compile:
+class Compile(Message):
     """tokenizer -> grammar@leader: make this grammar ready; the answer is ``Compiled``."""
 
     endpoint: int  # where the tokenizer is
@@ -171,7 +171,7 @@ class Compile:
 
 
 @message(27)
-class Compiled:
+class Compiled(Message):
     """grammar@leader -> tokenizer: requests with this grammar can be submitted, or why not."""
 
     job: int
@@ -182,7 +182,7 @@ class Compiled:
 
 
 @message(28)
-class Built:
+class Built(Message):
     """grammar@leader -> itself: what a thread of its pool answered."""
 
     kind: str
@@ -191,7 +191,7 @@ class Built:
 
 
 @message(29)
-class Worked:
+class Worked(Message):
     """scheduler -> itself: what a thread has done for constraints."""
 
     done: tuple[Done, ...]
@@ -201,7 +201,7 @@ class Worked:
 
 
 @message(10)
-class Reserve:
+class Reserve(Message):
     """scheduler -> allocator: slots for the next ``counts[i]`` tokens of each lane, in this order.
 
     ``opened`` names lanes seen for the first time, with their tokens; the allocator looks those up
@@ -216,7 +216,7 @@ class Reserve:
 
 
 @message(11)
-class Granted:
+class Granted(Message):
     """allocator -> scheduler: the first ``len(counts)`` rows of the reservation have their slots.
 
     Row i brings ``hits[i]`` cached tokens (0 unless it was opened) and room for ``counts[i]`` new
@@ -230,7 +230,7 @@ class Granted:
 
 
 @message(12)
-class Release:
+class Release(Message):
     """scheduler -> allocator: these lanes are over; no launched step touches them.
 
     ``items``: (lane, generated ids whose KV is valid). Prompt and generated tokens stay in the
@@ -242,7 +242,7 @@ class Release:
 
 
 @message(13)
-class StepPlan:
+class StepPlan(Message):
     """scheduler -> runner of every tp rank. Rows with one new token come first.
 
     Row i computes tokens at positions [starts[i], starts[i] + counts[i]) of lane i. Its slots are
@@ -288,7 +288,7 @@ class StepPlan:
 
 
 @message(14)
-class StepDone:
+class StepDone(Message):
     """runner@leader -> scheduler: a launched step has finished on the device."""
 
     step: int
@@ -299,7 +299,7 @@ class StepDone:
 
 
 @message(15)
-class Due:
+class Due(Message):
     """scheduler -> itself: the step that was held back is to be launched."""
 
 
@@ -307,7 +307,7 @@ class Due:
 
 
 @message(20)
-class Tokens:
+class Tokens(Message):
     """scheduler -> detokenizer of one frontend's process: what a step gave to its requests."""
 
     step: int
@@ -328,7 +328,7 @@ class Tokens:
 
 
 @message(21)
-class Delta:
+class Delta(Message):
     """detokenizer -> frontend (same process): new text of one request, possibly of several tokens."""
 
     rid: int
@@ -340,7 +340,7 @@ class Delta:
 
 
 @message(22)
-class StopHit:
+class StopHit(Message):
     """detokenizer -> scheduler, urgent: a stop string or a stop sequence ended ``num_tokens``."""
 
     rid: int
@@ -351,7 +351,7 @@ class StopHit:
 
 
 @message(23)
-class Finished:
+class Finished(Message):
     """scheduler -> detokenizer -> frontend, or tokenizer -> frontend: exactly one per request."""
 
     rid: int
@@ -371,7 +371,7 @@ class Finished:
 
 
 @message(24)
-class Flush:
+class Flush(Message):
     """detokenizer -> itself: go on with the streams that have new tokens."""
 
 
@@ -379,7 +379,7 @@ class Flush:
 
 
 @message(36)
-class Hello:
+class Hello(Message):
     """every other watchdog -> coordinator: loaded, and this is who I am."""
 
     endpoint: int
@@ -389,14 +389,14 @@ class Hello:
 
 
 @message(32)
-class Drain:
+class Drain(Message):
     """coordinator -> every frontend and the scheduler: no new requests; running ones may finish."""
 
     timeout_s: float
 
 
 @message(33)
-class Drained:
+class Drained(Message):
     """scheduler or a frontend -> coordinator: nothing is left here."""
 
     who: str  # "scheduler" or "frontend"
@@ -404,22 +404,22 @@ class Drained:
 
 
 @message(34)
-class Halt:
+class Halt(Message):
     """coordinator -> every watchdog: stop this endpoint now."""
 
 
 @message(35)
-class Started:
+class Started(Message):
     """coordinator -> every frontend: warm and complete; open the doors."""
 
 
 @message(37)
-class Lost:
+class Lost(Message):
     """coordinator -> every other watchdog: the server fails; end what runs with an error."""
 
 
 @message(47)
-class Welcome:
+class Welcome(Message):
     """coordinator -> every other one: all are there, or one of them does not belong."""
 
     contract: Contract
@@ -427,14 +427,14 @@ class Welcome:
 
 
 @message(38)
-class Gone:
+class Gone(Message):
     """coordinator -> every scheduler: this endpoint's process has ended, and its requests with it."""
 
     endpoint: int
 
 
 @message(39)
-class Replaced:
+class Replaced(Message):
     """the process -> coordinator: an HTTP worker has ended; another one starts in its place."""
 
     endpoint: int
@@ -442,7 +442,7 @@ class Replaced:
 
 
 @message(40)
-class Scrape:
+class Scrape(Message):
     """frontend -> coordinator: state of the whole server, please."""
 
     query: int
@@ -450,7 +450,7 @@ class Scrape:
 
 
 @message(41)
-class Scraped:
+class Scraped(Message):
     """coordinator -> frontend."""
 
     query: int
@@ -464,14 +464,14 @@ class Scraped:
 
 
 @message(42)
-class Probe:
+class Probe(Message):
     """coordinator -> ``Topology.reporters``: report what you hold."""
 
     query: int
 
 
 @message(43)
-class SchedulerStats:
+class SchedulerStats(Message):
     """scheduler -> coordinator."""
 
     query: int = 0
@@ -487,7 +487,7 @@ class SchedulerStats:
 
 
 @message(44)
-class AllocatorStats:
+class AllocatorStats(Message):
     """allocator -> coordinator."""
 
     query: int = 0
@@ -501,7 +501,7 @@ class AllocatorStats:
 
 
 @message(45)
-class Served:
+class Served(Message):
     """frontend -> coordinator: HTTP requests have been answered."""
 
     answers: tuple[Answered, ...]
@@ -516,7 +516,7 @@ class Served:
 
 
 @message(46)
-class RunnerStats:
+class RunnerStats(Message):
     """runner -> coordinator: medians of the last steps."""
 
     query: int = 0

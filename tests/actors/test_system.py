@@ -458,13 +458,16 @@ def test_a_cancelled_run_stops_the_actors() -> None:
 
 
 def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of receive, of what is spawned, and of what is awaited elsewhere in the actor's name."""
-    cpu_s = 0.0
+    """Of receive, of what is spawned, and of what is awaited elsewhere in the actor's name. Its CPU
+    time: one that waits for its core is not long."""
+    cpu_s = waited_s = 1.0
     monkeypatch.setattr(base, "thread_time", lambda: cpu_s)
+    monkeypatch.setattr(base, "perf_counter", lambda: cpu_s + waited_s)
 
-    def use(seconds: float) -> None:
-        nonlocal cpu_s
+    def use(seconds: float, waiting: float = 0) -> None:
+        nonlocal cpu_s, waited_s
         cpu_s += seconds
+        waited_s += waiting
 
     async def work(*turns: float) -> None:
         for turn in turns:
@@ -477,6 +480,8 @@ def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
                 use(3)
             case Gone(1):
                 probe.spawn(work(1, 4, 2))
+            case Gone(2):
+                use(1, waiting=9)
 
     async def go() -> list[float]:
         system = ActorSystem()
@@ -484,7 +489,7 @@ def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
         ref = system.add(probe)
         running = asyncio.create_task(system.run())
         seen = []
-        for i in range(2):
+        for i in range(3):
             ref.tell(Gone(i))
             for _ in range(9):
                 await asyncio.sleep(0)
@@ -500,7 +505,7 @@ def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
         await running
         return seen
 
-    assert run(go()) == [3, 4, 5, 0]
+    assert run(go()) == [3, 4, 1, 5, 0]
 
 
 def test_after_a_failure_actors_have_last_words_of_bounded_length(
