@@ -49,7 +49,7 @@ GROUPS = tuple(
             r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|mkldnn|onednn|"
             r"aten::(mm|addmm|bmm|baddbmm|matmul|linear)$|_linear_kernel",
         ),
-        (NORM, r"rms_?norm|layer_?norm|rope|rotary|silu|swiglu|gelu"),
+        (NORM, r"rms_?norm|layer_?norm|rope|rotary|gated|silu|swiglu|gelu"),
         (
             SAMPLING,
             r"argmax|sort|radix|topk|top_?[kp]_|softmax|cumsum|scan|searchsorted|sampl|threshold|"

@@ -37,8 +37,8 @@ from asyncllm.kernels.attention.prefill import (
     prefill_attention,
     prefill_attention_ref,
 )
+from asyncllm.kernels.gated import gated, gated_ref
 from asyncllm.kernels.rmsnorm import add_rmsnorm, add_rmsnorm_ref, rmsnorm, rmsnorm_ref
-from asyncllm.kernels.silu_mul import silu_mul, silu_mul_ref
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
 SCALE = DIM**-0.5
@@ -153,7 +153,7 @@ def wrong_kernels() -> list[str]:
     normed, total = add_rmsnorm_ref(x, residual, weight, 1e-5)
     compare("add_rmsnorm", normed, add_rmsnorm(x, residual, weight, 1e-5)[0])
     compare("add_rmsnorm, residual", total, residual)
-    compare("silu_mul", silu_mul_ref(x), silu_mul(x))
+    compare("gated", gated_ref(x), gated(x))
     case = rope_case(37)
     mirror = [t.clone() for t in case]
     rope_kv_ref(*mirror, Q_HEADS)
@@ -230,8 +230,8 @@ def small_kernels(ceiling: Ceiling, quick: bool) -> None:
         show("add_rmsnorm", f"{tokens} x 4096", us, ceiling, num_bytes=4 * x.nbytes)
     for tokens in (1, 256):
         x, out = randn(tokens, 28672), randn(tokens, 14336)
-        us = median_us(partial(silu_mul, x, out), quick)
-        show("silu_mul", f"{tokens} x 28672", us, ceiling, num_bytes=1.5 * x.nbytes)
+        us = median_us(partial(gated, x, out=out), quick)
+        show("gated", f"{tokens} x 28672", us, ceiling, num_bytes=1.5 * x.nbytes)
     for tokens in (1, 256, 4096):
         case = rope_case(tokens)
         us = median_us(partial(rope_kv, *case, Q_HEADS), quick)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
     Batch,
     KvLayout,
     KvPairs,
     LayerKv,
     refuse_beyond_plain,
-    rope_tables,
 )
 from asyncllm.models.spec import AttentionSpec
 
@@ -49,7 +49,7 @@ class TorchAttention:
         return dtype.itemsize * (turned + spec.num_kv_heads * spec.v_dim) + widened * turned
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> TorchPlan:
-        return TorchPlan(self.layout, spec, batch, self.angles[spec.rope, spec.head_dim])
+        return TorchPlan(self.layout, spec, batch, self.angles[spec.rope])
 
 
 class TorchPlan:

@@ -12,13 +12,13 @@ from asyncllm.kernels.attention.decode import decode_attention
 from asyncllm.kernels.attention.decode_plan import DecodePlan, plan_decode
 from asyncllm.kernels.attention.kv_write import rope_kv
 from asyncllm.kernels.attention.prefill import prefill_attention
+from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
     Batch,
     KvLayout,
     KvPairs,
     LayerKv,
     refuse_beyond_plain,
-    rope_tables,
 )
 from asyncllm.models.spec import AttentionSpec
 
@@ -62,7 +62,7 @@ class TritonAttention:
         return dtype.itemsize * 2 * (q + kv)
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> TritonPlan:
-        return TritonPlan(self.layout, spec, batch, self.angles[spec.rope, spec.head_dim])
+        return TritonPlan(self.layout, spec, batch, self.angles[spec.rope])
 
 
 @dataclass(slots=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
+
+from asyncllm.models.spec import Activation
 
 WIDENED_ROWS = 8192  # of the output matrix, whose float32 copies exist at a time
 
@@ -66,17 +68,31 @@ class TorchOps:
         return out
 
     def embed_rmsnorm(
-        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
+        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         residual = embedding(tokens, table)
-        return rms_norm(residual, (residual.shape[-1],), weight, eps), residual
+        if scale != 1.0:
+            residual.mul_(scale)
+        return self.rmsnorm(residual, weight, eps), residual
+
+    def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # torch takes one dtype; it widens inside whatever that is
+        return rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
     def add_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         residual = residual + x
-        return rms_norm(residual, (x.shape[-1],), weight, eps), residual
+        return self.rmsnorm(residual, weight, eps), residual
 
-    def silu_mul(self, x: Tensor) -> Tensor:
+    def qk_rmsnorm(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
+    ) -> None:
+        heads = qkv.view(len(qkv), -1, len(q_weight))
+        for weight, part in ((q_weight, heads[:, :num_q]), (k_weight, heads[:, num_q:][:, :num_k])):
+            part.copy_(self.rmsnorm(part, weight, eps))
+
+    def gated(self, x: Tensor, activation: Activation) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
-        return silu(gate).mul_(up)
+        active = silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")
+        return active.mul_(up)

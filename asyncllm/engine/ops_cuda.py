@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from asyncllm.kernels.embedding import embed_rmsnorm
+from asyncllm.kernels.gated import gated
 from asyncllm.kernels.linear import linear
-from asyncllm.kernels.rmsnorm import add_rmsnorm
-from asyncllm.kernels.silu_mul import silu_mul
+from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm
+from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
+from asyncllm.models.spec import Activation
 
 GEMV_OUT = 65536  # up to so many outputs our kernel for one row is faster than cuBLAS
 
@@ -37,14 +39,22 @@ class TritonOps:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
     def embed_rmsnorm(
-        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
+        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        return embed_rmsnorm(tokens, table, weight, eps)
+        return embed_rmsnorm(tokens, table, weight, eps, scale)
+
+    def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rmsnorm(x, weight, eps)
 
     def add_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         return add_rmsnorm(x, residual, weight, eps)
 
-    def silu_mul(self, x: Tensor) -> Tensor:
-        return silu_mul(x)
+    def qk_rmsnorm(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
+    ) -> None:
+        qk_rmsnorm(qkv, q_weight, k_weight, num_q, num_k, eps)
+
+    def gated(self, x: Tensor, activation: Activation) -> Tensor:
+        return gated(x, activation)

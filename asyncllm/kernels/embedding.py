@@ -24,6 +24,7 @@ def _embed_kernel(
     residual_ptr,
     table_stride,
     eps,
+    factor,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -33,11 +34,12 @@ def _embed_kernel(
     token = tl.load(tokens_ptr + row).to(tl.int64)
     weight = tl.load(weight_ptr + col, mask=mask, other=0.0)
     x = tl.load(table_ptr + token * table_stride + col, mask=mask, other=0.0)
+    x = (x.to(tl.float32) * factor).to(x.dtype)
     tl.store(residual_ptr + row * HIDDEN + col, x, mask=mask)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
     normed = (x * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
-    tl.store(normed_ptr + row * HIDDEN + col, normed.to(weight.dtype), mask=mask)
+    tl.store(normed_ptr + row * HIDDEN + col, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -149,16 +151,18 @@ def embed_rmsnorm(
     table: Tensor,
     weight: Tensor,
     eps: float,
+    scale: float = 1.0,
     out: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the embedding table, and their RMS norm.
+    """Rows of the embedding table times ``scale``, and their RMS norm.
 
     Args:
         tokens: [num_tokens] int32 or int64, in range.
         table: [vocab_size, hidden]; rows may be strided.
-        weight: [hidden], dtype of the table.
+        weight: [hidden], dtype of the table or float32.
         eps: as in ``rmsnorm``.
+        scale: of what is looked up; the product is rounded before the norm.
         out, residual: [num_tokens, hidden] contiguous, where to write.
 
     Returns:
@@ -172,7 +176,8 @@ def embed_rmsnorm(
     num, hidden = len(tokens), table.shape[1]
     if tokens.dim() != 1 or tokens.is_floating_point() or not tokens.is_contiguous():
         raise ValueError(f"tokens {tuple(tokens.shape)} {tokens.dtype}: integers expected")
-    if table.stride(1) != 1 or weight.shape != (hidden,) or weight.dtype != table.dtype:
+    fits = weight.shape == (hidden,) and weight.dtype in {table.dtype, torch.float32}
+    if table.stride(1) != 1 or not fits:
         raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype} does not fit the table")
     made = []
     for name, given in (("out", out), ("residual", residual)):
@@ -193,6 +198,7 @@ def embed_rmsnorm(
             made[1],
             table.stride(0),
             eps,
+            scale,
             HIDDEN=hidden,
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
@@ -223,8 +229,8 @@ def stage_ref(
 
 
 def embed_rmsnorm_ref(
-    tokens: Tensor, table: Tensor, weight: Tensor, eps: float
+    tokens: Tensor, table: Tensor, weight: Tensor, eps: float, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """``embed_rmsnorm`` in plain torch."""
-    residual = table[tokens.long()]
+    residual = table[tokens.long()] * scale
     return rmsnorm_ref(residual, weight, eps), residual

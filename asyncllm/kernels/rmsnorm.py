@@ -38,7 +38,7 @@ def _rmsnorm_kernel(
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
     normed = (x * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
-    tl.store(out_ptr + row * out_stride + col, normed.to(weight.dtype), mask=mask)
+    tl.store(out_ptr + row * out_stride + col, normed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -46,13 +46,13 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) ->
 
     Args:
         x: [num_tokens, hidden]; rows may be strided, the last dimension is contiguous.
-        weight: [hidden], same dtype as x.
+        weight: [hidden], dtype of x or float32.
         eps: added to the mean square.
         out: where to write, [num_tokens, hidden]; may be ``x`` itself.
 
     Returns:
-        [num_tokens, hidden]: normalised in fp32, rounded to the dtype, then multiplied (the order
-        of the Hugging Face implementation).
+        [num_tokens, hidden] in the dtype of x: normalised in fp32, rounded to the weight's dtype,
+        then multiplied (the order of the Hugging Face implementations).
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
@@ -94,7 +94,7 @@ def rmsnorm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``rmsnorm`` in plain torch."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return (normed.to(weight.dtype) * weight).to(x.dtype)
 
 
 def add_rmsnorm_ref(
@@ -109,7 +109,8 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError(f"x must be [tokens, hidden] with contiguous rows: {tuple(x.shape)}")
     num_tokens, hidden = x.shape
-    if weight.shape != (hidden,) or weight.dtype != x.dtype or weight.stride(0) != 1:
+    fits = weight.dtype in {x.dtype, torch.float32} and weight.stride(0) == 1
+    if weight.shape != (hidden,) or not fits:
         raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype} does not fit x {hidden}")
     if out.shape != x.shape or out.dtype != x.dtype or out.stride(1) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit x {tuple(x.shape)}")

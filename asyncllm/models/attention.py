@@ -7,7 +7,7 @@ how K and V lie in memory is the layout's to know. The engine implements backend
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.models.spec import AttentionSpec, Rope
+from asyncllm.models.spec import AttentionSpec
 
 LayerKv = tuple[Tensor, ...]  # of one layer, as its layout made them; dimension 0 is the slot
 
@@ -118,6 +118,8 @@ def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
     asked = {
         f"is of kind {spec.kind!r}": spec.kind != "gqa",
         "has no rotary embedding": spec.rope is None,
+        "turns neighbouring elements": spec.rope is not None and spec.rope.interleaved,
+        "turns a part of each head": spec.rope is not None and spec.rope.dim != spec.head_dim,
         f"has a sliding window of {spec.window}": spec.window is not None,
         f"has logits capped at {spec.softcap}": spec.softcap is not None,
         "has attention sinks": spec.sinks,
@@ -132,38 +134,3 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         return torch.zeros(shape, dtype=dtype, device=device)
     raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
-
-
-def rope_tables(
-    specs: Iterable[AttentionSpec], max_position: int, device: torch.device
-) -> dict[tuple[Rope | None, int], Tensor]:
-    """(rope, head_dim) of the specs -> their :func:`rope_table`."""
-    kinds = {(spec.rope, spec.head_dim) for spec in specs}
-    return {
-        (rope, dim): rope_table(rope, dim, max_position).to(device) for rope, dim in kinds if rope
-    }
-
-
-def rope_table(rope: Rope, head_dim: int, max_position: int) -> Tensor:
-    """cos and sin of every position: [max_position, head_dim] float32, cos in the first half.
-
-    Frequencies as in RoFormer (Su et al., 2021, §3.4.2); "llama3" scaling blends long wavelengths
-    into frequencies divided by ``factor`` (The Llama 3 Herd of Models, 2024, §3.4.2 and its code).
-    """
-    half = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq = 1.0 / (rope.theta**half)
-    if rope.kind == "linear":
-        inv_freq = inv_freq / rope.factor
-    elif rope.kind == "llama3":
-        inv_freq = _llama3(inv_freq, rope)
-    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).contiguous()
-
-
-def _llama3(inv_freq: Tensor, rope: Rope) -> Tensor:
-    wavelen = 2 * math.pi / inv_freq
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    smooth = (rope.original_max_position / wavelen - low) / (high - low)
-    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-    scaled = torch.where(smooth < 0, inv_freq / rope.factor, blended)
-    return torch.where(smooth > 1, inv_freq, scaled)

@@ -1,14 +1,19 @@
-"""Layers that families share: linear layers sharded over ranks, and the gated MLP."""
+"""Layers that families share: linear layers sharded over ranks, norms, attention of grouped heads,
+the gated MLP."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from asyncllm.models.attention import AttentionPlan, LayerKv
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Linear
+from asyncllm.models.spec import AttentionSpec, MlpSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import Span, Target, whole
 
 
@@ -102,26 +107,165 @@ class Linears:
             linear.pack()
 
 
+class Norm:
+    """The weight of a root-mean-square norm of ``size`` elements, the same on every rank."""
+
+    def __init__(self, site: Site, spec: ModelSpec, size: int) -> None:
+        self._offset = spec.norm_offset
+        # weights near 0 that are added to 1 would lose their last bits in a shorter dtype
+        self.weight = site.empty(size, dtype=torch.float32 if spec.norm_offset else None)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def targets(self, name: str) -> Iterator[tuple[str, Target]]:
+        yield f"{name}.weight", whole(self.weight)
+
+    def pack(self) -> None:
+        self.weight.add_(self._offset)
+
+
+class MlpPart(Protocol):
+    """What stands behind attention in a block."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors on this rank."""
+
+    @property
+    def width(self) -> int:
+        """Elements of the model's dtype that a token takes inside, at most."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says."""
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        """Checkpoint name -> where its values go; names begin with ``prefix``."""
+
+    def pack(self) -> None:
+        """Lay out the loaded weights as the operators like them best."""
+
+
+class AttentionPart(Protocol):
+    """A block's attention with its projections."""
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """This rank's share; parts with equal ones share the plan of a step."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors on this rank."""
+
+    @property
+    def width(self) -> int:
+        """Elements that a token takes inside beyond what the backend's ``token_bytes`` says."""
+
+    def __call__(self, x: Tensor, plan: AttentionPlan, kv: LayerKv) -> Tensor:
+        """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says."""
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        """Checkpoint name -> where its values go; names begin with ``prefix``."""
+
+    def pack(self) -> None:
+        """Lay out the loaded weights as the operators like them best."""
+
+
+class Attention(Linears):
+    """Heads in whole GQA groups; a group that is padding has zero weights and adds nothing."""
+
+    width = 0
+
+    def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:
+        heads, dim = shard_heads(layer, site.comm.size, site.comm.rank), layer.head_dim
+        self.spec = layer.on(heads)
+        q_size, kv_size = layer.num_q_heads * dim, layer.num_kv_heads * dim
+        q_dim, kv_dim = self.spec.num_q_heads * dim, self.spec.num_kv_heads * dim
+        q = head_spans(heads.q_heads, dim, 0)
+        k = head_spans(heads.kv_heads, dim, q_dim)
+        v = head_spans(heads.kv_heads, dim, q_dim + kv_dim)
+        parts = [Part("q_proj", q_size, q), Part("k_proj", kv_size, k), Part("v_proj", kv_size, v)]
+        if spec.fused_projections:
+            parts = [fused("qkv_proj", parts)]
+        hidden = spec.hidden_size
+        self.qkv = by_outputs(site, (q_dim + 2 * kv_dim, hidden), parts, spec.qkv_bias)
+        self.out = by_inputs(site, (hidden, q_dim), Part("o_proj", q_size, q), spec.out_bias)
+        super().__init__(self.qkv, self.out)
+        self._site, self._eps = site, spec.rms_eps
+        self._norms = {}
+        if spec.qk_norm:
+            self._norms = {name: Norm(site, spec, dim) for name in ("q_norm", "k_norm")}
+
+    def __call__(self, x: Tensor, plan: AttentionPlan, kv: LayerKv) -> Tensor:
+        qkv, spec = self.qkv(x), self.spec
+        if self._norms:
+            q, k = (norm.weight for norm in self._norms.values())
+            self._site.ops.qk_rmsnorm(qkv, q, k, spec.num_q_heads, spec.num_kv_heads, self._eps)
+        return self._site.comm.linear_reduce(self.out, plan.run(qkv, kv))
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(norm.nbytes for norm in self._norms.values())
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield from super().targets(prefix)
+        for name, norm in self._norms.items():
+            yield from norm.targets(f"{prefix}{name}")
+
+    def pack(self) -> None:
+        super().pack()
+        for norm in self._norms.values():
+            norm.pack()
+
+
 class GatedMLP(Linears):
-    """down(silu(gate(x)) * up(x)), in equal slices.
+    """down(activation(gate(x)) * up(x)), in equal slices.
 
     Attributes:
         width: elements that a token takes inside, at most.
     """
 
-    def __init__(self, site: Site, hidden: int, inner: int, bias: bool) -> None:
-        local = -(-inner // site.comm.size)
-        first, _, size = kept = share(inner, site)
-        gate, up = (
-            Part("gate_proj", inner, (kept,)),
-            Part("up_proj", inner, ((first, local, size),)),
-        )
-        self.gate_up = by_outputs(site, (2 * local, hidden), (gate, up), bias)
-        self.down = by_inputs(site, (hidden, local), Part("down_proj", inner, (kept,)), bias)
+    def __init__(self, site: Site, spec: ModelSpec, mlp: MlpSpec) -> None:
+        hidden, local = spec.hidden_size, -(-mlp.width // site.comm.size)
+        first, _, size = kept = share(mlp.width, site)
+        inner = [
+            Part("gate_proj", mlp.width, (kept,)),
+            Part("up_proj", mlp.width, ((first, local, size),)),
+        ]
+        if spec.fused_projections:
+            inner = [fused("gate_up_proj", inner)]
+        self.gate_up = by_outputs(site, (2 * local, hidden), inner, mlp.bias)
+        down = Part("down_proj", mlp.width, (kept,))
+        self.down = by_inputs(site, (hidden, local), down, mlp.bias)
         super().__init__(self.gate_up, self.down)
         self.width = 3 * local
-        self._site = site
+        self._site, self._activation = site, mlp.activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        inner = self._site.ops.silu_mul(self.gate_up(x))
+        inner = self._site.ops.gated(self.gate_up(x), self._activation)
         return self._site.comm.linear_reduce(self.down, inner)
+
+
+def fused(name: str, parts: Sequence[Part]) -> Part:
+    """``parts`` as one tensor of the checkpoint, in which they follow each other."""
+    spans, begin = [], 0
+    for part in parts:
+        spans += [(begin + source, into, length) for source, into, length in part.spans]
+        begin += part.size
+    return Part(name, begin, tuple(spans))
+
+
+def head_spans(heads: tuple[int, ...], dim: int, offset: int) -> tuple[Span, ...]:
+    """(source, destination, length) of each run of neighbouring heads; padding heads have none."""
+    spans: list[Span] = []
+    for local, head in enumerate(heads):
+        if head < 0:
+            continue
+        source, destination = head * dim, offset + local * dim
+        if spans and spans[-1][0] + spans[-1][2] == source:
+            source, destination, length = spans.pop()
+            spans.append((source, destination, length + dim))
+        else:
+            spans.append((source, destination, dim))
+    return tuple(spans)

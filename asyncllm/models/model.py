@@ -31,10 +31,10 @@ class Site:
     dtype: torch.dtype
     device: torch.device
 
-    def empty(self, *shape: int) -> Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A parameter; zero where heads or slices may be padding (filled only in part)."""
         make = torch.zeros if self.comm.size > 1 else torch.empty
-        return make(*shape, dtype=self.dtype, device=self.device)
+        return make(*shape, dtype=dtype or self.dtype, device=self.device)
 
 
 class Model(Protocol):

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from asyncllm.models.spec import Activation
 from asyncllm.models.weights import Target
 
 
@@ -28,17 +29,25 @@ class Ops(Protocol):
         """x @ weight.T as float32, never rounded to the dtype of the two."""
 
     def embed_rmsnorm(
-        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float
+        self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """(norm of the embeddings, embeddings), [num_tokens, hidden] each."""
+        """(norm of the embeddings times ``scale``, these), [num_tokens, hidden] each."""
+
+    def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Norm of each row, rounded to the weight's dtype, times the weight, in the dtype of x."""
 
     def add_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """(norm(residual + x), residual + x)."""
 
-    def silu_mul(self, x: Tensor) -> Tensor:
-        """[T, 2 * I] -> [T, I]: silu of the first half times the second."""
+    def qk_rmsnorm(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
+    ) -> None:
+        """The norm of each of the ``num_q`` heads of q and ``num_k`` of k, in place."""
+
+    def gated(self, x: Tensor, activation: Activation) -> Tensor:
+        """[T, 2 * I] -> [T, I]: ``activation`` of the first half times the second."""
 
 
 class Linear(Protocol):

@@ -8,27 +8,22 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from asyncllm.errors import StartupError
 from asyncllm.models.quantization import weight_block
 from asyncllm.models.registry import family
+from asyncllm.models.rope import Json as Json
+from asyncllm.models.rope import Rope, read_rope
 
-Json = dict[str, Any]  # what a file holds
+Activation = Literal["silu", "gelu_tanh"]
 
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rope:
-    """Rotary embedding: base and the scaling of its frequencies."""
-
-    theta: float
-    kind: str  # "default" | "linear" | "llama3"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,24 +47,38 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MlpSpec:
+    """A gated MLP: down(activation(gate(x)) * up(x))."""
+
+    width: int  # outputs of gate and of up
+    bias: bool = False
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Shape of a decoder-only transformer, independent of the checkpoint's own names."""
+    """Shape of a decoder-only transformer."""
 
     architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     layers: tuple[AttentionSpec, ...]
+    mlps: tuple[MlpSpec, ...]  # of each layer
     rms_eps: float
     max_position: int
     tie_embeddings: bool
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
     dtype: str  # of the checkpoint: fp32, bf16 or fp16
     eos_ids: tuple[int, ...]
     # of the checkpoint's 8-bit weights: rows and columns that share a scale; None: there are none
     weight_block: tuple[int, int] | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False  # q and k of each head are normed before they are turned
+    norm_offset: float = 0.0  # norms multiply by this plus their weight
+    sandwich_norms: bool = False  # what attention and MLP give is normed before it is added
+    embed_scale: float = 1.0  # multiplies embeddings
+    logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+    fused_projections: bool = False  # the checkpoint holds q, k, v, and gate, up, as one tensor
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelSpec:
@@ -95,11 +104,13 @@ class ModelSpec:
         """From what config.json and generation_config.json hold (transformers 4 and 5 styles)."""
         architecture = (hf.get("architectures") or ["?"])[0]
         served = family(architecture)
-        if hf.get("hidden_act", "silu") != "silu":
-            raise StartupError(
-                f"{architecture} with hidden_act {hf['hidden_act']!r} is not available yet"
-            )
         bias = bool(hf.get("attention_bias", False))
+        num_layers = int(hf["num_hidden_layers"])
+        mlp = MlpSpec(
+            width=int(hf["intermediate_size"]),
+            bias=bool(hf.get("mlp_bias", False)),
+            activation=_activation(hf),
+        )
         dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
         if dtype not in _DTYPE_NAMES:
             raise StartupError(f"checkpoint dtype {dtype!r} is not available yet")
@@ -107,17 +118,16 @@ class ModelSpec:
             architecture=architecture,
             vocab_size=int(hf["vocab_size"]),
             hidden_size=int(hf["hidden_size"]),
-            intermediate_size=int(hf["intermediate_size"]),
-            layers=(_attention(hf),) * int(hf["num_hidden_layers"]),
+            layers=(_attention(hf),) * num_layers,
+            mlps=(mlp,) * num_layers,
             rms_eps=float(hf.get("rms_norm_eps", 1e-6)),
             max_position=int(hf.get("max_position_embeddings", 2048)),
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=bias,
-            out_bias=bias,
-            mlp_bias=bool(hf.get("mlp_bias", False)),
             dtype=_DTYPE_NAMES[dtype],
             eos_ids=_eos(hf, generation),
             weight_block=weight_block(hf.get("quantization_config")),
+            qkv_bias=bias,
+            out_bias=bias,
         )
         return served.read(spec, hf)
 
@@ -163,8 +173,15 @@ def _attention(hf: Json) -> AttentionSpec:
         head_dim=head_dim,
         v_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=_rope(hf),
+        rope=read_rope(hf, head_dim),
     )
+
+
+def _activation(hf: Json) -> Activation:
+    name = hf.get("hidden_activation") or hf.get("hidden_act") or "silu"
+    if name not in _ACTIVATIONS:
+        raise StartupError(f"hidden_act {name!r} is not available yet")
+    return _ACTIVATIONS[name]
 
 
 def generation_config(model_dir: Path) -> Json:
@@ -181,24 +198,6 @@ def _read(path: Path) -> Json:
     if not isinstance(found, dict):
         raise StartupError(f"{path} holds no JSON object")
     return found
-
-
-def _rope(hf: Json) -> Rope:
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in {"default", "linear", "llama3"}:
-        raise StartupError(f"rope scaling {kind!r} is not available yet")
-    if hf.get("partial_rotary_factor", 1.0) != 1.0:
-        raise StartupError("partial_rotary_factor other than 1 is not available yet")
-    return Rope(
-        theta=theta,
-        kind=kind,
-        factor=float(scaling.get("factor", 1.0)),
-        low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-        original_max_position=int(scaling.get("original_max_position_embeddings", 8192)),
-    )
 
 
 def _eos(hf: Json, generation: Json) -> tuple[int, ...]:

@@ -103,7 +103,7 @@ def test_several_ranks_are_refused(checkpoint: Path) -> None:
         ("aten::scaled_dot_product_attention", "attention mixed"),
         ("_rmsnorm_kernel", "norm, rope, activation"),
         ("_rope_kv_kernel", "norm, rope, activation"),
-        ("_silu_mul_kernel", "norm, rope, activation"),
+        ("_gated_kernel", "norm, rope, activation"),
         ("void at::native::reduce_kernel<512, 1, ReduceOp<float, ArgMaxOps<float>>>", "sampling"),
         ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<4>", "sampling"),
         ("void at_cuda_detail::DeviceRadixSortOnesweepKernel", "sampling"),

@@ -25,6 +25,17 @@ def test_embed_rmsnorm(shape: tuple[int, int], wide: torch.dtype, dtype: torch.d
     assert torch.equal(rows, residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embeddings_are_scaled_and_rounded_before_the_norm(dtype: torch.dtype) -> None:
+    table, weight = randn(50, 576, dtype=dtype), randn(576, dtype=torch.float32, seed=1)
+    tokens = torch.arange(7, device=DEVICE)
+    normed, residual = embed_rmsnorm(tokens, table, weight, EPS, 22.625)
+    want, rows = embed_rmsnorm_ref(tokens, table, weight, EPS, 22.625)
+    assert_close("normed", want, normed)
+    assert torch.equal(rows, residual)
+    assert torch.equal(rows, table[:7] * 22.625)
+
+
 def case(num: int) -> dict[str, Tensor]:
     """Two thirds given, one third last tokens; a few are padding."""
     generator = torch.Generator().manual_seed(num)

@@ -46,6 +46,15 @@ def test_rows_may_be_strided_and_the_output_may_be_the_input() -> None:
     assert torch.equal(wide[:, 200:], rest[:, 200:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float32_weights_are_applied_before_rounding(dtype: torch.dtype) -> None:
+    x, residual = (randn(5, 576, dtype=dtype, seed=i) for i in range(2))
+    weight = randn(576, dtype=torch.float32, seed=2) * 1e-3 + 1
+    want, _ = add_rmsnorm_ref(x, residual, weight, EPS)
+    got, _ = add_rmsnorm(x, residual, weight, EPS)
+    assert_close("normed", want, got, ratio=1e-6 if dtype == torch.float32 else 2e-4)
+
+
 def test_no_tokens() -> None:
     x, weight = randn(0, 64, dtype=torch.float32), randn(64, dtype=torch.float32)
     assert rmsnorm(x, weight, EPS).shape == (0, 64)

@@ -14,14 +14,15 @@ from asyncllm.engine.build import make_model
 from asyncllm.engine.parallel import Alone
 from asyncllm.errors import StartupError
 from asyncllm.models.attention import AttentionBackend, Batch, KvPairs
-from asyncllm.models.spec import AttentionSpec, ModelSpec, Rope
+from asyncllm.models.rope import Rope
+from asyncllm.models.spec import AttentionSpec, ModelSpec
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 from tests.models.test_llama import VOCAB, make_checkpoint, make_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLAIN = AttentionSpec(
     kind="gqa", num_q_heads=6, num_kv_heads=2, head_dim=16, v_dim=16, scale=0.25,
-    rope=Rope(theta=10000.0, kind="default"),
+    rope=Rope(theta=10000.0, dim=16),
 )  # fmt: skip
 BEYOND: list[tuple[dict[str, Any], str]] = [
     ({"window": 128}, "has a sliding window of 128"),
@@ -29,6 +30,8 @@ BEYOND: list[tuple[dict[str, Any], str]] = [
     ({"sinks": True}, "has attention sinks"),
     ({"kind": "mla"}, "is of kind 'mla'"),
     ({"rope": None}, "has no rotary embedding"),
+    ({"rope": Rope(theta=1e4, dim=16, interleaved=True)}, "turns neighbouring elements"),
+    ({"rope": Rope(theta=1e4, dim=8)}, "turns a part of each head"),
     ({"v_dim": 8}, "has values of 8 and keys of 16"),
 ]
 

@@ -88,7 +88,7 @@ def tensors_of(model: Decoder) -> list[Tensor]:
             found.append(thing)
         elif isinstance(thing, dict | list | tuple):
             todo += thing.values() if isinstance(thing, dict) else thing
-        elif type(thing).__module__ in {"asyncllm.models.llama", "asyncllm.models.layers"}:
+        elif type(thing).__module__.startswith("asyncllm.models."):
             todo += vars(thing).values() if hasattr(thing, "__dict__") else []
     return found
 

@@ -36,8 +36,9 @@ def test_both_files_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not av"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 is not available"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope scaling 'mrope' is not available yet"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling 'linear' has no 'factor'"),
+        ({"partial_rotary_factor": 0.01}, "partial_rotary_factor 0.01 of heads of 16 gives no"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not available yet"),
         ({"torch_dtype": "int8"}, "checkpoint dtype 'int8' is not available yet"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantised weights \(awq\) are not"),

@@ -1,0 +1,186 @@
+"""Rotary position embedding: what a config.json says about it.
+
+Knows no tensors; the angles are made in ``models/angles.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from asyncllm.errors import StartupError
+
+Json = dict[str, Any]  # what a file holds
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Every frequency is divided by ``factor`` (position interpolation)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Dynamic:
+    """The base grows with the longest sequence served, beyond ``trained`` positions (NTK-aware)."""
+
+    factor: float
+    trained: int
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3:
+    """Long wavelengths are divided by ``factor``, short ones kept, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    trained: int
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """As Llama3, blended by how often a dimension turns within ``trained`` positions."""
+
+    factor: float
+    trained: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # the borders of the blend are whole dimensions
+
+
+@dataclass(frozen=True, slots=True)
+class LongRope:
+    """Each frequency has its own divisor: ``long`` if sequences may exceed ``trained``."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    trained: int
+
+
+Scaling = Linear | Dynamic | Llama3 | Yarn | LongRope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary embedding of the first ``dim`` elements of a head (of a part that MLA cuts off).
+
+    Attributes:
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + dim / 2).
+        attention_factor: multiplies cosines and sines, so scores by its square.
+    """
+
+    theta: float
+    dim: int
+    scaling: Scaling | None = None
+    interleaved: bool = False
+    attention_factor: float = 1.0
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """By how much YaRN scales queries and keys (Peng et al., 2023, §3.4), as DeepSeek weighs it."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def read_rope(hf: Json, head_dim: int, layer_type: str | None = None) -> Rope:
+    """The rotary embedding of a config.json, of layers of ``layer_type`` if it tells them apart.
+
+    Knows ``rope_parameters`` of transformers 5 and ``rope_theta``, ``rope_scaling`` and
+    ``partial_rotary_factor`` of transformers 4.
+
+    Raises:
+        StartupError: it asks for a variant that is not there, or misses what its variant needs.
+    """
+    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if layer_type is not None and layer_type in given:
+        given = given[layer_type] or {}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in _READERS:
+        raise StartupError(f"rope scaling {kind!r} is not available yet")
+    part = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    dim = head_dim if part is None else int(head_dim * float(part))
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise StartupError(f"partial_rotary_factor {part} of heads of {head_dim} gives no pairs")
+    theta = given.get("rope_theta", hf.get("rope_theta"))
+    try:
+        scaling, attention_factor = _READERS[kind](given, hf, dim)
+    except KeyError as error:
+        raise StartupError(f"rope scaling {kind!r} has no {error}") from None
+    return Rope(
+        theta=10000.0 if theta is None else float(theta),
+        dim=dim,
+        scaling=scaling,
+        attention_factor=attention_factor,
+    )
+
+
+def _default(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+    return None, 1.0
+
+
+def _linear(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+    return Linear(float(given["factor"])), 1.0
+
+
+def _dynamic(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+    return Dynamic(float(given["factor"]), int(hf["max_position_embeddings"])), 1.0
+
+
+def _llama3(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+    names = "factor", "low_freq_factor", "high_freq_factor"
+    factor, low, high = (float(given[name]) for name in names)
+    return Llama3(factor, low, high, _trained(given, hf)), 1.0
+
+
+def _yarn(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+    trained = _trained(given, hf)
+    found = given.get("factor")
+    factor = int(hf["max_position_embeddings"]) / trained if found is None else float(found)
+    scaling = Yarn(
+        factor,
+        trained,
+        float(given.get("beta_fast") or 32),
+        float(given.get("beta_slow") or 1),
+        bool(given.get("truncate", True)),
+    )
+    if (told := given.get("attention_factor")) is not None:
+        return scaling, float(told)
+    over, under = given.get("mscale"), given.get("mscale_all_dim")
+    if over and under:
+        return scaling, yarn_mscale(factor, float(over)) / yarn_mscale(factor, float(under))
+    return scaling, yarn_mscale(factor)
+
+
+def _longrope(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+    trained = _trained(given, hf)
+    short, long = (tuple(float(f) for f in given[name]) for name in ("short_factor", "long_factor"))
+    if len(short) != dim // 2 or len(long) != dim // 2:
+        raise StartupError(
+            f"longrope has {len(short)} short and {len(long)} long factors, not {dim // 2} each"
+        )
+    if (told := given.get("attention_factor")) is not None:
+        return LongRope(short, long, trained), float(told)
+    found = given.get("factor")
+    factor = int(hf["max_position_embeddings"]) / trained if found is None else float(found)
+    scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+    return LongRope(short, long, trained), scale
+
+
+def _trained(given: Json, hf: Json) -> int:
+    """Positions before the scaling. In the file of Phi-3 they are not among the parameters."""
+    for place in (given, hf):
+        if (found := place.get("original_max_position_embeddings")) is not None:
+            return int(found)
+    return int(hf["max_position_embeddings"])
+
+
+_READERS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "su": _longrope,  # its first name, in Phi-3's first files
+}
