@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,11 @@ from asyncllm.actors.transport import Keys, Wire
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
 from bench.mkmodel import write_model
+
+
+def pytest_configure() -> None:
+    """A server started by a test ignores a hang-up only if the test says so, not under nohup too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
