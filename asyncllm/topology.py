@@ -12,7 +12,8 @@ from typing import Any
 
 from asyncllm.codec import record
 
-# In order of start; they stop in reverse, so that the frontend's last answers still find the others.
+# In order of start; they stop in reverse, so that the frontend's last answers still find the
+# others.
 ACTORS = (
     "allocator", "grammar", "scheduler", "runner", "detokenizer", "tokenizer", "frontend",
     "watchdog",

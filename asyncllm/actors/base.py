@@ -81,7 +81,8 @@ class Actor(Generic[M]):
         raise NotImplementedError
 
     def possible(self, msg: M) -> bool:
-        """Whether a message of another process is one that it can have meant; if not, it is dropped.
+        """Whether a message of another process is one that it can have meant; if not,
+        it is dropped.
 
         Asked of those in ``remote``, whose fields have been checked; here is what only the
         receiver knows.
@@ -101,7 +102,8 @@ class Actor(Generic[M]):
         """
 
     def stopped(self) -> None:
-        """Called once, in reverse order of registration, also after a crash (of ``started`` too)."""
+        """Called once, in reverse order of registration,
+        also after a crash (of ``started`` too)."""
 
     def holds(self) -> str:
         """What it works on, for whoever looks into a running process. From any thread."""

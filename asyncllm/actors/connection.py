@@ -118,11 +118,14 @@ class Doors:
 
         def connect() -> Connection:
             return Connection(
-                server, answer=self._answer, loop=loop, access_log=None,
+                server,
+                answer=self._answer,
+                loop=loop,
+                access_log=None,
                 auto_decompress=False,  # see body.py
                 lingering_time=LINGER_S,
                 **self._options,
-            )  # fmt: skip
+            )
 
         for sock in sockets:
             self._listening.append(

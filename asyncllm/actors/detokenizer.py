@@ -236,7 +236,8 @@ class _Stream:
         )
 
     def _take_one(self) -> Delta:
-        """``take`` as it mostly is, in half the time: a token, and nothing that could stop the text."""
+        """``take`` as it mostly is, in half the time: a token,
+        and nothing that could stop the text."""
         token, ends = self.ids[0], self.ends[0]
         piece = ""
         if self.print_eos or not ends:

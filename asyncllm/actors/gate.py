@@ -66,7 +66,8 @@ class Gate:
             raise Unauthorized("the API key is not valid", code="invalid_api_key")
 
     def check_origin(self, request: web.Request) -> None:
-        """Raises ForeignOrigin (403) where a page of another site may have sent what changes something.
+        """Raises ForeignOrigin (403) where a page of another site may have sent what changes
+        something.
 
         A browser sends some requests for any page without asking first, though it hides the answer,
         and it reaches a server that only listens on this machine. It says which page that was.
@@ -121,7 +122,8 @@ class Gate:
         return peer
 
     def preflight(self, request: web.Request) -> web.Response | None:
-        """The answer to a browser that asks before it sends; it brings no key, and runs no route."""
+        """The answer to a browser that asks before it sends; it brings no key,
+        and runs no route."""
         wanted = request.headers.get("Access-Control-Request-Method")
         if request.method != "OPTIONS" or wanted is None or not self._origins:
             return None

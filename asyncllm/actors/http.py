@@ -149,8 +149,11 @@ class Routes:
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(
-            request, lambda body: openai.completion(body, self._front.served), CompletionReply, "cmpl-"
-        )  # fmt: skip
+            request,
+            lambda body: openai.completion(body, self._front.served),
+            CompletionReply,
+            "cmpl-",
+        )
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(

@@ -1,7 +1,8 @@
 """Signs of life of a server's processes, in memory that all of them share.
 
-Each writes the time into a place of its own, from a thread, so that a busy event loop is no silence; to
-look takes no message, so that nothing is missed while one's own loop is busy. Knows no actor.
+Each writes the time into a place of its own, from a thread, so that a busy event loop is no
+silence; to look takes no message, so that nothing is missed while one's own loop is busy. Knows no
+actor.
 """
 
 from __future__ import annotations

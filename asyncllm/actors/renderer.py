@@ -1,6 +1,8 @@
-"""Renders chats by the model's own template, in a helper process that is killed if it takes too long.
+"""Renders chats by the model's own template,
+in a helper process that is killed if it takes too long.
 
-Owns the helper. Knows neither requests nor tokens; what runs in the helper is :mod:`asyncllm.templates`.
+Owns the helper. Knows neither requests nor tokens; what runs in the helper is
+:mod:`asyncllm.templates`.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Renderer:
         """The helper's answer to a chat, for ``templates.unpack``.
 
         Raises:
-            RequestError: the template takes too long or ends the helper; 503: it does so all the time.
+            RequestError: the template takes too long or ends the helper; 503: it does so all the
+                time.
         """
         async with self._turn:
             loop = asyncio.get_running_loop()

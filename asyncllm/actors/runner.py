@@ -114,7 +114,8 @@ class Runner(Actor[StepPlan | Probe]):
         return f"in flight: {self.in_flight() or 'nothing'}"
 
     def in_flight(self) -> str:
-        """What the unfinished steps are, oldest first, for whoever looks into a hang. Any thread."""
+        """What the unfinished steps are, oldest first, for whoever looks into a hang.
+        Any thread."""
         now = perf_counter()
         steps = (f"{_describe(plan)}, {now - began:.1f} s" for began, plan in [*self._unfinished])
         return "; ".join(steps)

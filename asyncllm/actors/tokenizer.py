@@ -44,9 +44,10 @@ from asyncllm.text import Text
 MOST_HEALED = 2  # tokens taken off a prompt, as LightLLM does
 TAIL_TOKENS = 8  # prompt ids that the detokenizer gets: more than any character needs
 MIN_CHARS_PER_TOKEN = 16  # where the longest token is shorter; also what /tokens may count
-# A prompt takes a place in the line for each of these, so that what waits in one line are 32 Mi characters:
-# 8 s of English for one thread on a slow core, 37 s of digits (1 token each). A prompt of several
-# places is long: at least one thread takes none, so that short ones do not wait for them.
+# A prompt takes a place in the line for each of these, so that what waits in one line are 32 Mi
+# characters: 8 s of English for one thread on a slow core, 37 s of digits (1 token each). A prompt
+# of several places is long: at least one thread takes none, so that short ones do not wait for
+# them.
 PLACE_CHARS = 32 << 10
 COUNT_S = 5.0  # what has waited longer to be counted has been given up (Limits.query_s)
 LIMIT_FLAG = "--max_req_total_len"
@@ -172,7 +173,7 @@ class Tokenizer(Actor[Inbox]):
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._renderer.stop()
 
-    # -- waiting for a thread ------------------------------------------------------------------------
+    # -- waiting for a thread ----------------------------------------------------------------------
 
     def _take(self, msg: Tokenize | Count) -> None:
         self._last_job += 1
@@ -226,7 +227,8 @@ class Tokenizer(Actor[Inbox]):
                 self.spawn(self._run(number, msg))
 
     def _next(self) -> int:
-        """The job that a thread should take: whose turn it is among the short and the long; else -1."""
+        """The job that a thread should take: whose turn it is among the short and the long;
+        else -1."""
         short, long = (next(iter(line.jobs), -1) for line in self._lines)
         if long < 0 or sum(self._running.values()) >= max(self._workers - 1, 1):
             return short
@@ -317,7 +319,7 @@ class Tokenizer(Actor[Inbox]):
             self._leave_line(number, job)
         self.frontend.tell(Finished(msg.rid, Reason.ABORT))
 
-    # -- in a thread of the pool: plain data in and out ------------------------------------------------
+    # -- in a thread of the pool: plain data in and out --------------------------------------------
 
     def _ids(self, msg: Tokenize | Count, rendered: bytes) -> tuple[array[int], str, bool]:
         """Ids of a text or a chat, the chat's head, whether it was cut. Raises RequestError."""
@@ -355,7 +357,7 @@ class Tokenizer(Actor[Inbox]):
         ids, more = _fitted(ids, keeps[1:])
         return ids, cut or more
 
-    # -- how long prompts may be ---------------------------------------------------------------------
+    # -- how long prompts may be -------------------------------------------------------------------
 
     def _too_long(self, msg: Tokenize | Count) -> RequestError | None:
         """What can be said before a thread is asked."""
@@ -399,7 +401,7 @@ class Tokenizer(Actor[Inbox]):
             keeps.append((head, room - head))
         return keeps
 
-    # -- answers -------------------------------------------------------------------------------------
+    # -- answers -----------------------------------------------------------------------------------
 
     def _answer(self, number: int, job: _Job, ids: array[int]) -> None:
         """The ids are there; a grammar must be ready before its request is accepted."""
@@ -492,7 +494,8 @@ class Tokenizer(Actor[Inbox]):
         ]
 
     def _room(self, ids: array[int], max_new_tokens: int | None) -> int:
-        """Tokens the request may generate. Raises RequestError where the prompt cannot be served."""
+        """Tokens the request may generate.
+        Raises RequestError where the prompt cannot be served."""
         if not ids:
             raise RequestError("prompt is empty", param="prompt")
         tokens = np.frombuffer(ids, np.int32)

@@ -1,4 +1,5 @@
-"""Watchdog: is every endpoint there and alive, how does the server start and end, what does it hold.
+"""Watchdog: is every endpoint there and alive, how does the server start and end,
+what does it hold.
 
 Knows liveness, drain and the numbers; knows neither requests nor what a step computes.
 One runs on every endpoint. The coordinator's leads: it waits for all, drains, and answers scrapes.
@@ -174,8 +175,8 @@ class Watchdog(Actor[Inbox]):
         self._scrapes: list[Scrape] = []
         self._log_wanted = False
         self._logged, self._logged_at, self._log_due = State(), 0.0, 0.0
-        # A thread, since a launch on a full queue hangs the loop and the loop's timers with it. It also
-        # says that the process lives, which is another thing than that its loop comes round.
+        # A thread, since a launch on a full queue hangs the loop and the loop's timers with it. It
+        # also says that the process lives, which is another thing than that its loop comes round.
         self._watcher = threading.Thread(target=self._watch_forever, name="watch", daemon=True)
         self._ended = threading.Event()
 
@@ -534,7 +535,8 @@ def check_member(
         field, wanted, found = breach
         first, other = topology.name(topology.coordinator.id), topology.name(endpoint)
         raise Mismatch(
-            f"{other} cannot belong to this server: its {field} is {found}, that of {first} {wanted}"
+            f"{other} cannot belong to this server: "
+            f"its {field} is {found}, that of {first} {wanted}"
         )
 
 

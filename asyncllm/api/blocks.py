@@ -1,8 +1,8 @@
 """Text that comes in pieces, read as if it were all there.
 
-A parser is a generator that reads from a :class:`Scanner` and yields where it needs text that has not
-come yet. What the scanner answers depends on the text alone, never on where the pieces were cut, so a
-parser built on it gives the same for every cut. Knows no format.
+A parser is a generator that reads from a :class:`Scanner` and yields where it needs text that has
+not come yet. What the scanner answers depends on the text alone, never on where the pieces were
+cut, so a parser built on it gives the same for every cut. Knows no format.
 """
 
 from __future__ import annotations

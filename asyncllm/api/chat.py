@@ -103,7 +103,7 @@ def variables(templates: Mapping[str, str], special_tokens: Mapping[str, str]) -
     return frozenset().union(*read) - special_tokens.keys()
 
 
-# -- what chat templates expect of their environment -------------------------------------------------
+# -- what chat templates expect of their environment -----------------------------------------------
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

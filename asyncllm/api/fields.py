@@ -1,7 +1,8 @@
-"""Tables of request fields: name, type, range, default and meaning, and how a JSON value is checked.
+"""Tables of request fields: name, type, range, default and meaning,
+and how a JSON value is checked.
 
-The tables of :mod:`asyncllm.api.openai` and :mod:`asyncllm.api.lightllm` are made of these; docs are
-generated from the same declarations. Knows JSON values; knows no route and no tokenizer.
+The tables of :mod:`asyncllm.api.openai` and :mod:`asyncllm.api.lightllm` are made of these; docs
+are generated from the same declarations. Knows JSON values; knows no route and no tokenizer.
 """
 
 from __future__ import annotations

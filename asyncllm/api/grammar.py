@@ -44,7 +44,8 @@ def regex(value: str, name: str) -> Grammar | None:
 
 
 def ebnf(value: str, name: str) -> Grammar | None:
-    """Rules in EBNF, the first of which is ``root``; "" is none, "json" LightLLM's any JSON object."""
+    """Rules in EBNF, the first of which is ``root``; "" is none,
+    "json" LightLLM's any JSON object."""
     if value == "json":
         return "json", ""
     return ("ebnf", _limited(value, name)) if value else None
@@ -71,7 +72,8 @@ def structured(value: Mapping[str, Any], name: str) -> Grammar | None:
 
 
 def response_format(value: Mapping[str, Any], name: str) -> Grammar | None:
-    """OpenAI's: {"type": "text" | "json_object" | "json_schema", "json_schema": {"schema": ...}}."""
+    """OpenAI's: {"type": "text" | "json_object" | "json_schema", "json_schema":
+    {"schema": ...}}."""
     match kind := value.get("type"):
         case "text":
             return None

@@ -58,8 +58,8 @@ def load(raw: bytes, max_values: int = MIN_VALUES) -> dict[str, Any]:
 def check_nested(texts: Iterable[str], what: str, name: str) -> None:
     """Raises RequestError where parsing all of these JSON texts could take long.
 
-    They must be parsed in this order, up to the first that is no JSON: its quotes may not match, and
-    what comes after it is counted wrongly.
+    They must be parsed in this order, up to the first that is no JSON: its quotes may not match,
+    and what comes after it is counted wrongly.
 
     Args:
         what: they are, for the message.

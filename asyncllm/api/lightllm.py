@@ -1,4 +1,5 @@
-"""LightLLM's native requests: /generate, /generate_stream, / and /tokens bodies to checked requests.
+"""LightLLM's native requests: /generate, /generate_stream,
+/ and /tokens bodies to checked requests.
 
 Knows request bodies; answers are in :mod:`asyncllm.api.lightllm_reply`.
 """

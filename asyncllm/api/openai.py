@@ -174,11 +174,13 @@ CHAT_UNAVAILABLE: Final = (
 
 
 def completion(body: Body, served: Served) -> Generation:
-    """A /v1/completions body. Raises RequestError (400), NotAvailable (400), ModelNotFound (404)."""
+    """A /v1/completions body. Raises RequestError (400), NotAvailable (400),
+    ModelNotFound (404)."""
     values = _read(COMPLETION, COMPLETION_UNAVAILABLE, body, served)
     if values["best_of"] not in (None, values["n"]):
         raise NotAvailable(
-            f"best_of: {values['best_of']} with n {values['n']}; only best_of equal to n is available",
+            f"best_of: {values['best_of']} with n {values['n']}; "
+            "only best_of equal to n is available",
             param="best_of",
         )
     prompts = _prompts(values["prompt"], served)

@@ -267,8 +267,8 @@ class _Tagged(ReasoningParser):
 class _Harmony(ReasoningParser):
     """Messages on channels: analysis is reasoning, final and commentary are content.
 
-    A message to somebody (``to=``) is a call: it is left in the content as it is, with its marks, for
-    the tool parser of this format.
+    A message to somebody (``to=``) is a call: it is left in the content as it is, with its marks,
+    for the tool parser of this format.
     """
 
     TOKENS: Final = (

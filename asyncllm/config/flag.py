@@ -37,9 +37,9 @@ class Flag:
     """One option of the command line.
 
     ``unavailable`` holds the values that are accepted by LightLLM but not served here yet;
-    ``ANY`` in it stands for everything but the default; those in ``moot`` change nothing here, which
-    is a warning. ``check`` and ``choices`` apply to each
-    element of an option with several values. A ``secret`` value is never shown.
+    ``ANY`` in it stands for everything but the default; those in ``moot`` change nothing here,
+    which is a warning. ``check`` and ``choices`` apply to each element of an option with several
+    values. A ``secret`` value is never shown.
     """
 
     default: Any

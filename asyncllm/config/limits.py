@@ -13,8 +13,8 @@ from asyncllm.errors import StartupError
 
 DEFAULT_CHUNK = {"cuda": 4096, "cpu": 256}
 DEFAULT_BATCH = {"cuda": 16384, "cpu": 1024}
-# English is 4 bytes a token, Russian written as \uXXXX 18; up to 170,000 tokens the least size is the
-# limit, for which the time of parsing is tested
+# English is 4 bytes a token, Russian written as \uXXXX 18; up to 170,000 tokens the least size is
+# the limit, for which the time of parsing is tested
 BODY_BYTES_PER_TOKEN = 24
 MIN_BODY_SIZE = 4 << 20
 GPU_ONLY = ("disable_cudagraph", "disable_symm_mem_allreduce")
@@ -25,7 +25,8 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """What the options mean for one model on one device; ``notes`` and ``warnings`` are for the log.
+    """What the options mean for one model on one device;
+    ``notes`` and ``warnings`` are for the log.
 
     Attributes:
         max_req_total_len: prompt plus output tokens of one request.

@@ -1,1 +1,2 @@
-"""Constrained output: what JSON schemas, regular expressions and grammars mean, and following one output."""
+"""Constrained output: what JSON schemas, regular expressions and grammars mean,
+and following one output."""

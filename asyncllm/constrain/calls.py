@@ -106,11 +106,19 @@ def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Node:
 
     def other(more: str) -> Node:
         assert not more, "keys between tags are not counted on"
-        return Alt(tuple(
-            Seq((_text(tags.begin), writer.term(f"{text} & {_KEY}"), _text(tags.named),
-                 _value(writer, writer.meaning.atoms(schemas), tags, False)))
-            for text, schemas in keys
-        ))  # fmt: skip
+        return Alt(
+            tuple(
+                Seq(
+                    (
+                        _text(tags.begin),
+                        writer.term(f"{text} & {_KEY}"),
+                        _text(tags.named),
+                        _value(writer, writer.meaning.atoms(schemas), tags, False),
+                    )
+                )
+                for text, schemas in keys
+            )
+        )
 
     return writer.pairs(atom, pairs, other if keys else None, comma)
 

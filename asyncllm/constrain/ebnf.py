@@ -1,4 +1,5 @@
-"""Grammars in EBNF (GBNF, as llama.cpp and xgrammar write it), turned into rules over single characters.
+"""Grammars in EBNF (GBNF, as llama.cpp and xgrammar write it),
+turned into rules over single characters.
 
 Every terminal is one character of a class, so that splitting text into terminals is never a
 question, and what the rules say is decided by the parser alone. Knows no engine but its notation.
@@ -145,8 +146,10 @@ class _Reader:
                 low = int(found[1])
                 high = int(found[3]) if found[3] else None if found[2] else low
                 if max(low, high or 0) > MAX_COUNT or (high is not None and low > high):
-                    self.fail(f"has the repetition {found[0]}, whose bounds are not in order or"
-                              f" beyond {MAX_COUNT},")  # fmt: skip
+                    self.fail(
+                        f"has the repetition {found[0]}, whose bounds are not in order or"
+                        f" beyond {MAX_COUNT},"
+                    )
                 bounds = low, high
             else:
                 break

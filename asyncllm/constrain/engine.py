@@ -1,7 +1,7 @@
 """Grammars of one vocabulary: compiling them with llguidance, keeping them, following one output.
 
-Owns the compiled grammars. Knows texts and token ids; knows no requests and no tensors. Nothing else
-knows the library.
+Owns the compiled grammars. Knows texts and token ids; knows no requests and no tensors. Nothing
+else knows the library.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MAX_KEPT: Final = 256
 MAX_KEPT_CHARS: Final = 16 << 20  # of grammars, as the library reads them
 BYTES: Final = 256  # tokens behind the vocabulary, of one byte each, for texts that are no tokens
 
-# What a token of an ambiguous grammar takes grows with the output, so that the first that takes longer is
-# hardly over it; what the library counts bounds a single one.
+# What a token of an ambiguous grammar takes grows with the output, so that the first that takes
+# longer is hardly over it; what the library counts bounds a single one.
 MAX_STEP_S: Final = 0.05  # of CPU time
 TOO_SLOW: Final = "the grammar is too ambiguous to be followed: simplify it"
 MAX_STEP_ITEMS: Final = 40_000  # its time grows with the square
@@ -218,12 +218,13 @@ class Matcher:
     """Follows one output; a :class:`asyncllm.core.request.Constraint`.
 
     Args:
-        start: the library's, and stays at the beginning; its tokens are the vocabulary and 256 bytes.
+        start: the library's, and stays at the beginning; its tokens are the vocabulary and 256
+            bytes.
         every, others: all tokens, and all but the end tokens, as bits.
         texts: bytes of all tokens, for calls.
 
-    :meth:`start` and :meth:`accept` raise RequestError where no token can follow, TooSlow where to find
-    out takes too much work.
+    :meth:`start` and :meth:`accept` raise RequestError where no token can follow, TooSlow where to
+    find out takes too much work.
     """
 
     def __init__(self, start: LLMatcher, every: Bits, others: Bits, texts: Sequence[bytes]) -> None:

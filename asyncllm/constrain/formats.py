@@ -1,7 +1,7 @@
 """Formats of strings, as regular expressions of values that exist: no 30th of February.
 
-Knows no schemas. A format that is not here is an annotation, as the standard has it for names that it
-does not define; those that it defines and that no expression holds are in UNENFORCED.
+Knows no schemas. A format that is not here is an annotation, as the standard has it for names that
+it does not define; those that it defines and that no expression holds are in UNENFORCED.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _TIME: Final = rf"{_CLOCK}:[0-5][0-9](?:\.[0-9]{{1,9}})?(?:[Zz]|[+-]{_CLOCK})"
 
 _ATEXT: Final = "[0-9A-Za-z!#$%&'*+/=?^_`{|}~-]"
 _LOCAL: Final = rf"(?:{_ATEXT}{{1,64}}|{_ATEXT}{{1,15}}(?:\.{_ATEXT}{{1,15}}){{0,3}})"
-# No "--", which in third and fourth place only names in other scripts have. Up to 63 characters a label and
-# 253 in all: a few long ones, or more that are short.
+# No "--", which in third and fourth place only names in other scripts have. Up to 63 characters a
+# label and 253 in all: a few long ones, or more that are short.
 _LABEL: Final = "[0-9A-Za-z](?:-?[0-9A-Za-z]){0,31}"
 _SHORT: Final = "[0-9A-Za-z](?:-?[0-9A-Za-z]){0,9}"
 
@@ -39,7 +39,8 @@ _H16: Final = "[0-9A-Fa-f]{1,4}"
 
 
 def _ipv6() -> str:
-    """RFC 4291: eight groups, of which one run of zeros may be left out, the last two perhaps as IPv4."""
+    """RFC 4291: eight groups, of which one run of zeros may be left out,
+    the last two perhaps as IPv4."""
     found = [f"(?:{_H16}:){{7}}{_H16}", f"(?:{_H16}:){{6}}{_IPV4}"]
     for before in range(8):
         head = "" if before == 0 else f"{_H16}(?::{_H16}){{{before - 1}}}"

@@ -1,4 +1,5 @@
-"""JSON text in the style of outputs: ", " and ": ", no other white space, each character spelled one way."""
+"""JSON text in the style of outputs: ", " and ": ", no other white space,
+each character spelled one way."""
 
 from __future__ import annotations
 

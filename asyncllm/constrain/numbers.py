@@ -1,7 +1,7 @@
 """Expressions of the numbers between two bounds, in JSON's notation.
 
-Every number that can come is finite in double precision, and ends: a model that likes digits would go
-on with them.
+Every number that can come is finite in double precision, and ends: a model that likes digits would
+go on with them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ FRACTION_DIGITS: Final = 20
 
 _DIGITS: Final = f"[0-9]{{0,{INTEGER_DIGITS - 1}}}"
 _SHORT: Final = f"(?:0|[1-9]{_DIGITS})(?:\\.[0-9]{{1,{FRACTION_DIGITS}}})?"
-# With an exponent the digits before the point are one or 17, so that the largest is finite; where 0 is out
-# of bounds the smallest is above 0.
+# With an exponent the digits before the point are one or 17, so that the largest is finite; where 0
+# is out of bounds the smallest is above 0.
 _ONE: Final = f"[1-9](?:\\.[0-9]{{1,{FRACTION_DIGITS}}})?[eE]"
 _MANY: Final = f"(?:0|[1-9][0-9]{{0,16}})(?:\\.[0-9]{{1,{FRACTION_DIGITS}}})?[eE]"
 _MOST: Final = "7976931348623157"  # behind 1. and before e308

@@ -91,7 +91,8 @@ def class_at(source: str, at: int) -> tuple[Node, int]:
 
 
 def escape_at(source: str, at: int) -> tuple[int, int]:
-    """The character whose backslash stands before ``at``, and where it ends. Raises RequestError."""
+    """The character whose backslash stands before ``at``, and where it ends.
+    Raises RequestError."""
     parser = _Parser(source, at)
     found = parser.escaped()
     if not isinstance(found, int):

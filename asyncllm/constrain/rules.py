@@ -134,8 +134,8 @@ def written(rules: Rules, root: str) -> str:
     terminals: dict[str, str] = {}
     lines = [f"{names[name]}: {_text(rule, names, terminals)}" for name, rule in rules.items()]
     lines += [f"{name}: {text}" for text, name in terminals.items()]
-    # The engine reads the rules that a rule refers to within it, on the stack. So those that refer to the
-    # fewest come first, behind what never comes.
+    # The engine reads the rules that a rule refers to within it, on the stack. So those that refer
+    # to the fewest come first, behind what never comes.
     shallow = _bottom_up(rules, root)[STRIDE - 1 :: STRIDE]
     if not shallow:
         return "\n".join([f"start: {names[root]}", *lines])

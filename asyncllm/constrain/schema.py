@@ -197,11 +197,20 @@ class Meaning:
         self._refuse(node, "divisibleBy")
         low, high = self._bound(node, "minimum"), self._bound(node, "maximum")
         found = common(
-            Number(low, high, node.get("exclusiveMinimum") is True,
-                   node.get("exclusiveMaximum") is True, integer),
-            Number(self._bound(node, "exclusiveMinimum"), self._bound(node, "exclusiveMaximum"),
-                   True, True),
-        )  # fmt: skip
+            Number(
+                low,
+                high,
+                node.get("exclusiveMinimum") is True,
+                node.get("exclusiveMaximum") is True,
+                integer,
+            ),
+            Number(
+                self._bound(node, "exclusiveMinimum"),
+                self._bound(node, "exclusiveMaximum"),
+                True,
+                True,
+            ),
+        )
         if negation.FRACTION in node:
             found = found and common(found, Number(fractional=True))
         numbers = {number(v) for v in gone if kind_of(v) in ("integer", "number")}
@@ -209,8 +218,11 @@ class Meaning:
 
     def _string(self, node: dict[Any, Any], gone: Iterable[Value]) -> Atom | None:
         forms = {Form("text", value, False) for value in gone if isinstance(value, str)}
-        for word, kind, holds in (("pattern", "pattern", True), ("format", "format", True),
-                                  (negation.PATTERN, "pattern", False)):  # fmt: skip
+        for word, kind, holds in (
+            ("pattern", "pattern", True),
+            ("format", "format", True),
+            (negation.PATTERN, "pattern", False),
+        ):
             if word not in node:
                 continue
             text = node[word]
@@ -280,9 +292,10 @@ class Meaning:
             names = self._set(node["propertyNames"], node)
         return common(
             Object(tuple(layers), tuple(required), names=names),
-            Object(low=self._count(node, "minProperties") or 0,
-                   high=self._count(node, "maxProperties")),
-        )  # fmt: skip
+            Object(
+                low=self._count(node, "minProperties") or 0, high=self._count(node, "maxProperties")
+            ),
+        )
 
     # -- schemas for the same value ---------------------------------------------------------------
 
@@ -426,15 +439,18 @@ class Meaning:
         return const if self._fits(const.value, free) else None
 
     def _is_empty(self, atom: Atom) -> bool:
-        """Whether surely nothing fits; of objects and arrays, as far as what they must hold says."""
+        """Whether surely nothing fits; of objects and arrays,
+        as far as what they must hold says."""
         match atom:
             case Object():
                 if atom.high is not None and len(atom.required) > atom.high:
                     return True
                 return any(not self.atoms(self.of_key(name, atom.layers)) for name in atom.required)
             case Array():
-                items = (atom.prefix[i] if i < len(atom.prefix) else atom.rest
-                         for i in range(min(atom.low, len(atom.prefix) + 1)))  # fmt: skip
+                items = (
+                    atom.prefix[i] if i < len(atom.prefix) else atom.rest
+                    for i in range(min(atom.low, len(atom.prefix) + 1))
+                )
                 return any(not self.atoms(item) for item in items)
             case _:
                 return False

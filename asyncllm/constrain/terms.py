@@ -70,7 +70,8 @@ def text_term(text: str) -> str:
 
 
 def apart(i: int, count: int) -> str:
-    """What makes the keys of one of ``count`` kinds differ from those of all others: their length."""
+    """What makes the keys of one of ``count`` kinds differ from those of all others:
+    their length."""
     return f' & /"(?:{PLAIN}{{{count}}})*{PLAIN}{{{i}}}"/'
 
 

@@ -237,10 +237,18 @@ class Writer:
         ]
 
         def other(more: str) -> Node:
-            return Alt(tuple(
-                Seq((self.term(text + more) if more else Term(text), self.marks.colon, self.value(schemas)))
-                for text, schemas in keys
-            ))  # fmt: skip
+            return Alt(
+                tuple(
+                    Seq(
+                        (
+                            self.term(text + more) if more else Term(text),
+                            self.marks.colon,
+                            self.value(schemas),
+                        )
+                    )
+                    for text, schemas in keys
+                )
+            )
 
         most = MAX_OTHERS if pairs else None
         told = self._told(atom)
@@ -298,7 +306,10 @@ class Writer:
                 yield f"/{'|'.join(map(terms.text_expression, spelled))}/", schemas
         if atom.names:
             keys = [key for key in self.meaning.atoms(atom.names) if isinstance(key, String)]
-            forms = [(*key.forms, Form("pattern", f"^[^]{terms.times(key.low, key.high)}$")) for key in keys]  # fmt: skip
+            forms = [
+                (*key.forms, Form("pattern", f"^[^]{terms.times(key.low, key.high)}$"))
+                for key in keys
+            ]
         for which in range(2 ** len(patterns)):
             held = [(pattern, bool(which >> i & 1)) for i, pattern in enumerate(patterns)]
             matched = {pattern for pattern, holds in held if holds}

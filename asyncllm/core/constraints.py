@@ -1,7 +1,7 @@
 """What restricts the tokens of one request: a grammar, a list of tokens, a limit to reasoning.
 
-Owns the rules that need no grammar; each is a :class:`asyncllm.core.request.Constraint`. Knows token
-ids and their bytes; knows neither text formats nor tensors.
+Owns the rules that need no grammar; each is a :class:`asyncllm.core.request.Constraint`. Knows
+token ids and their bytes; knows neither text formats nor tensors.
 """
 
 from __future__ import annotations

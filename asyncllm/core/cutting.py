@@ -32,8 +32,9 @@ def encode_ends(
     The text is cut before a word, where every tokenizer that splits at words has a boundary, and
     what is encoded from there on is what comes of the whole. Where there is no such place (scripts
     without spaces) the tokens next to the cut may differ, and MARGIN of them are not used. Ids can
-    differ only inside one run that is longer than the margin and is split from its beginning, such as
-    300,000 spaces, or digits in threes; the text they stand for is the end of the text all the same.
+    differ only inside one run that is longer than the margin and is split from its beginning, such
+    as 300,000 spaces, or digits in threes; the text they stand for is the end of the text all the
+    same.
 
     Args:
         encode: text -> ids; special tokens at the beginning or the end may be among them.

@@ -28,7 +28,8 @@ class FairQueue(Generic[T]):
         return self._len
 
     def __iter__(self) -> Iterator[T]:
-        """One item of each client, then the next one of each, and so on; do not change meanwhile."""
+        """One item of each client, then the next one of each, and so on;
+        do not change meanwhile."""
         yield from self._first.values()
         rest: deque[Iterator[T]] = deque()
         for line in self._lines.values():

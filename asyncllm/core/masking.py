@@ -1,6 +1,7 @@
 """Work that constraints leave to threads: whose is next, and how much CPU time it may take.
 
-Owns the line and its budgets. Knows neither threads nor the device; :func:`work` is what a thread does.
+Owns the line and its budgets. Knows neither threads nor the device; :func:`work` is what a thread
+does.
 """
 
 from __future__ import annotations

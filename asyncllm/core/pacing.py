@@ -14,9 +14,9 @@ LEAST_S = 0.001  # shorter pauses are not worth a timer
 class Pacer:
     """Of a pipeline of two steps.
 
-    A launched step cannot take in a request any more. Launched as soon as the step before the last is
-    over, it lies in front of the device for the length of a step, and whoever comes meanwhile waits
-    for it too. So while nobody waits, it is launched shortly before its turn.
+    A launched step cannot take in a request any more. Launched as soon as the step before the last
+    is over, it lies in front of the device for the length of a step, and whoever comes meanwhile
+    waits for it too. So while nobody waits, it is launched shortly before its turn.
     """
 
     def __init__(self) -> None:
@@ -37,6 +37,7 @@ class Pacer:
         self._margin = max(MARGIN_S, SHARE * self._takes) + ROW_S * num_decode
 
     def pause(self, now: float) -> float:
-        """Seconds until a step must be launched behind the decode step that is in flight; 0: now."""
+        """Seconds until a step must be launched behind the decode step that is in flight;
+        0: now."""
         due = self._began + self._takes - self._margin
         return due - now if due - now >= LEAST_S else 0.0

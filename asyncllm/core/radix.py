@@ -44,7 +44,8 @@ class RadixTree:
         self._leaves: list[tuple[int, int, Node]] = []  # heap; an entry may be out of date
 
     def match(self, ids: array[int], limit: int) -> tuple[Node, array[int]]:
-        """The longest cached prefix of ``ids[:limit]``: its end, locked for the caller, and slots."""
+        """The longest cached prefix of ``ids[:limit]``: its end, locked for the caller,
+        and slots."""
         node, slots = self.root, array("i")
         while len(slots) < limit:
             child = node.children.get(ids[len(slots)])
@@ -175,7 +176,8 @@ def _is_current(entry: tuple[int, int, Node]) -> bool:
 
 
 def _common(key: array[int], ids: array[int], at: int, limit: int) -> int:
-    """Length of the common prefix of ``key`` and ``ids[at:limit]``; their first tokens are equal."""
+    """Length of the common prefix of ``key`` and ``ids[at:limit]``;
+    their first tokens are equal."""
     high = min(len(key), limit - at)
     if key[:high] == ids[at : at + high]:
         return high

@@ -25,8 +25,8 @@ class SamplingParams:
     """How to choose tokens for one request; every value has been checked against its limits.
 
     Logits are changed in this order: logit_bias and the eos ban of min_new_tokens, penalties, that
-    of the length on eos tokens, tokens that a constraint does not allow, temperature, then top_k, top_p, min_p.
-    Log-probabilities are of the unchanged logits.
+    of the length on eos tokens, tokens that a constraint does not allow, temperature, then top_k,
+    top_p, min_p. Log-probabilities are of the unchanged logits.
     """
 
     max_new_tokens: int | None = None  # None: fill the context; the tokenizer resolves it. 0: score
@@ -87,8 +87,8 @@ class SamplingParams:
 
 
 # kinds of SamplingParams.grammar: any JSON object (without a text), a JSON schema, a regular
-# expression, rules in EBNF from ``root`` on, a JSON array of texts one of which is the output, calls
-# among free text: the mark that begins one, a line break, and a JSON array of what may follow
+# expression, rules in EBNF from ``root`` on, a JSON array of texts one of which is the output,
+# calls among free text: the mark that begins one, a line break, and a JSON array of what may follow
 # it, each {"begin", "schema", "style", "end"}
 GRAMMARS = ("json", "schema", "regex", "ebnf", "choice", "calls")
 
@@ -110,8 +110,8 @@ class Verdict(IntEnum):
 class Constraint(Protocol):
     """Which tokens may come next in one request.
 
-    :meth:`start`, and :meth:`accept` of a token for which :meth:`slow` is True, run in a thread, one
-    at a time; nothing else is called meanwhile. All the rest runs on the event loop and takes
+    :meth:`start`, and :meth:`accept` of a token for which :meth:`slow` is True, run in a thread,
+    one at a time; nothing else is called meanwhile. All the rest runs on the event loop and takes
     microseconds.
     """
 
@@ -128,13 +128,15 @@ class Constraint(Protocol):
         return None
 
     def mask(self) -> bytes:
-        """Bit ``t % 32`` of int32 word ``t // 32`` is set where token ``t`` may come next; b"": all.
+        """Bit ``t % 32`` of int32 word ``t // 32`` is set where token ``t`` may come next;
+        b"": all.
 
         At least one is set, from :meth:`start` until :meth:`accept` says True or raises.
         """
 
     def holds(self, ahead: int) -> bool:
-        """The mask will be the same after ``ahead`` more tokens; if not, :meth:`accept` raises Again.
+        """The mask will be the same after ``ahead`` more tokens; if not,
+        :meth:`accept` raises Again.
 
         True for 0, and never takes back what it has said of the same token.
         """

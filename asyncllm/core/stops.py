@@ -88,7 +88,8 @@ class Stops:
         return self._plain.found or ("" if self._whole is None else self._whole.found)
 
     def push(self, text: str, hidden: str = "") -> str:
-        """Take more text, and behind it that of a token that is not shown; what can be shown now."""
+        """Take more text, and behind it that of a token that is not shown;
+        what can be shown now."""
         if self._whole is None:
             return self._plain.push(text)
         if self.hit:
@@ -165,7 +166,8 @@ class SequenceFinder:
 
 
 def _borders(sequence: Sequence[int]) -> list[int]:
-    """Of each beginning of ``sequence``: the length of its longest proper end that begins it too."""
+    """Of each beginning of ``sequence``:
+    the length of its longest proper end that begins it too."""
     out = [0] * len(sequence)
     for i in range(1, len(sequence)):
         num = out[i - 1]

@@ -1,4 +1,5 @@
-"""Reasoning before an answer: its limit, and an answer whose form is held from its own beginning on.
+"""Reasoning before an answer: its limit,
+and an answer whose form is held from its own beginning on.
 
 Owns where one output is between its marks. Knows tokens and their bytes; the marks are told, which
 model writes which is known in :mod:`asyncllm.api.reasoning`.
@@ -74,8 +75,8 @@ class _At(Enum):
 class Thinking(Constraint):
     """A :class:`asyncllm.core.request.Constraint`.
 
-    Reasoning goes on without waiting for tokens that are not known yet, as long as its limit is far.
-    So the token behind its end may have been sampled as one of it: if it does not fit,
+    Reasoning goes on without waiting for tokens that are not known yet, as long as its limit is
+    far. So the token behind its end may have been sampled as one of it: if it does not fit,
     :meth:`accept` raises Again.
 
     Args:

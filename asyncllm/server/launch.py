@@ -270,7 +270,8 @@ class Wires:
         self._folder = tempfile.mkdtemp(prefix=f"asyncllm-{os.getpid()}-", dir=FOLDERS)
 
     def address(self, endpoint: int) -> str:
-        """What an endpoint binds; "" when it is alone. A port is chosen only then: none is guessed."""
+        """What an endpoint binds; "" when it is alone. A port is chosen only then:
+        none is guessed."""
         if self._alone:
             return ""
         return f"ipc://{self._folder}/{endpoint}" if self._folder else "tcp://127.0.0.1:*"

@@ -131,7 +131,8 @@ class Server:
             return await loop.run_in_executor(None, load_parts, *parts)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise StartupError(
-                f"out of memory while loading: {error} (--mem_fraction, --max_total_token_num, --tp)"
+                f"out of memory while loading: {error} "
+                "(--mem_fraction, --max_total_token_num, --tp)"
             ) from None
         except RuntimeError:
             await self._wait_for_culprit()
@@ -210,7 +211,8 @@ class Server:
         self._system.ref("watchdog").tell(drain, urgent=True)
 
     def _child_died(self, boot: Boot, pid: int, code: int) -> None:
-        """A rank is a part of the model; an HTTP worker owns nothing, and another takes its place."""
+        """A rank is a part of the model; an HTTP worker owns nothing,
+        and another takes its place."""
         replaceable = boot.me.replaceable
         over = self._acting and self._system.over
         if over and (code == 0 or replaceable):

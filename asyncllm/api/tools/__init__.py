@@ -1,4 +1,5 @@
-"""Tool calls: parsers that read them from an answer, schemas that force them, texts that offer them."""
+"""Tool calls: parsers that read them from an answer, schemas that force them,
+texts that offer them."""
 
 from __future__ import annotations
 

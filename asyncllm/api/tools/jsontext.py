@@ -23,8 +23,8 @@ _CLOSES: Final = {"{": "}", "[": "]"}
 def read_value(s: Scanner, out: Out) -> Run[bool]:
     """Pass one JSON value, handing its text to ``out`` as it comes.
 
-    Returns False, at the first character that cannot be, if the text is no JSON, is cut, or is nested
-    deeper than MAX_DEPTH; what was handed on then is the beginning of a value.
+    Returns False, at the first character that cannot be, if the text is no JSON, is cut, or is
+    nested deeper than MAX_DEPTH; what was handed on then is the beginning of a value.
     """
     stack: list[str] = []
     expect = "value"  # or: first value, key, first key, colon, rest

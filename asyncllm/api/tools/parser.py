@@ -1,7 +1,7 @@
 """Tool calls in a model's answer, found while it comes: what all formats have in common.
 
-Owns content and its white space, numbering, ids, what happens to malformed and cut calls. A format is
-a subclass that reads one block of calls; it knows nothing of pieces.
+Owns content and its white space, numbering, ids, what happens to malformed and cut calls. A format
+is a subclass that reads one block of calls; it knows nothing of pieces.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ class ToolParser(Incremental[Event]):
     def _object(self, *, bare: bool = False) -> Run[bool]:
         """A call as one JSON object with "name" and "arguments" or "parameters".
 
-        With ``bare``, where nothing but the object itself says that it is a call, the name must be a
-        tool's, and there must be arguments and no other keys.
+        With ``bare``, where nothing but the object itself says that it is a call, the name must be
+        a tool's, and there must be arguments and no other keys.
         """
         s = self._scan
         name, early, done = "", "", False

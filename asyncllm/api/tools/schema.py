@@ -41,8 +41,8 @@ def argument_types(tool: Tool | None, key: str) -> frozenset[str]:
 def argument_json(text: str, types: frozenset[str]) -> str:
     """The JSON text of a value that a model wrote without quotes.
 
-    JSON of a type in ``types`` stays as it is, any other text becomes a string. ``True``, ``False``,
-    ``None`` are understood as Python means them.
+    JSON of a type in ``types`` stays as it is, any other text becomes a string. ``True``,
+    ``False``, ``None`` are understood as Python means them.
     """
     if types == {"string"}:
         return f'"{escaped(text)}"'

@@ -49,7 +49,8 @@ def template_uses_tools(template: str) -> bool:
 
 
 def system_text(tools: Sequence[Tool]) -> str:
-    """What a system message says about tools where the template does not: calls in hermes format."""
+    """What a system message says about tools where the template does not:
+    calls in hermes format."""
     lines = (
         json.dumps(
             {
