@@ -44,18 +44,28 @@ def build_model(
     dtype: str,
     device: torch.device,
     max_len: int,
+    whole_experts: bool = False,
     symmetric: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
     """The model of ``model_dir`` with this rank's weights on ``device``.
 
     Args:
+        whole_experts: each rank has some experts, not a slice of every one.
         symmetric: sums over ranks may go through symmetric memory.
 
     Raises:
         StartupError: the checkpoint does not fit ``spec``, or nothing here can run it.
     """
-    model = make_model(spec, group, dtype=dtype, device=device, max_len=max_len, where=device)
+    model = make_model(
+        spec,
+        group,
+        dtype=dtype,
+        device=device,
+        max_len=max_len,
+        where=device,
+        whole_experts=whole_experts,
+    )
     checkpoint = read_checkpoint(model_dir)
     load(checkpoint, model.targets(), model.ignores, progress, block=spec.weight_block)
     model.pack()
@@ -72,6 +82,7 @@ def make_model(
     device: torch.device,
     max_len: int,
     where: torch.device,
+    whole_experts: bool = False,
 ) -> Model:
     """One rank's model, its weights not loaded yet.
 
@@ -79,6 +90,7 @@ def make_model(
         device: that is to run it.
         max_len: positions for which rotary angles are computed.
         where: its tensors are; ``meta`` for a model that only shows what it would take.
+        whole_experts: each rank has some experts, not a slice of every one.
 
     Raises:
         StartupError: the device's attention cannot run a layer.
@@ -102,7 +114,15 @@ def make_model(
     for layer in dict.fromkeys(layers):
         if reason := attention.refuse(layer, attention.layout, device):
             raise StartupError(f"attention of {spec.architecture} that {reason}: not available yet")
-    site = Site(comm=comm, world=comm, ops=ops, attention=attention, dtype=kind, device=where)
+    site = Site(
+        comm=comm,
+        world=comm,
+        whole_experts=whole_experts,
+        ops=ops,
+        attention=attention,
+        dtype=kind,
+        device=where,
+    )
     return family(spec.architecture).make(spec, site)
 
 
@@ -136,6 +156,7 @@ class Sizes:
     """What the memory plan depends on besides the model."""
 
     tp: int
+    whole_experts: bool = False  # each rank has some, not a slice of every one
     dtype: str
     max_len: int
     num_lanes: int
@@ -158,7 +179,9 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
             f"--running_max_req_size {sizes.num_lanes:,} times --max_req_total_len "
             f"{sizes.max_len:,} is more than 2^31 positions; lower one of them"
         )
-    model = _on_paper(spec, sizes.tp, sizes.dtype, device, sizes.max_len)
+    model = _on_paper(
+        spec, sizes.tp, sizes.dtype, device, sizes.max_len, whole_experts=sizes.whole_experts
+    )
     weights, slot = model.nbytes, model.site.attention.layout.bytes_per_slot()
     work = _work_bytes(model, sizes, device.type == "cuda")
     if device.type == "cuda":
@@ -191,10 +214,25 @@ def num_parameters(spec: ModelSpec, device: torch.device) -> int:
     return _on_paper(spec, 1, "fp32", device, 1).nbytes // torch.float32.itemsize
 
 
-def _on_paper(spec: ModelSpec, tp: int, dtype: str, device: torch.device, max_len: int) -> Model:
+def _on_paper(
+    spec: ModelSpec,
+    tp: int,
+    dtype: str,
+    device: torch.device,
+    max_len: int,
+    *,
+    whole_experts: bool = False,
+) -> Model:
     """The model of a rank without its memory."""
-    meta = torch.device("meta")
-    return make_model(spec, _Unmet(tp), dtype=dtype, device=device, max_len=max_len, where=meta)
+    return make_model(
+        spec,
+        _Unmet(tp),
+        dtype=dtype,
+        device=device,
+        max_len=max_len,
+        where=torch.device("meta"),
+        whole_experts=whole_experts,
+    )
 
 
 class _Unmet(Alone):

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
-from asyncllm.models.spec import Activation
+from asyncllm.engine import experts_cpu
+from asyncllm.models.ops import Held, Stack
+from asyncllm.models.spec import Activation, ExpertsSpec
 
 WIDENED_ROWS = 8192  # of the output matrix, whose float32 copies exist at a time
 
@@ -96,3 +98,33 @@ class TorchOps:
         gate, up = x.chunk(2, dim=-1)
         active = silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")
         return active.mul_(up)
+
+    def stack(self, weights: Stack) -> Stack:
+        return [self.pack(weight) for weight in weights]
+
+    def route(
+        self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec
+    ) -> tuple[Tensor, Tensor]:
+        return experts_cpu.route(logits, bias, spec)
+
+    def experts(
+        self,
+        x: Tensor,
+        held: Held,
+        routed: tuple[Tensor, Tensor],
+        shared: tuple[Tensor, Tensor | None] | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        def mlp(expert: int, rows: Tensor) -> Tensor:
+            inner = self.gated(self.linear(rows, held.gate_up[expert]), held.activation)
+            return self.linear(inner, held.down[expert])
+
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        experts_cpu.add_experts(total, mlp, x, routed, held.numbers)
+        if shared is not None:
+            made, gate = shared
+            total += made if gate is None else made * gate.sigmoid()
+        return total.to(x.dtype) if out is None else out.copy_(total)
+
+    def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
+        return experts_cpu.work_bytes(spec, hidden, inner, itemsize)

@@ -10,7 +10,8 @@ from asyncllm.kernels.gated import gated
 from asyncllm.kernels.linear import linear
 from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm
 from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
-from asyncllm.models.spec import Activation
+from asyncllm.models.ops import Held, Stack
+from asyncllm.models.spec import Activation, ExpertsSpec
 
 GEMV_OUT = 65536  # up to so many outputs our kernel for one row is faster than cuBLAS
 
@@ -58,3 +59,25 @@ class TritonOps:
 
     def gated(self, x: Tensor, activation: Activation) -> Tensor:
         return gated(x, activation)
+
+    def stack(self, weights: Stack) -> Stack:
+        return weights
+
+    def route(
+        self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def experts(
+        self,
+        x: Tensor,
+        held: Held,
+        routed: tuple[Tensor, Tensor],
+        shared: tuple[Tensor, Tensor | None] | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
+        # logits, choice and weights; each pair's row between the products and behind them
+        return 4 * spec.num_experts + spec.top_k * (20 + itemsize * (inner + hidden))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from asyncllm.models.ops import Linear
+from asyncllm.models.ops import Product
 from asyncllm.topology import Endpoint, Topology
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
@@ -28,7 +28,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
+    def linear_reduce(self, linear: Product, x: Tensor) -> Tensor:
         return linear(x)
 
     def gather_last(self, x: Tensor) -> Tensor:
@@ -42,9 +42,9 @@ class Alone:
         """[n, h] of each group -> [groups * n, h], group by group: there is but this one."""
         return x
 
-    def sum_tokens(self, x: Tensor) -> Tensor:
-        """[groups * n, h] summed over all ranks -> this group's [n, h]. May change ``x``."""
-        return x
+    def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
+        """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]."""
+        return self.linear_reduce(product, x)
 
     def use_symmetric_memory(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Nothing to add, so nothing to speed up."""
@@ -135,7 +135,7 @@ class TensorParallel:
         self._group, self.rank, self.size, self.device = group, rank, size, device
         self._symmetric: SymmetricSum | None = None
 
-    def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
+    def linear_reduce(self, linear: Product, x: Tensor) -> Tensor:
         """``linear(x)`` summed over ranks; valid until the call after the next one."""
         if self._symmetric is not None and len(x) <= SYMMETRIC_ROWS:
             return self._symmetric.linear(linear, x)
@@ -154,10 +154,9 @@ class TensorParallel:
         """[n, h] of each group -> [groups * n, h], group by group: there is but this one."""
         return x
 
-    def sum_tokens(self, x: Tensor) -> Tensor:
-        """[groups * n, h] summed over all ranks -> this group's [n, h]. May change ``x``."""
-        dist.all_reduce(x, group=self._group)
-        return x
+    def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
+        """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]."""
+        return self.linear_reduce(product, x)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Make ``x`` on every rank what it is on rank 0, in place."""
@@ -211,7 +210,7 @@ class SymmetricSum:
             self._buffers.append(buffer)
         self._turn = 0
 
-    def linear(self, linear: Linear, x: Tensor) -> Tensor:
+    def linear(self, linear: Product, x: Tensor) -> Tensor:
         """``linear(x)`` summed over ranks: [n, hidden] in one of the buffers."""
         self._turn ^= 1
         return self._sum(linear(x, self._buffers[self._turn][: len(x)]))

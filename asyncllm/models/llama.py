@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from asyncllm.models.attention import AttentionPlan, Batch, LayerKv
+from asyncllm.models.experts import Experts
 from asyncllm.models.layers import Attention, AttentionPart, GatedMLP, MlpPart, Norm, share
 from asyncllm.models.model import Site
-from asyncllm.models.spec import ModelSpec
+from asyncllm.models.spec import ExpertsSpec, ModelSpec
 from asyncllm.models.weights import Target
 
 
@@ -24,7 +25,10 @@ def attention_part(site: Site, spec: ModelSpec, layer: int) -> AttentionPart:
 
 def mlp_part(site: Site, spec: ModelSpec, layer: int) -> MlpPart:
     """What ``spec.mlps[layer]`` asks for."""
-    return GatedMLP(site, spec, spec.mlps[layer])
+    mlp = spec.mlps[layer]
+    if isinstance(mlp, ExpertsSpec):
+        return Experts(site, spec.hidden_size, mlp)
+    return GatedMLP(site, spec, mlp)
 
 
 class Block:
@@ -35,7 +39,7 @@ class Block:
     """
 
     def __init__(self, site: Site, spec: ModelSpec, layer: int) -> None:
-        self._ops, self._eps = site.ops, spec.rms_eps
+        self._ops, self._eps, self._mlp_name = site.ops, spec.rms_eps, spec.mlp_name
         self.attention = attention_part(site, spec, layer)
         self.mlp = mlp_part(site, spec, layer)
         before_mlp, behind = "post_attention_layernorm", []
@@ -66,7 +70,7 @@ class Block:
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.attention.targets(f"{prefix}self_attn.")
-        yield from self.mlp.targets(f"{prefix}mlp.")
+        yield from self.mlp.targets(f"{prefix}{self._mlp_name}.")
         for name, norm in self._norms.items():
             yield from norm.targets(f"{prefix}{name}")
 

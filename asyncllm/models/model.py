@@ -21,11 +21,13 @@ class Site:
     Attributes:
         comm: the rank's tensor-parallel group, which cuts everything but experts.
         world: what cuts experts: the same, but for several groups that step together.
+        whole_experts: of which each has some experts, not a slice of every one.
         device: of the parameters; ``meta`` for a model that only shows what it would take.
     """
 
     comm: Comm
     world: World
+    whole_experts: bool
     ops: Ops
     attention: AttentionBackend
     dtype: torch.dtype
@@ -33,7 +35,7 @@ class Site:
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A parameter; zero where heads or slices may be padding (filled only in part)."""
-        make = torch.zeros if self.comm.size > 1 else torch.empty
+        make = torch.zeros if max(self.comm.size, self.world.size) > 1 else torch.empty
         return make(*shape, dtype=dtype or self.dtype, device=self.device)
 
 

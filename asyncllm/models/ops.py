@@ -6,12 +6,31 @@ Interfaces only; the engine implements them for CPU (torch) and CUDA (Triton).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from asyncllm.models.spec import Activation
+from asyncllm.models.spec import Activation, ExpertsSpec
 from asyncllm.models.weights import Target
+
+Stack = Tensor | list[Tensor]  # the same matrix of all of a rank's experts
+
+
+@dataclass(slots=True)
+class Held:
+    """The experts of a rank.
+
+    Attributes:
+        numbers: which they are.
+        gate_up: [E, 2 * I, hidden], theirs first; the rest is not used.
+        down: [E, hidden, I].
+    """
+
+    numbers: range
+    gate_up: Stack
+    down: Stack
+    activation: Activation
 
 
 class Ops(Protocol):
@@ -49,16 +68,52 @@ class Ops(Protocol):
     def gated(self, x: Tensor, activation: Activation) -> Tensor:
         """[T, 2 * I] -> [T, I]: ``activation`` of the first half times the second."""
 
+    def stack(self, weights: Stack) -> Stack:
+        """Experts' ``weights`` [E, out, in] in the form that :meth:`experts` reads fastest;
+        start-up only."""
 
-class Linear(Protocol):
-    """x @ weight.T + bias, whatever the weight is made of."""
+    def route(
+        self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec
+    ) -> tuple[Tensor, Tensor]:
+        """float32 logits [T, num_experts] -> the experts [T, top_k] int32 of each token and their
+        weights, float32."""
+
+    def experts(
+        self,
+        x: Tensor,
+        held: Held,
+        routed: tuple[Tensor, Tensor],
+        shared: tuple[Tensor, Tensor | None] | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Each token's weighted sum over its experts: [T, hidden].
+
+        Args:
+            held: experts of this rank; others add nothing.
+            routed: what :meth:`route` gives.
+            shared: added to the sum: [T, hidden], and the logits [T, 1] float32 whose sigmoid
+                multiplies it.
+        """
+
+    def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
+        """Of work space per token of :meth:`route` and :meth:`experts`, at most; ``inner`` is what
+        this rank has of an expert."""
+
+
+class Product(Protocol):
+    """What gives this rank's part of a sum over ranks."""
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[n, in] -> [n, out]."""
+
+
+class Linear(Product, Protocol):
+    """x @ weight.T + bias, whatever the weight is made of. Sharded by inputs, a call gives this
+    rank's part of a sum."""
 
     @property
     def nbytes(self) -> int:
         """Of its tensors on this rank."""
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """[n, in] -> [n, out]; sharded by inputs it is this rank's part of a sum."""
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         """Checkpoint name -> where its values go; names begin with ``prefix``."""
@@ -73,7 +128,7 @@ class Comm(Protocol):
     rank: int
     size: int
 
-    def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
+    def linear_reduce(self, linear: Product, x: Tensor) -> Tensor:
         """``linear(x)`` summed over ranks; valid until the call after the next one."""
 
     def gather_last(self, x: Tensor) -> Tensor:
@@ -93,5 +148,6 @@ class World(Protocol):
     def gather_tokens(self, x: Tensor) -> Tensor:
         """[n, h] of each group -> [groups * n, h], group by group."""
 
-    def sum_tokens(self, x: Tensor) -> Tensor:
-        """[groups * n, h] summed over all ranks -> this group's [n, h]. May change ``x``."""
+    def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
+        """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]; valid until
+        the call after the next one."""

@@ -56,6 +56,53 @@ class MlpSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """What the checkpoint calls the linear layers of an expert, and the shared MLP."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "shared_experts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsSpec:
+    """A layer's mixture of experts: gated MLPs of which each token passes through a few.
+
+    A token's experts are the ``top_k`` of best score among those of the best groups; their weights
+    are their scores without the bias.
+    """
+
+    num_experts: int
+    top_k: int
+    inner: int  # size of an expert
+    scoring: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits, over all experts
+    bias: bool = False  # each expert has a learned one that is added to its score for the choice
+    groups: int = 1  # equal runs of neighbouring experts
+    top_groups: int = 1  # of which so many are chosen from
+    group_score: Literal["max", "top2"] = "max"  # its best expert's score, or the sum of two
+    renormalise: bool = False  # weights are divided by their sum
+    scale: float = 1.0  # multiplies the weights
+    shared_inner: int = 0  # size of the MLP that every token passes through; 0: there is none
+    shared_gate: bool = False  # whose result is multiplied by a learned sigmoid of the token
+    activation: Activation = "silu"
+    names: ExpertNames = ExpertNames()
+
+    def __post_init__(self) -> None:
+        kept = self.num_experts // max(self.groups, 1) * self.top_groups
+        if not (
+            0 < self.top_groups <= self.groups
+            and self.num_experts % self.groups == 0
+            and 0 < self.top_k <= kept
+            and (self.group_score == "max" or self.num_experts >= 2 * self.groups)
+        ):
+            raise StartupError(
+                f"{self.top_k} of {self.num_experts} experts from {self.top_groups} of "
+                f"{self.groups} groups: config.json asks for what cannot be chosen"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Shape of a decoder-only transformer."""
 
@@ -63,7 +110,7 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     layers: tuple[AttentionSpec, ...]
-    mlps: tuple[MlpSpec, ...]  # of each layer
+    mlps: tuple[MlpSpec | ExpertsSpec, ...]  # of each layer
     rms_eps: float
     max_position: int
     tie_embeddings: bool
@@ -78,6 +125,7 @@ class ModelSpec:
     sandwich_norms: bool = False  # what attention and MLP give is normed before it is added
     embed_scale: float = 1.0  # multiplies embeddings
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+    mlp_name: str = "mlp"  # of a layer's part in the checkpoint
     fused_projections: bool = False  # the checkpoint holds q, k, v, and gate, up, as one tensor
 
     @classmethod

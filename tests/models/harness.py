@@ -19,7 +19,7 @@ from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone
 from asyncllm.messages import StepDone, StepPlan
 from asyncllm.models.model import Model
-from asyncllm.models.ops import Linear
+from asyncllm.models.ops import Product
 from asyncllm.models.spec import ModelSpec
 from asyncllm.records import Opened
 
@@ -134,7 +134,7 @@ class Together(Alone):
         self._barrier.wait()
         return found
 
-    def linear_reduce(self, linear: Linear, x: Tensor) -> Tensor:
+    def linear_reduce(self, linear: Product, x: Tensor) -> Tensor:
         return torch.stack(self._all(linear(x))).sum(0)
 
     def gather_last(self, x: Tensor) -> Tensor:

@@ -1,0 +1,133 @@
+"""A mixture of experts in the place of a block's MLP, on one rank.
+
+Knows tensors, their names in the checkpoint and which of them this rank has; how tokens are routed
+and multiplied is for the operators to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from asyncllm.models.layers import Linears, Part, by_inputs, by_outputs
+from asyncllm.models.model import Site
+from asyncllm.models.ops import Held
+from asyncllm.models.spec import ExpertsSpec
+from asyncllm.models.weights import Span, Target, whole
+
+
+class Experts:
+    """Called with the normed tokens of a step, like :class:`asyncllm.models.layers.GatedMLP`.
+
+    Experts are cut by their inner size, in equal slices over the ranks of ``site.world``, or each
+    rank has some of them whole (``site.whole_experts``); the shared MLP is always cut. Every rank
+    routes all tokens and adds what it has of their experts, so there is one sum over ranks, and
+    nothing depends on how many tokens an expert gets.
+
+    Attributes:
+        width: elements that a token takes inside, at most.
+        nbytes: of the tensors on this rank.
+    """
+
+    def __init__(self, site: Site, hidden: int, spec: ExpertsSpec) -> None:
+        self._site, self._spec = site, spec
+        rank, size = site.world.rank, site.world.size
+        if site.whole_experts:
+            first, last = (r * spec.num_experts // size for r in (rank, rank + 1))
+            self._span: Span = (0, 0, spec.inner)
+            num, inner = -(-spec.num_experts // size), spec.inner  # the same on every rank
+        else:
+            first, last = 0, spec.num_experts
+            num, inner = spec.num_experts, -(-spec.inner // size)
+            self._span = _slice(spec.inner, inner, rank)
+        gate_up, down = site.empty(num, 2 * inner, hidden), site.empty(num, hidden, inner)
+        self._held = Held(range(first, last), gate_up, down, spec.activation)
+        self._router = site.empty(spec.num_experts, hidden)
+        self._bias: Tensor | None = None
+        if spec.bias:
+            self._bias = site.empty(spec.num_experts, dtype=torch.float32)  # as the scores are
+        self._shared = _Shared(site, hidden, spec) if spec.shared_inner else None
+        self._shared_gate = site.empty(1, hidden) if spec.shared_gate else None
+        tensors = (self._router, self._bias, gate_up, down, self._shared_gate)
+        self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        itemsize = site.dtype.itemsize
+        work = site.ops.experts_bytes(spec, hidden, inner, itemsize)
+        self.width = -(-work // itemsize)
+        if self._shared is not None:
+            self.nbytes += self._shared.nbytes
+            self.width += self._shared.width
+        groups = size // site.comm.size
+        if groups > 1:  # their tokens and the sums of these, too
+            self.width = groups * (self.width + 2 * hidden)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        world = self._site.world
+        return world.sum_tokens(self._mixed, world.gather_tokens(x))
+
+    def _mixed(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """This rank's part of the sum over the experts and the shared MLP."""
+        ops = self._site.ops
+        routed = ops.route(ops.logits(x, self._router), self._bias, self._spec)
+        shared: tuple[Tensor, Tensor | None] | None = None
+        if self._shared is not None:
+            gate = None if self._shared_gate is None else ops.logits(x, self._shared_gate)
+            shared = self._shared(x), gate
+        return ops.experts(x, self._held, routed, shared, out)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield f"{prefix}gate.weight", whole(self._router)
+        if self._bias is not None:
+            yield f"{prefix}gate.e_score_correction_bias", whole(self._bias)
+        for expert in range(self._spec.num_experts):
+            yield from self._expert(expert, f"{prefix}experts.{expert}.")
+        if self._shared is not None:
+            yield from self._shared.targets(f"{prefix}{self._spec.names.shared}.")
+        if self._shared_gate is not None:
+            yield f"{prefix}{self._spec.names.shared}_gate.weight", whole(self._shared_gate)
+
+    def _expert(self, expert: int, prefix: str) -> Iterator[tuple[str, Target]]:
+        held, names, inner = self._held, self._spec.names, self._spec.inner
+        ours = expert in held.numbers
+        place = held.numbers.index(expert) if ours else 0  # of the others nothing is kept
+        gate_up, down = held.gate_up[place], held.down[place]
+        start, _, size = self._span
+        gate: tuple[Span, ...] = (self._span,) if ours else ()
+        up: tuple[Span, ...] = ((start, len(gate_up) // 2, size),) if ours else ()
+        yield f"{prefix}{names.gate}.weight", Target(gate_up, 0, inner, gate)
+        yield f"{prefix}{names.up}.weight", Target(gate_up, 0, inner, up)
+        yield f"{prefix}{names.down}.weight", Target(down, 1, inner, gate)
+
+    def pack(self) -> None:
+        stack, held = self._site.ops.stack, self._held
+        held.gate_up, held.down = stack(held.gate_up), stack(held.down)
+        if self._shared is not None:
+            self._shared.pack()
+
+
+class _Shared(Linears):
+    """The MLP of every token, in equal slices over the ranks of ``site.world``; not summed."""
+
+    def __init__(self, site: Site, hidden: int, spec: ExpertsSpec) -> None:
+        inner = spec.shared_inner
+        local = -(-inner // site.world.size)
+        first, _, size = kept = _slice(inner, local, site.world.rank)
+        gate, up = (
+            Part("gate_proj", inner, (kept,)),
+            Part("up_proj", inner, ((first, local, size),)),
+        )
+        self._gate_up = by_outputs(site, (2 * local, hidden), (gate, up), bias=False)
+        self._down = by_inputs(site, (hidden, local), Part("down_proj", inner, (kept,)), bias=False)
+        super().__init__(self._gate_up, self._down)
+        self.width = 3 * local + hidden
+        self._ops, self._activation = site.ops, spec.activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._down(self._ops.gated(self._gate_up(x), self._activation))
+
+
+def _slice(total: int, local: int, rank: int) -> Span:
+    """The ``rank``-th slice of ``local``, as a span to the beginning of a parameter."""
+    first = rank * local
+    return first, 0, max(0, min(local, total - first))
