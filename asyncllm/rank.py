@@ -145,7 +145,11 @@ def main() -> int:
     """Entry of a child process: its ``Boot`` comes on standard input."""
     if not (text := sys.stdin.read()):
         return 1  # rank 0 has gone already
-    boot = Boot.from_json(text)
+    try:
+        boot = Boot.from_json(text)
+    except StartupError as error:
+        sys.stderr.write(f"asyncllm: {error}\n")
+        return EXIT_STARTUP
     if not boot.me.replaceable:  # an HTTP worker has something to say before it ends
         die_with_parent(boot.parent)
     leave_to_leader()

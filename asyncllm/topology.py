@@ -7,7 +7,7 @@ started here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from asyncllm.codec import record
@@ -76,18 +76,24 @@ class Contract:
     Args:
         protocol: version of the messages, see ``codec.protocol``.
         options: hash of the options that they share, see ``Config.digest``.
+        shared: these options, (name, value), to tell in which of them two processes differ.
     """
 
     protocol: str
     options: str
+    shared: tuple[tuple[str, str], ...] = ()
 
     def breach(self, other: Contract) -> tuple[str, str, str] | None:
         """(name, our value, theirs) of what ``other`` has not in common with us."""
-        for field in fields(self):
-            ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            if ours != theirs:
-                return field.name, ours, theirs
-        return None
+        if self.protocol != other.protocol:
+            return "protocol", self.protocol, other.protocol
+        if self.options == other.options:
+            return None
+        ours, theirs = dict(self.shared), dict(other.shared)
+        for name in (*ours, *theirs):
+            if ours.get(name) != theirs.get(name):
+                return f"--{name}", ours.get(name, "unknown"), theirs.get(name, "unknown")
+        return "options", self.options, other.options
 
 
 @record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -124,6 +125,36 @@ def test_a_breach_is_named_with_both_values() -> None:
     assert ours.breach(ours) is None
     assert ours.breach(replace(ours, options="o2")) == ("options", "o1", "o2")
     assert ours.breach(Contract(protocol="p2", options="o2")) == ("protocol", "p1", "p2")
+
+
+def contract(config: Config) -> Contract:
+    return Contract(protocol="p", options=config.digest(), shared=config.shared())
+
+
+@pytest.mark.parametrize(
+    ("changes", "breach"),
+    [
+        ({"tp": 2}, ("--tp", "1", "2")),
+        ({"data_type": "bf16", "host": "::"}, ("--data_type", '"auto"', '"bf16"')),
+        ({"eos_id": (7, 8)}, ("--eos_id", "[]", "[7, 8]")),
+        ({"host": "::", "log_level": "debug"}, None),
+    ],
+)
+def test_options_that_differ_are_named(changes: dict[str, Any], breach: object) -> None:
+    assert contract(Config()).breach(contract(Config(**changes))) == breach
+
+
+def test_of_a_secret_option_no_value_is_told() -> None:
+    ours, theirs = contract(Config()), contract(Config(api_key=("sk-1", "sk-2")))
+    name, *values = ours.breach(theirs) or ()
+    assert (name, len(set(values))) == ("--api_key", 2)
+    assert "sk-1" not in str(theirs)
+
+
+def test_an_option_that_one_side_does_not_know_is_named() -> None:
+    ours = contract(Config())
+    theirs = replace(ours, options="o", shared=(*ours.shared, ("new_one", "3")))
+    assert ours.breach(theirs) == ("--new_one", "unknown", "3")
 
 
 def test_options_count_unless_they_are_those_of_a_node() -> None:

@@ -415,7 +415,15 @@ class Config:
     def digest(self) -> str:
         """Of the options that all processes of one server must share: equal where those are."""
         shared = {name: getattr(self, name) for name in FLAGS if name not in OF_ONE_NODE}
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+        return _hash(shared)[:12]
+
+    def shared(self) -> tuple[tuple[str, str], ...]:
+        """(name, value) of those options; of a secret value so little that it cannot be guessed."""
+        values = {name: getattr(self, name) for name in FLAGS if name not in OF_ONE_NODE}
+        return tuple(
+            (name, f"hidden ({_hash(value)[:4]})" if FLAGS[name].secret else json.dumps(value))
+            for name, value in values.items()
+        )
 
     def to_json(self) -> str:
         """All fields as one line, for a child process."""
@@ -430,6 +438,10 @@ class Config:
             k: tuple(v) if isinstance(v, list) else v for k, v in loaded.items()
         }
         return cls(**values, explicit=explicit)
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _as_typed(name: str, value: Any) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 from asyncllm.codec import protocol
 from asyncllm.config import Config, Resolved
 from asyncllm.environment import child_environment
-from asyncllm.errors import StartupError
+from asyncllm.errors import Mismatch, StartupError
 from asyncllm.server import signals
 from asyncllm.topology import Contract, Endpoint, Topology
 
@@ -79,22 +79,34 @@ class Boot:
     @property
     def contract(self) -> Contract:
         """What it must have in common with the other processes."""
-        return Contract(protocol=protocol(), options=self.config.digest())
+        config = self.config
+        return Contract(protocol=protocol(), options=config.digest(), shared=config.shared())
 
     def to_json(self) -> str:
         fields = {name: getattr(self, name) for name in self.__slots__}
         fields["topology"] = self.topology.to_plain()
         fields["config"] = self.config.to_json()
         fields["resolved"] = asdict(self.resolved)
-        return json.dumps(fields)
+        return json.dumps({"protocol": protocol(), **fields})
 
     @classmethod
     def from_json(cls, text: str) -> Boot:
-        fields: dict[str, Any] = json.loads(text)
-        fields["topology"] = Topology.from_plain(fields["topology"])
-        fields["config"] = Config.from_json(fields["config"])
-        fields["resolved"] = Resolved(**{k: _tuple(v) for k, v in fields["resolved"].items()})
-        return cls(**{k: _tuple(v) for k, v in fields.items()})
+        """The inverse of ``to_json``. Raises StartupError for what another version has written."""
+        try:
+            fields = json.loads(text)
+            if (theirs := fields.pop("protocol")) != protocol():
+                raise Mismatch(
+                    "rank 0 is of another version than this process: "
+                    f"its protocol is {theirs}, here it is {protocol()}"
+                )
+            fields["topology"] = Topology.from_plain(fields["topology"])
+            fields["config"] = Config.from_json(fields["config"])
+            fields["resolved"] = Resolved(**{k: _tuple(v) for k, v in fields["resolved"].items()})
+            return cls(**{k: _tuple(v) for k, v in fields.items()})
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise StartupError(
+                f"what rank 0 has written is not what this version reads: {error!r}"
+            ) from error
 
 
 def _tuple(value: Any) -> Any:

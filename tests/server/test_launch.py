@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from asyncllm import rank
 from asyncllm.config import Config, resolve_limits
 from asyncllm.errors import StartupError
 from asyncllm.server import launch
@@ -47,6 +52,29 @@ def test_a_boot_survives_json() -> None:
     assert Boot.from_json(boot().to_json()) == boot()
     assert boot().name == "rank 1"
     assert replace(boot(), endpoint=3).name == "HTTP worker 2"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda plain: plain | {"protocol": "abc"}, "its protocol is abc, here it is"),
+        (lambda plain: plain | {"late": 1}, "late"),
+        (lambda plain: {k: v for k, v in plain.items() if k != "keys"}, "keys"),
+        (lambda plain: plain | {"topology": [{"id": 0, "roles": [], "planet": 3}]}, "planet"),
+        (lambda plain: [plain], "TypeError"),
+    ],
+)
+def test_a_child_ends_with_one_line_where_rank_0_is_of_another_version(
+    change: Callable[[Any], Any],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = change(json.loads(boot().to_json()))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(plain)))
+    assert rank.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
 
 
 def test_sockets_lie_in_a_private_folder_that_goes(
