@@ -62,7 +62,7 @@ class TorchPlan:
         assert host is not None
         self._layout, self._spec, self._num_decode = layout, spec, decode
         cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
-        self._cos = torch.cat([cos, cos], dim=-1)  # [T, 1, D] float32, both halves alike
+        self._cos = torch.cat([cos, cos], dim=-1)  # [T, 1, rope.dim] float32, both halves alike
         self._sin = torch.cat([-sin, sin], dim=-1)  # the first half negated
         self._slots = batch.slots.long()
         longest = max(host.starts[:decode], default=-1) + 1
@@ -98,8 +98,11 @@ class TorchPlan:
         num_q, dim = self._spec.num_q_heads, self._spec.head_dim
         heads = qkv.view(qkv.shape[0], -1, dim)
         turned = num_q + self._spec.num_kv_heads
-        plain = heads[:, :turned].float()
-        rotated = (plain * self._cos).add_(plain.roll(dim // 2, -1).mul_(self._sin)).to(qkv.dtype)
+        moved = self._cos.shape[-1]
+        plain = heads[:, :turned, :moved].float()
+        rotated = (plain * self._cos).add_(plain.roll(moved // 2, -1).mul_(self._sin)).to(qkv.dtype)
+        if moved < dim:
+            rotated = torch.cat([rotated, heads[:, :turned, moved:]], dim=-1)
         self._layout.write(kv, self._slots, rotated[:, num_q:], heads[:, turned:])
         return rotated[:, :num_q]
 

@@ -119,7 +119,6 @@ def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
         f"is of kind {spec.kind!r}": spec.kind != "gqa",
         "has no rotary embedding": spec.rope is None,
         "turns neighbouring elements": spec.rope is not None and spec.rope.interleaved,
-        "turns a part of each head": spec.rope is not None and spec.rope.dim != spec.head_dim,
         f"has a sliding window of {spec.window}": spec.window is not None,
         f"has logits capped at {spec.softcap}": spec.softcap is not None,
         "has attention sinks": spec.sinks,

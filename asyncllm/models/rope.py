@@ -6,6 +6,7 @@ Knows no tensors; the angles are made in ``models/angles.py``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,33 +79,60 @@ class Rope:
     attention_factor: float = 1.0
 
 
+def notes(ropes: Iterable[Rope | None], max_len: int) -> list[str]:
+    """A line for each kind of angles that ``max_len`` decides."""
+    lines = []
+    for scaling in dict.fromkeys(rope.scaling for rope in ropes if rope):
+        if not isinstance(scaling, Dynamic | LongRope):
+            continue
+        longer = max_len > scaling.trained
+        if isinstance(scaling, LongRope):
+            chosen = f"longrope: {'long' if longer else 'short'} factors"
+        else:
+            chosen = f"dynamic rope: {'a larger base' if longer else 'its own base'}"
+        lines.append(
+            f"{chosen} for all requests, since --max_req_total_len {max_len:,} is "
+            f"{'beyond' if longer else 'within'} {scaling.trained:,} positions"
+        )
+    return lines
+
+
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """By how much YaRN scales queries and keys (Peng et al., 2023, §3.4), as DeepSeek weighs it."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def read_rope(hf: Json, head_dim: int, layer_type: str | None = None) -> Rope:
+def read_rope(
+    hf: Json, head_dim: int, layer_type: str | None = None, also: frozenset[str] = frozenset()
+) -> Rope:
     """The rotary embedding of a config.json, of layers of ``layer_type`` if it tells them apart.
 
     Knows ``rope_parameters`` of transformers 5 and ``rope_theta``, ``rope_scaling`` and
     ``partial_rotary_factor`` of transformers 4.
 
+    Args:
+        also: keys among the parameters that the caller reads.
+
     Raises:
         StartupError: it asks for a variant that is not there, or misses what its variant needs.
     """
-    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if layer_type is not None and layer_type in given:
         given = given[layer_type] or {}
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in _READERS:
         raise StartupError(f"rope scaling {kind!r} is not available yet")
+    reader, keys = _READERS[kind]
+    known = {*_KEYS, *keys.split(), *also}
+    if strange := sorted(key for key, value in given.items() if key not in known and value):
+        raise StartupError(f"rope scaling {kind!r} with {strange[0]!r} is not available yet")
     part = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     dim = head_dim if part is None else int(head_dim * float(part))
     if dim % 2 or not 0 < dim <= head_dim:
         raise StartupError(f"partial_rotary_factor {part} of heads of {head_dim} gives no pairs")
     theta = given.get("rope_theta", hf.get("rope_theta"))
     try:
-        scaling, attention_factor = _READERS[kind](given, hf, dim)
+        scaling, attention_factor = reader(given, hf, dim)
     except KeyError as error:
         raise StartupError(f"rope scaling {kind!r} has no {error}") from None
     return Rope(
@@ -168,19 +196,28 @@ def _longrope(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
 
 
 def _trained(given: Json, hf: Json) -> int:
-    """Positions before the scaling. In the file of Phi-3 they are not among the parameters."""
-    for place in (given, hf):
+    """Positions before the scaling; beside the parameters, as in Phi-3's file, they win."""
+    for place in (hf, given):
         if (found := place.get("original_max_position_embeddings")) is not None:
             return int(found)
     return int(hf["max_position_embeddings"])
 
 
+# of any kind; the last two say what stands elsewhere in the file, or how the weights came about
+_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_KEYS |= {"max_position_embeddings", "finetuned"}
+_TRAINED = "original_max_position_embeddings"
+_LONGROPE = f"short_factor long_factor factor attention_factor {_TRAINED}"
+# what reads a kind, and the keys that it knows
 _READERS = {
-    "default": _default,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "llama3": _llama3,
-    "yarn": _yarn,
-    "longrope": _longrope,
-    "su": _longrope,  # its first name, in Phi-3's first files
+    "default": (_default, ""),
+    "linear": (_linear, "factor"),
+    "dynamic": (_dynamic, "factor"),
+    "llama3": (_llama3, f"factor low_freq_factor high_freq_factor {_TRAINED}"),
+    "yarn": (
+        _yarn,
+        f"factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate {_TRAINED}",
+    ),
+    "longrope": (_longrope, _LONGROPE),
+    "su": (_longrope, _LONGROPE),  # its first name, in Phi-3's first files
 }

@@ -15,6 +15,7 @@ from asyncllm.server.loading import (
     memory_plan,
     num_threads,
     read_dialect,
+    rope_notes,
     torch_device,
 )
 from asyncllm.text import Text
@@ -51,6 +52,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         f"ports: {', '.join(ports)}",
         *(f"warning: {line}" for line in (*config.warnings, *resolved.warnings)),
         *(f"note: {note}" for note in resolved.notes),
+        *(f"note: {note}" for note in rope_notes(spec, resolved.max_req_total_len)),
         f"sampling by default: {_sampling(resolved.generation_config)}",
         "limits:",
         *(f"  {name} = {getattr(resolved, name)}" for name in limits),

@@ -23,6 +23,7 @@ from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone, Group, Ranks
 from asyncllm.environment import cpu_count
+from asyncllm.models import rope
 from asyncllm.models.checkpoint import weight_files
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.launch import Boot
@@ -61,6 +62,11 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
         max_total_token_num=config.max_total_token_num,
     )
     return plan_memory(spec, sizes, torch_device(boot))
+
+
+def rope_notes(spec: ModelSpec, max_len: int) -> list[str]:
+    """What the longest request decides about positions."""
+    return rope.notes((layer.rope for layer in spec.layers), max_len)
 
 
 def load_text(config: Config, model_dir: str, spec: ModelSpec) -> Text:
@@ -115,6 +121,8 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
     resolved = boot.resolved.with_slots(num_slots)
     if boot.coordinates:
         for note in resolved.notes[len(boot.resolved.notes) :]:
+            logger.info("%s", note)
+        for note in rope_notes(spec, resolved.max_req_total_len):
             logger.info("%s", note)
         logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))
     boot = replace(boot, resolved=resolved)

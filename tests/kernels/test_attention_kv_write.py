@@ -50,6 +50,27 @@ def test_rope_kv(tokens: int, q: int, kv: int, dim: int, dtype: torch.dtype) -> 
     assert torch.equal(mirror[5], case[5])
 
 
+@pytest.mark.parametrize(("dim", "part"), [(96, 72), (128, 32), (80, 2), (24, 18)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_part_of_each_head_is_turned(dim: int, part: int, dtype: torch.dtype) -> None:
+    case = make_case(5, 6, 2, dim, dtype)
+    case[1] = make_table(101, part)
+    case[1] *= 1.25  # longrope and yarn scale it
+    mirror, before = [t.clone() for t in case], case[0].clone()
+    rope_kv_ref(*mirror, 6)
+    with no_sync():
+        rope_kv(*case, 6)
+    for name, want, got in zip(
+        ("qkv", "k"), (mirror[0], mirror[4]), (case[0], case[4]), strict=True
+    ):
+        assert_close(name, want, got)
+    assert torch.equal(mirror[5], case[5])
+    heads = slice(0, 8)
+    unturned = [t.unflatten(1, (-1, dim))[:, heads, part:] for t in (before, case[0])]
+    assert torch.equal(*unturned)
+    assert torch.equal(case[4][case[3].long()], case[0].unflatten(1, (-1, dim))[:, 6:8])
+
+
 def test_only_the_named_slots_change() -> None:
     case = make_case(5, 4, 2, 64, torch.float32)
     before = [case[4].clone(), case[5].clone()]
@@ -78,6 +99,8 @@ def test_refuses_what_does_not_fit() -> None:
         rope_kv(case[0].half(), *case[1:], 4)
     with pytest.raises(ValueError, match="positions"):
         rope_kv(*case[:2], case[2][:2], *case[3:], 4)
+    with pytest.raises(ValueError, match=r"cos_sin .* does not fit head_dim 64"):
+        rope_kv(case[0], make_table(101, 66), *case[2:], 4)
 
 
 @pytest.mark.gpu

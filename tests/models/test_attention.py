@@ -31,7 +31,6 @@ BEYOND: list[tuple[dict[str, Any], str]] = [
     ({"kind": "mla"}, "is of kind 'mla'"),
     ({"rope": None}, "has no rotary embedding"),
     ({"rope": Rope(theta=1e4, dim=16, interleaved=True)}, "turns neighbouring elements"),
-    ({"rope": Rope(theta=1e4, dim=8)}, "turns a part of each head"),
     ({"v_dim": 8}, "has values of 8 and keys of 16"),
 ]
 

@@ -24,6 +24,7 @@ def _rope_kv_kernel(
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
     HALF_PAD: tl.constexpr,
     HEADS: tl.constexpr,
 ):
@@ -33,29 +34,36 @@ def _rope_kv_kernel(
     dim_live = dim < HALF
     position = tl.load(positions_ptr + token).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
-    cos = tl.load(cos_sin_ptr + position * (2 * HALF) + dim, mask=dim_live, other=0.0)
-    sin = tl.load(cos_sin_ptr + position * (2 * HALF) + HALF + dim, mask=dim_live, other=0.0)
+    paired = dim < PAIRS
+    cos = tl.load(cos_sin_ptr + position * (2 * PAIRS) + dim, mask=paired, other=0.0)
+    sin = tl.load(cos_sin_ptr + position * (2 * PAIRS) + PAIRS + dim, mask=paired, other=0.0)
+    # where the elements lie that are taken together; those beyond the pairs, by halves of the rest
+    first, second = dim, dim + HALF
+    if PAIRS < HALF:
+        first = tl.where(paired, dim, dim + PAIRS)
+        second = tl.where(paired, dim + PAIRS, dim + HALF)
 
     live = (head < Q_HEADS + 2 * KV_HEADS)[:, None] & dim_live[None, :]
-    ptr = qkv_ptr + token * qkv_stride + head[:, None] * (2 * HALF) + dim[None, :]
-    low = tl.load(ptr, mask=live, other=0.0)
-    high = tl.load(ptr + HALF, mask=live, other=0.0)
+    ptr = qkv_ptr + token * qkv_stride + head[:, None] * (2 * HALF)
+    low = tl.load(ptr + first[None, :], mask=live, other=0.0)
+    high = tl.load(ptr + second[None, :], mask=live, other=0.0)
     x, y = low.to(tl.float32), high.to(tl.float32)
     turned = (head < Q_HEADS + KV_HEADS)[:, None]
-    low = tl.where(turned, (x * cos[None, :] - y * sin[None, :]).to(low.dtype), low)
-    high = tl.where(turned, (y * cos[None, :] + x * sin[None, :]).to(high.dtype), high)
+    moved = turned & paired[None, :]
+    low = tl.where(moved, (x * cos[None, :] - y * sin[None, :]).to(low.dtype), low)
+    high = tl.where(moved, (y * cos[None, :] + x * sin[None, :]).to(high.dtype), high)
 
-    tl.store(ptr, low, mask=live & turned)
-    tl.store(ptr + HALF, high, mask=live & turned)
+    tl.store(ptr + first[None, :], low, mask=live & moved)
+    tl.store(ptr + second[None, :], high, mask=live & moved)
     is_k = live & (head >= Q_HEADS)[:, None] & turned
     row = slot * (2 * HALF * KV_HEADS)
-    offset = row + (head - Q_HEADS)[:, None] * (2 * HALF) + dim[None, :]
-    tl.store(k_ptr + offset, low, mask=is_k)
-    tl.store(k_ptr + offset + HALF, high, mask=is_k)
+    offset = row + (head - Q_HEADS)[:, None] * (2 * HALF)
+    tl.store(k_ptr + offset + first[None, :], low, mask=is_k)
+    tl.store(k_ptr + offset + second[None, :], high, mask=is_k)
     is_v = live & (head >= Q_HEADS + KV_HEADS)[:, None]
     offset -= 2 * HALF * KV_HEADS
-    tl.store(v_ptr + offset, low, mask=is_v)
-    tl.store(v_ptr + offset + HALF, high, mask=is_v)
+    tl.store(v_ptr + offset + first[None, :], low, mask=is_v)
+    tl.store(v_ptr + offset + second[None, :], high, mask=is_v)
 
 
 def rope_kv(
@@ -72,7 +80,8 @@ def rope_kv(
     Args:
         qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim], rows [q | k | v]; rows may
             be strided. The V part is read only.
-        cos_sin: [max_positions, head_dim] float32, contiguous: head_dim / 2 cosines, then sines.
+        cos_sin: [max_positions, dim] float32, contiguous: dim / 2 cosines, then sines, for the
+            first ``dim`` elements of a head, with whatever factor multiplies them.
         positions: [num_tokens] int32 or int64.
         slots: [num_tokens] int32 or int64; padding tokens point at the last slot.
         k_cache, v_cache: [num_slots + 1, num_kv_heads, head_dim], contiguous, dtype of qkv.
@@ -80,7 +89,7 @@ def rope_kv(
 
     Returns:
         Q rotated, a view [num_tokens, num_q_heads, head_dim] into qkv. Rotation pairs element i
-        with i + head_dim / 2 and runs in fp32.
+        with i + dim / 2 and runs in fp32; what lies beyond ``dim`` stays as it is.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
@@ -106,6 +115,7 @@ def rope_kv(
             Q_HEADS=num_q_heads,
             KV_HEADS=num_kv_heads,
             HALF=half,
+            PAIRS=cos_sin.shape[1] // 2,
             HALF_PAD=half_pad,
             HEADS=heads,
             num_warps=4,
@@ -127,10 +137,10 @@ def rope_kv_ref(
     num_kv_heads, head_dim = k_cache.shape[1:]
     heads: Tensor = qkv.unflatten(1, (-1, head_dim))
     cos, sin = cos_sin[positions.long()][:, None].chunk(2, dim=-1)
-    low, high = heads[:, : num_q_heads + num_kv_heads].float().chunk(2, dim=-1)
-    turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(qkv.dtype)
-    heads[:, : num_q_heads + num_kv_heads].copy_(turned)
-    k_cache[slots.long()] = turned[:, num_q_heads:]
+    moved = heads[:, : num_q_heads + num_kv_heads, : cos_sin.shape[1]]
+    low, high = moved.float().chunk(2, dim=-1)
+    moved.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
+    k_cache[slots.long()] = heads[:, num_q_heads : num_q_heads + num_kv_heads]
     v_cache[slots.long()] = heads[:, num_q_heads + num_kv_heads :]
     return heads[:, :num_q_heads]
 
@@ -154,7 +164,7 @@ def _check(
     width = (num_q_heads + 2 * num_kv_heads) * head_dim
     if qkv.dim() != 2 or qkv.shape[1] != width or qkv.stride(1) != 1:
         raise ValueError(f"qkv {tuple(qkv.shape)}: rows of {width} contiguous elements expected")
-    if head_dim % 2 or cos_sin.shape[1] != head_dim:
+    if head_dim % 2 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
         raise ValueError(f"cos_sin {tuple(cos_sin.shape)} does not fit head_dim {head_dim}")
     if positions.shape != (qkv.shape[0],) or slots.shape != (qkv.shape[0],):
         raise ValueError(f"positions and slots need {qkv.shape[0]} entries")
