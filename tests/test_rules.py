@@ -56,6 +56,8 @@ BROAD_ALLOWED = {  # supervision: whatever an actor, a step or a request raises 
 # files of kernels that only the file beside them launches, and whose truth and tests are its
 KERNEL_PARTS = {
     "kernels/attention/decode_plan.py": "kernels/attention/decode.py",
+    "kernels/attention/prefill_keys.py": "kernels/attention/prefill.py",
+    "kernels/attention/scores.py": "kernels/attention/decode.py",
     "kernels/sampling/tiles.py": "kernels/sampling/sample.py",
     "kernels/sampling/truncate.py": "kernels/sampling/sample.py",
     "kernels/sampling/draw.py": "kernels/sampling/sample.py",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,14 +19,22 @@ from asyncllm.models.attention import (
 )
 from asyncllm.models.spec import AttentionSpec
 
+WINDOW_QUERIES = 256  # of a sliding window: attended to at a time, or as many as a window has
+SCORES = 1 << 22  # of capped ones exist at a time, or those of a token
+
 
 class TorchPairs(KvPairs):
-    """Pairs that torch writes."""
+    """Pairs that torch writes and reads."""
 
     def write(self, kv: LayerKv, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [T, Hk, D] to ``slots`` [T] int64."""
         for cache, values in zip(kv, (k, v), strict=True):
             cache.index_copy_(0, slots, values)
+
+    def read(self, kv: LayerKv, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [T, Hk, D] of ``slots`` [T] int64."""
+        k, v = (cache.flatten(1).index_select(0, slots).view(-1, *cache.shape[1:]) for cache in kv)
+        return k, v
 
 
 class TorchAttention:
@@ -52,6 +61,16 @@ class TorchAttention:
         return TorchPlan(self.layout, spec, batch, self.angles[spec.rope])
 
 
+@dataclass(slots=True)
+class Extend:
+    """Some new tokens of a row, and what they attend to."""
+
+    queries: slice  # of the step's tokens
+    prefix: Tensor  # slots of what the row had before this step
+    new: slice  # of the step's tokens: those of the row, up to the last query
+    mask: Tensor | None  # [1, 1, queries, prefix and new]; None: each sees what is before it
+
+
 class TorchPlan:
     """What is the same in all layers of a step; slots are int64."""
 
@@ -66,35 +85,68 @@ class TorchPlan:
         self._sin = torch.cat([-sin, sin], dim=-1)  # the first half negated
         self._slots = batch.slots.long()
         longest = max(host.starts[:decode], default=-1) + 1
-        # [num_decode * longest], padded with whatever the table holds
-        self._decode_slots = batch.table[batch.decode_lanes.long(), :longest].flatten().long()
-        self._decode_mask = None  # [num_decode, 1, 1, longest]
-        if decode > 1:
-            seen = torch.arange(longest) < batch.decode_lens[:, None]
-            self._decode_mask = seen[:, None, None]
-        # tokens, slots and mask of the other rows; no mask: each sees what is before it
-        self._extends: list[tuple[slice, Tensor, Tensor | None]] = []
+        self._decode_slots, self._decode_mask = self._decode_rows(batch, longest)
+        self._extends: list[Extend] = []
         token = decode
         for row in range(decode, len(host.lanes)):
-            count, start = host.counts[row], host.starts[row]
-            total, mask = start + count, None
-            if start:
-                mask = torch.arange(total) <= torch.arange(start, total)[:, None]
-            slots = batch.table[host.lanes[row], :total].long()
-            self._extends.append((slice(token, token + count), slots, mask))
-            token += count
+            slots = batch.table[host.lanes[row]]
+            self._extends += self._pieces(slots, token, host.starts[row], host.counts[row])
+            token += host.counts[row]
+
+    def _decode_rows(self, batch: Batch, longest: int) -> tuple[Tensor, Tensor | None]:
+        """Slots [num_decode * width] that rows of one token see, and which of them they do
+        [num_decode, 1, 1, width]; None: all."""
+        width, lens = min(longest, self._spec.window or longest), batch.decode_lens[:, None]
+        position = (lens - width).clamp_min(0) + torch.arange(width)
+        slots = batch.table[batch.decode_lanes.long()].gather(1, position.long()).long()
+        if self._num_decode == 1:
+            return slots.flatten(), None
+        seen = position < lens  # where not, the table may say anything
+        return slots.masked_fill_(~seen, 0).flatten(), seen[:, None, None]
+
+    def _pieces(self, slots: Tensor, token: int, start: int, count: int) -> Iterator[Extend]:
+        """Of a row whose ``count`` tokens are ``token`` and those behind it, the first of them at
+        position ``start`` of ``slots``: as many at a time as do not see much that only others do,
+        nor have too many scores."""
+        spec, size = self._spec, count
+        if spec.window is not None:
+            size = min(size, max(spec.window, WINDOW_QUERIES))
+        if spec.softcap is not None:
+            size = min(size, max(1, SCORES // (spec.num_q_heads * (start + count))))
+        for begin in range(0, count, size):
+            stop = min(begin + size, count)
+            query = torch.arange(start + begin, start + stop)[:, None]
+            first = max(0, start + begin + 1 - (spec.window or start + begin + 1))
+            key, mask = torch.arange(first, start + stop), None
+            if start + begin or first or spec.window or spec.softcap:
+                mask = key <= query
+                if spec.window is not None:
+                    mask &= key > query - spec.window
+                mask = mask[None, None]
+            new = slice(token + max(0, first - start), token + stop)
+            prefix = slots[min(first, start) : start].long()
+            yield Extend(slice(token + begin, token + stop), prefix, new, mask)
 
     def run(self, qkv: Tensor, kv: LayerKv) -> Tensor:
-        q, (k_cache, v_cache) = self._rope_write(qkv, kv), kv
+        q, k, v = self._turn(qkv)
+        self._layout.write(kv, self._slots, k, v)
         out = torch.empty_like(q)
         if self._num_decode:
             self._decode(q[: self._num_decode], out[: self._num_decode], kv)
-        for part, slots, mask in self._extends:
-            out[part] = self._extend(q[part], k_cache[slots], v_cache[slots], mask)
+        for part in self._extends:
+            keys, values = k[part.new], v[part.new]
+            if part.prefix.shape[0]:
+                old_keys, old_values = self._layout.read(kv, part.prefix)
+                keys, values = torch.cat([old_keys, keys]), torch.cat([old_values, values])
+            queries, keys, values = (
+                x.transpose(0, 1)[None] for x in (q[part.queries], keys, values)
+            )
+            attended = self._attend(queries, keys, values, part.mask, causal=part.mask is None)
+            out[part.queries] = attended[0].transpose(0, 1)
         return out.flatten(1)
 
-    def _rope_write(self, qkv: Tensor, kv: LayerKv) -> Tensor:
-        """Rotated q, [T, Hq, D]; rotated k, and v, go to the batch's slots."""
+    def _turn(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [T, Hq, D] and k [T, Hk, D], and v."""
         num_q, dim = self._spec.num_q_heads, self._spec.head_dim
         heads = qkv.view(qkv.shape[0], -1, dim)
         turned = num_q + self._spec.num_kv_heads
@@ -103,34 +155,33 @@ class TorchPlan:
         rotated = (plain * self._cos).add_(plain.roll(moved // 2, -1).mul_(self._sin)).to(qkv.dtype)
         if moved < dim:
             rotated = torch.cat([rotated, heads[:, :turned, moved:]], dim=-1)
-        self._layout.write(kv, self._slots, rotated[:, num_q:], heads[:, turned:])
-        return rotated[:, :num_q]
+        return rotated[:, :num_q], rotated[:, num_q:], heads[:, turned:]
 
     def _decode(self, q: Tensor, out: Tensor, kv: LayerKv) -> None:
         """One-token rows together: the query heads of a KV head act as its queries."""
         rows, (kv_heads, dim) = q.shape[0], kv[0].shape[1:]
         k, v = (
-            cache.flatten(1).index_select(0, self._decode_slots).view(rows, -1, kv_heads, dim)
-            for cache in kv
+            x.view(rows, -1, kv_heads, dim).transpose(1, 2)
+            for x in self._layout.read(kv, self._decode_slots)
         )
-        attended = scaled_dot_product_attention(
-            q.view(rows, kv_heads, -1, dim),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=self._decode_mask,
-            scale=self._spec.scale,
-        )
+        q = q.view(rows, kv_heads, -1, dim)
+        attended = self._attend(q, k, v, self._decode_mask, causal=False)
         out.copy_(attended.reshape(rows, -1, dim))
 
-    def _extend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """[count, Hq, D] new queries, the last of the k, v [total, Hk, D]; no mask: of all."""
-        attended = scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=mask is None and q.shape[0] > 1,
-            scale=self._spec.scale,
-            enable_gqa=True,
-        )
-        return attended[0].transpose(0, 1)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool
+    ) -> Tensor:
+        """[B, Hq, T, D] like q, over those of k, v [B, Hk, n, D] that the mask
+        [B or 1, 1, T or 1, n] lets it see."""
+        scale, cap = self._spec.scale, self._spec.softcap
+        if cap is None:
+            gqa = q.shape[1] != k.shape[1]
+            return scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
+            )
+        grouped = q.unflatten(1, (k.shape[1], -1)).float()  # [B, Hk, G, T, D]
+        scores: Tensor = grouped @ k.float().unsqueeze(2).transpose(3, 4)
+        scores = scores.mul_(scale / cap).tanh_().mul_(cap)
+        if mask is not None:
+            scores.masked_fill_(~mask.unsqueeze(1), float("-inf"))
+        return (scores.softmax(-1) @ v.float().unsqueeze(2)).flatten(1, 2).to(q.dtype)

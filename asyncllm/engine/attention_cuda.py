@@ -76,14 +76,14 @@ class TritonPlan:
     decode: DecodePlan | None = None
 
     def run(self, qkv: Tensor, kv: LayerKv) -> Tensor:
-        batch, (k_cache, v_cache) = self.batch, kv
+        spec, batch, (k_cache, v_cache) = self.spec, self.batch, kv
         q = self.layout.rope_write(kv, qkv, self.cos_sin, batch)
         out = q.new_empty(q.shape)
         num_decode = batch.decode_lanes.shape[0]
         if num_decode:
             lanes, lens = batch.decode_lanes, batch.decode_lens
             if self.decode is None:
-                self.decode = plan_decode(lanes, lens, q.shape[1], k_cache)
+                self.decode = plan_decode(lanes, lens, q.shape[1], k_cache, window=spec.window)
             decode_attention(
                 q[:num_decode],
                 k_cache,
@@ -91,7 +91,9 @@ class TritonPlan:
                 batch.table,
                 lanes,
                 lens,
-                self.spec.scale,
+                spec.scale,
+                window=spec.window,
+                softcap=spec.softcap,
                 plan=self.decode,
                 out=out[:num_decode],
             )
@@ -105,8 +107,10 @@ class TritonPlan:
                 batch.prefill_starts,
                 batch.prefill_cu,
                 batch.max_count,
-                self.spec.scale,
+                spec.scale,
                 out=out,
                 kv=qkv,
+                window=spec.window,
+                softcap=spec.softcap,
             )
         return out.flatten(1)

@@ -114,13 +114,11 @@ class KvPairs:
 
 
 def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
-    """``AttentionBackend.refuse`` of those that know causal softmax attention of grouped heads."""
+    """``AttentionBackend.refuse`` of those that know causal attention of grouped heads."""
     asked = {
         f"is of kind {spec.kind!r}": spec.kind != "gqa",
         "has no rotary embedding": spec.rope is None,
         "turns neighbouring elements": spec.rope is not None and spec.rope.interleaved,
-        f"has a sliding window of {spec.window}": spec.window is not None,
-        f"has logits capped at {spec.softcap}": spec.softcap is not None,
         "has attention sinks": spec.sinks,
         f"has values of {spec.v_dim} and keys of {spec.head_dim}": spec.v_dim != spec.head_dim,
     }

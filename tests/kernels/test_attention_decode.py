@@ -79,6 +79,37 @@ def test_any_division_of_the_work_gives_the_same(num_programs: int) -> None:
     assert_close("out", decode_attention_ref(**case, scale=0.125), got)
 
 
+def hide_what_is_before(case: dict[str, Tensor], window: int) -> None:
+    """The table points far outside for what no row sees."""
+    for lane, length in zip(case["lanes"].tolist(), case["lens"].tolist(), strict=True):
+        case["table"][lane, : max(0, length - window)] = 0x3F3F3F3F
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(None, 0.7), (1, None), (16, 0.7), (21, None), (600, None)], ids=str
+)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_windows_and_caps(window: int | None, softcap: float | None) -> None:
+    case = make_case([5, 0, 130, 16, 17, 90, 1], 6, 2, 64, HERE[0])
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    if window is not None:
+        hide_what_is_before(case, window)
+    config = DecodeConfig(tile=16, num_warps=4, num_stages=2, programs_per_sm=1)
+    plan = plan_for(case, window=window, config=config, num_programs=5)
+    with no_sync():
+        got = decode_attention(**case, **options, plan=plan)
+    assert_close("out", decode_attention_ref(**case, **options), got)
+
+
+def test_a_window_costs_a_window() -> None:
+    case = make_case([5, 0, 400, 16, 90], 4, 2, 64, torch.float32)
+    config = DecodeConfig(tile=16, num_warps=4, num_stages=2, programs_per_sm=1)
+    plan = plan_for(case, window=20, config=config, num_programs=9)
+    tiles = [1, 0, 2, 1, 2]  # those of tokens 380 to 399, and 70 to 89
+    assert plan.meta.tolist() == [2 * sum(tiles), 2]
+    assert plan.records[3, :4].tolist() == [0, 2, 6, 8]
+
+
 @pytest.mark.usefixtures("poisoned_empty")
 def test_more_partial_results_than_are_merged_at_once() -> None:
     case = make_case([1300, 3], 3, 1, 64, torch.float32)
@@ -157,6 +188,8 @@ def test_refuses_what_does_not_fit() -> None:
         decode_attention(**{**case, "lens": case["lens"].long()}, scale=1.0)
     with pytest.raises(ValueError, match="plan"):
         decode_attention(**{**case, "q": case["q"][:1]}, scale=1.0, plan=plan_for(case))
+    with pytest.raises(ValueError, match="window of 3, not None"):
+        decode_attention(**case, scale=1.0, plan=plan_for(case, window=3))
     with pytest.raises(ValueError, match="256"):
         decode_config(512, 8, 2, torch.device(DEVICE))
 
@@ -174,11 +207,23 @@ def test_refuses_what_does_not_fit() -> None:
     ],
     ids=["64x1200", "255 short, one long", "1x8191", "dim 64", "dim 256"],
 )
+@pytest.mark.parametrize("limits", [(None, None), (512, None), (1000, 5.0)], ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
-def test_at_full_size(lengths: list[int], q: int, kv: int, dim: int, dtype: torch.dtype) -> None:
+def test_at_full_size(
+    lengths: list[int],
+    q: int,
+    kv: int,
+    dim: int,
+    dtype: torch.dtype,
+    limits: tuple[int | None, float | None],
+) -> None:
     case = make_case(lengths, q, kv, dim, dtype)
-    got = decode_attention(**case, scale=dim**-0.5)
-    assert_close("out", decode_attention_ref(**case, scale=dim**-0.5), got)
+    window, softcap = limits
+    if window is not None:
+        hide_what_is_before(case, window)
+    options = {"scale": dim**-0.5, "window": window, "softcap": softcap}
+    got = decode_attention(**case, **options)
+    assert_close("out", decode_attention_ref(**case, **options), got)
 
 
 @pytest.mark.gpu

@@ -175,6 +175,40 @@ def test_every_tile_shape_meets_the_diagonal(blocks: tuple[int, int]) -> None:
     assert_close("out", prefill_attention_ref(**case, scale=0.125), got)
 
 
+def hide_what_is_before(case: dict[str, Tensor], window: int) -> None:
+    """The table points far outside for what no new token sees."""
+    for lane, start in zip(case["lanes"].tolist(), case["starts"].tolist(), strict=True):
+        case["table"][lane, : max(0, start + 1 - window)] = 0x3F3F3F3F
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "blocks", "whole"),
+    [
+        (1, None, (16, 16), True),
+        (5, 0.7, (32, 16), True),
+        (16, None, (16, 32), True),
+        (300, None, (16, 16), True),
+        (None, 0.7, (16, 32), True),
+        (1, None, (64, 32), False),
+        (40, 0.7, (64, 16), False),
+        (40, None, (64, 16), False),
+        (None, 0.7, (64, 32), False),
+    ],
+    ids=str,
+)
+def test_windows_and_caps(
+    window: int | None, softcap: float | None, blocks: tuple[int, int], whole: bool
+) -> None:
+    case = make_case([(15, 17), (0, 70), (70, 1), (75, 30)], 3, 1, 64, HERE[0])
+    if window is not None:
+        hide_what_is_before(case, window)
+    kv = None if whole else packed(case)
+    config = PrefillConfig(*blocks, num_warps=4, num_stages=2, gather_stages=2)
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    got = prefill_attention(**case, **options, max_count=70, config=config, kv=kv)
+    assert_close("out", prefill_attention_ref(**case, **options), got)
+
+
 def test_a_token_does_not_see_the_ones_after_it() -> None:
     case = make_case([(3, 20)], 2, 1, 64, torch.float32)
     before = prefill_attention(**case, max_count=20, scale=0.125)
@@ -234,14 +268,24 @@ def test_refuses_what_does_not_fit() -> None:
     ],
     ids=["2048", "prefix", "group 3", "dim 96", "dim 256", "few each", "some each"],
 )
+@pytest.mark.parametrize("limits", [(None, None), (512, None), (1000, 5.0)], ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_at_full_size(
-    rows: list[tuple[int, int]], q: int, kv: int, dim: int, dtype: torch.dtype
+    rows: list[tuple[int, int]],
+    q: int,
+    kv: int,
+    dim: int,
+    dtype: torch.dtype,
+    limits: tuple[int | None, float | None],
 ) -> None:
     case = make_case(rows, q, kv, dim, dtype, surplus=100)
-    want = prefill_attention_ref(**case, scale=dim**-0.5)
+    window, softcap = limits
+    if window is not None:
+        hide_what_is_before(case, window)
+    options = {"scale": dim**-0.5, "window": window, "softcap": softcap}
+    want = prefill_attention_ref(**case, **options)
     for kv_packed in (None, packed(case)):
-        got = prefill_attention(**case, max_count=longest(rows), scale=dim**-0.5, kv=kv_packed)
+        got = prefill_attention(**case, **options, max_count=longest(rows), kv=kv_packed)
         own = slice(0, len(got) - 100)
         assert_close("out", want[own], got[own])
 

@@ -1,4 +1,4 @@
-"""What attention backends refuse, and how often a model plans."""
+"""What attention backends refuse, what windows and caps hide, and how often a model plans."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
 from asyncllm.engine.build import make_model
 from asyncllm.engine.parallel import Alone
 from asyncllm.errors import StartupError
-from asyncllm.models.attention import AttentionBackend, Batch, KvPairs
+from asyncllm.models.attention import AttentionBackend, Batch, HostRows, KvPairs
 from asyncllm.models.rope import Rope
 from asyncllm.models.spec import AttentionSpec, ModelSpec
 from tests.models.harness import Driver, Sequence, make_device, random_ids
@@ -25,8 +26,6 @@ PLAIN = AttentionSpec(
     rope=Rope(theta=10000.0, dim=16),
 )  # fmt: skip
 BEYOND: list[tuple[dict[str, Any], str]] = [
-    ({"window": 128}, "has a sliding window of 128"),
-    ({"softcap": 50.0}, "has logits capped at 50.0"),
     ({"sinks": True}, "has attention sinks"),
     ({"kind": "mla"}, "is of kind 'mla'"),
     ({"rope": None}, "has no rotary embedding"),
@@ -72,13 +71,87 @@ def test_the_kernels_refuse_large_heads() -> None:
     assert reason == "has heads of 320, more than 256"
 
 
+def expected(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[n, Hq * D] of q [n, Hq, D] and k, v [n, Hk, D]: one row from its first token on."""
+    group = spec.num_q_heads // spec.num_kv_heads
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("thd,nhd->htn", q, k) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * (scores / spec.softcap).tanh()
+    behind = torch.arange(len(q))[:, None] - torch.arange(len(q))
+    seen = (behind >= 0) & (behind < (spec.window or len(q)))
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("htn,nhd->thd", weights, v).flatten(1)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
+def test_windows_and_caps(
+    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows in chunks, the longer one beside the other's decode; what the table says of a
+    position that no new token sees is far outside."""
+    monkeypatch.setattr("asyncllm.engine.attention_cpu.WINDOW_QUERIES", 3)
+    monkeypatch.setattr("asyncllm.engine.attention_cpu.SCORES", 200)
+    torch.manual_seed(0)
+    spec = replace(PLAIN, window=window, softcap=softcap)
+    layout = TorchPairs([spec], torch.float32)
+    attention = TorchAttention([spec], layout, 64, CPU)
+    [kv] = layout.allocate(101, CPU)
+    sizes = (47, 30)
+    qkv = [torch.randn(n, 10, 16) * 2 for n in sizes]
+    slots = torch.randperm(100).int()
+    mine = [slots[:47], slots[47:77]]
+    cos, sin = attention.angles[spec.rope].chunk(2, -1)
+    want = []
+    for x in qkv:
+        low, high = x[:, :8].chunk(2, -1)
+        c, s = cos[: len(x), None], sin[: len(x), None]
+        turned = torch.cat([low * c - high * s, high * c + low * s], -1)
+        want.append(expected(spec, turned[:, :6], turned[:, 6:], x[:, 8:]))
+    got: list[list[Tensor]] = [[], []]
+    steps = [
+        [(0, 0, 20), (1, 0, 13)],
+        [(1, 13, 1), (0, 20, 24)],
+        *([(0, 44 + i, 1), (1, 14 + i, 1)] for i in range(3)),
+        [(1, 17, 13)],
+    ]
+    for rows in steps:
+        table = torch.full((2, 64), 1 << 30, dtype=torch.int32)
+        for lane, start, count in rows:
+            first = max(0, start + 1 - (window or 64))
+            table[lane, first : start + count] = mine[lane][first : start + count]
+        lanes, starts, counts = (list(column) for column in zip(*rows, strict=True))
+        num = sum(count == 1 for count in counts)
+        parts = [slice(start, start + count) for _, start, count in rows]
+        batch = Batch(
+            tokens=torch.empty(0),
+            table=table,
+            positions=torch.cat([torch.arange(p.start, p.stop) for p in parts]),
+            slots=torch.cat([mine[lane][p] for lane, p in zip(lanes, parts, strict=True)]),
+            decode_lanes=torch.tensor(lanes[:num], dtype=torch.int32),
+            decode_lens=torch.tensor(starts[:num], dtype=torch.int32) + 1,
+            prefill_cu=torch.empty(0),
+            prefill_lanes=torch.empty(0),
+            prefill_starts=torch.empty(0),
+            max_count=max(counts),
+            host=HostRows(lanes, starts, counts),
+        )
+        new = torch.cat([qkv[lane][p] for lane, p in zip(lanes, parts, strict=True)])
+        out = attention.plan(spec, batch).run(new.flatten(1), kv)
+        for lane, part in zip(lanes, out.split(counts), strict=True):
+            got[lane].append(part)
+    for row in range(2):
+        torch.testing.assert_close(torch.cat(got[row]), want[row], atol=2e-5, rtol=1e-4)
+
+
 def test_one_layer_that_cannot_run_ends_the_start() -> None:
     spec = ModelSpec.from_hf(make_config().to_dict(), {})
-    odd = replace(spec, layers=(*spec.layers[:2], replace(spec.layers[2], window=64)))
+    odd = replace(spec, layers=(*spec.layers[:2], replace(spec.layers[2], sinks=True)))
     with pytest.raises(StartupError) as error:
         make_model(odd, Alone(), dtype="fp32", device=CPU, max_len=64, where=torch.device("meta"))
     assert str(error.value) == (
-        "attention of LlamaForCausalLM that has a sliding window of 64: not available yet"
+        "attention of LlamaForCausalLM that has attention sinks: not available yet"
     )
 
 

@@ -1,4 +1,4 @@
-"""Qwen2 against transformers; its window is refused."""
+"""Qwen2 against transformers, with and without a sliding window."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from asyncllm.errors import StartupError
 from tests.models.harness import Driver, Ranks, make_device
 from tests.models.test_llama import VOCAB, check_against
 
@@ -36,8 +35,12 @@ def test_matches_transformers(tmp_path: Path, tied: bool, chunk: int, tp: int) -
     check_against(reference, Driver(device, 1024), chunk, 2e-4)
 
 
-def test_a_sliding_window_is_refused_in_one_line(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=2)
-    line = "attention of Qwen2ForCausalLM that has a sliding window of 8: not available yet"
-    with pytest.raises(StartupError, match=f"^{line}$"):
-        make_device(tmp_path, "fp32", "cpu")
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("chunk", [1000, 7], ids=["whole", "chunked"])
+@pytest.mark.parametrize("window", [1, 8, 40])
+def test_layers_with_a_sliding_window(tmp_path: Path, window: int, chunk: int, tp: int) -> None:
+    reference = make_checkpoint(
+        tmp_path, use_sliding_window=True, sliding_window=window, max_window_layers=1
+    )
+    device = Ranks(tmp_path, 2) if tp == 2 else make_device(tmp_path, "fp32", "cpu")
+    check_against(reference, Driver(device, 1024), chunk, 2e-4)

@@ -5,14 +5,19 @@ How the work is divided is `decode_plan.py`'s.
 
 # mypy: allow-incomplete-defs
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.attention.decode_plan import DecodeConfig, DecodePlan, plan_decode
+from asyncllm.kernels.attention.decode_plan import (
+    DecodeConfig,
+    DecodePlan,
+    first_tile,
+    num_tiles,
+    plan_decode,
+)
+from asyncllm.kernels.attention.scores import capped, scales
 
 _HEAD_PAD = 16  # least M of a matrix instruction; the query heads of a KV head are padded to it
 _MERGED = 4096  # elements of partial results that are merged at once
@@ -74,6 +79,61 @@ def _merge(
     )
 
 
+@triton.jit
+def _attend(
+    q,
+    k_ptr,
+    v_ptr,
+    lane_ptr,
+    begin,
+    stop,
+    length,
+    scale_log2,
+    cap_log2,
+    SLOT: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Keys [begin, stop) of a row, whole tiles: sum of values, best score, sum of weights."""
+    token = tl.arange(0, TILE)
+    dim = tl.arange(0, DIM_PAD)
+    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    norm = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    for tile in range(begin, stop, TILE):
+        position = tile + token
+        seen = position < length
+        if WINDOW:
+            seen = seen & (position >= length - WINDOW)
+        slot = tl.load(lane_ptr + position, mask=seen, other=0).to(tl.int64)
+        offset = slot[:, None] * SLOT + dim[None, :]
+        # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
+        if DIM == DIM_PAD:
+            live = seen[:, None]
+        else:
+            live = seen[:, None] & (dim < DIM)[None, :]
+        k = tl.load(k_ptr + offset, mask=live, other=0.0)
+        v = tl.load(v_ptr + offset, mask=live, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if CAPPED:
+            score = capped(score, scale_log2, cap_log2)
+        else:
+            score *= scale_log2
+        score = tl.where(seen[None, :], score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        norm = norm * shrink + tl.sum(weight, axis=1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+        best = new_best
+    return acc, best, norm
+
+
 @triton.jit(
     do_not_specialize=["num_rows", "num_programs"], do_not_specialize_on_alignment=["lens_ptr"]
 )
@@ -98,6 +158,7 @@ def _decode_kernel(
     out_head,
     table_row,
     scale_log2,
+    cap_log2,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
@@ -105,6 +166,8 @@ def _decode_kernel(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
     MERGE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -118,13 +181,12 @@ def _decode_kernel(
     start = tl.load(first_ptr + 4 * num_programs + program)
     tile = program * per_program
     stop = tl.minimum(tile + per_program, total)
-    token = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PAD)
     group = tl.arange(0, GROUP_PAD)
     group_live = (group < GROUP)[:, None] & (dim < DIM)[None, :]
 
     while tile < stop:
-        tiles = tl.cdiv(length, TILE)
+        tiles = num_tiles(length, TILE, WINDOW)
         head = (tile - start) // tiles
         skipped = (tile - start) - head * tiles
         count = tl.minimum(tiles - skipped, stop - tile)
@@ -142,34 +204,25 @@ def _decode_kernel(
             mask=group_live,
             other=0.0,
         )
-        best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-        norm = tl.zeros([GROUP_PAD], tl.float32)
-        acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-        lane_ptr = table_ptr + lane.to(tl.int64) * table_row
-        k_head = k_ptr + head * DIM
-        v_head = v_ptr + head * DIM
-        for begin in range(skipped * TILE, (skipped + count) * TILE, TILE):
-            position = begin + token
-            seen = position < length
-            slot = tl.load(lane_ptr + position, mask=seen, other=0).to(tl.int64)
-            offset = slot[:, None] * (KV_HEADS * DIM) + dim[None, :]
-            # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
-            if DIM == DIM_PAD:
-                live = seen[:, None]
-            else:
-                live = seen[:, None] & (dim < DIM)[None, :]
-            k = tl.load(k_head + offset, mask=live, other=0.0)
-            v = tl.load(v_head + offset, mask=live, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-            score = tl.where(seen[None, :], score, float("-inf"))
-            new_best = tl.maximum(best, tl.max(score, axis=1))
-            weight = tl.exp2(score - new_best[:, None])
-            shrink = tl.exp2(best - new_best)
-            norm = norm * shrink + tl.sum(weight, axis=1)
-            acc = acc * shrink[:, None]
-            acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
-            best = new_best
-
+        begin = first_tile(length, TILE, WINDOW) + skipped
+        acc, best, norm = _attend(
+            q,
+            k_ptr + head * DIM,
+            v_ptr + head * DIM,
+            table_ptr + lane.to(tl.int64) * table_row,
+            begin * TILE,
+            (begin + count) * TILE,
+            length,
+            scale_log2,
+            cap_log2,
+            KV_HEADS * DIM,
+            GROUP_PAD,
+            DIM,
+            DIM_PAD,
+            TILE,
+            WINDOW,
+            CAPPED,
+        )
         acc = acc / norm[:, None]
         out_row_ptr = out_ptr + row.to(tl.int64) * out_row
         if count == tiles:
@@ -237,6 +290,8 @@ def decode_attention(
     lens: Tensor,
     scale: float,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
     plan: DecodePlan | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -250,8 +305,11 @@ def decode_attention(
         lanes: [num_rows] int32, lane of each row.
         lens: [num_rows] int32, tokens per row with the current one; 0 marks a padding row.
         scale: multiplies q·k, usually head_dim ** -0.5.
-        plan: from ``plan_decode`` for the same lanes and lens; None computes it here. Layers of a
-            step should share one.
+        window: tokens that a row attends to at most, its last ones; None: all. What the table
+            says of positions before them is not used.
+        softcap: scores become softcap * tanh(score / softcap).
+        plan: from ``plan_decode`` for the same lanes, lens and window; None computes it here.
+            Layers of a step should share one.
         out: where to write, like the result; last dimension contiguous.
 
     Returns:
@@ -270,17 +328,20 @@ def decode_attention(
     elif out.shape != q.shape or out.dtype != q.dtype or out.stride(2) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit q {tuple(q.shape)}")
     if plan is None:
-        plan = plan_decode(lanes, lens, num_q_heads, k_cache)
+        plan = plan_decode(lanes, lens, num_q_heads, k_cache, window=window)
     group = num_q_heads // num_kv_heads
     if plan.counters.shape != (num_rows, num_kv_heads) or plan.partial.shape[1:] != (
         group,
         head_dim,
     ):
         raise ValueError(f"the plan is for {plan.counters.shape[0]} rows, q has {num_rows}")
+    if plan.window != window:
+        raise ValueError(f"the plan is for a window of {plan.window}, not {window}")
     if num_rows == 0:
         return out
     dim_pad = triton.next_power_of_2(head_dim)
     group_pow = triton.next_power_of_2(group)
+    scale_log2, cap_log2 = scales(scale, softcap)
     _decode_kernel[(plan.num_programs,)](
         q,
         k_cache,
@@ -301,7 +362,8 @@ def decode_attention(
         out.stride(0),
         out.stride(1),
         table.stride(0),
-        scale * math.log2(math.e),
+        scale_log2,
+        cap_log2,
         KV_HEADS=num_kv_heads,
         GROUP=group,
         GROUP_PAD=max(_HEAD_PAD, group_pow),
@@ -309,6 +371,8 @@ def decode_attention(
         DIM=head_dim,
         DIM_PAD=dim_pad,
         TILE=plan.config.tile,
+        WINDOW=window or 0,
+        CAPPED=softcap is not None,
         MERGE=max(1, _MERGED // (group_pow * dim_pad)),
         num_warps=plan.config.num_warps,
         num_stages=plan.config.num_stages,
@@ -325,17 +389,24 @@ def decode_attention_ref(
     lanes: Tensor,
     lens: Tensor,
     scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """``decode_attention`` in plain torch, fp32 throughout, rounded at the end."""
     group = q.shape[1] // k_cache.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     for row in range(q.shape[0]):
-        slots = table[lanes[row].long(), : int(lens[row])].long()
+        length = int(lens[row])
+        first = 0 if window is None else max(length - window, 0)
+        slots = table[lanes[row].long(), first:length].long()
         if slots.numel():
             k = k_cache[slots].float().repeat_interleave(group, dim=1)
             v = v_cache[slots].float().repeat_interleave(group, dim=1)
-            weights = torch.einsum("hd,nhd->hn", q[row].float(), k).mul(scale).softmax(-1)
-            out[row] = torch.einsum("hn,nhd->hd", weights, v)
+            scores = torch.einsum("hd,nhd->hn", q[row].float(), k) * scale
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
+            out[row] = torch.einsum("hn,nhd->hd", scores.softmax(-1), v)
     return out.to(q.dtype)
 
 

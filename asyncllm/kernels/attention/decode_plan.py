@@ -10,7 +10,8 @@ row KV head by KV head, and each program takes an equal, contiguous range of num
     [ program 0 ][ program 1 ][ program 2 ] ...
 
 So one long row among short ones delays nobody, and the division is computed on the device from the
-lengths alone: the host launches a grid that depends on shapes only. A (row, head) that lies inside
+lengths alone: the host launches a grid that depends on shapes only. With a sliding window a row has
+only the tiles that its window touches. A (row, head) that lies inside
 one program is written at once; one that crosses a border leaves at most two fp32 partial results
 per program, which the program that finishes last merges (a counter per (row, head) tells it so).
 Sources: work split by ranges as in Stream-K (Osama et al., 2023), merge of partial softmax results
@@ -64,6 +65,7 @@ class DecodePlan:
 
     config: DecodeConfig
     num_programs: int
+    window: int | None  # tokens that a row attends to at most
     lens: Tensor  # [num_rows] as given
     meta: Tensor  # [2]: all tiles, tiles per program
     first: Tensor  # [5, num_programs]: record where the program starts: its number, then itself
@@ -71,6 +73,20 @@ class DecodePlan:
     counters: Tensor  # [num_rows, num_kv_heads]: pieces done; zero between layers
     partial: Tensor  # [2 * num_programs, group, head_dim] fp32
     lse: Tensor  # [2 * num_programs, group] fp32, base 2
+
+
+@triton.jit
+def first_tile(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """The first tile of a row of ``length`` that it sees anything of; WINDOW 0 is none."""
+    if WINDOW:
+        return tl.maximum(length - WINDOW, 0) // TILE
+    return length * 0
+
+
+@triton.jit
+def num_tiles(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Of a row of ``length``, from the first tile that it sees anything of."""
+    return tl.cdiv(length, TILE) - first_tile(length, TILE, WINDOW)
 
 
 # step metadata lies anywhere in a staging buffer: one build for every alignment
@@ -90,6 +106,7 @@ def _plan_kernel(
     KV_HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -99,7 +116,8 @@ def _plan_kernel(
     rank = 0
     for begin in range(0, num_rows, BLOCK):
         other = begin + tl.arange(0, BLOCK)
-        tiles = tl.cdiv(tl.load(lens_ptr + other, mask=other < num_rows, other=0), TILE)
+        length = tl.load(lens_ptr + other, mask=other < num_rows, other=0)
+        tiles = num_tiles(length, TILE, WINDOW)
         total += tl.sum(tiles, axis=0)
         start += tl.sum(tl.where(other < row, tiles, 0), axis=0)
         rank += tl.sum(((other < row) & (tiles > 0)).to(tl.int32), axis=0)
@@ -119,7 +137,7 @@ def _plan_kernel(
         tl.store(records_ptr + 2 * num_rows + rank, length)
         tl.store(records_ptr + 3 * num_rows + rank, start)
         # the programs whose range begins in this row
-        stop = tl.cdiv(start + KV_HEADS * tl.cdiv(length, TILE), per_program)
+        stop = tl.cdiv(start + KV_HEADS * num_tiles(length, TILE, WINDOW), per_program)
         for begin in range(tl.cdiv(start, per_program), stop, BLOCK):
             program = begin + tl.arange(0, BLOCK)
             zero = tl.zeros_like(program)
@@ -137,6 +155,7 @@ def plan_decode(
     num_q_heads: int,
     k_cache: Tensor,
     *,
+    window: int | None = None,
     config: DecodeConfig | None = None,
     num_programs: int | None = None,
 ) -> DecodePlan:
@@ -147,6 +166,7 @@ def plan_decode(
             kernel runs, so a captured plan follows what is in them at each replay.
         num_q_heads: query heads on this device.
         k_cache: [num_slots + 1, num_kv_heads, head_dim] of any layer.
+        window: tokens that a row attends to at most, its last ones; None: all.
         config: instead of the tuned or built-in one.
         num_programs: instead of the number fitting the device (for tests and tuning).
 
@@ -169,6 +189,7 @@ def plan_decode(
     plan = DecodePlan(
         config=config,
         num_programs=num_programs,
+        window=window,
         lens=lens,
         meta=torch.empty(2, dtype=torch.int32, device=device),
         first=torch.empty((5, num_programs), dtype=torch.int32, device=device),
@@ -190,6 +211,7 @@ def plan_decode(
             KV_HEADS=num_kv_heads,
             HEADS_PAD=triton.next_power_of_2(num_kv_heads),
             TILE=config.tile,
+            WINDOW=window or 0,
             MIN_TILES=_MIN_TILES,
             BLOCK=256,
             num_warps=4,

@@ -6,14 +6,13 @@ rows that the tensor copy engine can fetch, and only the prefix goes through the
 
 A block holds BLOCK_M (token, query head) pairs, of all query heads of a KV head or of one. Blocks
 of all rows form one list, found from the counts inside the kernel; it is walked from the end,
-because late blocks of a row have most keys to read.
-Source: online softmax over tiles as in FlashAttention-2 (Dao, 2023).
+because late blocks of a row have most keys to read. With a sliding window a block begins at the
+first tile that one of its queries sees.
 """
 
 # mypy: allow-incomplete-defs
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from asyncllm.kernels.attention.prefill_keys import attend
+from asyncllm.kernels.attention.scores import scales
 from asyncllm.kernels.autotune import num_sms, tuned
 
 
@@ -53,111 +54,6 @@ _CONFIGS = {
     (256, 64): PrefillConfig(64, 32, 4, 2, 3),
     (256, 128): PrefillConfig(128, 32, 8, 2, 3),
 }
-
-
-@triton.jit
-def _soften(score, best, norm, scale_log2):
-    """Online softmax over one more tile of raw scores: weights, and what old sums shrink by."""
-    new_best = tl.maximum(best, tl.max(score, axis=1) * scale_log2)
-    weight = tl.exp2(score * scale_log2 - new_best[:, None])
-    shrink = tl.exp2(best - new_best)
-    return weight, shrink, new_best, norm * shrink + tl.sum(weight, axis=1)
-
-
-@triton.jit
-def _attend_edge(
-    acc,
-    best,
-    norm,
-    q,
-    k_ptr,
-    v_ptr,
-    lane_ptr,
-    kv_row,
-    begin,
-    stop,
-    q_position,
-    scale_log2,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GATHER: tl.constexpr,
-):
-    """Keys [begin, stop), of which each query sees those up to its position: few tiles."""
-    dim = tl.arange(0, DIM_PAD)
-    for key in tl.range(begin, stop, BLOCK_N, num_stages=1):
-        position = key + tl.arange(0, BLOCK_N)
-        live = position < stop
-        place = position
-        if GATHER:
-            place = tl.load(lane_ptr + position, mask=live, other=0)
-        offset = place.to(tl.int64)[:, None] * kv_row + dim[None, :]
-        # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
-        live = live[:, None] & (dim < DIM)[None, :]
-        k = tl.load(k_ptr + offset, mask=live, other=0.0)
-        v = tl.load(v_ptr + offset, mask=live, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        seen = (position < stop)[None, :] & (position[None, :] <= q_position[:, None])
-        score = tl.where(seen, score, float("-inf"))
-        weight, shrink, best, norm = _soften(score, best, norm, scale_log2)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, best, norm
-
-
-@triton.jit
-def _attend_full(
-    acc,
-    best,
-    norm,
-    q,
-    k_ptr,
-    v_ptr,
-    lane_ptr,
-    kv_row,
-    kv_desc,
-    token,
-    k_column,
-    v_column,
-    stop,
-    scale_log2,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SOURCE: tl.constexpr,
-    STAGES: tl.constexpr,
-    SETTLE: tl.constexpr,
-):
-    """Keys [0, stop), whole tiles that all queries see: from slots (0), rows of packed qkv (1), or
-    such rows by the tensor copy engine (2)."""
-    dim = tl.arange(0, DIM_PAD)
-    column = tl.arange(0, BLOCK_N)
-    for key in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
-        if SOURCE == 2:
-            k = kv_desc.load([token + key, k_column])
-            v = kv_desc.load([token + key, v_column])
-        else:
-            place = key + column
-            if SOURCE == 0:
-                place = tl.load(lane_ptr + place)
-            offset = place.to(tl.int64)[:, None] * kv_row + dim[None, :]
-            if DIM == DIM_PAD:
-                k = tl.load(k_ptr + offset)
-                v = tl.load(v_ptr + offset)
-            else:
-                k = tl.load(k_ptr + offset, mask=(dim < DIM)[None, :], other=0.0)
-                v = tl.load(v_ptr + offset, mask=(dim < DIM)[None, :], other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        weight, shrink, best, norm = _soften(score, best, norm, scale_log2)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
-        if SETTLE:
-            # an accumulator that is pending where the loop turns makes ptxas run all matrix
-            # instructions of the kernel one by one: this use of it waits
-            acc = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
-            )
-    return acc, best, norm
 
 
 @triton.jit
@@ -214,6 +110,7 @@ def _prefill_kernel(
     out_head,
     table_row,
     scale_log2,
+    cap_log2,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PACK: tl.constexpr,
@@ -223,6 +120,8 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     SCAN: tl.constexpr,
     SOURCE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
     GATHER_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
     SETTLE: tl.constexpr,
@@ -250,78 +149,53 @@ def _prefill_kernel(
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
-        # keys up to the block's end: [0, full) seen by all its queries, [full, stop) not by all;
-        # the latter first, which leaves no query without a key
+        # with a window: the oldest key of the block's first query, and of its last one
+        first = 0
+        shared = 0
+        if WINDOW:
+            first = tl.maximum(start + done + 1 - WINDOW, 0)
+            shared = tl.maximum(start + tl.minimum(done + TOKENS, count) - WINDOW, 0)
+        # keys up to the block's end: [0, full) seen by all its queries, [full, stop) not by all
         if SOURCE == 0:
             full = (start + done) // BLOCK_N * BLOCK_N
             stop = tl.minimum(start + done + TOKENS, start + count)
         else:
             k_column = (Q_HEADS + head) * DIM
-            v_column = k_column + KV_HEADS * DIM
             k_chunk = kv_ptr + first_token.to(tl.int64) * kv_row + k_column
-            v_chunk = k_chunk + KV_HEADS * DIM
-            full = done // BLOCK_N * BLOCK_N
-            stop = tl.minimum(done + TOKENS, count)
-            acc, best, norm = _attend_edge(
+            acc, best, norm = attend(
                 acc,
                 best,
                 norm,
                 q,
                 k_chunk,
-                v_chunk,
-                lane_ptr,
-                kv_row,
-                full,
-                stop,
-                local,
-                scale_log2,
-                DIM,
-                DIM_PAD,
-                BLOCK_N,
-                False,
-            )
-            acc, best, norm = _attend_full(
-                acc,
-                best,
-                norm,
-                q,
-                k_chunk,
-                v_chunk,
+                k_chunk + KV_HEADS * DIM,
                 lane_ptr,
                 kv_row,
                 kv_desc,
                 first_token,
                 k_column,
-                v_column,
-                full,
+                k_column + KV_HEADS * DIM,
+                tl.maximum(first - start, 0),
+                tl.maximum(shared - start, 0),
+                done // BLOCK_N * BLOCK_N,
+                tl.minimum(done + TOKENS, count),
+                local,
                 scale_log2,
+                cap_log2,
                 DIM,
                 DIM_PAD,
                 BLOCK_N,
                 SOURCE,
+                WINDOW,
+                CAPPED,
                 STAGES,
                 SETTLE,
             )
-            full, stop = start // BLOCK_N * BLOCK_N, start
-        acc, best, norm = _attend_edge(
-            acc,
-            best,
-            norm,
-            q,
-            k_ptr + head * DIM,
-            v_ptr + head * DIM,
-            lane_ptr,
-            KV_HEADS * DIM,
-            full,
-            stop,
-            start + local,
-            scale_log2,
-            DIM,
-            DIM_PAD,
-            BLOCK_N,
-            True,
-        )
-        acc, best, norm = _attend_full(
+            full = start // BLOCK_N * BLOCK_N
+            stop = start
+            if WINDOW:
+                stop = tl.where(first < start, start, 0)
+        acc, best, norm = attend(
             acc,
             best,
             norm,
@@ -334,12 +208,19 @@ def _prefill_kernel(
             0,
             0,
             0,
+            first,
+            shared,
             full,
+            stop,
+            start + local,
             scale_log2,
+            cap_log2,
             DIM,
             DIM_PAD,
             BLOCK_N,
             0,
+            WINDOW,
+            CAPPED,
             GATHER_STAGES,
             SETTLE,
         )
@@ -360,6 +241,8 @@ def prefill_attention(
     out: Tensor | None = None,
     config: PrefillConfig | None = None,
     kv: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of each row's new tokens over its prefix and themselves.
 
@@ -380,6 +263,9 @@ def prefill_attention(
         kv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim], the packed qkv of the same
             tokens as q after ``rope_kv``, which leaves rotated K in it; rows may be strided. Much
             faster than reading the chunk's K/V through the table; the same result.
+        window: tokens that a token sees, itself included; None: all before it. What the table says
+            of positions that no new token of the row sees is not used.
+        softcap: scores become softcap * tanh(score / softcap).
 
     Returns:
         [num_tokens, num_q_heads, head_dim]; without ``out``, tokens of no row are zero.
@@ -411,6 +297,7 @@ def prefill_attention(
     # tokens into rows
     num_rows = lanes.shape[0]
     num_blocks = triton.cdiv(num_tokens, config.block_m // pack) + num_rows
+    scale_log2, cap_log2 = scales(scale, softcap)
     _prefill_kernel[(num_blocks * (num_q_heads // pack),)](
         q,
         k_cache,
@@ -429,7 +316,8 @@ def prefill_attention(
         out.stride(0),
         out.stride(1),
         table.stride(0),
-        scale * math.log2(math.e),
+        scale_log2,
+        cap_log2,
         Q_HEADS=num_q_heads,
         KV_HEADS=num_kv_heads,
         PACK=pack,
@@ -439,6 +327,8 @@ def prefill_attention(
         BLOCK_N=config.block_n,
         SCAN=128,
         SOURCE=source,
+        WINDOW=window or 0,
+        CAPPED=softcap is not None,
         STAGES=config.num_stages,
         GATHER_STAGES=config.gather_stages,
         SETTLE=q.is_cuda,  # the interpreter knows no assembly
@@ -456,6 +346,9 @@ def prefill_attention_ref(
     starts: Tensor,
     cu_counts: Tensor,
     scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """``prefill_attention`` in plain torch, fp32 throughout, rounded at the end."""
     group = q.shape[1] // k_cache.shape[1]
@@ -465,12 +358,17 @@ def prefill_attention_ref(
         if begin == stop:
             continue
         length = start + stop - begin
-        slots = table[lanes[row].long(), :length].long()
+        first = 0 if window is None else max(start + 1 - window, 0)
+        slots = table[lanes[row].long(), first:length].long()
         k = k_cache[slots].float().repeat_interleave(group, dim=1)
         v = v_cache[slots].float().repeat_interleave(group, dim=1)
         scores = torch.einsum("thd,nhd->htn", q[begin:stop].float(), k) * scale
-        position = torch.arange(length, device=q.device)
-        scores.masked_fill_(position[None, :] > position[start:, None], float("-inf"))
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        position = torch.arange(first, length, device=q.device)
+        ahead = position[None, :] - position[start - first :, None]
+        seen = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+        scores.masked_fill_(~seen, float("-inf"))
         out[begin:stop] = torch.einsum("htn,nhd->thd", scores.softmax(-1), v)
     return out.to(q.dtype)
 
