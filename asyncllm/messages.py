@@ -229,6 +229,10 @@ class Granted(Message):
     counts: array[int]
     slots: array[int]  # int32[sum(hits + counts)], row by row: cached slots, then new ones
     available: int  # free slots plus evictable ones, after this grant
+    # where layers with a window have a slot space of their own: the same of that space; cached
+    # tokens that nobody sees any more have a slot there that nobody reads
+    sliding: array[int] = field(default_factory=int32s)
+    sliding_available: int = 0
 
 
 @message(12)
@@ -268,12 +272,15 @@ class StepPlan(Message):
         default_factory=bytearray
     )  # int32[len(masked), ceil(vocab_size / 32)]:
     # bit t % 32 of word t // 32 is 1 where token t may come; empty on ranks that do not sample
+    sliding: array[int] = field(default_factory=int32s)  # as many as slots, those of layers with a
+    # window; none: these use ``slots`` as all others do
 
     def valid(self) -> bool:
         rows = len(self.lanes)
         if not (
             self.step > 0
             and _natural(self.lanes, self.starts, self.counts, self.heads, self.slots, self.masked)
+            and _natural(self.sliding)
             and len(self.starts) == len(self.counts) == len(self.heads) == rows
             and len(self.samples) == rows
             and 0 <= self.num_decode <= rows
@@ -285,6 +292,7 @@ class StepPlan(Message):
             and self.counts[: self.num_decode] == array(INT32, [1]) * self.num_decode
             and len(self.tokens) == num_new
             and len(self.slots) == num_new + sum(self.heads)
+            and len(self.sliding) in (0, len(self.slots))
             and len(self.masks) % 4 == 0
         )
 

@@ -236,7 +236,7 @@ async def report(a: argparse.Namespace, parts: Parts) -> str:
     """
     check_fit(a, parts)
     resolved, vocab = parts.boot.resolved, parts.spec.vocab_size
-    fits = max(1, parts.num_slots * 3 // 4 // (a.inp + 1))
+    fits = max(1, parts.num_slots.full * 3 // 4 // (a.inp + 1))
     num = max(1, min(fits, round(a.prefill_steps * resolved.batch_max_tokens / a.inp)))
     wide = random_workloads(
         argparse.Namespace(**{**vars(a), "n": num, "out": 1}), vocab, "warm", "plain", "profiled"
@@ -294,10 +294,10 @@ def check_fit(a: argparse.Namespace, parts: Parts) -> None:
         raise StartupError(
             f"--n {a.n} is more than --running_max_req_size {resolved.running_max_req_size}"
         )
-    if (needed := a.n * (a.inp + a.decode_steps)) > parts.num_slots:
+    if (needed := a.n * (a.inp + a.decode_steps)) > parts.num_slots.full:
         raise StartupError(
             f"--n {a.n} rows of --inp {a.inp} and --decode-steps {a.decode_steps} tokens need "
-            f"{needed:,} K/V slots, there are {parts.num_slots:,}"
+            f"{needed:,} K/V slots, there are {parts.num_slots.full:,}"
         )
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
+from asyncllm.core.windows import Division, PerSpace, Window
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone, Group
@@ -95,6 +96,7 @@ def make_model(
     Raises:
         StartupError: the device's attention cannot run a layer.
     """
+    spec = within(spec, max_len)
     layers = [layer.on(shard_heads(layer, comm.size, comm.rank)) for layer in spec.layers]
     kind = TORCH_DTYPES[dtype]
     ops: Ops
@@ -126,29 +128,56 @@ def make_model(
     return family(spec.architecture).make(spec, site)
 
 
+def within(spec: ModelSpec, max_len: int) -> ModelSpec:
+    """``spec`` for sequences up to ``max_len``: a window that is never full is none."""
+    layers = (
+        replace(layer, window=None) if layer.window and layer.window >= max_len else layer
+        for layer in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """What the device memory of one rank is for; bytes."""
 
     weights: int
     work: int  # activations, logits, lane tables
-    slot: int  # K and V of one token
-    num_slots: int
+    num: PerSpace  # slots; equal numbers: one space
+    division: Division
+
+    @property
+    def window(self) -> Window | None:
+        """Of the sliding layers, where they have a slot space of their own."""
+        return None if self.num.full == self.num.sliding else self.division.window
 
     @property
     def kv(self) -> int:
         """Of all slots, and of one for padding."""
-        return self.slot * (self.num_slots + 1)
+        return self.division.nbytes(self.num)
 
     def text(self, max_req_total_len: int) -> str:
         """One line for the log and for --check."""
         gib = 1 << 30
         return (
             f"memory per rank: weights {self.weights / gib:.2f} GiB, work space "
-            f"{self.work / gib:.2f} GiB, KV {self.kv / gib:.2f} GiB = {self.num_slots:,} slots of "
-            f"{self.slot / 1024:.1f} KiB; {self.num_slots / max_req_total_len:.1f} requests of "
-            f"{max_req_total_len:,} tokens fit at once"
+            f"{self.work / gib:.2f} GiB, KV {self.kv / gib:.2f} GiB = {self._slots()}; "
+            f"{self.num.full / max_req_total_len:.1f} requests of {max_req_total_len:,} tokens fit "
+            "at once"
         )
+
+    def _slots(self) -> str:
+        num, slot = self.num, self.division.slot
+        if self.window is None:
+            return f"{num.full:,} slots of {sum(slot) / 1024:.1f} KiB"
+        sliding = (
+            f"{num.sliding:,} slots of {slot.sliding / 1024:.1f} KiB for layers that see "
+            f"{self.window.size:,} tokens"
+        )
+        times = f"{num.full * sum(slot) / self.kv:.1f} times the tokens of one space for all"
+        if self.division.unbacked:
+            return f"{sliding}; {num.full:,} tokens of requests and prefix cache, {times}"
+        return f"{num.full:,} slots of {slot.full / 1024:.1f} KiB and {sliding}, {times}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +190,7 @@ class Sizes:
     max_len: int
     num_lanes: int
     batch_max_tokens: int
+    chunk: int
     mem_fraction: float
     max_total_token_num: int | None
 
@@ -182,7 +212,13 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     model = _on_paper(
         spec, sizes.tp, sizes.dtype, device, sizes.max_len, whole_experts=sizes.whole_experts
     )
-    weights, slot = model.nbytes, model.site.attention.layout.bytes_per_slot()
+    division = Division(
+        slot=model.site.attention.layout.bytes_per_slot(),
+        window=None,  # until the allocator knows two spaces
+        max_len=sizes.max_len,
+        chunk=sizes.chunk,
+    )
+    weights = model.nbytes
     work = _work_bytes(model, sizes, device.type == "cuda")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -191,12 +227,14 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     else:
         room = int(memory_available() * sizes.mem_fraction / sizes.tp) - weights - work
         budget = room if sizes.max_total_token_num else min(room, CPU_KV_BYTES // sizes.tp)
-    fits = budget // slot - 1  # padding writes to one more
     wanted = sizes.max_total_token_num
+    num = division.fit(max(budget, 0), wanted)
+    fits = num.sliding if division.unbacked else num.full
     if wanted is not None and wanted > fits:
+        needed = division.nbytes(division.balanced(wanted))
         raise StartupError(
-            f"--max_total_token_num {wanted:,} needs {wanted * slot / 2**30:.2f} GiB of KV, but "
-            f"{max(budget, 0) / 2**30:.2f} GiB = {max(fits, 0):,} slots are left of --mem_fraction "
+            f"--max_total_token_num {wanted:,} needs {needed / 2**30:.2f} GiB of KV, but "
+            f"{max(budget, 0) / 2**30:.2f} GiB = {fits:,} slots are left of --mem_fraction "
             f"{sizes.mem_fraction} after weights ({weights / 2**30:.2f} GiB) and work space "
             f"({work / 2**30:.2f} GiB)"
         )
@@ -206,7 +244,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
             f"{work / 2**30:.2f} GiB of --mem_fraction {sizes.mem_fraction} (lower "
             f"--batch_max_tokens or --running_max_req_size, or use a higher --tp)"
         )
-    return MemoryPlan(weights, work, slot, wanted or fits)
+    return MemoryPlan(weights, work, num, division)
 
 
 def num_parameters(spec: ModelSpec, device: torch.device) -> int:
@@ -247,7 +285,9 @@ def _work_bytes(model: Model, sizes: Sizes, cuda: bool) -> int:
     rows = min(sizes.num_lanes, sizes.batch_max_tokens)
     counted = 0 if cuda else min(rows, PENALTY_ROWS)  # torch counts tokens in dense rows
     logits = (rows + counted) * model.vocab_size * 4 * 4
-    tables = 2 * sizes.num_lanes * sizes.max_len * 4 + model.site.attention.nbytes
+    attention = model.site.attention
+    num_tables = 3 if all(attention.layout.bytes_per_slot()) else 2
+    tables = num_tables * sizes.num_lanes * sizes.max_len * 4 + attention.nbytes
     reserve = CUDA_RESERVE if cuda else 0
     return model.work_bytes(sizes.batch_max_tokens) + logits + tables + reserve
 
@@ -259,7 +299,9 @@ def make_device(engine: Engine, num_threads: int) -> CpuDevice | CudaDevice:
     return CpuDevice(engine, num_threads)
 
 
-def warm_up(device: CpuDevice | CudaDevice, num_tokens: int, *, graphs: bool = True) -> None:
+def warm_up(
+    device: CpuDevice | CudaDevice, num_tokens: int, *, graphs: bool = True, num_sliding: int = 0
+) -> None:
     """Run each kind of step once, so that no first request pays for compilation; make CUDA graphs.
 
     Every rank must call this at the same time. Lane 0 and the first slots are used; they hold
@@ -268,17 +310,18 @@ def warm_up(device: CpuDevice | CudaDevice, num_tokens: int, *, graphs: bool = T
     Args:
         num_tokens: of the longest chunk.
         graphs: False: every step is launched kernel by kernel (--disable_cudagraph).
+        num_sliding: slots of the second space; 0: there is one space.
     """
-    _try_steps(device, num_tokens)
+    _try_steps(device, num_tokens, num_sliding)
     if isinstance(device, CudaDevice) and graphs:
         # with the decode rows that may come beside a chunk; the GPU takes longer for a larger step
         # than its launch takes
         device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
-        _try_steps(device, 16)  # what only a replay needs is loaded at its first use
+        _try_steps(device, 16, num_sliding)  # what only a replay needs is loaded at its first use
     gc.collect()
 
 
-def _try_steps(device: CpuDevice | CudaDevice, num_tokens: int) -> None:
+def _try_steps(device: CpuDevice | CudaDevice, num_tokens: int, num_sliding: int) -> None:
     greedy = SamplingParams(temperature=0.0)
     drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1)
     plain = SamplingParams(temperature=1.0, logprobs=0)
@@ -298,6 +341,7 @@ def _try_steps(device: CpuDevice | CudaDevice, num_tokens: int) -> None:
                 tokens=i32([0] * size),
                 samples=bytearray(b"\x01"),
                 opened=[Opened(0, size, params, i32([]))] if start == 0 else [],
+                sliding=i32(i % num_sliding for i in range(start, start + size) if num_sliding),
             )
             device.launch(plan).wait()
             start += size

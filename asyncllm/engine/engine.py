@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asyncllm.core.windows import PerSpace
 from asyncllm.engine.bitmask import apply_token_bitmask, bitmask_of
 from asyncllm.engine.graphs import Capture, DecoderGraphs
 from asyncllm.engine.h2d import Staged, Uploader
@@ -71,6 +72,7 @@ class Engine:
     Args:
         model: this rank's share of the weights, loaded.
         num_slots: tokens whose K/V fit; slot ``num_slots`` is a dump for padding.
+        num_sliding: the same of layers with a window; None: these use the slots of all others.
         num_lanes: requests that can be under way at once.
         max_len: longest sequence.
         eos_ids: end tokens of the model, for min_new_tokens and length penalties.
@@ -85,12 +87,20 @@ class Engine:
         num_lanes: int,
         max_len: int,
         eos_ids: tuple[int, ...],
+        num_sliding: int | None = None,
     ) -> None:
         self.model, self.group, self.max_len, self.num_slots = model, group, max_len, num_slots
         self.device = device = model.site.device
-        self.kv = model.site.attention.layout.allocate(num_slots + 1, device)
+        layout = model.site.attention.layout
+        room = PerSpace(num_slots, num_slots if num_sliding is None else num_sliding)
+        self.kv = layout.allocate(PerSpace(room.full + 1, room.sliding + 1), device)
+        self.num_sliding = num_sliding
+        self._two_spaces = num_sliding is not None and all(layout.bytes_per_slot())
         # one lane more than requests can have: padding writes there
         self.table = zeros((num_lanes + 1, max_len), torch.int32, device)
+        self.sliding_table = None
+        if self._two_spaces:
+            self.sliding_table = zeros((num_lanes + 1, max_len), torch.int32, device)
         self.history = zeros((num_lanes + 1, max_len), torch.int32, device)
         self.last_token = zeros((num_lanes + 1,), torch.int64, device)
         self.num_lanes = num_lanes
@@ -101,7 +111,11 @@ class Engine:
         self._no_top = torch.empty(num_lanes, 0, device=device)
         self._stage, self.sampler = _step_ops(model)
         self._uploader = Uploader(
-            device, num_lanes=num_lanes, dump_slot=num_slots, fixed=device.type == "cuda"
+            device,
+            num_lanes=num_lanes,
+            dump_slot=room.full if layout.bytes_per_slot().full else room.sliding,
+            dump_sliding=room.sliding if self._two_spaces else None,
+            fixed=device.type == "cuda",
         )
 
     def capture(self, capture: Capture, most_tokens: int) -> None:
@@ -123,7 +137,7 @@ class Engine:
     def prepare(self, plan: StepPlan) -> Work:
         """Read ``plan``; host work only. Plans must come in order: lanes are opened here."""
         self.lanes.open(plan)
-        rows = unpack(plan, self.max_len)
+        rows = unpack(plan, self.max_len, two_spaces=self._two_spaces)
         masks = bitmask_of(plan, rows)
         batch = self.lanes.batch(rows, masked=masks is not None)
         scored = self.lanes.scores(rows)
@@ -134,6 +148,7 @@ class Engine:
         extras: Extras[Column] = Extras(
             known=_known(plan, self.max_len),
             cached=rows.cached,
+            cached_sliding=rows.cached_sliding,
             bias=batch.bias,
             penalties=None if variant is not None else batch.penalties,
             lengths=batch.lengths,
@@ -148,8 +163,12 @@ class Engine:
         """Run the step; returns as soon as everything is queued on the device."""
         given, extras = self._uploader.upload(work.staged)
         num_sampled = len(work.batch.lanes)
-        for table, scatter in ((self.history, extras.known), (self.table, extras.cached)):
-            if scatter is not None:
+        for table, scatter in (
+            (self.history, extras.known),
+            (self.table, extras.cached),
+            (self.sliding_table, extras.cached_sliding),
+        ):
+            if scatter is not None and table is not None:
                 table.view(-1).index_copy_(0, scatter.where.long(), scatter.values)
         if work.bucket is not None:
             assert self.graphs is not None
@@ -183,8 +202,9 @@ class Engine:
             columns = (rows.lanes, rows.starts, rows.counts)
             host = HostRows(*(list(map(int, column)) for column in columns))
         # tokens, lanes, positions, slots; the columns of Batch begin with the last two
-        tokens = self._stage(*given[:4], self.last_token, self.table, self.history)
-        batch = Batch(tokens, self.table, *given[2:], max_count, host)
+        sliding = self.sliding_table, given.sliding_slots
+        tokens = self._stage(*given[:4], self.last_token, self.table, self.history, *sliding)
+        batch = Batch(tokens, self.table, *given[2:-1], max_count, host, *sliding)
         return self.model.forward(batch, self.kv)
 
     def _end(self, hidden: Tensor, given: StepColumns[Tensor], variant: SamplerVariant) -> Ended:

@@ -40,11 +40,12 @@ class Layout:
 
     Args:
         fixed: with penalties of all rows.
+        two_spaces: with slots of the second one.
     """
 
-    def __init__(self, num_rows: int, shape: Bucket, *, fixed: bool) -> None:
+    def __init__(self, num_rows: int, shape: Bucket, *, fixed: bool, two_spaces: bool) -> None:
         sizes = num_rows, num_rows, shape.num_tokens, shape.num_decode, shape.num_prefill + 1
-        counts = NUM_SAMPLING, NUM_PENALTIES if fixed else 0, 4, 2, 3
+        counts = NUM_SAMPLING, NUM_PENALTIES if fixed else 0, 4 + two_spaces, 2, 3
         self._blocks: list[tuple[slice, int, int]] = []  # words, columns, entries in each
         self.words = 0
         for count, size in zip(counts, sizes, strict=True):
@@ -64,7 +65,7 @@ class Layout:
         return StepColumns(
             SamplingColumns(*sampling),
             Penalties(*penalties) if penalties else None,
-            RowColumns(*tokens, *decode, *prefill),
+            RowColumns(*tokens[:4], *decode, *prefill, *tokens[4:]),
         )
 
 
@@ -108,13 +109,21 @@ class Uploader:
 
     Args:
         num_lanes: lane ``num_lanes`` and slot ``dump_slot`` are those of padding.
+        dump_sliding: that of the second slot space; None: there is none.
     """
 
     def __init__(
-        self, device: torch.device, *, num_lanes: int, dump_slot: int, fixed: bool
+        self,
+        device: torch.device,
+        *,
+        num_lanes: int,
+        dump_slot: int,
+        fixed: bool,
+        dump_sliding: int | None = None,
     ) -> None:
         self._device, self._cuda, self._fixed = device, device.type == "cuda", fixed
         self._dump_lane, self._dump_slot = num_lanes, dump_slot
+        self._dump_sliding = dump_sliding
         self._place = torch.empty(FIXED_WORDS if fixed else 0, dtype=torch.int32, device=device)
         self._buffers = [torch.empty(0, dtype=torch.int32) for _ in range(RING)]
         self._events: list[torch.cuda.Event | None] = [None] * RING
@@ -131,7 +140,7 @@ class Uploader:
         """Put a step into the next buffer; penalties that are no extras go to the columns."""
         graphs = bool(self._captured)
         num_rows = self._dump_lane if graphs else len(batch.lanes)
-        layout = Layout(num_rows, bucket or rows.shape, fixed=graphs)
+        layout = self._layout(num_rows, bucket or rows.shape, fixed=graphs)
         behind: list[Column] = []
         extras.map(behind.append)
         words = layout.words + sum(_padded(column.size) for column in behind)
@@ -164,6 +173,8 @@ class Uploader:
         _fill(r.token_lanes, rows.token_lanes, dump)
         _fill(r.positions, rows.positions, 0)
         _fill(r.slots, rows.slots, self._dump_slot)
+        if r.sliding_slots is not None and rows.sliding is not None:
+            _fill(r.sliding_slots, rows.sliding, self._dump_sliding or 0)
         _fill(r.decode_lanes, rows.lanes[:decode], dump)
         _fill(r.decode_lens, rows.starts[:decode] + 1, 0)
         _fill(r.prefill_cu, rows.cu[decode:], rows.cu[-1])
@@ -185,7 +196,7 @@ class Uploader:
             columns = StepColumns(
                 SamplingColumns(*map(torch.from_numpy, sampling)),
                 None,
-                RowColumns(*map(torch.from_numpy, rows)),
+                RowColumns(*(torch.from_numpy(c) for c in rows if c is not None)),
             )
         else:
             device = self._to_device(staged.host)
@@ -201,10 +212,13 @@ class Uploader:
         They hold zeros: rows without tokens, and tokens that write to lane 0 and slot 0.
         """
         assert self._fixed
-        layout = Layout(self._dump_lane, bucket, fixed=True)
+        layout = self._layout(self._dump_lane, bucket, fixed=True)
         columns = self._captured[bucket] = layout.columns(self._place, _float_tensor)
         self._place.zero_()
         return columns
+
+    def _layout(self, num_rows: int, shape: Bucket, *, fixed: bool) -> Layout:
+        return Layout(num_rows, shape, fixed=fixed, two_spaces=self._dump_sliding is not None)
 
     def _to_device(self, host: Tensor) -> Tensor:
         if len(host) <= FIXED_WORDS:

@@ -21,11 +21,15 @@ def stage(
     last_token: Tensor,
     table: Tensor,
     history: Tensor,
+    sliding_table: Tensor | None = None,
+    sliding_slots: Tensor | None = None,
 ) -> Tensor:
     """:func:`asyncllm.kernels.embedding.stage` in torch."""
     lanes = token_lanes.long()
     where = lanes * table.shape[1] + positions.long()
     table.view(-1).index_copy_(0, where, slots)
+    if sliding_table is not None and sliding_slots is not None:
+        sliding_table.view(-1).index_copy_(0, where, sliding_slots)
     given = tokens.long()
     tokens = torch.where(given < 0, last_token[lanes], given)
     history.view(-1).index_copy_(0, where, tokens.int())

@@ -33,7 +33,9 @@ class Rows:
     positions: I32  # [num_tokens]
     token_lanes: I32  # [num_tokens]
     slots: I32  # [num_tokens]
+    sliding: I32 | None  # [num_tokens] of the second slot space, where there is one
     cached: Scatter[Column] | None  # slots of cached tokens, to lane * max_len + position
+    cached_sliding: Scatter[Column] | None
     cu: I32  # [num_rows + 1] prefix sums of counts
     samples: NDArray[np.bool_]  # [num_rows]
 
@@ -49,16 +51,21 @@ class Rows:
         return Bucket(len(self.tokens), self.num_decode, len(self.lanes) - self.num_decode)
 
 
-def unpack(plan: StepPlan, max_len: int) -> Rows:
-    """Spread the columns of ``plan`` over its tokens; ~50 us at 256 rows."""
-    columns = plan.lanes, plan.starts, plan.counts, plan.heads, plan.slots, plan.tokens
+def unpack(plan: StepPlan, max_len: int, *, two_spaces: bool = False) -> Rows:
+    """Spread the columns of ``plan`` over its tokens; ~50 us at 256 rows.
+
+    Without ``two_spaces`` all layers have slots of one column: that of windows, if it is there.
+    """
+    first = plan.slots if two_spaces else plan.sliding or plan.slots
+    columns = plan.lanes, plan.starts, plan.counts, plan.heads, first, plan.tokens
     lanes, starts, counts, heads, slots, tokens = (np.frombuffer(c, np.int32) for c in columns)
+    sliding = np.frombuffer(plan.sliding, np.int32) if two_spaces else None
     cu = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=cu[1:])
     span = np.arange(cu[-1], dtype=np.int32)
     positions = span + np.repeat(starts - cu[:-1], counts)
     token_lanes = np.repeat(lanes, counts)
-    cached, new_slots = None, slots
+    cached, cached_sliding, new_slots = None, None, slots
     if heads.any():
         totals = heads + counts
         ends = np.cumsum(totals, dtype=np.int32)
@@ -66,6 +73,9 @@ def unpack(plan: StepPlan, max_len: int) -> Rows:
         old = where < np.repeat(starts, totals)
         places = (np.repeat(lanes, totals) * np.int32(max_len) + where)[old]
         cached, new_slots = Scatter[Column](places, slots[old]), slots[~old]
+        if sliding is not None:
+            cached_sliding = Scatter[Column](places, sliding[old])
+            sliding = sliding[~old]
     return Rows(
         lanes=lanes,
         starts=starts,
@@ -75,7 +85,9 @@ def unpack(plan: StepPlan, max_len: int) -> Rows:
         positions=positions,
         token_lanes=token_lanes,
         slots=new_slots,
+        sliding=sliding,
         cached=cached,
+        cached_sliding=cached_sliding,
         cu=cu,
         samples=np.frombuffer(plan.samples, np.uint8).astype(bool),
     )
@@ -127,6 +139,7 @@ class RowColumns(NamedTuple, Generic[A]):
     prefill_cu: A  # [num_prefill + 1]
     prefill_lanes: A  # [num_prefill]
     prefill_starts: A
+    sliding_slots: A | None = None  # [num_tokens] where there are two slot spaces
 
 
 class StepColumns(NamedTuple, Generic[A]):
@@ -182,6 +195,7 @@ class Extras(Generic[A]):
 
     known: Scatter[A] | None = None  # tokens for the history
     cached: Scatter[A] | None = None  # slots for the table
+    cached_sliding: Scatter[A] | None = None  # for that of the second space
     bias: Bias[A] | None = None
     penalties: Penalties[A] | None = None  # of the rows that have them, where no graph penalises
     lengths: Lengths[A] | None = None

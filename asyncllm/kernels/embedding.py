@@ -44,7 +44,13 @@ def _embed_kernel(
 
 @triton.jit(
     do_not_specialize=["num_tokens"],
-    do_not_specialize_on_alignment=["tokens_ptr", "token_lanes_ptr", "positions_ptr", "slots_ptr"],
+    do_not_specialize_on_alignment=[
+        "tokens_ptr",
+        "token_lanes_ptr",
+        "positions_ptr",
+        "slots_ptr",
+        "sliding_slots_ptr",
+    ],
 )
 def _stage_kernel(
     tokens_ptr,
@@ -54,11 +60,14 @@ def _stage_kernel(
     last_token_ptr,
     table_ptr,
     history_ptr,
+    sliding_table_ptr,
+    sliding_slots_ptr,
     out_ptr,
     num_tokens,
     table_stride,
     history_stride,
     HISTORY: tl.constexpr,
+    SLIDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -74,6 +83,9 @@ def _stage_kernel(
     tl.store(table_ptr + lane * table_stride + position, slot, mask=owned)
     if HISTORY:
         tl.store(history_ptr + lane * history_stride + position, token.to(tl.int32), mask=owned)
+    if SLIDING:
+        slot = tl.load(sliding_slots_ptr + i, mask=owned, other=0)
+        tl.store(sliding_table_ptr + lane * table_stride + position, slot, mask=owned)
 
 
 def stage(
@@ -84,6 +96,8 @@ def stage(
     last_token: Tensor,
     table: Tensor,
     history: Tensor | None = None,
+    sliding_table: Tensor | None = None,
+    sliding_slots: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Input tokens of a step; enters their slots, and the tokens, in the lane tables.
@@ -96,6 +110,8 @@ def stage(
         last_token: [num_lanes] int64.
         table: [num_lanes, max_len] int32; ``table[lane, position] = slot``.
         history: like table; ``history[lane, position] = token``.
+        sliding_table, sliding_slots: of the second slot space, like table and slots, with the
+            table's strides.
         out: [num_tokens] int64, where to write.
 
     Returns:
@@ -107,11 +123,14 @@ def stage(
     Reference: ``stage_ref``. One launch. Does not synchronise; safe in CUDA graphs.
     """
     num = len(tokens)
+    second_table = table if sliding_table is None else sliding_table
+    second_slots = slots if sliding_slots is None else sliding_slots
     for name, column in (
         ("tokens", tokens),
         ("token_lanes", token_lanes),
         ("positions", positions),
         ("slots", slots),
+        ("sliding_slots", second_slots),
     ):
         if column.shape != (num,) or column.dtype != torch.int32 or not column.is_contiguous():
             raise ValueError(f"{name} {tuple(column.shape)} {column.dtype}: [{num}] int32 expected")
@@ -120,6 +139,9 @@ def stage(
             raise ValueError(f"{name} {tuple(rows.shape)} {rows.dtype}: int32 rows expected")
         if rows.shape != (len(last_token), table.shape[1]):
             raise ValueError(f"{name} {tuple(rows.shape)} has not {len(last_token)} lanes")
+    like = second_table.shape == table.shape and second_table.stride() == table.stride()
+    if second_table.dtype != torch.int32 or not like:
+        raise ValueError(f"sliding_table {tuple(second_table.shape)} is not like the table")
     if last_token.dtype != torch.int64 or not last_token.is_contiguous():
         raise ValueError(f"last_token {last_token.dtype}: contiguous int64 expected")
     if out is None:
@@ -135,11 +157,14 @@ def stage(
             last_token,
             table,
             table if history is None else history,
+            second_table,
+            second_slots,
             out,
             num,
             table.stride(0),
             table.stride(0) if history is None else history.stride(0),
             HISTORY=history is not None,
+            SLIDING=sliding_table is not None,
             BLOCK=_BLOCK,
             num_warps=4,
         )
@@ -214,6 +239,8 @@ def stage_ref(
     last_token: Tensor,
     table: Tensor,
     history: Tensor | None = None,
+    sliding_table: Tensor | None = None,
+    sliding_slots: Tensor | None = None,
 ) -> Tensor:
     """``stage`` in plain torch; same in-place effects."""
     owned = token_lanes >= 0
@@ -223,6 +250,8 @@ def stage_ref(
     table[lanes, where] = slots[owned]
     if history is not None:
         history[lanes, where] = given.int()
+    if sliding_table is not None and sliding_slots is not None:
+        sliding_table[lanes, where] = sliding_slots[owned]
     out = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     out[owned] = given
     return out

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from asyncllm.core.windows import PerSpace
 from asyncllm.models.spec import AttentionSpec
 
 LayerKv = tuple[Tensor, ...]  # of one layer, as its layout made them; dimension 0 is the slot
@@ -40,6 +42,16 @@ class Batch:
     prefill_starts: Tensor  # [num_prefill] position of the first new token
     max_count: int  # about the most new tokens of a prefill row
     host: HostRows | None = None  # for operators that run on the host
+    # of layers with a window, where they have a slot space of their own; what they do not see any
+    # more has entries of slots that are somebody else's by now
+    sliding_table: Tensor | None = None
+    sliding_slots: Tensor | None = None
+
+    def of(self, spec: AttentionSpec) -> Batch:
+        """What layers with ``spec`` see of it: table and slots are those of their space."""
+        if spec.window is None or self.sliding_table is None or self.sliding_slots is None:
+            return self
+        return replace(self, table=self.sliding_table, slots=self.sliding_slots)
 
 
 @dataclass(slots=True)
@@ -57,11 +69,11 @@ class KvLayout(Protocol):
     The only place that knows bytes, shapes and dtypes; its subclass for a device writes them.
     """
 
-    def bytes_per_slot(self) -> int:
-        """Of one token, over all layers."""
+    def bytes_per_slot(self) -> PerSpace:
+        """Of one token, over all layers of a space: those without a window, those with one."""
 
-    def allocate(self, num_slots: int, device: torch.device) -> list[LayerKv]:
-        """Zeroed tensors of every layer, for ``num_slots`` tokens."""
+    def allocate(self, num_slots: PerSpace, device: torch.device) -> list[LayerKv]:
+        """Zeroed tensors of every layer, for as many tokens as its space has."""
 
 
 class AttentionPlan(Protocol):
@@ -98,18 +110,22 @@ class KvPairs:
     """K and V as tensors [num_slots, num_kv_heads, head_dim] and [.., v_dim], in ``dtype``."""
 
     def __init__(self, layers: Sequence[AttentionSpec], dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._shapes = [
-            ((spec.num_kv_heads, spec.head_dim), (spec.num_kv_heads, spec.v_dim)) for spec in layers
-        ]
+        self._layers, self._dtype = layers, dtype
 
-    def bytes_per_slot(self) -> int:
-        return self._dtype.itemsize * sum(math.prod(s) for pair in self._shapes for s in pair)
+    def bytes_per_slot(self) -> PerSpace:
+        sizes = [spec.num_kv_heads * (spec.head_dim + spec.v_dim) for spec in self._layers]
+        total = self._dtype.itemsize * sum(sizes)
+        windows = [spec.window is not None for spec in self._layers]
+        sliding = self._dtype.itemsize * sum(compress(sizes, windows))
+        return PerSpace(total - sliding, sliding)
 
-    def allocate(self, num_slots: int, device: torch.device) -> list[LayerKv]:
+    def allocate(self, num_slots: PerSpace, device: torch.device) -> list[LayerKv]:
         return [
-            tuple(zeros((num_slots, *shape), self._dtype, device) for shape in pair)
-            for pair in self._shapes
+            tuple(
+                zeros((num_slots.of(spec.window), spec.num_kv_heads, dim), self._dtype, device)
+                for dim in (spec.head_dim, spec.v_dim)
+            )
+            for spec in self._layers
         ]
 
 

@@ -130,7 +130,7 @@ class Decoder:
 
     def forward(self, batch: Batch, kv: Sequence[LayerKv]) -> Tensor:
         norms = [*(block.attn_norm for block in self.blocks), self.norm]
-        plans = [self.site.attention.plan(spec, batch) for spec in self._kinds]
+        plans = [self.site.attention.plan(spec, batch.of(spec)) for spec in self._kinds]
         x, residual = self.site.ops.embed_rmsnorm(
             batch.tokens, self.embed, norms[0].weight, self.spec.rms_eps, self._embed_scale
         )

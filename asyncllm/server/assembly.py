@@ -34,7 +34,7 @@ MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its 
 
 
 def make_allocator(p: Parts) -> Actor[Any]:
-    return Allocator(p.num_slots, use_tree=not p.boot.config.disable_dynamic_prompt_cache)
+    return Allocator(p.num_slots.full, use_tree=not p.boot.config.disable_dynamic_prompt_cache)
 
 
 def make_scheduler(p: Parts) -> Actor[Any]:
@@ -42,7 +42,7 @@ def make_scheduler(p: Parts) -> Actor[Any]:
     assert p.constraints is not None
     return Scheduler(
         num_lanes=resolved.running_max_req_size,
-        num_slots=p.num_slots,
+        num_slots=p.num_slots.full,
         batch_max_tokens=resolved.batch_max_tokens,
         chunked_prefill_size=resolved.chunked_prefill_size,
         eos_ids=resolved.eos_ids,

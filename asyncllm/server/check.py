@@ -28,9 +28,9 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         StartupError: what the start would refuse before it reads weights.
     """
     config = boot.config
-    load_forms(Parts(boot, spec, text, read_dialect(config, text), None, None, 0))
+    load_forms(Parts(boot, spec, text, read_dialect(config, text), None, None))
     plan = memory_plan(boot, spec)
-    resolved = boot.resolved.with_slots(plan.num_slots)
+    resolved = boot.resolved.with_slots(plan.num.full)
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
     if resolved.device == "cpu":
         ranks += f", {num_threads(boot)} threads each"

@@ -18,6 +18,7 @@ from asyncllm.config import Config
 from asyncllm.constrain.engine import Grammars
 from asyncllm.constraining import load_constraints, load_grammars
 from asyncllm.core.constraints import Constraints
+from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
@@ -42,7 +43,8 @@ class Parts:
     dialect: Dialect | None
     device: CpuDevice | CudaDevice | None
     ranks: Ranks | None  # None: there is but one
-    num_slots: int
+    num_slots: PerSpace = NO_SLOTS
+    window: Window | None = None  # of layers that have a slot space of their own
     grammars: Grammars | None = None  # of a leader, unless constrained output is off
     constraints: Constraints | None = None  # of a leader
 
@@ -59,6 +61,7 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
         num_lanes=resolved.running_max_req_size,
         batch_max_tokens=resolved.batch_max_tokens,
         mem_fraction=config.mem_fraction,
+        chunk=resolved.chunked_prefill_size,
         max_total_token_num=config.max_total_token_num,
     )
     return plan_memory(spec, sizes, torch_device(boot))
@@ -99,7 +102,7 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
     if boot.listen_fd >= 0 and text is None:
         text = load_text(config, boot.model_dir, spec)
     dialect = None if text is None else read_dialect(config, text)
-    parts = Parts(boot, spec, text, dialect, None, None, boot.resolved.num_slots)
+    parts = Parts(boot, spec, text, dialect, None, None)
     if boot.me.device is None:
         return parts
     leads = boot.topology.leads(boot.endpoint)
@@ -116,18 +119,20 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
             ranks = Ranks(boot.topology, boot.me, boot.rendezvous, where, listen_fd)
     group = Alone() if ranks is None else ranks.group
     plan = memory_plan(boot, spec)
-    # the same in every group: any of them may get any request
-    num_slots = plan.num_slots if ranks is None else ranks.minimum(plan.num_slots)
-    resolved = boot.resolved.with_slots(num_slots)
+    if ranks is not None:  # the same in every group: any of them may get any request
+        plan = replace(plan, num=PerSpace(*map(ranks.minimum, plan.num)))
+    resolved = boot.resolved.with_slots(plan.num.full)
     if boot.coordinates:
         for note in resolved.notes[len(boot.resolved.notes) :]:
             logger.info("%s", note)
         for note in rope_notes(spec, resolved.max_req_total_len):
             logger.info("%s", note)
-        logger.info("%s", replace(plan, num_slots=num_slots).text(resolved.max_req_total_len))
+        logger.info("%s", plan.text(resolved.max_req_total_len))
     boot = replace(boot, resolved=resolved)
-    device = _load_device(boot, spec, group, where, num_slots)
-    return replace(parts, boot=boot, device=device, ranks=ranks, num_slots=num_slots)
+    device = _load_device(boot, spec, group, where, plan)
+    return replace(
+        parts, boot=boot, device=device, ranks=ranks, num_slots=plan.num, window=plan.window
+    )
 
 
 def load_forms(parts: Parts) -> None:
@@ -152,7 +157,7 @@ def read_dialect(config: Config, text: Text) -> Dialect:
 
 
 def _load_device(
-    boot: Boot, spec: ModelSpec, group: Group, where: torch.device, num_slots: int
+    boot: Boot, spec: ModelSpec, group: Group, where: torch.device, plan: MemoryPlan
 ) -> CpuDevice | CudaDevice:
     resolved = boot.resolved
     torch.set_num_threads(num_threads(boot))
@@ -172,7 +177,8 @@ def _load_device(
         engine = Engine(
             model,
             group,
-            num_slots=num_slots,
+            num_slots=plan.num.full,
+            num_sliding=None if plan.window is None else plan.num.sliding,
             num_lanes=resolved.running_max_req_size,
             max_len=resolved.max_req_total_len,
             eos_ids=resolved.eos_ids,
@@ -180,5 +186,10 @@ def _load_device(
         device = make_device(engine, num_threads(boot))
     with log.phase("warm up"):
         chunk = min(resolved.chunked_prefill_size, resolved.max_req_total_len // 2)
-        warm_up(device, chunk, graphs=not boot.config.disable_cudagraph)
+        warm_up(
+            device,
+            chunk,
+            graphs=not boot.config.disable_cudagraph,
+            num_sliding=0 if plan.window is None else plan.num.sliding,
+        )
     return device

@@ -81,6 +81,20 @@ def test_stage_by_hand() -> None:
     assert (table != -7).sum() == (history != -7).sum() == 2
 
 
+@pytest.mark.parametrize("num", [1, 700])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_stage_enters_slots_of_both_spaces(num: int) -> None:
+    columns, mine, theirs = case(num), tables(num), tables(num)
+    more = columns["slots"] * 3 + 1
+    want = stage_ref(**columns, table=theirs[0], sliding_table=theirs[1], sliding_slots=more)
+    with no_sync():
+        got = stage(**columns, table=mine[0], sliding_table=mine[1], sliding_slots=more)
+    assert torch.equal(got, want)
+    assert torch.equal(mine[0], theirs[0])
+    assert torch.equal(mine[1], theirs[1])
+    assert num == 1 or not torch.equal(mine[0], mine[1])
+
+
 def test_nothing_to_do() -> None:
     columns, (table, _) = case(3), tables(3)
     none = {name: c[:0] for name, c in columns.items()} | {"last_token": columns["last_token"]}
@@ -98,6 +112,10 @@ def test_refuses_what_does_not_fit() -> None:
         stage(**columns, table=table.long())
     with pytest.raises(ValueError, match="history"):
         stage(**columns, table=table, history=history[:, :2])
+    with pytest.raises(ValueError, match="sliding_slots"):
+        stage(**columns, table=table, sliding_table=history, sliding_slots=columns["slots"][:2])
+    with pytest.raises(ValueError, match="sliding_table"):
+        stage(**columns, table=table, sliding_table=history[:2], sliding_slots=columns["slots"])
     with pytest.raises(ValueError, match="last_token"):
         stage(**{**columns, "last_token": columns["last_token"].int()}, table=table)
     weight = randn(64, dtype=torch.float32)

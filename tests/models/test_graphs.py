@@ -164,8 +164,11 @@ def test_ends_in_graphs_choose_what_eager_ones_choose(
     assert {t.scored for t in used} == {False, True}
 
 
-def fixed(num_lanes: int) -> Uploader:
-    return Uploader(torch.device("cpu"), num_lanes=num_lanes, dump_slot=9999, fixed=True)
+def fixed(num_lanes: int, *, two_spaces: bool = False) -> Uploader:
+    return Uploader(
+        torch.device("cpu"), num_lanes=num_lanes, dump_slot=9999, fixed=True,
+        dump_sliding=777 if two_spaces else None,
+    )  # fmt: skip
 
 
 def step(num_decode: int, prefills: list[int], choices: list[int]) -> StepPlan:
@@ -178,6 +181,7 @@ def step(num_decode: int, prefills: list[int], choices: list[int]) -> StepPlan:
         counts=i32(counts), heads=i32([0] * num), slots=i32(range(100, 100 + total)),
         tokens=i32(range(200, 200 + total)), samples=bytearray(1 for _ in counts),
         opened=[Opened(lane, 3, p, i32([])) for lane, p in enumerate(params)],
+        sliding=i32(range(500, 500 + total)),
     )  # fmt: skip
 
 
@@ -193,9 +197,12 @@ def start_of(tensor: torch.Tensor) -> int:
     return tensor.storage_offset()
 
 
-def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with() -> None:
+@pytest.mark.parametrize("two_spaces", [False, True])
+def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
+    two_spaces: bool,
+) -> None:
     """Whatever the bucket and the sampler's variant; and there lies the step, padded."""
-    uploader, graphs = fixed(LANES), DecoderGraphs(LANES, 300)
+    uploader, graphs = fixed(LANES, two_spaces=two_spaces), DecoderGraphs(LANES, 300)
     samplers = SamplerGraphs(torch.zeros(LANES, 4))
     given: dict[object, Any] = {}
 
@@ -215,7 +222,7 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with() -> 
     for plan in STEPS * 2:  # more than there are buffers on the host
         table = SamplingTable(LANES, VOCAB, ())
         table.open(plan)
-        rows = unpack(plan, 512)
+        rows = unpack(plan, 512, two_spaces=two_spaces)
         batch = table.batch(rows)
         bucket, kind = graphs.pick(rows), samplers.pick(batch)
         assert bucket is not None
@@ -226,6 +233,9 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with() -> 
                              (columns.penalties, given[kind].penalties)):  # fmt: skip
             for name in ours._fields:
                 mine, other = getattr(ours, name), getattr(theirs, name)
+                if name == "sliding_slots" and not two_spaces:
+                    assert mine is other is None
+                    continue
                 assert mine.untyped_storage().data_ptr() == place
                 assert other.untyped_storage().data_ptr() == place
                 assert (start_of(mine), mine.dtype, mine.shape) == (
@@ -250,6 +260,13 @@ def check_rows(given: RowColumns[torch.Tensor], rows: Rows) -> None:
         (given.prefill_cu, rows.cu[decode:], tokens),
     ):  # fmt: skip
         assert column.tolist() == [*values.tolist(), *[padding] * (len(column) - len(values))]
+    if given.sliding_slots is not None:
+        assert rows.sliding is not None
+        padding = len(given.sliding_slots) - tokens
+        assert given.sliding_slots.tolist() == [*range(500, 500 + tokens), *[777] * padding]
+        assert rows.slots[0] == 100
+    else:
+        assert rows.slots[0] == 500, "all layers have a window: theirs are the slots"
     assert len(given.tokens) >= tokens
     assert len(given.prefill_lanes) >= prefill
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from asyncllm.core.request import SamplingParams
+from asyncllm.core.windows import PerSpace
 from asyncllm.engine.attention_cpu import TorchAttention
 from asyncllm.engine.build import Sizes, make_model, plan_memory
 from asyncllm.engine.device import CpuDevice
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 def sizes(**changes: Any) -> Sizes:
     given: dict[str, Any] = {
         "tp": 1, "dtype": "fp32", "max_len": 256, "num_lanes": 8, "batch_max_tokens": 512,
-        "mem_fraction": 0.5, "max_total_token_num": 1000,
+        "mem_fraction": 0.5, "max_total_token_num": 1000, "chunk": 256,
     }  # fmt: skip
     return Sizes(**{**given, **changes})
 
@@ -116,7 +117,7 @@ def test_planned_weights_and_kv_are_what_every_rank_allocates(
         attention = model.site.attention
         assert isinstance(attention, TorchAttention)
         assert num_bytes(attention.angles.values()) == attention.nbytes
-        kv = attention.layout.allocate(plan.num_slots + 1, CPU)
+        kv = attention.layout.allocate(PerSpace(plan.num.full + 1, plan.num.sliding + 1), CPU)
         assert num_bytes(tensor for layer in kv for tensor in layer) == plan.kv
         targets = num_bytes(target.param for _, target in model.targets())
         assert targets == model.nbytes, "every parameter is loaded from somewhere"
@@ -148,7 +149,7 @@ def test_a_full_step_takes_no_more_than_was_planned(
     plan = plan_memory(spec, sizes(), CPU)
     engine = Engine(
         build(tmp_path, spec, "fp32", CPU, 256),
-        Alone(), num_slots=plan.num_slots, num_lanes=8, max_len=256, eos_ids=(),
+        Alone(), num_slots=plan.num.full, num_lanes=8, max_len=256, eos_ids=(),
     )  # fmt: skip
     device, peak = CpuDevice(engine, 1), Peak()
     held = num_bytes((engine.table, engine.history, engine.last_token))
@@ -161,7 +162,7 @@ def test_a_full_step_takes_no_more_than_was_planned(
 
     engine.execute = watched  # type: ignore[method-assign]
     seqs = [Sequence(lane, random_ids(64, 499, lane), params) for lane in range(8)]
-    driver = Driver(device, plan.num_slots)
+    driver = Driver(device, plan.num.full)
     driver.run([(s, 64, 0) for s in seqs])
     assert plan.work / 4 < held + peak.most <= plan.work
     driver.run([(s, 1, 0) for s in seqs])

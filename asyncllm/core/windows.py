@@ -1,0 +1,115 @@
+"""Sliding windows: what is counted apart for layers that see the last tokens only.
+
+Knows numbers of tokens; knows neither slots nor tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+GRAIN = 64
+SHORT = (
+    8  # at least one sliding slot to so many full ones: what shorter requests need, and the cache
+)
+UNBACKED = 16  # where all layers slide: tokens that are known, to one that has a slot
+
+
+class PerSpace(NamedTuple):
+    """A number of each slot space: of layers that see all tokens, and of those with a window."""
+
+    full: int
+    sliding: int
+
+    def of(self, window: int | None) -> int:
+        """That of a layer's space."""
+        return self.full if window is None else self.sliding
+
+
+NO_SLOTS = PerSpace(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How far the layers of the sliding space see.
+
+    Attributes:
+        size: tokens that a token sees, itself included, in the layer that sees most.
+    """
+
+    size: int
+
+    @property
+    def reach(self) -> int:
+        """Tokens before a new one that it sees."""
+        return self.size - 1
+
+    @property
+    def grain(self) -> int:
+        """Slots are given back in portions of that many, since each portion costs host time."""
+        return max(1, min(GRAIN, self.size // 16))
+
+    @property
+    def most(self) -> int:
+        """Slots that a lane holds at most beside those of the tokens that a step computes."""
+        return self.reach + 2 * self.grain
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How memory is divided between the two slot spaces.
+
+    Attributes:
+        slot: bytes of a slot; 0 where a space has no layers.
+        window: of the sliding layers, if there are any.
+        max_len: tokens of the longest sequence.
+        chunk: tokens of one sequence that a step computes.
+    """
+
+    slot: PerSpace
+    window: Window | None
+    max_len: int
+    chunk: int
+
+    def nbytes(self, num: PerSpace) -> int:
+        """Of so many slots, and of one for padding in each space."""
+        return self.slot.full * (num.full + 1) + self.slot.sliding * (num.sliding + 1)
+
+    @property
+    def unbacked(self) -> bool:
+        """All layers slide: the full space is what the server remembers, and takes no memory."""
+        return not self.slot.full
+
+    def fit(self, budget: int, wanted: int | None) -> PerSpace:
+        """The most slots in ``budget`` bytes, or ``wanted`` ones; fewer: they do not fit.
+
+        ``wanted`` are full ones, or sliding ones where all layers slide. Equal numbers: there is
+        but one space.
+        """
+        if self.unbacked or self.window is None:
+            fits = max(budget // sum(self.slot) - 1, 0)
+            num = min(wanted or fits, fits)
+            return PerSpace(self._remembered(num), num)
+        low, high = 0, wanted or budget // self.slot.full
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits_too = self.nbytes(self.balanced(middle)) <= budget
+            low, high = (middle, high) if fits_too else (low, middle - 1)
+        if low != wanted:
+            return self.balanced(low)
+        rest = budget - self.slot.full * (wanted + 1)
+        return PerSpace(wanted, min(rest // self.slot.sliding - 1, wanted))
+
+    def balanced(self, full: int) -> PerSpace:
+        """With so many sliding slots that sequences of ``max_len`` use both spaces up."""
+        if self.window is None:
+            return PerSpace(full, full)
+        whole = -(-full * self.window.most // self.max_len) + self.chunk
+        return PerSpace(full, min(full, max(full // SHORT, whole)))
+
+    def _remembered(self, sliding: int) -> int:
+        """Full slots beside so many sliding ones, where these are all that takes memory."""
+        if self.window is None or sliding <= self.window.most:
+            return sliding
+        lanes = max((sliding - self.chunk) // self.window.most, 1)
+        return max(sliding, self.max_len, min(lanes * self.max_len, UNBACKED * sliding))
