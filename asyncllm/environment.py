@@ -72,6 +72,15 @@ def child_environment(**extra: str) -> dict[str, str]:
     return {**os.environ, **extra}
 
 
+# where programs and libraries are looked for
+_SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TMPDIR")
+
+
+def bare_environment(**extra: str) -> dict[str, str]:
+    """An environment for a child that is to know no secrets, with ``extra`` on top."""
+    return {name: os.environ[name] for name in _SEARCHED if name in os.environ} | extra
+
+
 def use_interface(name: str) -> None:
     """Have NCCL and gloo talk over this network interface, here and in children.
 

@@ -28,7 +28,9 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 _UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 
 
-def resolve_model_dir(model_dir: str | None, cache_dir: Path, bar: Bar = Progress) -> Path:
+def resolve_model_dir(
+    model_dir: str | None, cache_dir: Path, bar: Bar = Progress, *, load_way: str = "HF"
+) -> Path:
     """The folder to serve from.
 
     Args:
@@ -36,6 +38,7 @@ def resolve_model_dir(model_dir: str | None, cache_dir: Path, bar: Bar = Progres
             over a hub id of the same spelling.
         cache_dir: where the embedded model is kept; hub models go to huggingface_hub's own cache.
         bar: draws the progress of the embedded model; huggingface_hub has bars of its own.
+        load_way: "HF" or "DS", the format of the weights; the hub gives safetensors only.
 
     Raises:
         StartupError: nothing there, not a servable folder, or the hub did not give it.
@@ -44,7 +47,7 @@ def resolve_model_dir(model_dir: str | None, cache_dir: Path, bar: Bar = Progres
         return ensure_demo_model(cache_dir, bar)
     folder = Path(model_dir).expanduser()
     if folder.is_dir():
-        check_model_dir(folder)
+        check_model_dir(folder, load_way)
         return folder
     if folder.exists():
         raise StartupError(f"--model_dir {model_dir} is a file; give the folder that holds it")
@@ -54,19 +57,20 @@ def resolve_model_dir(model_dir: str | None, cache_dir: Path, bar: Bar = Progres
             f"org/name)"
         )
     folder = _download(model_dir)
-    check_model_dir(folder)
+    check_model_dir(folder, load_way)
     return folder
 
 
-def check_model_dir(folder: Path) -> None:
+def check_model_dir(folder: Path, load_way: str = "HF") -> None:
     """Refuse a folder that cannot be served, naming what it lacks.
 
     Raises:
-        StartupError: no ``config.json``, no safetensors, or shards of the index that are missing.
+        StartupError: no ``config.json``, no weights in the format of ``load_way``, or shards that
+            are missing.
     """
     if not (folder / "config.json").is_file():
         raise StartupError(f"{folder} holds no config.json: not a Hugging Face model folder")
-    if set(weight_files(folder)) == {folder / SINGLE} and (folder / INDEX).is_file():
+    if set(weight_files(folder, load_way)) == {folder / SINGLE} and (folder / INDEX).is_file():
         _log.info("%s: all weights are taken from %s", folder, SINGLE)
 
 

@@ -59,11 +59,11 @@ def serve(config: Config) -> int:
     watch = Watch("rank 0", leads=True)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
-        model_dir = resolve_model_dir(config.model_dir, cache_dir())
+        model_dir = resolve_model_dir(config.model_dir, cache_dir(), load_way=config.load_way)
         config_spec = ModelSpec.from_dir(model_dir)
-        checkpoint = read_checkpoint(model_dir)
-        text = load_text(config, str(model_dir), config_spec)
-        spec = with_own_head(config_spec, checkpoint)
+        with read_checkpoint(model_dir, config.load_way, config_spec) as checkpoint:
+            text = load_text(config, str(model_dir), config_spec)
+            spec = with_own_head(config_spec, checkpoint)
         if spec != config_spec:
             logger.warning(
                 "config.json ties the output matrix to the embedding, but %s is another matrix: "
@@ -157,7 +157,9 @@ def main() -> int:
     watch = Watch(boot.name, leads=False)
     try:
         model_dir = Path(boot.model_dir)
-        spec = with_own_head(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
+        spec = ModelSpec.from_dir(model_dir)
+        with read_checkpoint(model_dir, boot.config.load_way, spec) as checkpoint:
+            spec = with_own_head(spec, checkpoint)
         return uvloop.run(Server(boot, spec, None, None, watch).run())
     except StartupError as error:
         logger.critical("%s cannot start: %s", boot.name, error)

@@ -157,7 +157,7 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
         (["--node-rank", "1"], "not available yet"),
         (["--dp", "2"], "not available yet"),
         (["--mode", "triton_int8kv", "ppl_fp16"], "--mode triton_int8kv ppl_fp16 is not available"),
-        (["--load_way", "DS"], "not available yet"),
+        (["--load_way", "DSS"], "--load_way"),
         (["--use_config_server_to_init_nccl", "--tp", "2"], "not available yet"),
         (["--ssl_keyfile", "key.pem"], "it counts with --ssl_certfile"),
         (["--quant_type", "awq"], "in the type of --data_type"),

@@ -223,7 +223,6 @@ UNAVAILABLE = [
     ("nnodes", 2),
     ("node_rank", 1),
     ("dp", 2),
-    ("load_way", "DS"),
     *(("mode", (name,)) for name in ("triton_int8kv", "ppl_int8kv", "triton_fp8kv")),
     ("mode", ("triton_flashdecoding", "triton_int8kv")),
 ]

@@ -71,7 +71,7 @@ def test_a_folder_without_config_is_refused(model: Path, tmp_path: Path) -> None
 
 
 def test_a_folder_without_safetensors_is_refused(model: Path, tmp_path: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    (model / "model.safetensors").rename(model / "model.pth")
     assert "holds no *.safetensors" in refusal(str(model), tmp_path)
 
 
@@ -87,7 +87,7 @@ def test_missing_shards_are_named(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}'])
 def test_a_broken_index_is_refused(model: Path, tmp_path: Path, text: str) -> None:
     (model / INDEX).write_text(text)
-    assert "is not a safetensors index" in refusal(str(model), tmp_path)
+    assert "is not an index of weights" in refusal(str(model), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nothing", "./no/where", "/no/where", "a/b/c", "org/"])

@@ -136,8 +136,9 @@ class Config:
         "fast: the Rust one; auto: fast, else slow",
     )  # fmt: skip
     load_way: str = flag(
-        "HF", group=MODEL, choices=("HF", "DS"), unavailable=("DS",),
-        help="format of the weights: Hugging Face or DeepSpeed (which LightLLM has dropped)",
+        "HF", group=MODEL, choices=("HF", "DS"),
+        help="format of the weights; HF: *.safetensors, else *.bin; DS: layer_XX-model_YY*.pt of "
+        "DeepSpeed, Llama only (LightLLM has dropped it)",
     )  # fmt: skip
     trust_remote_code: bool = flag(
         False, group=MODEL, help="allow the model folder's own Python code for the tokenizer"

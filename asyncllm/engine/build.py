@@ -46,6 +46,7 @@ def build_model(
     device: torch.device,
     max_len: int,
     whole_experts: bool = False,
+    load_way: str = "HF",
     symmetric: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
@@ -53,6 +54,7 @@ def build_model(
 
     Args:
         whole_experts: each rank has some experts, not a slice of every one.
+        load_way: "HF" or "DS", the format of the checkpoint.
         symmetric: sums over ranks may go through symmetric memory.
 
     Raises:
@@ -67,8 +69,8 @@ def build_model(
         where=device,
         whole_experts=whole_experts,
     )
-    checkpoint = read_checkpoint(model_dir)
-    load(checkpoint, model.targets(), model.ignores, progress, block=spec.weight_block)
+    with read_checkpoint(model_dir, load_way, spec) as checkpoint:
+        load(checkpoint, model.targets(), model.ignores, progress, block=spec.weight_block)
     model.pack()
     if symmetric:
         group.use_symmetric_memory(spec.hidden_size, TORCH_DTYPES[dtype])

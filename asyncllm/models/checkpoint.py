@@ -1,6 +1,6 @@
 """Which files of a model folder hold its weights, and which tensor is taken from which file.
 
-Knows names and files; nothing is loaded here.
+Knows names and files; loads nothing.
 """
 
 from __future__ import annotations
@@ -13,35 +13,46 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from asyncllm.errors import StartupError
+from asyncllm.models import deepspeed
 from asyncllm.models.spec import ModelSpec
+from asyncllm.models.tensors import OpenFiles, Stored
+from asyncllm.models.unpickle import Pickles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# weights that are no model, or the same ones once more under the names of another library
-_ASIDE = re.compile(r"(\.|adapter|consolidated).*", re.IGNORECASE)
-_NUMBERED = re.compile(r"(.*-)(\d{1,5})(-of-(\d{1,5})\.safetensors)")
+_NUMBERED = re.compile(r"(.*-)(\d{1,5})(-of-(\d{1,5})\.(?:safetensors|bin))")
 _COMPARED_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a tensor is.
+class _Style:
+    """How files of a format are called."""
 
-    Attributes:
-        files: that have it.
-    """
+    index: str
+    single: str
+    suffix: str
+    aside: re.Pattern[str]  # weights that are no model, or the same ones under other names
 
-    files: tuple[Path, ...]
+
+_ASIDE = r"\.|adapter|consolidated"
+_STYLES = (
+    _Style(INDEX, SINGLE, ".safetensors", re.compile(f"({_ASIDE}).*", re.IGNORECASE)),
+    _Style(
+        "pytorch_model.bin.index.json",
+        "pytorch_model.bin",
+        ".bin",
+        re.compile(f"({_ASIDE}|training_args|optimizer|scheduler|scaler|rng|random).*", re.I),
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The weights of a folder.
+    """The weights of a folder. Use it as a context manager: a process may read its files.
 
     Attributes:
         folder: where they are.
@@ -54,51 +65,93 @@ class Checkpoint:
     groups: tuple[tuple[Path, ...], ...]
     tensors: Mapping[str, Stored]
     placed: Mapping[str, Path]
+    pickles: Pickles
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pickles.close()
+
+    def open(self) -> OpenFiles:
+        """Its files, to read in one thread."""
+        return OpenFiles(self.pickles)
 
 
-def weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:
+def weight_files(folder: Path, load_way: str = "HF") -> dict[Path, frozenset[str] | None]:
     """Files to read, and the tensors to take from each; None: all that it has.
 
-    With an index, it decides. Without one, or where files that it names are gone, it is
-    ``model.safetensors``; without that either, every other file that may hold a model.
+    Safetensors are preferred to pickles. With an index, it decides. Without one, or where files
+    that it names are gone, it is ``model.safetensors``; without that either, every other file that
+    may hold a model.
 
     Raises:
         StartupError: there are none, some are missing, or the index cannot be read or names files
             outside the folder.
     """
-    single = folder / SINGLE
-    if (folder / INDEX).is_file():
-        named = _index(folder / INDEX)
+    if load_way == "DS":
+        return dict.fromkeys(
+            path for files in deepspeed.layer_files(folder).values() for path in files
+        )
+    aside: list[str] = []
+    for style in _STYLES:
+        if found := _files_of(folder, style, aside):
+            return found
+    raise StartupError(_nothing(folder, aside))
+
+
+def _files_of(folder: Path, style: _Style, aside: list[str]) -> dict[Path, frozenset[str] | None]:
+    """Empty: there are none; ``aside`` gets the names of files that do not count."""
+    single = folder / style.single
+    if (folder / style.index).is_file():
+        named = _index(folder / style.index)
         missing = sorted(path for path in named if not os.path.isfile(path))
         if not missing:
             return dict(named)
         if single in named or not single.is_file():
-            raise StartupError(f"{_lacks(folder, missing)}, named in {INDEX}")
+            raise StartupError(f"{_lacks(folder, missing)}, named in {style.index}")
     if single.is_file():
         return {single: None}
-    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    files = [path for path in found if not _ASIDE.fullmatch(path.name)]
-    if not files:
-        raise StartupError(_nothing(folder, [path.name for path in found]))
+    found = sorted(path for path in folder.glob(f"*{style.suffix}") if path.is_file())
+    files = [path for path in found if not style.aside.fullmatch(path.name)]
+    aside += [path.name for path in found]
     if missing := sorted(set(_numbered(files)) - set(files)):
         raise StartupError(_lacks(folder, missing))
     return dict.fromkeys(files)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(
+    folder: Path, load_way: str = "HF", spec: ModelSpec | None = None
+) -> Checkpoint:
     """The weights of ``folder``, by the headers of its files.
 
+    Args:
+        load_way: "HF", or "DS" for the files of DeepSpeed, which need ``spec``.
+
     Raises:
-        StartupError: as :func:`weight_files`; a file cannot be read; or, without an index, two
-            files hold the same tensor.
+        StartupError: as :func:`weight_files`; a file cannot be read; without an index, two files
+            hold the same tensor; or a model that is not in DeepSpeed's format.
     """
+    pickles = Pickles()
+    try:
+        with OpenFiles(pickles) as opened:
+            if load_way == "DS":
+                assert spec is not None
+                return _deepspeed(folder, spec, pickles, opened)
+            return _huggingface(folder, pickles, opened)
+    except StartupError:
+        pickles.close()
+        raise
+
+
+def _huggingface(folder: Path, pickles: Pickles, opened: OpenFiles) -> Checkpoint:
     tensors: dict[str, Stored] = {}
     placed: dict[str, Path] = {}
     files = weight_files(folder)
     for path, named in files.items():
-        held = _names(path)
+        held = opened.names(path)
         for name in held if named is None else held & named:
-            tensors[name] = Stored((path,))
+            tensors[name] = Stored((path,), name)
         for name in sorted(held if named is None else named):
             if name in placed:
                 raise StartupError(
@@ -106,7 +159,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                     f"which counts; remove one of the files"
                 )
             placed[name] = path
-    return Checkpoint(folder, tuple((path,) for path in files), tensors, placed)
+    return Checkpoint(folder, tuple((path,) for path in files), tensors, placed, pickles)
+
+
+def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles, opened: OpenFiles) -> Checkpoint:
+    if spec.architecture not in deepspeed.ARCHITECTURES:
+        served = ", ".join(deepspeed.ARCHITECTURES)
+        raise StartupError(f"--load_way DS reads {served}, and this is {spec.architecture}")
+    groups = deepspeed.layer_files(folder)
+    tensors: dict[str, Stored] = {}
+    for layer, files in groups.items():
+        found = deepspeed.place(layer, len(spec.layers), opened.names(files[0]))
+        for name, (key, dim) in found.items():
+            tensors[name] = Stored(files[:1] if dim is None else files, key, dim or 0)
+    placed = {name: stored.files[0] for name, stored in tensors.items()}
+    return Checkpoint(folder, tuple(groups.values()), tensors, placed, pickles)
 
 
 def with_own_head(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
@@ -115,10 +182,11 @@ def with_own_head(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     A tied checkpoint may hold the embedding a second time, as ``lm_head``. Where that is another
     matrix, it is the one that was trained.
     """
-    embed, head = (checkpoint.placed.get(name) for name in (EMBED, HEAD))
+    embed, head = (checkpoint.tensors.get(name) for name in (EMBED, HEAD))
     if not spec.tie_embeddings or embed is None or head is None:
         return spec
-    return spec if _equal(embed, head) else replace(spec, tie_embeddings=False)
+    with checkpoint.open() as opened:
+        return spec if _equal(opened, embed, head) else replace(spec, tie_embeddings=False)
 
 
 def _index(path: Path) -> dict[Path, frozenset[str]]:
@@ -127,9 +195,9 @@ def _index(path: Path) -> dict[Path, frozenset[str]]:
         placed = json.loads(path.read_bytes())["weight_map"]
         pairs = [(str(name), path.parent / file) for name, file in placed.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise StartupError(f"{path} is not a safetensors index: {err!r}") from err
+        raise StartupError(f"{path} is not an index of weights: {err!r}") from err
     if not pairs:
-        raise StartupError(f"{path} is not a safetensors index: it names no tensor")
+        raise StartupError(f"{path} is not an index of weights: it names no tensor")
     names: dict[Path, set[str]] = {}
     for name, file in pairs:
         if not file.is_relative_to(path.parent) or ".." in file.relative_to(path.parent).parts:
@@ -158,28 +226,25 @@ def _nothing(folder: Path, aside: list[str]) -> str:
             f"{folder} holds an adapter ({adapters[0]}), not a model: merge it into its base model "
             f"and serve that"
         )
+    if layers := sorted(path.name for path in folder.glob("layer_*.pt")):
+        return f"{folder} holds a checkpoint of DeepSpeed ({layers[0]}): --load_way DS reads it"
     other = f" under the usual names, only {aside[0]}" if aside else ""
     return (
-        f"{folder} holds no *.safetensors{other}; weights in other formats (.bin, .pt, .gguf) are "
-        f"not read"
+        f"{folder} holds no *.safetensors and no *.bin{other}; weights in other formats (.pt, "
+        f".gguf) are not read"
     )
 
 
-def _names(path: Path) -> frozenset[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return frozenset(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise StartupError(f"{path} cannot be read: {error}") from None
-
-
-def _equal(embed: Path, head: Path) -> bool:
-    with safe_open(embed, framework="pt") as one, safe_open(head, framework="pt") as other:
-        if EMBED not in one.keys() or HEAD not in other.keys():  # noqa: SIM118  # it has no "in"
-            return True
-        a, b = one.get_slice(EMBED), other.get_slice(HEAD)
-        if a.get_shape() != b.get_shape() or a.get_dtype() != b.get_dtype():
-            return False
-        starts = range(0, a.get_shape()[0], _COMPARED_ROWS)
-        parts = (slice(start, start + _COMPARED_ROWS) for start in starts)
-        return all(torch.equal(a[part], b[part]) for part in parts)
+def _equal(opened: OpenFiles, embed: Stored, head: Stored) -> bool:
+    a, b = opened.tensor(embed), opened.tensor(head)
+    if a.shape != b.shape or a.kind != b.kind or len(a.shape) != 2:
+        return False
+    rows, columns = a.shape
+    cpu = torch.device("cpu")
+    return all(
+        torch.equal(*(each.read((part, slice(0, columns)), cpu) for each in (a, b)))
+        for part in (
+            slice(start, min(start + _COMPARED_ROWS, rows))
+            for start in range(0, rows, _COMPARED_ROWS)
+        )
+    )

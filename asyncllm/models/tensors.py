@@ -5,8 +5,9 @@ Knows formats of files; knows no parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asyncllm.errors import StartupError
-from asyncllm.models.checkpoint import Checkpoint
+from asyncllm.models.unpickle import Pickles
 
 FP8 = "F8_E4M3"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # types whose values are weights as they are
@@ -40,16 +41,31 @@ class Source(Protocol):
         """Its slice ``index``; on ``device`` if there is something to compute, else anywhere."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor is.
+
+    Attributes:
+        files: that hold its shards, in order.
+        key: its name in them.
+        dim: along which they are joined.
+    """
+
+    files: tuple[Path, ...]
+    key: str
+    dim: int = 0
+
+
 class OpenFiles:
-    """The files of a checkpoint, each opened when a tensor of it is asked for.
+    """Weight files, each opened when something of it is asked for.
 
     A context manager; of one thread.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, pickles: Pickles) -> None:
+        self._pickles = pickles
         self._stack = ExitStack()
-        self._opened: dict[Path, object] = {}
+        self._opened: dict[Path, _File] = {}
 
     def __enter__(self) -> OpenFiles:
         return self
@@ -57,18 +73,27 @@ class OpenFiles:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def tensor(self, name: str) -> Source:
-        """The checkpoint's tensor ``name``.
+    def names(self, path: Path) -> frozenset[str]:
+        """Of the tensors in a file. Raises StartupError: it cannot be read."""
+        return self._file(path).names()
 
-        Raises:
-            StartupError: its file cannot be read.
-        """
-        (path,) = self._checkpoint.tensors[name].files
-        with reading(path):
-            if path not in self._opened:
-                file = safe_open(path, framework="pt", device="cpu")
-                self._opened[path] = self._stack.enter_context(file)
-            return _Mapped(path, self._opened[path].get_slice(name))  # type: ignore[attr-defined]
+    def tensor(self, stored: Stored) -> Source:
+        """Raises StartupError: a file cannot be read, or its shard does not fit the others."""
+        parts = [self._file(path).tensor(stored.key) for path in stored.files]
+        return parts[0] if len(parts) == 1 else Joined(stored, parts)
+
+    def _file(self, path: Path) -> _File:
+        if path not in self._opened:
+            make = _Mapped if path.suffix == ".safetensors" else _Pickled
+            self._opened[path] = make(path, self._stack, self._pickles)
+        return self._opened[path]
+
+
+class _File(Protocol):
+    def names(self) -> frozenset[str]: ...
+
+    def tensor(self, key: str) -> Source:
+        """Raises StartupError: there is none, or the file cannot be read."""
 
 
 @contextmanager
@@ -81,8 +106,22 @@ def reading(path: Path) -> Iterator[None]:
 
 
 class _Mapped:
-    """A tensor of a safetensors file."""
+    """A safetensors file."""
 
+    def __init__(self, path: Path, stack: ExitStack, _: Pickles) -> None:
+        self._path = path
+        with reading(path):
+            self._file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._file.keys())
+
+    def tensor(self, key: str) -> Source:
+        with reading(self._path):
+            return _MappedTensor(self._path, self._file.get_slice(key))
+
+
+class _MappedTensor:
     def __init__(self, path: Path, found: object) -> None:
         self._path, self._found = path, found
         self.shape = tuple(found.get_shape())  # type: ignore[attr-defined]
@@ -92,6 +131,68 @@ class _Mapped:
         with reading(self._path):
             part: Tensor = self._found[index]  # type: ignore[index]
             return part
+
+
+class _Pickled:
+    """A file that torch.save has written."""
+
+    def __init__(self, path: Path, stack: ExitStack, pickles: Pickles) -> None:
+        self._path, self._pickles = path, pickles
+        self._found = pickles.open(path)
+        stack.callback(pickles.forget, path)
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._found)
+
+    def tensor(self, key: str) -> Source:
+        if key not in self._found:
+            raise StartupError(f"{self._path} lacks {key}")
+        return _PickledTensor(self._path, self._pickles, key, *self._found[key])
+
+
+class _PickledTensor:
+    def __init__(
+        self, path: Path, pickles: Pickles, key: str, kind: str, shape: tuple[int, ...]
+    ) -> None:
+        self._path, self._pickles, self._key = path, pickles, key
+        self.kind, self.shape = kind, shape
+
+    def read(self, index: Index, device: torch.device) -> Tensor:
+        return self._pickles.read(self._path, self._key, index, self.kind)
+
+
+class Joined:
+    """Shards of a tensor, as the one that they are of."""
+
+    def __init__(self, stored: Stored, shards: Sequence[Source]) -> None:
+        self._shards, self._dim, self.kind = shards, stored.dim, shards[0].kind
+        for path, shard in zip(stored.files, shards, strict=True):
+            if shard.kind != self.kind or self._others(shard) != self._others(shards[0]):
+                raise StartupError(
+                    f"{path}: {stored.key} has type {shard.kind} and shape {list(shard.shape)}, "
+                    f"its other shard {self.kind} and {list(shards[0].shape)}"
+                )
+        sizes = list(shards[0].shape)
+        sizes[self._dim] = sum(shard.shape[self._dim] for shard in shards)
+        self.shape = tuple(sizes)
+
+    def read(self, index: Index, device: torch.device) -> Tensor:
+        dim, cut, parts, first = self._dim, index[self._dim], [], 0
+        for shard in self._shards:
+            start, stop = (min(max(i - first, 0), shard.shape[dim]) for i in (cut.start, cut.stop))
+            if start < stop:
+                part = (*index[:dim], slice(start, stop), *index[dim + 1 :])
+                parts.append(shard.read(part, device))
+            first += shard.shape[dim]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def _others(self, shard: Source) -> list[int]:
+        """Sizes of the dimensions that are not joined; empty for one that cannot be joined."""
+        sizes = list(shard.shape)
+        if self._dim < len(sizes):
+            del sizes[self._dim]
+            return sizes
+        return [-1]
 
 
 class BlockScaled:

@@ -81,7 +81,8 @@ def load(
 ) -> None:
     """Fill every target from the files of ``checkpoint``.
 
-    Files are memory-mapped and read once; nothing but the slices that this rank keeps is copied.
+    Files are memory-mapped where they can be, and read once; nothing but the slices that this rank
+    keeps is copied.
 
     Args:
         progress: told (bytes done, bytes in all) after each file.
@@ -97,11 +98,14 @@ def load(
         wanted.setdefault(name, []).append(target)
     _check_names(checkpoint, wanted, ignores, block is not None)
     groups: dict[tuple[Path, ...], list[str]] = {files: [] for files in checkpoint.groups}
+    of = {path: files for files in groups for path in files}
     for name in sorted(wanted):
-        groups[checkpoint.tensors[name].files].append(name)
+        groups[of[checkpoint.tensors[name].files[0]]].append(name)
     sizes = {files: sum(f.stat().st_size for f in files) for files in groups}
     work, done = _Load(checkpoint, wanted, block), 0
-    with ThreadPoolExecutor(num_threads) as pool:
+    # pickles come from one process, and those that cannot be mapped are whole in its memory
+    mapped = all(path.suffix == ".safetensors" for path in of)
+    with ThreadPoolExecutor(num_threads if mapped else 1) as pool:
         for files in pool.map(lambda files: _load_files(work, files, groups[files]), groups):
             done += sizes[files]
             progress(done, sum(sizes.values()))
@@ -130,7 +134,7 @@ def _check_names(
 
 
 def _load_files(work: _Load, files: tuple[Path, ...], names: list[str]) -> tuple[Path, ...]:
-    with OpenFiles(work.checkpoint) as opened:
+    with work.checkpoint.open() as opened:
         for name in names:
             label = f"{files[0]}: {name}"
             source = _source(work, opened, name, label)
@@ -141,15 +145,16 @@ def _load_files(work: _Load, files: tuple[Path, ...], names: list[str]) -> tuple
 
 def _source(work: _Load, opened: OpenFiles, name: str, label: str) -> Source:
     """The tensor ``name`` in numbers that can be copied, by its scales where it has some."""
-    source = opened.tensor(name)
+    tensors = work.checkpoint.tensors
+    source = opened.tensor(tensors[name])
     scale_name = f"{name}{SCALE}"
-    scaled = work.block is not None and scale_name in work.checkpoint.tensors
+    scaled = work.block is not None and scale_name in tensors
     if source.kind == FP8 and work.block is not None:
         if not scaled:
             raise StartupError(f"{label} has type {FP8}, and there are no scales ({scale_name})")
         if len(source.shape) < 2:
             raise StartupError(f"{label} has type {FP8} and one dimension: blocks need two")
-        scales = opened.tensor(scale_name)
+        scales = opened.tensor(tensors[scale_name])
         made = BlockScaled(source, scales, work.block)
         if scales.shape != made.scale_shape or scales.kind not in FLOATS:
             raise StartupError(

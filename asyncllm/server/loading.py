@@ -161,7 +161,8 @@ def _load_device(
 ) -> CpuDevice | CudaDevice:
     resolved = boot.resolved
     torch.set_num_threads(num_threads(boot))
-    total = sum(f.stat().st_size for f in weight_files(Path(boot.model_dir)))
+    load_way = boot.config.load_way
+    total = sum(f.stat().st_size for f in weight_files(Path(boot.model_dir), load_way))
     with log.phase("load weights"), log.Progress("load weights", total) as bar:
         model = build_model(
             Path(boot.model_dir),
@@ -170,6 +171,7 @@ def _load_device(
             dtype=resolved.dtype,
             device=where,
             max_len=resolved.max_req_total_len,
+            load_way=load_way,
             symmetric=not boot.config.disable_symm_mem_allreduce,
             progress=lambda done, _: bar.advance(done - bar.done_bytes),
         )

@@ -215,7 +215,7 @@ def test_an_index_may_name_what_no_file_can_be_called(tmp_path: Path, name: str)
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"weight_map": {"a": null}}'])
 def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(StartupError, match=f"^{tmp_path / INDEX} is not a safetensors index: "):
+    with pytest.raises(StartupError, match=f"^{tmp_path / INDEX} is not an index of weights: "):
         read_checkpoint(tmp_path)
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[bytes], byte
 @pytest.mark.parametrize(
     ("left", "message"),
     [
-        ((), "holds no *.safetensors; weights in other formats"),
+        ((), "holds no *.safetensors and no *.bin; weights in other formats"),
         (("adapter_model.safetensors",), "holds an adapter (adapter_model.safetensors), not a"),
         (("consolidated.safetensors",), "under the usual names, only consolidated.safetensors"),
     ],
