@@ -61,6 +61,7 @@ KERNEL_PARTS = {
     "kernels/attention/decode_plan.py": "kernels/attention/decode.py",
     "kernels/attention/prefill_keys.py": "kernels/attention/prefill.py",
     "kernels/attention/scores.py": "kernels/attention/decode.py",
+    "kernels/latent/plan.py": "kernels/latent/attend.py",
     "kernels/sampling/tiles.py": "kernels/sampling/sample.py",
     "kernels/sampling/truncate.py": "kernels/sampling/sample.py",
     "kernels/sampling/draw.py": "kernels/sampling/sample.py",

@@ -1,0 +1,364 @@
+"""What a step's attention over latents does, decided on the device from the rows' lengths.
+
+An item is some neighbouring tokens of one row, whose (token, head) pairs one block of the kernel
+takes: a decode row, or a few tokens of a chunk. Items' latents are cut into tiles, numbered item by
+item, and each range of equally many numbers is a program's, or that of a few programs with some
+heads each:
+
+    item 0         item 1                  item 2 ...
+    |--|--|--|--|  |--|--|--|--|--|--|--|  |--|--| ...
+    [ range 0 ] [ range 1 ] [ range 2 ] ...
+
+So one long row among short ones delays nobody. An item within a range is written at once; one that
+crosses a border leaves at most two float32 partial results per range, which a second kernel merges
+(Stream-K, Osama et al., 2023; Flash-Decoding, Dao et al., 2023).
+
+Rows of many new tokens are attended to decompressed: see :func:`plan_chunks`.
+"""
+
+# mypy: allow-incomplete-defs
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from asyncllm.kernels.autotune import num_sms, tuned
+
+_MIN_TILES = 2
+_FEW, _MANY = 16, 64  # pairs of a block: of one token with few heads, and of everything else
+EXPAND_TILE = 128  # keys that are decompressed at once
+
+
+@dataclass(frozen=True, slots=True)
+class AttendConfig:
+    """How the kernel is built and spread: tile in tokens, programs resident on a multiprocessor."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+# by pairs. Of num_stages two are spent on the slots, whose load comes before that of the latents;
+# with 5 two tiles of 36 KiB are in flight while one is worked on. 16 queries of 512 + 64 take 144
+# registers a thread and their sums 64: with four warps two programs fit on a multiprocessor.
+_CONFIGS = {
+    _FEW: AttendConfig(32, 4, 5, 2),
+    _MANY: AttendConfig(32, 8, 5, 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AttendPlan:
+    """The division of a step's items, and the space that their partial results need.
+
+    Made once per step, used by every layer, one layer after another (they share ``partial`` and
+    ``lse``). Device tensors only.
+    """
+
+    config: AttendConfig
+    num_heads: int
+    block_heads: int  # of a block, which is as many heads of each token of an item
+    pairs: int  # of a block
+    num_ranges: int
+    lens: Tensor  # [num_items] latents that an item's last token sees; 0: no item
+    items: Tensor | None  # [2, num_items]: first token and tokens; None: item i is token i
+    meta: Tensor  # [2]: all tiles, tiles per range
+    first: Tensor  # [num_ranges]: record where the range starts
+    records: Tensor  # [4, num_items]: item, lane, length, first tile of each one that is there
+    begins: Tensor  # [num_items]: first tile of each
+    partial: Tensor  # [2 * num_ranges * blocks, pairs, rank] float32
+    lse: Tensor  # [2 * num_ranges * blocks, pairs] float32, base 2
+
+    @property
+    def blocks(self) -> int:
+        """Of heads."""
+        return -(-self.num_heads // self.block_heads)
+
+
+@triton.jit(
+    do_not_specialize=["num_items", "num_ranges"],
+    do_not_specialize_on_alignment=["lanes_ptr", "lens_ptr"],
+)
+def _divide_kernel(
+    lanes_ptr,
+    lens_ptr,
+    meta_ptr,
+    first_ptr,
+    records_ptr,
+    begins_ptr,
+    num_items,
+    num_ranges,
+    TILE: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    item = tl.program_id(0)
+    total = 0
+    start = 0
+    rank = 0
+    for begin in range(0, num_items, BLOCK):
+        other = begin + tl.arange(0, BLOCK)
+        tiles = tl.cdiv(tl.load(lens_ptr + other, mask=other < num_items, other=0), TILE)
+        total += tl.sum(tiles, axis=0)
+        start += tl.sum(tl.where(other < item, tiles, 0), axis=0)
+        rank += tl.sum(((other < item) & (tiles > 0)).to(tl.int32), axis=0)
+    per_range = tl.maximum(tl.cdiv(total, num_ranges), MIN_TILES)
+    if item == 0:
+        tl.store(meta_ptr, total)
+        tl.store(meta_ptr + 1, per_range)
+    tl.store(begins_ptr + item, start)
+    length = tl.load(lens_ptr + item)
+    if length > 0:
+        tl.store(records_ptr + rank, item)
+        tl.store(records_ptr + num_items + rank, tl.load(lanes_ptr + item))
+        tl.store(records_ptr + 2 * num_items + rank, length)
+        tl.store(records_ptr + 3 * num_items + rank, start)
+        # the ranges that begin in this item
+        stop = tl.cdiv(start + tl.cdiv(length, TILE), per_range)
+        for begin in range(tl.cdiv(start, per_range), stop, BLOCK):
+            program = begin + tl.arange(0, BLOCK)
+            tl.store(first_ptr + program, tl.zeros_like(program) + rank, mask=program < stop)
+
+
+def plan_attend(
+    lanes: Tensor,
+    lens: Tensor,
+    num_heads: int,
+    cache: Tensor,
+    rank: int,
+    *,
+    items: Tensor | None = None,
+    config: AttendConfig | None = None,
+    num_ranges: int | None = None,
+) -> AttendPlan:
+    """Divide items among programs, on the device.
+
+    Args:
+        lanes, lens: [num_items] int32: lane of each, and the latents that its last token sees; read
+            when the plan's kernel runs, so a captured plan follows what is in them at each replay.
+        num_heads: query heads on this device.
+        cache: of any layer: [num_slots + 1, width].
+        rank: of the latents.
+        items: [2, num_items] int32: first token and number of tokens of each, at most
+            ``item_tokens``; None: item i is token i.
+        config, num_ranges: instead of those that fit the device (for tests and tuning).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    if lanes.shape != lens.shape or lanes.dtype != torch.int32 or lens.dtype != torch.int32:
+        raise ValueError(f"lanes and lens must be [items] int32, not {lanes.dtype}, {lens.dtype}")
+    few = items is None and num_heads <= _FEW
+    pairs = _FEW if few else _MANY
+    block_heads = _FEW if few else _MANY if items is None else _block_heads(num_heads)
+    blocks = triton.cdiv(num_heads, block_heads)
+    if config is None:
+        config = attend_config(pairs, lens.shape[0], cache.element_size(), cache.device)
+    if num_ranges is None:
+        num_ranges = max(1, config.programs_per_sm * num_sms(cache.device) // blocks)
+    num_items, device = lens.shape[0], lens.device
+    parts = 2 * num_ranges * blocks
+    plan = AttendPlan(
+        config=config,
+        num_heads=num_heads,
+        block_heads=block_heads,
+        pairs=pairs,
+        num_ranges=num_ranges,
+        lens=lens,
+        items=items,
+        meta=torch.empty(2, dtype=torch.int32, device=device),
+        first=torch.empty(num_ranges, dtype=torch.int32, device=device),
+        records=torch.empty((4, num_items), dtype=torch.int32, device=device),
+        begins=torch.empty(num_items, dtype=torch.int32, device=device),
+        partial=torch.empty((parts, pairs, rank), device=device),
+        lse=torch.empty((parts, pairs), device=device),
+    )
+    if num_items:
+        _divide_kernel[(num_items,)](
+            lanes,
+            lens,
+            plan.meta,
+            plan.first,
+            plan.records,
+            plan.begins,
+            num_items,
+            num_ranges,
+            TILE=config.tile,
+            MIN_TILES=_MIN_TILES,
+            BLOCK=256,
+            num_warps=4,
+        )
+    return plan
+
+
+def attend_config(
+    pairs: int, num_items: int, element_size: int, device: torch.device
+) -> AttendConfig:
+    """The configuration for blocks of ``pairs``: the device's tuned one, for few or many items, or
+    that of the table; small tiles for 4-byte elements."""
+    found = _CONFIGS[pairs]
+    if entry := tuned(device, "latent", f"{pairs} {'few' if num_items <= 32 else 'many'}"):
+        found = AttendConfig(**entry)
+    return found if element_size <= 2 else AttendConfig(16, found.num_warps, 2, 1)
+
+
+def item_tokens(num_heads: int) -> int:
+    """Tokens that an item of a chunk may have."""
+    return _MANY // _block_heads(num_heads)
+
+
+def _block_heads(num_heads: int) -> int:
+    return min(_MANY, 1 << (num_heads - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """How the chunks of a step are attended to. Device tensors only."""
+
+    state: Tensor  # [num_tokens] 1: of an absorbed row, 0: of no row, -1: of another kind
+    bases: Tensor  # [num_rows] where a row's decompressed keys begin; -1: it is absorbed
+    tile_ends: Tensor  # [num_rows] tiles of decompressed keys up to and with a row's
+    attend: AttendPlan  # of the absorbed rows
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "num_items", "capacity", "least"],
+    do_not_specialize_on_alignment=["lanes_ptr", "starts_ptr", "cu_counts_ptr"],
+)
+def _chunk_kernel(
+    lanes_ptr,
+    starts_ptr,
+    cu_counts_ptr,
+    state_ptr,
+    bases_ptr,
+    tile_ends_ptr,
+    item_lanes_ptr,
+    item_lens_ptr,
+    items_ptr,
+    num_rows,
+    num_items,
+    capacity,
+    least,
+    TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    SCAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    item = 0  # the row's first
+    base = 0
+    fits = 0
+    tile_end = 0
+    wanted = 0  # keys of rows so far that want to be decompressed
+    for begin in range(0, row + 1, SCAN):
+        other = begin + tl.arange(0, SCAN)
+        there = other <= row
+        low = tl.load(cu_counts_ptr + other, mask=there, other=0)
+        count = tl.load(cu_counts_ptr + other + 1, mask=there, other=0) - low
+        keys = count + tl.load(starts_ptr + other, mask=there, other=0)
+        keys = tl.where(count >= least, keys, 0)
+        ends = wanted + tl.cumsum(keys, axis=0)
+        chosen = there & (count >= least) & (ends <= capacity)
+        mine = other == row
+        item += tl.sum(tl.where(other < row, tl.cdiv(count, TOKENS), 0), axis=0)
+        base += tl.sum(tl.where(mine, ends - keys, 0), axis=0)
+        fits += tl.sum((mine & chosen).to(tl.int32), axis=0)
+        tile_end += tl.sum(tl.where(chosen, tl.cdiv(keys, TILE), 0), axis=0)
+        wanted += tl.sum(keys, axis=0)
+    tl.store(bases_ptr + row, tl.where(fits > 0, base, -1))
+    tl.store(tile_ends_ptr + row, tile_end)
+
+    first = tl.load(cu_counts_ptr + row)
+    count = tl.load(cu_counts_ptr + row + 1) - first
+    start = tl.load(starts_ptr + row)
+    lane = tl.load(lanes_ptr + row)
+    for begin in range(0, count, BLOCK):
+        local = begin + tl.arange(0, BLOCK)
+        value = tl.zeros_like(local) + tl.where(fits > 0, -1, 1)
+        tl.store(state_ptr + first + local, value, mask=local < count)
+    for begin in range(0, tl.cdiv(count, TOKENS), BLOCK):
+        number = begin + tl.arange(0, BLOCK)
+        live = number * TOKENS < count
+        seen = tl.minimum((number + 1) * TOKENS, count)
+        tl.store(item_lanes_ptr + item + number, tl.zeros_like(number) + lane, mask=live)
+        length = tl.where(fits > 0, 0, start + seen)
+        tl.store(item_lens_ptr + item + number, length, mask=live)
+        tl.store(items_ptr + item + number, first + number * TOKENS, mask=live)
+        tokens = seen - number * TOKENS
+        tl.store(items_ptr + num_items + item + number, tokens, mask=live)
+    if row == 0:
+        for begin in range(0, first, BLOCK):
+            token = begin + tl.arange(0, BLOCK)
+            tl.store(state_ptr + token, tl.zeros_like(token) - 1, mask=token < first)
+
+
+def plan_chunks(
+    lanes: Tensor,
+    starts: Tensor,
+    cu_counts: Tensor,
+    num_tokens: int,
+    num_heads: int,
+    cache: Tensor,
+    rank: int,
+    *,
+    capacity: int,
+    least: int,
+) -> ChunkPlan:
+    """Decide on the device which rows are decompressed, and divide the others.
+
+    A row is decompressed if it has at least ``least`` new tokens and its keys, with those of all
+    earlier rows of as many tokens, are no more than ``capacity``; else it is absorbed. So a row of
+    no more than ``capacity`` keys that is alone is always decompressed.
+
+    Args:
+        lanes, starts: [num_rows] int32: lane, and position of the first new token.
+        cu_counts: [num_rows + 1] int32: row i owns tokens [cu_counts[i], cu_counts[i + 1]).
+        num_tokens: of the step.
+        num_heads: query heads that are attended to at once.
+        cache, rank: as in ``plan_attend``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    num_rows, device = lanes.shape[0], lanes.device
+    if starts.shape != (num_rows,) or cu_counts.shape != (num_rows + 1,):
+        raise ValueError(f"starts and cu_counts do not fit {num_rows} lanes")
+    if not torch.int32 == lanes.dtype == starts.dtype == cu_counts.dtype:
+        raise ValueError("lanes, starts and cu_counts must be int32")
+    tokens = item_tokens(num_heads)
+    # every row leaves at most one item part empty, so this many hold any division into rows
+    num_items = num_tokens // tokens + num_rows
+    state = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+    item_lens = torch.zeros(num_items, dtype=torch.int32, device=device)
+    item_lanes, items = (
+        torch.empty(shape, dtype=torch.int32, device=device)
+        for shape in ((num_items,), (2, num_items))
+    )
+    bases, tile_ends = (torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(2))
+    if num_rows:
+        _chunk_kernel[(num_rows,)](
+            lanes,
+            starts,
+            cu_counts,
+            state,
+            bases,
+            tile_ends,
+            item_lanes,
+            item_lens,
+            items,
+            num_rows,
+            num_items,
+            capacity,
+            least,
+            TOKENS=tokens,
+            TILE=EXPAND_TILE,
+            SCAN=128,
+            BLOCK=256,
+            num_warps=4,
+        )
+    attend = plan_attend(item_lanes, item_lens, num_heads, cache, rank, items=items)
+    return ChunkPlan(state, bases, tile_ends, attend)
