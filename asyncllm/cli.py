@@ -179,11 +179,11 @@ def _argument(option: Flag) -> dict[str, Any]:
     return keywords
 
 
-def _reader(option: Flag) -> Callable[[str], Any]:
+def _reader(option: Flag) -> Callable[[str], object]:
     """Text -> value of the option's type."""
     noun = {int: "a whole number", float: "a number", str: "text"}[option.kind]
 
-    def read(text: str) -> Any:
+    def read(text: str) -> object:
         try:
             if option.kind is not str and not NUMBER.fullmatch(text):
                 raise ValueError(text)  # Python reads more: 1_0, digits of any script, spaces

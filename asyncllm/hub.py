@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -77,7 +76,7 @@ def check_model_dir(folder: Path, load_way: str = "HF") -> None:
 class _TerminalBar(tqdm):  # type: ignore[misc]  # it has no types
     """The hub client's bars, on a terminal only and whatever quietens its other bars."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **{**options, "disable": None})
 
 

@@ -25,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -40,6 +41,8 @@ MAX_PROMPT = 16 << 20  # bytes that a template may make of a chat
 MAX_FRAME = MAX_PROMPT + (1 << 16)
 HEAD_CHARS = 256  # of a chat's prompt that is told apart: more than any mark at its end
 PR_SET_PDEATHSIG = 1
+
+Reply = list[Any]  # what the helper says, as above
 
 
 class Helper:
@@ -123,9 +126,9 @@ def frame(content: bytes) -> bytes:
     return len(content).to_bytes(4, "little") + content
 
 
-def unpack(content: bytes) -> list[Any]:
+def unpack(content: bytes) -> Reply:
     """What a frame of the helper says."""
-    reply: list[Any] = msgpack.unpackb(content, unicode_errors="surrogatepass")
+    reply: Reply = msgpack.unpackb(content, unicode_errors="surrogatepass")
     return reply
 
 
@@ -146,13 +149,13 @@ def _exactly(sock: socket.socket, size: int) -> bytes:
 # -- in the helper ---------------------------------------------------------------------------------
 
 
-def _describe(templates: dict[str, str], special: dict[str, str], *known: str | None) -> list[Any]:
+def _describe(templates: dict[str, str], special: dict[str, str], *known: str | None) -> Reply:
     fields = asdict(dialect_of(templates, *known))
     del fields["variables"]
     return [fields, sorted(variables(templates, special))]
 
 
-def render(template: ChatTemplate, content: bytes) -> list[Any]:
+def render(template: ChatTemplate, content: bytes) -> Reply:
     """The prompt of a chat in JSON, and the head of its end. Raises RequestError."""
     chat = json.loads(content)
     text = template.render(chat)
@@ -167,10 +170,10 @@ def render(template: ChatTemplate, content: bytes) -> list[Any]:
     return [text, text.removesuffix(continued)[-HEAD_CHARS:]]
 
 
-def answer(work: Callable[..., list[Any]], *args: Any) -> bytes:
+def answer(work: Callable[[], Reply]) -> bytes:
     """The content of a frame: what ``work`` gives, or why it gives nothing."""
     try:
-        reply = [True, *work(*args)]
+        reply = [True, *work()]
     except MemoryError:
         reply = [
             False,
@@ -199,14 +202,14 @@ def main() -> None:
 
         template: ChatTemplate | None = None
 
-        def read() -> list[Any]:
+        def read() -> Reply:
             nonlocal template
             template = ChatTemplate(templates, special)
             return _describe(templates, special, calls, thoughts)
 
         sock.sendall(frame(answer(read)))
         while template is not None:
-            sock.sendall(frame(answer(render, template, _receive(sock))))
+            sock.sendall(frame(answer(partial(render, template, _receive(sock)))))
 
 
 if __name__ == "__main__":

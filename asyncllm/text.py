@@ -11,15 +11,19 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tokenizers import AddedToken, Tokenizer
 
 from asyncllm.core.detokenize import PieceTable, TextStream, WindowStream
 from asyncllm.errors import StartupError
+from asyncllm.plain import Json, JsonObject, typed
 
 MOST_TOKENS = 1 << 20  # more than any model has
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger("asyncllm.text")
 
@@ -105,14 +109,17 @@ def load_tokenizer(
     folder = Path(model_dir)
     config = _json(folder / "tokenizer_config.json")
     special = _special_tokens(folder, config)
-    templates = _templates(folder, config)
+    try:
+        templates, more_special = _templates(folder, config), _more_special(config)
+    except (TypeError, KeyError) as error:
+        raise StartupError(f"{folder}: chat templates or special tokens: {error!r}") from error
     file = folder / "tokenizer.json"
     if mode != "slow" and file.is_file():
         try:
             tokenizer = Tokenizer.from_buffer(file.read_bytes())
         except (OSError, ValueError) as error:
             raise StartupError(f"cannot read {file}: {error}") from error
-        named = [*special.values(), *_more_special(config)]
+        named = [*special.values(), *more_special]
         _add_tokens(tokenizer, _added_tokens(folder, config, named), named, vocab_size)
         return _fast(tokenizer, config, special, templates)
     text = _by_transformers(folder, mode, trust_remote_code, config, special, templates)
@@ -124,7 +131,7 @@ def load_tokenizer(
 
 def _fast(
     tokenizer: Tokenizer,
-    config: dict[str, Any],
+    config: JsonObject,
     special: dict[str, str],
     templates: dict[str, str],
 ) -> Text:
@@ -218,7 +225,7 @@ def _add_tokens(
         )
 
 
-def _bos_to_prepend(tokenizer: Tokenizer, config: dict[str, Any], bos: int | None) -> list[int]:
+def _bos_to_prepend(tokenizer: Tokenizer, config: JsonObject, bos: int | None) -> list[int]:
     """[bos] where the configuration wants one that the file's post-processor does not add."""
     if bos is None or not config.get("add_bos_token"):
         return []
@@ -229,7 +236,7 @@ def _bos_to_prepend(tokenizer: Tokenizer, config: dict[str, Any], bos: int | Non
 
 
 def _table(
-    decoder: dict[str, Any] | None, tokens: list[str], special: frozenset[int]
+    decoder: JsonObject | None, tokens: list[str], special: frozenset[int]
 ) -> PieceTable | None:
     """The table of a byte-level or SentencePiece style decoder; None for any other."""
     steps = _flat(decoder)
@@ -238,10 +245,10 @@ def _table(
         return PieceTable.of(_byte_level(tokens), special)
     replaced: list[tuple[str, str]] = []
     while kinds[:1] == ["Replace"]:
-        pattern = steps[0]["pattern"].get("String")
+        pattern = typed(steps[0]["pattern"], dict).get("String")
         if pattern is None:
             return None
-        replaced.append((pattern, steps[0]["content"]))
+        replaced.append((pattern, typed(steps[0]["content"], str)))
         steps, kinds = steps[1:], kinds[1:]
     if not replaced or kinds not in (
         ["ByteFallback", "Fuse"],
@@ -250,7 +257,7 @@ def _table(
         ["Fuse", "Strip"],
     ):
         return None
-    strip: dict[str, Any] = {"content": " ", "start": 0, "stop": 0}
+    strip: JsonObject = {"content": " ", "start": 0, "stop": 0}
     if kinds[-1] == "Strip":
         strip = steps[-1]
     if strip["content"] != " " or strip["stop"]:
@@ -263,15 +270,15 @@ def _table(
         if "ByteFallback" in kinds and (byte := _byte_token(token)) is not None:
             byte_tokens[i] = byte
         pieces.append(byte_tokens.get(i) or token.encode())
-    return PieceTable.of(pieces, special, byte_tokens.keys(), strip["start"])
+    return PieceTable.of(pieces, special, byte_tokens.keys(), typed(strip["start"], int))
 
 
-def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _flat(decoder: JsonObject | None) -> list[JsonObject]:
     """The decoder's steps, nested sequences opened."""
     if decoder is None:
         return []
     if decoder["type"] == "Sequence":
-        return [step for part in decoder["decoders"] for step in _flat(part)]
+        return [step for part in typed(decoder["decoders"], list) for step in _flat(part)]
     return [decoder]
 
 
@@ -308,7 +315,7 @@ def _by_transformers(
     folder: Path,
     mode: Mode,
     trust_remote_code: bool,
-    config: dict[str, Any],
+    config: JsonObject,
     special: dict[str, str],
     templates: dict[str, str],
 ) -> Text | None:
@@ -333,7 +340,9 @@ def _by_transformers(
     return _slow(slow, special, templates)
 
 
-def _slow(slow: Any, special: dict[str, str], templates: dict[str, str]) -> Text:
+def _slow(
+    slow: PreTrainedTokenizerBase, special: dict[str, str], templates: dict[str, str]
+) -> Text:
     """A transformers tokenizer in Python: its decoder is not known, so windows are decoded."""
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
@@ -341,15 +350,12 @@ def _slow(slow: Any, special: dict[str, str], templates: dict[str, str]) -> Text
 
     def decode(some: list[int], skip_special_tokens: bool) -> str:
         known = [i for i in some if 0 <= i < size]
-        return str(
-            slow.decode(
-                known,
-                skip_special_tokens=skip_special_tokens,
-                clean_up_tokenization_spaces=False,
-            )
+        text = slow.decode(
+            known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
+        return str(text)
 
-    vocab: dict[str, int] = slow.get_vocab()
+    vocab = slow.get_vocab()
     size = max(vocab.values(), default=-1) + 1
     return Text(
         None,
@@ -370,7 +376,7 @@ def _slow(slow: Any, special: dict[str, str], templates: dict[str, str]) -> Text
 # -- configuration files ---------------------------------------------------------------------------
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> JsonObject:
     """Content of a JSON file; {} where there is none."""
     try:
         content = json.loads(path.read_bytes())
@@ -383,7 +389,7 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+def _special_tokens(folder: Path, config: JsonObject) -> dict[str, str]:
     """Text of the named special tokens; an entry is a string or {"content": ...}."""
     named = {**_json(folder / "special_tokens_map.json"), **config}
     found: dict[str, str] = {}
@@ -396,40 +402,41 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _added_tokens(
-    folder: Path, config: dict[str, Any], special: Sequence[str]
+    folder: Path, config: JsonObject, special: Sequence[str]
 ) -> dict[int, AddedToken]:
     """Tokens by id that tokenizer_config.json adds,
     or before there were such, added_tokens.json."""
     try:
         if (listed := config.get("added_tokens_decoder")) is not None:
-            return {int(i): _added_token(token) for i, token in listed.items()}
+            return {int(i): _added_token(token) for i, token in typed(listed, dict).items()}
         return {
-            int(i): AddedToken(text, normalized=text not in special, special=text in special)
+            typed(i, int): AddedToken(text, normalized=text not in special, special=text in special)
             for text, i in _json(folder / "added_tokens.json").items()
         }
     except (AttributeError, TypeError, ValueError) as error:
         raise StartupError(f"{folder}: added tokens that cannot be read: {error}") from error
 
 
-def _added_token(fields: dict[str, Any]) -> AddedToken:
+def _added_token(token: Json) -> AddedToken:
+    fields = typed(token, dict)
     if not fields.get("content"):
         raise ValueError(f"{fields} has no content")
     return AddedToken(**{key: value for key, value in fields.items() if key != "__type"})
 
 
-def _more_special(config: dict[str, Any]) -> list[str]:
+def _more_special(config: JsonObject) -> list[str]:
     """Special tokens without a name of their own."""
     found: list[str] = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = config.get(key) or []
-        for each in value.values() if isinstance(value, dict) else value:
+        for each in value.values() if isinstance(value, dict) else typed(value, list):
             content = each.get("content") if isinstance(each, dict) else each
             if isinstance(content, str) and content:
                 found.append(content)
     return found
 
 
-def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+def _templates(folder: Path, config: JsonObject) -> dict[str, str]:
     """Chat templates by name. A .jinja file wins over chat_template.json, that over the config."""
     found: dict[str, str] = {}
     for holder in (config, _json(folder / "chat_template.json")):
@@ -437,9 +444,10 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             found["default"] = value
         elif isinstance(value, dict):
-            found.update(value)
+            found.update((name, typed(each, str)) for name, each in value.items())
         elif isinstance(value, list):
-            found.update((each["name"], each["template"]) for each in value)
+            named = [typed(each, dict) for each in value]
+            found.update((typed(t["name"], str), typed(t["template"], str)) for t in named)
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
     for name, path in files.items():

@@ -204,7 +204,7 @@ class Topology:
         left = tuple(e for e in self.endpoints if e.id != number)
         return Topology(left if by is None else (*left, by))
 
-    def to_plain(self) -> list[dict[str, Any]]:
+    def to_plain(self) -> list[dict[str, object]]:
         """For JSON."""
         return [asdict(e) for e in self.endpoints]
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Collection, Coroutine, Generator
 from time import perf_counter, thread_time
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Never, TypeVar
+
+from asyncllm.codec import Message
 
 if TYPE_CHECKING:
     from asyncllm.actors.system import ActorSystem
 
-M = TypeVar("M")
+M = TypeVar("M", bound=Message, contravariant=True)
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ class MailboxFull(Exception):
     """The receiver is behind; the sender sheds, waits or fails, but never drops silently."""
 
 
-class Ref(Generic[M]):
+class Ref:
     """Address of an actor; the same calls whether it lives here or on another endpoint."""
 
     __slots__ = ("_system", "endpoint", "name")
@@ -34,7 +36,7 @@ class Ref(Generic[M]):
     def __repr__(self) -> str:
         return f"{self.name}@{self.endpoint}"
 
-    def tell(self, msg: M, *, urgent: bool = False) -> None:
+    def tell(self, msg: Message, *, urgent: bool = False) -> None:
         """Send and forget, in order; urgent messages are never refused.
 
         Raises:
@@ -45,7 +47,7 @@ class Ref(Generic[M]):
 
 
 class Actor(Generic[M]):
-    """Single owner of one piece of state.
+    """Single owner of one piece of state; ``M``: the messages that it takes.
 
     ``receive`` is synchronous on purpose: it runs to the end before any other handler of this
     process does, so no lock and no half-done state exists. Work that must wait is started with
@@ -64,7 +66,7 @@ class Actor(Generic[M]):
         self.name = name
         self.busy_s = 0.0
         self._clock = _Clock()
-        self._queue: list[M] = []
+        self._queue: list[Message] = []
         self._scheduled = True  # held until the system has called started()
         self.system: ActorSystem
 
@@ -109,7 +111,7 @@ class Actor(Generic[M]):
         """What it works on, for whoever looks into a running process. From any thread."""
         return ""
 
-    def spawn(self, work: Coroutine[Any, Any, M | None]) -> None:
+    def spawn(self, work: Coroutine[None, None, Message | None]) -> None:
         """Run ``work`` beside the actor; what it returns is put into this mailbox."""
         self.system.spawn(self, work)
 
@@ -127,7 +129,7 @@ class Actor(Generic[M]):
         self.started()
         self.system.loop.call_soon(self._deliver)
 
-    def put(self, msg: M, urgent: bool = False) -> None:
+    def put(self, msg: Message, urgent: bool = False) -> None:
         """Queue one message. Raises MailboxFull unless it is urgent."""
         if len(self._queue) >= self.capacity and not urgent:
             raise MailboxFull(f"{self.name}: {self.capacity} messages wait")
@@ -136,7 +138,7 @@ class Actor(Generic[M]):
             self._scheduled = True
             self.system.loop.call_soon(self._deliver)
 
-    def take(self) -> list[M]:
+    def take(self) -> list[Message]:
         """Empty the mailbox."""
         batch, self._queue = self._queue, []
         return batch
@@ -147,10 +149,13 @@ class Actor(Generic[M]):
             return
         begin = self._clock.begin()
         try:
-            self.receive(batch)
+            self.receive(batch)  # type: ignore[arg-type]  # who tells knows what it takes
         except Exception as error:
             self.system.crashed(self, error)
         self.busy_s += self._clock.end(begin)
+
+
+AnyActor = Actor[Never]  # whatever it takes
 
 
 class _Clock:
@@ -199,9 +204,9 @@ class _Timed(Generator[object, None, T], Awaitable[T]):
         finally:
             self._clock.end(begin)
 
-    def throw(self, *error: Any) -> object:
+    def throw(self, error: BaseException) -> object:  # type: ignore[override]
         begin = self._clock.begin()
         try:
-            return self._work.throw(*error)
+            return self._work.throw(error)
         finally:
             self._clock.end(begin)

@@ -73,7 +73,7 @@ class Connection(web.RequestHandler):
         response.force_close()
         return response
 
-    def log_exception(self, *args: Any, **kw: Any) -> None:
+    def log_exception(self, *args: object, **kw: object) -> None:
         """What a client can cause is no exception: it is answered, or has nobody to answer."""
         harmless = HttpProcessingError, web.RequestPayloadError, ConnectionError
         if not isinstance(kw.get("exc_info"), harmless):

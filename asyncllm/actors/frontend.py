@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from socket import socket
 from time import monotonic, perf_counter, time
-from typing import Any, assert_never
+from typing import assert_never
 
 from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.connection import Doors
@@ -52,6 +52,7 @@ from asyncllm.records import Answered
 
 log = logging.getLogger(__name__)
 
+Told = Counted | Scraped  # in reply to a question of this actor
 Inbox = Accepted | Delta | Finished | Counted | Scraped | Started | Drain | Cancel
 
 LOOK_EVERY = 4  # streams written between two looks at the clock
@@ -115,7 +116,7 @@ class Frontend(Actor[Inbox]):
         sockets: Sequence[socket],
         limits: Limits | None = None,
         access: Access | None = None,
-        info: Mapping[str, Any] | None = None,
+        info: Mapping[str, object] | None = None,
         on_open: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("frontend")
@@ -129,7 +130,7 @@ class Frontend(Actor[Inbox]):
         self._by_rid: dict[int, tuple[Exchange, Choice]] = {}
         self._dirty: deque[Exchange] = deque()  # with something to write
         self._flush_waits = False
-        self._queries: dict[int, asyncio.Future[Any]] = {}
+        self._queries: dict[int, asyncio.Future[Told]] = {}
         self._admission = Admission(
             max_running=self.limits.max_running, max_waiting=self.limits.max_waiting
         )
@@ -312,7 +313,8 @@ class Frontend(Actor[Inbox]):
         except MailboxFull:
             del self._queries[query]
             raise ServerBusy("the tokenizer is behind; try again later") from None
-        counted: Counted = await self._wait(query, future, "the tokenizer")
+        counted = await self._wait(query, future, "the tokenizer")
+        assert isinstance(counted, Counted), counted
         if counted.failure is not None:
             error = from_failure(counted.failure)
             error.param = "text" if chat is None else "messages"
@@ -327,7 +329,8 @@ class Frontend(Actor[Inbox]):
         """State of the whole server. Raises NotServing (503) when it does not come in time."""
         query, future = self._query()
         self._watchdog.tell(Scrape(query, self.system.endpoint))
-        answer: Scraped = await self._wait(query, future, "the watchdog")
+        answer = await self._wait(query, future, "the watchdog")
+        assert isinstance(answer, Scraped), answer
         return answer
 
     # -- inside ------------------------------------------------------------------------------
@@ -516,18 +519,18 @@ class Frontend(Actor[Inbox]):
             rest = most
         self._watch(exchange, rest)
 
-    def _query(self) -> tuple[int, asyncio.Future[Any]]:
+    def _query(self) -> tuple[int, asyncio.Future[Told]]:
         self._counter += 1
-        future: asyncio.Future[Any] = self.system.loop.create_future()
+        future: asyncio.Future[Told] = self.system.loop.create_future()
         self._queries[self._counter] = future
         return self._counter, future
 
-    def _answered(self, query: int, value: Any) -> None:
+    def _answered(self, query: int, value: Told) -> None:
         future = self._queries.get(query)
         if future is not None and not future.done():
             future.set_result(value)
 
-    async def _wait(self, query: int, future: asyncio.Future[Any], who: str) -> Any:
+    async def _wait(self, query: int, future: asyncio.Future[Told], who: str) -> Told:
         try:
             done, _ = await asyncio.wait((future,), timeout=self.limits.query_s)
         finally:

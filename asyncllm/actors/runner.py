@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
-from typing import Any, NoReturn, Protocol, assert_never
+from typing import NoReturn, Protocol, TypeVar, assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.errors import PlanOutOfOrder
 from asyncllm.messages import Probe, RunnerStats, StepDone, StepPlan
+
+T = TypeVar("T")
 
 RECENT = 256  # steps that the times in the metrics are medians of
 JOIN_S = 5.0  # a device that hangs must not hang the exit
@@ -147,7 +149,7 @@ class Runner(Actor[StepPlan | Probe]):
             if self.reports:
                 self._post(self._report, done)
 
-    def _post(self, callback: Callable[[Any], None], value: Any) -> None:
+    def _post(self, callback: Callable[[T], None], value: T) -> None:
         try:
             self._loop.call_soon_threadsafe(callback, value)
         except RuntimeError:  # the loop has been closed: nobody is left to tell

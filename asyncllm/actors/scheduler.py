@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import inf
 from time import perf_counter
-from typing import Any, assert_never
+from typing import assert_never
 
 from asyncllm.actors.base import Actor, Ref
 from asyncllm.codec import INT32, INT64
@@ -110,7 +110,7 @@ class Scheduler(Actor[Inbox]):
             False  # nothing fits until a launched step is done or a request comes or goes
         )
         self._unpublished: list[tuple[Emitted, list[Scored]]] = []
-        self._detokenizers: dict[int, Ref[Any]] = {}
+        self._detokenizers: dict[int, Ref] = {}
         self._gone: set[int] = set()  # endpoints whose processes have ended
         self._draining = self._drained = False
 
@@ -310,7 +310,7 @@ class Scheduler(Actor[Inbox]):
             self._drained = True
             self._watchdog.tell(Drained("scheduler", self.system.endpoint))
 
-    def _detokenizer(self, endpoint: int) -> Ref[Any]:
+    def _detokenizer(self, endpoint: int) -> Ref:
         if (ref := self._detokenizers.get(endpoint)) is None:
             ref = self._detokenizers[endpoint] = self.system.ref("detokenizer", endpoint)
         return ref

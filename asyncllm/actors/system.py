@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
-from asyncllm.actors.base import Actor, MailboxFull, Ref
+from asyncllm.actors.base import AnyActor, MailboxFull, Ref
 from asyncllm.actors.transport import Transport, Wire
-from asyncllm.codec import decode, encode
+from asyncllm.codec import Message, decode, encode
 from asyncllm.errors import ActorCrashed, FatalError, StartupError
 from asyncllm.log import Seldom
 from asyncllm.topology import Endpoint, Topology
 
 CLOSING_S = 5.0
 LAST_WORDS_S = 1.0
-
-M = TypeVar("M")
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +53,8 @@ class ActorSystem:
         self.dead_letters = 0
         self.on_failure: Callable[[], object] = lambda: None
         self.loop = asyncio.get_running_loop()
-        self._actors: dict[str, Actor[Any]] = {}
-        self._tasks: dict[asyncio.Task[None], Actor[Any]] = {}
+        self._actors: dict[str, AnyActor] = {}
+        self._tasks: dict[asyncio.Task[None], AnyActor] = {}
         self._ended: asyncio.Future[None] = self.loop.create_future()
         self._wire = Transport(wire, self._arrive) if wire else None
         topology = topology or Topology((Endpoint(id=endpoint),))
@@ -65,7 +63,7 @@ class ActorSystem:
         self.loop.set_exception_handler(self._loop_error)
 
     @property
-    def actors(self) -> Collection[Actor[Any]]:
+    def actors(self) -> Collection[AnyActor]:
         """The actors that live here, in order of registration."""
         return self._actors.values()
 
@@ -106,12 +104,12 @@ class ActorSystem:
                     wire.disconnect(gone.id)
         self.topology = topology
 
-    def reject(self, msg: Any, why: str) -> None:
+    def reject(self, msg: Message, why: str) -> None:
         """Called by an actor that was sent what no sender of ours could have meant."""
         if self._wire:
             self._wire.reject(f"{type(msg).__name__}: {why}")
 
-    def add(self, actor: Actor[M]) -> Ref[M]:
+    def add(self, actor: AnyActor) -> Ref:
         """Register an actor; its ``started`` is called by :meth:`run`."""
         if actor.name in self._actors:
             raise ValueError(f"actor {actor.name!r} exists")
@@ -119,16 +117,16 @@ class ActorSystem:
         self._actors[actor.name] = actor
         return self.ref(actor.name)
 
-    def ref(self, name: str, endpoint: int | None = None) -> Ref[Any]:
+    def ref(self, name: str, endpoint: int | None = None) -> Ref:
         """Address of ``name`` on ``endpoint`` (None: here), whether it is there or not."""
         endpoint = self.endpoint if endpoint is None else endpoint
         return Ref(self, endpoint, name)
 
-    def at_coordinator(self, name: str) -> Ref[Any]:
+    def at_coordinator(self, name: str) -> Ref:
         """Address of ``name`` on the endpoint that coordinates the server."""
         return self.ref(name, self.topology.coordinator.id)
 
-    def at_leader(self, name: str) -> Ref[Any]:
+    def at_leader(self, name: str) -> Ref:
         """Address of ``name`` on the first rank of this endpoint's group."""
         topology = self.topology
         return self.ref(name, topology.leader(topology[self.endpoint].group).id)
@@ -140,7 +138,7 @@ class ActorSystem:
             FatalError: ActorCrashed with the cause chained, or the FatalError that was raised.
             StartupError: that an actor raised.
         """
-        opened: list[Actor[Any]] = []
+        opened: list[AnyActor] = []
         orderly = False
         try:
             if self._wire:
@@ -170,7 +168,7 @@ class ActorSystem:
         if self._wire and not self._wire.closed:
             self._wire.close()
 
-    def crashed(self, actor: Actor[Any], error: Exception) -> None:
+    def crashed(self, actor: AnyActor, error: Exception) -> None:
         """Called when ``actor`` raised: ends the system, or only the actor if it is not vital."""
         if self.over or self._actors.get(actor.name) is not actor:
             log.error("%s@%d failed while stopping", actor.name, self.endpoint, exc_info=error)
@@ -188,13 +186,13 @@ class ActorSystem:
             self._dead_letter(actor.name, msg)
         self._stop_one(actor)
 
-    def spawn(self, actor: Actor[Any], work: Coroutine[Any, Any, Any]) -> None:
+    def spawn(self, actor: AnyActor, work: Coroutine[None, None, Message | None]) -> None:
         """Run ``work``; its result goes into the actor's mailbox, its exception is the actor's."""
         task = self.loop.create_task(self._run(actor, work))
         self._tasks[task] = actor  # a bare task may be garbage-collected
         task.add_done_callback(self._tasks.pop)
 
-    def deliver(self, endpoint: int, name: str, msg: Any, urgent: bool) -> None:
+    def deliver(self, endpoint: int, name: str, msg: Message, urgent: bool) -> None:
         """Put ``msg`` into a mailbox here or send it. Raises MailboxFull or PeerLost."""
         if endpoint != self.endpoint:
             if self._wire is None or self._wire.closed or not self._wire.knows(endpoint):
@@ -206,13 +204,13 @@ class ActorSystem:
         else:
             actor.put(decode(encode(msg)) if self._encode_local else msg, urgent)
 
-    def _open(self, actor: Actor[Any]) -> None:
+    def _open(self, actor: AnyActor) -> None:
         try:
             actor.open()
         except Exception as error:
             self.crashed(actor, error)
 
-    async def _run(self, actor: Actor[Any], work: Coroutine[Any, Any, Any]) -> None:
+    async def _run(self, actor: AnyActor, work: Coroutine[None, None, Message | None]) -> None:
         try:
             msg = await actor.timed(work)
         except Exception as error:
@@ -225,13 +223,13 @@ class ActorSystem:
         else:
             self._dead_letter(actor.name, msg)
 
-    def _arrive(self, name: str, urgent: bool, msg: Any) -> None:
+    def _arrive(self, name: str, urgent: bool, msg: Message) -> None:
         try:
             if (actor := self._actors.get(name)) is None:
                 self._dead_letter(name, msg)
             elif type(msg) not in actor.remote:
                 self.reject(msg, f"not for {name}@{self.endpoint} from another process")
-            elif not actor.possible(msg):
+            elif not actor.possible(msg):  # type: ignore[arg-type]  # it is in ``remote``
                 self.reject(msg, f"beyond the limits of {name}@{self.endpoint}")
             else:
                 actor.put(msg, urgent)
@@ -239,7 +237,7 @@ class ActorSystem:
             log.error("%s@%d overrun by a peer", name, self.endpoint)
             self._fail(f"{name}@{self.endpoint}: {error!r}", error)
 
-    def _dead_letter(self, name: str, msg: Any) -> None:
+    def _dead_letter(self, name: str, msg: Message) -> None:
         self.dead_letters += 1
         self._dead_log.warning("dead letter for %s: %s", name, type(msg).__name__)
 
@@ -270,7 +268,7 @@ class ActorSystem:
             return
         self._fail(f"{message}: {error!r}", error)
 
-    async def _close(self, opened: list[Actor[Any]], orderly: bool) -> None:
+    async def _close(self, opened: list[AnyActor], orderly: bool) -> None:
         if self._wire:
             self._wire.pause()
         living = [a for a in reversed(opened) if a in self._actors.values()]
@@ -288,14 +286,14 @@ class ActorSystem:
         self.close()
         self.loop.set_exception_handler(None)
 
-    async def _close_one(self, actor: Actor[Any]) -> None:
+    async def _close_one(self, actor: AnyActor) -> None:
         await self._bounded(actor, actor.closing(), CLOSING_S)
 
-    async def _last_words(self, actor: Actor[Any]) -> None:
+    async def _last_words(self, actor: AnyActor) -> None:
         await self._bounded(actor, actor.failing(), LAST_WORDS_S)
 
     async def _bounded(
-        self, actor: Actor[Any], work: Coroutine[Any, Any, None], seconds: float
+        self, actor: AnyActor, work: Coroutine[None, None, None], seconds: float
     ) -> None:
         try:
             async with asyncio.timeout(seconds):
@@ -305,7 +303,7 @@ class ActorSystem:
         except Exception as error:
             log.error("%s@%d failed to close", actor.name, self.endpoint, exc_info=error)
 
-    def _stop_one(self, actor: Actor[Any]) -> None:
+    def _stop_one(self, actor: AnyActor) -> None:
         try:
             actor.stopped()
         except Exception as error:

@@ -11,12 +11,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import msgpack
 import zmq
 
-from asyncllm.codec import CodecError, decode
+from asyncllm.codec import CodecError, Message, decode
 from asyncllm.errors import PeerLost, StartupError
 from asyncllm.log import Seldom
 
@@ -79,7 +78,7 @@ class Transport:
         StartupError: the own address cannot be bound.
     """
 
-    def __init__(self, wire: Wire, on_message: Callable[[str, bool, Any], None]) -> None:
+    def __init__(self, wire: Wire, on_message: Callable[[str, bool, Message], None]) -> None:
         self._loop, self._on_message = asyncio.get_running_loop(), on_message
         self._keys = wire.keys
         self.foreign_frames = 0
@@ -234,7 +233,7 @@ def _head(name: str, urgent: bool) -> bytes:
     return head
 
 
-def _open(frame: bytes) -> tuple[str, bool, Any]:
+def _open(frame: bytes) -> tuple[str, bool, Message]:
     """Actor name, urgency and message of one frame. Raises CodecError for any other bytes."""
     view = memoryview(frame)
     reader = msgpack.Unpacker(use_list=False)

@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_network
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from asyncllm.config.options import Config
 
 Check = Callable[[Any], str | None]
+Single = bool | int | float | str | None
+T = TypeVar("T")
 ANY = "*"  # in Flag.unavailable: everything but the default
 
 
@@ -42,7 +44,7 @@ class Flag:
     values. A ``secret`` value is never shown.
     """
 
-    default: Any
+    default: object
     help: str
     group: str
     choices: tuple[str, ...] = ()
@@ -57,9 +59,9 @@ class Flag:
     name: str = ""
     kind: type = str
 
-    def complaint(self, value: Any) -> str | None:
+    def complaint(self, value: Single | tuple[Single, ...]) -> str | None:
         """Why ``value`` is wrong whatever the other options are, or None."""
-        for item in value if self.nargs else (value,):
+        for item in value if isinstance(value, tuple) else (value,):
             if item is None and self.default is None:
                 continue
             if self.choices and item not in self.choices:
@@ -68,15 +70,15 @@ class Flag:
                 return wrong if self.secret else f"{wrong}, not {item!r}"
         return None
 
-    def waits(self, value: Any) -> bool:
+    def waits(self, value: Single | tuple[Single, ...]) -> bool:
         """Whether ``value`` is fine but not available yet."""
-        items = value if self.nargs else (value,)
+        items = value if isinstance(value, tuple) else (value,)
         return value != self.default and (
             ANY in self.unavailable or any(item in self.unavailable for item in items)
         )
 
 
-def flag(default: Any, *, help: str, group: str, **more: Any) -> Any:  # noqa: A002
+def flag(default: T, *, help: str, group: str, **more: Any) -> T:  # noqa: A002
     """A field of ``Config`` that is also an option; the keywords are the fields of ``Flag``."""
     made = Flag(default, help, group, **more)
     return field(default=default, repr=not made.secret, metadata={"flag": made})

@@ -6,7 +6,7 @@ Knows no torch: what depends on the model or the device comes in as arguments.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from asyncllm.config.options import DTYPES, Config
 from asyncllm.errors import StartupError
@@ -52,7 +52,7 @@ class Resolved:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()  # what was asked for explicitly and is not so
     num_slots: int = 0
-    generation_config: dict[str, Any] = field(default_factory=dict)
+    generation_config: dict[str, object] = field(default_factory=dict)
     max_body_size: int = MIN_BODY_SIZE
     max_req_input_len: int | None = None
 

@@ -16,6 +16,7 @@ from asyncllm.config.flag import (
     ANY,
     Flag,
     Needs,
+    Single,
     above_zero,
     api_key,
     at_least,
@@ -398,7 +399,7 @@ class Config:
         warnings = [line for name in sorted(changed) for line in self._moot(name, values[name])]
         object.__setattr__(self, "warnings", tuple(dict.fromkeys((*self.warnings, *warnings))))
 
-    def _moot(self, name: str, value: Any) -> Iterator[str]:
+    def _moot(self, name: str, value: Single | tuple[Single, ...]) -> Iterator[str]:
         """A line if this option cannot matter. Raises StartupError where it cannot be honoured."""
         option, given = FLAGS[name], _as_typed(name, value)
         needs = option.needs
@@ -445,7 +446,7 @@ def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _as_typed(name: str, value: Any) -> str:
+def _as_typed(name: str, value: object) -> str:
     """``--tp 2``, ``--mode a b``, ``--check``: the option as one would type it."""
     if value is True:
         return f"--{name}"

@@ -7,11 +7,10 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
 
 from asyncllm import __version__
 from asyncllm.actors.allocator import Allocator
-from asyncllm.actors.base import Actor
+from asyncllm.actors.base import AnyActor
 from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.frontend import Frontend, Limits
 from asyncllm.actors.gate import Access
@@ -33,11 +32,11 @@ from asyncllm.server.loading import Parts
 MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
 
 
-def make_allocator(p: Parts) -> Actor[Any]:
+def make_allocator(p: Parts) -> AnyActor:
     return Allocator(p.num_slots.full, use_tree=not p.boot.config.disable_dynamic_prompt_cache)
 
 
-def make_scheduler(p: Parts) -> Actor[Any]:
+def make_scheduler(p: Parts) -> AnyActor:
     resolved = p.boot.resolved
     assert p.constraints is not None
     return Scheduler(
@@ -56,7 +55,7 @@ def make_scheduler(p: Parts) -> Actor[Any]:
     )
 
 
-def make_runner(p: Parts) -> Actor[Any]:
+def make_runner(p: Parts) -> AnyActor:
     assert p.device is not None
     monitor = JitMonitor()
     if p.boot.resolved.device == "cuda":
@@ -65,27 +64,29 @@ def make_runner(p: Parts) -> Actor[Any]:
     return Runner(p.device, reports=leads, jit_after_warmup=lambda: monitor.count)
 
 
-def make_detokenizer(p: Parts) -> Actor[Any]:
+def make_detokenizer(p: Parts) -> AnyActor:
     assert p.text is not None
     return Detokenizer(p.text)
 
 
-def make_tokenizer(p: Parts) -> Actor[Any]:
+def make_tokenizer(p: Parts) -> AnyActor:
     assert p.text is not None
     resolved = p.boot.resolved
+    most_new = resolved.generation_config.get("max_new_tokens")
+    assert most_new is None or isinstance(most_new, int), most_new
     return Tokenizer(
         p.text,
         Renderer(p.text.templates, p.text.special_tokens),
         limit=resolved.max_req_total_len,
         vocab_size=p.spec.vocab_size,
         input_limit=resolved.max_req_input_len,
-        most_new=resolved.generation_config.get("max_new_tokens"),
+        most_new=most_new,
         truncation=p.boot.config.long_truncation_mode,
         heals=p.boot.config.token_healing_mode,
     )
 
 
-def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
+def make_frontend(p: Parts, on_open: Callable[[], None]) -> AnyActor:
     assert p.text is not None
     assert p.dialect is not None
     config, resolved, text = p.boot.config, p.boot.resolved, p.text
@@ -132,17 +133,19 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> Actor[Any]:
     )
 
 
-def _info(p: Parts) -> dict[str, Any]:
+def _info(p: Parts) -> dict[str, object]:
     """All options but the secret ones, as they were resolved."""
     config, resolved = p.boot.config, p.boot.resolved
-    values = {name: getattr(config, name) for name in FLAGS if not FLAGS[name].secret}
+    values: dict[str, object] = {
+        name: getattr(config, name) for name in FLAGS if not FLAGS[name].secret
+    }
     known = {field.name for field in fields(resolved)}
     values |= {name: getattr(resolved, name) for name in values.keys() & known}
     values |= {"eos_id": resolved.eos_ids, "max_total_token_num": resolved.num_slots}
     return values | {"version": __version__}
 
 
-def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[Actor[Any]]:
+def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[AnyActor]:
     """The actors of this process, in order of start.
 
     Args:
@@ -151,8 +154,8 @@ def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[Actor
     """
     boot = parts.boot
     config, resolved = boot.config, boot.resolved
-    made: dict[str, Actor[Any]] = {}
-    makers: dict[str, Callable[[Parts], Actor[Any]]] = {
+    made: dict[str, AnyActor] = {}
+    makers: dict[str, Callable[[Parts], AnyActor]] = {
         "allocator": make_allocator,
         "grammar": lambda p: GrammarKeeper(p.grammars),
         "scheduler": make_scheduler,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from asyncllm.config import FLAGS
 from asyncllm.engine.build import num_parameters
@@ -64,16 +63,14 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
     return 0
 
 
-def _sampling(values: dict[str, Any]) -> str:
+def _sampling(values: dict[str, object]) -> str:
     said = ", ".join(f"{name} {value}" for name, value in values.items())
     return f"{said} (generation_config.json)" if said else "that of each route"
 
 
-def _shown(name: str, value: Any) -> str:
-    if FLAGS[name].secret:
-        return f"{len(value)} given"
+def _shown(name: str, value: object) -> str:
     if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "-"
+        return f"{len(value)} given" if FLAGS[name].secret else " ".join(map(str, value)) or "-"
     if isinstance(value, bool):
         return "on" if value else "off"
     return "-" if value is None else str(value)

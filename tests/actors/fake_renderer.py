@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from asyncllm import templates
 from asyncllm.api.chat import ChatTemplate
 from asyncllm.text import Text
@@ -19,4 +21,4 @@ class FakeRenderer:
         self.life.append("stop")
 
     async def render(self, chat: bytes) -> bytes:
-        return templates.answer(templates.render, self._template, chat)
+        return templates.answer(partial(templates.render, self._template, chat))
