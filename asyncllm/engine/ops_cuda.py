@@ -8,6 +8,8 @@ from torch import Tensor
 from asyncllm.kernels.embedding import embed_rmsnorm
 from asyncllm.kernels.gated import gated
 from asyncllm.kernels.linear import linear
+from asyncllm.kernels.moe.experts import experts
+from asyncllm.kernels.moe.route import route
 from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm
 from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from asyncllm.models.ops import Held, Stack
@@ -66,7 +68,17 @@ class TritonOps:
     def route(
         self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec
     ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        return route(
+            logits,
+            spec.top_k,
+            sigmoid=spec.scoring == "sigmoid",
+            bias=bias,
+            groups=spec.groups,
+            top_groups=spec.top_groups,
+            top2=spec.group_score == "top2",
+            renormalise=spec.renormalise,
+            scale=spec.scale,
+        )
 
     def experts(
         self,
@@ -76,7 +88,21 @@ class TritonOps:
         shared: tuple[Tensor, Tensor | None] | None,
         out: Tensor | None,
     ) -> Tensor:
-        raise NotImplementedError
+        gate_up, down = held.gate_up, held.down
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        added, gate = (None, None) if shared is None else shared
+        return experts(
+            x,
+            gate_up,
+            down,
+            *routed,
+            held=held.numbers,
+            activation=held.activation,
+            shared=added,
+            shared_gate=gate,
+            out=out,
+        )
 
     def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
         # logits, choice and weights; each pair's row between the products and behind them

@@ -22,6 +22,20 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @triton.jit
+def activated(gate, up, GELU: tl.constexpr):
+    """activation(gate) * up; silu, or gelu approximated by tanh."""
+    wide = gate.to(tl.float32)
+    if GELU:
+        # x * (1 + tanh(t)) / 2 = x * sigmoid(2 t)
+        inner = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
+    else:
+        inner = wide
+    # rounded before the product, as two separate torch operations do
+    active = (wide / (1.0 + tl.exp(-inner))).to(gate.dtype)
+    return (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _gated_kernel(
     x_ptr,
     out_ptr,
@@ -36,16 +50,7 @@ def _gated_kernel(
     mask = col < WIDTH
     gate = tl.load(x_ptr + row * x_stride + col, mask=mask, other=0.0)
     up = tl.load(x_ptr + row * x_stride + WIDTH + col, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    if GELU:
-        # x * (1 + tanh(t)) / 2 = x * sigmoid(2 t)
-        inner = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
-    else:
-        inner = wide
-    # rounded before the product, as two separate torch operations do
-    active = (wide / (1.0 + tl.exp(-inner))).to(gate.dtype)
-    product = (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-    tl.store(out_ptr + row * out_stride + col, product, mask=mask)
+    tl.store(out_ptr + row * out_stride + col, activated(gate, up, GELU), mask=mask)
 
 
 def gated(x: Tensor, activation: str = "silu", out: Tensor | None = None) -> Tensor:

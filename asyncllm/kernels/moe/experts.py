@@ -1,0 +1,383 @@
+"""Products of tokens with the weights of their experts, grouped by expert, and their weighted sum.
+
+Owns the walk over blocks of (token, expert) pairs; does not know how experts were chosen. Rows are
+read through the sorted order and written by the pair's number, so nothing is moved to be sorted; a
+token's sum reads its pairs in their order, so that it does not depend on who came last.
+"""
+
+# mypy: allow-incomplete-defs
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from asyncllm.kernels.autotune import Entry, num_sms, tuned
+from asyncllm.kernels.gated import activated, gated_ref
+from asyncllm.kernels.moe.order import order
+
+_BLOCK = 1024  # columns of the sum per program
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one product is built: outputs and inputs of a tile, warps, pipeline depth, blocks that
+    share a run of programs, and whether weights come by the tensor copy engine."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 1
+    copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """Pairs of a block, and both products: gate and up, of which a tile has ``block_n`` outputs
+    each, and down."""
+
+    block_m: int
+    up: Tile
+    down: Tile
+
+    @classmethod
+    def of(cls, entry: Entry) -> ExpertsConfig:
+        """From what ``dataclasses.asdict`` made of one."""
+        return cls(entry["block_m"], Tile(**entry["up"]), Tile(**entry["down"]))
+
+
+# class of a shape (``size_class``) -> configuration
+_CONFIGS = {
+    "few": ExpertsConfig(16, Tile(32, 128, 4, 4), Tile(32, 128, 4, 4)),
+    "8": ExpertsConfig(16, Tile(32, 128, 4, 4), Tile(64, 128, 4, 4)),
+    "32": ExpertsConfig(32, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
+    "128": ExpertsConfig(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
+    "many": ExpertsConfig(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3)),
+}
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+def _product_kernel(
+    x_ptr,
+    weight_ptr,
+    weight_desc,
+    pairs_ptr,
+    experts_ptr,
+    out_ptr,
+    num_pairs,
+    num_blocks,
+    x_row,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Row p of ``out`` [num_pairs, N] is row p // PAIRS_PER_ROW of ``x`` times the matrix of p's
+    expert; with GATED the matrix is [gate | up], and the row is activation(gate) * up."""
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    if GROUP == 1:
+        block = tl.program_id(0) // TILES
+        tile = tl.program_id(0) % TILES
+    else:  # neighbouring blocks, often of one expert, share a tile of weights
+        run = tl.program_id(0) // (TILES * GROUP)
+        height = tl.minimum(num_blocks - run * GROUP, GROUP)
+        block = run * GROUP + tl.program_id(0) % (TILES * GROUP) % height
+        tile = tl.program_id(0) % (TILES * GROUP) // height
+    expert = tl.load(experts_ptr + block)
+    if expert >= 0:
+        pair = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+        used = pair < num_pairs
+        k = tl.arange(0, BLOCK_K)
+        row = (pair // PAIRS_PER_ROW).to(tl.int64)
+        x_at = x_ptr + row[:, None] * x_row + k[None, :]
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = expert * N * (2 if GATED else 1)  # the matrix's first row
+        # outputs past the last are computed like it and not stored
+        at = (first + tl.minimum(n, N - 1)).to(tl.int64) * K
+        w_at = weight_ptr + at[None, :] + k[:, None]
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for begin in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            live = begin + k < K
+            if K % BLOCK_K == 0:
+                x = tl.load(x_at + begin, mask=used[:, None], other=0.0)
+            else:
+                x = tl.load(x_at + begin, mask=used[:, None] & live[None, :], other=0.0)
+            if COPY:  # past the last input it gives zeros
+                w = tl.trans(weight_desc.load([first + tile * BLOCK_N, begin]))
+            elif K % BLOCK_K == 0:
+                w = tl.load(w_at + begin)
+            else:
+                w = tl.load(w_at + begin, mask=live[:, None], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+            if GATED:
+                if COPY:
+                    w = tl.trans(weight_desc.load([first + N + tile * BLOCK_N, begin]))
+                elif K % BLOCK_K == 0:
+                    w = tl.load(w_at + begin + N * K)
+                else:
+                    w = tl.load(w_at + begin + N * K, mask=live[:, None], other=0.0)
+                up = tl.dot(x, w, up, input_precision="ieee")
+        made = acc.to(out_ptr.dtype.element_ty)
+        if GATED:
+            made = activated(made, up.to(out_ptr.dtype.element_ty), GELU)
+        out_at = out_ptr + pair.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(out_at, made, mask=used[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["first"])
+def _sum_kernel(
+    made_ptr,
+    ids_ptr,
+    weights_ptr,
+    shared_ptr,
+    gate_ptr,
+    out_ptr,
+    first,
+    shared_row,
+    gate_row,
+    out_row,
+    NUM_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    GATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < HIDDEN
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(TOP_K):
+        pair = token * TOP_K + k
+        expert = tl.load(ids_ptr + pair) - first
+        # rows of other experts were not written
+        width = tl.where((expert >= 0) & (expert < NUM_EXPERTS), HIDDEN, 0)
+        made = tl.load(made_ptr + pair * HIDDEN + column, mask=column < width, other=0.0)
+        total += made.to(tl.float32) * tl.load(weights_ptr + pair)
+    if SHARED:
+        shared = tl.load(shared_ptr + token * shared_row + column, mask=live, other=0.0)
+        shared = shared.to(tl.float32)
+        if GATE:
+            shared /= 1.0 + tl.exp(-tl.load(gate_ptr + token * gate_row))
+        total += shared
+    at = out_ptr + token * out_row + column
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=live)
+
+
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    held: range | None = None,
+    activation: str = "silu",
+    shared: Tensor | None = None,
+    shared_gate: Tensor | None = None,
+    out: Tensor | None = None,
+    config: ExpertsConfig | None = None,
+) -> Tensor:
+    """Weighted sum of what each token's experts make of it:
+    ``down(activation(gate(x)) * up(x))`` of each.
+
+    Args:
+        x: [num_tokens, hidden]; rows may be strided.
+        gate_up: [num_held or more, 2 * inner, hidden], contiguous, gate first; dtype of x.
+        down: [num_held or more, hidden, inner], contiguous; dtype of x.
+        ids: [num_tokens, top_k] int32, contiguous: numbers of each token's experts, no two the
+            same.
+        weights: [num_tokens, top_k] float32, contiguous.
+        held: numbers of the experts whose matrices these are; others add nothing. None: from 0.
+        activation: silu or gelu_tanh.
+        shared: [num_tokens, hidden], added to the sum; rows may be strided.
+        shared_gate: [num_tokens, 1] float32: its sigmoid multiplies ``shared``.
+        out: where to write, like the result; rows may be strided.
+        config: instead of the tuned or built-in one.
+
+    Returns:
+        [num_tokens, hidden]. Products are rounded where unfused torch code rounds them, the sum
+        once, in fp32 and in the order of ``ids`` with ``shared`` last.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+
+    Reference: ``experts_ref``. Does not synchronise; safe in CUDA graphs.
+    """
+    held = range(len(gate_up)) if held is None else held
+    _check(x, gate_up, down, ids, weights, held)
+    out = _checked_out(x, shared, shared_gate, out)
+    if len(x) == 0:
+        return out
+    if config is None:
+        config = experts_config(ids.numel(), len(held), down.shape[2], x.element_size(), x.device)
+    pairs, owners = order(ids, len(held), config.block_m, held.start)
+    top_k = ids.shape[1]
+    inner = _product(x, gate_up, pairs, owners, ids.numel(), top_k, config, activation)
+    made = _product(inner, down, pairs, owners, ids.numel(), 1, config, None)
+    _sum_kernel[(len(x), triton.cdiv(x.shape[1], _BLOCK))](
+        made,
+        ids,
+        weights,
+        shared,
+        shared_gate,
+        out,
+        held.start,
+        0 if shared is None else shared.stride(0),
+        0 if shared_gate is None else shared_gate.stride(0),
+        out.stride(0),
+        NUM_EXPERTS=len(held),
+        HIDDEN=x.shape[1],
+        TOP_K=top_k,
+        SHARED=shared is not None,
+        GATE=shared_gate is not None,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(x.shape[1])),
+        num_warps=4,
+    )
+    return out
+
+
+def _product(
+    x: Tensor,
+    weights: Tensor,
+    pairs: Tensor,
+    owners: Tensor,
+    num_pairs: int,
+    pairs_per_row: int,
+    config: ExpertsConfig,
+    activation: str | None,
+) -> Tensor:
+    """[num_pairs, N] of ``_product_kernel``, gated where there is an activation."""
+    n, k = weights.shape[1] // (1 if activation is None else 2), weights.shape[2]
+    tile = config.down if activation is None else config.up
+    out = torch.empty((num_pairs, n), dtype=x.dtype, device=x.device)
+    if len(owners) == 0:  # no experts here
+        return out
+    copy = tile.copy and k * x.element_size() % 16 == 0 and weights.data_ptr() % 16 == 0
+    desc = None
+    if copy:
+        desc = TensorDescriptor.from_tensor(weights.flatten(0, 1), [tile.block_n, tile.block_k])
+    _product_kernel[(len(owners) * triton.cdiv(n, tile.block_n),)](
+        x,
+        weights,
+        desc,
+        pairs,
+        owners,
+        out,
+        num_pairs,
+        len(owners),
+        x.stride(0),
+        N=n,
+        K=k,
+        PAIRS_PER_ROW=pairs_per_row,
+        GATED=activation is not None,
+        GELU=activation == "gelu_tanh",
+        COPY=copy,
+        BLOCK_M=config.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP=tile.group,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+    return out
+
+
+def experts_ref(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    held: range | None = None,
+    activation: str = "silu",
+    shared: Tensor | None = None,
+    shared_gate: Tensor | None = None,
+) -> Tensor:
+    """``experts`` in plain torch: one expert after the other, products and the sum in fp32."""
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for place, expert in enumerate(range(len(gate_up)) if held is None else held):
+        token, k = (ids == expert).nonzero(as_tuple=True)
+        inner = gated_ref((x[token].float() @ gate_up[place].float().T).to(x.dtype), activation)
+        made = (inner.float() @ down[place].float().T).to(x.dtype)
+        total[token] += made.float() * weights[token, k, None]
+    if shared is not None:
+        total += shared.float() * (1.0 if shared_gate is None else shared_gate.sigmoid())
+    return total.to(x.dtype)
+
+
+def size_class(num_pairs: int, num_experts: int, inner: int, device: torch.device) -> str:
+    """Class of a shape by pairs per expert: up to 8, 32, 128, or many; few where there would not be
+    two tiles of 64 outputs for each multiprocessor."""
+    if num_pairs * triton.cdiv(inner, 64) < 2 * num_sms(device):
+        return "few"
+    return next((str(n) for n in (8, 32, 128) if num_pairs <= n * num_experts), "many")
+
+
+def experts_config(
+    num_pairs: int, num_experts: int, inner: int, element_size: int, device: torch.device
+) -> ExpertsConfig:
+    """The configuration for a shape: the device's tuned one or that of the table, with small tiles
+    for 4-byte elements."""
+    size = size_class(num_pairs, num_experts, inner, device)
+    entry = tuned(device, "experts", size)
+    found = _CONFIGS[size] if entry is None else ExpertsConfig.of(entry)
+    if element_size <= 2:
+        return found
+    small = Tile(32, 32, 4, 2)
+    return dataclasses.replace(found, block_m=min(found.block_m, 32), up=small, down=small)
+
+
+def _check(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, held: range
+) -> None:
+    if x.dim() != 2 or x.stride(1) != 1:
+        raise ValueError(f"x must be rows: {tuple(x.shape)}")
+    num, width, hidden = gate_up.shape
+    if (hidden, width % 2) != (x.shape[1], 0) or down.shape != (num, hidden, width // 2):
+        raise ValueError(
+            f"gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)} do not fit x "
+            f"{tuple(x.shape)}"
+        )
+    if not (gate_up.is_contiguous() and down.is_contiguous()):
+        raise ValueError("gate_up and down must be contiguous")
+    if not x.dtype == gate_up.dtype == down.dtype:
+        raise ValueError(f"x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}")
+    if num < len(held) or held.step != 1:
+        raise ValueError(f"{held} does not fit {num} experts")
+    fits = ids.dim() == 2 and len(ids) == len(x) and ids.shape == weights.shape
+    if not fits or ids.dtype != torch.int32 or weights.dtype != torch.float32:
+        raise ValueError(f"ids {tuple(ids.shape)} {ids.dtype}, weights {tuple(weights.shape)}")
+    if not (ids.is_contiguous() and weights.is_contiguous()):
+        raise ValueError("ids and weights must be contiguous")
+
+
+def _checked_out(
+    x: Tensor, shared: Tensor | None, shared_gate: Tensor | None, out: Tensor | None
+) -> Tensor:
+    for name, tensor in (("shared", shared), ("out", out)):
+        if tensor is not None and (
+            tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.stride(1) != 1
+        ):
+            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} does not fit x")
+    if shared_gate is not None and (
+        shared is None or shared_gate.shape != (len(x), 1) or shared_gate.dtype != torch.float32
+    ):
+        raise ValueError(f"shared_gate {tuple(shared_gate.shape)} {shared_gate.dtype}")
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
