@@ -15,7 +15,7 @@ from math import isfinite
 
 from asyncllm.codec import INT32, Message, message
 from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
-from asyncllm.records import Answered, Done, Failure, Logprobs, Opened, int32s
+from asyncllm.records import Answered, Done, Failure, Load, Logprobs, Opened, int32s, int64s
 from asyncllm.topology import Contract, Endpoint, Topology
 
 FRONTEND_SHIFT = 40  # rid >> FRONTEND_SHIFT is the endpoint of the request's frontend
@@ -74,7 +74,7 @@ class Accepted(Message):
 
 @message(3)
 class Submit(Message):
-    """tokenizer -> scheduler."""
+    """tokenizer -> scheduler, by the balancer where there are several groups."""
 
     rid: int
     prompt: array[int]
@@ -89,10 +89,18 @@ class Submit(Message):
     def valid(self) -> bool:
         return _is_rid(self.rid) and self.thoughts in ("open", "closed", "none", "")
 
+    def fits(self, vocab_size: int, max_len: int) -> bool:
+        """Whether it is within the limits that its tokenizer has held it against."""
+        prompt, params = self.prompt, self.params
+        if params.max_new_tokens is None or len(prompt) + params.max_new_tokens > max_len:
+            return False
+        ids = min(prompt, default=0), max(prompt, default=0)
+        return params.possible(vocab_size) and ids[0] >= 0 and ids[1] < vocab_size
+
 
 @message(4)
 class Abort(Message):
-    """frontend -> tokenizer -> scheduler, urgent, behind what begins the request.
+    """frontend -> tokenizer -> scheduler, urgent, on the way of what begins the request, behind it.
 
     The tokenizer passes it on unless the request is still there; unknown and ended ids are ignored.
     """
@@ -160,7 +168,10 @@ class Prepared(Message):
 
 @message(26)
 class Compile(Message):
-    """tokenizer -> grammar@leader: make this grammar ready; the answer is ``Compiled``."""
+    """tokenizer -> grammar@leader: make this grammar ready; the answer is ``Compiled``.
+
+    Where there are several groups the balancer tells all leaders, and each of them answers.
+    """
 
     endpoint: int  # where the tokenizer is
     job: int
@@ -313,6 +324,14 @@ class Due(Message):
     """scheduler -> itself: the step that was held back is to be launched."""
 
 
+@message(16)
+class Progress(Message):
+    """scheduler -> balancer, if there is one: what has changed about its requests."""
+
+    begun: array[int] = field(default_factory=int64s)  # rids that have been given a place
+    ended: array[int] = field(default_factory=int64s)
+
+
 # -- tokens go out -------------------------------------------------------------------------------
 
 
@@ -352,7 +371,10 @@ class Delta(Message):
 
 @message(22)
 class StopHit(Message):
-    """detokenizer -> scheduler, urgent: a stop string or a stop sequence ended ``num_tokens``."""
+    """detokenizer -> scheduler, urgent, on the way of ``Submit``.
+
+    A stop string or a stop sequence ended ``num_tokens``.
+    """
 
     rid: int
     num_tokens: int
@@ -439,8 +461,10 @@ class Welcome(Message):
 
 @message(38)
 class Gone(Message):
-    """coordinator -> every scheduler: this endpoint's process has ended,
-    and its requests with it."""
+    """coordinator -> balancer and every scheduler: an endpoint's process has ended.
+
+    Its requests have ended with it.
+    """
 
     endpoint: int
 
@@ -467,12 +491,7 @@ class Scraped(Message):
 
     query: int
     exposition: bytes  # Prometheus text
-    used: int  # slots held by requests
-    cached: int
-    total: int
-    running: int
-    waiting: int
-    expected: int  # slots held and promised: prompt + max_new_tokens of running and waiting
+    loads: tuple[Load, ...]  # of each group
 
 
 @message(42)

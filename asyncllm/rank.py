@@ -77,7 +77,7 @@ def serve(config: Config) -> int:
             logger.info("%s", note)
         if not config.check:
             hold_draining()  # from here on there is a folder to be removed
-        topology = Topology.on_one_node(tp=config.tp, http=config.httpserver_workers)
+        topology = Topology.on_one_node(tp=config.tp, dp=config.dp, http=config.httpserver_workers)
         wires = Wires(config.zmq_mode, alone=len(topology.endpoints) == 1)
         stack.callback(wires.close)
         watch.leave = partial(_leave, wires)

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from asyncllm.codec import FLOAT32, INT32, record
+from asyncllm.codec import FLOAT32, INT32, INT64, record
 from asyncllm.core.request import SamplingParams, Verdict
 from asyncllm.errors import RequestError
 
@@ -19,6 +19,11 @@ record(SamplingParams)
 def int32s() -> array[int]:
     """An empty column."""
     return array(INT32)
+
+
+def int64s() -> array[int]:
+    """An empty column of wide numbers."""
+    return array(INT64)
 
 
 def _floats() -> array[float]:
@@ -139,3 +144,19 @@ class Answered:
     ttft_s: float
     tpot_s: float
     total_s: float
+
+
+@record
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a group has to do.
+
+    Args:
+        used: KV slots held by requests.
+        expected: held and promised: prompt + max_new_tokens of running and waiting requests.
+        total: KV slots there are.
+    """
+
+    used: int = 0
+    expected: int = 0
+    total: int = 0

@@ -15,11 +15,11 @@ from asyncllm.codec import record
 # In order of start; they stop in reverse, so that the frontend's last answers still find the
 # others.
 ACTORS = (
-    "allocator", "grammar", "scheduler", "runner", "detokenizer", "tokenizer", "frontend",
-    "watchdog",
+    "allocator", "grammar", "scheduler", "balancer", "runner", "detokenizer", "tokenizer",
+    "frontend", "watchdog",
 )  # fmt: skip
 
-LEADER, FOLLOWER, HTTP = "leader", "follower", "http"
+LEADER, FOLLOWER, HTTP, BALANCER = "leader", "follower", "http", "balancer"
 WHOLE = (LEADER, HTTP)  # the roles of a process that is a server by itself
 
 # A row for each role; an endpoint with several roles has the actors of all of them, each once.
@@ -27,6 +27,7 @@ PLACEMENT: Mapping[str, frozenset[str]] = {
     LEADER: frozenset({"allocator", "grammar", "scheduler", "runner", "watchdog"}),
     FOLLOWER: frozenset({"runner", "watchdog"}),
     HTTP: frozenset({"detokenizer", "tokenizer", "frontend", "watchdog"}),
+    BALANCER: frozenset({"balancer"}),
 }
 
 # What a leader's watchdog asks for numbers. Followers do what their leader does, and are not asked.
@@ -44,7 +45,7 @@ class Endpoint:
         address: where it is reached; "" until it has bound a socket and told where.
         roles: rows of ``PLACEMENT``.
         device: index of its accelerator on its node; None: it computes nothing.
-        group: its tensor-parallel group; without a device: the one whose scheduler it talks to.
+        group: its tensor-parallel group; without a device it has none of its own.
         group_rank: place in the group; -1 without a device.
     """
 
@@ -104,13 +105,20 @@ class Topology:
     endpoints: tuple[Endpoint, ...]
 
     @staticmethod
-    def on_one_node(tp: int = 1, http: int = 1) -> Topology:
-        """One group of ``tp`` ranks; ``http`` processes serve HTTP, the first rank among them."""
-        followers = (
-            Endpoint(id=i, roles=(FOLLOWER,), device=i, group_rank=i) for i in range(1, tp)
-        )
-        workers = (http_worker(tp + i) for i in range(http - 1))
-        return Topology((Endpoint(id=0), *followers, *workers))
+    def on_one_node(tp: int = 1, http: int = 1, dp: int = 1) -> Topology:
+        """``tp`` ranks in ``dp`` groups; ``http`` processes serve HTTP, rank 0 among them."""
+        ranks = [
+            Endpoint(
+                id=i,
+                roles=(FOLLOWER if i % (tp // dp) else LEADER,),
+                device=i,
+                group=i // (tp // dp),
+                group_rank=i % (tp // dp),
+            )
+            for i in range(tp)
+        ]
+        ranks[0] = replace(ranks[0], roles=WHOLE if dp == 1 else (*WHOLE, BALANCER))
+        return Topology((*ranks, *(http_worker(tp + i) for i in range(http - 1))))
 
     @property
     def coordinator(self) -> Endpoint:
@@ -150,6 +158,15 @@ class Topology:
         """Whether an endpoint is the first rank of its group."""
         return self[number].group_rank == 0
 
+    def intake(self, actor: str) -> tuple[str, int]:
+        """(actor, endpoint) to which one says what is for ``actor`` on the leader of a request.
+
+        That actor itself where there is one group, else the balancer, which passes it on.
+        """
+        if len(self.groups) > 1:
+            return "balancer", self.coordinator.id
+        return actor, self.leader(self.groups[0]).id
+
     def placed(self, actor: str) -> tuple[int, ...]:
         """Numbers of the endpoints where an actor of this name lives."""
         return tuple(e.id for e in self.endpoints if actor in e.actors)
@@ -167,12 +184,9 @@ class Topology:
     def peers(self, number: int) -> tuple[Endpoint, ...]:
         """The other endpoints that one may have something to send to."""
         me = self[number]
-        if me == self.coordinator:
-            near = set(self.endpoints)
-        else:
-            near = {self.coordinator, self.leader(me.group)}
+        near = set(self.endpoints) if me == self.coordinator else {self.coordinator}
         if self.leads(number):
-            near |= {e for e in self.endpoints if e.group == me.group}
+            near |= {e for e in self.endpoints if e.group == me.group or HTTP in e.roles}
         return tuple(e for e in self.endpoints if e in near and e.id != number)
 
     def served_here(self, number: int) -> tuple[str, ...]:
@@ -182,9 +196,11 @@ class Topology:
         """
         if not self.leads(number):
             return ()
-        if self[number] == self.coordinator and len(self.groups) == 1:
-            return ("runner", "detokenizer", "tokenizer", "frontend")
-        return ("runner",)
+        if self[number] != self.coordinator:
+            return ("runner",)
+        if len(self.groups) == 1:
+            return ("runner", "detokenizer", "tokenizer")
+        return ("runner", "scheduler", "grammar")
 
     def name(self, number: int) -> str:
         """How logs and errors call an endpoint: "rank 1", "HTTP worker 1" for those after them."""
@@ -214,6 +230,6 @@ class Topology:
         return Topology(tuple(Endpoint(**{**e, "roles": tuple(e["roles"])}) for e in plain))
 
 
-def http_worker(number: int, group: int = 0) -> Endpoint:
-    """An endpoint that serves HTTP for a group, and nothing else."""
-    return Endpoint(id=number, roles=(HTTP,), device=None, group=group, group_rank=-1)
+def http_worker(number: int) -> Endpoint:
+    """An endpoint that serves HTTP, and nothing else."""
+    return Endpoint(id=number, roles=(HTTP,), device=None, group=-1, group_rank=-1)

@@ -61,7 +61,7 @@ def sample(name: str) -> tuple[list[str], object]:
         return [], True
     if name == "trust_forwarded_for":
         value = "10.0.0.0/8"
-    elif option.unavailable or option.needs or option.choices:
+    elif option.unavailable or option.needs or option.choices or name == "dp":
         value = option.choices[0] if option.default is None else option.default
     else:
         value = {int: 5, float: 0.5, str: "text"}[option.kind]
@@ -155,7 +155,7 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
         (["--run_mode", "config_server"], "not available yet"),
         (["--nnodes", "2"], "--nnodes 2 is not available yet"),
         (["--node-rank", "1"], "not available yet"),
-        (["--dp", "2"], "not available yet"),
+        (["--tp", "3", "--dp", "2"], "--tp must be a multiple of --dp"),
         (["--mode", "triton_int8kv", "ppl_fp16"], "--mode triton_int8kv ppl_fp16 is not available"),
         (["--load_way", "DSS"], "--load_way"),
         (["--use_config_server_to_init_nccl", "--tp", "2"], "not available yet"),
@@ -274,7 +274,7 @@ def test_page_is_fresh_and_complete() -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--dp", "2"], "--dp 2 is not available yet"),
+        (["--nnodes", "2"], "--nnodes 2 is not available yet"),
         (["--prot", "1"], "did you mean --port?"),
         (["--chat_template", "x"], "the chat template is the model folder's"),
     ],
@@ -292,11 +292,11 @@ def test_command_line_loads_neither_torch_nor_the_server() -> None:
         "import sys\n"
         "from asyncllm.cli import main, parse\n"
         "parse(['--tp', '2'])\n"
-        "assert main(['--help']) == 0 and main(['--version']) == 0 and main(['--dp', '2']) == 2\n"
+        "assert main(['--help']) == 0 and main(['--version']) == 0 and main(['--nnodes', '2']) == 2\n"
         f"sys.exit(' '.join(m for m in {heavy} if m in sys.modules) or 0)\n"
     )
     done = run("-c", script)
-    assert done.stderr == "asyncllm: --dp 2 is not available yet\n"
+    assert done.stderr == "asyncllm: --nnodes 2 is not available yet\n"
     assert done.returncode == 0
 
 

@@ -60,6 +60,7 @@ OURS: dict[str, Any] = {
     "long_truncation_mode": "None",
     "use_tgi_api": False,
     "diverse_mode": False,
+    "dp_balancer": "cache_aware",
     "token_healing_mode": False,
     "generation_config": "auto",
     "output_constraint_mode": "llguidance",
@@ -218,11 +219,19 @@ def test_keys_are_checked_and_never_shown(key: str) -> None:
     assert "good-key" not in repr(Config(api_key=("good-key",)))
 
 
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (3, 2), (2, 4)])
+def test_ranks_that_cannot_be_divided_among_the_groups_end_the_start(tp: int, dp: int) -> None:
+    with pytest.raises(StartupError, match=rf"^--tp {tp} ranks .* --dp {dp} groups: --tp must be"):
+        Config(tp=tp, dp=dp)
+    assert Config(tp=4, dp=2).warnings == ()
+    (line,) = Config(dp_balancer="round_robin").warnings
+    assert line == "--dp_balancer round_robin has no effect: it counts with --dp above 1"
+
+
 UNAVAILABLE = [
     *(("run_mode", mode) for mode in ("prefill", "decode", "pd_master", "config_server")),
     ("nnodes", 2),
     ("node_rank", 1),
-    ("dp", 2),
     *(("mode", (name,)) for name in ("triton_int8kv", "ppl_int8kv", "triton_fp8kv")),
     ("mode", ("triton_flashdecoding", "triton_int8kv")),
 ]

@@ -11,6 +11,7 @@ import pytest
 from asyncllm.codec import protocol
 from asyncllm.config import Config
 from asyncllm.topology import (
+    BALANCER,
     FOLLOWER,
     HTTP,
     LEADER,
@@ -21,17 +22,18 @@ from asyncllm.topology import (
     http_worker,
 )
 
-# two nodes of two GPUs, a group of two ranks on each; an HTTP worker for either group
+# two nodes of two GPUs, a group of two ranks on each; an HTTP worker on either
 NODES = Topology(
     (
-        Endpoint(id=0, address="tcp://a:1", roles=WHOLE, device=0, group=0, group_rank=0),
+        Endpoint(id=0, address="tcp://a:1", roles=(*WHOLE, BALANCER), device=0, group=0,
+                 group_rank=0),
         Endpoint(id=1, address="tcp://a:2", roles=(FOLLOWER,), device=1, group=0, group_rank=1),
         Endpoint(id=2, node=1, address="tcp://b:1", roles=(FOLLOWER,), device=1, group=1,
                  group_rank=1),
         Endpoint(id=3, node=1, address="tcp://b:2", roles=(LEADER,), device=0, group=1,
                  group_rank=0),
         replace(http_worker(4), address="tcp://a:3"),
-        replace(http_worker(5, group=1), node=1, address="tcp://b:3"),
+        replace(http_worker(5), node=1, address="tcp://b:3"),
     )
 )  # fmt: skip
 
@@ -63,6 +65,24 @@ def test_ranks_come_first_on_one_node_then_http_workers() -> None:
     assert topology.groups == (0,)
 
 
+def test_ranks_are_divided_among_groups_in_order() -> None:
+    topology = Topology.on_one_node(tp=6, dp=3, http=2)
+    assert [(e.group, e.group_rank) for e in topology.ranks] == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1),
+    ]  # fmt: skip
+    assert [e.device for e in topology.ranks] == [0, 1, 2, 3, 4, 5]
+    assert [topology.leader(group).id for group in topology.groups] == [0, 2, 4]
+    assert topology[2].roles == (LEADER,)
+    assert topology[3].roles == (FOLLOWER,)
+    assert topology.placed("balancer") == (0,)
+    assert Topology.on_one_node(tp=6).placed("balancer") == ()
+
+
+def test_what_requests_say_goes_by_the_balancer_where_there_are_groups() -> None:
+    assert Topology.on_one_node(tp=2, http=2).intake("grammar") == ("grammar", 0)
+    assert NODES.intake("grammar") == NODES.intake("scheduler") == ("balancer", 0)
+
+
 def test_everybody_talks_to_the_coordinator_alone_in_one_group() -> None:
     topology = Topology.on_one_node(tp=2, http=2)
     assert ids(topology.peers(0)) == [1, 2]
@@ -85,21 +105,20 @@ def test_each_group_schedules_for_itself_and_reports() -> None:
     }
 
 
-def test_peers_are_the_own_group_and_who_coordinates() -> None:
+def test_leaders_send_to_their_group_and_who_serves_http_others_to_the_coordinator() -> None:
     assert ids(NODES.peers(0)) == [1, 2, 3, 4, 5]
-    assert ids(NODES.peers(1)) == [0]
-    assert ids(NODES.peers(2)) == [0, 3]
-    assert ids(NODES.peers(3)) == [0, 2, 5]
-    assert ids(NODES.peers(4)) == [0]
-    assert ids(NODES.peers(5)) == [0, 3]
+    assert ids(NODES.peers(1)) == ids(NODES.peers(2)) == [0]
+    assert ids(NODES.peers(3)) == [0, 2, 4, 5]
+    assert ids(NODES.peers(4)) == ids(NODES.peers(5)) == [0]
 
 
 def test_what_nobody_elsewhere_talks_to_depends_on_the_groups() -> None:
     alone = Topology.on_one_node(tp=2, http=2)
-    assert set(alone.served_here(0)) == {"runner", "detokenizer", "tokenizer", "frontend"}
+    assert set(alone.served_here(0)) == {"runner", "detokenizer", "tokenizer"}
     assert alone.served_here(1) == alone.served_here(2) == ()
-    # another group's scheduler may have tokens for a frontend of the coordinator
-    assert NODES.served_here(0) == NODES.served_here(3) == ("runner",)
+    # another group's leader may have tokens for whom the coordinator serves, but nothing to submit
+    assert set(NODES.served_here(0)) == {"runner", "scheduler", "grammar"}
+    assert NODES.served_here(3) == ("runner",)
 
 
 def test_another_takes_the_place_of_one_and_no_number_comes_again() -> None:

@@ -20,6 +20,8 @@ class Allocator(Actor[Reserve | Release | Probe]):
         use_tree: False: no prefix cache (--disable_dynamic_prompt_cache).
     """
 
+    orders = frozenset({Probe})
+
     def __init__(self, num_slots: int, *, use_tree: bool = True) -> None:
         super().__init__("allocator")
         self.ledger = Ledger(num_slots, use_tree=use_tree)

@@ -55,11 +55,14 @@ class Actor(Generic[M]):
 
     Attributes:
         remote: types of messages that it takes from other processes; others are dropped there.
+        orders: types that only the coordinator's process sends: where that is another one, they are
+            taken as well.
         busy_s: seconds spent inside ``receive`` so far.
     """
 
     capacity = 4096
     remote: Collection[type] = frozenset()
+    orders: Collection[type] = frozenset()
     vital = True  # a crash ends this endpoint's process; False: it ends this actor only
 
     def __init__(self, name: str) -> None:

@@ -52,7 +52,7 @@ class Detokenizer(Actor[Inbox]):
 
     def started(self) -> None:
         self.frontend = self.system.ref("frontend")
-        self.scheduler = self.system.at_leader("scheduler")
+        self.scheduler = self.system.at_intake("scheduler")
 
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:

@@ -106,7 +106,7 @@ class Frontend(Actor[Inbox]):
 
     # a step may bring a Delta and a Finished for each live request, several steps may wait
     capacity = 65536
-    remote = frozenset({Started, Drain, Scraped, Cancel})
+    orders = frozenset({Started, Drain, Scraped, Cancel})
 
     def __init__(
         self,

@@ -320,14 +320,18 @@ class Routes:
         return _json(b'{"message":"Ok"}' if ok else b'{"message":"Error"}', 200 if ok else 503)
 
     async def _token_load(self, request: web.Request) -> web.StreamResponse:
-        state = await self._front.scrape()
-        total = max(state.total, 1)
-        load = {
-            "current_load": state.used / total,
-            "logical_max_load": state.expected / total,
-            "dynamic_max_load": state.expected / total,
+        """As LightLLM: numbers, or with several groups lists of one for each."""
+        loads = (await self._front.scrape()).loads
+        used = [load.used / max(load.total, 1) for load in loads]
+        expected = [load.expected / max(load.total, 1) for load in loads]
+        shares = {
+            "current_load": used,
+            "logical_max_load": expected,
+            "dynamic_max_load": expected,
         }
-        return _json(sse.body(load))
+        if len(loads) == 1:
+            return _json(sse.body({name: share[0] for name, share in shares.items()}))
+        return _json(sse.body(shares))
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         state = await self._front.scrape()

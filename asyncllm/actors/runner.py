@@ -60,6 +60,7 @@ class Runner(Actor[StepPlan | Probe]):
     """
 
     remote = frozenset({StepPlan})
+    orders = frozenset({Probe})
 
     def __init__(
         self, device: Device, *, reports: bool, jit_after_warmup: Callable[[], int] = lambda: 0

@@ -32,6 +32,7 @@ from asyncllm.messages import (
     Gone,
     Granted,
     Probe,
+    Progress,
     Release,
     SchedulerStats,
     StepDone,
@@ -62,9 +63,11 @@ class Scheduler(Actor[Inbox]):
         workers: threads for what constraints have to work out.
         vocab_size, max_len: what a request of another process is held against, as its own process
             has done already.
+        balanced: a balancer wants to know when requests begin and end.
     """
 
     remote = frozenset({Submit, Abort, StopHit})
+    orders = frozenset({Drain, Gone, Probe})
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class Scheduler(Actor[Inbox]):
         workers: int = 1,
         vocab_size: int = MAX_COUNT,
         max_len: int = MAX_COUNT,
+        balanced: bool = False,
         constrain: Callable[[SamplingParams, str, tuple[bytes, ...]], Constraint | None] = (
             lambda *_: None
         ),
@@ -101,6 +105,7 @@ class Scheduler(Actor[Inbox]):
         self._workers = self._free = workers
         self._ranks, self._depth, self._constrain = runners, depth, constrain
         self._vocab_size, self._max_len = vocab_size, max_len
+        self._balanced = balanced
         self._inflight: deque[Step] = deque()
         self._pacer = Pacer()
         self._masks_until = 0.0  # a step waits for masks up to here
@@ -117,6 +122,7 @@ class Scheduler(Actor[Inbox]):
     def started(self) -> None:
         self._allocator = self.system.ref("allocator")
         self._watchdog = self.system.at_coordinator("watchdog")
+        self._balancer = self.system.at_coordinator("balancer")
         self._runners = [self.system.ref("runner", rank) for rank in self._ranks]
 
     def receive(self, batch: list[Inbox]) -> None:
@@ -184,13 +190,7 @@ class Scheduler(Actor[Inbox]):
 
     def possible(self, msg: Inbox) -> bool:
         """Whether a request of another process is within the limits that it was checked against."""
-        if not isinstance(msg, Submit):
-            return True
-        prompt, params = msg.prompt, msg.params
-        if params.max_new_tokens is None or len(prompt) + params.max_new_tokens > self._max_len:
-            return False
-        ids = min(prompt, default=0), max(prompt, default=0)
-        return params.possible(self._vocab_size) and ids[0] >= 0 and ids[1] < self._vocab_size
+        return not isinstance(msg, Submit) or msg.fits(self._vocab_size, self._max_len)
 
     def _forget(self, endpoint: int) -> None:
         """Its requests end, untold; what it has sent before its end and comes later is ignored."""
@@ -302,10 +302,15 @@ class Scheduler(Actor[Inbox]):
                 if endpoint not in self._gone:
                     self._detokenizer(endpoint).tell(tokens)
         self._unpublished.clear()
-        for end in self.core.ended:
+        begun, ended = self.core.begun, self.core.ended
+        for end in ended:
             if (endpoint := end.rid >> FRONTEND_SHIFT) not in self._gone:
                 self._detokenizer(endpoint).tell(end)
-        self.core.ended.clear()
+        if self._balanced and (begun or ended):
+            rids = array(INT64, begun), array(INT64, [end.rid for end in ended])
+            self._balancer.tell(Progress(*rids))
+        begun.clear()
+        ended.clear()
         if self._draining and not (self._drained or self.core.requests or self._inflight):
             self._drained = True
             self._watchdog.tell(Drained("scheduler", self.system.endpoint))

@@ -126,10 +126,9 @@ class ActorSystem:
         """Address of ``name`` on the endpoint that coordinates the server."""
         return self.ref(name, self.topology.coordinator.id)
 
-    def at_leader(self, name: str) -> Ref:
-        """Address of ``name`` on the first rank of this endpoint's group."""
-        topology = self.topology
-        return self.ref(name, topology.leader(topology[self.endpoint].group).id)
+    def at_intake(self, name: str) -> Ref:
+        """Address for what is to reach ``name`` on a request's leader, see ``Topology.intake``."""
+        return self.ref(*self.topology.intake(name))
 
     async def run(self) -> None:
         """Run until ``stop``.

@@ -67,6 +67,7 @@ class _Job:
     ids: array[int] = field(default_factory=lambda: array(INT32))  # once they are known
     cut: bool = False  # there were more before some were left out
     dropped: int = 0  # tokens at their end that the output spells anew
+    compiling: int = 0  # groups whose grammar is not ready
     params: SamplingParams = field(
         default_factory=SamplingParams
     )  # with max_new_tokens, of a Tokenize
@@ -150,8 +151,9 @@ class Tokenizer(Actor[Inbox]):
     def started(self) -> None:
         self.frontend = self.system.ref("frontend")
         self.detokenizer = self.system.ref("detokenizer")
-        self.scheduler = self.system.at_leader("scheduler")
-        self.grammar = self.system.at_leader("grammar")
+        self.scheduler = self.system.at_intake("scheduler")
+        self.grammar = self.system.at_intake("grammar")
+        self._num_groups = len(self.system.topology.groups)
         if self._text.templates:
             self._renderer.start()
 
@@ -298,8 +300,11 @@ class Tokenizer(Actor[Inbox]):
             self._answer(msg.job, job, msg.ids)
 
     def _compiled(self, msg: Compiled) -> None:
-        if (job := self._jobs.get(msg.job)) is None:
+        if (job := self._jobs.get(msg.job)) is None or not job.compiling:
             return
+        job.compiling -= 1
+        if msg.failure is None and job.compiling:
+            return  # the request may come to any group
         self._forget(msg.job, job)
         if msg.failure is not None:
             self._refuse(job, msg.failure)
@@ -423,6 +428,7 @@ class Tokenizer(Actor[Inbox]):
         job.dropped = self._to_heal(ids, job.params) if msg.text is not None else 0
         if params.grammar is not None:
             kind, source = params.grammar
+            job.compiling = self._num_groups
             self.grammar.tell(
                 Compile(
                     endpoint=self.system.endpoint,

@@ -14,7 +14,7 @@ import os
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from time import perf_counter
 from typing import TypeVar, assert_never
@@ -42,6 +42,7 @@ from asyncllm.messages import (
     Started,
     Welcome,
 )
+from asyncllm.records import Load
 from asyncllm.topology import Contract, Topology
 
 EXIT_HUNG = 70
@@ -184,7 +185,8 @@ class Watchdog(Actor[Inbox]):
         me, topology = self.system.endpoint, self.system.topology
         self._leads = me == topology.coordinator.id
         if self._leads:
-            self.remote = frozenset({Hello, Cancel, Drained, Scrape, Served})
+            several = REPORTER if len(topology.groups) > 1 else ()  # other leaders have numbers too
+            self.remote = frozenset({Hello, Cancel, Drained, Scrape, Served, *several})
             self._absent = {e.id for e in topology.endpoints} - {me}
         else:
             self.remote = frozenset({Welcome, Halt, Lost})
@@ -330,8 +332,9 @@ class Watchdog(Actor[Inbox]):
         self.system.join(topology)
         self._heard.pop(msg.endpoint, None)
         self._absent.discard(msg.endpoint)
-        for endpoint in topology.placed("scheduler"):
-            self.system.ref("scheduler", endpoint).tell(Gone(msg.endpoint), urgent=True)
+        for name in ("balancer", "scheduler"):
+            for endpoint in topology.placed(name):
+                self.system.ref(name, endpoint).tell(Gone(msg.endpoint), urgent=True)
         if msg.by is not None:
             self._absent.add(msg.by.id)
         self._drained("frontend", msg.endpoint)
@@ -464,10 +467,17 @@ class Watchdog(Actor[Inbox]):
 
     def _report(self, probe: _Probe) -> None:
         self._probe = None
-        state = gather(self._reports.values(), len(probe.silent))
+        topology = self.system.topology
+        state = gather(
+            {group: self._reports_of(group) for group in topology.groups}, len(probe.silent)
+        )
         self._answer(probe.scrapes, state)
         if probe.log:
             self._log(state)
+
+    def _reports_of(self, group: int) -> list[Stats]:
+        leader = self.system.topology.leader(group).id
+        return [report for (_, endpoint), report in self._reports.items() if endpoint == leader]
 
     def _answer(self, scrapes: list[Scrape], state: State) -> None:
         system = self.system
@@ -482,12 +492,14 @@ class Watchdog(Actor[Inbox]):
             answer = Scraped(
                 query=scrape.query,
                 exposition=text,
-                used=state.allocator.used,
-                cached=state.allocator.cached,
-                total=state.allocator.total,
-                running=state.scheduler.running,
-                waiting=state.scheduler.waiting,
-                expected=state.scheduler.expected_slots,
+                loads=tuple(
+                    Load(
+                        used=group.allocator.used,
+                        expected=group.scheduler.expected_slots,
+                        total=group.allocator.total,
+                    )
+                    for group in state.groups.values()
+                ),
             )
             system.ref("frontend", scrape.endpoint).tell(answer, urgent=True)
 
@@ -551,17 +563,26 @@ class _Probe:
     silent: set[tuple[str, int]]  # (actor, endpoint) of those who have not answered
 
 
-def gather(reports: Collection[Stats], silent: int) -> State:
+def gather(reports: Mapping[int, Collection[Stats]], silent: int) -> State:
     """All groups together: their counts added up, the times of the slowest.
 
     Args:
+        reports: of each group's leader.
         silent: number of those whose report is an older one, or missing.
     """
+    groups = {
+        group: State(
+            _merged(SchedulerStats, some), _merged(AllocatorStats, some), _merged(RunnerStats, some)
+        )
+        for group, some in reports.items()
+    }
+    every = [report for some in reports.values() for report in some]
     return State(
-        _merged(SchedulerStats, reports),
-        _merged(AllocatorStats, reports),
-        _merged(RunnerStats, reports),
+        _merged(SchedulerStats, every),
+        _merged(AllocatorStats, every),
+        _merged(RunnerStats, every),
         silent_reporters=silent,
+        groups=groups,
     )
 
 

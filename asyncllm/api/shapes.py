@@ -18,6 +18,7 @@ STRING: Final[Schema] = {"type": "string"}
 INTEGER: Final[Schema] = {"type": "integer"}
 NUMBER: Final[Schema] = {"type": "number"}
 MAYBE_STRING: Final[Schema] = {"type": ["string", "null"]}
+_OF_GROUPS: Final[Schema] = {"anyOf": [NUMBER, {"type": "array", "items": NUMBER}]}
 TOKEN: Final[Schema] = {"$ref": "#/components/schemas/Token"}  # its end is the model's
 
 
@@ -393,7 +394,9 @@ ANSWERS: Final[dict[str, Schema]] = {
     "NumTokens": made(ntokens=INTEGER),
     "Success": made(success=one_of(True)),
     "ServerInfo": made(version=STRING),
-    "TokenLoad": made(current_load=NUMBER, logical_max_load=NUMBER, dynamic_max_load=NUMBER),
+    "TokenLoad": made(
+        current_load=_OF_GROUPS, logical_max_load=_OF_GROUPS, dynamic_max_load=_OF_GROUPS
+    ),
     "ModelName": made(model_name=STRING),
     "Health": made(message=one_of("Ok", "Error")),
     "Status": made(status=one_of("ok", "not ready")),

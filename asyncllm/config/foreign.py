@@ -70,7 +70,7 @@ _IGNORED = {
     "models with linear attention are not served": "disable_linear_att_small_page_cpu_cache "
     "linear_att_cache_size= linear_att_hash_page_size= linear_att_page_block_num= "
     "linear_att_ssm_data_type=",
-    "there are no data-parallel groups": "dp_balancer= dp_prefill_wait_step= "
+    "groups are balanced as requests come (--dp_balancer)": "dp_prefill_wait_step= "
     "enable_dp_prefill_balance",
     "prefill and decode are not separated": "pd_kv_page_num= pd_kv_page_size= pd_master_mode= "
     "pd_trans_mode= select_p_d_node_strategy=",

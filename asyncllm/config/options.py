@@ -27,6 +27,7 @@ from asyncllm.config.flag import (
     origin,
     unit_interval,
 )
+from asyncllm.core import balancing
 from asyncllm.errors import StartupError
 
 # the chapters of LightLLM's option reference, then our own
@@ -65,6 +66,7 @@ OF_ONE_NODE = frozenset(
      "log_level", "log_json"}
 )  # fmt: skip
 RANKS = Needs("--tp above 1", lambda c: c.tp > 1)
+DP_GROUPS = Needs("--dp above 1", lambda c: c.dp > 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,11 +261,20 @@ class Config:
     )
     tp: int = flag(
         1, group=PARALLEL, check=between(1, 1024), aliases=("tensor-parallel-size",),
-        help="tensor-parallel ranks, one process and one GPU each",
+        help="ranks, one process and one GPU each, among which the model is divided (with --dp: "
+        "the ranks of all groups together)",
     )  # fmt: skip
     dp: int = flag(
-        1, group=PARALLEL, check=at_least(1), unavailable=(ANY,),
-        help="data-parallel groups; the tp ranks are divided among them",
+        1, group=PARALLEL, check=between(1, 1024),
+        help="data-parallel groups among which the --tp ranks are divided, each with requests, "
+        "K/V and scheduling of its own; --tp must be a multiple of it. --max_total_token_num, "
+        "--running_max_req_size and --batch_max_tokens count for each group",
+    )  # fmt: skip
+    dp_balancer: str = flag(
+        "cache_aware", group=PARALLEL, choices=balancing.POLICIES, needs=DP_GROUPS,
+        help="which group gets a request; cache_aware: the one that knows most of its prompt, "
+        "then the one with the least load; bs_balancer: the one with fewest requests; round_robin: in turn "
+        "(LightLLM's default is bs_balancer)",
     )  # fmt: skip
     nccl_host: str = flag(
         "127.0.0.1", group=PARALLEL, check=not_empty, needs=RANKS,
@@ -396,6 +407,11 @@ class Config:
         for name, value in values.items():
             if (wrong := FLAGS[name].complaint(value)) is not None:
                 raise StartupError(f"--{name} {wrong}")
+        if self.tp % self.dp:
+            raise StartupError(
+                f"--tp {self.tp} ranks cannot be divided among --dp {self.dp} groups: --tp must "
+                "be a multiple of --dp"
+            )
         warnings = [line for name in sorted(changed) for line in self._moot(name, values[name])]
         object.__setattr__(self, "warnings", tuple(dict.fromkeys((*self.warnings, *warnings))))
 

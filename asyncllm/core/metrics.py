@@ -7,7 +7,7 @@ an honest meaning here (``lightllm_``, with the label ``model_name``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 
@@ -35,12 +35,13 @@ LIGHTLLM_BUCKETS = tuple(0.0015 * 1.5**k for k in range(35))
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What scheduler, allocator and runner hold."""
+    """What schedulers, allocators and runners hold, together and in each group."""
 
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
     allocator: AllocatorStats = field(default_factory=AllocatorStats)
     runner: RunnerStats = field(default_factory=RunnerStats)
     silent_reporters: int = 0
+    groups: Mapping[int, State] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,18 @@ assert set(_STATE) - {"silent_reporters"} == {
     for count in fields(getattr(State(), of.name))
     if count.name not in _UNNAMED
 }
+
+# what is told of each group too, where there are several
+_OF_GROUP = (
+    "allocator.used",
+    "allocator.cached",
+    "allocator.total",
+    "scheduler.running",
+    "scheduler.waiting",
+    "scheduler.steps",
+    "scheduler.generated_tokens",
+    "allocator.hit_tokens",
+)
 
 # name without prefix -> field of State
 _LIGHTLLM = {
@@ -205,6 +218,14 @@ class _Held(Collector):
         for path, (name, text, is_counter) in _STATE.items():
             family = CounterMetricFamily if is_counter else GaugeMetricFamily
             yield family(f"asyncllm_{name}", text, value=attrgetter(path)(self.state))
+        groups = self.state.groups if len(self.state.groups) > 1 else {}
+        for path in _OF_GROUP if groups else ():
+            name, text, is_counter = _STATE[path]
+            family = CounterMetricFamily if is_counter else GaugeMetricFamily
+            series = family(f"asyncllm_group_{name}", f"{text}, of one group", labels=["group"])
+            for group, state in groups.items():
+                series.add_metric([str(group)], attrgetter(path)(state))
+            yield series
         for name, path in _LIGHTLLM.items():
             text = f"The same as asyncllm_{_STATE[path][0]}"
             gauge = GaugeMetricFamily(f"lightllm_{name}", text, labels=["model_name"])

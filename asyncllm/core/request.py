@@ -57,6 +57,11 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()  # no others but eos ones come; (): all
     max_thinking_tokens: int | None = None  # then reasoning is ended; None: no limit
 
+    @property
+    def shares_prefix(self) -> bool:
+        """May use the prefix cache: computing a hit's tokens again would not be seen."""
+        return self.use_cache and self.prompt_logprobs < 0
+
     def possible(self, vocab_size: int) -> bool:
         """Whether values of the right types are in range; asked of what another process sends."""
         numbers = (

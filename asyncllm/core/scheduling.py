@@ -38,6 +38,7 @@ class Core:
 
     Attributes:
         ended: ends not told yet. The shell takes and clears it.
+        begun: rids of requests that have been given a place. The shell takes and clears it.
         released: (lane, ids for the cache) not told yet. The shell takes and clears it.
         launched: lanes whose prompt tokens have been launched since the last proposal.
     """
@@ -63,6 +64,7 @@ class Core:
         self.share_prompts = share_prompts
         self.running: dict[int, Request] = {}  # oldest first
         self.ended: list[Finished] = []
+        self.begun: list[int] = []
         self.released: list[tuple[int, array[int]]] = []
         self.launched = array(INT32)
         self.available = num_slots  # as of the last grant
@@ -520,6 +522,7 @@ class Core:
             return
         self.waiting.serve(req.client, req.rid)
         self.running[req.rid] = req
+        self.begun.append(req.rid)
         if req.cached_len < 0:
             req.cached_len = min(hit, len(req.prompt))
 

@@ -87,8 +87,8 @@ class Request:
 
     @property
     def shares(self) -> bool:
-        """May use the prefix cache: computing a hit's tokens again would not be seen."""
-        return self.params.use_cache and self.params.prompt_logprobs < 0
+        """May use the prefix cache."""
+        return self.params.shares_prefix
 
     @property
     def needs_ids(self) -> bool:

@@ -186,7 +186,8 @@ class MemoryPlan:
 class Sizes:
     """What the memory plan depends on besides the model."""
 
-    tp: int
+    tp: int  # ranks among which the model is divided
+    ranks: int  # that share this machine's memory on a CPU
     whole_experts: bool = False  # each rank has some, not a slice of every one
     dtype: str
     max_len: int
@@ -227,8 +228,8 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         # what others hold on this card counts against our share of it
         budget = int(total * sizes.mem_fraction) - (total - free) - weights - work
     else:
-        room = int(memory_available() * sizes.mem_fraction / sizes.tp) - weights - work
-        budget = room if sizes.max_total_token_num else min(room, CPU_KV_BYTES // sizes.tp)
+        room = int(memory_available() * sizes.mem_fraction / sizes.ranks) - weights - work
+        budget = room if sizes.max_total_token_num else min(room, CPU_KV_BYTES // sizes.ranks)
     wanted = sizes.max_total_token_num
     num = division.fit(max(budget, 0), wanted)
     fits = num.sliding if division.unbacked else num.full

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 
 from asyncllm import __version__
 from asyncllm.actors.allocator import Allocator
+from asyncllm.actors.balancer import Balancer
 from asyncllm.actors.base import AnyActor
 from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.frontend import Frontend, Limits
@@ -51,7 +52,19 @@ def make_scheduler(p: Parts) -> AnyActor:
         share_prompts=p.boot.config.diverse_mode,
         constraint_s=p.boot.config.constraint_time_limit,
         workers=max(1, min(MOST_MASK_THREADS, cpu_count() // 4)),
+        balanced=len(p.boot.topology.groups) > 1,
         constrain=p.constraints.of,
+    )
+
+
+def make_balancer(p: Parts) -> AnyActor:
+    config = p.boot.config
+    return Balancer(
+        config.dp_balancer,
+        num_slots=0 if config.disable_dynamic_prompt_cache else p.num_slots.full,
+        together=config.diverse_mode,
+        vocab_size=p.spec.vocab_size,
+        max_len=p.boot.resolved.max_req_total_len,
     )
 
 
@@ -113,7 +126,7 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> AnyActor:
         ),
         sockets=[socket.socket(fileno=os.dup(p.boot.listen_fd))],
         limits=Limits(
-            max_running=-(-resolved.running_max_req_size // num_frontends),
+            max_running=-(-resolved.running_max_req_size * config.dp // num_frontends),
             max_waiting=-(-config.max_waiting // num_frontends),
             max_body=resolved.max_body_size,
             max_header=config.max_header_size,
@@ -159,6 +172,7 @@ def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[AnyAc
         "allocator": make_allocator,
         "grammar": lambda p: GrammarKeeper(p.grammars),
         "scheduler": make_scheduler,
+        "balancer": make_balancer,
         "runner": make_runner,
         "detokenizer": make_detokenizer,
         "tokenizer": make_tokenizer,
@@ -170,6 +184,8 @@ def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[AnyAc
     runner = made.get("runner")
     for name in boot.topology.served_here(boot.endpoint):
         made[name].remote = frozenset()
+    for actor in made.values() if not boot.coordinates else ():
+        actor.remote = frozenset({*actor.remote, *actor.orders})
     duty = Duty(
         contract=boot.contract,
         model_name=resolved.served_names[0],

@@ -31,6 +31,8 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
     plan = memory_plan(boot, spec)
     resolved = boot.resolved.with_slots(plan.num.full)
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
+    if config.dp > 1:
+        ranks += f" in {config.dp} groups"
     if resolved.device == "cpu":
         ranks += f", {num_threads(boot)} threads each"
     ports = [f"{'HTTPS' if config.ssl_certfile else 'HTTP'} {config.host}:{config.port}"]

@@ -39,7 +39,7 @@ class Parts:
 
     boot: Boot
     spec: ModelSpec
-    text: Text | None  # of a process that serves HTTP, and so is the dialect
+    text: Text | None  # of a leader and of a process that serves HTTP, and so is the dialect
     dialect: Dialect | None
     device: CpuDevice | CudaDevice | None
     ranks: Ranks | None  # None: there is but one
@@ -56,6 +56,7 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
     config, resolved = boot.config, boot.resolved
     sizes = Sizes(
         tp=len(boot.group),
+        ranks=len(boot.topology.ranks),
         dtype=resolved.dtype,
         max_len=resolved.max_req_total_len,
         num_lanes=resolved.running_max_req_size,
@@ -99,14 +100,14 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
         text: the tokenizer, if it is loaded already.
     """
     config = boot.config
-    if boot.listen_fd >= 0 and text is None:
+    leads = boot.me.device is not None and boot.topology.leads(boot.endpoint)
+    if text is None and (boot.listen_fd >= 0 or leads):
         text = load_text(config, boot.model_dir, spec)
     dialect = None if text is None else read_dialect(config, text)
     parts = Parts(boot, spec, text, dialect, None, None)
     if boot.me.device is None:
         return parts
-    leads = boot.topology.leads(boot.endpoint)
-    if leads and text is not None:
+    if leads:
         load_forms(parts)
     where = torch_device(boot)
     if where.type == "cuda":

@@ -386,7 +386,7 @@ class World:
     def ref(self, name: str, endpoint: int | None = None) -> Mailbox:
         return self.boxes.setdefault((name, endpoint or 0), Mailbox(self._encode_local))
 
-    at_leader = at_coordinator = ref  # there is but one endpoint
+    at_intake = at_coordinator = ref  # there is but one endpoint
 
     def submit(
         self, rid: int, prompt: list[int], after: int = -1, client: int = 0, **params: Any

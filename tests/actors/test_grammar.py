@@ -18,7 +18,9 @@ from asyncllm.codec import i32
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.errors import RequestError
 from asyncllm.messages import Abort, Accepted, Compile, Compiled, Finished, Submit, Tokenize
+from asyncllm.records import Failure
 from asyncllm.text import Text
+from asyncllm.topology import Topology
 from tests.actors.fake_renderer import FakeRenderer
 from tests.actors.test_tokenizer import Sink, make_text
 
@@ -257,3 +259,40 @@ def test_an_abort_while_the_grammar_is_compiled_ends_the_request(text: Text) -> 
         ("scheduler", "Submit", 2),
         ("frontend", "Accepted", 1),
     ]
+
+
+@pytest.mark.parametrize("fails", [-1, 0, 1])
+def test_with_several_groups_a_grammar_must_be_ready_in_all_of_them(text: Text, fails: int) -> None:
+    """Both leaders answer the one question, which the balancer would pass on to them."""
+    log: list[tuple[str, Any]] = []
+
+    class Leaders(Sink):
+        def receive(self, batch: list[Any]) -> None:
+            super().receive(batch)
+            for msg in batch:
+                if isinstance(msg, Compile):
+                    assert not any(name == "frontend" for name, _ in log)
+                    for group in (0, 1):
+                        bad = Failure("no such thing") if group == fails else None
+                        self.system.ref("tokenizer").tell(Compiled(msg.job, bad))
+
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            system = ActorSystem(topology=Topology.on_one_node(tp=2, dp=2))
+            system.add(Leaders("balancer", log, lambda: False))
+            for name in ("detokenizer", "frontend"):
+                system.add(Sink(name, log, lambda: log[-1][0] == "frontend"))
+            system.add(Tokenizer(text, FakeRenderer(text), limit=20, vocab_size=text.vocab_size))
+            system.ref("tokenizer").tell(asked((1, 2), "a"))
+            await system.run()
+
+    uvloop.run(main())
+    told = [(name, type(msg).__name__) for name, msg in log]
+    if fails < 0:
+        follows, submits = [("detokenizer", "Follow")] * 2, [("balancer", "Submit")] * 2
+        assert sorted(told) == sorted(
+            [("balancer", "Compile"), *follows, *submits, ("frontend", "Accepted")]
+        )
+    else:
+        assert told == [("balancer", "Compile"), ("frontend", "Finished")]
+        assert log[-1][1].failure == Failure("no such thing")

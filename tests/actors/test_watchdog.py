@@ -39,6 +39,7 @@ from asyncllm.messages import (
     Started,
     Welcome,
 )
+from asyncllm.records import Load
 from asyncllm.topology import Contract, Topology, http_worker
 
 CONTRACT = Contract(protocol="p1", options="o1")
@@ -137,7 +138,9 @@ class World:
                 self.sent.append((endpoint, name, msg))
 
         self.system.deliver = divert  # type: ignore[method-assign]
-        self.fakes = {n: Fake(n) for n in ("scheduler", "allocator", "runner", "frontend")}
+        self.fakes = {
+            n: Fake(n) for n in ("scheduler", "allocator", "runner", "frontend", "balancer")
+        }
         for fake in self.fakes.values():
             self.system.add(fake)
         self.dog = Watchdog(
@@ -731,8 +734,9 @@ def test_a_scrape_is_answered_although_somebody_is_silent(
         first, second = w.got("frontend", Scraped)
         assert b"asyncllm_silent_reporters 0.0" in first.exposition
         assert b"asyncllm_silent_reporters 1.0" in second.exposition
-        assert (second.used, second.expected) == (30, 77), "older ones, not zeros"
-        assert second.running == (0 if silent == "scheduler" else 3)
+        assert second.loads == (Load(used=30, expected=77, total=100),), "older ones, not zeros"
+        running = 0.0 if silent == "scheduler" else 3.0
+        assert f"asyncllm_requests_running {running}".encode() in second.exposition
         w.tell(Scrape(3, 0))  # the next one is asked again
         await settle()
         assert len(w.got(silent, Probe)) == 3
@@ -753,21 +757,95 @@ def test_a_server_that_computes_nothing_has_metrics() -> None:
 
 def test_groups_are_added_up_and_the_slowest_time_counts() -> None:
     state = gather(
-        [
-            SchedulerStats(1, 0, 3, 2, 1, 9, 0, 50, 7, 77),
-            SchedulerStats(1, 4, 1, 0, 2, 5, 1, 10, 3, 20),
-            AllocatorStats(1, 0, 30, 20, 100, 8, 16, 4),
-            RunnerStats(1, 0, 5.0, 0.5, 0.1, 0),
-            RunnerStats(1, 4, 4.0, 0.9, 0.2, 1),
-        ],
+        {
+            0: [
+                SchedulerStats(1, 0, 3, 2, 1, 9, 0, 50, 7, 77),
+                AllocatorStats(1, 0, 30, 20, 100, 8, 16, 4),
+                RunnerStats(1, 0, 5.0, 0.5, 0.1, 0),
+            ],
+            1: [
+                SchedulerStats(1, 4, 1, 0, 2, 5, 1, 10, 3, 20),
+                RunnerStats(1, 4, 4.0, 0.9, 0.2, 1),
+            ],
+        },
         silent=1,
+    )
+    assert state.groups[0].allocator == AllocatorStats(0, 0, 30, 20, 100, 8, 16, 4)
+    assert state.groups[1] == State(
+        scheduler=SchedulerStats(0, 0, 1, 0, 2, 5, 1, 10, 3, 20),
+        runner=RunnerStats(0, 0, 4.0, 0.9, 0.2, 1),
     )
     assert state == State(
         scheduler=SchedulerStats(0, 0, 4, 2, 3, 14, 1, 60, 10, 97),
         allocator=AllocatorStats(0, 0, 30, 20, 100, 8, 16, 4),
         runner=RunnerStats(0, 0, 5.0, 0.9, 0.2, 1),
         silent_reporters=1,
+        groups=state.groups,
     )
+
+
+def two_groups() -> World:
+    """One rank each, and an HTTP worker; the watchdog is that of the first."""
+    return World(topology=Topology.on_one_node(tp=2, dp=2, http=2), dead_after_s=1e6)
+
+
+def test_a_scrape_speaks_for_all_groups() -> None:
+    async def script(w: World) -> None:
+        w.fakes["scheduler"].running = 3
+        w.tell(Scrape(41, 0))
+        await settle()
+        assert sorted(w.sent_of(Probe)) == [(1, "allocator"), (1, "runner"), (1, "scheduler")]
+        assert w.got("frontend", Scraped) == []
+        w.tell(SchedulerStats(1, 1, 4, 2, 1, 9, 0, 50, 7, 10))
+        w.tell(AllocatorStats(1, 1, 5, 20, 50, 8, 16, 4))
+        w.tell(RunnerStats(1, 1, 5.0, 0.5, 0.1, 0))
+        await settle()
+        (answer,) = w.got("frontend", Scraped)
+        assert answer.loads == (
+            Load(used=30, expected=77, total=100), Load(used=5, expected=10, total=50)
+        )  # fmt: skip
+        text = answer.exposition.decode()
+        assert "asyncllm_requests_running 7.0" in text
+        assert "asyncllm_kv_slots_total 150.0" in text
+        for line in (
+            'requests_running{group="0"} 3.0', 'requests_running{group="1"} 4.0',
+            'steps_total{group="1"} 9.0', 'kv_slots_used{group="0"} 30.0',
+        ):  # fmt: skip
+            assert f"asyncllm_group_{line}" in text
+
+    play(two_groups(), script)
+
+
+def test_a_drain_waits_for_the_schedulers_of_all_groups() -> None:
+    async def script(w: World) -> None:
+        w.tell(hello(1))
+        w.tell(hello(2))
+        await settle()
+        w.tell(Drain(30.0))
+        await settle()
+        assert sorted(w.sent_of(Drain)) == [(1, "scheduler"), (2, "frontend")]
+        for who, endpoint in (("scheduler", 0), ("frontend", 0), ("frontend", 2)):
+            w.tell(Drained(who, endpoint))
+        await settle()
+        assert not w.system.over
+        w.tell(Drained("scheduler", 1))
+        await settle()
+        assert w.system.over
+
+    play(two_groups(), script)
+
+
+def test_the_balancer_and_all_schedulers_hear_of_a_worker_that_has_gone() -> None:
+    async def script(w: World) -> None:
+        w.tell(hello(1))
+        w.tell(hello(2))
+        await settle()
+        w.tell(Replaced(2, http_worker(3)))
+        await settle()
+        assert w.got("balancer", Gone) == w.got("scheduler", Gone) == [Gone(2)]
+        assert w.sent_of(Gone) == [(1, "scheduler")]
+
+    play(two_groups(), script)
 
 
 def test_a_scrape_gets_numbers_and_text() -> None:
@@ -778,9 +856,12 @@ def test_a_scrape_gets_numbers_and_text() -> None:
         await settle()
         (answer,) = w.got("frontend", Scraped)
         text = answer.exposition.decode()
-        assert (answer.query, answer.used, answer.cached, answer.total) == (41, 30, 20, 100)
-        assert (answer.running, answer.waiting, answer.expected) == (3, 2, 77)
+        assert answer.query == 41
+        assert answer.loads == (Load(used=30, expected=77, total=100),)
         assert "asyncllm_kv_slots_used 30.0" in text
+        assert "asyncllm_requests_running 3.0" in text
+        assert "asyncllm_requests_waiting 2.0" in text
+        assert "asyncllm_group_" not in text
         assert 'asyncllm_http_requests_total{route="/generate",status="200"} 1.0' in text
         assert 'asyncllm_mailbox_depth{actor="scheduler"} 0.0' in text
         assert "asyncllm_step_ms 5.0" in text
@@ -803,7 +884,10 @@ def test_scrapes_at_once_share_a_probe_and_a_later_one_gets_a_fresh_one() -> Non
         w.fakes["runner"].answer(1)
         await settle()
         assert w.got("scheduler", Probe) == [Probe(1), Probe(2)]
-        assert [(m.query, m.running) for m in w.got("frontend", Scraped)] == [(1, 0), (3, 5)]
+        first, third = w.got("frontend", Scraped)
+        assert (first.query, third.query) == (1, 3)
+        assert b"asyncllm_requests_running 0.0" in first.exposition
+        assert b"asyncllm_requests_running 5.0" in third.exposition
         assert w.sent_of(Scraped) == [(2, "frontend")]
 
     play(trio(), script)

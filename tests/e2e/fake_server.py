@@ -38,7 +38,7 @@ from asyncllm.messages import (
     Started,
     Tokenize,
 )
-from asyncllm.records import Failure, Logprobs
+from asyncllm.records import Failure, Load, Logprobs
 
 EOS = 256
 SERVED = Served(
@@ -200,7 +200,7 @@ class Watchdog(Actor[Any]):
 
     def __init__(self) -> None:
         super().__init__("watchdog")
-        self.answers = True
+        self.answers, self.groups = True, 1
         self.got: list[Any] = []
         self.drained = asyncio.Event()
 
@@ -210,7 +210,8 @@ class Watchdog(Actor[Any]):
                 self.system.ref("frontend").tell(msg)
             elif isinstance(msg, Scrape):
                 if self.answers:
-                    answer = Scraped(msg.query, b"# TYPE x gauge\nx 1\n", 10, 5, 40, 1, 2, 30)
+                    loads = (Load(used=10, expected=30, total=40),) * self.groups
+                    answer = Scraped(msg.query, b"# TYPE x gauge\nx 1\n", loads)
                     self.system.ref("frontend", msg.endpoint).tell(answer)
             else:
                 self.got.append(msg)

@@ -81,6 +81,10 @@ async def test_small_routes(server: Server) -> None:
         assert response.status == 200
     load = {"current_load": 0.25, "logical_max_load": 0.75, "dynamic_max_load": 0.75}
     assert await server.get("/token_load") == (200, load)
+    server.watchdog.groups = 2
+    lists = {name: [share, share] for name, share in load.items()}
+    assert await server.get("/token_load") == (200, lists)
+    server.watchdog.groups = 1
     async with server.http.get(server.url + "/metrics") as response:
         assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         assert await response.text() == "# TYPE x gauge\nx 1\n"

@@ -31,8 +31,8 @@ CPU = torch.device("cpu")
 
 def sizes(**changes: Any) -> Sizes:
     given: dict[str, Any] = {
-        "tp": 1, "dtype": "fp32", "max_len": 256, "num_lanes": 8, "batch_max_tokens": 512,
-        "mem_fraction": 0.5, "max_total_token_num": 1000, "chunk": 256,
+        "tp": 1, "ranks": 1, "dtype": "fp32", "max_len": 256, "num_lanes": 8,
+        "batch_max_tokens": 512, "mem_fraction": 0.5, "max_total_token_num": 1000, "chunk": 256,
     }  # fmt: skip
     return Sizes(**{**given, **changes})
 
@@ -109,7 +109,7 @@ def test_planned_weights_and_kv_are_what_every_rank_allocates(
     variant: str, tp: int, dtype: str
 ) -> None:
     spec = ModelSpec.from_hf(make_config(**SHAPES[variant]).to_dict(), {})
-    plan = plan_memory(spec, sizes(tp=tp, dtype=dtype), CPU)
+    plan = plan_memory(spec, sizes(tp=tp, ranks=tp, dtype=dtype), CPU)
     for rank in range(tp):
         model = make_model(spec, Ranked(rank, tp), dtype=dtype, device=CPU, max_len=256, where=CPU)
         assert isinstance(model, Decoder)

@@ -1,0 +1,122 @@
+"""Servers of several data-parallel groups: the answers of one, and one server to all outside."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.process import Server, alive, wait_until
+
+CPU = ("--device", "cpu", "--data_type", "fp32", "--max_total_token_num", "6000")
+GROUPS = (*CPU, "--tp", "2", "--dp", "2")
+PROMPTS = [[random.Random(i).randrange(256) for _ in range(20 + 10 * i)] for i in range(6)]
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+
+Answers = list[Any]
+
+
+def ask(server: Server) -> Answers:
+    """Greedy, drawn, and with several choices; all at once."""
+    asked: list[dict[str, Any]] = [{"prompt": ids, "temperature": 0} for ids in PROMPTS]
+    asked += [{"prompt": ids, "temperature": 1, "seed": 7, "n": 2} for ids in PROMPTS[:3]]
+    form = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
+    asked += [{"prompt": i, "temperature": 0, "response_format": form} for i in PROMPTS[:3]]
+    stopped = server.complete(PROMPTS[0], 12, ignore_eos=True)["choices"][0]["text"]
+    asked += [{"prompt": PROMPTS[0], "temperature": 0, "stop": [stopped[6:8]]}]
+    common = {"max_tokens": 12, "logprobs": 0}
+
+    def answer(body: dict[str, Any]) -> list[Any]:
+        ends = {} if "response_format" in body else {"ignore_eos": True}
+        choices = server.post("/v1/completions", {**common, **ends, **body})["choices"]
+        return [(c["text"], c["logprobs"]["tokens"], c["finish_reason"]) for c in choices]
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(answer, asked))
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What one rank says."""
+    with Server(tiny_dir, tmp_path_factory.mktemp("alone") / "log", *CPU) as server:
+        found = ask(server)
+    assert found[-1][0][2] == "stop"
+    return found
+
+
+@contextmanager
+def running(server: Server, count: int, tokens: int) -> Iterator[list[http.client.HTTPResponse]]:
+    """Streams that have begun."""
+    connections = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(count)]
+    body = {"inputs": "", "parameters": {"max_new_tokens": tokens, "ignore_eos": True}}
+    try:
+        streams = []
+        for i, connection in enumerate(connections):
+            body["inputs"] = f"number {i} says"
+            connection.request("POST", "/generate_stream", json.dumps(body))
+            streams.append(connection.getresponse())
+            assert streams[-1].readline().startswith(b"data:")
+        yield streams
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def ending(stream: http.client.HTTPResponse) -> str:
+    """Why a stream ended, from its last event."""
+    event = stream.read().split(b"\n\n")[-2].strip()
+    return str(json.loads(event.removeprefix(b"data:"))["finish_reason"])
+
+
+def of_groups(server: Server, name: str) -> list[float]:
+    return [server.metric(f'asyncllm_group_{name}{{group="{group}"}}') for group in (0, 1)]
+
+
+def test_groups_share_one_port_and_answer_as_one(
+    tiny_dir: Path, tmp_path: Path, answers: Answers
+) -> None:
+    """Through another process that serves HTTP too; requests, aborts and the end reach all groups."""
+    with Server(tiny_dir, tmp_path / "log", *GROUPS, "--httpserver_workers", "2") as server:
+        children = server.children()
+        assert ask(server) == answers
+        assert ask(server) == answers  # with what is cached
+        assert min(of_groups(server, "steps_total")) > 10
+        assert min(of_groups(server, "kv_slots_cached")) > 100
+        assert min(of_groups(server, "prefix_hit_tokens_total")) > 50
+        slots = of_groups(server, "kv_slots_total")
+        assert slots == [6000, 6000]
+        assert server.metric("asyncllm_kv_slots_total") == 12000
+        with running(server, 4, 2000) as streams:
+            assert of_groups(server, "requests_running") == [2, 2]
+            load = json.loads(server.get("/token_load"))
+            assert all(0 < share < 1 for share in load["current_load"])
+            assert len(load["logical_max_load"]) == 2
+            server.post("/abort_request", {"abort_all": True})
+            assert [ending(stream) for stream in streams] == ["abort"] * 4
+        assert wait_until(lambda: of_groups(server, "kv_slots_used") == [0, 0], 10)
+        with running(server, 4, 60) as streams:
+            server.process.send_signal(signal.SIGTERM)
+            assert [ending(stream) for stream in streams] == ["length"] * 4
+        assert server.process.wait(20) == 0, server.text()
+        assert not any(map(alive, children))
+        assert "foreign frame" not in server.text()
+        assert "dead letter" not in server.text()
+
+
+def test_a_dead_group_ends_the_server(tiny_dir: Path, tmp_path: Path) -> None:
+    with Server(tiny_dir, tmp_path / "log", *GROUPS) as server:
+        (child,) = server.children()
+        with running(server, 2, 2000) as streams:
+            os.kill(child, signal.SIGKILL)
+            assert [b"server has failed" in stream.read() for stream in streams] == [True, True]
+        assert server.process.wait(5) == 1
+        assert f"rank 1 (pid {child}) ended with exit code -9" in server.text()
