@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from asyncllm.kernels.attention.quantize import dequantize_ref, quantize_ref
 from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
     Batch,
@@ -28,13 +29,30 @@ class TorchPairs(KvPairs):
 
     def write(self, kv: LayerKv, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [T, Hk, D] to ``slots`` [T] int64."""
-        for cache, values in zip(kv, (k, v), strict=True):
-            cache.index_copy_(0, slots, values)
+        if self.format is None:
+            for cache, values in zip(kv, (k, v), strict=True):
+                cache.index_copy_(0, slots, values)
+            return
+        # [T, Hk, 2, D] and [T, Hk, 2, scales]
+        pairs, scales = quantize_ref(torch.stack([k, v], 2), self.element, self.format.group)
+        for cache, values in zip(kv, (*pairs.unbind(2), scales), strict=True):
+            _raw(cache).index_copy_(0, slots, _raw(values))
 
     def read(self, kv: LayerKv, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [T, Hk, D] of ``slots`` [T] int64."""
-        k, v = (cache.flatten(1).index_select(0, slots).view(-1, *cache.shape[1:]) for cache in kv)
-        return k, v
+        """k, v [T, Hk, D] of ``slots`` [T] int64, in the type that the model computes in."""
+        k, v, *rest = (_raw(x).flatten(1).index_select(0, slots).view(-1, *x.shape[1:]) for x in kv)
+        if not rest:
+            return k, v
+        k_scales, v_scales = rest[0].unbind(2)
+        return (
+            dequantize_ref(k.view(self.element), k_scales, self.dtype),
+            dequantize_ref(v.view(self.element), v_scales, self.dtype),
+        )
+
+
+def _raw(x: Tensor) -> Tensor:
+    """8-bit floats as bytes: torch does not index them."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 class TorchAttention:
@@ -50,7 +68,7 @@ class TorchAttention:
     def refuse(spec: AttentionSpec, layout: KvLayout, device: torch.device) -> str | None:
         if device.type != "cpu" or not isinstance(layout, TorchPairs):
             return f"has its K/V in {type(layout).__name__} on {device.type}"
-        return refuse_beyond_plain(spec)
+        return refuse_beyond_plain(spec) or layout.refuse(spec)
 
     def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:
         turned = (spec.num_q_heads + spec.num_kv_heads) * spec.head_dim

@@ -55,6 +55,8 @@ class TritonAttention:
             return f"has its K/V in {type(layout).__name__} on {device.type}"
         if spec.head_dim > MAX_HEAD_DIM:
             return f"has heads of {spec.head_dim}, more than {MAX_HEAD_DIM}"
+        if layout.format is not None:  # until the kernels read it
+            return f"has its K/V as {layout.format.name} on {device.type}"
         return refuse_beyond_plain(spec)
 
     def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:

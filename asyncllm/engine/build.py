@@ -24,6 +24,7 @@ from asyncllm.errors import StartupError
 from asyncllm.messages import StepPlan
 from asyncllm.models.attention import AttentionBackend
 from asyncllm.models.checkpoint import read_checkpoint
+from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model, Site
 from asyncllm.models.ops import Ops
 from asyncllm.models.registry import family
@@ -45,6 +46,7 @@ def build_model(
     dtype: str,
     device: torch.device,
     max_len: int,
+    kv: KvMode = PLAIN,
     whole_experts: bool = False,
     load_way: str = "HF",
     symmetric: bool = True,
@@ -53,6 +55,7 @@ def build_model(
     """The model of ``model_dir`` with this rank's weights on ``device``.
 
     Args:
+        kv: format of K/V, and decode kernel.
         whole_experts: each rank has some experts, not a slice of every one.
         load_way: "HF" or "DS", the format of the checkpoint.
         symmetric: sums over ranks may go through symmetric memory.
@@ -67,6 +70,7 @@ def build_model(
         device=device,
         max_len=max_len,
         where=device,
+        kv=kv,
         whole_experts=whole_experts,
     )
     with read_checkpoint(model_dir, load_way, spec) as checkpoint:
@@ -85,6 +89,7 @@ def make_model(
     device: torch.device,
     max_len: int,
     where: torch.device,
+    kv: KvMode = PLAIN,
     whole_experts: bool = False,
 ) -> Model:
     """One rank's model, its weights not loaded yet.
@@ -93,6 +98,7 @@ def make_model(
         device: that is to run it.
         max_len: positions for which rotary angles are computed.
         where: its tensors are; ``meta`` for a model that only shows what it would take.
+        kv: format of K/V, and decode kernel, which only a CUDA device has.
         whole_experts: each rank has some experts, not a slice of every one.
 
     Raises:
@@ -101,6 +107,8 @@ def make_model(
     spec = within(spec, max_len)
     layers = [layer.on(shard_heads(layer, comm.size, comm.rank)) for layer in spec.layers]
     kind = TORCH_DTYPES[dtype]
+    if device.type == "cuda" and (reason := kv.refuse(dtype)):
+        raise StartupError(reason)
     ops: Ops
     attention: AttentionBackend
     if device.type == "cuda":  # imported here: Triton need not exist where there is no GPU
@@ -108,13 +116,13 @@ def make_model(
         from asyncllm.engine.ops_cuda import TritonOps
 
         ops = TritonOps()
-        attention = TritonAttention(layers, TritonPairs(layers, kind), max_len, where)
+        attention = TritonAttention(layers, TritonPairs(layers, kind, kv.format), max_len, where)
     else:
         from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
         from asyncllm.engine.ops_cpu import TorchOps
 
         ops = TorchOps()
-        attention = TorchAttention(layers, TorchPairs(layers, kind), max_len, where)
+        attention = TorchAttention(layers, TorchPairs(layers, kind, kv.format), max_len, where)
     for layer in dict.fromkeys(layers):
         if reason := attention.refuse(layer, attention.layout, device):
             raise StartupError(f"attention of {spec.architecture} that {reason}: not available yet")
@@ -189,6 +197,7 @@ class Sizes:
     tp: int  # ranks among which the model is divided
     ranks: int  # that share this machine's memory on a CPU
     whole_experts: bool = False  # each rank has some, not a slice of every one
+    kv: KvMode = PLAIN
     dtype: str
     max_len: int
     num_lanes: int
@@ -213,7 +222,13 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
             f"{sizes.max_len:,} is more than 2^31 positions; lower one of them"
         )
     model = _on_paper(
-        spec, sizes.tp, sizes.dtype, device, sizes.max_len, whole_experts=sizes.whole_experts
+        spec,
+        sizes.tp,
+        sizes.dtype,
+        device,
+        sizes.max_len,
+        kv=sizes.kv,
+        whole_experts=sizes.whole_experts,
     )
     division = Division(
         slot=model.site.attention.layout.bytes_per_slot(),
@@ -262,6 +277,7 @@ def _on_paper(
     device: torch.device,
     max_len: int,
     *,
+    kv: KvMode = PLAIN,
     whole_experts: bool = False,
 ) -> Model:
     """The model of a rank without its memory."""
@@ -272,6 +288,7 @@ def _on_paper(
         device=device,
         max_len=max_len,
         where=torch.device("meta"),
+        kv=kv,
         whole_experts=whole_experts,
     )
 

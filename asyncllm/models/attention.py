@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from asyncllm.core.windows import PerSpace
+from asyncllm.models.kv_format import Element, KvFormat
 from asyncllm.models.spec import AttentionSpec
+
+ELEMENTS: dict[Element, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 LayerKv = tuple[Tensor, ...]  # of one layer, as its layout made them; dimension 0 is the slot
 
@@ -107,26 +110,52 @@ class AttentionBackend(Protocol):
 
 
 class KvPairs:
-    """K and V as tensors [num_slots, num_kv_heads, head_dim] and [.., v_dim], in ``dtype``."""
+    """K and V as tensors [num_slots, num_kv_heads, head_dim] in ``dtype``.
 
-    def __init__(self, layers: Sequence[AttentionSpec], dtype: torch.dtype) -> None:
-        self._layers, self._dtype = layers, dtype
+    In a format of 8 bits a third tensor has the scales of both, [num_slots, num_kv_heads, 2,
+    num_scales] bfloat16: one after the other, since who reads K of a token reads its V.
+    """
+
+    def __init__(
+        self, layers: Sequence[AttentionSpec], dtype: torch.dtype, fmt: KvFormat | None = None
+    ) -> None:
+        self.dtype, self.format, self._layers = dtype, fmt, layers
+
+    @property
+    def element(self) -> torch.dtype:
+        """Of K and V as they lie in memory."""
+        return self.dtype if self.format is None else ELEMENTS[self.format.element]
 
     def bytes_per_slot(self) -> PerSpace:
-        sizes = [spec.num_kv_heads * (spec.head_dim + spec.v_dim) for spec in self._layers]
-        total = self._dtype.itemsize * sum(sizes)
-        windows = [spec.window is not None for spec in self._layers]
-        sliding = self._dtype.itemsize * sum(compress(sizes, windows))
-        return PerSpace(total - sliding, sliding)
+        sizes = [2 * spec.num_kv_heads * self._row_bytes(spec.head_dim) for spec in self._layers]
+        sliding = sum(compress(sizes, (spec.window is not None for spec in self._layers)))
+        return PerSpace(sum(sizes) - sliding, sliding)
+
+    def _row_bytes(self, dim: int) -> int:
+        return dim * self.dtype.itemsize if self.format is None else self.format.row_bytes(dim)
 
     def allocate(self, num_slots: PerSpace, device: torch.device) -> list[LayerKv]:
-        return [
-            tuple(
-                zeros((num_slots.of(spec.window), spec.num_kv_heads, dim), self._dtype, device)
-                for dim in (spec.head_dim, spec.v_dim)
+        return [self._layer(num_slots.of(spec.window), spec, device) for spec in self._layers]
+
+    def _layer(self, num_slots: int, spec: AttentionSpec, device: torch.device) -> LayerKv:
+        heads, dim = spec.num_kv_heads, spec.head_dim
+        k, v = (zeros((num_slots, heads, dim), self.element, device) for _ in range(2))
+        if self.format is None:
+            return k, v
+        shape = (num_slots, heads, 2, self.format.num_scales(dim))
+        return k, v, zeros(shape, torch.bfloat16, device)
+
+    def refuse(self, spec: AttentionSpec) -> str | None:
+        """Why ``spec`` cannot have its K/V so, as the end of a sentence about it."""
+        if self.format is None or self.format.group is None:
+            return None
+        halves = spec.head_dim // 2, (spec.rope.dim if spec.rope else 0) // 2
+        if any(half % self.format.group for half in halves):
+            return (
+                f"turns {2 * halves[1]} channels of heads of {spec.head_dim}, whose halves do not "
+                f"divide by groups of {self.format.group} ({self.format.name})"
             )
-            for spec in self._layers
-        ]
+        return None
 
 
 def refuse_beyond_plain(spec: AttentionSpec) -> str | None:

@@ -18,6 +18,7 @@ from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone
 from asyncllm.messages import StepDone, StepPlan
+from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model
 from asyncllm.models.ops import Product
 from asyncllm.models.spec import ModelSpec
@@ -115,9 +116,12 @@ def _penalised(p: SamplingParams) -> bool:
     return not neutral
 
 
-def build(model_dir: Path, spec: ModelSpec, dtype: str, where: torch.device, max_len: int) -> Model:
+def build(
+    model_dir: Path, spec: ModelSpec, dtype: str, where: torch.device, max_len: int,
+    kv: KvMode = PLAIN,
+) -> Model:  # fmt: skip
     """The model of ``model_dir`` on one rank."""
-    return build_model(model_dir, spec, Alone(), dtype=dtype, device=where, max_len=max_len)
+    return build_model(model_dir, spec, Alone(), dtype=dtype, device=where, max_len=max_len, kv=kv)
 
 
 class Together(Alone):
@@ -147,15 +151,16 @@ class Together(Alone):
 class Ranks:
     """The ranks of a group as one device, whose answers are rank 0's."""
 
-    def __init__(self, model_dir: Path, size: int) -> None:
+    def __init__(self, model_dir: Path, size: int, kv: KvMode = PLAIN) -> None:
         barrier = threading.Barrier(size, timeout=60)
         box: list[Tensor | None] = [None] * size
         self.devices = []
         for rank in range(size):
             group, spec = Together(rank, barrier, box), ModelSpec.from_dir(model_dir)
             model = build_model(
-                model_dir, spec, group, dtype="fp32", device=torch.device("cpu"), max_len=4096
-            )
+                model_dir, spec, group, dtype="fp32", device=torch.device("cpu"), max_len=4096,
+                kv=kv,
+            )  # fmt: skip
             engine = Engine(model, group, num_slots=1024, num_lanes=8, max_len=4096, eos_ids=())
             self.devices.append(CpuDevice(engine, 1))
         self._pending: list[CpuPending] = []
@@ -171,12 +176,12 @@ class Ranks:
 
 def make_device(
     model_dir: Path, dtype: str, device: str, *, num_slots: int = 8192, num_lanes: int = 32,
-    max_len: int = 4096, eos_ids: tuple[int, ...] = (),
+    max_len: int = 4096, eos_ids: tuple[int, ...] = (), kv: KvMode = PLAIN,
 ) -> CpuDevice | CudaDevice:  # fmt: skip
     """A device with the model of ``model_dir``."""
     spec = ModelSpec.from_dir(model_dir)
     where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
-    model = build(model_dir, spec, dtype, where, max_len)
+    model = build(model_dir, spec, dtype, where, max_len, kv)
     engine = Engine(
         model, Alone(), num_slots=num_slots, num_lanes=num_lanes, max_len=max_len, eos_ids=eos_ids
     )

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from asyncllm.core.windows import PerSpace
 from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
 from asyncllm.engine.build import make_model
 from asyncllm.engine.parallel import Alone
 from asyncllm.errors import StartupError
-from asyncllm.models.attention import AttentionBackend, Batch, HostRows, KvPairs
+from asyncllm.kernels.attention.quantize import dequantize_ref, quantize_ref
+from asyncllm.models.attention import ELEMENTS, AttentionBackend, Batch, HostRows, KvPairs
+from asyncllm.models.kv_format import FORMATS, KvFormat
 from asyncllm.models.rope import Rope
 from asyncllm.models.spec import AttentionSpec, ModelSpec
 from tests.models.harness import Driver, Sequence, make_device, random_ids
@@ -89,37 +92,67 @@ def expected(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_windows_and_caps(
     window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rows in chunks, the longer one beside the other's decode; what the table says of a
-    position that no new token sees is far outside."""
+    """What the table says of a position that no new token sees is far outside."""
     monkeypatch.setattr("asyncllm.engine.attention_cpu.WINDOW_QUERIES", 3)
     monkeypatch.setattr("asyncllm.engine.attention_cpu.SCORES", 200)
-    torch.manual_seed(0)
     spec = replace(PLAIN, window=window, softcap=softcap)
-    layout = TorchPairs([spec], torch.float32)
+    got, turned = run_two_rows(spec, None)
+    for row, heads in zip(got, turned, strict=True):
+        want = expected(spec, heads[:, :6], heads[:, 6:8], heads[:, 8:])
+        torch.testing.assert_close(torch.cat(row), want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
+@pytest.mark.parametrize("window", [None, 16])
+def test_rows_in_8_bits(window: int | None, fmt: KvFormat) -> None:
+    """A row of one token reads all of its K/V in 8 bits; more tokens read their own as they are."""
+    spec = replace(PLAIN, window=window)
+    got, turned = run_two_rows(spec, fmt)
+    for lane, (parts, heads) in enumerate(zip(got, turned, strict=True)):
+        exact = heads[:, 6:]
+        kind = ELEMENTS[fmt.element]
+        rounded = dequantize_ref(*quantize_ref(exact, kind, fmt.group), torch.float32)
+        assert not torch.equal(exact, rounded)
+        steps = [row for step in STEPS for row in step if row[0] == lane]
+        for part, (_, start, count) in zip(parts, steps, strict=True):
+            own = rounded if count == 1 else exact
+            kv = torch.cat([rounded[:start], own[start : start + count]])
+            want = expected(spec, heads[: start + count, :6], kv[:, :2], kv[:, 2:])[start:]
+            torch.testing.assert_close(part, want, atol=2e-5, rtol=1e-4)
+
+
+# lane, first position and number of new tokens, step by step: chunks, decode beside chunks
+STEPS = [
+    [(0, 0, 20), (1, 0, 13)],
+    [(1, 13, 1), (0, 20, 24)],
+    *([(0, 44 + i, 1), (1, 14 + i, 1)] for i in range(3)),
+    [(1, 17, 13)],
+]
+
+
+def run_two_rows(
+    spec: AttentionSpec, fmt: KvFormat | None
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """For each lane what the steps gave, and its q, k and v [n, heads, D], rotated."""
+    torch.manual_seed(0)
+    layout = TorchPairs([spec], torch.float32, fmt)
     attention = TorchAttention([spec], layout, 64, CPU)
-    [kv] = layout.allocate(101, CPU)
-    sizes = (47, 30)
-    qkv = [torch.randn(n, 10, 16) * 2 for n in sizes]
+    [kv] = layout.allocate(PerSpace(101, 101), CPU)
+    qkv = [torch.randn(n, 10, 16) * 2 for n in (47, 30)]
     slots = torch.randperm(100).int()
     mine = [slots[:47], slots[47:77]]
     cos, sin = attention.angles[spec.rope].chunk(2, -1)
-    want = []
+    turned = []
     for x in qkv:
         low, high = x[:, :8].chunk(2, -1)
         c, s = cos[: len(x), None], sin[: len(x), None]
-        turned = torch.cat([low * c - high * s, high * c + low * s], -1)
-        want.append(expected(spec, turned[:, :6], turned[:, 6:], x[:, 8:]))
+        moved = torch.cat([low * c - high * s, high * c + low * s], -1)
+        turned.append(torch.cat([moved, x[:, 8:]], 1))
     got: list[list[Tensor]] = [[], []]
-    steps = [
-        [(0, 0, 20), (1, 0, 13)],
-        [(1, 13, 1), (0, 20, 24)],
-        *([(0, 44 + i, 1), (1, 14 + i, 1)] for i in range(3)),
-        [(1, 17, 13)],
-    ]
-    for rows in steps:
+    for rows in STEPS:
         table = torch.full((2, 64), 1 << 30, dtype=torch.int32)
         for lane, start, count in rows:
-            first = max(0, start + 1 - (window or 64))
+            first = max(0, start + 1 - (spec.window or 64))
             table[lane, first : start + count] = mine[lane][first : start + count]
         lanes, starts, counts = (list(column) for column in zip(*rows, strict=True))
         num = sum(count == 1 for count in counts)
@@ -141,8 +174,7 @@ def test_windows_and_caps(
         out = attention.plan(spec, batch).run(new.flatten(1), kv)
         for lane, part in zip(lanes, out.split(counts), strict=True):
             got[lane].append(part)
-    for row in range(2):
-        torch.testing.assert_close(torch.cat(got[row]), want[row], atol=2e-5, rtol=1e-4)
+    return got, turned
 
 
 def test_one_layer_that_cannot_run_ends_the_start() -> None:

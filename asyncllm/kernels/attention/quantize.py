@@ -1,0 +1,40 @@
+"""K and V in 8 bits and back, in plain torch: what the kernels do, and what the CPU uses.
+
+A scale is a bfloat16, whose range is that of float32, so that no K or V is too large for it. It is
+rounded up, and numbers are divided by what it was rounded to: none is beyond the largest one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LEAST = 1e-30  # nothing smaller is told from zero
+
+
+def quantize_ref(x: Tensor, kind: torch.dtype, group: int | None) -> tuple[Tensor, Tensor]:
+    """8-bit numbers like ``x`` and their scales.
+
+    Args:
+        x: [..., dim], finite.
+        kind: torch.int8 or torch.float8_e4m3fn.
+        group: neighbours of the last dimension that share a scale; None: all of them.
+
+    Returns:
+        [..., dim] of ``kind``, rounded to the nearest; [..., dim / group] bfloat16.
+    """
+    parts = x.float().unflatten(-1, (-1, group or x.shape[-1]))
+    most = parts.abs().amax(-1).clamp_min(LEAST) / LARGEST[kind]
+    scales = ((most.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+    divided = (parts / scales.float().unsqueeze(-1)).flatten(-2)
+    if kind == torch.int8:
+        divided = (divided + 0.5).floor_()
+    return divided.to(kind), scales
+
+
+def dequantize_ref(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ``quantize_ref`` was given, rounded twice: to 8 bits, and to ``dtype``."""
+    parts = values.float().unflatten(-1, (scales.shape[-1], -1))
+    widened: Tensor = parts * scales.float().unsqueeze(-1)
+    return widened.flatten(-2).to(dtype)
