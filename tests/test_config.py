@@ -84,6 +84,7 @@ OURS: dict[str, Any] = {
     "constraint_time_limit": 5.0,
     "disable_cudagraph": False,
     "disable_symm_mem_allreduce": False,
+    "enable_ep_moe": False,
     "max_waiting": 1024,
     "reasoning_parser": None,
     "check": False,
@@ -102,6 +103,7 @@ def resolve(config: Config, **changes: Any) -> Resolved:
         "model_limit": 8192,
         "model_eos": (2,),
         "model_dir_name": "tiny",
+        "has_experts": False,
     }
     return resolve_limits(config, **{**facts, **changes})
 
@@ -273,6 +275,7 @@ def test_kernels_by_name_are_a_warning() -> None:
         ("nccl_port", 28766, "--tp above 1"),
         ("use_config_server_to_init_nccl", True, "--tp above 1"),
         ("disable_symm_mem_allreduce", True, "--tp above 1"),
+        ("enable_ep_moe", True, "--tp above 1"),
         ("diverse_mode", True, "the prompt cache"),
         ("trust_forwarded_for", ("10.0.0.1",), "without API keys"),
     ],
@@ -442,6 +445,14 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_dir() == Path("/xdg/asyncllm")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path("/home/u/.cache/asyncllm")
+
+
+def test_a_model_without_experts_has_none_to_share_out() -> None:
+    config = Config(enable_ep_moe=True, tp=2)
+    assert config.warnings == ()
+    assert resolve(config, has_experts=True).warnings == ()
+    [line] = resolve(config).warnings
+    assert line == "--enable_ep_moe has no effect: the model has no experts"
 
 
 @pytest.mark.parametrize("name", ["disable_cudagraph", "disable_symm_mem_allreduce"])

@@ -32,7 +32,7 @@ class Foreign:
 # reason -> names; "name=" takes a value, "name=+" several, "name=a|b" is refused but for a and b
 _REFUSED = {
     "the chat template is the model folder's": "chat_template=",
-    "K/V and weights are in the type of --data_type": "kv_quant_calibration_config_path= "
+    "K/V and weights are in the type of --data_type": "expert_dtype= kv_quant_calibration_config_path= "
     "llm_kv_type=None quant_cfg= quant_type=none",
     "it computes on CUDA or the CPU": "hardware_platform=cuda",
     "there is one tier of K/V, in the device's memory": "enable_cpu_cache enable_disk_cache",
@@ -65,8 +65,8 @@ _IGNORED = {
     "vit_att_backend=+ vit_quant_cfg= vit_quant_type=",
     "it belongs to a cache beyond the device's memory, which there is not": "cpu_cache_storage_size= cpu_cache_token_page_size= disk_cache_dir= disk_cache_storage_size= "
     "enable_dp_prompt_cache_fetch",
-    "models of mixed experts are not served": "auto_update_redundancy_expert enable_ep_moe "
-    "enable_fused_shared_experts ep_redundancy_expert_config_path= expert_dtype=",
+    "experts are not replicated": "auto_update_redundancy_expert ep_redundancy_expert_config_path=",
+    "shared experts are computed beside the others": "enable_fused_shared_experts",
     "models with linear attention are not served": "disable_linear_att_small_page_cpu_cache "
     "linear_att_cache_size= linear_att_hash_page_size= linear_att_page_block_num= "
     "linear_att_ssm_data_type=",

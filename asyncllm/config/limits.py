@@ -5,6 +5,7 @@ Knows no torch: what depends on the model or the device comes in as arguments.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -96,6 +97,7 @@ def resolve_limits(
     model_limit: int,
     model_eos: tuple[int, ...],
     model_dir_name: str,
+    has_experts: bool,
 ) -> Resolved:
     """Fill in what depends on the model and the device.
 
@@ -105,16 +107,13 @@ def resolve_limits(
         model_limit: positions the model was made for.
         model_eos: end-of-answer ids named by the model.
         model_dir_name: last part of the model's folder or hub id.
+        has_experts: the model is one of mixed experts.
 
     Raises:
         StartupError: an explicit value that the model or another explicit value contradicts.
     """
     notes: list[str] = []
-    warnings = [
-        f"--{name} has no effect: it counts on GPUs, and this is the CPU"
-        for name in GPU_ONLY
-        if device == "cpu" and getattr(config, name)
-    ]
+    warnings = list(_without_effect(config, device, has_experts))
     length = config.max_req_total_len
     len_is_explicit = "max_req_total_len" in config.explicit
     if length > model_limit:
@@ -147,6 +146,15 @@ def resolve_limits(
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
+
+
+def _without_effect(config: Config, device: Device, has_experts: bool) -> Iterator[str]:
+    """A line for each option that the device or the model leaves without a meaning."""
+    for name in GPU_ONLY:
+        if device == "cpu" and getattr(config, name):
+            yield f"--{name} has no effect: it counts on GPUs, and this is the CPU"
+    if config.enable_ep_moe and not has_experts:
+        yield "--enable_ep_moe has no effect: the model has no experts"
 
 
 def _budgets(config: Config, device: Device) -> tuple[int, int]:

@@ -293,6 +293,11 @@ class Config:
         needs=RANKS,
         help="let the ranks meet at the config_server",
     )
+    enable_ep_moe: bool = flag(
+        False, group=PARALLEL, needs=RANKS,
+        help="models of mixed experts: each rank has some experts whole, as many as the others or "
+        "one more, instead of a slice of every one",
+    )  # fmt: skip
     disable_symm_mem_allreduce: bool = flag(
         False, group=PARALLEL, needs=RANKS,
         help="add up the ranks' shares through NCCL only, not through memory that they all map",

@@ -128,6 +128,11 @@ class ModelSpec:
     mlp_name: str = "mlp"  # of a layer's part in the checkpoint
     fused_projections: bool = False  # the checkpoint holds q, k, v, and gate, up, as one tensor
 
+    @property
+    def has_experts(self) -> bool:
+        """Some layers are mixtures of experts."""
+        return any(isinstance(mlp, ExpertsSpec) for mlp in self.mlps)
+
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelSpec:
         """Read config.json, and generation_config.json for more end tokens.

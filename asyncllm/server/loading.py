@@ -57,6 +57,7 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
     sizes = Sizes(
         tp=len(boot.group),
         ranks=len(boot.topology.ranks),
+        whole_experts=config.enable_ep_moe,
         dtype=resolved.dtype,
         max_len=resolved.max_req_total_len,
         num_lanes=resolved.running_max_req_size,
@@ -173,6 +174,7 @@ def _load_device(
             device=where,
             max_len=resolved.max_req_total_len,
             load_way=load_way,
+            whole_experts=boot.config.enable_ep_moe,
             symmetric=not boot.config.disable_symm_mem_allreduce,
             progress=lambda done, _: bar.advance(done - bar.done_bytes),
         )

@@ -33,6 +33,7 @@ def boot() -> Boot:
         model_limit=8192,
         model_eos=(2,),
         model_dir_name="m",
+        has_experts=False,
     )
     resolved = replace(resolved, generation_config={"top_p": 0.9, "do_sample": True})
     return Boot(
