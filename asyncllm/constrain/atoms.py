@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil, floor
-from typing import Any, Final
+from typing import Final
 
-Value = Any  # JSON, with Decimal for numbers that are not written as integers
+from asyncllm.plain import Json
+
 Schemas = frozenset[int]  # all of them hold
 FREE: Final[Schemas] = frozenset()
 
@@ -22,7 +23,7 @@ class Const:
     """Exactly one value, as JSON text that :func:`dump` writes."""
 
     text: str
-    value: Value
+    value: Json
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Const) and self.text == other.text
@@ -172,11 +173,13 @@ def bounded(atom: Atom, low: int | None, high: int | None) -> Atom | None:
     return common(atom, replace(type(atom)(), low=low or 0, high=high))
 
 
-def number(value: Value) -> Fraction:
+def number(value: Json) -> Fraction:
+    """The exact value of what :func:`kind_of` calls a number or an integer."""
+    assert isinstance(value, int | Decimal), value
     return Fraction(value)
 
 
-def kind_of(value: Value) -> str:
+def kind_of(value: Json) -> str:
     """The JSON type of a value; integers are told from other numbers by their value."""
     match value:
         case None:
@@ -195,7 +198,7 @@ def kind_of(value: Value) -> str:
             return "object"
 
 
-def same(one: Value, other: Value) -> bool:
+def same(one: Json, other: Json) -> bool:
     """Equal as JSON Schema has it: 1 is 1.0, but not true."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other

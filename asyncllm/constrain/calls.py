@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from asyncllm.constrain import terms
 from asyncllm.constrain.atoms import Atom, Const, Form, Number, Object, Schemas, String
 from asyncllm.constrain.rules import Alt, Node, Repeat, Seq, Term, finite, written
 from asyncllm.constrain.writing import LOOSE, Possible, Writer
+from asyncllm.plain import JsonObject, typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ _READS_AS_JSON: Final = (
 _COMBINED: Final = frozenset(("$ref", "anyOf", "oneOf", "allOf"))
 
 
-def calls_grammar(forms: Sequence[dict[str, Any]], possible: Possible) -> str:
+def calls_grammar(forms: Sequence[JsonObject], possible: Possible) -> str:
     """The engine's grammar of one of several calls, behind their mark.
 
     Args:
@@ -55,12 +56,12 @@ def calls_grammar(forms: Sequence[dict[str, Any]], possible: Possible) -> str:
     rules: dict[str, Node] = {}
     for i, form in enumerate(forms):
         writer = Writer(json.dumps(form["schema"]), possible, f"f{i}", LOOSE)
-        begin = form["begin"]
-        parts: list[Node] = [_text(begin.lstrip()), _arguments(writer, form["style"])]
+        begin, end = typed(form["begin"], str), typed(form["end"], str)
+        parts: list[Node] = [_text(begin.lstrip()), _arguments(writer, typed(form["style"], str))]
         if begin != begin.lstrip():
             parts.insert(0, Repeat(Term(r"/[ \n]/"), 0, 2))
-        if form["end"]:
-            parts.append(_text(form["end"]))
+        if end:
+            parts.append(_text(end))
         made = writer.finished(Seq(tuple(parts)))
         rules |= made
         calls.append(made[writer.root])
@@ -92,7 +93,7 @@ def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Node:
     if isinstance(atom, Const):
         pairs = [
             (_argument(writer, key, (Const("", value),), tags, False), True)
-            for key, value in atom.value.items()
+            for key, value in typed(atom.value, dict).items()
         ]
         return writer.pairs(Object(), pairs, None, comma)
     assert isinstance(atom, Object)
@@ -126,10 +127,12 @@ def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Node:
 def _is_text(writer: Writer, schemas: Schemas) -> bool:
     """Whether a parser takes every value for a string: it looks at types only."""
     nodes = writer.document.nodes
-    told = [nodes[one] for one in (writer.document.root, *schemas)]
+    told = [
+        node for one in (writer.document.root, *schemas) if isinstance(node := nodes[one], dict)
+    ]
     if len(told) != 2 or any(_COMBINED & node.keys() for node in told):
         return False
-    return bool(told[1].get("type") == "string")
+    return told[1].get("type") == "string"
 
 
 def _argument(

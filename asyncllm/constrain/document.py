@@ -6,12 +6,12 @@ Knows which keywords hold schemas; knows not what they mean.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 from urllib.parse import unquote, urldefrag, urljoin
 
 from asyncllm.constrain.jsontext import MAX_DEPTH
 from asyncllm.errors import RequestError
+from asyncllm.plain import Json, JsonObject
 
 NAMED: Final = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
@@ -31,13 +31,13 @@ class Document:
         RequestError: it nests too deeply, or a name stands for two schemas.
     """
 
-    def __init__(self, root: Any) -> None:
-        self.nodes: list[Any] = [True, False]
+    def __init__(self, root: Json) -> None:
+        self.nodes: list[Json] = [True, False]
         self._numbers: dict[int, int] = {}
         self._places: dict[int, str] = {}
         self._bases: dict[int, str] = {}
-        self._named: dict[str, Any] = {}  # by URI, with the name behind # if it has one
-        self.negations: dict[int, Any] = {}  # of schemas by id(), see negation
+        self._named: dict[str, Json] = {}  # by URI, with the name behind # if it has one
+        self.negations: dict[int, Json] = {}  # of schemas by id(), see negation
         self.anchors: Counter[str] = Counter()  # dynamic ones by name; "": recursive
         self.base = ""
         self._root = root
@@ -47,7 +47,7 @@ class Document:
         self._walk(root)
         self.root = self.number(root)
 
-    def number(self, node: Any, parent: Any = None) -> int:
+    def number(self, node: Json, parent: Json = None) -> int:
         """A schema's number.
 
         Args:
@@ -68,11 +68,11 @@ class Document:
                 self._bases[id(node)] = self._bases.get(id(parent), self.base)
         return number
 
-    def fail(self, node: Any, why: str) -> NoReturn:
+    def fail(self, node: Json, why: str) -> NoReturn:
         """Raises RequestError that names the place of ``node``."""
         raise RequestError(f"the JSON schema {why} at {self._places.get(id(node), '#')}")
 
-    def target(self, node: Mapping[str, Any], ref: Any) -> Any:
+    def target(self, node: JsonObject, ref: Json) -> Json:
         """What ``ref``, a reference in ``node``, points to. Raises RequestError."""
         if not isinstance(ref, str):
             self.fail(node, "has a $ref that is no string")
@@ -103,14 +103,14 @@ class Document:
                 self.fail(node, f"has the $ref {ref!r}, which points to nothing,")
         return found
 
-    def _walk(self, root: Any) -> None:
-        waiting: list[tuple[Any, str, int, bool, str]] = [(root, "#", 0, True, "")]
+    def _walk(self, root: Json) -> None:
+        waiting: list[tuple[Json, str, int, bool, str]] = [(root, "#", 0, True, "")]
         while waiting:
             node, place, depth, is_schema, base = waiting.pop()
             if depth > MAX_DEPTH:
                 raise RequestError(f"the JSON schema is nested more than {MAX_DEPTH} deep")
             self._places[id(node)] = place
-            items: list[tuple[str, Any]] = []
+            items: list[tuple[str, Json]] = []
             if isinstance(node, dict):
                 if is_schema:
                     base = self._identify(node, base)
@@ -132,7 +132,7 @@ class Document:
                 step = key.replace("~", "~0").replace("/", "~1")
                 waiting.append((value, f"{place}/{step}", depth + 1, inner, base))
 
-    def _identify(self, node: dict[str, Any], base: str) -> str:
+    def _identify(self, node: JsonObject, base: str) -> str:
         """Remember the node's names; the base of addresses in it."""
         for word in ("$id", "id"):
             name = node.get(word)
@@ -157,7 +157,7 @@ class Document:
         return base
 
 
-def _deep(value: Any) -> bool:
+def _deep(value: Json) -> bool:
     """Nested more than MAX_DEPTH deep."""
     waiting = [(value, 0)]
     while waiting:

@@ -6,23 +6,26 @@ from __future__ import annotations
 import json
 import re
 from decimal import Decimal
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 from asyncllm.errors import RequestError
+from asyncllm.plain import Json
 
 MAX_DEPTH: Final = 64
 LARGEST: Final = Decimal("1.7976931348623157e308")
 _HALF: Final = re.compile("[\ud800-\udfff]")
 
 
-def load(text: str) -> Any:
+def load(text: str) -> Json:
     """The value of a JSON text, with Decimal for numbers that are not written as integers.
 
     Raises:
         RequestError: it is none, nests too deeply, or holds a number that is not finite.
     """
     try:
-        value = json.loads(text, parse_float=_decimal, parse_int=_integer, parse_constant=_constant)
+        value: Json = json.loads(
+            text, parse_float=_decimal, parse_int=_integer, parse_constant=_constant
+        )
     except RecursionError:
         raise RequestError(f"the JSON schema is nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:
@@ -52,7 +55,7 @@ def string(text: str) -> str:
     return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
-def scalar(value: Any) -> str:
+def scalar(value: Json) -> str:
     """The text of what is neither an array nor an object."""
     match value:
         case str():
@@ -63,7 +66,7 @@ def scalar(value: Any) -> str:
             return json.dumps(value)
 
 
-def dump(value: Any) -> str:
+def dump(value: Json) -> str:
     """The text of a value that :func:`load` gave."""
     match value:
         case dict():

@@ -7,14 +7,23 @@ narrower than the opposite; only schemas of the document are negated, never what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 from asyncllm.constrain.document import Document
+from asyncllm.plain import Json, JsonObject
 
-# keywords of schemas made here; no JSON has such keys
-VALUES: Final = 1  # none of these values
-PATTERN: Final = 2  # a string that this does not match
-FRACTION: Final = 3  # a number that is no integer
+
+class _Own(str):
+    """A keyword of schemas made here: equal to no key of a JSON text, whatever that spells."""
+
+    __slots__ = ()
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+VALUES: Final = _Own("none of these values")
+PATTERN: Final = _Own("a string that this does not match")
+FRACTION: Final = _Own("a number that is no integer")
 
 _TYPES: Final = ("null", "boolean", "number", "string", "array", "object")
 _LENGTHS: Final = {
@@ -34,10 +43,8 @@ _SILENT: Final = frozenset(
      "else", "contentEncoding", "contentMediaType", "nullable")
 )  # fmt: skip
 
-Schema = Any
 
-
-def negated(schema: Schema, document: Document) -> Schema | None:
+def negated(schema: Json, document: Document) -> Json | None:
     """A schema of values that do not fit ``schema``. None: there is none to be had."""
     if isinstance(schema, bool):
         return not schema
@@ -45,22 +52,22 @@ def negated(schema: Schema, document: Document) -> Schema | None:
         return None
     if id(schema) in document.negations:
         return document.negations[id(schema)]
-    parts: list[Schema] = []
+    parts: list[Json] = []
     says = [word for word in schema if word not in _SILENT]
     for word in says:
         parts += _opposites(schema, word, document)
-    made = False if not says else {"anyOf": parts} if parts else None
+    made: Json = {"anyOf": parts} if parts else None if says else False
     document.negations[id(schema)] = made
     return made
 
 
-def _opposites(schema: dict[str, Any], word: str, document: Document) -> Iterator[Schema]:
+def _opposites(schema: JsonObject, word: str, document: Document) -> Iterator[Json]:
     """Schemas of values that break one keyword."""
     value = schema[word]
     match word:
         case "type":
-            told = [value] if isinstance(value, str) else value
-            others = [
+            told = value if isinstance(value, list) else [value]
+            others: list[Json] = [
                 t for t in _TYPES if t not in told and not (t == "number" and "integer" in told)
             ]
             yield {"type": others} if others else False
@@ -83,6 +90,8 @@ def _opposites(schema: dict[str, Any], word: str, document: Document) -> Iterato
                 yield {"not": part}
         case "required" if isinstance(value, list):
             for name in value:
+                if not isinstance(name, str):
+                    document.fail(schema, "has a required that is no list of names")
                 yield {"type": "object", "properties": {name: False}}
         case "properties" if isinstance(value, dict):
             for name, part in value.items():
@@ -106,14 +115,14 @@ def _opened(word: str) -> str:
     return {"minimum": "exclusiveMinimum", "maximum": "exclusiveMaximum"}.get(word, "")
 
 
-def dependencies(node: dict[Any, Any], document: Document) -> Iterator[Schema]:
+def dependencies(node: JsonObject, document: Document) -> Iterator[Json]:
     """Each dependency as a schema: without the property, or with what it wants."""
     for word in ("dependentRequired", "dependentSchemas", "dependencies"):
         told = node.get(word, {})
         if not isinstance(told, dict):
             document.fail(node, f"has {word} that is no object")
         for name, wants in told.items():
-            then = [wants] if isinstance(wants, str) else wants
+            then: Json = [wants] if isinstance(wants, str) else wants
             then = {"required": then} if isinstance(then, list) else then
-            without = {"properties": {name: False}}
+            without: Json = {"properties": {name: False}}
             yield {"anyOf": [without, {"allOf": [{"required": [name]}, then]}]}

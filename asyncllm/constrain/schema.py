@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Final
+from typing import Final
 
 from asyncllm.constrain import negation
 from asyncllm.constrain.atoms import (
@@ -23,7 +23,6 @@ from asyncllm.constrain.atoms import (
     Object,
     Schemas,
     String,
-    Value,
     common,
     kind_of,
     number,
@@ -34,6 +33,7 @@ from asyncllm.constrain.formats import FORMATS, UNENFORCED
 from asyncllm.constrain.jsontext import dump
 from asyncllm.constrain.terms import raw_form
 from asyncllm.errors import RequestError
+from asyncllm.plain import Json, JsonObject, typed
 
 MAX_WORK: Final = 10_000  # combinations of alternatives that are looked at
 TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -74,7 +74,7 @@ class Meaning:
         self._known[schemas] = found
         return found
 
-    def fits(self, value: Value, schemas: Schemas) -> bool:
+    def fits(self, value: Json, schemas: Schemas) -> bool:
         """Whether a value fits all of ``schemas``."""
         return any(self._fits(value, atom) for atom in self.atoms(schemas))
 
@@ -102,6 +102,7 @@ class Meaning:
             return self._anything
         if schema == FALSE:
             return ()
+        assert isinstance(node, dict), node
         if schema in self._open:
             self.document.fail(node, "refers to itself")
         self._open.add(schema)
@@ -113,29 +114,28 @@ class Meaning:
         self._alone[schema] = found
         return found
 
-    def _number(self, node: Any, parent: Any) -> int:
+    def _number(self, node: Json, parent: Json) -> int:
         return self.document.number(node, parent)
 
-    def _set(self, node: Any, parent: Any) -> Schemas:
+    def _set(self, node: Json, parent: Json) -> Schemas:
         one = self._number(node, parent)
         return FREE if one == TRUE else frozenset((one,))
 
-    def _own(self, node: dict[Any, Any]) -> tuple[Atom, ...]:
+    def _own(self, node: JsonObject) -> tuple[Atom, ...]:
         """What the keywords say that hold no schemas for the same value."""
-        types = node.get("type", TYPES)
-        types = (types,) if isinstance(types, str) else types
-        if not isinstance(types, list | tuple):
+        told = node.get("type", "any")
+        told = [told] if isinstance(told, str) else told
+        if not isinstance(told, list):
             self.document.fail(node, "has a type that is neither a string nor a list of them")
-        if "any" in types:
-            types = TYPES
+        types = TYPES if "any" in told else tuple(map(str, told))
         if bad := [name for name in types if name not in TYPES]:
-            self.document.fail(node, f"has the unknown type {str(bad[0])[:40]!r}")
+            self.document.fail(node, f"has the unknown type {bad[0][:40]!r}")
         free = self._of_types(types, node)
-        values = None
+        values: list[Json] | None = None
         if "enum" in node:
-            values = node["enum"]
-            if not isinstance(values, list):
+            if not isinstance(listed := node["enum"], list):
                 self.document.fail(node, "has an enum that is no list")
+            values = listed
         if "const" in node:
             values = [v for v in values if same(v, node["const"])] if values else [node["const"]]
         if values is None:
@@ -147,9 +147,9 @@ class Meaning:
             if any(self._fits(value, atom) for atom in free)
         )
 
-    def _of_types(self, types: Iterable[str], node: dict[Any, Any]) -> tuple[Atom, ...]:
+    def _of_types(self, types: Iterable[str], node: JsonObject) -> tuple[Atom, ...]:
         found: list[Atom | None] = []
-        gone = node.get(negation.VALUES, ())
+        gone = typed(node.get(negation.VALUES, []), list)
         if "null" in types:
             found.append(Const("null", None))
         if "boolean" in types:
@@ -165,22 +165,22 @@ class Meaning:
             found.append(self._object(node))
         return tuple(atom for atom in found if atom is not None)
 
-    def _refuse(self, node: dict[Any, Any], *words: str) -> None:
+    def _refuse(self, node: JsonObject, *words: str) -> None:
         for word in words:
             if word in node:
                 self.document.fail(
                     node, f"has {word}, which cannot be enforced: leave it out; it stands"
                 )
 
-    def _count(self, node: dict[Any, Any], word: str) -> int | None:
+    def _count(self, node: JsonObject, word: str) -> int | None:
         value = node.get(word)
         if value is None:
             return None
-        if isinstance(value, bool) or kind_of(value) != "integer" or value < 0:
+        if kind_of(value) != "integer" or number(value) < 0:
             self.document.fail(node, f"has {word} {str(value)[:40]}, which is no count,")
-        return int(value)
+        return int(number(value))
 
-    def _bound(self, node: dict[Any, Any], word: str) -> Fraction | None:
+    def _bound(self, node: JsonObject, word: str) -> Fraction | None:
         value = node.get(word)
         if value is None or isinstance(value, bool):
             return None
@@ -188,7 +188,7 @@ class Meaning:
             self.document.fail(node, f"has {word} {str(value)[:40]!r}, which is no number,")
         return number(value)
 
-    def _numeric(self, node: dict[Any, Any], integer: bool, gone: Iterable[Value]) -> Atom | None:
+    def _numeric(self, node: JsonObject, integer: bool, gone: Iterable[Json]) -> Atom | None:
         multiple = self._bound(node, "multipleOf")
         if multiple is not None and multiple == 1:
             integer = True
@@ -216,7 +216,7 @@ class Meaning:
         numbers = {number(v) for v in gone if kind_of(v) in ("integer", "number")}
         return found if found is None else common(found, Number(excluded=frozenset(numbers)))
 
-    def _string(self, node: dict[Any, Any], gone: Iterable[Value]) -> Atom | None:
+    def _string(self, node: JsonObject, gone: Iterable[Json]) -> Atom | None:
         forms = {Form("text", value, False) for value in gone if isinstance(value, str)}
         for word, kind, holds in (
             ("pattern", "pattern", True),
@@ -243,7 +243,7 @@ class Meaning:
             String(forms=frozenset(forms)),
         )
 
-    def _array(self, node: dict[Any, Any]) -> Atom | None:
+    def _array(self, node: JsonObject) -> Atom | None:
         low, high = self._count(node, "minItems") or 0, self._count(node, "maxItems")
         if node.get("uniqueItems") and (high is None or high > 1):
             self._refuse(node, "uniqueItems")
@@ -263,16 +263,14 @@ class Meaning:
         )
         return common(array, Array(low=low, high=high))
 
-    def _object(self, node: dict[Any, Any]) -> Atom | None:
+    def _object(self, node: JsonObject) -> Atom | None:
         required = node.get("required", [])
         if isinstance(required, bool):
             required = []  # draft 3: of a property
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
             self.document.fail(node, "has a required that is no list of names")
         layers = []
-        parts = [node.get(word, {}) for word in ("properties", "patternProperties")]
-        if not all(isinstance(part, dict) for part in parts):
-            self.document.fail(node, "has properties that are no object")
+        parts = [self._named(node, word) for word in ("properties", "patternProperties")]
         others = node.get("additionalProperties")
         if any(parts) or others is not None:
             named, patterns = (
@@ -291,15 +289,21 @@ class Meaning:
         if "propertyNames" in node:
             names = self._set(node["propertyNames"], node)
         return common(
-            Object(tuple(layers), tuple(required), names=names),
+            Object(tuple(layers), tuple(map(str, required)), names=names),
             Object(
                 low=self._count(node, "minProperties") or 0, high=self._count(node, "maxProperties")
             ),
         )
 
+    def _named(self, node: JsonObject, word: str) -> JsonObject:
+        part = node.get(word, {})
+        if not isinstance(part, dict):
+            self.document.fail(node, "has properties that are no object")
+        return part
+
     # -- schemas for the same value ---------------------------------------------------------------
 
-    def _applied(self, node: dict[Any, Any]) -> Iterator[tuple[Atom, ...]]:
+    def _applied(self, node: JsonObject) -> Iterator[tuple[Atom, ...]]:
         self._refuse(node, "extends", "disallow")
         for word in ("$ref", "$dynamicRef", "$recursiveRef"):
             if word not in node:
@@ -322,7 +326,7 @@ class Meaning:
         for made in negation.dependencies(node, self.document):
             yield self._alternatives(self._number(made, node))
 
-    def _list(self, node: dict[Any, Any], word: str) -> list[int]:
+    def _list(self, node: JsonObject, word: str) -> list[int]:
         parts = node.get(word, [])
         if not isinstance(parts, list) or (word in node and not parts):
             self.document.fail(node, f"has {word} that is no list of schemas")
@@ -335,7 +339,7 @@ class Meaning:
         self._spend(len(found))
         return tuple(found)
 
-    def _one(self, node: dict[Any, Any], schemas: list[int]) -> tuple[Atom, ...]:
+    def _one(self, node: JsonObject, schemas: list[int]) -> tuple[Atom, ...]:
         """Exactly one: of those that overlap, each without the others."""
         parts = [self._alternatives(one) for one in schemas]
         # what is told narrower than it is may overlap unseen
@@ -349,7 +353,7 @@ class Meaning:
             found |= dict.fromkeys(part)
         return tuple(found)
 
-    def _is_narrow(self, schema: Any) -> bool:
+    def _is_narrow(self, schema: Json) -> bool:
         """An opposite stands in ``schema``, or in what it refers to."""
         waiting, seen = [schema], set[int]()
         while waiting:
@@ -367,7 +371,7 @@ class Meaning:
     def _apart(self, one: tuple[Atom, ...], other: tuple[Atom, ...]) -> bool:
         return all(self._is_empty(atom) for atom in self._both(one, other))
 
-    def _not(self, schema: Any, node: dict[Any, Any]) -> tuple[Atom, ...]:
+    def _not(self, schema: Json, node: JsonObject) -> tuple[Atom, ...]:
         made = negation.negated(schema, self.document)
         if made is None:
             self.document.fail(
@@ -376,14 +380,14 @@ class Meaning:
             )
         return tuple(map(_opposite, self._alternatives(self._number(made, node))))
 
-    def _if(self, node: dict[Any, Any]) -> tuple[Atom, ...]:
+    def _if(self, node: JsonObject) -> tuple[Atom, ...]:
         condition = self._alternatives(self._number(node["if"], node))
         yes = self._alternatives(self._number(node.get("then", True), node))
         no = self._alternatives(self._number(node.get("else", True), node))
         otherwise = self._both(self._not(node["if"], node), no)
         return tuple(dict.fromkeys((*self._both(condition, yes), *otherwise)))
 
-    def _closed(self, node: dict[Any, Any], atom: Atom) -> Atom:
+    def _closed(self, node: JsonObject, atom: Atom) -> Atom:
         """``unevaluated*`` speak of what no schema for the same value has spoken of."""
         if isinstance(atom, Object) and "unevaluatedProperties" in node:
             layers = [layer for layer in atom.layers if not layer.opposite]
@@ -455,7 +459,7 @@ class Meaning:
             case _:
                 return False
 
-    def _fits(self, value: Value, atom: Atom) -> bool:
+    def _fits(self, value: Json, atom: Atom) -> bool:
         match atom:
             case Const():
                 return same(value, atom.value)
@@ -479,7 +483,7 @@ class Meaning:
             case Object():
                 return isinstance(value, dict) and self._fits_object(value, atom)
 
-    def _fits_object(self, value: dict[str, Value], atom: Object) -> bool:
+    def _fits_object(self, value: dict[str, Json], atom: Object) -> bool:
         return (
             atom.low <= len(value) <= _or_more(atom.high)
             and all(name in value for name in atom.required)
@@ -496,7 +500,7 @@ class Meaning:
         return self._matches(raw_form(positive), value) == form.holds
 
     @staticmethod
-    def _fits_number(value: Value, atom: Number) -> bool:
+    def _fits_number(value: Json, atom: Number) -> bool:
         if kind_of(value) not in ("integer", "number"):
             return False
         exact = number(value)
@@ -522,5 +526,5 @@ def _or_more(high: int | None) -> float:
     return float("inf") if high is None else high
 
 
-def _among(value: Value, values: Iterable[Value]) -> bool:
+def _among(value: Json, values: Iterable[Json]) -> bool:
     return any(same(value, other) for other in values)

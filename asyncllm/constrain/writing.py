@@ -22,7 +22,6 @@ from asyncllm.constrain.atoms import (
     Object,
     Schemas,
     String,
-    Value,
 )
 from asyncllm.constrain.document import Document
 from asyncllm.constrain.jsontext import load, string
@@ -41,6 +40,7 @@ from asyncllm.constrain.rules import (
 )
 from asyncllm.constrain.schema import Matches, Meaning
 from asyncllm.errors import RequestError
+from asyncllm.plain import Json
 
 MAX_RULES: Final = 6_000
 MAX_OTHERS: Final = 32  # properties beyond those that a schema names: a model may like them
@@ -170,7 +170,7 @@ class Writer:
         text = terms.string_term(atom)
         return Term(text) if terms.is_plain(atom) else self.term(text)
 
-    def _const(self, value: Value) -> Node:
+    def _const(self, value: Json) -> Node:
         """A value in the tokens that other alternatives have too."""
         match value:
             case dict():

@@ -240,6 +240,7 @@ def test_strings(grammars: Grammars, schema: Any, good: list[str], bad: list[str
      ({"type": "object", "required": ["a"], "additionalProperties": False}, "no value at all"),
      ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no value at all"),
      ({"$ref": "#"}, "refers to itself"), ({"type": 3}, "a type that is neither"),
+     ({"not": {"required": [1]}}, "required that is no list of names"),
      ({"properties": []}, "properties that are no object"), ({"enum": 3}, "an enum that is no list"),
      ({"minLength": -1}, "minLength -1, which is no count"), ({"anyOf": []}, "anyOf that is no list")],
     ids=lambda value: json.dumps(value)[:40],
