@@ -158,6 +158,7 @@ def test_half_precision_is_close(tmp_path: Path, dtype: str, device: tuple[str, 
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_launch_never_waits_for_the_device(tmp_path: Path) -> None:
     """Prefill, mixed and decode steps with every sampling feature, in sync debug mode "error"."""
     make_checkpoint(tmp_path)
