@@ -22,7 +22,7 @@ _log = logging.getLogger("asyncllm.hub")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # what a server reads: config, tokenizer, template and safetensors
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "tokeniz*.py"]
 # the same weights once more under another name or for another runtime
 _UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 
@@ -68,7 +68,8 @@ def check_model_dir(folder: Path, load_way: str = "HF") -> None:
             are missing.
     """
     if not (folder / "config.json").is_file():
-        raise StartupError(f"{folder} holds no config.json: not a Hugging Face model folder")
+        own = " but params.json, Mistral's own format" if (folder / "params.json").is_file() else ""
+        raise StartupError(f"{folder} holds no config.json{own}: not a Hugging Face model folder")
     if set(weight_files(folder, load_way)) == {folder / SINGLE} and (folder / INDEX).is_file():
         _log.info("%s: all weights are taken from %s", folder, SINGLE)
 

@@ -10,6 +10,7 @@ import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,8 +19,10 @@ from tokenizers import AddedToken, Tokenizer
 from asyncllm.core.detokenize import PieceTable, TextStream, WindowStream
 from asyncllm.errors import StartupError
 from asyncllm.plain import Json, JsonObject, typed
+from asyncllm.tekken import NAMED, byte_characters, read_tekken
 
 MOST_TOKENS = 1 << 20  # more than any model has
+SENTENCEPIECE, TEKKEN = "tokenizer.model", "tekken.json"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 if TYPE_CHECKING:
@@ -94,10 +97,12 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     vocab_size: int = MOST_TOKENS,
 ) -> Text:
-    """The tokenizer of a Hugging Face folder. ``fast`` and ``auto`` are the same.
+    """The tokenizer of a model folder. ``fast`` and ``auto`` are the same.
 
-    transformers is imported only where there is no tokenizer.json, or for ``slow``: it takes
-    seconds, and some of its classes rebuild parts of the file that they should take as they are.
+    It is tokenizer.json; without it tokenizer.model of SentencePiece, then tekken.json.
+    transformers is imported only where there are neither tokenizer.json nor tekken.json, or for
+    ``slow``: it takes seconds, and some of its classes rebuild parts of the file that they should
+    take as they are.
 
     Args:
         vocab_size: the model's; tokens that tokenizer_config.json or added_tokens.json put beyond
@@ -122,6 +127,14 @@ def load_tokenizer(
         named = [*special.values(), *more_special]
         _add_tokens(tokenizer, _added_tokens(folder, config, named), named, vocab_size)
         return _fast(tokenizer, config, special, templates)
+    if not file.is_file() and "auto_map" not in config:
+        # where nothing is said of bos, as transformers' classes for these files did before 5.0
+        if (sentences := folder / SENTENCEPIECE).is_file():
+            _check_sentencepiece(sentences)
+            config.setdefault("add_bos_token", True)
+        elif (tekken := folder / TEKKEN).is_file():
+            config.setdefault("add_bos_token", True)
+            return _fast(read_tekken(tekken), config, NAMED | special, templates)
     text = _by_transformers(folder, mode, trust_remote_code, config, special, templates)
     if text is None:
         _log.warning("--tokenizer_mode slow: the model has only a fast tokenizer, it is used")
@@ -285,12 +298,9 @@ def _flat(decoder: JsonObject | None) -> list[JsonObject]:
 def _byte_level(tokens: list[str]) -> list[bytes]:
     """Bytes of byte-level BPE tokens: each of 256 characters stands for one byte.
 
-    Printable Latin-1 stands for itself, the other 68 bytes for U+0100 and on, in order (GPT-2).
     A token with any other character is one that was added, and is meant literally.
     """
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(own)]
-    byte_of = {byte: byte for byte in own} | {0x100 + i: byte for i, byte in enumerate(others)}
+    byte_of = {ord(character): byte for byte, character in byte_characters().items()}
     alphabet = frozenset(map(chr, byte_of))
     return [
         token.translate(byte_of).encode("latin-1") if alphabet.issuperset(token) else token.encode()
@@ -308,6 +318,33 @@ def _byte_token(token: str) -> bytes | None:
     return None
 
 
+# -- SentencePiece ---------------------------------------------------------------------------------
+
+
+def _check_sentencepiece(file: Path) -> None:
+    """Raises StartupError: it cannot be read here, or is of another kind."""
+    if lacking := [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]:
+        raise StartupError(
+            f"{file} is a SentencePiece tokenizer, and there is no tokenizer.json; it needs "
+            f"{' and '.join(lacking)}: pip install 'asyncllm[sentencepiece]'"
+        )
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise StartupError(
+            f"{file} is not a SentencePiece model, and there is no tokenizer.json: {error!s:.100}"
+        ) from error
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
+
+
 # -- by transformers -------------------------------------------------------------------------------
 
 
@@ -322,14 +359,25 @@ def _by_transformers(
     """None: a slow one is asked for, and there is a fast one only."""
     if not folder.is_dir():
         raise StartupError(f"{folder} is not a folder")
-    from transformers import AutoTokenizer  # here: the import takes seconds and is rarely needed
+    # here: the import takes seconds and is rarely needed
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
     try:
+        try:  # the folder's code for its configuration is never run
+            model = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        except (ValueError, OSError):
+            model = PreTrainedConfig()
         slow = AutoTokenizer.from_pretrained(
-            str(folder), use_fast=mode != "slow", trust_remote_code=trust_remote_code
+            str(folder),
+            config=model,
+            use_fast=mode != "slow",
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise StartupError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+        why = " ".join(str(error).split())
+        if "trust_remote_code" in why and not trust_remote_code:
+            why = "it has code of its own, which only --trust_remote_code runs"
+        raise StartupError(f"{folder} has no tokenizer that can be loaded: {why}") from error
     special = {**special, **{k: str(v) for k, v in slow.special_tokens_map.items() if v}}
     if isinstance(slow.chat_template, str):
         templates = {"default": slow.chat_template, **templates}

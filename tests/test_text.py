@@ -6,6 +6,8 @@ import json
 import random
 import subprocess
 import sys
+from base64 import b64encode
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,170 @@ def test_bad_folders_end_the_start(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(StartupError, match=r"cannot read .*tokenizer_config\.json"):
         load_tokenizer(str(tmp_path))
+
+
+# -- SentencePiece and tekken ----------------------------------------------------------------------
+
+SCRIPTS = "Hello  wörld\n\tж 日本 한국 हिन्दी 👩‍👩‍👧 🇩🇪 \x00\x7f e\u0301"
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose tokenizer is a small SentencePiece model with byte fallback, as Llama's is."""
+    from sentencepiece import SentencePieceTrainer
+
+    folder = tmp_path_factory.mktemp("sentences")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            [f"the number {i} is a hello world of number {i}" for i in range(99)]
+        ),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def test_a_sentencepiece_model_alone_is_a_tokenizer(sentences: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    text = load_tokenizer(str(sentences))
+    known = SentencePieceProcessor(model_file=str(sentences / "tokenizer.model"))
+    for content in (SCRIPTS, "hello world", " hello", "  number 7", ""):
+        ids = list(text.encode(content, False))
+        assert ids == known.encode(content)
+        assert list(text.encode(content, True)) == [known.bos_id(), *ids]
+        assert text.decode(ids) == streamed(text, ids, True) == content
+    assert (text.vocab_size, text.eos_id) == (320, known.eos_id())
+
+
+def test_a_sentencepiece_model_may_be_without_bos(sentences: Path, tmp_path: Path) -> None:
+    for file in sentences.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    text = load_tokenizer(str(tmp_path))
+    assert text.encode("hello", True) == text.encode("hello", False)
+
+
+@pytest.mark.parametrize("lacking", ["sentencepiece", "google.protobuf"])
+def test_what_sentencepiece_needs_is_named(
+    sentences: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    def find(name: str) -> object:
+        return None if name == lacking else find_spec(name)
+
+    monkeypatch.setattr("asyncllm.text.find_spec", find)
+    with pytest.raises(StartupError) as caught:
+        load_tokenizer(str(sentences))
+    assert str(caught.value) == (
+        f"{sentences / 'tokenizer.model'} is a SentencePiece tokenizer, and there is no "
+        f"tokenizer.json; it needs {lacking}: pip install 'asyncllm[sentencepiece]'"
+    )
+
+
+def test_a_sentencepiece_model_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text("IQ== 0")
+    with pytest.raises(StartupError, match=r"tokenizer\.model is not a SentencePiece model, and"):
+        load_tokenizer(str(tmp_path))
+
+
+def tekken(**changes: Any) -> dict[str, Any]:
+    """A tekken.json of all bytes, a few words, and some more that its size leaves out."""
+    words = ["he", "ll", "hell", "hello", " w", "or", " wor", "ld", " world", "é", "left", "out"]
+    ranked = [*(bytes([b]) for b in range(256)), *(word.encode() for word in words)]
+    return {
+        "config": {
+            "pattern": r" ?\p{L}+|\s+|[^\s\p{L}]+",
+            "default_vocab_size": 30 + 266,
+            "default_num_special_tokens": 30,
+        },
+        "vocab": [{"token_bytes": b64encode(token).decode()} for token in ranked],
+    } | changes
+
+
+def test_a_tekken_file_alone_is_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken()))
+    text = load_tokenizer(str(tmp_path))
+    ids = list(text.encode("[INST]hello worldé", True))
+    assert ids == [1, 3, 30 + 259, 30 + 264, 30 + 265]
+    assert text.decode(ids, True) == streamed(text, ids, True) == "hello worldé"
+    assert text.decode(ids) == "<s>[INST]hello worldé"
+    assert (text.vocab_size, text.bos_id, text.eos_id) == (296, 1, 2)
+    assert len(text.special) == 30
+    for content in (SCRIPTS, "<SPECIAL_29> hell or", ""):
+        ids = list(text.encode(content, False))
+        assert text.decode(ids) == streamed(text, ids, False) == content
+
+
+def test_a_tekken_file_may_name_its_special_tokens(tmp_path: Path) -> None:
+    named = [{"rank": i, "token_str": t} for i, t in enumerate(["<unk>", "<s>", "</s>", "[ARGS]"])]
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(special_tokens=named)))
+    text = load_tokenizer(str(tmp_path))
+    assert list(text.encode("[ARGS]<SPECIAL_4>", False)) == [3, 4]
+    assert 3 not in text.encode("[INST]", False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        json.dumps(tekken(vocab=[{"token_bytes": "?"}])),
+        json.dumps(tekken(vocab=[{"token_bytes": "IQ=="}, {"token_bytes": "IQ=="}])),
+        json.dumps(tekken(config={})),
+        json.dumps(tekken(special_tokens=[{"rank": 30, "token_str": "<s>"}])),
+        json.dumps(tekken(special_tokens=[3])),
+    ],
+)
+def test_a_tekken_file_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tekken.json").write_text(content)
+    with pytest.raises(StartupError, match=r"tekken\.json is not a tekken tokenizer: .{5,250}$"):
+        load_tokenizer(str(tmp_path))
+
+
+CODE = """
+from pathlib import Path
+from transformers import PreTrainedConfig, PreTrainedTokenizer
+Path({ran!r}).touch()
+class Config(PreTrainedConfig):
+    model_type = "strange"
+class Own(PreTrainedTokenizer):
+    vocab_size = 256
+    def get_vocab(self): return {{chr(i): i for i in range(256)}}
+    def _tokenize(self, text): return list(text)
+    def _convert_token_to_id(self, token): return ord(token)
+    def _convert_id_to_token(self, i): return chr(i)
+    def convert_tokens_to_string(self, tokens): return "".join(tokens)
+"""
+
+
+def test_of_a_folders_code_only_the_tokenizers_may_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    ran = {name: tmp_path / f"ran_{name}" for name in ("configuration", "tokenization")}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, path in ran.items():
+        (folder / f"{name}_x.py").write_text(CODE.format(ran=str(path)))
+    own = {"AutoConfig": "configuration_x.Config", "AutoModelForCausalLM": "configuration_x.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": own}))
+    told = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_x.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    with pytest.raises(StartupError, match="has code of its own, which only --trust_remote_code"):
+        load_tokenizer(str(folder))
+    assert [path.exists() for path in ran.values()] == [False, False]
+    text = load_tokenizer(str(folder), trust_remote_code=True)
+    assert list(text.encode("ab", False)) == [97, 98]
+    assert [path.exists() for path in ran.values()] == [False, True]
 
 
 def test_transformers_is_not_imported_for_a_fast_tokenizer(tmp_path: Path) -> None:

@@ -144,8 +144,10 @@ class Config:
         "DeepSpeed, Llama only (LightLLM has dropped it)",
     )  # fmt: skip
     trust_remote_code: bool = flag(
-        False, group=MODEL, help="allow the model folder's own Python code for the tokenizer"
-    )
+        False, group=MODEL,
+        help="run the model folder's own Python code for the tokenizer, and no other: its model and "
+        "configuration files are never run, so that the architecture must be one that is served",
+    )  # fmt: skip
     device: str = flag(
         "auto", group=MODEL, choices=("auto", "cpu", "cuda"),
         help="where to compute; auto: cuda where there is a GPU",
