@@ -23,7 +23,7 @@ from asyncllm.constrain.engine import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible, use_interface
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
-from asyncllm.models.checkpoint import HEAD, read_checkpoint, with_own_head
+from asyncllm.models.checkpoint import read_checkpoint, with_own_head
 from asyncllm.models.spec import ModelSpec, generation_config
 from asyncllm.server import meeting
 from asyncllm.server.check import check
@@ -64,11 +64,11 @@ def serve(config: Config) -> int:
         with read_checkpoint(model_dir, config.load_way, config_spec) as checkpoint:
             text = load_text(config, str(model_dir), config_spec)
             spec = with_own_head(config_spec, checkpoint)
-        if spec != config_spec:
+        if spec.tie_embeddings != config_spec.tie_embeddings:
             logger.warning(
                 "config.json ties the output matrix to the embedding, but %s is another matrix: "
                 "it is used",
-                HEAD,
+                f"{spec.head}.weight",
             )
         resolved = resolve(config, spec, model_dir, text)
         for line in resolved.warnings:

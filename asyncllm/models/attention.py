@@ -87,6 +87,19 @@ class AttentionPlan(Protocol):
         slots, and let each row attend causally to its lane's: [T, Hq * Dv]. May change qkv."""
 
 
+@dataclass(slots=True)
+class GrownQueries:
+    """A plan whose queries are multiplied by a factor of each token first."""
+
+    plan: AttentionPlan
+    factors: Tensor  # [T, 1] in the dtype of q
+    width: int  # of q in a row of qkv
+
+    def run(self, qkv: Tensor, kv: LayerKv) -> Tensor:
+        qkv[:, : self.width].mul_(self.factors)
+        return self.plan.run(qkv, kv)
+
+
 class AttentionBackend(Protocol):
     """Attention on one device, over K/V in one layout."""
 

@@ -22,7 +22,8 @@ from asyncllm.models.unpickle import Pickles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+_HEADS = ("language_model.lm_head", "lm_head")
 
 _NUMBERED = re.compile(r"(.*-)(\d{1,5})(-of-(\d{1,5})\.(?:safetensors|bin))")
 _COMPARED_ROWS = 8192
@@ -177,16 +178,26 @@ def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles, opened: OpenFile
 
 
 def with_own_head(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
-    """``spec``, without its tie where the checkpoint has an output matrix of its own.
+    """``spec`` as the checkpoint has it: its names, and untied if it has an output matrix.
 
-    A tied checkpoint may hold the embedding a second time, as ``lm_head``. Where that is another
-    matrix, it is the one that was trained.
+    The text part of a model that sees goes by one of two prefixes. A tied checkpoint may hold the
+    embedding a second time, as ``lm_head``. Where that is another matrix, it is the one that was
+    trained.
     """
-    embed, head = (checkpoint.tensors.get(name) for name in (EMBED, HEAD))
-    if not spec.tie_embeddings or embed is None or head is None:
+    for prefix in _PREFIXES:
+        if f"{prefix}embed_tokens.weight" in checkpoint.tensors:
+            spec = replace(spec, prefix=prefix)
+            break
+    for head in _HEADS:
+        if f"{head}.weight" in checkpoint.tensors:
+            spec = replace(spec, head=head)
+            break
+    names = f"{spec.prefix}embed_tokens.weight", f"{spec.head}.weight"
+    embed, matrix = (checkpoint.tensors.get(name) for name in names)
+    if not spec.tie_embeddings or embed is None or matrix is None:
         return spec
     with checkpoint.open() as opened:
-        return spec if _equal(opened, embed, head) else replace(spec, tie_embeddings=False)
+        return spec if _equal(opened, embed, matrix) else replace(spec, tie_embeddings=False)
 
 
 def _index(path: Path) -> dict[Path, frozenset[str]]:

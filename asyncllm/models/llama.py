@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from asyncllm.models.attention import AttentionPlan, Batch, LayerKv
+from asyncllm.models.attention import AttentionPlan, Batch, GrownQueries, LayerKv
 from asyncllm.models.experts import Experts
 from asyncllm.models.layers import Attention, AttentionPart, GatedMLP, MlpPart, Norm, share
 from asyncllm.models.model import Site
-from asyncllm.models.spec import ExpertsSpec, ModelSpec
+from asyncllm.models.spec import AttentionSpec, ExpertsSpec, ModelSpec
 from asyncllm.models.weights import Target
 
 
@@ -130,13 +130,22 @@ class Decoder:
 
     def forward(self, batch: Batch, kv: Sequence[LayerKv]) -> Tensor:
         norms = [*(block.attn_norm for block in self.blocks), self.norm]
-        plans = [self.site.attention.plan(spec, batch.of(spec)) for spec in self._kinds]
+        plans = [self._plan(spec, batch) for spec in self._kinds]
         x, residual = self.site.ops.embed_rmsnorm(
             batch.tokens, self.embed, norms[0].weight, self.spec.rms_eps, self._embed_scale
         )
         for i, block in enumerate(self.blocks):
             x, residual = block(x, residual, plans[self._kind_of[i]], kv[i], norms[i + 1])
         return x
+
+    def _plan(self, spec: AttentionSpec, batch: Batch) -> AttentionPlan:
+        plan = self.site.attention.plan(spec, batch.of(spec))
+        if (growth := spec.query_growth) is None:
+            return plan
+        spans = batch.positions.div(growth.trained, rounding_mode="floor")
+        factors = 1 + growth.beta * torch.log1p(spans)
+        width = spec.num_q_heads * spec.head_dim
+        return GrownQueries(plan, factors[:, None].to(self.site.dtype), width)
 
     def logits(self, hidden: Tensor) -> Tensor:
         gathered = self.site.comm.gather_last(self.site.ops.logits(hidden, self.lm_head))
@@ -145,15 +154,15 @@ class Decoder:
         return gathered[:, : self.vocab_size]
 
     def targets(self) -> Iterator[tuple[str, Target]]:
-        vocab = self.vocab_size
-        yield "model.embed_tokens.weight", Target(self.embed, 0, vocab, ((0, 0, vocab),))
-        yield from self.norm.targets("model.norm")
+        vocab, prefix = self.vocab_size, self.spec.prefix
+        yield f"{prefix}embed_tokens.weight", Target(self.embed, 0, vocab, ((0, 0, vocab),))
+        yield from self.norm.targets(f"{prefix}norm")
         if not self.spec.tie_embeddings:
             kept = share(vocab, self.site)
-            yield "lm_head.weight", Target(self.lm_head, 0, vocab, (kept,))
+            yield f"{self.spec.head}.weight", Target(self.lm_head, 0, vocab, (kept,))
         for i, block in enumerate(self.blocks):
-            yield from block.targets(f"model.layers.{i}.")
+            yield from block.targets(f"{prefix}layers.{i}.")
 
     def ignores(self, name: str) -> bool:
-        tied = self.spec.tie_embeddings and name == "lm_head.weight"
-        return tied or name.endswith("rotary_emb.inv_freq")
+        tied = self.spec.tie_embeddings and name == f"{self.spec.head}.weight"
+        return tied or name.endswith("rotary_emb.inv_freq") or name.startswith(self.spec.ignored)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from asyncllm.errors import StartupError
@@ -21,36 +23,71 @@ class Family:
     Attributes:
         decoder: called with (spec, site), gives a :class:`asyncllm.models.model.Model`.
         reader: called with the spec by the common names of config.json and with config.json, gives
-            the architecture's spec; must not import torch. "": the common names say it all.
+            the architecture's spec. "": the common names say it all.
+        opener: called with config.json before anything is read, gives what of it describes the
+            decoder, with the architecture's own defaults. "": that is all, and there are none.
+
+    The last two must not import torch.
     """
 
     decoder: str
     reader: str = ""
+    opener: str = ""
+
+    def config(self, hf: Json) -> Json:
+        if not self.opener:
+            return hf
+        opener: Callable[[Json], Json] = getattr(*_place(self.opener))
+        return opener(hf)
 
     def read(self, spec: ModelSpec, hf: Json) -> ModelSpec:
         if not self.reader:
             return spec
-        module, _, name = self.reader.partition(":")
-        reader: Callable[[ModelSpec, Json], ModelSpec] = getattr(import_module(module), name)
+        reader: Callable[[ModelSpec, Json], ModelSpec] = getattr(*_place(self.reader))
         return reader(spec, hf)
 
     def make(self, spec: ModelSpec, site: Site) -> Model:
-        module, _, name = self.decoder.partition(":")
-        decoder: Callable[[ModelSpec, Site], Model] = getattr(import_module(module), name)
+        decoder: Callable[[ModelSpec, Site], Model] = getattr(*_place(self.decoder))
         return decoder(spec, site)
 
 
+def _place(path: str) -> tuple[ModuleType, str]:
+    module, _, name = path.partition(":")
+    return import_module(module), name
+
+
+_DECODER = "asyncllm.models.llama:Decoder"
+
+
+def _dense(module: str, reader: str = "", opener: str = "") -> Family:
+    path = f"asyncllm.models.{module}:"
+    return Family(_DECODER, path + reader if reader else "", path + opener if opener else "")
+
+
 MODELS = {
-    "LlamaForCausalLM": Family("asyncllm.models.llama:Decoder"),
-    "Qwen2ForCausalLM": Family("asyncllm.models.llama:Decoder", "asyncllm.models.qwen2:read"),
+    "LlamaForCausalLM": Family(_DECODER),
+    "Qwen2ForCausalLM": _dense("qwen", "read2", "config2"),
+    "Qwen3ForCausalLM": _dense("qwen", "read3", "config3"),
+    "MistralForCausalLM": _dense("mistral", "", "config"),
+    "MinistralForCausalLM": _dense("mistral", "", "config"),
+    "Ministral3ForCausalLM": _dense("mistral", "read3", "config3"),
+    "Mistral3ForConditionalGeneration": _dense("mistral", "read_text", "config_text"),
+    "Gemma2ForCausalLM": _dense("gemma", "read", "config2"),
+    "Gemma3ForCausalLM": _dense("gemma", "read3", "config3"),
+    "Gemma3ForConditionalGeneration": _dense("gemma", "read_text", "config_text"),
+    "Phi3ForCausalLM": _dense("phi3", "read", "config"),
 }
 
 
-def family(architecture: str) -> Family:
+def family(architecture: str, model_type: str | None = None) -> Family:
     """Raises StartupError for a model this server does not run."""
     if architecture not in MODELS:
-        known = ", ".join(sorted(MODELS))
+        # "qwen3_vl" is nearer to Qwen3 than "Qwen3VLForConditionalGeneration" to anything
+        heads = {name.partition("For")[0].lower(): name for name in MODELS}
+        asked = str(model_type or architecture.partition("For")[0]).lower().replace("_", "")
+        near = [heads[name] for name in get_close_matches(asked, heads, 3, 0.0)]
         raise StartupError(
-            f"architecture {architecture!r} is not available yet (there are: {known})"
+            f"architecture {architecture!r} is not available yet (the nearest that are: "
+            f"{', '.join(near)})"
         )
     return MODELS[architecture]

@@ -102,16 +102,11 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def read_rope(
-    hf: Json, head_dim: int, layer_type: str | None = None, also: frozenset[str] = frozenset()
-) -> Rope:
+def read_rope(hf: Json, head_dim: int, layer_type: str | None = None) -> Rope:
     """The rotary embedding of a config.json, of layers of ``layer_type`` if it tells them apart.
 
     Knows ``rope_parameters`` of transformers 5 and ``rope_theta``, ``rope_scaling`` and
     ``partial_rotary_factor`` of transformers 4.
-
-    Args:
-        also: keys among the parameters that the caller reads.
 
     Raises:
         StartupError: it asks for a variant that is not there, or misses what its variant needs.
@@ -123,7 +118,7 @@ def read_rope(
     if kind not in _READERS:
         raise StartupError(f"rope scaling {kind!r} is not available yet")
     reader, keys = _READERS[kind]
-    known = {*_KEYS, *keys.split(), *also}
+    known = {*_KEYS, *keys.split()}
     if strange := sorted(key for key, value in given.items() if key not in known and value):
         raise StartupError(f"rope scaling {kind!r} with {strange[0]!r} is not available yet")
     part = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
@@ -219,5 +214,4 @@ _READERS = {
         f"factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate {_TRAINED}",
     ),
     "longrope": (_longrope, _LONGROPE),
-    "su": (_longrope, _LONGROPE),  # its first name, in Phi-3's first files
 }

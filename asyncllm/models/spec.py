@@ -26,6 +26,23 @@ _ACTIVATIONS: dict[str, Activation] = {
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
+# what the names of tensors of models that see begin with, besides those of their text part
+VISION = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryGrowth:
+    """The query at position p is multiplied by 1 + beta * log(1 + p // trained)."""
+
+    beta: float
+    trained: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
     """The attention of a layer. Layers with equal specs share their plan of a step."""
@@ -40,6 +57,7 @@ class AttentionSpec:
     window: int | None = None  # tokens that a token sees, itself included; None: all before it
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # each head has a learned score that takes weight and gives no value
+    query_growth: QueryGrowth | None = None  # which the decoder applies, not the backend
 
     def on(self, heads: HeadShard) -> AttentionSpec:
         """The share of a rank that has ``heads``."""
@@ -127,6 +145,9 @@ class ModelSpec:
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
     mlp_name: str = "mlp"  # of a layer's part in the checkpoint
     fused_projections: bool = False  # the checkpoint holds q, k, v, and gate, up, as one tensor
+    prefix: str = "model."  # of the checkpoint's names
+    head: str = "lm_head"  # its name for the output matrix
+    ignored: tuple[str, ...] = ()  # what names begin with that are not for the decoder
 
     @property
     def has_experts(self) -> bool:
@@ -156,7 +177,8 @@ class ModelSpec:
     def from_hf(cls, hf: Json, generation: Json) -> ModelSpec:
         """From what config.json and generation_config.json hold (transformers 4 and 5 styles)."""
         architecture = (hf.get("architectures") or ["?"])[0]
-        served = family(architecture)
+        served = family(architecture, hf.get("model_type"))
+        hf = served.config(hf)
         bias = bool(hf.get("attention_bias", False))
         num_layers = int(hf["num_hidden_layers"])
         mlp = MlpSpec(
@@ -171,7 +193,7 @@ class ModelSpec:
             architecture=architecture,
             vocab_size=int(hf["vocab_size"]),
             hidden_size=int(hf["hidden_size"]),
-            layers=(_attention(hf),) * num_layers,
+            layers=_layers(hf),
             mlps=(mlp,) * num_layers,
             rms_eps=float(hf.get("rms_norm_eps", 1e-6)),
             max_position=int(hf.get("max_position_embeddings", 2048)),
@@ -181,6 +203,7 @@ class ModelSpec:
             weight_block=weight_block(hf.get("quantization_config")),
             qkv_bias=bias,
             out_bias=bias,
+            logit_softcap=_optional(hf, "final_logit_softcapping"),
         )
         return served.read(spec, hf)
 
@@ -216,7 +239,37 @@ def shard_heads(spec: AttentionSpec, tp: int, rank: int) -> HeadShard:
     return HeadShard(tuple(q_heads), tuple(kv_heads))
 
 
-def _attention(hf: Json) -> AttentionSpec:
+def text_part(hf: Json, tied: bool) -> Json:
+    """What of the config.json of a model that sees describes its text.
+
+    Args:
+        tied: whether embedding and output matrix are the same if nothing is said.
+    """
+    names = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
+    shared = {name: hf[name] for name in names if hf.get(name) is not None}
+    return {
+        **hf["text_config"],
+        "tie_word_embeddings": hf.get("tie_word_embeddings", tied),
+        **shared,
+    }
+
+
+def _layers(hf: Json) -> tuple[AttentionSpec, ...]:
+    """By the types of layers; what names none is all of one type."""
+    num_layers = int(hf["num_hidden_layers"])
+    types = hf.get("layer_types") or ["full_attention"] * num_layers
+    if len(types) != num_layers:
+        raise StartupError(f"layer_types are {len(types)}, num_hidden_layers is {num_layers}")
+    made = {kind: _attention(hf, kind) for kind in dict.fromkeys(types)}
+    return tuple(made[kind] for kind in types)
+
+
+def _attention(hf: Json, kind: str) -> AttentionSpec:
+    if kind not in {"full_attention", "sliding_attention"}:
+        raise StartupError(f"layers of type {kind!r} are not available yet")
+    window = hf.get("sliding_window") if kind == "sliding_attention" else None
+    if window is not None and int(window) < 1:
+        raise StartupError(f"sliding_window {window} is not a number of tokens")
     heads = int(hf["num_attention_heads"])
     head_dim = int(hf.get("head_dim") or int(hf["hidden_size"]) // heads)
     return AttentionSpec(
@@ -226,8 +279,14 @@ def _attention(hf: Json) -> AttentionSpec:
         head_dim=head_dim,
         v_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=read_rope(hf, head_dim),
+        rope=read_rope(hf, head_dim, kind),
+        window=None if window is None else int(window),
+        softcap=_optional(hf, "attn_logit_softcapping"),
     )
+
+
+def _optional(hf: Json, name: str) -> float | None:
+    return None if hf.get(name) is None else float(hf[name])
 
 
 def _activation(hf: Json) -> Activation:

@@ -18,6 +18,7 @@ from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone
 from asyncllm.messages import StepDone, StepPlan
+from asyncllm.models.checkpoint import read_checkpoint, with_own_head
 from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model
 from asyncllm.models.ops import Product
@@ -151,17 +152,20 @@ class Together(Alone):
 class Ranks:
     """The ranks of a group as one device, whose answers are rank 0's."""
 
-    def __init__(self, model_dir: Path, size: int, kv: KvMode = PLAIN) -> None:
+    def __init__(
+        self, model_dir: Path, size: int, kv: KvMode = PLAIN, *, dtype: str = "fp32",
+        max_len: int = 4096,
+    ) -> None:  # fmt: skip
         barrier = threading.Barrier(size, timeout=60)
         box: list[Tensor | None] = [None] * size
         self.devices = []
         for rank in range(size):
-            group, spec = Together(rank, barrier, box), ModelSpec.from_dir(model_dir)
+            group, spec = Together(rank, barrier, box), read_spec(model_dir)
             model = build_model(
-                model_dir, spec, group, dtype="fp32", device=torch.device("cpu"), max_len=4096,
+                model_dir, spec, group, dtype=dtype, device=torch.device("cpu"), max_len=max_len,
                 kv=kv,
             )  # fmt: skip
-            engine = Engine(model, group, num_slots=1024, num_lanes=8, max_len=4096, eos_ids=())
+            engine = Engine(model, group, num_slots=1024, num_lanes=8, max_len=max_len, eos_ids=())
             self.devices.append(CpuDevice(engine, 1))
         self._pending: list[CpuPending] = []
 
@@ -173,13 +177,24 @@ class Ranks:
         done, *_ = [pending.wait() for pending in self._pending]
         return done
 
+    def close(self) -> None:
+        for device in self.devices:
+            device.close()
+
+
+def read_spec(model_dir: Path) -> ModelSpec:
+    """What the start reads of a folder, by its checkpoint's names."""
+    with read_checkpoint(model_dir) as checkpoint:
+        return with_own_head(ModelSpec.from_dir(model_dir), checkpoint)
+
 
 def make_device(
     model_dir: Path, dtype: str, device: str, *, num_slots: int = 8192, num_lanes: int = 32,
     max_len: int = 4096, eos_ids: tuple[int, ...] = (), kv: KvMode = PLAIN,
+    spec: ModelSpec | None = None,
 ) -> CpuDevice | CudaDevice:  # fmt: skip
-    """A device with the model of ``model_dir``."""
-    spec = ModelSpec.from_dir(model_dir)
+    """A device with the model of ``model_dir``, as ``spec`` or its config.json describes it."""
+    spec = spec or read_spec(model_dir)
     where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
     model = build(model_dir, spec, dtype, where, max_len, kv)
     engine = Engine(

@@ -146,9 +146,6 @@ def test_positions_before_the_scaling_may_stand_beside_it() -> None:
     scaling = {"type": "longrope", "short_factor": SHORT, "long_factor": LONG}
     inside = read(rope_parameters={**LONGROPE, "rope_theta": 1e4})
     assert read(rope_scaling=scaling, original_max_position_embeddings=TRAINED) == inside
-    assert read(
-        rope_scaling={**scaling, "type": "su"}, original_max_position_embeddings=TRAINED
-    ) == inside  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Gemma 2, Gemma 3 and the text part of Gemma 3 with eyes: norms before and behind attention and
+MLP, windows in most layers, of which Gemma 3 turns by other angles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from asyncllm.errors import StartupError
+from asyncllm.models.spec import VISION, Json, ModelSpec, text_part
+
+_DEFAULTS: Json = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+_DEFAULTS2 = _DEFAULTS | {
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+_DEFAULTS3 = _DEFAULTS | {"vocab_size": 262208, "max_position_embeddings": 131072}
+
+
+def config2(hf: Json) -> Json:
+    """config.json of Gemma 2."""
+    return _with_windows(_DEFAULTS2 | hf, 2)
+
+
+def config3(hf: Json) -> Json:
+    """config.json of Gemma 3: with angles of each type of layer, however they are spelled."""
+    hf = _DEFAULTS3 | hf
+    told = hf.pop("rope_parameters", None) or {}
+    full = {"rope_theta": hf.get("rope_theta", 1e6), **(told.get("full_attention") or {})}
+    full |= hf.pop("rope_scaling", None) or {}
+    near = {"rope_theta": hf.get("rope_local_base_freq", 1e4)}
+    near |= told.get("sliding_attention") or {}
+    hf["rope_parameters"] = {"full_attention": full, "sliding_attention": near}
+    return _with_windows(hf, int(hf.get("sliding_window_pattern") or 6))
+
+
+def config_text(hf: Json) -> Json:
+    """The text part of config.json."""
+    return config3(text_part(hf, tied=True))
+
+
+def _with_windows(hf: Json, period: int) -> Json:
+    """``hf`` with the type of each layer: the last of ``period`` sees everything."""
+    types = [
+        "sliding_attention" if (layer + 1) % period else "full_attention"
+        for layer in range(int(hf["num_hidden_layers"]))
+    ]
+    return {**hf, "layer_types": hf.get("layer_types") or types}
+
+
+def read(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """What config.json says beyond the common names."""
+    if hf.get("use_bidirectional_attention"):
+        raise StartupError("attention in both directions is not available yet")
+    scale = float(hf["query_pre_attn_scalar"]) ** -0.5
+    return replace(
+        spec,
+        layers=tuple(replace(layer, scale=scale) for layer in spec.layers),
+        norm_offset=1.0,
+        sandwich_norms=True,
+        embed_scale=spec.hidden_size**0.5,
+    )
+
+
+def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """What config.json says beyond Gemma 2."""
+    return replace(read(spec, hf), qk_norm=True)
+
+
+def read_text(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """What the text part of config.json says beyond Gemma 2."""
+    return replace(read3(spec, hf), ignored=VISION)

@@ -1,0 +1,77 @@
+"""Mistral and Ministral: Llama with a sliding window, or with queries that grow with their
+position; also the text part of those that see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from asyncllm.errors import StartupError
+from asyncllm.models.spec import VISION, Json, ModelSpec, QueryGrowth, text_part
+
+_DEFAULTS: Json = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+_DEFAULTS3: Json = {
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+
+
+def config(hf: Json) -> Json:
+    """config.json of Mistral and Ministral: all layers have the window, if no types say which."""
+    return with_windows(_DEFAULTS | hf)
+
+
+def config3(hf: Json) -> Json:
+    """config.json of Ministral 3, whose growth of queries stands among the angles."""
+    hf = with_windows(_DEFAULTS3 | hf)
+    given = dict(hf.pop("rope_scaling", None) or hf["rope_parameters"])
+    beta = given.pop("llama_4_scaling_beta", None)
+    return {**hf, "rope_parameters": given, "llama_4_scaling_beta": beta}
+
+
+def config_text(hf: Json) -> Json:
+    """The text part of config.json."""
+    text = text_part(hf, tied=True)
+    kind = text.get("model_type", "mistral")
+    makers = {"mistral": config, "ministral3": config3}
+    if kind not in makers:
+        known = " and ".join(makers)
+        raise StartupError(f"text of type {kind!r} is not available yet ({known} are)")
+    return makers[kind](text)
+
+
+def with_windows(hf: Json) -> Json:
+    """``hf`` with the type of each layer."""
+    kind = "full_attention" if hf.get("sliding_window") is None else "sliding_attention"
+    types = hf.get("layer_types") or [kind] * int(hf["num_hidden_layers"])
+    return {**hf, "layer_types": types}
+
+
+def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """What config.json says beyond the common names: how queries grow."""
+    if not (beta := hf.get("llama_4_scaling_beta")):
+        return spec
+    trained = int(hf["rope_parameters"]["original_max_position_embeddings"])
+    growth = QueryGrowth(float(beta), trained)
+    layers = tuple(replace(layer, query_growth=growth) for layer in spec.layers)
+    return replace(spec, layers=layers)
+
+
+def read_text(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """What the text part of config.json says beyond the common names."""
+    spec = read3(spec, hf) if hf.get("model_type") == "ministral3" else spec
+    return replace(spec, ignored=VISION)

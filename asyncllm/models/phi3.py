@@ -1,0 +1,27 @@
+"""Phi-3, Phi-3.5 and Phi-4: q, k and v, and gate and up, are one tensor each; longrope, over a part
+of each head in the small ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from asyncllm.models.mistral import with_windows
+from asyncllm.models.spec import Json, ModelSpec
+
+_DEFAULTS: Json = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 32000}
+
+
+def config(hf: Json) -> Json:
+    """config.json of Phi-3, in whose first files longrope has other names."""
+    hf = with_windows(_DEFAULTS | hf)
+    if scaling := hf.get("rope_scaling"):
+        if (scaling.get("rope_type") or scaling.get("type")) in {"su", "yarn"}:
+            scaling = {**scaling, "rope_type": "longrope"}
+        hf["rope_scaling"] = scaling
+        hf.setdefault("original_max_position_embeddings", 4096)
+    return hf
+
+
+def read(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """What config.json says beyond the common names."""
+    return replace(spec, fused_projections=True)

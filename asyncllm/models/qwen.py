@@ -1,0 +1,41 @@
+"""Qwen2, Qwen2.5 and Qwen3: sliding windows if they are turned on; biases on q, k and v, or norms
+of q and k."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from asyncllm.models.spec import Json, ModelSpec
+
+_DEFAULTS: Json = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+
+
+def config2(hf: Json) -> Json:
+    """config.json of Qwen2."""
+    return with_windows(_DEFAULTS | hf)
+
+
+def config3(hf: Json) -> Json:
+    """config.json of Qwen3."""
+    return with_windows(_DEFAULTS | {"head_dim": 128} | hf)
+
+
+def with_windows(hf: Json) -> Json:
+    """``hf`` with the type of each layer: those from ``max_window_layers`` on slide, if any do."""
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    slides = int(hf.get("max_window_layers", 28)) if window is not None else 1 << 30
+    types = [
+        "sliding_attention" if layer >= slides else "full_attention"
+        for layer in range(int(hf["num_hidden_layers"]))
+    ]
+    return {**hf, "sliding_window": window, "layer_types": hf.get("layer_types") or types}
+
+
+def read2(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """What config.json says beyond the common names."""
+    return replace(spec, qkv_bias=True, out_bias=False)
+
+
+def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """What config.json says beyond the common names."""
+    return replace(spec, qk_norm=True)
