@@ -77,17 +77,20 @@ class Detokenizer(Actor[Inbox]):
             self._mark(stream)
 
     def _append(self, msg: Tokens) -> None:
-        for i, (rid, token) in enumerate(zip(msg.rids, msg.tokens, strict=True)):
-            stream = self._streams.get(rid)
+        streams, logprobs = self._streams, msg.logprobs
+        rows = zip(msg.rids, msg.tokens, msg.ends, strict=True)
+        for i, (rid, token, ends) in enumerate(rows):
+            stream = streams.get(rid)
             if stream is None or stream.stopped_at >= 0:
                 continue
             if stream.healed and stream.repeats(token):
                 continue
             stream.ids.append(token)
-            stream.ends.append(msg.ends[i])
-            if msg.logprobs is not None:
-                stream.blocks.append(msg.logprobs.slice(i, i + 1))
-            self._mark(stream)
+            stream.ends.append(ends)
+            if logprobs is not None:
+                stream.blocks.append(logprobs.slice(i, i + 1))
+            if not stream.has_news:
+                self._mark(stream)
         for rid, logprobs in msg.prompt:
             if stream := self._streams.get(rid):
                 stream.prompt.append(logprobs)
