@@ -529,6 +529,11 @@ class AllocatorStats(Message):
     hit_tokens: int = 0  # since the start, as those below
     looked_up_tokens: int = 0
     evicted_tokens: int = 0
+    # of the space of layers with a window, where there is one
+    sliding_used: int = 0
+    sliding_cached: int = 0
+    sliding_total: int = 0
+    evicted_sliding: int = 0
 
 
 @message(45)

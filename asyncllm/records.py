@@ -155,8 +155,11 @@ class Load:
         used: KV slots held by requests.
         expected: held and promised: prompt + max_new_tokens of running and waiting requests.
         total: KV slots there are.
+        sliding_used, sliding_total: those of layers with a window, where these have their own.
     """
 
     used: int = 0
     expected: int = 0
     total: int = 0
+    sliding_used: int = 0
+    sliding_total: int = 0

@@ -9,6 +9,8 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.core.slots import Ledger
+from asyncllm.core.window_slots import WindowLedger
+from asyncllm.core.windows import PerSpace, Window
 from asyncllm.messages import AllocatorStats, Probe, Release, Reserve
 
 
@@ -18,13 +20,25 @@ class Allocator(Actor[Reserve | Release | Probe]):
     Args:
         num_slots: tokens the KV pool holds.
         use_tree: False: no prefix cache (--disable_dynamic_prompt_cache).
+        window: of layers that have a slot space of their own, if there are any.
+        num_sliding: slots of that space.
     """
 
     orders = frozenset({Probe})
 
-    def __init__(self, num_slots: int, *, use_tree: bool = True) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        use_tree: bool = True,
+        window: Window | None = None,
+        num_sliding: int = 0,
+    ) -> None:
         super().__init__("allocator")
         self.ledger = Ledger(num_slots, use_tree=use_tree)
+        if window is not None:
+            num = PerSpace(num_slots, num_sliding)
+            self.ledger = WindowLedger(num, window, use_tree=use_tree)
 
     def started(self) -> None:
         self._scheduler = self.system.ref("scheduler")
@@ -61,4 +75,17 @@ class Allocator(Actor[Reserve | Release | Probe]):
             hit_tokens=ledger.hit_tokens,
             looked_up_tokens=ledger.looked_up_tokens,
             evicted_tokens=ledger.evicted_tokens,
+            **sliding_numbers(ledger),
         )
+
+
+def sliding_numbers(ledger: Ledger) -> dict[str, int]:
+    """The fields of ``AllocatorStats`` that are about the second space."""
+    if not isinstance(ledger, WindowLedger):
+        return {}
+    return {
+        "sliding_used": ledger.sliding_used,
+        "sliding_cached": ledger.sliding_cached,
+        "sliding_total": ledger.sliding.total,
+        "evicted_sliding": ledger.evicted_sliding,
+    }

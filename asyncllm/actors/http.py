@@ -329,6 +329,12 @@ class Routes:
             "logical_max_load": expected,
             "dynamic_max_load": expected,
         }
+        if any(load.sliding_total for load in loads):
+            shares["sliding_load"] = [
+                load.sliding_used / max(load.sliding_total, 1) for load in loads
+            ]
+            # the fuller space says how much more can come
+            shares["current_load"] = list(map(max, used, shares["sliding_load"]))
         if len(loads) == 1:
             return _json(sse.body({name: share[0] for name, share in shares.items()}))
         return _json(sse.body(shares))

@@ -21,6 +21,7 @@ from asyncllm.core.pacing import Pacer
 from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Emitted, Step
+from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
 from asyncllm.messages import (
     FRONTEND_SHIFT,
@@ -56,7 +57,7 @@ class Scheduler(Actor[Inbox]):
 
     Args:
         num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom,
-            share_prompts, constraint_s: see ``Core``.
+            share_prompts, constraint_s, window, num_sliding: see ``Core``.
         runners: endpoints of the group's runners.
         depth: steps on the device at a time.
         constrain: see ``Constraints.of``; None: nothing is ever constrained.
@@ -82,6 +83,8 @@ class Scheduler(Actor[Inbox]):
         headroom: int = 8,
         share_prompts: bool = False,
         constraint_s: float = 5.0,
+        window: Window | None = None,
+        num_sliding: int = 0,
         workers: int = 1,
         vocab_size: int = MAX_COUNT,
         max_len: int = MAX_COUNT,
@@ -100,6 +103,8 @@ class Scheduler(Actor[Inbox]):
             headroom=headroom,
             share_prompts=share_prompts,
             constraint_s=constraint_s,
+            window=window,
+            num_sliding=num_sliding,
         )
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="masks")
         self._workers = self._free = workers

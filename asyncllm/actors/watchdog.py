@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import TypeVar, assert_never
 
 from asyncllm.actors.base import Actor
-from asyncllm.core.metrics import Process, ServerMetrics, State
+from asyncllm.core.metrics import Process, ServerMetrics, State, describe_slots
 from asyncllm.errors import Mismatch, PeerLost
 from asyncllm.log import Seldom
 from asyncllm.messages import (
@@ -42,7 +42,6 @@ from asyncllm.messages import (
     Started,
     Welcome,
 )
-from asyncllm.records import Load
 from asyncllm.topology import Contract, Topology
 
 EXIT_HUNG = 70
@@ -492,14 +491,7 @@ class Watchdog(Actor[Inbox]):
             answer = Scraped(
                 query=scrape.query,
                 exposition=text,
-                loads=tuple(
-                    Load(
-                        used=group.allocator.used,
-                        expected=group.scheduler.expected_slots,
-                        total=group.allocator.total,
-                    )
-                    for group in state.groups.values()
-                ),
+                loads=tuple(group.load for group in state.groups.values()),
             )
             system.ref("frontend", scrape.endpoint).tell(answer, urgent=True)
 
@@ -513,17 +505,15 @@ class Watchdog(Actor[Inbox]):
         generated = requests.generated_tokens - last.scheduler.generated_tokens
         if not (requests.running or requests.waiting or prompt or generated) or span <= 0:
             return
-        total = max(1, slots.total)
         looked_up = max(1, slots.looked_up_tokens - last.allocator.looked_up_tokens)
         log.info(
             "prompt %.1f tok/s, generated %.1f tok/s, running %d, waiting %d, "
-            "KV used %.1f%%, cached %.1f%%, prefix hit %.1f%%",
+            "%s, prefix hit %.1f%%",
             prompt / span,
             generated / span,
             requests.running,
             requests.waiting,
-            100 * slots.used / total,
-            100 * slots.cached / total,
+            describe_slots(slots),
             100 * (slots.hit_tokens - last.allocator.hit_tokens) / looked_up,
         )
 

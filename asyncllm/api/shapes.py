@@ -18,6 +18,7 @@ STRING: Final[Schema] = {"type": "string"}
 INTEGER: Final[Schema] = {"type": "integer"}
 NUMBER: Final[Schema] = {"type": "number"}
 MAYBE_STRING: Final[Schema] = {"type": ["string", "null"]}
+_LOADS = ("current_load", "logical_max_load", "dynamic_max_load")
 _OF_GROUPS: Final[Schema] = {"anyOf": [NUMBER, {"type": "array", "items": NUMBER}]}
 TOKEN: Final[Schema] = {"$ref": "#/components/schemas/Token"}  # its end is the model's
 
@@ -394,9 +395,11 @@ ANSWERS: Final[dict[str, Schema]] = {
     "NumTokens": made(ntokens=INTEGER),
     "Success": made(success=one_of(True)),
     "ServerInfo": made(version=STRING),
-    "TokenLoad": made(
-        current_load=_OF_GROUPS, logical_max_load=_OF_GROUPS, dynamic_max_load=_OF_GROUPS
-    ),
+    "TokenLoad": {
+        "type": "object",
+        "properties": dict.fromkeys([*_LOADS, "sliding_load"], _OF_GROUPS),
+        "required": [*_LOADS],  # the other one where layers with a window have slots of their own
+    },
     "ModelName": made(model_name=STRING),
     "Health": made(message=one_of("Ok", "Error")),
     "Status": made(status=one_of("ok", "not ready")),

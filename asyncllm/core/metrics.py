@@ -22,7 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from asyncllm.messages import AllocatorStats, RunnerStats, SchedulerStats
-from asyncllm.records import Answered
+from asyncllm.records import Answered, Load
 
 REFUSED = "refused"  # a reason: the request was not taken in
 LAG_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
@@ -43,6 +43,32 @@ class State:
     silent_reporters: int = 0
     groups: Mapping[int, State] = field(default_factory=dict)
 
+    @property
+    def load(self) -> Load:
+        """For ``/token_load``."""
+        slots = self.allocator
+        return Load(
+            used=slots.used,
+            expected=self.scheduler.expected_slots,
+            total=slots.total,
+            sliding_used=slots.sliding_used,
+            sliding_total=slots.sliding_total,
+        )
+
+
+def describe_slots(slots: AllocatorStats) -> str:
+    """How full the KV is, for the log."""
+    text = f"KV {_shares(slots.used, slots.cached, slots.total)}"
+    if slots.sliding_total:
+        sliding = _shares(slots.sliding_used, slots.sliding_cached, slots.sliding_total)
+        text += f", of layers with a window {sliding}"
+    return text
+
+
+def _shares(used: int, cached: int, total: int) -> str:
+    total = max(1, total)
+    return f"used {100 * used / total:.1f}%, cached {100 * cached / total:.1f}%"
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -59,6 +85,17 @@ _STATE = {
     "allocator.used": ("kv_slots_used", "KV slots held by requests", False),
     "allocator.cached": ("kv_slots_cached", "KV slots of the prefix cache alone", False),
     "allocator.total": ("kv_slots_total", "KV slots there are", False),
+    "allocator.sliding_used": (
+        "kv_sliding_slots_used",
+        "KV slots held by requests in layers with a window, where these have their own",
+        False,
+    ),
+    "allocator.sliding_cached": (
+        "kv_sliding_slots_cached",
+        "Those of the prefix cache alone",
+        False,
+    ),
+    "allocator.sliding_total": ("kv_sliding_slots_total", "Those there are", False),
     "scheduler.running": ("requests_running", "Requests in the batch", False),
     "scheduler.waiting": ("requests_waiting", "Requests queued for the batch", False),
     "scheduler.inflight_steps": ("inflight_steps", "Steps launched and not committed", False),
@@ -84,6 +121,11 @@ _STATE = {
     ),
     "allocator.looked_up_tokens": ("prefix_lookup_tokens", "Prompt tokens looked up in it", True),
     "allocator.evicted_tokens": ("evicted_tokens", "Tokens evicted from it", True),
+    "allocator.evicted_sliding": (
+        "evicted_sliding_tokens",
+        "Tokens of it that lost their KV in layers with a window alone",
+        True,
+    ),
     "runner.jit_after_warmup": ("jit_after_warmup", "Kernels compiled while serving", True),
     "silent_reporters": (
         "silent_reporters",
@@ -104,6 +146,9 @@ _OF_GROUP = (
     "allocator.used",
     "allocator.cached",
     "allocator.total",
+    "allocator.sliding_used",
+    "allocator.sliding_cached",
+    "allocator.sliding_total",
     "scheduler.running",
     "scheduler.waiting",
     "scheduler.steps",

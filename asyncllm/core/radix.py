@@ -16,10 +16,14 @@ class Node:
     """A run of tokens below its parent's. ``key[i]``'s KV lies in ``slots[i]``.
 
     ``locks`` counts the holders of this node and of all nodes below it: a lock is taken along the
-    whole path to the root, so a node that nobody locks has no locked descendant.
+    whole path to the root, so a node that nobody locks has no locked descendant. ``sliding``,
+    ``readers`` and ``seen`` are for trees that know windows (:mod:`asyncllm.core.window_radix`).
     """
 
-    __slots__ = ("children", "key", "locks", "parent", "serial", "slots", "tick")
+    __slots__ = (
+        *("children", "key", "locks", "parent", "serial", "slots", "tick"),
+        *("readers", "seen", "sliding"),
+    )
 
     def __init__(self, key: array[int], slots: array[int], parent: Node | None) -> None:
         self.key, self.slots, self.parent = key, slots, parent
@@ -27,6 +31,8 @@ class Node:
         self.locks = 0
         self.tick = 0  # when it was last unlocked
         self.serial = next(_SERIALS)
+        self.sliding = array("i")
+        self.readers = self.seen = 0
 
 
 class RadixTree:
@@ -51,7 +57,7 @@ class RadixTree:
             child = node.children.get(ids[len(slots)])
             if child is None:
                 break
-            common = _common(child.key, ids, len(slots), limit)
+            common = common_len(child.key, ids, len(slots), limit)
             if common < len(child.key):
                 child = self._split(child, common)
             node = child
@@ -73,27 +79,15 @@ class RadixTree:
             [.., end)         a new leaf, or a longer ``node`` where only the caller holds it
         """
         at, below = start, node
-        while at < end:
-            child = below.children.get(ids[at])
-            if child is None:
-                break
-            common = _common(child.key, ids, at, end)
-            if common < len(child.key):
-                child = self._split(child, common)
+        while at < end and (child := self._child(below, ids, at, end)) is not None:
             below = child
-            at += common
+            at += len(child.key)
         known = at - start
         if at < end:
-            self.size += end - at
-            if below is node and node.locks == 1 and not node.children and node.parent:
-                node.key.extend(ids[at:end])
-                node.slots.extend(slots[at:end])
-                self.locked += end - at
+            if below is node and self._is_sole(node):
+                self._grow(node, ids, at, end, slots)
                 return node, known
-            child = Node(ids[at:end], slots[at:end], below)
-            below.children[ids[at]] = child
-            self._num_nodes += 1
-            below = child
+            below = self._add(below, ids, at, end, slots)
         self._lock(below, node)
         return below, known
 
@@ -125,18 +119,47 @@ class RadixTree:
             parent, left = node.parent, num_tokens - len(out)
             if len(node.key) > left:
                 out.extend(node.slots[-left:])
-                del node.key[-left:], node.slots[-left:]
-                heappush(self._leaves, entry)
+                self._cut(node, left)
+                self._offer(node)
                 break
             out.extend(node.slots)
             assert parent is not None
             del parent.children[node.key[0]]
+            self._cut(node, len(node.key))
             node.parent = None
             self._num_nodes -= 1
             if parent.parent is not None and not parent.children and not parent.locks:
                 self._offer(parent)
         self.size -= len(out)
         return out
+
+    def _child(self, node: Node, ids: array[int], at: int, end: int) -> Node | None:
+        """What ``ids[at:end]`` and the tree have in common below ``node``, up to a node's end."""
+        child = node.children.get(ids[at])
+        if child is None:
+            return None
+        common = common_len(child.key, ids, at, end)
+        return child if common == len(child.key) else self._split(child, common)
+
+    def _is_sole(self, node: Node) -> bool:
+        """Only the caller holds it, and nothing is below: it can grow in place."""
+        return node.locks == 1 and not node.children and node.parent is not None
+
+    def _grow(self, node: Node, ids: array[int], at: int, end: int, slots: array[int]) -> None:
+        node.key.extend(ids[at:end])
+        node.slots.extend(slots[at:end])
+        self.size += end - at
+        self.locked += end - at
+
+    def _add(self, above: Node, ids: array[int], at: int, end: int, slots: array[int]) -> Node:
+        node = above.children[ids[at]] = Node(ids[at:end], slots[at:end], above)
+        self.size += end - at
+        self._num_nodes += 1
+        return node
+
+    def _cut(self, node: Node, num: int) -> None:
+        """Forget the last tokens of an unlocked leaf."""
+        del node.key[-num:], node.slots[-num:]
 
     def _lock(self, node: Node, above: Node) -> None:
         """Lock the path from ``node`` up to ``above``, which is not part of it."""
@@ -175,7 +198,7 @@ def _is_current(entry: tuple[int, int, Node]) -> bool:
     return not (node.locks or node.children or node.tick != tick or node.parent is None)
 
 
-def _common(key: array[int], ids: array[int], at: int, limit: int) -> int:
+def common_len(key: array[int], ids: array[int], at: int, limit: int) -> int:
     """Length of the common prefix of ``key`` and ``ids[at:limit]``;
     their first tokens are equal."""
     high = min(len(key), limit - at)

@@ -15,6 +15,7 @@ from asyncllm.core.healing import Healing
 from asyncllm.core.masking import CHEAP_S, Job, Line
 from asyncllm.core.request import Again, Constraint, Reason, SamplingParams, Verdict
 from asyncllm.core.steps import NO_TOKEN, Emitted, Lane, Request, Row, Step
+from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
 from asyncllm.messages import Finished, Granted, Reserve, StepPlan
 from asyncllm.records import Done, Failure, Opened
@@ -31,6 +32,7 @@ class Core:
             a step that decodes.
         eos_ids: tokens that end a request unless it ignores them.
         headroom: tokens to leave free for each running request when another one is admitted.
+        window: of layers that have a slot space of their own, if there are any.
         share_prompts: of several requests for one prompt the others are held until the first one's
             prompt has been launched, so that it is computed once.
 
@@ -54,6 +56,8 @@ class Core:
         headroom: int = 8,
         share_prompts: bool = False,
         constraint_s: float = 5.0,
+        window: Window | None = None,
+        num_sliding: int = 0,
     ) -> None:
         self.num_lanes, self.num_slots, self.headroom = num_lanes, num_slots, headroom
         self.batch_max_tokens, self.chunk = batch_max_tokens, chunked_prefill_size
@@ -68,6 +72,7 @@ class Core:
         self.released: list[tuple[int, array[int]]] = []
         self.launched = array(INT32)
         self.available = num_slots  # as of the last grant
+        self.window, self.sliding_available = window, num_sliding
         self.steps = self.preemptions = self.prompt_tokens = self.generated_tokens = 0
         self._free_lanes = list(range(num_lanes - 1, -1, -1))
         self._proposal: list[Row] = []
@@ -179,6 +184,7 @@ class Core:
         """Make a step of the granted rows; None: nothing is left of them (see :meth:`relieve`)."""
         rows, self._proposal = self._proposal, []
         self.available = granted.available
+        self.sliding_available = granted.sliding_available
         num = len(granted.counts)
         for req, lane, _ in rows[num:]:
             self._ungrant(req, lane)
@@ -347,28 +353,43 @@ class Core:
         self, rows: list[Row], filling: Iterable[Request], budget: int
     ) -> list[tuple[int, array[int], bool]]:
         """Add rows of waiting requests, each client in turn, while KV is likely to last."""
-        room = self.available - self.headroom * len(self.running) - len(rows)
+        reserved = self.headroom * len(self.running) + len(rows)
+        room, sliding = self.available - reserved, 0
+        if self.window is not None:
+            sliding = self.sliding_available - reserved
         for req in filling:
             assert req.lane is not None
             room -= req.lane.fill_len - req.lane.planned
+            sliding -= self._sliding_need(req.lane.fill_len, req.lane.planned)
         opened: list[tuple[int, array[int], bool]] = []
         alone = not self.running
         for req in self.waiting:
             if req.todo:
                 continue  # what may come first is not known yet
             known = req.known_len
-            if not (budget and self._free_lanes and (alone or known + self.headroom <= room)):
+            count = min(known, self.chunk, budget)
+            wanted, seen = known + self.headroom, self._sliding_need(known, 0)
+            fits = wanted <= room and seen <= sliding
+            if not (budget and self._free_lanes and (alone or fits)):
                 break
             alone = False
-            room -= known + self.headroom
+            room -= wanted
+            sliding -= seen
             req.lane = Lane(self._free_lanes.pop(), known)
-            count = min(known, self.chunk, budget)
             budget -= count
             rows.append((req, req.lane, count))
             req.lane.inflight += 1
             ids = req.prompt + req.outputs if req.outputs else req.prompt
             opened.append((req.lane.number, ids, req.shares))
         return opened
+
+    def _sliding_need(self, known: int, planned: int) -> int:
+        """Sliding slots that a request takes until its ``known`` tokens are computed."""
+        if self.window is None:
+            return 0
+        most = self.window.most
+        chunk = min(known - planned, self.chunk)
+        return max(min(known, most) - min(planned, most), 0) + chunk * (known > most)
 
     def _ungrant(self, req: Request, lane: Lane) -> None:
         """A proposed row got no slots."""
@@ -480,6 +501,7 @@ class Core:
             counts=granted.counts,
             heads=array(INT32, bytes(4 * num)),
             slots=granted.slots,
+            sliding=granted.sliding,
             tokens=array(INT32, b"\xff" * (4 * num)),
             samples=bytearray(b"\1" * num),
         )
@@ -490,25 +512,26 @@ class Core:
         return step
 
     def _plan_mixed(self, rows: list[Row], granted: Granted) -> Step | None:
-        singles: list[tuple[Row, int, int, array[int]]] = []
-        others: list[tuple[Row, int, int, array[int]]] = []
+        singles: list[tuple[Row, int, int, slice]] = []
+        others: list[tuple[Row, int, int, slice]] = []
         at = 0
         for row, hit, count in zip(rows, granted.hits, granted.counts, strict=True):
             lane = row[1]
-            row_slots = granted.slots[at : at + hit + count]
-            at += hit + count
+            part = slice(at, at + hit + count)
+            at = part.stop
             self._granted(row[0], lane, hit)
             if lane.over:  # ended since the reservation
                 lane.inflight -= 1
                 if not lane.inflight:
                     self._release(lane)
             else:
-                (singles if count == 1 else others).append((row, hit, count, row_slots))
+                (singles if count == 1 else others).append((row, hit, count, part))
         if not singles and not others:
             return None
         step = Step(StepPlan(step=self.steps + 1, num_decode=len(singles)), [])
-        for row, hit, count, row_slots in singles + others:
-            step.plan.slots.extend(row_slots)
+        for row, hit, count, part in singles + others:
+            step.plan.slots.extend(granted.slots[part])
+            step.plan.sliding.extend(granted.sliding[part])
             self._plan_row(step, row, hit, count)
         return step
 

@@ -63,9 +63,9 @@ class Ledger:
         use_tree: False: no prefix cache.
     """
 
-    def __init__(self, total: int, *, use_tree: bool = True) -> None:
+    def __init__(self, total: int, *, use_tree: bool = True, tree: RadixTree | None = None) -> None:
         self.pool = SlotPool(total)
-        self.tree = RadixTree()
+        self.tree = tree or RadixTree()
         self.lanes: dict[int, Holding] = {}
         self._use_tree = use_tree
         self.hit_tokens = self.looked_up_tokens = self.evicted_tokens = 0
@@ -107,9 +107,7 @@ class Ledger:
                 granted stays unknown.
         """
         num = self._num_singles(lanes, counts, opened)
-        out = self._take(num)
-        for lane, slot in zip(lanes[:num], out, strict=True):
-            self.lanes[lane].slots.append(slot)
+        out = self._take_singles(lanes[:num])
         hits, granted = array("i", bytes(4 * num)), counts[:num]
         for lane, count in zip(lanes[num:], counts[num:], strict=True):
             if lane in opened:
@@ -129,20 +127,22 @@ class Ledger:
         for lane in lanes:
             held = self.lanes[lane]
             if held.node is not None:
-                self._share(held, held.ids, min(len(held.slots), len(held.ids)))
+                self._share(lane, held, held.ids, min(len(held.slots), len(held.ids)))
 
     def release(self, lane: int, generated: array[int]) -> None:
         """Forget a lane. Its launched tokens and ``generated`` stay in the tree, unlocked."""
-        held = self.lanes.pop(lane)
-        if held.node is None:
-            self.pool.give(held.slots)
-            return
-        if generated:
+        held = self.lanes[lane]
+        if held.node is not None and generated:
             ids = held.ids + generated
-            self._share(held, ids, len(ids))
+            self._share(lane, held, ids, len(ids))
+        self._close(lane, held)
+
+    def _close(self, lane: int, held: Holding) -> None:
+        del self.lanes[lane]
         self.pool.give(held.duplicates)
         self.pool.give(held.slots[held.shared :])
-        self.tree.unlock(held.node)
+        if held.node is not None:
+            self.tree.unlock(held.node)
 
     def _num_singles(
         self,
@@ -151,12 +151,24 @@ class Ledger:
         opened: dict[int, tuple[array[int], bool]],
     ) -> int:
         """How many of the first rows want one slot for a lane that is open, and can get it."""
-        num, room = 0, self.available
+        num, room = 0, self._room
         for lane, count in zip(lanes, counts, strict=True):
             if count != 1 or num == room or lane in opened:
                 break
             num += 1
         return num
+
+    @property
+    def _room(self) -> int:
+        """One-token rows that could be granted."""
+        return self.available
+
+    def _take_singles(self, lanes: array[int]) -> array[int]:
+        """One slot for each of these."""
+        out = self._take(len(lanes))
+        for lane, slot in zip(lanes, out, strict=True):
+            self.lanes[lane].slots.append(slot)
+        return out
 
     def _take(self, num: int) -> array[int]:
         if (short := num - len(self.pool)) > 0:
@@ -166,7 +178,7 @@ class Ledger:
         return self.pool.take(num)
 
     def _grow(self, lane: int, count: int) -> tuple[int, array[int]] | None:
-        if count > self.available:
+        if not (count := self._fitting(count)):
             return None
         slots = self._take(count)
         self.lanes[lane].slots.extend(slots)
@@ -180,12 +192,11 @@ class Ledger:
         node: Node | None = None
         slots = array("i")
         if may_share and self._use_tree:
-            node, slots = self.tree.match(ids, len(ids) - 1)
+            node, slots = self._match(ids)
         hit = len(slots)
-        count = min(count, len(ids) - hit)
-        if count > self.available:
+        if not (count := self._fitting(min(count, len(ids) - hit))):
             if node is not None:
-                self.tree.unlock(node)
+                self._unmatch(node, hit)
             return None
         if node is not None:
             self.hit_tokens += hit
@@ -194,7 +205,18 @@ class Ledger:
         self.lanes[lane] = Holding(ids, slots[:], node, hit)
         return hit, slots
 
-    def _share(self, held: Holding, ids: array[int], end: int) -> None:
+    def _fitting(self, count: int) -> int:
+        """``count`` if as many slots can be had; 0: the row is not granted."""
+        return count if count <= self.available else 0
+
+    def _match(self, ids: array[int]) -> tuple[Node, array[int]]:
+        return self.tree.match(ids, len(ids) - 1)
+
+    def _unmatch(self, node: Node, hit: int) -> None:
+        """The lane is not opened after all."""
+        self.tree.unlock(node)
+
+    def _share(self, lane: int, held: Holding, ids: array[int], end: int) -> None:
         """Put ``ids[:end]`` into the tree as far as they are not."""
         assert held.node is not None
         if end <= held.shared:

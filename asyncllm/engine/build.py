@@ -230,9 +230,10 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         kv=sizes.kv,
         whole_experts=sizes.whole_experts,
     )
+    windows = [layer.window or 0 for layer in within(spec, sizes.max_len).layers]
     division = Division(
         slot=model.site.attention.layout.bytes_per_slot(),
-        window=None,  # until the allocator knows two spaces
+        window=Window(max(windows)) if any(windows) else None,
         max_len=sizes.max_len,
         chunk=sizes.chunk,
     )

@@ -34,7 +34,12 @@ MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its 
 
 
 def make_allocator(p: Parts) -> AnyActor:
-    return Allocator(p.num_slots.full, use_tree=not p.boot.config.disable_dynamic_prompt_cache)
+    return Allocator(
+        p.num_slots.full,
+        use_tree=not p.boot.config.disable_dynamic_prompt_cache,
+        window=p.window,
+        num_sliding=p.num_slots.sliding,
+    )
 
 
 def make_scheduler(p: Parts) -> AnyActor:
@@ -50,6 +55,8 @@ def make_scheduler(p: Parts) -> AnyActor:
         vocab_size=p.spec.vocab_size,
         max_len=resolved.max_req_total_len,
         share_prompts=p.boot.config.diverse_mode,
+        window=p.window,
+        num_sliding=p.num_slots.sliding,
         constraint_s=p.boot.config.constraint_time_limit,
         workers=max(1, min(MOST_MASK_THREADS, cpu_count() // 4)),
         balanced=len(p.boot.topology.groups) > 1,

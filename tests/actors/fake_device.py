@@ -22,9 +22,12 @@ from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.codec import decode, encode, i32
 from asyncllm.core.constraints import Constraints
-from asyncllm.core.radix import Node
+from asyncllm.core.radix import Node, RadixTree
 from asyncllm.core.request import Constraint, SamplingParams
 from asyncllm.core.slots import Ledger
+from asyncllm.core.window_radix import _is_unread
+from asyncllm.core.window_slots import WindowLedger
+from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
 from asyncllm.messages import Finished, StepDone, StepPlan, StopHit, Submit, Tokens
 from asyncllm.records import Logprobs
@@ -152,18 +155,30 @@ class LaneTable:
     params: SamplingParams
     known: array[int]
     slots: list[int] = field(default_factory=list)
+    sliding: list[int] = field(default_factory=list)
     last: int | None = None
 
 
 class FakeDevice:
     """Checks each plan against what its slots hold; tokens are a hash of the sequence.
 
+    With ``window``, layers that see as many tokens find theirs in the slots of a second space; all
+    rows write there before any of them reads.
+
     ``gated``: step i is done once ``gates[i][0]`` is set; ``gates[i][1]`` tells that it is awaited.
     """
 
-    def __init__(self, vocab: int = 50, eos: Iterable[int] = (), *, gated: bool = False) -> None:
-        self.vocab, self.eos, self.gated = vocab, set(eos), gated
+    def __init__(
+        self,
+        vocab: int = 50,
+        eos: Iterable[int] = (),
+        *,
+        gated: bool = False,
+        window: int | None = None,
+    ) -> None:
+        self.vocab, self.eos, self.gated, self.window = vocab, set(eos), gated, window
         self.store: dict[int, tuple[int, int, int]] = {}  # slot -> position, state before, after
+        self.sliding_store: dict[int, tuple[int, int, int]] = {}
         self.lanes: dict[int, LaneTable] = {}
         self.plans: list[StepPlan] = []
         self.gates: list[tuple[threading.Event, threading.Event]] = []
@@ -180,7 +195,8 @@ class FakeDevice:
         counts = plan.counts
         assert all((c == 1) == (i < plan.num_decode) for i, c in enumerate(counts))
         assert len(set(plan.lanes)) == len(counts)
-        slots, fed = deque(plan.slots), deque(plan.tokens)
+        slots, fed, sliding = deque(plan.slots), deque(plan.tokens), deque(plan.sliding)
+        assert len(sliding) == (len(slots) if self.window else 0)
         words = -(-self.vocab // 32) * 4
         masks = {row: plan.masks[i * words : (i + 1) * words] for i, row in enumerate(plan.masked)}
         tokens, prompt, logprobs, asks = [], [], [], False
@@ -193,6 +209,8 @@ class FakeDevice:
             assert len(table.slots) == start - head, f"lane {lane}: gap before {start - head}"
             assert not head or lane in opened
             table.slots += [slots.popleft() for _ in range(head + count)]
+            if self.window:
+                table.sliding += [sliding.popleft() for _ in range(head + count)]
             assert len(set(table.slots)) == len(table.slots)
             state = self._read(table, start)
             state = self._write(table, start, [fed.popleft() for _ in range(count)], state)
@@ -220,6 +238,9 @@ class FakeDevice:
                 prompt.append((row, Logprobs(1, values, tops, values)))
         assert not slots
         assert not fed
+        if self.window:
+            for lane, start in zip(plan.lanes, plan.starts, strict=True):
+                self._read_window(self.lanes[lane], start, self.window)
         ids, column = i32(tokens), array("f", logprobs)
         columns = Logprobs(1, column, ids, column) if asks else None
         gate = (threading.Event(), threading.Event()) if self.gated else None
@@ -236,6 +257,13 @@ class FakeDevice:
             state = after
         return state
 
+    def _read_window(self, table: LaneTable, start: int, window: int) -> None:
+        """What the row's tokens see is its own, whoever wrote in this step."""
+        for position in range(max(start + 1 - window, 0), len(table.slots)):
+            wanted = self.store[table.slots[position]]
+            got = self.sliding_store.get(table.sliding[position])
+            assert got == wanted, f"sliding slot of {position} is somebody else's: row at {start}"
+
     def _write(self, table: LaneTable, start: int, fed: list[int], state: int) -> int:
         for position, token in enumerate(fed, start):
             if token < 0:
@@ -249,6 +277,8 @@ class FakeDevice:
             assert bool(table.known) == needs
             after = chain(state, token)
             self.store[table.slots[position]] = (position, state, after)
+            if self.window:
+                self.sliding_store[table.sliding[position]] = (position, state, after)
             state = after
         return state
 
@@ -289,6 +319,59 @@ def check_ledger(ledger: Ledger) -> None:
     assert (ledger.tree.size, ledger.tree.locked) == (len(tree), locked)
     assert ledger.used == locked + len(private)
     assert ledger.used + ledger.cached + ledger.free == ledger.total
+
+
+def check_windows(ledger: WindowLedger) -> None:
+    """The same of the sliding space, and each lane holds what its next token sees."""
+    tree, reach = ledger._tree, ledger._window.reach
+    readers: Counter[int] = Counter()
+    private: list[int] = []
+    assert ledger.views.keys() == ledger.lanes.keys()
+    for lane, view in ledger.views.items():
+        held = ledger.lanes[lane]
+        assert view.first + len(view.slots) == len(held.slots)
+        assert view.first <= max(len(held.slots) - reach, 0)
+        mine = {i for span in view.own for i in range(*span)}
+        mine |= set(range(max(view.first, held.shared), len(held.slots)))
+        private += [view.slots[i - view.first] for i in sorted(mine)]
+        node, end = held.node, held.shared
+        while node is not None and end > view.kept:
+            readers[id(node)] += 1
+            sliding = dict(zip(range(end - len(node.sliding), end), node.sliding, strict=True))
+            end -= len(node.key)
+            for i in range(max(view.first, end), end + len(node.key)):
+                assert i in mine or view.slots[i - view.first] == sliding[i]
+            node = node.parent
+        assert end <= max(view.first, view.kept) or not held.shared
+        assert held.node is None or end == view.kept
+    inside: list[int] = []
+    read = 0
+    stack = [tree.root]
+    while stack:
+        for child in (node := stack.pop()).children.values():
+            assert child.readers == readers[id(child)]
+            assert child.readers <= child.locks
+            inside += child.sliding
+            read += len(child.sliding) if child.readers else 0
+            assert len(child.sliding) <= len(child.key)
+            stack.append(child)
+    everything = [*ledger.sliding.free, *inside, *private]
+    assert sorted(everything) == list(range(ledger.sliding.total))
+    assert (tree.live, tree.read, list(tree.spilled)) == (len(inside), read, [])
+    assert ledger.sliding_used == read + len(private)
+    used, cached = ledger.sliding_used, ledger.sliding_cached
+    assert used + cached + len(ledger.sliding) == ledger.sliding.total
+    candidates = {id(entry[-1]) for entry in tree._unread if _is_unread(entry)}
+    assert sum(len(n.sliding) for n in _nodes(tree) if id(n) in candidates) == tree.live - read
+
+
+def _nodes(tree: RadixTree) -> list[Node]:
+    nodes, stack = [], [tree.root]
+    while stack:
+        more = list(stack.pop().children.values())
+        nodes += more
+        stack += more
+    return nodes
 
 
 @dataclass
@@ -342,12 +425,17 @@ class World:
         encode_local: bool = False,
         vocab: int = 50,
         share_prompts: bool = False,
+        window: int | None = None,
+        num_sliding: int = 0,
     ) -> None:
         self._encode_local = encode_local
         self.boxes: dict[tuple[str, int], Mailbox] = {}
-        self.device = FakeDevice(vocab, eos_ids)
+        self.device = FakeDevice(vocab, eos_ids, window=window)
+        slides: Any = {}
+        if window is not None:
+            slides = {"window": Window(window), "num_sliding": num_sliding}
         self.pending: deque[FakePending] = deque()
-        self.allocator = Allocator(num_slots, use_tree=use_tree)
+        self.allocator = Allocator(num_slots, use_tree=use_tree, **slides)
         self.scheduler = Scheduler(
             num_lanes=num_lanes,
             num_slots=num_slots,
@@ -358,6 +446,7 @@ class World:
             depth=depth,
             headroom=headroom,
             share_prompts=share_prompts,
+            **slides,
             constrain=Constraints(
                 vocab, set(eos_ids), lambda kind, text: FakeConstraint(json.loads(text), vocab)
             ).of,
@@ -451,11 +540,14 @@ class World:
 
     def check(self) -> None:
         check_ledger(self.ledger)
+        if isinstance(self.ledger, WindowLedger):
+            check_windows(self.ledger)
 
     def check_end(self) -> None:
         """Everything has ended, exactly once, with exactly its tokens; nothing is held."""
         assert set(self.finished) == set(self.submitted)
         assert self.ledger.used == 0
+        assert not isinstance(self.ledger, WindowLedger) or self.ledger.sliding_used == 0
         assert not self.ledger.lanes
         assert sorted(self.core._free_lanes) == list(range(self.core.num_lanes))
         for rid, end in self.finished.items():

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from asyncllm.core.constraints import Constraints
+from asyncllm.core.windows import Window
 from asyncllm.messages import Abort
 from tests.actors.fake_device import World, fake_grammar
 
@@ -93,6 +94,33 @@ def test_each_request_ends_once_with_its_tokens(seed: int, depth: int, encode_lo
     )
     live(world, rng, 40, clients=rng.choice([1, 3]))
     world.check_end()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_windows_see_their_own_tokens_in_slots_that_are_given_on(seed: int, depth: int) -> None:
+    """A sliding slot that is free goes to the next who asks; the device checks what each row sees."""
+    rng = random.Random(1000 * seed + depth)
+    size = rng.choice([1, 2, 5, 16, 40])
+    window = Window(size)
+    world = World(
+        num_slots=rng.choice([90, 160, 400]),
+        num_lanes=rng.choice([2, 5, 9]),
+        batch_max_tokens=rng.choice([8, 40]),
+        chunked_prefill_size=rng.choice([3, 8, 64]),
+        eos_ids={3, 4},
+        depth=depth,
+        headroom=rng.choice([0, 0, 8]),
+        use_tree=rng.random() < 0.85,
+        share_prompts=rng.random() < 0.5,
+        encode_local=rng.random() < 0.3,
+        window=size,
+        num_sliding=window.most + rng.choice([1, 5, 30, 60]),
+    )
+    live(world, rng, 40, clients=rng.choice([1, 3]))
+    world.check_end()
+    failures = [end.failure.detail for end in world.finished.values() if end.failure]
+    assert not [detail for detail in failures if "KV" in detail], "what fits alone gets its turn"
 
 
 def test_the_lives_meet_what_they_are_for() -> None:

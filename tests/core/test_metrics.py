@@ -7,8 +7,16 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncllm.core.metrics import REFUSED, Answered, Process, ServerMetrics, State
+from asyncllm.core.metrics import (
+    REFUSED,
+    Answered,
+    Process,
+    ServerMetrics,
+    State,
+    describe_slots,
+)
 from asyncllm.messages import AllocatorStats, SchedulerStats
+from asyncllm.records import Load
 
 ANSWER = Answered("/v1/completions", 200, 10, 5, "stop", 0.25, 0.03, 0.4)
 
@@ -26,7 +34,9 @@ def samples(metrics: ServerMetrics) -> dict[str, float]:
 def test_every_name_is_there_from_the_start() -> None:
     names = {key.split("{")[0] for key in samples(ServerMetrics("m"))}
     own = (
-        "kv_slots_used kv_slots_cached kv_slots_total requests_running requests_waiting "
+        "kv_slots_used kv_slots_cached kv_slots_total kv_sliding_slots_used "
+        "kv_sliding_slots_cached kv_sliding_slots_total evicted_sliding_tokens_total "
+        "requests_running requests_waiting "
         "inflight_steps steps_total preemptions_total prompt_tokens_total generated_tokens_total "
         "prompt_tokens_computed_total "
         "prefix_hit_tokens_total prefix_lookup_tokens_total evicted_tokens_total "
@@ -140,3 +150,15 @@ def test_loop_lag_has_its_endpoint() -> None:
     got = samples(metrics)
     assert got["asyncllm_loop_lag_seconds_bucket{endpoint=0,le=0.0005}"] == 1
     assert got["asyncllm_loop_lag_seconds_count{endpoint=0}"] == 2
+
+
+def test_both_slot_spaces_are_told() -> None:
+    slots = AllocatorStats(used=30, cached=20, total=100)
+    assert describe_slots(slots) == "KV used 30.0%, cached 20.0%"
+    slots = replace(slots, sliding_used=5, sliding_cached=1, sliding_total=10)
+    assert describe_slots(slots) == (
+        "KV used 30.0%, cached 20.0%, of layers with a window used 50.0%, cached 10.0%"
+    )
+    assert State(allocator=slots).load == Load(
+        used=30, expected=0, total=100, sliding_used=5, sliding_total=10
+    )

@@ -201,6 +201,7 @@ class Watchdog(Actor[Any]):
     def __init__(self) -> None:
         super().__init__("watchdog")
         self.answers, self.groups = True, 1
+        self.load = Load(used=10, expected=30, total=40)
         self.got: list[Any] = []
         self.drained = asyncio.Event()
 
@@ -210,7 +211,7 @@ class Watchdog(Actor[Any]):
                 self.system.ref("frontend").tell(msg)
             elif isinstance(msg, Scrape):
                 if self.answers:
-                    loads = (Load(used=10, expected=30, total=40),) * self.groups
+                    loads = (self.load,) * self.groups
                     answer = Scraped(msg.query, b"# TYPE x gauge\nx 1\n", loads)
                     self.system.ref("frontend", msg.endpoint).tell(answer)
             else:

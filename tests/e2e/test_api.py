@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -85,6 +86,9 @@ async def test_small_routes(server: Server) -> None:
     lists = {name: [share, share] for name, share in load.items()}
     assert await server.get("/token_load") == (200, lists)
     server.watchdog.groups = 1
+    server.watchdog.load = replace(server.watchdog.load, sliding_used=5, sliding_total=10)
+    load |= {"sliding_load": 0.5, "current_load": 0.5}
+    assert await server.get("/token_load") == (200, load), "the fuller space"
     async with server.http.get(server.url + "/metrics") as response:
         assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         assert await response.text() == "# TYPE x gauge\nx 1\n"

@@ -1,0 +1,190 @@
+"""Slots of a model some layers of which have a sliding window: two spaces, one ledger.
+
+Knows slot numbers, lanes and token ids; knows neither requests nor tensors.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field, replace
+
+from asyncllm.core.radix import Node
+from asyncllm.core.slots import Holding, Ledger, SlotPool
+from asyncllm.core.window_radix import WindowTree
+from asyncllm.core.windows import PerSpace, Window
+from asyncllm.messages import Granted
+
+
+@dataclass(slots=True, eq=False)
+class View:
+    """What one lane holds in the sliding space: slots of its last tokens.
+
+    [first, shared)   of the tree, but for the spans in ``own``; nodes from ``kept`` on stay
+    [shared, len)     its own
+    """
+
+    first: int = 0
+    slots: array[int] = field(default_factory=lambda: array("i"))
+    kept: int = 0
+    own: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # of tokens the tree has other slots of
+
+
+class WindowLedger(Ledger):
+    """A ledger with a second space, of layers that see no more than a window.
+
+    There a lane holds slots of what its next tokens can see; in each space
+    ``used + cached + free == total`` always.
+
+    A slot of the second space is given back by the reservation behind the one in which its lane
+    went on: steps run in order, so whatever step may get it next writes it behind the last step
+    that reads it. Where even the first row does not fit, it is granted in part.
+
+    Args:
+        num: slots of both spaces; the sliding ones are at least ``window.most + 1``.
+        use_tree: False: no prefix cache.
+    """
+
+    def __init__(self, num: PerSpace, window: Window, *, use_tree: bool = True) -> None:
+        self._tree, self._window = WindowTree(window), window
+        super().__init__(num.full, use_tree=use_tree, tree=self._tree)
+        self.sliding = SlotPool(num.sliding)
+        self.views: dict[int, View] = {}
+        self.evicted_sliding = 0
+        self._column = array("i")  # of the grant that is being made
+        self._opening = View()
+
+    @property
+    def sliding_cached(self) -> int:
+        """Sliding slots kept for their prefix only."""
+        return self._tree.live - self._tree.read
+
+    @property
+    def sliding_used(self) -> int:
+        """Sliding slots that lanes hold: their own and those of the tree that they read."""
+        return self.sliding.total - len(self.sliding) - self.sliding_cached
+
+    @property
+    def sliding_available(self) -> int:
+        """Sliding slots that a reservation could get."""
+        return len(self.sliding) + self.sliding_cached
+
+    def reserve(
+        self,
+        lanes: array[int],
+        counts: array[int],
+        opened: dict[int, tuple[array[int], bool]],
+    ) -> Granted:
+        most = self._window.reach + self._window.grain
+        for lane, view in self.views.items():
+            held = self.lanes[lane]
+            if len(held.slots) - view.first >= most:
+                self._go_on(held, view)
+        self._column = array("i")
+        granted = super().reserve(lanes, counts, opened)
+        return replace(granted, sliding=self._column, sliding_available=self.sliding_available)
+
+    def _go_on(self, held: Holding, view: View) -> None:
+        """Give back what no token to come sees."""
+        begin = len(held.slots) - self._window.reach
+        if held.node is not None:
+            view.kept = self._tree.leave(held.node, held.shared, view.kept, begin)
+        self._give(held, view, begin)
+
+    def _give(self, held: Holding, view: View, begin: int) -> None:
+        """Forget the slots of tokens before ``begin``; those that are the lane's own are free."""
+        first, slots = view.first, view.slots
+        mine = [*view.own, (max(first, held.shared), len(held.slots))]
+        for start, end in mine:
+            self.sliding.give(slots[start - first : max(min(end, begin), start) - first])
+        view.own = [(max(start, begin), end) for start, end in view.own if end > begin]
+        del slots[: begin - first]
+        view.first = begin
+
+    @property
+    def _room(self) -> int:
+        return min(self.available, self.sliding_available)
+
+    def _fitting(self, count: int) -> int:
+        room = self.sliding_available
+        if count > room and not self._column:
+            count = room
+        return super()._fitting(count) if count <= room else 0
+
+    def _take_singles(self, lanes: array[int]) -> array[int]:
+        out = super()._take_singles(lanes)
+        sliding = self._take_sliding(len(lanes))
+        for lane, slot in zip(lanes, sliding, strict=True):
+            self.views[lane].slots.append(slot)
+        self._column.extend(sliding)
+        return out
+
+    def _take(self, num: int) -> array[int]:
+        out = super()._take(num)
+        if self._tree.spilled:
+            self.sliding.give(self._tree.spilled)
+            self._tree.spilled = array("i")
+        return out
+
+    def _take_sliding(self, num: int) -> array[int]:
+        if (short := num - len(self.sliding)) > 0:
+            evicted = self._tree.evict_sliding(short)
+            self.evicted_sliding += len(evicted)
+            self.sliding.give(evicted)
+        return self.sliding.take(num)
+
+    def _see(self, view: View, count: int) -> None:
+        """Slots for ``count`` new tokens."""
+        slots = self._take_sliding(count)
+        view.slots.extend(slots)
+        self._column.extend(slots)
+
+    def _grow(self, lane: int, count: int) -> tuple[int, array[int]] | None:
+        row = super()._grow(lane, count)
+        if row is not None:
+            self._see(self.views[lane], len(row[1]))
+        return row
+
+    def _open(
+        self, lane: int, count: int, ids: array[int], may_share: bool
+    ) -> tuple[int, array[int]] | None:
+        view = self._opening = View()
+        row = super()._open(lane, count, ids, may_share)
+        if row is not None:
+            hit, slots = row
+            self.views[lane] = view
+            self._column.extend(array("i", [self.sliding.total]) * view.first)  # nobody's slot
+            self._column.extend(view.slots)
+            self._see(view, len(slots) - hit)
+        return row
+
+    def _match(self, ids: array[int]) -> tuple[Node, array[int]]:
+        node, slots = super()._match(ids)
+        view = self._opening
+        view.kept, view.slots = self._tree.keep(node, len(slots))
+        view.first = len(slots) - len(view.slots)
+        return node, slots
+
+    def _unmatch(self, node: Node, hit: int) -> None:
+        self._tree.leave(node, hit, self._opening.kept, hit)
+        super()._unmatch(node, hit)
+
+    def _close(self, lane: int, held: Holding) -> None:
+        view = self.views.pop(lane)
+        self._give(held, view, len(held.slots))
+        if held.node is not None:
+            self._tree.leave(held.node, held.shared, view.kept, held.shared)
+        super()._close(lane, held)
+
+    def _share(self, lane: int, held: Holding, ids: array[int], end: int) -> None:
+        assert held.node is not None
+        if end <= held.shared:
+            return
+        start, view = held.shared, self.views[lane]
+        held.node, known, own, view.kept = self._tree.insert(
+            held.node, ids, (start, end), held.slots, view.slots, view.kept
+        )
+        held.duplicates.extend(held.slots[start : start + known])
+        view.own += own
+        held.shared = end
