@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
-from asyncllm.constrain.regex import ALL, MAX_COUNT, MAX_DEPTH, class_at, escape_at, literal
+from asyncllm.constrain.regex import ALL, Reader, class_at, escape_at, literal
 from asyncllm.constrain.rules import EMPTY, Alt, Node, Ref, Repeat, Rules, Seq, finite, written
 from asyncllm.errors import RequestError
 
@@ -39,24 +39,25 @@ def to_lark(source: str) -> str:
     return written(rules, "root")
 
 
-class _Reader:
+class _Reader(Reader):
+    counts = _COUNT
+
     def __init__(self, source: str) -> None:
-        self.source, self.at, self.depth = source, 0, 0
+        super().__init__(source)
         self.refs: list[tuple[str, int]] = []  # rules that are used, and where
 
     def fail(self, why: str) -> NoReturn:
         line = self.source.count("\n", 0, self.at) + 1
         raise RequestError(f"the EBNF grammar {why} in line {line}")
 
-    def skip(self) -> str:
-        """The next character that means something."""
+    def peek(self) -> str:
         found = _SKIP.match(self.source, self.at)
         self.at = found.end() if found else self.at
-        return self.source[self.at : self.at + 1]
+        return super().peek()
 
     def rules(self) -> Rules:
         found: Rules = {}
-        while self.skip():
+        while self.peek():
             name = _NAME.match(self.source, self.at)
             if name is None or not (defines := _DEFINES.match(self.source, name.end())):
                 self.fail(f"has {self.source[self.at : self.at + 20]!r} instead of a rule")
@@ -72,27 +73,17 @@ class _Reader:
                 self.fail(f'has no rule for "{ref}", which is used')
         return found
 
-    def alternatives(self) -> Node:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            self.fail(f"is nested more than {MAX_DEPTH} deep")
-        found = [self.sequence()]
-        while self.skip() == "|":
-            self.at += 1
-            found.append(self.sequence())
-        self.depth -= 1
-        return found[0] if len(found) == 1 else Alt(tuple(found))
+    def item(self) -> Node | None:
+        item = self.single(self.peek())
+        times = 0
+        while item is not None and (bounds := self.bounds()):
+            item = Repeat(item, *bounds)
+            times += 1
+            if times > MAX_REPEATS:
+                self.fail(f"repeats a repetition more than {MAX_REPEATS} times")
+        return item
 
-    def sequence(self) -> Node:
-        items: list[Node] = []
-        while (char := self.skip()) and char not in "|)":
-            item = self.item(char)
-            if item is None:
-                break
-            items.append(self.repeated(item))
-        return items[0] if len(items) == 1 else Seq(tuple(items))
-
-    def item(self, char: str) -> Node | None:
+    def single(self, char: str) -> Node | None:
         """None: the next rule begins here."""
         if name := _NAME.match(self.source, self.at):
             if _DEFINES.match(self.source, name.end()):
@@ -110,13 +101,9 @@ class _Reader:
             case ".":
                 return ALL
             case "(":
-                if self.skip() == "=":
+                if self.peek() == "=":
                     self.fail("has a look-ahead, which cannot be enforced,")
-                inner = self.alternatives()
-                if self.skip() != ")":
-                    self.fail("has an unclosed parenthesis")
-                self.at += 1
-                return inner
+                return self.closed()
             case _:
                 self.fail(f"has {char!r}, which means nothing,")
 
@@ -134,30 +121,6 @@ class _Reader:
             chars.append(char)
         self.at += 1
         return literal("".join(chars))
-
-    def repeated(self, item: Node) -> Node:
-        times = 0
-        while char := self.skip():
-            bounds = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(char)
-            if bounds is not None:
-                self.at += 1
-            elif found := _COUNT.match(self.source, self.at):
-                self.at = found.end()
-                low = int(found[1])
-                high = int(found[3]) if found[3] else None if found[2] else low
-                if max(low, high or 0) > MAX_COUNT or (high is not None and low > high):
-                    self.fail(
-                        f"has the repetition {found[0]}, whose bounds are not in order or"
-                        f" beyond {MAX_COUNT},"
-                    )
-                bounds = low, high
-            else:
-                break
-            item = Repeat(item, *bounds)
-            times += 1
-            if times > MAX_REPEATS:
-                self.fail(f"repeats a repetition more than {MAX_REPEATS} times")
-        return item
 
 
 def _flat(name: str, rule: Node) -> Node:

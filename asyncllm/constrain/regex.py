@@ -10,7 +10,18 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from asyncllm.constrain.rules import EMPTY, NOTHING, Alt, Anchor, Chars, Node, Repeat, Seq
+from asyncllm.constrain.rules import (
+    EMPTY,
+    NOTHING,
+    Alt,
+    Anchor,
+    Chars,
+    Node,
+    Repeat,
+    Seq,
+    parts,
+    times,
+)
 from asyncllm.errors import RequestError
 
 MAX_DEPTH: Final = 100
@@ -110,19 +121,6 @@ def searched(node: Node) -> Node:
     return _unanchored(node, "^", "$", [MAX_NODES])
 
 
-def possible(node: Node) -> bool:
-    """Whether any text matches."""
-    match node:
-        case Seq():
-            return all(map(possible, node.items))
-        case Alt():
-            return any(map(possible, node.items))
-        case Repeat():
-            return node.low == 0 or possible(node.item)
-        case _:
-            return True
-
-
 def raw(node: Node) -> str:
     """The engine's expression."""
     return _written(node, quoted=False)
@@ -166,22 +164,25 @@ class _Class:
         return Chars(f"[{inner}]", frozenset(self.special))
 
 
-class _Parser:
+class Reader:
+    """Reads alternatives of repeated items from a text; its kinds say what an item is."""
+
+    counts = _BRACES
+
     def __init__(self, source: str, at: int = 0) -> None:
         self.source, self.at, self.depth = source, at, 0
-        self.nodes = self.repeats = 0
 
     def fail(self, why: str) -> NoReturn:
-        raise RequestError(f"the regular expression {_short(self.source)} {why}")
-
-    def whole(self) -> Node:
-        node = self.alternatives()
-        if self.at < len(self.source):
-            self.fail(f"has an unmatched ) at character {self.at}")
-        return node
+        """Raises RequestError."""
+        raise NotImplementedError
 
     def peek(self) -> str:
+        """The next character that means something; "": there is none."""
         return self.source[self.at : self.at + 1]
+
+    def item(self) -> Node | None:
+        """What stands here, with how often it may come; None: the sequence is over."""
+        raise NotImplementedError
 
     def alternatives(self) -> Node:
         self.depth += 1
@@ -197,42 +198,71 @@ class _Parser:
     def sequence(self) -> Node:
         items: list[Node] = []
         while (char := self.peek()) and char not in "|)":
-            self.nodes += 1
-            if self.nodes > MAX_NODES:
-                self.fail(f"has more than {MAX_NODES} parts")
-            item = self.atom()
-            items.append(self.repeated(item))
+            if (item := self.item()) is None:
+                break
+            items.append(item)
         return items[0] if len(items) == 1 else Seq(tuple(items))
+
+    def closed(self) -> Node:
+        """What stands in parentheses, behind the first."""
+        inner = self.alternatives()
+        if self.peek() != ")":
+            self.fail("has an unclosed parenthesis")
+        self.at += 1
+        return inner
+
+    def bounds(self) -> tuple[int, int | None] | None:
+        """How often what was read before may come; None: that is not said."""
+        simple = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(self.peek())
+        if simple is not None:
+            self.at += 1
+            return simple
+        if found := self.counts.match(self.source, self.at):
+            self.at = found.end()
+            low, high = int(found[1]), int(found[3]) if found[3] else None
+            if high is None and not found[2]:
+                high = low
+            if high is not None and low > high:
+                self.fail(f"has the repetition {found[0]} with bounds out of order")
+            if max(low, high or 0) > MAX_COUNT:
+                self.fail(f"has the repetition {found[0]} beyond {MAX_COUNT}")
+            return low, high
+        return None
+
+
+class _Parser(Reader):
+    def __init__(self, source: str, at: int = 0) -> None:
+        super().__init__(source, at)
+        self.nodes = self.repeats = 0
+
+    def fail(self, why: str) -> NoReturn:
+        raise RequestError(f"the regular expression {_short(self.source)} {why}")
+
+    def whole(self) -> Node:
+        node = self.alternatives()
+        if self.at < len(self.source):
+            self.fail(f"has an unmatched ) at character {self.at}")
+        return node
+
+    def item(self) -> Node:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            self.fail(f"has more than {MAX_NODES} parts")
+        return self.repeated(self.atom())
 
     def repeated(self, item: Node) -> Node:
         if bounds := self.bounds():
             if isinstance(item, Anchor):
                 self.fail("repeats an anchor")
-            low, high = bounds
-            if high is not None and low > high:
-                self.fail(f"has the repetition {{{low},{high}}}, whose bounds are out of order")
-            if max(low, high or 0) > MAX_COUNT:
-                self.fail(f"repeats more than {MAX_COUNT} times")
             self.repeats += 1
             if self.repeats > MAX_REPEATS:
                 self.fail(f"has more than {MAX_REPEATS} repetitions")
-            item = Repeat(item, low, high)
+            item = Repeat(item, *bounds)
             if self.peek() == "?":  # the shortest match first: the same texts
                 self.at += 1
             if self.bounds():
                 self.fail(f"repeats a repetition at character {self.at - 1}")
         return item
-
-    def bounds(self) -> tuple[int, int | None] | None:
-        simple = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(self.peek())
-        if simple is not None:
-            self.at += 1
-            return simple
-        if found := _BRACES.match(self.source, self.at):
-            self.at = found.end()
-            low = int(found[1])
-            return low, int(found[3]) if found[3] else None if found[2] else low
-        return None
 
     def atom(self) -> Node:
         char = self.source[self.at]
@@ -264,11 +294,7 @@ class _Parser:
                     f"has (? at character {self.at - 1}: look-around and flags cannot be enforced"
                 )
             self.at = found.end()
-        node = self.alternatives()
-        if self.peek() != ")":
-            self.fail("has an unclosed parenthesis")
-        self.at += 1
-        return node
+        return self.closed()
 
     def escape(self) -> Node:
         char = self.peek()
@@ -376,15 +402,7 @@ def _short(text: str) -> str:
 
 
 def _has_anchor(node: Node) -> bool:
-    match node:
-        case Anchor():
-            return True
-        case Seq() | Alt():
-            return any(map(_has_anchor, node.items))
-        case Repeat():
-            return _has_anchor(node.item)
-        case _:
-            return False
+    return any(isinstance(part, Anchor) for part in parts(node))
 
 
 def _unanchored(node: Node, before: str, after: str, budget: list[int]) -> Node:
@@ -463,10 +481,7 @@ def _written(node: Node, quoted: bool) -> str:
         case Alt():
             return f"(?:{'|'.join(_written(item, quoted) for item in node.items)})"
         case Repeat():
-            inner = _written(node.item, quoted)
-            count = f"{{{node.low},{'' if node.high is None else node.high}}}"
-            count = {"{0,}": "*", "{1,}": "+", "{0,1}": "?"}.get(count, count)
-            return f"(?:{inner}){count}"
+            return f"(?:{_written(node.item, quoted)}){times(node.low, node.high)}"
         case _:
             raise AssertionError(node)
 

@@ -5,7 +5,7 @@ Knows neither where rules come from nor the engine but for its notation (Lark's)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -71,7 +71,7 @@ def finite(rules: Rules, root: str) -> Rules:
     waiting = list(rules)
     while waiting:
         name = waiting.pop()
-        if name not in ending and _ends(rules[name], ending):
+        if name not in ending and ends(rules[name], ending):
             ending.add(name)
             waiting += users[name]
     if root not in ending:
@@ -86,29 +86,34 @@ def finite(rules: Rules, root: str) -> Rules:
     return used
 
 
-def _refs(part: Node) -> Iterator[str]:
-    match part:
-        case Ref():
-            yield part.name
+def parts(node: Node) -> Iterator[Node]:
+    """The node and all that it is made of."""
+    yield node
+    match node:
         case Seq() | Alt():
-            for item in part.items:
-                yield from _refs(item)
+            for item in node.items:
+                yield from parts(item)
         case Repeat():
-            yield from _refs(part.item)
+            yield from parts(node.item)
         case _:
             return
 
 
-def _ends(part: Node, ending: set[str]) -> bool:
+def _refs(node: Node) -> list[str]:
+    return [part.name for part in parts(node) if isinstance(part, Ref)]
+
+
+def ends(part: Node, ending: Collection[str] = ()) -> bool:
+    """Whether any text matches, if the rules ``ending`` are those that some text matches."""
     match part:
         case Ref():
             return part.name in ending
         case Seq():
-            return all(_ends(item, ending) for item in part.items)
+            return all(ends(item, ending) for item in part.items)
         case Alt():
-            return any(_ends(item, ending) for item in part.items)
+            return any(ends(item, ending) for item in part.items)
         case Repeat():
-            return part.low == 0 or _ends(part.item, ending)
+            return part.low == 0 or ends(part.item, ending)
         case _:
             return True
 
@@ -118,14 +123,20 @@ def _pruned(part: Node, ending: set[str]) -> Node:
         case Seq():
             return Seq(tuple(_pruned(item, ending) for item in part.items))
         case Alt():
-            kept = (item for item in part.items if _ends(item, ending))
+            kept = (item for item in part.items if ends(item, ending))
             return Alt(tuple(_pruned(item, ending) for item in kept))
         case Repeat():
-            if not _ends(part.item, ending):
+            if not ends(part.item, ending):
                 return EMPTY
             return Repeat(_pruned(part.item, ending), part.low, part.high)
         case _:
             return part
+
+
+def times(low: int, high: int | None) -> str:
+    """How often, in the engine's notation."""
+    count = f"{{{low},{'' if high is None else high}}}"
+    return {"{0,}": "*", "{1,}": "+", "{0,1}": "?"}.get(count, count)
 
 
 def written(rules: Rules, root: str) -> str:
@@ -149,7 +160,7 @@ def _bottom_up(rules: Rules, root: str) -> list[str]:
     """All rules, each behind those that it refers to unless they refer to it too."""
     found: dict[str, None] = {}
     begun = {root}
-    path = [(root, list(_refs(rules[root])))]
+    path = [(root, _refs(rules[root]))]
     while path:
         name, left = path[-1]
         if not left:
@@ -157,7 +168,7 @@ def _bottom_up(rules: Rules, root: str) -> list[str]:
             path.pop()
         elif (ref := left.pop()) not in begun:
             begun.add(ref)
-            path.append((ref, list(_refs(rules[ref]))))
+            path.append((ref, _refs(rules[ref])))
     return list(found)
 
 
@@ -176,9 +187,6 @@ def _text(part: Node, names: dict[str, str], terminals: dict[str, str]) -> str:
         case Repeat(high=0):
             return '""'
         case Repeat():
-            inner = _text(part.item, names, terminals)
-            count = f"{{{part.low},{'' if part.high is None else part.high}}}"
-            count = {"{0,}": "*", "{1,}": "+", "{0,1}": "?"}.get(count, count)
-            return f"({inner}){count}"
+            return f"({_text(part.item, names, terminals)}){times(part.low, part.high)}"
         case Anchor():
             raise AssertionError(part)

@@ -11,7 +11,7 @@ from asyncllm.constrain.atoms import Const, Form, Number, String
 from asyncllm.constrain.formats import FORMATS
 from asyncllm.constrain.jsontext import scalar, string
 from asyncllm.constrain.regex import code_text
-from asyncllm.constrain.rules import Node
+from asyncllm.constrain.rules import Node, ends, times
 
 # a character of a string that is held to no pattern: any spelling of one that UTF-8 can hold
 _HALVES: Final = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -38,7 +38,7 @@ def is_plain(atom: String) -> bool:
     forms = list(atom.forms)
     bounded = (atom.low, atom.high) != (0, None)
     return not forms or (
-        len(forms) == 1 and not bounded and forms[0].holds and regex.possible(_parsed(forms[0]))
+        len(forms) == 1 and not bounded and forms[0].holds and ends(_parsed(forms[0]))
     )
 
 
@@ -73,10 +73,6 @@ def apart(i: int, count: int) -> str:
     """What makes the keys of one of ``count`` kinds differ from those of all others:
     their length."""
     return f' & /"(?:{PLAIN}{{{count}}})*{PLAIN}{{{i}}}"/'
-
-
-def times(low: int, high: int | None) -> str:
-    return "*" if (low, high) == (0, None) else f"{{{low},{'' if high is None else high}}}"
 
 
 def string_term(atom: String) -> str:

@@ -36,6 +36,7 @@ from asyncllm.constrain.rules import (
     Seq,
     Term,
     finite,
+    times,
     written,
 )
 from asyncllm.constrain.schema import Matches, Meaning
@@ -307,8 +308,7 @@ class Writer:
         if atom.names:
             keys = [key for key in self.meaning.atoms(atom.names) if isinstance(key, String)]
             forms = [
-                (*key.forms, Form("pattern", f"^[^]{terms.times(key.low, key.high)}$"))
-                for key in keys
+                (*key.forms, Form("pattern", f"^[^]{times(key.low, key.high)}$")) for key in keys
             ]
         for which in range(2 ** len(patterns)):
             held = [(pattern, bool(which >> i & 1)) for i, pattern in enumerate(patterns)]
