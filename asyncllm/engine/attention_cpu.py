@@ -15,6 +15,7 @@ from asyncllm.models.attention import (
     Batch,
     KvLayout,
     KvPairs,
+    Latent,
     LayerKv,
     refuse_beyond_plain,
 )
@@ -145,7 +146,8 @@ class TorchPlan:
             prefix = slots[min(first, start) : start].long()
             yield Extend(slice(token + begin, token + stop), prefix, new, mask)
 
-    def run(self, qkv: Tensor, kv: LayerKv) -> Tensor:
+    def run(self, qkv: Tensor, kv: LayerKv, latent: Latent | None = None) -> Tensor:
+        assert latent is None
         q, k, v = self._turn(qkv)
         self._layout.write(kv, self._slots, k, v)
         out = torch.empty_like(q)

@@ -17,6 +17,7 @@ from asyncllm.models.attention import (
     Batch,
     KvLayout,
     KvPairs,
+    Latent,
     LayerKv,
     refuse_beyond_plain,
 )
@@ -77,7 +78,8 @@ class TritonPlan:
     cos_sin: Tensor
     decode: DecodePlan | None = None
 
-    def run(self, qkv: Tensor, kv: LayerKv) -> Tensor:
+    def run(self, qkv: Tensor, kv: LayerKv, latent: Latent | None = None) -> Tensor:
+        assert latent is None
         spec, batch, (k_cache, v_cache) = self.spec, self.batch, kv
         q = self.layout.rope_write(kv, qkv, self.cos_sin, batch)
         out = q.new_empty(q.shape)

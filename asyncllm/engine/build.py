@@ -28,7 +28,7 @@ from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model, Site
 from asyncllm.models.ops import Ops
 from asyncllm.models.registry import family
-from asyncllm.models.spec import ModelSpec, shard_heads
+from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import load
 from asyncllm.records import Opened
 
@@ -109,20 +109,12 @@ def make_model(
     kind = TORCH_DTYPES[dtype]
     if device.type == "cuda" and (reason := kv.refuse(dtype)):
         raise StartupError(reason)
-    ops: Ops
-    attention: AttentionBackend
-    if device.type == "cuda":  # imported here: Triton need not exist where there is no GPU
-        from asyncllm.engine.attention_cuda import TritonAttention, TritonPairs
-        from asyncllm.engine.ops_cuda import TritonOps
-
-        ops = TritonOps()
-        attention = TritonAttention(layers, TritonPairs(layers, kind, kv.format), max_len, where)
-    else:
-        from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
-        from asyncllm.engine.ops_cpu import TorchOps
-
-        ops = TorchOps()
-        attention = TorchAttention(layers, TorchPairs(layers, kind, kv.format), max_len, where)
+    if any(layer.kind == "mla" for layer in layers) and kv.kernel is not None:
+        raise StartupError(
+            f"--mode {kv.kernel.name} is for attention with keys of their own, not for the latents "
+            f"of {spec.architecture}"
+        )
+    ops, attention = _operators(layers, kv, kind, device, max_len, where)
     for layer in dict.fromkeys(layers):
         if reason := attention.refuse(layer, attention.layout, device):
             raise StartupError(f"attention of {spec.architecture} that {reason}: not available yet")
@@ -136,6 +128,34 @@ def make_model(
         device=where,
     )
     return family(spec.architecture).make(spec, site)
+
+
+def _operators(
+    layers: list[AttentionSpec],
+    kv: KvMode,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+    where: torch.device,
+) -> tuple[Ops, AttentionBackend]:
+    """What computes on ``device``, with tables on ``where``."""
+    latent, fmt = any(layer.kind == "mla" for layer in layers), kv.format
+    if device.type == "cuda":  # imported here: Triton need not exist where there is no GPU
+        from asyncllm.engine.attention_cuda import TritonAttention, TritonPairs
+        from asyncllm.engine.latent_cuda import TritonLatent, TritonLatents
+        from asyncllm.engine.ops_cuda import TritonOps
+
+        if latent:
+            latents = TritonLatents(layers, dtype, fmt)
+            return TritonOps(), TritonLatent(layers, latents, max_len, where)
+        return TritonOps(), TritonAttention(layers, TritonPairs(layers, dtype, fmt), max_len, where)
+    from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
+    from asyncllm.engine.latent_cpu import TorchLatent, TorchLatents
+    from asyncllm.engine.ops_cpu import TorchOps
+
+    if latent:
+        return TorchOps(), TorchLatent(layers, TorchLatents(layers, dtype, fmt), max_len, where)
+    return TorchOps(), TorchAttention(layers, TorchPairs(layers, dtype, fmt), max_len, where)
 
 
 def within(spec: ModelSpec, max_len: int) -> ModelSpec:

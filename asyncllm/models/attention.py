@@ -79,12 +79,25 @@ class KvLayout(Protocol):
         """Zeroed tensors of every layer, for as many tokens as its space has."""
 
 
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """What keys and values of new tokens are made of, in a layer of kind "mla"."""
+
+    raw: Tensor  # [T, kv_rank + rope.dim] latent, and the part of keys that turns; neither done yet
+    norm: Tensor  # [kv_rank], weight of the latent's norm
+    eps: float
+    up: Tensor  # [Hq, D - rope.dim + Dv, kv_rank]: the rest of each head's key, and its value
+
+
 class AttentionPlan(Protocol):
     """An attention of one step, ready to run in every layer that has it."""
 
-    def run(self, qkv: Tensor, kv: LayerKv) -> Tensor:
+    def run(self, qkv: Tensor, kv: LayerKv, latent: Latent | None = None) -> Tensor:
         """Rotate q and k of ``qkv`` [T, (Hq + Hk) * D + Hk * Dv], write k and v to the batch's
-        slots, and let each row attend causally to its lane's: [T, Hq * Dv]. May change qkv."""
+        slots, and let each row attend causally to its lane's: [T, Hq * Dv]. May change qkv.
+
+        Of kind "mla", ``qkv`` is q alone, whose heads end with what turns, and ``latent`` says
+        the rest."""
 
 
 @dataclass(slots=True)
@@ -95,9 +108,9 @@ class GrownQueries:
     factors: Tensor  # [T, 1] in the dtype of q
     width: int  # of q in a row of qkv
 
-    def run(self, qkv: Tensor, kv: LayerKv) -> Tensor:
+    def run(self, qkv: Tensor, kv: LayerKv, latent: Latent | None = None) -> Tensor:
         qkv[:, : self.width].mul_(self.factors)
-        return self.plan.run(qkv, kv)
+        return self.plan.run(qkv, kv, latent)
 
 
 class AttentionBackend(Protocol):
@@ -171,6 +184,27 @@ class KvPairs:
         return None
 
 
+class KvLatents:
+    """The latent of a token, normed, and the rotated key that all heads share, in ``dtype``:
+    [num_slots, kv_rank + rope.dim]. The same on every rank."""
+
+    def __init__(
+        self, layers: Sequence[AttentionSpec], dtype: torch.dtype, fmt: KvFormat | None = None
+    ) -> None:
+        self.dtype, self.format = dtype, fmt
+        self._widths = [spec.kv_rank + (spec.rope.dim if spec.rope else 0) for spec in layers]
+
+    def bytes_per_slot(self) -> PerSpace:
+        return PerSpace(self.dtype.itemsize * sum(self._widths), 0)
+
+    def allocate(self, num_slots: PerSpace, device: torch.device) -> list[LayerKv]:
+        return [(zeros((num_slots.full, width), self.dtype, device),) for width in self._widths]
+
+    def refuse(self, spec: AttentionSpec) -> str | None:
+        """Why ``spec`` cannot have its latents so, as the end of a sentence about it."""
+        return None if self.format is None else f"has latents in {self.format.name}"
+
+
 def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
     """``AttentionBackend.refuse`` of those that know causal attention of grouped heads."""
     asked = {
@@ -181,6 +215,31 @@ def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
         f"has values of {spec.v_dim} and keys of {spec.head_dim}": spec.v_dim != spec.head_dim,
     }
     return next((reason for reason, yes in asked.items() if yes), None)
+
+
+def refuse_beyond_latent(spec: AttentionSpec) -> str | None:
+    """``AttentionBackend.refuse`` of those that know causal attention over latents."""
+    asked = {
+        f"is of kind {spec.kind!r} beside others": spec.kind != "mla",
+        "has no rotary embedding": spec.rope is None,
+        f"has a sliding window of {spec.window}": spec.window is not None,
+        f"has logits capped at {spec.softcap}": spec.softcap is not None,
+        "has attention sinks": spec.sinks,
+    }
+    return next((reason for reason, yes in asked.items() if yes), None)
+
+
+def decompressed_from(spec: AttentionSpec) -> int:
+    """New tokens of a row from which it costs less to make keys and values of its latents than to
+    attend to the latents themselves.
+
+    A pair of query and latent takes ``2 * (2 * kv_rank + rope)`` operations a head instead of
+    ``2 * (D + Dv)``; keys and values of a latent cost ``2 * kv_rank * (D - rope + Dv)``, once for
+    all queries of the row.
+    """
+    assert spec.rope is not None
+    made = spec.head_dim - spec.rope.dim + spec.v_dim
+    return -(-spec.kv_rank * made // max(1, 2 * spec.kv_rank - made))
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from asyncllm.models.attention import AttentionPlan, Batch, GrownQueries, LayerKv
 from asyncllm.models.experts import Experts
 from asyncllm.models.layers import Attention, AttentionPart, GatedMLP, MlpPart, Norm, share
+from asyncllm.models.mla import LatentAttention
 from asyncllm.models.model import Site
 from asyncllm.models.spec import AttentionSpec, ExpertsSpec, ModelSpec
 from asyncllm.models.weights import Target
@@ -20,6 +21,8 @@ from asyncllm.models.weights import Target
 
 def attention_part(site: Site, spec: ModelSpec, layer: int) -> AttentionPart:
     """What ``spec.layers[layer]`` asks for."""
+    if spec.layers[layer].kind == "mla":
+        return LatentAttention(site, spec, spec.layers[layer])
     return Attention(site, spec, spec.layers[layer])
 
 

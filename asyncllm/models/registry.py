@@ -65,6 +65,8 @@ def _dense(module: str, reader: str = "", opener: str = "") -> Family:
 
 
 MODELS = {
+    "DeepseekV2ForCausalLM": _dense("deepseek", "read2", "config2"),
+    "DeepseekV3ForCausalLM": _dense("deepseek", "read3", "config3"),
     "LlamaForCausalLM": Family(_DECODER),
     "Qwen2ForCausalLM": _dense("qwen", "read2", "config2"),
     "Qwen3ForCausalLM": _dense("qwen", "read3", "config3"),

@@ -58,6 +58,10 @@ class AttentionSpec:
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # each head has a learned score that takes weight and gives no value
     query_growth: QueryGrowth | None = None  # which the decoder applies, not the backend
+    # mla: of the latent that keys and values are made of (which turn only in a part that all heads
+    # share), and of the one that queries are made of, if they are
+    kv_rank: int = 0
+    q_rank: int | None = None
 
     def on(self, heads: HeadShard) -> AttentionSpec:
         """The share of a rank that has ``heads``."""

@@ -1,0 +1,193 @@
+"""Attention over latents on a CUDA device, by Triton kernels.
+
+Decode rows attend to latents as they are (absorbed). Of other rows the device decides, each step
+anew, which have their keys and values made first: those of at least ``decompressed_from`` new
+tokens, as long as the space lasts. Heads are taken in groups, so that the space is enough for all
+keys of a long row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asyncllm.kernels.latent.attend import attend
+from asyncllm.kernels.latent.expand import expand
+from asyncllm.kernels.latent.heads import heads
+from asyncllm.kernels.latent.plan import AttendPlan, ChunkPlan, plan_attend, plan_chunks
+from asyncllm.kernels.latent.prefill import prefill
+from asyncllm.kernels.latent.write import write
+from asyncllm.models.angles import rope_tables
+from asyncllm.models.attention import (
+    Batch,
+    KvLatents,
+    KvLayout,
+    Latent,
+    LayerKv,
+    decompressed_from,
+    refuse_beyond_latent,
+)
+from asyncllm.models.spec import AttentionSpec
+
+MAX_RANK, MAX_PART = 512, 256  # of a latent; of what of a head turns, does not turn, is a value
+SPACE = 1 << 30  # bytes of decompressed keys and values at most
+LEAST_TOKENS = 8192  # that they are of, if a group of heads can be small enough
+GROUP = 32  # heads of a group at most
+
+
+class TritonLatents(KvLatents):
+    """Latents that our kernels write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Where keys and values of a group of heads are made; all layers share it."""
+
+    group: int  # heads
+    made: Tensor  # [tokens, group, head_dim - rope.dim + v_dim]
+    keys: Tensor  # [tokens, rope.dim]
+
+    @property
+    def nbytes(self) -> int:
+        return self.made.nbytes + self.keys.nbytes
+
+
+class TritonLatent:
+    """Implements :class:`asyncllm.models.attention.AttentionBackend`.
+
+    Args:
+        least: new tokens of a row from which its latents are decompressed; None: by what costs
+            less.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionSpec],
+        layout: TritonLatents,
+        max_len: int,
+        where: torch.device,
+        *,
+        least: int | None = None,
+    ) -> None:
+        self.layout, self.angles = layout, rope_tables(layers, max_len, where)
+        self._least = least
+        self._spaces = {spec: _space(spec, max_len, layout.dtype, where) for spec in set(layers)}
+        self.nbytes = sum(table.nbytes for table in self.angles.values())
+        self.nbytes += sum(space.nbytes for space in self._spaces.values())
+
+    @staticmethod
+    def refuse(spec: AttentionSpec, layout: KvLayout, device: torch.device) -> str | None:
+        if device.type != "cuda" or not isinstance(layout, TritonLatents):
+            return f"has its K/V in {type(layout).__name__} on {device.type}"
+        if (reason := layout.refuse(spec) or refuse_beyond_latent(spec)) is not None:
+            return reason
+        if spec.kv_rank > MAX_RANK:
+            return f"has latents of {spec.kv_rank}, more than {MAX_RANK}"
+        turned = spec.rope.dim if spec.rope else 0
+        if (part := max(spec.head_dim - turned, turned, spec.v_dim)) > MAX_PART:
+            return f"has heads with parts of {part}, more than {MAX_PART}"
+        return None
+
+    def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:
+        num = spec.num_q_heads
+        return dtype.itemsize * num * (spec.head_dim + spec.v_dim + 2 * spec.kv_rank)
+
+    def plan(self, spec: AttentionSpec, batch: Batch) -> TritonLatentPlan:
+        assert spec.rope is not None
+        least = decompressed_from(spec) if self._least is None else self._least
+        return TritonLatentPlan(spec, batch, self.angles[spec.rope], self._spaces[spec], least)
+
+
+@dataclass(slots=True)
+class TritonLatentPlan:
+    """What is the same in all layers of a step; the first of them makes the plans."""
+
+    spec: AttentionSpec
+    batch: Batch
+    cos_sin: Tensor
+    space: Space
+    least: int
+    decode: AttendPlan | None = None
+    chunks: ChunkPlan | None = None
+
+    def run(self, qkv: Tensor, kv: LayerKv, latent: Latent | None = None) -> Tensor:
+        assert latent is not None
+        assert self.spec.rope is not None
+        batch, (cache,) = self.batch, kv
+        q = qkv.unflatten(1, (-1, self.spec.head_dim))
+        plain = self.spec.head_dim - self.spec.rope.dim
+        write(
+            latent.raw,
+            q[..., plain:],
+            latent.norm,
+            latent.eps,
+            self.cos_sin,
+            batch.positions,
+            batch.slots,
+            cache,
+            interleaved=self.spec.rope.interleaved,
+        )
+        out: Tensor = q.new_empty(len(q), q.shape[1], self.spec.v_dim)
+        if num := batch.decode_lanes.shape[0]:
+            if self.decode is None:
+                lanes, lens = batch.decode_lanes, batch.decode_lens
+                rank = self.spec.kv_rank
+                self.decode = plan_attend(lanes, lens, q.shape[1], cache, rank)
+            self._absorbed(q[:num], cache, latent.up, self.decode, batch.decode_lens, out[:num])
+        if batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may lie over these
+            for first in range(0, q.shape[1], self.space.group):
+                some = slice(first, first + self.space.group)
+                self._chunked(q[:, some], cache, latent.up[some], out[:, some])
+        return out.flatten(1)
+
+    def _absorbed(
+        self, q: Tensor, cache: Tensor, up: Tensor, plan: AttendPlan, state: Tensor, out: Tensor
+    ) -> None:
+        """Tokens whose ``state`` is positive; those with 0 get zeros."""
+        plain = q.shape[2] - self.cos_sin.shape[1]
+        wide, summed = (q.new_empty(*q.shape[:2], self.spec.kv_rank) for _ in range(2))
+        heads(q[..., :plain], up[:, :plain], state, wide)
+        table, scale = self.batch.table, self.spec.scale
+        attend(wide, q[..., plain:], cache, table, scale, plan=plan, out=summed)
+        heads(summed, up[:, plain:].transpose(1, 2), state, out)
+
+    def _chunked(self, q: Tensor, cache: Tensor, up: Tensor, out: Tensor) -> None:
+        """Rows of several new tokens, for a group of heads."""
+        batch, made, keys = self.batch, self.space.made, self.space.keys
+        lanes, starts, cu = batch.prefill_lanes, batch.prefill_starts, batch.prefill_cu
+        if self.chunks is None:
+            self.chunks = plan_chunks(
+                lanes,
+                starts,
+                cu,
+                len(q),
+                self.space.group,
+                cache,
+                self.spec.kv_rank,
+                capacity=len(made),
+                least=self.least,
+            )
+        chunks, plain = self.chunks, q.shape[2] - self.cos_sin.shape[1]
+        self._absorbed(q, cache, up, chunks.attend, chunks.state, out)
+        where = chunks.bases
+        expand(cache, up, batch.table, lanes, starts, cu, where, chunks.tile_ends, made, keys)
+        rows = starts, cu, where
+        prefill(q[..., :plain], q[..., plain:], made, keys, *rows, self.spec.scale, out)
+
+
+def _space(spec: AttentionSpec, max_len: int, dtype: torch.dtype, where: torch.device) -> Space:
+    """For all keys of the longest sequence, if a group of heads can be small enough."""
+    assert spec.rope is not None
+    made, num, wanted = spec.head_dim - spec.rope.dim + spec.v_dim, spec.num_q_heads, max_len
+    wanted = max(wanted, LEAST_TOKENS)
+    most = min(GROUP, num, max(1, SPACE // (dtype.itemsize * made * wanted)))
+    group = next(size for size in range(most, 0, -1) if num % size == 0)
+    tokens = min(wanted, SPACE // (dtype.itemsize * made * group))
+    return Space(
+        group,
+        torch.empty(tokens, group, made, dtype=dtype, device=where),
+        torch.empty(tokens, spec.rope.dim, dtype=dtype, device=where),
+    )

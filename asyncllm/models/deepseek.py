@@ -1,0 +1,147 @@
+"""DeepSeek-V2, V2-Lite and V3 (R1 too): what their config.json says beyond the common names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from asyncllm.errors import StartupError
+from asyncllm.models.rope import read_rope, yarn_mscale
+from asyncllm.models.spec import AttentionSpec, ExpertsSpec, Json, ModelSpec
+
+_DEFAULTS: Json = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+_DEFAULTS2: Json = {
+    **_DEFAULTS,
+    "eos_token_id": 2,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 1407,
+}
+_DEFAULTS3: Json = {
+    **_DEFAULTS,
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 2048,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "norm_topk_prob": True,
+    "rope_interleave": True,
+    "num_nextn_predict_layers": 1,
+}
+
+
+def config2(hf: Json) -> Json:
+    """config.json of DeepSeek-V2."""
+    return _DEFAULTS2 | hf
+
+
+def config3(hf: Json) -> Json:
+    """config.json of DeepSeek-V3."""
+    return _DEFAULTS3 | hf
+
+
+def read2(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """Routing by softmax, over all experts or those of the best groups."""
+    method = hf.get("topk_method") or "greedy"
+    _known("topk_method", method, ("greedy", "group_limited_greedy"), spec)
+    _known("scoring_func", hf.get("scoring_func") or "softmax", ("softmax",), spec)
+    # published code divides by the sum instead of scaling, that of transformers does neither
+    _known("norm_topk_prob", bool(hf.get("norm_topk_prob")), (False,), spec)
+    _known("mlp_bias", spec.mlps[0].bias, (False,), spec)  # shared experts would have one, too
+    spec = replace(spec, layers=(_attention(hf, interleaved=True),) * len(spec.layers))
+    if not hf.get("n_routed_experts"):
+        return spec
+    experts = _experts(spec, hf)
+    if method == "group_limited_greedy":
+        experts = _grouped(experts, hf)
+    return _mixed(spec, experts, hf)
+
+
+def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """Routing by sigmoid with a bias for the choice; layers that predict further tokens follow."""
+    _known("topk_method", hf.get("topk_method") or "noaux_tc", ("noaux_tc",), spec)
+    _known("scoring_func", hf.get("scoring_func") or "sigmoid", ("sigmoid",), spec)
+    _known("mlp_bias", spec.mlps[0].bias, (False,), spec)
+    attention, num = _attention(hf, interleaved=bool(hf["rope_interleave"])), len(spec.layers)
+    ahead = range(num, num + int(hf["num_nextn_predict_layers"] or 0))
+    ignored = tuple(f"{spec.prefix}layers.{layer}." for layer in ahead)
+    spec = replace(spec, layers=(attention,) * num, ignored=(*spec.ignored, *ignored))
+    if not hf.get("n_routed_experts"):
+        return spec
+    experts = replace(
+        _grouped(_experts(spec, hf), hf),
+        scoring="sigmoid",
+        bias=True,
+        group_score="top2",
+        renormalise=bool(hf["norm_topk_prob"]),
+    )
+    return _mixed(spec, experts, hf)
+
+
+def _attention(hf: Json, *, interleaved: bool) -> AttentionSpec:
+    heads, turned = int(hf["num_attention_heads"]), int(hf["qk_rope_head_dim"])
+    head_dim, q_rank = int(hf["qk_nope_head_dim"]) + turned, hf["q_lora_rank"]
+    return AttentionSpec(
+        kind="mla",
+        num_q_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        v_dim=int(hf["v_head_dim"]),
+        scale=head_dim**-0.5 * _yarn(hf) ** 2,
+        rope=replace(read_rope(hf, turned), interleaved=interleaved),
+        kv_rank=int(hf["kv_lora_rank"]),
+        q_rank=None if q_rank is None else int(q_rank),
+    )
+
+
+def _yarn(hf: Json) -> float:
+    """What queries and keys are multiplied by where the context is extended."""
+    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    every = given.get("mscale_all_dim") or 0
+    return yarn_mscale(float(given["factor"]), float(every)) if every and kind != "default" else 1.0
+
+
+def _experts(spec: ModelSpec, hf: Json) -> ExpertsSpec:
+    inner = int(hf["moe_intermediate_size"])
+    return ExpertsSpec(
+        num_experts=int(hf["n_routed_experts"]),
+        top_k=int(hf["num_experts_per_tok"]),
+        inner=inner,
+        scale=float(hf.get("routed_scaling_factor", 1.0)),
+        shared_inner=inner * int(hf.get("n_shared_experts") or 0),
+        activation=spec.mlps[0].activation,
+    )
+
+
+def _grouped(experts: ExpertsSpec, hf: Json) -> ExpertsSpec:
+    return replace(
+        experts, groups=int(hf.get("n_group") or 1), top_groups=int(hf.get("topk_group") or 1)
+    )
+
+
+def _mixed(spec: ModelSpec, experts: ExpertsSpec, hf: Json) -> ModelSpec:
+    """``spec`` with experts in all layers but the first ones."""
+    first, every = int(hf.get("first_k_dense_replace") or 0), int(hf.get("moe_layer_freq") or 1)
+    mlps = (experts if i >= first and i % every == 0 else mlp for i, mlp in enumerate(spec.mlps))
+    return replace(spec, mlps=tuple(mlps))
+
+
+def _known(name: str, value: object, served: tuple[object, ...], spec: ModelSpec) -> None:
+    if value not in served:
+        raise StartupError(f"{name} {value!r} of {spec.architecture} is not available yet")

@@ -1,0 +1,85 @@
+"""Multi-head latent attention: keys and values of all heads are made of one latent per token.
+
+DeepSeek-V2 (2024), §2.1. Knows the projections and their names; whether keys are made or queries
+are turned into what meets latents is the backend's to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from asyncllm.models.attention import AttentionPlan, Latent, LayerKv
+from asyncllm.models.layers import Linears, Norm, Part, by_inputs, by_outputs, head_spans
+from asyncllm.models.model import Site
+from asyncllm.models.ops import Linear
+from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
+from asyncllm.models.weights import Target
+
+EPS = 1e-6  # of the latents' norms, whatever the other norms have
+
+
+class LatentAttention(Linears):
+    """Heads are shared out over the ranks; latents are made on each. A head that is padding has
+    zero weights and adds nothing.
+
+    Attributes:
+        width: elements that a token takes inside beyond what the backend says.
+    """
+
+    def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:
+        assert layer.rope is not None
+        heads = shard_heads(layer, site.comm.size, site.comm.rank).q_heads
+        self.spec = layer.on(shard_heads(layer, site.comm.size, site.comm.rank))
+        self._raw, hidden = layer.kv_rank + layer.rope.dim, spec.hidden_size
+        num, total, q_rank = len(heads), layer.num_q_heads, layer.q_rank
+        q_dim, made = num * layer.head_dim, layer.head_dim - layer.rope.dim + layer.v_dim
+        q_name = "q_proj" if q_rank is None else "q_b_proj"
+        q = Part(q_name, total * layer.head_dim, head_spans(heads, layer.head_dim, 0))
+        # q or its latent comes out of the product that makes the other latent; not where only one
+        # of the two has a bias
+        self._query: Linear | None = None
+        beside = [q] if q_rank is None else [Part("q_a_proj", q_rank, ((0, 0, q_rank),))]
+        first = q_dim if q_rank is None else q_rank
+        if q_rank is None and spec.qkv_bias:
+            self._query, beside, first = by_outputs(site, (q_dim, hidden), [q], False), [], 0
+        elif q_rank is not None:
+            self._query = by_outputs(site, (q_dim, q_rank), [q], False)
+        raw = Part("kv_a_proj_with_mqa", self._raw, ((0, first, self._raw),))
+        self._down = by_outputs(site, (first + self._raw, hidden), [*beside, raw], spec.qkv_bias)
+        out = Part("o_proj", total * layer.v_dim, head_spans(heads, layer.v_dim, 0))
+        self._out = by_inputs(site, (hidden, num * layer.v_dim), out, spec.out_bias)
+        super().__init__(self._down, *([self._query] if self._query else []), self._out)
+        self._norm = Norm(site, spec, layer.kv_rank)
+        self._q_norm = None if q_rank is None else Norm(site, spec, q_rank)
+        self._up = site.empty(num, made, layer.kv_rank)
+        self._up_target = Target(
+            self._up.flatten(0, 1), 0, total * made, head_spans(heads, made, 0)
+        )
+        self.width = self._raw + 2 * (q_rank or 0)
+        self._site = site
+
+    def __call__(self, x: Tensor, plan: AttentionPlan, kv: LayerKv) -> Tensor:
+        ops, both = self._site.ops, self._down(x)
+        beside, raw = both[:, : -self._raw], both[:, -self._raw :]
+        if self._query is None:
+            q = beside
+        elif self._q_norm is None:
+            q = self._query(x)
+        else:
+            q = self._query(ops.rmsnorm(beside, self._q_norm.weight, EPS))
+        latent = Latent(raw, self._norm.weight, EPS, self._up)
+        return self._site.comm.linear_reduce(self._out, plan.run(q, kv, latent))
+
+    @property
+    def nbytes(self) -> int:
+        norms = self._norm.nbytes + (0 if self._q_norm is None else self._q_norm.nbytes)
+        return super().nbytes + norms + self._up.nbytes
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield from super().targets(prefix)
+        yield f"{prefix}kv_b_proj.weight", self._up_target
+        yield from self._norm.targets(f"{prefix}kv_a_layernorm")
+        if self._q_norm is not None:
+            yield from self._q_norm.targets(f"{prefix}q_a_layernorm")

@@ -1,0 +1,116 @@
+"""The CUDA backend of latents against that of the CPU: steps of every kind of row."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+
+from asyncllm.engine import latent_cuda
+from asyncllm.engine.latent_cpu import TorchLatent, TorchLatents
+from asyncllm.engine.latent_cuda import TritonLatent, TritonLatents
+from asyncllm.models.attention import Batch, HostRows, Latent
+from asyncllm.models.rope import Rope
+from asyncllm.models.spec import AttentionSpec
+from tests.kernels.harness import DEVICE, assert_close, ints, no_sync, randn
+
+WHERE, CPU = torch.device(DEVICE), torch.device("cpu")
+SLOTS, LANES, MAX_LEN = 400, 8, 200
+# (cached tokens, new tokens) of rows: those of one token first
+STEPS = {
+    "decode": [(7, 1), (0, 1), (65, 1)],
+    "both": [(50, 1), (0, 5), (40, 12), (2, 9)],
+}
+
+
+def make_spec(heads: int = 2) -> AttentionSpec:
+    return AttentionSpec(
+        kind="mla", num_q_heads=heads, num_kv_heads=heads, head_dim=24, v_dim=16, scale=0.3,
+        rope=Rope(theta=100.0, dim=8, interleaved=True), kv_rank=32,
+    )  # fmt: skip
+
+
+def make_batch(rows: list[tuple[int, int]], pad: int) -> tuple[Batch, Batch]:
+    """The same step for the CPU, and for a graph: padded by decode rows, chunks and tokens."""
+    order = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(1)).tolist()
+    table = torch.full((LANES + 1, MAX_LEN), 0x3F3F3F3F, dtype=torch.int32)
+    positions: list[int] = []
+    slots: list[int] = []
+    for lane, (start, count) in enumerate(rows):
+        mine = [order.pop() for _ in range(start + count)]
+        table[lane, : start + count] = torch.tensor(mine, dtype=torch.int32)
+        positions += range(start, start + count)
+        slots += mine[start:]
+    decode = [row for row in rows if row[1] == 1]
+    chunks = rows[len(decode) :]
+    cu = [*accumulate((count for _, count in chunks), initial=len(decode))]
+    host = HostRows([*range(len(rows))], *map(list, zip(*rows, strict=True)))
+    lanes = [*range(len(rows))]
+
+    def batch(pad: int, host: HostRows | None, to: torch.device) -> Batch:
+        end = [0] * pad
+        columns = {
+            "positions": positions + end, "slots": slots + [SLOTS] * pad,
+            "decode_lanes": lanes[: len(decode)] + [LANES] * pad,
+            "decode_lens": [start + 1 for start, _ in decode] + end,
+            "prefill_cu": cu + cu[-1:] * pad if chunks else cu[:1],
+            "prefill_lanes": lanes[len(decode) :] + [LANES] * pad if chunks else [],
+            "prefill_starts": [start for start, _ in chunks] + end if chunks else [],
+        }  # fmt: skip
+        tensors = {name: ints(column).to(to) for name, column in columns.items()}
+        tokens = torch.zeros(len(slots) + pad, dtype=torch.int64, device=to)
+        return Batch(tokens=tokens, table=table.to(to), max_count=99, host=host, **tensors)
+
+    return batch(0, host, CPU), batch(pad, None, WHERE)
+
+
+@pytest.mark.parametrize(("step", "least"), [("decode", 1), ("both", 0), ("both", 9)])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_both_backends_say_the_same(step: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``least`` new tokens are decompressed: all rows, or some; heads in two groups."""
+    monkeypatch.setattr(latent_cuda, "GROUP", 1)
+    spec, pad = make_spec(), 2
+    ours, padded = make_batch(STEPS[step], pad)
+    rows = len(ours.tokens)
+    q = randn(rows + pad, 2 * 24, dtype=torch.float32)
+    latent = Latent(
+        randn(rows + pad, 40, dtype=torch.float32, seed=1), randn(32, dtype=torch.float32, seed=2),
+        1e-6, randn(2, 32, 32, dtype=torch.float32, seed=3),
+    )  # fmt: skip
+    old = randn(SLOTS + 1, 40, dtype=torch.float32, seed=4)
+    plain = TorchLatent([spec], TorchLatents([spec], torch.float32), MAX_LEN, CPU, least=1 << 20)
+    want_kv = (old.cpu().clone(),)
+    want = plain.plan(spec, ours).run(q[:rows].cpu(), want_kv, _to(latent, rows))
+    backend = TritonLatent(
+        [spec], TritonLatents([spec], torch.float32), MAX_LEN, WHERE, least=least
+    )
+    kv = (old.clone(),)
+    plan = backend.plan(spec, padded)
+    with no_sync():
+        got = plan.run(q.clone(), kv, latent)
+        again = plan.run(q.clone(), kv, latent)  # of another layer
+    assert_close("out", want.to(WHERE), got[:rows])
+    assert_close("kv", want_kv[0][:SLOTS].to(WHERE), kv[0][:SLOTS])
+    assert torch.equal(got, again)
+    assert not got[rows:].any()  # what follows attention must find numbers in padding
+
+
+def _to(latent: Latent, rows: int) -> Latent:
+    return Latent(latent.raw[:rows].cpu(), latent.norm.cpu(), latent.eps, latent.up.cpu())
+
+
+def test_space_is_held_for_the_longest_sequence() -> None:
+    def space(heads: int, max_len: int) -> tuple[int, int]:
+        spec = AttentionSpec(
+            kind="mla", num_q_heads=heads, num_kv_heads=heads, head_dim=192, v_dim=128, scale=1.0,
+            rope=Rope(theta=1e4, dim=64), kv_rank=512,
+        )  # fmt: skip
+        found = latent_cuda._space(spec, max_len, torch.bfloat16, torch.device("meta"))
+        assert found.made.nbytes <= 1 << 30
+        assert found.nbytes == found.made.nbytes + len(found.made) * 128
+        return found.group, len(found.made)
+
+    assert space(16, 4096) == (16, 8192)
+    assert space(16, 32768) == (16, 32768)
+    assert space(128, 131072) == (16, 131072)
+    assert space(20, 163840) == (10, 163840)
+    assert space(7, 1 << 22) == (1, 1 << 21)  # longer rows are absorbed
