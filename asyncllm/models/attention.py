@@ -221,6 +221,9 @@ def refuse_beyond_latent(spec: AttentionSpec) -> str | None:
     """``AttentionBackend.refuse`` of those that know causal attention over latents."""
     asked = {
         f"is of kind {spec.kind!r} beside others": spec.kind != "mla",
+        f"has {spec.num_q_heads} heads of queries and {spec.num_kv_heads} of keys": (
+            spec.num_q_heads != spec.num_kv_heads
+        ),
         "has no rotary embedding": spec.rope is None,
         f"has a sliding window of {spec.window}": spec.window is not None,
         f"has logits capped at {spec.softcap}": spec.softcap is not None,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from asyncllm.errors import StartupError
 from asyncllm.models.attention import AttentionPlan, Latent, LayerKv
 from asyncllm.models.layers import Linears, Norm, Part, by_inputs, by_outputs, head_spans
 from asyncllm.models.model import Site
@@ -29,7 +30,8 @@ class LatentAttention(Linears):
     """
 
     def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:
-        assert layer.rope is not None
+        if layer.rope is None or spec.qk_norm or spec.fused_projections:
+            raise StartupError(f"latents in {spec.architecture}, of another kind: not available")
         heads = shard_heads(layer, site.comm.size, site.comm.rank).q_heads
         self.spec = layer.on(shard_heads(layer, site.comm.size, site.comm.rank))
         self._raw, hidden = layer.kv_rank + layer.rope.dim, spec.hidden_size

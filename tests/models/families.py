@@ -95,6 +95,14 @@ MINISTRAL3 = {
         "beta_fast": 1.5, "beta_slow": 0.1,
     },
 }  # fmt: skip
+DEEPSEEK = {
+    "num_key_value_heads": 6, "qk_nope_head_dim": 12, "qk_rope_head_dim": 16, "v_head_dim": 12,
+    "head_dim": 16, "kv_lora_rank": 24, "q_lora_rank": 20, "first_k_dense_replace": 1,
+    "n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 24,
+    "num_experts_per_tok": 3, "routed_scaling_factor": 1.5,
+    "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
+}  # fmt: skip
+GROUPS = {"n_group": 4, "topk_group": 2}
 
 CASES = {
     "llama": Case("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": LLAMA3}),
@@ -146,6 +154,17 @@ CASES = {
     "phi3, long": Case(
         "Phi3Config", "Phi3ForCausalLM", {**PHI3, "hidden_size": 96}, max_len=TRAINED + 1,
         prepare=long_angles, unseen=frozenset({"short"}),
+    ),
+    "deepseek v2 lite": Case(
+        "DeepseekV2Config", "DeepseekV2ForCausalLM", {**DEEPSEEK, "q_lora_rank": None},
+        unseen=frozenset({"group_score"}),
+    ),
+    "deepseek v2": Case(
+        "DeepseekV2Config", "DeepseekV2ForCausalLM",
+        {**DEEPSEEK, **GROUPS, "topk_method": "group_limited_greedy", "attention_bias": True},
+    ),
+    "deepseek v3": Case(
+        "DeepseekV3Config", "DeepseekV3ForCausalLM", {**DEEPSEEK, **GROUPS}
     ),
 }  # fmt: skip
 
@@ -230,7 +249,7 @@ def quick_difference(reference: Reference, device: CpuDevice | CudaDevice | Rank
 
 
 # what does not change numbers: names for users, limits, what is read before the weights
-SAID = frozenset({"architecture", "max_position", "dtype", "eos_ids", "weight_block"})
+SAID = frozenset({"architecture", "max_position", "dtype", "eos_ids", "weight_block", "ignored"})
 # for what is None
 GIVEN: dict[str, Any] = {
     "window": 40, "softcap": 3.0, "logit_softcap": 3.0, "scaling": Linear(1.1), "rope": None,
