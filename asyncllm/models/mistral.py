@@ -12,11 +12,13 @@ _DEFAULTS: Json = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
+    "eos_token_id": 2,
 }
 _DEFAULTS3: Json = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "rms_norm_eps": 1e-5,
+    "eos_token_id": 2,
     "max_position_embeddings": 262144,
     "rope_parameters": {
         "rope_type": "yarn",

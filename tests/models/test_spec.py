@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from asyncllm.errors import StartupError
-from asyncllm.models.spec import ModelSpec
+from asyncllm.models.rope import Linear, LongRope, Rope, Yarn
+from asyncllm.models.spec import AttentionSpec, ModelSpec, QueryGrowth
 from tests.models.harness import make_device
 from tests.models.test_llama import make_checkpoint
 
@@ -18,6 +22,234 @@ LLAMA = {
     "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 6,
     "eos_token_id": 2, "torch_dtype": "float16",
 }  # fmt: skip
+
+
+FACTORS = [1.0 + i / 8 for i in range(48)]
+# config.json as published, without what only concerns training
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2.5-7B-Instruct": ("Qwen2Config", {
+        "architectures": ["Qwen2ForCausalLM"], "bos_token_id": 151643, "eos_token_id": 151645,
+        "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
+        "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2",
+        "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
+        "vocab_size": 152064,
+    }),
+    "Qwen3-8B": ("Qwen3Config", {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36,
+        "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
+        },
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
+    }),
+    "Mistral-7B-v0.1": ("MistralConfig", {
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "vocab_size": 32000,
+    }),
+    "Mistral-Nemo-Instruct-2407": ("MistralConfig", {
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 14336,
+        "max_position_embeddings": 1024000, "model_type": "mistral", "num_attention_heads": 32,
+        "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "vocab_size": 131072,
+    }),
+    "Ministral-3-8B-Base-2512": ("Mistral3Config", {
+        "architectures": ["Mistral3ForConditionalGeneration"], "dtype": "bfloat16",
+        "image_token_index": 10, "model_type": "mistral3", "spatial_merge_size": 2,
+        "text_config": {
+            "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+            "max_position_embeddings": 262144, "model_type": "ministral3",
+            "num_attention_heads": 32, "num_hidden_layers": 34, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_parameters": {
+                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1,
+                "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
+                "rope_theta": 1000000.0, "rope_type": "yarn", "type": "yarn",
+            },
+            "sliding_window": None, "vocab_size": 131072,
+        },
+        "tie_word_embeddings": False,
+        "vision_config": {"model_type": "pixtral", "hidden_size": 1024, "head_dim": 64},
+    }),
+    "gemma-3-1b-it": ("Gemma3TextConfig", {
+        "architectures": ["Gemma3ForCausalLM"], "attention_bias": False,
+        "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+        "max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4,
+        "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+        "torch_dtype": "bfloat16", "vocab_size": 262144,
+    }),
+    "gemma-3-27b-it": ("Gemma3Config", {
+        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+        "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
+        "mm_tokens_per_image": 256, "model_type": "gemma3",
+        "text_config": {
+            "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504,
+            "model_type": "gemma3_text", "num_attention_heads": 32, "num_hidden_layers": 62,
+            "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152},
+    }),
+    "Phi-3-mini-4k-instruct": ("Phi3Config", {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "bos_token_id": 1,
+        "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": 3072,
+        "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "phi3",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+        "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "vocab_size": 32064, "pad_token_id": 32000,
+    }),
+    "Phi-4-mini-instruct": ("Phi3Config", {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "bos_token_id": 199999,
+        "eos_token_id": 199999, "hidden_act": "silu", "hidden_size": 3072,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "model_type": "phi3",
+        "num_attention_heads": 24, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"long_factor": FACTORS, "short_factor": FACTORS, "type": "longrope"},
+        "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "vocab_size": 200064, "pad_token_id": 199999,
+    }),
+}  # fmt: skip
+
+
+def read(config: dict[str, Any]) -> ModelSpec:
+    return ModelSpec.from_hf(config, {})
+
+
+def as_transformers_says(kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` as transformers 5 writes it, with all that it adds."""
+    made = getattr(transformers, kind)(**config).to_dict()
+    return {
+        **made,
+        "architectures": config["architectures"],
+        "dtype": config.get("dtype", "bfloat16"),
+    }
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_files_say_what_transformers_reads_in_them(model: str) -> None:
+    kind, config = PUBLISHED[model]
+    assert read(config) == read(as_transformers_says(kind, config))
+    assert read(config).dtype == "bf16"
+
+
+SMALL = {
+    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7,
+    "num_attention_heads": 4, "torch_dtype": "bfloat16", "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("Qwen2Config", "Qwen2ForCausalLM"), ("Qwen3Config", "Qwen3ForCausalLM"),
+        ("MistralConfig", "MistralForCausalLM"), ("MinistralConfig", "MinistralForCausalLM"),
+        ("Ministral3Config", "Ministral3ForCausalLM"), ("Gemma2Config", "Gemma2ForCausalLM"),
+        ("Gemma3TextConfig", "Gemma3ForCausalLM"), ("Phi3Config", "Phi3ForCausalLM"),
+        ("LlamaConfig", "LlamaForCausalLM"),
+    ],
+)  # fmt: skip
+def test_what_a_file_leaves_out_is_the_default_of_its_architecture(
+    kind: str, architecture: str
+) -> None:
+    config = {"architectures": [architecture], **SMALL}
+    ours, theirs = read(config), read(as_transformers_says(kind, config))
+    assert replace(ours, eos_ids=()) == replace(theirs, eos_ids=())
+
+
+@pytest.mark.parametrize(("kind", "text"), [("Mistral3Config", "mistral"), ("Gemma3Config", "")])
+def test_what_a_text_part_leaves_out_is_the_default_of_its_architecture(
+    kind: str, text: str
+) -> None:
+    inner = {**SMALL, "model_type": text or "gemma3_text"}
+    name = kind.replace("Config", "ForConditionalGeneration")
+    config = {"architectures": [name], "text_config": inner}
+    ours, theirs = read(config), read(as_transformers_says(kind, config))
+    assert replace(ours, eos_ids=()) == replace(theirs, eos_ids=())
+
+
+def layers_of(model: str) -> tuple[AttentionSpec, ...]:
+    return read(PUBLISHED[model][1]).layers
+
+
+def test_windows_of_published_models() -> None:
+    windows = {model: [layer.window for layer in layers_of(model)] for model in PUBLISHED}
+    assert set(windows["Qwen2.5-7B-Instruct"]) == set(windows["Qwen3-8B"]) == {None}
+    assert windows["Mistral-7B-v0.1"] == [4096] * 32
+    assert set(windows["Mistral-Nemo-Instruct-2407"]) == {None}
+    assert windows["gemma-3-1b-it"][:7] == [512] * 5 + [None, 512]
+    assert windows["gemma-3-27b-it"].count(None) == 10
+    assert windows["Phi-3-mini-4k-instruct"] == [2047] * 32
+
+
+def test_angles_and_scales_of_published_models() -> None:
+    near, full = layers_of("gemma-3-27b-it")[4:6]
+    assert (near.rope, full.rope) == (
+        Rope(theta=1e4, dim=128), Rope(theta=1e6, dim=128, scaling=Linear(8.0))
+    )  # fmt: skip
+    assert near.scale == full.scale == 168**-0.5
+    assert read(PUBLISHED["gemma-3-27b-it"][1]).embed_scale == 5376**0.5
+    ministral = layers_of("Ministral-3-8B-Base-2512")[0]
+    assert ministral.query_growth == QueryGrowth(0.1, 16384)
+    assert ministral.rope == Rope(theta=1e6, dim=128, scaling=Yarn(16.0, 16384))
+    qwen = layers_of("Qwen3-8B")[0].rope
+    assert qwen is not None
+    assert qwen.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+    phi = layers_of("Phi-4-mini-instruct")[0]
+    assert (phi.head_dim, phi.rope) == (
+        128,
+        Rope(
+            theta=1e4, dim=96, scaling=LongRope(tuple(FACTORS), tuple(FACTORS), 4096),
+            attention_factor=math.sqrt(1 + math.log(32) / math.log(4096)),
+        ),
+    )  # fmt: skip
+    assert layers_of("Mistral-Nemo-Instruct-2407")[0].head_dim == 128
+
+
+def test_first_names_of_longrope() -> None:
+    _, config = PUBLISHED["Phi-4-mini-instruct"]
+    for name in ("su", "yarn", "longrope"):
+        scaling = {**config["rope_scaling"], "type": name}
+        assert read({**config, "rope_scaling": scaling}) == read(config)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "near"),
+    [
+        ("Qwen3VLForConditionalGeneration", "qwen3_vl", "Qwen3ForCausalLM"),
+        ("GemmaForCausalLM", "gemma", "Gemma[23]ForCausalLM"),
+        ("Phi4MMForCausalLM", None, "Phi3ForCausalLM"),
+        ("MistralModel", "mistral", "MistralForCausalLM"),
+    ],
+)
+def test_the_nearest_families_are_named(
+    architecture: str, model_type: str | None, near: str
+) -> None:
+    line = rf"^architecture '{architecture}' is not available yet \(the nearest that are: .*{near}"
+    with pytest.raises(StartupError, match=line):
+        read({"architectures": [architecture], "model_type": model_type})
+
+
+def test_a_file_without_an_architecture_is_told_by_its_type() -> None:
+    with pytest.raises(StartupError, match=r"architecture '\?' is .*: Qwen3ForCausalLM"):
+        read({"model_type": "qwen3"})
 
 
 def spec(folder: Path, config: Any, generation: str = "{}") -> ModelSpec:
@@ -38,6 +270,21 @@ def test_both_files_count(tmp_path: Path) -> None:
     [
         ({"rope_scaling": {"rope_type": "mrope"}}, "rope scaling 'mrope' is not available yet"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling 'linear' has no 'factor'"),
+        ({"layer_types": ["full_attention"]}, "layer_types are 1, num_hidden_layers is 3"),
+        ({"layer_types": ["chunked_attention"] * 3}, "layers of type 'chunked_attention' are not"),
+        (
+            {"layer_types": ["sliding_attention"] * 3, "sliding_window": 0},
+            "sliding_window 0 is not a number of tokens",
+        ),
+        ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "in both"),
+        (
+            {
+                "architectures": ["Mistral3ForConditionalGeneration"],
+                "text_config": {"model_type": "mistral4"},
+            },
+            r"text of type 'mistral4' is not available yet \(mistral and ministral3 are\)",
+        ),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "has no 'text_config'"),
         ({"partial_rotary_factor": 0.01}, "partial_rotary_factor 0.01 of heads of 16 gives no"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not available yet"),
         ({"torch_dtype": "int8"}, "checkpoint dtype 'int8' is not available yet"),
