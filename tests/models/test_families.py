@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from asyncllm.errors import StartupError
 from tests.models.families import (
@@ -67,3 +70,34 @@ def test_every_field_of_the_spec_counts(made: tuple[Case, Path, Reference]) -> N
         if noticed < 10 * CLOSE:
             ignored.append((path, found))
     assert ignored == []
+
+
+@pytest.mark.parametrize("name", ["gemma3 text", "mistral3 text"])
+def test_text_parts_go_by_the_names_of_transformers_4_and_5(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    reference = Reference(make(case, tmp_path))
+    file = tmp_path / "model.safetensors"
+    tensors, prefixes = load_file(file), ("language_model.model.", "vision_tower.", "multi_modal")
+    assert all(any(t.startswith(p) for t in tensors) for p in prefixes)
+    renamed = {}
+    for tensor, value in tensors.items():
+        new = tensor.replace("language_model.model.", "model.language_model.")
+        if new.startswith(prefixes[1:]):
+            new = f"model.{new}"
+        renamed[new.replace("language_model.lm_head", "lm_head")] = value
+    save_file(renamed, file)
+    assert quick_difference(reference, make_other(tmp_path, case, read_spec(tmp_path))) < CLOSE
+    save_file({**renamed, "audio_tower.weight": torch.zeros(1)}, file)
+    with pytest.raises(StartupError, match=r"unknown tensors, the first: audio_tower\.weight"):
+        make_other(tmp_path, case, read_spec(tmp_path))
+
+
+def test_a_tied_text_part_with_another_head_is_served_with_it(tmp_path: Path) -> None:
+    """As config.json of Mistral-Small-3.1 leaves it to its reader."""
+    case = CASES["mistral3 text"]
+    reference, config = Reference(make(case, tmp_path)), tmp_path / "config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps({**said, "tie_word_embeddings": True}))
+    spec = read_spec(tmp_path)
+    assert not spec.tie_embeddings
+    assert quick_difference(reference, make_other(tmp_path, case, spec)) < CLOSE
