@@ -169,12 +169,15 @@ CASES = {
 }  # fmt: skip
 
 
-def make(case: Case, folder: Path, spread: float = 1.0) -> PreTrainedModel:
-    """Saves a checkpoint with large random weights, and gives the model of transformers.
+def make(
+    case: Case, folder: Path, spread: float = 1.0, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Saves a checkpoint with large random weights, and gives the model of transformers in float32.
 
     Args:
         spread: multiplies weights; as they are the model tells any difference apart, but so does
             rounding: half precision wants less.
+        dtype: to which weights are rounded.
     """
     torch.manual_seed(0)
     made = getattr(transformers, case.config)(**{**SHAPE, **case.changes})
@@ -185,7 +188,7 @@ def make(case: Case, folder: Path, spread: float = 1.0) -> PreTrainedModel:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
-            parameter.mul_(spread)
+            parameter.copy_((parameter * spread).to(dtype))
     model.save_pretrained(folder)
     case.prepare(model)
     return typing.cast("PreTrainedModel", model)
@@ -214,6 +217,13 @@ class Reference:
         best = scores[len(seq.prompt) - 1 :].max(-1).values
         worse = best - want[-len(seq.outputs) :]
         return float(torch.cat([(got - want).abs(), worse]).nan_to_num(1e9).max())
+
+    def apart(self, other: Reference) -> float:
+        """The largest difference between two, over a prompt."""
+        ids = random_ids(45, VOCAB, 2)
+        after = torch.tensor(ids[1:])[:, None]
+        mine, theirs = (each.scores(tuple(ids))[:-1].gather(1, after) for each in (self, other))
+        return float((mine - theirs).abs().max())
 
 
 PARAMS = SamplingParams(temperature=0.0, logprobs=0, prompt_logprobs=0)

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from asyncllm.errors import StartupError
+from asyncllm.models.registry import MODELS
+from tests.models import figures
 from tests.models.families import (
     CASES,
     SAID,
@@ -32,6 +34,23 @@ def made(
 ) -> tuple[Case, Path, Reference]:
     case, folder = CASES[request.param], tmp_path_factory.mktemp("family")
     return case, folder, Reference(make(case, folder))
+
+
+def test_every_architecture_is_compared_and_has_its_row() -> None:
+    assert {case.model for case in CASES.values()} == set(MODELS)
+    text = figures.PAGE.read_text()
+    kept = json.loads(figures.KEPT.read_text())
+    assert figures.page(text, kept) == text, "python -m tests.models.figures render"
+    assert set(kept) == set(CASES)
+
+
+@pytest.mark.gpu
+def test_matches_transformers_on_a_gpu(made: tuple[Case, Path, Reference]) -> None:
+    """In float32, whose products inside attention are tf32."""
+    case, folder, reference = made
+    device = make_device(folder, "fp32", "cuda", num_slots=1024, max_len=case.max_len)
+    assert largest_difference(reference, device) < 0.1
+    device.close()
 
 
 @pytest.mark.parametrize("tp", [1, 2])
