@@ -283,6 +283,10 @@ class StepPlan(Message):
         default_factory=bytearray
     )  # int32[len(masked), ceil(vocab_size / 32)]:
     # bit t % 32 of word t // 32 is 1 where token t may come; empty on ranks that do not sample
+    # where groups step together: the most tokens that one of them brings, this one included, and
+    # whether one brings rows of several tokens
+    common: int = 0
+    mixed: bool = False
     sliding: array[int] = field(default_factory=int32s)  # as many as slots, those of layers with a
     # window; none: these use ``slots`` as all others do
 
@@ -305,6 +309,7 @@ class StepPlan(Message):
             and len(self.slots) == num_new + sum(self.heads)
             and len(self.sliding) in (0, len(self.slots))
             and len(self.masks) % 4 == 0
+            and (self.common == 0 or num_new <= self.common <= MAX_COUNT)
         )
 
 
@@ -330,6 +335,35 @@ class Progress(Message):
 
     begun: array[int] = field(default_factory=int64s)  # rids that have been given a place
     ended: array[int] = field(default_factory=int64s)
+
+
+@message(17)
+class Offer(Message):
+    """scheduler -> lockstep, where groups step together: what the group brings to its next step."""
+
+    endpoint: int
+    step: int
+    num_tokens: int  # 0: nothing, another group wants the step
+    mixed: bool  # some rows have more than one token
+
+    def valid(self) -> bool:
+        return _counts(self.endpoint, self.step, self.num_tokens)
+
+
+@message(18)
+class Join(Message):
+    """lockstep -> scheduler: another group takes this step; offer it as well, if without rows."""
+
+    step: int
+
+
+@message(19)
+class Agreed(Message):
+    """lockstep -> every scheduler: every group has offered this step; launch it."""
+
+    step: int
+    num_tokens: int  # the most that a group brings
+    mixed: bool
 
 
 # -- tokens go out -------------------------------------------------------------------------------

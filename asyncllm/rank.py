@@ -60,16 +60,7 @@ def serve(config: Config) -> int:
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
         model_dir = resolve_model_dir(config.model_dir, cache_dir(), load_way=config.load_way)
-        config_spec = ModelSpec.from_dir(model_dir)
-        with read_checkpoint(model_dir, config.load_way, config_spec) as checkpoint:
-            text = load_text(config, str(model_dir), config_spec)
-            spec = with_own_head(config_spec, checkpoint)
-        if spec.tie_embeddings != config_spec.tie_embeddings:
-            logger.warning(
-                "config.json ties the output matrix to the embedding, but %s is another matrix: "
-                "it is used",
-                f"{spec.head}.weight",
-            )
+        spec, text = _read(config, model_dir)
         resolved = resolve(config, spec, model_dir, text)
         for line in resolved.warnings:
             logger.warning("%s", line)
@@ -77,7 +68,8 @@ def serve(config: Config) -> int:
             logger.info("%s", note)
         if not config.check:
             hold_draining()  # from here on there is a folder to be removed
-        topology = Topology.on_one_node(tp=config.tp, dp=config.dp, http=config.httpserver_workers)
+        sizes = {"tp": config.tp, "dp": config.dp, "http": config.httpserver_workers}
+        topology = Topology.on_one_node(**sizes, in_step=spec.shares_experts)
         wires = Wires(config.zmq_mode, alone=len(topology.endpoints) == 1)
         stack.callback(wires.close)
         watch.leave = partial(_leave, wires)
@@ -104,6 +96,21 @@ def serve(config: Config) -> int:
         if config.check:
             return check(boot, spec, text)
         return uvloop.run(Server(boot, spec, text, wires, watch).run())
+
+
+def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
+    """The model as its checkpoint has it, and its tokenizer."""
+    config_spec = ModelSpec.from_dir(model_dir)
+    with read_checkpoint(model_dir, config.load_way, config_spec) as checkpoint:
+        text = load_text(config, str(model_dir), config_spec)
+        spec = with_own_head(config_spec, checkpoint)
+    if spec.tie_embeddings != config_spec.tie_embeddings:
+        logger.warning(
+            "config.json ties the output matrix to the embedding, but %s is another matrix: "
+            "it is used",
+            f"{spec.head}.weight",
+        )
+    return spec, text
 
 
 def _leave(wires: Wires, code: int) -> NoReturn:

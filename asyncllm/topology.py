@@ -15,11 +15,11 @@ from asyncllm.codec import record
 # In order of start; they stop in reverse, so that the frontend's last answers still find the
 # others.
 ACTORS = (
-    "allocator", "grammar", "scheduler", "balancer", "runner", "detokenizer", "tokenizer",
+    "allocator", "grammar", "scheduler", "balancer", "lockstep", "runner", "detokenizer", "tokenizer",
     "frontend", "watchdog",
 )  # fmt: skip
 
-LEADER, FOLLOWER, HTTP, BALANCER = "leader", "follower", "http", "balancer"
+LEADER, FOLLOWER, HTTP, BALANCER, LOCKSTEP = "leader", "follower", "http", "balancer", "lockstep"
 WHOLE = (LEADER, HTTP)  # the roles of a process that is a server by itself
 
 # A row for each role; an endpoint with several roles has the actors of all of them, each once.
@@ -28,6 +28,7 @@ PLACEMENT: Mapping[str, frozenset[str]] = {
     FOLLOWER: frozenset({"runner", "watchdog"}),
     HTTP: frozenset({"detokenizer", "tokenizer", "frontend", "watchdog"}),
     BALANCER: frozenset({"balancer"}),
+    LOCKSTEP: frozenset({"lockstep"}),
 }
 
 # What a leader's watchdog asks for numbers. Followers do what their leader does, and are not asked.
@@ -105,8 +106,11 @@ class Topology:
     endpoints: tuple[Endpoint, ...]
 
     @staticmethod
-    def on_one_node(tp: int = 1, http: int = 1, dp: int = 1) -> Topology:
-        """``tp`` ranks in ``dp`` groups; ``http`` processes serve HTTP, rank 0 among them."""
+    def on_one_node(tp: int = 1, http: int = 1, dp: int = 1, *, in_step: bool = False) -> Topology:
+        """``tp`` ranks in ``dp`` groups; ``http`` processes serve HTTP, rank 0 among them.
+
+        ``in_step``: several groups take each step together.
+        """
         ranks = [
             Endpoint(
                 id=i,
@@ -117,7 +121,8 @@ class Topology:
             )
             for i in range(tp)
         ]
-        ranks[0] = replace(ranks[0], roles=WHOLE if dp == 1 else (*WHOLE, BALANCER))
+        more = (BALANCER, LOCKSTEP)[: (dp > 1) + (dp > 1 and in_step)]
+        ranks[0] = replace(ranks[0], roles=(*WHOLE, *more))
         return Topology((*ranks, *(http_worker(tp + i) for i in range(http - 1))))
 
     @property
@@ -135,6 +140,11 @@ class Topology:
     def groups(self) -> tuple[int, ...]:
         """Numbers of the tensor-parallel groups."""
         return tuple(sorted({e.group for e in self.ranks}))
+
+    @property
+    def in_step(self) -> bool:
+        """The groups take each step together: experts are divided among the ranks of all."""
+        return any(LOCKSTEP in e.roles for e in self.endpoints)
 
     def __contains__(self, number: object) -> bool:
         return any(e.id == number for e in self.endpoints)

@@ -78,6 +78,7 @@ MOST_ANY = 26  # uses of Any outside api/; this only goes down
 FOREIGN_OBJECTS = {
     ("engine/jit_monitor.py", "getattr(kernel, 'name', None)"),
     ("engine/parallel.py", "getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)"),
+    ("engine/parallel.py", "getattr(dist, 'reduce_scatter_single', dist.reduce_scatter_tensor)"),
     ("environment.py", "hasattr(os, 'sched_getaffinity')"),
     ("text.py", "getattr(slow, 'is_fast', False)"),
 }

@@ -27,11 +27,14 @@ from asyncllm.messages import (
     FRONTEND_SHIFT,
     MAX_COUNT,
     Abort,
+    Agreed,
     Drain,
     Drained,
     Due,
     Gone,
     Granted,
+    Join,
+    Offer,
     Probe,
     Progress,
     Release,
@@ -48,7 +51,20 @@ MOST_JOBS = 16  # of constraints, for one trip of a thread
 MASKS_S = 0.005  # a step waits for cheap masks, from the end of the last one on: rows that want one
 # would come a step later, and in turns with each other
 
-Inbox = Submit | Abort | Granted | StepDone | StopHit | Due | Drain | Gone | Probe | Worked
+Inbox = (
+    Submit
+    | Abort
+    | Granted
+    | StepDone
+    | StopHit
+    | Due
+    | Join
+    | Agreed
+    | Drain
+    | Gone
+    | Probe
+    | Worked
+)
 Scored = tuple[int, Logprobs]  # rid, log-probabilities of some of its prompt tokens
 
 
@@ -65,10 +81,11 @@ class Scheduler(Actor[Inbox]):
         vocab_size, max_len: what a request of another process is held against, as its own process
             has done already.
         balanced: a balancer wants to know when requests begin and end.
+        in_step: this group's steps are those of all groups, see ``core.lockstep``.
     """
 
     remote = frozenset({Submit, Abort, StopHit})
-    orders = frozenset({Drain, Gone, Probe})
+    orders = frozenset({Agreed, Drain, Gone, Join, Probe})
 
     def __init__(
         self,
@@ -89,6 +106,7 @@ class Scheduler(Actor[Inbox]):
         vocab_size: int = MAX_COUNT,
         max_len: int = MAX_COUNT,
         balanced: bool = False,
+        in_step: bool = False,
         constrain: Callable[[SamplingParams, str, tuple[bytes, ...]], Constraint | None] = (
             lambda *_: None
         ),
@@ -110,7 +128,9 @@ class Scheduler(Actor[Inbox]):
         self._workers = self._free = workers
         self._ranks, self._depth, self._constrain = runners, depth, constrain
         self._vocab_size, self._max_len = vocab_size, max_len
-        self._balanced = balanced
+        self._balanced, self._in_step = balanced, in_step
+        self._offered: Step | None = None  # planned, and not yet agreed by all groups
+        self._joins = 0  # the last step that another group wants
         self._inflight: deque[Step] = deque()
         self._pacer = Pacer()
         self._masks_until = 0.0  # a step waits for masks up to here
@@ -128,6 +148,7 @@ class Scheduler(Actor[Inbox]):
         self._allocator = self.system.ref("allocator")
         self._watchdog = self.system.at_coordinator("watchdog")
         self._balancer = self.system.at_coordinator("balancer")
+        self._lockstep = self.system.at_coordinator("lockstep")
         self._runners = [self.system.ref("runner", rank) for rank in self._ranks]
 
     def receive(self, batch: list[Inbox]) -> None:
@@ -149,6 +170,10 @@ class Scheduler(Actor[Inbox]):
                     self._worked(msg)
                 case Due():
                     self._due_at = inf
+                case Join(step):
+                    self._joins = step if step == self.core.steps + 1 else 0
+                case Agreed():
+                    self._agreed(msg)
                 case Drain(timeout_s):
                     self._drain(timeout_s)
                 case Gone(endpoint):
@@ -164,7 +189,11 @@ class Scheduler(Actor[Inbox]):
 
     def holds(self) -> str:
         running, total = len(self.core.running), len(self.core.requests)
-        waits = " for the allocator" * self._asked + " for room" * self._stalled
+        waits = (
+            " for the allocator" * self._asked
+            + " for the other groups" * (self._offered is not None)
+            + " for room" * self._stalled
+        )
         return (
             f"running {running}, waiting {total - running}, steps in flight {len(self._inflight)}"
             + (f", waits{waits}" if waits else "")
@@ -213,12 +242,17 @@ class Scheduler(Actor[Inbox]):
     def _fill(self) -> None:
         """Keep ``depth`` steps on the device; at most one reservation is open."""
         self._flush()
-        if self._asked or self._stalled or len(self._inflight) >= self._depth or self._pauses():
+        if self._asked or self._offered is not None or len(self._inflight) >= self._depth:
             return
-        if (proposal := self.core.propose()) is None:
+        joins = self._joins > self.core.steps  # the other groups wait for this one
+        if not joins and (self._stalled or self._pauses()):
             return
-        self._asked = True
-        self._allocator.tell(proposal)
+        proposal = None if self._stalled else self.core.propose()
+        if proposal is not None:
+            self._asked = True
+            self._allocator.tell(proposal)
+        elif joins:
+            self._offer(self.core.empty())
 
     def _pauses(self) -> bool:
         """The next step can wait a little for more rows."""
@@ -231,6 +265,8 @@ class Scheduler(Actor[Inbox]):
     def _waits_for_newcomers(self, now: float) -> bool:
         """While the device is busy with a step that decodes, and nobody waits."""
         if not self._inflight or self.core.waiting or not self._inflight[-1].decodes:
+            return False
+        if self._in_step:  # which takes a round trip: none is too early
             return False
         pause = self._pacer.pause(now)
         if pause:
@@ -253,8 +289,33 @@ class Scheduler(Actor[Inbox]):
         step = self.core.plan(granted)
         if step is None:
             self._stalled = self.core.relieve(bool(self._inflight))
+        elif self._in_step:
+            self._offer(step)
+        else:
+            self._start(step)
+
+    def _offer(self, step: Step) -> None:
+        """Launch it when all groups know how large it is."""
+        self._offered, plan = step, step.plan
+        offer = Offer(
+            endpoint=self.system.endpoint,
+            step=plan.step,
+            num_tokens=len(plan.tokens),
+            mixed=plan.num_decode < len(plan.lanes),
+        )
+        self._lockstep.tell(offer, urgent=True)
+
+    def _agreed(self, msg: Agreed) -> None:
+        step = self._offered
+        if step is None or step.plan.step != msg.step:
+            self.system.reject(msg, f"step {msg.step} has not been offered")
             return
-        self._inflight.append(step)  # lengths have advanced here, not at commit
+        self._offered = None
+        step.plan = replace(step.plan, common=msg.num_tokens, mixed=msg.mixed)
+        self._start(step)
+
+    def _start(self, step: Step) -> None:
+        self._inflight.append(step)  # lengths have advanced at planning, not at commit
         plan = step.plan
         for i, runner in enumerate(self._runners):
             if i == 1 and plan.masks:
@@ -316,7 +377,8 @@ class Scheduler(Actor[Inbox]):
             self._balancer.tell(Progress(*rids))
         begun.clear()
         ended.clear()
-        if self._draining and not (self._drained or self.core.requests or self._inflight):
+        busy = self.core.requests or self._inflight or self._offered is not None
+        if self._draining and not (self._drained or busy):
             self._drained = True
             self._watchdog.tell(Drained("scheduler", self.system.endpoint))
 

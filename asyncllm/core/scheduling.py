@@ -194,6 +194,12 @@ class Core:
             self.steps += 1
         return step
 
+    def empty(self) -> Step:
+        """A step without rows, for other groups need one; no proposal is open."""
+        assert not self._proposal, "a proposal is open"
+        self.steps += 1
+        return Step(StepPlan(step=self.steps, num_decode=0), [])
+
     def relieve(self, any_inflight: bool) -> bool:
         """Called when nothing came of a proposal. True: wait for a launched step to finish.
 

@@ -17,7 +17,7 @@ from asyncllm.core.request import SamplingParams
 from asyncllm.core.windows import Division, PerSpace, Window
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.parallel import Alone, Group
+from asyncllm.engine.parallel import Alone, Group, World
 from asyncllm.engine.sampling import PENALTY_ROWS
 from asyncllm.environment import memory_available
 from asyncllm.errors import StartupError
@@ -49,6 +49,7 @@ def build_model(
     kv: KvMode = PLAIN,
     whole_experts: bool = False,
     load_way: str = "HF",
+    world: World | None = None,
     symmetric: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
@@ -57,6 +58,7 @@ def build_model(
     Args:
         kv: format of K/V, and decode kernel.
         whole_experts: each rank has some experts, not a slice of every one.
+        world: ranks among which experts are divided; None: those of ``group``.
         load_way: "HF" or "DS", the format of the checkpoint.
         symmetric: sums over ranks may go through symmetric memory.
 
@@ -66,6 +68,7 @@ def build_model(
     model = make_model(
         spec,
         group,
+        world=world,
         dtype=dtype,
         device=device,
         max_len=max_len,
@@ -85,6 +88,7 @@ def make_model(
     spec: ModelSpec,
     comm: Group,
     *,
+    world: World | None = None,
     dtype: str,
     device: torch.device,
     max_len: int,
@@ -95,6 +99,8 @@ def make_model(
     """One rank's model, its weights not loaded yet.
 
     Args:
+        comm: ranks among which all but experts is divided.
+        world: those of experts; None: the same.
         device: that is to run it.
         max_len: positions for which rotary angles are computed.
         where: its tensors are; ``meta`` for a model that only shows what it would take.
@@ -120,7 +126,7 @@ def make_model(
             raise StartupError(f"attention of {spec.architecture} that {reason}: not available yet")
     site = Site(
         comm=comm,
-        world=comm,
+        world=world or comm,
         whole_experts=whole_experts,
         ops=ops,
         attention=attention,
@@ -215,6 +221,7 @@ class Sizes:
     """What the memory plan depends on besides the model."""
 
     tp: int  # ranks among which the model is divided
+    world: int | None = None  # among which its experts are; None: the same
     ranks: int  # that share this machine's memory on a CPU
     whole_experts: bool = False  # each rank has some, not a slice of every one
     kv: KvMode = PLAIN
@@ -249,6 +256,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         sizes.max_len,
         kv=sizes.kv,
         whole_experts=sizes.whole_experts,
+        world=sizes.world,
     )
     windows = [layer.window or 0 for layer in within(spec, sizes.max_len).layers]
     division = Division(
@@ -300,11 +308,13 @@ def _on_paper(
     *,
     kv: KvMode = PLAIN,
     whole_experts: bool = False,
+    world: int | None = None,
 ) -> Model:
     """The model of a rank without its memory."""
     return make_model(
         spec,
         _Unmet(tp),
+        world=_Unmet(world or tp),
         dtype=dtype,
         device=device,
         max_len=max_len,

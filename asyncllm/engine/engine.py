@@ -7,7 +7,7 @@ in a plan.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -142,9 +142,15 @@ class Engine:
         batch = self.lanes.batch(rows, masked=masks is not None)
         scored = self.lanes.scores(rows)
         bucket, variant = None, None
+        num_tokens = plan.common or len(rows.tokens)
+        mixed = plan.mixed or rows.num_decode < len(rows.lanes)
         if self.graphs is not None:
             decoder, sampler = self.graphs
-            bucket, variant = decoder.pick(rows), sampler.pick(batch)
+            bucket = decoder.pick(rows, num_tokens, mixed=mixed)
+            variant = sampler.pick(batch)
+            num_tokens = decoder.size(num_tokens, mixed=mixed)
+        # groups that step together have steps of one size, whether they run a graph or not
+        shape = replace(rows.shape, num_tokens=num_tokens) if plan.common else None
         extras: Extras[Column] = Extras(
             known=_known(plan, self.max_len),
             cached=rows.cached,
@@ -155,7 +161,7 @@ class Engine:
             masks=masks,
             targets=Targets(np.concatenate([s.targets for s in scored])) if scored else None,
         )
-        staged = self._uploader.write(rows, batch, extras, bucket)
+        staged = self._uploader.write(rows, batch, extras, bucket, shape)
         return Work(plan.step, rows, bucket, variant, batch, scored, staged)
 
     @torch.inference_mode()

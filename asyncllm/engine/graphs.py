@@ -118,14 +118,27 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
             rows = uploader.captured(bucket).rows
             self.add(bucket, capture, partial(run, rows, bucket))
 
-    def pick(self, rows: Rows) -> Bucket | None:
-        """The smallest bucket that holds ``rows``; None: too large, run it eagerly."""
-        num_tokens, num_prefill = len(rows.tokens), len(rows.lanes) - rows.num_decode
-        if num_prefill == 0:
-            at = bisect_left(self._decode, num_tokens, key=lambda b: b.num_tokens)
-            return self._decode[at] if at < len(self._decode) else None
-        at = bisect_left(self._mixed, num_tokens, key=lambda b: b.num_tokens)
-        if at == len(self._mixed) or num_prefill > MAX_PREFILL_ROWS:
+    def size(self, num_tokens: int, *, mixed: bool) -> int:
+        """Tokens of the smallest bucket for so many; as many as there are: it is too large for one.
+
+        Args:
+            mixed: some rows have more than one token.
+        """
+        bucket = self._smallest(num_tokens, mixed=mixed)
+        return num_tokens if bucket is None else bucket.num_tokens
+
+    def pick(self, rows: Rows, num_tokens: int, *, mixed: bool) -> Bucket | None:
+        """The smallest bucket for ``num_tokens``, if it holds ``rows``; None: run them eagerly.
+
+        What is not ``rows``' own is the size of other groups' rows, which step with them.
+        """
+        bucket = self._smallest(num_tokens, mixed=mixed)
+        num_prefill = len(rows.lanes) - rows.num_decode
+        if bucket is None or num_prefill > MAX_PREFILL_ROWS:
             return None
-        bucket = self._mixed[at]
         return bucket if rows.num_decode <= bucket.num_decode else None
+
+    def _smallest(self, num_tokens: int, *, mixed: bool) -> Bucket | None:
+        buckets = self._mixed if mixed else self._decode
+        at = bisect_left(buckets, num_tokens, key=lambda b: b.num_tokens)
+        return buckets[at] if at < len(buckets) else None

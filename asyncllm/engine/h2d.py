@@ -136,11 +136,17 @@ class Uploader:
         batch: SamplingBatch,
         extras: Extras[Column],
         bucket: Bucket | None = None,
+        shape: Bucket | None = None,
     ) -> Staged:
-        """Put a step into the next buffer; penalties that are no extras go to the columns."""
+        """Put a step into the next buffer; penalties that are no extras go to the columns.
+
+        Args:
+            bucket: whose graph reads the columns, which are padded to it.
+            shape: to which they are padded where no graph does; None: they are not.
+        """
         graphs = bool(self._captured)
         num_rows = self._dump_lane if graphs else len(batch.lanes)
-        layout = self._layout(num_rows, bucket or rows.shape, fixed=graphs)
+        layout = self._layout(num_rows, bucket or shape or rows.shape, fixed=graphs)
         behind: list[Column] = []
         extras.map(behind.append)
         words = layout.words + sum(_padded(column.size) for column in behind)

@@ -19,6 +19,7 @@ CHECK_TOLERANCE = 0.02
 
 # its name since torch 2.13, where the older one warns
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ class Alone:
         """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]."""
         return self.linear_reduce(product, x)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Summed over ranks, in place."""
+        return x
+
     def use_symmetric_memory(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Nothing to add, so nothing to speed up."""
 
@@ -55,6 +60,8 @@ class Ranks:
 
     Attributes:
         group: that of this rank; what its layers add and gather stays there.
+        world: those among which experts are divided: the group, or all ranks of all groups where
+            these step together.
 
     Args:
         topology: ranks and groups of the server.
@@ -103,6 +110,23 @@ class Ranks:
             )
             if number == me.group:
                 self.group = TensorParallel(made, me.group_rank, len(members), device)
+        self.world: World = self.group
+        if topology.in_step:
+            self.world = self._spread(topology, me, device)
+
+    def _spread(self, topology: Topology, me: Endpoint, device: torch.device) -> Spread:
+        """With a process group for each place in a group: the ranks of that place in all groups."""
+        ranks, groups = topology.ranks, topology.groups
+        columns = []
+        for place in range(len(ranks) // len(groups)):
+            members = [ranks.index(topology.group(group)[place]) for group in groups]
+            mine = device.type == "cuda" and place == me.group_rank
+            columns.append(
+                dist.new_group(
+                    members, timeout=RENDEZVOUS_TIMEOUT, device_id=device if mine else None
+                )
+            )
+        return Spread(self.group, columns[me.group_rank], groups.index(me.group), len(groups))
 
     def minimum(self, value: int) -> int:
         """Smallest of all ranks' values; start-up only, it waits for all.
@@ -116,7 +140,7 @@ class Ranks:
 
     def close(self) -> None:
         """Leave; must come after CUDA graphs that hold collectives are gone."""
-        self.group = Alone()
+        self.group = self.world = Alone()
         dist.destroy_process_group()
 
 
@@ -158,6 +182,11 @@ class TensorParallel:
         """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]."""
         return self.linear_reduce(product, x)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Summed over ranks, in place."""
+        dist.all_reduce(x, group=self._group)
+        return x
+
     def broadcast(self, x: Tensor) -> Tensor:
         """Make ``x`` on every rank what it is on rank 0, in place."""
         dist.broadcast(x, group=self._group, group_src=0)
@@ -187,6 +216,45 @@ class TensorParallel:
         if self.minimum(int(works)):
             self._symmetric = found
             log.info("sums of up to %d rows go through symmetric memory", SYMMETRIC_ROWS)
+
+
+class Spread:
+    """All ranks of several groups that step together, among which experts are divided.
+
+    A token is known to all ranks of its group. A column is the ranks of one place in all groups.
+
+    Args:
+        group: this rank's.
+        column: the process group of its column, whose ranks are numbered by their groups.
+        number: of its group.
+        num_groups: groups, all of one size.
+    """
+
+    def __init__(
+        self, group: Group, column: dist.ProcessGroup, number: int, num_groups: int
+    ) -> None:
+        self._group, self._column, self._number = group, column, number
+        self._num_groups = num_groups
+        self.rank, self.size = number * group.size + group.rank, num_groups * group.size
+
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        """[n, h] of each group -> [groups * n, h], group by group."""
+        num, width = x.shape
+        out = x.new_empty(self._num_groups * num, width)
+        _all_gather(out, x.contiguous(), group=self._column)
+        return out
+
+    def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
+        """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]."""
+        every = product(x)
+        num = len(every) // self._num_groups
+        if every.device.type == "cuda":
+            mine = every.new_empty(num, every.shape[1])
+            _reduce_scatter(mine, every, group=self._column)
+        else:  # which gloo cannot
+            dist.all_reduce(every, group=self._column)
+            mine = every[self._number * num :][:num].clone()
+        return self._group.sum(mine)
 
 
 class SymmetricSum:
@@ -241,3 +309,4 @@ class SymmetricSum:
 
 
 Group = Alone | TensorParallel
+World = Alone | TensorParallel | Spread

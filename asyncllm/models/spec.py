@@ -158,6 +158,14 @@ class ModelSpec:
         """Some layers are mixtures of experts."""
         return any(isinstance(mlp, ExpertsSpec) for mlp in self.mlps)
 
+    @property
+    def shares_experts(self) -> bool:
+        """Groups of --dp divide one set of experts; other models are there once for each group.
+
+        Attention over latents has no heads of K/V to divide among ranks, experts can be divided.
+        """
+        return self.has_experts and any(layer.kind == "mla" for layer in self.layers)
+
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelSpec:
         """Read config.json, and generation_config.json for more end tokens.

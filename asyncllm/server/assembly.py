@@ -16,6 +16,7 @@ from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.frontend import Frontend, Limits
 from asyncllm.actors.gate import Access
 from asyncllm.actors.grammar import GrammarKeeper
+from asyncllm.actors.lockstep import Lockstep
 from asyncllm.actors.renderer import Renderer
 from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
@@ -60,6 +61,7 @@ def make_scheduler(p: Parts) -> AnyActor:
         constraint_s=p.boot.config.constraint_time_limit,
         workers=max(1, min(MOST_MASK_THREADS, cpu_count() // 4)),
         balanced=len(p.boot.topology.groups) > 1,
+        in_step=p.boot.topology.in_step,
         constrain=p.constraints.of,
     )
 
@@ -180,6 +182,7 @@ def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[AnyAc
         "grammar": lambda p: GrammarKeeper(p.grammars),
         "scheduler": make_scheduler,
         "balancer": make_balancer,
+        "lockstep": lambda _: Lockstep(),
         "runner": make_runner,
         "detokenizer": make_detokenizer,
         "tokenizer": make_tokenizer,

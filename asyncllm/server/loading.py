@@ -22,7 +22,7 @@ from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.parallel import Alone, Group, Ranks
+from asyncllm.engine.parallel import Alone, Ranks
 from asyncllm.environment import cpu_count
 from asyncllm.models import rope
 from asyncllm.models.checkpoint import weight_files
@@ -56,6 +56,7 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
     config, resolved = boot.config, boot.resolved
     sizes = Sizes(
         tp=len(boot.group),
+        world=len(boot.topology.ranks) if boot.topology.in_step else None,
         ranks=len(boot.topology.ranks),
         whole_experts=config.enable_ep_moe,
         dtype=resolved.dtype,
@@ -119,7 +120,6 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
             assert boot.rendezvous is not None
             listen_fd = boot.store_fd if boot.store_fd >= 0 else None
             ranks = Ranks(boot.topology, boot.me, boot.rendezvous, where, listen_fd)
-    group = Alone() if ranks is None else ranks.group
     plan = memory_plan(boot, spec)
     if ranks is not None:  # the same in every group: any of them may get any request
         plan = replace(plan, num=PerSpace(*map(ranks.minimum, plan.num)))
@@ -131,7 +131,7 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
             logger.info("%s", note)
         logger.info("%s", plan.text(resolved.max_req_total_len))
     boot = replace(boot, resolved=resolved)
-    device = _load_device(boot, spec, group, where, plan)
+    device = _load_device(boot, spec, ranks, where, plan)
     return replace(
         parts, boot=boot, device=device, ranks=ranks, num_slots=plan.num, window=plan.window
     )
@@ -159,9 +159,10 @@ def read_dialect(config: Config, text: Text) -> Dialect:
 
 
 def _load_device(
-    boot: Boot, spec: ModelSpec, group: Group, where: torch.device, plan: MemoryPlan
+    boot: Boot, spec: ModelSpec, ranks: Ranks | None, where: torch.device, plan: MemoryPlan
 ) -> CpuDevice | CudaDevice:
     resolved = boot.resolved
+    group = Alone() if ranks is None else ranks.group
     torch.set_num_threads(num_threads(boot))
     load_way = boot.config.load_way
     total = sum(f.stat().st_size for f in weight_files(Path(boot.model_dir), load_way))
@@ -175,6 +176,7 @@ def _load_device(
             max_len=resolved.max_req_total_len,
             load_way=load_way,
             whole_experts=boot.config.enable_ep_moe,
+            world=None if ranks is None else ranks.world,
             symmetric=not boot.config.disable_symm_mem_allreduce,
             progress=lambda done, _: bar.advance(done - bar.done_bytes),
         )

@@ -427,6 +427,7 @@ class World:
         share_prompts: bool = False,
         window: int | None = None,
         num_sliding: int = 0,
+        in_step: bool = False,
     ) -> None:
         self._encode_local = encode_local
         self.boxes: dict[tuple[str, int], Mailbox] = {}
@@ -447,6 +448,7 @@ class World:
             headroom=headroom,
             share_prompts=share_prompts,
             **slides,
+            in_step=in_step,
             constrain=Constraints(
                 vocab, set(eos_ids), lambda kind, text: FakeConstraint(json.loads(text), vocab)
             ).of,

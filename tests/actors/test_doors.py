@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from asyncllm import messages
 from asyncllm.actors.allocator import Allocator
+from asyncllm.actors.balancer import Balancer
 from asyncllm.actors.base import Actor
 from asyncllm.actors.grammar import GrammarKeeper
+from asyncllm.actors.lockstep import Lockstep
 from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
@@ -32,8 +34,8 @@ from asyncllm.topology import Contract, Topology
 
 VOCAB, MAX_LEN, LANES, SLOTS = 50, 24, 4, 64
 CONTRACT = Contract(protocol="p", options="o")
-NAMES = ("allocator", "grammar", "scheduler", "runner", "detokenizer", "tokenizer", "frontend",
-         "watchdog", "nobody")  # fmt: skip
+NAMES = ("allocator", "grammar", "scheduler", "balancer", "lockstep", "runner", "detokenizer",
+         "tokenizer", "frontend", "watchdog", "nobody")  # fmt: skip
 TYPES = {cls: tag for cls, tag in registered().items() if cls.__module__ == messages.__name__}
 PARAMS = field_types(SamplingParams)
 
@@ -116,7 +118,11 @@ def leader(keys: Keys) -> ActorSystem:
     )  # fmt: skip
     watchdog = Watchdog(duty, Means(guard=lambda _: None, watch_s=0.0))
     keeper = GrammarKeeper(Builder())
-    for actor in (Allocator(SLOTS), keeper, scheduler, runner, watchdog):
+    limits: dict[str, int] = {"vocab_size": VOCAB, "max_len": MAX_LEN}
+    balancer = Balancer("cache_aware", num_slots=SLOTS, **limits)
+    for actor in (
+        Allocator(SLOTS), keeper, scheduler, balancer, Lockstep(), runner, watchdog,
+    ):  # fmt: skip
         system.add(actor)
     for name in ("detokenizer", "tokenizer", "frontend"):
         system.add(Closed(name))
@@ -183,7 +189,9 @@ def frames(draw: st.DrawFn) -> bytes:
     for kind in field_types(cls).values():
         mostly = st.sampled_from([values(kind)] * 30 + [ANY])
         fields.append(draw(draw(mostly)))
-    name = draw(st.sampled_from([*NAMES, *(["scheduler"] * 5 if cls is Submit else [])]))
+    name = draw(
+        st.sampled_from([*NAMES, *(["scheduler", "balancer"] * 3 if cls is Submit else [])])
+    )
     head: bytes = msgpack.packb((name, draw(st.booleans())))
     return head + bytes(msgpack.packb((TYPES[cls], *fields)))
 

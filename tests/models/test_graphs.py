@@ -15,7 +15,13 @@ from torch.utils._pytree import tree_leaves
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CudaDevice
-from asyncllm.engine.graphs import MAX_DECODE_ROWS, DecoderGraphs, decode_sizes, mixed_sizes
+from asyncllm.engine.graphs import (
+    MAX_DECODE_ROWS,
+    MAX_PREFILL_ROWS,
+    DecoderGraphs,
+    decode_sizes,
+    mixed_sizes,
+)
 from asyncllm.engine.h2d import FIXED_WORDS, Uploader
 from asyncllm.engine.sampler_graphs import (
     KINDS,
@@ -130,7 +136,7 @@ class NoDecoderGraphs(DecoderGraphs):
     def capture(self, *_: object) -> None:
         pass
 
-    def pick(self, rows: Rows) -> None:
+    def pick(self, rows: Rows, num_tokens: int, *, mixed: bool) -> None:
         return None
 
 
@@ -224,7 +230,8 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
         table.open(plan)
         rows = unpack(plan, 512, two_spaces=two_spaces)
         batch = table.batch(rows)
-        bucket, kind = graphs.pick(rows), samplers.pick(batch)
+        mixed = rows.num_decode < len(rows.lanes)
+        bucket, kind = graphs.pick(rows, len(rows.tokens), mixed=mixed), samplers.pick(batch)
         assert bucket is not None
         assert kind is not None
         seen |= {bucket, kind}
@@ -245,6 +252,22 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
         check_sampling(given[kind], batch, kind.penalized)
     assert len(seen) > 20
     assert {(k.greedy, k.truncates, k.penalized) for k in seen if isinstance(k, SamplerVariant)} == set(KINDS)  # fmt: skip
+
+
+def test_groups_that_step_together_have_graphs_of_one_size() -> None:
+    """Whatever a group's own rows are, its step has the size that is due for the largest."""
+    graphs = DecoderGraphs(LANES, 300)
+    plans = step(3, [], [0]), step(1, [70], [0]), StepPlan(step=1, num_decode=0)
+    decode, chunk, nothing = (unpack(plan, 512, two_spaces=False) for plan in plans)
+    assert graphs.pick(decode, 3, mixed=False) == Bucket(4, 4, 0)
+    assert graphs.pick(nothing, 3, mixed=False) == Bucket(4, 4, 0)
+    for rows in (decode, nothing, chunk):
+        bucket = graphs.pick(rows, 71, mixed=True)
+        assert bucket is not None
+        assert bucket.num_tokens == graphs.size(71, mixed=True) == 128
+        assert bucket.num_prefill == MAX_PREFILL_ROWS
+    assert graphs.pick(decode, 5000, mixed=True) is None
+    assert graphs.size(5000, mixed=True) == 5000
 
 
 def check_rows(given: RowColumns[torch.Tensor], rows: Rows) -> None:

@@ -1,4 +1,4 @@
-"""Process groups: what one group adds, gathers and tells stays in it."""
+"""Process groups: what one group adds, gathers and tells stays in it, but for experts of all."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 
-from asyncllm.topology import FOLLOWER, LEADER, Endpoint, Topology
+from asyncllm.topology import FOLLOWER, LEADER, LOCKSTEP, Endpoint, Topology
 
-# two groups of two ranks; in the second the later endpoint is the first rank
+# two groups of two ranks that step together; in the second the later endpoint is the first rank
 TOPOLOGY = Topology(
     tuple(
         Endpoint(
-            id=i, roles=(FOLLOWER if rank else LEADER,), device=i, group=group, group_rank=rank
+            id=i,
+            roles=(FOLLOWER if rank else LEADER, *(() if i else (LOCKSTEP,))),
+            device=i,
+            group=group,
+            group_rank=rank,
         )
         for i, (group, rank) in enumerate([(0, 0), (0, 1), (1, 1), (1, 0)])
     )
@@ -34,14 +38,22 @@ group = ranks.group
 mine = torch.full((1, 1), float(me.id))
 told = group.broadcast(mine.clone())
 summed = group.linear_reduce(lambda x, out=None: x.clone(), mine)
-got = [group.minimum(me.id), ranks.minimum(me.id + 5), int(told), int(summed), group.gather_last(mine).tolist()[0]]
-sys.stdout.write(json.dumps([group.rank, group.size, *got]))
+rows = torch.tensor([[me.group], [10.0 + me.group]])  # two of its group's
+seen = []
+def product(x, out=None):
+    seen.append(x.flatten().tolist())
+    return x * (1.0 + ranks.world.rank)
+own = ranks.world.sum_tokens(product, ranks.world.gather_tokens(rows)).flatten().tolist()
+got = [group.minimum(me.id), ranks.minimum(me.id + 5), int(told), int(summed)]
+together = [ranks.world.rank, ranks.world.size, *seen, own]
+said = [group.rank, group.size, *got, group.gather_last(mine).tolist()[0]], together
+sys.stdout.write(json.dumps(said))
 torch.distributed.barrier()  # the first rank keeps what all read until they have
 ranks.close()
 """
 
 
-def test_each_group_computes_by_itself() -> None:
+def test_each_group_computes_by_itself_and_all_add_up_experts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         plain, port = json.dumps(TOPOLOGY.to_plain()), str(sock.getsockname()[1])
         ranks = [
@@ -58,8 +70,17 @@ def test_each_group_computes_by_itself() -> None:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    # rank, size, minimum of the group and of all, what the first rank told, sum, all of the group in order
-    assert said[0] == [0, 2, 0, 5, 0, 1, [0.0, 1.0]]
-    assert said[1] == [1, 2, 0, 5, 0, 1, [0.0, 1.0]]
-    assert said[2] == [1, 2, 2, 5, 3, 5, [3.0, 2.0]]
-    assert said[3] == [0, 2, 2, 5, 3, 5, [3.0, 2.0]]
+    apart = [each for each, _ in said]
+    # rank, size, minimum of the group and of all, what the first rank told, sum, all of the group
+    assert apart[0] == [0, 2, 0, 5, 0, 1, [0.0, 1.0]]
+    assert apart[1] == [1, 2, 0, 5, 0, 1, [0.0, 1.0]]
+    assert apart[2] == [1, 2, 2, 5, 3, 5, [3.0, 2.0]]
+    assert apart[3] == [0, 2, 2, 5, 3, 5, [3.0, 2.0]]
+    # place among all, how many, the tokens of all groups, the sums of the own group's
+    every = [0.0, 10.0, 1.0, 11.0]
+    assert [together for _, together in said] == [
+        [0, 4, every, [0.0, 100.0]],
+        [1, 4, every, [0.0, 100.0]],
+        [3, 4, every, [10.0, 110.0]],
+        [2, 4, every, [10.0, 110.0]],
+    ]

@@ -1,0 +1,58 @@
+"""Lockstep: has the schedulers of several groups take each step together, with a common size.
+
+Owns which step is due and who has said what it brings; knows neither requests nor devices.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from asyncllm.actors.base import Actor
+from asyncllm.core import lockstep
+from asyncllm.messages import Agreed, Join, Offer
+
+
+class Lockstep(Actor[Offer]):
+    """One per server whose groups share experts, on the coordinator.
+
+    It answers while the step before runs: schedulers plan two deep, so no device waits for it.
+    """
+
+    remote = frozenset({Offer})
+
+    def __init__(self) -> None:
+        super().__init__("lockstep")
+        self.core: lockstep.Lockstep
+
+    def started(self) -> None:
+        topology = self.system.topology
+        leaders = [topology.leader(group).id for group in topology.groups]
+        self._group_of = {endpoint: group for group, endpoint in enumerate(leaders)}
+        self._schedulers = [self.system.ref("scheduler", endpoint) for endpoint in leaders]
+        self.core = lockstep.Lockstep(len(leaders))
+
+    def receive(self, batch: list[Offer]) -> None:
+        for msg in batch:
+            match msg:
+                case Offer():
+                    self._offer(msg)
+                case _:
+                    assert_never(msg)
+
+    def possible(self, msg: Offer) -> bool:
+        """Whether it comes from a leader."""
+        return msg.endpoint in self._group_of
+
+    def _offer(self, msg: Offer) -> None:
+        group = self._group_of[msg.endpoint]
+        try:
+            asked, common = self.core.offer(group, msg.step, msg.num_tokens, msg.mixed)
+        except ValueError as error:
+            self.system.reject(msg, str(error))
+            return
+        for other in asked:
+            self._schedulers[other].tell(Join(msg.step), urgent=True)
+        if common is not None:
+            agreed = Agreed(step=common.step, num_tokens=common.num_tokens, mixed=common.mixed)
+            for scheduler in self._schedulers:
+                scheduler.tell(agreed, urgent=True)

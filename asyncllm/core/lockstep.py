@@ -1,0 +1,58 @@
+"""Agreement of several groups on the steps that they take together.
+
+Knows step numbers and sizes; knows neither rows nor who carries what is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all groups know of a step before any of them launches it.
+
+    Attributes:
+        num_tokens: the most that a group brings.
+        mixed: a group brings rows of more than one token.
+    """
+
+    step: int
+    num_tokens: int
+    mixed: bool
+
+
+class Lockstep:
+    """Steps 1, 2, 3, ... of all groups; each is agreed when every group has said what it brings.
+
+    The first group to say so has tokens; a group without any joins with 0. So nobody steps while
+    nobody has anything to do.
+    """
+
+    def __init__(self, num_groups: int) -> None:
+        self._groups = range(num_groups)
+        self._next = 1
+        self._brings: dict[int, tuple[int, bool]] = {}
+
+    def offer(
+        self, group: int, step: int, num_tokens: int, mixed: bool
+    ) -> tuple[list[int], Common | None]:
+        """Groups that have to be asked to join, and the step if all have.
+
+        Raises:
+            ValueError: it is not this group's turn with this step.
+        """
+        if step != self._next or group in self._brings:
+            raise ValueError(f"group {group} brings step {step}, {self._next} is due")
+        first = not self._brings
+        self._brings[group] = num_tokens, mixed
+        if len(self._brings) < len(self._groups):
+            return [other for other in self._groups if first and other != group], None
+        common = Common(
+            step,
+            max(num for num, _ in self._brings.values()),
+            any(mixed for _, mixed in self._brings.values()),
+        )
+        self._brings.clear()
+        self._next += 1
+        return [], common
