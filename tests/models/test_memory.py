@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from asyncllm.core.request import SamplingParams
-from asyncllm.core.windows import PerSpace
+from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.attention_cpu import TorchAttention
-from asyncllm.engine.build import Sizes, make_model, plan_memory
+from asyncllm.engine.build import (
+    CPU_KV_BYTES,
+    Sizes,
+    make_model,
+    plan_memory,
+    warm_up,
+    within,
+)
 from asyncllm.engine.device import CpuDevice
 from asyncllm.engine.engine import Engine, Outputs, Work
 from asyncllm.engine.parallel import Alone
 from asyncllm.errors import StartupError
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
-from tests.models.harness import Driver, Sequence, build, random_ids
+from tests.models.families import CASES, WINDOW, make
+from tests.models.harness import Driver, Sequence, build, random_ids, read_spec
 from tests.models.test_llama import VARIANTS, make_checkpoint, make_config
 
 CPU = torch.device("cpu")
@@ -182,3 +192,59 @@ def test_what_does_not_fit_is_told_with_the_flag(tmp_path: Path) -> None:
         plan_memory(spec, sizes(mem_fraction=1e-6, max_total_token_num=None), CPU)
     with pytest.raises(StartupError, match="--running_max_req_size 100,000 times"):
         plan_memory(spec, sizes(num_lanes=100_000, max_len=32768), CPU)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+def test_both_spaces_are_what_the_engine_allocates(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncllm.engine.build.memory_available", lambda: 64 << 20)
+    make(CASES[name], tmp_path)
+    spec = read_spec(tmp_path)
+    plan = plan_memory(spec, sizes(max_total_token_num=None, mem_fraction=0.9), CPU)
+    assert plan.window == Window(WINDOW)
+    assert plan.num.full > 3 * plan.num.sliding
+    model = build(tmp_path, within(spec, 256), "fp32", CPU, 256)
+    engine = Engine(
+        model, Alone(), num_slots=plan.num.full, num_sliding=plan.num.sliding, num_lanes=8,
+        max_len=256, eos_ids=(),
+    )  # fmt: skip
+    assert num_bytes(tensor for layer in engine.kv for tensor in layer) == plan.kv
+    tables = [t for t in (engine.table, engine.history, engine.sliding_table) if t is not None]
+    assert len(tables) == (3 if name == "gemma3" else 2)
+    assert num_bytes(tables) < plan.work
+    device = CpuDevice(engine, 1)
+    warm_up(device, 64, num_sliding=plan.num.sliding)
+    device.close()
+
+
+def test_a_window_that_is_never_full_is_none(tmp_path: Path) -> None:
+    make(CASES["gemma3"], tmp_path)
+    spec = read_spec(tmp_path)
+    plan = plan_memory(spec, sizes(max_len=WINDOW), CPU)
+    assert (plan.window, plan.num) == (None, (1000, 1000))
+    assert not any(layer.window for layer in within(spec, WINDOW).layers)
+    assert any(layer.window for layer in within(spec, WINDOW + 1).layers)
+
+
+def test_gemma3_has_three_times_the_slots_of_one_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shape of Gemma 3 12B for requests of 32k tokens."""
+    monkeypatch.setattr("asyncllm.engine.build.memory_available", lambda: 40 << 30)
+    config = transformers.Gemma3TextConfig(
+        hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=256, sliding_window=1024, vocab_size=262_208,
+        architectures=["Gemma3ForCausalLM"],
+    )  # fmt: skip
+    spec = ModelSpec.from_hf(config.to_dict(), {})
+    assert [layer.window for layer in spec.layers] == [*[1024] * 5, None] * 8
+    given = sizes(
+        dtype="bf16", max_len=32_768, mem_fraction=1.0, max_total_token_num=None, num_lanes=64
+    )
+    two = plan_memory(spec, given, CPU)
+    layers = tuple(replace(layer, window=None) for layer in spec.layers)
+    one = plan_memory(replace(spec, layers=layers), given, CPU)
+    assert two.num.full > 3 * one.num.full
+    assert two.kv <= CPU_KV_BYTES + two.division.nbytes(NO_SLOTS)
+    assert "slots of 64.0 KiB and" in two.text(32_768)
+    assert "for layers that see 1,024 tokens, 3." in two.text(32_768)
+    assert "slots of 384.0 KiB; " in one.text(32_768)
