@@ -43,15 +43,13 @@ def encode_ends(
     Returns:
         The ids, and whether any were left out.
     """
-    if len(text) <= GUESS * (head + tail + 2 * MARGIN):
-        ids = encode(text)
-        return shortened(ids, head, tail), len(ids) > head + tail
-    first = _end(text, encode, head, longest, last=False)
-    last = _end(text, encode, tail, longest, last=True)
-    if first is None or last is None:  # the tokens are long: there may be few
-        ids = encode(text)
-        return shortened(ids, head, tail), len(ids) > head + tail
-    return first + last, True
+    if len(text) > GUESS * (head + tail + 2 * MARGIN):
+        first = _end(text, encode, head, longest, last=False)
+        last = _end(text, encode, tail, longest, last=True)
+        if first is not None and last is not None:  # else the tokens are long: there may be few
+            return first + last, True
+    ids = encode(text)
+    return shortened(ids, head, tail), len(ids) > head + tail
 
 
 def _end(text: str, encode: Encode, number: int, longest: int, *, last: bool) -> array[int] | None:

@@ -221,19 +221,25 @@ def watch_parent(parent: int, orphaned: Callable[[], object]) -> None:
 
 def bind_http(host: str, port: int) -> socket.socket:
     """The HTTP socket, bound and not yet listening: a busy port is an error now, not later."""
-    sock: socket.socket | None = None
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+        return bound(host, port, socket.AI_PASSIVE)
     except OSError as error:
-        if sock is not None:
-            sock.close()
         reason = error.strerror or str(error)
         raise StartupError(f"cannot listen on {host}:{port}: {reason} (--host, --port)") from None
+
+
+def bound(host: str, port: int, flags: int = 0) -> socket.socket:
+    """A socket that is bound and not yet listening. Raises OSError."""
+    family, kind, proto, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=flags
+    )[0]
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from asyncllm.config import Config
 from asyncllm.errors import StartupError
+from asyncllm.server.launch import bound
 
 BACKLOG = 256  # every rank connects at about the same time
 
@@ -42,11 +43,8 @@ def listen(config: Config) -> socket.socket:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    sock = socket.socket(family, kind, proto)
+    sock = bound(host, port)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
         sock.listen(BACKLOG)
     except OSError:
         sock.close()
