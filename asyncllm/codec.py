@@ -132,6 +132,8 @@ def decode(frame: bytes | memoryview) -> Message:
     """Inverse of :func:`encode`. Raises CodecError, and nothing else, on any other bytes."""
     try:
         values = msgpack.unpackb(frame, use_list=False, ext_hook=_column)
+        if type(values) is not tuple:
+            raise _wrong(values, (tuple,))
         cls, read = _BY_TAG[values[0]]
         msg = cls(*read(values[1:]))
     except (ValueError, TypeError, LookupError, msgpack.UnpackException) as error:
@@ -145,6 +147,8 @@ def _plain(value: object) -> object:
     """What msgpack writes in place of a column or a record."""
     if isinstance(value, array):
         return msgpack.ExtType(_COLUMNS[value.typecode], value.tobytes())
+    if type(value) not in _RECORDS:
+        raise TypeError(f"{type(value).__name__} is not a type of fields")
     return _FIELDS[type(value)](value)
 
 

@@ -66,6 +66,12 @@ def test_only_registered_types_are_encoded() -> None:
         encode(object())
 
 
+def test_what_could_not_be_encoded_leaves_nothing_behind() -> None:
+    with pytest.raises(TypeError, match="object is not a type of fields"):
+        encode(Finished(1, Reason.STOP, object()))  # type: ignore[arg-type]
+    assert decode(encode(Gone(2))) == Gone(2)
+
+
 def test_a_taken_tag_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tag 38 is taken by Gone"):
         message(38)(type("Other", (), {}))
@@ -86,6 +92,7 @@ def test_a_tag_out_of_range_is_refused() -> None:
         b"\x93\x26\x01\x02",  # and with one too many
         b"\x92\x26",  # truncated
         b"\x92\x26\x01\x00",  # bytes after the message
+        b"\xc4\x02\x26\x01",  # Gone and its field as bytes
         b"\xc1",  # never used by msgpack
         b"\x90",  # no tag
         b"\x05",  # no array
