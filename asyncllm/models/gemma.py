@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from asyncllm.errors import StartupError
-from asyncllm.models.spec import VISION, Json, ModelSpec, text_part
+from asyncllm.models.spec import VISION, Json, ModelSpec, count, text_part
 
 _DEFAULTS: Json = {
     "hidden_size": 2304,
@@ -63,9 +62,7 @@ def _with_windows(hf: Json, period: int) -> Json:
 
 def read(spec: ModelSpec, hf: Json) -> ModelSpec:
     """What config.json says beyond the common names."""
-    if hf.get("use_bidirectional_attention"):
-        raise StartupError("attention in both directions is not available yet")
-    scale = float(hf["query_pre_attn_scalar"]) ** -0.5
+    scale = count(hf, "query_pre_attn_scalar") ** -0.5
     return replace(
         spec,
         layers=tuple(replace(layer, scale=scale) for layer in spec.layers),

@@ -131,7 +131,7 @@ def read_rope(hf: Json, head_dim: int, layer_type: str | None = None) -> Rope:
     except KeyError as error:
         raise StartupError(f"rope scaling {kind!r} has no {error}") from None
     return Rope(
-        theta=10000.0 if theta is None else float(theta),
+        theta=_positive("rope_theta", 10000.0 if theta is None else theta),
         dim=dim,
         scaling=scaling,
         attention_factor=attention_factor,
@@ -143,32 +143,31 @@ def _default(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
 
 
 def _linear(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
-    return Linear(float(given["factor"])), 1.0
+    return Linear(_positive("factor", given["factor"])), 1.0
 
 
 def _dynamic(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
-    return Dynamic(float(given["factor"]), int(hf["max_position_embeddings"])), 1.0
+    return Dynamic(_positive("factor", given["factor"]), int(hf["max_position_embeddings"])), 1.0
 
 
 def _llama3(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
     names = "factor", "low_freq_factor", "high_freq_factor"
-    factor, low, high = (float(given[name]) for name in names)
+    factor, low, high = (_positive(name, given[name]) for name in names)
     return Llama3(factor, low, high, _trained(given, hf)), 1.0
 
 
 def _yarn(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
     trained = _trained(given, hf)
-    found = given.get("factor")
-    factor = int(hf["max_position_embeddings"]) / trained if found is None else float(found)
+    factor = _factor(given, hf, trained)
     scaling = Yarn(
         factor,
         trained,
-        float(given.get("beta_fast") or 32),
-        float(given.get("beta_slow") or 1),
+        _positive("beta_fast", given.get("beta_fast") or 32),
+        _positive("beta_slow", given.get("beta_slow") or 1),
         bool(given.get("truncate", True)),
     )
     if (told := given.get("attention_factor")) is not None:
-        return scaling, float(told)
+        return scaling, _positive("attention_factor", told)
     over, under = given.get("mscale"), given.get("mscale_all_dim")
     if over and under:
         return scaling, yarn_mscale(factor, float(over)) / yarn_mscale(factor, float(under))
@@ -177,15 +176,16 @@ def _yarn(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
 
 def _longrope(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
     trained = _trained(given, hf)
-    short, long = (tuple(float(f) for f in given[name]) for name in ("short_factor", "long_factor"))
+    short, long = (
+        tuple(_positive(name, f) for f in given[name]) for name in ("short_factor", "long_factor")
+    )
     if len(short) != dim // 2 or len(long) != dim // 2:
         raise StartupError(
             f"longrope has {len(short)} short and {len(long)} long factors, not {dim // 2} each"
         )
     if (told := given.get("attention_factor")) is not None:
-        return LongRope(short, long, trained), float(told)
-    found = given.get("factor")
-    factor = int(hf["max_position_embeddings"]) / trained if found is None else float(found)
+        return LongRope(short, long, trained), _positive("attention_factor", told)
+    factor = _factor(given, hf, trained)
     scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
     return LongRope(short, long, trained), scale
 
@@ -194,8 +194,21 @@ def _trained(given: Json, hf: Json) -> int:
     """Positions before the scaling; beside the parameters, as in Phi-3's file, they win."""
     for place in (hf, given):
         if (found := place.get("original_max_position_embeddings")) is not None:
-            return int(found)
-    return int(hf["max_position_embeddings"])
+            return int(_positive("original_max_position_embeddings", found))
+    return int(_positive("max_position_embeddings", hf["max_position_embeddings"]))
+
+
+def _factor(given: Json, hf: Json, trained: int) -> float:
+    """By how much positions have been stretched."""
+    if (found := given.get("factor")) is None:
+        return _positive("max_position_embeddings", hf["max_position_embeddings"]) / trained
+    return _positive("factor", found)
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < (number := float(value)) < math.inf:
+        raise StartupError(f"rotary embedding with {name} {value!r}: not a positive number")
+    return number
 
 
 # of any kind; the last two say what stands elsewhere in the file, or how the weights came about

@@ -23,6 +23,16 @@ _ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+# what changes the computation, and the value with which it does not
+_UNSERVED = {
+    "clip_qkv": None,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "lm_head_bias": None,
+    "qk_layernorm": None,
+    "rope_interleaved": None,
+    "use_bidirectional_attention": None,
+}
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -191,10 +201,13 @@ class ModelSpec:
         architecture = (hf.get("architectures") or ["?"])[0]
         served = family(architecture, hf.get("model_type"))
         hf = served.config(hf)
+        for name, harmless in _UNSERVED.items():
+            if (value := hf.get(name)) and value != harmless:
+                raise StartupError(f"{architecture} with {name} {value!r} is not available yet")
         bias = bool(hf.get("attention_bias", False))
-        num_layers = int(hf["num_hidden_layers"])
+        num_layers = count(hf, "num_hidden_layers")
         mlp = MlpSpec(
-            width=int(hf["intermediate_size"]),
+            width=count(hf, "intermediate_size"),
             bias=bool(hf.get("mlp_bias", False)),
             activation=_activation(hf),
         )
@@ -203,12 +216,12 @@ class ModelSpec:
             raise StartupError(f"checkpoint dtype {dtype!r} is not available yet")
         spec = cls(
             architecture=architecture,
-            vocab_size=int(hf["vocab_size"]),
-            hidden_size=int(hf["hidden_size"]),
+            vocab_size=count(hf, "vocab_size"),
+            hidden_size=count(hf, "hidden_size"),
             layers=_layers(hf),
             mlps=(mlp,) * num_layers,
             rms_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            max_position=int(hf.get("max_position_embeddings", 2048)),
+            max_position=count({"max_position_embeddings": 2048, **hf}, "max_position_embeddings"),
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             dtype=_DTYPE_NAMES[dtype],
             eos_ids=_eos(hf, generation),
@@ -268,7 +281,7 @@ def text_part(hf: Json, tied: bool) -> Json:
 
 def _layers(hf: Json) -> tuple[AttentionSpec, ...]:
     """By the types of layers; what names none is all of one type."""
-    num_layers = int(hf["num_hidden_layers"])
+    num_layers = count(hf, "num_hidden_layers")
     types = hf.get("layer_types") or ["full_attention"] * num_layers
     if len(types) != num_layers:
         raise StartupError(f"layer_types are {len(types)}, num_hidden_layers is {num_layers}")
@@ -279,26 +292,41 @@ def _layers(hf: Json) -> tuple[AttentionSpec, ...]:
 def _attention(hf: Json, kind: str) -> AttentionSpec:
     if kind not in {"full_attention", "sliding_attention"}:
         raise StartupError(f"layers of type {kind!r} are not available yet")
-    window = hf.get("sliding_window") if kind == "sliding_attention" else None
-    if window is not None and int(window) < 1:
-        raise StartupError(f"sliding_window {window} is not a number of tokens")
-    heads = int(hf["num_attention_heads"])
-    head_dim = int(hf.get("head_dim") or int(hf["hidden_size"]) // heads)
+    slides = kind == "sliding_attention" and hf.get("sliding_window") is not None
+    heads = count(hf, "num_attention_heads")
+    kv_heads = heads if hf.get("num_key_value_heads") is None else count(hf, "num_key_value_heads")
+    if hf.get("head_dim") is None:
+        hf = {**hf, "head_dim": count(hf, "hidden_size") // heads}
+    head_dim = count(hf, "head_dim")
+    if heads % kv_heads:
+        raise StartupError(f"{heads} attention heads cannot share {kv_heads} heads of K and V")
     return AttentionSpec(
         kind="gqa",
         num_q_heads=heads,
-        num_kv_heads=int(hf.get("num_key_value_heads") or heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         v_dim=head_dim,
         scale=head_dim**-0.5,
         rope=read_rope(hf, head_dim, kind),
-        window=None if window is None else int(window),
+        window=count(hf, "sliding_window") if slides else None,
         softcap=_optional(hf, "attn_logit_softcapping"),
     )
 
 
+def count(hf: Json, name: str) -> int:
+    """The value of ``name``. Raises StartupError unless it is an integer above 0."""
+    value = hf[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise StartupError(f"{name} is {value!r}: not a positive integer")
+    return value
+
+
 def _optional(hf: Json, name: str) -> float | None:
-    return None if hf.get(name) is None else float(hf[name])
+    if hf.get(name) is None:
+        return None
+    if (value := float(hf[name])) <= 0:
+        raise StartupError(f"{name} is {value}: not positive")
+    return value
 
 
 def _activation(hf: Json) -> Activation:

@@ -150,9 +150,41 @@ def test_published_files_say_what_transformers_reads_in_them(model: str) -> None
     assert read(config).dtype == "bf16"
 
 
+# of transformers' configurations: what only concerns training, other tasks, names or memory, and
+# what layer types or rope parameters say in its place
+HARMLESS = {
+    "_name_or_path", "_sliding_window_pattern", "attention_dropout", "bos_token_id",
+    "cache_implementation", "chunk_size_feed_forward", "embd_pdrop", "initializer_range",
+    "is_encoder_decoder", "max_window_layers", "model_type", "original_max_position_embeddings",
+    "output_attentions", "output_hidden_states", "pad_token_id", "partial_rotary_factor",
+    "problem_type", "resid_pdrop", "return_dict", "sliding_window_pattern",
+    "transformers_version", "use_cache", "use_sliding_window",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_nothing_that_counts_is_ignored(model: str) -> None:
+    kind, config = PUBLISHED[model]
+    full = as_transformers_says(kind, config)
+    text, spec, ignored = full.get("text_config"), read(full), set()
+    for name, value in (text or full).items():
+        if isinstance(value, dict | list) or name in {"architectures", "sliding_window"}:
+            continue
+        other = not value if isinstance(value, bool) else "x" if isinstance(value, str) else 3
+        changed = {**(text or full), name: other}
+        try:
+            counts = read({**full, "text_config": changed} if text else changed) != spec
+        except (StartupError, ValueError):
+            continue
+        if not counts:
+            ignored.add(name)
+    shared = {"dtype", "eos_token_id", "tie_word_embeddings"} if text else set()  # by the outer one
+    assert ignored <= HARMLESS | shared
+
+
 SMALL = {
-    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7,
-    "num_attention_heads": 4, "torch_dtype": "bfloat16", "pad_token_id": 0,
+    "vocab_size": 99, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 7,
+    "num_attention_heads": 32, "torch_dtype": "bfloat16", "pad_token_id": 0,
 }  # fmt: skip
 
 
@@ -274,9 +306,13 @@ def test_both_files_count(tmp_path: Path) -> None:
         ({"layer_types": ["chunked_attention"] * 3}, "layers of type 'chunked_attention' are not"),
         (
             {"layer_types": ["sliding_attention"] * 3, "sliding_window": 0},
-            "sliding_window 0 is not a number of tokens",
+            "sliding_window is 0: not a positive integer",
         ),
-        ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "in both"),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True},
+            "Gemma2ForCausalLM with use_bidirectional_attention True is not available yet",
+        ),
+        ({"full_attn_mod": 2}, "LlamaForCausalLM with full_attn_mod 2 is not available yet"),
         (
             {
                 "architectures": ["Mistral3ForConditionalGeneration"],
@@ -289,8 +325,23 @@ def test_both_files_count(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not available yet"),
         ({"torch_dtype": "int8"}, "checkpoint dtype 'int8' is not available yet"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantised weights \(awq\) are not"),
-        ({"hidden_size": "many"}, "value of another type: .*'many'"),
-        ({"num_hidden_layers": None}, "value of another type"),
+        ({"hidden_size": "many"}, "hidden_size is 'many': not a positive integer"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None: not a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: not a positive integer"),
+        ({"num_key_value_heads": 4}, "6 attention heads cannot share 4 heads of K and V"),
+        ({"head_dim": -8}, "head_dim is -8: not a positive integer"),
+        ({"hidden_size": 3}, "head_dim is 0: not a positive integer"),
+        ({"vocab_size": 9.5}, "vocab_size is 9.5: not a positive integer"),
+        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0.0: not positive"),
+        ({"rope_theta": 0}, "rotary embedding with rope_theta 0: not a positive number"),
+        (
+            {
+                "architectures": ["Gemma2ForCausalLM"],
+                "num_key_value_heads": 2,
+                "query_pre_attn_scalar": 0,
+            },
+            "query_pre_attn_scalar is 0: not a positive integer",
+        ),
         ({"rope_scaling": "yes"}, "value of another type"),
     ],
     ids=str,
