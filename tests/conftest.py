@@ -72,6 +72,25 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TINY_EXPERTS = {
+    **TINY, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+    "num_hidden_layers": 3, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 6,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1, "moe_layer_freq": 1, "topk_method": "greedy", "n_group": 1,
+    "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
+    "scoring_func": "softmax",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_experts_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with attention over latents, a dense layer and two of experts: a DeepSeek-V2."""
+    folder = tmp_path_factory.mktemp("model") / "tiny_experts"
+    write_model(TINY_EXPERTS, folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
     """Folder of the embedded model, fetched and converted once per machine (about 12 s).

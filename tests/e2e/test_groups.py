@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.process import Server, alive, wait_until
+from tests.models.harness import Driver, Sequence, make_device
 
 CPU = ("--device", "cpu", "--data_type", "fp32", "--max_total_token_num", "6000")
 GROUPS = (*CPU, "--tp", "2", "--dp", "2")
@@ -112,10 +113,34 @@ def test_groups_share_one_port_and_answer_as_one(
         assert "dead letter" not in server.text()
 
 
-def test_a_dead_group_ends_the_server(tiny_dir: Path, tmp_path: Path) -> None:
-    with Server(tiny_dir, tmp_path / "log", *GROUPS) as server:
+def alone(model_dir: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    """A greedy answer of one rank, without a server."""
+    device = make_device(model_dir, "fp32", "cpu", num_slots=1000)
+    sequence = Sequence(0, prompt)
+    Driver(device, 1000).generate([sequence], num_tokens)
+    device.close()
+    return sequence.outputs
+
+
+def test_groups_that_share_experts_step_together_and_end_together(
+    tiny_experts_dir: Path, tmp_path: Path
+) -> None:
+    want = [alone(tiny_experts_dir, prompt, 12) for prompt in PROMPTS]
+    with Server(tiny_experts_dir, tmp_path / "log", *GROUPS) as server:
         (child,) = server.children()
+        # one request at a time: the other group has no rows
+        one_by_one = [server.tokens(ids, 12, ignore_eos=True) for ids in PROMPTS]
+        assert one_by_one == want
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:
+            together = pool.map(lambda ids: server.tokens(ids, 12, ignore_eos=True), PROMPTS)
+            assert [*together] == want
+        assert min(of_groups(server, "kv_slots_cached")) > 100
+        assert min(of_groups(server, "generated_tokens_total")) >= 12
+        first, second = of_groups(server, "steps_total")
+        assert first == second >= 6 * 12
+        assert of_groups(server, "steps_total") == [first, first], "nobody steps without need"
         with running(server, 2, 2000) as streams:
+            assert of_groups(server, "requests_running") == [1, 1]
             os.kill(child, signal.SIGKILL)
             assert [b"server has failed" in stream.read() for stream in streams] == [True, True]
         assert server.process.wait(5) == 1

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from tests.models.families import CASES, Case, Reference, largest_difference, make
-from tests.models.harness import Ranks, make_device
+from tests.models.harness import Ranks, make_device, read_spec
 
 DOCS = Path(__file__).parents[2] / "docs"
 KEPT, PAGE = DOCS / "models.json", DOCS / "models.md"
@@ -38,12 +38,14 @@ def on(device: str, dtype: str) -> Callable[[Case, Path, Reference], float]:
 
 
 def among(size: int, groups: int) -> Callable[[Case, Path, Reference], float]:
-    """The worst of ``groups`` of ``size`` ranks."""
+    """The worst of ``groups`` of ``size`` ranks, which step together where they share experts."""
 
     def measured(case: Case, folder: Path, reference: Reference) -> float:
         found = []
-        for _ in range(groups):
-            made = Ranks(folder, size, max_len=case.max_len)
+        together = groups if read_spec(folder).shares_experts else 1
+        for driven in range(groups):
+            given = {"groups": together, "driven": driven % together}
+            made = Ranks(folder, size, max_len=case.max_len, **given)
             found.append(largest_difference(reference, made))
             made.close()
         return max(found)

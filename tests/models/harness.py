@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -149,29 +149,84 @@ class Together(Alone):
         return x.copy_(self._all(x)[0])
 
 
+class InStep(Together):
+    """A rank of several groups that step together, which has some of the experts of all."""
+
+    def __init__(
+        self, rank: int, barrier: threading.Barrier, box: list[Tensor | None], groups: int
+    ) -> None:
+        super().__init__(rank, barrier, box)
+        self._groups, self._group_size = groups, len(box) // groups
+
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        return torch.cat(self._all(x)[:: self._group_size])
+
+    def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
+        return self.linear_reduce(product, x).chunk(self._groups)[self.rank // self._group_size]
+
+
 class Ranks:
-    """The ranks of a group as one device, whose answers are rank 0's."""
+    """The ranks of a group as one device, whose answers are its first rank's.
+
+    Args:
+        groups: of ``size`` ranks each, which step together; the others have steps of other sizes.
+        driven: the one that has the plans.
+    """
 
     def __init__(
         self, model_dir: Path, size: int, kv: KvMode = PLAIN, *, dtype: str = "fp32",
-        max_len: int = 4096,
+        max_len: int = 4096, groups: int = 1, driven: int = 0, whole_experts: bool = False,
     ) -> None:  # fmt: skip
-        barrier = threading.Barrier(size, timeout=60)
-        box: list[Tensor | None] = [None] * size
-        self.devices = []
-        for rank in range(size):
-            group, spec = Together(rank, barrier, box), read_spec(model_dir)
-            model = build_model(
-                model_dir, spec, group, dtype=dtype, device=torch.device("cpu"), max_len=max_len,
-                kv=kv,
-            )  # fmt: skip
-            engine = Engine(model, group, num_slots=1024, num_lanes=8, max_len=max_len, eos_ids=())
-            self.devices.append(CpuDevice(engine, 1))
+        num, self.driven = size * groups, driven
+        everybody = threading.Barrier(num, timeout=60), [None] * num
+        self.groups: list[list[CpuDevice]] = []
+        for number in range(groups):
+            own = threading.Barrier(size, timeout=60), [None] * size
+            self.groups.append([])
+            for rank in range(size):
+                group, spec = Together(rank, *own), read_spec(model_dir)
+                world = InStep(number * size + rank, *everybody, groups) if groups > 1 else None
+                model = build_model(
+                    model_dir, spec, group, dtype=dtype, device=torch.device("cpu"),
+                    max_len=max_len, kv=kv, world=world, whole_experts=whole_experts,
+                )  # fmt: skip
+                engine = Engine(
+                    model, group, num_slots=1024, num_lanes=8, max_len=max_len, eos_ids=()
+                )
+                self.groups[-1].append(CpuDevice(engine, 1))
         self._pending: list[CpuPending] = []
+        self._sizes = random.Random(0)
+
+    @property
+    def devices(self) -> list[CpuDevice]:
+        return [device for group in self.groups for device in group]
 
     def launch(self, plan: StepPlan) -> Ranks:
-        self._pending = [device.launch(plan) for device in self.devices]
+        plans = [plan] * len(self.groups)
+        if len(plans) > 1:
+            sizes = [self._sizes.choice([0, 0, 1, 5, 60]) for _ in self.groups]
+            plans = [self._other(plan.step, size) for size in sizes]
+            plans[self.driven] = plan
+            common = max(len(each.tokens) for each in plans)
+            mixed = any(each.num_decode < len(each.lanes) for each in plans)
+            plans = [replace(each, common=common, mixed=mixed) for each in plans]
+        pending = [
+            [device.launch(each) for device in group]
+            for group, each in zip(self.groups, plans, strict=True)
+        ]
+        self._pending = [*pending[self.driven], *(p for group in pending for p in group)]
         return self
+
+    @staticmethod
+    def _other(step: int, size: int) -> StepPlan:
+        """A prompt of ``size`` tokens, if any."""
+        if not size:
+            return StepPlan(step=step, num_decode=0)
+        return StepPlan(
+            step=step, num_decode=0 if size > 1 else 1, lanes=i32([0]), starts=i32([0]),
+            counts=i32([size]), heads=i32([0]), slots=i32(range(size)), samples=bytearray(b"\1"),
+            tokens=i32(range(3, 3 + size)), opened=[Opened(0, size, GREEDY, i32([]))],
+        )  # fmt: skip
 
     def wait(self) -> StepDone:
         done, *_ = [pending.wait() for pending in self._pending]

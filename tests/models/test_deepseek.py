@@ -82,6 +82,19 @@ def test_two_ranks_match_transformers(tmp_path: Path, variant: str) -> None:
     check_against(reference, Driver(Ranks(tmp_path, 2), 1024), 40, 2e-4)
 
 
+@pytest.mark.parametrize(
+    ("variant", "size", "driven", "whole"),
+    [("v2 lite", 1, 0, False), ("v3", 1, 1, True), ("v3", 2, 1, False)],
+)
+def test_groups_that_share_experts_match_transformers(
+    tmp_path: Path, variant: str, size: int, driven: int, whole: bool
+) -> None:
+    """While the other group has no rows, a longer or a shorter step."""
+    reference = make_checkpoint(tmp_path, *VARIANTS[variant])
+    ranks = Ranks(tmp_path, size, groups=2, driven=driven, whole_experts=whole)
+    check_against(reference, Driver(ranks, 1024), 40, 2e-4)
+
+
 @pytest.mark.parametrize("new", [2, 50])
 def test_cached_prefix_gives_the_same_tokens(tmp_path: Path, new: int) -> None:
     make_checkpoint(tmp_path, *VARIANTS["v2 lite"])

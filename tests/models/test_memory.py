@@ -32,6 +32,7 @@ from asyncllm.engine.parallel import Alone
 from asyncllm.errors import StartupError
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
+from tests.conftest import TINY_EXPERTS
 from tests.models.families import CASES, WINDOW, make
 from tests.models.harness import Driver, Sequence, build, random_ids, read_spec
 from tests.models.test_llama import VARIANTS, make_checkpoint, make_config
@@ -100,7 +101,9 @@ def tensors_of(model: Decoder) -> list[Tensor]:
         elif isinstance(thing, dict | list | tuple):
             todo += thing.values() if isinstance(thing, dict) else thing
         elif type(thing).__module__.startswith("asyncllm.models."):
+            slots = getattr(type(thing), "__slots__", ())
             todo += vars(thing).values() if hasattr(thing, "__dict__") else []
+            todo += [getattr(thing, name) for name in slots]
     return found
 
 
@@ -131,6 +134,29 @@ def test_planned_weights_and_kv_are_what_every_rank_allocates(
         assert num_bytes(tensor for layer in kv for tensor in layer) == plan.kv
         targets = num_bytes(target.param for _, target in model.targets())
         assert targets == model.nbytes, "every parameter is loaded from somewhere"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_groups_that_share_experts_plan_their_part_of_these(whole: bool) -> None:
+    """Everything else they hold whole, and steps need room for the tokens of both."""
+    spec = ModelSpec.from_hf(TINY_EXPERTS, {})
+    apart = plan_memory(spec, sizes(ranks=2), CPU)
+    plan = plan_memory(spec, sizes(ranks=2, world=2, whole_experts=whole), CPU)
+    for rank in range(2):
+        model = make_model(
+            spec, Alone(), world=Ranked(rank, 2), dtype="fp32", device=CPU, max_len=256, where=CPU,
+            whole_experts=whole,
+        )  # fmt: skip
+        assert isinstance(model, Decoder)
+        assert num_bytes(tensors_of(model)) == model.nbytes == plan.weights
+    experts, hidden, inner = 2 * 6 * 3 + 2 * 3, 64, 40  # of two layers, the shared ones among them
+    kept = 0.5 * experts * hidden * inner * 4
+    assert apart.weights - plan.weights == kept
+    meta = torch.device("meta")
+    alone = make_model(spec, Alone(), dtype="fp32", device=CPU, max_len=256, where=meta)
+    assert isinstance(alone, Decoder)
+    assert model.blocks[1].mlp.width > alone.blocks[1].mlp.width
+    assert plan.division == apart.division
 
 
 def test_a_model_without_memory_has_none(tmp_path: Path) -> None:
