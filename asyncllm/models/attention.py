@@ -212,6 +212,7 @@ def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
         "has no rotary embedding": spec.rope is None,
         "turns neighbouring elements": spec.rope is not None and spec.rope.interleaved,
         "has attention sinks": spec.sinks,
+        "has latents": spec.kv_rank != 0 or spec.q_rank is not None,
         f"has values of {spec.v_dim} and keys of {spec.head_dim}": spec.v_dim != spec.head_dim,
     }
     return next((reason for reason, yes in asked.items() if yes), None)

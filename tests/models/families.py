@@ -263,7 +263,7 @@ SAID = frozenset({"architecture", "max_position", "dtype", "eos_ids", "weight_bl
 # for what is None
 GIVEN: dict[str, Any] = {
     "window": 40, "softcap": 3.0, "logit_softcap": 3.0, "scaling": Linear(1.1), "rope": None,
-    "query_growth": QueryGrowth(0.1, 30),
+    "query_growth": QueryGrowth(0.1, 30), "q_rank": 8,
 }  # fmt: skip
 
 

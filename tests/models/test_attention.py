@@ -33,6 +33,8 @@ BEYOND: list[tuple[dict[str, Any], str]] = [
     ({"kind": "mla"}, "is of kind 'mla'"),
     ({"rope": None}, "has no rotary embedding"),
     ({"rope": Rope(theta=1e4, dim=16, interleaved=True)}, "turns neighbouring elements"),
+    ({"kv_rank": 32}, "has latents"),
+    ({"q_rank": 32}, "has latents"),
     ({"v_dim": 8}, "has values of 8 and keys of 16"),
 ]
 

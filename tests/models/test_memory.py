@@ -181,10 +181,24 @@ def test_a_full_step_takes_no_more_than_was_planned(
     tmp_path: Path, changes: dict[str, int], params: SamplingParams
 ) -> None:
     make_checkpoint(tmp_path, **changes)
-    spec = ModelSpec.from_dir(tmp_path)
-    plan = plan_memory(spec, sizes(), CPU)
+    check_full_step(tmp_path, "fp32", params)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])  # bf16 is packed in a form nobody can measure
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "ministral3", "gemma3", "phi3, long"])
+def test_a_full_step_of_every_family_takes_no_more_than_was_planned(
+    tmp_path: Path, family: str, dtype: str
+) -> None:
+    make(CASES[family], tmp_path)
+    check_full_step(tmp_path, dtype, SamplingParams(temperature=0.0))
+
+
+def check_full_step(folder: Path, dtype: str, params: SamplingParams) -> None:
+    """What a full step and one of decoding take, against the plan."""
+    spec = ModelSpec.from_dir(folder)
+    plan = plan_memory(spec, sizes(dtype=dtype), CPU)
     engine = Engine(
-        build(tmp_path, spec, "fp32", CPU, 256),
+        build(folder, spec, dtype, CPU, 256),
         Alone(), num_slots=plan.num.full, num_lanes=8, max_len=256, eos_ids=(),
     )  # fmt: skip
     device, peak = CpuDevice(engine, 1), Peak()
@@ -197,7 +211,9 @@ def test_a_full_step_takes_no_more_than_was_planned(
             return execute(work)
 
     engine.execute = watched  # type: ignore[method-assign]
-    seqs = [Sequence(lane, random_ids(64, 499, lane), params) for lane in range(8)]
+    seqs = [
+        Sequence(lane, random_ids(64, min(499, spec.vocab_size), lane), params) for lane in range(8)
+    ]
     driver = Driver(device, plan.num.full)
     driver.run([(s, 64, 0) for s in seqs])
     assert plan.work / 4 < held + peak.most <= plan.work
