@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
 from asyncllm.engine import experts_cpu
-from asyncllm.models.ops import Held, Stack
+from asyncllm.models.ops import Held
 from asyncllm.models.spec import Activation, ExpertsSpec
 
 WIDENED_ROWS = 8192  # of the output matrix, whose float32 copies exist at a time
@@ -103,8 +103,9 @@ class TorchOps:
         active = silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")
         return active.mul_(up)
 
-    def stack(self, weights: Stack) -> Stack:
-        return [self.pack(weight) for weight in weights]
+    def pack_experts(self, held: Held, spec: ExpertsSpec) -> None:
+        held.gate_up = [self.pack(weight) for weight in held.gate_up]
+        held.down = [self.pack(weight) for weight in held.down]
 
     def route(
         self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec

@@ -8,11 +8,11 @@ from torch import Tensor
 from asyncllm.kernels.embedding import embed_rmsnorm
 from asyncllm.kernels.gated import gated
 from asyncllm.kernels.linear import linear
-from asyncllm.kernels.moe.experts import experts
+from asyncllm.kernels.moe.experts import experts, prepare
 from asyncllm.kernels.moe.route import route
 from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm
 from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
-from asyncllm.models.ops import Held, Stack
+from asyncllm.models.ops import Held
 from asyncllm.models.spec import Activation, ExpertsSpec
 
 GEMV_OUT = 65536  # up to so many outputs our kernel for one row is faster than cuBLAS
@@ -62,8 +62,8 @@ class TritonOps:
     def gated(self, x: Tensor, activation: Activation) -> Tensor:
         return gated(x, activation)
 
-    def stack(self, weights: Stack) -> Stack:
-        return weights
+    def pack_experts(self, held: Held, spec: ExpertsSpec) -> None:
+        prepare(*_stacks(held), held.numbers, spec.top_k, held.activation)
 
     def route(
         self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec
@@ -88,16 +88,13 @@ class TritonOps:
         shared: tuple[Tensor, Tensor | None] | None,
         out: Tensor | None,
     ) -> Tensor:
-        gate_up, down = held.gate_up, held.down
-        assert isinstance(gate_up, Tensor)
-        assert isinstance(down, Tensor)
         added, gate = (None, None) if shared is None else shared
         return experts(
             x,
-            gate_up,
-            down,
+            *_stacks(held),
             *routed,
             held=held.numbers,
+            num_experts=held.num_experts,
             activation=held.activation,
             shared=added,
             shared_gate=gate,
@@ -107,3 +104,10 @@ class TritonOps:
     def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
         # logits, choice and weights; each pair's row between the products and behind them
         return 4 * spec.num_experts + spec.top_k * (20 + itemsize * (inner + hidden))
+
+
+def _stacks(held: Held) -> tuple[Tensor, Tensor]:
+    gate_up, down = held.gate_up, held.down
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
+    return gate_up, down

@@ -43,7 +43,7 @@ class Experts:
             num, inner = spec.num_experts, -(-spec.inner // size)
             self._span = _slice(spec.inner, inner, rank)
         gate_up, down = site.empty(num, 2 * inner, hidden), site.empty(num, hidden, inner)
-        self._held = Held(range(first, last), gate_up, down, spec.activation)
+        self._held = Held(range(first, last), spec.num_experts, gate_up, down, spec.activation)
         self._router = site.empty(spec.num_experts, hidden)
         self._bias: Tensor | None = None
         if spec.bias:
@@ -100,8 +100,7 @@ class Experts:
         yield f"{prefix}{names.down}.weight", Target(down, 1, inner, gate)
 
     def pack(self) -> None:
-        stack, held = self._site.ops.stack, self._held
-        held.gate_up, held.down = stack(held.gate_up), stack(held.down)
+        self._site.ops.pack_experts(self._held, self._spec)
         if self._shared is not None:
             self._shared.pack()
 

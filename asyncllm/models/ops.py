@@ -17,17 +17,18 @@ from asyncllm.models.weights import Target
 Stack = Tensor | list[Tensor]  # the same matrix of all of a rank's experts
 
 
-@dataclass(slots=True)
+@dataclass
 class Held:
     """The experts of a rank.
 
     Attributes:
-        numbers: which they are.
+        numbers: which they are, of all that the layer has.
         gate_up: [E, 2 * I, hidden], theirs first; the rest is not used.
         down: [E, hidden, I].
     """
 
     numbers: range
+    num_experts: int
     gate_up: Stack
     down: Stack
     activation: Activation
@@ -68,9 +69,9 @@ class Ops(Protocol):
     def gated(self, x: Tensor, activation: Activation) -> Tensor:
         """[T, 2 * I] -> [T, I]: ``activation`` of the first half times the second."""
 
-    def stack(self, weights: Stack) -> Stack:
-        """Experts' ``weights`` [E, out, in] in the form that :meth:`experts` reads fastest;
-        start-up only."""
+    def pack_experts(self, held: Held, spec: ExpertsSpec) -> None:
+        """Bring ``held`` into the form that :meth:`experts` reads fastest, and prepare what
+        running them takes; start-up only."""
 
     def route(
         self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec

@@ -59,25 +59,28 @@ def _place(path: str) -> tuple[ModuleType, str]:
 _DECODER = "asyncllm.models.llama:Decoder"
 
 
-def _dense(module: str, reader: str = "", opener: str = "") -> Family:
+def _common(module: str, reader: str = "", opener: str = "") -> Family:
     path = f"asyncllm.models.{module}:"
     return Family(_DECODER, path + reader if reader else "", path + opener if opener else "")
 
 
 MODELS = {
-    "DeepseekV2ForCausalLM": _dense("deepseek", "read2", "config2"),
-    "DeepseekV3ForCausalLM": _dense("deepseek", "read3", "config3"),
+    "DeepseekV2ForCausalLM": _common("deepseek", "read2", "config2"),
+    "DeepseekV3ForCausalLM": _common("deepseek", "read3", "config3"),
     "LlamaForCausalLM": Family(_DECODER),
-    "Qwen2ForCausalLM": _dense("qwen", "read2", "config2"),
-    "Qwen3ForCausalLM": _dense("qwen", "read3", "config3"),
-    "MistralForCausalLM": _dense("mistral", "", "config"),
-    "MinistralForCausalLM": _dense("mistral", "", "config"),
-    "Ministral3ForCausalLM": _dense("mistral", "read3", "config3"),
-    "Mistral3ForConditionalGeneration": _dense("mistral", "read_text", "config_text"),
-    "Gemma2ForCausalLM": _dense("gemma", "read", "config2"),
-    "Gemma3ForCausalLM": _dense("gemma", "read3", "config3"),
-    "Gemma3ForConditionalGeneration": _dense("gemma", "read_text", "config_text"),
-    "Phi3ForCausalLM": _dense("phi3", "read", "config"),
+    "Qwen2ForCausalLM": _common("qwen", "read2", "config2"),
+    "Qwen3ForCausalLM": _common("qwen", "read3", "config3"),
+    "MistralForCausalLM": _common("mistral", "", "config"),
+    "MinistralForCausalLM": _common("mistral", "", "config"),
+    "Ministral3ForCausalLM": _common("mistral", "read3", "config3"),
+    "Mistral3ForConditionalGeneration": _common("mistral", "read_text", "config_text"),
+    "Gemma2ForCausalLM": _common("gemma", "read", "config2"),
+    "Gemma3ForCausalLM": _common("gemma", "read3", "config3"),
+    "Gemma3ForConditionalGeneration": _common("gemma", "read_text", "config_text"),
+    "Phi3ForCausalLM": _common("phi3", "read", "config"),
+    "MixtralForCausalLM": _common("mixtral", "read", "config"),
+    "Qwen2MoeForCausalLM": _common("qwen_moe", "read2", "config2"),
+    "Qwen3MoeForCausalLM": _common("qwen_moe", "read3", "config3"),
 }
 
 

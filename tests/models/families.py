@@ -104,6 +104,9 @@ DEEPSEEK = {
 }  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
 
+MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+ONE_GROUP = frozenset({"group_score"})  # there is nothing to choose between
+
 CASES = {
     "llama": Case("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": LLAMA3}),
     "llama, biases": Case(
@@ -165,6 +168,28 @@ CASES = {
     ),
     "deepseek v3": Case(
         "DeepseekV3Config", "DeepseekV3ForCausalLM", {**DEEPSEEK, **GROUPS}
+    ),
+    "mixtral": Case(
+        "MixtralConfig", "MixtralForCausalLM",
+        {"num_local_experts": 5, "sliding_window": WINDOW, "intermediate_size": 24},
+        unseen=ONE_GROUP | {"shared"},
+    ),
+    "qwen2 moe": Case(
+        "Qwen2MoeConfig", "Qwen2MoeForCausalLM",
+        {**MOE, "head_dim": 8, "shared_expert_intermediate_size": 33, "mlp_only_layers": [1]},
+        unseen=ONE_GROUP,
+    ),
+    "qwen2 moe, windows": Case(
+        "Qwen2MoeConfig", "Qwen2MoeForCausalLM",
+        {**MOE, "head_dim": 8, "shared_expert_intermediate_size": 20, "norm_topk_prob": True,
+         "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2,
+         "qkv_bias": False},
+        unseen=ONE_GROUP,
+    ),
+    "qwen3 moe": Case(
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
+        {**MOE, "norm_topk_prob": True, "decoder_sparse_step": 2, "attention_bias": True},
+        unseen=ONE_GROUP | {"shared"},
     ),
 }  # fmt: skip
 

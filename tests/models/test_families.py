@@ -25,6 +25,7 @@ from tests.models.families import (
 )
 from tests.models.harness import Ranks, make_device, read_spec
 
+WITH_EXPERTS = [name for name, case in CASES.items() if any("expert" in k for k in case.changes)]
 CLOSE = 2e-4  # of float32, in log-probabilities of some -30
 
 
@@ -61,6 +62,14 @@ def test_matches_transformers(made: tuple[Case, Path, Reference], tp: int) -> No
         if tp > 1
         else make_device(folder, "fp32", "cpu", num_slots=1024, max_len=case.max_len)
     )
+    assert largest_difference(reference, device) < CLOSE
+    device.close()
+
+
+@pytest.mark.parametrize("made", WITH_EXPERTS, indirect=True)
+def test_experts_on_three_ranks_match_transformers(made: tuple[Case, Path, Reference]) -> None:
+    case, folder, reference = made
+    device = Ranks(folder, 3, max_len=case.max_len, whole_experts=True)
     assert largest_difference(reference, device) < CLOSE
     device.close()
 

@@ -20,6 +20,7 @@ from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.attention_cpu import TorchAttention
 from asyncllm.engine.build import (
     CPU_KV_BYTES,
+    MemoryPlan,
     Sizes,
     make_model,
     plan_memory,
@@ -31,7 +32,7 @@ from asyncllm.engine.engine import Engine, Outputs, Work
 from asyncllm.engine.parallel import Alone
 from asyncllm.errors import StartupError
 from asyncllm.models.llama import Decoder
-from asyncllm.models.spec import ModelSpec
+from asyncllm.models.spec import ExpertsSpec, ModelSpec
 from tests.conftest import TINY_EXPERTS
 from tests.models.families import CASES, WINDOW, make
 from tests.models.harness import Driver, Sequence, build, random_ids, read_spec
@@ -88,8 +89,8 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def tensors_of(model: Decoder) -> list[Tensor]:
-    """Whatever the decoder and its blocks hold."""
+def tensors_of(model: object) -> list[Tensor]:
+    """Whatever the decoder and its blocks, or a part of them, hold."""
     found, seen, todo = [], set(), [model]
     while todo:
         thing = todo.pop()
@@ -159,6 +160,24 @@ def test_groups_that_share_experts_plan_their_part_of_these(whole: bool) -> None
     assert plan.division == apart.division
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["cut", "whole"])
+@pytest.mark.parametrize("tp", [1, 2, 3, 8])
+def test_planned_weights_of_experts_are_what_every_rank_allocates(tp: int, whole: bool) -> None:
+    experts = ExpertsSpec(
+        num_experts=7, top_k=2, inner=13, bias=True, shared_inner=9, shared_gate=True
+    )
+    spec = ModelSpec.from_hf(make_config().to_dict(), {})
+    spec = replace(spec, mlps=(spec.mlps[0], *[experts] * (len(spec.mlps) - 1)))
+    plan = plan_memory(spec, sizes(tp=tp, ranks=tp, dtype="bf16", whole_experts=whole), CPU)
+    for rank in range(tp):
+        model = make_model(
+            spec, Ranked(rank, tp), dtype="bf16", device=CPU, max_len=256, where=CPU,
+            whole_experts=whole,
+        )  # fmt: skip
+        targets = num_bytes(target.param for _, target in model.targets())
+        assert num_bytes(tensors_of(model)) == targets == model.nbytes == plan.weights
+
+
 def test_a_model_without_memory_has_none(tmp_path: Path) -> None:
     spec = ModelSpec.from_hf(make_config(vocab_size=1 << 30, hidden_size=6 << 10).to_dict(), {})
     model = make_model(
@@ -201,6 +220,28 @@ def check_full_step(folder: Path, dtype: str, params: SamplingParams) -> None:
         build(folder, spec, dtype, CPU, 256),
         Alone(), num_slots=plan.num.full, num_lanes=8, max_len=256, eos_ids=(),
     )  # fmt: skip
+    watch_a_full_step(engine, plan, params)
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_intermediate_size": 256}], ids=str)
+def test_a_full_step_of_experts_takes_no_more_than_was_planned(
+    tmp_path: Path, changes: dict[str, int]
+) -> None:
+    make(replace(CASES["qwen2 moe"], changes={**CASES["qwen2 moe"].changes, **changes}), tmp_path)
+    spec = ModelSpec.from_dir(tmp_path)
+    plan = plan_memory(spec, sizes(), CPU)
+    model = build(tmp_path, spec, "fp32", CPU, 256)
+    assert isinstance(model, Decoder)
+    for block in model.blocks:
+        for tensor in tensors_of(block.mlp):
+            if len(tensor) == 7 and tensor.dim() == 2:
+                tensor.zero_()  # the router's: then some experts get all tokens
+    engine = Engine(model, Alone(), num_slots=plan.num.full, num_lanes=8, max_len=256, eos_ids=())
+    watch_a_full_step(engine, plan, SamplingParams(temperature=0.0))
+
+
+def watch_a_full_step(engine: Engine, plan: MemoryPlan, params: SamplingParams) -> None:
+    """A step takes no more than was planned, and not much less."""
     device, peak = CpuDevice(engine, 1), Peak()
     held = num_bytes((engine.table, engine.history, engine.last_token))
     held += engine.model.site.attention.nbytes
@@ -211,9 +252,7 @@ def check_full_step(folder: Path, dtype: str, params: SamplingParams) -> None:
             return execute(work)
 
     engine.execute = watched  # type: ignore[method-assign]
-    seqs = [
-        Sequence(lane, random_ids(64, min(499, spec.vocab_size), lane), params) for lane in range(8)
-    ]
+    seqs = [Sequence(lane, random_ids(64, 200, lane), params) for lane in range(8)]
     driver = Driver(device, plan.num.full)
     driver.run([(s, 64, 0) for s in seqs])
     assert plan.work / 4 < held + peak.most <= plan.work

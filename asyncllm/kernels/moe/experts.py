@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from asyncllm.kernels.autotune import Entry, num_sms, tuned
 from asyncllm.kernels.gated import activated, gated_ref
-from asyncllm.kernels.moe.order import order
+from asyncllm.kernels.moe.order import CHUNKS, order
 
 _BLOCK = 1024  # columns of the sum per program
 
@@ -187,6 +187,7 @@ def experts(
     weights: Tensor,
     *,
     held: range | None = None,
+    num_experts: int | None = None,
     activation: str = "silu",
     shared: Tensor | None = None,
     shared_gate: Tensor | None = None,
@@ -204,6 +205,8 @@ def experts(
             same.
         weights: [num_tokens, top_k] float32, contiguous.
         held: numbers of the experts whose matrices these are; others add nothing. None: from 0.
+        num_experts: that there are, here and elsewhere: selects the tiles, never the result. None:
+            those of ``held``.
         activation: silu or gelu_tanh.
         shared: [num_tokens, hidden], added to the sum; rows may be strided.
         shared_gate: [num_tokens, 1] float32: its sigmoid multiplies ``shared``.
@@ -225,7 +228,8 @@ def experts(
     if len(x) == 0:
         return out
     if config is None:
-        config = experts_config(ids.numel(), len(held), down.shape[2], x.element_size(), x.device)
+        num_all = num_experts or len(held)
+        config = experts_config(ids.numel(), num_all, down.shape[2], x.element_size(), x.device)
     pairs, owners = order(ids, len(held), config.block_m, held.start)
     top_k = ids.shape[1]
     inner = _product(x, gate_up, pairs, owners, ids.numel(), top_k, config, activation)
@@ -336,12 +340,30 @@ def experts_config(
     """The configuration for a shape: the device's tuned one or that of the table, with small tiles
     for 4-byte elements."""
     size = size_class(num_pairs, num_experts, inner, device)
+    return _config_of(size, element_size, device)
+
+
+def _config_of(size: str, element_size: int, device: torch.device) -> ExpertsConfig:
     entry = tuned(device, "experts", size)
     found = _CONFIGS[size] if entry is None else ExpertsConfig.of(entry)
     if element_size <= 2:
         return found
     small = Tile(32, 32, 4, 2)
     return dataclasses.replace(found, block_m=min(found.block_m, 32), up=small, down=small)
+
+
+def prepare(gate_up: Tensor, down: Tensor, held: range, top_k: int, activation: str) -> None:
+    """Builds what ``experts`` will use for any number of tokens: not all of it turns up in the
+    first steps. Takes what ``experts`` takes."""
+    x = gate_up.new_zeros(1, gate_up.shape[2])
+    # experts that are elsewhere
+    ids = torch.full((CHUNKS[-1], top_k), -1, dtype=torch.int32, device=x.device)
+    weights = torch.zeros((1, top_k), dtype=torch.float32, device=x.device)
+    for size in _CONFIGS:
+        config = _config_of(size, x.element_size(), x.device)
+        for chunk in CHUNKS:
+            order(ids[: max(1, chunk // top_k)], len(held), config.block_m)
+        experts(x, gate_up, down, ids[:1], weights, held=held, activation=activation, config=config)
 
 
 def _check(

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+CHUNKS = (256, 1024, 4096)  # pairs that are looked at together
+
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks", "first"])
 def _order_kernel(
@@ -95,7 +97,7 @@ def order(ids: Tensor, num_experts: int, block_m: int, first: int = 0) -> tuple[
             NUM_EXPERTS=num_experts,
             BINS=triton.next_power_of_2(num_experts + 1),
             BLOCK_M=block_m,
-            CHUNK=256 if num_pairs <= 256 else 1024 if num_pairs <= 1024 else 4096,
+            CHUNK=next((chunk for chunk in CHUNKS if num_pairs <= chunk), CHUNKS[-1]),
             num_warps=4,
         )
     return pairs, experts

@@ -1,0 +1,38 @@
+"""Mixtral: Mistral with a mixture of experts in every layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from asyncllm.models.mistral import with_windows
+from asyncllm.models.spec import ExpertNames, ExpertsSpec, Json, MlpSpec, ModelSpec
+
+_DEFAULTS: Json = {
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1e6,
+    "num_experts_per_tok": 2,
+}
+
+
+def config(hf: Json) -> Json:
+    """config.json of Mixtral: all layers have the window, if there is one."""
+    num_experts = hf.get("num_local_experts") or hf.get("num_experts") or 8
+    return with_windows({**_DEFAULTS, **hf, "num_local_experts": num_experts})
+
+
+def read(spec: ModelSpec, hf: Json) -> ModelSpec:
+    """What config.json says beyond the common names."""
+
+    def experts(plain: MlpSpec | ExpertsSpec) -> ExpertsSpec:
+        return ExpertsSpec(
+            num_experts=int(hf["num_local_experts"]),
+            top_k=int(hf["num_experts_per_tok"]),
+            inner=int(hf["intermediate_size"]),
+            renormalise=True,
+            activation=plain.activation,
+            names=ExpertNames(gate="w1", up="w3", down="w2"),
+        )
+
+    return replace(spec, mlps=tuple(experts(mlp) for mlp in spec.mlps), mlp_name="block_sparse_moe")
