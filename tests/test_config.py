@@ -119,8 +119,8 @@ def test_options_and_defaults_are_the_documented_ones_and_ours() -> None:
 def test_parsers_begin_with_the_documented_ones() -> None:
     names = FLAGS["tool_call_parser"].choices
     assert names[:3] == ("qwen25", "llama3", "mistral")
-    assert {"hermes", "deepseekv3", "qwen3_coder", "glm47", "kimi_k2"} <= set(names)
-    assert {"deepseek-r1", "qwen3", "glm45", "gpt-oss", "kimi_k2", "think"} == set(
+    assert {"hermes", "deepseekv3", "qwen3_coder", "glm47", "kimi_k2", "phi4"} <= set(names)
+    assert {"deepseek-r1", "qwen3", "glm45", "gpt-oss", "kimi_k2", "mistral", "think"} == set(
         FLAGS["reasoning_parser"].choices
     )
 

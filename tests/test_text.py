@@ -496,6 +496,21 @@ def test_tool_template_serves_calls_with_tools() -> None:
     assert template.render({"messages": [], "tools": [{"name": "f"}]}) == "Tf"
 
 
+@pytest.mark.parametrize("source", [
+    "{{ a | tojson }}", "{{ '' + a }}", "{{ a + '' }}", "{{ '' ~ a }}", "{{ a }}",
+    "{% if a is mapping and a is not string %}{{ a | tojson }}{% endif %}",
+    "{% set n = namespace(t='') %}{% for k, v in a.items() %}"
+    "{% set n.t = '{\"' + k + '\": \"' + v + '\"}' %}{% endfor %}{{ n.t }}",
+])  # fmt: skip
+def test_arguments_of_a_call_are_an_object_and_text(source: str) -> None:
+    """Qwen's template takes an object, that of DeepSeek-V3 joins JSON to text."""
+    head = "{% set a = messages[0].tool_calls[0].function.arguments %}"
+    template = ChatTemplate({"default": head + source}, {})
+    function = {"name": "f", "arguments": {"city": "Ü"}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    assert template.render({"messages": [turn]}) == '{"city": "Ü"}'
+
+
 def test_continued_message_ends_the_prompt() -> None:
     source = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}A{% endif %}"
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x y "}]

@@ -33,6 +33,19 @@ _RENDER_ERRORS = (
 )
 
 
+class _Arguments(dict[str, Any]):
+    """Arguments of a call: an object to most templates; to those that join it to text, its JSON."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
+
+    def __add__(self, other: str) -> str:
+        return str(self) + other
+
+    def __radd__(self, other: str) -> str:
+        return other + str(self)
+
+
 class ChatTemplate:
     """The compiled templates of one model.
 
@@ -64,7 +77,7 @@ class ChatTemplate:
         Raises:
             RequestError: no template, or the template's own refusal.
         """
-        messages: list[dict[str, Any]] = chat["messages"]
+        messages: list[dict[str, Any]] = [_with_arguments(turn) for turn in chat["messages"]]
         tools = chat.get("tools") or None
         kwargs = dict(chat.get("kwargs") or {})
         going_on = bool(kwargs.pop("continue_final_message", False))
@@ -87,6 +100,15 @@ class ChatTemplate:
             raise RequestError(
                 f"the chat template refuses these messages: {error}", param="messages"
             ) from error
+
+
+def _with_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    if not (calls := turn.get("tool_calls")):
+        return turn
+    functions = [call["function"] for call in calls]
+    made = [{**function, "arguments": _Arguments(function["arguments"])} for function in functions]
+    told = [{**call, "function": function} for call, function in zip(calls, made, strict=True)]
+    return {**turn, "tool_calls": told}
 
 
 def variables(templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> frozenset[str]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from asyncllm.api.errors import NotAvailable
 from asyncllm.api.fields import bad, show, text, typed
 from asyncllm.api.parts import Dialect
-from asyncllm.api.tools import Tool, system_text
+from asyncllm.api.tools import Tool, system_text, written
 
 MAX_TOOLS: Final = 128
 MAX_TOOLS_CHARS: Final = 256 << 10  # of their JSON
@@ -172,43 +172,41 @@ def template_form(tool: Tool) -> dict[str, Any]:
 def told(turns: Turns, offered: Offer, dialect: Dialect) -> tuple[Turns, list[Any] | None]:
     """The conversation and the tools for the chat template.
 
-    A template that does not know tools gets them in the system message, and calls and results of
-    earlier turns as text, all in hermes format.
+    A template that does not know tools gets them in the system message, and calls of earlier turns
+    as the model writes them; results too are text, unless the template has turns for them.
     """
     if dialect.lists_tools:
         return turns, offered.listed or None
-    out = _plain(turns)
-    if offered.tools:
-        lines = system_text(offered.tools)
-        if out[0]["role"] == "system":
-            first = {**out[0], "content": f"{out[0]['content']}\n\n{lines}".lstrip()}
-            return [first, *out[1:]], None
-        out.insert(0, {"role": "system", "content": lines})
-    return out, None
+    out = _plain(turns, dialect)
+    if not offered.tools:
+        return out, None
+    system = out.pop(0) if out[0]["role"] == "system" else {"role": "system", "content": ""}
+    if dialect.tools_in_system:
+        told = json.dumps([template_form(tool)["function"] for tool in offered.tools])
+        return [{**system, "tools": told}, *out], None
+    lines = system_text(offered.tools, dialect.spelling or dialect.calls)
+    return [{**system, "content": f"{system['content']}\n\n{lines}".lstrip()}, *out], None
 
 
-def _plain(turns: Turns) -> Turns:
+def _plain(turns: Turns, dialect: Dialect) -> Turns:
     """Calls as text of the assistant, results as turns of the user; neighbours are one turn."""
     out: Turns = []
     for results, group in groupby(turns, key=lambda turn: turn["role"] == "tool"):
-        if results:
+        if results and not dialect.tells_results:
             lines = [f"<tool_response>\n{turn['content']}\n</tool_response>" for turn in group]
             out.append({"role": "user", "content": "\n".join(lines)})
         else:
-            out += map(_without_calls, group)
+            out += (_without_calls(turn, dialect) for turn in group)
     return out
 
 
-def _without_calls(turn: dict[str, Any]) -> dict[str, Any]:
+def _without_calls(turn: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
     if not (calls := turn.get("tool_calls")):
         return turn
-    lines = [turn["content"], *(_written(call["function"]) for call in calls)]
+    told = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+    lines = [turn["content"], written(dialect.spelling or dialect.calls, told)]
     rest = {key: value for key, value in turn.items() if key != "tool_calls"}
     return rest | {"content": "\n".join(line for line in lines if line)}
-
-
-def _written(function: dict[str, Any]) -> str:
-    return f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>"
 
 
 def _tools(value: Any, name: str, shape: Shape) -> Tools:

@@ -25,6 +25,8 @@ class Dialect:
         calls: the format of calls, one of ``tools.FORMATS``.
         spelling: its variant, as ``tools.spelling`` names it; "": it has none.
         lists_tools: its chat template puts tools into the prompt.
+        tools_in_system: it takes them as JSON text, of the system message.
+        tells_results: it has turns for the results of calls that were written as text.
         reasoning: the format of reasoning, one of ``reasoning.FORMATS``; "": none.
         variables: what its chat template reads.
     """
@@ -32,6 +34,8 @@ class Dialect:
     calls: str = "hermes"
     spelling: str = ""
     lists_tools: bool = False
+    tools_in_system: bool = False
+    tells_results: bool = False
     reasoning: str = ""
     variables: frozenset[str] = frozenset()
 
@@ -48,13 +52,17 @@ def dialect_of(
     usual = templates.get("default", "")
     offering = templates.get("tool_use", usual)
     lists_tools = tools.template_uses_tools(offering)
-    detected = tools.detect_format(offering) if lists_tools else None
+    detected = tools.detect_format(offering)
     name = calls or detected or "hermes"
     spelling = tools.spelling(name, offering)
+    in_system = not lists_tools and tools.tools_in_system(offering)
+    knows = tools.template_tells_results(offering) or in_system
     return Dialect(
         calls=name,
         spelling="" if spelling == name else spelling,
         lists_tools=lists_tools,
+        tools_in_system=in_system,
+        tells_results=not lists_tools and name == detected and knows,
         reasoning=thoughts or reasoning.detect_format(usual) or "",
     )
 

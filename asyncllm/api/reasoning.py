@@ -44,6 +44,7 @@ _FORMATS: Final[dict[str, _Think]] = {
         pairs=(("<think>", "</think>"), ("◁think▷", "◁/think▷")),
         ends=("<|tool_calls_section_begin|>",),
     ),
+    "mistral": _Think(pairs=(("[THINK]", "[/THINK]"),), ends=("[TOOL_CALLS]",)),
     "think": _THINK,
 }
 FORMATS: Final = (*_FORMATS, "gpt-oss")
@@ -91,12 +92,17 @@ def make_reasoning(format_name: str, *, opened: bool | None) -> ReasoningParser:
 
 
 def detect_format(template: str) -> str | None:
-    """The format of reasoning that a chat template shows; None if it shows none for certain."""
+    """The format of reasoning that a chat template shows; None if it shows none for certain.
+
+    An end tag is enough: templates that leave reasoning out of earlier turns look for it.
+    """
     plain = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
     plain = plain.replace("\\u2581", deepseek.SPACE).replace("\\uff5c", deepseek.BAR)
     if "<|channel|>analysis" in plain:
         return "gpt-oss"
-    pairs = [pair for pair in _FORMATS["kimi_k2"].pairs if all(tag in plain for tag in pair)]
+    if "[/THINK]" in plain:
+        return "mistral"
+    pairs = [pair for pair in _FORMATS["kimi_k2"].pairs if pair[1] in plain]
     if not pairs:
         return None
     if pairs[-1][0] != "<think>" or "<|tool_calls_section_begin|>" in plain:

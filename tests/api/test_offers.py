@@ -13,6 +13,7 @@ from asyncllm.api.errors import NotAvailable
 from asyncllm.api.generation import Generation
 from asyncllm.api.parts import Dialect, dialect_of
 from asyncllm.api.reasoning import detect_format
+from asyncllm.api.tools import deepseek
 from asyncllm.errors import RequestError
 from tests.api.test_requests import HI, SERVED, rendered
 
@@ -69,7 +70,36 @@ def test_any_other_gets_them_in_the_system_message_and_the_history_as_text() -> 
     assert [m["role"] for m in alone] == ["system", "user"]
 
 
-@pytest.mark.parametrize("dialect", [Dialect(), Dialect(lists_tools=True)])
+DEEPSEEK = Dialect(calls="deepseekv3", tells_results=True)
+PHI = Dialect(calls="phi4", tools_in_system=True, tells_results=True)
+
+
+def test_calls_are_told_as_the_model_writes_them_where_the_template_shows_that() -> None:
+    got = chat(DEEPSEEK, tools=TOOLS, messages=HISTORY)
+    system, _, assistant, *results, more = rendered(got)["messages"]
+    assert json.dumps(WEATHER) in system["content"]
+    one = f'{deepseek.CALL}function{deepseek.SEP}weather\n```json\n{{"city": "Ü"}}\n```{deepseek.CALL_END}'
+    written = f"{deepseek.CALLS}{one}\n{one}{deepseek.CALLS_END}"
+    assert assistant == {"role": "assistant", "content": written}
+    assert [(turn["role"], turn["content"]) for turn in results] == [("tool", "12"), ("tool", "13")]
+    assert more == HISTORY[-1]
+    assert got.parting is not None
+    assert (got.parting.calls, deepseek.CALLS in got.parting.shown) == ("deepseekv3", True)
+
+
+@pytest.mark.parametrize("turns", [HISTORY, HISTORY[1:]])
+def test_tools_of_the_system_message(turns: list[dict[str, Any]]) -> None:
+    prompt = rendered(chat(PHI, tools=TOOLS, messages=turns))
+    assert prompt["tools"] is None
+    system, _, assistant, *results, _ = prompt["messages"]
+    assert (system["role"], json.loads(system["tools"])) == ("system", [WEATHER])
+    assert system["content"] == ("be brief" if turns is HISTORY else "")
+    call = '{"name": "weather", "arguments": {"city": "Ü"}}'
+    assert assistant["content"] == f"<|tool_call|>[{call}, {call}]<|/tool_call|>"
+    assert [turn["role"] for turn in results] == ["tool", "tool"]
+
+
+@pytest.mark.parametrize("dialect", [Dialect(), Dialect(lists_tools=True), DEEPSEEK, PHI])
 @pytest.mark.parametrize(
     "body", [{}, {"tools": []}, {"tools": TOOLS, "tool_choice": "none"}, {"tool_choice": "auto"}]
 )
@@ -264,6 +294,7 @@ def test_a_form_leaves_reasoning_to_the_template_and_a_list_of_tokens_leaves_non
         chat(dialect, allowed_token_ids=[1], max_thinking_tokens=7)
 
 
+OWN = "{% if message['role'] == 'tool' %}" + deepseek.CALL + "```json"
 LISTING = "{% for t in tools %}{{ t | tojson }}{% endfor %}"
 
 
@@ -271,7 +302,10 @@ LISTING = "{% for t in tools %}{{ t | tojson }}{% endfor %}"
     ("templates", "flags", "expected"),
     [
         ({}, (), Dialect()),
-        ({"default": "{{ messages }}<tool_call>"}, (), Dialect()),
+        ({"default": "{{ messages }}<tool_call>"}, (), Dialect(calls="qwen25")),
+        ({"default": OWN}, (), DEEPSEEK),
+        ({"default": OWN}, ("hermes",), Dialect()),
+        ({"default": "<|tool|>{{ message['tools'] }}<|/tool|>"}, (), PHI),
         ({"default": LISTING}, (), Dialect(lists_tools=True)),
         ({"default": LISTING + "[TOOL_CALLS]"}, (),
          Dialect(calls="mistral", spelling="mistral list", lists_tools=True)),
@@ -297,6 +331,8 @@ def test_dialect_of_a_template(
         ("<think>\n\n</think>", "think"),
         ("<\uff5cUser\uff5c><think></think>", "deepseek-r1"),
         ("<\\uff5cUser\\uff5c><think></think>", "deepseek-r1"),
+        ("{{ content.split('</think>')[-1] }}", "think"),
+        ("{{ '[THINK]' + thinking + '[/THINK]' }}", "mistral"),
         ("◁think▷◁/think▷", "kimi_k2"),
         ("<think></think><|tool_calls_section_begin|>", "kimi_k2"),
         ("<|start|>assistant<|channel|>analysis<|message|>", "gpt-oss"),

@@ -29,10 +29,11 @@ EXAMPLES = settings(
     suppress_health_check=list(HealthCheck),
 )
 TAGS = {name: ("<think>", "</think>") for name in FORMATS if name != "gpt-oss"}
+TAGS["mistral"] = ("[THINK]", "[/THINK]")
 PIECES = st.sampled_from([
     "<think>", "</think>", "<thi", "◁think▷", "◁/think▷", "\n", " ", "<|channel|>", "analysis", "final",
     "commentary", "<|message|>", "<|end|>", "<|start|>", "assistant", " to=functions.f", "<|return|>",
-    "<|call|>", "<|tool_calls_section_begin|>", "text", "<", "{}",
+    "<|call|>", "<|tool_calls_section_begin|>", "text", "<", "{}", "[THINK]", "[/THINK]", "[TOOL_CALLS]",
 ])  # fmt: skip
 opened = st.sampled_from([True, False, None])
 
@@ -127,6 +128,11 @@ def test_an_empty_think_block_is_nothing() -> None:
 
 def test_only_the_first_block_is_reasoning() -> None:
     assert split("think", None, ["<think>a</think>b<think>c</think>"]) == ("a", "b<think>c</think>")
+
+
+def test_a_call_of_mistral_ends_reasoning() -> None:
+    pieces = ["[THINK]hm", "[TOOL_", "CALLS]f[ARGS]{}"]
+    assert split("mistral", None, pieces) == ("hm", "[TOOL_CALLS]f[ARGS]{}")
 
 
 def test_kimi_has_two_pairs_of_tags() -> None:

@@ -16,7 +16,7 @@ from asyncllm.api.tools.events import (
     Text,
     Tool,
 )
-from asyncllm.api.tools.forced import Tag, Tags, call_forms, spelling, tags
+from asyncllm.api.tools.forced import Tag, Tags, call_forms, spelling, tags, written
 from asyncllm.api.tools.formats import (
     DeepSeekV3,
     GptOss,
@@ -25,10 +25,17 @@ from asyncllm.api.tools.formats import (
     KimiK2,
     Llama3,
     Mistral,
+    Phi4,
 )
 from asyncllm.api.tools.parser import NewId, Parsed, ToolParser, new_id
 from asyncllm.api.tools.schema import call_schema
-from asyncllm.api.tools.template import detect_format, system_text, template_uses_tools
+from asyncllm.api.tools.template import (
+    detect_format,
+    system_text,
+    template_tells_results,
+    template_uses_tools,
+    tools_in_system,
+)
 from asyncllm.api.tools.xml import Glm47, Qwen3Coder
 
 __all__ = [
@@ -54,7 +61,10 @@ __all__ = [
     "spelling",
     "system_text",
     "tags",
+    "template_tells_results",
     "template_uses_tools",
+    "tools_in_system",
+    "written",
 ]
 
 _PARSERS: Final[dict[str, type[ToolParser]]] = {
@@ -67,6 +77,7 @@ _PARSERS: Final[dict[str, type[ToolParser]]] = {
     "glm47": Glm47,
     "kimi_k2": KimiK2,
     "gpt_oss": GptOss,
+    "phi4": Phi4,
     "json": Json,
 }
 # what --tool_call_parser may be; "json" reads what call_schema forces

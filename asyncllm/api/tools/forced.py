@@ -136,6 +136,15 @@ _SPELLINGS: Final = {
         begin="<|channel|>commentary to=functions.%s <|constrain|>json<|message|>",
         end="<|call|>",
     ),
+    "phi4": _Spelling(
+        trigger='{"name": "',
+        begin='{"name": "%s", "arguments": ',
+        end="}",
+        opens="<|tool_call|>[",
+        between=", ",
+        closes="]<|/tool_call|>",
+        quoted=True,
+    ),
 }
 
 
@@ -164,6 +173,34 @@ def tags(format_name: str, tools: Sequence[Tool], template: str = "") -> Tags:
         KeyError: no such format.
     """
     return _SPELLINGS[spelling(format_name, template)].tags(tools)
+
+
+def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Calls as a model writes them that uses this format.
+
+    Args:
+        spelling_name: of :func:`spelling`.
+        calls: name and arguments of each.
+    """
+    form = _SPELLINGS[spelling_name]
+    made = form.tags([Tool(name) for name, _ in calls])
+    each = (
+        f"{tag.begin}{_arguments(form.style, values)}{tag.end}"
+        for tag, (_, values) in zip(made.tags, calls, strict=True)
+    )
+    return made.opens + made.between.join(each) + made.closes
+
+
+def _arguments(style: Style, values: dict[str, Any]) -> str:
+    if style == "json":
+        return json.dumps(values, ensure_ascii=False)
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in values.items()
+    }
+    if style == "qwen_xml":
+        return "\n".join(f"<parameter={k}>\n{v}\n</parameter>" for k, v in texts.items())
+    return "".join(f"<arg_key>{k}</arg_key><arg_value>{v}</arg_value>" for k, v in texts.items())
 
 
 def call_forms(spelling_name: str, tools: Sequence[Tool]) -> str:

@@ -116,6 +116,31 @@ class Mistral(ToolParser):
         return self._make_id()[:9]
 
 
+class Phi4(ToolParser):
+    """``<|tool_call|>[{"name": .., "arguments": {..}}]<|/tool_call|>``, or ``functools[..]``."""
+
+    marks = Marks("<|tool_call|>", "functools[")
+    tokens = ("<|tool_call|>", "<|/tool_call|>")
+    tails = ("}]<|/tool_call|>", "]<|/tool_call|>", "<|/tool_call|>", "}]", "]")
+
+    def _block(self, mark: str) -> Run[bool]:
+        s = self._scan
+        yield from s.spaces()
+        if mark == "<|tool_call|>" and (yield from s.at()) == "{":
+            whole = yield from self._object()
+        else:
+            if mark == "<|tool_call|>" and not (yield from s.accept("[")):
+                return False
+            whole = yield from _array(self)
+        if not whole:
+            return False
+        k = yield from s.past_spaces()
+        if not (yield from s.accept_at(k, "<|/tool_call|>")):
+            return mark == "functools[" or not s.starved
+        self._absorb()
+        return True
+
+
 class DeepSeekV3(ToolParser):
     """DeepSeek's marks: V3 and R1 with the name and a ```json block, V3.1 with name and object."""
 

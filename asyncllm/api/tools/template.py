@@ -12,6 +12,7 @@ from typing import Final
 
 from asyncllm.api.tools import deepseek
 from asyncllm.api.tools.events import Tool
+from asyncllm.api.tools.forced import written
 
 # the most telling first: several families use <tool_call>
 _SIGNS: Final = (
@@ -22,12 +23,15 @@ _SIGNS: Final = (
     ("glm47", ("<arg_key>",)),
     ("mistral", ("[TOOL_CALLS]",)),
     ("qwen25", ("<tool_call>",)),
+    ("phi4", ("<|tool|>", "<|/tool|>")),
     ("llama3", ("<|python_tag|>",)),
     ("llama3", ("<|eot_id|>", '"parameters"')),
 )
 _CODE: Final = re.compile(r"\{[%{](.*?)[%}]\}", re.DOTALL)
 _COMMENT: Final = re.compile(r"\{#.*?#\}", re.DOTALL)
 _QUOTED: Final = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_KEY: Final = re.compile(r"\bmessage(?:\.tools\b|\[['\"]tools['\"]\])")
+_ROLE: Final = re.compile(r"==\s*['\"]tool['\"]")
 _TOOLS: Final = re.compile(r"(?<![\w.])tools(?!\w)")
 
 
@@ -48,9 +52,24 @@ def template_uses_tools(template: str) -> bool:
     return any(_TOOLS.search(_QUOTED.sub("", part)) for part in code)
 
 
-def system_text(tools: Sequence[Tool]) -> str:
-    """What a system message says about tools where the template does not:
-    calls in hermes format."""
+def tools_in_system(template: str) -> bool:
+    """Does a chat template take tools as JSON text, beside the system message's content?"""
+    code = _CODE.findall(_COMMENT.sub("", template))
+    return any(_KEY.search(part) for part in code)
+
+
+def template_tells_results(template: str) -> bool:
+    """Does a chat template know turns of the role "tool"?"""
+    code = _CODE.findall(_COMMENT.sub("", template))
+    return any(_ROLE.search(part) for part in code)
+
+
+def system_text(tools: Sequence[Tool], spelling_name: str = "hermes") -> str:
+    """What a system message says about tools where the template does not.
+
+    Args:
+        spelling_name: of ``forced.spelling``: how calls are to be written.
+    """
     lines = (
         json.dumps(
             {
@@ -66,11 +85,19 @@ def system_text(tools: Sequence[Tool]) -> str:
         for tool in tools
     )
     listed = "\n".join(lines)
-    return (
+    head = (
         f"These functions can be called; each line is one, with a JSON schema of its arguments:\n"
         f"<tools>\n{listed}\n</tools>\n"
-        "To call one, write its name and arguments as JSON between tool_call tags, and nothing"
-        " after; for several calls, several pairs of tags:\n"
-        '<tool_call>\n{"name": "NAME", "arguments": {"KEY": "VALUE"}}\n</tool_call>\n'
-        "When no function helps, answer without one."
     )
+    if spelling_name in ("hermes", "qwen25"):
+        how = (
+            "To call one, write its name and arguments as JSON between tool_call tags, and nothing"
+            " after; for several calls, several pairs of tags:\n"
+        )
+        shown = written(spelling_name, [("NAME", {"KEY": "VALUE"})])
+    else:
+        how = (
+            "To call functions, write their names and arguments so, here two, and nothing after:\n"
+        )
+        shown = written(spelling_name, [("NAME", {"KEY": "VALUE"}), ("NAME", {"KEY": "VALUE"})])
+    return f"{head}{how}{shown}\nWhen no function helps, answer without one."

@@ -238,6 +238,14 @@ def json_list(calls: list[Made], i: int) -> str:
     return f"[{', '.join(_object(c, 'arguments') for c in calls)}]"
 
 
+def phi4(calls: list[Made], i: int) -> str:
+    return f"<|tool_call|>{json_list(calls, i)}<|/tool_call|>"
+
+
+def phi4_functools(calls: list[Made], i: int) -> str:
+    return f"functools{json_list(calls, i)}"
+
+
 def deepseekv3(calls: list[Made], i: int) -> str:
     inner = "\n".join(
         f"{deepseek.CALL}function{deepseek.SEP}{c.name}\n```json\n{c.text}\n```{deepseek.CALL_END}"
@@ -312,7 +320,7 @@ WRITERS: dict[str, tuple[str, Write]] = {
         ("mistral", mistral), ("mistral", mistral_list), ("json", json_list),
         ("deepseekv3", deepseekv3), ("deepseekv3", deepseekv31), ("kimi_k2", kimi_k2),
         ("gpt_oss", gpt_oss), ("qwen3_coder", qwen3_coder), ("qwen3_coder", qwen3_coder_careless),
-        ("glm47", glm47),
+        ("glm47", glm47), ("phi4", phi4), ("phi4", phi4_functools),
     )
 }  # fmt: skip
 
