@@ -58,7 +58,9 @@ BROAD_ALLOWED = {  # supervision: whatever an actor, a step or a request raises 
 UNPICKLES = {("models/unpickle.py", "tensors_of")}
 # files of kernels that only the file beside them launches, and whose truth and tests are its
 KERNEL_PARTS = {
+    "kernels/attention/decode_keys.py": "kernels/attention/decode.py",
     "kernels/attention/decode_plan.py": "kernels/attention/decode.py",
+    "kernels/attention/kv8.py": "kernels/attention/kv_write.py",
     "kernels/attention/prefill_keys.py": "kernels/attention/prefill.py",
     "kernels/attention/scores.py": "kernels/attention/decode.py",
     "kernels/latent/plan.py": "kernels/latent/attend.py",

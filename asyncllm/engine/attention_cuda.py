@@ -21,9 +21,11 @@ from asyncllm.models.attention import (
     LayerKv,
     refuse_beyond_plain,
 )
+from asyncllm.models.kv_format import DECODE_KERNELS, DecodeKernel
 from asyncllm.models.spec import AttentionSpec
 
 MAX_HEAD_DIM = 256
+FASTEST = DECODE_KERNELS["triton_gqa_flashdecoding"]
 
 
 class TritonPairs(KvPairs):
@@ -31,14 +33,19 @@ class TritonPairs(KvPairs):
 
     def rope_write(self, kv: LayerKv, qkv: Tensor, cos_sin: Tensor, batch: Batch) -> Tensor:
         """Rotated q [T, Hq, D], a view of ``qkv``; rotated k, and v, go to the batch's slots."""
-        k_cache, v_cache = kv
+        k_cache, v_cache = kv[:2]
         kv_heads, dim = k_cache.shape[1:]
         num_q = qkv.shape[1] // dim - 2 * kv_heads
-        return rope_kv(qkv, cos_sin, batch.positions, batch.slots, k_cache, v_cache, num_q)
+        where = batch.positions, batch.slots
+        return rope_kv(qkv, cos_sin, *where, k_cache, v_cache, num_q, _scales(kv))
 
 
 class TritonAttention:
-    """Implements :class:`asyncllm.models.attention.AttentionBackend`."""
+    """Implements :class:`asyncllm.models.attention.AttentionBackend`.
+
+    Args:
+        kernel: of rows of one new token; None: the fastest.
+    """
 
     def __init__(
         self,
@@ -46,8 +53,10 @@ class TritonAttention:
         layout: TritonPairs,
         max_len: int,
         where: torch.device,
+        kernel: DecodeKernel | None = None,
     ) -> None:
         self.layout, self.angles = layout, rope_tables(layers, max_len, where)
+        self.kernel = kernel or FASTEST
         self.nbytes = sum(table.nbytes for table in self.angles.values())
 
     @staticmethod
@@ -56,16 +65,16 @@ class TritonAttention:
             return f"has its K/V in {type(layout).__name__} on {device.type}"
         if spec.head_dim > MAX_HEAD_DIM:
             return f"has heads of {spec.head_dim}, more than {MAX_HEAD_DIM}"
-        if layout.format is not None:  # until the kernels read it
-            return f"has its K/V as {layout.format.name} on {device.type}"
-        return refuse_beyond_plain(spec)
+        if layout.element == torch.float8_e4m3fn and not _knows_fp8(device):
+            return f"has its K/V in 8-bit floats on {torch.cuda.get_device_name(device)}"
+        return refuse_beyond_plain(spec) or layout.refuse(spec)
 
     def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:
         q, kv = spec.num_q_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         return dtype.itemsize * 2 * (q + kv)
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> TritonPlan:
-        return TritonPlan(self.layout, spec, batch, self.angles[spec.rope])
+        return TritonPlan(self.layout, spec, batch, self.angles[spec.rope], self.kernel)
 
 
 @dataclass(slots=True)
@@ -76,45 +85,70 @@ class TritonPlan:
     spec: AttentionSpec
     batch: Batch
     cos_sin: Tensor
-    decode: DecodePlan | None = None
+    kernel: DecodeKernel
+    divided: DecodePlan | None = None
 
     def run(self, qkv: Tensor, kv: LayerKv, latent: Latent | None = None) -> Tensor:
         assert latent is None
-        spec, batch, (k_cache, v_cache) = self.spec, self.batch, kv
-        q = self.layout.rope_write(kv, qkv, self.cos_sin, batch)
+        q = self.layout.rope_write(kv, qkv, self.cos_sin, self.batch)
         out = q.new_empty(q.shape)
-        num_decode = batch.decode_lanes.shape[0]
-        if num_decode:
-            lanes, lens = batch.decode_lanes, batch.decode_lens
-            if self.decode is None:
-                self.decode = plan_decode(lanes, lens, q.shape[1], k_cache, window=spec.window)
-            decode_attention(
-                q[:num_decode],
-                k_cache,
-                v_cache,
-                batch.table,
-                lanes,
-                lens,
-                spec.scale,
-                window=spec.window,
-                softcap=spec.softcap,
-                plan=self.decode,
-                out=out[:num_decode],
-            )
-        if batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may lie over these
-            prefill_attention(
-                q,
-                k_cache,
-                v_cache,
-                batch.table,
-                batch.prefill_lanes,
-                batch.prefill_starts,
-                batch.prefill_cu,
-                batch.max_count,
-                spec.scale,
-                out=out,
-                kv=qkv,
-                window=spec.window,
-                softcap=spec.softcap,
-            )
+        if num := self.batch.decode_lanes.shape[0]:
+            self._decode(q[:num], out[:num], kv)
+        if self.batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may lie over these
+            self._prefill(q, out, kv, qkv)
         return out.flatten(1)
+
+    def _decode(self, q: Tensor, out: Tensor, kv: LayerKv) -> None:
+        spec, batch, kernel = self.spec, self.batch, self.kernel
+        (k_cache, v_cache), scales = kv[:2], _scales(kv)
+        lanes, lens = batch.decode_lanes, batch.decode_lens
+        if self.divided is None and kernel.split:
+            self.divided = plan_decode(
+                lanes, lens, q.shape[1], k_cache, window=spec.window, grouped=kernel.grouped
+            )
+        decode_attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.table,
+            lanes,
+            lens,
+            spec.scale,
+            scales=scales,
+            window=spec.window,
+            softcap=spec.softcap,
+            grouped=kernel.grouped,
+            split=kernel.split,
+            plan=self.divided,
+            out=out,
+        )
+
+    def _prefill(self, q: Tensor, out: Tensor, kv: LayerKv, qkv: Tensor) -> None:
+        spec, batch = self.spec, self.batch
+        (k_cache, v_cache), scales = kv[:2], _scales(kv)
+        prefill_attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.table,
+            batch.prefill_lanes,
+            batch.prefill_starts,
+            batch.prefill_cu,
+            batch.max_count,
+            spec.scale,
+            out=out,
+            kv=qkv,
+            window=spec.window,
+            softcap=spec.softcap,
+            scales=scales,
+        )
+
+
+def _scales(kv: LayerKv) -> Tensor | None:
+    """Of K/V in 8 bits."""
+    return kv[2] if len(kv) > 2 else None
+
+
+def _knows_fp8(device: torch.device) -> bool:
+    """Where there is no such device nothing is known against it."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 9)

@@ -154,7 +154,8 @@ def _operators(
         if latent:
             latents = TritonLatents(layers, dtype, fmt)
             return TritonOps(), TritonLatent(layers, latents, max_len, where)
-        return TritonOps(), TritonAttention(layers, TritonPairs(layers, dtype, fmt), max_len, where)
+        pairs = TritonPairs(layers, dtype, fmt)
+        return TritonOps(), TritonAttention(layers, pairs, max_len, where, kv.kernel)
     from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
     from asyncllm.engine.latent_cpu import TorchLatent, TorchLatents
     from asyncllm.engine.ops_cpu import TorchOps

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from asyncllm.kernels.attention.quantize import quantize_ref
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter computes bf16 wrongly
 DTYPES = [
@@ -69,6 +71,23 @@ def replayed(call: Callable[[], object], before: Callable[[], object] = lambda: 
     before()
     graph.replay()
     torch.cuda.synchronize()
+
+
+# what K and V are in, and the channels of a scale
+EIGHT_BITS = [(torch.int8, None), (torch.int8, 8), (torch.float8_e4m3fn, None)]
+
+
+def in_8_bits(case: dict[str, Tensor], kind: torch.dtype, group: int | None) -> dict[str, Tensor]:
+    """The case with its caches in 8 bits; slots that belong to nobody have scales, and where they
+    can values, that are NaN."""
+    pair = torch.stack((case["k_cache"], case["v_cache"]), 2)
+    nobody = pair.isnan()
+    values, scales = quantize_ref(pair.nan_to_num(), kind, group)
+    if kind == torch.float8_e4m3fn:
+        values = values.view(torch.uint8).masked_fill(nobody, 0x7F).view(kind)
+    scales[nobody.all(-1)] = float("nan")
+    k, v = (values.view(torch.uint8)[:, :, i].contiguous().view(kind) for i in (0, 1))
+    return {**case, "k_cache": k, "v_cache": v, "scales": scales}
 
 
 def make_cache(

@@ -14,7 +14,9 @@ from asyncllm.kernels.attention.decode_plan import (
 from tests.kernels.harness import (
     DEVICE,
     DTYPES,
+    EIGHT_BITS,
     assert_close,
+    in_8_bits,
     ints,
     make_cache,
     no_sync,
@@ -101,13 +103,51 @@ def test_windows_and_caps(window: int | None, softcap: float | None) -> None:
     assert_close("out", decode_attention_ref(**case, **options), got)
 
 
+# those with names: grouped, split
+WAYS = [(False, False), (False, True), (True, False), (True, True)]
+
+
+CASES = [
+    ([67, 0, 129], 6, 3, 64, (None, None)),
+    ([31, 70], 4, 4, 80, (40, None)),
+    ([1, 0, 33, 150], 8, 1, 128, (None, 0.7)),
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "bits", "shape"),
+    [
+        (way, bits, CASES[(i + j) % 3])
+        for i, way in enumerate(WAYS)
+        for j, bits in enumerate([None, *EIGHT_BITS])
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_every_way_reads_every_format(
+    way: tuple[bool, bool],
+    bits: tuple[torch.dtype, int | None] | None,
+    shape: tuple[list[int], int, int, int, tuple[int | None, float | None]],
+) -> None:
+    (grouped, split), (lengths, q, kv, dim, limits) = way, shape
+    case = make_case(lengths, q, kv, dim, HERE[0])
+    if bits:
+        case = in_8_bits(case, *bits)
+    options = {"scale": 0.3, "window": limits[0], "softcap": limits[1]}
+    with no_sync():
+        got = decode_attention(**case, **options, grouped=grouped, split=split)
+    assert_close("out", decode_attention_ref(**case, **options), got)
+    assert not got[case["lens"] == 0].any()
+
+
 def test_a_window_costs_a_window() -> None:
     case = make_case([5, 0, 400, 16, 90], 4, 2, 64, torch.float32)
     config = DecodeConfig(tile=16, num_warps=4, num_stages=2, programs_per_sm=1)
     plan = plan_for(case, window=20, config=config, num_programs=9)
     tiles = [1, 0, 2, 1, 2]  # those of tokens 380 to 399, and 70 to 89
-    assert plan.meta.tolist() == [2 * sum(tiles), 2]
-    assert plan.records[3, :4].tolist() == [0, 2, 6, 8]
+    assert plan.meta.tolist() == [sum(tiles), 2]
+    assert plan.first[1, :3].tolist() == [0, 2, 4]
+    assert plan.first[4, :3].tolist() == [0, 1, 4]
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -125,16 +165,15 @@ def test_work_is_divided_equally_and_completely() -> None:
     plan = plan_for(case, config=config, num_programs=9)
     total, share = plan.meta.tolist()
     tiles = [1, 0, 25, 1, 6]
-    assert total == 2 * sum(tiles)
-    assert share == 8
+    assert total == sum(tiles)
+    assert (plan.num_ranges, share) == (4, 9)
     assert plan.records[:, :4].tolist() == [
         [0, 2, 3, 4],
         case["lanes"][[0, 2, 3, 4]].tolist(),
         [5, 400, 16, 90],
-        [0, 2, 52, 54],
     ]
-    assert plan.first[0, :8].tolist() == [0, 1, 1, 1, 1, 1, 1, 3]
-    assert plan.first[1:, 7].tolist() == plan.records[:, 3].tolist()
+    assert plan.first[0].tolist() == [0, 1, 1, 3]
+    assert plan.first[1:, 3].tolist() == [4, int(case["lanes"][4]), 90, 27]
     assert not plan.counters.any()
 
 
@@ -146,8 +185,11 @@ def test_more_rows_than_the_plan_scans_at_once() -> None:
     tiles = [-(-length // 2) for length in lengths]
     assert plan.meta.tolist() == [sum(tiles), 2]
     full = [i for i in range(300) if lengths[i]]
-    assert plan.records[3, : len(full)].tolist() == [sum(tiles[:i]) for i in full]
     assert plan.records[0, : len(full)].tolist() == full
+    ranges = -(-sum(tiles) // 2)
+    starts = [next(i for i in full if sum(tiles[: i + 1]) > 2 * n) for n in range(ranges)]
+    assert plan.first[1, :ranges].tolist() == starts
+    assert plan.first[4, :ranges].tolist() == [sum(tiles[:i]) for i in starts]
 
 
 def test_one_plan_serves_many_layers_and_a_given_output() -> None:
@@ -191,7 +233,7 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="window of 3, not None"):
         decode_attention(**case, scale=1.0, plan=plan_for(case, window=3))
     with pytest.raises(ValueError, match="256"):
-        decode_config(512, 8, 2, torch.device(DEVICE))
+        decode_config(torch.empty((1, 8, 512), device=DEVICE), 8)
 
 
 @pytest.mark.gpu

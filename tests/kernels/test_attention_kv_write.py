@@ -5,7 +5,17 @@ import torch
 from torch import Tensor
 
 from asyncllm.kernels.attention.kv_write import rope_kv, rope_kv_ref
-from tests.kernels.harness import DEVICE, DTYPES, assert_close, ints, no_sync, randn, replayed
+from asyncllm.kernels.attention.quantize import dequantize_ref
+from tests.kernels.harness import (
+    DEVICE,
+    DTYPES,
+    EIGHT_BITS,
+    assert_close,
+    ints,
+    no_sync,
+    randn,
+    replayed,
+)
 
 # tokens, query heads, KV heads, head_dim
 SHAPES = [
@@ -71,6 +81,39 @@ def test_a_part_of_each_head_is_turned(dim: int, part: int, dtype: torch.dtype) 
     assert torch.equal(case[4][case[3].long()], case[0].unflatten(1, (-1, dim))[:, 6:8])
 
 
+@pytest.mark.parametrize(("kind", "group"), EIGHT_BITS, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "q", "kv", "dim", "turned"),
+    [(5, 9, 3, 64, 64), (3, 8, 2, 96, 96), (4, 6, 2, 128, 96), (7, 28, 4, 128, 128)],
+)
+def test_in_8_bits(
+    tokens: int, q: int, kv: int, dim: int, turned: int, kind: torch.dtype, group: int | None
+) -> None:
+    case = make_case(tokens, q, kv, dim, torch.float16)
+    case[1] = make_table(101, turned)
+    for i in (4, 5):
+        case[i] = torch.full(case[i].shape, 3, dtype=torch.uint8, device=DEVICE).view(kind)
+    shape = (len(case[4]), kv, 2, dim // group if group else 1)
+    scales = torch.full(shape, 7.0, dtype=torch.bfloat16, device=DEVICE)
+    mirror, mirrored = [t.clone() for t in case], scales.clone()
+    rope_kv_ref(*mirror, q, mirrored)
+    with no_sync():
+        rope_kv(*case, q, scales)
+    assert_close("qkv", mirror[0], case[0])
+    for part in (0, 1):
+        # the kernel's K may differ in its last bit, and with it one of 8 bits
+        want, got = (
+            dequantize_ref(x, s[:, :, part], torch.float32)
+            for x, s in ((mirror[4 + part], mirrored), (case[4 + part], scales))
+        )
+        most = want.abs().amax(-1, keepdim=True)
+        step = most / 127 if kind == torch.int8 else want.abs() / 8 + most / 448 / 2**9
+        off = (got - want).abs() / (1.02 * step)
+        assert float(off.max()) <= 1
+        assert float(off.mean()) <= 0.02
+    torch.testing.assert_close(scales, mirrored, rtol=2**-7, atol=0)
+
+
 def test_only_the_named_slots_change() -> None:
     case = make_case(5, 4, 2, 64, torch.float32)
     before = [case[4].clone(), case[5].clone()]
@@ -97,6 +140,8 @@ def test_refuses_what_does_not_fit() -> None:
         rope_kv(*case, 5)
     with pytest.raises(ValueError, match="dtypes"):
         rope_kv(case[0].half(), *case[1:], 4)
+    with pytest.raises(ValueError, match="without scales"):
+        rope_kv(*case[:4], case[4].to(torch.int8), case[5].to(torch.int8), 4)
     with pytest.raises(ValueError, match="positions"):
         rope_kv(*case[:2], case[2][:2], *case[3:], 4)
     with pytest.raises(ValueError, match=r"cos_sin .* does not fit head_dim 64"):

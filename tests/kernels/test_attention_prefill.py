@@ -13,7 +13,9 @@ from asyncllm.kernels.attention.prefill import (
 from tests.kernels.harness import (
     DEVICE,
     DTYPES,
+    EIGHT_BITS,
     assert_close,
+    in_8_bits,
     ints,
     make_cache,
     no_sync,
@@ -209,6 +211,40 @@ def test_windows_and_caps(
     assert_close("out", prefill_attention_ref(**case, **options), got)
 
 
+@pytest.mark.parametrize("bits", EIGHT_BITS, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "q", "kv", "dim", "limits", "blocks"),
+    [
+        ([(40, 17), (0, 33), (70, 1)], 6, 2, 64, (None, None), (64, 32)),
+        ([(130, 40), (15, 0), (3, 30)], 3, 1, 80, (50, None), (64, 16)),
+        ([(100, 3), (2, 2)], 8, 2, 128, (None, 0.7), (16, 32)),
+    ],
+)
+def test_a_prefix_in_8_bits(
+    rows: list[tuple[int, int]],
+    q: int,
+    kv: int,
+    dim: int,
+    limits: tuple[int | None, float | None],
+    blocks: tuple[int, int],
+    bits: tuple[torch.dtype, int | None],
+) -> None:
+    """New tokens attend to themselves as they are: the cache has them, and something else in it."""
+    case = shifted(make_case(rows, q, kv, dim, HERE[0]), 3, 2)
+    qkv = packed(case)
+    case = in_8_bits(case, *bits)
+    options = {"scale": 0.3, "window": limits[0], "softcap": limits[1]}
+    config = PrefillConfig(*blocks, num_warps=4, num_stages=2, gather_stages=2)
+    out = torch.full_like(case["q"], 7.0)
+    with no_sync():
+        prefill_attention(**case, **options, max_count=40, kv=qkv, config=config, out=out)
+    own = slice(3, len(out) - 2)
+    want = prefill_attention_ref(**case, **options, kv=qkv)
+    assert_close("out", want[own], out[own])
+    coarse = prefill_attention_ref(**case, **options)
+    assert float((coarse[own] - want[own]).abs().max()) > 1e-3
+
+
 def test_a_token_does_not_see_the_ones_after_it() -> None:
     case = make_case([(3, 20)], 2, 1, 64, torch.float32)
     before = prefill_attention(**case, max_count=20, scale=0.125)
@@ -250,7 +286,9 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="cu_counts"):
         prefill_attention(**{**case, "cu_counts": case["cu_counts"][1:]}, max_count=5, scale=1.0)
     with pytest.raises(ValueError, match="256"):
-        prefill_config(512, 4, 64, 2, torch.device(DEVICE))
+        prefill_config(torch.empty((1, 1, 512), device=DEVICE), 4, 64, 2)
+    with pytest.raises(ValueError, match="need kv"):
+        prefill_attention(**in_8_bits(case, torch.int8, None), max_count=5, scale=1.0)
 
 
 @pytest.mark.gpu

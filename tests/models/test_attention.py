@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,18 +133,23 @@ STEPS = [
 ]
 
 
+def on_cpu(spec: AttentionSpec, fmt: KvFormat | None) -> TorchAttention:
+    return TorchAttention([spec], TorchPairs([spec], torch.float32, fmt), 64, CPU)
+
+
 def run_two_rows(
-    spec: AttentionSpec, fmt: KvFormat | None
+    spec: AttentionSpec,
+    fmt: KvFormat | None,
+    make: Callable[[AttentionSpec, KvFormat | None], AttentionBackend] = on_cpu,
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """For each lane what the steps gave, and its q, k and v [n, heads, D], rotated."""
     torch.manual_seed(0)
-    layout = TorchPairs([spec], torch.float32, fmt)
-    attention = TorchAttention([spec], layout, 64, CPU)
-    [kv] = layout.allocate(PerSpace(101, 101), CPU)
+    attention = make(spec, fmt)
+    [kv] = attention.layout.allocate(PerSpace(101, 101), CPU)
     qkv = [torch.randn(n, 10, 16) * 2 for n in (47, 30)]
     slots = torch.randperm(100).int()
     mine = [slots[:47], slots[47:77]]
-    cos, sin = attention.angles[spec.rope].chunk(2, -1)
+    cos, sin = on_cpu(spec, fmt).angles[spec.rope].chunk(2, -1)
     turned = []
     for x in qkv:
         low, high = x[:, :8].chunk(2, -1)
@@ -166,9 +172,9 @@ def run_two_rows(
             slots=torch.cat([mine[lane][p] for lane, p in zip(lanes, parts, strict=True)]),
             decode_lanes=torch.tensor(lanes[:num], dtype=torch.int32),
             decode_lens=torch.tensor(starts[:num], dtype=torch.int32) + 1,
-            prefill_cu=torch.empty(0),
-            prefill_lanes=torch.empty(0),
-            prefill_starts=torch.empty(0),
+            prefill_cu=torch.tensor([num, *counts[num:]], dtype=torch.int32).cumsum(0).int(),
+            prefill_lanes=torch.tensor(lanes[num:], dtype=torch.int32),
+            prefill_starts=torch.tensor(starts[num:], dtype=torch.int32),
             max_count=max(counts),
             host=HostRows(lanes, starts, counts),
         )

@@ -1,4 +1,4 @@
-"""K/V in 8 bits: which names go together, what it costs and what is lost; the whole model with it."""
+"""K/V in 8 bits: which names go together, what it costs; a model with it."""
 
 from __future__ import annotations
 

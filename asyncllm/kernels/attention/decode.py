@@ -10,14 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asyncllm.kernels.attention.decode_keys import attend
 from asyncllm.kernels.attention.decode_plan import (
     DecodeConfig,
     DecodePlan,
+    decode_config,
     first_tile,
     num_tiles,
     plan_decode,
 )
-from asyncllm.kernels.attention.scores import capped, scales
+from asyncllm.kernels.attention.kv8 import num_scales, packed_scales, read_ref
+from asyncllm.kernels.attention.scores import to_log2
 
 _HEAD_PAD = 16  # least M of a matrix instruction; the query heads of a KV head are padded to it
 _MERGED = 4096  # elements of partial results that are merged at once
@@ -32,14 +35,16 @@ def _merge(
     begin_tile,
     lowest,
     highest,
-    per_program,
+    share,
+    head,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_POW: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Merges the pieces of one (row, head), left by programs lowest..highest, into the output."""
+    """Merges the pieces of one (row, head), left by ranges lowest..highest, into the output."""
     group = tl.arange(0, GROUP_POW)
     dim = tl.arange(0, DIM_PAD)
     best = tl.full([GROUP_POW], float("-inf"), tl.float32)
@@ -47,9 +52,9 @@ def _merge(
     acc = tl.zeros([GROUP_POW, DIM_PAD], tl.float32)
     inside = (group < GROUP)[None, :, None] & (dim < DIM)[None, None, :]
     for begin in range(lowest, highest + 1, MERGE):
-        program = begin + tl.arange(0, MERGE)
-        live = program <= highest
-        place = 2 * program + (begin_tile > program * per_program).to(tl.int32)
+        index = begin + tl.arange(0, MERGE)
+        live = index <= highest
+        place = 2 * (index * HEADS + head) + (begin_tile > index * share).to(tl.int32)
         part = place.to(tl.int64)[:, None] * GROUP + group[None, :]
         # past the first-level cache, which may hold what an earlier layer left there
         lse = tl.load(
@@ -79,68 +84,14 @@ def _merge(
     )
 
 
-@triton.jit
-def _attend(
-    q,
-    k_ptr,
-    v_ptr,
-    lane_ptr,
-    begin,
-    stop,
-    length,
-    scale_log2,
-    cap_log2,
-    SLOT: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAPPED: tl.constexpr,
-):
-    """Keys [begin, stop) of a row, whole tiles: sum of values, best score, sum of weights."""
-    token = tl.arange(0, TILE)
-    dim = tl.arange(0, DIM_PAD)
-    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    norm = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-    for tile in range(begin, stop, TILE):
-        position = tile + token
-        seen = position < length
-        if WINDOW:
-            seen = seen & (position >= length - WINDOW)
-        slot = tl.load(lane_ptr + position, mask=seen, other=0).to(tl.int64)
-        offset = slot[:, None] * SLOT + dim[None, :]
-        # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
-        if DIM == DIM_PAD:
-            live = seen[:, None]
-        else:
-            live = seen[:, None] & (dim < DIM)[None, :]
-        k = tl.load(k_ptr + offset, mask=live, other=0.0)
-        v = tl.load(v_ptr + offset, mask=live, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if CAPPED:
-            score = capped(score, scale_log2, cap_log2)
-        else:
-            score *= scale_log2
-        score = tl.where(seen[None, :], score, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, axis=1))
-        weight = tl.exp2(score - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        norm = norm * shrink + tl.sum(weight, axis=1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
-        best = new_best
-    return acc, best, norm
-
-
 @triton.jit(
-    do_not_specialize=["num_rows", "num_programs"], do_not_specialize_on_alignment=["lens_ptr"]
+    do_not_specialize=["num_rows", "num_ranges"], do_not_specialize_on_alignment=["lens_ptr"]
 )
 def _decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    scales_ptr,
     table_ptr,
     lens_ptr,
     meta_ptr,
@@ -151,7 +102,7 @@ def _decode_kernel(
     partial_ptr,
     lse_ptr,
     num_rows,
-    num_programs,
+    num_ranges,
     q_row,
     q_head,
     out_row,
@@ -159,6 +110,7 @@ def _decode_kernel(
     table_row,
     scale_log2,
     cap_log2,
+    HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
@@ -168,36 +120,38 @@ def _decode_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALES: tl.constexpr,
     MERGE: tl.constexpr,
 ):
     program = tl.program_id(0)
+    head = program % HEADS
+    index = program // HEADS
     total = tl.load(meta_ptr)
-    per_program = tl.load(meta_ptr + 1)
-    # of a program without work these are undefined, and unused
-    record = tl.load(first_ptr + program)
-    row = tl.load(first_ptr + num_programs + program)
-    lane = tl.load(first_ptr + 2 * num_programs + program)
-    length = tl.load(first_ptr + 3 * num_programs + program)
-    start = tl.load(first_ptr + 4 * num_programs + program)
-    tile = program * per_program
-    stop = tl.minimum(tile + per_program, total)
+    share = tl.load(meta_ptr + 1)
+    # of a range without work these are undefined, and unused
+    record = tl.load(first_ptr + index)
+    row = tl.load(first_ptr + num_ranges + index)
+    lane = tl.load(first_ptr + 2 * num_ranges + index)
+    length = tl.load(first_ptr + 3 * num_ranges + index)
+    start = tl.load(first_ptr + 4 * num_ranges + index)
+    tile = index * share
+    stop = tl.minimum(tile + share, total)
     dim = tl.arange(0, DIM_PAD)
     group = tl.arange(0, GROUP_PAD)
+    heads = head * GROUP + group
     group_live = (group < GROUP)[:, None] & (dim < DIM)[None, :]
+    kv_head = head // (HEADS // KV_HEADS)
 
     while tile < stop:
         tiles = num_tiles(length, TILE, WINDOW)
-        head = (tile - start) // tiles
-        skipped = (tile - start) - head * tiles
+        skipped = tile - start
         count = tl.minimum(tiles - skipped, stop - tile)
-        heads = head * GROUP + group
         # what comes after this row, read early
-        following = record + ((skipped + count == tiles) & (head == KV_HEADS - 1)).to(tl.int32)
-        known = following < num_rows
-        next_row = tl.load(records_ptr + following, mask=known, other=0)
-        next_lane = tl.load(records_ptr + num_rows + following, mask=known, other=0)
-        next_length = tl.load(records_ptr + 2 * num_rows + following, mask=known, other=0)
-        next_start = tl.load(records_ptr + 3 * num_rows + following, mask=known, other=0)
+        record += 1
+        known = record < num_rows
+        next_row = tl.load(records_ptr + record, mask=known, other=0)
+        next_lane = tl.load(records_ptr + num_rows + record, mask=known, other=0)
+        next_length = tl.load(records_ptr + 2 * num_rows + record, mask=known, other=0)
 
         q = tl.load(
             q_ptr + row.to(tl.int64) * q_row + heads[:, None] * q_head + dim[None, :],
@@ -205,23 +159,26 @@ def _decode_kernel(
             other=0.0,
         )
         begin = first_tile(length, TILE, WINDOW) + skipped
-        acc, best, norm = _attend(
+        acc, best, norm = attend(
             q,
-            k_ptr + head * DIM,
-            v_ptr + head * DIM,
+            k_ptr,
+            v_ptr,
+            scales_ptr,
             table_ptr + lane.to(tl.int64) * table_row,
+            kv_head,
             begin * TILE,
             (begin + count) * TILE,
             length,
             scale_log2,
             cap_log2,
-            KV_HEADS * DIM,
+            KV_HEADS,
             GROUP_PAD,
             DIM,
             DIM_PAD,
             TILE,
             WINDOW,
             CAPPED,
+            SCALES,
         )
         acc = acc / norm[:, None]
         out_row_ptr = out_ptr + row.to(tl.int64) * out_row
@@ -233,14 +190,13 @@ def _decode_kernel(
             )
         else:
             # a program's first piece goes to its even place, a last one that goes on to its odd one
-            place = 2 * program + (tile - skipped > program * per_program).to(tl.int32)
+            place = 2 * program + (start > index * share).to(tl.int32)
             part = (place * GROUP + group).to(tl.int64)
             tl.store(partial_ptr + part[:, None] * DIM + dim[None, :], acc, mask=group_live)
             tl.store(lse_ptr + part, best + tl.log2(norm), mask=group < GROUP)
-            begin_tile = tile - skipped
-            lowest = begin_tile // per_program
-            highest = (begin_tile + tiles - 1) // per_program
-            counter = counters_ptr + row.to(tl.int64) * KV_HEADS + head
+            lowest = start // share
+            highest = (start + tiles - 1) // share
+            counter = counters_ptr + row.to(tl.int64) * HEADS + head
             tl.debug_barrier()  # all threads have stored before one of them says so
             before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
             if before == highest - lowest:
@@ -249,10 +205,12 @@ def _decode_kernel(
                     out_head,
                     partial_ptr,
                     lse_ptr,
-                    begin_tile,
+                    start,
                     lowest,
                     highest,
-                    per_program,
+                    share,
+                    head,
+                    HEADS,
                     GROUP,
                     GROUP_POW,
                     DIM,
@@ -261,24 +219,82 @@ def _decode_kernel(
                 )
                 tl.store(counter, 0)  # for the next layer
         tile += count
-        record = following
+        start += tiles
         row = next_row
         lane = next_lane
         length = next_length
-        start = next_start
 
-    for empty in range(program, num_rows, num_programs):
+    for empty in range(index, num_rows, num_ranges):
         if tl.load(lens_ptr + empty) == 0:
-            for head in range(KV_HEADS):
-                heads = head * GROUP + group
-                tl.store(
-                    out_ptr
-                    + tl.cast(empty, tl.int64) * out_row
-                    + heads[:, None] * out_head
-                    + dim[None, :],
-                    tl.zeros([GROUP_PAD, DIM_PAD], out_ptr.dtype.element_ty),
-                    mask=group_live,
-                )
+            empty_ptr = out_ptr + tl.cast(empty, tl.int64) * out_row
+            nothing = tl.zeros([GROUP_PAD, DIM_PAD], out_ptr.dtype.element_ty)
+            tl.store(empty_ptr + heads[:, None] * out_head + dim[None, :], nothing, mask=group_live)
+
+
+@triton.jit(do_not_specialize_on_alignment=["lanes_ptr", "lens_ptr"])
+def _whole_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    scales_ptr,
+    table_ptr,
+    lanes_ptr,
+    lens_ptr,
+    out_ptr,
+    q_row,
+    q_head,
+    out_row,
+    out_head,
+    table_row,
+    scale_log2,
+    cap_log2,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """A program for each row and head, in a single pass."""
+    head = tl.program_id(0) % HEADS
+    row = tl.program_id(0) // HEADS
+    lane = tl.load(lanes_ptr + row).to(tl.int64)
+    length = tl.load(lens_ptr + row)
+    dim = tl.arange(0, DIM_PAD)
+    group = tl.arange(0, GROUP_PAD)
+    heads = head * GROUP + group
+    group_live = (group < GROUP)[:, None] & (dim < DIM)[None, :]
+    kv_head = head // (HEADS // KV_HEADS)
+    q_at = q_ptr + row.to(tl.int64) * q_row + heads[:, None] * q_head + dim[None, :]
+    acc, _, norm = attend(
+        tl.load(q_at, mask=group_live, other=0.0),
+        k_ptr,
+        v_ptr,
+        scales_ptr,
+        table_ptr + lane * table_row,
+        kv_head,
+        first_tile(length, TILE, WINDOW) * TILE,
+        length,
+        length,
+        scale_log2,
+        cap_log2,
+        KV_HEADS,
+        GROUP_PAD,
+        DIM,
+        DIM_PAD,
+        TILE,
+        WINDOW,
+        CAPPED,
+        SCALES,
+    )
+    # a padding row has no keys: its output is zero
+    acc = acc / tl.where(length > 0, norm, 1.0)[:, None]
+    out_at = out_ptr + row.to(tl.int64) * out_row + heads[:, None] * out_head + dim[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=group_live)
 
 
 def decode_attention(
@@ -290,26 +306,37 @@ def decode_attention(
     lens: Tensor,
     scale: float,
     *,
+    scales: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    grouped: bool = True,
+    split: bool = True,
     plan: DecodePlan | None = None,
+    config: DecodeConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One-token attention over K/V in token slots.
 
     Args:
         q: [num_rows, num_q_heads, head_dim]; may be a view into packed qkv.
-        k_cache, v_cache: [num_slots + 1, num_kv_heads, head_dim], contiguous, dtype of q.
+        k_cache, v_cache: [num_slots + 1, num_kv_heads, head_dim], contiguous, dtype of q, or int8
+            or float8_e4m3fn.
         table: [num_lanes, max_len] int32: slot of each position; entries past a row's length are
             never read.
         lanes: [num_rows] int32, lane of each row.
         lens: [num_rows] int32, tokens per row with the current one; 0 marks a padding row.
         scale: multiplies q·k, usually head_dim ** -0.5.
+        scales: of caches in 8 bits, as ``rope_kv`` writes them.
         window: tokens that a row attends to at most, its last ones; None: all. What the table
             says of positions before them is not used.
         softcap: scores become softcap * tanh(score / softcap).
-        plan: from ``plan_decode`` for the same lanes, lens and window; None computes it here.
-            Layers of a step should share one.
+        grouped: a program attends with all query heads of a KV head; else with one, and without
+            matrix instructions.
+        split: a row's keys may be divided among programs; else a program has a whole row, and
+            there is no plan.
+        plan: from ``plan_decode`` for the same lanes, lens, window and ``grouped``; None computes
+            it here. Layers of a step should share one.
+        config: where nothing is split, instead of the tuned or built-in one.
         out: where to write, like the result; last dimension contiguous.
 
     Returns:
@@ -322,31 +349,48 @@ def decode_attention(
     """
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    _check(q, k_cache, v_cache, table)
+    per_head = _check(q, k_cache, v_cache, table, scales)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     elif out.shape != q.shape or out.dtype != q.dtype or out.stride(2) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit q {tuple(q.shape)}")
-    if plan is None:
-        plan = plan_decode(lanes, lens, num_q_heads, k_cache, window=window)
-    group = num_q_heads // num_kv_heads
-    if plan.counters.shape != (num_rows, num_kv_heads) or plan.partial.shape[1:] != (
-        group,
-        head_dim,
-    ):
-        raise ValueError(f"the plan is for {plan.counters.shape[0]} rows, q has {num_rows}")
-    if plan.window != window:
-        raise ValueError(f"the plan is for a window of {plan.window}, not {window}")
+    num_heads = num_kv_heads if grouped else num_q_heads
+    group = num_q_heads // num_heads
+    if split:
+        if plan is None:
+            plan = plan_decode(lanes, lens, num_q_heads, k_cache, window=window, grouped=grouped)
+        _check_plan(plan, (num_rows, num_heads, group, head_dim), window)
+        config = plan.config
+    elif config is None:
+        config = decode_config(k_cache, num_rows * num_heads, grouped=grouped, split=False)
     if num_rows == 0:
         return out
-    dim_pad = triton.next_power_of_2(head_dim)
-    group_pow = triton.next_power_of_2(group)
-    scale_log2, cap_log2 = scales(scale, softcap)
-    _decode_kernel[(plan.num_programs,)](
-        q,
-        k_cache,
-        v_cache,
-        table,
+    dim_pad, group_pow = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
+    scale_log2, cap_log2 = to_log2(scale, softcap)
+    sizes = {
+        "HEADS": num_heads,
+        "KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "GROUP_PAD": max(_HEAD_PAD, group_pow) if grouped else 1,
+        "DIM": head_dim,
+        "DIM_PAD": dim_pad,
+        "TILE": config.tile,
+        "WINDOW": window or 0,
+        "CAPPED": softcap is not None,
+        "SCALES": per_head,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": _registers(config),
+    }
+    strides = (*q.stride()[:2], *out.stride()[:2], table.stride(0))
+    caches = (q, k_cache, v_cache, packed_scales(scales), table)
+    if plan is None:
+        _whole_kernel[(num_rows * num_heads,)](
+            *caches, lanes, lens, out, *strides, scale_log2, cap_log2, **sizes
+        )
+        return out
+    _decode_kernel[(plan.num_ranges * num_heads,)](
+        *caches,
         plan.lens,
         plan.meta,
         plan.first,
@@ -356,27 +400,13 @@ def decode_attention(
         plan.partial,
         plan.lse,
         num_rows,
-        plan.num_programs,
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        out.stride(1),
-        table.stride(0),
+        plan.num_ranges,
+        *strides,
         scale_log2,
         cap_log2,
-        KV_HEADS=num_kv_heads,
-        GROUP=group,
-        GROUP_PAD=max(_HEAD_PAD, group_pow),
         GROUP_POW=group_pow,
-        DIM=head_dim,
-        DIM_PAD=dim_pad,
-        TILE=plan.config.tile,
-        WINDOW=window or 0,
-        CAPPED=softcap is not None,
         MERGE=max(1, _MERGED // (group_pow * dim_pad)),
-        num_warps=plan.config.num_warps,
-        num_stages=plan.config.num_stages,
-        maxnreg=_registers(plan.config),
+        **sizes,
     )
     return out
 
@@ -390,6 +420,7 @@ def decode_attention_ref(
     lens: Tensor,
     scale: float,
     *,
+    scales: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
@@ -401,8 +432,9 @@ def decode_attention_ref(
         first = 0 if window is None else max(length - window, 0)
         slots = table[lanes[row].long(), first:length].long()
         if slots.numel():
-            k = k_cache[slots].float().repeat_interleave(group, dim=1)
-            v = v_cache[slots].float().repeat_interleave(group, dim=1)
+            k, v = (
+                x.repeat_interleave(group, dim=1) for x in read_ref(k_cache, v_cache, scales, slots)
+            )
             scores = torch.einsum("hd,nhd->hn", q[row].float(), k) * scale
             if softcap is not None:
                 scores = softcap * (scores / softcap).tanh()
@@ -416,9 +448,12 @@ def _registers(config: DecodeConfig) -> int:
     return min(255, 65536 // (config.programs_per_sm * config.num_warps * 32) // 8 * 8)
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor) -> None:
-    if not q.dtype == k_cache.dtype == v_cache.dtype or table.dtype != torch.int32:
-        raise ValueError(f"dtypes: q {q.dtype}, cache {k_cache.dtype}, table {table.dtype}")
+def _check(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, scales: Tensor | None
+) -> int:
+    """How many scales a head has; 0: K/V are in the type of q."""
+    if k_cache.dtype != v_cache.dtype or table.dtype != torch.int32:
+        raise ValueError(f"dtypes: K {k_cache.dtype}, V {v_cache.dtype}, table {table.dtype}")
     if k_cache.shape != v_cache.shape or k_cache.shape[2] != q.shape[2]:
         raise ValueError(f"caches {tuple(k_cache.shape)}, {tuple(v_cache.shape)} do not fit q")
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
@@ -427,3 +462,15 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor) -> None:
         raise ValueError("the last dimensions of q and table must be contiguous")
     if q.shape[1] % k_cache.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide by {k_cache.shape[1]} KV heads")
+    return num_scales(k_cache, scales, q.dtype)
+
+
+def _check_plan(plan: DecodePlan, sizes: tuple[int, int, int, int], window: int | None) -> None:
+    num_rows, num_heads, group, head_dim = sizes
+    if plan.counters.shape != (num_rows, num_heads) or plan.partial.shape[1:] != (group, head_dim):
+        raise ValueError(
+            f"the plan is for {plan.counters.shape[0]} rows of {plan.counters.shape[1]} heads, "
+            f"not {num_rows} of {num_heads}"
+        )
+    if plan.window != window:
+        raise ValueError(f"the plan is for a window of {plan.window}, not {window}")

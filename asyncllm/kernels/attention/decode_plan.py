@@ -2,12 +2,16 @@
 
 Owns how the work of a batch is divided among programs; knows neither requests nor layers.
 
-All rows' keys are cut into tiles of a fixed number of tokens. Tiles are numbered row by row, in a
-row KV head by KV head, and each program takes an equal, contiguous range of numbers:
+All rows' keys are cut into tiles of a fixed number of tokens. Tiles are numbered row by row, and
+each program takes an equal, contiguous range of numbers, in one head:
 
-    row 0, head 0    row 0, head 1    row 1, head 0 ...
-    |--|--|--|--|--| |--|--|--|--|--| |--|--| ...
-    [ program 0 ][ program 1 ][ program 2 ] ...
+    row 0            row 1   row 2 ...
+    |--|--|--|--|--| |--|--| |--|--|--| ...
+    [ range 0  ][ range 1 ][ range 2 ] ...       the same for head 0, head 1, head 2 ...
+
+Programs of one range follow one another, so that they run at the same time and find in the cache
+what heads share: slot numbers, scales, pages of memory. A head is a KV head with all its query
+heads, or one query head.
 
 So one long row among short ones delays nobody, and the division is computed on the device from the
 lengths alone: the host launches a grid that depends on shapes only. With a sliding window a row has
@@ -20,13 +24,14 @@ as in Flash-Decoding (Dao et al., 2023).
 
 # mypy: allow-incomplete-defs
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from asyncllm.kernels.attention.kv8 import KIND_NAMES
 from asyncllm.kernels.autotune import num_sms, tuned
 
 _MIN_TILES = 2
@@ -53,6 +58,12 @@ _CONFIGS = {
     128: DecodeConfig(64, 4, 4, 3),
     256: DecodeConfig(32, 4, 4, 2),
 }
+# the same for one query head a program, which keeps sums for each place of a tile
+_LONE = {
+    64: DecodeConfig(64, 4, 4, 4),
+    128: DecodeConfig(32, 4, 4, 4),
+    256: DecodeConfig(16, 4, 4, 4),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +75,17 @@ class DecodePlan:
     """
 
     config: DecodeConfig
-    num_programs: int
+    num_ranges: int  # and as many programs for each head
     window: int | None  # tokens that a row attends to at most
     lens: Tensor  # [num_rows] as given
-    meta: Tensor  # [2]: all tiles, tiles per program
-    first: Tensor  # [5, num_programs]: record where the program starts: its number, then itself
-    records: Tensor  # [4, num_rows]: row, lane, length, first tile of each non-empty row
-    counters: Tensor  # [num_rows, num_kv_heads]: pieces done; zero between layers
-    partial: Tensor  # [2 * num_programs, group, head_dim] fp32
-    lse: Tensor  # [2 * num_programs, group] fp32, base 2
+    meta: Tensor  # [2]: all tiles of a head, tiles per range
+    first: (
+        Tensor  # [5, num_ranges]: record where the range starts: its number, itself, its first tile
+    )
+    records: Tensor  # [3, num_rows]: row, lane, length of each non-empty row
+    counters: Tensor  # [num_rows, num_heads]: pieces done; zero between layers
+    partial: Tensor  # [2 * num_ranges * num_heads, group, head_dim] fp32
+    lse: Tensor  # [2 * num_ranges * num_heads, group] fp32, base 2
 
 
 @triton.jit
@@ -91,7 +104,7 @@ def num_tiles(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
 
 # step metadata lies anywhere in a staging buffer: one build for every alignment
 @triton.jit(
-    do_not_specialize=["num_rows", "num_programs"],
+    do_not_specialize=["num_rows", "num_ranges"],
     do_not_specialize_on_alignment=["lanes_ptr", "lens_ptr"],
 )
 def _plan_kernel(
@@ -102,8 +115,8 @@ def _plan_kernel(
     records_ptr,
     counters_ptr,
     num_rows,
-    num_programs,
-    KV_HEADS: tl.constexpr,
+    num_ranges,
+    NUM_HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -121,32 +134,29 @@ def _plan_kernel(
         total += tl.sum(tiles, axis=0)
         start += tl.sum(tl.where(other < row, tiles, 0), axis=0)
         rank += tl.sum(((other < row) & (tiles > 0)).to(tl.int32), axis=0)
-    total *= KV_HEADS
-    start *= KV_HEADS
-    per_program = tl.maximum(tl.cdiv(total, num_programs), MIN_TILES)
+    share = tl.maximum(tl.cdiv(total, num_ranges), MIN_TILES)
     if row == 0:
         tl.store(meta_ptr, total)
-        tl.store(meta_ptr + 1, per_program)
+        tl.store(meta_ptr + 1, share)
     head = tl.arange(0, HEADS_PAD)
-    tl.store(counters_ptr + row * KV_HEADS + head, 0, mask=head < KV_HEADS)
+    tl.store(counters_ptr + row * NUM_HEADS + head, 0, mask=head < NUM_HEADS)
     length = tl.load(lens_ptr + row)
     if length > 0:
         lane = tl.load(lanes_ptr + row)
         tl.store(records_ptr + rank, row)
         tl.store(records_ptr + num_rows + rank, lane)
         tl.store(records_ptr + 2 * num_rows + rank, length)
-        tl.store(records_ptr + 3 * num_rows + rank, start)
-        # the programs whose range begins in this row
-        stop = tl.cdiv(start + KV_HEADS * num_tiles(length, TILE, WINDOW), per_program)
-        for begin in range(tl.cdiv(start, per_program), stop, BLOCK):
-            program = begin + tl.arange(0, BLOCK)
-            zero = tl.zeros_like(program)
-            live = program < stop
-            tl.store(first_ptr + program, zero + rank, mask=live)
-            tl.store(first_ptr + num_programs + program, zero + row, mask=live)
-            tl.store(first_ptr + 2 * num_programs + program, zero + lane, mask=live)
-            tl.store(first_ptr + 3 * num_programs + program, zero + length, mask=live)
-            tl.store(first_ptr + 4 * num_programs + program, zero + start, mask=live)
+        # the ranges that begin in this row
+        stop = tl.cdiv(start + num_tiles(length, TILE, WINDOW), share)
+        for begin in range(tl.cdiv(start, share), stop, BLOCK):
+            index = begin + tl.arange(0, BLOCK)
+            zero = tl.zeros_like(index)
+            live = index < stop
+            tl.store(first_ptr + index, zero + rank, mask=live)
+            tl.store(first_ptr + num_ranges + index, zero + row, mask=live)
+            tl.store(first_ptr + 2 * num_ranges + index, zero + lane, mask=live)
+            tl.store(first_ptr + 3 * num_ranges + index, zero + length, mask=live)
+            tl.store(first_ptr + 4 * num_ranges + index, zero + start, mask=live)
 
 
 def plan_decode(
@@ -156,6 +166,7 @@ def plan_decode(
     k_cache: Tensor,
     *,
     window: int | None = None,
+    grouped: bool = True,
     config: DecodeConfig | None = None,
     num_programs: int | None = None,
 ) -> DecodePlan:
@@ -167,6 +178,7 @@ def plan_decode(
         num_q_heads: query heads on this device.
         k_cache: [num_slots + 1, num_kv_heads, head_dim] of any layer.
         window: tokens that a row attends to at most, its last ones; None: all.
+        grouped: a program attends with all query heads of a KV head; else with one.
         config: instead of the tuned or built-in one.
         num_programs: instead of the number fitting the device (for tests and tuning).
 
@@ -179,22 +191,23 @@ def plan_decode(
         raise ValueError(f"lanes and lens must be [rows] int32, not {lanes.dtype}, {lens.dtype}")
     if num_q_heads % num_kv_heads:
         raise ValueError(f"{num_q_heads} query heads do not divide by {num_kv_heads} KV heads")
-    group = num_q_heads // num_kv_heads
+    num_heads = num_kv_heads if grouped else num_q_heads
     if config is None:
-        pairs = num_rows * num_kv_heads
-        config = decode_config(head_dim, pairs, k_cache.element_size(), k_cache.device)
+        config = decode_config(k_cache, num_rows * num_heads, grouped=grouped)
     if num_programs is None:
         num_programs = config.waves * config.programs_per_sm * num_sms(k_cache.device)
-    device = lens.device
+    num_ranges = max(1, num_programs // num_heads)
+    num_programs = num_ranges * num_heads
+    device, group = lens.device, num_q_heads // num_heads
     plan = DecodePlan(
         config=config,
-        num_programs=num_programs,
+        num_ranges=num_ranges,
         window=window,
         lens=lens,
         meta=torch.empty(2, dtype=torch.int32, device=device),
-        first=torch.empty((5, num_programs), dtype=torch.int32, device=device),
-        records=torch.empty((4, num_rows), dtype=torch.int32, device=device),
-        counters=torch.empty((num_rows, num_kv_heads), dtype=torch.int32, device=device),
+        first=torch.empty((5, num_ranges), dtype=torch.int32, device=device),
+        records=torch.empty((3, num_rows), dtype=torch.int32, device=device),
+        counters=torch.empty((num_rows, num_heads), dtype=torch.int32, device=device),
         partial=torch.empty((2 * num_programs, group, head_dim), device=device),
         lse=torch.empty((2 * num_programs, group), device=device),
     )
@@ -207,9 +220,9 @@ def plan_decode(
             plan.records,
             plan.counters,
             num_rows,
-            num_programs,
-            KV_HEADS=num_kv_heads,
-            HEADS_PAD=triton.next_power_of_2(num_kv_heads),
+            num_ranges,
+            NUM_HEADS=num_heads,
+            HEADS_PAD=triton.next_power_of_2(num_heads),
             TILE=config.tile,
             WINDOW=window or 0,
             MIN_TILES=_MIN_TILES,
@@ -220,21 +233,24 @@ def plan_decode(
 
 
 def decode_config(
-    head_dim: int, pairs: int, element_size: int, device: torch.device
+    k_cache: Tensor, pairs: int, *, grouped: bool = True, split: bool = True
 ) -> DecodeConfig:
-    """The configuration for a shape with ``pairs`` (row, KV head) pairs: the device's tuned one,
+    """The configuration for ``pairs`` (row, head) pairs over such a cache: the device's tuned one,
     for few, some or many pairs, or that of the table; half tiles for 4-byte elements.
 
     Raises:
         ValueError: head_dim is over 256.
     """
+    head_dim, device = k_cache.shape[2], k_cache.device
     dim_pad = max(64, triton.next_power_of_2(head_dim))
-    found = _CONFIGS.get(dim_pad)
+    found = (_CONFIGS if grouped else _LONE).get(dim_pad)
     if found is None:
         raise ValueError(f"head_dim {head_dim} is over 256")
     size = "few" if pairs <= 32 else "some" if pairs <= num_sms(device) else "many"
-    if entry := tuned(device, "decode", f"{dim_pad} {size}"):
-        found = DecodeConfig(**entry)
-    if element_size <= 2:
+    kind = KIND_NAMES.get(k_cache.dtype, "")
+    way = f"{'' if split else ' whole'}{'' if grouped else ' lone'}"
+    if entry := tuned(device, "decode", f"{dim_pad} {size}{kind}{way}"):
+        return DecodeConfig(**entry)
+    if k_cache.element_size() <= 2:
         return found
-    return DecodeConfig(found.tile // 2, found.num_warps, 2, found.programs_per_sm, found.waves)
+    return replace(found, tile=found.tile // 2, num_stages=2)

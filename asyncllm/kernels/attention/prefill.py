@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from asyncllm.kernels.attention.kv8 import KIND_NAMES, num_scales, packed_scales, read_ref
 from asyncllm.kernels.attention.prefill_keys import attend
-from asyncllm.kernels.attention.scores import scales
+from asyncllm.kernels.attention.scores import to_log2
 from asyncllm.kernels.autotune import num_sms, tuned
 
 
@@ -53,6 +54,11 @@ _CONFIGS = {
     (256, 16): PrefillConfig(16, 32, 4, 2, 4),
     (256, 64): PrefillConfig(64, 32, 4, 2, 3),
     (256, 128): PrefillConfig(128, 32, 8, 2, 3),
+}
+# the same over a prefix in 8 bits: more queries share what it takes to widen a tile
+_EIGHT_BITS = {
+    (64, 128): PrefillConfig(128, 64, 8, 3, 4),
+    (128, 128): PrefillConfig(128, 64, 8, 2, 3),
 }
 
 
@@ -95,6 +101,7 @@ def _prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    scales_ptr,
     kv_ptr,
     kv_desc,
     table_ptr,
@@ -122,6 +129,7 @@ def _prefill_kernel(
     SOURCE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALES: tl.constexpr,
     GATHER_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
     SETTLE: tl.constexpr,
@@ -169,8 +177,10 @@ def _prefill_kernel(
                 q,
                 k_chunk,
                 k_chunk + KV_HEADS * DIM,
+                None,
                 lane_ptr,
                 kv_row,
+                head,
                 kv_desc,
                 first_token,
                 k_column,
@@ -182,12 +192,14 @@ def _prefill_kernel(
                 local,
                 scale_log2,
                 cap_log2,
+                KV_HEADS,
                 DIM,
                 DIM_PAD,
                 BLOCK_N,
                 SOURCE,
                 WINDOW,
                 CAPPED,
+                0,
                 STAGES,
                 SETTLE,
             )
@@ -202,8 +214,10 @@ def _prefill_kernel(
             q,
             k_ptr + head * DIM,
             v_ptr + head * DIM,
+            scales_ptr,
             lane_ptr,
             KV_HEADS * DIM,
+            head,
             None,
             0,
             0,
@@ -215,12 +229,14 @@ def _prefill_kernel(
             start + local,
             scale_log2,
             cap_log2,
+            KV_HEADS,
             DIM,
             DIM_PAD,
             BLOCK_N,
             0,
             WINDOW,
             CAPPED,
+            SCALES,
             GATHER_STAGES,
             SETTLE,
         )
@@ -243,13 +259,14 @@ def prefill_attention(
     kv: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's new tokens over its prefix and themselves.
 
     Args:
         q: [num_tokens, num_q_heads, head_dim] of the whole step; may be a view into packed qkv.
-        k_cache, v_cache: [num_slots + 1, num_kv_heads, head_dim], contiguous, dtype of q; K/V of
-            the new tokens are in it.
+        k_cache, v_cache: [num_slots + 1, num_kv_heads, head_dim], contiguous, dtype of q, or int8
+            or float8_e4m3fn; K/V of the new tokens are in it.
         table: [num_lanes, max_len] int32: slot of each position.
         lanes: [num_rows] int32.
         starts: [num_rows] int32, position of each row's first new token.
@@ -266,6 +283,8 @@ def prefill_attention(
         window: tokens that a token sees, itself included; None: all before it. What the table says
             of positions that no new token of the row sees is not used.
         softcap: scores become softcap * tanh(score / softcap).
+        scales: of caches in 8 bits, as ``rope_kv`` writes them. ``kv`` must be given then: new
+            tokens attend to themselves as they are there, and to what came before in 8 bits.
 
     Returns:
         [num_tokens, num_q_heads, head_dim]; without ``out``, tokens of no row are zero.
@@ -275,7 +294,7 @@ def prefill_attention(
 
     Reference: ``prefill_attention_ref``. Does not synchronise; safe in CUDA graphs.
     """
-    _check(q, k_cache, v_cache, table, lanes, starts, cu_counts, kv)
+    per_head = _check(q, k_cache, v_cache, table, lanes, starts, cu_counts, kv, scales)
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_q_heads // num_kv_heads
@@ -285,11 +304,13 @@ def prefill_attention(
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit q {tuple(q.shape)}")
     if config is None:
         size = block_pairs(min(max_count, num_tokens) * group, num_tokens * num_q_heads, q.device)
-        config = prefill_config(head_dim, group, size, q.element_size(), q.device)
+        config = prefill_config(k_cache, group, size, q.element_size())
     if num_tokens == 0:
         return out
     pack = group if config.pack else 1
-    source = 0 if kv is None or config.block_m < 64 else 2 if _copyable(kv, head_dim) else 1
+    source = 0
+    if kv is not None and (config.block_m >= 64 or per_head):
+        source = 2 if config.block_m >= 64 and _copyable(kv, head_dim) else 1
     desc = None
     if source == 2:
         desc = TensorDescriptor.from_tensor(kv, [config.block_n, head_dim])
@@ -297,11 +318,12 @@ def prefill_attention(
     # tokens into rows
     num_rows = lanes.shape[0]
     num_blocks = triton.cdiv(num_tokens, config.block_m // pack) + num_rows
-    scale_log2, cap_log2 = scales(scale, softcap)
+    scale_log2, cap_log2 = to_log2(scale, softcap)
     _prefill_kernel[(num_blocks * (num_q_heads // pack),)](
         q,
         k_cache,
         v_cache,
+        packed_scales(scales),
         kv if source else None,
         desc,
         table,
@@ -329,6 +351,7 @@ def prefill_attention(
         SOURCE=source,
         WINDOW=window or 0,
         CAPPED=softcap is not None,
+        SCALES=per_head,
         STAGES=config.num_stages,
         GATHER_STAGES=config.gather_stages,
         SETTLE=q.is_cuda,  # the interpreter knows no assembly
@@ -349,6 +372,8 @@ def prefill_attention_ref(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    scales: Tensor | None = None,
+    kv: Tensor | None = None,
 ) -> Tensor:
     """``prefill_attention`` in plain torch, fp32 throughout, rounded at the end."""
     group = q.shape[1] // k_cache.shape[1]
@@ -360,8 +385,14 @@ def prefill_attention_ref(
         length = start + stop - begin
         first = 0 if window is None else max(start + 1 - window, 0)
         slots = table[lanes[row].long(), first:length].long()
-        k = k_cache[slots].float().repeat_interleave(group, dim=1)
-        v = v_cache[slots].float().repeat_interleave(group, dim=1)
+        k, v = read_ref(k_cache, v_cache, scales, slots)
+        if kv is not None:
+            new = kv[begin:stop].unflatten(1, (-1, q.shape[2]))[:, q.shape[1] :].float()
+            own = slice(max(0, first - start), None)
+            k[max(0, start - first) :], v[max(0, start - first) :] = (
+                part[own] for part in new.chunk(2, dim=1)
+            )
+        k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
         scores = torch.einsum("thd,nhd->htn", q[begin:stop].float(), k) * scale
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
@@ -381,22 +412,24 @@ def block_pairs(row_pairs: int, all_pairs: int, device: torch.device) -> int:
     return 64 if row_pairs <= 64 or all_pairs < 128 * num_sms(device) else 128
 
 
-def prefill_config(
-    head_dim: int, group: int, size: int, element_size: int, device: torch.device
-) -> PrefillConfig:
-    """The configuration for a shape of class ``size`` (``block_pairs``): the device's tuned one or
-    that of the table, with small tiles for 4-byte elements.
+def prefill_config(k_cache: Tensor, group: int, size: int, element_size: int) -> PrefillConfig:
+    """The configuration for a shape of class ``size`` (``block_pairs``) over such a cache: the
+    device's tuned one or that of the table, with small tiles for queries of 4 bytes.
 
     Raises:
         ValueError: head_dim or group is too large.
     """
+    head_dim, device = k_cache.shape[2], k_cache.device
     dim_pad = max(64, triton.next_power_of_2(head_dim))
     found = _CONFIGS.get((dim_pad, size))
     if found is None:
         raise ValueError(f"head_dim {head_dim} is over 256")
     if group > 128:
         raise ValueError(f"{group} query heads per KV head: 128 at most")
-    if entry := tuned(device, "prefill", f"{dim_pad} {size}"):
+    kind = KIND_NAMES.get(k_cache.dtype, "")
+    if kind:
+        found = _EIGHT_BITS.get((dim_pad, size), found)
+    if entry := tuned(device, "prefill", f"{dim_pad} {size}{kind}"):
         found = PrefillConfig(**entry)
     if element_size > 2:
         found = PrefillConfig(min(found.block_m, 32), 32, 4, 2, 2)
@@ -421,9 +454,11 @@ def _check(
     starts: Tensor,
     cu_counts: Tensor,
     kv: Tensor | None,
-) -> None:
-    if not q.dtype == k_cache.dtype == v_cache.dtype or table.dtype != torch.int32:
-        raise ValueError(f"dtypes: q {q.dtype}, cache {k_cache.dtype}, table {table.dtype}")
+    scales: Tensor | None,
+) -> int:
+    """How many scales a head has; 0: K/V are in the type of q."""
+    if k_cache.dtype != v_cache.dtype or table.dtype != torch.int32:
+        raise ValueError(f"dtypes: K {k_cache.dtype}, V {v_cache.dtype}, table {table.dtype}")
     if k_cache.shape != v_cache.shape or k_cache.shape[2] != q.shape[2]:
         raise ValueError(f"caches {tuple(k_cache.shape)}, {tuple(v_cache.shape)} do not fit q")
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
@@ -442,3 +477,6 @@ def _check(
         kv.shape != (q.shape[0], width) or kv.dtype != q.dtype or kv.stride(1) != 1
     ):
         raise ValueError(f"kv {tuple(kv.shape)} {kv.dtype}: packed qkv of q's tokens expected")
+    if scales is not None and kv is None:
+        raise ValueError("K/V in 8 bits need kv, the packed qkv of the new tokens")
+    return num_scales(k_cache, scales, q.dtype)

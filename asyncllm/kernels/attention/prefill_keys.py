@@ -1,5 +1,7 @@
 """The keys that a block of queries attends to: loops over tiles, with online softmax.
 
+What comes by slots may be in 8 bits (SCALES): it is widened tile by tile.
+
 Source: online softmax over tiles as in FlashAttention-2 (Dao, 2023).
 """
 
@@ -8,6 +10,7 @@ Source: online softmax over tiles as in FlashAttention-2 (Dao, 2023).
 import triton
 import triton.language as tl
 
+from asyncllm.kernels.attention.kv8 import from_8_bits
 from asyncllm.kernels.attention.scores import MASKED, capped
 
 
@@ -28,20 +31,24 @@ def _attend_edge(
     q,
     k_ptr,
     v_ptr,
+    scales_ptr,
     lane_ptr,
     kv_row,
+    kv_head,
     first,
     begin,
     stop,
     q_position,
     scale_log2,
     cap_log2,
+    KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GATHER: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     """Keys [begin, stop) but those before ``first``; each query sees those up to its position that
     are in its window: few tiles."""
@@ -54,12 +61,18 @@ def _attend_edge(
         place = position
         if GATHER:
             place = tl.load(lane_ptr + position, mask=live, other=0)
-        offset = place.to(tl.int64)[:, None] * kv_row + dim[None, :]
+        place = place.to(tl.int64)
+        offset = place[:, None] * kv_row + dim[None, :]
         # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
-        live = live[:, None] & (dim < DIM)[None, :]
-        k = tl.load(k_ptr + offset, mask=live, other=0.0)
-        v = tl.load(v_ptr + offset, mask=live, other=0.0)
+        inside = live[:, None] & (dim < DIM)[None, :]
+        k = tl.load(k_ptr + offset, mask=inside, other=0.0)
+        v = tl.load(v_ptr + offset, mask=inside, other=0.0)
+        k, v, k_scale, v_scale = from_8_bits(
+            k, v, scales_ptr, place, live, kv_head, KV_HEADS, DIM_PAD, BLOCK_N, SCALES, q.dtype
+        )
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SCALES == 1:
+            score *= k_scale[None, :]
         if CAPPED:
             score = capped(score, scale_log2, cap_log2)
         seen = (position < stop)[None, :] & (position[None, :] <= q_position[:, None])
@@ -71,6 +84,8 @@ def _attend_edge(
         else:
             score = tl.where(seen, score, float("-inf"))
         weight, shrink, best, norm = _soften(score, best, norm, 1.0 if CAPPED else scale_log2)
+        if SCALES == 1:
+            weight *= v_scale[None, :]
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
     return acc, best, norm
@@ -84,8 +99,10 @@ def _attend_full(
     q,
     k_ptr,
     v_ptr,
+    scales_ptr,
     lane_ptr,
     kv_row,
+    kv_head,
     kv_desc,
     token,
     k_column,
@@ -94,11 +111,13 @@ def _attend_full(
     stop,
     scale_log2,
     cap_log2,
+    KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SOURCE: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALES: tl.constexpr,
     STAGES: tl.constexpr,
     SETTLE: tl.constexpr,
 ):
@@ -107,6 +126,8 @@ def _attend_full(
     dim = tl.arange(0, DIM_PAD)
     column = tl.arange(0, BLOCK_N)
     for key in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
+        k_scale = column
+        v_scale = column
         if SOURCE == 2:
             k = kv_desc.load([token + key, k_column])
             v = kv_desc.load([token + key, v_column])
@@ -114,17 +135,35 @@ def _attend_full(
             place = key + column
             if SOURCE == 0:
                 place = tl.load(lane_ptr + place)
-            offset = place.to(tl.int64)[:, None] * kv_row + dim[None, :]
+            place = place.to(tl.int64)
+            offset = place[:, None] * kv_row + dim[None, :]
             if DIM == DIM_PAD:
                 k = tl.load(k_ptr + offset)
                 v = tl.load(v_ptr + offset)
             else:
                 k = tl.load(k_ptr + offset, mask=(dim < DIM)[None, :], other=0.0)
                 v = tl.load(v_ptr + offset, mask=(dim < DIM)[None, :], other=0.0)
+            k, v, k_scale, v_scale = from_8_bits(
+                k,
+                v,
+                scales_ptr,
+                place,
+                column < BLOCK_N,
+                kv_head,
+                KV_HEADS,
+                DIM_PAD,
+                BLOCK_N,
+                SCALES,
+                q.dtype,
+            )
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SCALES == 1:
+            score *= k_scale[None, :]
         if CAPPED:
             score = capped(score, scale_log2, cap_log2)
         weight, shrink, best, norm = _soften(score, best, norm, 1.0 if CAPPED else scale_log2)
+        if SCALES == 1:
+            weight *= v_scale[None, :]
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
         if SETTLE:
@@ -144,8 +183,10 @@ def attend(
     q,
     k_ptr,
     v_ptr,
+    scales_ptr,
     lane_ptr,
     kv_row,
+    kv_head,
     kv_desc,
     token,
     k_column,
@@ -157,12 +198,14 @@ def attend(
     q_position,
     scale_log2,
     cap_log2,
+    KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SOURCE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALES: tl.constexpr,
     STAGES: tl.constexpr,
     SETTLE: tl.constexpr,
 ):
@@ -183,20 +226,24 @@ def attend(
         q,
         k_ptr,
         v_ptr,
+        scales_ptr,
         lane_ptr,
         kv_row,
+        kv_head,
         first,
         late,
         stop,
         q_position,
         scale_log2,
         cap_log2,
+        KV_HEADS,
         DIM,
         DIM_PAD,
         BLOCK_N,
         SOURCE == 0,
         WINDOW,
         CAPPED,
+        SCALES,
     )
     if WINDOW:
         acc, best, norm = _attend_edge(
@@ -206,20 +253,24 @@ def attend(
             q,
             k_ptr,
             v_ptr,
+            scales_ptr,
             lane_ptr,
             kv_row,
+            kv_head,
             first,
             low,
             begin,
             q_position,
             scale_log2,
             cap_log2,
+            KV_HEADS,
             DIM,
             DIM_PAD,
             BLOCK_N,
             SOURCE == 0,
             WINDOW,
             CAPPED,
+            SCALES,
         )
     return _attend_full(
         acc,
@@ -228,8 +279,10 @@ def attend(
         q,
         k_ptr,
         v_ptr,
+        scales_ptr,
         lane_ptr,
         kv_row,
+        kv_head,
         kv_desc,
         token,
         k_column,
@@ -238,11 +291,13 @@ def attend(
         full,
         scale_log2,
         cap_log2,
+        KV_HEADS,
         DIM,
         DIM_PAD,
         BLOCK_N,
         SOURCE,
         CAPPED,
+        SCALES,
         STAGES,
         SETTLE,
     )

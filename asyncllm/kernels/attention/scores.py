@@ -12,11 +12,11 @@ MASKED = tl.constexpr(-1e30)  # a score whose weight is zero beside any real one
 
 @triton.jit
 def capped(product, scale_log2, cap_log2):
-    """softcap * tanh(product * scale / softcap); ``scales`` gives the factors."""
+    """softcap * tanh(product * scale / softcap); ``to_log2`` gives the factors."""
     return cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(product * scale_log2)))
 
 
-def scales(scale: float, softcap: float | None) -> tuple[float, float]:
+def to_log2(scale: float, softcap: float | None) -> tuple[float, float]:
     """What turns q·k into a score: its factor, and 0; with a softcap the factors of ``capped``."""
     if softcap is None:
         return scale * math.log2(math.e), 0.0

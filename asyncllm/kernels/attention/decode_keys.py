@@ -1,0 +1,248 @@
+"""The keys that one new token attends to: loops over tiles of a row's slots, with online softmax.
+
+K and V are in the type of q, or in 8 bits: with one scale for a head of a token, which is
+multiplied to its score and to its weight, or with one for each 8 channels.
+"""
+
+# mypy: allow-incomplete-defs
+
+import triton
+import triton.language as tl
+
+from asyncllm.kernels.attention.kv8 import from_8_bits
+from asyncllm.kernels.attention.scores import capped
+
+
+@triton.jit
+def attend(
+    q,
+    k_ptr,
+    v_ptr,
+    scales_ptr,
+    lane_ptr,
+    kv_head,
+    begin,
+    stop,
+    length,
+    scale_log2,
+    cap_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Keys [begin, stop) of a row, whole tiles, of the query heads q [GROUP_PAD, DIM_PAD]: their
+    sums of values, best scores and sums of weights. A single one needs no matrix instructions."""
+    if GROUP_PAD == 1:
+        acc, best, norm = _attend_one(
+            q,
+            k_ptr,
+            v_ptr,
+            scales_ptr,
+            lane_ptr,
+            kv_head,
+            begin,
+            stop,
+            length,
+            scale_log2,
+            cap_log2,
+            KV_HEADS,
+            DIM,
+            DIM_PAD,
+            TILE,
+            WINDOW,
+            CAPPED,
+            SCALES,
+        )
+    else:
+        acc, best, norm = _attend_group(
+            q,
+            k_ptr,
+            v_ptr,
+            scales_ptr,
+            lane_ptr,
+            kv_head,
+            begin,
+            stop,
+            length,
+            scale_log2,
+            cap_log2,
+            KV_HEADS,
+            GROUP_PAD,
+            DIM,
+            DIM_PAD,
+            TILE,
+            WINDOW,
+            CAPPED,
+            SCALES,
+        )
+    return acc, best, norm
+
+
+@triton.jit
+def _attend_group(
+    q,
+    k_ptr,
+    v_ptr,
+    scales_ptr,
+    lane_ptr,
+    kv_head,
+    begin,
+    stop,
+    length,
+    scale_log2,
+    cap_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """``attend`` for the query heads of a KV head, by matrix instructions."""
+    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    norm = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    for tile in range(begin, stop, TILE):
+        seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
+        k, v, k_scale, v_scale = _load(
+            k_ptr,
+            v_ptr,
+            scales_ptr,
+            slot,
+            seen,
+            kv_head,
+            KV_HEADS,
+            DIM,
+            DIM_PAD,
+            TILE,
+            SCALES,
+            q.dtype,
+        )
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SCALES == 1:
+            score *= k_scale[None, :]
+        if CAPPED:
+            score = capped(score, scale_log2, cap_log2)
+        else:
+            score *= scale_log2
+        score = tl.where(seen[None, :], score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        norm = norm * shrink + tl.sum(weight, axis=1)
+        if SCALES == 1:
+            weight *= v_scale[None, :]
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+        best = new_best
+    return acc, best, norm
+
+
+@triton.jit
+def _attend_one(
+    q,
+    k_ptr,
+    v_ptr,
+    scales_ptr,
+    lane_ptr,
+    kv_head,
+    begin,
+    stop,
+    length,
+    scale_log2,
+    cap_log2,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """``attend`` for one query head, without matrix instructions: products in float32, summed up
+    for each place of a tile apart, and over all of them at the end."""
+    best = tl.full([1], float("-inf"), tl.float32)
+    norms = tl.zeros([1, TILE], tl.float32)
+    sums = tl.zeros([TILE, DIM_PAD], tl.float32)
+    wide = q.to(tl.float32)
+    for tile in range(begin, stop, TILE):
+        seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
+        k, v, k_scale, v_scale = _load(
+            k_ptr,
+            v_ptr,
+            scales_ptr,
+            slot,
+            seen,
+            kv_head,
+            KV_HEADS,
+            DIM,
+            DIM_PAD,
+            TILE,
+            SCALES,
+            q.dtype,
+        )
+        score = tl.sum(k.to(tl.float32) * wide, axis=1)
+        if SCALES == 1:
+            score *= k_scale
+        if CAPPED:
+            score = capped(score, scale_log2, cap_log2)
+        else:
+            score *= scale_log2
+        score = tl.where(seen, score, float("-inf"))[None, :]
+        new_best = tl.maximum(best, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_best[:, None])
+        shrink = tl.exp2(best - new_best)[:, None]
+        norms = norms * shrink + weight
+        if SCALES == 1:
+            weight *= v_scale[None, :]
+        sums = sums * shrink + tl.trans(weight) * v.to(tl.float32)
+        best = new_best
+    return tl.sum(sums, axis=0)[None, :], best, tl.sum(norms, axis=1)
+
+
+@triton.jit
+def _slots(lane_ptr, tile, length, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Which of a tile's positions the row sees, and their slots."""
+    position = tile + tl.arange(0, TILE)
+    seen = position < length
+    if WINDOW:
+        seen = seen & (position >= length - WINDOW)
+    return seen, tl.load(lane_ptr + position, mask=seen, other=0).to(tl.int64)
+
+
+@triton.jit
+def _load(
+    k_ptr,
+    v_ptr,
+    scales_ptr,
+    slot,
+    seen,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALES: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """K and V [TILE, DIM_PAD] of slots as ``dtype``, and where SCALES is 1 what is to be multiplied
+    to them [TILE]."""
+    dim = tl.arange(0, DIM_PAD)
+    offset = slot[:, None] * (KV_HEADS * DIM) + dim[None, :]
+    # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
+    if DIM == DIM_PAD:
+        live = seen[:, None]
+    else:
+        live = seen[:, None] & (dim < DIM)[None, :]
+    k = tl.load(k_ptr + kv_head * DIM + offset, mask=live, other=0.0)
+    v = tl.load(v_ptr + kv_head * DIM + offset, mask=live, other=0.0)
+    return from_8_bits(
+        k, v, scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, TILE, SCALES, dtype
+    )

@@ -1,0 +1,142 @@
+"""K and V in 8 bits inside kernels: scales, and numbers from and to what products take.
+
+The same arithmetic in plain torch is ``quantize.py``'s. Scales are bfloat16 in memory; here they
+are handled as the upper halves of float32.
+"""
+
+# mypy: allow-incomplete-defs
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from asyncllm.kernels.attention.quantize import dequantize_ref
+
+KIND_NAMES = {torch.int8: " int8", torch.float8_e4m3fn: " fp8"}  # in keys of tuned configurations
+KINDS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # KIND of kernels; 0 is K/V in their own type
+
+
+@triton.jit
+def half_scale(most, KIND: tl.constexpr):
+    """The scale, as 16 bits, of numbers of which ``most`` is the largest: rounded up."""
+    largest: tl.constexpr = 127.0 if KIND == 1 else 448.0
+    scale = tl.div_rn(tl.maximum(most, 1e-30), tl.full(most.shape, largest, tl.float32))
+    return (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+
+
+@triton.jit
+def whole_scale(half):
+    """float32 of a scale's 16 bits, whatever stands above them."""
+    return (half.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantized(x, scale, KIND: tl.constexpr):
+    """float32 ``x`` by ``scale``, in 8 bits."""
+    divided = tl.div_rn(x, scale)
+    if KIND == 1:
+        return tl.floor(divided + 0.5).to(tl.int8)
+    # rounded here, to the nearest, even: the conversion is exact then wherever it is made
+    bits = divided.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    small = (divided + 24576.0) - 24576.0  # multiples of 2^-9
+    return tl.where(tl.abs(divided) < 0.015625, small, normal).to(tl.float8e4nv)
+
+
+@triton.jit
+def widened(x, dtype: tl.constexpr):
+    """Numbers in 8 bits as ``dtype``, which holds them exactly."""
+    if x.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        # by float32: the direct conversion of float16, which it would go by, is a slow one
+        return x.to(tl.float16).to(tl.float32).to(dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def spread(scale, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """[ROWS, GROUPS * SIZE] of [ROWS, GROUPS]: each one SIZE times."""
+    each = tl.broadcast_to(scale[:, :, None], [ROWS, GROUPS, SIZE])
+    return tl.reshape(each, [ROWS, GROUPS * SIZE])
+
+
+@triton.jit
+def from_8_bits(
+    k,
+    v,
+    scales_ptr,
+    slot,
+    seen,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """K and V [ROWS, DIM_PAD] of slots [ROWS] as ``dtype``, and, where SCALES is 1, what is to be
+    multiplied to the scores and to the weights of K and V [ROWS]. Of slots that are not ``seen`` K
+    and V must be zero. SCALES 0: they have their own type."""
+    k_scale = seen
+    v_scale = seen
+    if SCALES == 1:
+        # 32 bits: the scale of K below, that of V above
+        pair = tl.load(scales_ptr + slot * KV_HEADS + kv_head, mask=seen, other=0)
+        k_scale, v_scale = whole_scale(pair), whole_scale(pair >> 16)
+        k, v = widened(k, dtype), widened(v, dtype)
+    elif SCALES > 1:
+        group = tl.arange(0, DIM_PAD // 8)
+        at = scales_ptr + ((slot * KV_HEADS + kv_head) * (2 * SCALES))[:, None] + group[None, :]
+        live = seen[:, None] & (group < SCALES)[None, :]
+        k = _times(k, tl.load(at, mask=live, other=0), dtype, ROWS, DIM_PAD)
+        v = _times(v, tl.load(at + SCALES, mask=live, other=0), dtype, ROWS, DIM_PAD)
+    return k, v, k_scale, v_scale
+
+
+@triton.jit
+def _times(x, half, dtype: tl.constexpr, ROWS: tl.constexpr, DIM_PAD: tl.constexpr):
+    """Whole numbers times the scales of their groups of 8, as ``dtype``."""
+    scale = whole_scale(half)
+    if dtype == tl.bfloat16:  # both are exact in it, and the product is rounded once
+        return x.to(dtype) * spread(scale.to(dtype), ROWS, DIM_PAD // 8, 8)
+    return (x.to(tl.float32) * spread(scale, ROWS, DIM_PAD // 8, 8)).to(dtype)
+
+
+def num_scales(k_cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> int:
+    """How many scales a head has; 0: K/V are in ``dtype``, the type of q.
+
+    Raises:
+        ValueError: caches and scales do not fit.
+    """
+    if scales is None:
+        if k_cache.dtype != dtype:
+            raise ValueError(f"dtypes: q {dtype}, cache {k_cache.dtype} without scales")
+        return 0
+    num_slots, num_kv_heads, head_dim = k_cache.shape
+    if k_cache.dtype not in KINDS or scales.dtype != torch.bfloat16:
+        raise ValueError(f"dtypes: cache {k_cache.dtype}, scales {scales.dtype}")
+    num = int(scales.shape[-1])
+    if scales.shape != (num_slots, num_kv_heads, 2, num) or num not in (1, head_dim // 8):
+        raise ValueError(f"scales {tuple(scales.shape)} do not fit cache {tuple(k_cache.shape)}")
+    if not scales.is_contiguous():
+        raise ValueError("scales must be contiguous")
+    return num
+
+
+def packed_scales(scales: Tensor | None) -> Tensor | None:
+    """What kernels take them as: K's and V's of a head at once, where there is one of each."""
+    if scales is None:
+        return None
+    return scales.flatten(2).view(torch.int32 if scales.shape[3] == 1 else torch.int16)
+
+
+def read_ref(
+    k_cache: Tensor, v_cache: Tensor, scales: Tensor | None, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """K and V [n, num_kv_heads, head_dim] of ``slots`` [n] int64, in float32."""
+    if scales is None:
+        return k_cache[slots].float(), v_cache[slots].float()
+    # bytes, since torch does not index 8-bit floats
+    k, v = (x.view(torch.uint8)[slots].view(x.dtype) for x in (k_cache, v_cache))
+    k_scales, v_scales = scales[slots].unbind(2)
+    return dequantize_ref(k, k_scales, torch.float32), dequantize_ref(v, v_scales, torch.float32)
