@@ -209,7 +209,6 @@ def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
     """``AttentionBackend.refuse`` of those that know causal attention of grouped heads."""
     asked = {
         f"is of kind {spec.kind!r}": spec.kind != "gqa",
-        f"has latents of {spec.kv_rank}": spec.kv_rank != 0,
         "has no rotary embedding": spec.rope is None,
         "turns neighbouring elements": spec.rope is not None and spec.rope.interleaved,
         "has attention sinks": spec.sinks,

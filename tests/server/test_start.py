@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from asyncllm import rank
 from asyncllm.config import Config
+from asyncllm.engine.build import MemoryPlan, Sizes
 from asyncllm.errors import StartupError
+from asyncllm.models.spec import ModelSpec
 from asyncllm.server import loading
 
 
@@ -163,3 +166,28 @@ def test_a_start_without_fault_comes_to_the_weights(
 
 
 PHASES = ("load tokenizer", "load grammars", "slots")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_whole_experts_reach_the_plan_and_the_model(
+    tiny_experts_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    whole: bool,
+) -> None:
+    seen, plan = [], loading.plan_memory
+
+    def planned(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPlan:
+        seen.append(sizes.whole_experts)
+        return plan(spec, sizes, device)
+
+    def read(*_: Any, whole_experts: bool, **__: Any) -> None:
+        seen.append(whole_experts)
+        raise WeightsRead
+
+    with starting(tiny_experts_dir, monkeypatch, caplog) as start:
+        monkeypatch.setattr(loading, "plan_memory", planned)
+        monkeypatch.setattr(loading, "build_model", read)
+        with pytest.raises(WeightsRead):
+            start(enable_ep_moe=whole)
+    assert seen == [whole, whole]
