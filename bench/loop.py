@@ -39,6 +39,8 @@ from asyncllm.codec import i32
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.slots import Ledger
+from asyncllm.core.window_slots import WindowLedger
+from asyncllm.core.windows import PerSpace, Window
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
 from asyncllm.messages import Abort, Finished, Follow, Gone, Started, Submit, Tokens
@@ -231,13 +233,20 @@ def hops(burst: int, encode: bool) -> float:
 # -- scheduling and text ---------------------------------------------------------------------------
 
 
-def scheduling(num_rows: int) -> None:
-    """Decode steps of a full batch: what happens between two launches."""
+def scheduling(num_rows: int, size: int | None = None) -> None:
+    """Decode steps of a full batch: what happens between two launches.
+
+    Args:
+        size: of a window that layers have; None: none has one.
+    """
+    windows = {} if size is None else {"window": Window(size), "num_sliding": num_rows * 600}
     core = Core(
         num_lanes=num_rows, num_slots=num_rows * 600, batch_max_tokens=16384,
-        chunked_prefill_size=2048, eos_ids=(2,),
+        chunked_prefill_size=2048, eos_ids=(2,), **windows,
     )  # fmt: skip
     ledger = Ledger(num_rows * 600)
+    if size is not None:
+        ledger = WindowLedger(PerSpace(num_rows * 600, num_rows * 600), Window(size))
     params = SamplingParams(max_new_tokens=500, ignore_eos=True)
     for rid in range(num_rows):
         core.add(rid, array("i", [rid % 251 + j for j in range(16)]), params)
@@ -263,9 +272,10 @@ def scheduling(num_rows: int) -> None:
             for name, took in zip(spent, (b - a, c - b, d - c, e - d), strict=True):
                 lows[name] = min(lows[name], took)
                 spent[name] += took
+    seen = "" if size is None else f", window {size}"
     for name, low in lows.items():
         row(
-            f"{name}, {num_rows} decode rows (best; mean {spent[name] / 289e-6:.0f})",
+            f"{name}, {num_rows} decode rows{seen} (best; mean {spent[name] / 289e-6:.0f})",
             low * 1e6,
             "us",
         )
@@ -320,6 +330,7 @@ def main() -> None:
     row("hop, one message through the codec", hops(1, True), "us")
     row("hop, bursts of 64 through the codec, per message", hops(64, True), "us")
     scheduling(args.streams)
+    scheduling(args.streams, size=64)
     detokenizing(text, args.streams)
     uvloop.run(streams(args, text))
 

@@ -394,7 +394,7 @@ class Core:
         if self.window is None:
             return 0
         most = self.window.most
-        chunk = min(known - planned, self.chunk)
+        chunk = min(known - planned, self.chunk, most)
         return max(min(known, most) - min(planned, most), 0) + chunk * (known > most)
 
     def _ungrant(self, req: Request, lane: Lane) -> None:

@@ -39,7 +39,8 @@ class WindowLedger(Ledger):
 
     A slot of the second space is given back by the reservation behind the one in which its lane
     went on: steps run in order, so whatever step may get it next writes it behind the last step
-    that reads it. Where even the first row does not fit, it is granted in part.
+    that reads it. New tokens need room beside what they see, but only for a step: a row is granted
+    in part where there is room for ``window.most`` tokens, the first one where there is any.
 
     Args:
         num: slots of both spaces; the sliding ones are at least ``window.most + 1``.
@@ -108,7 +109,7 @@ class WindowLedger(Ledger):
 
     def _fitting(self, count: int) -> int:
         room = self.sliding_available
-        if count > room and not self._column:
+        if count > room and (room >= self._window.most or not self._column):
             count = room
         return super()._fitting(count) if count <= room else 0
 

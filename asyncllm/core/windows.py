@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 GRAIN = 64
-SHORT = (
-    8  # at least one sliding slot to so many full ones: what shorter requests need, and the cache
-)
+SHORT = 6  # at least one sliding slot to so many full ones: for shorter requests, and the cache
 UNBACKED = 16  # where all layers slide: tokens that are known, to one that has a slot
 
 
@@ -63,13 +61,11 @@ class Division:
         slot: bytes of a slot; 0 where a space has no layers.
         window: of the sliding layers, if there are any.
         max_len: tokens of the longest sequence.
-        chunk: tokens of one sequence that a step computes.
     """
 
     slot: PerSpace
     window: Window | None
     max_len: int
-    chunk: int
 
     def nbytes(self, num: PerSpace) -> int:
         """Of so many slots, and of one for padding in each space."""
@@ -95,21 +91,19 @@ class Division:
             middle = (low + high + 1) // 2
             fits_too = self.nbytes(self.balanced(middle)) <= budget
             low, high = (middle, high) if fits_too else (low, middle - 1)
-        if low != wanted:
-            return self.balanced(low)
-        rest = budget - self.slot.full * (wanted + 1)
-        return PerSpace(wanted, min(rest // self.slot.sliding - 1, wanted))
+        return self.balanced(low)
 
     def balanced(self, full: int) -> PerSpace:
-        """With so many sliding slots that sequences of ``max_len`` use both spaces up."""
+        """With sliding slots for as many sequences of ``max_len``, and new tokens beside them."""
         if self.window is None:
             return PerSpace(full, full)
-        whole = -(-full * self.window.most // self.max_len) + self.chunk
+        most = self.window.most
+        whole = -(-max(full, self.max_len) * most // self.max_len) + most
         return PerSpace(full, min(full, max(full // SHORT, whole)))
 
     def _remembered(self, sliding: int) -> int:
         """Full slots beside so many sliding ones, where these are all that takes memory."""
         if self.window is None or sliding <= self.window.most:
             return sliding
-        lanes = max((sliding - self.chunk) // self.window.most, 1)
+        lanes = max(sliding // self.window.most - 1, 1)
         return max(sliding, self.max_len, min(lanes * self.max_len, UNBACKED * sliding))

@@ -230,7 +230,6 @@ class Sizes:
     max_len: int
     num_lanes: int
     batch_max_tokens: int
-    chunk: int
     mem_fraction: float
     max_total_token_num: int | None
 
@@ -264,7 +263,6 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         slot=model.site.attention.layout.bytes_per_slot(),
         window=Window(max(windows)) if any(windows) else None,
         max_len=sizes.max_len,
-        chunk=sizes.chunk,
     )
     weights = model.nbytes
     work = _work_bytes(model, sizes, device.type == "cuda")

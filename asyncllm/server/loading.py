@@ -64,7 +64,6 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
         num_lanes=resolved.running_max_req_size,
         batch_max_tokens=resolved.batch_max_tokens,
         mem_fraction=config.mem_fraction,
-        chunk=resolved.chunked_prefill_size,
         max_total_token_num=config.max_total_token_num,
     )
     return plan_memory(spec, sizes, torch_device(boot))

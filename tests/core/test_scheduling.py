@@ -10,6 +10,7 @@ import pytest
 from asyncllm.core.request import Again, Constraint, Reason, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Step
+from asyncllm.core.windows import Window
 from asyncllm.messages import Granted
 
 EOS = 2
@@ -291,6 +292,21 @@ def test_waiting_requests_are_admitted_only_while_kv_is_likely_to_last() -> None
     assert not proposal.opened  # 12 + 5 does not fit 20 - 1 - 5
     core.plan(Granted(array("i", [0]), array("i", [1]), array("i", [0]), 40))
     assert shape(step(core)) == [(1, 1), (2, 12)]
+
+
+def test_layers_with_windows_need_room_for_windows_only() -> None:
+    """17 with what is given back late; those of a long prompt need new tokens beside them."""
+    window = Window(16)
+    for prompt_len, needed in ((300, 17 + 16), (12, 12)):
+        for missing in (0, 1):
+            core = make(num_slots=10_000, window=window, num_sliding=500)
+            add(core, 1, 10)
+            step(core, available=9000)
+            core.sliding_available = 1 + needed - missing  # one for the row that runs
+            add(core, 2, prompt_len)
+            proposal = core.propose()
+            assert proposal is not None
+            assert len(proposal.opened) == 1 - missing
 
 
 def test_a_waiting_request_is_always_tried_when_nothing_runs() -> None:

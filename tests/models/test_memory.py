@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 def sizes(**changes: Any) -> Sizes:
     given: dict[str, Any] = {
         "tp": 1, "ranks": 1, "dtype": "fp32", "max_len": 256, "num_lanes": 8,
-        "batch_max_tokens": 512, "mem_fraction": 0.5, "max_total_token_num": 1000, "chunk": 256,
+        "batch_max_tokens": 512, "mem_fraction": 0.5, "max_total_token_num": 1000,
     }  # fmt: skip
     return Sizes(**{**given, **changes})
 
