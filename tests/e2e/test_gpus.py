@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Reference
 from tests.e2e.process import Server
+from tests.models.harness import random_ids
 
 MARGIN = 0.05  # Triton's float32 products are tf32
 
@@ -28,5 +30,38 @@ def test_tp_2_on_gpus(
             answer = server.tokens(prompt, 16, ignore_eos=True)
             assert len(answer) == 16
             reference.check_greedy(prompt, answer, MARGIN)
+        assert server.metric("asyncllm_jit_after_warmup_total") == 0
+        assert server.stop() == 0, server.text()
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--disable_cudagraph",), ("--enable_ep_moe",)],
+    ids=["graphs", "eager", "whole experts"],
+)
+def test_groups_that_share_experts_on_gpus(
+    tiny_experts_dir: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """One request alone, so that the other group steps along, and several of other lengths."""
+    check_groups(tiny_experts_dir, tmp_path / "log", "--device", "cuda", *more)
+
+
+def check_groups(model_dir: Path, log: Path, *more: str) -> None:
+    reference = Reference(model_dir)
+    args = ("--tp", "2", "--dp", "2", "--data_type", "fp32", "--mem_fraction", "0.3", *more)
+    with Server(model_dir, log, *args) as server:
+
+        def check(size: int) -> None:
+            prompt = random_ids(size, 256, size)
+            answer = server.tokens(prompt, 16, ignore_eos=True)
+            assert len(answer) == 16
+            reference.check_greedy(prompt, answer, MARGIN)
+
+        check(300)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(check, (1, 2, 17, 40, 63, 100, 513, 900)))
+        steps = [server.metric(f'asyncllm_group_steps_total{{group="{g}"}}') for g in (0, 1)]
+        assert steps[0] == steps[1] > 30
         assert server.metric("asyncllm_jit_after_warmup_total") == 0
         assert server.stop() == 0, server.text()

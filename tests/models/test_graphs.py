@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -434,6 +435,45 @@ def test_graphs_give_the_tokens_of_eager_steps(tmp_path: Path) -> None:
         torch.testing.assert_close(
             torch.tensor(g.logprobs), torch.tensor(e.logprobs), atol=BOUNDS["fp32"], rtol=0
         )
+
+
+class Wider:
+    """A device whose steps have the size of another group's, which has more tokens, and longer rows
+    now and then; some of its own have no rows."""
+
+    def __init__(self, device: Any) -> None:
+        self.device, self.turn = device, 0
+
+    def launch(self, plan: StepPlan) -> Any:
+        self.turn += 1
+        chunks, own = plan.num_decode < len(plan.lanes), len(plan.tokens)
+        sizes = {"common": own + (0, 1, 90)[self.turn % 3], "mixed": chunks or self.turn % 2 > 0}
+        self.device.launch(replace(StepPlan(step=plan.step, num_decode=0), **sizes))
+        return self.device.launch(replace(plan, **sizes))
+
+
+def steps_wider_than_their_rows(driver: Driver) -> list[Sequence]:
+    driver.device = Wider(driver.device)  # type: ignore[assignment]
+    return steps_of_every_shape(driver)
+
+
+def test_wider_steps_give_the_tokens_of_their_rows(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    found = []
+    for drive in (steps_of_every_shape, steps_wider_than_their_rows):
+        device = make_device(tmp_path, "fp32", "cpu", num_lanes=40)
+        found.append([s.outputs for s in drive(Driver(device, 4096))])
+        device.close()
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_wider_steps_give_the_tokens_of_their_rows_on_a_gpu(tmp_path: Path, graphs: bool) -> None:
+    make_checkpoint(tmp_path)
+    plain = on_device(tmp_path, "fp32", False, steps_of_every_shape)
+    wider = on_device(tmp_path, "fp32", graphs, steps_wider_than_their_rows)
+    assert [s.outputs for s in wider] == [s.outputs for s in plain]
 
 
 @pytest.mark.gpu
