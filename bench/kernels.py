@@ -38,6 +38,7 @@ from asyncllm.kernels.attention.prefill import (
     prefill_attention_ref,
 )
 from asyncllm.kernels.gated import gated, gated_ref
+from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm, qk_rmsnorm_ref
 from asyncllm.kernels.rmsnorm import add_rmsnorm, add_rmsnorm_ref, rmsnorm, rmsnorm_ref
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -153,7 +154,15 @@ def wrong_kernels() -> list[str]:
     normed, total = add_rmsnorm_ref(x, residual, weight, 1e-5)
     compare("add_rmsnorm", normed, add_rmsnorm(x, residual, weight, 1e-5)[0])
     compare("add_rmsnorm, residual", total, residual)
-    compare("gated", gated_ref(x), gated(x))
+    wide = randn(4096).float()
+    compare("rmsnorm, float32 weight", rmsnorm_ref(x, wide, 1e-5), rmsnorm(x, wide, 1e-5))
+    for activation in ("silu", "gelu_tanh"):
+        compare(f"gated, {activation}", gated_ref(x, activation), gated(x, activation))
+    heads = [randn(37, (Q_HEADS + 2 * KV_HEADS) * DIM), randn(DIM), randn(DIM)]
+    mirror = [t.clone() for t in heads]
+    qk_rmsnorm_ref(*mirror, Q_HEADS, KV_HEADS, 1e-5)
+    qk_rmsnorm(*heads, Q_HEADS, KV_HEADS, 1e-5)
+    compare("qk_rmsnorm", mirror[0], heads[0])
     case = rope_case(37)
     mirror = [t.clone() for t in case]
     rope_kv_ref(*mirror, Q_HEADS)
@@ -230,8 +239,14 @@ def small_kernels(ceiling: Ceiling, quick: bool) -> None:
         show("add_rmsnorm", f"{tokens} x 4096", us, ceiling, num_bytes=4 * x.nbytes)
     for tokens in (1, 256):
         x, out = randn(tokens, 28672), randn(tokens, 14336)
-        us = median_us(partial(gated, x, out=out), quick)
-        show("gated", f"{tokens} x 28672", us, ceiling, num_bytes=1.5 * x.nbytes)
+        for activation in ("silu", "gelu_tanh"):
+            us = median_us(partial(gated, x, activation, out), quick)
+            show(f"gated, {activation}", f"{tokens} x 28672", us, ceiling, num_bytes=1.5 * x.nbytes)
+    for tokens in (1, 64, 4096):
+        qkv, q, k = randn(tokens, (Q_HEADS + 2 * KV_HEADS) * DIM), randn(DIM), randn(DIM)
+        us = median_us(partial(qk_rmsnorm, qkv, q, k, Q_HEADS, KV_HEADS, 1e-5), quick)
+        moved = 2 * tokens * (Q_HEADS + KV_HEADS) * DIM * 2
+        show("qk_rmsnorm", f"{tokens} tokens", us, ceiling, num_bytes=moved)
     for tokens in (1, 256, 4096):
         case = rope_case(tokens)
         us = median_us(partial(rope_kv, *case, Q_HEADS), quick)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import transformers
 
 from asyncllm.errors import StartupError
+from asyncllm.models.registry import MODELS
 from asyncllm.models.rope import Linear, LongRope, Rope, Yarn
 from asyncllm.models.spec import AttentionSpec, ModelSpec, QueryGrowth
 from tests.models.harness import make_device
@@ -277,6 +280,15 @@ def test_the_nearest_families_are_named(
     line = rf"^architecture '{architecture}' is not available yet \(the nearest that are: .*{near}"
     with pytest.raises(StartupError, match=line):
         read({"architectures": [architecture], "model_type": model_type})
+
+
+def test_reading_a_config_needs_no_torch() -> None:
+    """Processes that only serve HTTP read it."""
+    modules = {
+        place.partition(":")[0] for f in MODELS.values() for place in (f.reader, f.opener) if place
+    }
+    code = f"import sys, {', '.join(sorted(modules))}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_file_without_an_architecture_is_told_by_its_type() -> None:
