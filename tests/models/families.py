@@ -244,13 +244,17 @@ class Reference:
         return float(torch.cat([(got - want).abs(), worse]).nan_to_num(1e9).max())
 
     def apart(self, other: Reference) -> float:
-        """The largest difference between two, over a prompt."""
-        ids = random_ids(45, VOCAB, 2)
-        after = torch.tensor(ids[1:])[:, None]
-        mine, theirs = (each.scores(tuple(ids))[:-1].gather(1, after) for each in (self, other))
-        return float((mine - theirs).abs().max())
+        """The largest difference between two, over the prompts of :func:`largest_difference`."""
+        found = [0.0]
+        for lane, size in enumerate(SIZES):
+            ids = random_ids(size, VOCAB, lane)
+            after = torch.tensor(ids[1:])[:, None]
+            pair = (each.scores(tuple(ids))[:-1].gather(1, after) for each in (self, other))
+            found += [float((mine - theirs).abs()) for mine, theirs in zip(*pair, strict=True)]
+        return max(found)
 
 
+SIZES = (1, 2, 45, 31)  # of prompts
 PARAMS = SamplingParams(temperature=0.0, logprobs=0, prompt_logprobs=0)
 
 
@@ -262,8 +266,7 @@ def largest_difference(reference: Reference, device: CpuDevice | CudaDevice | Ra
     driver, worst = Driver(device, 1024), []
     for chunk in (1 << 30, 16):
         seqs = [
-            Sequence(lane, random_ids(size, VOCAB, lane), PARAMS)
-            for lane, size in enumerate((1, 2, 45, 31))
+            Sequence(lane, random_ids(size, VOCAB, lane), PARAMS) for lane, size in enumerate(SIZES)
         ]
         driver.generate(seqs, 8, chunk)
         worst += [reference.distance(seq) for seq in seqs]
