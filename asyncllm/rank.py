@@ -144,6 +144,7 @@ def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None 
         model_eos=(*spec.eos_ids, *ends),
         model_dir_name=model_dir.name,
         has_experts=spec.has_experts,
+        kv_format=spec.kv_format,
     )
     used = {} if config.generation_config == "none" else generation_config(model_dir)
     return replace(resolved, generation_config=read_defaults(used))

@@ -156,12 +156,15 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
         (["--nnodes", "2"], "--nnodes 2 is not available yet"),
         (["--node-rank", "1"], "not available yet"),
         (["--tp", "3", "--dp", "2"], "--tp must be a multiple of --dp"),
-        (["--mode", "triton_int8kv", "ppl_fp16"], "--mode triton_int8kv ppl_fp16 is not available"),
+        (["--mode", "triton_int8kv", "ppl_fp16"], "--mode ppl_fp16 does not read --mode"),
+        (["--mode=ppl_int8kv", "--llm-kv-type", "fp8kv"], "and --llm_kv_type fp8kv are two"),
+        (["--mode", "triton_int4kv"], "--mode must be one of triton_int8kv, ppl"),
+        (["--llm_kv_type", "fp8kv_sph"], "must be one of None, int8kv, fp8kv, not 'fp8kv_sph'"),
         (["--load_way", "DSS"], "--load_way"),
         (["--use_config_server_to_init_nccl", "--tp", "2"], "not available yet"),
         (["--ssl_keyfile", "key.pem"], "it counts with --ssl_certfile"),
-        (["--quant_type", "awq"], "in the type of --data_type"),
-        (["--quant_type=awq"], "in the type of --data_type"),
+        (["--quant_type", "awq"], "weights are in the type of --data_type"),
+        (["--quant_type=awq"], "weights are in the type of --data_type"),
         (["--sampling_backend"], "--sampling_backend: expected one argument"),
         (["--port", "http"], "--port: needs a whole number, not 'http'"),
         (["--port", "80_00"], "--port: needs a whole number, not '80_00'"),
@@ -204,7 +207,6 @@ def test_values_that_ask_for_nothing_are_left_out() -> None:
     for argv in (
         ["--quant_type", "none"],
         ["--hardware-platform", "cuda"],
-        ["--llm_kv_type", "None"],
     ):
         (line,) = parse(argv).warnings
         assert line.startswith(" ".join(argv) + " has no effect: ")

@@ -61,6 +61,7 @@ OURS: dict[str, Any] = {
     "use_tgi_api": False,
     "diverse_mode": False,
     "dp_balancer": "cache_aware",
+    "llm_kv_type": "None",
     "token_healing_mode": False,
     "generation_config": "auto",
     "output_constraint_mode": "llguidance",
@@ -104,6 +105,7 @@ def resolve(config: Config, **changes: Any) -> Resolved:
         "model_eos": (2,),
         "model_dir_name": "tiny",
         "has_experts": False,
+        "kv_format": None,
     }
     return resolve_limits(config, **{**facts, **changes})
 
@@ -234,8 +236,6 @@ UNAVAILABLE = [
     *(("run_mode", mode) for mode in ("prefill", "decode", "pd_master", "config_server")),
     ("nnodes", 2),
     ("node_rank", 1),
-    *(("mode", (name,)) for name in ("triton_int8kv", "ppl_int8kv", "triton_fp8kv")),
-    ("mode", ("triton_flashdecoding", "triton_int8kv")),
 ]
 
 
@@ -250,15 +250,55 @@ def test_every_unavailable_flag_is_tested() -> None:
     assert marked == {name for name, _ in UNAVAILABLE} | {"use_config_server_to_init_nccl"}
     with pytest.raises(StartupError, match=r"^--use_config_server_to_init_nccl is not avail"):
         Config(use_config_server_to_init_nccl=True, tp=2)
-    mode = FLAGS["mode"]
-    assert {*mode.unavailable, *mode.moot} == {*mode.choices}
 
 
-def test_kernels_by_name_are_a_warning() -> None:
-    config = Config(mode=("triton_flashdecoding", "ppl_fp16"))
-    assert config.warnings == (
-        "--mode triton_flashdecoding ppl_fp16 has no effect: kernels are chosen by the shapes",
+def test_names_that_do_not_go_together_end_the_start() -> None:
+    """All pairs are in tests/models/test_kv_format.py."""
+    wrong: list[dict[str, Any]] = [
+        {"mode": ("triton_int8kv", "ppl_int8kv")},
+        {"mode": ("ppl_fp16", "triton_gqa_attention")},
+        {"mode": ("ppl_fp16", "triton_fp8kv")},
+        {"mode": ("ppl_int8kv",), "llm_kv_type": "int8kv"},
+    ]
+    for options in wrong:
+        with pytest.raises(StartupError, match=rf"--mode {options['mode'][0]}.* and |not read"):
+            Config(**options)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_kernel_by_name_is_a_warning_on_a_cpu(device: str) -> None:
+    config = Config(mode=("triton_int8kv", "triton_flashdecoding"), llm_kv_type="int8kv")
+    assert config.warnings == ()
+    resolved = resolve(config, device=device)
+    if device == "cuda":
+        assert resolved.kv_mode == ("triton_int8kv", "triton_flashdecoding")
+        assert resolved.warnings == ()
+        return
+    assert resolved.kv_mode == ("triton_int8kv",)
+    assert resolved.warnings == (
+        "--mode triton_flashdecoding has no effect: it names a kernel of GPUs, and this is the CPU",
     )
+
+
+def test_the_format_of_the_checkpoint_counts_where_none_is_asked_for() -> None:
+    wants = {"kv_format": "triton_fp8kv", "device": "cuda"}
+    resolved = resolve(Config(mode=("triton_gqa_attention",)), **wants)
+    assert resolved.kv_mode == ("triton_fp8kv", "triton_gqa_attention")
+    (note,) = (line for line in resolved.notes if "checkpoint" in line)
+    assert note.startswith("K/V are in triton_fp8kv, as the checkpoint asks; scales are each token")
+    config = Config(mode=("ppl_fp16",))
+    with pytest.raises(StartupError, match=r"^--mode ppl_fp16 does not read triton_fp8kv, the"):
+        resolve(config, **wants)
+    for config, kept in (
+        (Config(llm_kv_type="int8kv"), "triton_int8kv"),
+        (Config(mode=("ppl_int8kv",)), "ppl_int8kv"),
+        (Config(explicit=frozenset({"llm_kv_type"})), None),
+    ):
+        resolved = resolve(config, **wants)
+        assert resolved.kv_mode == ((kept,) if kept else ())
+        said = f"the checkpoint asks for K/V in triton_fp8kv, they are in {kept or 'its own type'}"
+        assert said in resolved.notes
+    assert resolve(Config(llm_kv_type="fp8kv"), **wants).kv_mode == ("triton_fp8kv",)
 
 
 @pytest.mark.parametrize(

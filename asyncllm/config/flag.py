@@ -39,9 +39,8 @@ class Flag:
     """One option of the command line.
 
     ``unavailable`` holds the values that are accepted by LightLLM but not served here yet;
-    ``ANY`` in it stands for everything but the default; those in ``moot`` change nothing here,
-    which is a warning. ``check`` and ``choices`` apply to each element of an option with several
-    values. A ``secret`` value is never shown.
+    ``ANY`` in it stands for everything but the default. ``check`` and ``choices`` apply to each
+    element of an option with several values. A ``secret`` value is never shown.
     """
 
     default: object
@@ -53,7 +52,6 @@ class Flag:
     metavar: str | None = None
     aliases: tuple[str, ...] = ()
     unavailable: tuple[str, ...] = ()
-    moot: tuple[str, ...] = ()
     needs: Needs | None = None
     secret: bool = False
     name: str = ""

@@ -32,8 +32,8 @@ class Foreign:
 # reason -> names; "name=" takes a value, "name=+" several, "name=a|b" is refused but for a and b
 _REFUSED = {
     "the chat template is the model folder's": "chat_template=",
-    "K/V and weights are in the type of --data_type": "expert_dtype= kv_quant_calibration_config_path= "
-    "llm_kv_type=None quant_cfg= quant_type=none",
+    "weights are in the type of --data_type": "expert_dtype= quant_cfg= quant_type=none",
+    "each token's K/V in 8 bits have scales of their own (--mode), none are calibrated": "kv_quant_calibration_config_path=",
     "it computes on CUDA or the CPU": "hardware_platform=cuda",
     "there is one tier of K/V, in the device's memory": "enable_cpu_cache enable_disk_cache",
     "HTTP is served by aiohttp; see the options under Access": "hypercorn_config=",
@@ -76,8 +76,8 @@ _IGNORED = {
     "pd_trans_mode= select_p_d_node_strategy=",
     "kernels are chosen by the shapes": "enable_fa3 enable_flashinfer_decode "
     "enable_flashinfer_prefill enable_torch_fallback enable_triton_fallback "
-    "llm_decode_att_backend=+ llm_prefill_att_backend=+ sampling_backend= penalty_counter_mode= "
-    "llm_kv_quant_group_size=",
+    "llm_decode_att_backend=+ llm_prefill_att_backend=+ sampling_backend= penalty_counter_mode=",
+    "the format of K/V says how many channels share a scale (--mode)": "llm_kv_quant_group_size=",
     "graphs are captured for the shapes that are needed": "enable_prefill_cudagraph "
     "graph_grow_step_size= graph_max_batch_size= graph_max_len_in_batch= graph_split_batch_size= "
     "prefill_cudagraph_max_handle_token=",

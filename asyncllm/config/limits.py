@@ -11,6 +11,7 @@ from typing import Literal
 
 from asyncllm.config.options import DTYPES, Config
 from asyncllm.errors import StartupError
+from asyncllm.models.kv_format import KvMode
 
 DEFAULT_CHUNK = {"cuda": 4096, "cpu": 256}
 DEFAULT_BATCH = {"cuda": 16384, "cpu": 1024}
@@ -37,6 +38,7 @@ class Resolved:
         served_names: names that requests may use; the first is the id in /v1/models.
         generation_config: what of the model's file counts where a request is silent.
         max_body_size: bytes of a request body.
+        kv_mode: format of K/V and decode kernel, by the names of --mode; those that count.
         num_slots: KV slots, 0 until ``with_slots``.
     """
 
@@ -56,6 +58,7 @@ class Resolved:
     generation_config: dict[str, object] = field(default_factory=dict)
     max_body_size: int = MIN_BODY_SIZE
     max_req_input_len: int | None = None
+    kv_mode: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         most, total = self.max_req_input_len, self.max_req_total_len
@@ -98,6 +101,7 @@ def resolve_limits(
     model_eos: tuple[int, ...],
     model_dir_name: str,
     has_experts: bool,
+    kv_format: str | None,
 ) -> Resolved:
     """Fill in what depends on the model and the device.
 
@@ -108,11 +112,12 @@ def resolve_limits(
         model_eos: end-of-answer ids named by the model.
         model_dir_name: last part of the model's folder or hub id.
         has_experts: the model is one of mixed experts.
+        kv_format: of K/V, that the checkpoint asks for; None: it asks for none.
 
     Raises:
         StartupError: an explicit value that the model or another explicit value contradicts.
     """
-    notes: list[str] = []
+    notes = list(_renamed(config))
     warnings = list(_without_effect(config, device, has_experts))
     length = config.max_req_total_len
     len_is_explicit = "max_req_total_len" in config.explicit
@@ -122,11 +127,10 @@ def resolve_limits(
         )
         length = model_limit
     chunk, batch = _budgets(config, device)
+    kv, said = _kv_mode(config, device, kv_format)
     eos_ids = config.eos_id or tuple(dict.fromkeys(model_eos))
     if not eos_ids:
         notes.append("the model names no end token: answers end by length or stop (--eos_id)")
-    if config.output_constraint_mode == "xgrammar":
-        notes.append("--output_constraint_mode xgrammar: it is llguidance that constrains outputs")
     names = (*config.served_model_name, config.model_name, model_dir_name, "default")
     if not config.served_model_name and "model_name" not in config.explicit:
         names = (model_dir_name, config.model_name, "default")
@@ -143,9 +147,37 @@ def resolve_limits(
         model_name=config.model_name,
         served_names=tuple(dict.fromkeys(names)),
         len_is_explicit=len_is_explicit,
-        notes=tuple(notes),
+        notes=(*notes, *said),
         warnings=tuple(warnings),
+        kv_mode=kv,
     )
+
+
+def _kv_mode(
+    config: Config, device: Device, wanted: str | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Format and kernel that count, and what is to be said about the one that the checkpoint
+    wants."""
+    mode, notes = KvMode.named(config.mode, config.llm_kv_type), list[str]()
+    fmt = None if mode.format is None else mode.format.name
+    if wanted is not None and wanted != fmt:
+        if fmt is None and "llm_kv_type" not in config.explicit:
+            fmt = wanted
+            if mode.kernel is not None and mode.kernel.halves:
+                raise StartupError(
+                    f"--mode {mode.kernel.name} does not read {wanted}, the format of K/V that "
+                    "the checkpoint asks for; --llm_kv_type None keeps them in 16 bits"
+                )
+            notes.append(
+                f"K/V are in {wanted}, as the checkpoint asks; scales are each token's own, not "
+                "those of the checkpoint (--llm_kv_type None: not in 8 bits)"
+            )
+        else:
+            notes.append(
+                f"the checkpoint asks for K/V in {wanted}, they are in {fmt or 'its own type'}"
+            )
+    kernel = mode.kernel.name if mode.kernel is not None and device == "cuda" else None
+    return tuple(name for name in (fmt, kernel) if name), notes
 
 
 def _without_effect(config: Config, device: Device, has_experts: bool) -> Iterator[str]:
@@ -153,8 +185,19 @@ def _without_effect(config: Config, device: Device, has_experts: bool) -> Iterat
     for name in GPU_ONLY:
         if device == "cpu" and getattr(config, name):
             yield f"--{name} has no effect: it counts on GPUs, and this is the CPU"
+    kernel = KvMode.named(config.mode).kernel
+    if device == "cpu" and kernel is not None:
+        yield (
+            f"--mode {kernel.name} has no effect: it names a kernel of GPUs, and this is the CPU"
+        )
     if config.enable_ep_moe and not has_experts:
         yield "--enable_ep_moe has no effect: the model has no experts"
+
+
+def _renamed(config: Config) -> Iterator[str]:
+    """A line for each value that stands for another."""
+    if config.output_constraint_mode == "xgrammar":
+        yield "--output_constraint_mode xgrammar: it is llguidance that constrains outputs"
 
 
 def _budgets(config: Config, device: Device) -> tuple[int, int]:

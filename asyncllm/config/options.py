@@ -1,6 +1,7 @@
 """Every option: names, types, defaults and checks.
 
-Knows neither argparse (``cli`` builds the parser from ``FLAGS``) nor torch nor any model.
+Knows neither argparse (``cli`` builds the parser from ``FLAGS``) nor torch nor any model; names of
+K/V formats and decode kernels are those of ``models.kv_format``, which knows neither.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from asyncllm.config.flag import (
 )
 from asyncllm.core import balancing
 from asyncllm.errors import StartupError
+from asyncllm.models.kv_format import DECODE_KERNELS, FORMATS, KV_TYPES, KvMode
 
 # the chapters of LightLLM's option reference, then our own
 BASIC = "Basic configuration"
@@ -307,16 +309,21 @@ class Config:
 
     # --- attention
     mode: tuple[str, ...] = flag(
-        (), group=ATTENTION, nargs="+", metavar="MODE",
-        unavailable=("triton_int8kv", "ppl_int8kv", "triton_fp8kv"),
-        moot=("ppl_fp16", "triton_flashdecoding", "triton_gqa_attention",
-              "triton_gqa_flashdecoding"),
-        choices=("triton_int8kv", "ppl_int8kv", "ppl_fp16", "triton_flashdecoding",
-                 "triton_gqa_attention", "triton_gqa_flashdecoding", "triton_fp8kv"),
-        help="KV formats and attention kernels by name; kernels are chosen by the shapes here "
+        (), group=ATTENTION, nargs="+", metavar="MODE", choices=(*FORMATS, *DECODE_KERNELS),
+        help="one format of K/V, one decode kernel, or both; triton_int8kv: whole numbers of 8 "
+        "bits, a scale for each token and head; ppl_int8kv: a scale for each 8 channels; "
+        "triton_fp8kv: floats of 8 bits (e4m3), a scale for each token and head; ppl_fp16: one "
+        "pass over K/V in 16 bits, the only kernel that does not read 8; "
+        "triton_flashdecoding: keys of a row divided; triton_gqa_attention: the query heads of a "
+        "KV head together; triton_gqa_flashdecoding: both. Default: K/V in the type of "
+        "--data_type, or as the checkpoint's kv_cache_scheme says, and the fastest kernel "
         "(LightLLM has dropped this option)",
     )  # fmt: skip
-
+    llm_kv_type: str = flag(
+        "None", group=ATTENTION, choices=tuple(KV_TYPES),
+        help="format of K/V by its newer name: int8kv is --mode triton_int8kv, fp8kv --mode "
+        "triton_fp8kv; None, if given, is the type of --data_type whatever the checkpoint says",
+    )  # fmt: skip
     disable_cudagraph: bool = flag(
         False, group=ATTENTION, help="launch every step kernel by kernel, without CUDA graphs"
     )
@@ -419,6 +426,7 @@ class Config:
                 f"--tp {self.tp} ranks cannot be divided among --dp {self.dp} groups: --tp must "
                 "be a multiple of --dp"
             )
+        KvMode.named(self.mode, self.llm_kv_type)
         warnings = [line for name in sorted(changed) for line in self._moot(name, values[name])]
         object.__setattr__(self, "warnings", tuple(dict.fromkeys((*self.warnings, *warnings))))
 
@@ -434,8 +442,6 @@ class Config:
             yield line
         elif option.waits(value):
             raise StartupError(f"{given} is not available yet")
-        elif option.moot:
-            yield f"{given} has no effect: kernels are chosen by the shapes"
 
     def digest(self) -> str:
         """Of the options that all processes of one server must share: equal where those are."""

@@ -123,7 +123,7 @@ def make_model(
     ops, attention = _operators(layers, kv, kind, device, max_len, where)
     for layer in dict.fromkeys(layers):
         if reason := attention.refuse(layer, attention.layout, device):
-            raise StartupError(f"attention of {spec.architecture} that {reason}: not available yet")
+            raise StartupError(f"attention of {spec.architecture} that {reason} is not served")
     site = Site(
         comm=comm,
         world=world or comm,

@@ -18,6 +18,8 @@ from asyncllm.models.model import Site
 from asyncllm.models.spec import AttentionSpec, ExpertsSpec, ModelSpec
 from asyncllm.models.weights import Target
 
+KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")  # how names of calibrated scales of K/V end
+
 
 def attention_part(site: Site, spec: ModelSpec, layer: int) -> AttentionPart:
     """What ``spec.layers[layer]`` asks for."""
@@ -168,4 +170,9 @@ class Decoder:
 
     def ignores(self, name: str) -> bool:
         tied = self.spec.tie_embeddings and name == f"{self.spec.head}.weight"
-        return tied or name.endswith("rotary_emb.inv_freq") or name.startswith(self.spec.ignored)
+        scales = KV_SCALES if self.spec.kv_format else ()
+        return (
+            tied
+            or name.endswith(("rotary_emb.inv_freq", *scales))
+            or name.startswith(self.spec.ignored)
+        )

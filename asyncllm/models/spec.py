@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from asyncllm.errors import StartupError
-from asyncllm.models.quantization import weight_block
+from asyncllm.models.quantization import kv_format, weight_block
 from asyncllm.models.registry import family
 from asyncllm.models.rope import Json as Json
 from asyncllm.models.rope import Rope, read_rope
@@ -150,6 +150,7 @@ class ModelSpec:
     eos_ids: tuple[int, ...]
     # of the checkpoint's 8-bit weights: rows and columns that share a scale; None: there are none
     weight_block: tuple[int, int] | None = None
+    kv_format: str | None = None  # of K/V, that the checkpoint asks for
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False  # q and k of each head are normed before they are turned
@@ -178,7 +179,8 @@ class ModelSpec:
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelSpec:
-        """Read config.json, and generation_config.json for more end tokens.
+        """Read config.json, generation_config.json for more end tokens, and hf_quant_config.json
+        where config.json says nothing of quantisation.
 
         Raises:
             StartupError: a file or a needed key is missing or broken, or asks for what is not
@@ -188,6 +190,11 @@ class ModelSpec:
         if not path.exists():
             raise StartupError(f"{path} does not exist: --model_dir must hold a model")
         config, more = _read(path), generation_config(model_dir)
+        other = model_dir / "hf_quant_config.json"
+        if not _quantization(config) and other.exists():
+            if not isinstance(said := _read(other).get("quantization"), dict):
+                raise StartupError(f"{other} has no object 'quantization'")
+            config["quantization_config"] = {"quant_method": "modelopt", **said}
         try:
             return cls.from_hf(config, more)
         except KeyError as error:
@@ -211,6 +218,7 @@ class ModelSpec:
             bias=bool(hf.get("mlp_bias", False)),
             activation=_activation(hf),
         )
+        quantization = _quantization(hf)
         dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
         if dtype not in _DTYPE_NAMES:
             raise StartupError(f"checkpoint dtype {dtype!r} is not available yet")
@@ -225,7 +233,8 @@ class ModelSpec:
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             dtype=_DTYPE_NAMES[dtype],
             eos_ids=_eos(hf, generation),
-            weight_block=weight_block(hf.get("quantization_config")),
+            weight_block=weight_block(quantization),
+            kv_format=kv_format(quantization),
             qkv_bias=bias,
             out_bias=bias,
             logit_softcap=_optional(hf, "final_logit_softcapping"),
@@ -270,7 +279,7 @@ def text_part(hf: Json, tied: bool) -> Json:
     Args:
         tied: whether embedding and output matrix are the same if nothing is said.
     """
-    names = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
+    names = ("dtype", "torch_dtype", "eos_token_id", "quantization_config", "compression_config")
     shared = {name: hf[name] for name in names if hf.get(name) is not None}
     return {
         **hf["text_config"],
@@ -350,6 +359,10 @@ def _read(path: Path) -> Json:
     if not isinstance(found, dict):
         raise StartupError(f"{path} holds no JSON object")
     return found
+
+
+def _quantization(hf: Json) -> Json | None:
+    return hf.get("quantization_config") or hf.get("compression_config")
 
 
 def _eos(hf: Json, generation: Json) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from asyncllm.engine.parallel import Alone, Ranks
 from asyncllm.environment import cpu_count
 from asyncllm.models import rope
 from asyncllm.models.checkpoint import weight_files
+from asyncllm.models.kv_format import KvMode
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.launch import Boot
 from asyncllm.text import Mode, Text, load_tokenizer
@@ -59,6 +60,7 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
         world=len(boot.topology.ranks) if boot.topology.in_step else None,
         ranks=len(boot.topology.ranks),
         whole_experts=config.enable_ep_moe,
+        kv=KvMode.named(resolved.kv_mode),
         dtype=resolved.dtype,
         max_len=resolved.max_req_total_len,
         num_lanes=resolved.running_max_req_size,
@@ -175,6 +177,7 @@ def _load_device(
             max_len=resolved.max_req_total_len,
             load_way=load_way,
             whole_experts=boot.config.enable_ep_moe,
+            kv=KvMode.named(resolved.kv_mode),
             world=None if ranks is None else ranks.world,
             symmetric=not boot.config.disable_symm_mem_allreduce,
             progress=lambda done, _: bar.advance(done - bar.done_bytes),

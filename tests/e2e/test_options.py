@@ -141,7 +141,7 @@ def servers(
         "--zmq_mode", "tcp://", "--model_name", "chosen", "--tokenizer_mode", "fast",
         "--load_way", "HF", "--max_total_token_num", "1100", "--batch_max_tokens", "16",
         "--max_req_total_len", "1000", "--eos_id", str(ids["d"]), str(ids["h"]), str(END),
-        "--tool_call_parser", "llama3",
+        "--tool_call_parser", "llama3", "--mode", "ppl_int8kv", "--mode", "triton_flashdecoding",
     )  # fmt: skip
     one.url = f"http://127.0.0.2:{one.port}"
     with one:
@@ -150,12 +150,15 @@ def servers(
             "--nccl_host", "127.0.0.3", "--nccl_port", str(free_port()),
             "--zmq_mode", "ipc:///tmp/", "--tokenizer_mode", "auto",
             "--max_total_token_num", "4096", "--tool_call_parser", "qwen25",
+            "--mode", "triton_fp8kv", "triton_gqa_attention", "--llm_kv_type", "fp8kv",
         )  # fmt: skip
         two.url = f"http://[::1]:{two.port}"
         with two:
             three = Server(
                 words_dir, logs / "three", *common, "8", "--tokenizer_mode", "slow",
                 "--trust_remote_code", "--mem_fraction", "0.004", "--tool_call_parser", "mistral",
+                "--mode", "triton_gqa_flashdecoding", "--llm_kv_type", "int8kv",
+                "--tp", "2", "--dp", "2",
             )  # fmt: skip
             with three:
                 yield {"one": one, "two": two, "three": three}
@@ -233,9 +236,10 @@ def same(got: object, wanted: object) -> None:
 
 
 def takes_its_share(server: Server) -> None:
-    """K/V takes what weights and work space leave of it: 2 layers, K and V, 2 heads of 16 float32."""
+    """K/V takes what weights and work space leave of it: 2 layers, K and V, 2 heads of 16 int8 and a
+    scale."""
     share = 0.004 * memory_available()
-    used = server.metric("asyncllm_kv_slots_total") * 2 * 2 * 2 * 16 * 4
+    used = server.metric("asyncllm_kv_slots_total") * 2 * 2 * 2 * (16 + 2)
     assert 0.2 * share < used < 1.5 * share
 
 
@@ -294,10 +298,27 @@ def has_two_ranks(server: Server) -> None:
     assert says(server, "a", 5) == ("bcdef", "length")
 
 
+def has_two_groups(server: Server) -> None:
+    slots = [server.metric(f'asyncllm_group_kv_slots_total{{group="{i}"}}') for i in (0, 1)]
+    assert slots[0] == slots[1] == server.metric("asyncllm_kv_slots_total") / 2
+
+
 def ranks_meet(server: Server) -> None:
     given = [word for word in server.process.args if isinstance(word, str)]  # type: ignore[union-attr]
     port = int(given[given.index("--nccl_port") + 1])
     assert ("127.0.0.3", port) in server.listeners()
+
+
+def keeps(slot: str, kernel: str) -> Callable[[Server], None]:
+    """K/V of a token take so much on a rank, where float32 takes 512 bytes, two's 256; the kernel
+    is a GPU's."""
+
+    def check(server: Server) -> None:
+        assert f" slots of {slot} KiB" in server.text()
+        assert server.text().count(f"--mode {kernel} has no effect: it names a kernel of GPUs") == 1
+        assert says(server, "a", 2) == ("bc", "length")
+
+    return check
 
 
 def refusal(server: Server, body: dict[str, object]) -> str:
@@ -329,8 +350,14 @@ OBSERVED: dict[str, list[tuple[str, Callable[[Server], None]]]] = {
     "tool_call_parser": [("one", parses_calls("l")), ("two", parses_calls("q")),
                          ("three", parses_calls("m"))],
     "tp": [("two", has_two_ranks)],
+    "dp": [("three", has_two_groups)],
     "nccl_host": [("two", ranks_meet)],
     "nccl_port": [("two", ranks_meet)],
+    # two layers, K and V, two heads of 16 bytes with a scale or two; two's ranks have one head each.
+    # ppl_fp16, which does not read 8 bits, is given to a server of test_groups.py
+    "mode": [("one", keeps("0.2", "triton_flashdecoding")),
+             ("two", keeps("0.1", "triton_gqa_attention")),
+             ("three", keeps("0.1", "triton_gqa_flashdecoding"))],
 }  # fmt: skip
 
 
@@ -365,10 +392,9 @@ def test_every_option_of_the_reference_that_works_is_observed() -> None:
     waiting = {
         name
         for name in NAMES
-        if name in {"run_mode", "mode"}  # only what is the same as without it works
+        if name == "run_mode"  # only what is the same as without it works
         or ANY in FLAGS[name].unavailable
         or ((needs := FLAGS[name].needs) is not None and not needs.available)
     }
     assert set(OBSERVED) == set(NAMES) - waiting
     assert set(FLAGS["run_mode"].unavailable) == set(FLAGS["run_mode"].choices) - {"normal"}
-    assert {*FLAGS["mode"].unavailable, *FLAGS["mode"].moot} == set(FLAGS["mode"].choices)

@@ -191,7 +191,7 @@ def test_one_layer_that_cannot_run_ends_the_start() -> None:
     with pytest.raises(StartupError) as error:
         make_model(odd, Alone(), dtype="fp32", device=CPU, max_len=64, where=torch.device("meta"))
     assert str(error.value) == (
-        "attention of LlamaForCausalLM that has attention sinks: not available yet"
+        "attention of LlamaForCausalLM that has attention sinks is not served"
     )
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from asyncllm.core.windows import PerSpace
 from asyncllm.errors import StartupError
 from asyncllm.models.attention import KvPairs
 from asyncllm.models.kv_format import DECODE_KERNELS, FORMATS, KvFormat, KvMode
-from tests.models.harness import Driver, Ranks, Sequence, make_device, random_ids
+from asyncllm.models.spec import ModelSpec
+from tests.models.harness import Driver, Ranks, Sequence, make_device, random_ids, read_spec
 from tests.models.test_attention import PLAIN
-from tests.models.test_llama import VOCAB, expected_logprobs, make_checkpoint
+from tests.models.test_llama import VOCAB, expected_logprobs, make_checkpoint, make_config
 
 CPU = torch.device("cpu")
 FORMAT = pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
@@ -30,6 +34,22 @@ def test_every_format_goes_with_every_kernel_that_reads_it() -> None:
     assert KvMode.named([], "None") == KvMode.named([]) == KvMode()
     assert KvMode.named([], "int8kv") == KvMode.named(["triton_int8kv"], "int8kv")
     assert KvMode.named([], "fp8kv") == KvMode(FORMATS["triton_fp8kv"])
+
+
+def test_the_page_says_what_goes_together() -> None:
+    page = Path(__file__).parents[2] / "docs" / "kv-formats.md"
+    lines = page.read_text().partition("## What goes together\n\n")[2].partition("\n\n")[0]
+    head, _, *rows = ([c.strip().strip("`") for c in r.split("|")[1:-1]] for r in lines.split("\n"))
+    assert head[1:] == ["no format", *FORMATS]
+    assert [row[0] for row in rows] == ["no kernel named", *DECODE_KERNELS]
+    for kernel, *cells in rows:
+        for fmt, cell in zip(head[1:], cells, strict=True):
+            names = [name for name in (fmt, kernel) if not name.startswith("no ")]
+            if cell == "yes":
+                KvMode.named(names)
+            else:
+                with pytest.raises(StartupError, match=f"{kernel} does not read --mode {fmt}"):
+                    KvMode.named(names)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +79,72 @@ def test_a_kernel_for_16_bits_does_not_run_in_float32() -> None:
     mode = KvMode.named(["ppl_fp16"])
     assert mode.refuse("bf16") is None
     assert mode.refuse("fp32") == "--mode ppl_fp16 is for K/V in 16 bits, and these are in fp32"
+
+
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+ONLY_KV = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": SCHEME}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"}
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (ONLY_KV, "triton_fp8kv"),
+        (ONLY_KV | {"kv_cache_scheme": SCHEME | {"type": "int", "dynamic": True}}, "triton_int8kv"),
+        (ONLY_KV | {"kv_cache_scheme": SCHEME | {"strategy": "token"}}, "triton_fp8kv"),
+        (ONLY_KV | {"kv_cache_scheme": None}, None),
+        (MODELOPT, "triton_fp8kv"),
+        (MODELOPT | {"kv_cache_quant_algo": None}, None),
+        (None, None),
+    ],
+)
+def test_what_a_checkpoint_asks_for(said: dict[str, Any] | None, wanted: str | None) -> None:
+    hf = make_config().to_dict()
+    spec = ModelSpec.from_hf(hf | {"quantization_config": said}, {})
+    assert (spec.kv_format, spec.weight_block) == (wanted, None)
+    assert ModelSpec.from_hf(hf | {"compression_config": said}, {}).kv_format == wanted
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (ONLY_KV | {"kv_cache_scheme": SCHEME | {"num_bits": 4}}, "with kv_cache_scheme .*: 4"),
+        (ONLY_KV | {"kv_cache_scheme": SCHEME | {"symmetric": False}}, "'symmetric': False"),
+        (ONLY_KV | {"kv_cache_scheme": SCHEME | {"strategy": "channel"}}, "'strategy': 'channel'"),
+        (ONLY_KV | {"kv_cache_scheme": "static"}, "with kv_cache_scheme 'static', which is not"),
+        (MODELOPT | {"kv_cache_quant_algo": "NVFP4"}, "with kv_cache_quant_algo 'NVFP4', which is"),
+        (ONLY_KV | {"config_groups": {"group_0": {}}}, r"weights \(compressed-tensors\) are not"),
+        (MODELOPT | {"quant_algo": "FP8"}, r"weights \(modelopt\) are not"),
+    ],
+)
+def test_what_a_checkpoint_asks_for_and_is_not_served(said: dict[str, Any], line: str) -> None:
+    with pytest.raises(StartupError, match=line):
+        ModelSpec.from_hf(make_config().to_dict() | {"quantization_config": said}, {})
+
+
+@pytest.mark.parametrize("by_modelopt", [False, True])
+def test_calibrated_scales_of_a_checkpoint_are_left_out(tmp_path: Path, by_modelopt: bool) -> None:
+    """They are what it asks for, or strangers."""
+    make_checkpoint(tmp_path)
+    want = Sequence(0, random_ids(9, VOCAB, 1))
+    Driver(make_device(tmp_path, "fp32", "cpu"), 64).generate([want], 2)
+    path = tmp_path / "model.safetensors"
+    names = ("k_proj.k_scale", "v_proj.v_scale") if by_modelopt else ("k_scale", "v_scale")
+    scales = {f"model.layers.0.self_attn.{name}": torch.ones(1) for name in names}
+    save_file(load_file(path) | scales, path)
+    with pytest.raises(StartupError, match=f"2 unknown tensors, the first: .*{names[0]}"):
+        make_device(tmp_path, "fp32", "cpu")
+    if by_modelopt:
+        said = {key: value for key, value in MODELOPT.items() if key != "quant_method"}
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": said}))
+    else:
+        path = tmp_path / "config.json"
+        config = json.loads(path.read_text()) | {"quantization_config": ONLY_KV}
+        path.write_text(json.dumps(config))
+    assert read_spec(tmp_path).kv_format == "triton_fp8kv"
+    got = Sequence(0, want.prompt)
+    Driver(make_device(tmp_path, "fp32", "cpu"), 64).generate([got], 2)
+    assert got.outputs == want.outputs
 
 
 @FORMAT

@@ -34,6 +34,7 @@ def boot() -> Boot:
         model_eos=(2,),
         model_dir_name="m",
         has_experts=False,
+        kv_format="triton_fp8kv",
     )
     resolved = replace(resolved, generation_config={"top_p": 0.9, "do_sample": True})
     return Boot(
