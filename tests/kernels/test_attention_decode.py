@@ -269,6 +269,43 @@ def test_at_full_size(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("bits", [None, *EIGHT_BITS], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "q", "kv", "dim"),
+    [
+        ([(97 * i) % 300 for i in range(255)] + [16384], 32, 8, 128),
+        ([8191, 0, 65], 28, 4, 128),
+        ([4097, 1, 0, 700], 16, 16, 96),
+        ([4097, 1, 0, 700], 16, 2, 256),
+    ],
+    ids=["many", "group 7", "dim 96", "dim 256"],
+)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_every_way_at_full_size(
+    lengths: list[int],
+    q: int,
+    kv: int,
+    dim: int,
+    bits: tuple[torch.dtype, int | None] | None,
+    way: tuple[bool, bool],
+) -> None:
+    """In a graph, whose replay finds other queries."""
+    case = make_case(lengths, q, kv, dim, torch.bfloat16)
+    if bits:
+        case = in_8_bits(case, *bits)
+    fresh = randn(*case["q"].shape, dtype=torch.bfloat16, seed=5)
+    out = torch.empty_like(fresh)
+    grouped, split = way
+    options = {"scale": dim**-0.5, "grouped": grouped, "split": split}
+    replayed(
+        lambda: decode_attention(**case, **options, out=out),
+        before=lambda: case["q"].copy_(fresh),
+    )
+    assert_close("out", decode_attention_ref(**case, scale=dim**-0.5), out)
+
+
+@pytest.mark.gpu
 def test_a_captured_plan_follows_the_lengths_at_replay() -> None:
     case = make_case([700, 300, 65, 1], 32, 8, 128, torch.bfloat16)
     out = torch.empty_like(case["q"])

@@ -329,6 +329,38 @@ def test_at_full_size(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("bits", EIGHT_BITS, ids=str)
+@pytest.mark.parametrize("limits", [(None, None), (512, 5.0)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "q", "kv", "dim"),
+    [
+        ([(4096, 512), (1, 513), (777, 1)], 32, 8, 128),
+        ([(100, 700)], 28, 4, 128),
+        ([(1000, 700)], 16, 16, 96),
+        ([(1000, 700)], 16, 2, 256),
+        ([(1000 + i, 3) for i in range(40)], 32, 8, 128),
+    ],
+    ids=["prefix", "group 7", "dim 96", "dim 256", "few each"],
+)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_a_prefix_in_8_bits_at_full_size(
+    rows: list[tuple[int, int]],
+    q: int,
+    kv: int,
+    dim: int,
+    limits: tuple[int | None, float | None],
+    bits: tuple[torch.dtype, int | None],
+) -> None:
+    case = make_case(rows, q, kv, dim, torch.bfloat16)
+    qkv = packed(case)
+    case = in_8_bits(case, *bits)
+    options = {"scale": dim**-0.5, "window": limits[0], "softcap": limits[1], "kv": qkv}
+    with no_sync():
+        got = prefill_attention(**case, **options, max_count=longest(rows))
+    assert_close("out", prefill_attention_ref(**case, **options), got)
+
+
+@pytest.mark.gpu
 def test_a_captured_call_follows_rows_at_replay() -> None:
     case = make_case([(500, 60), (0, 100)], 32, 8, 128, torch.bfloat16)
     qkv = packed(case)

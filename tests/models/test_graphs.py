@@ -46,6 +46,7 @@ from asyncllm.engine.step_inputs import (
     unpack,
 )
 from asyncllm.messages import StepPlan
+from asyncllm.models.kv_format import DECODE_KERNELS, FORMATS, PLAIN, KvMode
 from asyncllm.records import Opened
 from tests.kernels.harness import no_sync
 from tests.models.families import CASES, make
@@ -388,9 +389,10 @@ BOUNDS = {"fp32": 2e-3, "bf16": 0.05}
 
 
 def on_device(
-    tmp_path: Path, dtype: str, graphs: bool, drive: Callable[[Driver], list[Sequence]]
-) -> list[Sequence]:
-    device = make_device(tmp_path, dtype, "cuda", num_lanes=40)
+    tmp_path: Path, dtype: str, graphs: bool, drive: Callable[[Driver], list[Sequence]],
+    kv: KvMode = PLAIN,
+) -> list[Sequence]:  # fmt: skip
+    device = make_device(tmp_path, dtype, "cuda", num_lanes=40, kv=kv)
     assert isinstance(device, CudaDevice)
     if graphs:
         device.capture(300)
@@ -492,8 +494,12 @@ def test_graphs_of_experts_give_the_log_probabilities_of_eager_steps(
         )
 
 
+MODES = [[], *([name] for name in (*FORMATS, *DECODE_KERNELS))]
+
+
 @pytest.mark.gpu
-def test_graphs_give_the_log_probabilities_of_eager_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modes", MODES, ids=str)
+def test_graphs_give_the_log_probabilities_of_eager_steps(tmp_path: Path, modes: list[str]) -> None:
     """In bfloat16 near-ties may flip, so all tokens are given: each step feeds known ones."""
     make_checkpoint(tmp_path, initializer_range=0.05)
     params = SamplingParams(temperature=0.0, prompt_logprobs=0)
@@ -509,7 +515,9 @@ def test_graphs_give_the_log_probabilities_of_eager_steps(tmp_path: Path) -> Non
             driver.run([(s, 1 if s.lane % 2 else min(19, len(s.prompt) - s.computed), 0) for s in left])  # fmt: skip
         return seqs
 
-    eager, graphed = (on_device(tmp_path, "bf16", g, given_tokens) for g in (False, True))
+    eager, graphed = (
+        on_device(tmp_path, "bf16", g, given_tokens, KvMode.named(modes)) for g in (False, True)
+    )
     for e, g in zip(eager, graphed, strict=True):
         assert len(e.prompt_logprobs) >= len(e.prompt) - 2
         torch.testing.assert_close(
