@@ -17,12 +17,12 @@ class Node:
 
     ``locks`` counts the holders of this node and of all nodes below it: a lock is taken along the
     whole path to the root, so a node that nobody locks has no locked descendant. ``sliding``,
-    ``readers`` and ``seen`` are for trees that know windows (:mod:`asyncllm.core.window_radix`).
+    ``ends``, ``readers``, ``seen`` are for trees that know windows (``core/window_radix.py``).
     """
 
     __slots__ = (
         *("children", "key", "locks", "parent", "serial", "slots", "tick"),
-        *("readers", "seen", "sliding"),
+        *("ends", "readers", "seen", "sliding"),
     )
 
     def __init__(self, key: array[int], slots: array[int], parent: Node | None) -> None:
@@ -33,6 +33,7 @@ class Node:
         self.serial = next(_SERIALS)
         self.sliding = array("i")
         self.readers = self.seen = 0
+        self.ends = False
 
 
 class RadixTree:

@@ -11,7 +11,8 @@ from heapq import heapify, heappop, heappush
 from asyncllm.core.radix import Node, RadixTree, common_len
 from asyncllm.core.windows import Window
 
-Unread = tuple[int, int, int, Node]  # when it was last read, where it begins, serial
+# whether a sequence or a hit ended there, when it was last read, where it begins, serial
+Unread = tuple[bool, int, int, int, Node]
 
 
 class WindowTree(RadixTree):
@@ -23,8 +24,9 @@ class WindowTree(RadixTree):
 
     A prefix of h tokens can be used where the last ``window.reach`` of them have sliding slots, or
     all of them. ``readers`` counts the lanes whose window reaches into a node: its sliding slots
-    stay. Those of other nodes can be evicted alone, the least recently read ones first, and from
-    the beginning of a node, since hits end where nodes end.
+    stay. Those of other nodes can be evicted alone: first what a lane has only passed, then the
+    windows at whose ends a sequence or a hit has ended (``ends``), since others will end there too;
+    the least recently read ones first, and from the beginning of a node.
 
     Attributes:
         live: sliding slots in the tree.
@@ -77,6 +79,7 @@ class WindowTree(RadixTree):
                 self._split(node, begin - start)
                 start = begin
             self._add_reader(node)
+            node.ends = True
             kept.append(node)
             assert node.parent is not None
             node, end = node.parent, start
@@ -85,15 +88,19 @@ class WindowTree(RadixTree):
             slots.extend(node.sliding)
         return end, slots[len(slots) - seen :]
 
-    def leave(self, node: Node, end: int, kept: int, begin: int) -> int:
+    def leave(self, node: Node, end: int, kept: int, begin: int, *, over: bool = False) -> int:
         """A lane whose locked ``node`` ends at ``end`` sees nothing before ``begin`` any more.
 
         Nodes from ``kept`` on were kept for it. Returns from where on they still are.
+
+        Args:
+            over: the lane has come to its end.
         """
         self._tick += 1
         still = end
         while end > kept:
             start = end - len(node.key)
+            node.ends |= over
             if end <= begin:
                 self._drop_reader(node, start)
             elif begin - start >= self.window.grain:
@@ -137,7 +144,8 @@ class WindowTree(RadixTree):
         known = at - start
         if at < end:
             fresh = sliding[max(first, at) - first : max(end - first, 0)]
-            if below is node and self._is_sole(node) and node.readers and first <= at:
+            grows = self._is_sole(node) and node.readers and not node.ends
+            if below is node and grows and first <= at:
                 self._grow(node, ids, at, end, slots)
                 self._extend_sliding(node, fresh)
                 return node, known, own, kept
@@ -204,14 +212,14 @@ class WindowTree(RadixTree):
         if len(self._unread) > 2 * self._num_nodes + 64:  # outdated entries outweigh
             self._unread = [entry for entry in self._unread if _is_unread(entry)]
             heapify(self._unread)
-        heappush(self._unread, (node.seen, start, node.serial, node))
+        heappush(self._unread, (node.ends, node.seen, start, node.serial, node))
 
     def _split(self, node: Node, at: int) -> Node:
         upper = super()._split(node, at)
         num = max(len(node.sliding) - len(node.key), 0)
         upper.sliding = node.sliding[:num]
         del node.sliding[:num]
-        upper.readers, upper.seen = node.readers, node.seen
+        upper.readers, upper.seen, upper.ends = node.readers, node.seen, node.ends
         if not upper.readers:
             self._offer_sliding(upper, 0)
         return upper
@@ -239,5 +247,5 @@ def _path(node: Node) -> list[Node]:
 
 
 def _is_unread(entry: Unread) -> bool:
-    seen, _, _, node = entry
-    return bool(node.sliding) and not node.readers and node.seen == seen
+    ends, seen, *_, node = entry
+    return bool(node.sliding) and not node.readers and (node.ends, node.seen) == (ends, seen)

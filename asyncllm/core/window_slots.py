@@ -175,7 +175,7 @@ class WindowLedger(Ledger):
         view = self.views.pop(lane)
         self._give(held, view, len(held.slots))
         if held.node is not None:
-            self._tree.leave(held.node, held.shared, view.kept, held.shared)
+            self._tree.leave(held.node, held.shared, view.kept, held.shared, over=True)
         super()._close(lane, held)
 
     def _share(self, lane: int, held: Holding, ids: array[int], end: int) -> None:

@@ -59,6 +59,7 @@ def unpack(plan: StepPlan, max_len: int, *, two_spaces: bool = False) -> Rows:
     first = plan.slots if two_spaces else plan.sliding or plan.slots
     columns = plan.lanes, plan.starts, plan.counts, plan.heads, first, plan.tokens
     lanes, starts, counts, heads, slots, tokens = (np.frombuffer(c, np.int32) for c in columns)
+    assert not two_spaces or len(plan.sliding) == len(slots), "a plan without the second space"
     sliding = np.frombuffer(plan.sliding, np.int32) if two_spaces else None
     cu = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=cu[1:])

@@ -163,7 +163,8 @@ def _info(p: Parts) -> dict[str, object]:
     }
     known = {field.name for field in fields(resolved)}
     values |= {name: getattr(resolved, name) for name in values.keys() & known}
-    values |= {"eos_id": resolved.eos_ids, "max_total_token_num": resolved.num_slots}
+    num_slots = config.max_total_token_num or resolved.num_slots
+    values |= {"eos_id": resolved.eos_ids, "max_total_token_num": num_slots}
     return values | {"version": __version__}
 
 

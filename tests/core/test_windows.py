@@ -108,6 +108,23 @@ def test_the_end_of_a_sequence_outlives_its_inside() -> None:
     assert lanes.run(3, [*range(40), 99]) == 40
 
 
+def test_a_long_prompt_takes_the_place_of_what_it_passes_and_not_of_others_ends() -> None:
+    lanes = Lanes(8, 1000, 70)
+    for lane in (1, 2):
+        lanes.run(lane, range(100 * lane, 100 * lane + 40))
+        lanes.release(lane)
+    assert lanes.run(3, [*range(100, 120), 9]) == 20, "so a hit has ended there"
+    lanes.release(3)
+    lanes.run(4, range(1000, 1400))
+    lanes.release(4)
+    assert lanes.ledger.evicted_sliding > 300
+    for lane, ids in enumerate(
+        ([*range(100, 140), 8], [*range(200, 240), 8], [*range(100, 120), 8]), 5
+    ):
+        assert lanes.run(lane, ids) == len(ids) - 1
+        lanes.release(lane)
+
+
 def test_what_a_lane_reads_is_not_evicted_until_it_has_moved_on() -> None:
     lanes = Lanes(16, 400, 64)
     lanes.run(1, range(32))
