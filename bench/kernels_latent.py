@@ -25,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from asyncllm.kernels.attention.quantize import quantize_ref
 from asyncllm.kernels.latent.attend import attend, attend_ref
 from asyncllm.kernels.latent.expand import expand, expand_ref
 from asyncllm.kernels.latent.heads import heads, heads_ref
@@ -79,11 +80,18 @@ def decode_case(lengths: list[int], num_heads: int) -> Case:
     return parts | cached(lengths)
 
 
+def in_eight_bits(case: Case) -> Case:
+    """``case`` with its latents as 8-bit floats and scales."""
+    cache, scales = quantize_ref(case["cache"], torch.float8_e4m3fn, None)
+    return {**case, "cache": cache, "scales": scales[:, 0].float()}
+
+
 def run_decode(case: Case, config: AttendConfig | None = None) -> partial[Tensor]:
     """``attend`` with a plan made before, as layers but the first have it."""
     num_heads = case["q"].shape[1]
     plan = plan_attend(case["lanes"], case["lens"], num_heads, case["cache"], RANK, config=config)
-    given = {name: case[name] for name in ("q", "turned", "cache", "table", "out")}
+    names = "q", "turned", "cache", "table", "out", "scales"
+    given = {name: case[name] for name in names if name in case}
     return partial(attend, **given, scale=SCALE, plan=plan)
 
 
@@ -145,8 +153,10 @@ def wrong_kernels() -> list[str]:
 
     for num_heads, lengths in itertools.product(HEADS, ([1, 700, 64, 65, 1300], [300] * 70)):
         case = decode_case(lengths, num_heads)
-        given = {name: case[name] for name in ("q", "turned", "cache", "table", "lanes", "lens")}
-        compare(f"attend, {num_heads} heads", attend_ref(**given, scale=SCALE), run_decode(case)())
+        for some in (case, in_eight_bits(case)):
+            given = {name: tensor for name, tensor in some.items() if name != "out"}
+            want = attend_ref(**given, scale=SCALE)
+            compare(f"attend, {num_heads} heads", want, run_decode(some)())
     for rows in ([(0, 700), (333, 1), (128, 300)], [(77, 300)], [(900, 3)] * 5):
         some = Prefill(rows, 16, 1)
         made, keys = torch.zeros_like(some.made), torch.zeros_like(some.keys)
@@ -190,6 +200,9 @@ def show_decode(ceiling: Ceiling, quick: bool) -> None:
         show("attend", title, us, ceiling, num_bytes=num_bytes)
         flops = 2 * sum(lengths) * num_heads * (2 * RANK + ROPE)
         show("", "", us, ceiling, flops=flops)
+        us = median_us(run_decode(in_eight_bits(case)), quick)
+        num_bytes = sum(lengths) * (RANK + ROPE + 8) + 2 * rows
+        show("  in 8 bits", "", us, ceiling, num_bytes=num_bytes)
     for tokens in (1, 128):
         x, weight = randn(tokens, 16, NOPE), randn(16, NOPE + VALUE, RANK)
         wide, state = randn(tokens, 16, RANK), ints([1] * tokens)

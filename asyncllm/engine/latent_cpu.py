@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
+from asyncllm.kernels.attention.quantize import dequantize_ref, quantize_ref
 from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
     Batch,
@@ -28,11 +29,20 @@ class TorchLatents(KvLatents):
 
     def write(self, kv: LayerKv, slots: Tensor, rows: Tensor) -> None:
         """rows [T, width] to ``slots`` [T] int64."""
-        kv[0].index_copy_(0, slots, rows)
+        if self.format is None:
+            kv[0].index_copy_(0, slots, rows)
+            return
+        eights, scales = quantize_ref(rows, self.element, None)
+        kv[0].view(torch.uint8).index_copy_(0, slots, eights.view(torch.uint8))
+        kv[1].index_copy_(0, slots, scales[:, 0].float())
 
     def read(self, kv: LayerKv, slots: Tensor) -> Tensor:
-        """[T, width] of ``slots`` [T] int64."""
-        return kv[0].index_select(0, slots)
+        """[T, width] of ``slots`` [T] int64, in the type that the model computes in."""
+        if self.format is None:
+            return kv[0].index_select(0, slots)
+        # torch does not index 8-bit floats
+        rows = kv[0].view(torch.uint8).index_select(0, slots).view(self.element)
+        return dequantize_ref(rows, kv[1].index_select(0, slots)[:, None], self.dtype)
 
 
 class TorchLatent:

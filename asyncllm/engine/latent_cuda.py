@@ -116,7 +116,7 @@ class TritonLatentPlan:
     def run(self, qkv: Tensor, kv: LayerKv, latent: Latent | None = None) -> Tensor:
         assert latent is not None
         assert self.spec.rope is not None
-        batch, (cache,) = self.batch, kv
+        batch, (cache, *scales) = self.batch, kv
         q = qkv.unflatten(1, (-1, self.spec.head_dim))
         plain = self.spec.head_dim - self.spec.rope.dim
         write(
@@ -128,6 +128,7 @@ class TritonLatentPlan:
             batch.positions,
             batch.slots,
             cache,
+            *scales,
             interleaved=self.spec.rope.interleaved,
         )
         out: Tensor = q.new_empty(len(q), q.shape[1], self.spec.v_dim)
@@ -136,25 +137,26 @@ class TritonLatentPlan:
                 lanes, lens = batch.decode_lanes, batch.decode_lens
                 rank = self.spec.kv_rank
                 self.decode = plan_attend(lanes, lens, q.shape[1], cache, rank)
-            self._absorbed(q[:num], cache, latent.up, self.decode, batch.decode_lens, out[:num])
+            self._absorbed(q[:num], kv, latent.up, self.decode, batch.decode_lens, out[:num])
         if batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may lie over these
             for first in range(0, q.shape[1], self.space.group):
                 some = slice(first, first + self.space.group)
-                self._chunked(q[:, some], cache, latent.up[some], out[:, some])
+                self._chunked(q[:, some], kv, latent.up[some], out[:, some])
         return out.flatten(1)
 
     def _absorbed(
-        self, q: Tensor, cache: Tensor, up: Tensor, plan: AttendPlan, state: Tensor, out: Tensor
+        self, q: Tensor, kv: LayerKv, up: Tensor, plan: AttendPlan, state: Tensor, out: Tensor
     ) -> None:
         """Tokens whose ``state`` is positive; those with 0 get zeros."""
         plain = q.shape[2] - self.cos_sin.shape[1]
         wide, summed = (q.new_empty(*q.shape[:2], self.spec.kv_rank) for _ in range(2))
         heads(q[..., :plain], up[:, :plain], state, wide)
-        table, scale = self.batch.table, self.spec.scale
-        attend(wide, q[..., plain:], cache, table, scale, plan=plan, out=summed)
+        (cache, *rest), table, scale = kv, self.batch.table, self.spec.scale
+        scales = rest[0] if rest else None
+        attend(wide, q[..., plain:], cache, table, scale, plan=plan, out=summed, scales=scales)
         heads(summed, up[:, plain:].transpose(1, 2), state, out)
 
-    def _chunked(self, q: Tensor, cache: Tensor, up: Tensor, out: Tensor) -> None:
+    def _chunked(self, q: Tensor, kv: LayerKv, up: Tensor, out: Tensor) -> None:
         """Rows of several new tokens, for a group of heads."""
         batch, made, keys = self.batch, self.space.made, self.space.keys
         lanes, starts, cu = batch.prefill_lanes, batch.prefill_starts, batch.prefill_cu
@@ -165,16 +167,16 @@ class TritonLatentPlan:
                 cu,
                 len(q),
                 self.space.group,
-                cache,
+                kv[0],
                 self.spec.kv_rank,
                 capacity=len(made),
                 least=self.least,
             )
         chunks, plain = self.chunks, q.shape[2] - self.cos_sin.shape[1]
-        self._absorbed(q, cache, up, chunks.attend, chunks.state, out)
-        where = chunks.bases
-        expand(cache, up, batch.table, lanes, starts, cu, where, chunks.tile_ends, made, keys)
-        rows = starts, cu, where
+        self._absorbed(q, kv, up, chunks.attend, chunks.state, out)
+        rows = starts, cu, chunks.bases
+        cache, *scales = kv
+        expand(cache, up, batch.table, lanes, *rows, chunks.tile_ends, made, keys, *scales)
         prefill(q[..., :plain], q[..., plain:], made, keys, *rows, self.spec.scale, out)
 
 

@@ -186,7 +186,11 @@ class KvPairs:
 
 class KvLatents:
     """The latent of a token, normed, and the rotated key that all heads share, in ``dtype``:
-    [num_slots, kv_rank + rope.dim]. The same on every rank."""
+    [num_slots, kv_rank + rope.dim]. The same on every rank.
+
+    In 8-bit floats a second tensor has a scale for each row, [num_slots] float32: what is smaller
+    cannot be copied asynchronously.
+    """
 
     def __init__(
         self, layers: Sequence[AttentionSpec], dtype: torch.dtype, fmt: KvFormat | None = None
@@ -194,15 +198,30 @@ class KvLatents:
         self.dtype, self.format = dtype, fmt
         self._widths = [spec.kv_rank + (spec.rope.dim if spec.rope else 0) for spec in layers]
 
+    @property
+    def element(self) -> torch.dtype:
+        """Of latents as they lie in memory."""
+        return self.dtype if self.format is None else ELEMENTS[self.format.element]
+
     def bytes_per_slot(self) -> PerSpace:
-        return PerSpace(self.dtype.itemsize * sum(self._widths), 0)
+        scale = 0 if self.format is None else torch.float32.itemsize
+        total = sum(width * self.element.itemsize + scale for width in self._widths)
+        return PerSpace(total, 0)
 
     def allocate(self, num_slots: PerSpace, device: torch.device) -> list[LayerKv]:
-        return [(zeros((num_slots.full, width), self.dtype, device),) for width in self._widths]
+        return [self._layer(num_slots.full, width, device) for width in self._widths]
+
+    def _layer(self, num_slots: int, width: int, device: torch.device) -> LayerKv:
+        rows = zeros((num_slots, width), self.element, device)
+        if self.format is None:
+            return (rows,)
+        return rows, zeros((num_slots,), torch.float32, device)
 
     def refuse(self, spec: AttentionSpec) -> str | None:
         """Why ``spec`` cannot have its latents so, as the end of a sentence about it."""
-        return None if self.format is None else f"has latents in {self.format.name}"
+        if self.format is None or (self.format.element == "fp8" and self.format.group is None):
+            return None
+        return f"has its latents in {self.format.name}"
 
 
 def refuse_beyond_plain(spec: AttentionSpec) -> str | None:

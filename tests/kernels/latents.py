@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from asyncllm.kernels.attention.quantize import quantize_ref
 from tests.kernels.harness import DEVICE, ints, make_cache, randn
 
 
@@ -10,6 +11,15 @@ def make_latents(lengths: list[int], width: int, dtype: torch.dtype) -> dict[str
     """cache [num_slots + 1, width], table and lanes; what is nobody's is NaN or far outside."""
     cache, _, table, lanes = make_cache(lengths, 1, width, dtype)
     return {"cache": cache.flatten(1), "table": table, "lanes": lanes}
+
+
+def in_eight_bits(case: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``case`` with its cache as 8-bit floats and scales; what was NaN is."""
+    cache, scales = quantize_ref(case["cache"].cpu().nan_to_num(0.0), torch.float8_e4m3fn, None)
+    nobody = case["cache"].cpu().isnan().any(dim=1)
+    cache.view(torch.uint8)[nobody] = 0x7F
+    wide = scales[:, 0].float().masked_fill(nobody, float("nan"))
+    return {**case, "cache": cache.to(DEVICE), "scales": wide.to(DEVICE)}
 
 
 def make_chunks(rows: list[tuple[int, int]], first: int) -> dict[str, Tensor]:

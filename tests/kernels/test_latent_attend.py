@@ -13,7 +13,7 @@ from asyncllm.kernels.latent.plan import (
     plan_chunks,
 )
 from tests.kernels.harness import DEVICE, assert_close, ints, no_sync, replayed
-from tests.kernels.latents import make_chunks, make_latents, make_queries
+from tests.kernels.latents import in_eight_bits, make_chunks, make_latents, make_queries
 
 # each combination is a build on the card, and one of its types is enough there
 HERE = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.float16]
@@ -45,8 +45,11 @@ def run(case: dict[str, Tensor], scale: float = 0.1, **options: object) -> Tenso
         case["lanes"], case["lens"], q.shape[1], case["cache"], q.shape[2], items=items, **options
     )
     out = torch.full(q.shape, float("nan"), dtype=q.dtype, device=DEVICE)
-    given = {name: case[name] for name in ("q", "turned", "cache", "table")}
-    return attend(**given, scale=scale, plan=plan, out=out)
+    return attend(**_given(case), scale=scale, plan=plan, out=out)
+
+
+def _given(case: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: case[n] for n in ("q", "turned", "cache", "table", "scales") if n in case}
 
 
 @pytest.mark.parametrize(("lengths", "heads", "rank", "rope"), SHAPES, ids=str)
@@ -63,10 +66,22 @@ def test_one_token_a_row(
     assert bool(got[~there].isnan().all())
 
 
-@pytest.mark.parametrize(("heads", "num_ranges"), [(6, 1), (6, 3), (6, 7), (6, 40), (70, 4)])
+@pytest.mark.parametrize("heads", [6, pytest.param(128, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rank", [40, 512])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_eight_bits(heads: int, rank: int) -> None:
+    case = in_eight_bits(make_case([67, 33], heads, rank, 64, HERE[0]))
+    assert_close("out", attend_ref(**case, scale=0.1), run(case))
+    rows = [(37, 3), (0, 9)]
+    chunks = in_eight_bits(chunk_case(rows, heads, rank, 64, HERE[0], first=1))
+    got, want, state = run_chunks(chunks, least=1 << 20)
+    assert_close("out", want[state > 0], got[state > 0])
+
+
+@pytest.mark.parametrize(("heads", "num_ranges"), [(6, 1), (6, 3), (6, 12), (70, 3)])
 @pytest.mark.usefixtures("poisoned_empty")
 def test_any_division_of_the_work_gives_the_same(heads: int, num_ranges: int) -> None:
-    case = make_case([5, 200, 16, 17, 90, 1], heads, 32, 16, torch.float32)
+    case = make_case([5, 120, 16, 17, 1], heads, 32, 16, torch.float32)
     got = run(case, config=SMALL, num_ranges=num_ranges)
     assert_close("out", attend_ref(**case, scale=0.1), got)
 
@@ -116,7 +131,7 @@ def run_chunks(
         capacity=capacity, least=least,
     )  # fmt: skip
     out = torch.full(q.shape, float("nan"), dtype=q.dtype, device=DEVICE)
-    given = {name: case[name] for name in ("q", "turned", "cache", "table")}
+    given = _given(case)
     attend(**given, scale=0.1, plan=plan.attend, out=out)
     cu, counts = case["cu_counts"], case["cu_counts"].diff()
     whole = [row for row in range(len(counts)) if plan.bases[row] < 0 and counts[row]]
@@ -199,6 +214,10 @@ def test_refuses_what_does_not_fit() -> None:
         run({**case, "q": case["q"].half()})
     with pytest.raises(ValueError, match="does not fit"):
         run({**case, "q": case["q"][..., :24]})
+    with pytest.raises(ValueError, match="scales"):
+        run({**in_eight_bits(case), "scales": torch.ones(3, device=DEVICE)})
+    with pytest.raises(ValueError, match=r"wanted torch\.float8_e4m3fn"):
+        run({**case, "scales": torch.ones(len(case["cache"]), device=DEVICE)})
     with pytest.raises(ValueError, match="int32"):
         run({**case, "lens": case["lens"].long()})
     plan = plan_attend(case["lanes"], case["lens"], 5, case["cache"], 32)
@@ -253,9 +272,8 @@ def test_a_captured_plan_follows_the_lengths_at_replay(heads: int) -> None:
 
     def call() -> None:
         plan = plan_attend(case["lanes"], lens, heads, case["cache"], 512)
-        given = {name: case[name] for name in ("q", "turned", "cache", "table")}
         for _ in range(3):
-            attend(**given, scale=0.1, plan=plan, out=out)
+            attend(**_given(case), scale=0.1, plan=plan, out=out)
 
     for new in ([1, 300, 0, 1], [700, 299, 64, 1]):
         replayed(call, before=lambda new=new: lens.copy_(ints(new)))

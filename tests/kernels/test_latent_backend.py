@@ -5,10 +5,12 @@ from itertools import accumulate
 import pytest
 import torch
 
+from asyncllm.core.windows import PerSpace
 from asyncllm.engine import latent_cuda
 from asyncllm.engine.latent_cpu import TorchLatent, TorchLatents
 from asyncllm.engine.latent_cuda import TritonLatent, TritonLatents
 from asyncllm.models.attention import Batch, HostRows, Latent
+from asyncllm.models.kv_format import FORMATS
 from asyncllm.models.rope import Rope
 from asyncllm.models.spec import AttentionSpec
 from tests.kernels.harness import DEVICE, assert_close, ints, no_sync, randn
@@ -63,10 +65,15 @@ def make_batch(rows: list[tuple[int, int]], pad: int) -> tuple[Batch, Batch]:
     return batch(0, host, CPU), batch(pad, None, WHERE)
 
 
-@pytest.mark.parametrize(("step", "least"), [("decode", 1), ("both", 0), ("both", 9)])
+@pytest.mark.parametrize(
+    ("step", "least", "fmt"),
+    [("decode", 1, None), ("both", 9, "triton_fp8kv")],
+)
 @pytest.mark.usefixtures("poisoned_empty")
-def test_both_backends_say_the_same(step: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``least`` new tokens are decompressed: all rows, or some; heads in two groups."""
+def test_both_backends_say_the_same(
+    step: str, least: int, fmt: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of ``least`` new tokens are decompressed; heads come in two groups."""
     monkeypatch.setattr(latent_cuda, "GROUP", 1)
     spec, pad = make_spec(), 2
     ours, padded = make_batch(STEPS[step], pad)
@@ -76,20 +83,25 @@ def test_both_backends_say_the_same(step: str, least: int, monkeypatch: pytest.M
         randn(rows + pad, 40, dtype=torch.float32, seed=1), randn(32, dtype=torch.float32, seed=2),
         1e-6, randn(2, 32, 32, dtype=torch.float32, seed=3),
     )  # fmt: skip
-    old = randn(SLOTS + 1, 40, dtype=torch.float32, seed=4)
-    plain = TorchLatent([spec], TorchLatents([spec], torch.float32), MAX_LEN, CPU, least=1 << 20)
-    want_kv = (old.cpu().clone(),)
+    form = FORMATS[fmt] if fmt else None
+    layout = TorchLatents([spec], torch.float32, form)
+    plain = TorchLatent([spec], layout, MAX_LEN, CPU, least=1 << 20)
+    [want_kv] = layout.allocate(PerSpace(SLOTS + 1, 0), CPU)
+    old = randn(SLOTS + 1, 40, dtype=torch.float32, seed=4).cpu()
+    layout.write(want_kv, torch.arange(SLOTS + 1), old)
+    kv = tuple(x.clone().to(WHERE) for x in want_kv)
     want = plain.plan(spec, ours).run(q[:rows].cpu(), want_kv, _to(latent, rows))
     backend = TritonLatent(
-        [spec], TritonLatents([spec], torch.float32), MAX_LEN, WHERE, least=least
+        [spec], TritonLatents([spec], torch.float32, form), MAX_LEN, WHERE, least=least
     )
-    kv = (old.clone(),)
     plan = backend.plan(spec, padded)
     with no_sync():
         got = plan.run(q.clone(), kv, latent)
         again = plan.run(q.clone(), kv, latent)  # of another layer
     assert_close("out", want.to(WHERE), got[:rows])
-    assert_close("kv", want_kv[0][:SLOTS].to(WHERE), kv[0][:SLOTS])
+    found = tuple(x.cpu() for x in kv)
+    for slots in ours.slots.long(), torch.arange(SLOTS):  # what is new, and all
+        assert_close("kv", layout.read(want_kv, slots), layout.read(found, slots))
     assert torch.equal(got, again)
     assert not got[rows:].any()  # what follows attention must find numbers in padding
 

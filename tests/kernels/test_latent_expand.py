@@ -7,7 +7,7 @@ from torch import Tensor
 from asyncllm.kernels.latent.expand import expand, expand_ref
 from asyncllm.kernels.latent.plan import ChunkPlan, plan_chunks
 from tests.kernels.harness import DEVICE, assert_close, no_sync, randn, replayed
-from tests.kernels.latents import make_chunks, make_latents
+from tests.kernels.latents import in_eight_bits, make_chunks, make_latents
 
 # each combination is a build on the card, and one of its types is enough there
 HERE = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
@@ -52,6 +52,12 @@ def test_expand(
     rows: list[tuple[int, int]], heads: int, dims: int, rank: int, rope: int, dtype: torch.dtype
 ) -> None:
     check(*make_case(rows, heads, dims, rank, rope, dtype, capacity=190))
+
+
+@pytest.mark.parametrize("rank", [40, 512])
+def test_eight_bits(rank: int) -> None:
+    case, plan = make_case([(30, 9), (0, 4)], 2, 32, rank, 64, HERE[0], capacity=50)
+    check(in_eight_bits(case), plan)
 
 
 def test_what_does_not_fit_is_left_out() -> None:

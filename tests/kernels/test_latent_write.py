@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncllm.kernels.latent.write import turn_ref, write, write_ref
+from asyncllm.kernels.latent.write import read_ref, turn_ref, write, write_ref
 from tests.kernels.harness import DEVICE, DTYPES, assert_close, ints, no_sync, randn, replayed
 from tests.kernels.latents import make_queries
 
@@ -40,6 +40,26 @@ def test_write(heads: int, rank: int, rope: int, dtype: torch.dtype, interleaved
     assert torch.equal(case["raw"], raw)
     others = torch.ones(10, dtype=torch.bool).index_fill_(0, there.cpu(), False)
     assert bool(case["cache"][others.to(DEVICE)].isnan().all())
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(40, 24), (512, 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eight_bits(rank: int, rope: int, dtype: torch.dtype) -> None:
+    case, want = (make_case(5, rank, rope, dtype) for _ in range(2))
+    case["raw"][0], want["raw"][0] = 0.0, 0.0  # a scale is never 0
+    case["raw"][1, -1], want["raw"][1, -1] = 60000.0, 60000.0
+    for some in (case, want):
+        some["cache"] = torch.zeros(10, rank + rope, device=DEVICE).to(torch.float8_e4m3fn)
+        some["scales"] = torch.zeros(10, device=DEVICE)
+    with no_sync():
+        write(**case, eps=1e-6, interleaved=True)
+    write_ref(**want, eps=1e-6, interleaved=True)
+    assert_close("scales", want["scales"], case["scales"], ratio=1e-2)
+    slots = torch.arange(10, device=DEVICE)
+    rows = read_ref(want["cache"], want["scales"], slots)
+    # what lies between two 8-bit numbers may be rounded to either by a norm in another order
+    assert_close("rows", rows, read_ref(case["cache"], case["scales"], slots), ratio=1e-2)
+    assert bool((case["scales"][case["slots"].long()] > 0).all())
 
 
 def test_the_two_orders_of_pairs_are_rotations_of_the_same() -> None:

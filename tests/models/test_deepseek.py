@@ -21,9 +21,10 @@ from asyncllm.core.windows import PerSpace
 from asyncllm.engine.latent_cpu import TorchLatents
 from asyncllm.errors import StartupError
 from asyncllm.models.attention import decompressed_from
+from asyncllm.models.kv_format import FORMATS, KvMode
 from asyncllm.models.spec import ModelSpec
 from tests.models.harness import Driver, Ranks, Sequence, make_device, random_ids
-from tests.models.test_llama import VOCAB, check_against
+from tests.models.test_llama import VOCAB, check_against, expected_logprobs
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -161,6 +162,34 @@ def test_a_token_is_held_once_for_all_heads_on_every_rank() -> None:
     assert layout.bytes_per_slot() == PerSpace(27 * 576 * 2, 0)
     kv = layout.allocate(PerSpace(5, 0), CPU)
     assert [tuple(x.shape for x in layer) for layer in kv] == [((5, 576),)] * 27
+    eights = TorchLatents(spec.layers, torch.bfloat16, FORMATS["triton_fp8kv"])
+    assert eights.bytes_per_slot() == PerSpace(27 * (576 + 4), 0)
+    [(rows, scales), *_] = eights.allocate(PerSpace(5, 0), CPU)
+    assert (rows.nbytes, scales.nbytes) == (5 * 576, 5 * 4)
+
+
+def test_latents_in_eight_bits(tmp_path: Path) -> None:
+    """Near the model's own, and the same however long the chunks are that wrote them."""
+    reference = make_checkpoint(tmp_path, V3, {**GROUPED, "initializer_range": 0.1})
+    mode = KvMode.named(["triton_fp8kv"])
+    found = []
+    for chunk in (1000, 20):
+        device = make_device(tmp_path, "fp32", "cpu", kv=mode)
+        seq = Sequence(0, random_ids(60, VOCAB, 1))
+        Driver(device, 256).generate([seq], 12, chunk)
+        want = expected_logprobs(reference, seq.prompt + seq.outputs)[59:]
+        got = torch.tensor(seq.logprobs)
+        assert 1e-3 < float((got - want).abs().max()) < 0.2
+        found.append(got)
+    assert float((found[0] - found[1]).abs().max()) < 0.1
+
+
+def test_what_does_not_go_with_latents_is_refused_by_name(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, *VARIANTS["v2"])
+    with pytest.raises(StartupError, match="has its latents in ppl_int8kv: not available yet"):
+        make_device(tmp_path, "fp32", "cpu", kv=KvMode.named(["ppl_int8kv"]))
+    with pytest.raises(StartupError, match=r"^--mode triton_gqa_attention is for attention with"):
+        make_device(tmp_path, "fp32", "cpu", kv=KvMode.named(["triton_gqa_attention"]))
 
 
 @pytest.mark.parametrize(

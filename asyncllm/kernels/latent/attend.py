@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asyncllm.kernels.attention.kv8 import widened
 from asyncllm.kernels.latent.plan import AttendPlan
+from asyncllm.kernels.latent.write import check_cache, read_ref
 
 
 # step metadata lies anywhere in a staging buffer: one build for every alignment
@@ -27,6 +29,7 @@ def _attend_kernel(
     q_ptr,
     turned_ptr,
     cache_ptr,
+    scales_ptr,
     table_ptr,
     meta_ptr,
     first_ptr,
@@ -55,6 +58,7 @@ def _attend_kernel(
     ROPE: tl.constexpr,
     ROPE_PAD: tl.constexpr,
     TILE: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     # neighbours share a range, so that all but one find its latents in the L2 cache
     block = tl.program_id(0) % BLOCKS
@@ -122,8 +126,15 @@ def _attend_kernel(
             else:
                 inside = known[:, None] & (turn < ROPE)[None, :]
                 k = tl.load(row[:, None] + (RANK + turn)[None, :], mask=inside, other=0.0)
+            by = tl.full([TILE], 1.0, tl.float32)
+            if SCALED:  # 8-bit floats are exact in any of the other types; the scale comes after
+                by = tl.load(scales_ptr + slot, mask=known, other=0.0)
+                c = widened(c, q.dtype)
+                k = widened(k, q.dtype)
             score = tl.dot(q, tl.trans(c), input_precision="ieee")
             score = tl.dot(turned, tl.trans(k), score, input_precision="ieee") * scale_log2
+            if SCALED:
+                score = score * by[None, :]
             score = tl.where(position[None, :] <= limit[:, None], score, float("-inf"))
             new_best = tl.maximum(best, tl.max(score, axis=1))
             if MANY:  # a pair may see nothing of this piece
@@ -133,6 +144,8 @@ def _attend_kernel(
             weight = tl.exp2(score - base[:, None])
             shrink = tl.exp2(best - base)
             norms = norms * shrink[:, None] + weight
+            if SCALED:
+                weight = weight * by[None, :]
             acc = acc * shrink[:, None]
             acc = tl.dot(weight.to(c.dtype), c, acc, input_precision="ieee")
             best = new_best
@@ -238,19 +251,22 @@ def attend(
     *,
     plan: AttendPlan,
     out: Tensor,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of the items of a plan over latents in token slots.
 
     Args:
         q: [num_tokens, num_heads, rank]: queries, multiplied by what makes keys of the latents.
         turned: [num_tokens, num_heads, rope_dim]: the rotated part of the queries.
-        cache: [num_slots + 1, rank + rope_dim], contiguous, dtype of q: latent, and rotated key.
+        cache: [num_slots + 1, rank + rope_dim], contiguous: latent, and rotated key; dtype of q, or
+            8-bit floats.
         table: [num_lanes, max_len] int32: slot of each position; entries past a row's length are
             never read.
         scale: multiplies q·k; positive.
         plan: from ``plan_attend``. The tokens of an item see the latents up to their own place, the
             last of them all of the item's.
         out: [num_tokens, num_heads, rank]: sums of latents. Tokens of no item are left as they are.
+        scales: [num_slots + 1] float32: what multiplies a row of 8-bit floats.
 
     Returns:
         ``out``.
@@ -262,6 +278,7 @@ def attend(
     """
     _, num_heads, rank = q.shape
     rope_dim, config, num_items = turned.shape[2], plan.config, plan.lens.shape[0]
+    check_cache(q, cache, scales)
     _check(q, turned, cache, table, plan, out)
     if num_items == 0:
         return out
@@ -271,6 +288,7 @@ def attend(
         q,
         turned,
         cache,
+        scales,
         table,
         plan.meta,
         plan.first,
@@ -299,6 +317,7 @@ def attend(
         ROPE=rope_dim,
         ROPE_PAD=triton.next_power_of_2(rope_dim),
         TILE=config.tile,
+        SCALED=scales is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=min(255, 65536 // (config.programs_per_sm * config.num_warps * 32) // 8 * 8),
@@ -339,6 +358,7 @@ def attend_ref(
     lens: Tensor,
     scale: float,
     items: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """``attend`` in plain torch, fp32 throughout, rounded at the end; tokens of no item are zero.
 
@@ -353,7 +373,7 @@ def attend_ref(
             continue
         if items is not None:
             first, count = int(items[0, item]), int(items[1, item])
-        rows = cache[table[lanes[item].long(), :length].long()].float()
+        rows = read_ref(cache, scales, table[lanes[item].long(), :length].long())
         scores = torch.einsum("thd,nd->htn", wide[first : first + count], rows) * scale
         position = torch.arange(length, device=q.device)
         hidden = position[None, :] > position[length - count :, None]
@@ -365,8 +385,8 @@ def attend_ref(
 def _check(
     q: Tensor, turned: Tensor, cache: Tensor, table: Tensor, plan: AttendPlan, out: Tensor
 ) -> None:
-    if not q.dtype == turned.dtype == cache.dtype == out.dtype or table.dtype != torch.int32:
-        raise ValueError(f"dtypes: q {q.dtype}, cache {cache.dtype}, table {table.dtype}")
+    if not q.dtype == turned.dtype == out.dtype or table.dtype != torch.int32:
+        raise ValueError(f"dtypes: q {q.dtype}, turned {turned.dtype}, table {table.dtype}")
     if turned.shape[:2] != q.shape[:2] or out.shape != q.shape:
         raise ValueError(f"q {tuple(q.shape)}, turned {tuple(turned.shape)}, out do not fit")
     if cache.dim() != 2 or cache.shape[1] != q.shape[2] + turned.shape[2]:

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asyncllm.kernels.attention.kv8 import widened
 from asyncllm.kernels.autotune import num_sms
 from asyncllm.kernels.latent.plan import EXPAND_TILE
+from asyncllm.kernels.latent.write import check_cache, read_ref
 
 
 # step metadata lies anywhere in a staging buffer: one build for every alignment
@@ -22,6 +24,7 @@ from asyncllm.kernels.latent.plan import EXPAND_TILE
 )
 def _expand_kernel(
     cache_ptr,
+    scales_ptr,
     weight_ptr,
     table_ptr,
     lanes_ptr,
@@ -41,6 +44,7 @@ def _expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SCAN: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     total = tl.load(tile_ends_ptr + num_rows - 1) * COLUMNS
@@ -73,7 +77,11 @@ def _expand_kernel(
                 mask=(n < WIDTH)[:, None] & inside,
                 other=0.0,
             )
-            acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+            acc = tl.dot(widened(x, weight.dtype), tl.trans(weight), acc, input_precision="ieee")
+        by = tl.full([BLOCK_M], 1.0, tl.float32)
+        if SCALED:
+            by = tl.load(scales_ptr + slot.to(tl.int64), mask=live, other=0.0)
+            acc = acc * by[:, None]
         to = (tl.load(bases_ptr + row) + position).to(tl.int64)
         tl.store(
             made_ptr + to[:, None] * WIDTH + n[None, :],
@@ -84,6 +92,8 @@ def _expand_kernel(
             turn = tl.arange(0, ROPE_PAD)
             inside = live[:, None] & (turn < ROPE)[None, :]
             key = tl.load(latent[:, None] + (RANK + turn)[None, :], mask=inside, other=0.0)
+            if SCALED:
+                key = (key.to(tl.float32) * by[:, None]).to(keys_ptr.dtype.element_ty)
             tl.store(keys_ptr + to[:, None] * ROPE + turn[None, :], key, mask=inside)
 
 
@@ -98,17 +108,20 @@ def expand(
     tile_ends: Tensor,
     made: Tensor,
     keys: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """Decompress all keys of the rows of a plan that want it.
 
     Args:
-        cache: [num_slots + 1, rank + rope_dim], contiguous; latents of the new tokens are in it.
+        cache: [num_slots + 1, rank + rope_dim], contiguous, dtype of weight or 8-bit floats;
+            latents of the new tokens are in it.
         weight: [num_heads, dims, rank], contiguous: of the heads that are wanted now.
         table: [num_lanes, max_len] int32: slot of each position.
         lanes, starts, cu_counts: as given to ``plan_chunks``.
         bases, tile_ends: from it.
         made: [capacity, num_heads, dims], contiguous: a row's keys go to ``bases[row]`` and after.
         keys: [capacity, rope_dim], contiguous: the rotated part, which all heads share.
+        scales: [num_slots + 1] float32: what multiplies a row of 8-bit floats.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
@@ -121,16 +134,18 @@ def expand(
         raise ValueError(f"cache {tuple(cache.shape)}, made {tuple(made.shape)} do not fit weight")
     if made.shape[0] != keys.shape[0]:
         raise ValueError(f"{made.shape[0]} and {keys.shape[0]} decompressed tokens")
-    if not cache.dtype == weight.dtype == made.dtype == keys.dtype:
-        raise ValueError(f"dtypes: cache {cache.dtype}, weight {weight.dtype}, made {made.dtype}")
+    check_cache(weight, cache, scales)
+    if not weight.dtype == made.dtype == keys.dtype:
+        raise ValueError(f"dtypes: weight {weight.dtype}, made {made.dtype}, keys {keys.dtype}")
     if not all(t.is_contiguous() for t in (cache, weight, made, keys)):
         raise ValueError("cache, weight, made and keys must be contiguous")
     if num_rows == 0:
         return
-    narrow = cache.element_size() <= 2
+    narrow = weight.element_size() <= 2
     block_n = max(16, min(128 if narrow else 64, triton.next_power_of_2(width)))
     _expand_kernel[(num_sms(cache.device),)](
         cache,
+        scales,
         weight,
         table,
         lanes,
@@ -150,6 +165,7 @@ def expand(
         BLOCK_N=block_n,
         BLOCK_K=max(16, min(64 if narrow else 32, triton.next_power_of_2(rank))),
         SCAN=128,
+        SCALED=scales is not None,
         num_warps=8,
         num_stages=4 if narrow else 2,
     )
@@ -165,6 +181,7 @@ def expand_ref(
     bases: Tensor,
     made: Tensor,
     keys: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """``expand`` in plain torch, fp32 throughout, rounded at the end."""
     rank = weight.shape[2]
@@ -172,7 +189,7 @@ def expand_ref(
         if (base := int(bases[row])) < 0:
             continue
         length = int(starts[row] + cu_counts[row + 1] - cu_counts[row])
-        found = cache[table[lanes[row].long(), :length].long()]
-        wide = torch.einsum("tr,hdr->thd", found[:, :rank].float(), weight.float())
+        found = read_ref(cache, scales, table[lanes[row].long(), :length].long())
+        wide = torch.einsum("tr,hdr->thd", found[:, :rank], weight.float())
         made[base : base + length] = wide.to(made.dtype)
-        keys[base : base + length] = found[:, rank:]
+        keys[base : base + length] = found[:, rank:].to(keys.dtype)

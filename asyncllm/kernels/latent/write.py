@@ -1,6 +1,8 @@
 """What a token leaves in the latent cache, and the rotation of its queries.
 
-Owns the layout of a row of the cache: the normed latent, then the rotated key that all heads share.
+Owns the layout of a row of the cache: the normed latent, then the rotated key that all heads share;
+in 8-bit floats a scale for both lies apart. The scales are float32, since nothing smaller than four
+bytes can be copied asynchronously.
 """
 
 # mypy: allow-incomplete-defs
@@ -9,6 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from asyncllm.kernels.attention.kv8 import KINDS, half_scale, quantized, whole_scale
+from asyncllm.kernels.attention.quantize import quantize_ref
+
+FP8 = tl.constexpr(KINDS[torch.float8_e4m3fn])
 
 
 # step metadata lies anywhere in a staging buffer: one build for every alignment
@@ -21,6 +28,7 @@ def _write_kernel(
     positions_ptr,
     slots_ptr,
     cache_ptr,
+    scales_ptr,
     raw_row,
     turned_row,
     turned_head,
@@ -32,6 +40,7 @@ def _write_kernel(
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -54,11 +63,23 @@ def _write_kernel(
         weight = tl.load(weight_ptr + dim, mask=dim < RANK, other=0.0)
         scale = tl.rsqrt(tl.sum(x * x, axis=0) / RANK + eps)
         normed = (x * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
-        tl.store(row + dim, normed.to(row.dtype.element_ty), mask=dim < RANK)
+        dtype = raw_ptr.dtype.element_ty
+        normed = normed.to(dtype)
         x = tl.load(raw + RANK + low, mask=live, other=0.0).to(tl.float32)
         y = tl.load(raw + RANK + high, mask=live, other=0.0).to(tl.float32)
-        tl.store(row + RANK + low, (x * cos - y * sin).to(row.dtype.element_ty), mask=live)
-        tl.store(row + RANK + high, (y * cos + x * sin).to(row.dtype.element_ty), mask=live)
+        first = (x * cos - y * sin).to(dtype)
+        second = (y * cos + x * sin).to(dtype)
+        if SCALED:
+            keys = tl.maximum(tl.abs(first.to(tl.float32)), tl.abs(second.to(tl.float32)))
+            most = tl.maximum(tl.max(tl.abs(normed.to(tl.float32)), axis=0), tl.max(keys, axis=0))
+            by = whole_scale(half_scale(most, FP8))
+            tl.store(scales_ptr + slot, by)
+            normed = quantized(normed.to(tl.float32), by, FP8)
+            first = quantized(first.to(tl.float32), by, FP8)
+            second = quantized(second.to(tl.float32), by, FP8)
+        tl.store(row + dim, normed, mask=dim < RANK)
+        tl.store(row + RANK + low, first, mask=live)
+        tl.store(row + RANK + high, second, mask=live)
     else:
         head = (part - 1) * HEADS + tl.arange(0, HEADS)
         inside = (head < NUM_HEADS)[:, None] & live[None, :]
@@ -66,9 +87,8 @@ def _write_kernel(
         a = tl.load(ptr + low[None, :], mask=inside, other=0.0).to(tl.float32)
         b = tl.load(ptr + high[None, :], mask=inside, other=0.0).to(tl.float32)
         # the thread that has read an element writes it, so nobody reads what is rotated already
-        dtype = turned_ptr.dtype.element_ty
-        tl.store(ptr + low[None, :], (a * cos - b * sin).to(dtype), mask=inside)
-        tl.store(ptr + high[None, :], (b * cos + a * sin).to(dtype), mask=inside)
+        tl.store(ptr + low[None, :], (a * cos - b * sin).to(ptr.dtype.element_ty), mask=inside)
+        tl.store(ptr + high[None, :], (b * cos + a * sin).to(ptr.dtype.element_ty), mask=inside)
 
 
 def write(
@@ -80,6 +100,7 @@ def write(
     positions: Tensor,
     slots: Tensor,
     cache: Tensor,
+    scales: Tensor | None = None,
     *,
     interleaved: bool,
 ) -> None:
@@ -93,7 +114,8 @@ def write(
         cos_sin: [max_positions, rope_dim] float32, contiguous: cosines, then sines.
         positions: [num_tokens] int32.
         slots: [num_tokens] int32; padding tokens point at the last slot.
-        cache: [num_slots + 1, rank + rope_dim], contiguous, dtype of raw.
+        cache: [num_slots + 1, rank + rope_dim], contiguous, dtype of raw or 8-bit floats.
+        scales: [num_slots + 1] float32: what multiplies a row of 8-bit floats.
         interleaved: pairs are (2i, 2i + 1) instead of (i, i + rope_dim / 2); they keep their
             places. Rotation and norm run in float32.
 
@@ -104,6 +126,7 @@ def write(
     """
     num_tokens, num_heads, rope_dim = turned.shape
     rank = weight.shape[0]
+    check_cache(raw, cache, scales)
     _check(raw, turned, weight, cos_sin, positions, slots, cache)
     if num_tokens == 0:
         return
@@ -117,6 +140,7 @@ def write(
         positions,
         slots,
         cache,
+        scales,
         raw.stride(0),
         turned.stride(0),
         turned.stride(1),
@@ -128,6 +152,7 @@ def write(
         HALF=rope_dim // 2,
         HALF_PAD=half_pad,
         INTERLEAVED=interleaved,
+        SCALED=scales is not None,
         num_warps=4,
     )
 
@@ -141,6 +166,7 @@ def write_ref(
     positions: Tensor,
     slots: Tensor,
     cache: Tensor,
+    scales: Tensor | None = None,
     *,
     interleaved: bool,
 ) -> None:
@@ -150,7 +176,13 @@ def write_ref(
     normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(raw.dtype) * weight
     angles = cos_sin[positions.long()]
     key = turn_ref(raw[:, None, rank:], angles, interleaved=interleaved)[:, 0]
-    cache[slots.long()] = torch.cat([normed, key], dim=1).to(cache.dtype)
+    rows = torch.cat([normed, key], dim=1)
+    if scales is None:
+        cache[slots.long()] = rows
+    else:
+        rows, by = quantize_ref(rows, cache.dtype, None)
+        cache.view(torch.uint8)[slots.long()] = rows.view(torch.uint8)
+        scales[slots.long()] = by[:, 0].float()
     turned.copy_(turn_ref(turned, angles, interleaved=interleaved))
 
 
@@ -162,6 +194,26 @@ def turn_ref(x: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:
     pairs = low * cos - high * sin, high * cos + low * sin
     turned = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
     return turned.to(x.dtype)
+
+
+def read_ref(cache: Tensor, scales: Tensor | None, slots: Tensor) -> Tensor:
+    """Rows of the cache as float32; slots are int64."""
+    if scales is None:
+        return cache[slots].float()
+    rows = cache.view(torch.uint8)[slots].view(cache.dtype)
+    return rows.float() * scales[slots][:, None]
+
+
+def check_cache(like: Tensor, cache: Tensor, scales: Tensor | None) -> None:
+    """Raises ValueError for a cache that is neither of the dtype of ``like`` nor 8-bit floats with
+    scales."""
+    wanted = like.dtype if scales is None else torch.float8_e4m3fn
+    if cache.dtype != wanted:
+        raise ValueError(f"dtypes: cache {cache.dtype}, wanted {wanted}")
+    if scales is not None and (
+        scales.shape != cache.shape[:1] or scales.dtype != torch.float32 or scales.stride(0) != 1
+    ):
+        raise ValueError(f"scales {tuple(scales.shape)} {scales.dtype}: float32 of each row wanted")
 
 
 def _check(
@@ -177,8 +229,8 @@ def _check(
     width = weight.shape[0] + rope_dim
     if raw.shape != (num_tokens, width) or cache.dim() != 2 or cache.shape[1] != width:
         raise ValueError(f"raw {tuple(raw.shape)}, cache {tuple(cache.shape)}: rows of {width}")
-    if not raw.dtype == turned.dtype == weight.dtype == cache.dtype:
-        raise ValueError(f"dtypes: raw {raw.dtype}, cache {cache.dtype}, weight {weight.dtype}")
+    if not raw.dtype == turned.dtype == weight.dtype:
+        raise ValueError(f"dtypes: raw {raw.dtype}, turned {turned.dtype}, weight {weight.dtype}")
     if not (cache.is_contiguous() and cos_sin.is_contiguous()) or cos_sin.dtype != torch.float32:
         raise ValueError("the cache and cos_sin, in float32, must be contiguous")
     if raw.stride(1) != 1 or turned.stride(2) != 1:
