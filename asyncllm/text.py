@@ -10,7 +10,6 @@ import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from asyncllm.core.detokenize import PieceTable, TextStream, WindowStream
 from asyncllm.errors import StartupError
 from asyncllm.plain import Json, JsonObject, typed
+from asyncllm.spm import read_sentencepiece
 from asyncllm.tekken import NAMED, byte_characters, read_tekken
 
 MOST_TOKENS = 1 << 20  # more than any model has
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger("asyncllm.text")
+_ONLY_FAST = "--tokenizer_mode slow: the model has only a fast tokenizer, it is used"
 
 Mode = Literal["fast", "slow", "auto"]
 
@@ -100,7 +101,7 @@ def load_tokenizer(
     """The tokenizer of a model folder. ``fast`` and ``auto`` are the same.
 
     It is tokenizer.json; without it tokenizer.model of SentencePiece, then tekken.json.
-    transformers is imported only where there are neither tokenizer.json nor tekken.json, or for
+    transformers is imported only where there is neither tokenizer.json nor tekken.json, or for
     ``slow``: it takes seconds, and some of its classes rebuild parts of the file that they should
     take as they are.
 
@@ -118,28 +119,40 @@ def load_tokenizer(
         templates, more_special = _templates(folder, config), _more_special(config)
     except (TypeError, KeyError) as error:
         raise StartupError(f"{folder}: chat templates or special tokens: {error!r}") from error
-    file = folder / "tokenizer.json"
-    if mode != "slow" and file.is_file():
-        try:
-            tokenizer = Tokenizer.from_buffer(file.read_bytes())
-        except (OSError, ValueError) as error:
-            raise StartupError(f"cannot read {file}: {error}") from error
+    if (found := _read(folder, mode, "auto_map" in config)) is not None:
+        tokenizer, names = found
+        if names:
+            # where nothing is said of bos, as transformers' classes for such files did before 5.0
+            config.setdefault("add_bos_token", True)
+            special = {**names, **special}
         named = [*special.values(), *more_special]
         _add_tokens(tokenizer, _added_tokens(folder, config, named), named, vocab_size)
         return _fast(tokenizer, config, special, templates)
-    if not file.is_file() and "auto_map" not in config:
-        # where nothing is said of bos, as transformers' classes for these files did before 5.0
-        if (sentences := folder / SENTENCEPIECE).is_file():
-            _check_sentencepiece(sentences)
-            config.setdefault("add_bos_token", True)
-        elif (tekken := folder / TEKKEN).is_file():
-            config.setdefault("add_bos_token", True)
-            return _fast(read_tekken(tekken), config, NAMED | special, templates)
     text = _by_transformers(folder, mode, trust_remote_code, config, special, templates)
     if text is None:
-        _log.warning("--tokenizer_mode slow: the model has only a fast tokenizer, it is used")
+        _log.warning(_ONLY_FAST)
         return load_tokenizer(model_dir, "fast", trust_remote_code, vocab_size)
     return text
+
+
+def _read(folder: Path, mode: Mode, own_code: bool) -> tuple[Tokenizer, dict[str, str]] | None:
+    """The tokenizer of a folder's file, and special tokens that the file itself names.
+
+    None: transformers has to find one.
+    """
+    file, sentences, tekken = (folder / name for name in ("tokenizer.json", SENTENCEPIECE, TEKKEN))
+    if file.is_file():
+        if mode == "slow":
+            return None
+        try:
+            return Tokenizer.from_buffer(file.read_bytes()), {}
+        except (OSError, ValueError) as error:
+            raise StartupError(f"cannot read {file}: {error}") from error
+    if own_code or not (sentences.is_file() or tekken.is_file()):
+        return None
+    if mode == "slow":
+        _log.warning(_ONLY_FAST)
+    return read_sentencepiece(sentences) if sentences.is_file() else (read_tekken(tekken), NAMED)
 
 
 def _fast(
@@ -316,33 +329,6 @@ def _byte_token(token: str) -> bytes | None:
         except ValueError:
             return None
     return None
-
-
-# -- SentencePiece ---------------------------------------------------------------------------------
-
-
-def _check_sentencepiece(file: Path) -> None:
-    """Raises StartupError: it cannot be read here, or is of another kind."""
-    if lacking := [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]:
-        raise StartupError(
-            f"{file} is a SentencePiece tokenizer, and there is no tokenizer.json; it needs "
-            f"{' and '.join(lacking)}: pip install 'asyncllm[sentencepiece]'"
-        )
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        raise StartupError(
-            f"{file} is not a SentencePiece model, and there is no tokenizer.json: {error!s:.100}"
-        ) from error
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # a package above it
-        return False
 
 
 # -- by transformers -------------------------------------------------------------------------------

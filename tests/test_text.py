@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import types
 from base64 import b64encode
 from importlib.util import find_spec
 from pathlib import Path
@@ -238,40 +239,69 @@ def test_bad_folders_end_the_start(tmp_path: Path) -> None:
 SCRIPTS = "Hello  wörld\n\tж 日本 한국 हिन्दी 👩‍👩‍👧 🇩🇪 \x00\x7f e\u0301"
 
 
-@pytest.fixture(scope="module")
-def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train(folder: Path, **how: Any) -> Path:
     """A folder whose tokenizer is a small SentencePiece model with byte fallback, as Llama's is."""
     from sentencepiece import SentencePieceTrainer
 
-    folder = tmp_path_factory.mktemp("sentences")
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            [f"the number {i} is a hello world of number {i}" for i in range(99)]
-        ),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=320,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    known = {
+        "model_prefix": str(folder / "tokenizer"), "vocab_size": 320, "model_type": "bpe",
+        "byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2,
+        "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True,
+    }  # fmt: skip
+    lines = iter([f"the number {i} is a hello world of number {i}" for i in range(99)])
+    SentencePieceTrainer.train(sentence_iterator=lines, **known | how)
+    (folder / "config.json").write_text('{"model_type": "gemma3_text"}')
     return folder
 
 
-def test_a_sentencepiece_model_alone_is_a_tokenizer(sentences: Path) -> None:
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("sentences"))
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"add_dummy_prefix": False}, {"model_type": "unigram"}, {"remove_extra_whitespaces": True},
+    {"user_defined_symbols": ["\n\n", "<b>"], "bos_piece": "<bos>", "eos_piece": "<eos>"},
+    {"normalization_rule_name": "nmt_nfkc"},
+], ids=str)  # fmt: skip
+def test_a_sentencepiece_model_alone_is_a_tokenizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: dict[str, Any]
+) -> None:
+    """As its file says, whatever family config.json names."""
     from sentencepiece import SentencePieceProcessor
 
-    text = load_tokenizer(str(sentences))
-    known = SentencePieceProcessor(model_file=str(sentences / "tokenizer.model"))
-    for content in (SCRIPTS, "hello world", " hello", "  number 7", ""):
+    text = load_tokenizer(str(train(tmp_path, **how)))
+    known = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for content in (SCRIPTS, "hello world", " hello", "  number 7", "a\n\n\nb<b>", ""):
         ids = list(text.encode(content, False))
         assert ids == known.encode(content)
         assert list(text.encode(content, True)) == [known.bos_id(), *ids]
-        assert text.decode(ids) == streamed(text, ids, True) == content
-    assert (text.vocab_size, text.eos_id) == (320, known.eos_id())
+        assert text.decode(ids) == streamed(text, ids, True) == known.decode(ids)
+        if how.keys() <= {"add_dummy_prefix", "model_type"}:
+            assert text.decode(ids) == content
+    assert (text.vocab_size, text.eos_id) == (known.vocab_size(), known.eos_id())
+    assert text.special_tokens["bos_token"] == how.get("bos_piece", "<s>")
+    assert caplog.messages == []
+
+
+def test_a_conversion_that_differs_is_told(
+    sentences: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = types.SimpleNamespace(backend_tokenizer=byte_level())
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", lambda _: made)
+    load_tokenizer(str(sentences))
+    (line,) = caplog.messages
+    assert line.startswith(f"{sentences / 'tokenizer.model'}: its conversion splits 'Hello world'")
+
+
+def test_added_tokens_join_a_sentencepiece_model(sentences: Path, tmp_path: Path) -> None:
+    for file in sentences.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 320}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    text = load_tokenizer(str(tmp_path), "slow")
+    assert list(text.encode("<|im_end|>", False)) == [320]
+    assert (text.eos_id, 320 in text.special, text.vocab_size) == (320, True, 321)
 
 
 def test_a_sentencepiece_model_may_be_without_bos(sentences: Path, tmp_path: Path) -> None:
@@ -289,7 +319,7 @@ def test_what_sentencepiece_needs_is_named(
     def find(name: str) -> object:
         return None if name == lacking else find_spec(name)
 
-    monkeypatch.setattr("asyncllm.text.find_spec", find)
+    monkeypatch.setattr("asyncllm.spm.find_spec", find)
     with pytest.raises(StartupError) as caught:
         load_tokenizer(str(sentences))
     assert str(caught.value) == (
