@@ -155,7 +155,7 @@ SMALL_DOWN = [
 LARGE_UP = [
     *[(128, 64, 8, 3, 1, False), (128, 64, 8, 3, 1, True), (64, 64, 4, 4, 1, False)],
     *[(128, 64, 8, 4, 8, True), (64, 64, 4, 4, 4, True), (128, 64, 8, 4, 1, True)],
-    *[(64, 64, 8, 4, 1, True), (128, 64, 4, 3, 1, True), (64, 128, 4, 3, 1, False)],
+    *[(64, 64, 8, 4, 1, True), (128, 64, 8, 3, 4, True), (64, 128, 4, 3, 1, False)],
 ]
 LARGE_DOWN = [
     *[(128, 64, 4, 4, 1, False), (256, 64, 8, 3, 1, True), (128, 64, 4, 4, 1, True)],
@@ -209,7 +209,8 @@ def tune_class(key: str, cases: list[Case], seconds: float) -> ExpertsConfig:
                 times.append(median_us(partial(experts, **case, config=config), True))
             except OutOfResources:
                 return float("inf")
-        print(f"{config}: " + "  ".join(f"{us:8.1f}" for us in times), flush=True)
+        shown = [config.block_m, *map(dataclasses.astuple, (config.up, config.down))]
+        print(*shown, ":", "  ".join(f"{us:8.1f}" for us in times), flush=True)
         tried[config] = sum(us / now for us, now in zip(times, base, strict=True))
         return tried[config]
 

@@ -95,7 +95,7 @@ def order(ids: Tensor, num_experts: int, block_m: int, first: int = 0) -> tuple[
             num_blocks,
             first,
             NUM_EXPERTS=num_experts,
-            BINS=triton.next_power_of_2(num_experts + 1),
+            BINS=max(32, triton.next_power_of_2(num_experts + 1)),  # a bin to a lane at least
             BLOCK_M=block_m,
             CHUNK=next((chunk for chunk in CHUNKS if num_pairs <= chunk), CHUNKS[-1]),
             num_warps=4,
