@@ -80,7 +80,8 @@ def build_model(
         load(checkpoint, model.targets(), model.ignores, progress, block=spec.weight_block)
     model.pack()
     if symmetric:
-        group.use_symmetric_memory(spec.hidden_size, TORCH_DTYPES[dtype])
+        for ranks in (group,) if world in (None, group) else (group, world):
+            ranks.use_symmetric_memory(spec.hidden_size, TORCH_DTYPES[dtype])
     return model
 
 

@@ -117,16 +117,19 @@ class Ranks:
     def _spread(self, topology: Topology, me: Endpoint, device: torch.device) -> Spread:
         """With a process group for each place in a group: the ranks of that place in all groups."""
         ranks, groups = topology.ranks, topology.groups
+        cuda = device.type == "cuda"
         columns = []
         for place in range(len(ranks) // len(groups)):
             members = [ranks.index(topology.group(group)[place]) for group in groups]
-            mine = device.type == "cuda" and place == me.group_rank
+            mine = cuda and place == me.group_rank
             columns.append(
                 dist.new_group(
                     members, timeout=RENDEZVOUS_TIMEOUT, device_id=device if mine else None
                 )
             )
-        return Spread(self.group, columns[me.group_rank], groups.index(me.group), len(groups))
+        made = dist.new_group(timeout=RENDEZVOUS_TIMEOUT, device_id=device if cuda else None)
+        every = TensorParallel(made, self._rank, self._size, device)
+        return Spread(self.group, every, columns[me.group_rank], len(groups))
 
     def minimum(self, value: int) -> int:
         """Smallest of all ranks' values; start-up only, it waits for all.
@@ -157,12 +160,12 @@ class TensorParallel:
         self, group: dist.ProcessGroup, rank: int, size: int, device: torch.device
     ) -> None:
         self._group, self.rank, self.size, self.device = group, rank, size, device
-        self._symmetric: SymmetricSum | None = None
+        self.symmetric: SymmetricSum | None = None  # for sums of not too many rows
 
     def linear_reduce(self, linear: Product, x: Tensor) -> Tensor:
         """``linear(x)`` summed over ranks; valid until the call after the next one."""
-        if self._symmetric is not None and len(x) <= SYMMETRIC_ROWS:
-            return self._symmetric.linear(linear, x)
+        if self.symmetric is not None and len(x) <= SYMMETRIC_ROWS:
+            return self.symmetric.linear(linear, x)
         out = linear(x)
         dist.all_reduce(out, group=self._group)
         return out
@@ -214,7 +217,7 @@ class TensorParallel:
             works = False
         # all ranks or none: a rank alone in a collective would wait for ever
         if self.minimum(int(works)):
-            self._symmetric = found
+            self.symmetric = found
             log.info("sums of up to %d rows go through symmetric memory", SYMMETRIC_ROWS)
 
 
@@ -225,36 +228,43 @@ class Spread:
 
     Args:
         group: this rank's.
+        every: all ranks, group by group.
         column: the process group of its column, whose ranks are numbered by their groups.
-        number: of its group.
         num_groups: groups, all of one size.
     """
 
     def __init__(
-        self, group: Group, column: dist.ProcessGroup, number: int, num_groups: int
+        self, group: Group, every: TensorParallel, column: dist.ProcessGroup, num_groups: int
     ) -> None:
-        self._group, self._column, self._number = group, column, number
-        self._num_groups = num_groups
-        self.rank, self.size = number * group.size + group.rank, num_groups * group.size
+        self._group, self._every, self._column = group, every, column
+        self.rank, self.size, self._num_groups = every.rank, every.size, num_groups
+        self._number = every.rank // group.size
 
     def gather_tokens(self, x: Tensor) -> Tensor:
         """[n, h] of each group -> [groups * n, h], group by group."""
         num, width = x.shape
-        out = x.new_empty(self._num_groups * num, width)
+        total = self._num_groups * num
+        if self._every.symmetric is not None and total <= SYMMETRIC_ROWS:
+            own = None if self._group.rank else x  # one rank of each group brings its tokens
+            return self._every.symmetric.gather(own, self._number * num, total)
+        out = x.new_empty(total, width)
         _all_gather(out, x.contiguous(), group=self._column)
         return out
 
     def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
         """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]."""
-        every = product(x)
-        num = len(every) // self._num_groups
-        if every.device.type == "cuda":
-            mine = every.new_empty(num, every.shape[1])
-            _reduce_scatter(mine, every, group=self._column)
-        else:  # which gloo cannot
-            dist.all_reduce(every, group=self._column)
-            mine = every[self._number * num :][:num].clone()
+        num = len(x) // self._num_groups
+        small = self._every.symmetric is not None and len(x) <= SYMMETRIC_ROWS
+        if small or x.device.type != "cuda":  # gloo cannot do the other way
+            return self._every.linear_reduce(product, x)[self._number * num :][:num]
+        parts = product(x)
+        mine = parts.new_empty(num, parts.shape[1])
+        _reduce_scatter(mine, parts, group=self._column)
         return self._group.sum(mine)
+
+    def use_symmetric_memory(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """As in a group; every rank must call this."""
+        self._every.use_symmetric_memory(hidden_size, dtype)
 
 
 class SymmetricSum:
@@ -282,6 +292,18 @@ class SymmetricSum:
         """``linear(x)`` summed over ranks: [n, hidden] in one of the buffers."""
         self._turn ^= 1
         return self._sum(linear(x, self._buffers[self._turn][: len(x)]))
+
+    def gather(self, x: Tensor | None, first: int, num_rows: int) -> Tensor:
+        """[num_rows, hidden] in one of the buffers, of which each row is one rank's.
+
+        Args:
+            x: the rows from ``first`` on; None: this rank brings none.
+        """
+        self._turn ^= 1
+        ours = self._buffers[self._turn][:num_rows].zero_()
+        if x is not None:
+            ours[first : first + len(x)] = x
+        return self._sum(ours)
 
     def _sum(self, x: Tensor) -> Tensor:
         summed: Tensor = torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self._name)

@@ -25,7 +25,7 @@ TOPOLOGY = Topology(
 RANK = """
 import json, sys
 import torch
-from asyncllm.engine.parallel import Ranks
+from asyncllm.engine.parallel import Ranks, SymmetricSum
 from asyncllm.topology import Topology
 
 topology = Topology.from_plain(json.loads(sys.argv[1]))
@@ -44,6 +44,17 @@ def product(x, out=None):
     seen.append(x.flatten().tolist())
     return x * (1.0 + ranks.world.rank)
 own = ranks.world.sum_tokens(product, ranks.world.gather_tokens(rows)).flatten().tolist()
+class Symmetric(SymmetricSum):  # whose memory nobody has mapped
+    def __init__(self):
+        self._buffers, self._turn = [torch.full((8, 1), float("nan")) for _ in range(2)], 0
+    def _sum(self, x):
+        torch.distributed.all_reduce(x)
+        return x
+ranks.world._every.symmetric = Symmetric()
+same = ranks.world.sum_tokens(
+    lambda x, out: torch.mul(x, 1.0 + ranks.world.rank, out=out), ranks.world.gather_tokens(rows)
+)
+assert same.flatten().tolist() == own
 got = [group.minimum(me.id), ranks.minimum(me.id + 5), int(told), int(summed)]
 together = [ranks.world.rank, ranks.world.size, *seen, own]
 said = [group.rank, group.size, *got, group.gather_last(mine).tolist()[0]], together
