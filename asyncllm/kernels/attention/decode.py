@@ -20,7 +20,7 @@ from asyncllm.kernels.attention.decode_plan import (
     plan_decode,
 )
 from asyncllm.kernels.attention.kv8 import num_scales, packed_scales, read_ref
-from asyncllm.kernels.attention.scores import to_log2
+from asyncllm.kernels.attention.scores import padded, to_log2
 
 _HEAD_PAD = 16  # least M of a matrix instruction; the query heads of a KV head are padded to it
 _MERGED = 4096  # elements of partial results that are merged at once
@@ -365,7 +365,7 @@ def decode_attention(
         config = decode_config(k_cache, num_rows * num_heads, grouped=grouped, split=False)
     if num_rows == 0:
         return out
-    dim_pad, group_pow = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
+    dim_pad, group_pow = padded(head_dim), triton.next_power_of_2(group)
     scale_log2, cap_log2 = to_log2(scale, softcap)
     sizes = {
         "HEADS": num_heads,

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from asyncllm.kernels.attention.kv8 import KIND_NAMES, num_scales, packed_scales, read_ref
 from asyncllm.kernels.attention.prefill_keys import attend
-from asyncllm.kernels.attention.scores import to_log2
+from asyncllm.kernels.attention.scores import padded, to_log2
 from asyncllm.kernels.autotune import num_sms, tuned
 
 
@@ -344,7 +344,7 @@ def prefill_attention(
         KV_HEADS=num_kv_heads,
         PACK=pack,
         DIM=head_dim,
-        DIM_PAD=triton.next_power_of_2(head_dim),
+        DIM_PAD=padded(head_dim),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SCAN=128,
@@ -440,7 +440,7 @@ def prefill_config(k_cache: Tensor, group: int, size: int, element_size: int) ->
 def _copyable(kv: Tensor, head_dim: int) -> bool:
     """Whether the tensor copy engine can fetch tiles: it wants addresses of 16 bytes, and copies a
     head alone only if that needs no padding."""
-    if kv.element_size() > 2 or head_dim != triton.next_power_of_2(head_dim):
+    if kv.element_size() > 2 or head_dim != padded(head_dim):
         return False
     return kv.stride(0) % 8 == 0 and kv.data_ptr() % 16 == 0
 

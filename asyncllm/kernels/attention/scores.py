@@ -16,6 +16,12 @@ def capped(product, scale_log2, cap_log2):
     return cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(product * scale_log2)))
 
 
+def padded(head_dim: int) -> int:
+    """Elements of a head as tiles have them: a power of 2, and as many as products want."""
+    power: int = triton.next_power_of_2(head_dim)
+    return max(16, power)
+
+
 def to_log2(scale: float, softcap: float | None) -> tuple[float, float]:
     """What turns q·k into a score: its factor, and 0; with a softcap the factors of ``capped``."""
     if softcap is None:
