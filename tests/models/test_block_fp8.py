@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from asyncllm.engine.build import build_model
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import INDEX, read_checkpoint
+from asyncllm.models.model import Model
 from asyncllm.models.quantization import weight_block
-from asyncllm.models.spec import ModelSpec
-from asyncllm.models.weights import Target, load, whole
-from tests.models.harness import build
+from asyncllm.models.weights import SCALE, Target, load, whole
+from tests.models.harness import Together, read_spec
+from tests.models.test_deepseek import VARIANTS
+from tests.models.test_deepseek import make_checkpoint as make_deepseek
 from tests.models.test_llama import make_checkpoint
 
+DEEPSEEK = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}
 BLOCK = (128, 128)
 FP8 = torch.float8_e4m3fn
 FILE = "model.safetensors"
@@ -50,22 +60,23 @@ def read(folder: Path, targets: list[tuple[str, Target]], block: tuple[int, int]
     load(read_checkpoint(folder), targets, lambda name: False, lambda *_: None, block=block)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("block", [(128, 128), (64, 32), (1, 128)])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(
     "span", [(0, 0, 300), (0, 0, 128), (100, 3, 57), (127, 0, 2), (250, 9, 50)]
 )
 def test_spans_need_not_begin_with_a_block(
-    tmp_path: Path, block: tuple[int, int], dim: int, span: tuple[int, int, int]
+    tmp_path: Path, block: tuple[int, int], dim: int, span: tuple[int, int, int], device: str
 ) -> None:
     values, scales = quantised([300, 300], block)
     save(tmp_path, a__weight=values, a__weight_scale_inv=scales)
     shape = [300, 300]
     shape[dim] = span[1] + span[2]
-    param = torch.zeros(shape, dtype=torch.bfloat16)
+    param = torch.zeros(shape, dtype=torch.bfloat16, device=device)
     read(tmp_path, [("a.weight", Target(param, dim, 300, (span,)))], block)
     start, into, length = span
-    want = plain(values, scales, block).narrow(dim, start, length).bfloat16()
+    want = plain(values, scales, block).narrow(dim, start, length).bfloat16().to(device)
     assert torch.equal(param.narrow(dim, into, length), want)
     assert not param.narrow(dim, 0, into).any()
 
@@ -113,37 +124,53 @@ def test_scales_may_be_in_another_file(tmp_path: Path) -> None:
     assert torch.equal(param, plain(values, scales))
 
 
-def test_a_model_is_what_its_blocks_say(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "8")
-    make_checkpoint(tmp_path / "16")
-    found = load_file(tmp_path / "8" / FILE)
+def quantise(folder: Path, plainly: Path, block: tuple[int, int]) -> None:
+    """Make the projections of a checkpoint 8-bit floats; another becomes what they stand for."""
     tensors, want = {}, {}
-    for name, tensor in found.items():
+    for name, tensor in load_file(folder / FILE).items():
         if name.endswith("_proj.weight"):
-            values, scales = quantised(list(tensor.shape), (32, 48))
-            tensors |= {name: values, f"{name}_scale_inv": scales}
-            want[name] = plain(values, scales, (32, 48))
+            values, scales = quantised(list(tensor.shape), block)
+            tensors |= {name: values, f"{name}{SCALE}": scales * 0.01}
+            want[name] = plain(values, scales * 0.01, block)
         else:
             tensors[name] = want[name] = tensor
-    save_file(tensors, tmp_path / "8" / FILE)
-    save_file(want, tmp_path / "16" / FILE)
-    config = json.loads((tmp_path / "8" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 48]}
-    (tmp_path / "8" / "config.json").write_text(json.dumps(config))
-    told, plainly = (
-        dict(
-            build(
-                tmp_path / name,
-                ModelSpec.from_dir(tmp_path / name),
-                "fp32",
-                torch.device("cpu"),
-                64,
-            ).targets()
+    save_file(tensors, folder / FILE)
+    save_file(want, plainly / FILE)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = DEEPSEEK | {"weight_block_size": list(block)}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def make(folder: Path, family: str) -> None:
+    if family == "llama":
+        make_checkpoint(folder)
+    else:
+        make_deepseek(folder, *VARIANTS["v3"])
+
+
+@pytest.mark.parametrize("whole_experts", [False, True])
+@pytest.mark.parametrize("family", ["llama", "deepseek"])
+def test_a_model_is_what_its_blocks_say(tmp_path: Path, family: str, whole_experts: bool) -> None:
+    """On two ranks, whose slices begin anywhere, with experts in slices and whole."""
+    make(tmp_path / "8", family)
+    make(tmp_path / "16", family)
+    quantise(tmp_path / "8", tmp_path / "16", (14, 10))
+    for rank in range(2):
+        told, plainly = (
+            dict(params(tmp_path / name, rank, whole_experts).targets()) for name in ("8", "16")
         )
-        for name in ("8", "16")
-    )
-    assert told.keys() == plainly.keys()
-    assert all(torch.equal(told[name].param, plainly[name].param) for name in told)
+        assert told.keys() == plainly.keys()
+        assert all(torch.equal(told[name].param, plainly[name].param) for name in told)
+        assert sum(name.endswith("_proj.weight") for name in told) > 20
+
+
+def params(folder: Path, rank: int, whole_experts: bool) -> Model:
+    """The model of one of two ranks, with which nothing is computed."""
+    group = Together(rank, threading.Barrier(1), [None, None])
+    return build_model(
+        folder, read_spec(folder), group, dtype="fp32", device=torch.device("cpu"), max_len=64,
+        whole_experts=whole_experts,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -177,14 +204,6 @@ def test_scales_and_types_must_fit(
     with pytest.raises(StartupError, match=f"^{tmp_path / FILE}:? {message}") as error:
         read(tmp_path, [("a.weight", whole(torch.empty(140, 130)))], block)
     assert "\n" not in str(error.value)
-
-
-DEEPSEEK = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "weight_block_size": [128, 128],
-    "activation_scheme": "dynamic",
-}
 
 
 def test_which_quantisations_are_read() -> None:
