@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncllm.kernels.attention.kv8 import widened
+from asyncllm.kernels.attention.scores import padded
 from asyncllm.kernels.latent.plan import AttendPlan
 from asyncllm.kernels.latent.write import check_cache, read_ref
 
@@ -283,7 +284,7 @@ def attend(
     if num_items == 0:
         return out
     many = plan.items is not None
-    rank_pad = triton.next_power_of_2(rank)
+    rank_pad = padded(rank)
     _attend_kernel[(plan.num_ranges * plan.blocks,)](
         q,
         turned,
@@ -315,7 +316,7 @@ def attend(
         RANK=rank,
         RANK_PAD=rank_pad,
         ROPE=rope_dim,
-        ROPE_PAD=triton.next_power_of_2(rope_dim),
+        ROPE_PAD=padded(rope_dim),
         TILE=config.tile,
         SCALED=scales is not None,
         num_warps=config.num_warps,

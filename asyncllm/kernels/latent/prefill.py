@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from asyncllm.kernels.attention.scores import padded
 from asyncllm.kernels.autotune import tuned
 
 
@@ -361,11 +362,11 @@ def prefill(
         scale * math.log2(math.e),
         HEADS=num_heads,
         NOPE=nope_dim,
-        NOPE_PAD=triton.next_power_of_2(nope_dim),
+        NOPE_PAD=padded(nope_dim),
         ROPE=rope_dim,
-        ROPE_PAD=triton.next_power_of_2(rope_dim),
+        ROPE_PAD=padded(rope_dim),
         VALUE=v_dim,
-        VALUE_PAD=triton.next_power_of_2(v_dim),
+        VALUE_PAD=padded(v_dim),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SCAN=128,
@@ -408,7 +409,7 @@ def prefill_ref(
 
 def _copyable(made: Tensor, dim: int) -> bool:
     """Whether the tensor copy engine can fetch tiles of ``dim`` columns."""
-    return made.element_size() <= 2 and dim == triton.next_power_of_2(dim) and dim >= 16
+    return made.element_size() <= 2 and dim == padded(dim)
 
 
 def _check(q: Tensor, turned: Tensor, made: Tensor, keys: Tensor, out: Tensor) -> None:
