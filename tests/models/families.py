@@ -22,7 +22,8 @@ from asyncllm.models.rope import Linear
 from asyncllm.models.spec import ModelSpec, QueryGrowth
 from tests.models.harness import Driver, Ranks, Sequence, make_device, random_ids
 
-VOCAB, WINDOW, TRAINED = 211, 12, 64
+VOCAB, WINDOW = 211, 12
+TRAINED, LONGEST = 64, 65  # of angles that depend on the length
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.05,
@@ -55,11 +56,14 @@ class Case:
 
 
 def long_angles(model: PreTrainedModel) -> None:
-    """Longrope's long factors for every length, as a server for long requests has them."""
+    """The angles of ``LONGEST`` for every length, as a server for such requests has them."""
     rotary: Any = model.get_decoder().rotary_emb
-    longer, _ = ROPE_INIT_FUNCTIONS["longrope"](model.config, seq_len=1 << 20)
+    kind = model.config.rope_parameters["rope_type"]
+    longer, _ = ROPE_INIT_FUNCTIONS[kind](model.config, seq_len=LONGEST)
     rotary.original_inv_freq = longer
     rotary.inv_freq = longer.clone()
+    rotary.max_seq_len_cached = LONGEST
+    rotary.original_max_seq_len = 0  # dynamic angles are not to change back
 
 
 LLAMA3 = {
@@ -114,6 +118,12 @@ CASES = {
         {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
          "rope_parameters": YARN},
     ),
+    "llama, dynamic": Case(
+        "LlamaConfig", "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 40.0},
+         "max_position_embeddings": TRAINED},
+        max_len=LONGEST, prepare=long_angles,
+    ),
     "qwen2": Case("Qwen2Config", "Qwen2ForCausalLM", {"head_dim": 8}),
     "qwen2, windows": Case(
         "Qwen2Config", "Qwen2ForCausalLM",
@@ -155,7 +165,7 @@ CASES = {
         unseen=frozenset({"long"}),
     ),
     "phi3, long": Case(
-        "Phi3Config", "Phi3ForCausalLM", {**PHI3, "hidden_size": 96}, max_len=TRAINED + 1,
+        "Phi3Config", "Phi3ForCausalLM", {**PHI3, "hidden_size": 96}, max_len=LONGEST,
         prepare=long_angles, unseen=frozenset({"short"}),
     ),
     "deepseek v2 lite": Case(
