@@ -135,7 +135,7 @@ class TorchLatentPlan:
         normed = rms_norm(latent.raw[:, :rank].float(), (rank,), eps=latent.eps).to(qkv.dtype)
         key = self._turn(latent.raw[:, None, rank:])[:, 0]
         self._layout.write(kv, self._slots, torch.cat([normed * latent.norm, key], dim=1))
-        out = q.new_empty(len(q), spec.num_q_heads, spec.v_dim)
+        out = q.new_zeros(len(q), spec.num_q_heads, spec.v_dim)  # tokens may be of no row
         if num_decode:
             rows = self._layout.read(kv, self._decode_slots.flatten())
             rows = rows.view(num_decode, 1, -1, rank + self._turned)

@@ -142,6 +142,8 @@ class TritonLatentPlan:
             for first in range(0, q.shape[1], self.space.group):
                 some = slice(first, first + self.space.group)
                 self._chunked(q[:, some], kv, latent.up[some], out[:, some])
+        elif num < len(q):  # tokens of no row: what follows must find numbers
+            out[num:].zero_()
         return out.flatten(1)
 
     def _absorbed(

@@ -20,6 +20,7 @@ SLOTS, LANES, MAX_LEN = 400, 8, 200
 # (cached tokens, new tokens) of rows: those of one token first
 STEPS = {
     "decode": [(7, 1), (0, 1), (65, 1)],
+    "nothing": [],
     "both": [(50, 1), (0, 5), (40, 12), (2, 9)],
 }
 
@@ -45,13 +46,14 @@ def make_batch(rows: list[tuple[int, int]], pad: int) -> tuple[Batch, Batch]:
     decode = [row for row in rows if row[1] == 1]
     chunks = rows[len(decode) :]
     cu = [*accumulate((count for _, count in chunks), initial=len(decode))]
-    host = HostRows([*range(len(rows))], *map(list, zip(*rows, strict=True)))
+    starts, counts = [start for start, _ in rows], [count for _, count in rows]
+    host = HostRows([*range(len(rows))], starts, counts)
     lanes = [*range(len(rows))]
 
     def batch(pad: int, host: HostRows | None, to: torch.device) -> Batch:
-        end = [0] * pad
+        end, wide = [0] * pad, 2 * pad  # more tokens than rows have, as beside another group
         columns = {
-            "positions": positions + end, "slots": slots + [SLOTS] * pad,
+            "positions": positions + end + end, "slots": slots + [SLOTS] * wide,
             "decode_lanes": lanes[: len(decode)] + [LANES] * pad,
             "decode_lens": [start + 1 for start, _ in decode] + end,
             "prefill_cu": cu + cu[-1:] * pad if chunks else cu[:1],
@@ -59,7 +61,7 @@ def make_batch(rows: list[tuple[int, int]], pad: int) -> tuple[Batch, Batch]:
             "prefill_starts": [start for start, _ in chunks] + end if chunks else [],
         }  # fmt: skip
         tensors = {name: ints(column).to(to) for name, column in columns.items()}
-        tokens = torch.zeros(len(slots) + pad, dtype=torch.int64, device=to)
+        tokens = torch.zeros(len(slots) + wide, dtype=torch.int64, device=to)
         return Batch(tokens=tokens, table=table.to(to), max_count=99, host=host, **tensors)
 
     return batch(0, host, CPU), batch(pad, None, WHERE)
@@ -67,7 +69,7 @@ def make_batch(rows: list[tuple[int, int]], pad: int) -> tuple[Batch, Batch]:
 
 @pytest.mark.parametrize(
     ("step", "least", "fmt"),
-    [("decode", 1, None), ("both", 9, "triton_fp8kv")],
+    [("decode", 1, None), ("nothing", 1, None), ("both", 9, "triton_fp8kv")],
 )
 @pytest.mark.usefixtures("poisoned_empty")
 def test_both_backends_say_the_same(
@@ -77,10 +79,10 @@ def test_both_backends_say_the_same(
     monkeypatch.setattr(latent_cuda, "GROUP", 1)
     spec, pad = make_spec(), 2
     ours, padded = make_batch(STEPS[step], pad)
-    rows = len(ours.tokens)
-    q = randn(rows + pad, 2 * 24, dtype=torch.float32)
+    rows, total = len(ours.tokens), len(padded.tokens)
+    q = randn(total, 2 * 24, dtype=torch.float32)
     latent = Latent(
-        randn(rows + pad, 40, dtype=torch.float32, seed=1), randn(32, dtype=torch.float32, seed=2),
+        randn(total, 40, dtype=torch.float32, seed=1), randn(32, dtype=torch.float32, seed=2),
         1e-6, randn(2, 32, 32, dtype=torch.float32, seed=3),
     )  # fmt: skip
     form = FORMATS[fmt] if fmt else None

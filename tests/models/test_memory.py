@@ -204,7 +204,13 @@ def test_a_full_step_takes_no_more_than_was_planned(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])  # bf16 is packed in a form nobody can measure
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "ministral3", "gemma3", "phi3, long"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *["qwen3", "mistral", "ministral3", "gemma3", "phi3, long"],
+        *["deepseek v2 lite", "deepseek v3"],
+    ],
+)
 def test_a_full_step_of_every_family_takes_no_more_than_was_planned(
     tmp_path: Path, family: str, dtype: str
 ) -> None:
