@@ -323,7 +323,8 @@ def attend(
         num_stages=config.num_stages,
         maxnreg=min(255, 65536 // (config.programs_per_sm * config.num_warps * 32) // 8 * 8),
     )
-    group = 4 if many else 1  # many items come in steps that have work enough
+    # many items: mostly there is nothing to merge, and few programs to see that
+    group, merge = (16, 1) if many else (1, 16)
     _merge_kernel[(num_items, plan.blocks * plan.pairs // group)](
         plan.lens,
         plan.meta,
@@ -344,8 +345,8 @@ def attend(
         RANK_PAD=rank_pad,
         TILE=config.tile,
         GROUP=group,
-        MERGE=16 // group,
-        num_warps=4,
+        MERGE=merge,
+        num_warps=8 if many else 4,
     )
     return out
 
