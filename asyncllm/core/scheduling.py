@@ -33,6 +33,7 @@ class Core:
         eos_ids: tokens that end a request unless it ignores them.
         headroom: tokens to leave free for each running request when another one is admitted.
         window: of layers that have a slot space of their own, if there are any.
+        num_sliding: slots of that space.
         share_prompts: of several requests for one prompt the others are held until the first one's
             prompt has been launched, so that it is computed once.
 

@@ -17,18 +17,17 @@ from asyncllm.messages import Granted
 
 @dataclass(slots=True, eq=False)
 class View:
-    """What one lane holds in the sliding space: slots of its last tokens.
+    """What one lane holds in the sliding space: ``slots`` of its last tokens, from ``first`` on.
 
-    [first, shared)   of the tree, but for the spans in ``own``; nodes from ``kept`` on stay
-    [shared, len)     its own
+    Those of tokens before the lane's ``shared`` are the tree's, in nodes that stay from token
+    ``kept`` on, but for spans in ``own``, of which the tree has others. The lane's own are these
+    and all behind.
     """
 
     first: int = 0
     slots: array[int] = field(default_factory=lambda: array("i"))
     kept: int = 0
-    own: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # of tokens the tree has other slots of
+    own: list[tuple[int, int]] = field(default_factory=list)
 
 
 class WindowLedger(Ledger):
