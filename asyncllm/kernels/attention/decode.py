@@ -19,7 +19,7 @@ from asyncllm.kernels.attention.decode_plan import (
     num_tiles,
     plan_decode,
 )
-from asyncllm.kernels.attention.kv8 import num_scales, packed_scales, read_ref
+from asyncllm.kernels.attention.kv8 import KINDS, num_scales, packed_scales, read_ref
 from asyncllm.kernels.attention.scores import padded, to_log2
 
 _HEAD_PAD = 16  # least M of a matrix instruction; the query heads of a KV head are padded to it
@@ -121,6 +121,8 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALES: tl.constexpr,
+    KIND: tl.constexpr,
+    ASM: tl.constexpr,
     MERGE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -179,6 +181,8 @@ def _decode_kernel(
             WINDOW,
             CAPPED,
             SCALES,
+            KIND,
+            ASM,
         )
         acc = acc / norm[:, None]
         out_row_ptr = out_ptr + row.to(tl.int64) * out_row
@@ -258,6 +262,8 @@ def _whole_kernel(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALES: tl.constexpr,
+    KIND: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """A program for each row and head, in a single pass."""
     head = tl.program_id(0) % HEADS
@@ -290,6 +296,8 @@ def _whole_kernel(
         WINDOW,
         CAPPED,
         SCALES,
+        KIND,
+        ASM,
     )
     # a padding row has no keys: its output is zero
     acc = acc / tl.where(length > 0, norm, 1.0)[:, None]
@@ -378,11 +386,15 @@ def decode_attention(
         "WINDOW": window or 0,
         "CAPPED": softcap is not None,
         "SCALES": per_head,
+        "KIND": KINDS.get(k_cache.dtype, 0),
+        "ASM": q.is_cuda and q.element_size() == 2,  # the interpreter knows no assembly
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "maxnreg": _registers(config),
     }
     strides = (*q.stride()[:2], *out.stride()[:2], table.stride(0))
+    if per_head and grouped:
+        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     caches = (q, k_cache, v_cache, packed_scales(scales), table)
     if plan is None:
         _whole_kernel[(num_rows * num_heads,)](

@@ -9,7 +9,7 @@ multiplied to its score and to its weight, or with one for each 8 channels.
 import triton
 import triton.language as tl
 
-from asyncllm.kernels.attention.kv8 import from_8_bits
+from asyncllm.kernels.attention.kv8 import from_8_bits, halves, scales_of, spread, times
 from asyncllm.kernels.attention.scores import capped
 
 
@@ -34,6 +34,8 @@ def attend(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALES: tl.constexpr,
+    KIND: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Keys [begin, stop) of a row, whole tiles, of the query heads q [GROUP_PAD, DIM_PAD]: their
     sums of values, best scores and sums of weights. A single one needs no matrix instructions."""
@@ -58,8 +60,8 @@ def attend(
             CAPPED,
             SCALES,
         )
-    else:
-        acc, best, norm = _attend_group(
+    elif SCALES > 0:
+        acc, best, norm = _attend_pairs(
             q,
             k_ptr,
             v_ptr,
@@ -79,12 +81,77 @@ def attend(
             WINDOW,
             CAPPED,
             SCALES,
+            KIND,
+            ASM,
+        )
+    else:
+        acc, best, norm = _attend_group(
+            q,
+            k_ptr,
+            v_ptr,
+            lane_ptr,
+            kv_head,
+            begin,
+            stop,
+            length,
+            scale_log2,
+            cap_log2,
+            KV_HEADS,
+            GROUP_PAD,
+            DIM,
+            DIM_PAD,
+            TILE,
+            WINDOW,
+            CAPPED,
         )
     return acc, best, norm
 
 
 @triton.jit
 def _attend_group(
+    q,
+    k_ptr,
+    v_ptr,
+    lane_ptr,
+    kv_head,
+    begin,
+    stop,
+    length,
+    scale_log2,
+    cap_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """``attend`` for the query heads of a KV head, by matrix instructions, over K/V as they are."""
+    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    norm = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    for tile in range(begin, stop, TILE):
+        seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
+        k, v = _load(k_ptr, v_ptr, slot, seen, kv_head, KV_HEADS, DIM, DIM_PAD)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if CAPPED:
+            score = capped(score, scale_log2, cap_log2)
+        else:
+            score *= scale_log2
+        score = tl.where(seen[None, :], score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        norm = norm * shrink + tl.sum(weight, axis=1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+        best = new_best
+    return acc, best, norm
+
+
+@triton.jit
+def _attend_pairs(
     q,
     k_ptr,
     v_ptr,
@@ -104,28 +171,29 @@ def _attend_group(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALES: tl.constexpr,
+    KIND: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """``attend`` for the query heads of a KV head, by matrix instructions."""
+    """The same over K/V in 8 bits, read as int16: neighbouring channels go through products of
+    their own, even ones and odd ones."""
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     norm = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    even = tl.zeros([GROUP_PAD, DIM_PAD // 2], tl.float32)
+    odd = tl.zeros([GROUP_PAD, DIM_PAD // 2], tl.float32)
+    q_even, q_odd = tl.split(tl.reshape(q, [GROUP_PAD, DIM_PAD // 2, 2]))
     for tile in range(begin, stop, TILE):
         seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
-        k, v, k_scale, v_scale = _load(
-            k_ptr,
-            v_ptr,
-            scales_ptr,
-            slot,
-            seen,
-            kv_head,
-            KV_HEADS,
-            DIM,
-            DIM_PAD,
-            TILE,
-            SCALES,
-            q.dtype,
-        )
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        k, v = _load(k_ptr, v_ptr, slot, seen, kv_head, KV_HEADS, DIM // 2, DIM_PAD // 2)
+        k_even, k_odd = halves(k, KIND, ASM, q.dtype)
+        v_even, v_odd = halves(v, KIND, ASM, q.dtype)
+        k_scale, v_scale = scales_of(scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, SCALES)
+        if SCALES > 1:
+            k_scale = spread(k_scale, TILE, DIM_PAD // 8, 4)
+            v_scale = spread(v_scale, TILE, DIM_PAD // 8, 4)
+            k_even, k_odd = times(k_even, k_scale), times(k_odd, k_scale)
+            v_even, v_odd = times(v_even, v_scale), times(v_odd, v_scale)
+        score = tl.dot(q_even, tl.trans(k_even), input_precision="ieee")
+        score = tl.dot(q_odd, tl.trans(k_odd), score, input_precision="ieee")
         if SCALES == 1:
             score *= k_scale[None, :]
         if CAPPED:
@@ -139,10 +207,11 @@ def _attend_group(
         norm = norm * shrink + tl.sum(weight, axis=1)
         if SCALES == 1:
             weight *= v_scale[None, :]
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+        weight = weight.to(q.dtype)
+        even = tl.dot(weight, v_even, even * shrink[:, None], input_precision="ieee")
+        odd = tl.dot(weight, v_odd, odd * shrink[:, None], input_precision="ieee")
         best = new_best
-    return acc, best, norm
+    return tl.reshape(tl.join(even, odd), [GROUP_PAD, DIM_PAD]), best, norm
 
 
 @triton.jit
@@ -174,19 +243,9 @@ def _attend_one(
     wide = q.to(tl.float32)
     for tile in range(begin, stop, TILE):
         seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
-        k, v, k_scale, v_scale = _load(
-            k_ptr,
-            v_ptr,
-            scales_ptr,
-            slot,
-            seen,
-            kv_head,
-            KV_HEADS,
-            DIM,
-            DIM_PAD,
-            TILE,
-            SCALES,
-            q.dtype,
+        k, v = _load(k_ptr, v_ptr, slot, seen, kv_head, KV_HEADS, DIM, DIM_PAD)
+        k, v, k_scale, v_scale = from_8_bits(
+            k, v, scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, TILE, SCALES, q.dtype
         )
         score = tl.sum(k.to(tl.float32) * wide, axis=1)
         if SCALES == 1:
@@ -221,19 +280,14 @@ def _slots(lane_ptr, tile, length, TILE: tl.constexpr, WINDOW: tl.constexpr):
 def _load(
     k_ptr,
     v_ptr,
-    scales_ptr,
     slot,
     seen,
     kv_head,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-    SCALES: tl.constexpr,
-    dtype: tl.constexpr,
 ):
-    """K and V [TILE, DIM_PAD] of slots as ``dtype``, and where SCALES is 1 what is to be multiplied
-    to them [TILE]."""
+    """K and V of slots, [.., DIM_PAD]."""
     dim = tl.arange(0, DIM_PAD)
     offset = slot[:, None] * (KV_HEADS * DIM) + dim[None, :]
     # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
@@ -243,6 +297,4 @@ def _load(
         live = seen[:, None] & (dim < DIM)[None, :]
     k = tl.load(k_ptr + kv_head * DIM + offset, mask=live, other=0.0)
     v = tl.load(v_ptr + kv_head * DIM + offset, mask=live, other=0.0)
-    return from_8_bits(
-        k, v, scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, TILE, SCALES, dtype
-    )
+    return k, v

@@ -58,6 +58,12 @@ _CONFIGS = {
     128: DecodeConfig(64, 4, 4, 3),
     256: DecodeConfig(32, 4, 4, 2),
 }
+# the same over K/V in 8 bits: half the bytes are in flight for each program, so there are more
+_EIGHT_BITS = {
+    64: DecodeConfig(128, 4, 4, 4),
+    128: DecodeConfig(64, 4, 4, 4),
+    256: DecodeConfig(32, 4, 4, 3),
+}
 # the same for one query head a program, which keeps sums for each place of a tile
 _LONE = {
     64: DecodeConfig(64, 4, 4, 4),
@@ -243,11 +249,11 @@ def decode_config(
     """
     head_dim, device = k_cache.shape[2], k_cache.device
     dim_pad = max(64, triton.next_power_of_2(head_dim))
-    found = (_CONFIGS if grouped else _LONE).get(dim_pad)
+    kind = KIND_NAMES.get(k_cache.dtype, "")
+    found = ((_EIGHT_BITS if kind else _CONFIGS) if grouped else _LONE).get(dim_pad)
     if found is None:
         raise ValueError(f"head_dim {head_dim} is over 256")
     size = "few" if pairs <= 32 else "some" if pairs <= num_sms(device) else "many"
-    kind = KIND_NAMES.get(k_cache.dtype, "")
     way = f"{'' if split else ' whole'}{'' if grouped else ' lone'}"
     if entry := tuned(device, "decode", f"{dim_pad} {size}{kind}{way}"):
         return DecodeConfig(**entry)

@@ -79,27 +79,157 @@ def from_8_bits(
     and V must be zero. SCALES 0: they have their own type."""
     k_scale = seen
     v_scale = seen
-    if SCALES == 1:
-        # 32 bits: the scale of K below, that of V above
-        pair = tl.load(scales_ptr + slot * KV_HEADS + kv_head, mask=seen, other=0)
-        k_scale, v_scale = whole_scale(pair), whole_scale(pair >> 16)
+    if SCALES > 0:
         k, v = widened(k, dtype), widened(v, dtype)
-    elif SCALES > 1:
-        group = tl.arange(0, DIM_PAD // 8)
-        at = scales_ptr + ((slot * KV_HEADS + kv_head) * (2 * SCALES))[:, None] + group[None, :]
-        live = seen[:, None] & (group < SCALES)[None, :]
-        k = _times(k, tl.load(at, mask=live, other=0), dtype, ROWS, DIM_PAD)
-        v = _times(v, tl.load(at + SCALES, mask=live, other=0), dtype, ROWS, DIM_PAD)
+        k_scale, v_scale = scales_of(scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, SCALES)
+    if SCALES > 1:
+        k = times(k, spread(k_scale, ROWS, DIM_PAD // 8, 8))
+        v = times(v, spread(v_scale, ROWS, DIM_PAD // 8, 8))
     return k, v, k_scale, v_scale
 
 
 @triton.jit
-def _times(x, half, dtype: tl.constexpr, ROWS: tl.constexpr, DIM_PAD: tl.constexpr):
-    """Whole numbers times the scales of their groups of 8, as ``dtype``."""
-    scale = whole_scale(half)
-    if dtype == tl.bfloat16:  # both are exact in it, and the product is rounded once
-        return x.to(dtype) * spread(scale.to(dtype), ROWS, DIM_PAD // 8, 8)
-    return (x.to(tl.float32) * spread(scale, ROWS, DIM_PAD // 8, 8)).to(dtype)
+def scales_of(
+    scales_ptr,
+    slot,
+    seen,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """float32 scales of K and of V in slots [ROWS]: [ROWS], or [ROWS, DIM_PAD / 8] for groups."""
+    if SCALES == 1:
+        # 32 bits: the scale of K below, that of V above
+        pair = tl.load(scales_ptr + slot * KV_HEADS + kv_head, mask=seen, other=0)
+        k_half, v_half = pair, pair >> 16
+    else:
+        group = tl.arange(0, DIM_PAD // 8)
+        at = scales_ptr + ((slot * KV_HEADS + kv_head) * (2 * SCALES))[:, None] + group[None, :]
+        live = seen[:, None] & (group < SCALES)[None, :]
+        k_half = tl.load(at, mask=live, other=0)
+        v_half = tl.load(at + SCALES, mask=live, other=0)
+    return whole_scale(k_half), whole_scale(v_half)
+
+
+@triton.jit
+def times(x, scale):
+    """Whole numbers times scales, rounded once."""
+    if x.dtype == tl.bfloat16:  # which holds both exactly
+        return x * scale.to(tl.bfloat16)
+    else:
+        return (x.to(tl.float32) * scale).to(x.dtype)
+
+
+@triton.jit
+def halves(x, KIND: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
+    """The two 8-bit numbers in each of int16 ``x``, the lower and the upper, as ``dtype``.
+
+    Where 16 bits are moved, and not 8, matrix instructions are fed as with 16-bit numbers; what is
+    left to do takes two to three instructions for two numbers (ASM: bfloat16 or float16 on a GPU).
+    """
+    if ASM and KIND == 1 and dtype == tl.bfloat16:
+        # 128 + the lower 7 bits, less 128 or, where the sign is set, 256: ones in these are units
+        low = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, c; mov.b32 c, 0xbf80bf80;
+            lop3.b32 a, $1, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 b, $1, 0x00800080, 0x43004300, 0xea;
+            fma.rn.bf16x2 $0, b, c, a; }""",
+            "=r,r",
+            [x],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+        high = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, c, t; mov.b32 c, 0xbf80bf80; shr.u32 t, $1, 8;
+            lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 b, t, 0x00800080, 0x43004300, 0xea;
+            fma.rn.bf16x2 $0, b, c, a; }""",
+            "=r,r",
+            [x],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif ASM and KIND == 1:
+        # 1024 + 128 + the number, less 1152
+        low = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, c; mov.b32 c, 0x64806480;
+            lop3.b32 a, $1, 0x00ff00ff, 0x64806480, 0x6a;
+            sub.f16x2 $0, a, c; }""",
+            "=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+        high = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, c, t; mov.b32 c, 0x64806480; shr.u32 t, $1, 8;
+            lop3.b32 a, t, 0x00ff00ff, 0x64806480, 0x6a;
+            sub.f16x2 $0, a, c; }""",
+            "=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    elif ASM and dtype == tl.bfloat16:
+        # exponent and mantissa at their places, times 2^120 for the other bias
+        low = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, s, u, c, z; mov.b32 c, 0x7b807b80; mov.b32 z, 0x80008000;
+            shl.b32 s, $1, 8; shl.b32 u, $1, 4; and.b32 u, u, 0x07f007f0;
+            lop3.b32 a, s, 0x80008000, u, 0xea;
+            fma.rn.bf16x2 $0, a, c, z; }""",
+            "=r,r",
+            [x],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+        high = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, u, c, z; mov.b32 c, 0x7b807b80; mov.b32 z, 0x80008000;
+            shr.u32 u, $1, 4; and.b32 u, u, 0x07f007f0;
+            lop3.b32 a, $1, 0x80008000, u, 0xea;
+            fma.rn.bf16x2 $0, a, c, z; }""",
+            "=r,r",
+            [x],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif ASM:
+        # the same, times 2^8
+        low = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, s, u, c; mov.b32 c, 0x5c005c00;
+            shl.b32 s, $1, 8; shl.b32 u, $1, 7; and.b32 u, u, 0x3f803f80;
+            lop3.b32 a, s, 0x80008000, u, 0xea;
+            mul.f16x2 $0, a, c; }""",
+            "=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+        high = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, u, c; mov.b32 c, 0x5c005c00;
+            shr.u32 u, $1, 1; and.b32 u, u, 0x3f803f80;
+            lop3.b32 a, $1, 0x80008000, u, 0xea;
+            mul.f16x2 $0, a, c; }""",
+            "=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    elif KIND == 1:
+        low = ((x << 8) >> 8).to(dtype)
+        high = (x >> 8).to(dtype)
+    else:
+        low = (x & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32).to(dtype)
+        high = ((x >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        high = high.to(dtype)
+    return low, high
 
 
 def num_scales(k_cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> int:
