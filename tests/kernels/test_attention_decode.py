@@ -112,13 +112,14 @@ CASES = [
     ([67, 0, 129], 6, 3, 64, (None, None)),
     ([31, 70], 4, 4, 80, (40, None)),
     ([1, 0, 33, 150], 8, 1, 128, (None, 0.7)),
+    ([9, 40], 4, 2, 16, (None, None)),
 ]
 
 
 @pytest.mark.parametrize(
     ("way", "bits", "shape"),
     [
-        (way, bits, CASES[(i + j) % 3])
+        (way, bits, CASES[(i + j) % 4])
         for i, way in enumerate(WAYS)
         for j, bits in enumerate([None, *EIGHT_BITS])
     ],

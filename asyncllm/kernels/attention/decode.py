@@ -373,7 +373,9 @@ def decode_attention(
         config = decode_config(k_cache, num_rows * num_heads, grouped=grouped, split=False)
     if num_rows == 0:
         return out
-    dim_pad, group_pow = padded(head_dim), triton.next_power_of_2(group)
+    pairs = grouped and per_head > 0  # of 8-bit numbers, whose products have half the elements
+    dim_pad = 2 * padded(head_dim // 2) if pairs else padded(head_dim)
+    group_pow = triton.next_power_of_2(group)
     scale_log2, cap_log2 = to_log2(scale, softcap)
     sizes = {
         "HEADS": num_heads,
@@ -393,7 +395,7 @@ def decode_attention(
         "maxnreg": _registers(config),
     }
     strides = (*q.stride()[:2], *out.stride()[:2], table.stride(0))
-    if per_head and grouped:
+    if pairs:
         k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     caches = (q, k_cache, v_cache, packed_scales(scales), table)
     if plan is None:
