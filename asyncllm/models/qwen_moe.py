@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from asyncllm.errors import StartupError
 from asyncllm.models import mistral, qwen
 from asyncllm.models.spec import ExpertNames, ExpertsSpec, Json, MlpSpec, ModelSpec
 
@@ -74,6 +75,8 @@ def _with_experts(
     shared: str = "",
 ) -> ModelSpec:
     plain, step = frozenset(hf["mlp_only_layers"] or ()), int(hf["decoder_sparse_step"])
+    if step < 1:
+        raise StartupError(f"decoder_sparse_step {step}: experts in every such layer cannot be")
 
     def mlp(layer: int, dense: MlpSpec | ExpertsSpec) -> MlpSpec | ExpertsSpec:
         if layer in plain or not hf["num_experts"] or (layer + 1) % step:

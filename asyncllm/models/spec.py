@@ -121,6 +121,11 @@ class ExpertsSpec:
     names: ExpertNames = ExpertNames()
 
     def __post_init__(self) -> None:
+        if self.inner < 1 or self.shared_inner < 0:
+            raise StartupError(
+                f"experts of size {self.inner}, shared ones of {self.shared_inner}: config.json "
+                f"asks for what cannot be"
+            )
         kept = self.num_experts // max(self.groups, 1) * self.top_groups
         if not (
             0 < self.top_groups <= self.groups

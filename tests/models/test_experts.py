@@ -220,3 +220,9 @@ def test_more_ranks_than_experts(tmp_path: Path) -> None:
 def test_what_cannot_be_chosen_is_refused(changes: dict[str, int]) -> None:
     with pytest.raises(StartupError, match=r"groups: config\.json asks for what cannot be chosen"):
         replace(CASES["deepseek_v3"][1], **{"top_k": 4, **changes})
+
+
+@pytest.mark.parametrize("changes", [{"inner": 0}, {"shared_inner": -1}], ids=str)
+def test_sizes_that_cannot_be_are_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(StartupError, match=r"experts of size .* asks for what cannot be"):
+        replace(CASES["deepseek_v3"][1], **changes)

@@ -16,7 +16,7 @@ import transformers
 from asyncllm.errors import StartupError
 from asyncllm.models.registry import MODELS
 from asyncllm.models.rope import Linear, LongRope, Rope, Yarn
-from asyncllm.models.spec import AttentionSpec, ModelSpec, QueryGrowth
+from asyncllm.models.spec import AttentionSpec, ExpertNames, ExpertsSpec, ModelSpec, QueryGrowth
 from tests.models.harness import make_device
 from tests.models.test_llama import make_checkpoint
 
@@ -129,6 +129,38 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True,
         "torch_dtype": "bfloat16", "vocab_size": 200064, "pad_token_id": 199999,
     }),
+    "Mixtral-8x7B-v0.1": ("MixtralConfig", {
+        "architectures": ["MixtralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_local_experts": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "vocab_size": 32000,
+    }),
+    "Qwen1.5-MoE-A2.7B": ("Qwen2MoeConfig", {
+        "architectures": ["Qwen2MoeForCausalLM"], "bos_token_id": 151643, "eos_token_id": 151643,
+        "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5632,
+        "max_position_embeddings": 8192, "max_window_layers": 21, "model_type": "qwen2_moe",
+        "num_attention_heads": 16, "num_hidden_layers": 24, "num_key_value_heads": 16,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
+        "vocab_size": 151936, "decoder_sparse_step": 1, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4, "num_experts": 60,
+        "norm_topk_prob": False,
+    }),
+    "Qwen3-30B-A3B": ("Qwen3MoeConfig", {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+        "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+        "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
+        "vocab_size": 151936,
+    }),
 }  # fmt: skip
 
 
@@ -159,8 +191,9 @@ HARMLESS = {
     "_name_or_path", "_sliding_window_pattern", "attention_dropout", "bos_token_id",
     "cache_implementation", "chunk_size_feed_forward", "embd_pdrop", "initializer_range",
     "is_encoder_decoder", "max_window_layers", "model_type", "original_max_position_embeddings",
-    "output_attentions", "output_hidden_states", "pad_token_id", "partial_rotary_factor",
-    "problem_type", "resid_pdrop", "return_dict", "sliding_window_pattern",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "partial_rotary_factor", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef",
+    "router_jitter_noise", "sliding_window_pattern",
     "transformers_version", "use_cache", "use_sliding_window",
 }  # fmt: skip
 
@@ -182,7 +215,9 @@ def test_nothing_that_counts_is_ignored(model: str) -> None:
         if not counts:
             ignored.add(name)
     shared = {"dtype", "eos_token_id", "tie_word_embeddings"} if text else set()  # by the outer one
-    assert ignored <= HARMLESS | shared
+    # what layers without experts have
+    dense = {"intermediate_size"} if kind in {"Qwen2MoeConfig", "Qwen3MoeConfig"} else set()
+    assert ignored <= HARMLESS | shared | dense
 
 
 SMALL = {
@@ -198,7 +233,8 @@ SMALL = {
         ("MistralConfig", "MistralForCausalLM"), ("MinistralConfig", "MinistralForCausalLM"),
         ("Ministral3Config", "Ministral3ForCausalLM"), ("Gemma2Config", "Gemma2ForCausalLM"),
         ("Gemma3TextConfig", "Gemma3ForCausalLM"), ("Phi3Config", "Phi3ForCausalLM"),
-        ("LlamaConfig", "LlamaForCausalLM"),
+        ("LlamaConfig", "LlamaForCausalLM"), ("MixtralConfig", "MixtralForCausalLM"),
+        ("Qwen2MoeConfig", "Qwen2MoeForCausalLM"), ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
     ],
 )  # fmt: skip
 def test_what_a_file_leaves_out_is_the_default_of_its_architecture(
@@ -232,6 +268,33 @@ def test_windows_of_published_models() -> None:
     assert windows["gemma-3-1b-it"][:7] == [512] * 5 + [None, 512]
     assert windows["gemma-3-27b-it"].count(None) == 10
     assert windows["Phi-3-mini-4k-instruct"] == [2047] * 32
+
+
+def test_experts_of_published_models() -> None:
+    mixtral, qwen2, qwen3 = (
+        read(PUBLISHED[model][1])
+        for model in ("Mixtral-8x7B-v0.1", "Qwen1.5-MoE-A2.7B", "Qwen3-30B-A3B")
+    )
+    assert mixtral.mlp_name == "block_sparse_moe"
+    names = ExpertNames(gate="w1", up="w3", down="w2")
+    assert set(mixtral.mlps) == {
+        ExpertsSpec(num_experts=8, top_k=2, inner=14336, renormalise=True, names=names)
+    }
+    assert set(qwen2.mlps) == {
+        ExpertsSpec(
+            num_experts=60, top_k=4, inner=1408, shared_inner=5632, shared_gate=True,
+            names=ExpertNames(shared="shared_expert"),
+        )
+    }  # fmt: skip
+    [experts] = set(qwen3.mlps)
+    assert isinstance(experts, ExpertsSpec)
+    assert (experts.num_experts, experts.top_k, experts.inner) == (128, 8, 768)
+    assert experts.renormalise
+    config = {**PUBLISHED["Qwen3-30B-A3B"][1], "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    sparse = [isinstance(mlp, ExpertsSpec) for mlp in read(config).mlps]
+    assert sparse[:6] == [False, True, False, False, False, True]
+    with pytest.raises(StartupError, match="decoder_sparse_step 0"):
+        read({**config, "decoder_sparse_step": 0})
 
 
 def test_angles_and_scales_of_published_models() -> None:
