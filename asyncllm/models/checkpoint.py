@@ -135,22 +135,26 @@ def read_checkpoint(
     """
     pickles = Pickles()
     try:
-        with OpenFiles(pickles) as opened:
-            if load_way == "DS":
-                assert spec is not None
-                return _deepspeed(folder, spec, pickles, opened)
-            return _huggingface(folder, pickles, opened)
+        if load_way == "DS":
+            assert spec is not None
+            return _deepspeed(folder, spec, pickles)
+        return _huggingface(folder, pickles)
     except StartupError:
         pickles.close()
         raise
 
 
-def _huggingface(folder: Path, pickles: Pickles, opened: OpenFiles) -> Checkpoint:
+def _names(path: Path, pickles: Pickles) -> frozenset[str]:
+    with OpenFiles(pickles) as opened:  # one at a time: what cannot be mapped is whole in memory
+        return opened.names(path)
+
+
+def _huggingface(folder: Path, pickles: Pickles) -> Checkpoint:
     tensors: dict[str, Stored] = {}
     placed: dict[str, Path] = {}
     files = weight_files(folder)
     for path, named in files.items():
-        held = opened.names(path)
+        held = _names(path, pickles)
         for name in held if named is None else held & named:
             tensors[name] = Stored((path,), name)
         for name in sorted(held if named is None else named):
@@ -163,14 +167,14 @@ def _huggingface(folder: Path, pickles: Pickles, opened: OpenFiles) -> Checkpoin
     return Checkpoint(folder, tuple((path,) for path in files), tensors, placed, pickles)
 
 
-def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles, opened: OpenFiles) -> Checkpoint:
+def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles) -> Checkpoint:
     if spec.architecture not in deepspeed.ARCHITECTURES:
         served = ", ".join(deepspeed.ARCHITECTURES)
         raise StartupError(f"--load_way DS reads {served}, and this is {spec.architecture}")
     groups = deepspeed.layer_files(folder)
     tensors: dict[str, Stored] = {}
     for layer, files in groups.items():
-        found = deepspeed.place(layer, len(spec.layers), opened.names(files[0]))
+        found = deepspeed.place(layer, len(spec.layers), _names(files[0], pickles))
         for name, (key, dim) in found.items():
             tensors[name] = Stored(files[:1] if dim is None else files, key, dim or 0)
     placed = {name: stored.files[0] for name, stored in tensors.items()}

@@ -27,7 +27,7 @@ from asyncllm.models.deepspeed import layer_files, place
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
 from asyncllm.models.tensors import Index, Joined, Stored
-from asyncllm.models.unpickle import Pickles
+from asyncllm.models.unpickle import Found, Pickles
 from tests.models.harness import build
 from tests.models.test_llama import make_checkpoint
 from tests.models.test_loading import FILE, check_loaded, make_tokenizer
@@ -163,7 +163,7 @@ def test_the_process_knows_no_secrets_and_writes_no_files(
 def test_the_process_dies_with_its_parent(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "a.bin")
     code = (
-        "import os, sys; from pathlib import Path; from asyncllm.models.unpickle import Pickles\n"
+        "import os, sys; from pathlib import Path; from asyncllm.models.unpickle import Found, Pickles\n"
         "p = Pickles(); p.open(Path(sys.argv[1])); print(p._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
@@ -223,7 +223,23 @@ def save_bins(folder: Path, found: dict[str, Tensor]) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
-def test_shards_with_an_index_are_a_model(tmp_path: Path) -> None:
+def test_shards_with_an_index_are_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are read one at a time: a file that cannot be mapped is whole in memory."""
+    now, most = set[Path](), 0
+    opens, forgets = Pickles.open, Pickles.forget
+
+    def open_one(self: Pickles, path: Path) -> Found:
+        nonlocal most
+        now.add(path)
+        most = max(most, len(now))
+        return opens(self, path)
+
+    def forget(self: Pickles, path: Path) -> None:
+        now.remove(path)
+        forgets(self, path)
+
+    monkeypatch.setattr(Pickles, "open", open_one)
+    monkeypatch.setattr(Pickles, "forget", forget)
     make_checkpoint(tmp_path, tie_word_embeddings=True)
     want = take_apart(tmp_path)
     want["lm_head.weight"] = torch.randn(499, 96)
@@ -237,6 +253,7 @@ def test_shards_with_an_index_are_a_model(tmp_path: Path) -> None:
     assert isinstance(model, Decoder)
     check_loaded(model, want)
     assert torch.equal(model.lm_head, want["lm_head.weight"])
+    assert (most, now) == (2, set())  # two to compare the output matrix with the embedding
 
 
 def test_safetensors_are_preferred(tmp_path: Path) -> None:
