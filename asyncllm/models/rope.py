@@ -147,6 +147,8 @@ def _linear(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
 
 
 def _dynamic(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+    if dim == 2:
+        raise StartupError("dynamic rotary embedding wants more than one pair of elements")
     return Dynamic(_positive("factor", given["factor"]), int(hf["max_position_embeddings"])), 1.0
 
 

@@ -206,6 +206,8 @@ class ModelSpec:
             raise StartupError(f"{path} has no {error}") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise StartupError(f"{path} has a value of another type: {error}") from None
+        except ArithmeticError as error:
+            raise StartupError(f"{path} has a number that cannot be used: {error}") from None
 
     @classmethod
     def from_hf(cls, hf: Json, generation: Json) -> ModelSpec:

@@ -154,6 +154,10 @@ def test_positions_before_the_scaling_may_stand_beside_it() -> None:
         ({"rope_type": "proportional"}, "rope scaling 'proportional' is not available yet"),
         ({"rope_type": "linear", "factor": 0}, "with factor 0: not a positive number"),
         ({**YARN, "original_max_position_embeddings": 0}, "embeddings 0: not a positive number"),
+        (
+            {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 1 / 32},
+            "dynamic rotary embedding wants more than one pair",
+        ),
         ({"rope_type": "dynamic"}, "rope scaling 'dynamic' has no 'factor'"),
         ({"rope_type": "llama3", "factor": 2.0}, "rope scaling 'llama3' has no 'low_freq_factor'"),
         ({"rope_type": "longrope"}, "rope scaling 'longrope' has no 'short_factor'"),

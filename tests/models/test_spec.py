@@ -408,6 +408,19 @@ def test_both_files_count(tmp_path: Path) -> None:
         ({"hidden_size": 3}, "head_dim is 0: not a positive integer"),
         ({"vocab_size": 9.5}, "vocab_size is 9.5: not a positive integer"),
         ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0.0: not positive"),
+        (
+            {
+                "max_position_embeddings": 9,
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "original_max_position_embeddings": 1,
+                    "short_factor": [1] * 8,
+                    "long_factor": [1] * 8,
+                },
+            },
+            "has a number that cannot be used: (float )?division by zero",
+        ),
+        ({"rms_norm_eps": 10**400}, "has a number that cannot be used: int too large"),
         ({"rope_theta": 0}, "rotary embedding with rope_theta 0: not a positive number"),
         (
             {
