@@ -210,7 +210,9 @@ class Engine:
         # tokens, lanes, positions, slots; the columns of Batch begin with the last two
         sliding = self.sliding_table, given.sliding_slots
         tokens = self._stage(*given[:4], self.last_token, self.table, self.history, *sliding)
-        batch = Batch(tokens, self.table, *given[2:-1], max_count, host, *sliding)
+        batch = Batch(
+            tokens, self.table, *given[2:-1], max_count, host, *sliding, lanes=given.token_lanes
+        )
         return self.model.forward(batch, self.kv)
 
     def _end(self, hidden: Tensor, given: StepColumns[Tensor], variant: SamplerVariant) -> Ended:

@@ -12,7 +12,9 @@ from torch import Tensor
 from asyncllm.models.spec import ExpertsSpec
 
 
-def route(logits: Tensor, bias: Tensor | None, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, bias: Tensor | None, spec: ExpertsSpec, live: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """:meth:`asyncllm.models.ops.Ops.route`."""
     scores = logits.sigmoid() if spec.scoring == "sigmoid" else logits.softmax(-1)
     choice = scores if bias is None else scores + bias
@@ -26,6 +28,8 @@ def route(logits: Tensor, bias: Tensor | None, spec: ExpertsSpec) -> tuple[Tenso
     weights = scores.gather(1, ids)
     if spec.renormalise:
         weights /= weights.sum(-1, keepdim=True) + 1e-20  # sigmoids may all be 0
+    if live is not None:
+        ids = ids.masked_fill((live == 0).unsqueeze(1), -1)
     return ids.int(), weights * spec.scale
 
 

@@ -108,9 +108,9 @@ class TorchOps:
         held.down = [self.pack(weight) for weight in held.down]
 
     def route(
-        self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec
+        self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec, live: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return experts_cpu.route(logits, bias, spec)
+        return experts_cpu.route(logits, bias, spec, live)
 
     def experts(
         self,

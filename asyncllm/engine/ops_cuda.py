@@ -66,13 +66,14 @@ class TritonOps:
         prepare(*_stacks(held), held.numbers, spec.top_k, held.activation)
 
     def route(
-        self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec
+        self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec, live: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return route(
             logits,
             spec.top_k,
             sigmoid=spec.scoring == "sigmoid",
             bias=bias,
+            live=live,
             groups=spec.groups,
             top_groups=spec.top_groups,
             top2=spec.group_score == "top2",

@@ -43,6 +43,10 @@ class Alone:
         """[n, h] of each group -> [groups * n, h], group by group: there is but this one."""
         return x
 
+    def gather_flags(self, x: Tensor) -> Tensor:
+        """[n] of each group -> [groups * n], group by group: there is but this one."""
+        return x
+
     def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
         """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]."""
         return self.linear_reduce(product, x)
@@ -181,6 +185,10 @@ class TensorParallel:
         """[n, h] of each group -> [groups * n, h], group by group: there is but this one."""
         return x
 
+    def gather_flags(self, x: Tensor) -> Tensor:
+        """[n] of each group -> [groups * n], group by group: there is but this one."""
+        return x
+
     def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
         """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]."""
         return self.linear_reduce(product, x)
@@ -248,6 +256,12 @@ class Spread:
             own = None if self._group.rank else x  # one rank of each group brings its tokens
             return self._every.symmetric.gather(own, self._number * num, total)
         out = x.new_empty(total, width)
+        _all_gather(out, x.contiguous(), group=self._column)
+        return out
+
+    def gather_flags(self, x: Tensor) -> Tensor:
+        """[n] of each group -> [groups * n], group by group."""
+        out = x.new_empty(self._num_groups * len(x))
         _all_gather(out, x.contiguous(), group=self._column)
         return out
 

@@ -49,6 +49,11 @@ class Batch:
     # more has entries of slots that are somebody else's by now
     sliding_table: Tensor | None = None
     sliding_slots: Tensor | None = None
+    lanes: Tensor | None = None  # [num_tokens] of padding the table's last; None: there is none
+
+    def live(self) -> Tensor | None:
+        """[num_tokens] int32: 1 for tokens, 0 for padding; None: all are tokens."""
+        return None if self.lanes is None else (self.lanes < len(self.table) - 1).int()
 
     def of(self, spec: AttentionSpec) -> Batch:
         """What layers with ``spec`` see of it: table and slots are those of their space."""

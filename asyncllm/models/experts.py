@@ -7,6 +7,7 @@ and multiplied is for the operators to know.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,14 +63,14 @@ class Experts:
         if groups > 1:  # their tokens and the sums of these, too
             self.width = groups * (self.width + 2 * hidden)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, live: Tensor | None = None) -> Tensor:
         world = self._site.world
-        return world.sum_tokens(self._mixed, world.gather_tokens(x))
+        return world.sum_tokens(partial(self._mixed, live), world.gather_tokens(x))
 
-    def _mixed(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def _mixed(self, live: Tensor | None, x: Tensor, out: Tensor | None = None) -> Tensor:
         """This rank's part of the sum over the experts and the shared MLP."""
         ops = self._site.ops
-        routed = ops.route(ops.logits(x, self._router), self._bias, self._spec)
+        routed = ops.route(ops.logits(x, self._router), self._bias, self._spec, live)
         shared: tuple[Tensor, Tensor | None] | None = None
         if self._shared is not None:
             gate = None if self._shared_gate is None else ops.logits(x, self._shared_gate)

@@ -137,8 +137,12 @@ class MlpPart(Protocol):
     def width(self) -> int:
         """Elements of the model's dtype that a token takes inside, at most."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says."""
+    def __call__(self, x: Tensor, live: Tensor | None = None) -> Tensor:
+        """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says.
+
+        ``live``: of the tokens that ``World.gather_tokens`` gives: 0 for padding, whose result does
+        not matter; None: there is none.
+        """
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         """Checkpoint name -> where its values go; names begin with ``prefix``."""
@@ -242,7 +246,7 @@ class GatedMLP(Linears):
         self.width = 3 * local
         self._site, self._activation = site, mlp.activation
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, live: Tensor | None = None) -> Tensor:
         inner = self._site.ops.gated(self.gate_up(x), self._activation)
         return self._site.comm.linear_reduce(self.down, inner)
 

@@ -56,14 +56,20 @@ class Block:
         self.attn_norm, self.mlp_norm, *self._behind = self._norms.values()
 
     def __call__(
-        self, x: Tensor, residual: Tensor, plan: AttentionPlan, kv: LayerKv, next_norm: Norm
+        self,
+        x: Tensor,
+        residual: Tensor,
+        plan: AttentionPlan,
+        kv: LayerKv,
+        next_norm: Norm,
+        live: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(normed input of the next block, residual stream)."""
+        """(normed input of the next block, residual stream); ``live``: as for ``MlpPart``."""
         x = self.attention(x, plan, kv)
         if self._behind:
             x = self._ops.rmsnorm(x, self._behind[0].weight, self._eps)
         x, residual = self._ops.add_rmsnorm(x, residual, self.mlp_norm.weight, self._eps)
-        x = self.mlp(x)
+        x = self.mlp(x, live)
         if self._behind:
             x = self._ops.rmsnorm(x, self._behind[1].weight, self._eps)
         return self._ops.add_rmsnorm(x, residual, next_norm.weight, self._eps)
@@ -135,12 +141,15 @@ class Decoder:
 
     def forward(self, batch: Batch, kv: Sequence[LayerKv]) -> Tensor:
         norms = [*(block.attn_norm for block in self.blocks), self.norm]
+        live = batch.live() if self.spec.has_experts else None
+        if live is not None:
+            live = self.site.world.gather_flags(live)
         plans = [self._plan(spec, batch) for spec in self._kinds]
         x, residual = self.site.ops.embed_rmsnorm(
             batch.tokens, self.embed, norms[0].weight, self.spec.rms_eps, self._embed_scale
         )
         for i, block in enumerate(self.blocks):
-            x, residual = block(x, residual, plans[self._kind_of[i]], kv[i], norms[i + 1])
+            x, residual = block(x, residual, plans[self._kind_of[i]], kv[i], norms[i + 1], live)
         return x
 
     def _plan(self, spec: AttentionSpec, batch: Batch) -> AttentionPlan:

@@ -74,10 +74,10 @@ class Ops(Protocol):
         running them takes; start-up only."""
 
     def route(
-        self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec
+        self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec, live: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """float32 logits [T, num_experts] -> the experts [T, top_k] int32 of each token and their
-        weights, float32."""
+        weights, float32; where ``live`` [T] int32 is 0, experts are -1, which nobody has."""
 
     def experts(
         self,
@@ -148,6 +148,9 @@ class World(Protocol):
 
     def gather_tokens(self, x: Tensor) -> Tensor:
         """[n, h] of each group -> [groups * n, h], group by group."""
+
+    def gather_flags(self, x: Tensor) -> Tensor:
+        """[n] int32 of each group -> [groups * n], group by group."""
 
     def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
         """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]; valid until

@@ -46,6 +46,22 @@ def test_route(kind: str, biased: bool) -> None:
     assert_close("weights", want, weights)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_tokens_that_only_pad_have_no_experts(kind: str) -> None:
+    num_experts, top_k, options = KINDS[kind]
+    logits = randn(19, num_experts, dtype=torch.float32)
+    live = (torch.arange(19, device=logits.device) % 3).int()  # any number but 0 stands for a token
+    want_ids, want = route_ref(logits, top_k, live=live, **options)
+    ids, weights = route(logits, top_k, live=live, **options)
+    assert torch.equal(ids, want_ids)
+    assert (ids[::3] == -1).all()
+    assert (ids[1::3] >= 0).all()
+    assert_close("weights", want, weights)
+    with pytest.raises(ValueError, match="live"):
+        route(logits, top_k, live=live[1:], **options)
+
+
 def test_of_equal_experts_the_first_are_taken() -> None:
     ids, weights = route(torch.zeros(3, 12).to(randn(1, dtype=torch.float32).device), 4)
     assert ids.tolist() == [[0, 1, 2, 3]] * 3

@@ -161,6 +161,9 @@ class InStep(Together):
     def gather_tokens(self, x: Tensor) -> Tensor:
         return torch.cat(self._all(x)[:: self._group_size])
 
+    def gather_flags(self, x: Tensor) -> Tensor:
+        return torch.cat(self._all(x)[:: self._group_size])
+
     def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
         return self.linear_reduce(product, x).chunk(self._groups)[self.rank // self._group_size]
 

@@ -178,6 +178,16 @@ def test_the_sum_over_ranks_is_what_transformers_computes(
     assert len({experts.nbytes for experts in ranks}) == 1, "the plan is that of rank 0"
 
 
+@torch.no_grad()
+def test_padding_goes_to_no_expert(tmp_path: Path) -> None:
+    reference("mixtral", tmp_path)
+    experts, x = loaded(make(CASES["mixtral"][1]), tmp_path), torch.randn(6, HIDDEN)
+    found = experts(x, torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.int32))
+    kept = [0, 2, 3, 5]
+    torch.testing.assert_close(found[kept], experts(x)[kept])
+    assert (found[[1, 4]] == 0).all()
+
+
 CHANGES: dict[str, Any] = {
     "top_k": 3, "scoring": "softmax", "bias": False, "groups": 2, "top_groups": 3,
     "group_score": "max", "renormalise": False, "scale": 2.0, "shared_inner": 0,

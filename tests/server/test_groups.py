@@ -55,6 +55,8 @@ same = ranks.world.sum_tokens(
     lambda x, out: torch.mul(x, 1.0 + ranks.world.rank, out=out), ranks.world.gather_tokens(rows)
 )
 assert same.flatten().tolist() == own
+flags = ranks.world.gather_flags(torch.tensor([me.group, 1], dtype=torch.int32)).tolist()
+assert flags == [0, 1, 1, 1]
 got = [group.minimum(me.id), ranks.minimum(me.id + 5), int(told), int(summed)]
 together = [ranks.world.rank, ranks.world.size, *seen, own]
 said = [group.rank, group.size, *got, group.gather_last(mine).tolist()[0]], together

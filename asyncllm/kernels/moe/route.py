@@ -25,6 +25,7 @@ def _without_best(score, column):
 def _route_kernel(
     logits_ptr,
     bias_ptr,
+    live_ptr,
     ids_ptr,
     weights_ptr,
     logits_row,
@@ -34,6 +35,7 @@ def _route_kernel(
     TOP_K_PAD: tl.constexpr,
     SIGMOID: tl.constexpr,
     BIAS: tl.constexpr,
+    LIVE: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     SIZE_PAD: tl.constexpr,
@@ -84,6 +86,8 @@ def _route_kernel(
         weights = tl.where(slot == k, weight, weights)
     if RENORMALISE:
         weights /= tl.sum(weights, axis=0) + 1e-20  # sigmoids may all be 0
+    if LIVE:
+        ids = tl.where(tl.load(live_ptr + token) != 0, ids, -1)
     at = token * TOP_K + slot
     tl.store(ids_ptr + at, ids, mask=slot < TOP_K)
     tl.store(weights_ptr + at, weights * scale, mask=slot < TOP_K)
@@ -95,6 +99,7 @@ def route(
     *,
     sigmoid: bool = False,
     bias: Tensor | None = None,
+    live: Tensor | None = None,
     groups: int = 1,
     top_groups: int = 1,
     top2: bool = False,
@@ -108,6 +113,7 @@ def route(
         top_k: experts of a token.
         sigmoid: scores are sigmoids of the logits, else their softmax.
         bias: [num_experts] float32, added to the scores for the choice, not for the weights.
+        live: [num_tokens] int32: 0 for tokens that only pad; None: none do.
         groups: equal runs of experts, of which the ``top_groups`` best are chosen from.
         top2: a group is as good as its two best experts together, else as its best.
         renormalise: weights are divided by their sum.
@@ -115,14 +121,15 @@ def route(
 
     Returns:
         Experts [num_tokens, top_k] int32, the best first, of equal ones the first; and their
-        weights float32. Logits that are not numbers give some experts that exist.
+        weights float32. Logits that are not numbers give some experts that exist. The experts of
+        tokens that only pad are -1.
 
     Raises:
         ValueError: shapes, dtypes, strides or numbers do not fit.
 
     Reference: ``route_ref``. Does not synchronise; safe in CUDA graphs.
     """
-    num_tokens, num_experts = _check(logits, bias, top_k, groups, top_groups, top2)
+    num_tokens, num_experts = _check(logits, bias, live, top_k, groups, top_groups, top2)
     shape = (num_tokens, top_k)
     ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
     weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
@@ -131,6 +138,7 @@ def route(
     _route_kernel[(num_tokens,)](
         logits,
         logits if bias is None else bias,
+        logits if live is None else live,
         ids,
         weights,
         logits.stride(0),
@@ -140,6 +148,7 @@ def route(
         TOP_K_PAD=triton.next_power_of_2(top_k),
         SIGMOID=sigmoid,
         BIAS=bias is not None,
+        LIVE=live is not None,
         GROUPS=groups,
         GROUPS_PAD=triton.next_power_of_2(groups),
         SIZE_PAD=triton.next_power_of_2(num_experts // groups),
@@ -157,6 +166,7 @@ def route_ref(
     *,
     sigmoid: bool = False,
     bias: Tensor | None = None,
+    live: Tensor | None = None,
     groups: int = 1,
     top_groups: int = 1,
     top2: bool = False,
@@ -175,11 +185,19 @@ def route_ref(
     weights = scores.gather(1, ids)
     if renormalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    if live is not None:
+        ids = ids.masked_fill((live == 0).unsqueeze(1), -1)
     return ids.int(), weights * scale
 
 
 def _check(
-    logits: Tensor, bias: Tensor | None, top_k: int, groups: int, top_groups: int, top2: bool
+    logits: Tensor,
+    bias: Tensor | None,
+    live: Tensor | None,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    top2: bool,
 ) -> tuple[int, int]:
     if logits.dim() != 2 or logits.dtype != torch.float32 or logits.stride(1) != 1:
         raise ValueError(f"logits must be rows of float32: {tuple(logits.shape)} {logits.dtype}")
@@ -193,4 +211,6 @@ def _check(
         bias.shape != (num_experts,) or bias.dtype != torch.float32 or not bias.is_contiguous()
     ):
         raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype} does not fit {num_experts} logits")
+    if live is not None and (live.shape != (num_tokens,) or live.dtype != torch.int32):
+        raise ValueError(f"live {tuple(live.shape)} {live.dtype} does not fit {num_tokens} tokens")
     return num_tokens, num_experts
