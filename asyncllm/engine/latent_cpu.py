@@ -139,9 +139,9 @@ class TorchLatentPlan:
         if num_decode:
             rows = self._layout.read(kv, self._decode_slots.flatten())
             rows = rows.view(num_decode, 1, -1, rank + self._turned)
-            queries = self._absorb(q[:num_decode], latent.up)[:, :, None]
+            queries = self._absorb(q[:num_decode], latent.up)[:, None]  # heads as its tokens
             summed = self._attend(queries, rows, rows[..., :rank], self._decode_mask)
-            out[:num_decode] = self._values(summed[:, :, 0], latent.up)
+            out[:num_decode] = self._values(summed[:, 0], latent.up)
         for token, start, count, slots in self._chunks:
             rows, mine = self._layout.read(kv, slots), slice(token, token + count)
             make = self._decompressed if count >= self._least else self._absorbed
@@ -182,16 +182,18 @@ class TorchLatentPlan:
 
     def _causal(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
         """q [H, T, D] at positions from ``start`` over keys, values [H or 1, n, ..], in pieces."""
-        num, total = q.shape[1], keys.shape[1]
-        size = max(1, SCORES // (len(q) * total))
+        (heads, num, _), (own, total, _) = q.shape, keys.shape
+        size = max(1, SCORES // (heads * total))
         found = []
         for begin in range(0, num, size):
             stop = min(begin + size, num)
             mask = torch.arange(total) <= torch.arange(start + begin, start + stop)[:, None]
-            found.append(self._attend(q[None, :, begin:stop], keys[None], values[None], mask)[0])
+            # heads that share their keys are more queries of one head
+            some = q[:, begin:stop].reshape(1, own, -1, q.shape[2])
+            mask = mask.repeat(heads // own, 1)
+            attended = self._attend(some, keys[None], values[None], mask)
+            found.append(attended.view(heads, stop - begin, -1))
         return torch.cat(found, dim=1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        heads = q.shape[1]
-        k, v = (x.expand(-1, heads, -1, -1) for x in (k, v))
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._spec.scale)

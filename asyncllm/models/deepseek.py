@@ -17,6 +17,12 @@ _DEFAULTS: Json = {
 }
 _DEFAULTS2: Json = {
     **_DEFAULTS,
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
     "eos_token_id": 2,
     "n_routed_experts": 64,
     "n_shared_experts": 2,
@@ -60,7 +66,7 @@ def read2(spec: ModelSpec, hf: Json) -> ModelSpec:
     method = hf.get("topk_method") or "greedy"
     _known("topk_method", method, ("greedy", "group_limited_greedy"), spec)
     _known("scoring_func", hf.get("scoring_func") or "softmax", ("softmax",), spec)
-    # published code divides by the sum instead of scaling, that of transformers does neither
+    # published code divides by the sum instead of scaling, that of transformers scales only
     _known("norm_topk_prob", bool(hf.get("norm_topk_prob")), (False,), spec)
     _known("mlp_bias", spec.mlps[0].bias, (False,), spec)  # shared experts would have one, too
     spec = replace(spec, layers=(_attention(hf, interleaved=True),) * len(spec.layers))

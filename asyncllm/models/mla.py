@@ -32,8 +32,8 @@ class LatentAttention(Linears):
     def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:
         if layer.rope is None or spec.qk_norm or spec.fused_projections:
             raise StartupError(f"latents in {spec.architecture}, of another kind: not available")
-        heads = shard_heads(layer, site.comm.size, site.comm.rank).q_heads
-        self.spec = layer.on(shard_heads(layer, site.comm.size, site.comm.rank))
+        shard = shard_heads(layer, site.comm.size, site.comm.rank)
+        self.spec, heads = layer.on(shard), shard.q_heads
         self._raw, hidden = layer.kv_rank + layer.rope.dim, spec.hidden_size
         num, total, q_rank = len(heads), layer.num_q_heads, layer.q_rank
         q_dim, made = num * layer.head_dim, layer.head_dim - layer.rope.dim + layer.v_dim
