@@ -32,6 +32,7 @@ from bench.offline import (
     random_workloads,
 )
 
+EXPERTS = "experts"
 ATTENTION = "attention"  # with the phase's name: kernels for both would have one name on a CPU
 GEMM, NORM, SAMPLING, COPIES = "gemm", "norm, rope, activation", "sampling", "copies"
 COMMUNICATION, ELEMENTWISE, OTHER = "communication", "other elementwise", "other"
@@ -43,6 +44,7 @@ GROUPS = tuple(
         (COPIES, r"memcpy|memset"),
         (f"{ATTENTION} prefill", r"prefill"),
         (f"{ATTENTION} decode", r"_decode_|_merge_kernel|_plan_kernel|split_?kv"),
+        (EXPERTS, r"^_(route|order|product|sum)_kernel"),
         (ATTENTION, r"scaled_dot_product|flash|fmha|efficient_attention|attention"),
         (
             GEMM,
