@@ -97,9 +97,10 @@ class DecodePlan:
 @triton.jit
 def first_tile(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """The first tile of a row of ``length`` that it sees anything of; WINDOW 0 is none."""
+    tile = length * 0
     if WINDOW:
-        return tl.maximum(length - WINDOW, 0) // TILE
-    return length * 0
+        tile = tl.maximum(length - WINDOW, 0) // TILE
+    return tile
 
 
 @triton.jit

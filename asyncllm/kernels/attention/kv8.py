@@ -36,12 +36,14 @@ def quantized(x, scale, KIND: tl.constexpr):
     """float32 ``x`` by ``scale``, in 8 bits."""
     divided = tl.div_rn(x, scale)
     if KIND == 1:
-        return tl.floor(divided + 0.5).to(tl.int8)
-    # rounded here, to the nearest, even: the conversion is exact then wherever it is made
-    bits = divided.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    small = (divided + 24576.0) - 24576.0  # multiples of 2^-9
-    return tl.where(tl.abs(divided) < 0.015625, small, normal).to(tl.float8e4nv)
+        rounded = tl.floor(divided + 0.5).to(tl.int8)
+    else:
+        # here, to the nearest, even: the conversion is exact then wherever it is made
+        bits = divided.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        small = (divided + 24576.0) - 24576.0  # multiples of 2^-9
+        rounded = tl.where(tl.abs(divided) < 0.015625, small, normal).to(tl.float8e4nv)
+    return rounded
 
 
 @triton.jit
@@ -49,8 +51,10 @@ def widened(x, dtype: tl.constexpr):
     """Numbers in 8 bits as ``dtype``, which holds them exactly."""
     if x.dtype == tl.float8e4nv and dtype == tl.bfloat16:
         # by float32: the direct conversion of float16, which it would go by, is a slow one
-        return x.to(tl.float16).to(tl.float32).to(dtype)
-    return x.to(dtype)
+        wide = x.to(tl.float16).to(tl.float32).to(dtype)
+    else:
+        wide = x.to(dtype)
+    return wide
 
 
 @triton.jit
@@ -116,9 +120,10 @@ def scales_of(
 def times(x, scale):
     """Whole numbers times scales, rounded once."""
     if x.dtype == tl.bfloat16:  # which holds both exactly
-        return x * scale.to(tl.bfloat16)
+        product = x * scale.to(tl.bfloat16)
     else:
-        return (x.to(tl.float32) * scale).to(x.dtype)
+        product = (x.to(tl.float32) * scale).to(x.dtype)
+    return product
 
 
 @triton.jit
