@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 CACHE_AWARE, ROUND_ROBIN, FEWEST = "cache_aware", "round_robin", "bs_balancer"
 POLICIES = (CACHE_AWARE, ROUND_ROBIN, FEWEST)
@@ -33,8 +34,7 @@ def _ends() -> list[int]:
 _SPANS = list(pairwise([0, *_ends()]))
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
+class _Span(NamedTuple):
     """The end of a beginning of a prompt; equal keys: all tokens up to there are equal."""
 
     key: int
@@ -44,11 +44,11 @@ class _Span:
 
 def _spans(prompt: array[int]) -> list[_Span]:
     """The prompt's spans in order, but for a rest at its end. Bytes are hashed with a secret."""
-    spans, key = [], 0
+    spans, key, ids = [], 0, prompt.tobytes()
     for begin, end in _SPANS:
         if end > len(prompt):
             break
-        key = hash((key, prompt[begin:end].tobytes()))
+        key = hash((key, ids[begin * prompt.itemsize : end * prompt.itemsize]))
         spans.append(_Span(key, end, end - begin))
     return spans
 
@@ -66,18 +66,19 @@ class _Seen:
     def common(self, spans: Sequence[_Span]) -> int:
         """Tokens at the beginning that have been seen, up to an eighth less."""
         end = 0
-        for span in spans:
-            if span.key not in self._spans:
+        for key, last, _ in spans:
+            if key not in self._spans:
                 break
-            end = span.end
+            end = last
         return end
 
     def add(self, spans: Sequence[_Span]) -> None:
-        for span in reversed(spans):  # so that ends are forgotten before beginnings
-            if span.key not in self._spans:
-                self._room -= span.length
-                self._spans[span.key] = span.length
-            self._spans.move_to_end(span.key)
+        for key, _, length in reversed(spans):  # so that ends are forgotten before beginnings
+            if key in self._spans:
+                self._spans.move_to_end(key)
+            else:
+                self._room -= length
+                self._spans[key] = length
         while self._room < 0 or len(self._spans) > MOST_SPANS:
             self._room += self._spans.popitem(last=False)[1]
 
