@@ -200,9 +200,9 @@ def _named(found: object) -> dict[str, Tensor]:
 def _checked(named: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in named.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise _Refused(f"is refused: {name[:200]} is no plain tensor")
+            raise _Refused(f"is refused: {name[:200]!r} is no plain tensor")
         if tensor.dtype not in DTYPES.values():
-            raise _Refused(f"is refused: {name[:200]} has type {tensor.dtype}")
+            raise _Refused(f"is refused: {name[:200]!r} has type {tensor.dtype}")
     return named
 
 

@@ -126,8 +126,8 @@ def test_what_is_no_file_of_torch_is_one_line(
     [
         ([torch.ones(2)], "holds no tensors by name"),
         ({"epoch": 3}, "holds no tensors by name"),
-        ({"a": torch.ones(2).to_sparse()}, "is refused: a is no plain tensor"),
-        ({"a": torch.ones(2, dtype=torch.complex64)}, r"is refused: a has type torch\.complex64"),
+        ({"a": torch.ones(2).to_sparse()}, "is refused: 'a' is no plain tensor"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, r"is refused: 'a' has type torch\.complex64"),
         (torch.nn.Linear(2, 2), r"more than tensors \(torch\.nn\.modules\.linear\.Linear\)"),
     ],
 )
