@@ -86,6 +86,7 @@ def order(ids: Tensor, num_experts: int, block_m: int, first: int = 0) -> tuple[
     num_pairs, num_blocks = ids.numel(), most_blocks(ids.numel(), num_experts, block_m)
     pairs = torch.empty(num_blocks * block_m, dtype=torch.int32, device=ids.device)
     experts = torch.empty(num_blocks, dtype=torch.int32, device=ids.device)
+    chunk = next((chunk for chunk in CHUNKS if num_pairs <= chunk), CHUNKS[-1])
     if num_blocks:
         _order_kernel[(num_experts,)](
             ids,
@@ -97,8 +98,8 @@ def order(ids: Tensor, num_experts: int, block_m: int, first: int = 0) -> tuple[
             NUM_EXPERTS=num_experts,
             BINS=max(32, triton.next_power_of_2(num_experts + 1)),  # a bin to a lane at least
             BLOCK_M=block_m,
-            CHUNK=next((chunk for chunk in CHUNKS if num_pairs <= chunk), CHUNKS[-1]),
-            num_warps=4,
+            CHUNK=chunk,
+            num_warps=8 if chunk == CHUNKS[-1] else 4,
         )
     return pairs, experts
 
