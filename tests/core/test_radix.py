@@ -9,6 +9,7 @@ from time import perf_counter
 import pytest
 
 from asyncllm.core.radix import RadixTree
+from tests.speed import slowness
 
 
 def ids(*values: int) -> array[int]:
@@ -168,4 +169,4 @@ def test_a_long_match_is_not_a_loop_over_tokens() -> None:
         begin = perf_counter()
         lookup(tree, tokens)
         times.append(perf_counter() - begin)
-    assert min(times) < 1e-3
+    assert min(times) < 1e-3 * slowness()
