@@ -99,10 +99,10 @@ class Prefill:
     """A step of rows of (prefix, new tokens), for one group of heads.
 
     Args:
-        least: new tokens of a row from which it is decompressed.
+        made: all rows are decompressed, or none.
     """
 
-    def __init__(self, rows: Rows, num_heads: int, least: int) -> None:
+    def __init__(self, rows: Rows, num_heads: int, made: bool) -> None:
         counts, totals = [count for _, count in rows], [sum(row) for row in rows]
         tokens, self.num_heads = sum(counts), num_heads
         self.held = cached(totals)
@@ -120,7 +120,7 @@ class Prefill:
         lanes, cache = self.held["lanes"], self.held["cache"]
         self.plan = plan_chunks(
             lanes, self.starts, self.cu, tokens, num_heads, cache, RANK,
-            capacity=sum(totals), least=least,
+            capacity=sum(totals) if made else 0, least=1,
         )  # fmt: skip
 
     def expand(self) -> None:
@@ -158,7 +158,7 @@ def wrong_kernels() -> list[str]:
             want = attend_ref(**given, scale=SCALE)
             compare(f"attend, {num_heads} heads", want, run_decode(some)())
     for rows in ([(0, 700), (333, 1), (128, 300)], [(77, 300)], [(900, 3)] * 5):
-        some = Prefill(rows, 16, 1)
+        some = Prefill(rows, 16, True)
         made, keys = torch.zeros_like(some.made), torch.zeros_like(some.keys)
         held = (some.held[name] for name in ("table", "lanes"))
         cache, bases = some.held["cache"], some.plan.bases
@@ -170,7 +170,7 @@ def wrong_kernels() -> list[str]:
         want = prefill_ref(some.q, some.turned, made, keys, *rest)
         compare("prefill", want, got)
         # rounded on another way: queries and sums instead of keys and values
-        absorbed = Prefill(rows, 16, 1 << 30)
+        absorbed = Prefill(rows, 16, False)
         for name in ("held", "q", "turned", "up"):
             setattr(absorbed, name, getattr(some, name))
         compare("absorbed", want, absorbed.run(), 2 * BOUND)
@@ -222,15 +222,17 @@ def spec() -> AttentionSpec:
 
 def show_prefill(ceiling: Ceiling, quick: bool) -> None:
     least = decompressed_from(spec())
-    print(f"prefill, 16 heads: us absorbed | decompressed (of these expand) | chosen from {least}")
+    print(f"prefill, 16 heads: us absorbed | decompressed (of these expand) | chosen, by {least}")
     for prefix, chunk in itertools.product(PREFIXES, CHUNKS):
         rows = [(prefix, chunk)]
-        absorbed = median_us(Prefill(rows, 16, 1 << 30).run, quick)
-        made = Prefill(rows, 16, 1)
+        absorbed = median_us(Prefill(rows, 16, False).run, quick)
+        made = Prefill(rows, 16, True)
         decompressed, expanded = median_us(made.run, quick), median_us(made.expand, quick)
         pairs = chunk * prefix + chunk * (chunk + 1) // 2
         flops = 2 * 16 * (pairs * (NOPE + ROPE + VALUE) + (prefix + chunk) * RANK * (NOPE + VALUE))
-        chosen, other = (decompressed, absorbed) if chunk >= least else (absorbed, decompressed)
+        chosen, other = absorbed, decompressed
+        if chunk**2 > 2 * prefix * (least - chunk):
+            chosen, other = decompressed, absorbed
         print(
             f"{chunk:5} new, prefix {prefix:6}: {absorbed:9.1f} | {decompressed:9.1f} "
             f"({expanded:8.1f}) {flops / decompressed * 1e6 / ceiling.flops_per_s:6.1%} | "
@@ -283,7 +285,7 @@ def tune(seconds: float) -> dict[str, dict[str, dict[str, Any]]]:
         for key, choice in best.items():
             found["latent"][f"{pairs} {key}"] = dataclasses.asdict(AttendConfig(*choice))
     rows: list[Rows] = [[(0, 8192)], [(8192, 512)] * 4, [(0, 2048)]]
-    steps = {name: Prefill(some, 16, 1) for name, some in zip(PREFILL_CLASS, rows, strict=True)}
+    steps = {name: Prefill(some, 16, True) for name, some in zip(PREFILL_CLASS, rows, strict=True)}
     made = {name: step.run().clone() for name, step in steps.items()}
 
     def timed_prefill(choice: tuple[int, ...], name: str) -> float:

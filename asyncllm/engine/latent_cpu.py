@@ -49,8 +49,7 @@ class TorchLatent:
     """Implements :class:`asyncllm.models.attention.AttentionBackend`.
 
     Args:
-        least: new tokens of a row from which its latents are decompressed; None: by what costs
-            less.
+        least: instead of ``decompressed_from``.
     """
 
     def __init__(
@@ -144,7 +143,8 @@ class TorchLatentPlan:
             out[:num_decode] = self._values(summed[:, 0], latent.up)
         for token, start, count, slots in self._chunks:
             rows, mine = self._layout.read(kv, slots), slice(token, token + count)
-            make = self._decompressed if count >= self._least else self._absorbed
+            cheaper = count**2 > 2 * start * (self._least - count)
+            make = self._decompressed if cheaper else self._absorbed
             out[mine] = make(q[mine], rows, start, latent.up)
         return out.flatten(1)
 

@@ -1,9 +1,9 @@
 """Attention over latents on a CUDA device, by Triton kernels.
 
 Decode rows attend to latents as they are (absorbed). Of other rows the device decides, each step
-anew, which have their keys and values made first: those of at least ``decompressed_from`` new
-tokens, as long as the space lasts. Heads are taken in groups, so that the space is enough for all
-keys of a long row.
+anew, which have their keys and values made first: those where that costs less
+(``decompressed_from``), as long as the space lasts. Heads are taken in groups, so that the space is
+enough for all keys of a long row.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ class TritonLatent:
     """Implements :class:`asyncllm.models.attention.AttentionBackend`.
 
     Args:
-        least: new tokens of a row from which its latents are decompressed; None: by what costs
-            less.
+        least: instead of ``decompressed_from``.
     """
 
     def __init__(

@@ -258,12 +258,14 @@ def refuse_beyond_latent(spec: AttentionSpec) -> str | None:
 
 
 def decompressed_from(spec: AttentionSpec) -> int:
-    """New tokens of a row from which it costs less to make keys and values of its latents than to
-    attend to the latents themselves.
+    """New tokens of a row from which, whatever its prefix, it costs less to make keys and values of
+    its latents than to attend to the latents themselves.
 
     A pair of query and latent takes ``2 * (2 * kv_rank + rope)`` operations a head instead of
-    ``2 * (D + Dv)``; keys and values of a latent cost ``2 * kv_rank * (D - rope + Dv)``, once for
-    all queries of the row.
+    ``2 * (D + Dv)``. Keys and values of a latent cost ``2 * kv_rank * (D - rope + Dv)``, for every
+    token of the row; what turns a query and its result costs as much, for every new token. So
+    ``count`` new tokens behind ``start`` others are decompressed where ``count ** 2 > 2 * start *
+    (decompressed_from - count)``.
     """
     assert spec.rope is not None
     made = spec.head_dim - spec.rope.dim + spec.v_dim

@@ -74,7 +74,7 @@ def test_eight_bits(heads: int, rank: int) -> None:
     assert_close("out", attend_ref(**case, scale=0.1), run(case))
     rows = [(37, 3), (0, 9)]
     chunks = in_eight_bits(chunk_case(rows, heads, rank, 64, HERE[0], first=1))
-    got, want, state = run_chunks(chunks, least=1 << 20)
+    got, want, state = run_chunks(chunks, least=1, capacity=0)
     assert_close("out", want[state > 0], got[state > 0])
 
 
@@ -157,7 +157,7 @@ def test_chunks(
     rows: list[tuple[int, int]], heads: int, rank: int, rope: int, dtype: torch.dtype
 ) -> None:
     case = chunk_case(rows, heads, rank, rope, dtype, first=2, behind=3)
-    got, want, state = run_chunks(case, least=1 << 20)
+    got, want, state = run_chunks(case, least=1, capacity=0)
     there = state > 0
     assert state.tolist() == [-1] * 2 + [1] * sum(count for _, count in rows) + [0] * 3
     assert_close("out", want[there], got[there])
@@ -177,6 +177,10 @@ def test_rows_of_many_tokens_whose_keys_fit_are_decompressed() -> None:
     there = state > 0
     assert_close("out", want[there], got[there])
     assert bool(got[~there].isnan().all())
+    plan = plan_chunks(**given, num_tokens=42, num_heads=4, rank=32, capacity=999, least=13)
+    assert plan.bases.tolist() == [0, -1, -1, 8, -1]  # 10**2 < 2 * 100 * 3 and 8**2 < 2 * 7 * 5
+    plan = plan_chunks(**given, num_tokens=42, num_heads=4, rank=32, capacity=999, least=12)
+    assert plan.bases.tolist() == [0, -1, -1, 8, 20]  # 8**2 > 2 * 7 * 4
 
 
 def test_more_rows_than_the_plan_scans_at_once() -> None:
@@ -187,7 +191,7 @@ def test_more_rows_than_the_plan_scans_at_once() -> None:
     plan = plan_chunks(**given, num_tokens=num_tokens, num_heads=2, rank=32, capacity=250, least=2)
     base, bases = 0, []
     for start, count in rows:
-        wants = count >= 2
+        wants = count >= 2 or start == 0 < count
         base += (start + count) * wants
         bases.append(base - start - count if wants and base <= 250 else -1)
     assert plan.bases.tolist() == bases
@@ -260,7 +264,7 @@ def test_at_full_size(lengths: list[int], heads: int) -> None:
 def test_chunks_at_full_size(heads: int) -> None:
     rows = [(4000, 50), (0, 130), (16000, 3), (300, 0), (129, 64)]
     case = chunk_case(rows, heads, 512, 64, torch.bfloat16, first=7, behind=20)
-    got, want, state = run_chunks(case, least=1 << 20)
+    got, want, state = run_chunks(case, least=1, capacity=0)
     assert_close("out", want[state > 0], got[state > 0])
 
 

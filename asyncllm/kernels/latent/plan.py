@@ -259,10 +259,12 @@ def _chunk_kernel(
         there = other <= row
         low = tl.load(cu_counts_ptr + other, mask=there, other=0)
         count = tl.load(cu_counts_ptr + other + 1, mask=there, other=0) - low
-        keys = count + tl.load(starts_ptr + other, mask=there, other=0)
-        keys = tl.where(count >= least, keys, 0)
+        before = tl.load(starts_ptr + other, mask=there, other=0)
+        short = least - count
+        wants = (count > 0) & ((short <= 0) | (count * count > 2 * before * short))
+        keys = tl.where(wants, before + count, 0)
         ends = wanted + tl.cumsum(keys, axis=0)
-        chosen = there & (count >= least) & (ends <= capacity)
+        chosen = wants & (ends <= capacity)
         mine = other == row
         item += tl.sum(tl.where(other < row, tl.cdiv(count, TOKENS), 0), axis=0)
         base += tl.sum(tl.where(mine, ends - keys, 0), axis=0)
@@ -310,9 +312,10 @@ def plan_chunks(
 ) -> ChunkPlan:
     """Decide on the device which rows are decompressed, and divide the others.
 
-    A row is decompressed if it has at least ``least`` new tokens and its keys, with those of all
-    earlier rows of as many tokens, are no more than ``capacity``; else it is absorbed. So a row of
-    no more than ``capacity`` keys that is alone is always decompressed.
+    A row of ``count`` new tokens behind ``start`` others wants to be decompressed if ``count ** 2 >
+    2 * start * (least - count)``: one without a prefix always, one of at least ``least`` tokens
+    always. It is if its keys, with those of all earlier rows that want it, are no more than
+    ``capacity``; else it is absorbed.
 
     Args:
         lanes, starts: [num_rows] int32: lane, and position of the first new token.
