@@ -1,0 +1,101 @@
+"""Triton's front end over every build of the attention kernels for an H100; needs no GPU.
+
+The interpreter, which the other tests run, sees no types. Run as a program, since Triton decides
+at its import whether it interprets. Says on its last line how many builds there were.
+"""
+
+import itertools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton._C.libtriton import ir  # type: ignore[import-untyped]
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from asyncllm.kernels.attention.decode import decode_attention
+from asyncllm.kernels.attention.kv_write import rope_kv
+from asyncllm.kernels.attention.prefill import PrefillConfig, prefill_attention
+from tests.kernels.harness import EIGHT_BITS, in_8_bits
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+    torch.int16: "i16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+built: set[str] = set()
+
+
+def build(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Instead of a launch."""
+    given = dict(zip(self.arg_names, args, strict=False))
+    given |= {name: value for name, value in kwargs.items() if name in self.arg_names}
+    if "ASM" in given:  # what a GPU has
+        given["ASM"] = given["q_ptr"].element_size() == 2
+    if "SETTLE" in given:
+        given["SETTLE"] = True
+    options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+    kinds = {param.name: _type(given[param.name], param.is_constexpr) for param in self.params}
+    constants = {
+        (i,): given[name] for i, name in enumerate(self.arg_names) if kinds[name] == "constexpr"
+    }
+    what = f"{self.__name__} {kinds} {constants}"
+    if what in built:
+        return
+    built.add(what)
+    backend = make_backend(TARGET)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    parsed = backend.parse_options(options)
+    source = ASTSource(self, kinds, constants, {})
+    make = backend.get_codegen_implementation(parsed)
+    source.make_ir(TARGET, parsed, make, backend.get_module_map(), context)
+
+
+def _type(value: Any, constant: bool) -> str:
+    if constant or value is None:
+        return "constexpr"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}[{', '.join(map(str, value.block_shape))}]>"
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def case(dim: int, q: int, kv: int, dtype: torch.dtype, bits: Any) -> dict[str, Tensor]:
+    caches = {name: torch.randn(5, kv, dim).to(dtype) for name in ("k_cache", "v_cache")}
+    table = torch.zeros(1, 4, dtype=torch.int32)
+    found = {"q": torch.randn(2, q, dim).to(dtype), **caches, "table": table}
+    found["lanes"] = table[0, :1]
+    return in_8_bits(found, *bits) if bits else found
+
+
+def main() -> int:
+    JITFunction.run = build
+    shapes: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
+        (16, 4, 2, torch.bfloat16, {}),
+        (96, 6, 6, torch.float32, {}),
+        (32, 4, 2, torch.float16, {"window": 3, "softcap": 2.0}),
+    ]
+    for bits, (dim, q, kv, dtype, limit) in itertools.product([None, *EIGHT_BITS], shapes):
+        step = case(dim, q, kv, dtype, bits)
+        row = {**step, "q": step["q"][:1], "lens": step["lanes"] + 1}
+        for grouped, split in itertools.product((False, True), (False, True)):
+            decode_attention(**row, **limit, scale=1.0, grouped=grouped, split=split)
+        qkv = torch.zeros(2, (q + 2 * kv) * dim, dtype=dtype)
+        starts, cu = step["lanes"] + 2, torch.tensor([0, 2], dtype=torch.int32)
+        rows = {**step, "starts": starts, "cu_counts": cu, "max_count": 2, "scale": 1.0}
+        for config in (PrefillConfig(16, 16, 4, 2, 2), PrefillConfig(64, 16, 4, 2, 2, False)):
+            prefill_attention(**rows, **limit, config=config, kv=qkv)
+        cos, at = torch.zeros(4, dim), step["table"][0, :2]
+        rope_kv(qkv, cos, at, at, step["k_cache"], step["v_cache"], q, step.get("scales"))
+    sys.stdout.write(f"{len(built)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
