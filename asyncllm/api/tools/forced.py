@@ -59,14 +59,13 @@ class _Spelling:
     style: Style = "json"
     quoted: bool = False  # the name stands in a JSON string
 
+    def begun(self, name: str) -> str:
+        """What stands before the arguments of a call of ``name``."""
+        return self.begin.replace("%s", json.dumps(name)[1:-1] if self.quoted else name)
+
     def tags(self, tools: Sequence[Tool]) -> Tags:
         made = tuple(
-            Tag(
-                self.begin.replace("%s", json.dumps(tool.name)[1:-1] if self.quoted else tool.name),
-                arguments_schema(tool),
-                self.end,
-                self.style,
-            )
+            Tag(self.begun(tool.name), arguments_schema(tool), self.end, self.style)
             for tool in tools
         )
         return Tags((self.trigger,), made, self.opens, self.between, self.closes)
@@ -183,12 +182,9 @@ def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> 
         calls: name and arguments of each.
     """
     form = _SPELLINGS[spelling_name]
-    made = form.tags([Tool(name) for name, _ in calls])
-    each = (
-        f"{tag.begin}{_arguments(form.style, values)}{tag.end}"
-        for tag, (_, values) in zip(made.tags, calls, strict=True)
-    )
-    return made.opens + made.between.join(each) + made.closes
+    begun = {name: form.begun(name) for name, _ in calls}
+    each = (f"{begun[name]}{_arguments(form.style, values)}{form.end}" for name, values in calls)
+    return form.opens + form.between.join(each) + form.closes
 
 
 def _arguments(style: Style, values: dict[str, Any]) -> str:
