@@ -9,7 +9,7 @@ multiplied to its score and to its weight, or with one for each 8 channels.
 import triton
 import triton.language as tl
 
-from asyncllm.kernels.attention.kv8 import from_8_bits, halves, scales_of, spread, times
+from asyncllm.kernels.attention.kv8 import from_8_bits, halves, scales_of, spread, times, widened
 from asyncllm.kernels.attention.scores import capped
 
 
@@ -244,9 +244,15 @@ def _attend_one(
     for tile in range(begin, stop, TILE):
         seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
         k, v = _load(k_ptr, v_ptr, slot, seen, kv_head, KV_HEADS, DIM, DIM_PAD)
-        k, v, k_scale, v_scale = from_8_bits(
-            k, v, scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, TILE, SCALES, q.dtype
-        )
+        k_scale = seen
+        v_scale = seen
+        if SCALES == 1:
+            k_scale, v_scale = scales_of(scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, 1)
+            k, v = widened(k, q.dtype), widened(v, q.dtype)
+        else:
+            k, v = from_8_bits(
+                k, v, scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, TILE, SCALES, q.dtype
+            )
         score = tl.sum(k.to(tl.float32) * wide, axis=1)
         if SCALES == 1:
             score *= k_scale

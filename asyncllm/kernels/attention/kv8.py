@@ -78,18 +78,17 @@ def from_8_bits(
     SCALES: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """K and V [ROWS, DIM_PAD] of slots [ROWS] as ``dtype``, and, where SCALES is 1, what is to be
-    multiplied to the scores and to the weights of K and V [ROWS]. Of slots that are not ``seen`` K
-    and V must be zero. SCALES 0: they have their own type."""
-    k_scale = seen
-    v_scale = seen
+    """K and V [ROWS, DIM_PAD] of slots [ROWS] as ``dtype``, times their scales. Of slots that are
+    not ``seen`` K and V must be zero. SCALES 0: they have their own type."""
     if SCALES > 0:
-        k, v = widened(k, dtype), widened(v, dtype)
         k_scale, v_scale = scales_of(scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, SCALES)
-    if SCALES > 1:
-        k = times(k, spread(k_scale, ROWS, DIM_PAD // 8, 8))
-        v = times(v, spread(v_scale, ROWS, DIM_PAD // 8, 8))
-    return k, v, k_scale, v_scale
+        if SCALES == 1:
+            k_scale, v_scale = k_scale[:, None], v_scale[:, None]
+        else:
+            k_scale = spread(k_scale, ROWS, DIM_PAD // 8, 8)
+            v_scale = spread(v_scale, ROWS, DIM_PAD // 8, 8)
+        k, v = times(widened(k, dtype), k_scale), times(widened(v, dtype), v_scale)
+    return k, v
 
 
 @triton.jit

@@ -67,12 +67,10 @@ def _attend_edge(
         inside = live[:, None] & (dim < DIM)[None, :]
         k = tl.load(k_ptr + offset, mask=inside, other=0.0)
         v = tl.load(v_ptr + offset, mask=inside, other=0.0)
-        k, v, k_scale, v_scale = from_8_bits(
+        k, v = from_8_bits(
             k, v, scales_ptr, place, live, kv_head, KV_HEADS, DIM_PAD, BLOCK_N, SCALES, q.dtype
         )
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SCALES == 1:
-            score *= k_scale[None, :]
         if CAPPED:
             score = capped(score, scale_log2, cap_log2)
         seen = (position < stop)[None, :] & (position[None, :] <= q_position[:, None])
@@ -84,8 +82,6 @@ def _attend_edge(
         else:
             score = tl.where(seen, score, float("-inf"))
         weight, shrink, best, norm = _soften(score, best, norm, 1.0 if CAPPED else scale_log2)
-        if SCALES == 1:
-            weight *= v_scale[None, :]
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
     return acc, best, norm
@@ -126,8 +122,6 @@ def _attend_full(
     dim = tl.arange(0, DIM_PAD)
     column = tl.arange(0, BLOCK_N)
     for key in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
-        k_scale = column
-        v_scale = column
         if SOURCE == 2:
             k = kv_desc.load([token + key, k_column])
             v = kv_desc.load([token + key, v_column])
@@ -143,7 +137,7 @@ def _attend_full(
             else:
                 k = tl.load(k_ptr + offset, mask=(dim < DIM)[None, :], other=0.0)
                 v = tl.load(v_ptr + offset, mask=(dim < DIM)[None, :], other=0.0)
-            k, v, k_scale, v_scale = from_8_bits(
+            k, v = from_8_bits(
                 k,
                 v,
                 scales_ptr,
@@ -157,13 +151,9 @@ def _attend_full(
                 q.dtype,
             )
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SCALES == 1:
-            score *= k_scale[None, :]
         if CAPPED:
             score = capped(score, scale_log2, cap_log2)
         weight, shrink, best, norm = _soften(score, best, norm, 1.0 if CAPPED else scale_log2)
-        if SCALES == 1:
-            weight *= v_scale[None, :]
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
         if SETTLE:
