@@ -20,6 +20,8 @@ def rope_tables(
 ) -> dict[Rope | None, Tensor]:
     """The :func:`rope_table` of every rope of ``specs``."""
     ropes = dict.fromkeys(spec.rope for spec in specs)
+    if device.type == "meta":  # asked for sizes only
+        return {rope: torch.empty(max_len, rope.dim, device=device) for rope in ropes if rope}
     return {rope: rope_table(rope, max_len).to(device) for rope in ropes if rope}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.errors import StartupError
+from asyncllm.models.numbers import count, number, truth
 from asyncllm.models.rope import read_rope, yarn_mscale
 from asyncllm.models.spec import AttentionSpec, ExpertsSpec, Json, ModelSpec
 
@@ -67,7 +68,7 @@ def read2(spec: ModelSpec, hf: Json) -> ModelSpec:
     _known("topk_method", method, ("greedy", "group_limited_greedy"), spec)
     _known("scoring_func", hf.get("scoring_func") or "softmax", ("softmax",), spec)
     # published code divides by the sum instead of scaling, that of transformers scales only
-    _known("norm_topk_prob", bool(hf.get("norm_topk_prob")), (False,), spec)
+    _known("norm_topk_prob", truth(hf, "norm_topk_prob"), (False,), spec)
     _known("mlp_bias", spec.mlps[0].bias, (False,), spec)  # shared experts would have one, too
     spec = replace(spec, layers=(_attention(hf, interleaved=True),) * len(spec.layers))
     if not hf.get("n_routed_experts"):
@@ -83,8 +84,8 @@ def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
     _known("topk_method", hf.get("topk_method") or "noaux_tc", ("noaux_tc",), spec)
     _known("scoring_func", hf.get("scoring_func") or "sigmoid", ("sigmoid",), spec)
     _known("mlp_bias", spec.mlps[0].bias, (False,), spec)
-    attention, num = _attention(hf, interleaved=bool(hf["rope_interleave"])), len(spec.layers)
-    ahead = range(num, num + int(hf["num_nextn_predict_layers"] or 0))
+    attention, num = _attention(hf, interleaved=truth(hf, "rope_interleave")), len(spec.layers)
+    ahead = range(num, num + count(hf, "num_nextn_predict_layers", 0, least=0))
     ignored = tuple(f"{spec.prefix}layers.{layer}." for layer in ahead)
     spec = replace(spec, layers=(attention,) * num, ignored=(*spec.ignored, *ignored))
     if not hf.get("n_routed_experts"):
@@ -94,24 +95,24 @@ def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
         scoring="sigmoid",
         bias=True,
         group_score="top2",
-        renormalise=bool(hf["norm_topk_prob"]),
+        renormalise=truth(hf, "norm_topk_prob"),
     )
     return _mixed(spec, experts, hf)
 
 
 def _attention(hf: Json, *, interleaved: bool) -> AttentionSpec:
-    heads, turned = int(hf["num_attention_heads"]), int(hf["qk_rope_head_dim"])
-    head_dim, q_rank = int(hf["qk_nope_head_dim"]) + turned, hf["q_lora_rank"]
+    heads, turned = count(hf, "num_attention_heads"), count(hf, "qk_rope_head_dim")
+    head_dim = count(hf, "qk_nope_head_dim") + turned
     return AttentionSpec(
         kind="mla",
         num_q_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,
-        v_dim=int(hf["v_head_dim"]),
+        v_dim=count(hf, "v_head_dim"),
         scale=head_dim**-0.5 * _yarn(hf) ** 2,
         rope=replace(read_rope(hf, turned), interleaved=interleaved),
-        kv_rank=int(hf["kv_lora_rank"]),
-        q_rank=None if q_rank is None else int(q_rank),
+        kv_rank=count(hf, "kv_lora_rank"),
+        q_rank=None if hf["q_lora_rank"] is None else count(hf, "q_lora_rank"),
     )
 
 
@@ -120,30 +121,31 @@ def _yarn(hf: Json) -> float:
     given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = given.get("rope_type") or given.get("type") or "default"
     every = given.get("mscale_all_dim") or 0
-    return yarn_mscale(float(given["factor"]), float(every)) if every and kind != "default" else 1.0
+    if not every or kind == "default":
+        return 1.0
+    return yarn_mscale(number("factor", given["factor"]), number("mscale_all_dim", every))
 
 
 def _experts(spec: ModelSpec, hf: Json) -> ExpertsSpec:
-    inner = int(hf["moe_intermediate_size"])
+    inner = count(hf, "moe_intermediate_size")
     return ExpertsSpec(
-        num_experts=int(hf["n_routed_experts"]),
-        top_k=int(hf["num_experts_per_tok"]),
+        num_experts=count(hf, "n_routed_experts"),
+        top_k=count(hf, "num_experts_per_tok"),
         inner=inner,
-        scale=float(hf.get("routed_scaling_factor", 1.0)),
-        shared_inner=inner * int(hf.get("n_shared_experts") or 0),
+        scale=number("routed_scaling_factor", hf.get("routed_scaling_factor", 1.0)),
+        shared_inner=inner * count(hf, "n_shared_experts", 0, least=0),
         activation=spec.mlps[0].activation,
     )
 
 
 def _grouped(experts: ExpertsSpec, hf: Json) -> ExpertsSpec:
-    return replace(
-        experts, groups=int(hf.get("n_group") or 1), top_groups=int(hf.get("topk_group") or 1)
-    )
+    return replace(experts, groups=count(hf, "n_group", 1), top_groups=count(hf, "topk_group", 1))
 
 
 def _mixed(spec: ModelSpec, experts: ExpertsSpec, hf: Json) -> ModelSpec:
     """``spec`` with experts in all layers but the first ones."""
-    first, every = int(hf.get("first_k_dense_replace") or 0), int(hf.get("moe_layer_freq") or 1)
+    first = count(hf, "first_k_dense_replace", 0, least=0)
+    every = count(hf, "moe_layer_freq", 1)
     mlps = (experts if i >= first and i % every == 0 else mlp for i, mlp in enumerate(spec.mlps))
     return replace(spec, mlps=tuple(mlps))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from asyncllm.models.spec import VISION, Json, ModelSpec, count, text_part
+from asyncllm.models.numbers import count
+from asyncllm.models.spec import VISION, Json, ModelSpec, text_part
 
 _DEFAULTS: Json = {
     "hidden_size": 2304,
@@ -43,7 +44,7 @@ def config3(hf: Json) -> Json:
     near = {"rope_theta": hf.get("rope_local_base_freq", 1e4)}
     near |= told.get("sliding_attention") or {}
     hf["rope_parameters"] = {"full_attention": full, "sliding_attention": near}
-    return _with_windows(hf, int(hf.get("sliding_window_pattern") or 6))
+    return _with_windows(hf, count(hf, "sliding_window_pattern", 6))
 
 
 def config_text(hf: Json) -> Json:
@@ -55,7 +56,7 @@ def _with_windows(hf: Json, period: int) -> Json:
     """``hf`` with the type of each layer: the last of ``period`` sees everything."""
     types = [
         "sliding_attention" if (layer + 1) % period else "full_attention"
-        for layer in range(int(hf["num_hidden_layers"]))
+        for layer in range(count(hf, "num_hidden_layers"))
     ]
     return {**hf, "layer_types": hf.get("layer_types") or types}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.errors import StartupError
+from asyncllm.models.numbers import count, number
 from asyncllm.models.spec import VISION, Json, ModelSpec, QueryGrowth, text_part
 
 _DEFAULTS: Json = {
@@ -59,7 +60,7 @@ def config_text(hf: Json) -> Json:
 def with_windows(hf: Json) -> Json:
     """``hf`` with the type of each layer."""
     kind = "full_attention" if hf.get("sliding_window") is None else "sliding_attention"
-    types = hf.get("layer_types") or [kind] * int(hf["num_hidden_layers"])
+    types = hf.get("layer_types") or [kind] * count(hf, "num_hidden_layers")
     return {**hf, "layer_types": types}
 
 
@@ -67,8 +68,8 @@ def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
     """What config.json says beyond the common names: how queries grow."""
     if not (beta := hf.get("llama_4_scaling_beta")):
         return spec
-    trained = int(hf["rope_parameters"]["original_max_position_embeddings"])
-    growth = QueryGrowth(float(beta), trained)
+    trained = count(hf["rope_parameters"], "original_max_position_embeddings")
+    growth = QueryGrowth(number("llama_4_scaling_beta", beta), trained)
     layers = tuple(replace(layer, query_growth=growth) for layer in spec.layers)
     return replace(spec, layers=layers)
 

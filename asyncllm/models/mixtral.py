@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.models.mistral import with_windows
+from asyncllm.models.numbers import count
 from asyncllm.models.spec import ExpertNames, ExpertsSpec, Json, MlpSpec, ModelSpec
 
 _DEFAULTS: Json = {
@@ -27,9 +28,9 @@ def read(spec: ModelSpec, hf: Json) -> ModelSpec:
 
     def experts(plain: MlpSpec | ExpertsSpec) -> ExpertsSpec:
         return ExpertsSpec(
-            num_experts=int(hf["num_local_experts"]),
-            top_k=int(hf["num_experts_per_tok"]),
-            inner=int(hf["intermediate_size"]),
+            num_experts=count(hf, "num_local_experts"),
+            top_k=count(hf, "num_experts_per_tok"),
+            inner=count(hf, "intermediate_size"),
             renormalise=True,
             activation=plain.activation,
             names=ExpertNames(gate="w1", up="w3", down="w2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from asyncllm.models.numbers import count, truth
 from asyncllm.models.spec import Json, ModelSpec
 
 _DEFAULTS: Json = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
@@ -22,11 +23,11 @@ def config3(hf: Json) -> Json:
 
 def with_windows(hf: Json) -> Json:
     """``hf`` with the type of each layer: those from ``max_window_layers`` on slide, if any do."""
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    slides = int(hf.get("max_window_layers", 28)) if window is not None else 1 << 30
+    window = hf.get("sliding_window", 4096) if truth(hf, "use_sliding_window") else None
+    slides = count(hf, "max_window_layers", 28, least=0) if window is not None else 1 << 30
     types = [
         "sliding_attention" if layer >= slides else "full_attention"
-        for layer in range(int(hf["num_hidden_layers"]))
+        for layer in range(count(hf, "num_hidden_layers"))
     ]
     return {**hf, "sliding_window": window, "layer_types": hf.get("layer_types") or types}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncllm.errors import StartupError
+from asyncllm.models.numbers import count, number
 
 Json = dict[str, Any]  # what a file holds
 
@@ -130,8 +131,11 @@ def read_rope(hf: Json, head_dim: int, layer_type: str | None = None) -> Rope:
         scaling, attention_factor = reader(given, hf, dim)
     except KeyError as error:
         raise StartupError(f"rope scaling {kind!r} has no {error}") from None
+    base = _positive("rope_theta", 10000.0 if theta is None else theta)
+    if base <= 1:
+        raise StartupError(f"rope_theta {base} is not more than 1")
     return Rope(
-        theta=_positive("rope_theta", 10000.0 if theta is None else theta),
+        theta=base,
         dim=dim,
         scaling=scaling,
         attention_factor=attention_factor,
@@ -149,12 +153,14 @@ def _linear(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
 def _dynamic(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
     if dim == 2:
         raise StartupError("dynamic rotary embedding wants more than one pair of elements")
-    return Dynamic(_positive("factor", given["factor"]), int(hf["max_position_embeddings"])), 1.0
+    return Dynamic(_positive("factor", given["factor"]), count(hf, "max_position_embeddings")), 1.0
 
 
 def _llama3(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
     names = "factor", "low_freq_factor", "high_freq_factor"
     factor, low, high = (_positive(name, given[name]) for name in names)
+    if low >= high:
+        raise StartupError(f"low_freq_factor {low} is not less than high_freq_factor {high}")
     return Llama3(factor, low, high, _trained(given, hf)), 1.0
 
 
@@ -172,7 +178,8 @@ def _yarn(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
         return scaling, _positive("attention_factor", told)
     over, under = given.get("mscale"), given.get("mscale_all_dim")
     if over and under:
-        return scaling, yarn_mscale(factor, float(over)) / yarn_mscale(factor, float(under))
+        ours = yarn_mscale(factor, number("mscale", over))
+        return scaling, ours / yarn_mscale(factor, number("mscale_all_dim", under))
     return scaling, yarn_mscale(factor)
 
 
@@ -195,22 +202,20 @@ def _longrope(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
 def _trained(given: Json, hf: Json) -> int:
     """Positions before the scaling; beside the parameters, as in Phi-3's file, they win."""
     for place in (hf, given):
-        if (found := place.get("original_max_position_embeddings")) is not None:
-            return int(_positive("original_max_position_embeddings", found))
-    return int(_positive("max_position_embeddings", hf["max_position_embeddings"]))
+        if place.get("original_max_position_embeddings") is not None:
+            return count(place, "original_max_position_embeddings")
+    return count(hf, "max_position_embeddings")
 
 
 def _factor(given: Json, hf: Json, trained: int) -> float:
     """By how much positions have been stretched."""
     if (found := given.get("factor")) is None:
-        return _positive("max_position_embeddings", hf["max_position_embeddings"]) / trained
+        return count(hf, "max_position_embeddings") / trained
     return _positive("factor", found)
 
 
-def _positive(name: str, value: float) -> float:
-    if not 0 < (number := float(value)) < math.inf:
-        raise StartupError(f"rotary embedding with {name} {value!r}: not a positive number")
-    return number
+def _positive(name: str, value: object) -> float:
+    return number(f"{name} of the rotary embedding", value)
 
 
 # of any kind; the last two say what stands elsewhere in the file, or how the weights came about

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from asyncllm.errors import StartupError
+from asyncllm.models.numbers import count, number, truth
 from asyncllm.models.quantization import kv_format, weight_block
 from asyncllm.models.registry import family
 from asyncllm.models.rope import Json as Json
@@ -218,11 +219,11 @@ class ModelSpec:
         for name, harmless in _UNSERVED.items():
             if (value := hf.get(name)) and value != harmless:
                 raise StartupError(f"{architecture} with {name} {value!r} is not available yet")
-        bias = bool(hf.get("attention_bias", False))
+        bias = truth(hf, "attention_bias")
         num_layers = count(hf, "num_hidden_layers")
         mlp = MlpSpec(
             width=count(hf, "intermediate_size"),
-            bias=bool(hf.get("mlp_bias", False)),
+            bias=truth(hf, "mlp_bias"),
             activation=_activation(hf),
         )
         quantization = _quantization(hf)
@@ -235,9 +236,9 @@ class ModelSpec:
             hidden_size=count(hf, "hidden_size"),
             layers=_layers(hf),
             mlps=(mlp,) * num_layers,
-            rms_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            max_position=count({"max_position_embeddings": 2048, **hf}, "max_position_embeddings"),
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            rms_eps=number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6), zero=True),
+            max_position=count(hf, "max_position_embeddings", 2048),
+            tie_embeddings=truth(hf, "tie_word_embeddings"),
             dtype=_DTYPE_NAMES[dtype],
             eos_ids=_eos(hf, generation),
             weight_block=weight_block(quantization),
@@ -329,20 +330,10 @@ def _attention(hf: Json, kind: str) -> AttentionSpec:
     )
 
 
-def count(hf: Json, name: str) -> int:
-    """The value of ``name``. Raises StartupError unless it is an integer above 0."""
-    value = hf[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise StartupError(f"{name} is {value!r}: not a positive integer")
-    return value
-
-
 def _optional(hf: Json, name: str) -> float | None:
     if hf.get(name) is None:
         return None
-    if (value := float(hf[name])) <= 0:
-        raise StartupError(f"{name} is {value}: not positive")
-    return value
+    return number(name, hf[name])
 
 
 def _activation(hf: Json) -> Activation:
@@ -361,7 +352,7 @@ def generation_config(model_dir: Path) -> Json:
 def _read(path: Path) -> Json:
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StartupError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise StartupError(f"{path} holds no JSON object")
@@ -384,6 +375,6 @@ def _eos(hf: Json, generation: Json) -> tuple[int, ...]:
                 continue
             if type(token) is not int or token < 0:
                 raise StartupError(f"eos_token_id {token!r} is not a token id (--eos_id)")
-            if token < int(hf["vocab_size"]):
+            if token < count(hf, "vocab_size"):
                 found.append(token)
     return tuple(dict.fromkeys(found))

@@ -152,8 +152,14 @@ def test_positions_before_the_scaling_may_stand_beside_it() -> None:
     ("given", "line"),
     [
         ({"rope_type": "proportional"}, "rope scaling 'proportional' is not available yet"),
-        ({"rope_type": "linear", "factor": 0}, "with factor 0: not a positive number"),
-        ({**YARN, "original_max_position_embeddings": 0}, "embeddings 0: not a positive number"),
+        (
+            {"rope_type": "linear", "factor": 0},
+            "factor of the rotary embedding is 0: not a positive number",
+        ),
+        (
+            {**YARN, "original_max_position_embeddings": 0},
+            "embeddings is 0: not a positive integer",
+        ),
         (
             {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 1 / 32},
             "dynamic rotary embedding wants more than one pair",

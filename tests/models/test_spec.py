@@ -25,6 +25,11 @@ LLAMA = {
     "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 6,
     "eos_token_id": 2, "torch_dtype": "float16",
 }  # fmt: skip
+DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], "num_experts_per_tok": 2}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 
 
 FACTORS = [1.0 + i / 8 for i in range(48)]
@@ -293,7 +298,7 @@ def test_experts_of_published_models() -> None:
     config = {**PUBLISHED["Qwen3-30B-A3B"][1], "decoder_sparse_step": 2, "mlp_only_layers": [3]}
     sparse = [isinstance(mlp, ExpertsSpec) for mlp in read(config).mlps]
     assert sparse[:6] == [False, True, False, False, False, True]
-    with pytest.raises(StartupError, match="decoder_sparse_step 0"):
+    with pytest.raises(StartupError, match="decoder_sparse_step is 0: not a positive integer"):
         read({**config, "decoder_sparse_step": 0})
 
 
@@ -407,7 +412,7 @@ def test_both_files_count(tmp_path: Path) -> None:
         ({"head_dim": -8}, "head_dim is -8: not a positive integer"),
         ({"hidden_size": 3}, "head_dim is 0: not a positive integer"),
         ({"vocab_size": 9.5}, "vocab_size is 9.5: not a positive integer"),
-        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0.0: not positive"),
+        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0: not a positive number"),
         (
             {
                 "max_position_embeddings": 9,
@@ -420,8 +425,8 @@ def test_both_files_count(tmp_path: Path) -> None:
             },
             "has a number that cannot be used: (float )?division by zero",
         ),
-        ({"rms_norm_eps": 10**400}, "has a number that cannot be used: int too large"),
-        ({"rope_theta": 0}, "rotary embedding with rope_theta 0: not a positive number"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 10{39}\.\.\.: not a positive number"),
+        ({"rope_theta": 0}, "rope_theta of the rotary embedding is 0: not a positive number"),
         (
             {
                 "architectures": ["Gemma2ForCausalLM"],
@@ -431,6 +436,27 @@ def test_both_files_count(tmp_path: Path) -> None:
             "query_pre_attn_scalar is 0: not a positive integer",
         ),
         ({"rope_scaling": "yes"}, "value of another type"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan: not a positive number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05: not a positive number"),
+        ({"rope_theta": "10000"}, "rope_theta of the rotary embedding is '10000': not a positive"),
+        ({"rope_theta": 1}, "rope_theta 1.0 is not more than 1"),
+        ({"rope_theta": 1e-300}, "is 1e-300: not a positive number, or beyond 1e-12 to"),
+        ({"hidden_size": 10**30}, r"hidden_size is 10{30}: more than 4,194,304"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648: more than 4,096"),
+        ({"num_attention_heads": 2**31}, "num_attention_heads is 2147483648: more than 4,096"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': neither true nor"),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 2**31}},
+            "original_max_position_embeddings is 2147483648: more than 2,147,483,647",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 4}},
+            "low_freq_factor 4.0 is not less than high_freq_factor 4.0",
+        ),
+        (DEEPSEEK | {"kv_lora_rank": -1}, "kv_lora_rank is -1: not a positive integer"),
+        (DEEPSEEK | {"n_routed_experts": 10**30}, "n_routed_experts is 10{30}: more than 4,096"),
+        (DEEPSEEK | {"routed_scaling_factor": math.inf}, "routed_scaling_factor is inf: not a"),
+        (DEEPSEEK | {"norm_topk_prob": "no"}, "norm_topk_prob is 'no': neither true nor false"),
     ],
     ids=str,
 )
