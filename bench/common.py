@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,14 @@ class Events:
             for line in event.split(b"\n")
             if line.startswith(b"data:")
         ]
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+    return port
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -28,17 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir, cpu_count
+from bench.common import free_port
 
 PREFILLS = (512, 1500)
 PROMPT_LEN = 16
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-    return port
 
 
 def prompt(rng: random.Random, length: int) -> list[int]:

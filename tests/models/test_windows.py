@@ -22,6 +22,7 @@ from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice, CudaPendin
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone
 from asyncllm.messages import Finished, Granted, StepDone, StepPlan, Tokens
+from asyncllm.models.kv_format import PLAIN, KvMode
 from tests.actors.fake_device import World
 from tests.models.families import CASES, VOCAB, WINDOW, Reference, make
 from tests.models.harness import Sequence, build, random_ids, read_spec
@@ -49,13 +50,13 @@ class Serving(World):
 
     def __init__(
         self, folder: Path, num_slots: int, num_sliding: int, *, max_len: int = 512,
-        where: torch.device = CPU, **kwargs: Any,
+        where: torch.device = CPU, kv: KvMode = PLAIN, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             num_slots=num_slots, window=WINDOW, num_sliding=num_sliding, vocab=VOCAB, **kwargs
         )
         spec = within(read_spec(folder), max_len)
-        model = build(folder, spec, "fp32", where, max_len)
+        model = build(folder, spec, "fp32", where, max_len, kv)
         self.engine = Engine(
             model, Alone(), num_slots=num_slots, num_sliding=num_sliding,
             num_lanes=self.core.num_lanes, max_len=max_len, eos_ids=(),
@@ -98,7 +99,9 @@ class Serving(World):
 
     def poison(self, full: torch.Tensor, sliding: torch.Tensor) -> None:
         for layer, tensors in zip(self.layers, self.engine.kv, strict=True):
-            for tensor in tensors:
+            for tensor in (
+                tensors if len(tensors) == 2 else tensors[-1:]
+            ):  # numbers, or their scales
                 tensor.index_fill_(0, full if layer.window is None else sliding, float("nan"))
 
     def _detokenize(self, endpoint: int, msg: Tokens | Finished) -> None:
