@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from asyncllm.core.windows import PerSpace
+from asyncllm.engine import build
+from asyncllm.engine.build import Sizes
 from asyncllm.errors import StartupError
 from asyncllm.models.attention import KvPairs
 from asyncllm.models.kv_format import DECODE_KERNELS, FORMATS, KvFormat, KvMode
 from asyncllm.models.spec import ModelSpec
+from bench.mkmodel import SHAPES
 from tests.models.harness import Driver, Ranks, Sequence, make_device, random_ids, read_spec
 from tests.models.test_attention import PLAIN
 from tests.models.test_llama import VOCAB, expected_logprobs, make_checkpoint, make_config
@@ -160,6 +163,29 @@ def test_a_slot_costs_what_is_allocated(fmt: KvFormat) -> None:
     )
     gain = sum(plain.bytes_per_slot()) / sum(layout.bytes_per_slot())
     assert gain == pytest.approx(1.6 if fmt.group else 2 * 128 / 130)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_an_8b_model_has_as_many_more_slots(
+    monkeypatch: pytest.MonkeyPatch, tp: int, sliding: bool
+) -> None:
+    monkeypatch.setattr(build, "memory_available", lambda: 1 << 38)
+    spec = ModelSpec.from_hf(SHAPES["llama31_8b"], {})
+    if sliding:
+        slides = replace(spec.layers[0], window=1024)
+        spec = replace(spec, layers=(slides, spec.layers[0]) * 16)
+    sizes = Sizes(
+        tp=tp, ranks=tp, dtype="bf16", max_len=16384, num_lanes=100, batch_max_tokens=4096,
+        chunk=4096, mem_fraction=0.9, max_total_token_num=None,
+    )  # fmt: skip
+    plain = build.plan_memory(spec, sizes, CPU)
+    assert (plain.window is not None) is sliding
+    for name, least in {"triton_int8kv": 1.9, "ppl_int8kv": 1.55, "triton_fp8kv": 1.9}.items():
+        plan = build.plan_memory(spec, replace(sizes, kv=KvMode(FORMATS[name])), CPU)
+        assert plan.num.full >= least * plain.num.full
+        assert plan.num.sliding >= least * plain.num.sliding * (0.98 if sliding else 1)
+        assert plan.kv <= plain.kv * 1.001
 
 
 @FORMAT
