@@ -177,7 +177,7 @@ def test_an_8b_model_has_as_many_more_slots(
         spec = replace(spec, layers=(slides, spec.layers[0]) * 16)
     sizes = Sizes(
         tp=tp, ranks=tp, dtype="bf16", max_len=16384, num_lanes=100, batch_max_tokens=4096,
-        chunk=4096, mem_fraction=0.9, max_total_token_num=None,
+        mem_fraction=0.9, max_total_token_num=None,
     )  # fmt: skip
     plain = build.plan_memory(spec, sizes, CPU)
     assert (plain.window is not None) is sliding
