@@ -123,6 +123,7 @@ def _decode_kernel(
     SCALES: tl.constexpr,
     KIND: tl.constexpr,
     ASM: tl.constexpr,
+    STAGES: tl.constexpr,
     MERGE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -183,6 +184,7 @@ def _decode_kernel(
             SCALES,
             KIND,
             ASM,
+            STAGES,
         )
         acc = acc / norm[:, None]
         out_row_ptr = out_ptr + row.to(tl.int64) * out_row
@@ -264,6 +266,7 @@ def _whole_kernel(
     SCALES: tl.constexpr,
     KIND: tl.constexpr,
     ASM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program for each row and head, in a single pass."""
     head = tl.program_id(0) % HEADS
@@ -298,6 +301,7 @@ def _whole_kernel(
         SCALES,
         KIND,
         ASM,
+        STAGES,
     )
     # a padding row has no keys: its output is zero
     acc = acc / tl.where(length > 0, norm, 1.0)[:, None]
@@ -390,6 +394,7 @@ def decode_attention(
         "SCALES": per_head,
         "KIND": KINDS.get(k_cache.dtype, 0),
         "ASM": q.is_cuda and q.element_size() == 2,  # the interpreter knows no assembly
+        "STAGES": config.num_stages,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "maxnreg": _registers(config),

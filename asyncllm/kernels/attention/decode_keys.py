@@ -36,6 +36,7 @@ def attend(
     SCALES: tl.constexpr,
     KIND: tl.constexpr,
     ASM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Keys [begin, stop) of a row, whole tiles, of the query heads q [GROUP_PAD, DIM_PAD]: their
     sums of values, best scores and sums of weights. A single one needs no matrix instructions."""
@@ -59,6 +60,7 @@ def attend(
             WINDOW,
             CAPPED,
             SCALES,
+            STAGES,
         )
     elif SCALES > 0:
         acc, best, norm = _attend_pairs(
@@ -234,6 +236,7 @@ def _attend_one(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """``attend`` for one query head, without matrix instructions: products in float32, summed up
     for each place of a tile apart, and over all of them at the end."""
@@ -241,7 +244,8 @@ def _attend_one(
     norms = tl.zeros([1, TILE], tl.float32)
     sums = tl.zeros([TILE, DIM_PAD], tl.float32)
     wide = q.to(tl.float32)
-    for tile in range(begin, stop, TILE):
+    # said here, since only loops with matrix instructions are pipelined unasked
+    for tile in tl.range(begin, stop, TILE, num_stages=STAGES):
         seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
         k, v = _load(k_ptr, v_ptr, slot, seen, kv_head, KV_HEADS, DIM, DIM_PAD)
         k_scale = seen

@@ -64,11 +64,12 @@ _EIGHT_BITS = {
     128: DecodeConfig(64, 4, 4, 4),
     256: DecodeConfig(32, 4, 4, 3),
 }
-# the same for one query head a program, which keeps sums for each place of a tile
+# the same for one query head a program, which keeps sums for each place of a tile: one warp each,
+# since what is summed over a tile would have to wait for others
 _LONE = {
-    64: DecodeConfig(64, 4, 4, 4),
-    128: DecodeConfig(32, 4, 4, 4),
-    256: DecodeConfig(16, 4, 4, 4),
+    64: DecodeConfig(32, 1, 4, 8),
+    128: DecodeConfig(16, 1, 4, 8),
+    256: DecodeConfig(8, 1, 4, 8),
 }
 
 
