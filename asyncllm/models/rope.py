@@ -98,6 +98,17 @@ def notes(ropes: Iterable[Rope | None], max_len: int) -> list[str]:
     return lines
 
 
+def reach(ropes: Iterable[Rope | None], said: int) -> int:
+    """Positions that angles are good for: ``max_position_embeddings``, or what their scaling makes
+    of the positions before it.
+
+    Files for YaRN often keep the former, and the base of dynamic ones begins to grow there.
+    """
+    scalings = [rope.scaling for rope in ropes if rope]
+    stretched = (int(s.factor * s.trained) for s in scalings if isinstance(s, Dynamic | Yarn))
+    return max([said, *stretched])
+
+
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """By how much YaRN scales queries and keys (Peng et al., 2023, §3.4), as DeepSeek weighs it."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

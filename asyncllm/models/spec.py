@@ -15,7 +15,7 @@ from asyncllm.models.numbers import count, number, truth
 from asyncllm.models.quantization import kv_format, weight_block
 from asyncllm.models.registry import family
 from asyncllm.models.rope import Json as Json
-from asyncllm.models.rope import Rope, read_rope
+from asyncllm.models.rope import Rope, reach, read_rope
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -150,7 +150,7 @@ class ModelSpec:
     layers: tuple[AttentionSpec, ...]
     mlps: tuple[MlpSpec | ExpertsSpec, ...]  # of each layer
     rms_eps: float
-    max_position: int
+    max_position: int  # of the longest sequence, by what config.json says of positions
     tie_embeddings: bool
     dtype: str  # of the checkpoint: fp32, bf16 or fp16
     eos_ids: tuple[int, ...]
@@ -247,7 +247,9 @@ class ModelSpec:
             out_bias=bias,
             logit_softcap=_optional(hf, "final_logit_softcapping"),
         )
-        return served.read(spec, hf)
+        spec = served.read(spec, hf)
+        longest = reach((layer.rope for layer in spec.layers), spec.max_position)
+        return replace(spec, max_position=longest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,7 +222,10 @@ def test_nothing_that_counts_is_ignored(model: str) -> None:
     shared = {"dtype", "eos_token_id", "tie_word_embeddings"} if text else set()  # by the outer one
     # what layers without experts have
     dense = {"intermediate_size"} if kind in {"Qwen2MoeConfig", "Qwen3MoeConfig"} else set()
-    assert ignored <= HARMLESS | shared | dense
+    rope = spec.layers[0].rope
+    stretched = rope is not None and isinstance(rope.scaling, Yarn)  # which says how far
+    told = {"max_position_embeddings"} if stretched else set()
+    assert ignored <= HARMLESS | shared | dense | told
 
 
 SMALL = {
@@ -324,6 +327,24 @@ def test_angles_and_scales_of_published_models() -> None:
         ),
     )  # fmt: skip
     assert layers_of("Mistral-Nemo-Instruct-2407")[0].head_dim == 128
+
+
+def test_how_long_sequences_may_be_is_what_angles_are_good_for() -> None:
+    """Qwen's instructions add YaRN and leave max_position_embeddings; so do files with dynamic
+    angles, which would never be used otherwise."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    told: dict[str, dict[str, Any]] = {
+        "LlamaForCausalLM": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "Qwen2ForCausalLM": {"rope_scaling": yarn, "max_position_embeddings": 32768},
+        "Qwen3ForCausalLM": {"max_position_embeddings": 32768},
+        "MistralForCausalLM": {"rope_scaling": yarn, "max_position_embeddings": 262144},
+    }
+    common = LLAMA | {"num_key_value_heads": 2, "max_position_embeddings": 4096}
+    limits = [
+        read(common | {"architectures": [name], **more}).max_position for name, more in told.items()
+    ]
+    assert limits == [8192, 131072, 32768, 262144]
+    assert read(PUBLISHED["Qwen3-8B"][1]).max_position == 131072
 
 
 def test_first_names_of_longrope() -> None:
