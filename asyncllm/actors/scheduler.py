@@ -288,7 +288,8 @@ class Scheduler(Actor[Inbox]):
         self._asked = False
         step = self.core.plan(granted)
         if step is None:
-            self._stalled = self.core.relieve(bool(self._inflight))
+            # steps that others wanted hold nothing of ours that could become free
+            self._stalled = self.core.relieve(any(step.rows for step in self._inflight))
         elif self._in_step:
             self._offer(step)
         else:

@@ -183,3 +183,17 @@ def test_offers_of_nobody_and_out_of_turn_are_dropped() -> None:
 
     uvloop.run(main())
     assert log == [Join(1), Agreed(step=1, num_tokens=3, mixed=False)]
+
+
+def test_a_full_group_makes_room_while_the_other_keeps_the_device_busy() -> None:
+    """Steps in flight that bring it nothing are none to wait for."""
+    pair = Pair(num_slots=60, num_lanes=2, headroom=0)
+    for rid in (1, 2):
+        pair.worlds[2].submit(rid, [rid] * 20, max_new_tokens=20, ignore_eos=True)
+    pair.worlds[0].submit(9, [7] * 4, max_new_tokens=50, ignore_eos=True)
+    while ready := pair.mail():  # the device is never idle
+        pair.turn(*min(ready, key=lambda each: each[1] == "device"))
+    pair.check()
+    rows = [len(plan.lanes) for plan in pair.plans()[1]]
+    assert pair.worlds[2].core.preemptions == 1
+    assert max(step for step, num in enumerate(rows) if num) < 40, rows
