@@ -31,3 +31,12 @@ def test_the_largest_number_is_kept() -> None:
         values, scales = quantize_ref(x, kind, None)
         assert 0.98 * most <= float(values.float().abs().max()) <= most
         assert bool((scales.float()[:, 0] * most >= x.abs().amax(1)).all())
+
+
+def test_every_float_of_8_bits_is_read_as_torch_reads_it() -> None:
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()]
+    assert len(codes) == 254
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        got = dequantize_ref(codes[:, None], torch.ones(254, 1, dtype=torch.bfloat16), dtype)
+        assert torch.equal(got[:, 0], codes.to(dtype))
