@@ -226,7 +226,7 @@ class KvLatents:
         """Why ``spec`` cannot have its latents so, as the end of a sentence about it."""
         if self.format is None or (self.format.element == "fp8" and self.format.group is None):
             return None
-        return f"has its latents in {self.format.name}"
+        return f"has its latents in {self.format.name} instead of triton_fp8kv"
 
 
 def refuse_beyond_plain(spec: AttentionSpec) -> str | None:

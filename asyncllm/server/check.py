@@ -48,7 +48,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         f"model: {boot.model_dir}, {spec.architecture}, "
         f"{num_parameters(spec, torch_device(boot)):,} weights",
         f"served as: {', '.join(resolved.served_names)}",
-        f"device: {resolved.device}, {' '.join((resolved.dtype, *resolved.kv_mode))}, {ranks}; "
+        f"device: {resolved.device}, {', '.join((resolved.dtype, *resolved.kv_mode))}, {ranks}; "
         f"{config.httpserver_workers} for HTTP",
         plan.text(resolved.max_req_total_len),
         f"ports: {', '.join(ports)}",

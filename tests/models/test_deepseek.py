@@ -184,7 +184,10 @@ def test_latents_in_eight_bits(tmp_path: Path) -> None:
 
 def test_what_does_not_go_with_latents_is_refused_by_name(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, *VARIANTS["v2"])
-    with pytest.raises(StartupError, match="that has its latents in ppl_int8kv is not served"):
+    with pytest.raises(
+        StartupError,
+        match="that has its latents in ppl_int8kv instead of triton_fp8kv is not served",
+    ):
         make_device(tmp_path, "fp32", "cpu", kv=KvMode.named(["ppl_int8kv"]))
     with pytest.raises(StartupError, match=r"^--mode triton_gqa_attention is for attention with"):
         make_device(tmp_path, "fp32", "cpu", kv=KvMode.named(["triton_gqa_attention"]))

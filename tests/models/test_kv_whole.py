@@ -127,3 +127,28 @@ def test_what_is_preempted_and_found_again_is_near_the_exact_answer(
     assert world.core.preemptions > 0
     assert world.ledger.hit_tokens > 100
     world.real.close()
+
+
+def test_latents_on_two_ranks_and_behind_a_hit_are_the_same(tmp_path: Path) -> None:
+    """All of a step is read in 8 bits, so that it does not matter which chunk has written it."""
+    make(CASES["deepseek v3"], tmp_path)
+    mode = KvMode.named(["triton_fp8kv"])
+    prompt, found = random_ids(61, VOCAB, 1), []
+    devices = [
+        make_device(tmp_path, "fp32", "cpu", kv=mode),
+        Ranks(tmp_path, 2, mode),
+        make_device(tmp_path, "fp32", "cpu"),
+    ]
+    for device in devices:
+        driver = Driver(device, 512)
+        chunked = Sequence(0, prompt, PARAMS)
+        driver.generate([chunked], 2, 16)
+        hit = Sequence(1, prompt)
+        hit.slots = chunked.slots[:40]
+        driver.run([(hit, 21, 40), (chunked, 1, 0)])
+        assert hit.logprobs[0] == pytest.approx(chunked.logprobs[0], abs=5e-3)
+        found.append(torch.tensor(chunked.prompt_logprobs))
+        device.close()
+    one, two, exact = found
+    assert float((one - two).abs().median()) < 1e-4
+    assert float((one - exact).abs().median()) > 1e-2
