@@ -351,7 +351,12 @@ def make_device(engine: Engine, num_threads: int) -> CpuDevice | CudaDevice:
 
 
 def warm_up(
-    device: CpuDevice | CudaDevice, num_tokens: int, *, graphs: bool = True, num_sliding: int = 0
+    device: CpuDevice | CudaDevice,
+    num_tokens: int,
+    *,
+    max_len: int,
+    graphs: bool = True,
+    num_sliding: int = 0,
 ) -> None:
     """Run each kind of step once, so that no first request pays for compilation; make CUDA graphs.
 
@@ -360,19 +365,24 @@ def warm_up(
 
     Args:
         num_tokens: of the longest chunk.
+        max_len: of a sequence; steps that do not fit are shorter, or left out.
         graphs: False: every step is launched kernel by kernel (--disable_cudagraph).
         num_sliding: slots of the second space; 0: there is one space.
     """
-    _try_steps(device, num_tokens, num_sliding)
+    _try_steps(device, num_tokens, max_len, num_sliding)
     if isinstance(device, CudaDevice) and graphs:
         # with the decode rows that may come beside a chunk; the GPU takes longer for a larger step
         # than its launch takes
         device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
-        _try_steps(device, 16, num_sliding)  # what only a replay needs is loaded at its first use
+        _try_steps(
+            device, 16, max_len, num_sliding
+        )  # what only a replay needs is loaded at its first use
     gc.collect()
 
 
-def _try_steps(device: CpuDevice | CudaDevice, num_tokens: int, num_sliding: int) -> None:
+def _try_steps(
+    device: CpuDevice | CudaDevice, num_tokens: int, max_len: int, num_sliding: int
+) -> None:
     greedy = SamplingParams(temperature=0.0)
     drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1)
     plain = SamplingParams(temperature=1.0, logprobs=0)
@@ -380,7 +390,10 @@ def _try_steps(device: CpuDevice | CudaDevice, num_tokens: int, num_sliding: int
     steps = {greedy: (num_tokens, 16, 1, 1), drawn: (17, 1), plain: (17, 1), changed: (17, 1)}
     for params, sizes in steps.items():
         start = 0
-        for size in sizes:
+        for i, wanted in enumerate(sizes, 1):
+            size = min(wanted, max_len - start - (len(sizes) - i))  # there is a token for the rest
+            if size < 1:
+                continue
             plan = StepPlan(
                 step=0,
                 num_decode=int(size == 1),

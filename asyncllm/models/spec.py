@@ -237,7 +237,7 @@ class ModelSpec:
             layers=_layers(hf),
             mlps=(mlp,) * num_layers,
             rms_eps=number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6), zero=True),
-            max_position=count(hf, "max_position_embeddings", 2048),
+            max_position=count(hf, "max_position_embeddings", 2048, least=2),
             tie_embeddings=truth(hf, "tie_word_embeddings"),
             dtype=_DTYPE_NAMES[dtype],
             eos_ids=_eos(hf, generation),

@@ -198,6 +198,7 @@ def _load_device(
         warm_up(
             device,
             chunk,
+            max_len=resolved.max_req_total_len,
             graphs=not boot.config.disable_cudagraph,
             num_sliding=0 if plan.window is None else plan.num.sliding,
         )

@@ -179,7 +179,7 @@ def test_planned_weights_of_experts_are_what_every_rank_allocates(tp: int, whole
 
 
 def test_a_model_without_memory_has_none(tmp_path: Path) -> None:
-    spec = ModelSpec.from_hf(make_config(vocab_size=1 << 30, hidden_size=6 << 10).to_dict(), {})
+    spec = ModelSpec.from_hf(make_config(vocab_size=1 << 22, hidden_size=6 << 18).to_dict(), {})
     model = make_model(
         spec, Alone(), dtype="bf16", device=CPU, max_len=64, where=torch.device("meta")
     )
@@ -301,7 +301,7 @@ def test_both_spaces_are_what_the_engine_allocates(
     assert len(tables) == (3 if name == "gemma3" else 2)
     assert num_bytes(tables) < plan.work
     device = CpuDevice(engine, 1)
-    warm_up(device, 64, num_sliding=plan.num.sliding)
+    warm_up(device, 64, max_len=256, num_sliding=plan.num.sliding)
     device.close()
 
 

@@ -457,6 +457,10 @@ def test_both_files_count(tmp_path: Path) -> None:
             "query_pre_attn_scalar is 0: not a positive integer",
         ),
         ({"rope_scaling": "yes"}, "value of another type"),
+        (
+            {"max_position_embeddings": 1},
+            "max_position_embeddings is 1: not an integer of at least 2",
+        ),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan: not a positive number"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05: not a positive number"),
         ({"rope_theta": "10000"}, "rope_theta of the rotary embedding is '10000': not a positive"),

@@ -32,5 +32,13 @@ def test_every_part_of_sampling_has_run(
     parts = {"sample", "add_bias", "penalize", "log_probs"}
     for name in parts:
         monkeypatch.setattr(sampler, name, spy(name, getattr(sampler, name)), raising=False)
-    warm_up(made, 64, graphs=False)
+    warm_up(made, 64, max_len=256, graphs=False)
     assert called == parts
+
+
+@pytest.mark.parametrize("max_len", [2, 3, 19, 20])
+def test_the_shortest_sequences_are_long_enough(tmp_path: Path, max_len: int) -> None:
+    make_checkpoint(tmp_path)
+    made = make_device(tmp_path, "fp32", "cpu", num_slots=max_len, num_lanes=1, max_len=max_len)
+    warm_up(made, max_len // 2, max_len=max_len)
+    made.close()
