@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NoReturn
 
 from asyncllm import __version__, log
@@ -63,17 +64,28 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse(error)
     except SystemExit as done:  # --help and --version have answered
         return 0 if done.code is None else int(done.code)
-    log.setup(config.log_level, json=config.log_json, who="rank0")
+    first_rank = config.node_rank * config.tp // config.nnodes
+    log.setup(config.log_level, json=config.log_json, who=f"rank{first_rank}")
     quiet_libraries()
     signals.hold()
-    from asyncllm.rank import serve
-
     try:
+        if config.make_cluster_key is not None:
+            return _make_cluster_key(config.make_cluster_key)
+        from asyncllm.rank import serve
+
         return serve(config)
     except StartupError as error:
         return _refuse(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _make_cluster_key(name: str) -> int:
+    from asyncllm.server.secret import make_key_file
+
+    make_key_file(Path(name))
+    sys.stdout.write(f"a secret is in {name}; copy it to all nodes: --cluster_key_file {name}\n")
+    return 0
 
 
 def parse(argv: list[str]) -> Config:

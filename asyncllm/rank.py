@@ -16,30 +16,30 @@ import uvloop
 
 from asyncllm import log
 from asyncllm.actors.pulse import Pulse
-from asyncllm.actors.transport import Keys
 from asyncllm.api.defaults import read_defaults
 from asyncllm.config import Config, Resolved, resolve_limits
 from asyncllm.constrain.engine import library
-from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible, use_interface
+from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.models.checkpoint import read_checkpoint, with_own_head
 from asyncllm.models.spec import ModelSpec, generation_config
-from asyncllm.server import meeting
 from asyncllm.server.check import check
 from asyncllm.server.keys import with_all_keys
 from asyncllm.server.launch import (
     Boot,
+    NodeWires,
     Wires,
     bind_http,
     die_with_parent,
     tls_context,
 )
 from asyncllm.server.loading import load_text
-from asyncllm.server.process import EXIT_STARTUP, Server
+from asyncllm.server.process import EXIT_STARTUP, Ground, Server
+from asyncllm.server.seats import Seat, find_seat, take_seat
 from asyncllm.server.signals import Watch, hold_draining, leave_to_leader
 from asyncllm.text import Text
-from asyncllm.topology import Topology
+from asyncllm.topology import HTTP, Topology
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def serve(config: Config) -> int:
     tls_context(config)
     if config.output_constraint_mode != "none":
         library()
-    watch = Watch("rank 0", leads=True)
+    watch = Watch(f"rank {config.node_rank * config.tp // config.nnodes}", leads=True)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
         model_dir = resolve_model_dir(config.model_dir, cache_dir(), load_way=config.load_way)
@@ -66,36 +66,51 @@ def serve(config: Config) -> int:
             logger.warning("%s", line)
         for note in resolved.notes:
             logger.info("%s", note)
-        if not config.check:
-            hold_draining()  # from here on there is a folder to be removed
-        sizes = {"tp": config.tp, "dp": config.dp, "http": config.httpserver_workers}
-        topology = Topology.on_one_node(**sizes, in_step=spec.shares_experts)
-        wires = Wires(config.zmq_mode, alone=len(topology.endpoints) == 1)
-        stack.callback(wires.close)
-        watch.leave = partial(_leave, wires)
-        keys = Keys.make()
-        rendezvous, store_fd = None, -1
-        if len(topology.ranks) > 1:
-            meets = stack.enter_context(meeting.listen(config))
-            rendezvous = meets.getsockname()[:2]
-            use_interface(meeting.interface_to(config.nccl_host))
-            store_fd = os.dup(meets.fileno())  # torch closes the one that it is given
+        seat = _seat(config, spec, resolved, model_dir, stack)
+        watch.leave = partial(_leave, seat.wires)
+        serves = HTTP in seat.topology[seat.endpoint].roles
         boot = Boot(
-            endpoint=topology.coordinator.id,
-            topology=topology.at(topology.coordinator.id, wires.address(topology.coordinator.id)),
-            keys=(keys.public, keys.secret),
+            endpoint=seat.endpoint,
+            topology=seat.topology,
+            keys=(seat.keys.public, seat.keys.secret),
             config=config,
             resolved=resolved,
             model_dir=str(model_dir),
-            rendezvous=rendezvous,
-            listen_fd=sock.fileno(),
+            rendezvous=seat.rendezvous,
+            listen_fd=sock.fileno() if serves else -1,
             parent=0,
-            store_fd=store_fd,
-            pulse_fd=Pulse.create() if wires.address(0) else -1,
+            store_fd=seat.store_fd,
+            pulse_fd=Pulse.create() if seat.wires.address(0) else -1,
+            advertised=seat.advertised,
         )
         if config.check:
             return check(boot, spec, text)
-        return uvloop.run(Server(boot, spec, text, wires, watch).run())
+        ground = Ground(seat.wires, seat.lifeline, None if serves else sock)
+        return uvloop.run(Server(boot, spec, text, ground, watch).run())
+
+
+def _seat(
+    config: Config,
+    spec: ModelSpec,
+    resolved: Resolved,
+    model_dir: Path,
+    stack: contextlib.ExitStack,
+) -> Seat:
+    """The place of this process; waits for other nodes."""
+    topology = Topology.on_nodes(
+        config.nnodes,
+        config.tp,
+        config.httpserver_workers,
+        config.dp,
+        in_step=spec.shares_experts,
+    )
+    if config.nnodes > 1 and not config.check:
+        seat = find_seat(config, resolved, model_dir, topology, stack)
+        hold_draining()  # while it waited there was nothing to be told
+        return seat
+    if not config.check:
+        hold_draining()  # from here on there is a folder to be removed
+    return take_seat(config, topology, stack)
 
 
 def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
@@ -113,7 +128,7 @@ def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
     return spec, text
 
 
-def _leave(wires: Wires, code: int) -> NoReturn:
+def _leave(wires: Wires | NodeWires, code: int) -> NoReturn:
     wires.close()
     os._exit(code)
 
@@ -125,10 +140,12 @@ def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None 
     if config.device == "cuda" and not cuda:
         raise StartupError("--device cuda: torch finds no CUDA device (--device cpu)")
     device = "cuda" if cuda and config.device != "cpu" else "cpu"
-    if device == "cuda" and config.tp > torch.cuda.device_count():
+    if device == "cuda" and config.tp // config.nnodes > torch.cuda.device_count():
         hidden = f" ({CUDA_VISIBLE}={cuda_visible()})" if cuda_visible() is not None else ""
+        nodes = f" on {config.nnodes} nodes" * (config.nnodes > 1)
         raise StartupError(
-            f"--tp {config.tp} needs as many GPUs, {torch.cuda.device_count()} are visible{hidden}"
+            f"--tp {config.tp} needs as many GPUs{nodes}, "
+            f"{torch.cuda.device_count()} are visible{hidden}"
         )
     if max(config.eos_id, default=0) >= spec.vocab_size:
         raise StartupError(
@@ -169,7 +186,7 @@ def main() -> int:
         spec = ModelSpec.from_dir(model_dir)
         with read_checkpoint(model_dir, boot.config.load_way, spec) as checkpoint:
             spec = with_own_head(spec, checkpoint)
-        return uvloop.run(Server(boot, spec, None, None, watch).run())
+        return uvloop.run(Server(boot, spec, None, Ground(), watch).run())
     except StartupError as error:
         logger.critical("%s cannot start: %s", boot.name, error)
         return EXIT_STARTUP

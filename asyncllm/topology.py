@@ -111,11 +111,20 @@ class Topology:
 
         ``in_step``: several groups take each step together.
         """
+        return Topology.on_nodes(1, tp, http, dp, in_step=in_step)
+
+    @staticmethod
+    def on_nodes(
+        nnodes: int, tp: int = 1, http: int = 1, dp: int = 1, *, in_step: bool = False
+    ) -> Topology:
+        """The same on several nodes with as many ranks each; HTTP is served by the first one."""
+        per_node = tp // nnodes
         ranks = [
             Endpoint(
                 id=i,
+                node=i // per_node,
                 roles=(FOLLOWER if i % (tp // dp) else LEADER,),
-                device=i,
+                device=i % per_node,
                 group=i // (tp // dp),
                 group_rank=i % (tp // dp),
             )
@@ -129,6 +138,22 @@ class Topology:
     def coordinator(self) -> Endpoint:
         """Whose watchdog waits for all, drains the server and answers scrapes."""
         return self.endpoints[0]
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Numbers of the machines."""
+        return tuple(sorted({e.node for e in self.endpoints}))
+
+    def on(self, node: int) -> tuple[Endpoint, ...]:
+        """The endpoints of a node. The first is the process that the user has started there: it
+        starts the others."""
+        return tuple(e for e in self.endpoints if e.node == node)
+
+    def watched(self, number: int) -> frozenset[int]:
+        """Whose signs of life one looks at: the first process of a node at those of the others
+        there, and they at its."""
+        first, *others = (e.id for e in self.on(self[number].node))
+        return frozenset(others) if number == first else frozenset({first})
 
     @property
     def ranks(self) -> tuple[Endpoint, ...]:

@@ -61,7 +61,7 @@ def sample(name: str) -> tuple[list[str], object]:
         return [], True
     if name == "trust_forwarded_for":
         value = "10.0.0.0/8"
-    elif option.unavailable or option.needs or option.choices or name == "dp":
+    elif option.unavailable or option.needs or option.choices or name in ("dp", "nnodes"):
         value = option.choices[0] if option.default is None else option.default
     else:
         value = {int: 5, float: 0.5, str: "text"}[option.kind]
@@ -153,8 +153,16 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
         (["--run_mode", "decode"], "not available yet"),
         (["--run_mode", "pd_master"], "not available yet"),
         (["--run_mode", "config_server"], "not available yet"),
-        (["--nnodes", "2"], "--nnodes 2 is not available yet"),
-        (["--node-rank", "1"], "not available yet"),
+        (["--nnodes", "2"], "--tp 1 ranks cannot be divided among --nnodes 2 nodes"),
+        (["--node-rank", "1"], "it counts with --nnodes above 1"),
+        (
+            ["--nnodes", "2", "--tp", "2", "--node-rank", "2"],
+            "--node_rank 2 must be below --nnodes",
+        ),
+        (
+            ["--nnodes", "2", "--tp", "2", "--multinode_router_gloo_port", "65535"],
+            "--multinode_router_gloo_port 65535 leaves no port for the last of --tp 2 ranks: 65536",
+        ),
         (["--tp", "3", "--dp", "2"], "--tp must be a multiple of --dp"),
         (["--mode", "triton_int8kv", "ppl_fp16"], "--mode ppl_fp16 does not read --mode"),
         (["--mode=ppl_int8kv", "--llm-kv-type", "fp8kv"], "and --llm_kv_type fp8kv are two"),
@@ -276,7 +284,7 @@ def test_page_is_fresh_and_complete() -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--nnodes", "2"], "--nnodes 2 is not available yet"),
+        (["--nnodes", "2"], "and must be a multiple of --nnodes"),
         (["--prot", "1"], "did you mean --port?"),
         (["--chat_template", "x"], "the chat template is the model folder's"),
     ],
@@ -294,11 +302,11 @@ def test_command_line_loads_neither_torch_nor_the_server() -> None:
         "import sys\n"
         "from asyncllm.cli import main, parse\n"
         "parse(['--tp', '2'])\n"
-        "assert main(['--help']) == 0 and main(['--version']) == 0 and main(['--nnodes', '2']) == 2\n"
+        "assert main(['--help']) == 0 and main(['--version']) == 0 and main(['--dp', '2']) == 2\n"
         f"sys.exit(' '.join(m for m in {heavy} if m in sys.modules) or 0)\n"
     )
     done = run("-c", script)
-    assert done.stderr == "asyncllm: --nnodes 2 is not available yet\n"
+    assert done.stderr.startswith("asyncllm: --tp 1 ranks cannot be divided among --dp 2 groups")
     assert done.returncode == 0
 
 

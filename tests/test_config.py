@@ -56,6 +56,10 @@ DOCUMENTED: dict[str, Any] = {
     "mode": (),
 }
 OURS: dict[str, Any] = {
+    "node_timeout": 300.0,
+    "advertise_host": None,
+    "cluster_key_file": None,
+    "make_cluster_key": None,
     "max_req_input_len": None,
     "long_truncation_mode": "None",
     "use_tgi_api": False,
@@ -234,8 +238,6 @@ def test_ranks_that_cannot_be_divided_among_the_groups_end_the_start(tp: int, dp
 
 UNAVAILABLE = [
     *(("run_mode", mode) for mode in ("prefill", "decode", "pd_master", "config_server")),
-    ("nnodes", 2),
-    ("node_rank", 1),
 ]
 
 
@@ -310,6 +312,9 @@ def test_the_format_of_the_checkpoint_counts_where_none_is_asked_for() -> None:
         ("config_server_host", "10.0.0.1", "config_server"),
         ("config_server_port", 60088, "config_server"),
         ("multinode_httpmanager_port", 12346, "--nnodes above 1"),
+        ("node_timeout", 20.0, "--nnodes above 1"),
+        ("advertise_host", "10.0.0.1", "--nnodes above 1"),
+        ("cluster_key_file", "key", "--nnodes above 1"),
         ("multinode_router_gloo_port", 20002, "--nnodes above 1"),
         ("nccl_host", "10.0.0.1", "--tp above 1"),
         ("nccl_port", 28766, "--tp above 1"),
@@ -335,8 +340,11 @@ def test_options_of_another_mode_are_one_warning(name: str, value: Any, where: s
 
 def test_every_option_of_another_mode_is_tested_and_none_but_a_lost_key_ends_the_start() -> None:
     assert {name for name, option in FLAGS.items() if option.needs and option.needs.vital} == {
-        "ssl_keyfile"
+        "ssl_keyfile",
+        "node_rank",
     }
+    with pytest.raises(StartupError, match=r"^--node_rank 1 has no effect: .*--nnodes above 1$"):
+        Config(node_rank=1)
     with pytest.raises(StartupError, match=r"^--ssl_keyfile key.pem has no effect: .*certfile"):
         Config(ssl_keyfile="key.pem")
 

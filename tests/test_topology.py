@@ -78,6 +78,20 @@ def test_ranks_are_divided_among_groups_in_order() -> None:
     assert Topology.on_one_node(tp=6).placed("balancer") == ()
 
 
+def test_ranks_are_divided_among_nodes_and_the_first_of_each_looks_after_the_others() -> None:
+    topology = Topology.on_nodes(2, 4, 2)
+    assert topology.nodes == (0, 1)
+    assert [(e.node, e.device) for e in topology.ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [ids(topology.on(node)) for node in topology.nodes] == [[0, 1, 4], [2, 3]]
+    assert [e.roles for e in topology.on(1)] == [(FOLLOWER,), (FOLLOWER,)]
+    assert topology.placed("frontend") == (0, 4)
+    watched = {0: {1, 4}, 1: {0}, 4: {0}, 2: {3}, 3: {2}}
+    assert {number: set(topology.watched(number)) for number in watched} == watched
+    groups = Topology.on_nodes(2, 4, dp=2)
+    assert [e.roles for e in groups.on(1)] == [(LEADER,), (FOLLOWER,)]
+    assert Topology.on_nodes(1, 4, 2) == Topology.on_one_node(4, 2)
+
+
 def test_what_requests_say_goes_by_the_balancer_where_there_are_groups() -> None:
     assert Topology.on_one_node(tp=2, http=2).intake("grammar") == ("grammar", 0)
     assert NODES.intake("grammar") == NODES.intake("scheduler") == ("balancer", 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -55,11 +56,23 @@ class Wire:
         address: where it listens: ``ipc://path``, or ``tcp://127.0.0.1:*`` for any free port.
         keys: the server's.
         peers: addresses of endpoints that are known already.
+        advertised: host that others dial instead of the one in ``address``; "": that one.
     """
 
     address: str
     keys: Keys
     peers: Mapping[int, str] = field(default_factory=dict)
+    advertised: str = ""
+
+
+def tcp(host: str, port: int | str) -> str:
+    """What ZeroMQ calls a port of a host, which is a name or an address of either kind."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def ipv6(address: str) -> bool:
+    """Whether a socket must know IPv6 for this address: names may lead there, dotted ones never."""
+    return address.startswith("tcp://") and not re.fullmatch(r"tcp://[\d.]+:[\d*]+", address)
 
 
 class Transport:
@@ -87,6 +100,7 @@ class Transport:
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._in = self._ctx.socket(zmq.PULL)
         self._in.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+        self._in.setsockopt(zmq.IPV6, ipv6(wire.address))
         self._in.setsockopt(zmq.CURVE_SERVER, 1)
         self._in.setsockopt_string(zmq.CURVE_SECRETKEY, wire.keys.secret)
         try:
@@ -96,6 +110,8 @@ class Transport:
             self._ctx.term()
             raise StartupError(f"cannot listen on {wire.address}: {error}") from error
         self.address = self._in.getsockopt_string(zmq.LAST_ENDPOINT)
+        if wire.advertised:
+            self.address = tcp(wire.advertised, int(self.address.rpartition(":")[2]))
         self._fd = int(self._in.getsockopt(zmq.FD))
         self._outs: dict[int, _Out] = {}
         for peer, address in wire.peers.items():
@@ -105,6 +121,7 @@ class Transport:
         """From now on ``peer`` is there. Raises ValueError for what is no address."""
         sock = self._ctx.socket(zmq.PUSH)
         sock.setsockopt(zmq.LINGER, LINGER_MS)
+        sock.setsockopt(zmq.IPV6, ipv6(address))
         sock.setsockopt_string(zmq.CURVE_SERVERKEY, self._keys.public)
         sock.setsockopt_string(zmq.CURVE_PUBLICKEY, self._keys.public)
         sock.setsockopt_string(zmq.CURVE_SECRETKEY, self._keys.secret)

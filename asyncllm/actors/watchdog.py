@@ -185,7 +185,8 @@ class Watchdog(Actor[Inbox]):
         self._leads = me == topology.coordinator.id
         if self._leads:
             several = REPORTER if len(topology.groups) > 1 else ()  # other leaders have numbers too
-            self.remote = frozenset({Hello, Cancel, Drained, Scrape, Served, *several})
+            stops = (Drain,) if len(topology.nodes) > 1 else ()  # the signal may come on any node
+            self.remote = frozenset({Hello, Cancel, Drained, Scrape, Served, *several, *stops})
             self._absent = {e.id for e in topology.endpoints} - {me}
         else:
             self.remote = frozenset({Welcome, Halt, Lost})
@@ -361,7 +362,8 @@ class Watchdog(Actor[Inbox]):
         self._means.exit(EXIT_HUNG)
 
     def _watch_peers(self, now: float, late: float) -> None:
-        for peer in [*self._heard] if self._leads else [self.system.topology.coordinator.id]:
+        watched = self.system.topology.watched(self.system.endpoint)
+        for peer in watched & self._heard.keys() if self._leads else watched:
             if beat := self._means.last_beat(peer):
                 self._heard[peer] = max(self._heard.get(peer, 0.0), beat)
         if late > self._duty.heartbeat_s:  # perhaps all of us were stopped
@@ -372,7 +374,7 @@ class Watchdog(Actor[Inbox]):
         if (limit := self._duty.step_timeout_s) > 0:
             self._means.guard(limit + LAST_RESORT_S)
         for peer, heard in [*self._heard.items()]:
-            if now - heard > self._duty.dead_after_s:
+            if peer in watched and now - heard > self._duty.dead_after_s:
                 self._silent(peer, now - heard)
 
     def _silent(self, peer: int, seconds: float) -> None:
@@ -388,7 +390,7 @@ class Watchdog(Actor[Inbox]):
 
     def _drain(self, timeout_s: float) -> None:
         if not self._leads:
-            log.warning("drain ignored: the coordinator decides")
+            self.system.at_coordinator("watchdog").tell(Drain(timeout_s), urgent=True)
         elif self._busy is not None:
             log.info("second signal: stopping at once")
             self._halt()

@@ -45,7 +45,8 @@ GROUPS = (BASIC, PD, MODEL, MEMORY, PARALLEL, ATTENTION, ACCESS, OPERATION)
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
-PORT = between(1, 65535)
+MOST_PORT = 65535
+PORT = between(1, MOST_PORT)
 PD_NODE = Needs(
     "--run_mode prefill or decode", lambda c: c.run_mode in {"prefill", "decode"}, False
 )
@@ -55,7 +56,8 @@ PD_MODES = Needs(
     lambda c: c.run_mode != "normal",
     False,
 )
-NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1, False)
+NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1)
+A_NODE = Needs("--nnodes above 1", lambda c: c.nnodes > 1, vital=True)
 CERTIFIED = Needs("--ssl_certfile", lambda c: c.ssl_certfile is not None, vital=True)
 KEYLESS = Needs("addresses, without API keys", lambda c: not (c.api_key or c.api_key_file))
 CACHED = Needs(
@@ -65,7 +67,8 @@ CACHED = Needs(
 # what may differ between the nodes of one server; the rest decides what it answers
 OF_ONE_NODE = frozenset(
     {"host", "port", "node_rank", "api_key_file", "ssl_certfile", "ssl_keyfile", "check",
-     "log_level", "log_json"}
+     "log_level", "log_json", "model_dir", "nccl_host", "nccl_port", "advertise_host",
+     "cluster_key_file", "make_cluster_key", "node_timeout"}
 )  # fmt: skip
 RANKS = Needs("--tp above 1", lambda c: c.tp > 1)
 DP_GROUPS = Needs("--dp above 1", lambda c: c.dp > 1)
@@ -252,17 +255,32 @@ class Config:
 
     # --- parallel modes
     nnodes: int = flag(
-        1, group=PARALLEL, check=at_least(1), unavailable=(ANY,), help="machines of this server"
-    )
+        1, group=PARALLEL, check=between(1, 1024),
+        help="machines (nodes) of this server; each has as many of the --tp ranks, and is started "
+        "with the same options but those that are its own",
+    )  # fmt: skip
     node_rank: int = flag(
-        0, group=PARALLEL, check=at_least(0), unavailable=(ANY,), help="number of this machine"
-    )
+        0, group=PARALLEL, check=at_least(0), needs=A_NODE,
+        help="number of this machine; 0 serves HTTP and schedules, the others answer /health and "
+        "/metrics only",
+    )  # fmt: skip
     multinode_httpmanager_port: int = flag(
-        12345, group=PARALLEL, check=PORT, needs=NODES, help="port between the machines' front ends"
-    )
+        12345, group=PARALLEL, check=PORT, needs=NODES,
+        help="port of --nccl_host at which the nodes meet node 0",
+    )  # fmt: skip
     multinode_router_gloo_port: int = flag(
-        20001, group=PARALLEL, check=PORT, needs=NODES, help="port between the machines' schedulers"
-    )
+        20001, group=PARALLEL, check=PORT, needs=NODES,
+        help="port on which rank 0 takes messages; rank r listens on the r-th port after it",
+    )  # fmt: skip
+    node_timeout: float = flag(
+        300.0, group=PARALLEL, check=above_zero, metavar="SECONDS", needs=NODES,
+        help="time for all nodes to come; one that is missing ends the start everywhere",
+    )  # fmt: skip
+    advertise_host: str | None = flag(
+        None, group=PARALLEL, check=not_empty, metavar="HOST", needs=NODES,
+        help="name or address by which other nodes reach this one; default: --nccl_host on node 0, "
+        "elsewhere the address from which it reaches that",
+    )  # fmt: skip
     tp: int = flag(
         1, group=PARALLEL, check=between(1, 1024), aliases=("tensor-parallel-size",),
         help="ranks, one process and one GPU each, among which the model is divided (with --dp: "
@@ -282,8 +300,9 @@ class Config:
     )  # fmt: skip
     nccl_host: str = flag(
         "127.0.0.1", group=PARALLEL, check=not_empty, needs=RANKS,
-        help="address at which the ranks of torch.distributed meet (NCCL, gloo on CPU); they listen "
-        "there only, and talk over the network interface that leads there",
+        help="address at which the ranks of torch.distributed meet (NCCL, gloo on CPU), with "
+        "--nnodes that of node 0; they listen there only, and talk over the network interface that "
+        "leads there",
     )  # fmt: skip
     nccl_port: int = flag(
         28765, group=PARALLEL, check=PORT, needs=RANKS,
@@ -346,6 +365,16 @@ class Config:
     ssl_keyfile: str | None = flag(
         None, group=ACCESS, check=not_empty, metavar="FILE", needs=CERTIFIED,
         help="its private key (PEM, not encrypted); default: in the certificate's file",
+    )  # fmt: skip
+    cluster_key_file: str | None = flag(
+        None, group=ACCESS, check=not_empty, metavar="FILE", needs=NODES,
+        help="secret that all nodes have, without which none is heard; only its owner may read the "
+        "file (chmod 600 or 400). Two secrets, one a line, while one replaces the other: node 0 "
+        "uses the first, the others try both. Not needed on the loopback interface",
+    )  # fmt: skip
+    make_cluster_key: str | None = flag(
+        None, group=ACCESS, check=not_empty, metavar="FILE",
+        help="write a new secret for --cluster_key_file to FILE, which must not exist, and exit",
     )  # fmt: skip
     cors_allow_origins: tuple[str, ...] = flag(
         (), group=ACCESS, nargs="+", check=origin, metavar="ORIGIN",
@@ -426,9 +455,27 @@ class Config:
                 f"--tp {self.tp} ranks cannot be divided among --dp {self.dp} groups: --tp must "
                 "be a multiple of --dp"
             )
+        self._check_nodes()
         KvMode.named(self.mode, self.llm_kv_type)
         warnings = [line for name in sorted(changed) for line in self._moot(name, values[name])]
         object.__setattr__(self, "warnings", tuple(dict.fromkeys((*self.warnings, *warnings))))
+
+    def _check_nodes(self) -> None:
+        if self.nnodes == 1:
+            return
+        if self.node_rank >= self.nnodes:
+            raise StartupError(f"--node_rank {self.node_rank} must be below --nnodes {self.nnodes}")
+        if self.tp % self.nnodes:
+            raise StartupError(
+                f"--tp {self.tp} ranks cannot be divided among --nnodes {self.nnodes} nodes: --tp "
+                "counts those of all nodes, and must be a multiple of --nnodes"
+            )
+        last = self.multinode_router_gloo_port + self.tp - 1
+        if last > MOST_PORT:
+            raise StartupError(
+                f"--multinode_router_gloo_port {self.multinode_router_gloo_port} leaves no port "
+                f"for the last of --tp {self.tp} ranks: {last} is above {MOST_PORT}"
+            )
 
     def _moot(self, name: str, value: Single | tuple[Single, ...]) -> Iterator[str]:
         """A line if this option cannot matter. Raises StartupError where it cannot be honoured."""

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from asyncllm.actors.transport import tcp
 from asyncllm.codec import protocol
 from asyncllm.config import Config, Resolved
 from asyncllm.environment import child_environment
@@ -56,6 +57,7 @@ class Boot:
     parent: int  # pid; 0 for rank 0
     store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
     pulse_fd: int = -1  # see ``Pulse``; -1: alone
+    advertised: str = ""  # host by which other nodes reach this one; "": there are none
 
     @property
     def name(self) -> str:
@@ -68,8 +70,13 @@ class Boot:
 
     @property
     def coordinates(self) -> bool:
-        """It is the process that the user has started; it starts the others."""
+        """It is the server's first process, which waits for all others and ends them."""
         return self.me == self.topology.coordinator
+
+    @property
+    def heads(self) -> bool:
+        """It is the process that the user has started on this node; it starts the others there."""
+        return self.me == self.topology.on(self.me.node)[0]
 
     @property
     def group(self) -> tuple[Endpoint, ...]:
@@ -298,3 +305,25 @@ class Wires:
         """Remove the folder."""
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeWires:
+    """Where the endpoints of one of several nodes listen: ranks on known ports, others on any.
+
+    Args:
+        host: address of this node.
+        port: of rank 0.
+        ranks: how many all nodes have; their numbers are 0 to ``ranks`` - 1.
+    """
+
+    host: str
+    port: int
+    ranks: int
+
+    def address(self, endpoint: int) -> str:
+        """What an endpoint binds."""
+        return tcp(self.host, self.port + endpoint if endpoint < self.ranks else "*")
+
+    def close(self) -> None:
+        """There is nothing to be removed."""

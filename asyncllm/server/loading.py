@@ -159,6 +159,12 @@ def read_dialect(config: Config, text: Text) -> Dialect:
         return templates.read_dialect(text.templates, text.special_tokens, *known)
 
 
+def _share_memory(boot: Boot) -> bool:
+    """Whether all ranks that add up together are of one node."""
+    together = boot.topology.ranks if boot.topology.in_step else boot.group
+    return len({rank.node for rank in together}) == 1
+
+
 def _load_device(
     boot: Boot, spec: ModelSpec, ranks: Ranks | None, where: torch.device, plan: MemoryPlan
 ) -> CpuDevice | CudaDevice:
@@ -179,7 +185,7 @@ def _load_device(
             whole_experts=boot.config.enable_ep_moe,
             kv=KvMode.named(resolved.kv_mode),
             world=None if ranks is None else ranks.world,
-            symmetric=not boot.config.disable_symm_mem_allreduce,
+            symmetric=not boot.config.disable_symm_mem_allreduce and _share_memory(boot),
             progress=lambda done, _: bar.advance(done - bar.done_bytes),
         )
     with log.phase("allocate KV"):

@@ -58,8 +58,8 @@ def _cannot(host: str, port: int, error: OSError) -> str:
     return f"ranks cannot meet at {host}:{port or '(any port)'}: {reason} ({flags})"
 
 
-def interface_to(host: str) -> str:
-    """Name of the network interface that leads to ``host``, e.g. "lo" or "eth0".
+def address_towards(host: str) -> str:
+    """The address of this machine from which it reaches ``host``.
 
     Raises:
         StartupError: there is no route to it.
@@ -68,10 +68,19 @@ def interface_to(host: str) -> str:
         family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # sends nothing; the kernel looks up the route
-            ours = probe.getsockname()[0]
+            return str(probe.getsockname()[0])
     except OSError as error:
         reason = error.strerror or str(error)
         raise StartupError(f"no route to {host}: {reason} (--nccl_host)") from None
+
+
+def interface_to(host: str) -> str:
+    """Name of the network interface that leads to ``host``, e.g. "lo" or "eth0".
+
+    Raises:
+        StartupError: there is no route to it.
+    """
+    ours = address_towards(host)
     local = ipaddress.ip_address(ours.partition("%")[0])
     found = [(net.prefixlen, name) for name, net in _networks() if local in net]
     if not found:

@@ -10,18 +10,21 @@ import os
 import sys
 import threading
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from socket import socket
 from time import monotonic
 from typing import NoReturn
 
 import torch
 
+from asyncllm.actors.gate import Access
 from asyncllm.actors.pulse import Pulse
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import EXIT_HUNG, Means, dump_stacks
 from asyncllm.api.welcome import curl_line
+from asyncllm.core.metrics import Process, ServerMetrics, State
 from asyncllm.errors import FatalError, Mismatch, PeerLost, StartupError
 from asyncllm.messages import Drain, Replaced
 from asyncllm.models.spec import ModelSpec
@@ -29,11 +32,15 @@ from asyncllm.server.assembly import place
 from asyncllm.server.launch import (
     Boot,
     Children,
+    NodeWires,
     Wires,
+    tls_context,
     watch_parent,
 )
 from asyncllm.server.loading import Parts, load_parts, num_threads
+from asyncllm.server.nodes import Lifeline
 from asyncllm.server.signals import SHOW, Watch, handle_draining
+from asyncllm.server.status import Status
 from asyncllm.text import Text
 from asyncllm.topology import HTTP, Endpoint, Topology
 
@@ -48,31 +55,46 @@ SWITCH_INTERVAL_S = 0.0005  # a helper thread that needs the GIL must not hold t
 logger = logging.getLogger(__name__)
 
 
-class Server:
-    """One process of the server, from load to exit.
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What the process that the user has started on a node has, and no child.
 
     Args:
-        wires: of rank 0.
+        wires: where it and its children listen.
+        lifeline: to the other nodes; None: there are none.
+        status: bound socket for /health and /metrics of a node that serves no requests.
     """
 
+    wires: Wires | NodeWires | None = None
+    lifeline: Lifeline | None = None
+    status: socket | None = None
+
+
+class Server:
+    """One process of the server, from load to exit."""
+
     def __init__(
-        self, boot: Boot, spec: ModelSpec, text: Text | None, wires: Wires | None, watch: Watch
+        self, boot: Boot, spec: ModelSpec, text: Text | None, ground: Ground, watch: Watch
     ) -> None:
         self._boot, self._spec, self._text = boot, spec, text
-        self._wires, self._watch = wires, watch
+        self._wires, self._lifeline, self._watch = ground.wires, ground.lifeline, watch
+        self._status: Status | None = None
+        self._status_socket = ground.status
         self._system: ActorSystem
         self._children: Children | None = None
         self._leaving = threading.Lock()
         # actors run; HTTP is served; it is to end; it fails
         self._acting = self._open = self._drains = self._failing = False
         self._code = 1  # of the exit, if the server fails
+        self._lost = asyncio.Event()  # another node has
+        self._heard_of_it = threading.Event()  # the same, for threads
         self._next_endpoint = len(boot.topology.endpoints)  # numbers are never given twice
         self._replaced: deque[float] = deque()  # when HTTP workers were, of late
 
     async def run(self) -> int:
         """Load, run the actors until they stop; the exit code."""
         boot = self._boot
-        if boot.coordinates:
+        if boot.heads:
             self._lead()
         elif boot.me.replaceable:
             loop = asyncio.get_running_loop()
@@ -81,6 +103,7 @@ class Server:
         self._system = ActorSystem(boot.endpoint, self._wire(), topology=boot.topology)
         self._system.on_failure = self._failed
         try:
+            await self._open_status()
             self._start_children(replaceable=False)
             parts = await self._load()
             self._boot = parts.boot
@@ -90,17 +113,21 @@ class Server:
             await self._system.run()
         except FatalError as error:
             await self._wait_for_culprit()
+            self._tell_nodes(self._code, str(error))
             logger.critical("%s ends: %s", self._boot.name, error)
             self._abandon(self._code)
         except Mismatch:
             if self._children:
                 await self._children.close(CULPRIT_S)  # the other one finds the same, and says so
             raise
-        except StartupError:
+        except StartupError as error:
+            self._tell_nodes(EXIT_STARTUP, str(error))
             self._stop_children()
             raise
         finally:
             self._system.close()
+            if self._status is not None:
+                await self._status.close()
         # NCCL's ranks leave together: one that waited for the others to end would wait in vain
         leave = parts.ranks.close if parts.ranks is not None else lambda: None
         leaving = threading.Thread(target=leave, daemon=True)
@@ -111,18 +138,47 @@ class Server:
         return 0
 
     def _lead(self) -> None:
-        """Rank 0 takes the signals and starts the others."""
+        """The process that the user has started takes the signals, starts the others of its node
+        and looks after other nodes."""
         handle_draining(asyncio.get_running_loop(), self._signalled)
         self._children = children = Children(self._child_died)
         self._watch.leave = self._abandon
         self._watch.forward = lambda: children.signal(SHOW)
+        if self._lifeline is not None:
+            loop = asyncio.get_running_loop()
+
+            def ends(code: int, why: str) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended already
+                    loop.call_soon_threadsafe(self._node_lost, code, why)
+                    if not self._heard_of_it.wait(FAIL_S):  # the loop hangs, or has just ended
+                        self._abandon(code)
+
+            self._lifeline.watch(ends)
+
+    async def _open_status(self) -> None:
+        if (sock := self._status_socket) is not None:
+            config = self._boot.config
+            access = Access(keys=config.api_key, tls=tls_context(config))
+            self._status = Status(self._healthy, self._exposition, access)
+            await self._status.open(sock)
+
+    def _healthy(self) -> bool:
+        return self._acting and not self._system.over
+
+    def _exposition(self) -> bytes:
+        """Numbers of this process; those of the server are node 0's."""
+        system, resolved = self._system, self._boot.resolved
+        metrics = ServerMetrics(resolved.served_names[0], resolved.max_req_total_len)
+        actors = [(a.name, a.depth, a.busy_s, a.take_longest()) for a in system.actors]
+        metrics.update(State(), Process(actors, system.dead_letters, system.foreign_frames))
+        return metrics.exposition()
 
     def _wire(self) -> Wire | None:
         boot = self._boot
         if not boot.me.address:
             return None
         peers = {e.id: e.address for e in boot.topology.peers(boot.endpoint) if e.address}
-        return Wire(boot.me.address, Keys(*boot.keys), peers)
+        return Wire(boot.me.address, Keys(*boot.keys), peers, boot.advertised)
 
     async def _load(self) -> Parts:
         loop = asyncio.get_running_loop()
@@ -142,6 +198,9 @@ class Server:
         """A collective also fails because a child died; ``_child_died`` then has the reason."""
         if self._children:
             await self._children.wait(CULPRIT_S)
+        if self._lifeline is not None:  # it may have been another node
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._lost.wait(), CULPRIT_S)
         self._stop_children()
 
     def _stop_children(self) -> None:
@@ -149,7 +208,8 @@ class Server:
             self._children.kill()
 
     def _start_children(self, *, replaceable: bool) -> None:
-        for endpoint in self._boot.topology.endpoints if self._children else ():
+        node = self._boot.me.node
+        for endpoint in self._boot.topology.on(node) if self._children else ():
             if endpoint != self._boot.me and endpoint.replaceable == replaceable:
                 self._start_child(endpoint, self._system.topology)
 
@@ -179,6 +239,9 @@ class Server:
             system.add(actor)
         self._acting = True
         self._watch.state = system.state
+        if self._boot.heads and not self._boot.coordinates:
+            sys.stdout.write(f"asyncllm is ready: node {self._boot.me.node} works for node 0\n")
+            sys.stdout.flush()
         gc.collect()
         gc.freeze()  # a full collection over what start-up made would stop the loop for 100 ms
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -209,6 +272,18 @@ class Server:
         self._drains = True
         drain = Drain(self._boot.config.drain_timeout)
         self._system.ref("watchdog").tell(drain, urgent=True)
+
+    def _node_lost(self, code: int, why: str) -> None:
+        self._lost.set()
+        self._heard_of_it.set()
+        if self._acting and self._system.over and not self._failing:
+            return  # all of them were told to end
+        logger.critical("%s: stopping the server", why)
+        self._fail(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, why)
+
+    def _tell_nodes(self, code: int, why: str) -> None:
+        if self._lifeline is not None:
+            self._lifeline.fail(code, why)
 
     def _child_died(self, boot: Boot, pid: int, code: int) -> None:
         """A rank is a part of the model; an HTTP worker owns nothing,
@@ -251,6 +326,7 @@ class Server:
 
     def _fail(self, code: int, reason: str) -> None:
         """End with ``code``, once those who wait for answers know. On the loop."""
+        self._tell_nodes(code, reason)
         if not self._acting or (self._system.over and not self._failing):
             self._abandon(code)
         if self._code == 1:  # the first telling one counts
@@ -277,6 +353,9 @@ class Server:
         """Leave at once: other threads may hang in a collective or on a device. From any thread."""
         self._leaving.acquire()  # never released: the first reason counts
         self._stop_children()
+        if self._lifeline is not None:
+            self._lifeline.fail(code or 1, f"{self._boot.name} has ended")
+            self._lifeline.close()
         if self._wires:
             self._wires.close()
         sys.stdout.flush()

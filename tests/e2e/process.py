@@ -34,8 +34,8 @@ class Server:
     """``python -m asyncllm``; use it as a context manager, which waits until it is ready."""
 
     def __init__(self, model_dir: Path, log: Path, *args: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.host, self.port = "127.0.0.1", free_port()
+        self.url = f"http://{self.host}:{self.port}"
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(

@@ -58,7 +58,7 @@ def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers
 @contextmanager
 def running(server: Server, count: int, tokens: int) -> Iterator[list[http.client.HTTPResponse]]:
     """Streams that have begun."""
-    connections = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(count)]
+    connections = [http.client.HTTPConnection(server.host, server.port) for _ in range(count)]
     body = {"inputs": "", "parameters": {"max_new_tokens": tokens, "ignore_eos": True}}
     try:
         streams = []

@@ -1,0 +1,67 @@
+"""What of a node's files and devices must be the same on all nodes of a server."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+from asyncllm.config import Config, Resolved
+from asyncllm.errors import StartupError
+from asyncllm.models.checkpoint import weight_files
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json",
+    "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+HEADER_SIZE = 8  # bytes; a safetensors file begins with the length of its header
+MOST_HEADER = 100 << 20
+
+
+def facts(config: Config, resolved: Resolved, model_dir: Path) -> tuple[tuple[str, str], ...]:
+    """(name, value) of each.
+
+    Files are told by hashes: the model by config.json and by what its weight files are said to hold
+    (their index, else their headers), the tokenizer by all of its files.
+
+    Raises:
+        StartupError: a file cannot be read.
+    """
+    try:
+        model, tokenizer = _model(model_dir, config.load_way), _digest(model_dir, TOKENIZER)
+    except OSError as error:
+        raise StartupError(f"{error.filename}: {error.strerror}") from None
+    return (
+        ("model (config.json and index of the weights)", model),
+        ("tokenizer", tokenizer),
+        ("device", resolved.device),
+        ("K/V layout", " ".join((resolved.dtype, *resolved.kv_mode))),
+        ("max_req_total_len", str(resolved.max_req_total_len)),
+        ("batch_max_tokens", str(resolved.batch_max_tokens)),
+        ("chunked_prefill_size", str(resolved.chunked_prefill_size)),
+        ("eos_ids", str(sorted(resolved.eos_ids))),
+    )
+
+
+def _model(folder: Path, load_way: str) -> str:
+    names = ["config.json", *(name for name in INDEXES if (folder / name).is_file())]
+    about = [_digest(folder, names)]
+    for path in sorted(weight_files(folder, load_way)):
+        about.append(f"{path.relative_to(folder)} {path.stat().st_size}")
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(HEADER_SIZE), "little")
+                about.append(sha256(file.read(min(length, MOST_HEADER))).hexdigest())
+    return sha256("\n".join(about).encode()).hexdigest()[:16]
+
+
+def _digest(folder: Path, names: list[str] | tuple[str, ...]) -> str:
+    """Of the files with these names that there are."""
+    total = sha256()
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            total.update(f"{name} {path.stat().st_size}\n".encode())
+            total.update(path.read_bytes())
+    return total.hexdigest()[:16]

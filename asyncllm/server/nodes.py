@@ -1,0 +1,478 @@
+"""How the nodes of a server find each other, and hear that one of them has gone.
+
+The nodes meet node 0 at one port, under the keys of the cluster's secret. It compares what they
+must have in common and tells each the server's own keys. The same connection then carries signs of
+life, from a thread, so that neither loading nor a busy event loop is silence. Knows no actor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from asyncllm.actors.transport import Keys, ipv6, tcp
+from asyncllm.codec import CodecError, Message, decode, encode, message, protocol
+from asyncllm.errors import Mismatch, StartupError
+from asyncllm.log import Seldom
+from asyncllm.topology import Contract, Topology
+
+BEAT_S = 0.3  # between two signs of life, less with a small --dead_after
+BEATS = 20  # of --dead_after, at least
+MISSED = 2  # signs of life that a closed connection does not take: the node has gone
+FRAME_LIMIT = 1 << 20  # bytes
+DRAIN_LIMIT = 256  # frames a turn
+LINGER_MS = 500
+CLOSE_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+@message(60)
+class Join(Message):
+    """node -> node 0: who I am, and what I have."""
+
+    node: int
+    host: str  # where others reach its processes
+    contract: Contract
+    facts: tuple[tuple[str, str], ...]  # what follows from its files and its devices, by name
+
+
+@message(61)
+class Joined(Message):
+    """node 0 -> node: all are there, and these are your server's."""
+
+    topology: Topology
+    store_port: int  # where torch.distributed's ranks meet
+    public: str
+    secret: str = field(repr=False)
+
+
+@message(62)
+class Refused(Message):
+    """node 0 -> node: it cannot belong to this server."""
+
+    why: str
+
+
+@message(63)
+class Alive(Message):
+    """Each node <-> node 0, all the time."""
+
+
+@message(64)
+class Ends(Message):
+    """Each node <-> node 0: the server fails."""
+
+    code: int  # of the exit
+    why: str
+
+
+@dataclass(slots=True)
+class _Peer:
+    join: Join
+    heard: float
+    missed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"node {self.join.node} ({self.join.host})"
+
+
+class Lifeline:
+    """One end of the connections between nodes.
+
+    Args:
+        dead_after_s: a node that has gone ends the server on all nodes within this time.
+    """
+
+    def __init__(self, dead_after_s: float) -> None:
+        self._beat_s = min(BEAT_S, dead_after_s / BEATS)
+        self._limit_s = dead_after_s / 2  # the rest is for the others to hear of it, and to end
+        self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._protocol = protocol().encode()
+        self._found: tuple[int, str] | None = None  # exit code and reason, of the others
+        self._said: tuple[int, str] | None = None  # the same, to be told
+        self._due = self._last = monotonic()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._log = Seldom(log)
+
+    def watch(self, on_end: Callable[[int, str], None]) -> None:
+        """From now on look after the others in a thread.
+
+        Args:
+            on_end: told an exit code and a reason, once, in the thread, when the server is to end.
+        """
+        self._thread = threading.Thread(target=self._watch, args=(on_end,), daemon=True)
+        self._thread.start()
+
+    def fail(self, code: int, why: str) -> None:
+        """Tell the others that the server ends; the first reason counts. From any thread."""
+        self._said = self._said or self._found or (code, why)
+
+    def close(self) -> None:
+        """Tell what there is to tell, and hang up. From any thread."""
+        self._stop.set()
+        if self._thread is None:
+            self._hang_up()
+        elif self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_S)
+
+    def _watch(self, on_end: Callable[[int, str], None]) -> None:
+        told = False
+        while not self._stop.is_set():
+            self._step()
+            self._tell_end()
+            if self._found is not None and not told:
+                told = True
+                on_end(*self._found)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if not self._ctx.closed:
+            self._tell_end()
+            self._ctx.destroy(LINGER_MS)
+
+    def _step(self) -> None:
+        """Hear what has come, wait for it a moment, and give a sign of life when it is time."""
+        self._listen(self._beat_s)
+        now = monotonic()
+        if now < self._due:
+            return
+        # perhaps it was this process that was stopped: nobody else is to blame for that time
+        late, self._last = max(0.0, now - self._last - self._limit_s / 2), now
+        self._due = now + self._beat_s
+        self._beat(now, late)
+
+    def _lost(self, code: int, why: str) -> None:
+        if self._found is None and self._said is None:
+            self._found = code, why
+            self.fail(code, why)
+
+    def _look(self, peer: _Peer, now: float, late: float, sent: bool) -> None:
+        """Whether a peer is still there; ``sent``: its connection took a sign of life."""
+        peer.heard += late
+        peer.missed = 0 if sent else peer.missed + 1
+        if peer.missed >= MISSED:
+            self._lost(1, f"{peer.name} has gone: its connection is closed")
+        elif now - peer.heard > self._limit_s:
+            silent = now - peer.heard
+            self._lost(1, f"{peer.name} has been silent for {silent:.1f} s (--dead_after)")
+
+    def _frames(self, msg: Message) -> list[bytes]:
+        return [self._protocol, encode(msg)]
+
+    def _listen(self, wait_s: float) -> None:
+        raise NotImplementedError
+
+    def _beat(self, now: float, late: float) -> None:
+        raise NotImplementedError
+
+    def _tell_end(self) -> None:
+        raise NotImplementedError
+
+
+class Meeting(Lifeline):
+    """Node 0's end: all nodes meet here.
+
+    Args:
+        own: of node 0, with which the others are compared.
+        bind: host (an address of this machine) and port.
+        keys: of the cluster; others must know them.
+        nnodes: how many nodes there are with this one.
+
+    Raises:
+        StartupError: the port cannot be used.
+    """
+
+    def __init__(
+        self, own: Join, bind: tuple[str, int], keys: Keys, nnodes: int, dead_after_s: float
+    ) -> None:
+        super().__init__(dead_after_s)
+        self._own, self._nnodes, self._complete = own, nnodes, False
+        self._peers: dict[bytes, _Peer] = {}
+        self._told = False
+        self._sock = sock = self._ctx.socket(zmq.ROUTER)
+        sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+        sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        sock.setsockopt(zmq.CURVE_SERVER, 1)
+        sock.setsockopt_string(zmq.CURVE_SECRETKEY, keys.secret)
+        address = tcp(*bind)
+        sock.setsockopt(zmq.IPV6, ipv6(address))
+        try:
+            sock.bind(address)
+        except zmq.ZMQError as error:
+            self._ctx.destroy(0)
+            raise StartupError(
+                f"nodes cannot meet at {bind[0]}:{bind[1]}: {error} "
+                "(--nccl_host, --multinode_httpmanager_port)"
+            ) from None
+
+    def gather(self, timeout_s: float) -> list[Join]:
+        """All other nodes, in order, as soon as they are there. Blocks.
+
+        Raises:
+            StartupError: one has not come in time, cannot belong to this server, or has gone again.
+        """
+        deadline = monotonic() + timeout_s
+        while len(self._peers) < self._nnodes - 1 and self._found is None:
+            self._step()
+            if monotonic() > deadline:
+                here = {peer.join.node for peer in self._peers.values()}
+                missing = " and ".join(str(n) for n in range(1, self._nnodes) if n not in here)
+                self._lost(
+                    2, f"node {missing} did not come within {timeout_s:g} s (--node_timeout)"
+                )
+        if self._found is not None:
+            self.close()
+            raise StartupError(self._found[1])
+        self._complete = True
+        return sorted((peer.join for peer in self._peers.values()), key=lambda join: join.node)
+
+    def place(self, joined: Joined) -> None:
+        """Tell all nodes what server they are."""
+        for ident in self._peers:
+            self._send(ident, joined)
+
+    def _listen(self, wait_s: float) -> None:
+        self._sock.poll(int(1e3 * wait_s))
+        for _ in range(DRAIN_LIMIT):
+            try:
+                ident, *frames = self._sock.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._take(ident, frames)
+
+    def _take(self, ident: bytes, frames: list[bytes]) -> None:
+        peer = self._peers.get(ident)
+        try:
+            theirs, body = frames
+            if theirs != self._protocol:
+                self._refuse(ident, "a node", ("protocol", protocol(), theirs.decode("ascii")))
+                return
+            msg = decode(body)
+        except ValueError as error:  # CodecError, or another number of frames
+            self._log.warning("what is no message of nodes is dropped: %s", error)
+            if peer is not None:
+                self._lost(1, f"{peer.name} sends what is no message")
+            return
+        if peer is None:
+            if isinstance(msg, Join):
+                self._admit(ident, msg)
+            return
+        peer.heard = monotonic()
+        if isinstance(msg, Ends):
+            self._lost(msg.code, f"{peer.name}: {msg.why}")
+
+    def _admit(self, ident: bytes, join: Join) -> None:
+        """A process that knows the secret wants to be a node of this server."""
+        name = f"node {join.node} ({join.host})"
+        if self._complete:
+            why = f"this server has all its nodes: {name} cannot join"
+            log.warning("%s", why)
+            self._send(ident, Refused(why))
+            return
+        if breach := difference(self._own, join):
+            self._refuse(ident, name, breach)
+            return
+        twins = [peer for peer in self._peers.values() if peer.join.node == join.node]
+        self._peers[ident] = _Peer(join, monotonic())
+        if twins or not 0 < join.node < self._nnodes:
+            others = ", ".join(peer.join.host for peer in twins) or self._own.host
+            self._lost(2, f"--node_rank {join.node} is that of two nodes: {others}, {join.host}")
+        else:
+            log.info("%s is there", name)
+            self._send(ident, Alive())
+
+    def _refuse(self, ident: bytes, name: str, breach: tuple[str, str, str]) -> None:
+        label, ours, theirs = breach
+        why = f"{name} cannot belong to this server: its {label} is {theirs}, that of node 0 {ours}"
+        self._send(ident, Refused(why))
+        if self._complete:
+            log.warning("%s", why)
+        else:
+            self._lost(2, why)
+
+    def _beat(self, now: float, late: float) -> None:
+        for ident, peer in self._peers.items():
+            self._look(peer, now, late, self._send(ident, Alive()))
+
+    def _tell_end(self) -> None:
+        if self._said is not None and not self._told:
+            self._told = True
+            for ident in self._peers:
+                self._send(ident, Ends(*self._said))
+
+    def _send(self, ident: bytes, msg: Message) -> bool:
+        """False: there is no connection to it."""
+        try:
+            self._sock.send_multipart([ident, *self._frames(msg)], zmq.NOBLOCK)
+        except zmq.Again:  # it does not read
+            return True
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
+
+
+class Member(Lifeline):
+    """The end of any other node.
+
+    Args:
+        own: what is told.
+        host, port: where node 0 is.
+        keys: of each secret; node 0 has one of them.
+    """
+
+    def __init__(
+        self, own: Join, host: str, port: int, keys: Sequence[Keys], dead_after_s: float
+    ) -> None:
+        super().__init__(dead_after_s)
+        self._own, self._where = own, f"{host}:{port}"
+        self._leader: _Peer | None = None
+        self._joined: Joined | None = None
+        self._told = False
+        ident = b"%d-%s" % (own.node, secrets.token_bytes(8))
+        self._ways = [_Way(self._ctx, tcp(host, port), ident, each) for each in keys]
+        self._peer = _Peer(Join(0, host, own.contract, ()), 0.0)
+
+    def join(self, timeout_s: float) -> Joined:
+        """What node 0 says when all nodes are there. Blocks.
+
+        Raises:
+            StartupError: it is not there in time, refuses, or has gone again.
+        """
+        deadline = monotonic() + timeout_s
+        while self._joined is None and self._found is None:
+            self._step()
+            if monotonic() > deadline:
+                self._lost(2, self._not_in_time(timeout_s))
+        if self._found is not None:
+            self.close()
+            raise StartupError(self._found[1])
+        assert self._joined is not None
+        return self._joined
+
+    def _not_in_time(self, timeout_s: float) -> str:
+        if self._leader is not None:
+            return f"not all nodes have come within {timeout_s:g} s (--node_timeout)"
+        return (
+            f"node 0 does not answer at {self._where} within {timeout_s:g} s (--node_timeout, "
+            "--nccl_host, --multinode_httpmanager_port; or its --cluster_key_file is another)"
+        )
+
+    def _listen(self, wait_s: float) -> None:
+        poller = zmq.Poller()
+        for way in self._ways:
+            poller.register(way.sock, zmq.POLLIN)
+        poller.poll(int(1e3 * wait_s))
+        for way in self._ways:
+            for _ in range(DRAIN_LIMIT):
+                try:
+                    frames = way.sock.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                self._take(way, frames)
+
+    def _take(self, way: _Way, frames: list[bytes]) -> None:
+        if self._leader is None:
+            self._leader = self._peer
+            for other in self._ways:
+                if other is not way:
+                    other.close()
+            self._ways = [way]
+        self._leader.heard = monotonic()
+        try:
+            theirs, body = frames
+            if theirs != self._protocol:
+                raise Mismatch(
+                    f"node 0 is of another version: its protocol is "
+                    f"{theirs.decode('ascii', 'replace')}, that of this node {protocol()}"
+                )
+            msg = decode(body)
+        except Mismatch as error:
+            self._lost(2, str(error))
+            return
+        except CodecError as error:
+            self._lost(1, f"{self._leader.name} sends what is no message: {error}")
+            return
+        match msg:
+            case Joined():
+                self._joined = msg
+            case Refused(why):
+                self._lost(2, why)
+            case Ends(code, why):
+                self._lost(code, why)
+            case _:
+                pass
+
+    def _beat(self, now: float, late: float) -> None:
+        if self._leader is None:
+            for way in self._ways:
+                way.send(self._frames(self._own))
+        else:
+            sent = self._ways[0].send(self._frames(Alive()))
+            self._look(self._leader, now, late, sent)
+
+    def _tell_end(self) -> None:
+        if self._said is not None and not self._told:
+            self._told = True
+            if self._leader is not None:
+                self._ways[0].send(self._frames(Ends(*self._said)))
+
+
+class _Way:
+    """A connection to node 0, under the keys of one secret."""
+
+    def __init__(
+        self, ctx: zmq.Context[zmq.Socket[bytes]], address: str, ident: bytes, keys: Keys
+    ) -> None:
+        self.sock = sock = ctx.socket(zmq.DEALER)
+        self._connected = False
+        # not IMMEDIATE, which throws away what came in just before the other side hung up
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        self._monitor = sock.get_monitor_socket(events)
+        sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+        sock.setsockopt(zmq.ROUTING_ID, ident)
+        sock.setsockopt(zmq.IPV6, ipv6(address))
+        mine = zmq.curve_keypair()
+        sock.setsockopt_string(zmq.CURVE_SERVERKEY, keys.public)
+        sock.setsockopt(zmq.CURVE_PUBLICKEY, mine[0])
+        sock.setsockopt(zmq.CURVE_SECRETKEY, mine[1])
+        sock.connect(address)
+
+    def send(self, frames: list[bytes]) -> bool:
+        """False: there is no connection."""
+        while self._monitor.poll(0):
+            event = int(recv_monitor_message(self._monitor)["event"])
+            self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if self._connected:
+            with contextlib.suppress(zmq.Again):  # it does not read
+                self.sock.send_multipart(frames, zmq.NOBLOCK)
+        return self._connected
+
+    def close(self) -> None:
+        """Without what waits."""
+        self._monitor.close(0)
+        self.sock.close(0)
+
+
+def difference(ours: Join, theirs: Join) -> tuple[str, str, str] | None:
+    """(name, our value, theirs) of what two nodes have not in common."""
+    if breach := ours.contract.breach(theirs.contract):
+        return breach
+    mine, other = dict(ours.facts), dict(theirs.facts)
+    for name in (*mine, *other):
+        if mine.get(name) != other.get(name):
+            return name, mine.get(name, "unknown"), other.get(name, "unknown")
+    return None

@@ -1,0 +1,155 @@
+"""Which endpoint of which server this process is, once it knows the other nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from asyncllm.actors.transport import Keys, tcp
+from asyncllm.codec import protocol
+from asyncllm.config import Config, Resolved
+from asyncllm.environment import use_interface
+from asyncllm.errors import StartupError
+from asyncllm.server import meeting
+from asyncllm.server.facts import facts
+from asyncllm.server.launch import NodeWires, Wires
+from asyncllm.server.nodes import Join, Joined, Lifeline, Meeting, Member
+from asyncllm.server.secret import cluster_keys
+from asyncllm.topology import Contract, Topology
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Seat:
+    """The place of the process that the user has started.
+
+    Attributes:
+        endpoint: its number.
+        topology: with the addresses that are known; its own is where it is to listen.
+        keys: the server's.
+        wires: where it and its children listen.
+        rendezvous: where the ranks of torch.distributed meet; None for one rank.
+        store_fd: of rank 0: the socket that listens there; -1 elsewhere.
+        lifeline: to the other nodes; None: there are none.
+        advertised: host by which they reach this one.
+    """
+
+    endpoint: int
+    topology: Topology
+    keys: Keys
+    wires: Wires | NodeWires
+    rendezvous: tuple[str, int] | None = None
+    store_fd: int = -1
+    lifeline: Lifeline | None = None
+    advertised: str = ""
+
+
+def take_seat(config: Config, topology: Topology, stack: contextlib.ExitStack) -> Seat:
+    """On the only node.
+
+    Args:
+        stack: closes what must be closed.
+
+    Raises:
+        StartupError: a port cannot be used.
+    """
+    wires = Wires(config.zmq_mode, alone=len(topology.endpoints) == 1)
+    stack.callback(wires.close)
+    first = topology.coordinator.id
+    topology = topology.at(first, wires.address(first))
+    seat = Seat(endpoint=first, topology=topology, keys=Keys.make(), wires=wires)
+    if len(topology.ranks) > 1:
+        _open_rendezvous(config, seat, stack)
+    return seat
+
+
+def find_seat(
+    config: Config,
+    resolved: Resolved,
+    model_dir: Path,
+    topology: Topology,
+    stack: contextlib.ExitStack,
+) -> Seat:
+    """On one of several nodes: meet the others. Blocks until all are there.
+
+    Args:
+        topology: of the whole server.
+        stack: closes what must be closed.
+
+    Raises:
+        StartupError: nodes do not come, do not fit, or cannot be reached.
+    """
+    keys = cluster_keys(config)
+    use_interface(meeting.interface_to(config.nccl_host))
+    leads = config.node_rank == 0
+    bind = _own_address(config) if leads else meeting.address_towards(config.nccl_host)
+    advertised = config.advertise_host or (config.nccl_host if leads else bind)
+    wires = NodeWires(bind, config.multinode_router_gloo_port, len(topology.ranks))
+    first = topology.on(config.node_rank)[0].id
+    seat = Seat(
+        endpoint=first, topology=topology, keys=Keys.make(), wires=wires, advertised=advertised
+    )
+    own = Join(
+        node=config.node_rank,
+        host=advertised,
+        contract=Contract(protocol=protocol(), options=config.digest(), shared=config.shared()),
+        facts=facts(config, resolved, model_dir),
+    )
+    port = config.multinode_httpmanager_port
+    if leads:
+        seat.lifeline = line = Meeting(own, (bind, port), keys[0], config.nnodes, config.dead_after)
+        stack.callback(line.close)
+        _open_rendezvous(config, seat, stack)
+        assert seat.rendezvous is not None
+        log.info("waiting for %d other nodes at %s:%d", config.nnodes - 1, advertised, port)
+        line.gather(config.node_timeout)
+        joined = Joined(
+            topology=topology,
+            store_port=seat.rendezvous[1],
+            public=seat.keys.public,
+            secret=seat.keys.secret,
+        )
+        line.place(joined)
+    else:
+        log.info("joining node 0 at %s:%d", config.nccl_host, port)
+        member = Member(own, config.nccl_host, port, keys, config.dead_after)
+        seat.lifeline = member
+        stack.callback(member.close)
+        joined = member.join(config.node_timeout)
+        seat.keys = Keys(joined.public, joined.secret)
+        seat.rendezvous = config.nccl_host, joined.store_port
+        leader = joined.topology.coordinator.id
+        address = tcp(config.nccl_host, config.multinode_router_gloo_port + leader)
+        seat.topology = joined.topology.at(leader, address)
+    seat.topology = seat.topology.at(first, wires.address(first))
+    return seat
+
+
+def _own_address(config: Config) -> str:
+    """Where node 0 listens: --nccl_host as an address."""
+    host = config.nccl_host
+    try:
+        found = socket.getaddrinfo(host, 1, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise StartupError(f"{host} has no address: {error.strerror} (--nccl_host)") from None
+    address = str(found[4][0])
+    if ipaddress.ip_address(address.partition("%")[0]).is_unspecified and not config.advertise_host:
+        raise StartupError(
+            f"--nccl_host {host} stands for every address of this machine: say by which one the "
+            "other nodes reach it (--advertise_host)"
+        )
+    return address
+
+
+def _open_rendezvous(config: Config, seat: Seat, stack: contextlib.ExitStack) -> None:
+    meets = stack.enter_context(meeting.listen(config))
+    host, port = meets.getsockname()[:2]
+    seat.rendezvous = str(host), int(port)
+    use_interface(meeting.interface_to(config.nccl_host))
+    seat.store_fd = os.dup(meets.fileno())  # torch closes the one that it is given
