@@ -18,22 +18,14 @@ from asyncllm.errors import StartupError
 from asyncllm.server.loading import Parts
 from bench import breakdown, offline
 from bench.breakdown import Event, by_group, by_name, device_events, group_of, span_and_busy, table
-from tests.models.test_llama import make_checkpoint
 
 BENCH = Path(__file__).parents[2] / "bench"
 LIMITS = ("--max_total_token_num", "2048", "--max_req_total_len", "512", "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("llama")
-    make_checkpoint(path)
-    return path
-
-
 @pytest.fixture
-def parts(checkpoint: Path) -> Parts:
-    return offline.load(cli.parse(["--model_dir", str(checkpoint), *LIMITS]))
+def parts(tiny_dir: Path) -> Parts:
+    return offline.load(cli.parse(["--model_dir", str(tiny_dir), *LIMITS]))
 
 
 def work(**changes: Any) -> argparse.Namespace:
@@ -84,9 +76,9 @@ def test_a_crash_ends_the_run(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> 
         asyncio.run(scene())
 
 
-def test_several_ranks_are_refused(checkpoint: Path) -> None:
+def test_several_ranks_are_refused(tiny_dir: Path) -> None:
     with pytest.raises(StartupError, match="several processes"):
-        offline.load(cli.parse(["--model_dir", str(checkpoint), *LIMITS, "--tp", "2"]))
+        offline.load(cli.parse(["--model_dir", str(tiny_dir), *LIMITS, "--tp", "2"]))
 
 
 @pytest.mark.parametrize(
@@ -205,11 +197,11 @@ def test_work_that_does_not_fit_is_refused(parts: Parts) -> None:
 
 
 @pytest.mark.slow
-def test_the_profile_command_shows_both_phases(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_profile_command_shows_both_phases(tiny_dir: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCH / "profile.py"), "--n", "2", "--inp", "24", "--decode-steps", "6",
          "--prefill-steps", "1", "--batch_max_tokens", "128", "--trace", str(tmp_path / "t.json"),
-         "--model_dir", str(checkpoint), *LIMITS],
+         "--model_dir", str(tiny_dir), *LIMITS],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
