@@ -79,16 +79,19 @@ Figures = dict[str, Any]
 
 @dataclass(slots=True)
 class Lane:
-    """A sequence on the device."""
+    """A sequence on the device.
+
+    Attributes:
+        slots: of its tokens; at the beginning those of a prefix hit.
+        scores: log-probabilities of the computed ids; the first one has none.
+    """
 
     number: int
     ids: Sequence[int]
     params: SamplingParams
-    slots: list[int] = field(default_factory=list)  # at the beginning those of a prefix hit
+    slots: list[int] = field(default_factory=list)
     computed: int = 0
-    scores: list[float] = field(
-        default_factory=list
-    )  # log-probabilities of ids, the first left out
+    scores: list[float] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
 
 
