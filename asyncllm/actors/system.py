@@ -261,6 +261,9 @@ class ActorSystem:
         Except those of one client's connection, which the loop has closed already.
         """
         message, error = context["message"], context.get("exception")
+        if isinstance(error, FatalError):  # it says what has happened, and the end logs it
+            self._fail(str(error), error)
+            return
         log.error("event loop: %s", message, exc_info=error)
         of_connection = "transport" in context or "protocol" in context
         if of_connection or ("handle" not in context and isinstance(error, OSError)):

@@ -407,6 +407,24 @@ def test_an_error_in_a_plain_callback_ends_the_system() -> None:
         run(go())
 
 
+def test_what_ends_the_server_knowingly_is_one_line_without_stacks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also where a timer finds it out: whoever ends the process logs what the error says."""
+
+    def look() -> None:
+        raise PeerLost("rank 1 has been silent")
+
+    async def go() -> None:
+        system = ActorSystem()
+        system.loop.call_soon(look)
+        await system.run()
+
+    with pytest.raises(PeerLost, match="rank 1 has been silent"):
+        run(go())
+    assert not caplog.records
+
+
 def test_an_error_of_one_connection_does_not(caplog: pytest.LogCaptureFixture) -> None:
     class Bad(asyncio.Protocol):
         def data_received(self, data: bytes) -> None:
