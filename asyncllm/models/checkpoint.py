@@ -174,7 +174,11 @@ def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles) -> Checkpoint:
     groups = deepspeed.layer_files(folder)
     tensors: dict[str, Stored] = {}
     for layer, files in groups.items():
-        found = deepspeed.place(layer, len(spec.layers), _names(files[0], pickles))
+        keys = _names(files[0], pickles)
+        for path in files[1:]:
+            if more := sorted(_names(path, pickles) - keys):
+                raise StartupError(f"{path} holds {more[0][:200]}, and {files[0].name} does not")
+        found = deepspeed.place(layer, len(spec.layers), keys)
         for name, (key, dim) in found.items():
             tensors[name] = Stored(files[:1] if dim is None else files, key, dim or 0)
     placed = {name: stored.files[0] for name, stored in tensors.items()}

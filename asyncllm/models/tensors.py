@@ -173,6 +173,11 @@ class Joined:
                     f"its other shard {self.kind} and {list(shards[0].shape)}"
                 )
         sizes = list(shards[0].shape)
+        if self._dim >= len(sizes):
+            raise StartupError(
+                f"{stored.files[0]}: {stored.key} has shape {sizes}: its shards cannot be joined "
+                f"along dimension {self._dim}"
+            )
         sizes[self._dim] = sum(shard.shape[self._dim] for shard in shards)
         self.shape = tuple(sizes)
 

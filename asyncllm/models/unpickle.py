@@ -199,11 +199,19 @@ def _named(found: object) -> dict[str, Tensor]:
 
 def _checked(named: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in named.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        if not _is_plain(tensor):
             raise _Refused(f"is refused: {name[:200]!r} is no plain tensor")
         if tensor.dtype not in DTYPES.values():
             raise _Refused(f"is refused: {name[:200]!r} has type {tensor.dtype}")
     return named
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """It has each of its elements in the file's memory, as it is."""
+    strange = tensor.is_nested or tensor.is_quantized or tensor.is_neg()
+    if strange or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _bound(more: int) -> None:
@@ -256,6 +264,8 @@ def main() -> None:
                 reply = [True, served.open(*args) if what == "open" else served.close(*args)]
             except _Refused as why:
                 reply = [False, str(why)]
+            except Exception as error:  # torch knows more kinds of tensors than we
+                reply = [False, _why(error)]
             sock.sendall(json.dumps(reply).encode() + b"\n")
 
 

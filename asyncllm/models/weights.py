@@ -129,8 +129,13 @@ def _check_names(
     if strangers := sorted(n for n in found - wanted.keys() if not known(n)):
         where = checkpoint.placed[strangers[0]]
         raise StartupError(
-            f"{where} holds {len(strangers)} unknown tensors, the first: {strangers[0]}"
+            f"{where} holds {len(strangers)} unknown tensors, the first: {_said(strangers[0])}"
         )
+
+
+def _said(name: str) -> str:
+    """A name of a stranger's making, for one line on a terminal."""
+    return (name if name.isprintable() else ascii(name))[:200]
 
 
 def _load_files(work: _Load, files: tuple[Path, ...], names: list[str]) -> tuple[Path, ...]:

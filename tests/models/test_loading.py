@@ -91,6 +91,13 @@ def test_an_unknown_tensor_is_named_with_its_file(tmp_path: Path) -> None:
     )
 
 
+def test_the_name_of_an_unknown_tensor_is_fit_for_a_terminal(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    change(tmp_path, **{"\x1b[2J\n" + "x" * 10**5: torch.ones(16)})
+    with pytest.raises(StartupError, match=r"the first: '\\x1b\[2J\\nx{100,200}$"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "wanted"),
     [

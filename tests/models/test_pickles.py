@@ -127,6 +127,8 @@ def test_what_is_no_file_of_torch_is_one_line(
         ([torch.ones(2)], "holds no tensors by name"),
         ({"epoch": 3}, "holds no tensors by name"),
         ({"a": torch.ones(2).to_sparse()}, "is refused: 'a' is no plain tensor"),
+        ({"a": torch.ones(1).expand(8, 10**12)}, "is refused: 'a' is no plain tensor"),
+        ({"a": torch._neg_view(torch.ones(2))}, "is refused: 'a' is no plain tensor"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, r"is refused: 'a' has type torch\.complex64"),
         (torch.nn.Linear(2, 2), r"more than tensors \(torch\.nn\.modules\.linear\.Linear\)"),
     ],
@@ -354,6 +356,16 @@ def test_shards_must_fit_each_other() -> None:
         StartupError, match=r"^b: x has type F32 and shape \[2, 4\], its other shard"
     ):
         Joined(Stored((Path("a"), Path("b")), "x", 0), shards)
+    with pytest.raises(StartupError, match=r"^a: x has shape \[3\]: its shards cannot be joined"):
+        Joined(Stored((Path("a"), Path("b")), "x", 1), [Held(torch.ones(3))] * 2)
+
+
+def test_no_shard_has_more_tensors_than_the_first(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    for shard, held in enumerate(({"w": torch.ones(2)}, {"w": torch.ones(2), "b": torch.ones(2)})):
+        torch.save(held, tmp_path / f"layer_03-model_{shard:02}-model_states.pt")
+    with pytest.raises(StartupError, match=r"model_01-\S+ holds b, and layer_03-model_00-\S+ does"):
+        read_checkpoint(tmp_path, "DS", ModelSpec.from_dir(tmp_path))
 
 
 def test_a_start_with_code_in_a_layer_is_refused(tmp_path: Path) -> None:
