@@ -90,6 +90,12 @@ def use_interface(name: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
+def interface(*, cuda: bool) -> tuple[str, str]:
+    """(variable, its value) that says over which network interface NCCL, or gloo, talks."""
+    name = "NCCL_SOCKET_IFNAME" if cuda else "GLOO_SOCKET_IFNAME"
+    return name, os.environ.get(name, "").removeprefix("=")
+
+
 def hub_offline() -> bool:
     """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloads."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

@@ -59,6 +59,27 @@ class Alone:
         """Nothing to add, so nothing to speed up."""
 
 
+def meet(
+    topology: Topology, me: Endpoint, address: tuple[str, int], listen_fd: int | None = None
+) -> TCPStore:
+    """The store that all ranks share, as soon as all are there. Blocks.
+
+    Args:
+        topology, me: the ranks of the server, and this one.
+        address: host and port of the rendezvous, which the first rank serves.
+        listen_fd: of the first rank: a socket that listens there, and belongs to the store from now
+            on; left to itself the store would listen on every address of this machine.
+    """
+    ranks = topology.ranks
+    return TCPStore(
+        *address,
+        world_size=len(ranks),
+        is_master=me == ranks[0],
+        timeout=RENDEZVOUS_TIMEOUT,
+        master_listen_fd=listen_fd,
+    )
+
+
 class Ranks:
     """All ranks of a server with several, which meet here.
 
@@ -70,31 +91,17 @@ class Ranks:
     Args:
         topology: ranks and groups of the server.
         me: this rank.
-        address: host and port of the rendezvous, which the first rank serves.
+        store: from :func:`meet`.
         device: where it computes.
-        listen_fd: of the first rank: a socket that listens there, and belongs to the group from now
-            on.
     """
 
     def __init__(
-        self,
-        topology: Topology,
-        me: Endpoint,
-        address: tuple[str, int],
-        device: torch.device,
-        listen_fd: int | None = None,
+        self, topology: Topology, me: Endpoint, store: TCPStore, device: torch.device
     ) -> None:
         ranks = topology.ranks
         self._rank, self._size, self._asked = ranks.index(me), len(ranks), 0
         cuda = device.type == "cuda"
-        # left to itself the store would listen on every address of this machine
-        self._store = TCPStore(
-            *address,
-            world_size=len(ranks),
-            is_master=me == ranks[0],
-            timeout=RENDEZVOUS_TIMEOUT,
-            master_listen_fd=listen_fd,
-        )
+        self._store = store
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             store=self._store,

@@ -28,6 +28,7 @@ from asyncllm.models import rope
 from asyncllm.models.checkpoint import weight_files
 from asyncllm.models.kv_format import KvMode
 from asyncllm.models.spec import ModelSpec
+from asyncllm.server import preflight
 from asyncllm.server.launch import Boot
 from asyncllm.text import Mode, Text, load_tokenizer
 
@@ -118,9 +119,7 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
     ranks: Ranks | None = None
     if len(boot.topology.ranks) > 1:
         with log.phase("meet the other ranks"):
-            assert boot.rendezvous is not None
-            listen_fd = boot.store_fd if boot.store_fd >= 0 else None
-            ranks = Ranks(boot.topology, boot.me, boot.rendezvous, where, listen_fd)
+            ranks = preflight.join_ranks(boot, where)
     plan = memory_plan(boot, spec)
     if ranks is not None:  # the same in every group: any of them may get any request
         plan = replace(plan, num=PerSpace(*map(ranks.minimum, plan.num)))

@@ -95,12 +95,9 @@ def find_seat(
     seat = Seat(
         endpoint=first, topology=topology, keys=Keys.make(), wires=wires, advertised=advertised
     )
-    own = Join(
-        node=config.node_rank,
-        host=advertised,
-        contract=Contract(protocol=protocol(), options=config.digest(), shared=config.shared()),
-        facts=facts(config, resolved, model_dir),
-    )
+    contract = Contract(protocol=protocol(), options=config.digest(), shared=config.shared())
+    about = facts(config, resolved, model_dir)
+    own = Join(node=config.node_rank, host=advertised, contract=contract, facts=about)
     port = config.multinode_httpmanager_port
     if leads:
         seat.lifeline = line = Meeting(own, (bind, port), keys[0], config.nnodes, config.dead_after)
@@ -108,9 +105,10 @@ def find_seat(
         _open_rendezvous(config, seat, stack)
         assert seat.rendezvous is not None
         log.info("waiting for %d other nodes at %s:%d", config.nnodes - 1, advertised, port)
-        line.gather(config.node_timeout)
+        for join in line.gather(config.node_timeout):
+            seat.topology = _reached_at(seat.topology, join, config.multinode_router_gloo_port)
         joined = Joined(
-            topology=topology,
+            topology=seat.topology,
             store_port=seat.rendezvous[1],
             public=seat.keys.public,
             secret=seat.keys.secret,
@@ -129,6 +127,13 @@ def find_seat(
         seat.topology = joined.topology.at(leader, address)
     seat.topology = seat.topology.at(first, wires.address(first))
     return seat
+
+
+def _reached_at(topology: Topology, join: Join, port: int) -> Topology:
+    """With the addresses of a node's ranks; ``port``: of rank 0."""
+    for rank in topology.on(join.node):
+        topology = topology.at(rank.id, tcp(join.host, port + rank.id))
+    return topology
 
 
 def _own_address(config: Config) -> str:

@@ -325,3 +325,22 @@ def test_what_was_told_just_before_stop_still_leaves(wires: Wires) -> None:
         return actor.got
 
     assert run(go()) == [9]
+
+
+@pytest.mark.parametrize(
+    ("bound", "advertised"), [("[::1]", "::1"), ("127.0.0.1", "localhost"), ("127.0.0.1", "")]
+)
+def test_others_dial_what_is_advertised_by_name_or_address(bound: str, advertised: str) -> None:
+    async def main() -> None:
+        keys = Keys.make()
+        there = ActorSystem(1, Wire(f"tcp://{bound}:*", keys, advertised=advertised))
+        there.add(sink := Sink(last=7))
+        host = f"[{advertised}]" if ":" in advertised else advertised or bound
+        assert there.address.startswith(f"tcp://{host}:")
+        here = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys, {1: there.address}))
+        here.ref("sink", 1).tell(Gone(7))
+        await there.run()
+        assert sink.got == [7]
+        here.close()
+
+    run(main())

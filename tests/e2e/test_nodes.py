@@ -86,6 +86,24 @@ def test_options_that_differ_end_every_node_with_one_line(
             assert "load weights" not in node.text()
 
 
+def test_an_interface_that_does_not_lead_there_is_named_before_weights_are_read(
+    net: Network, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not net.namespaces:
+        pytest.skip("addresses of one machine all lie on its loopback interface")
+    ports = ("--multinode_httpmanager_port", str(free_port()), "--nccl_port", str(free_port()))
+    common = (*CPU, "--nnodes", "2", "--tp", "2", *ports)
+    with ExitStack() as stack:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        nodes = [Node(net, i, tiny_dir, tmp_path, *common) for i in (0, 1)]
+        for node in nodes:
+            stack.enter_context(node.failing())
+        assert [node.process.wait(60) for node in nodes] == [2, 2], nodes[0].text()
+        said = "cannot add up with the others over lo (GLOO_SOCKET_IFNAME): "
+        assert any(said in node.text() for node in nodes)
+        assert not any("load weights" in node.text() for node in nodes)
+
+
 def kill(net: Network, node: Node) -> None:
     node.process.send_signal(signal.SIGKILL)
 

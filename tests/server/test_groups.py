@@ -25,15 +25,14 @@ TOPOLOGY = Topology(
 RANK = """
 import json, sys
 import torch
-from asyncllm.engine.parallel import Ranks, SymmetricSum
+from asyncllm.engine.parallel import Ranks, SymmetricSum, meet
 from asyncllm.topology import Topology
 
 topology = Topology.from_plain(json.loads(sys.argv[1]))
 me = topology[int(sys.argv[2])]
 fd = int(sys.argv[4])
-ranks = Ranks(
-    topology, me, ("127.0.0.1", int(sys.argv[3])), torch.device("cpu"), fd if fd >= 0 else None
-)
+store = meet(topology, me, ("127.0.0.1", int(sys.argv[3])), fd if fd >= 0 else None)
+ranks = Ranks(topology, me, store, torch.device("cpu"))
 group = ranks.group
 mine = torch.full((1, 1), float(me.id))
 told = group.broadcast(mine.clone())

@@ -1,0 +1,48 @@
+"""What is asked of the network before weights are loaded."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+
+from asyncllm.errors import StartupError
+from asyncllm.server import preflight
+from asyncllm.server.preflight import reach, within
+from tests.e2e.process import free_port
+
+
+def test_a_port_that_opens_soon_is_waited_for_and_another_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preflight, "PORTS_S", 1.0)
+    port = free_port()
+    with pytest.raises(StartupError) as caught:
+        reach("rank 1 does not reach node 0", "127.0.0.1", port, "--nccl_port")
+    assert str(caught.value) == (
+        f"rank 1 does not reach node 0 at 127.0.0.1:{port} over lo within 1 s: Connection refused "
+        "(--nccl_port; a firewall?)"
+    )
+    monkeypatch.setattr(preflight, "PORTS_S", 10.0)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        timer = threading.Timer(0.5, sock.listen)
+        timer.start()
+        reach("rank 1 does not reach node 0", "127.0.0.1", port, "--nccl_port")
+        timer.join()
+
+
+def test_work_that_hangs_or_fails_ends_in_time_with_one_line() -> None:
+    ends = threading.Event()
+    assert within(5, lambda: 7, "it") == 7
+    with pytest.raises(StartupError, match=r"^sums over eth9: it takes longer than 0.1 s$"):
+        within(0.1, lambda: ends.wait(20), "sums over eth9")
+    ends.set()
+
+    def fails() -> None:
+        raise RuntimeError("Connect timeout\nfrom a.cc:1")
+
+    with pytest.raises(StartupError, match=r"^sums over eth9: Connect timeout$"):
+        within(5, fails, "sums over eth9")
