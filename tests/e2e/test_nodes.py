@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 import urllib.error
@@ -26,11 +27,17 @@ def net() -> Iterator[Network]:
 
 
 def start(
-    net: Network, stack: ExitStack, model_dir: Path, folder: Path, *args: str, nodes: int = 2
+    net: Network,
+    stack: ExitStack,
+    model_dir: Path,
+    folder: Path,
+    *args: str,
+    nodes: int = 2,
+    tp: int = 0,
 ) -> list[Node]:
     """All nodes, ready."""
     ports = ("--multinode_httpmanager_port", str(free_port()), "--nccl_port", str(free_port()))
-    common = (*CPU, "--nnodes", str(nodes), "--tp", str(nodes), *ports, *args)
+    common = (*CPU, "--nnodes", str(nodes), "--tp", str(tp or nodes), *ports, *args)
     found = [Node(net, i, model_dir, folder, *common) for i in range(nodes)]
     for node in found:
         stack.enter_context(node)
@@ -61,6 +68,21 @@ def test_two_nodes_give_the_tokens_of_one(
         for node in (first, second):
             assert "foreign frame" not in node.text()
             assert "stopping the server" not in node.text()
+
+
+def test_a_child_of_another_node_ends_all_nodes(
+    net: Network, tiny_dir: Path, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        first, second = start(net, stack, tiny_dir, tmp_path, tp=4)
+        want = alone(tiny_dir, PROMPTS[0], 12)
+        assert first.tokens(PROMPTS[0], 12, ignore_eos=True) == want
+        (child,) = second.children()
+        os.kill(child, signal.SIGKILL)
+        assert [node.process.wait(8) for node in (first, second)] == [1, 1]
+        said = f"rank 3 (pid {child}) ended with exit code -9"
+        assert f"node 1 ({net.hosts[1]}): {said}" in first.text()
+        assert f"{said}: stopping the server" in second.text()
 
 
 def test_options_that_differ_end_every_node_with_one_line(
