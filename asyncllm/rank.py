@@ -36,7 +36,7 @@ from asyncllm.server.launch import (
 )
 from asyncllm.server.loading import load_text
 from asyncllm.server.process import EXIT_STARTUP, Ground, Server
-from asyncllm.server.seats import Seat, find_seat, take_seat
+from asyncllm.server.seats import Seat, find_seat, planned_seat, take_seat
 from asyncllm.server.signals import Watch, hold_draining, leave_to_leader
 from asyncllm.text import Text
 from asyncllm.topology import HTTP, Topology
@@ -108,6 +108,8 @@ def _seat(
         seat = find_seat(config, resolved, model_dir, topology, stack)
         hold_draining()  # while it waited there was nothing to be told
         return seat
+    if config.nnodes > 1:
+        return planned_seat(config, topology)
     if not config.check:
         hold_draining()  # from here on there is a folder to be removed
     return take_seat(config, topology, stack)

@@ -33,11 +33,17 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
     if config.dp > 1:
         ranks += f" in {config.dp} groups"
+    if config.nnodes > 1:
+        ranks += f" on {config.nnodes} nodes"
     if resolved.device == "cpu":
         ranks += f", {num_threads(boot)} threads each"
     ports = [f"{'HTTPS' if config.ssl_certfile else 'HTTP'} {config.host}:{config.port}"]
     if boot.rendezvous:
         ports.append("torch.distributed {}:{}".format(*boot.rendezvous))
+    if config.nnodes > 1:
+        ports.append(f"nodes {config.nccl_host}:{config.multinode_httpmanager_port}")
+        mine = [config.multinode_router_gloo_port + e.id for e in boot.topology.on(boot.me.node)]
+        ports.append(f"messages {', '.join(map(str, mine[: config.tp // config.nnodes]))}")
     limits = (
         "max_req_total_len", "running_max_req_size", "batch_max_tokens", "chunked_prefill_size",
         "eos_ids", "max_body_size",

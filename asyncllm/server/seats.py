@@ -69,6 +69,23 @@ def take_seat(config: Config, topology: Topology, stack: contextlib.ExitStack) -
     return seat
 
 
+def planned_seat(config: Config, topology: Topology) -> Seat:
+    """On one of several nodes, for --check: as far as it is known without the others.
+
+    Raises:
+        StartupError: the secret cannot be used, or there is no route to node 0.
+    """
+    cluster_keys(config)
+    meeting.interface_to(config.nccl_host)
+    return Seat(
+        endpoint=topology.on(config.node_rank)[0].id,
+        topology=topology,
+        keys=Keys.make(),
+        wires=NodeWires("", config.multinode_router_gloo_port, len(topology.ranks)),
+        rendezvous=(config.nccl_host, config.nccl_port),
+    )
+
+
 def find_seat(
     config: Config,
     resolved: Resolved,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
+from asyncllm import rank
+from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.server import preflight
 from asyncllm.server.preflight import reach, within
 from tests.e2e.process import free_port
+from tests.server.test_start import Quiet
 
 
 def test_a_port_that_opens_soon_is_waited_for_and_another_is_named(
@@ -46,3 +50,19 @@ def test_work_that_hangs_or_fails_ends_in_time_with_one_line() -> None:
 
     with pytest.raises(StartupError, match=r"^sums over eth9: Connect timeout$"):
         within(5, fails, "sums over eth9")
+
+
+def test_a_check_tells_a_nodes_own_ports_and_waits_for_nobody(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On node 1, where the address of node 0 is nobody's."""
+    monkeypatch.setattr(rank, "Watch", lambda *_, **__: Quiet())
+    options = {"nnodes": 2, "tp": 4, "node_rank": 1, "port": free_port(), "device": "cpu"}
+    config = Config(model_dir=str(tiny_dir), nccl_host="127.0.0.77", check=True, **options)  # type: ignore[arg-type]
+    assert rank.serve(config) == 0
+    said = capsys.readouterr().out
+    assert "4 ranks on 2 nodes" in said
+    ports = "torch.distributed 127.0.0.77:28765, nodes 127.0.0.77:12345, messages 20003, 20004"
+    assert ports in said
+    with pytest.raises(StartupError, match="--make_cluster_key"):
+        rank.serve(Config(model_dir=str(tiny_dir), nccl_host="203.0.113.7", check=True, **options))  # type: ignore[arg-type]
