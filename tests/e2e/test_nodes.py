@@ -35,12 +35,16 @@ def start(
     nodes: int = 2,
     tp: int = 0,
 ) -> list[Node]:
-    """All nodes, ready."""
+    """All nodes, ready: the first rank of each listens where the option says."""
     ports = ("--multinode_httpmanager_port", str(free_port()), "--nccl_port", str(free_port()))
-    common = (*CPU, "--nnodes", str(nodes), "--tp", str(tp or nodes), *ports, *args)
+    ranks, messages = tp or nodes, free_port()
+    common = (*CPU, "--nnodes", str(nodes), "--tp", str(ranks), *ports, *args)
+    common += ("--multinode_router_gloo_port", str(messages))
     found = [Node(net, i, model_dir, folder, *common) for i in range(nodes)]
     for node in found:
         stack.enter_context(node)
+        port = messages + node.node * ranks // nodes
+        assert (node.host, port) in node.listeners(), node.text()
     return found
 
 

@@ -360,6 +360,9 @@ OBSERVED: dict[str, list[tuple[str, Callable[[Server], None]]]] = {
              ("three", keeps("0.1", "triton_gqa_flashdecoding"))],
 }  # fmt: skip
 
+# these need two servers, which test_nodes.py starts with all of them
+OF_NODES = ("nnodes", "node_rank", "multinode_httpmanager_port", "multinode_router_gloo_port")
+
 
 @pytest.mark.parametrize(
     ("name", "server", "shows"),
@@ -396,5 +399,5 @@ def test_every_option_of_the_reference_that_works_is_observed() -> None:
         or ANY in FLAGS[name].unavailable
         or ((needs := FLAGS[name].needs) is not None and not needs.available)
     }
-    assert set(OBSERVED) == set(NAMES) - waiting
+    assert {*OBSERVED, *OF_NODES} == set(NAMES) - waiting
     assert set(FLAGS["run_mode"].unavailable) == set(FLAGS["run_mode"].choices) - {"normal"}

@@ -187,9 +187,14 @@ def test_sigterm_while_loading_ends_it(demo_dir: Path, tmp_path: Path) -> None:
     server = Server(demo_dir, tmp_path / "log", *TP2)
     with server.failing():
         (child,) = server.first_children(1)
-        server.process.send_signal(signal.SIGUSR1)
-        shown = ("rank 0: starting", "rank 1: starting")
-        assert wait_until(lambda: all(text in server.text() for text in shown), 20), server.text()
+
+        def shown() -> bool:
+            """Rank 0 tells a child only once it has started it, which it may be about to do."""
+            server.process.send_signal(signal.SIGUSR1)
+            said = ("rank 0: starting", "rank 1: starting")
+            return wait_until(lambda: all(text in server.text() for text in said), 0.5)
+
+        assert wait_until(shown, 20), server.text()
         assert server.stop(10) == 0
         assert not alive(child)
     assert "stopped while starting" in server.text()
