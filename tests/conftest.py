@@ -18,8 +18,12 @@ from bench.mkmodel import write_model
 
 
 def pytest_configure() -> None:
-    """A server started by a test ignores a hang-up only if the test says so, not under nohup too."""
+    """A server started by a test ignores signals only if the test says so, not because the suite
+    runs under nohup or in the background of a script."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,18 +2,47 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from asyncllm.kernels import autotune
 from asyncllm.kernels.attention.decode_plan import DecodeConfig, decode_config
+from asyncllm.kernels.attention.kv8 import KIND_NAMES
 from asyncllm.kernels.attention.prefill import PrefillConfig, block_pairs, prefill_config
+from asyncllm.kernels.latent.plan import AttendConfig
+from asyncllm.kernels.latent.prefill import PrefillConfig as LatentPrefillConfig
 from asyncllm.kernels.moe.experts import ExpertsConfig
 
 CPU = torch.device("cpu")
-KINDS = {"decode": DecodeConfig, "prefill": PrefillConfig}
+SHAPES, WAYS = {"64", "128", "256"}, ("", " lone", " whole", " whole lone")
+PAIRS = {f"{dim} {size}" for dim in SHAPES for size in ("few", "some", "many")}
+BLOCKS = {f"{dim} {size}" for dim in SHAPES for size in ("16", "64", "128")}
+KINDS = ("", *KIND_NAMES.values())
+KEYS = {
+    "decode": {key + kind + way for key in PAIRS for kind in KINDS for way in WAYS},
+    "prefill": {key + kind for key in BLOCKS for kind in KINDS},
+    "latent": {f"{pairs} {size}" for pairs in (16, 64) for size in ("few", "many")},
+    "latent prefill": {"all"},
+    "experts": {"few", "8", "32", "128", "many"},
+}
+READ: dict[str, Callable[[dict[str, Any]], object]] = {
+    "decode": lambda entry: DecodeConfig(**entry),
+    "prefill": lambda entry: PrefillConfig(**entry),
+    "latent": lambda entry: AttendConfig(**entry),
+    "latent prefill": lambda entry: LatentPrefillConfig(**entry),
+    "experts": ExpertsConfig.of,
+}
+
+
+def cache(dim: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """What configurations are chosen by, of a cache on a device that need not be there."""
+    size = dtype.itemsize
+    return SimpleNamespace(shape=(1, 8, dim), dtype=dtype, device=device, element_size=lambda: size)
 
 
 @pytest.fixture
@@ -34,11 +63,19 @@ def tuned_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.devic
 
 
 def test_the_tuned_configuration_is_taken_where_there_is_one(tuned_device: torch.device) -> None:
-    assert decode_config(128, 8, 2, tuned_device) == DecodeConfig(32, 2, 5, 7, 2)
-    assert decode_config(128, 500, 2, tuned_device) == decode_config(128, 500, 2, CPU)
-    assert decode_config(64, 8, 2, tuned_device) == decode_config(64, 8, 2, CPU)
-    assert prefill_config(128, 4, 64, 2, tuned_device) == PrefillConfig(64, 32, 4, 3, 4, False)
-    assert prefill_config(128, 4, 128, 2, tuned_device) == prefill_config(128, 4, 128, 2, CPU)
+    here, plain = cache(128, tuned_device), cache(128, CPU)
+    assert decode_config(here, 8) == DecodeConfig(32, 2, 5, 7, 2)
+    wide = cache(128, tuned_device, torch.float32)
+    assert decode_config(wide, 8) == DecodeConfig(16, 2, 2, 7, 2)
+    assert decode_config(here, 500) == decode_config(plain, 500)
+    assert decode_config(here, 8, grouped=False) == decode_config(plain, 8, grouped=False)
+    assert decode_config(cache(64, tuned_device), 8) == decode_config(cache(64, CPU), 8)
+    rounded = torch.int8
+    assert decode_config(cache(128, tuned_device, rounded), 8) == decode_config(
+        cache(128, CPU, rounded), 8
+    )
+    assert prefill_config(here, 4, 64, 2) == PrefillConfig(64, 32, 4, 3, 4, False)
+    assert prefill_config(here, 4, 128, 2) == prefill_config(plain, 4, 128, 2)
 
 
 def test_a_device_without_a_file_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,15 +87,9 @@ def test_a_device_without_a_file_has_none(monkeypatch: pytest.MonkeyPatch) -> No
 def test_shipped_files_fit_the_kernels() -> None:
     for path in autotune.config_path("x").parent.glob("*.json"):
         for kernel, entries in json.loads(path.read_text()).items():
-            for key, entry in entries.items():
-                if kernel == "experts":
-                    assert key in {"few", "8", "32", "128", "many"}, (path, key)
-                    assert ExpertsConfig.of(entry).block_m >= 16
-                    continue
-                dim_pad, size = key.split()
-                assert dim_pad in {"64", "128", "256"}, (path, key)
-                assert size in {"few", "some", "many", "16", "64", "128"}, (path, key)
-                KINDS[kernel](**entry)
+            assert set(entries) <= KEYS[kernel], path
+            for entry in entries.values():
+                READ[kernel](entry)
 
 
 def test_blocks_are_small_where_large_ones_leave_multiprocessors_idle() -> None:

@@ -258,7 +258,7 @@ def decode_config(
     size = "few" if pairs <= 32 else "some" if pairs <= num_sms(device) else "many"
     way = f"{'' if split else ' whole'}{'' if grouped else ' lone'}"
     if entry := tuned(device, "decode", f"{dim_pad} {size}{kind}{way}"):
-        return DecodeConfig(**entry)
+        found = DecodeConfig(**entry)
     if k_cache.element_size() <= 2:
         return found
     return replace(found, tile=found.tile // 2, num_stages=2)
