@@ -22,7 +22,7 @@ from asyncllm.constrain.engine import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
-from asyncllm.models.checkpoint import read_checkpoint, with_own_head
+from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec, generation_config
 from asyncllm.server.check import check
 from asyncllm.server.keys import with_all_keys
@@ -120,7 +120,7 @@ def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
     config_spec = ModelSpec.from_dir(model_dir)
     with read_checkpoint(model_dir, config.load_way, config_spec) as checkpoint:
         text = load_text(config, str(model_dir), config_spec)
-        spec = with_own_head(config_spec, checkpoint)
+        spec = as_stored(config_spec, checkpoint)
     if spec.tie_embeddings != config_spec.tie_embeddings:
         logger.warning(
             "config.json ties the output matrix to the embedding, but %s is another matrix: "
@@ -187,7 +187,7 @@ def main() -> int:
         model_dir = Path(boot.model_dir)
         spec = ModelSpec.from_dir(model_dir)
         with read_checkpoint(model_dir, boot.config.load_way, spec) as checkpoint:
-            spec = with_own_head(spec, checkpoint)
+            spec = as_stored(spec, checkpoint)
         return uvloop.run(Server(boot, spec, None, Ground(), watch).run())
     except StartupError as error:
         logger.critical("%s cannot start: %s", boot.name, error)

@@ -43,7 +43,7 @@ from asyncllm.environment import cache_dir, quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.messages import Finished, StepDone, StepPlan, Submit, Tokens
-from asyncllm.models.checkpoint import read_checkpoint, with_own_head
+from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec
 from asyncllm.rank import resolve
 from asyncllm.server.assembly import make_allocator, make_scheduler
@@ -270,7 +270,7 @@ def load(config: Config) -> Parts:
     if config.tp > 1:
         raise StartupError(f"--tp {config.tp} needs several processes; this runs one")
     model_dir = resolve_model_dir(config.model_dir, cache_dir())
-    spec = with_own_head(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
+    spec = as_stored(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
     boot = Boot(
         endpoint=0,
         topology=Topology.on_one_node(),

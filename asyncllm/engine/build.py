@@ -27,7 +27,7 @@ from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model, Site
 from asyncllm.models.ops import Ops
-from asyncllm.models.registry import family
+from asyncllm.models.registry import MODELS
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import load
 from asyncllm.records import Opened
@@ -134,7 +134,7 @@ def make_model(
         dtype=kind,
         device=where,
     )
-    return family(spec.architecture).make(spec, site)
+    return MODELS[spec.architecture].make(spec, site)
 
 
 def _operators(

@@ -44,7 +44,7 @@ def inverse_frequencies(rope: Rope, max_len: int) -> Tensor:
     match rope.scaling:
         case None:
             return 1.0 / torch.pow(rope.theta, steps)
-        case Linear(factor):
+        case Linear(factor, _):
             return 1.0 / torch.pow(rope.theta, steps) / factor
         case Dynamic(factor, trained):
             stretch = factor * max(max_len, trained) / trained - (factor - 1)

@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 _HEADS = ("language_model.lm_head", "lm_head")
+_DTYPES = {"BF16": "bf16", "F16": "fp16"}  # by the type of the embedding; else fp32
 
 _NUMBERED = re.compile(r"(.*-)(\d{1,5})(-of-(\d{1,5})\.(?:safetensors|bin))")
 _COMPARED_ROWS = 8192
@@ -185,8 +186,9 @@ def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles) -> Checkpoint:
     return Checkpoint(folder, tuple(groups.values()), tensors, placed, pickles)
 
 
-def with_own_head(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
-    """``spec`` as the checkpoint has it: its names, and untied if it has an output matrix.
+def as_stored(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """``spec`` as the checkpoint has it: its names, its dtype where config.json leaves it to the
+    weights, and untied if it has an output matrix.
 
     The text part of a model that sees goes by one of two prefixes. A tied checkpoint may hold the
     embedding a second time, as ``lm_head``. Where that is another matrix, it is the one that was
@@ -202,9 +204,12 @@ def with_own_head(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
             break
     names = f"{spec.prefix}embed_tokens.weight", f"{spec.head}.weight"
     embed, matrix = (checkpoint.tensors.get(name) for name in names)
-    if not spec.tie_embeddings or embed is None or matrix is None:
-        return spec
     with checkpoint.open() as opened:
+        if spec.dtype == "auto":
+            kind = "" if embed is None else opened.tensor(embed).kind
+            spec = replace(spec, dtype=_DTYPES.get(kind, "fp32"))
+        if not spec.tie_embeddings or embed is None or matrix is None:
+            return spec
         return spec if _equal(opened, embed, matrix) else replace(spec, tie_embeddings=False)
 
 

@@ -41,6 +41,11 @@ def config3(hf: Json) -> Json:
     told = hf.pop("rope_parameters", None) or {}
     full = {"rope_theta": hf.get("rope_theta", 1e6), **(told.get("full_attention") or {})}
     full |= hf.pop("rope_scaling", None) or {}
+    if "linear" in (
+        full.get("rope_type"),
+        full.get("type"),
+    ):  # max_position_embeddings counts the stretched ones
+        full.setdefault("original_max_position_embeddings", count(hf, "max_position_embeddings"))
     near = {"rope_theta": hf.get("rope_local_base_freq", 1e4)}
     near |= told.get("sliding_attention") or {}
     hf["rope_parameters"] = {"full_attention": full, "sliding_attention": near}

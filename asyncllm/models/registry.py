@@ -1,4 +1,4 @@
-"""Architecture name of config.json -> the code that reads it and runs it, imported on first use."""
+"""Architecture that a config.json names -> the code that reads and runs it, imported when used."""
 
 from __future__ import annotations
 
@@ -82,17 +82,50 @@ MODELS = {
     "Qwen2MoeForCausalLM": _common("qwen_moe", "read2", "config2"),
     "Qwen3MoeForCausalLM": _common("qwen_moe", "read3", "config3"),
 }
+# what a file that names no architecture is by its model_type
+_BY_TYPE = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 
-def family(architecture: str, model_type: str | None = None) -> Family:
-    """Raises StartupError for a model this server does not run."""
-    if architecture not in MODELS:
-        # "qwen3_vl" is nearer to Qwen3 than "Qwen3VLForConditionalGeneration" to anything
-        heads = {name.partition("For")[0].lower(): name for name in MODELS}
-        asked = str(model_type or architecture.partition("For")[0]).lower().replace("_", "")
-        near = [heads[name] for name in get_close_matches(asked, heads, 3, 0.0)]
-        raise StartupError(
-            f"architecture {architecture!r} is not available yet (the nearest that are: "
-            f"{', '.join(near)})"
-        )
-    return MODELS[architecture]
+def family(architectures: object, model_type: object = None) -> tuple[str, Family]:
+    """The architecture that a config.json names, and what serves it.
+
+    Of several names the first that is served counts, however its letters are spelled
+    (``LLaMAForCausalLM``). Where there are none ``model_type`` decides.
+
+    Raises:
+        StartupError: for a model this server does not run.
+    """
+    listed = architectures if isinstance(architectures, list) else [architectures]
+    names = [str(name) for name in listed if name]
+    spelled = {name.lower(): name for name in MODELS}
+    served = [spelled[name.lower()] for name in names if name.lower() in spelled]
+    if not names and str(model_type) in _BY_TYPE:
+        served = [_BY_TYPE[str(model_type)]]
+    if served:
+        return served[0], MODELS[served[0]]
+    # "qwen3_vl" is nearer to Qwen3 than "Qwen3VLForConditionalGeneration" to anything
+    told = names[0] if names else ""
+    heads = {name.partition("For")[0].lower(): name for name in MODELS}
+    asked = str(model_type or told.partition("For")[0]).lower().replace("_", "")
+    near = [heads[name] for name in get_close_matches(asked, heads, 3, 0.0)]
+    raise StartupError(
+        f"{f'architecture {told!r}' if told else f'model_type {model_type!r}'} is not available "
+        f"yet (the nearest that are: {', '.join(near)})"
+    )

@@ -14,6 +14,7 @@ from asyncllm.errors import StartupError
 from asyncllm.models.numbers import count, number
 
 Json = dict[str, Any]  # what a file holds
+_POSITIONS = 2048  # where a file names none
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class Linear:
     """Every frequency is divided by ``factor`` (position interpolation)."""
 
     factor: float
+    longest: int  # positions that it is good for
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +104,12 @@ def reach(ropes: Iterable[Rope | None], said: int) -> int:
     """Positions that angles are good for: ``max_position_embeddings``, or what their scaling makes
     of the positions before it.
 
-    Files for YaRN often keep the former, and the base of dynamic ones begins to grow there.
+    Files for YaRN and linear ones often keep the former, and the base of dynamic ones begins to
+    grow there.
     """
     scalings = [rope.scaling for rope in ropes if rope]
-    stretched = (int(s.factor * s.trained) for s in scalings if isinstance(s, Dynamic | Yarn))
-    return max([said, *stretched])
+    stretched = [int(s.factor * s.trained) for s in scalings if isinstance(s, Dynamic | Yarn)]
+    return max([said, *stretched, *(s.longest for s in scalings if isinstance(s, Linear))])
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -158,7 +161,11 @@ def _default(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
 
 
 def _linear(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
-    return Linear(_positive("factor", given["factor"])), 1.0
+    factor = _positive("factor", given["factor"])
+    longest = count(hf, "max_position_embeddings", _POSITIONS)
+    if given.get(_TRAINED) is None:  # else the former counts the stretched ones
+        longest = int(longest * factor)
+    return Linear(factor, longest), 1.0
 
 
 def _dynamic(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
@@ -237,7 +244,7 @@ _LONGROPE = f"short_factor long_factor factor attention_factor {_TRAINED}"
 # what reads a kind, and the keys that it knows
 _READERS = {
     "default": (_default, ""),
-    "linear": (_linear, "factor"),
+    "linear": (_linear, f"factor {_TRAINED}"),
     "dynamic": (_dynamic, "factor"),
     "llama3": (_llama3, f"factor low_freq_factor high_freq_factor {_TRAINED}"),
     "yarn": (

@@ -23,6 +23,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
 }
 # what changes the computation, and the value with which it does not
 _UNSERVED = {
@@ -34,7 +36,15 @@ _UNSERVED = {
     "rope_interleaved": None,
     "use_bidirectional_attention": None,
 }
-_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# with and without "torch." before it
+_DTYPE_NAMES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "auto": "auto",
+}
 
 
 # what the names of tensors of models that see begin with, besides those of their text part
@@ -152,7 +162,7 @@ class ModelSpec:
     rms_eps: float
     max_position: int  # of the longest sequence, by what config.json says of positions
     tie_embeddings: bool
-    dtype: str  # of the checkpoint: fp32, bf16 or fp16
+    dtype: str  # of the checkpoint: fp32, bf16 or fp16; auto: config.json leaves it to the weights
     eos_ids: tuple[int, ...]
     # of the checkpoint's 8-bit weights: rows and columns that share a scale; None: there are none
     weight_block: tuple[int, int] | None = None
@@ -213,8 +223,7 @@ class ModelSpec:
     @classmethod
     def from_hf(cls, hf: Json, generation: Json) -> ModelSpec:
         """From what config.json and generation_config.json hold (transformers 4 and 5 styles)."""
-        architecture = (hf.get("architectures") or ["?"])[0]
-        served = family(architecture, hf.get("model_type"))
+        architecture, served = family(hf.get("architectures"), hf.get("model_type"))
         hf = served.config(hf)
         for name, harmless in _UNSERVED.items():
             if (value := hf.get(name)) and value != harmless:
@@ -227,8 +236,8 @@ class ModelSpec:
             activation=_activation(hf),
         )
         quantization = _quantization(hf)
-        dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
-        if dtype not in _DTYPE_NAMES:
+        dtype = hf.get("dtype") or hf.get("torch_dtype") or "auto"
+        if (plain := str(dtype).removeprefix("torch.")) not in _DTYPE_NAMES:
             raise StartupError(f"checkpoint dtype {dtype!r} is not available yet")
         spec = cls(
             architecture=architecture,
@@ -239,7 +248,7 @@ class ModelSpec:
             rms_eps=number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6), zero=True),
             max_position=count(hf, "max_position_embeddings", 2048, least=2),
             tie_embeddings=truth(hf, "tie_word_embeddings"),
-            dtype=_DTYPE_NAMES[dtype],
+            dtype=_DTYPE_NAMES[plain],
             eos_ids=_eos(hf, generation),
             weight_block=weight_block(quantization),
             kv_format=kv_format(quantization),
@@ -353,7 +362,7 @@ def generation_config(model_dir: Path) -> Json:
 
 def _read(path: Path) -> Json:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise StartupError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):

@@ -297,10 +297,12 @@ def quick_difference(reference: Reference, device: CpuDevice | CudaDevice | Rank
 
 
 # what does not change numbers: names for users, limits, what is read before the weights
-SAID = frozenset({"architecture", "max_position", "dtype", "eos_ids", "weight_block", "ignored"})
+SAID = frozenset(
+    {"architecture", "max_position", "longest", "dtype", "eos_ids", "weight_block", "ignored"}
+)
 # for what is None
 GIVEN: dict[str, Any] = {
-    "window": 40, "softcap": 3.0, "logit_softcap": 3.0, "scaling": Linear(1.1), "rope": None,
+    "window": 40, "softcap": 3.0, "logit_softcap": 3.0, "scaling": Linear(1.1, 99), "rope": None,
     "query_growth": QueryGrowth(0.1, 30), "q_rank": 8,
 }  # fmt: skip
 

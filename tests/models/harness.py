@@ -18,7 +18,7 @@ from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone
 from asyncllm.messages import StepDone, StepPlan
-from asyncllm.models.checkpoint import read_checkpoint, with_own_head
+from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model
 from asyncllm.models.ops import Product
@@ -243,7 +243,7 @@ class Ranks:
 def read_spec(model_dir: Path) -> ModelSpec:
     """What the start reads of a folder, by its checkpoint's names."""
     with read_checkpoint(model_dir) as checkpoint:
-        return with_own_head(ModelSpec.from_dir(model_dir), checkpoint)
+        return as_stored(ModelSpec.from_dir(model_dir), checkpoint)
 
 
 def make_device(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from asyncllm.errors import StartupError
 from asyncllm.hub import check_model_dir
-from asyncllm.models.checkpoint import INDEX, read_checkpoint, with_own_head
+from asyncllm.models.checkpoint import INDEX, as_stored, read_checkpoint
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
 from tests.models.harness import build
@@ -28,7 +28,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 
 def load(model_dir: Path) -> Decoder:
-    spec = with_own_head(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
+    spec = as_stored(ModelSpec.from_dir(model_dir), read_checkpoint(model_dir))
     model = build(model_dir, spec, "fp32", torch.device("cpu"), 64)
     assert isinstance(model, Decoder)
     return model

@@ -22,7 +22,7 @@ from asyncllm.engine.build import build_model
 from asyncllm.engine.parallel import Alone
 from asyncllm.errors import StartupError
 from asyncllm.hub import check_model_dir
-from asyncllm.models.checkpoint import read_checkpoint, weight_files, with_own_head
+from asyncllm.models.checkpoint import as_stored, read_checkpoint, weight_files
 from asyncllm.models.deepspeed import layer_files, place
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
@@ -250,7 +250,7 @@ def test_shards_with_an_index_are_a_model(tmp_path: Path, monkeypatch: pytest.Mo
     check_model_dir(tmp_path)
     spec = ModelSpec.from_dir(tmp_path)
     with read_checkpoint(tmp_path) as checkpoint:
-        spec = with_own_head(spec, checkpoint)
+        spec = as_stored(spec, checkpoint)
     model = build(tmp_path, spec, "fp32", torch.device("cpu"), 64)
     assert isinstance(model, Decoder)
     check_loaded(model, want)

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import save_file
 
 from asyncllm.errors import StartupError
+from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.registry import MODELS
 from asyncllm.models.rope import Linear, LongRope, Rope, Yarn
 from asyncllm.models.spec import AttentionSpec, ExpertNames, ExpertsSpec, ModelSpec, QueryGrowth
@@ -308,7 +311,7 @@ def test_experts_of_published_models() -> None:
 def test_angles_and_scales_of_published_models() -> None:
     near, full = layers_of("gemma-3-27b-it")[4:6]
     assert (near.rope, full.rope) == (
-        Rope(theta=1e4, dim=128), Rope(theta=1e6, dim=128, scaling=Linear(8.0))
+        Rope(theta=1e4, dim=128), Rope(theta=1e6, dim=128, scaling=Linear(8.0, 131072))
     )  # fmt: skip
     assert near.scale == full.scale == 168**-0.5
     assert read(PUBLISHED["gemma-3-27b-it"][1]).embed_scale == 5376**0.5
@@ -338,12 +341,18 @@ def test_how_long_sequences_may_be_is_what_angles_are_good_for() -> None:
         "Qwen2ForCausalLM": {"rope_scaling": yarn, "max_position_embeddings": 32768},
         "Qwen3ForCausalLM": {"max_position_embeddings": 32768},
         "MistralForCausalLM": {"rope_scaling": yarn, "max_position_embeddings": 262144},
-    }
+        "MixtralForCausalLM": {"rope_scaling": {"type": "linear", "factor": 2.5}},
+        "Phi3ForCausalLM": {
+            "rope_scaling": {
+                "type": "linear", "factor": 4.0, "original_max_position_embeddings": 1024,
+            }
+        },
+    }  # fmt: skip
     common = LLAMA | {"num_key_value_heads": 2, "max_position_embeddings": 4096}
     limits = [
         read(common | {"architectures": [name], **more}).max_position for name, more in told.items()
     ]
-    assert limits == [8192, 131072, 32768, 262144]
+    assert limits == [8192, 131072, 32768, 262144, 10240, 4096]
     assert read(PUBLISHED["Qwen3-8B"][1]).max_position == 131072
 
 
@@ -380,9 +389,44 @@ def test_reading_a_config_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_file_without_an_architecture_is_told_by_its_type() -> None:
-    with pytest.raises(StartupError, match=r"architecture '\?' is .*: Qwen3ForCausalLM"):
-        read({"model_type": "qwen3"})
+@pytest.mark.parametrize("missing", [{}, {"architectures": None}, {"architectures": []}], ids=str)
+def test_a_file_without_an_architecture_is_told_by_its_type(missing: dict[str, Any]) -> None:
+    for name, (_, config) in PUBLISHED.items():
+        known = {key: value for key, value in config.items() if key != "architectures"}
+        assert read(known | missing) == read(config), name
+    with pytest.raises(StartupError, match=r"^model_type 'qwen3_vl' is not .*: Qwen3ForCausalLM"):
+        read(missing | {"model_type": "qwen3_vl"})
+
+
+@pytest.mark.parametrize(
+    ("spelled", "plain"),
+    [
+        ({"architectures": ["LLaMAForCausalLM"]}, {}),
+        ({"architectures": ["OursForCausalLM", "LlamaForCausalLM"]}, {}),
+        ({"torch_dtype": "torch.float16"}, {}),
+        ({"torch_dtype": "half"}, {}),
+        ({"torch_dtype": "torch.float32"}, {"torch_dtype": "float32"}),
+        ({"torch_dtype": "auto"}, {"torch_dtype": None}),
+        ({"hidden_act": "swish"}, {"hidden_act": "silu"}),
+        ({"hidden_act": "gelu_new"}, {"hidden_act": "gelu_pytorch_tanh"}),
+    ],
+    ids=str,
+)
+def test_other_spellings(spelled: dict[str, Any], plain: dict[str, Any]) -> None:
+    assert read(LLAMA | spelled) == read(LLAMA | plain)
+    assert read(LLAMA | spelled).architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_dtype_that_is_left_open_is_that_of_the_weights(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"torch_dtype": "auto"}))
+    weights = {"model.embed_tokens.weight": torch.zeros(4, 4, dtype=stored)}
+    save_file(weights, tmp_path / "model.safetensors")
+    found = as_stored(ModelSpec.from_dir(tmp_path), read_checkpoint(tmp_path))
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    assert names[found.dtype] == stored
 
 
 def spec(folder: Path, config: Any, generation: str = "{}") -> ModelSpec:
