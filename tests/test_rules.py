@@ -443,6 +443,19 @@ def test_what_is_allowed_still_exists() -> None:
     assert used >= SYNC_ALLOWED
 
 
+def test_sockets_of_tests_cannot_block_for_ever() -> None:
+    """Those of ZeroMQ are made in one place, which limits all their waits."""
+    made = {
+        file.relative_to(ROOT).as_posix()
+        for folder in ("tests", "bench")
+        for file in (ROOT / folder).rglob("*.py")
+        if file != Path(__file__)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "zmq.Context"
+    }
+    assert made == {"tests/raw.py"}
+
+
 def test_the_command_line_reference_is_fresh() -> None:
     markdown = importlib.import_module("asyncllm.cli").markdown
     assert (ROOT / "docs" / "cli.md").read_text() == markdown()

@@ -11,7 +11,6 @@ from typing import Any, get_args, get_origin
 
 import msgpack
 import uvloop
-import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +30,7 @@ from asyncllm.core.request import GRAMMARS, Constraint, Reason, SamplingParams
 from asyncllm.errors import RequestError
 from asyncllm.messages import FRONTEND_SHIFT, Finished, Hello, StepDone, StepPlan, Submit
 from asyncllm.topology import Contract, Topology
+from tests.raw import raw
 
 VOCAB, MAX_LEN, LANES, SLOTS = 50, 24, 4, 64
 CONTRACT = Contract(protocol="p", options="o")
@@ -207,10 +207,7 @@ async def survives(rogues: list[bytes]) -> ActorSystem:
         worker.add(actor)
     tasks = [asyncio.ensure_future(s.run()) for s in (system, worker)]
     submit = Submit(rid, i32([3, 4, 5]), SamplingParams(max_new_tokens=4, ignore_eos=True))
-    with zmq.Context() as ctx, ctx.socket(zmq.PUSH) as sock:
-        sock.curve_serverkey = sock.curve_publickey = keys.public.encode()
-        sock.curve_secretkey = keys.secret.encode()
-        sock.connect(system.address)
+    with raw(system.address, keys) as sock:
         for name, msg in (
             ("watchdog", Hello(endpoint=1, contract=CONTRACT, node=0, address=worker.address)),
             ("", None),

@@ -21,6 +21,7 @@ from asyncllm.codec import encode
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
 from asyncllm.messages import Gone, Halt
 from asyncllm.topology import http_worker
+from tests.raw import offer, push, raw
 
 Wires = Callable[[int], list[Wire]]
 
@@ -46,19 +47,6 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
             return await main
 
     return uvloop.run(bounded())
-
-
-def push(address: str, keys: Keys | None, *frames: bytes) -> None:
-    """Send frames as a process that has the keys, or none."""
-    with zmq.Context() as ctx, ctx.socket(zmq.PUSH) as sock:
-        if keys:
-            sock.curve_serverkey = keys.public.encode()
-            sock.curve_publickey = keys.public.encode()
-            sock.curve_secretkey = keys.secret.encode()
-        sock.linger = 0 if keys is None else -1
-        sock.connect(address)
-        for frame in frames:
-            sock.send(frame)
 
 
 def frame(name: str, number: int, urgent: bool = False) -> bytes:
@@ -106,7 +94,7 @@ def test_a_foreign_frame_is_dropped_and_counted(bad: bytes) -> None:
         system = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
         actor = Sink(7)
         system.add(actor)
-        push(system.address, keys, frame("sink", 6), bad, frame("sink", 7))
+        push(system.address, keys, [frame("sink", 6), bad, frame("sink", 7)])
         await system.run()
         assert actor.got == [6, 7]
         assert system.foreign_frames == 1
@@ -122,7 +110,7 @@ def test_foreign_frames_are_one_line_a_minute(
         system = ActorSystem(0, wire)
         system.add(Sink(7))
         letters = [frame("nobody", i) for i in range(30)]
-        push(wire.address, wire.keys, *[b"x"] * 50, *letters, frame("sink", 7))
+        push(wire.address, wire.keys, [*[b"x"] * 50, *letters, frame("sink", 7)])
         await system.run()
         assert (system.foreign_frames, system.dead_letters) == (50, 30)
 
@@ -140,7 +128,7 @@ def test_a_message_that_is_not_for_other_processes_is_dropped(wires: Wires) -> N
         actor = Sink(7)
         system.add(actor)
         halt = bytes(msgpack.packb(("sink", True))) + encode(Halt())
-        push(wire.address, wire.keys, halt, frame("sink", 7))
+        push(wire.address, wire.keys, [halt, frame("sink", 7)])
         await system.run()
         assert system.foreign_frames == 1
         return actor.got
@@ -161,18 +149,11 @@ def test_who_has_not_the_keys_is_not_heard(wires: Wires, address: str, keys: Key
         actor = Sink(7)
         system.add(actor)
         running = asyncio.ensure_future(system.run())
-        with zmq.Context() as ctx, ctx.socket(zmq.PUSH) as sock:
-            if keys:
-                sock.curve_serverkey = keys.public.encode()
-                sock.curve_publickey = keys.public.encode()
-                sock.curve_secretkey = keys.secret.encode()
-            sock.linger = 0
-            sock.connect(system.address)
+        with raw(system.address, keys) as sock:
             for i in range(20):
-                with suppress(zmq.Again):
-                    sock.send(frame("sink", 100 + i), zmq.NOBLOCK)
+                offer(sock, frame("sink", 100 + i))
                 await asyncio.sleep(0.02)
-            push(system.address, wire.keys, frame("sink", 7))
+            push(system.address, wire.keys, [frame("sink", 7)])
             await running
         assert system.foreign_frames == 0
         return actor.got
@@ -194,7 +175,7 @@ def test_bytes_that_are_not_even_zmq_do_no_harm() -> None:
             writer.write_eof()
             await reader.read()
         writer.close()
-        push(system.address, keys, frame("sink", 1))
+        push(system.address, keys, [frame("sink", 1)])
         await running
         assert actor.got == [1]
 
@@ -236,7 +217,7 @@ def test_a_remote_message_for_a_missing_name_is_a_dead_letter(wires: Wires) -> N
         system = ActorSystem(0, wires(1)[0])
         system.add(Sink(1))
         wire = wires(1)[0]
-        push(wire.address, wire.keys, frame("nobody", 0), frame("sink", 1))
+        push(wire.address, wire.keys, [frame("nobody", 0), frame("sink", 1)])
         await system.run()
         return system.dead_letters
 
@@ -250,7 +231,7 @@ def test_a_remote_message_for_a_full_mailbox_ends_the_endpoint(wires: Wires) -> 
         actor.capacity = 2
         system.add(actor)
         wire = wires(1)[0]
-        push(wire.address, wire.keys, *[frame("sink", i) for i in range(20)])
+        push(wire.address, wire.keys, [frame("sink", i) for i in range(20)])
         await system.run()
 
     with pytest.raises(ActorCrashed, match=r"sink@0.*MailboxFull"):

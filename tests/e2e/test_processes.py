@@ -16,11 +16,11 @@ from pathlib import Path
 
 import msgpack
 import pytest
-import zmq
 
 from asyncllm.codec import encode
 from asyncllm.messages import Drain, Halt
 from tests.e2e.process import Server, alive, free_port, wait_until
+from tests.raw import offer, raw
 
 Answers = list[list[int]]
 
@@ -60,14 +60,11 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one(
 
 def send_as_stranger(server: Server, *messages: object) -> None:
     """To every port but that of HTTP, as a local process could."""
-    with zmq.Context() as ctx:
-        for host, port in server.listeners():
-            if port != server.port:
-                with ctx.socket(zmq.PUSH) as sock:
-                    sock.setsockopt(zmq.LINGER, 200)
-                    sock.connect(f"tcp://{host}:{port}")
-                    for msg in messages:
-                        sock.send(bytes(msgpack.packb(("watchdog", True))) + encode(msg))
+    for host, port in server.listeners():
+        if port != server.port:
+            with raw(f"tcp://{host}:{port}", None, linger_ms=200) as sock:
+                for msg in messages:
+                    offer(sock, bytes(msgpack.packb(("watchdog", True))) + encode(msg))
 
 
 def test_a_dead_rank_ends_the_server_and_is_named(demo_dir: Path, tmp_path: Path) -> None:

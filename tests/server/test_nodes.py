@@ -19,6 +19,7 @@ from asyncllm.server.nodes import Alive, Join, Joined, Lifeline, Meeting, Member
 from asyncllm.server.secret import derive
 from asyncllm.topology import Contract, Topology
 from tests.e2e.process import free_port, wait_until
+from tests.raw import offer, raw
 
 KEYS = derive(b"s" * 32)
 TIMEOUT_S = 20.0
@@ -187,19 +188,6 @@ def test_a_node_that_is_silent_ends_the_others(gone: int) -> None:
             assert w.ended[i][1].startswith(f"node {gone} ({host}) has been silent for 2.")
 
 
-def raw(port: int, keys: Keys | None) -> zmq.Socket[bytes]:
-    """A socket of somebody who sends what he likes."""
-    sock = zmq.Context.instance().socket(zmq.DEALER)
-    sock.setsockopt(zmq.LINGER, 0)
-    if keys is not None:
-        sock.setsockopt_string(zmq.CURVE_SERVERKEY, keys.public)
-        mine = zmq.curve_keypair()
-        sock.setsockopt(zmq.CURVE_PUBLICKEY, mine[0])
-        sock.setsockopt(zmq.CURVE_SECRETKEY, mine[1])
-    sock.connect(f"tcp://127.0.0.1:{port}")
-    return sock
-
-
 def mutated(draw: random.Random, frames: list[bytes]) -> list[bytes]:
     """With a few bytes changed, cut or added, or a frame left out or doubled."""
     found = [bytearray(frame) for frame in frames]
@@ -227,10 +215,11 @@ def test_noise_harms_nobody_with_the_key_or_without() -> None:
         w.add(1, a_node(1))
         w.settle()
         for keys in (None, derive(b"x" * 32), KEYS):
-            with raw(w.port, keys) as sock:
+            with raw(f"tcp://127.0.0.1:{w.port}", keys, zmq.DEALER) as sock:
                 for _ in range(200):
-                    sock.send_multipart(mutated(draw, draw.choice(valid)))
-                    sock.send_multipart([draw.randbytes(draw.randint(0, 99))])
+                    taken = offer(sock, *mutated(draw, draw.choice(valid)))
+                    taken &= offer(sock, draw.randbytes(draw.randint(0, 99)))
+                    assert taken or keys is not KEYS
                 wait_until(lambda: sock.poll(0), 1.0 if keys is KEYS else 0.1)
         w.add("late", a_node(1))  # it is still answered
         w.settle()
