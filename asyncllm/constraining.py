@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asyncllm.api import reasoning, tools
-from asyncllm.api.parts import Dialect
+from asyncllm.api.parsing import reasoning, tools
+from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.constrain.engine import Grammars
 from asyncllm.core.constraints import Constraints, unconstrained
 from asyncllm.core.thinking import Rules

@@ -16,7 +16,7 @@ import uvloop
 
 from asyncllm import log
 from asyncllm.actors.pulse import Pulse
-from asyncllm.api.defaults import read_defaults
+from asyncllm.api.common.defaults import read_defaults
 from asyncllm.config import Config, Resolved, resolve_limits
 from asyncllm.constrain.engine import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible

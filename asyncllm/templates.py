@@ -30,8 +30,8 @@ from typing import Any
 
 import msgpack
 
-from asyncllm.api.chat import ChatTemplate, variables
-from asyncllm.api.parts import Dialect, dialect_of
+from asyncllm.api.common.chat_template import ChatTemplate, variables
+from asyncllm.api.parsing.output_parser import Dialect, dialect_of
 from asyncllm.environment import child_environment
 from asyncllm.errors import AsyncllmError, RequestError, StartupError
 

@@ -33,8 +33,8 @@ from asyncllm.actors.frontend import Frontend, Limits
 from asyncllm.actors.renderer import Renderer
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
-from asyncllm.api.answer import Vocab
-from asyncllm.api.generation import Served
+from asyncllm.api.common.answer import Vocab
+from asyncllm.api.common.request import Served
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.core.scheduling import Core

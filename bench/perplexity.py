@@ -28,7 +28,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
-from asyncllm.api.chat import ChatTemplate
+from asyncllm.api.common.chat_template import ChatTemplate
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import StartupError

@@ -24,6 +24,17 @@ PURE = {
     "constrain": ("errors", "plain", "constrain"),
     "api": (*VALUES, "api", "__version__"),
 }
+# packages of api/ from the bottom up, and which of the others each may import
+API = {
+    "parsing": (),
+    "common": ("parsing",),
+    "openai": ("common", "parsing"),
+    "responses": ("common", "parsing"),
+    "anthropic": ("common", "parsing"),
+    "lightllm": ("common", "parsing"),
+    "tgi": ("lightllm", "common", "parsing"),
+    "openapi": ("openai", "responses", "anthropic", "lightllm", "tgi", "common", "parsing"),
+}
 TIDY = {"kernels", "models", "engine"}  # no tables of data that a formatter would spoil
 NO_SYNC = {"engine", "models", "kernels", "actors"}
 SYNC_CALLS = {"item", "tolist", "cpu"}  # each waits for the device
@@ -218,6 +229,19 @@ def layers(module: Module) -> Iterator[str]:
             yield f"imports {name} from above"
 
 
+def protocols(module: Module) -> Iterator[str]:
+    """No package of api/ imports one above or beside it."""
+    if module.layer != "api":
+        return
+    package = module.path.split("/")[1]
+    if package not in API and package != "__init__.py":
+        yield f"{package} is not in the table of api/'s packages"
+        return
+    own = {name.split(".")[2] for name in module.imports if name.startswith("asyncllm.api.")}
+    if bad := own - {package, *API.get(package, ())}:
+        yield f"api/{package} imports api's {bad}"
+
+
 def foreign_code(module: Module) -> Iterator[str]:
     if bad := _roots(module.imports) & FOREIGN_CODE:
         yield f"imports {bad}"
@@ -320,6 +344,7 @@ RULES: list[Callable[[Module], Iterator[str]]] = [
     size,
     tidy,
     layers,
+    protocols,
     foreign_code,
     banned_calls,
     environment,
@@ -380,6 +405,14 @@ def test_what_is_bounded_as_a_whole_only_goes_down() -> None:
 def test_what_is_bounded_is_counted() -> None:
     text = "from typing import Any\ndef f(a: Any) -> dict[str, Any]: ..."
     assert num_any(Module("core/x.py", text)) == 2
+
+
+def test_no_test_imports_another_test() -> None:
+    """What they share is in a module of its own."""
+    for path in sorted((ROOT / "tests" / "api").rglob("*.py")):
+        imports = Module(path.relative_to(ROOT / "tests").as_posix(), path.read_text()).imports
+        shared = [name for name in imports if name.startswith("tests.") and ".test_" in name]
+        assert shared == [], path
 
 
 def test_message_tags_are_unique() -> None:
@@ -480,8 +513,14 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
     (layers, "core/x.py", "from asyncllm import text"),
     (layers, "core/x.py", "from .. import hub"),
     (layers, "core/deep/x.py", "def f():\n    import asyncio"),
-    (layers, "api/tools/x.py", "from asyncllm.engine.device import Device"),
-    (layers, "api/x.py", "import aiohttp.web"),
+    (layers, "api/parsing/x.py", "from asyncllm.engine.device import Device"),
+    (layers, "api/openai/x.py", "import aiohttp.web"),
+    (protocols, "api/common/x.py", "from asyncllm.api.openai import request"),
+    (protocols, "api/common/x.py", "from asyncllm.api import openai"),
+    (protocols, "api/parsing/tools/x.py", "from ...common import sse"),
+    (protocols, "api/anthropic/x.py", "from asyncllm.api.openai.messages import content"),
+    (protocols, "api/x.py", "import re"),
+    (protocols, "api/gemini/x.py", "import re"),
     (layers, "models/x.py", "from asyncllm.api import openai"),
     (layers, "engine/x.py", "import asyncllm.actors.base"),
     (layers, "engine/x.py", "import uvloop"),
@@ -538,7 +577,8 @@ def test_a_rule_catches(rule: Callable[[Module], Iterator[str]], path: str, text
 
 GOOD: list[tuple[str, str]] = [
     ("core/x.py", "from asyncllm.errors import RequestError\nfrom . import request\nimport re"),
-    ("api/x.py", "from asyncllm import __version__\nfrom asyncllm.core.request import Reason"),
+    ("api/tgi/x.py", "from asyncllm import __version__\nfrom asyncllm.api.lightllm import request"),
+    ("api/parsing/x.py", "from asyncllm.core.request import Reason\nfrom . import scanner"),
     ("kernels/x.py", "import torch, triton\nfrom . import y\ndef x_ref(a):\n    return a"),
     ("models/x.py", "from asyncllm.kernels import x\nimport torch\nclass A:\n    pass"),
     ("actors/x.py", "import asyncio, zmq\nfrom asyncllm.api import openai\nawait_ = asyncio.sleep"),

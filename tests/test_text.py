@@ -23,8 +23,8 @@ from tokenizers import (
     processors,
 )
 
-from asyncllm.api.answer import Vocab
-from asyncllm.api.chat import ChatTemplate, variables
+from asyncllm.api.common.answer import Vocab
+from asyncllm.api.common.chat_template import ChatTemplate, variables
 from asyncllm.errors import RequestError, StartupError
 from asyncllm.text import Text, load_tokenizer
 

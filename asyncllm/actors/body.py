@@ -12,7 +12,7 @@ from typing import Final
 
 from aiohttp import web
 
-from asyncllm.api.errors import BodyTooLarge, BodyTooSlow, UnknownEncoding
+from asyncllm.api.common.errors import BodyTooLarge, BodyTooSlow, UnknownEncoding
 from asyncllm.errors import RequestError
 
 PIECE: Final = 256 << 10  # decompressed in one turn of the loop: a millisecond or so

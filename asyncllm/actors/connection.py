@@ -18,7 +18,7 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
-from asyncllm.api.errors import HeaderTooLarge, ServerFault
+from asyncllm.api.common.errors import HeaderTooLarge, ServerFault
 from asyncllm.errors import RequestError
 
 BACKLOG: Final = 2048  # connections that wait to be accepted

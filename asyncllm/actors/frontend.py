@@ -22,11 +22,11 @@ from asyncllm.actors.connection import Doors
 from asyncllm.actors.gate import Access
 from asyncllm.actors.http import Routes
 from asyncllm.actors.stream import Exchange, Pipe, resolve
-from asyncllm.api import sse
-from asyncllm.api.answer import REASONS, Answer, Choice, Reply, Vocab
-from asyncllm.api.errors import Cancelled, NotServing, from_failure
-from asyncllm.api.fields import MAX_SEED
-from asyncllm.api.generation import Generation, Served
+from asyncllm.api.common import sse
+from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply, Vocab
+from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
+from asyncllm.api.common.request import Generation, Served
+from asyncllm.api.common.validation import MAX_SEED
 from asyncllm.core.admission import Admission
 from asyncllm.core.metrics import REFUSED
 from asyncllm.core.request import Reason

@@ -14,8 +14,8 @@ from typing import Final
 
 from aiohttp import web
 
-from asyncllm.api.errors import ForeignOrigin, Unauthorized
-from asyncllm.api.fields import show
+from asyncllm.api.common.errors import ForeignOrigin, Unauthorized
+from asyncllm.api.common.validation import show
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS: Final = frozenset({"/health", "/healthz", "/liveness", "/readiness"})

@@ -20,29 +20,26 @@ from asyncllm.actors.body import read_body
 from asyncllm.actors.connection import Doors, Handler, Lookout
 from asyncllm.actors.gate import Gate
 from asyncllm.actors.stream import Exchange, Pipe
-from asyncllm.api import (
-    anthropic,
-    anthropic_reply,
-    errors,
-    fields,
-    jsonbody,
-    lightllm,
-    openai,
-    openapi,
-    responses,
-    sse,
-    tgi,
-    tgi_reply,
-    welcome,
-)
-from asyncllm.api.answer import Answer, Reply
-from asyncllm.api.anthropic_reply import MessageReply
-from asyncllm.api.generation import Generation
-from asyncllm.api.lightllm_reply import NativeReply
-from asyncllm.api.openai_reply import CompletionReply, model, models
-from asyncllm.api.parted_reply import chat_reply
-from asyncllm.api.responses_reply import ResponseReply
-from asyncllm.api.tgi_reply import TgiReply
+from asyncllm.api.anthropic import reply as anthropic_reply
+from asyncllm.api.anthropic import request as anthropic
+from asyncllm.api.anthropic.reply import MessageReply
+from asyncllm.api.common import errors, json_body, sse, validation
+from asyncllm.api.common.answer import Answer, Reply
+from asyncllm.api.common.request import Generation
+from asyncllm.api.lightllm import request as lightllm
+from asyncllm.api.lightllm.reply import NativeReply
+from asyncllm.api.openai import request as openai
+from asyncllm.api.openai.chat_reply import chat_reply
+from asyncllm.api.openai.completion_reply import CompletionReply
+from asyncllm.api.openai.models import model, models
+from asyncllm.api.openapi import document as openapi
+from asyncllm.api.openapi import welcome
+from asyncllm.api.responses import request as responses
+from asyncllm.api.responses.reply import ResponseReply
+from asyncllm.api.responses.store import Store
+from asyncllm.api.tgi import reply as tgi_reply
+from asyncllm.api.tgi import request as tgi
+from asyncllm.api.tgi.reply import TgiReply
 from asyncllm.core.metrics import REFUSED
 from asyncllm.errors import RequestError
 from asyncllm.records import Failure
@@ -86,8 +83,8 @@ class Routes:
     def __init__(self, front: Frontend) -> None:
         self._front = front
         self._gate = Gate(front.access)
-        self._store = responses.Store()
-        self._max_values = jsonbody.most_values(front.served.max_len)
+        self._store = Store()
+        self._max_values = json_body.most_values(front.served.max_len)
         self._lookout = Lookout()
 
     def doors(self) -> Doors:
@@ -163,7 +160,7 @@ class Routes:
     async def _respond(self, request: web.Request) -> web.StreamResponse:
         asked: list[responses.Asked] = []
 
-        def parse(body: fields.Body) -> Generation:
+        def parse(body: validation.Body) -> Generation:
             asked.append(responses.read(body, self._front.served, self._store))
             return asked[0].generation
 
@@ -181,7 +178,7 @@ class Routes:
         served, path = self._front.served, request.path
         asked: list[tgi.Asked] = []
 
-        def parse(body: fields.Body) -> Generation:
+        def parse(body: validation.Body) -> Generation:
             stream = lightllm.stream_flag(body) if path == "/" else path.endswith("_stream")
             if not served.tgi:
                 return lightllm.generate(body, served, stream=stream)
@@ -198,7 +195,7 @@ class Routes:
     async def _generate(
         self,
         request: web.Request,
-        parse: Callable[[fields.Body], Generation],
+        parse: Callable[[validation.Body], Generation],
         reply: Callable[[Answer], Reply],
         prefix: str,
     ) -> web.StreamResponse:
@@ -379,7 +376,7 @@ class Routes:
             response.headers["Allow"] = allowed
             return response
         except web.HTTPExpectationFailed:
-            expected = fields.show(request.headers.get("Expect"))
+            expected = validation.show(request.headers.get("Expect"))
             message = f"Expect: {expected} is not 100-continue"
             return self._error(request, errors.Unexpected(message))
         except web.HTTPException as error:
@@ -419,7 +416,7 @@ class Routes:
         """The JSON object sent. Raises RequestError, ConnectionError."""
         limits = self._front.limits
         raw = await read_body(request, limits.max_body, limits.body_s)
-        body = jsonbody.load(raw, self._max_values)
+        body = json_body.load(raw, self._max_values)
         if len(raw) > BIG_BODY:
             await asyncio.sleep(0)  # what the protocol makes of it is a turn of its own
         return body

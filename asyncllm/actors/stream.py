@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from time import monotonic
 
-from asyncllm.api.answer import Answer, Choice, Reply
+from asyncllm.api.common.answer import Answer, Choice, Reply
 from asyncllm.errors import RequestError
 
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from asyncllm import templates
 from asyncllm.actors.base import Actor
-from asyncllm.api.errors import NotServing
-from asyncllm.api.reasoning import prompt_state
+from asyncllm.api.common.errors import NotServing
+from asyncllm.api.parsing.reasoning import prompt_state
 from asyncllm.codec import INT32
 from asyncllm.core.admission import Shares
 from asyncllm.core.cutting import encode_ends, shortened

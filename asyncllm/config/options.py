@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from asyncllm.api import reasoning, tools
+from asyncllm.api.parsing import reasoning, tools
 from asyncllm.config.flag import (
     ANY,
     Flag,

@@ -2,7 +2,7 @@
 and an answer whose form is held from its own beginning on.
 
 Owns where one output is between its marks. Knows tokens and their bytes; the marks are told, which
-model writes which is known in :mod:`asyncllm.api.reasoning`.
+model writes which is known in :mod:`asyncllm.api.parsing.reasoning`.
 """
 
 from __future__ import annotations

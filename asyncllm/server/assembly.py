@@ -22,9 +22,9 @@ from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import Duty, Means, Watchdog
-from asyncllm.api.answer import Vocab
-from asyncllm.api.defaults import Defaults
-from asyncllm.api.generation import Served
+from asyncllm.api.common.answer import Vocab
+from asyncllm.api.common.defaults import Defaults
+from asyncllm.api.common.request import Served
 from asyncllm.config import FLAGS
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from asyncllm import log, templates
-from asyncllm.api.parts import Dialect
+from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.config import Config
 from asyncllm.constrain.engine import Grammars
 from asyncllm.constraining import load_constraints, load_grammars

@@ -23,7 +23,7 @@ from asyncllm.actors.pulse import Pulse
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import EXIT_HUNG, Means, dump_stacks
-from asyncllm.api.welcome import curl_line
+from asyncllm.api.openapi.welcome import curl_line
 from asyncllm.core.metrics import Process, ServerMetrics, State
 from asyncllm.errors import FatalError, Mismatch, PeerLost, StartupError
 from asyncllm.messages import Drain, Replaced

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from asyncllm.actors.connection import Handler
 from asyncllm.actors.gate import Access, Gate
-from asyncllm.api import errors
+from asyncllm.api.common import errors
 from asyncllm.errors import RequestError
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"

@@ -27,9 +27,9 @@ from typing import Any
 from checks import run_all
 from tokenizers import Tokenizer
 
-from asyncllm.api.chat import ChatTemplate
-from asyncllm.api.offers import Offer, Wanted, told
-from asyncllm.api.tools import Tool, parse_whole
+from asyncllm.api.common.chat_template import ChatTemplate
+from asyncllm.api.common.tool_request import Offer, Wanted, told
+from asyncllm.api.parsing.tools import Tool, parse_whole
 from asyncllm.templates import read_dialect
 from asyncllm.text import Text, load_tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from asyncllm import templates
-from asyncllm.api.chat import ChatTemplate
+from asyncllm.api.common.chat_template import ChatTemplate
 from asyncllm.text import Text
 
 

@@ -15,7 +15,7 @@ import uvloop
 from asyncllm import templates
 from asyncllm.actors import renderer as module
 from asyncllm.actors.renderer import Renderer
-from asyncllm.api.parts import dialect_of
+from asyncllm.api.parsing.output_parser import dialect_of
 from asyncllm.errors import RequestError, StartupError
 from tests.e2e.process import alive, wait_until
 

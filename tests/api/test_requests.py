@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from asyncllm.api import jsonbody, lightllm, openai
-from asyncllm.api.errors import NotAvailable
-from asyncllm.api.fields import Field
-from asyncllm.api.generation import Generation, Served
-from asyncllm.api.parts import Dialect
+from asyncllm.api.common import json_body
+from asyncllm.api.common.errors import NotAvailable
+from asyncllm.api.common.validation import Field
+from asyncllm.api.lightllm import request as lightllm
+from asyncllm.api.openai import request as openai
+from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound, RequestError
-
-SERVED = Served(
-    name="m",
-    listed=("m", "org/m"),
-    accepted=frozenset({"default", "folder"}),
-    max_len=64,
-    vocab_size=100,
-    created=0,
+from tests.api.harness import (
+    HI,
+    SERVED,
+    chat_request,
+    completion_request,
+    native_request,
+    rendered,
 )
-HI = [{"role": "user", "content": "hi"}]
-
-
-def completion(**body: Any) -> Generation:
-    return openai.completion({"prompt": "hi"} | body, SERVED)
-
-
-def chat(**body: Any) -> Generation:
-    return openai.chat({"messages": HI} | body, SERVED)
-
-
-def native(stream: bool = False, **parameters: Any) -> Generation:
-    return lightllm.generate({"inputs": "hi", "parameters": parameters}, SERVED, stream=stream)
-
-
-def rendered(generation: Generation) -> Any:
-    (prompt,) = generation.prompts
-    assert prompt.chat is not None
-    return json.loads(prompt.chat)
-
 
 ROUTES = [
-    pytest.param(completion, openai.COMPLETION, "", id="completion"),
-    pytest.param(chat, openai.CHAT, "", id="chat"),
-    pytest.param(native, lightllm.PARAMETERS, "parameters.", id="native"),
+    pytest.param(completion_request, openai.COMPLETION, "", id="completion"),
+    pytest.param(chat_request, openai.CHAT, "", id="chat"),
+    pytest.param(native_request, lightllm.PARAMETERS, "parameters.", id="native"),
 ]
 FIELDS = [
     pytest.param(param.values[0], field, param.values[2], id=f"{param.id}-{field.name}")
@@ -113,20 +92,23 @@ def test_limits_are_inclusive_and_named(parse: Any, table: tuple[Field, ...], at
 
 @pytest.mark.parametrize("name", [None, "m", "org/m", "default", "folder"])
 def test_known_model_names(name: str | None) -> None:
-    completion(model=name)
+    completion_request(model=name)
 
 
 def test_unknown_model_is_404() -> None:
     with pytest.raises(ModelNotFound) as caught:
-        chat(model="gpt-5")
+        chat_request(model="gpt-5")
     error = caught.value
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
     assert '"gpt-5"' in error.message
 
 
 def test_unknown_fields_are_ignored() -> None:
-    assert completion(user="u", metadata={"a": 1}, store=True, nonsense=[1]) == completion()
-    assert native(group_request_id=3, nonsense=1) == native()
+    assert (
+        completion_request(user="u", metadata={"a": 1}, store=True, nonsense=[1])
+        == completion_request()
+    )
+    assert native_request(group_request_id=3, nonsense=1) == native_request()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +121,7 @@ def test_unknown_fields_are_ignored() -> None:
     ],
 )
 def test_prompt_forms(prompt: Any, expected: Any) -> None:
-    got = [(p.text, p.ids) for p in completion(prompt=prompt).prompts]
+    got = [(p.text, p.ids) for p in completion_request(prompt=prompt).prompts]
     assert got == [(t, None if i is None else array("i", i)) for t, i in expected]
 
 
@@ -150,7 +132,7 @@ def test_prompt_forms(prompt: Any, expected: Any) -> None:
 )  # fmt: skip
 def test_bad_prompts(prompt: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        completion(prompt=prompt)
+        completion_request(prompt=prompt)
     assert (caught.value.param or "").startswith("prompt")
 
 
@@ -165,7 +147,7 @@ def test_prompt_is_required() -> None:
 
 
 def test_completion_params() -> None:
-    got = completion(
+    got = completion_request(
         max_tokens=5, min_tokens=2, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, n=3, seed=11,
         presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.5, logit_bias={"3": -100},
         stop=["x", "y"], stop_token_ids=[4], ignore_eos=True, skip_special_tokens=False,
@@ -183,41 +165,41 @@ def test_completion_params() -> None:
 
 
 def test_openai_defaults() -> None:
-    for got in (completion(), chat()):
+    for got in (completion_request(), chat_request()):
         assert got.params == SamplingParams()
         assert (got.n, got.stream, got.seeded, got.include_usage) == (1, False, False, False)
 
 
 def test_do_sample_false_is_greedy() -> None:
-    for got in (completion(do_sample=False, temperature=2), chat(do_sample=False)):
+    for got in (completion_request(do_sample=False, temperature=2), chat_request(do_sample=False)):
         assert got.params.temperature == 0
-    assert chat(do_sample=True, temperature=0.5).params.temperature == 0.5
+    assert chat_request(do_sample=True, temperature=0.5).params.temperature == 0.5
 
 
 def test_echo_scores_the_prompt_only_with_logprobs() -> None:
-    assert completion(echo=True).params.prompt_logprobs == -1
-    got = completion(echo=True, max_tokens=0, logprobs=0).params
+    assert completion_request(echo=True).params.prompt_logprobs == -1
+    got = completion_request(echo=True, max_tokens=0, logprobs=0).params
     assert (got.prompt_logprobs, got.logprobs, got.max_new_tokens) == (0, 0, 0)
 
 
 def test_chat_logprobs() -> None:
-    assert chat(logprobs=True).params.logprobs == 0
-    assert chat(logprobs=True, top_logprobs=3).params.logprobs == 3
-    assert chat(top_logprobs=0).params.logprobs == -1
+    assert chat_request(logprobs=True).params.logprobs == 0
+    assert chat_request(logprobs=True, top_logprobs=3).params.logprobs == 3
+    assert chat_request(top_logprobs=0).params.logprobs == -1
     with pytest.raises(RequestError, match="needs logprobs") as caught:
-        chat(top_logprobs=1)
+        chat_request(top_logprobs=1)
     assert caught.value.param == "top_logprobs"
 
 
 def test_small_temperatures_are_greedy() -> None:
-    assert completion(temperature=1e-6).params.temperature == 0.0
-    assert completion(temperature=0.01).params.temperature == 0.01
+    assert completion_request(temperature=1e-6).params.temperature == 0.0
+    assert completion_request(temperature=0.01).params.temperature == 0.01
 
 
 def test_newer_name_of_max_tokens_wins() -> None:
-    assert chat(max_tokens=3, max_completion_tokens=4).params.max_new_tokens == 4
+    assert chat_request(max_tokens=3, max_completion_tokens=4).params.max_new_tokens == 4
     with pytest.raises(RequestError, match="more than max_tokens 3"):
-        chat(max_tokens=3, min_tokens=4)
+        chat_request(max_tokens=3, min_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +213,7 @@ def test_newer_name_of_max_tokens_wins() -> None:
      ("stream_options", {"include_usage": 1})],
 )  # fmt: skip
 def test_structured_values_have_limits(name: str, value: Any) -> None:
-    for parse in (completion, chat):
+    for parse in (completion_request, chat_request):
         with pytest.raises(RequestError) as caught:
             parse(**{name: value})
         assert (caught.value.param or "").startswith(name)
@@ -250,7 +232,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 )  # fmt: skip
 def test_chat_fields_not_available(body: dict[str, Any]) -> None:
     with pytest.raises(NotAvailable, match="not available on this server") as caught:
-        chat(**body)
+        chat_request(**body)
     assert caught.value.status == 400
     assert caught.value.param in body
 
@@ -261,16 +243,16 @@ def test_chat_fields_not_available(body: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_completion_fields_not_available(body: dict[str, Any]) -> None:
     with pytest.raises(NotAvailable):
-        completion(**body)
+        completion_request(**body)
 
 
 def test_neutral_values_of_unavailable_fields_pass() -> None:
-    neutral = chat(
+    neutral = chat_request(
         tools=TOOLS, tool_choice="none", response_format={"type": "text"}, functions=[],
         function_call="none", modalities=["text"], guided_json="", best_of=1, audio=None,
     )  # fmt: skip
-    assert neutral == chat()
-    assert completion(suffix="", best_of=1) == completion()
+    assert neutral == chat_request()
+    assert completion_request(suffix="", best_of=1) == completion_request()
 
 
 # -- chat messages -----------------------------------------------------------------------------
@@ -327,12 +309,14 @@ def test_messages_take_the_templates_form() -> None:
 )  # fmt: skip
 def test_bad_messages(messages: Any, param: str) -> None:
     with pytest.raises(RequestError) as caught:
-        chat(messages=messages)
+        chat_request(messages=messages)
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
 def test_template_kwargs() -> None:
-    got = rendered(chat(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low"))
+    got = rendered(
+        chat_request(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low")
+    )
     assert got["kwargs"] == {
         "enable_thinking": False,
         "thinking": False,
@@ -340,7 +324,7 @@ def test_template_kwargs() -> None:
         "add_generation_prompt": True,
     }
     with pytest.raises(RequestError, match="Unicode"):
-        chat(chat_template_kwargs={"thinking": "\ud800"})
+        chat_request(chat_template_kwargs={"thinking": "\ud800"})
 
 
 def test_only_what_the_template_reads_is_a_template_kwarg() -> None:
@@ -356,27 +340,27 @@ def test_only_what_the_template_reads_is_a_template_kwarg() -> None:
 
 def test_continue_final_message() -> None:
     begun = [*HI, {"role": "assistant", "content": "Well"}]
-    got = rendered(chat(messages=begun, continue_final_message=True))
+    got = rendered(chat_request(messages=begun, continue_final_message=True))
     assert got["kwargs"] == {"continue_final_message": True, "add_generation_prompt": False}
     with pytest.raises(RequestError, match="assistant message at the end"):
-        chat(continue_final_message=True)
+        chat_request(continue_final_message=True)
     with pytest.raises(RequestError, match="exclude each other"):
-        chat(messages=begun, continue_final_message=True, add_generation_prompt=True)
+        chat_request(messages=begun, continue_final_message=True, add_generation_prompt=True)
 
 
 # -- LightLLM ----------------------------------------------------------------------------------
 
 
 def test_native_defaults_are_greedy() -> None:
-    got = native()
+    got = native_request()
     assert got.params == SamplingParams(
         temperature=0.0, min_new_tokens=1, logprobs=0, skip_special_tokens=False
     )
-    assert native(do_sample=False, temperature=0.7, top_k=5, top_p=0.5, min_p=0.5) == got
+    assert native_request(do_sample=False, temperature=0.7, top_k=5, top_p=0.5, min_p=0.5) == got
 
 
 def test_native_params() -> None:
-    got = native(
+    got = native_request(
         do_sample=True, temperature=0.7, top_k=5, top_p=0.5, max_new_tokens=9, min_new_tokens=2,
         repetition_penalty=1.2, input_penalty=True, stop_sequences=["x", [7], [8, 7]], seed=3, n=2,
         best_of=2,
@@ -390,7 +374,7 @@ def test_native_params() -> None:
         logprobs=0, prompt_logprobs=4, skip_special_tokens=False, print_eos=True, use_cache=False,
     )  # fmt: skip
     assert (got.n, got.details, got.add_special_tokens, got.seeded) == (2, True, False, True)
-    assert native(stop_sequences="x").params.stop == ("x",)
+    assert native_request(stop_sequences="x").params.stop == ("x",)
 
 
 def test_lightllms_own_defaults_are_ours() -> None:
@@ -405,16 +389,16 @@ def test_lightllms_own_defaults_are_ours() -> None:
         "disable_prompt_cache": False, "image_max_patch_num": -1, "group_request_id": -1,
         "suggested_dp_index": -1, "return_details": False, "return_routed_experts": False,
     }  # fmt: skip
-    assert native(**defaults) == native()
-    assert native(add_spaces_between_special_tokens=False) == native()
+    assert native_request(**defaults) == native_request()
+    assert native_request(add_spaces_between_special_tokens=False) == native_request()
     with pytest.raises(RequestError, match="add_spaces"):
-        native(add_spaces_between_special_tokens=1)
+        native_request(add_spaces_between_special_tokens=1)
 
 
 @pytest.mark.parametrize("parameters", [{"return_routed_experts": True}, {"n": 2, "best_of": 1}])
 def test_native_parameters_not_available(parameters: dict[str, Any]) -> None:
     with pytest.raises(NotAvailable, match="available"):
-        native(**parameters)
+        native_request(**parameters)
 
 
 @pytest.mark.parametrize(
@@ -422,12 +406,12 @@ def test_native_parameters_not_available(parameters: dict[str, Any]) -> None:
 )
 def test_native_bad_stops(stop: Any) -> None:
     with pytest.raises(RequestError, match="stop_sequences"):
-        native(stop_sequences=stop)
+        native_request(stop_sequences=stop)
 
 
 def test_length_penalty() -> None:
     name = "exponential_decay_length_penalty"
-    for parse in (completion, chat, native):
+    for parse in (completion_request, chat_request, native_request):
         assert parse(**{name: [10, 1.5]}).params.length_penalty == (10, 1.5)
         assert parse(**{name: [1, 1.0]}) == parse()
         for wrong in ([10], [10, 0.9], [-1, 2], [1.5, 2], "x", [1, 101], [1, None], {}):
@@ -436,19 +420,19 @@ def test_length_penalty() -> None:
 
 
 def test_allowed_tokens_exclude_a_grammar() -> None:
-    for parse in (completion, chat, native):
+    for parse in (completion_request, chat_request, native_request):
         assert parse(allowed_token_ids=[3, 99]).params.allowed_token_ids == (3, 99)
         assert parse(allowed_token_ids=[]) == parse()
         with pytest.raises(RequestError, match="allowed_token_ids and a grammar exclude"):
             parse(allowed_token_ids=[3], guided_json={})
     with pytest.raises(RequestError, match="exclude each other"):
-        chat(allowed_token_ids=[3], tools=TOOLS, tool_choice="required")
+        chat_request(allowed_token_ids=[3], tools=TOOLS, tool_choice="required")
 
 
 def test_native_streams_one_choice() -> None:
-    assert native(stream=True).stream
+    assert native_request(stream=True).stream
     with pytest.raises(RequestError, match="2 choices cannot be streamed"):
-        native(stream=True, n=2)
+        native_request(stream=True, n=2)
 
 
 def test_native_inputs_and_media() -> None:
@@ -476,10 +460,10 @@ def test_tokens_body() -> None:
 
 
 def test_huge_numbers_are_refused() -> None:
-    body = jsonbody.load(b'{"prompt": "x", "temperature": 1e999}')
+    body = json_body.load(b'{"prompt": "x", "temperature": 1e999}')
     with pytest.raises(RequestError, match="temperature"):
         openai.completion(body, SERVED)
-    body = jsonbody.load(
+    body = json_body.load(
         b'{"inputs": "x", "parameters": {"do_sample": true, "temperature": 1e999}}'
     )
     with pytest.raises(RequestError, match="temperature"):
@@ -492,11 +476,11 @@ def test_long_values_are_cut_in_messages() -> None:
         deep = [deep]
     for value in ("x" * 10_000, [1] * 10_000, {"a": deep}, deep, 10**4000):
         with pytest.raises(RequestError) as caught:
-            completion(temperature=value)
+            completion_request(temperature=value)
         assert len(caught.value.message) < 200
     with pytest.raises(RequestError) as caught:
-        completion(prompt=[10**4000])
+        completion_request(prompt=[10**4000])
     assert len(caught.value.message) < 200
     with pytest.raises(ModelNotFound) as unknown:
-        completion(model="x" * 10_000)
+        completion_request(model="x" * 10_000)
     assert len(unknown.value.message) < 200

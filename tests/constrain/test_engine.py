@@ -14,8 +14,8 @@ import jsonschema
 import numpy as np
 import pytest
 
-from asyncllm.api.grammar import choice
-from asyncllm.api.tools import (
+from asyncllm.api.common.response_format import choice
+from asyncllm.api.parsing.tools import (
     FORMATS,
     Tool,
     call_forms,

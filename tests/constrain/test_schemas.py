@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from asyncllm.api.tools import Tool, call_forms
+from asyncllm.api.parsing.tools import Tool, call_forms
 from asyncllm.constrain.engine import Grammars
 from asyncllm.errors import RequestError
 from tests.constrain.walks import allowed, byte_grammars, matcher, takes, walk, written

@@ -20,8 +20,8 @@ from asyncllm.actors.base import Actor
 from asyncllm.actors.frontend import Frontend, Limits
 from asyncllm.actors.gate import Access
 from asyncllm.actors.system import ActorSystem
-from asyncllm.api.answer import Vocab
-from asyncllm.api.generation import Served
+from asyncllm.api.common.answer import Vocab
+from asyncllm.api.common.request import Served
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import (

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from asyncllm.api.parts import Dialect
+from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.messages import Accepted, Tokenize
-from tests.api.test_offers import SCHEMA, TOOLS
-from tests.api.test_parted_reply import ARGS, CALL, THINK, WEATHER, called, joined
+from tests.api.harness import ARGS, CALL, SCHEMA, THINK, TOOLS, WEATHER, called, joined
 from tests.e2e.fake_server import Server
 from tests.e2e.test_api import CHAT, HI, live
 

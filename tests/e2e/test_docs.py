@@ -10,8 +10,8 @@ from html import unescape
 
 from asyncllm.actors.gate import Access
 from asyncllm.actors.http import DOC_FILES, SWAGGER, Routes
-from asyncllm.api import welcome
-from asyncllm.api.welcome import curl_line
+from asyncllm.api.openapi import welcome
+from asyncllm.api.openapi.welcome import curl_line
 from tests.e2e.fake_server import SERVED, Server
 from tests.e2e.test_api import CHAT, live
 

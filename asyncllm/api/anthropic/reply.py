@@ -1,0 +1,166 @@
+"""Anthropic's answers: messages, whole and as typed events, and its error object.
+
+Knows the JSON shapes; knows neither sockets nor request bodies.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from asyncllm.api.common import sse
+from asyncllm.api.common.answer import Answer, Choice
+from asyncllm.api.common.content_blocks import Section, SectionReply
+from asyncllm.api.parsing.tools import CallStart, Reasoning, Text
+from asyncllm.core.request import Reason
+from asyncllm.errors import RequestError
+
+ERROR_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+# what a delta is called, and where its text stands
+DELTAS: Final = {
+    Text: ("text_delta", "text"),
+    Reasoning: ("thinking_delta", "thinking"),
+    CallStart: ("input_json_delta", "partial_json"),
+}
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """``{"type": "error", "error": {type, message}}``."""
+    usual = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = ERROR_TYPES.get(error.status, usual)
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+class MessageReply(SectionReply):
+    """/v1/messages: one choice, a block for each section.
+
+    Clients send thinking back only with a signature, so it has one: the message's id.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
+        self._around = b"", b""  # a delta of the section in progress
+
+    def opening(self) -> bytes:
+        """The message's head, with the prompt's length."""
+        message = self._message([], None, None, self._usage(0, 0))
+        return _event({"type": "message_start", "message": message})
+
+    def begin(self, section: Section) -> bytes:
+        """The block's head."""
+        kind, key = DELTAS[section.kind]
+        event = {"type": "content_block_delta", "index": section.index}
+        self._around = sse.template(
+            event | {"delta": {"type": kind, key: sse.MARK}}, sse.MARK, _head("content_block_delta")
+        )
+        block = self._block(section, empty=True)
+        return _event(
+            {"type": "content_block_start", "index": section.index, "content_block": block}
+        )
+
+    def more(self, section: Section, text: str) -> bytes:
+        """A delta."""
+        return self._around[0] + sse.escaped(text) + self._around[1]
+
+    def finish(self, section: Section) -> bytes:
+        """The block's end."""
+        out, index = b"", section.index
+        if section.kind is Reasoning:
+            delta = {"type": "signature_delta", "signature": self.answer.id}
+            out = _event({"type": "content_block_delta", "index": index, "delta": delta})
+        return out + _event({"type": "content_block_stop", "index": index})
+
+    def end(self, choice: Choice) -> bytes:
+        """The last block's end, then why the message ends and what it took."""
+        out = self.rest(choice)
+        reason, stop = _reason(choice)
+        delta = {"stop_reason": reason, "stop_sequence": stop}
+        return out + _event({"type": "message_delta", "delta": delta, "usage": self._used(choice)})
+
+    def closing(self) -> bytes:
+        """The end mark."""
+        return _event({"type": "message_stop"})
+
+    def error(self, error: RequestError) -> bytes:
+        """An error event."""
+        return _event(error_body(error))
+
+    def whole(self) -> bytes:
+        """The answer in one piece; a call whose input is cut is left out."""
+        (choice,) = self.answer.choices
+        content = [
+            self._block(section)
+            for section in self.gathered(choice)
+            if section.complete or section.kind is not CallStart
+        ]
+        return sse.body(self._message(content, *_reason(choice), self._used(choice)))
+
+    def _block(self, section: Section, empty: bool = False) -> dict[str, Any]:
+        text = "" if empty else section.text
+        if section.call is not None:
+            value = json.loads(text) if text else {}
+            call = section.call
+            return {"type": "tool_use", "id": call.id, "name": call.name, "input": value}
+        if section.kind is Reasoning:
+            signature = "" if empty else self.answer.id
+            return {"type": "thinking", "thinking": text, "signature": signature}
+        return {"type": "text", "text": text}
+
+    def _message(
+        self,
+        content: list[dict[str, Any]],
+        reason: str | None,
+        stop: str | None,
+        usage: dict[str, Any],
+    ) -> dict[str, Any]:
+        return {
+            "id": self.answer.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.answer.model,
+            "content": content,
+            "stop_reason": reason,
+            "stop_sequence": stop,
+            "usage": usage,
+        }
+
+    def _used(self, choice: Choice) -> dict[str, Any]:
+        """The usage of an answer that has ended."""
+        usage = self._usage(choice.num_tokens, choice.cached_len)
+        if choice.parts is not None and choice.parts.thinks:
+            usage["output_tokens_details"] = {"thinking_tokens": choice.parts.num_thoughts}
+        return usage
+
+    def _usage(self, num_tokens: int, cached_len: int) -> dict[str, Any]:
+        """The three inputs add up to the prompt; what came from the cache is known at the end."""
+        return {
+            "input_tokens": len(self.answer.prompts[0]) - cached_len,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached_len,
+            "output_tokens": num_tokens,
+        }
+
+
+def _reason(choice: Choice) -> tuple[str, str | None]:
+    """``stop_reason`` and ``stop_sequence``."""
+    if choice.reason is Reason.LENGTH:
+        return "max_tokens", None
+    if choice.parts is not None and choice.parts.finish_reason("stop") == "tool_calls":
+        return "tool_use", None
+    return ("stop_sequence", choice.stop) if choice.stop else ("end_turn", None)
+
+
+def _head(kind: str) -> bytes:
+    return b"event: " + kind.encode() + b"\ndata: "
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return sse.event(value, _head(value["type"]))

@@ -1,0 +1,231 @@
+"""What has come of one request so far, and what a protocol must be able to say about it.
+
+Knows choices, token columns and usage; knows no protocol's JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from asyncllm.api.common.request import Generation
+from asyncllm.api.parsing.output_parser import Parts
+from asyncllm.codec import INT32
+from asyncllm.core.request import Reason
+from asyncllm.errors import RequestError
+from asyncllm.messages import Delta
+from asyncllm.records import Logprobs
+
+MOST_LOST: Final = 16  # characters between two tokens that a tokenizer may leave out
+LEAST_LOGPROB: Final = -9999.0  # stands for -inf, which JSON does not have
+REASONS: Final = {
+    Reason.STOP: "stop",
+    Reason.LENGTH: "length",
+    Reason.ABORT: "abort",
+    Reason.ERROR: "error",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vocab:
+    """What is known of token ids here.
+
+    Args:
+        piece: the bytes of one token.
+        decode: the text of many, special tokens shown.
+        spell: what each of many adds to it.
+        special: ids of special tokens.
+    """
+
+    piece: Callable[[int], bytes]
+    decode: Callable[[Sequence[int]], str]
+    spell: Callable[[Sequence[int]], list[str]]
+    special: frozenset[int] = frozenset()
+
+    def text(self, token: int) -> str:
+        """Text of one token; ``bytes:\\xNN..`` where its bytes are no whole characters."""
+        raw = self.piece(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def offsets(self, text: str, ids: Sequence[int]) -> list[int]:
+        """Where in ``text``, from which ``ids`` were made, each of them starts, in characters.
+
+        Of a token that is a part of a character: where the character does. The tokenizer may have
+        put tokens and a space before the text and may have changed it, so it is gone along with it.
+        """
+        out, at = [], 0
+        for token, piece in zip(ids, self.spell(ids), strict=True):
+            out.append(at)
+            if not text.startswith(piece, at):
+                if token in self.special:
+                    continue
+                if piece[0] == " " and text.startswith(piece[1:], at):
+                    piece = piece[1:]
+                elif (found := text.find(piece, at, at + len(piece) + MOST_LOST)) >= 0:
+                    out[-1] = at = found
+            at = min(at + len(piece), len(text))
+        return out
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Tokens with their log-probabilities, each with ``num_top`` alternatives at most."""
+
+    num_top: int = 0
+    ids: array[int] = field(default_factory=lambda: array(INT32))
+    logprobs: Logprobs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.logprobs = Logprobs(self.num_top)
+
+    def logprob(self, i: int) -> float | None:
+        """Log-probability of token ``i``, or None where it is not known."""
+        chosen = self.logprobs.chosen
+        return finite(chosen[i]) if i < len(chosen) else None
+
+    def top(self, i: int) -> list[tuple[int, float]]:
+        """The best (id, logprob) pairs at token ``i``, best first."""
+        at = self.logprobs.slice(i, i + 1)
+        return [(j, finite(value)) for j, value in zip(at.top_ids, at.top, strict=True)]
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One of the answers a request asks for."""
+
+    index: int
+    prompt_idx: int
+    texts: list[str] = field(default_factory=list)
+    wants: tuple[int, int] = (-1, -1)  # log-probabilities of tokens, and of the prompt's
+    tokens: TokenLogprobs = field(init=False)
+    scores: TokenLogprobs = field(init=False)  # of prompt tokens 1..; the ids are the prompt's
+    num_tokens: int = 0
+    prompt_len: int = 0
+    cached_len: int = 0
+    reason: Reason | None = None
+    stop: str = ""  # the stop string that ended it
+    pieces: list[str] = field(default_factory=list)  # text of each token, if wants[0] >= 0
+    offset: int = 0  # characters before the next token, for text_offset
+    parts: Parts | None = None  # None: all text is content
+
+    def __post_init__(self) -> None:
+        self.tokens = TokenLogprobs(max(self.wants[0], 0))
+        self.scores = TokenLogprobs(max(self.wants[1], 0))
+
+    @property
+    def text(self) -> str:
+        """The whole text so far."""
+        return "".join(self.texts)
+
+    def take(self, delta: Delta) -> None:
+        """Add new tokens and text."""
+        if delta.text:
+            self.texts.append(delta.text)
+        self.num_tokens += len(delta.ids)
+        if self.parts is not None:
+            self.parts.take(delta.text, delta.pieces, len(delta.ids))
+        if self.wants[0] >= 0:
+            self.pieces += delta.pieces
+            self.tokens.ids.extend(delta.ids)
+            if delta.logprobs is not None:
+                self.tokens.logprobs.extend(delta.logprobs)
+        if self.wants[1] >= 0 and delta.prompt is not None:
+            self.scores.logprobs.extend(delta.prompt)
+
+    def end(self, reason: Reason, cached_len: int, stop: str) -> None:
+        """There will be no more tokens."""
+        self.reason, self.cached_len, self.stop = reason, cached_len, stop
+        if self.parts is not None:
+            self.parts.finish()
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """A request, its prompts' ids once they are known, and its choices."""
+
+    generation: Generation
+    id: str
+    created: int
+    model: str
+    vocab: Vocab
+    choices: list[Choice]
+    prompts: list[array[int]]
+    truncated: set[int] = field(default_factory=set)  # prompts that are shorter than they were sent
+
+    def accept(self, prompt_idx: int, ids: array[int], head: str, cut: bool = False) -> None:
+        """A prompt is known.
+
+        Args:
+            ids, head, cut: as in Accepted.
+        """
+        if cut:
+            self.truncated.add(prompt_idx)
+        generation = self.generation
+        self.prompts[prompt_idx] = ids
+        if generation.parting is not None:
+            first = prompt_idx * generation.n
+            for choice in self.choices[first : first + generation.n]:
+                choice.parts = generation.parting.parts(head)
+
+    def prompt_text(self, prompt_idx: int) -> str:
+        """The prompt as text, for echo: what was sent, unless that was ids or too long."""
+        given = self.generation.prompts[prompt_idx].text
+        if given is None or prompt_idx in self.truncated:
+            return self.vocab.decode(self.prompts[prompt_idx])
+        return given
+
+    def usage(self, choice: Choice | None = None) -> dict[str, Any]:
+        """Tokens used by all choices, or by one; a prompt counts once for its n choices."""
+        n = self.generation.n
+        firsts = self.choices[::n] if choice is None else [choice]
+        prompt_tokens = sum(len(self.prompts[c.prompt_idx]) for c in firsts)
+        completion = sum(c.num_tokens for c in (self.choices if choice is None else firsts))
+        out = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(c.cached_len for c in firsts)},
+        }
+        if self.generation.parting is not None and self.generation.parting.reasoning:
+            counted = self.choices if choice is None else [choice]
+            thoughts = sum(c.parts.num_thoughts for c in counted if c.parts is not None)
+            out["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+        return out
+
+
+class Reply(Protocol):
+    """One protocol's words for an answer. Streams are bytes of server-sent events."""
+
+    def opening(self) -> bytes:
+        """What is sent right after the headers."""
+
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
+        """New tokens; ``choice`` has taken them already."""
+
+    def settle(self) -> bytes:
+        """What :meth:`piece` held back, when its choice has not ended with it."""
+
+    def end(self, choice: Choice) -> bytes:
+        """The choice has ended; its ``reason`` is set."""
+
+    def closing(self) -> bytes:
+        """All choices have ended."""
+
+    def error(self, error: RequestError) -> bytes:
+        """The request failed after the headers; nothing follows."""
+
+    def whole(self) -> bytes:
+        """The JSON answer of a request that is not streamed."""
+
+
+def finite(value: float) -> float:
+    """A log-probability that JSON can carry, rounded to what float32 knows."""
+    if not math.isfinite(value):
+        return LEAST_LOGPROB
+    return round(value, 7)

@@ -1,0 +1,175 @@
+"""Chat messages to the text of a prompt, by the model's own Jinja template.
+
+Knows templates and what they expect around them; knows no tokens, and leaves the checking of
+messages to :mod:`asyncllm.api.openai.messages`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from asyncllm.errors import RequestError, StartupError
+
+# stands behind the last message's text, where a continued prompt is cut
+_END = "\ue000continue\ue001"
+
+# what a template can raise when it meets messages its author did not think of
+_RENDER_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+class _Arguments(dict[str, Any]):
+    """Arguments of a call: an object to most templates; to those that join it to text, its JSON."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
+
+    def __add__(self, other: str) -> str:
+        return str(self) + other
+
+    def __radd__(self, other: str) -> str:
+        return other + str(self)
+
+
+class ChatTemplate:
+    """The compiled templates of one model.
+
+    Args:
+        templates: Jinja source by name; "default" is used, or "tool_use" where tools are given.
+        special_tokens: bos_token, eos_token, ... as templates refer to them.
+
+    Raises:
+        StartupError: a template does not compile.
+    """
+
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        env = _environment()
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._templates = {name: env.from_string(text) for name, text in templates.items()}
+        except TemplateSyntaxError as error:
+            raise StartupError(f"chat template, line {error.lineno}: {error}") from error
+
+    def render(self, chat: Mapping[str, Any]) -> str:
+        """The prompt of a conversation.
+
+        Args:
+            chat: {"messages": [...], "tools": [...] | None, "kwargs": {...}}. Messages are in
+                template form: content is a string, tool-call arguments are objects. kwargs are
+                variables of the template, among them add_generation_prompt (default True), and
+                continue_final_message, which ends the prompt with the last message's own text.
+
+        Raises:
+            RequestError: no template, or the template's own refusal.
+        """
+        messages: list[dict[str, Any]] = [_with_arguments(turn) for turn in chat["messages"]]
+        tools = chat.get("tools") or None
+        kwargs = dict(chat.get("kwargs") or {})
+        going_on = bool(kwargs.pop("continue_final_message", False))
+        if going_on:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
+        template = self._templates.get("tool_use") if tools else None
+        template = template or self._templates.get("default")
+        if template is None:
+            raise RequestError(
+                "this model has no chat template, so it cannot answer chat messages;"
+                " use /v1/completions",
+                param="messages",
+            )
+        variables = {"add_generation_prompt": not going_on, **self._special_tokens, **kwargs}
+        try:
+            text = template.render({**variables, "messages": messages, "tools": tools})
+            return text[: text.rindex(_END)] if going_on else text
+        except _RENDER_ERRORS as error:
+            raise RequestError(
+                f"the chat template refuses these messages: {error}", param="messages"
+            ) from error
+
+
+def _with_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    if not (calls := turn.get("tool_calls")):
+        return turn
+    functions = [call["function"] for call in calls]
+    made = [{**function, "arguments": _Arguments(function["arguments"])} for function in functions]
+    told = [{**call, "function": function} for call, function in zip(calls, made, strict=True)]
+    return {**turn, "tool_calls": told}
+
+
+def variables(templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> frozenset[str]:
+    """What templates read from outside, but special tokens: what a request may have to say.
+
+    Raises:
+        StartupError: as :class:`ChatTemplate`.
+    """
+    env = _environment()
+    try:
+        read = [meta.find_undeclared_variables(env.parse(text)) for text in templates.values()]
+    except TemplateSyntaxError as error:
+        raise StartupError(f"chat template, line {error.lineno}: {error}") from error
+    return frozenset().union(*read) - special_tokens.keys()
+
+
+# -- what chat templates expect of their environment -----------------------------------------------
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _Generation],
+    )
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise
+    env.globals["strftime_now"] = _strftime_now
+    return env
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks the assistant's words for training; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

@@ -1,0 +1,147 @@
+"""An answer as numbered sections, for protocols that have one block or item for each.
+
+A section is a stretch of reasoning, of content, or a call. Knows events in their order; knows no
+protocol's JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from asyncllm.api.common.answer import Answer, Choice
+from asyncllm.api.parsing.tools import Arguments, CallEnd, CallStart, Event, Reasoning, Text
+from asyncllm.messages import Delta
+
+
+@dataclass(slots=True, eq=False)
+class Section:
+    """A stretch of one kind.
+
+    Args:
+        index: from 0 on.
+        kind: what it is a stretch of; a call if CallStart.
+        call: its head, if it is one.
+        complete: the arguments of a call are whole JSON; any other section has ended.
+    """
+
+    index: int
+    kind: type[Text] | type[Reasoning] | type[CallStart]
+    call: CallStart | None = None
+    pieces: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def text(self) -> str:
+        """All of it: reasoning, content, or the JSON of arguments."""
+        return "".join(self.pieces)
+
+
+Step = tuple[Literal["begin", "more", "end"], Section, str]
+
+
+class Sections:
+    """Sections made of events as they come."""
+
+    def __init__(self) -> None:
+        self.all: list[Section] = []
+        self._open: Section | None = None
+
+    def add(self, events: Iterable[Event]) -> Iterator[Step]:
+        """What happens with these events."""
+        for event in events:
+            match event:
+                case CallStart():
+                    yield from self.end()
+                    yield self._begin(CallStart, event)
+                case CallEnd():
+                    yield from self.end(event.complete)
+                case Arguments():
+                    yield self._more(event.text)
+                case Text() | Reasoning():
+                    if self._open is None or self._open.kind is not type(event):
+                        yield from self.end()
+                        yield self._begin(type(event))
+                    yield self._more(event.text)
+
+    def end(self, complete: bool = True) -> Iterator[Step]:
+        """The section in progress ends, if there is one."""
+        if self._open is not None:
+            section, self._open = self._open, None
+            section.complete = complete
+            yield "end", section, ""
+
+    def _begin(
+        self,
+        kind: type[Text] | type[Reasoning] | type[CallStart],
+        call: CallStart | None = None,
+    ) -> Step:
+        self._open = Section(len(self.all), kind, call)
+        self.all.append(self._open)
+        return "begin", self._open, ""
+
+    def _more(self, text: str) -> Step:
+        assert self._open is not None  # arguments come behind a call's head
+        self._open.pieces.append(text)
+        return "more", self._open, text
+
+
+class SectionReply:
+    """A reply with one choice, told section by section; a protocol gives the words."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.sections = Sections()
+
+    def begin(self, section: Section) -> bytes:
+        """Events for a section that begins."""
+        raise NotImplementedError
+
+    def more(self, section: Section, text: str) -> bytes:
+        """Events for more of it."""
+        raise NotImplementedError
+
+    def finish(self, section: Section) -> bytes:
+        """Events for its end."""
+        raise NotImplementedError
+
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
+        """What has been found in new text."""
+        if choice.parts is not None:
+            return self._tell(self.sections.add(choice.parts.news()))
+        return self._tell(self.sections.add([Text(piece.text)])) if piece.text else b""
+
+    def settle(self) -> bytes:
+        """Nothing is ever held back."""
+        return b""
+
+    def rest(self, choice: Choice) -> bytes:
+        """What was held back, and the last section's end."""
+        found = [] if choice.parts is None else choice.parts.news()
+        return self._tell(self.sections.add(found)) + self._tell(self.sections.end())
+
+    def gathered(self, choice: Choice) -> list[Section]:
+        """All sections of an answer that has not been streamed."""
+        if choice.parts is not None:
+            found = choice.parts.news()
+        else:
+            found = [Text(choice.text)] if choice.text else []
+        self.sections = Sections()
+        for _ in self.sections.add(found):
+            pass
+        for _ in self.sections.end():
+            pass
+        return self.sections.all
+
+    def _tell(self, steps: Iterator[Step]) -> bytes:
+        out = b""
+        for what, section, text in steps:
+            match what:
+                case "begin":
+                    out += self.begin(section)
+                case "more":
+                    out += self.more(section, text)
+                case "end":
+                    out += self.finish(section)
+        return out

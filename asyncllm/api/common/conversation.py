@@ -1,0 +1,114 @@
+"""Turns of a conversation in template form, made of blocks or items one by one.
+
+Knows what chat templates expect: one turn per role in a row, calls with the assistant's words, each
+result a turn. Knows no protocol's JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from asyncllm.api.common.errors import NotAvailable
+from asyncllm.api.common.validation import bad, show, text, typed
+
+MAX_MESSAGES: Final = 4096
+
+Turns = list[dict[str, Any]]
+_IN_PIECES: Final = ("content", "reasoning_content")
+
+
+class TurnsMaker:
+    """Gathers a conversation; what one role says in a row is one turn."""
+
+    def __init__(self) -> None:
+        # texts as lists of their pieces: joined once, so that many pieces cost what their text does
+        self._made: Turns = []
+
+    @property
+    def turns(self) -> Turns:
+        """What has been gathered so far."""
+        return [
+            {key: "\n".join(v) if key in _IN_PIECES else v for key, v in turn.items()}
+            for turn in self._made
+        ]
+
+    def say(self, role: str, content: str) -> None:
+        """More of what somebody says."""
+        _append(self._turn(role)["content"], content)
+
+    def think(self, thought: str) -> None:
+        """More of what the assistant thinks."""
+        _append(self._turn("assistant").setdefault("reasoning_content", []), thought)
+
+    def call(self, key: str, name: str, arguments: dict[str, Any]) -> None:
+        """The assistant calls a tool."""
+        function = {"name": name, "arguments": arguments}
+        calls = self._turn("assistant").setdefault("tool_calls", [])
+        calls.append({"type": "function", "function": function, "id": key})
+
+    def result(self, key: str, content: str) -> None:
+        """What the call ``key`` gave."""
+        self._made.append({"role": "tool", "content": [content], "tool_call_id": key})
+
+    def _turn(self, role: str) -> dict[str, Any]:
+        if not self._made or self._made[-1]["role"] != role:
+            self._made.append({"role": role, "content": []})
+        return self._made[-1]
+
+
+def _append(pieces: list[str], piece: str) -> None:
+    """Nothing is put between an empty beginning and what follows."""
+    if pieces == [""]:
+        pieces.clear()
+    pieces.append(piece)
+
+
+def with_system(system: str | None, turns: Turns) -> Turns:
+    """One system message in front: many templates know no second one."""
+    if not system:
+        return turns
+    if turns and turns[0]["role"] == "system":
+        system = f"{system}\n{turns[0]['content']}"
+        turns = turns[1:]
+    return [{"role": "system", "content": system}, *turns]
+
+
+def arguments(value: Any, name: str) -> dict[str, Any]:
+    """A call's arguments given as JSON text. Raises RequestError unless they are an object."""
+    raw = text(value, name)
+    try:
+        found = json.loads(raw) if raw.strip() else {}
+    except (ValueError, RecursionError):
+        bad(f"{name}: {show(raw)} is not JSON", name)
+    made: dict[str, Any] = typed(found, dict, name, "an object, as JSON")
+    return made
+
+
+def content(value: Any, name: str, may_miss: bool = False) -> str:
+    """The text of a string or of text parts. Raises RequestError, NotAvailable (400)."""
+    if value is None:
+        if not may_miss:
+            bad(f"{name} is missing", name)
+        return ""
+    if isinstance(value, str):
+        return text(value, name)
+    typed(value, list, name, "a string or an array of parts")
+    return "\n".join(_part(part, f"{name}[{i}]") for i, part in enumerate(value))
+
+
+def _part(value: Any, name: str) -> str:
+    if isinstance(value, str):
+        return text(value, name)
+    typed(value, dict, name, "an object")
+    kind = value.get("type")
+    if kind in ("text", "input_text", "output_text"):
+        return text(value.get("text"), f"{name}.text")
+    if kind == "refusal":
+        return text(value.get("refusal"), f"{name}.refusal")
+    if not isinstance(kind, str):
+        bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
+    raise NotAvailable(
+        f"{name}: content of type {show(kind)} is not available on this server; text is",
+        param=f"{name}.type",
+    )

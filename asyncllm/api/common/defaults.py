@@ -1,0 +1,74 @@
+"""What counts where a request is silent: the sampling of the model's generation_config.json.
+
+Precedence: the request, generation_config.json, the route's own default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from asyncllm.api.common import validation
+from asyncllm.api.common.validation import Body, Field
+from asyncllm.errors import RequestError, StartupError
+
+F = Field
+
+GENERATION_CONFIG: Final = (
+    F(name="do_sample", kind="boolean", doc="false: greedy"),
+    F(name="temperature", kind="number", low=0, doc="0: greedy"),
+    F(name="top_p", kind="number", low=0, high=1, above=True, doc=""),
+    F(name="top_k", kind="integer", low=-1, high=validation.MAX_INT32, doc="-1 or 0: all"),
+    F(name="min_p", kind="number", low=0, high=1, doc=""),
+    F(name="repetition_penalty", kind="number", low=0, high=10, above=True, doc=""),
+    F(name="max_new_tokens", kind="integer", low=1, high=validation.MAX_INT32, doc=""),
+)  # fmt: skip
+
+
+def read_defaults(content: Body) -> dict[str, Any]:
+    """The values of a generation_config.json that count, by name.
+
+    Raises:
+        StartupError: one of them cannot be used.
+    """
+    try:
+        values = validation.read(GENERATION_CONFIG, content)
+    except RequestError as error:
+        raise StartupError(
+            f"generation_config.json: {error.message} (--generation_config none leaves it out)"
+        ) from None
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """The values of :func:`read_defaults`, as the routes take them."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def sampling(self, body: Body) -> Mapping[str, Any]:
+        """For routes that sample unless they are asked not to, by field name.
+
+        A model that is meant to be greedy is, but not where the request names a temperature.
+        """
+        out = {name: value for name, value in self.values.items() if name != "do_sample"}
+        if self.values.get("do_sample") is False and body.get("do_sample") is not True:
+            out["temperature"] = 0.0
+        return out
+
+    def greedy(self) -> Mapping[str, Any]:
+        """For routes that sample only if ``do_sample`` says so, by field name."""
+        return self.values
+
+    def beyond(self, table: Sequence[Field]) -> dict[str, Any]:
+        """Fields of SamplingParams for which a route has no field in ``table``."""
+        names = {each.name for each in table}
+        rest = {name: value for name, value in self.values.items() if name not in names}
+        unchanged = "min_p", "repetition_penalty"
+        out: dict[str, Any] = {name: rest[name] for name in unchanged if name in rest}
+        if "top_k" in rest:
+            out["top_k"] = rest["top_k"] or -1
+        if out.get("repetition_penalty", 1.0) != 1.0:
+            out["penalize_prompt"] = True  # as transformers does
+        return out

@@ -1,0 +1,103 @@
+"""A request body from bytes to a JSON object, its cost bounded before it is parsed.
+
+``json.loads`` holds the interpreter lock until it is done, so that no thread helps: what it may be
+asked for is counted first, in a few passes over the bytes that run at memory speed. Knows JSON;
+knows no field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import Any, Final, NoReturn
+
+from asyncllm.api.common.validation import bad, show
+
+# 4,096 messages of one text part each come to 12,290 arrays and objects and 32,770 strings
+MAX_CONTAINERS: Final = 1 << 14
+MAX_STRINGS: Final = 1 << 17
+MIN_VALUES: Final = 3 << 16  # where the context is shorter than half of it
+MAX_DEPTH: Final = 128
+MAX_DIGITS: Final = 400  # of an integer: reading one takes the square of its length
+
+_STRUCTURE: Final = b"[]{},"
+_NOT_STRUCTURE: Final = bytes(set(range(256)) - set(_STRUCTURE))
+_DIGITS: Final = bytes(ord("1") if byte in b"0123456789" else ord(" ") for byte in range(256))
+_STEP: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def most_values(max_len: int) -> int:
+    """Values a body may have where a request has ``max_len`` tokens: a prompt of ids must fit."""
+    return max(MIN_VALUES, 2 * max_len)
+
+
+def load(raw: bytes, max_values: int = MIN_VALUES) -> dict[str, Any]:
+    """The JSON object of a request body.
+
+    Args:
+        max_values: elements of all arrays and objects together.
+
+    Raises:
+        RequestError: 400, it is something else, or too much of it.
+    """
+    _check(raw, max_values, "the body")
+    try:
+        # JSON is UTF-8; given bytes, json.loads would try UTF-16 and UTF-32 too, which
+        # _check cannot read
+        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
+    except RecursionError:
+        bad("the body is nested too deeply")
+    except ValueError as error:
+        bad(f"the body is not valid JSON: {error}")
+    if not isinstance(value, dict):
+        bad(f"the body must be a JSON object, not {show(value)}")
+    return value
+
+
+def check_nested(texts: Iterable[str], what: str, name: str) -> None:
+    """Raises RequestError where parsing all of these JSON texts could take long.
+
+    They must be parsed in this order, up to the first that is no JSON: its quotes may not match,
+    and what comes after it is counted wrongly.
+
+    Args:
+        what: they are, for the message.
+    """
+    raw = "\n".join(texts).encode(errors="surrogatepass")
+    _check(raw, MIN_VALUES, what, name)
+
+
+def _check(raw: bytes, max_values: int, what: str, name: str | None = None) -> None:
+    """Raises RequestError where parsing could take long.
+
+    What is no JSON may be counted wrongly, but never as less than the parser meets before it stops.
+    """
+    # Without pairs of backslashes, a backslash before a quote means that the quote is text.
+    plain = raw.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in raw else raw
+    strings = plain.count(b'"') // 2
+    if strings > MAX_STRINGS:
+        _too_many(what, strings, "strings", MAX_STRINGS, name)
+    outside = b"".join(plain.split(b'"')[::2])
+    structure = outside.translate(None, _NOT_STRUCTURE)
+    containers = structure.count(b"[") + structure.count(b"{")
+    if containers > MAX_CONTAINERS:
+        _too_many(what, containers, "arrays and objects", MAX_CONTAINERS, name)
+    values = structure.count(b",") + containers
+    if values > max_values:
+        _too_many(what, values, "values", max_values, name)
+    brackets = structure.translate(None, b",")
+    if len(brackets) <= 2 * containers:  # else there is one that closes nothing
+        depth = max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+        if depth > MAX_DEPTH:
+            _too_many(what, depth, "levels", MAX_DEPTH, name)
+    if b"1" * (MAX_DIGITS + 1) in outside.translate(_DIGITS):
+        bad(f"{what}: a number has more than {MAX_DIGITS} digits", name)
+
+
+def _too_many(what: str, number: int, of: str, most: int, name: str | None) -> NoReturn:
+    bad(f"{what}: {number:,} {of}, at most {most:,} in one request", name)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

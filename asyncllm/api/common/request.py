@@ -1,0 +1,105 @@
+"""A checked generation request, whatever protocol it came in, and the server's limits for one.
+
+Knows prompts, parameters and flags; knows neither JSON names nor answers.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncllm.api.common.defaults import Defaults
+from asyncllm.api.common.validation import GREEDY_BELOW, bad, show, token_ids, typed
+from asyncllm.api.parsing.output_parser import Dialect, Parting
+from asyncllm.core.request import SamplingParams
+from asyncllm.errors import ModelNotFound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt; exactly one field is set."""
+
+    text: str | None = None
+    ids: array[int] | None = None
+    chat: bytes | None = None  # JSON for the chat template: messages, tools, kwargs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One HTTP request for text: ``n`` choices of each prompt.
+
+    Choice ``i`` of prompt ``p`` has the index ``p * n + i``.
+    """
+
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams  # seed: of choice 0; choice i gets seed + i
+    seeded: bool  # False: params.seed is to be drawn
+    n: int = 1
+    stream: bool = False
+    echo: bool = False
+    add_special_tokens: bool = True
+    truncate: int = 0  # keep only that many of a prompt's last tokens; 0: all
+    include_usage: bool = False  # a usage chunk ends the stream
+    continuous_usage: bool = False  # every chunk says it too
+    functions: bool = False  # OpenAI's chat: a call is told as function_call
+    details: bool = False  # native: each token in the answer
+    parting: Parting | None = None  # None: all text is content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What this server serves, for the model name check and /v1/models.
+
+    Args:
+        name: the name in answers.
+        listed: names in /v1/models; the first is ``name``.
+        accepted: further names that mean the same model ("default", the folder's name).
+        max_len: prompt plus generated tokens of one request.
+        vocab_size: token ids are below it.
+        created: unix seconds.
+        dialect: how the model writes calls and reasoning.
+        defaults: what counts where a request is silent.
+        tgi: LightLLM's native routes speak text-generation-inference's protocol.
+    """
+
+    name: str
+    listed: tuple[str, ...]
+    accepted: frozenset[str]
+    max_len: int
+    vocab_size: int
+    created: int
+    owned_by: str = "asyncllm"
+    model_name: str = ""  # what /get_model_name answers; "": ``name``
+    dialect: Dialect = field(default_factory=Dialect)
+    defaults: Defaults = field(default_factory=Defaults)
+    tgi: bool = False
+
+    def check_name(self, name: str | None) -> None:
+        """Raises ModelNotFound (404) unless ``name`` is missing or one of ours."""
+        if name is None or name in self.listed or name in self.accepted:
+            return
+        raise ModelNotFound(
+            f"the model {show(name)} does not exist; this server has {', '.join(self.listed)}",
+            param="model",
+        )
+
+    def prompt_of(self, value: Any, name: str) -> Prompt:
+        """A prompt of token ids. Raises RequestError."""
+        typed(value, list, name, "an array of token ids")
+        if not value:
+            bad(f"{name} must not be empty", name)
+        column = token_ids(value, name)
+        self.check_ids((max(value),), name)
+        return Prompt(ids=column)
+
+    def check_ids(self, ids: tuple[int, ...], name: str) -> None:
+        """Raises RequestError for a token id outside the vocabulary."""
+        for token in ids:
+            if token >= self.vocab_size:
+                bad(f"{name}: {token} is not below the vocabulary size {self.vocab_size}", name)
+
+
+def temperature(value: float) -> float:
+    """Nearly 0 is greedy, so that no division can overflow."""
+    return 0.0 if value < GREEDY_BELOW else value

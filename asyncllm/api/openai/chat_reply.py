@@ -1,0 +1,185 @@
+"""OpenAI's chat answers with reasoning and tool calls, whole and as chunks.
+
+Knows the JSON shapes; :mod:`asyncllm.api.parsing.output_parser` finds reasoning and calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asyncllm.api.common import sse
+from asyncllm.api.common.answer import REASONS, Answer, Choice
+from asyncllm.api.common.logprobs import scored
+from asyncllm.api.openai.chunks import OpenAIReply, finish_reason
+from asyncllm.api.parsing.output_parser import Parts
+from asyncllm.api.parsing.tools import Arguments, Call, CallEnd, CallStart, Event, Reasoning, Text
+from asyncllm.messages import Delta
+
+ChatDelta = dict[str, Any]
+
+
+class ChatReply(OpenAIReply):
+    """/v1/chat/completions."""
+
+    kind = "chat.completion.chunk"
+
+    def opening(self) -> bytes:
+        """One chunk per choice that names the role."""
+        delta = {"role": "assistant", "content": ""}
+        return b"".join(self._event(choice, delta, None, None) for choice in self.answer.choices)
+
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
+        """One content chunk, if there is something to say."""
+        if self._wants_logprobs:
+            if not piece.ids and not piece.text:
+                return b""
+            logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids))
+            return self._event(choice, {"content": piece.text}, logprobs, None)
+        if not piece.text:
+            return b""
+        if self._continuous:
+            return self._event(choice, {"content": piece.text}, None, None)
+        if (ready := self._templates.get(choice.index)) is None:
+            body = {"delta": {"content": sse.MARK}, "logprobs": None, "finish_reason": None}
+            ready = self._templates[choice.index] = sse.template(
+                self._chunk(choice, body), sse.MARK
+            )
+        return ready[0] + sse.escaped(piece.text) + ready[1]
+
+    def end(self, choice: Choice) -> bytes:
+        """An empty delta with the finish reason."""
+        return self._event(choice, {}, None, self._reason(choice))
+
+    def whole(self) -> bytes:
+        """The answer in one piece."""
+        choices = [
+            {
+                "index": choice.index,
+                "message": self._message(choice),
+                "logprobs": self._logprobs(choice, 0) if self._wants_logprobs else None,
+                "finish_reason": self._reason(choice),
+            }
+            for choice in self.answer.choices
+        ]
+        return self._whole("chat.completion", choices)
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        return {"role": "assistant", "content": choice.text, "refusal": None}
+
+    def _reason(self, choice: Choice) -> str | None:
+        return finish_reason(choice)
+
+    def _event(
+        self,
+        choice: Choice,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None,
+        reason: str | None,
+    ) -> bytes:
+        body = {"delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return sse.event(self._chunk(choice, body))
+
+    def _logprobs(self, choice: Choice, first: int) -> dict[str, Any]:
+        return {"content": scored(self.answer.vocab, choice, first), "refusal": None}
+
+
+def chat_reply(answer: Answer) -> ChatReply:
+    """What answers a chat: without reasoning and calls to look for, text goes out as it comes."""
+    return ChatReply(answer) if answer.generation.parting is None else PartedReply(answer)
+
+
+class PartedReply(ChatReply):
+    """/v1/chat/completions where an answer is more than its text."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
+        # by choice, kind of event, and call
+        self._ready: dict[tuple[int, type[Event], int], tuple[bytes, ...]] = {}
+
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
+        """A chunk for each thing found; the first has the log-probabilities of all new tokens."""
+        logprobs = None
+        if self._wants_logprobs and piece.ids:
+            logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids))
+        return self._news(choice, logprobs)
+
+    def end(self, choice: Choice) -> bytes:
+        """What was held back, then an empty delta with the finish reason."""
+        return self._news(choice, None) + super().end(choice)
+
+    def _news(self, choice: Choice, logprobs: dict[str, Any] | None) -> bytes:
+        out = b""
+        for event in _parts(choice).news():
+            if isinstance(event, CallEnd):
+                continue
+            if logprobs is not None or self._continuous or isinstance(event, CallStart):
+                text = None if isinstance(event, CallStart) else event.text
+                out += self._event(choice, self._delta(event, text), logprobs, None)
+                logprobs = None
+            else:
+                out += sse.escaped(event.text).join(self._around(choice, event))
+        if logprobs is not None:
+            out += self._event(choice, {"content": ""}, logprobs, None)
+        return out
+
+    def _around(self, choice: Choice, event: Text | Reasoning | Arguments) -> tuple[bytes, ...]:
+        """The chunk of an event, cut where its text goes."""
+        key = choice.index, type(event), event.index if isinstance(event, Arguments) else 0
+        if (ready := self._ready.get(key)) is None:
+            body = {"delta": self._delta(event, sse.MARK), "logprobs": None, "finish_reason": None}
+            ready = self._ready[key] = sse.holes(self._chunk(choice, body), sse.MARK)
+        return ready
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        parts = _parts(choice)
+        bare = bool(parts.calls or parts.reasoning)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if bare and not parts.content else parts.content,
+            "refusal": None,
+        }
+        if parts.thinks:
+            thoughts = parts.reasoning or None
+            message |= {"reasoning": thoughts, "reasoning_content": thoughts}
+        if parts.calls:
+            told = [_call(call) for call in parts.calls]
+            old = self.answer.generation.functions
+            message |= {"function_call": told[0]["function"]} if old else {"tool_calls": told}
+        return message
+
+    def _delta(self, event: Event, text: str | None) -> ChatDelta:
+        delta = _delta(event, text)
+        if self.answer.generation.functions and "tool_calls" in delta:
+            return {"function_call": delta["tool_calls"][0]["function"]}
+        return delta
+
+    def _reason(self, choice: Choice) -> str | None:
+        if choice.reason is None:
+            return None
+        reason = _parts(choice).finish_reason(REASONS[choice.reason])
+        old = reason == "tool_calls" and self.answer.generation.functions
+        return "function_call" if old else reason
+
+
+def _parts(choice: Choice) -> Parts:
+    assert choice.parts is not None  # they are there when the prompt is accepted
+    return choice.parts
+
+
+def _delta(event: Event, text: str | None) -> ChatDelta:
+    match event:
+        case Reasoning():
+            return {"reasoning": text, "reasoning_content": text}
+        case CallStart():
+            function = {"name": event.name, "arguments": ""}
+            call = {"index": event.index, "id": event.id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        case Arguments():
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": text}}]}
+        case _:
+            return {"content": text}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}

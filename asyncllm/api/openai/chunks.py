@@ -1,0 +1,62 @@
+"""What OpenAI's completions and chat completions share: chunks, usage, the end of a stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asyncllm.api.common import sse
+from asyncllm.api.common.answer import REASONS, Answer, Choice
+from asyncllm.errors import RequestError
+
+
+class OpenAIReply:
+    """What both routes share: chunk framing, usage, the end of a stream."""
+
+    kind = ""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self._templates: dict[int, tuple[bytes, bytes]] = {}
+        self._wants_logprobs = answer.generation.params.logprobs >= 0
+        self._continuous = answer.generation.continuous_usage
+
+    def settle(self) -> bytes:
+        """Nothing is ever held back."""
+        return b""
+
+    def closing(self) -> bytes:
+        """The usage chunk if it was asked for, and the end mark."""
+        if not self.answer.generation.include_usage:
+            return sse.DONE
+        return sse.event(self._head() | {"choices": [], "usage": self.answer.usage()}) + sse.DONE
+
+    def error(self, error: RequestError) -> bytes:
+        """An error event."""
+        return sse.error_event(error)
+
+    def _head(self) -> dict[str, Any]:
+        answer = self.answer
+        return {
+            "id": answer.id,
+            "object": self.kind,
+            "created": answer.created,
+            "model": answer.model,
+        }
+
+    def _chunk(self, choice: Choice, body: dict[str, Any]) -> dict[str, Any]:
+        """One chunk's JSON; ``usage`` is null where only the last chunk has it."""
+        out = self._head() | {"choices": [{"index": choice.index} | body]}
+        if self._continuous:
+            out["usage"] = self.answer.usage(choice)
+        elif self.answer.generation.include_usage:
+            out["usage"] = None
+        return out
+
+    def _whole(self, kind: str, choices: list[dict[str, Any]]) -> bytes:
+        return sse.body(
+            self._head() | {"object": kind, "choices": choices, "usage": self.answer.usage()}
+        )
+
+
+def finish_reason(choice: Choice) -> str | None:
+    return None if choice.reason is None else REASONS[choice.reason]

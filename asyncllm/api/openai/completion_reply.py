@@ -1,0 +1,149 @@
+"""OpenAI's answers: completions, whole and as chunks.
+
+Knows the JSON shapes; knows neither sockets nor request bodies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asyncllm.api.common import sse
+from asyncllm.api.common.answer import Answer, Choice
+from asyncllm.api.openai.chunks import OpenAIReply, finish_reason
+from asyncllm.messages import Delta
+
+
+class CompletionReply(OpenAIReply):
+    """/v1/completions."""
+
+    kind = "text_completion"
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
+        self._echoed: set[int] = set()  # choices whose prompt has been sent
+
+    def opening(self) -> bytes:
+        """The prompts, if echo wants them without log-probabilities."""
+        if not self.answer.generation.echo or self._wants_logprobs:
+            return b""
+        unsaid = [c for c in self.answer.choices if c.index not in self._echoed]
+        return b"".join(self._echo(choice) for choice in unsaid)
+
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
+        """One chunk; with echo and logprobs the prompt's chunk once its scores are complete."""
+        generation = self.answer.generation
+        out = b""
+        if generation.echo and choice.index not in self._echoed:
+            complete = (
+                len(choice.scores.logprobs) >= len(self.answer.prompts[choice.prompt_idx]) - 1
+            )
+            if complete or piece.ids:
+                out = self._echo(choice)
+        if self._wants_logprobs:
+            if piece.ids or piece.text:
+                count = len(piece.ids)
+                logprobs = self._logprobs(choice, choice.num_tokens - count)
+                out += self._event(choice, piece.text, logprobs)
+        elif piece.text:
+            out += self._event(choice, piece.text, None)
+        return out
+
+    def end(self, choice: Choice) -> bytes:
+        """The chunk with the finish reason, after a prompt that is still to be echoed."""
+        out = b""
+        if self.answer.generation.echo and choice.index not in self._echoed:
+            out = self._echo(choice)
+        body = {"text": "", "logprobs": None, "finish_reason": finish_reason(choice)}
+        return out + sse.event(self._chunk(choice, body))
+
+    def whole(self) -> bytes:
+        """The answer in one piece."""
+        choices = []
+        for choice in self.answer.choices:
+            text, logprobs = choice.text, None
+            if self._wants_logprobs:
+                before = self._prompt_logprobs(choice) if self.answer.generation.echo else None
+                logprobs = _joined(before, self._logprobs(choice, 0))
+            if self.answer.generation.echo:
+                text = self.answer.prompt_text(choice.prompt_idx) + text
+            choices.append(
+                {
+                    "index": choice.index,
+                    "text": text,
+                    "logprobs": logprobs,
+                    "finish_reason": finish_reason(choice),
+                }
+            )
+        return self._whole(self.kind, choices)
+
+    def _event(self, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> bytes:
+        if logprobs is not None or self._continuous:
+            return sse.event(self._chunk(choice, self._body(text, logprobs)))
+        if (ready := self._templates.get(choice.index)) is None:
+            ready = sse.template(self._chunk(choice, self._body(sse.MARK, None)), sse.MARK)
+            self._templates[choice.index] = ready
+        return ready[0] + sse.escaped(text) + ready[1]
+
+    def _body(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"text": text, "logprobs": logprobs, "finish_reason": None}
+
+    def _echo(self, choice: Choice) -> bytes:
+        self._echoed.add(choice.index)
+        logprobs = self._prompt_logprobs(choice) if self._wants_logprobs else None
+        return self._event(choice, self.answer.prompt_text(choice.prompt_idx), logprobs)
+
+    def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
+        """Of the prompt's tokens; the first has no log-probability."""
+        out, scores = _no_logprobs(), choice.scores
+        ids, text = (
+            self.answer.prompts[choice.prompt_idx],
+            self.answer.prompt_text(choice.prompt_idx),
+        )
+        for i, (token, at) in enumerate(
+            zip(ids, self.answer.vocab.offsets(text, ids), strict=True)
+        ):
+            if i == 0:
+                self._append(out, at, token, None, [])
+                out["top_logprobs"][0] = None
+            else:
+                self._append(out, at, token, scores.logprob(i - 1), scores.top(i - 1))
+        choice.offset = len(text)
+        return out
+
+    def _logprobs(self, choice: Choice, first: int) -> dict[str, Any]:
+        """Of the generated tokens from ``first`` on."""
+        out, tokens = _no_logprobs(), choice.tokens
+        for i in range(first, len(tokens.ids)):
+            self._append(out, choice.offset, tokens.ids[i], tokens.logprob(i), tokens.top(i))
+            choice.offset += len(choice.pieces[i])
+        return out
+
+    def _append(
+        self,
+        out: dict[str, Any],
+        offset: int,
+        token: int,
+        logprob: float | None,
+        top: list[tuple[int, float]],
+    ) -> None:
+        text = self.answer.vocab.text
+        best: dict[str, float | None] = {}
+        for other, value in top:
+            name = text(other)
+            # the text of the token itself is its own, that of several others the best one's
+            if other != token and (name in best or name == text(token)):
+                name = f"token_id:{other}"
+            best[name] = value
+        best.setdefault(text(token), logprob)
+        out["tokens"].append(text(token))
+        out["token_logprobs"].append(logprob)
+        out["top_logprobs"].append(best)
+        out["text_offset"].append(offset)
+
+
+def _no_logprobs() -> dict[str, Any]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def _joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
+    return second if first is None else {key: first[key] + second[key] for key in second}

@@ -1,0 +1,220 @@
+"""An answer in its parts while it comes: reasoning, content, calls.
+
+Owns how the served model writes calls and reasoning, what a request wants of them, and one choice's
+parts. Knows neither protocols' JSON nor prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from asyncllm.api.parsing import reasoning, tools
+from asyncllm.api.parsing.reasoning import OPENED, Splitter, make_reasoning, prompt_state
+from asyncllm.api.parsing.tools import (
+    Arguments,
+    Call,
+    CallEnd,
+    CallStart,
+    Event,
+    Reasoning,
+    Text,
+    Tool,
+)
+
+APART: Final = "\n\n"  # between reasoning and what follows it, where both are content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """How the served model writes.
+
+    Args:
+        calls: the format of calls, one of ``tools.FORMATS``.
+        spelling: its variant, as ``tools.spelling`` names it; "": it has none.
+        lists_tools: its chat template puts tools into the prompt.
+        tools_in_system: it takes them as JSON text, of the system message.
+        tells_results: it has turns for the results of calls that were written as text.
+        reasoning: the format of reasoning, one of ``reasoning.FORMATS``; "": none.
+        variables: what its chat template reads.
+    """
+
+    calls: str = "hermes"
+    spelling: str = ""
+    lists_tools: bool = False
+    tools_in_system: bool = False
+    tells_results: bool = False
+    reasoning: str = ""
+    variables: frozenset[str] = frozenset()
+
+
+def dialect_of(
+    templates: Mapping[str, str], calls: str | None = None, thoughts: str | None = None
+) -> Dialect:
+    """The dialect that chat templates show.
+
+    Args:
+        templates: as ``ChatTemplate`` takes them.
+        calls, thoughts: formats that are known; None: detect them.
+    """
+    usual = templates.get("default", "")
+    offering = templates.get("tool_use", usual)
+    lists_tools = tools.template_uses_tools(offering)
+    detected = tools.detect_format(offering)
+    name = calls or detected or "hermes"
+    spelling = tools.spelling(name, offering)
+    in_system = not lists_tools and tools.tools_in_system(offering)
+    knows = tools.template_tells_results(offering) or in_system
+    return Dialect(
+        calls=name,
+        spelling="" if spelling == name else spelling,
+        lists_tools=lists_tools,
+        tools_in_system=in_system,
+        tells_results=not lists_tools and name == detected and knows,
+        reasoning=thoughts or reasoning.detect_format(usual) or "",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parting:
+    """What is to be told apart in a request's answers.
+
+    Args:
+        calls: the format of calls; "": calls are content.
+        offered: the tools.
+        parallel: False: the first call is the only one told.
+        reasoning: the format of reasoning; "": reasoning is content.
+        separate: False: reasoning is found, and told as content.
+        hidden: reasoning is found, and not told.
+        flowing: False: reasoning is told in one piece, once it has ended.
+        continued: the end of the prompt that is the beginning of the answer.
+    """
+
+    calls: str = ""
+    offered: tuple[Tool, ...] = ()
+    parallel: bool = True
+    reasoning: str = ""
+    separate: bool = True
+    hidden: bool = False
+    flowing: bool = True
+    continued: str = ""
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Special tokens that must be in the text."""
+        calls = tools.special_tokens(self.calls) if self.calls else ()
+        thoughts = reasoning.special_tokens(self.reasoning) if self.reasoning else ()
+        return tuple(dict.fromkeys(calls + thoughts))
+
+    def parts(self, head: str) -> Parts:
+        """For one answer to a prompt whose text ends with ``head`` and ``continued``."""
+        thoughts = None
+        if self.reasoning:
+            state = prompt_state(self.reasoning, head + self.continued, self.continued)
+            thoughts = make_reasoning(self.reasoning, opened=OPENED[state])
+        calls = tools.make_parser(self.calls, self.offered) if self.calls else None
+        return Parts(Splitter(thoughts, calls), self)
+
+
+class Parts:
+    """One answer in its parts. Joined, they are the same wherever the text is cut.
+
+    Attributes:
+        num_thoughts: tokens of reasoning so far, its end tag included.
+    """
+
+    def __init__(self, splitter: Splitter, parting: Parting) -> None:
+        self._splitter, self._parting = splitter, parting
+        self._thoughts: list[str] = []
+        self._content: list[str] = []
+        self._news: list[Event] = []
+        self._told_thoughts = False  # and no content after them yet
+        self._late: list[str] = []  # reasoning to be told once it has ended
+        self._ended = False
+        self.num_thoughts = 0
+
+    @property
+    def content(self) -> str:
+        """All content so far."""
+        return "".join(self._content)
+
+    @property
+    def reasoning(self) -> str:
+        """All reasoning so far; "" where it is told as content."""
+        return "".join(self._thoughts)
+
+    @property
+    def thinks(self) -> bool:
+        """Reasoning is looked for."""
+        return bool(self._parting.reasoning)
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """Calls so far; their arguments are there when they have ended."""
+        return self._splitter.calls if self._parting.parallel else self._splitter.calls[:1]
+
+    def take(self, text: str, pieces: Sequence[str], num_tokens: int) -> None:
+        """More text.
+
+        Args:
+            pieces: the text of each token; together they are ``text`` unless a possible stop string
+                is held back. Then tokens of reasoning are counted by the text before them.
+        """
+        splitter = self._splitter
+        if num_tokens > 1 and self.thinks and "".join(pieces) == text:
+            for piece in pieces:
+                self.num_thoughts += splitter.inside
+                self._add(splitter.push(piece))
+            return
+        if splitter.inside:
+            self.num_thoughts += num_tokens
+        if text:
+            self._add(splitter.push(text))
+
+    def finish(self) -> None:
+        """There is no more text."""
+        if not self._ended:
+            self._ended = True
+            self._add(self._splitter.finish())
+            self._flush()
+
+    def news(self) -> list[Event]:
+        """What has been found since the last time."""
+        found, self._news = self._news, []
+        return found
+
+    def finish_reason(self, reason: str) -> str:
+        """``tool_calls`` for an answer that ended with ``stop`` and whose calls are all whole."""
+        return self._splitter.finish_reason(reason)
+
+    def _add(self, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case Reasoning(text):
+                    if self._parting.hidden:
+                        continue
+                    if self._parting.separate:
+                        self._thoughts.append(text)
+                        if not self._parting.flowing:
+                            self._late.append(text)
+                            continue
+                    else:
+                        event = Text(text)
+                        self._content.append(text)
+                        self._told_thoughts = True
+                case Text(text):
+                    if self._told_thoughts:
+                        self._told_thoughts = False
+                        event = Text(text := APART + text)
+                    self._content.append(text)
+                case CallStart() | Arguments() | CallEnd():
+                    if event.index and not self._parting.parallel:
+                        continue
+            self._flush()
+            self._news.append(event)
+
+    def _flush(self) -> None:
+        if self._late:
+            self._news.append(Reasoning("".join(self._late)))
+            self._late.clear()

@@ -1,0 +1,117 @@
+"""Tool calls: parsers that read them from an answer, schemas that force them,
+texts that offer them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from asyncllm.api.parsing.events import (
+    Arguments,
+    Call,
+    CallEnd,
+    CallStart,
+    Event,
+    Reasoning,
+    Text,
+    Tool,
+)
+from asyncllm.api.parsing.tools.base import NewId, Parsed, ToolParser, new_id
+from asyncllm.api.parsing.tools.call_grammar import Tag, Tags, call_forms, spelling, tags, written
+from asyncllm.api.parsing.tools.detect import (
+    detect_format,
+    system_text,
+    template_tells_results,
+    template_uses_tools,
+    tools_in_system,
+)
+from asyncllm.api.parsing.tools.json_formats import (
+    DeepSeekV3,
+    GptOss,
+    Hermes,
+    Json,
+    KimiK2,
+    Llama3,
+    Mistral,
+    Phi4,
+)
+from asyncllm.api.parsing.tools.schema import call_schema
+from asyncllm.api.parsing.tools.tagged_formats import Glm47, Qwen3Coder
+
+__all__ = [
+    "FORMATS",
+    "Arguments",
+    "Call",
+    "CallEnd",
+    "CallStart",
+    "Event",
+    "Parsed",
+    "Reasoning",
+    "Tag",
+    "Tags",
+    "Text",
+    "Tool",
+    "ToolParser",
+    "call_forms",
+    "call_schema",
+    "detect_format",
+    "make_parser",
+    "parse_whole",
+    "special_tokens",
+    "spelling",
+    "system_text",
+    "tags",
+    "template_tells_results",
+    "template_uses_tools",
+    "tools_in_system",
+    "written",
+]
+
+_PARSERS: Final[dict[str, type[ToolParser]]] = {
+    "qwen25": Hermes,
+    "llama3": Llama3,
+    "mistral": Mistral,
+    "hermes": Hermes,
+    "deepseekv3": DeepSeekV3,
+    "qwen3_coder": Qwen3Coder,
+    "glm47": Glm47,
+    "kimi_k2": KimiK2,
+    "gpt_oss": GptOss,
+    "phi4": Phi4,
+    "json": Json,
+}
+# what --tool_call_parser may be; "json" reads what call_schema forces
+FORMATS: Final = tuple(name for name in _PARSERS if name != "json")
+
+
+def make_parser(format_name: str, tools: Sequence[Tool], make_id: NewId = new_id) -> ToolParser:
+    """A parser for one answer.
+
+    Args:
+        format_name: one of FORMATS, or "json" for the calls that ``call_schema`` describes.
+        tools: what the request offers.
+        make_id: gives 24 hex digits for each call.
+
+    Raises:
+        KeyError: no such format.
+    """
+    return _PARSERS[format_name](tools, make_id)
+
+
+def special_tokens(format_name: str) -> tuple[str, ...]:
+    """Marks that are special tokens in some models: they must be in the text that is parsed.
+
+    Raises:
+        KeyError: no such format.
+    """
+    return _PARSERS[format_name].tokens
+
+
+def parse_whole(
+    format_name: str, text: str, tools: Sequence[Tool], make_id: NewId = new_id
+) -> Parsed:
+    """Content and calls of a whole answer. Raises KeyError: no such format."""
+    parser = make_parser(format_name, tools, make_id)
+    events = parser.push(text) + parser.finish()
+    content = "".join(event.text for event in events if isinstance(event, Text))
+    return Parsed(content, tuple(parser.calls), parser.complete)

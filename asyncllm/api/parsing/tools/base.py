@@ -1,0 +1,280 @@
+"""Tool calls in a model's answer, found while it comes: what all formats have in common.
+
+Owns content and its white space, numbering, ids, what happens to malformed and cut calls. A format
+is a subclass that reads one block of calls; it knows nothing of pieces.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from asyncllm.api.parsing.events import (
+    Arguments,
+    Call,
+    CallEnd,
+    CallStart,
+    Event,
+    Text,
+    Tool,
+)
+from asyncllm.api.parsing.json_stream import loads, object_text, read_string, read_value
+from asyncllm.api.parsing.scanner import SPACE, Incremental, Marks, Run
+
+NewId = Callable[[], str]  # 24 hex digits
+MAX_NAME: Final = 256
+_ARGUMENTS: Final = ("arguments", "parameters")
+_BARE_KEYS: Final = frozenset({"name", "type", "id", *_ARGUMENTS})
+
+
+def new_id() -> str:
+    """24 random hex digits."""
+    return secrets.token_hex(12)
+
+
+def is_name(text: str) -> bool:
+    """May a function be called so?"""
+    return 0 < len(text) <= MAX_NAME and text.isprintable()
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a whole answer holds."""
+
+    content: str
+    calls: tuple[Call, ...]
+    complete: bool
+
+
+class ToolParser(Incremental[Event]):
+    """Content and calls of one answer.
+
+    ``push(text)`` and ``finish()`` give events. Joined, they are the same wherever the text is cut:
+    Text is the content, Arguments between CallStart and CallEnd are a call's.
+
+    Args:
+        tools: what may be called.
+        make_id: 24 hex digits for each call's id.
+    """
+
+    marks: ClassVar[Marks]  # each may begin a block of calls
+    tokens: ClassVar[tuple[str, ...]] = ()  # marks that may be special tokens of a model
+    # what may still follow the last arguments of a block, without white space
+    tails: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, tools: Sequence[Tool], make_id: NewId = new_id) -> None:
+        super().__init__()
+        self.tools = {tool.name: tool for tool in tools}
+        self.calls: list[Call] = []
+        self._make_id = make_id
+        self._cut = False  # the text ends inside a block
+        self._open: Call | None = None
+        self._pieces: list[str] = []  # of its arguments
+        self._pending: list[str] = []  # those not in an event yet
+        self._space = ""  # white space that ends the content so far
+        self._kept = ""  # white space before calls, content if more follows
+        self._said = False  # there is visible content
+        self._beside = False  # nothing visible since the last call
+
+    @property
+    def complete(self) -> bool:
+        """The text has ended, with calls, all of them whole, and not inside one."""
+        ended = self._scan.ended and not self._cut
+        return ended and bool(self.calls) and all(call.complete for call in self.calls)
+
+    def finish_reason(self, reason: str) -> str:
+        """``tool_calls`` for an answer that ended with ``stop`` and whose calls are all whole."""
+        whole = bool(self.calls) and all(call.complete for call in self.calls)
+        return "tool_calls" if reason == "stop" and whole else reason
+
+    # -- what a format does ----------------------------------------------------------------------
+
+    def _block(self, mark: str) -> Run[bool]:
+        """Read one block of calls behind its ``mark``.
+
+        Returns False, anywhere, if this is no block, or the rest of it is none. What was read since
+        the last call is then content; if a call is open it is broken.
+        """
+        raise NotImplementedError
+
+    def _id_of(self, name: str, given: str) -> str:
+        """The id of a new call; ``given`` is what the model wrote for one."""
+        return f"call_{self._make_id()}"
+
+    # -- for formats -----------------------------------------------------------------------------
+
+    def _begin(self, name: str, given: str = "") -> None:
+        """A call begins; the text since the last one cannot become content any more."""
+        assert self._open is None
+        self._drop_space()
+        call = Call(len(self.calls), self._id_of(name, given), name)
+        self.calls.append(call)
+        self._open = call
+        self._scan.release()
+        self._found.append(CallStart(call.index, call.id, name))
+
+    def _more(self, arguments: str) -> None:
+        """More of the open call's arguments."""
+        if arguments:
+            self._pieces.append(arguments)
+            self._pending.append(arguments)
+
+    def _end(self, complete: bool = True) -> None:
+        """The open call's arguments have ended."""
+        call = self._open
+        assert call is not None
+        self._settle()
+        call.arguments, call.complete = "".join(self._pieces), complete
+        self._pieces.clear()
+        self._open = None
+        self._found.append(CallEnd(call.index, complete))
+        self._absorb()
+
+    def _absorb(self) -> None:
+        """What was read since the last call belongs to it."""
+        self.calls[-1].text += self._scan.passed()
+        self._scan.mark()
+
+    def _whole(self, name: str, given: str = "") -> Run[bool]:
+        """A call of which only the arguments, a JSON value, are still to come."""
+        if (yield from self._scan.at()) == "{":
+            self._begin(name, given)
+            if not (yield from read_value(self._scan, self._more)):
+                return False
+            self._end()
+            return True
+        pieces: list[str] = []
+        ok = yield from read_value(self._scan, pieces.append)
+        text = object_text("".join(pieces)) if ok else None
+        if text is None:
+            return False
+        self._begin(name, given)
+        self._more(text)
+        self._end()
+        return True
+
+    def _object(self, *, bare: bool = False) -> Run[bool]:
+        """A call as one JSON object with "name" and "arguments" or "parameters".
+
+        With ``bare``, where nothing but the object itself says that it is a call, the name must be
+        a tool's, and there must be arguments and no other keys.
+        """
+        s = self._scan
+        name, early, done = "", "", False
+        if not (yield from s.accept("{")):
+            return False
+        while True:
+            yield from s.spaces()
+            key = yield from self._string()
+            yield from s.spaces()
+            if key is None or not (yield from s.accept(":")):
+                return False
+            yield from s.spaces()
+            if bare and not done and key not in _BARE_KEYS:
+                return False
+            if key == "name" and not name:
+                name = (yield from self._string()) or ""
+                if not is_name(name) or (bare and name not in self.tools):
+                    return False
+            elif key in _ARGUMENTS and name and not (done or early):
+                if not (yield from self._whole(name)):
+                    return False
+                done = True
+            else:
+                pieces: list[str] = []
+                if not (yield from read_value(s, pieces.append)):
+                    return False
+                if key in _ARGUMENTS:
+                    early = early or "".join(pieces)
+            yield from s.spaces()
+            end = yield from s.accept(",", "}")
+            if end == "}":
+                break
+            if not end:
+                return False
+        if not done:
+            text = early if early.startswith("{") else object_text(early or "null")
+            if not name or text is None or (bare and not early):
+                return False
+            self._begin(name)
+            self._more(text)
+            self._end()
+        self._absorb()
+        return True
+
+    def _string(self) -> Run[str | None]:
+        """Pass a JSON string, and give what it says."""
+        pieces: list[str] = []
+        if (yield from self._scan.at()) != '"':
+            return None
+        if not (yield from read_string(self._scan, pieces.append)):
+            return None
+        return str(loads("".join(pieces)))
+
+    # -- the answer as a whole -------------------------------------------------------------------
+
+    def _run(self) -> Run[None]:
+        s = self._scan
+        while True:
+            s.free()
+            mark = yield from s.to_mark(self.marks, self._text)
+            if not mark:
+                self._cut = self._cut or s.halfway
+                self._end_text()
+                return
+            num_calls = len(self.calls)
+            s.mark()
+            s.pos = len(mark)
+            if (yield from self._block(mark)):
+                self._absorb()
+                continue
+            self._cut = self._cut or s.starved
+            if self._open is not None:
+                if s.starved:  # what is left is half a token of the arguments
+                    s.pos = len(s.buf)
+                self._end(complete=False)
+                continue
+            s.rewind()
+            if len(self.calls) == num_calls:
+                self._text(mark)
+                s.pos = len(mark)
+            elif s.starved and self._is_tail("".join(s.buf.split())):
+                s.pos = len(s.buf)
+                self._absorb()
+
+    def _is_tail(self, rest: str) -> bool:
+        return any(tail.startswith(rest) for tail in self.tails)
+
+    def _text(self, text: str) -> None:
+        if not text.rstrip(SPACE):
+            self._space += text
+            return
+        text = self._space + text
+        body = text.rstrip(SPACE)
+        self._space = text[len(body) :]
+        body = self._kept + body if self._said or not self.calls else body.lstrip(SPACE)
+        self._kept = ""
+        self._said, self._beside = True, False
+        if self._found and isinstance(last := self._found[-1], Text):
+            self._found[-1] = Text(last.text + body)
+        else:
+            self._found.append(Text(body))
+
+    def _drop_space(self) -> None:
+        """A call begins: white space before it is content only between visible content."""
+        if self._said and not self._beside:
+            self._kept = self._space
+        self._space = ""
+        self._beside = True
+
+    def _end_text(self) -> None:
+        if self._space and not self._beside:
+            self._found.append(Text(self._space))
+
+    def _settle(self) -> None:
+        if self._pending:
+            index = self.calls[-1].index
+            self._found.append(Arguments(index, "".join(self._pending)))
+            self._pending.clear()

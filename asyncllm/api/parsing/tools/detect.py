@@ -1,0 +1,103 @@
+"""What a chat template says about tools, and what to tell the model when it says nothing.
+
+Knows templates as text only; renders none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from asyncllm.api.parsing.events import Tool
+from asyncllm.api.parsing.tools import deepseek
+from asyncllm.api.parsing.tools.call_grammar import written
+
+# the most telling first: several families use <tool_call>
+_SIGNS: Final = (
+    ("kimi_k2", ("<|tool_call_begin|>",)),
+    ("deepseekv3", (deepseek.CALL,)),
+    ("gpt_oss", ("<|channel|>", "to=functions.")),
+    ("qwen3_coder", ("<function=", "<parameter=")),
+    ("glm47", ("<arg_key>",)),
+    ("mistral", ("[TOOL_CALLS]",)),
+    ("qwen25", ("<tool_call>",)),
+    ("phi4", ("<|tool|>", "<|/tool|>")),
+    ("llama3", ("<|python_tag|>",)),
+    ("llama3", ("<|eot_id|>", '"parameters"')),
+)
+_CODE: Final = re.compile(r"\{[%{](.*?)[%}]\}", re.DOTALL)
+_COMMENT: Final = re.compile(r"\{#.*?#\}", re.DOTALL)
+_QUOTED: Final = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_KEY: Final = re.compile(r"\bmessage(?:\.tools\b|\[['\"]tools['\"]\])")
+_ROLE: Final = re.compile(r"==\s*['\"]tool['\"]")
+_TOOLS: Final = re.compile(r"(?<![\w.])tools(?!\w)")
+
+
+def detect_format(template: str) -> str | None:
+    """The tool-call format a chat template shows its model, None if it shows none we know."""
+    plain = _COMMENT.sub("", template)
+    # DeepSeek's odd characters may be escaped
+    plain = plain.replace("\\u2581", deepseek.SPACE).replace("\\uff5c", deepseek.BAR)
+    for name, signs in _SIGNS:
+        if all(sign in plain for sign in signs):
+            return name
+    return None
+
+
+def template_uses_tools(template: str) -> bool:
+    """Does a chat template put ``tools`` into the prompt?"""
+    code = _CODE.findall(_COMMENT.sub("", template))
+    return any(_TOOLS.search(_QUOTED.sub("", part)) for part in code)
+
+
+def tools_in_system(template: str) -> bool:
+    """Does a chat template take tools as JSON text, beside the system message's content?"""
+    code = _CODE.findall(_COMMENT.sub("", template))
+    return any(_KEY.search(part) for part in code)
+
+
+def template_tells_results(template: str) -> bool:
+    """Does a chat template know turns of the role "tool"?"""
+    code = _CODE.findall(_COMMENT.sub("", template))
+    return any(_ROLE.search(part) for part in code)
+
+
+def system_text(tools: Sequence[Tool], spelling_name: str = "hermes") -> str:
+    """What a system message says about tools where the template does not.
+
+    Args:
+        spelling_name: of ``forced.spelling``: how calls are to be written.
+    """
+    lines = (
+        json.dumps(
+            {
+                "type": "function",
+                "function": {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": tool.parameters,
+                },
+            },
+            ensure_ascii=False,
+        )
+        for tool in tools
+    )
+    listed = "\n".join(lines)
+    head = (
+        f"These functions can be called; each line is one, with a JSON schema of its arguments:\n"
+        f"<tools>\n{listed}\n</tools>\n"
+    )
+    if spelling_name in ("hermes", "qwen25"):
+        how = (
+            "To call one, write its name and arguments as JSON between tool_call tags, and nothing"
+            " after; for several calls, several pairs of tags:\n"
+        )
+        shown = written(spelling_name, [("NAME", {"KEY": "VALUE"})])
+    else:
+        how = (
+            "To call functions, write their names and arguments so, here two, and nothing after:\n"
+        )
+        shown = written(spelling_name, [("NAME", {"KEY": "VALUE"}), ("NAME", {"KEY": "VALUE"})])
+    return f"{head}{how}{shown}\nWhen no function helps, answer without one."

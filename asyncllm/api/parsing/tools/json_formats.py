@@ -1,0 +1,278 @@
+"""Formats whose arguments are JSON: how each marks calls. Knows what models write, not when."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from asyncllm.api.parsing.scanner import SPACE, Marks, Run
+from asyncllm.api.parsing.tools import deepseek
+from asyncllm.api.parsing.tools.base import MAX_NAME, ToolParser, is_name
+
+_HEADER: Final = 2 * MAX_NAME  # characters of a call's head, at most
+
+
+class Hermes(ToolParser):
+    """``<tool_call>{"name": .., "arguments": {..}}</tool_call>``; also several objects in one.
+
+    Brackets too many or too few between the arguments and the end tag are overlooked.
+    """
+
+    marks = Marks("<tool_call>")
+    tokens = ("<tool_call>", "</tool_call>")
+    tails = ("}</tool_call>", "</tool_call>")
+
+    def _block(self, mark: str) -> Run[bool]:
+        s = self._scan
+        while True:
+            num_calls = len(self.calls)
+            yield from s.spaces()
+            whole = yield from self._object()
+            if self._open is not None or len(self.calls) == num_calls:
+                return False
+            k = yield from s.past_spaces(0, SPACE + "}],")
+            if (yield from s.accept_at(k, "</tool_call>")):
+                return True
+            if not whole:
+                return False
+            k = yield from s.past_spaces()
+            if not (yield from s.accept_at(k, ",")):
+                s.pos += k
+
+
+class Llama3(ToolParser):
+    """``{"name": .., "parameters": {..}}``, several with ``;`` between, perhaps behind a mark."""
+
+    marks = Marks("<|python_tag|>", "{")
+    tokens = ("<|python_tag|>",)
+    tails = ("}",)
+
+    def _block(self, mark: str) -> Run[bool]:
+        s = self._scan
+        if mark == "{":
+            s.pos -= 1
+        while True:
+            yield from s.spaces()
+            if not (yield from self._object(bare=mark == "{")):
+                return False
+            k = yield from s.past_spaces()
+            if not (yield from s.starts(";", k)):
+                return True
+            k = yield from s.past_spaces(k + 1)
+            if (yield from s.starts("<|python_tag|>", k)):
+                k = yield from s.past_spaces(k + len("<|python_tag|>"))
+            if not (yield from s.starts("{", k)):
+                return not s.starved
+            s.pos += k
+
+
+class Json(ToolParser):
+    """The whole answer is a call object or a list of them: what a forced call looks like."""
+
+    marks = Marks("[", "{")
+    tails = ("}]", "]")
+
+    def _block(self, mark: str) -> Run[bool]:
+        if mark == "[":
+            return (yield from _array(self))
+        self._scan.pos -= 1
+        return (yield from self._object(bare=True))
+
+
+class Mistral(ToolParser):
+    """``[TOOL_CALLS] [{..}, ..]``, and ``[TOOL_CALLS]name[ARGS]{..}`` once for each call.
+
+    Ids are nine letters or digits: Mistral's own templates refuse others.
+    """
+
+    marks = Marks("[TOOL_CALLS]")
+    tokens = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+    tails = ("}]", "]")
+    _ends: Final = Marks("[CALL_ID]", "[ARGS]", "{")
+
+    def _block(self, mark: str) -> Run[bool]:
+        s = self._scan
+        yield from s.spaces()
+        c = yield from s.at()
+        if c == "{":
+            return (yield from self._object())
+        if c == "[":
+            s.pos += 1
+            return (yield from _array(self))
+        name = yield from s.until(self._ends, MAX_NAME)
+        given: str | None = ""
+        if (yield from s.accept("[CALL_ID]")):
+            given = yield from s.until(self._ends, MAX_NAME)
+        if name is None or given is None or not is_name(name := name.strip()) or " " in name:
+            return False
+        yield from s.accept("[ARGS]")
+        yield from s.spaces()
+        return (yield from self._whole(name, given.strip()))
+
+    def _id_of(self, name: str, given: str) -> str:
+        taken = {call.id for call in self.calls}
+        if re.fullmatch("[A-Za-z0-9]{9}", given) and given not in taken:
+            return given
+        return self._make_id()[:9]
+
+
+class Phi4(ToolParser):
+    """``<|tool_call|>[{"name": .., "arguments": {..}}]<|/tool_call|>``, or ``functools[..]``."""
+
+    marks = Marks("<|tool_call|>", "functools[")
+    tokens = ("<|tool_call|>", "<|/tool_call|>")
+    tails = ("}]<|/tool_call|>", "]<|/tool_call|>", "<|/tool_call|>", "}]", "]")
+
+    def _block(self, mark: str) -> Run[bool]:
+        s = self._scan
+        yield from s.spaces()
+        if mark == "<|tool_call|>" and (yield from s.at()) == "{":
+            whole = yield from self._object()
+        else:
+            if mark == "<|tool_call|>" and not (yield from s.accept("[")):
+                return False
+            whole = yield from _array(self)
+        if not whole:
+            return False
+        k = yield from s.past_spaces()
+        if not (yield from s.accept_at(k, "<|/tool_call|>")):
+            return mark == "functools[" or not s.starved
+        self._absorb()
+        return True
+
+
+class DeepSeekV3(ToolParser):
+    """DeepSeek's marks: V3 and R1 with the name and a ```json block, V3.1 with name and object."""
+
+    _SECTION: Final = deepseek.CALLS
+    _SECTION_END: Final = deepseek.CALLS_END
+    _CALL: Final = deepseek.CALL
+    _CALL_END: Final = deepseek.CALL_END
+    marks = Marks(_SECTION, _CALL)
+    tokens = (_SECTION, _SECTION_END, _CALL, _CALL_END, deepseek.SEP)
+    tails = (f"```{_CALL_END}", _CALL_END, _SECTION_END)
+    _sep: Final = Marks(deepseek.SEP)
+    _line: Final = Marks("\n", "{")
+
+    def _block(self, mark: str) -> Run[bool]:
+        return (yield from _section(self, mark == self._SECTION, self._CALL, self._SECTION_END))
+
+    def _call(self) -> Run[bool]:
+        s = self._scan
+        name = yield from s.until(self._sep, MAX_NAME)
+        if name is None:
+            return False
+        yield from s.accept(*self._sep.all)
+        yield from s.spaces()
+        fenced = (yield from s.at()) != "{"
+        if fenced:
+            name = yield from s.until(self._line, MAX_NAME)
+            yield from s.spaces()
+            if name is None or not (yield from s.accept("```json", "```")):
+                return False
+            yield from s.spaces()
+        if not is_name(name := name.strip()) or not (yield from self._whole(name)):
+            return False
+        k = yield from s.past_spaces()
+        if fenced and (yield from s.starts("```", k)):
+            k = yield from s.past_spaces(k + 3)
+        if not (yield from s.accept_at(k, self._CALL_END)):
+            return not s.starved
+        self._absorb()
+        return True
+
+
+class KimiK2(ToolParser):
+    """Kimi's marks; a call's head ``functions.name:number`` is its id."""
+
+    _SECTION: Final = "<|tool_calls_section_begin|>"
+    _SECTION_END: Final = "<|tool_calls_section_end|>"
+    _CALL: Final = "<|tool_call_begin|>"
+    _CALL_END: Final = "<|tool_call_end|>"
+    marks = Marks(_SECTION, _CALL)
+    tokens = (_SECTION, _SECTION_END, _CALL, _CALL_END, "<|tool_call_argument_begin|>")
+    tails = (_CALL_END, _SECTION_END)
+    _args: Final = Marks("<|tool_call_argument_begin|>")
+
+    def _block(self, mark: str) -> Run[bool]:
+        return (yield from _section(self, mark == self._SECTION, self._CALL, self._SECTION_END))
+
+    def _call(self) -> Run[bool]:
+        s = self._scan
+        head = yield from s.until(self._args, _HEADER)
+        if head is None:
+            return False
+        yield from s.accept(*self._args.all)
+        yield from s.spaces()
+        found = re.fullmatch(r"(?:functions\.)?(.+?)(?::([0-9]+))?", head.strip())
+        if (
+            found is None
+            or not is_name(found[1])
+            or not (yield from self._whole(*found.groups("")))
+        ):
+            return False
+        k = yield from s.past_spaces()
+        if not (yield from s.accept_at(k, self._CALL_END)):
+            return not s.starved
+        self._absorb()
+        return True
+
+    def _id_of(self, name: str, given: str) -> str:
+        taken = {call.id for call in self.calls}
+        number = int(given[:9]) if given else len(self.calls)
+        while (made := f"functions.{name}:{number}") in taken:
+            number += 1
+        return made
+
+
+class GptOss(ToolParser):
+    """Harmony: a message on a channel, to ``functions.name``, whose body is the arguments."""
+
+    marks = Marks("<|start|>assistant", "<|channel|>")
+    tokens = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>")
+    tails = ("<|call|>",)
+    _body: Final = Marks("<|message|>")
+
+    def _block(self, mark: str) -> Run[bool]:
+        s = self._scan
+        head = yield from s.until(self._body, _HEADER)
+        to = None if head is None else re.search(r"\bto=functions\.([^\s<]+)", head)
+        if to is None or not is_name(to[1]):
+            return False
+        yield from s.accept(*self._body.all)
+        yield from s.spaces()
+        if not (yield from self._whole(to[1])):
+            return False
+        k = yield from s.past_spaces()
+        if (yield from s.accept_at(k, "<|call|>")) or not (yield from s.at(k)):
+            return True  # the mark ends the answer, so it may not be shown
+        return not s.starved
+
+
+def _array(p: ToolParser) -> Run[bool]:
+    """Call objects behind a ``[``, up to and with the ``]``."""
+    s = p._scan
+    while True:
+        yield from s.spaces()
+        if not (yield from p._object()):
+            return False
+        k = yield from s.past_spaces()
+        if not (c := (yield from s.accept_at(k, ",", "]"))):
+            return False
+        if c == "]":
+            return True
+
+
+def _section(p: DeepSeekV3 | KimiK2, opened: bool, call: str, end: str) -> Run[bool]:
+    """Calls of a section, or, where none was opened, the one call whose mark is passed."""
+    s = p._scan
+    if not opened:
+        return (yield from p._call())
+    num_calls = len(p.calls)
+    while True:
+        k = yield from s.past_spaces()
+        if (yield from s.accept_at(k, call)):
+            if not (yield from p._call()):
+                return False
+        else:
+            return bool((yield from s.accept_at(k, end))) and len(p.calls) > num_calls

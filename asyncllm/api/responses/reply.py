@@ -1,0 +1,235 @@
+"""OpenAI's Responses: the answer, whole and as typed events.
+
+Knows the JSON shapes; knows neither sockets nor request bodies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from asyncllm.api.common import conversation, sse
+from asyncllm.api.common.answer import Answer, Choice
+from asyncllm.api.common.content_blocks import Section, SectionReply
+from asyncllm.api.common.conversation import TurnsMaker
+from asyncllm.api.common.logprobs import scored
+from asyncllm.api.parsing.tools import CallStart, Reasoning, Text
+from asyncllm.api.responses.request import Asked
+from asyncllm.api.responses.store import Store, Stored
+from asyncllm.core.request import Reason
+from asyncllm.errors import RequestError
+from asyncllm.messages import Delta
+
+PREFIXES: Final = {Text: "msg_", Reasoning: "rs_", CallStart: "fc_"}  # of items' ids
+EVENTS: Final = {  # that bring a section's text
+    Text: "response.output_text",
+    Reasoning: "response.reasoning_text",
+    CallStart: "response.function_call_arguments",
+}
+
+
+class ResponseReply(SectionReply):
+    """/v1/responses: an item for each section; a finished response goes into ``store``."""
+
+    def __init__(self, answer: Answer, asked: Asked, store: Store) -> None:
+        super().__init__(answer)
+        self._asked, self._store = asked, store
+        self._number = 0  # of the next event
+        self._items: list[dict[str, Any]] = []  # that have ended
+        self._delta = b""  # what goes before the text of the section in progress
+        self._scores: list[dict[str, Any]] = []  # of tokens that no delta has brought yet
+
+    def opening(self) -> bytes:
+        """The response, empty."""
+        response = self._response("in_progress", [])
+        return self._event("response.created", response=response) + self._event(
+            "response.in_progress", response=response
+        )
+
+    def piece(self, choice: Choice, piece: Delta) -> bytes:
+        """What has been found in new text."""
+        if self._scored and piece.ids:
+            vocab, first = self.answer.vocab, choice.num_tokens - len(piece.ids)
+            self._scores += scored(vocab, choice, first)
+        return super().piece(choice, piece)
+
+    def begin(self, section: Section) -> bytes:
+        """The item, empty, and its part if it has parts."""
+        kind = f"{EVENTS[section.kind]}.delta"
+        head = {"type": kind, **_where(section), "item_id": self._id(section), "delta": ""}
+        self._delta = _head(kind) + sse.body(head).removesuffix(b'""}')
+        item = self._item(section, "in_progress", empty=True)
+        return self._event(
+            "response.output_item.added", output_index=section.index, item=item
+        ) + self._part_event("response.content_part.added", section, part=_part(section, ""))
+
+    def more(self, section: Section, text: str) -> bytes:
+        """A delta."""
+        if not text:
+            return b""
+        scores, tail = b"", b',"sequence_number":%d}\n\n' % self._next()
+        if section.kind is Text:
+            scores = b',"logprobs":' + sse.body(self._scores)
+            self._scores = []
+        return self._delta + sse.escaped(text) + scores + tail
+
+    def finish(self, section: Section) -> bytes:
+        """The whole text once more, part by part."""
+        kind, text = f"{EVENTS[section.kind]}.done", section.text
+        where = {"item_id": self._id(section), **_where(section)}
+        if section.call is not None:
+            out = self._event(kind, **where, name=section.call.name, arguments=text)
+        else:
+            more = {"logprobs": self._all_scores()} if section.kind is Text else {}
+            out = self._event(kind, **where, text=text, **more)
+        item = self._item(section, _status(section, self.answer.choices[0]))
+        self._items.append(item)
+        part = item["content"][0] if "content" in item else {}
+        return (
+            out
+            + self._part_event("response.content_part.done", section, part=part)
+            + self._event("response.output_item.done", output_index=section.index, item=item)
+        )
+
+    def end(self, choice: Choice) -> bytes:
+        """What was held back, and the last item's end; an answer of nothing is an empty message."""
+        out = self.rest(choice)
+        if not self.sections.all:
+            out += self._tell(self.sections.add([Text("")])) + self._tell(self.sections.end())
+        return out
+
+    def closing(self) -> bytes:
+        """The whole response."""
+        (choice,) = self.answer.choices
+        response = self._finish(choice, self._items, self.sections.all)
+        return self._event(f"response.{response['status']}", response=response)
+
+    def error(self, error: RequestError) -> bytes:
+        """The response as a failed one."""
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        failure = {"code": code, "message": error.message}
+        response = self._response("failed", self._items) | {"error": failure}
+        return self._event("response.failed", response=response)
+
+    def whole(self) -> bytes:
+        """The answer in one piece."""
+        (choice,) = self.answer.choices
+        sections = self.gathered(choice) or [Section(0, Text)]
+        items = [self._item(section, _status(section, choice)) for section in sections]
+        return sse.body(self._finish(choice, items, sections))
+
+    @property
+    def _scored(self) -> bool:
+        return self.answer.generation.params.logprobs >= 0
+
+    def _all_scores(self) -> list[dict[str, Any]]:
+        return scored(self.answer.vocab, self.answer.choices[0]) if self._scored else []
+
+    def _finish(
+        self, choice: Choice, items: list[dict[str, Any]], sections: list[Section]
+    ) -> dict[str, Any]:
+        """The finished response, which is stored if it may be."""
+        status = "incomplete" if choice.reason is Reason.LENGTH else "completed"
+        response = self._response(status, items)
+        usage = self.answer.usage()
+        thoughts = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
+        response["usage"] = {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {
+                "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+                "cache_write_tokens": 0,
+            },
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": thoughts},
+            "total_tokens": usage["total_tokens"],
+        }
+        if status == "incomplete":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        if self._asked.echo["store"]:
+            stored = answered(self._asked, sections, sse.body(response))
+            self._store.put(self.answer.id, stored)
+        return response
+
+    def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.answer.id,
+            "object": "response",
+            "created_at": self.answer.created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "model": self.answer.model,
+            "output": output,
+            "service_tier": "default",
+            "truncation": "disabled",
+            "usage": None,
+        } | self._asked.echo
+
+    def _id(self, section: Section) -> str:
+        name = PREFIXES[section.kind] + self.answer.id.removeprefix("resp_")
+        return f"{name}_{section.index}" if section.index else name
+
+    def _item(self, section: Section, status: str, empty: bool = False) -> dict[str, Any]:
+        item: dict[str, Any] = {"id": self._id(section), "status": status}
+        text = "" if empty else section.text
+        if section.call is not None:
+            call = section.call
+            told = {"call_id": call.id, "name": call.name, "arguments": text}
+            return item | {"type": "function_call"} | told
+        part = _part(section, text)
+        if section.kind is Reasoning:
+            content = [] if empty else [part]
+            return item | {"type": "reasoning", "summary": [], "content": content}
+        if not empty:
+            part["logprobs"] = self._all_scores()
+        content = [] if empty else [part]
+        return item | {"type": "message", "role": "assistant", "content": content}
+
+    def _part_event(self, kind: str, section: Section, part: dict[str, Any]) -> bytes:
+        if section.call is not None:
+            return b""
+        return self._event(kind, item_id=self._id(section), **_where(section), part=part)
+
+    def _event(self, kind: str, **more: Any) -> bytes:
+        return sse.event({"type": kind, **more, "sequence_number": self._next()}, _head(kind))
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number - 1
+
+
+def _head(kind: str) -> bytes:
+    return b"event: " + kind.encode() + b"\ndata: "
+
+
+def _where(section: Section) -> dict[str, Any]:
+    where = {"output_index": section.index}
+    return where if section.call is not None else where | {"content_index": 0}
+
+
+def _part(section: Section, text: str) -> dict[str, Any]:
+    if section.kind is Reasoning:
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _status(section: Section, choice: Choice) -> str:
+    """A call is judged by itself; what the end of the answer ends may be cut."""
+    if section.call is not None:
+        return "completed" if section.complete else "incomplete"
+    return "incomplete" if choice.reason is Reason.LENGTH else "completed"
+
+
+def answered(asked: Asked, sections: Iterable[Section], body: bytes) -> Stored:
+    """What is kept of a finished response; a call that is cut is no part of the conversation."""
+    maker = TurnsMaker()
+    for section in sections:
+        if section.kind is Text:
+            maker.say("assistant", section.text)
+        elif section.kind is Reasoning:
+            maker.think(section.text)
+        elif section.complete and section.call is not None:
+            given = conversation.arguments(section.text, "arguments")
+            maker.call(section.call.id, section.call.name, given)
+    return Stored([*asked.turns, *maker.turns], body)

@@ -1,0 +1,229 @@
+"""OpenAI's Responses: /v1/responses bodies to checked requests.
+
+Knows request bodies and conversations; answers are in :mod:`asyncllm.api.responses.reply`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from asyncllm.api.common import conversation, response_format, tool_request, validation
+from asyncllm.api.common.conversation import Turns, with_system
+from asyncllm.api.common.errors import NotAvailable
+from asyncllm.api.common.prepare import dialog, refuse_calls
+from asyncllm.api.common.request import Generation, Served, temperature
+from asyncllm.api.common.response_format import Grammar
+from asyncllm.api.common.validation import Body, Field, Refused, bad, show, text, typed
+from asyncllm.api.parsing.tools import Tool
+from asyncllm.api.responses.items import input_turns
+from asyncllm.api.responses.store import Store
+from asyncllm.core.request import SamplingParams
+
+F = Field
+MAX_METADATA: Final = 16
+MAX_METADATA_CHARS: Final = 512
+LOGPROBS: Final = "message.output_text.logprobs"  # of ``include``
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """What ``text`` asks for, and its format as it comes back."""
+
+    form: Grammar | None = None
+    told: dict[str, Any] = field(default_factory=lambda: {"type": "text"})
+
+
+def text_options(value: Any, name: str) -> TextOptions:
+    """{format, verbosity}. Raises RequestError, NotAvailable (400)."""
+    if value.get("verbosity") not in (None, "medium"):
+        raise NotAvailable(
+            f"{name}.verbosity is not available on this server", param=f"{name}.verbosity"
+        )
+    told = value.get("format")
+    if told is None:
+        return TextOptions()
+    at = f"{name}.format"
+    typed(told, dict, at, "an object")
+    match kind := told.get("type"):
+        case "text":
+            return TextOptions()
+        case "json_object":
+            return TextOptions(("json", ""), {"type": kind})
+        case "json_schema":
+            called = text(told.get("name"), f"{at}.name")
+            schema = typed(told.get("schema"), dict, f"{at}.schema", "an object")
+            form = response_format.schema(schema, f"{at}.schema")
+            return TextOptions(form, {"type": kind, "name": called, "schema": schema})
+        case _:
+            known = "text, json_object, json_schema"
+            bad(f"{at}.type: {show(kind)} is not one of {known}", f"{at}.type")
+
+
+def effort(value: Any, name: str) -> str | None:
+    """The effort of {effort, summary}. Raises RequestError."""
+    given = value.get("effort")
+    return None if given is None else text(given, f"{name}.effort")
+
+
+def metadata(value: Any, name: str) -> dict[str, str]:
+    """A few short strings by name."""
+    if len(value) > MAX_METADATA:
+        bad(f"{name}: {len(value)} entries, at most {MAX_METADATA}", name)
+    for key, item in value.items():
+        if len(text(item, f"{name}[{show(key)}]")) > MAX_METADATA_CHARS:
+            bad(f"{name}: a value of {len(item)} characters, at most {MAX_METADATA_CHARS}", name)
+    return dict(value)
+
+
+def include(value: Any, name: str) -> bool:
+    """Whether log-probabilities are to be included. Raises RequestError."""
+    return LOGPROBS in [text(each, f"{name}[{i}]") for i, each in enumerate(value)]
+
+
+RESPONSES: Final = (
+    F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
+    F(name="input", kind="any", parse=input_turns, required=True,
+      doc="a string, or an array of items: messages with role (user, assistant, system, developer) and "
+      "content (string, or parts input_text and output_text), function_call, function_call_output, "
+      "reasoning"),
+    F(name="instructions", kind="string", doc="a system message before everything else"),
+    F(name="previous_response_id", kind="string",
+      doc="go on from this stored response; its instructions do not count"),
+    F(name="store", kind="boolean", default=True,
+      doc="keep the response in memory for previous_response_id and GET"),
+    F(name="max_output_tokens", kind="integer", low=1, high=validation.MAX_INT32,
+      doc="tokens to generate at most; absent: what fits into the context"),
+    F(name="temperature", kind="number", default=1.0, low=0, high=2, doc="0: greedy"),
+    F(name="top_p", kind="number", default=1.0, low=0, high=1, above=True, to="top_p",
+      doc="smallest set of tokens with this probability"),
+    F(name="text", kind="object", default=TextOptions(), parse=text_options,
+      doc="{format: {type: text, json_object or json_schema, name, schema}}: the output is JSON, or "
+      "valid against the schema"),
+    F(name="tools", kind="array", parse=tool_request.flat_tools,
+      doc=f"{{type: function, name, description, parameters}}: what the model may call, at most "
+      f"{tool_request.MAX_TOOLS} and {tool_request.MAX_TOOLS_CHARS} characters of JSON"),
+    F(name="tool_choice", kind="any", parse=tool_request.flat_choice,
+      doc="none, auto, required, {type: function, name}, or {type: allowed_tools, mode, tools}: a grammar "
+      "forces required and named calls; default: auto if there are tools"),
+    F(name="parallel_tool_calls", kind="boolean", default=True,
+      doc="false: the first call is the only one in the answer"),
+    F(name="reasoning", kind="object", parse=effort,
+      doc="effort is handed to the chat template, none: thinking is off; there are no summaries"),
+    F(name="include", kind="array", parse=include,
+      doc=f"{LOGPROBS}: log-probabilities of an answer without tools and reasoning; anything else has "
+      "nothing to include"),
+    F(name="top_logprobs", kind="integer", low=0, high=validation.MAX_LOGPROBS,
+      doc=f"and of this many best tokens; needs {LOGPROBS} in include"),
+    F(name="metadata", kind="object", default={}, parse=metadata,
+      doc=f"at most {MAX_METADATA} strings, which come back"),
+    F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
+)  # fmt: skip
+
+UNAVAILABLE: Final = (
+    Refused(name="background", neutral=(False,), doc="answering in the background"),
+    Refused(name="truncation", neutral=("disabled",), doc="truncating the prompt"),
+    Refused(name="conversation", doc="a stored conversation (previous_response_id is there)"),
+    Refused(name="prompt", doc="a stored prompt"),
+    Refused(name="context_management", neutral=([],), doc="context management"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A checked /v1/responses body.
+
+    Args:
+        turns: the conversation so far, without instructions.
+        echo: what the answer repeats of the request.
+    """
+
+    generation: Generation
+    turns: Turns
+    echo: dict[str, Any]
+
+
+def read(body: Body, served: Served, store: Store) -> Asked:
+    """A /v1/responses body.
+
+    Raises:
+        RequestError: 400, also for a previous response that is not stored. NotAvailable: 400.
+        ModelNotFound: 404.
+    """
+    served.check_name(RESPONSES[0].read(body))
+    validation.refuse(UNAVAILABLE, body)
+    values = validation.read(RESPONSES, body, silent=served.defaults.sampling(body))
+    previous = values["previous_response_id"]
+    said = values["input"] if previous is None else store.turns(previous) + values["input"]
+    if len(said) > conversation.MAX_MESSAGES:
+        bad(f"input: {len(said)} messages, at most {conversation.MAX_MESSAGES}", "input")
+    refuse_calls(said, "input")
+    options: TextOptions = values["text"]
+    offered = tool_request.offer(
+        values["tools"], values["tool_choice"], values["parallel_tool_calls"]
+    )
+    made = dialog(
+        with_system(values["instructions"], said),
+        served.dialect,
+        offered=offered,
+        form=options.form,
+        effort=values["reasoning"],
+    )
+    params = SamplingParams(
+        **validation.sampling(RESPONSES, values),
+        **served.defaults.beyond(RESPONSES),
+        max_new_tokens=values["max_output_tokens"],
+        temperature=temperature(values["temperature"]),
+        grammar=made.form,
+        logprobs=_logprobs(values, made.parting is not None),
+    )
+    generation = Generation(
+        prompts=(made.prompt,),
+        params=params,
+        seeded=False,
+        stream=values["stream"],
+        add_special_tokens=False,
+        parting=made.parting,
+    )
+    return Asked(generation=generation, turns=said, echo=_echo(body, values))
+
+
+def _logprobs(values: dict[str, Any], parted: bool) -> int:
+    """How many log-probabilities are wanted, as SamplingParams has it."""
+    most = values["top_logprobs"] or 0
+    if not values["include"]:
+        if most:
+            bad(f"top_logprobs needs {LOGPROBS} in include", "top_logprobs")
+        return -1
+    if parted:
+        raise NotAvailable(
+            "include: log-probabilities of answers with tools or reasoning are not available here",
+            param="include",
+        )
+    return most
+
+
+def _echo(body: Body, values: dict[str, Any]) -> dict[str, Any]:
+    """What the answer repeats of the request."""
+    same = (
+        "instructions", "max_output_tokens", "metadata", "parallel_tool_calls",
+        "previous_response_id", "store", "temperature", "top_p",
+    )  # fmt: skip
+    choice = body.get("tool_choice")
+    return {name: values[name] for name in same} | {
+        "reasoning": {"effort": values["reasoning"], "summary": None},
+        "text": {"format": values["text"].told},
+        "tool_choice": "auto" if choice is None else choice,
+        "tools": [_told(tool) for tool in values["tools"] or ()],
+        "top_logprobs": values["top_logprobs"] or 0,
+    }
+
+
+def _told(tool: Tool) -> dict[str, Any]:
+    return {
+        "type": "function",
+        "name": tool.name,
+        "description": tool.description or None,
+        "parameters": tool.parameters,
+        "strict": tool.strict,
+    }

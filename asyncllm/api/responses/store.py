@@ -1,0 +1,76 @@
+"""Finished responses, kept for previous_response_id and GET."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from asyncllm.api.common.conversation import Turns
+from asyncllm.api.common.errors import UnknownPath
+from asyncllm.api.common.validation import show
+from asyncllm.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A finished response: the conversation up to its answer, and its JSON."""
+
+    turns: Turns
+    body: bytes
+
+
+class Store:
+    """Responses by id, the least recently used ones forgotten first.
+
+    Args:
+        most: responses kept at once.
+        most_bytes: and bytes of their conversations and JSON, about.
+    """
+
+    def __init__(self, most: int = 1024, most_bytes: int = 64 << 20) -> None:
+        self._most, self._most_bytes = most, most_bytes
+        self._kept: OrderedDict[str, Stored] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def put(self, key: str, stored: Stored) -> None:
+        """Keep a response."""
+        self._kept[key] = stored
+        self.num_bytes += _size(stored)
+        while self._kept and (len(self._kept) > self._most or self.num_bytes > self._most_bytes):
+            self._drop(next(iter(self._kept)))
+
+    def turns(self, key: str) -> Turns:
+        """The conversation up to a response. Raises RequestError (400)."""
+        if key not in self._kept:
+            raise RequestError(
+                f"previous_response_id: the response {show(key)} is not stored here",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        self._kept.move_to_end(key)
+        return self._kept[key].turns
+
+    def body(self, key: str) -> bytes:
+        """The JSON of a response. Raises UnknownPath (404)."""
+        self._known(key)
+        self._kept.move_to_end(key)
+        return self._kept[key].body
+
+    def delete(self, key: str) -> None:
+        """Forget a response. Raises UnknownPath (404)."""
+        self._known(key)
+        self._drop(key)
+
+    def _known(self, key: str) -> None:
+        if key not in self._kept:
+            raise UnknownPath(f"the response {show(key)} is not stored here")
+
+    def _drop(self, key: str) -> None:
+        self.num_bytes -= _size(self._kept.pop(key))
+
+
+def _size(stored: Stored) -> int:
+    return len(stored.body) + sum(100 + len(repr(turn)) for turn in stored.turns)

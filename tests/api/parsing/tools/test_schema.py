@@ -1,0 +1,164 @@
+"""Forced calls: schemas whose references hold, spellings that the parsers read back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+
+from asyncllm.api.parsing.tools import FORMATS, Tool, call_schema, deepseek, parse_whole, tags
+from asyncllm.errors import RequestError
+
+TREE = {
+    "type": "object",
+    "properties": {"root": {"$ref": "#/$defs/node"}, "again": {"$ref": "#"}},
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "next": {"$ref": "#/$defs/node"},
+                "$ref": {"type": "string", "enum": ["#/$defs/node"]},
+                "first": {"$ref": "#/properties/root"},
+            },
+        }
+    },
+}
+TOOLS = [
+    Tool("tree", TREE),
+    Tool("old", {"properties": {"x": {"$ref": "#/definitions/n"}}, "definitions": {"n": {"type": "integer"}}}),
+    Tool("bare"),
+]  # fmt: skip
+
+
+def refs(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [ref for item in value for ref in refs(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+    return own + [ref for item in value.values() for ref in refs(item)]
+
+
+def resolve(schema: dict[str, Any], ref: str) -> Any:
+    node: Any = schema
+    for step in ref.removeprefix("#/").split("/"):
+        node = node[step]
+    return node
+
+
+@pytest.mark.parametrize("choice", [None, "tree", "old", "bare"])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_every_reference_holds(choice: str | None, parallel: bool) -> None:
+    schema = call_schema(TOOLS, choice, parallel)
+    for ref in refs(schema):
+        assert isinstance(resolve(schema, ref), dict)
+    assert json.loads(json.dumps(schema)) == schema
+
+
+def test_references_mean_what_they_meant() -> None:
+    schema = call_schema(TOOLS, "tree")
+    arguments = resolve(schema, schema["properties"]["arguments"]["$ref"])
+    node = resolve(schema, arguments["properties"]["root"]["$ref"])
+    assert set(node["properties"]) == {"next", "$ref", "first"}
+    assert node["properties"]["$ref"]["enum"] == ["#/$defs/node"]
+    assert resolve(schema, node["properties"]["next"]["$ref"]) is node
+    assert resolve(schema, arguments["properties"]["again"]["$ref"]) is arguments
+    assert TREE["properties"]["root"] == {"$ref": "#/$defs/node"}
+
+
+def test_the_shape_of_forced_calls() -> None:
+    one = call_schema([TOOLS[2]], parallel=False)
+    assert one == {
+        "type": "object",
+        "properties": {"name": {"const": "bare"}, "arguments": {"type": "object"}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+    assert call_schema([TOOLS[2]]) == {"type": "array", "minItems": 1, "maxItems": 8, "items": one}
+    assert call_schema(TOOLS, "bare") == one
+    several = call_schema(TOOLS)
+    assert [c["properties"]["name"]["const"] for c in several["items"]["anyOf"]] == [
+        tool.name for tool in TOOLS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "closed"),
+    [
+        ({"properties": {"a": {}}}, True),
+        ({"type": "object", "properties": {}}, True),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {}}}}}, True),
+        ({"type": "object", "anyOf": [{"properties": {"a": {}}}]}, True),
+        ({"type": "object"}, False),  # any arguments
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "string"}}, False),
+        ({"properties": {"a": {}}, "unevaluatedProperties": True}, False),
+        ({"properties": {"a": {}}, "minProperties": 2}, False),
+    ],
+)
+def test_arguments_that_a_tool_names_are_all(parameters: dict[str, Any], closed: bool) -> None:
+    schema = call_schema([Tool("f", parameters)], "f")
+    told = jsonschema.Draft202012Validator(schema)
+    assert told.is_valid({"name": "f", "arguments": {"a": "x", "b": "y"}}) != closed
+
+
+def test_arguments_that_must_come_may_come() -> None:
+    parameters = {"properties": {"a": {"type": "null"}}, "required": ["b", "a"]}
+    told = jsonschema.Draft202012Validator(call_schema([Tool("f", parameters)], "f"))
+    assert told.is_valid({"name": "f", "arguments": {"a": None, "b": 1}})
+    assert not told.is_valid({"name": "f", "arguments": {"a": None, "b": 1, "c": 1}})
+
+
+def test_a_choice_that_is_none_is_the_clients_fault() -> None:
+    with pytest.raises(RequestError, match="no tool 'nope'"):
+        call_schema(TOOLS, "nope")
+    with pytest.raises(RequestError, match="no tools"):
+        call_schema([])
+    deep: dict[str, Any] = {}
+    for _ in range(300):
+        deep = {"items": deep}
+    with pytest.raises(RequestError, match="nest deeper"):
+        call_schema([Tool("f", deep)])
+
+
+XML = {
+    "json": '{"a": "b"}',
+    "qwen_xml": "<parameter=a>\nb\n</parameter>",
+    "glm_xml": "<arg_key>a</arg_key><arg_value>b</arg_value>",
+}
+
+
+@pytest.mark.parametrize("template", ["", "[ARGS]", "```json"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_guided_calls_are_read_back(format_name: str, template: str) -> None:
+    tools = [Tool("one", {"type": "object"}), Tool("two", {"type": "object"})]
+    guide = tags(format_name, tools, template)
+    assert all(tag.begin.startswith(guide.triggers) for tag in guide.tags)
+    written = [f"{tag.begin}{XML[tag.style]}{tag.end}" for tag in guide.tags]
+    text = guide.opens + guide.between.join(written) + guide.closes
+    parsed = parse_whole(format_name, text, tools)
+    assert [(c.name, json.loads(c.arguments)) for c in parsed.calls] == [
+        ("one", {"a": "b"}),
+        ("two", {"a": "b"}),
+    ]
+    assert parsed.content == ""
+    assert parsed.complete
+
+
+def test_variants_follow_the_template() -> None:
+    tools = [Tool("f")]
+    assert tags("mistral", tools).opens == "[TOOL_CALLS] ["
+    assert tags("mistral", tools, "..[ARGS]..").tags[0].begin == "[TOOL_CALLS]f[ARGS]"
+    assert "```json" in tags("deepseekv3", tools).tags[0].begin
+    assert "```json" not in tags("deepseekv3", tools, deepseek.CALL).tags[0].begin
+    assert '\\"' in tags("hermes", [Tool('say "hi"')]).tags[0].begin
+
+
+def test_forced_json_is_read_by_its_own_parser() -> None:
+    tools = [Tool("f")]
+    call = '{"name": "f", "arguments": {"a": [1]}}'
+    for text, num_calls in ((call, 1), (f"[{call}]", 1), (f"[{call}, {call}]", 2)):
+        parsed = parse_whole("json", text, tools)
+        assert [c.arguments for c in parsed.calls] == ['{"a": [1]}'] * num_calls
+        assert (parsed.content, parsed.complete) == ("", True)
