@@ -1,0 +1,56 @@
+"""Every message that crosses an actor boundary, with its tag.
+
+Commands are imperative, events are past. Columns are arrays of int32 unless a comment says
+otherwise; nobody changes a column once it has been sent. ``rid`` is ``endpoint << 40 | counter`` of
+the frontend that took the request; a *lane* is a request's place in the device tables; a *slot* the
+KV of one token. Tags are never reused. ``coordinator`` is the watchdog of the server's coordinator,
+``@leader`` an actor of the group's leader (see ``topology``).
+"""
+
+from asyncllm.messages.checks import FRONTEND_SHIFT as FRONTEND_SHIFT
+from asyncllm.messages.checks import MAX_COUNT as MAX_COUNT
+from asyncllm.messages.checks import MAX_RID as MAX_RID
+from asyncllm.messages.request import Abort as Abort
+from asyncllm.messages.request import Accepted as Accepted
+from asyncllm.messages.request import Built as Built
+from asyncllm.messages.request import Cancel as Cancel
+from asyncllm.messages.request import Compile as Compile
+from asyncllm.messages.request import Compiled as Compiled
+from asyncllm.messages.request import Count as Count
+from asyncllm.messages.request import Counted as Counted
+from asyncllm.messages.request import Delta as Delta
+from asyncllm.messages.request import Finished as Finished
+from asyncllm.messages.request import Flush as Flush
+from asyncllm.messages.request import Follow as Follow
+from asyncllm.messages.request import Prepared as Prepared
+from asyncllm.messages.request import StopHit as StopHit
+from asyncllm.messages.request import Submit as Submit
+from asyncllm.messages.request import Tokenize as Tokenize
+from asyncllm.messages.request import Tokens as Tokens
+from asyncllm.messages.request import Worked as Worked
+from asyncllm.messages.server import AllocatorStats as AllocatorStats
+from asyncllm.messages.server import Drain as Drain
+from asyncllm.messages.server import Drained as Drained
+from asyncllm.messages.server import Gone as Gone
+from asyncllm.messages.server import Halt as Halt
+from asyncllm.messages.server import Hello as Hello
+from asyncllm.messages.server import Lost as Lost
+from asyncllm.messages.server import Probe as Probe
+from asyncllm.messages.server import Replaced as Replaced
+from asyncllm.messages.server import RunnerStats as RunnerStats
+from asyncllm.messages.server import SchedulerStats as SchedulerStats
+from asyncllm.messages.server import Scrape as Scrape
+from asyncllm.messages.server import Scraped as Scraped
+from asyncllm.messages.server import Served as Served
+from asyncllm.messages.server import Started as Started
+from asyncllm.messages.server import Welcome as Welcome
+from asyncllm.messages.step import Agreed as Agreed
+from asyncllm.messages.step import Due as Due
+from asyncllm.messages.step import Granted as Granted
+from asyncllm.messages.step import Join as Join
+from asyncllm.messages.step import Offer as Offer
+from asyncllm.messages.step import Progress as Progress
+from asyncllm.messages.step import Release as Release
+from asyncllm.messages.step import Reserve as Reserve
+from asyncllm.messages.step import StepDone as StepDone
+from asyncllm.messages.step import StepPlan as StepPlan

@@ -1,0 +1,253 @@
+"""A request's way in, to the scheduler, and the way of its tokens out."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import field
+
+from asyncllm.codec import Message, message
+from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
+from asyncllm.messages.checks import are_counts, are_natural, is_rid
+from asyncllm.records import Done, Failure, Logprobs, int32s
+
+
+@message(1)
+class Tokenize(Message):
+    """frontend -> tokenizer (same process). Exactly one of ``text``, ``ids`` and ``chat`` is set.
+
+    The answer is one ``Accepted`` for the whole group (under its first rid), or one ``Finished``
+    with reason ERROR (under its first rid).
+    """
+
+    rids: tuple[int, ...]  # one per choice of the same prompt (n); seed + i for the i-th
+    text: str | None
+    ids: array[int] | None
+    chat: bytes | None  # JSON: {"messages": [...], "tools": [...] | null, "kwargs": {...}}
+    add_special_tokens: bool  # for text only; chat templates bring their own
+    params: SamplingParams
+    shown: tuple[str, ...] = ()  # special tokens that are in the text whatever the params say
+    reasoning: str = ""  # the format of reasoning in the answers to a chat, "": none
+    continued: str = ""  # of a chat: the end of the prompt that is the beginning of the answer
+    truncate: int = 0  # keep only that many of the prompt's last tokens; 0: all
+    client: int = 0  # stands for an API key or an address; clients that wait are served in turn
+
+
+@message(2)
+class Accepted(Message):
+    """tokenizer -> frontend (same process): the prompt is valid and on its way."""
+
+    rid: int
+    prompt: array[int]
+    head: str = ""  # of a chat: the end of the prompt's text, without a message to be continued
+    cut: bool = False  # tokens of the prompt as it was sent are not in ``prompt``
+
+
+@message(3)
+class Submit(Message):
+    """tokenizer -> scheduler, by the balancer where there are several groups."""
+
+    rid: int
+    prompt: array[int]
+    params: SamplingParams  # max_new_tokens is an int here
+    thoughts: str = ""  # where the answer begins: "open", "closed" or "none" (inside reasoning,
+    # behind it, neither), "": reasoning is content
+    after: int = -1  # the rid of the first request for this prompt, if this is another
+    # texts of tokens taken off the end of the prompt, with which the output begins
+    healed: tuple[bytes, ...] = ()
+    client: int = 0  # as in Tokenize
+
+    def valid(self) -> bool:
+        return is_rid(self.rid) and self.thoughts in ("open", "closed", "none", "")
+
+    def fits(self, vocab_size: int, max_len: int) -> bool:
+        """Whether it is within the limits that its tokenizer has held it against."""
+        prompt, params = self.prompt, self.params
+        if params.max_new_tokens is None or len(prompt) + params.max_new_tokens > max_len:
+            return False
+        ids = min(prompt, default=0), max(prompt, default=0)
+        return params.possible(vocab_size) and ids[0] >= 0 and ids[1] < vocab_size
+
+
+@message(4)
+class Abort(Message):
+    """frontend -> tokenizer -> scheduler, urgent, on the way of what begins the request, behind it.
+
+    The tokenizer passes it on unless the request is still there; unknown and ended ids are ignored.
+    """
+
+    rid: int
+
+    def valid(self) -> bool:
+        return is_rid(self.rid)
+
+
+@message(9)
+class Cancel(Message):
+    """frontend -> coordinator -> every frontend: end requests early,
+    each with what it has so far."""
+
+    request_id: str  # the client's X-Request-Id or the answer's id; "": all requests
+
+
+@message(5)
+class Follow(Message):
+    """tokenizer -> detokenizer (same process), before Submit:
+    how to turn this request's ids to text."""
+
+    rid: int
+    prompt_tail: array[int]  # the last few prompt ids, where decoding depends on what came before
+    stop: tuple[str, ...]
+    skip_special_tokens: bool
+    print_eos: bool
+    shown: tuple[str, ...] = ()  # as in Tokenize
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    healed: bytes = b""  # the output begins with this text of the prompt; it is not shown again
+
+
+@message(6)
+class Count(Message):
+    """frontend -> tokenizer (same process): how many tokens is this text?"""
+
+    query: int
+    text: str
+    add_special_tokens: bool
+    chat: bytes | None = None  # instead of the text, as in Tokenize
+    client: int = 0  # as in Tokenize
+
+
+@message(7)
+class Counted(Message):
+    """tokenizer -> frontend."""
+
+    query: int
+    num_tokens: int = 0
+    failure: Failure | None = None  # why they were not counted
+
+
+@message(8)
+class Prepared(Message):
+    """tokenizer -> itself: what a thread of its pool answered, or that the time was up."""
+
+    job: int
+    ids: array[int] = field(default_factory=int32s)
+    failure: Failure | None = None
+    frees: bool = True  # the thread is free again; False: the answer is late, the thread still busy
+    head: str = ""  # as in Accepted
+    cut: bool = False  # as in Accepted
+
+
+@message(26)
+class Compile(Message):
+    """tokenizer -> grammar@leader: make this grammar ready; the answer is ``Compiled``.
+
+    Where there are several groups the balancer tells all leaders, and each of them answers.
+    """
+
+    endpoint: int  # where the tokenizer is
+    job: int
+    kind: str  # see core.request.GRAMMARS
+    text: str
+    client: int = 0  # as in Tokenize
+
+    def valid(self) -> bool:
+        return self.endpoint >= 0 and self.job >= 0 and self.kind in GRAMMARS
+
+
+@message(27)
+class Compiled(Message):
+    """grammar@leader -> tokenizer: requests with this grammar can be submitted, or why not."""
+
+    job: int
+    failure: Failure | None = None
+
+    def valid(self) -> bool:
+        return self.failure is None or self.failure.valid
+
+
+@message(28)
+class Built(Message):
+    """grammar@leader -> itself: what a thread of its pool answered."""
+
+    kind: str
+    text: str
+    failure: Failure | None = None
+
+
+@message(29)
+class Worked(Message):
+    """scheduler -> itself: what a thread has done for constraints."""
+
+    done: tuple[Done, ...]
+
+
+@message(20)
+class Tokens(Message):
+    """scheduler -> detokenizer of one frontend's process: what a step gave to its requests."""
+
+    step: int
+    rids: array[int]  # int64
+    tokens: array[int]
+    ends: bytes  # uint8: 1 where the token is the eos or stop token that ended the request
+    logprobs: Logprobs | None
+    prompt: tuple[tuple[int, Logprobs], ...]  # as in StepDone, with the rid
+
+    def valid(self) -> bool:
+        rows = len(self.rids)
+        return (
+            are_natural(self.rids, self.tokens)
+            and len(self.tokens) == len(self.ends) == rows
+            and (self.logprobs is None or (self.logprobs.whole and len(self.logprobs) == rows))
+            and all(is_rid(rid) and logprobs.whole for rid, logprobs in self.prompt)
+        )
+
+
+@message(21)
+class Delta(Message):
+    """detokenizer -> frontend (same process): new text of one request,
+    possibly of several tokens."""
+
+    rid: int
+    text: str  # may be empty: bytes of an unfinished character, a possible stop string
+    ids: array[int]
+    pieces: tuple[str, ...]  # text of each token alone, as the detokenizer shows it ("" for hidden)
+    logprobs: Logprobs | None
+    prompt: Logprobs | None  # prompt log-probabilities, once they are there
+
+
+@message(22)
+class StopHit(Message):
+    """detokenizer -> scheduler, urgent, on the way of ``Submit``.
+
+    A stop string or a stop sequence ended ``num_tokens``.
+    """
+
+    rid: int
+    num_tokens: int
+
+    def valid(self) -> bool:
+        return is_rid(self.rid) and are_counts(self.num_tokens)
+
+
+@message(23)
+class Finished(Message):
+    """scheduler -> detokenizer -> frontend, or tokenizer -> frontend: exactly one per request."""
+
+    rid: int
+    reason: Reason
+    failure: Failure | None = None  # for ERROR
+    cached_len: int = 0  # prompt tokens that came from the prefix cache
+    num_tokens: int = 0  # generated tokens
+    stop: str = ""  # for STOP: the stop string that was found
+
+    def valid(self) -> bool:
+        return (
+            is_rid(self.rid)
+            and (self.failure is not None) == (self.reason is Reason.ERROR)
+            and (self.failure is None or self.failure.valid)
+            and are_counts(self.cached_len, self.num_tokens)
+        )
+
+
+@message(24)
+class Flush(Message):
+    """detokenizer -> itself: go on with the streams that have new tokens."""

@@ -1,0 +1,162 @@
+"""The server itself: who is there, who drains, what everybody counts."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+from asyncllm.codec import Message, message
+from asyncllm.messages.checks import are_counts
+from asyncllm.records import Answered, Load
+from asyncllm.topology import Contract, Endpoint, Topology
+
+
+@message(36)
+class Hello(Message):
+    """every other watchdog -> coordinator: loaded, and this is who I am."""
+
+    endpoint: int
+    contract: Contract
+    node: int
+    address: str  # where its ZMQ socket is bound
+
+
+@message(32)
+class Drain(Message):
+    """coordinator -> every frontend and the scheduler: no new requests; running ones may finish."""
+
+    timeout_s: float
+
+
+@message(33)
+class Drained(Message):
+    """scheduler or a frontend -> coordinator: nothing is left here."""
+
+    who: str  # "scheduler" or "frontend"
+    endpoint: int
+
+
+@message(34)
+class Halt(Message):
+    """coordinator -> every watchdog: stop this endpoint now."""
+
+
+@message(35)
+class Started(Message):
+    """coordinator -> every frontend: warm and complete; open the doors."""
+
+
+@message(37)
+class Lost(Message):
+    """coordinator -> every other watchdog: the server fails; end what runs with an error."""
+
+
+@message(47)
+class Welcome(Message):
+    """coordinator -> every other one: all are there, or one of them does not belong."""
+
+    contract: Contract
+    topology: Topology
+
+
+@message(38)
+class Gone(Message):
+    """coordinator -> balancer and every scheduler: an endpoint's process has ended.
+
+    Its requests have ended with it.
+    """
+
+    endpoint: int
+
+
+@message(39)
+class Replaced(Message):
+    """the process -> coordinator: an HTTP worker has ended; another one starts in its place."""
+
+    endpoint: int
+    by: Endpoint | None  # None: none, the server is ending
+
+
+@message(40)
+class Scrape(Message):
+    """frontend -> coordinator: state of the whole server, please."""
+
+    query: int
+    endpoint: int
+
+
+@message(41)
+class Scraped(Message):
+    """coordinator -> frontend."""
+
+    query: int
+    exposition: bytes  # Prometheus text
+    loads: tuple[Load, ...]  # of each group
+
+
+@message(42)
+class Probe(Message):
+    """coordinator -> ``Topology.reporters``: report what you hold."""
+
+    query: int
+
+
+@message(43)
+class SchedulerStats(Message):
+    """scheduler -> coordinator."""
+
+    query: int = 0
+    endpoint: int = 0
+    running: int = 0
+    waiting: int = 0
+    inflight_steps: int = 0
+    steps: int = 0  # since the start, as those below
+    preemptions: int = 0
+    prompt_tokens: int = 0  # computed: without those from the prefix cache, twice if preempted
+    generated_tokens: int = 0
+    expected_slots: int = 0  # held and promised now
+
+
+@message(44)
+class AllocatorStats(Message):
+    """allocator -> coordinator."""
+
+    query: int = 0
+    endpoint: int = 0
+    used: int = 0  # slots held by requests
+    cached: int = 0
+    total: int = 0
+    hit_tokens: int = 0  # since the start, as those below
+    looked_up_tokens: int = 0
+    evicted_tokens: int = 0
+    # of the space of layers with a window, where there is one
+    sliding_used: int = 0
+    sliding_cached: int = 0
+    sliding_total: int = 0
+    evicted_sliding: int = 0
+
+
+@message(45)
+class Served(Message):
+    """frontend -> coordinator: HTTP requests have been answered."""
+
+    answers: tuple[Answered, ...]
+
+    def valid(self) -> bool:
+        return all(
+            100 <= a.status <= 599
+            and are_counts(a.prompt_len, a.num_tokens)
+            and all(map(isfinite, (a.ttft_s, a.tpot_s, a.total_s)))
+            for a in self.answers
+        )
+
+
+@message(46)
+class RunnerStats(Message):
+    """runner -> coordinator: medians of the last steps."""
+
+    query: int = 0
+    endpoint: int = 0
+    step_ms: float = 0.0
+    launch_ms: float = 0.0
+    gap_ms: float = 0.0  # device idle between two steps that were both launched; 0: not measured
+    jit_after_warmup: int = 0

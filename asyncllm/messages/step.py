@@ -1,0 +1,165 @@
+"""A step: slots for its rows, the plan, what came of it."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import field
+
+from asyncllm.codec import INT32, Message, message
+from asyncllm.messages.checks import MAX_COUNT, are_counts, are_natural
+from asyncllm.records import Logprobs, Opened, int32s, int64s
+
+
+@message(10)
+class Reserve(Message):
+    """scheduler -> allocator: slots for the next ``counts[i]`` tokens of each lane, in this order.
+
+    ``opened`` names lanes seen for the first time, with their tokens; the allocator looks those up
+    in the prefix cache. ``launched`` names lanes whose granted prompt tokens have been launched
+    since the last Reserve, so that they may be shared from now on.
+    """
+
+    lanes: array[int]
+    counts: array[int]
+    opened: tuple[tuple[int, array[int], bool], ...]  # (lane, prompt ids, may use the prefix cache)
+    launched: array[int]
+
+
+@message(11)
+class Granted(Message):
+    """allocator -> scheduler: the first ``len(counts)`` rows of the reservation have their slots.
+
+    Row i brings ``hits[i]`` cached tokens (0 unless it was opened) and room for ``counts[i]`` new
+    ones (fewer than asked where the hit leaves less to compute).
+    """
+
+    hits: array[int]
+    counts: array[int]
+    slots: array[int]  # int32[sum(hits + counts)], row by row: cached slots, then new ones
+    available: int  # free slots plus evictable ones, after this grant
+    # where layers with a window have a slot space of their own: the same of that space; cached
+    # tokens that nobody sees any more have a slot there that nobody reads
+    sliding: array[int] = field(default_factory=int32s)
+    sliding_available: int = 0
+
+
+@message(12)
+class Release(Message):
+    """scheduler -> allocator: these lanes are over; no launched step touches them.
+
+    ``items``: (lane, generated ids whose KV is valid). Prompt and generated tokens stay in the
+    prefix cache.
+    """
+
+    items: tuple[tuple[int, array[int]], ...]
+    launched: array[int]  # as in Reserve; a request may end before another Reserve is sent
+
+
+@message(13)
+class StepPlan(Message):
+    """scheduler -> runner of every tp rank. Rows with one new token come first.
+
+    Row i computes tokens at positions [starts[i], starts[i] + counts[i]) of lane i. Its slots are
+    written to the lane's table from position starts[i] - heads[i] on.
+    """
+
+    step: int  # 1, 2, 3, ... without a gap
+    num_decode: int  # the first rows have counts == 1
+    lanes: array[int] = field(default_factory=int32s)
+    starts: array[int] = field(default_factory=int32s)
+    counts: array[int] = field(default_factory=int32s)
+    heads: array[int] = field(default_factory=int32s)  # cached tokens before the new ones: > 0 only
+    # in a lane's first step
+    slots: array[int] = field(default_factory=int32s)  # sum(heads + counts)
+    tokens: array[int] = field(default_factory=int32s)  # sum(counts); -1: the lane's last token
+    samples: bytearray = field(default_factory=bytearray)  # 1 where the row ends the known tokens,
+    # so that a token comes out
+    opened: list[Opened] = field(default_factory=list)
+    masked: array[int] = field(default_factory=int32s)  # rows whose token is constrained
+    masks: bytearray = field(
+        default_factory=bytearray
+    )  # int32[len(masked), ceil(vocab_size / 32)]:
+    # bit t % 32 of word t // 32 is 1 where token t may come; empty on ranks that do not sample
+    # where groups step together: the most tokens that one of them brings, this one included, and
+    # whether one brings rows of several tokens
+    common: int = 0
+    mixed: bool = False
+    sliding: array[int] = field(default_factory=int32s)  # as many as slots, those of layers with a
+    # window; none: these use ``slots`` as all others do
+
+    def valid(self) -> bool:
+        rows = len(self.lanes)
+        if not (
+            self.step > 0
+            and are_natural(
+                self.lanes, self.starts, self.counts, self.heads, self.slots, self.masked
+            )
+            and are_natural(self.sliding)
+            and len(self.starts) == len(self.counts) == len(self.heads) == rows
+            and len(self.samples) == rows
+            and 0 <= self.num_decode <= rows
+        ):
+            return False
+        num_new = sum(self.counts)
+        return (
+            0 not in self.counts
+            and self.counts[: self.num_decode] == array(INT32, [1]) * self.num_decode
+            and len(self.tokens) == num_new
+            and len(self.slots) == num_new + sum(self.heads)
+            and len(self.sliding) in (0, len(self.slots))
+            and len(self.masks) % 4 == 0
+            and (self.common == 0 or num_new <= self.common <= MAX_COUNT)
+        )
+
+
+@message(14)
+class StepDone(Message):
+    """runner@leader -> scheduler: a launched step has finished on the device."""
+
+    step: int
+    tokens: array[int]  # int32[num_rows], -1 where the row yields none
+    logprobs: Logprobs | None  # one per row; None when no row asks
+    prompt: tuple[tuple[int, Logprobs], ...] = ()  # row, those of its prompt tokens starts + 1 ..
+    device_ms: float = 0.0  # between its first and last operation; 0: not measured
+
+
+@message(15)
+class Due(Message):
+    """scheduler -> itself: the step that was held back is to be launched."""
+
+
+@message(16)
+class Progress(Message):
+    """scheduler -> balancer, if there is one: what has changed about its requests."""
+
+    begun: array[int] = field(default_factory=int64s)  # rids that have been given a place
+    ended: array[int] = field(default_factory=int64s)
+
+
+@message(17)
+class Offer(Message):
+    """scheduler -> lockstep, where groups step together: what the group brings to its next step."""
+
+    endpoint: int
+    step: int
+    num_tokens: int  # 0: nothing, another group wants the step
+    mixed: bool  # some rows have more than one token
+
+    def valid(self) -> bool:
+        return are_counts(self.endpoint, self.step, self.num_tokens)
+
+
+@message(18)
+class Join(Message):
+    """lockstep -> scheduler: another group takes this step; offer it as well, if without rows."""
+
+    step: int
+
+
+@message(19)
+class Agreed(Message):
+    """lockstep -> every scheduler: every group has offered this step; launch it."""
+
+    step: int
+    num_tokens: int  # the most that a group brings
+    mixed: bool
