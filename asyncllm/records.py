@@ -163,3 +163,66 @@ class Load:
     total: int = 0
     sliding_used: int = 0
     sliding_total: int = 0
+
+
+@record
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvWire:
+    """What K/V of one server look like to another.
+
+    Two servers understand each other if all is equal but ``tp``.
+
+    Args:
+        format: names of the formats that they are kept in, see docs/kv-formats.md.
+        dtype: of the model's activations, and of K/V that are not quantised.
+        num_layers: layers that have K/V.
+        num_heads: K/V heads of the whole model; 1 of latents.
+        head_bytes: of a head of a token in one layer, K and V and their scales together.
+        latent: they are latents, the same on every rank.
+        tp: ranks that heads are divided among, or repeated on.
+    """
+
+    format: str
+    dtype: str
+    num_layers: int
+    num_heads: int
+    head_bytes: int
+    latent: bool = False
+    tp: int = 1
+
+    @property
+    def valid(self) -> bool:
+        return min(self.num_layers, self.num_heads, self.head_bytes, self.tp) > 0
+
+
+@record
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """Where K/V of a request are wanted.
+
+    Args:
+        node: the id of the server, which no other and no later one has.
+        epoch: the request's rid there; what is labelled so, and nothing else, is taken for it.
+        hit, length: K/V of positions [hit, length) are wanted.
+        addresses: of kv_transfer on each rank of the group, by rank.
+    """
+
+    node: str
+    epoch: int
+    hit: int
+    length: int
+    addresses: tuple[str, ...]
+    wire: KvWire
+
+    @property
+    def valid(self) -> bool:
+        return (
+            0 <= self.epoch < 1 << 63
+            and 0 <= self.hit < self.length < 1 << 31
+            and self.wire.valid
+            and len(self.addresses) == self.wire.tp
+        )
+
+    def reaches(self, length: int) -> bool:
+        """It wants K/V of as many tokens."""
+        return self.valid and self.length == length

@@ -336,7 +336,8 @@ def messages_by_keyword(module: Module) -> Iterator[str]:
         name = module.dotted(call.func)
         if (module.path, where) == ("actors/detokenizer.py", "_Stream._take_one"):
             continue  # once a token
-        if name.startswith("asyncllm.messages.") and len(call.args) > 3:
+        made = name.startswith("asyncllm.messages.") and name.rpartition(".")[2][0].isupper()
+        if made and len(call.args) > 3:
             yield f"line {call.lineno}: {name} gets {len(call.args)} values by position"
 
 

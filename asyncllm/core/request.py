@@ -18,6 +18,7 @@ class Reason(IntEnum):
     LENGTH = 1  # max_new_tokens, or the context is full
     ABORT = 2  # the client left, or the server is going down
     ERROR = 3  # see the detail
+    MOVED = 4  # it goes on where its K/V went; only masters are told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from array import array
 from dataclasses import field
 
-from asyncllm.codec import Message, message
+from asyncllm.codec import INT32, Message, message
 from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
 from asyncllm.messages.checks import are_counts, are_natural, is_rid
-from asyncllm.records import Done, Failure, Logprobs, int32s
+from asyncllm.records import Destination, Done, Failure, Logprobs, int32s
+
+THOUGHTS = ("open", "closed", "none", "")  # of Submit
 
 
 @message(1)
@@ -44,7 +46,11 @@ class Accepted(Message):
 
 @message(3)
 class Submit(Message):
-    """tokenizer -> scheduler, by the balancer where there are several groups."""
+    """tokenizer or agent -> scheduler, by the balancer where there are several groups.
+
+    With ``outputs`` the request goes on behind tokens that have been generated already: they count,
+    and only what comes behind them is told.
+    """
 
     rid: int
     prompt: array[int]
@@ -55,16 +61,33 @@ class Submit(Message):
     # texts of tokens taken off the end of the prompt, with which the output begins
     healed: tuple[bytes, ...] = ()
     client: int = 0  # as in Tokenize
+    outputs: array[int] = field(default_factory=int32s)
+    # K/V of prompt and outputs, and the token behind them (``Begin``), come from another server
+    imports: bool = False
+    # it ends with reason MOVED behind one new token; K/V of prompt and outputs go there
+    exports: Destination | None = None
 
     def valid(self) -> bool:
-        return is_rid(self.rid) and self.thoughts in ("open", "closed", "none", "")
+        return (
+            is_rid(self.rid)
+            and self.prompt.typecode == self.outputs.typecode == INT32
+            and self.thoughts in THOUGHTS
+            and (self.exports is None or (not self.imports and self.exports.reaches(self.length)))
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens that are known."""
+        return len(self.prompt) + len(self.outputs)
 
     def fits(self, vocab_size: int, max_len: int) -> bool:
         """Whether it is within the limits that its tokenizer has held it against."""
-        prompt, params = self.prompt, self.params
-        if params.max_new_tokens is None or len(prompt) + params.max_new_tokens > max_len:
+        params, known = self.params, self.prompt + self.outputs
+        if len(known) > max_len:
             return False
-        ids = min(prompt, default=0), max(prompt, default=0)
+        if params.max_new_tokens is None or len(self.prompt) + params.max_new_tokens > max_len:
+            return False
+        ids = min(known, default=0), max(known, default=0)
         return params.possible(vocab_size) and ids[0] >= 0 and ids[1] < vocab_size
 
 
