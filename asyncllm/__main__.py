@@ -1,8 +1,17 @@
-"""``python -m asyncllm`` is the ``asyncllm`` command."""
+"""``python -m asyncllm`` is the ``asyncllm`` command, from its first moments on."""
 
 import sys
 
-from asyncllm.cli import main
+from asyncllm.server import signals
+
+
+def main() -> int:
+    """Run the command; the exit code. It can be stopped while it is still being imported."""
+    signals.end_when_stopped()
+    from asyncllm import cli
+
+    return cli.main()
+
 
 if __name__ == "__main__":  # spawned children import this module under another name
     sys.exit(main())

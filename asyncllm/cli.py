@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     log.setup(config.log_level, json=config.log_json, who=f"rank{first_rank}")
     quiet_libraries()
     signals.hold()
+    if config.check:
+        signals.end_when_stopped(code=None)
     try:
         if config.make_cluster_key is not None:
             return _make_cluster_key(config.make_cluster_key)
@@ -76,8 +78,6 @@ def main(argv: list[str] | None = None) -> int:
         return serve(config)
     except StartupError as error:
         return _refuse(error)
-    except KeyboardInterrupt:
-        return 130
 
 
 def _make_cluster_key(name: str) -> int:

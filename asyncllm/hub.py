@@ -7,6 +7,7 @@ files contain.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from asyncllm.models.checkpoint import INDEX, SINGLE, weight_files
 
 _log = logging.getLogger("asyncllm.hub")
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # what a server reads: config, tokenizer, template and safetensors
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "tokeniz*.py"]
@@ -58,6 +60,23 @@ def resolve_model_dir(
     folder = _download(model_dir)
     check_model_dir(folder, load_way)
     return folder
+
+
+def names_of(folder: Path) -> tuple[str, ...]:
+    """What the model in ``folder`` is called: as the folder, whatever path leads there, or as its
+    repository where it lies in the hub's cache, with and without the owner. Empty: it has no name.
+    """
+    parts = Path(os.path.abspath(folder)).parts[1:]
+    if parts[-2:-1] == ("snapshots",):
+        parts = parts[:-2]
+    while parts and _COMMIT.fullmatch(parts[-1]):
+        parts = parts[:-1]
+    if not parts:
+        return ()
+    repo = parts[-1].removeprefix("models--").replace("--", "/")
+    if not parts[-1].startswith("models--"):
+        return (parts[-1],)
+    return tuple(dict.fromkeys((repo.rpartition("/")[2], repo)))
 
 
 def check_model_dir(folder: Path, load_way: str = "HF") -> None:

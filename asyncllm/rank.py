@@ -21,7 +21,7 @@ from asyncllm.config import Config, Resolved, resolve_limits
 from asyncllm.constrain.engine import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
 from asyncllm.errors import StartupError
-from asyncllm.hub import resolve_model_dir
+from asyncllm.hub import names_of, resolve_model_dir
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec, generation_config
 from asyncllm.server.check import check
@@ -161,7 +161,7 @@ def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None 
         checkpoint_dtype=spec.dtype,
         model_limit=spec.max_position,
         model_eos=(*spec.eos_ids, *ends),
-        model_dir_name=model_dir.name,
+        model_dir_names=names_of(model_dir),
         has_experts=spec.has_experts,
         kv_format=spec.kv_format,
     )

@@ -49,6 +49,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     stand_in.serve = serve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "asyncllm.rank", stand_in)
     monkeypatch.setattr(signals, "hold", lambda: None)  # this process goes on
+    monkeypatch.setattr(signals, "end_when_stopped", lambda **_: None)
     monkeypatch.setattr(cli.log, "setup", lambda *args, **more: None)
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
     return seen

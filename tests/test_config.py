@@ -107,7 +107,7 @@ def resolve(config: Config, **changes: Any) -> Resolved:
         "checkpoint_dtype": "bfloat16",
         "model_limit": 8192,
         "model_eos": (2,),
-        "model_dir_name": "tiny",
+        "model_dir_names": ("tiny", "org/tiny"),
         "has_experts": False,
         "kv_format": None,
     }
@@ -473,14 +473,18 @@ def test_eos_flag_wins_over_the_model() -> None:
 @pytest.mark.parametrize(
     ("config", "served"),
     [
-        (Config(), ("tiny", "default_model_name", "default")),
-        (Config(model_name="m"), ("m", "tiny", "default")),
-        (Config(served_model_name=("a", "m"), model_name="m"), ("a", "m", "tiny", "default")),
+        (Config(), ("tiny", "default_model_name", "default", "org/tiny")),
+        (Config(model_name="m"), ("m", "tiny", "org/tiny", "default")),
+        (
+            Config(served_model_name=("a", "m"), model_name="m"),
+            ("a", "m", "tiny", "org/tiny", "default"),
+        ),
     ],
 )
 def test_names(config: Config, served: tuple[str, ...]) -> None:
     got = resolve(config)
     assert got.served_names == served
+    assert resolve(Config(), model_dir_names=()).served_names[0] == "default_model_name"
     assert got.model_name == config.model_name
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from asyncllm.errors import StartupError
-from asyncllm.hub import check_model_dir, resolve_model_dir
+from asyncllm.hub import check_model_dir, names_of, resolve_model_dir
 from asyncllm.models.checkpoint import INDEX
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -49,6 +49,32 @@ def refusal(model_dir: str | None, tmp_path: Path) -> str:
 
 def test_a_folder_is_served_as_it_is(model: Path, tmp_path: Path) -> None:
     assert resolve_model_dir(str(model), tmp_path) == model
+
+
+@pytest.mark.parametrize(
+    ("folder", "start", "names"),
+    [
+        ("models/m", "", ("m",)),
+        ("models/m/", "", ("m",)),
+        (".", "models/m", ("m",)),
+        ("..", "models/m/part", ("m",)),
+        (f"hub/models--org--m/snapshots/{COMMIT}", "", ("m", "org/m")),
+        (".", f"hub/models--org--m/snapshots/{COMMIT}", ("m", "org/m")),
+        ("hub/models--gpt2/snapshots/main", "", ("gpt2",)),
+        (f"copies/m/{COMMIT}", "", ("m",)),
+        ("/", "", ()),
+    ],
+)
+def test_a_model_is_called_as_its_real_folder_or_its_repository(
+    folder: str,
+    start: str,
+    names: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / start).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / start)
+    assert names_of(Path(folder)) == names
 
 
 def test_a_folder_wins_over_a_hub_id(

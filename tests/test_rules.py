@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "asyncllm"
 
 LOOP = {"asyncio", "zmq", "aiohttp", "uvloop"}  # who may know the event loop and the wire
-LOOP_FILES = {"rank.py", "cli.py"}  # entry points, besides actors/ and server/
+LOOP_FILES = {"__main__.py", "rank.py", "cli.py"}  # entry points, besides actors/ and server/
 VALUES = ("errors", "plain", "codec", "records", "messages", "core")  # plain values and pure logic
 PURE = {
     "core": VALUES,

@@ -99,7 +99,7 @@ def resolve_limits(
     checkpoint_dtype: str,
     model_limit: int,
     model_eos: tuple[int, ...],
-    model_dir_name: str,
+    model_dir_names: tuple[str, ...],
     has_experts: bool,
     kv_format: str | None,
 ) -> Resolved:
@@ -110,7 +110,7 @@ def resolve_limits(
         checkpoint_dtype: as in the checkpoint's config.json, e.g. "bfloat16".
         model_limit: positions the model was made for.
         model_eos: end-of-answer ids named by the model.
-        model_dir_name: last part of the model's folder or hub id.
+        model_dir_names: what the model is called by its folder or hub id, the usual name first.
         has_experts: the model is one of mixed experts.
         kv_format: of K/V, that the checkpoint asks for; None: it asks for none.
 
@@ -131,9 +131,9 @@ def resolve_limits(
     eos_ids = config.eos_id or tuple(dict.fromkeys(model_eos))
     if not eos_ids:
         notes.append("the model names no end token: answers end by length or stop (--eos_id)")
-    names = (*config.served_model_name, config.model_name, model_dir_name, "default")
+    names = (*config.served_model_name, config.model_name, *model_dir_names, "default")
     if not config.served_model_name and "model_name" not in config.explicit:
-        names = (model_dir_name, config.model_name, "default")
+        names = (*model_dir_names[:1], config.model_name, "default", *model_dir_names[1:])
     return Resolved(
         device=device,
         dtype=_dtype(config.data_type, checkpoint_dtype),

@@ -111,6 +111,25 @@ def leave_to_leader() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting - {SHOW})
 
 
+def end_when_stopped(*, code: int | None = 0) -> None:
+    """Until :func:`handle_draining`, signals that drain a server end this process with a line.
+
+    Nothing else ends the first process of a container: there the kernel ignores what nobody
+    handles.
+
+    Args:
+        code: the exit code; None: 128 and the signal's number, since something was asked for that
+            has not been done.
+    """
+
+    def end(number: int, _: object) -> None:
+        os.write(STDERR, f"asyncllm: stopped while starting, by {_name(number)}\n".encode())
+        os._exit(128 + number if code is None else code)
+
+    for number in draining():
+        signal.signal(number, end)
+
+
 def hold_draining() -> None:
     """Keep signals that drain waiting until :func:`handle_draining`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, DRAIN)

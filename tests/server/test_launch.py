@@ -32,7 +32,7 @@ def boot() -> Boot:
         checkpoint_dtype="bfloat16",
         model_limit=8192,
         model_eos=(2,),
-        model_dir_name="m",
+        model_dir_names=("m",),
         has_experts=False,
         kv_format="triton_fp8kv",
     )

@@ -128,3 +128,23 @@ def test_a_child_ends_by_other_signals_as_any_process_does() -> None:
         assert line(running) == "child"
         os.kill(pid, signal.SIGUSR2)
         assert running.wait(20) == 0  # it waits for its child
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("args", [[], ["--check"]], ids=str)
+def test_a_server_that_is_still_being_imported_can_be_stopped(name: str, args: list[str]) -> None:
+    """The signal comes when torch is looked for."""
+    source = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, module, *_):\n"
+        f"        if module == 'torch': os.kill(os.getpid(), {int(getattr(signal, name))})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from asyncllm.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source, *args], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == (128 + getattr(signal, name) if args else 0)
+    assert done.stderr == f"asyncllm: stopped while starting, by {name}\n"
