@@ -77,6 +77,14 @@ class KvLayout(Protocol):
     The only place that knows bytes, shapes and dtypes; its subclass for a device writes them.
     """
 
+    @property
+    def layers(self) -> Sequence[AttentionSpec]:
+        """This rank's share of each."""
+
+    def heads(self, layer: AttentionSpec) -> int:
+        """Into how many equal parts, one after the other, dimension 1 and those behind it of each
+        tensor of a layer divide: the rank's KV heads. 1: there is nothing to divide."""
+
     def bytes_per_slot(self) -> PerSpace:
         """Of one token, over all layers of a space: those without a window, those with one."""
 
@@ -150,7 +158,10 @@ class KvPairs:
     def __init__(
         self, layers: Sequence[AttentionSpec], dtype: torch.dtype, fmt: KvFormat | None = None
     ) -> None:
-        self.dtype, self.format, self._layers = dtype, fmt, layers
+        self.dtype, self.format, self.layers = dtype, fmt, layers
+
+    def heads(self, layer: AttentionSpec) -> int:
+        return layer.num_kv_heads
 
     @property
     def element(self) -> torch.dtype:
@@ -158,15 +169,15 @@ class KvPairs:
         return self.dtype if self.format is None else ELEMENTS[self.format.element]
 
     def bytes_per_slot(self) -> PerSpace:
-        sizes = [2 * spec.num_kv_heads * self._row_bytes(spec.head_dim) for spec in self._layers]
-        sliding = sum(compress(sizes, (spec.window is not None for spec in self._layers)))
+        sizes = [2 * spec.num_kv_heads * self._row_bytes(spec.head_dim) for spec in self.layers]
+        sliding = sum(compress(sizes, (spec.window is not None for spec in self.layers)))
         return PerSpace(sum(sizes) - sliding, sliding)
 
     def _row_bytes(self, dim: int) -> int:
         return dim * self.dtype.itemsize if self.format is None else self.format.row_bytes(dim)
 
     def allocate(self, num_slots: PerSpace, device: torch.device) -> list[LayerKv]:
-        return [self._layer(num_slots.of(spec.window), spec, device) for spec in self._layers]
+        return [self._layer(num_slots.of(spec.window), spec, device) for spec in self.layers]
 
     def _layer(self, num_slots: int, spec: AttentionSpec, device: torch.device) -> LayerKv:
         heads, dim = spec.num_kv_heads, spec.head_dim
@@ -200,8 +211,11 @@ class KvLatents:
     def __init__(
         self, layers: Sequence[AttentionSpec], dtype: torch.dtype, fmt: KvFormat | None = None
     ) -> None:
-        self.dtype, self.format = dtype, fmt
+        self.dtype, self.format, self.layers = dtype, fmt, layers
         self._widths = [spec.kv_rank + (spec.rope.dim if spec.rope else 0) for spec in layers]
+
+    def heads(self, layer: AttentionSpec) -> int:
+        return 1
 
     @property
     def element(self) -> torch.dtype:

@@ -1,0 +1,53 @@
+"""Which rank of one server sends which heads of K and V to which rank of another.
+
+Heads are told by their numbers in the whole model, so the two may be divided in different ways.
+Knows heads; knows neither tensors nor who the ranks are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Held = Sequence[Sequence[int]]  # of each rank: its heads in local order, negative ones are padding
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Neighbouring heads, counted from the first one at each end."""
+
+    sent: int  # the first, as its sender counts
+    taken: int  # the first, as its receiver does
+    count: int
+
+
+def part(held: Held, wanted: Held, sender: int, receiver: int) -> Part | None:
+    """What ``sender`` of the ranks that hold K/V sends to ``receiver`` of those that want it.
+
+    Every receiver gets each of its heads from one sender. Where several hold one, the receivers
+    take turns among them. Padding does not travel. None: nothing does.
+    """
+    ours, theirs = held[sender], wanted[receiver]
+    common = [
+        (ours.index(head), place)
+        for place, head in enumerate(theirs)
+        if head >= 0 and _sender(held, head, receiver) == sender
+    ]
+    if not common:
+        return None
+    sent, taken = common[0]
+    # a rank has neighbouring heads, or a single one that others have as well
+    assert common == [(sent + i, taken + i) for i in range(len(common))], (held, wanted)
+    return Part(sent, taken, len(common))
+
+
+def senders(held: Held, wanted: Held, receiver: int) -> tuple[int, ...]:
+    """The ranks that send something to ``receiver``, in order."""
+    heads = {head for head in wanted[receiver] if head >= 0}
+    return tuple(sorted({_sender(held, head, receiver) for head in heads}))
+
+
+def _sender(held: Held, head: int, receiver: int) -> int:
+    holders = [rank for rank, heads in enumerate(held) if head in heads]
+    assert holders, f"nobody holds head {head}"
+    return holders[receiver % len(holders)]

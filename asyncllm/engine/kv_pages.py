@@ -1,0 +1,203 @@
+"""K/V of some slots as pages of bytes, and back: what travels between servers.
+
+A page is a share of this rank's K/V: of some tokens, in each layer's tensors, the bytes of some
+neighbouring heads. It has no gaps, and quantised K/V stay as they are. Owns the memory of pages and
+the stream of their copies; knows neither sockets nor whose the slots are.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from asyncllm.core.kv_parts import Part
+from asyncllm.engine.kv_strips import Strip, Strips, page_to_rows, rows_to_page
+from asyncllm.models.attention import KvLayout, LayerKv
+
+
+class KvBytes:
+    """The K/V tensors of a rank as bytes.
+
+    Args:
+        kv: of each layer, with one slot space for all.
+        layout: that made them.
+    """
+
+    def __init__(self, kv: Sequence[LayerKv], layout: KvLayout) -> None:
+        self._layers = [
+            (layout.heads(spec), [as_bytes(x) for x in tensors])
+            for spec, tensors in zip(layout.layers, kv, strict=True)
+        ]
+        self.device = kv[0][0].device
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a token."""
+        return sum(rows.shape[1] for _, tensors in self._layers for rows in tensors)
+
+    def strips(self, parts: Sequence[Part | None], *, sent: bool) -> Strips:
+        """The bytes of some heads.
+
+        Args:
+            parts: of each layer; None: nothing of it.
+            sent: heads are those that the sender of the part counts; False: its receiver does.
+        """
+        strips = []
+        for part, (heads, tensors) in zip(parts, self._layers, strict=True):
+            if part is None:
+                continue
+            first = part.sent if sent else part.taken
+            for rows in tensors:
+                size = rows.shape[1] // heads
+                strips.append(Strip(rows, first * size, part.count * size))
+        return Strips(tuple(strips))
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """[num_slots, bytes] of a tensor whose dimension 0 is the slot; the same memory."""
+    return (x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)).view(torch.uint8)
+
+
+class Copied(Protocol):
+    """A copy that is queued."""
+
+    def wait(self) -> None:
+        """Block, without the GIL, until it is done. Raises what the device raised."""
+
+
+class Pages(Protocol):
+    """A number of pages, and what copies between them and slots.
+
+    Attributes:
+        num: pages, from 0 on.
+        size: bytes of each.
+    """
+
+    num: int
+    size: int
+
+    def fill(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> Copied:
+        """Queue a copy of slots into a page; ``host``: it is then in host memory as well."""
+
+    def empty(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> Copied:
+        """Queue a copy of a page into slots; ``host``: of what is there in host memory."""
+
+    def host(self, page: int) -> memoryview:
+        """The page in host memory, to read and write."""
+
+    def device(self, page: int) -> Tensor:
+        """The page on the device, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A copy that is over."""
+
+    def wait(self) -> None:
+        pass
+
+
+class CpuPages:
+    """Pages in main memory; copies are made at once.
+
+    Args:
+        memory: [num, size] bytes, e.g. shared with another process; None: of its own.
+    """
+
+    def __init__(self, num: int, size: int, memory: Tensor | None = None) -> None:
+        self.num, self.size = num, size
+        self._memory = torch.zeros(num, size, dtype=torch.uint8) if memory is None else memory
+
+    def fill(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> Done:
+        rows_to_page(strips, _column(slots), self._memory[page])
+        return Done()
+
+    def empty(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> Done:
+        page_to_rows(strips, _column(slots), self._memory[page])
+        return Done()
+
+    def host(self, page: int) -> memoryview:
+        return self._memory[page].numpy().data
+
+    def device(self, page: int) -> Tensor:
+        return self._memory[page]
+
+
+@dataclass(frozen=True, slots=True)
+class CudaCopied:
+    """A copy on a stream.
+
+    Attributes:
+        kept: what it reads on the host, which must stay until it is done.
+    """
+
+    event: torch.cuda.Event
+    kept: Tensor
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class CudaPages:
+    """Pages on the device, each with pinned memory on the host if that is asked for; copies go
+    through a stream of their own, beside the steps."""
+
+    def __init__(self, num: int, size: int, device: torch.device) -> None:
+        # imported here: Triton need not exist where there is no GPU
+        from asyncllm.kernels import kv_rows
+
+        self._kernels = kv_rows
+        self.num, self.size, self._device = num, size, device
+        self._stream = torch.cuda.Stream(device)
+        self._pages = torch.zeros(num, size, dtype=torch.uint8, device=device)
+        self._host: Tensor | None = None
+
+    def fill(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> CudaCopied:
+        column, size = _column(slots).pin_memory(), len(slots) * strips.width
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            there = column.to(self._device, non_blocking=True)
+            self._kernels.rows_to_page(strips.table, strips.word, there, self._pages[page])
+            if host:
+                self._pinned[page, :size].copy_(self._pages[page, :size], non_blocking=True)
+            return self._recorded(column)
+
+    def empty(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> CudaCopied:
+        column, size = _column(slots).pin_memory(), len(slots) * strips.width
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            there = column.to(self._device, non_blocking=True)
+            if host:
+                self._pages[page, :size].copy_(self._pinned[page, :size], non_blocking=True)
+            self._kernels.page_to_rows(strips.table, strips.word, there, self._pages[page])
+            return self._recorded(column)
+
+    def host(self, page: int) -> memoryview:
+        return self._pinned[page].numpy().data
+
+    def device(self, page: int) -> Tensor:
+        return self._pages[page]
+
+    @property
+    def _pinned(self) -> Tensor:
+        """Made when it is first asked for: not all ways between servers lead through the host."""
+        if self._host is None:
+            self._host = torch.empty(self.num, self.size, dtype=torch.uint8, pin_memory=True)
+        return self._host
+
+    def _recorded(self, kept: Tensor) -> CudaCopied:
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return CudaCopied(event, kept)
+
+
+def _column(slots: array[int]) -> Tensor:
+    return torch.frombuffer(slots, dtype=torch.int32) if slots else torch.zeros(0).int()
+
+
+def make_pages(num: int, size: int, device: torch.device) -> CpuPages | CudaPages:
+    """Pages on the device that holds the K/V."""
+    return CudaPages(num, size, device) if device.type == "cuda" else CpuPages(num, size)

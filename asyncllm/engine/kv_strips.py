@@ -1,0 +1,99 @@
+"""Which bytes of which K/V tensors make up a page, and the copies on the CPU.
+
+Knows bytes of rows; knows neither pages' memory nor heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+
+import torch
+from torch import Tensor
+
+WORDS = (4, 2, 1)  # bytes that the device copies at once
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Neighbouring bytes of each row of a tensor.
+
+    Attributes:
+        rows: [num_slots, row_bytes] uint8, contiguous.
+        first: the first byte of a row.
+        width: how many.
+    """
+
+    rows: Tensor
+    first: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Strips of several tensors, on one device.
+
+    In a page lie all tokens of the first strip, then of the next.
+    """
+
+    strips: tuple[Strip, ...]
+
+    @property
+    def width(self) -> int:
+        """Bytes of a token, in all of them."""
+        return sum(strip.width for strip in self.strips)
+
+    @cached_property
+    def word(self) -> int:
+        """Bytes that divide all addresses."""
+        sizes = [
+            size
+            for s in self.strips
+            for size in (s.rows.data_ptr(), s.rows.shape[1], s.first, s.width)
+        ]
+        return next(word for word in WORDS if all(size % word == 0 for size in sizes))
+
+    @cached_property
+    def table(self) -> Tensor:
+        """For :func:`asyncllm.kernels.kv_rows.rows_to_page`, on the device."""
+        rows, before = [], 0
+        for s in self.strips:
+            lengths = s.rows.shape[1], s.first, s.width, before
+            rows.append((s.rows.data_ptr(), *(length // self.word for length in lengths)))
+            before += s.width
+        device = self.strips[0].rows.device if self.strips else None
+        return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 5)
+
+
+def rows_to_page(strips: Strips, slots: Tensor, page: Tensor) -> None:
+    """On the CPU: copy the strips of ``slots`` [n] int32 into ``page``, bytes."""
+    for rows, where, part in _pieces(strips.strips, slots, page):
+        torch.index_select(rows, 0, where, out=part)
+
+
+def page_to_rows(strips: Strips, slots: Tensor, page: Tensor) -> None:
+    """On the CPU: the inverse of :func:`rows_to_page`."""
+    for rows, where, part in _pieces(strips.strips, slots, page):
+        rows.index_copy_(0, where, part)
+
+
+def _pieces(
+    strips: Sequence[Strip], slots: Tensor, page: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each strip all rows in equal pieces, which pieces are meant, and their part of the page:
+    torch copies whole rows much faster than parts of them."""
+    found, before, num = [], 0, len(slots)
+    for strip in strips:
+        num_slots, row = strip.rows.shape
+        piece = gcd(row, strip.first, strip.width)
+        per_row, per_strip = row // piece, strip.width // piece
+        where = slots.long() * per_row + strip.first // piece
+        if per_strip > 1:
+            where = (where[:, None] + torch.arange(per_strip)).view(-1)
+        size = num * strip.width
+        part = page[before : before + size].view(num * per_strip, piece)
+        found.append((strip.rows.view(num_slots * per_row, piece), where, part))
+        before += size
+    return found
