@@ -7,12 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreter import hasten
+
 CUDA = torch.cuda.is_available()
 if not CUDA:
     # read when triton is first imported; the test files import it after this one
     os.environ["TRITON_INTERPRET"] = "1"
 # newer Triton warns about the coming default when this is unset, and warnings are errors here
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hastened() -> None:
+    if not CUDA:
+        from triton.runtime import interpreter
+
+        hasten(interpreter)
 
 
 @pytest.fixture(autouse=True)
