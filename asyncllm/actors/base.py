@@ -57,12 +57,14 @@ class Actor(Generic[M]):
         remote: types of messages that it takes from other processes; others are dropped there.
         orders: types that only the coordinator's process sends: where that is another one, they are
             taken as well.
+        foreign: types that it takes from other servers of the cluster, as ``Received`` by peer.
         busy_s: seconds spent inside ``receive`` so far.
     """
 
     capacity = 4096
     remote: Collection[type] = frozenset()
     orders: Collection[type] = frozenset()
+    foreign: Collection[type] = frozenset()
     vital = True  # a crash ends this endpoint's process; False: it ends this actor only
 
     def __init__(self, name: str) -> None:
@@ -89,8 +91,8 @@ class Actor(Generic[M]):
         """Whether a message of another process is one that it can have meant; if not,
         it is dropped.
 
-        Asked of those in ``remote``, whose fields have been checked; here is what only the
-        receiver knows.
+        Asked of those in ``remote``, and of ``Received`` from other servers, whose fields have been
+        checked; here is what only the receiver knows.
         """
         return True
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Coroutine, Iterator
 from typing import Any
 
 from asyncllm.actors.base import AnyActor, MailboxFull, Ref
+from asyncllm.actors.channel import FIRST_PEER, Channel, Listener
+from asyncllm.actors.peers import PeerJoined, PeerLeft, PeerRefused, Received
 from asyncllm.actors.transport import Transport, Wire
 from asyncllm.codec import Message, decode, encode
 from asyncllm.errors import ActorCrashed, FatalError, StartupError
@@ -57,6 +59,8 @@ class ActorSystem:
         self._tasks: dict[asyncio.Task[None], AnyActor] = {}
         self._ended: asyncio.Future[None] = self.loop.create_future()
         self._wire = Transport(wire, self._arrive) if wire else None
+        self._channel: Channel | None = None
+        self._channel_owner = ""
         topology = topology or Topology((Endpoint(id=endpoint),))
         self.topology = topology.at(endpoint, self.address)
         self._dead_log = Seldom(log)
@@ -75,7 +79,12 @@ class ActorSystem:
     @property
     def foreign_frames(self) -> int:
         """Received frames that were not ours."""
-        return self._wire.foreign_frames if self._wire else 0
+        return sum(way.foreign_frames for way in (self._wire, self._channel) if way)
+
+    @property
+    def strangers(self) -> int:
+        """Connections to our ports that did not show that they know the keys."""
+        return sum(way.strangers for way in (self._wire, self._channel) if way)
 
     def state(self) -> Iterator[str]:
         """A line for each actor: its mailbox, its time, what it holds. From any thread."""
@@ -88,6 +97,14 @@ class ActorSystem:
     def address(self) -> str:
         """Where other endpoints reach this one; "" when it is alone."""
         return self._wire.address if self._wire else ""
+
+    def use_channel(self, channel: Channel, owner: str) -> None:
+        """Talk to other servers as well, as long as :meth:`run` runs; closes it.
+
+        Args:
+            owner: the actor that is told who comes and goes.
+        """
+        self._channel, self._channel_owner = channel, owner
 
     def join(self, topology: Topology) -> None:
         """From now on these are the server's endpoints; messages to others are dead letters.
@@ -118,7 +135,10 @@ class ActorSystem:
         return self.ref(actor.name)
 
     def ref(self, name: str, endpoint: int | None = None) -> Ref:
-        """Address of ``name`` on ``endpoint`` (None: here), whether it is there or not."""
+        """Address of ``name`` on ``endpoint`` (None: here), whether it is there or not.
+
+        ``endpoint`` may also be the number of a peer, see :meth:`use_channel`.
+        """
         endpoint = self.endpoint if endpoint is None else endpoint
         return Ref(self, endpoint, name)
 
@@ -147,6 +167,8 @@ class ActorSystem:
                     break
                 opened.append(actor)
                 self._open(actor)
+            if self._channel and not self.over:
+                self._channel.start(Listener(self._peer_changed, self._arrive_from))
             await self._ended
             orderly = True
         finally:
@@ -163,7 +185,9 @@ class ActorSystem:
         self._fail(str(error), error)
 
     def close(self) -> None:
-        """Close the wire, which :meth:`run` does as well."""
+        """Close the wire and the channel, which :meth:`run` does as well."""
+        if self._channel:
+            self._channel.close()
         if self._wire and not self._wire.closed:
             self._wire.close()
 
@@ -193,7 +217,12 @@ class ActorSystem:
 
     def deliver(self, endpoint: int, name: str, msg: Message, urgent: bool) -> None:
         """Put ``msg`` into a mailbox here or send it. Raises MailboxFull or PeerLost."""
-        if endpoint != self.endpoint:
+        if endpoint >= FIRST_PEER:
+            if self._channel is None or not self._channel.knows(endpoint):
+                self._dead_letter(name, msg)
+            else:
+                self._channel.send(endpoint, name, urgent, encode(msg))
+        elif endpoint != self.endpoint:
             if self._wire is None or self._wire.closed or not self._wire.knows(endpoint):
                 self._dead_letter(name, msg)
             else:
@@ -235,6 +264,26 @@ class ActorSystem:
         except MailboxFull as error:  # the sender cannot be told: an inner bound was broken
             log.error("%s@%d overrun by a peer", name, self.endpoint)
             self._fail(f"{name}@{self.endpoint}: {error!r}", error)
+
+    def _arrive_from(self, peer: int, name: str, urgent: bool, msg: Message) -> str | None:
+        """What another server has sent; gives the reason if it cannot have meant it."""
+        if self.over or (actor := self._actors.get(name)) is None:
+            self._dead_letter(name, msg)
+            return None
+        if type(msg) not in actor.foreign:
+            return f"{type(msg).__name__} is not for {name} from another server"
+        received = Received(peer, msg)
+        if not actor.possible(received):  # type: ignore[arg-type]  # it is in ``foreign``
+            return f"{type(msg).__name__} is beyond the limits of {name}"
+        try:
+            actor.put(received, urgent)
+        except MailboxFull:
+            return f"{name} is overrun"
+        return None
+
+    def _peer_changed(self, msg: PeerJoined | PeerLeft | PeerRefused) -> None:
+        if (owner := self._actors.get(self._channel_owner)) is not None and not self.over:
+            owner.put(msg, urgent=True)
 
     def _dead_letter(self, name: str, msg: Message) -> None:
         self.dead_letters += 1

@@ -12,20 +12,26 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf
+from time import monotonic
 
 import msgpack
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from asyncllm.codec import CodecError, Message, decode
 from asyncllm.errors import PeerLost, StartupError
 from asyncllm.log import Seldom
 
 DRAIN_LIMIT = 256  # frames per wake, so that a flood cannot hold the loop
+HANDSHAKE_S = 5.0  # for a connection to show that it knows the keys
 OUTBOX_LIMIT = 65536
 HEAD_LIMIT = 256  # bytes; names are short
 FRAME_LIMIT = 1 << 30  # bytes; a foreign sender cannot make us allocate more
 LINGER_MS = 500
 RETRY_S = (0.001, 0.064)  # first and longest wait for a peer that does not take frames
+
+Socket = zmq.Socket[bytes]
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +81,81 @@ def ipv6(address: str) -> bool:
     return address.startswith("tcp://") and not re.fullmatch(r"tcp://[\d.]+:[\d*]+", address)
 
 
+def protected(sock: Socket, keys: Keys) -> Strangers:
+    """Have a socket that is to listen answer only those who know its public key.
+
+    Returns:
+        what counts the others.
+    """
+    strangers = Strangers(sock)
+    sock.setsockopt(zmq.CURVE_SERVER, 1)
+    sock.setsockopt_string(zmq.CURVE_SECRETKEY, keys.secret)
+    return strangers
+
+
+def known_to(sock: Socket, server: Keys, own: Keys | None = None) -> None:
+    """Have a socket that is to connect show that it knows the public key of the other side.
+
+    Args:
+        own: its own pair; None: a new one.
+    """
+    own = own or Keys.make()
+    sock.setsockopt_string(zmq.CURVE_SERVERKEY, server.public)
+    sock.setsockopt_string(zmq.CURVE_PUBLICKEY, own.public)
+    sock.setsockopt_string(zmq.CURVE_SECRETKEY, own.secret)
+
+
+class Strangers:
+    """Counts connections to a listening socket that did not show that they know its key.
+
+    Only those that ZeroMQ calls failed are counted at once: of those that hang up, or send what is
+    no handshake, it tells no more than that they were accepted. They count when the time for a
+    handshake is over.
+    """
+
+    def __init__(self, sock: Socket, clock: Callable[[], float] = monotonic) -> None:
+        sock.setsockopt(zmq.HANDSHAKE_IVL, int(1e3 * HANDSHAKE_S))
+        failed = (
+            zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        )
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | failed
+        self._clock, where = clock, f"inproc://strangers-{sock.FD}"
+        sock.monitor(where, events)
+        self._monitor: Socket = sock.context.socket(zmq.PAIR)
+        self._monitor.setsockopt(zmq.RCVHWM, 0)  # a full one would stop ZeroMQ's thread
+        self._monitor.connect(where)
+        self._accepted: deque[float] = deque()  # when: those that may still show it
+        self._count = 0
+
+    def count(self) -> int:
+        """Since the start."""
+        now = self._clock()
+        while not self._monitor.closed and self._monitor.poll(0):
+            event = int(recv_monitor_message(self._monitor)["event"])
+            if event == zmq.EVENT_ACCEPTED:
+                self._accepted.append(now)
+            elif self._accepted:  # which one it was is not told
+                self._accepted.popleft()
+                self._count += event != zmq.EVENT_HANDSHAKE_SUCCEEDED
+        while self._accepted and self._accepted[0] < now - 2 * HANDSHAKE_S:
+            self._accepted.popleft()
+            self._count += 1
+        return self._count
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Count as they come, so that nothing piles up."""
+        loop.add_reader(self._monitor.fileno(), self.count)
+        loop.call_soon(self.count)
+
+    def close(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Before the socket is closed; ``loop``: that of :meth:`watch`."""
+        if loop is not None:
+            loop.remove_reader(self._monitor.fileno())
+        self._monitor.close(0)
+
+
 class Transport:
     """Frame = msgpack([name, urgent]) + message. FIFO per (sender, receiver) pair, no loss.
 
@@ -97,18 +178,19 @@ class Transport:
         self.foreign_frames = 0
         self._foreign_log = Seldom(log)
         self._reading = False
-        self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._ctx: zmq.Context[Socket] = zmq.Context()
         self._in = self._ctx.socket(zmq.PULL)
         self._in.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
         self._in.setsockopt(zmq.IPV6, ipv6(wire.address))
-        self._in.setsockopt(zmq.CURVE_SERVER, 1)
-        self._in.setsockopt_string(zmq.CURVE_SECRETKEY, wire.keys.secret)
+        self._strangers = protected(self._in, wire.keys)
         try:
             self._in.bind(wire.address)
         except zmq.ZMQError as error:
+            self._strangers.close()
             self._in.close()
             self._ctx.term()
             raise StartupError(f"cannot listen on {wire.address}: {error}") from error
+        self._strangers.watch(self._loop)
         self.address = self._in.getsockopt_string(zmq.LAST_ENDPOINT)
         if wire.advertised:
             self.address = tcp(wire.advertised, int(self.address.rpartition(":")[2]))
@@ -122,9 +204,7 @@ class Transport:
         sock = self._ctx.socket(zmq.PUSH)
         sock.setsockopt(zmq.LINGER, LINGER_MS)
         sock.setsockopt(zmq.IPV6, ipv6(address))
-        sock.setsockopt_string(zmq.CURVE_SERVERKEY, self._keys.public)
-        sock.setsockopt_string(zmq.CURVE_PUBLICKEY, self._keys.public)
-        sock.setsockopt_string(zmq.CURVE_SECRETKEY, self._keys.secret)
+        known_to(sock, self._keys, self._keys)
         try:
             sock.connect(address)
         except zmq.ZMQError as error:
@@ -159,12 +239,17 @@ class Transport:
         Raises:
             PeerLost: it has stopped reading.
         """
-        self._outs[peer].push(_head(name, urgent) + body)
+        self._outs[peer].push(frame_head(name, urgent) + body)
 
     def reject(self, why: str) -> None:
         """Count a frame, or what was in it, as not ours."""
         self.foreign_frames += 1
         self._foreign_log.warning("foreign frame dropped: %s", why)
+
+    @property
+    def strangers(self) -> int:
+        """Connections that did not show that they know the keys."""
+        return self._strangers.count()
 
     def pause(self) -> None:
         """Deliver nothing any more; sending goes on."""
@@ -177,6 +262,7 @@ class Transport:
         self.pause()
         for out in self._outs.values():
             out.close()
+        self._strangers.close(self._loop)
         self._in.close()
         self._ctx.term()
 
@@ -189,7 +275,8 @@ class Transport:
             except zmq.Again:
                 return
             try:
-                name, urgent, msg = _open(frame)
+                name, urgent, body = split_frame(frame)
+                msg = decode(body)
             except CodecError as error:
                 self.reject(str(error))
                 continue
@@ -197,33 +284,47 @@ class Transport:
         self._loop.call_soon(self._pump)
 
 
-class _Out:
-    """The way to one peer: frames wait here while its socket takes none."""
+class OutboxFull(Exception):
+    """A peer does not read; the text says how much waits for it."""
 
-    def __init__(self, peer: int, sock: zmq.Socket[bytes], loop: asyncio.AbstractEventLoop) -> None:
-        self._peer, self._sock, self._loop = peer, sock, loop
+
+class Outbox:
+    """The way to one peer: frames wait here while its socket takes none.
+
+    Args:
+        send: hands one frame to the socket; raises zmq.Again if it takes none.
+        limit: the most frames, and the most bytes, that may wait.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[bytes], object],
+        loop: asyncio.AbstractEventLoop,
+        limit: tuple[int, float],
+    ) -> None:
+        self._send, self._loop, self._limit = send, loop, limit
         self._box: deque[bytes] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._retry_s = RETRY_S[0]
+        self.size = 0  # bytes that wait
 
     def push(self, frame: bytes) -> None:
-        if len(self._box) >= OUTBOX_LIMIT:
-            raise PeerLost(f"endpoint {self._peer} does not read: {len(self._box)} frames wait")
+        """Send now, or as soon as possible. Raises OutboxFull."""
+        if len(self._box) >= self._limit[0] or self.size >= self._limit[1]:
+            raise OutboxFull(f"{len(self._box)} frames, {self.size} bytes wait")
         self._box.append(frame)
+        self.size += len(frame)
         if self._timer is None:
             self._flush()
 
-    def close(self) -> None:
+    def stop(self, *, flush: bool) -> None:
+        """Nothing is sent any more, but, if ``flush``, what the socket takes now."""
         if self._timer is not None:
             self._timer.cancel()
-        self._send_all()
-        self._sock.close()
-
-    def drop(self) -> None:
-        """Close, without what waits."""
+        if flush:
+            self._send_all()
         self._box.clear()
-        self._sock.setsockopt(zmq.LINGER, 0)
-        self.close()
+        self.size = 0
 
     def _flush(self) -> None:
         if self._send_all():
@@ -236,21 +337,46 @@ class _Out:
         """False when the peer is not there yet or at its high-water mark."""
         while self._box:
             try:
-                self._sock.send(self._box[0], zmq.NOBLOCK)
+                self._send(self._box[0])
             except zmq.Again:
                 return False
-            self._box.popleft()
+            self.size -= len(self._box.popleft())
         return True
 
 
+class _Out:
+    """The way to one endpoint, with a socket of its own."""
+
+    def __init__(self, peer: int, sock: Socket, loop: asyncio.AbstractEventLoop) -> None:
+        self._peer, self._sock = peer, sock
+        limit = OUTBOX_LIMIT, inf
+        self._box = Outbox(lambda frame: sock.send(frame, zmq.NOBLOCK), loop, limit)
+
+    def push(self, frame: bytes) -> None:
+        try:
+            self._box.push(frame)
+        except OutboxFull as error:
+            raise PeerLost(f"endpoint {self._peer} does not read: {error}") from None
+
+    def close(self) -> None:
+        self._box.stop(flush=True)
+        self._sock.close()
+
+    def drop(self) -> None:
+        """Close, without what waits."""
+        self._box.stop(flush=False)
+        self._sock.close(0)
+
+
 @cache
-def _head(name: str, urgent: bool) -> bytes:
+def frame_head(name: str, urgent: bool) -> bytes:
+    """What stands before a message on the wire."""
     head: bytes = msgpack.packb((name, urgent))
     assert len(head) <= HEAD_LIMIT, name
     return head
 
 
-def _open(frame: bytes) -> tuple[str, bool, Message]:
+def split_frame(frame: bytes) -> tuple[str, bool, memoryview]:
     """Actor name, urgency and message of one frame. Raises CodecError for any other bytes."""
     view = memoryview(frame)
     reader = msgpack.Unpacker(use_list=False)
@@ -261,4 +387,4 @@ def _open(frame: bytes) -> tuple[str, bool, Message]:
             raise TypeError("not (name, urgent)")
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise CodecError(f"{len(frame)} bytes without a header: {error!r}") from error
-    return name, urgent, decode(view[reader.tell() :])
+    return name, urgent, view[reader.tell() :]

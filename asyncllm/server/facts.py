@@ -1,4 +1,4 @@
-"""What of a node's files and devices must be the same on all nodes of a server."""
+"""What of a process's files and devices must be the same on nodes of a server, or in a cluster."""
 
 from __future__ import annotations
 
@@ -19,11 +19,29 @@ HEADER_SIZE = 8  # bytes; a safetensors file begins with the length of its heade
 MOST_HEADER = 100 << 20
 
 
-def facts(config: Config, resolved: Resolved, model_dir: Path) -> tuple[tuple[str, str], ...]:
-    """(name, value) of each.
+Facts = tuple[tuple[str, str], ...]
 
-    Files are told by hashes: the model by config.json and by what its weight files are said to hold
-    (their index, else their headers), the tokenizer by all of its files.
+
+def facts(config: Config, resolved: Resolved, model_dir: Path) -> Facts:
+    """(name, value) of what the nodes of one server must have in common.
+
+    Raises:
+        StartupError: a file cannot be read.
+    """
+    return (
+        *model_facts(config, model_dir),
+        ("device", resolved.device),
+        *kv_facts(resolved),
+        ("max_req_total_len", str(resolved.max_req_total_len)),
+        ("batch_max_tokens", str(resolved.batch_max_tokens)),
+        ("chunked_prefill_size", str(resolved.chunked_prefill_size)),
+        ("eos_ids", str(sorted(resolved.eos_ids))),
+    )
+
+
+def model_facts(config: Config, model_dir: Path) -> Facts:
+    """Hashes of a model: of config.json and of what its weight files are said to hold (their index,
+    else their headers), and of all files of its tokenizer.
 
     Raises:
         StartupError: a file cannot be read.
@@ -32,16 +50,12 @@ def facts(config: Config, resolved: Resolved, model_dir: Path) -> tuple[tuple[st
         model, tokenizer = _model(model_dir, config.load_way), _digest(model_dir, TOKENIZER)
     except OSError as error:
         raise StartupError(f"{error.filename}: {error.strerror}") from None
-    return (
-        ("model (config.json and index of the weights)", model),
-        ("tokenizer", tokenizer),
-        ("device", resolved.device),
-        ("K/V layout", " ".join((resolved.dtype, *resolved.kv_mode))),
-        ("max_req_total_len", str(resolved.max_req_total_len)),
-        ("batch_max_tokens", str(resolved.batch_max_tokens)),
-        ("chunked_prefill_size", str(resolved.chunked_prefill_size)),
-        ("eos_ids", str(sorted(resolved.eos_ids))),
-    )
+    return ("model (config.json and index of the weights)", model), ("tokenizer", tokenizer)
+
+
+def kv_facts(resolved: Resolved) -> Facts:
+    """What must be equal, beside the model, where K/V of one process is read by another."""
+    return (("K/V layout", " ".join((resolved.dtype, *resolved.kv_mode))),)
 
 
 def _model(folder: Path, load_way: str) -> str:

@@ -11,6 +11,7 @@ import re
 import secrets
 import socket
 import stat
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from asyncllm.errors import StartupError
 SECRET_BYTES = 32
 MOST_SECRETS = 2  # while one gives way to another
 NO_SECRET = bytes(SECRET_BYTES)  # on the loopback interface: whoever may use it may join
-PURPOSE = b"asyncllm-nodes-1"  # other uses of the same secret have other keys
+# each use of a secret has its own keys
+NODES = b"asyncllm-nodes-1"  # where the nodes of a server meet
+CHANNEL = b"asyncllm-servers"  # between the servers of a cluster
 _SECRET = re.compile(f"[0-9a-f]{{{2 * SECRET_BYTES}}}")
 
 
@@ -42,27 +45,35 @@ def make_key_file(path: Path) -> None:
         file.write(f"{secrets.token_hex(SECRET_BYTES)}\n")
 
 
-def cluster_keys(config: Config) -> tuple[Keys, ...]:
+def cluster_keys(
+    config: Config,
+    purpose: bytes = NODES,
+    hosts: Sequence[str] = ("nccl_host", "advertise_host"),
+) -> tuple[Keys, ...]:
     """Key pairs of --cluster_key_file, in its order; without a file those of the loopback.
 
+    Args:
+        purpose: what they are for; ``NODES`` or ``CHANNEL``.
+        hosts: options that say where this process listens, or connects to, with these keys.
+
     Raises:
-        StartupError: the file cannot be used, or nodes are to meet where strangers are.
+        StartupError: the file cannot be used, or servers are to meet where strangers are.
     """
     if config.cluster_key_file is not None:
-        return tuple(derive(each) for each in _read(Path(config.cluster_key_file)))
-    for name in ("nccl_host", "advertise_host"):
+        return tuple(derive(each, purpose) for each in _read(Path(config.cluster_key_file)))
+    for name in hosts:
         host = getattr(config, name)
         if host is not None and not is_loopback(host):
             raise StartupError(
                 f"--{name} {host} can be reached from other machines: that needs a secret that all "
                 "nodes have (asyncllm --make_cluster_key FILE, copy it, --cluster_key_file FILE)"
             )
-    return (derive(NO_SECRET),)
+    return (derive(NO_SECRET, purpose),)
 
 
-def derive(secret: bytes) -> Keys:
-    """The key pair of a secret; the same everywhere."""
-    key = blake2b(key=secret, person=PURPOSE, digest_size=32).digest()
+def derive(secret: bytes, purpose: bytes = NODES) -> Keys:
+    """The key pair of a secret for one purpose; the same everywhere."""
+    key = blake2b(key=secret, person=purpose, digest_size=32).digest()
     text = z85.encode(key)
     return Keys(zmq.curve_public(text).decode(), text.decode())
 

@@ -1,0 +1,521 @@
+"""The channel between the servers of a cluster: who is there, and frames from one to another.
+
+Each server has one end of it in one of its processes. It listens, connects to others, or both; two
+ends that are connected are peers, and know each other's :class:`Card`. Knows frames and peers;
+knows neither actors nor what servers tell each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from asyncllm.actors.peers import Beat, Bye, Card, Greeting, PeerJoined, PeerLeft, PeerRefused
+from asyncllm.actors.transport import (
+    DRAIN_LIMIT,
+    LINGER_MS,
+    Keys,
+    Outbox,
+    OutboxFull,
+    Socket,
+    Strangers,
+    frame_head,
+    ipv6,
+    known_to,
+    protected,
+    split_frame,
+    tcp,
+)
+from asyncllm.codec import CodecError, Message, decode, encode, protocol
+from asyncllm.errors import StartupError
+from asyncllm.log import Seldom
+
+FIRST_PEER = 1 << 23  # beyond the endpoints of a server, whose numbers are in request ids
+MOST_PEERS = 1024
+BEAT_S = 0.3  # between two signs of life, less with a small --dead_after
+BEATS = 20  # of --dead_after, at least
+FRAME_LIMIT = 1 << 26  # bytes
+QUEUE = 128  # frames that ZeroMQ holds for a peer, and for us
+OUTBOX = 65536, 1 << 28  # frames and bytes that wait for a peer beyond these
+ATTEMPT_S = 3.0  # to be connected, and known to the other side
+PING_S = 5.0  # of ZeroMQ's own
+AGAIN_S = (0.5, 5.0)  # first and longest wait between two attempts
+CONTROL = "#"  # begins the name in frames of the channel's own, whose protocol follows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Who is told what goes on.
+
+    Args:
+        owner: told who comes and goes.
+        message: told (peer, actor name, urgent, message); gives the reason, if no peer can have
+            meant that.
+    """
+
+    owner: Callable[[PeerJoined | PeerLeft | PeerRefused], None]
+    message: Callable[[int, str, bool, Message], str | None]
+
+
+class _Gone(Exception):
+    """There is no connection any more."""
+
+
+class _Link(ABC):
+    """A connection that another end has, or may come to have.
+
+    Attributes:
+        peer: its number; 0: it has not said who it is.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.peer, self.card, self.dialled = 0, Card(role="", name="", incarnation=""), ""
+        self.heard = monotonic()
+        self.box = Outbox(self.put, loop, OUTBOX)
+
+    @abstractmethod
+    def put(self, frame: bytes) -> None:
+        """Hand a frame to the socket. Raises zmq.Again, or _Gone."""
+
+    def close(self) -> None:
+        """Nothing is sent or heard any more."""
+        self.box.stop(flush=False)
+
+
+class _Guest(_Link):
+    """One that has connected to us."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: Socket, ident: bytes) -> None:
+        super().__init__(loop)
+        self._sock, self.ident = sock, ident
+
+    def put(self, frame: bytes) -> None:
+        try:
+            self._sock.send_multipart([self.ident, frame], zmq.NOBLOCK)
+        except zmq.Again:
+            raise
+        except zmq.ZMQError as error:
+            raise _Gone("its connection is closed") from error
+
+
+class _Call(_Link):
+    """One attempt to connect to another end, and what comes of it.
+
+    ZeroMQ would connect again by itself, to whoever is there then, without a word about what was
+    lost: so it may not, and each attempt has a socket of its own.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sock: Socket, address: str, keys: Keys
+    ) -> None:
+        super().__init__(loop)
+        self.sock, self._gone = sock, False
+        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+        self._monitor = sock.get_monitor_socket(events)
+        sock.setsockopt(zmq.ROUTING_ID, b"p" + secrets.token_bytes(12))
+        sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        _bounds(sock, address)
+        known_to(sock, keys)
+        sock.connect(address)
+
+    def put(self, frame: bytes) -> None:
+        if self.gone():
+            raise _Gone("its connection is closed")
+        self.sock.send(frame, zmq.NOBLOCK)
+
+    def gone(self) -> bool:
+        """Whether it never came, or has been closed."""
+        while not self._gone and self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            self._gone = True
+        return self._gone
+
+    def close(self) -> None:
+        super().close()
+        self._monitor.close(0)
+        self.sock.close(LINGER_MS)
+
+
+@dataclass(slots=True)
+class _Dial:
+    """An end that we look for, at each of its addresses, with each of our secrets."""
+
+    host: str
+    port: int
+    call: _Call | None = None
+    attempts: int = 0
+    due: float = 0.0
+    again_s: float = AGAIN_S[0]
+    looking: asyncio.Task[None] | None = None
+    addresses: Sequence[str] = ()
+
+
+class Channel:
+    """One server's end.
+
+    Args:
+        card: what is told to others.
+        keys: pairs of the cluster's secrets: it listens with the first, and looks for others with
+            each in turn.
+        dead_after_s: half of that may pass without a sign of life of a peer.
+
+    Attributes:
+        admit: asked about each one that connects to us; gives the reason if it is not let in.
+        foreign_frames: frames of those who have not said who they are; dropped.
+        port: where it listens; 0: it does not.
+    """
+
+    def __init__(self, card: Card, keys: Sequence[Keys], dead_after_s: float = 10.0) -> None:
+        self.card, self._keys = card, keys
+        self.admit: Callable[[Card], str | None] = lambda _: None
+        self.foreign_frames = self.port = 0
+        self._beat_s, self._limit_s = min(BEAT_S, dead_after_s / BEATS), dead_after_s / 2
+        self._ctx: zmq.Context[Socket] = zmq.Context()
+        self._door: Socket | None = None
+        self._strangers: Strangers | None = None
+        self._listener: Listener | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._dials: dict[str, _Dial] = {}
+        self._guests: dict[bytes, _Guest] = {}
+        self._peers: dict[int, _Link] = {}
+        self._next_peer = FIRST_PEER
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._pumping = False
+        self._log = Seldom(log)
+
+    # -- for its owner -----------------------------------------------------------------------------
+
+    def listen(self, host: str, port: int) -> None:
+        """Let others connect to a port of this machine (0: any).
+
+        Raises:
+            StartupError: it cannot be used.
+        """
+        self._door = sock = self._ctx.socket(zmq.ROUTER)
+        sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        address = tcp(host, port or "*")
+        _bounds(sock, address)
+        self._strangers = protected(sock, self._keys[0])
+        try:
+            sock.bind(address)
+        except zmq.ZMQError as error:
+            raise StartupError(f"other servers cannot connect to {host}:{port}: {error}") from None
+        self.port = int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+
+    def dial(self, host: str, port: int) -> str:
+        """Look for the server there until :meth:`forget`, also after it has gone.
+
+        Returns:
+            what messages about it call that place.
+        """
+        where = tcp(host, port).removeprefix("tcp://")
+        if where not in self._dials:
+            self._dials[where] = _Dial(host, port)
+            if self._listener is not None:
+                self._call(where, self._dials[where])
+        return where
+
+    def forget(self, where: str) -> None:
+        """Look no more there; a peer that was found there is hung up on."""
+        if (dial := self._dials.pop(where, None)) is not None:
+            if dial.looking is not None:
+                dial.looking.cancel()
+            if dial.call is not None:
+                self._end(dial.call, "it is not wanted any more", Bye("not wanted any more", False))
+
+    def drop(self, peer: int, why: str) -> None:
+        """Hang up on a peer, which is told why."""
+        if (link := self._peers.get(peer)) is not None:
+            self._end(link, why, Bye(why, False))
+
+    @property
+    def peers(self) -> Mapping[int, Card]:
+        """Those who are connected."""
+        return {peer: link.card for peer, link in self._peers.items()}
+
+    def waiting(self, peer: int) -> int:
+        """Bytes that wait here until a peer reads; 0 for one that has left."""
+        return link.box.size if (link := self._peers.get(peer)) else 0
+
+    @property
+    def strangers(self) -> int:
+        """Connections that did not show that they know the secret."""
+        return self._strangers.count() if self._strangers else 0
+
+    # -- for the system ----------------------------------------------------------------------------
+
+    def start(self, listener: Listener) -> None:
+        """From now on, on the running loop."""
+        self._listener, self._loop = listener, asyncio.get_running_loop()
+        if self._door is not None:
+            assert self._strangers is not None
+            self._strangers.watch(self._loop)
+            self._loop.add_reader(self._door.fileno(), self._pump)
+        self._due = monotonic()
+        self._tick()
+        self._pump_soon()
+
+    def knows(self, peer: int) -> bool:
+        """Whether a peer is connected."""
+        return peer in self._peers
+
+    def send(self, peer: int, name: str, urgent: bool, body: bytes) -> None:
+        """Queue one encoded message for a peer that is connected; one that does not read is
+        dropped."""
+        self._push(self._peers[peer], frame_head(name, urgent) + body)
+
+    def close(self) -> None:
+        """Say goodbye to all."""
+        if self._ctx.closed:
+            return
+        for link in [*self._peers.values()]:
+            self._say(link, Bye("it stops", False))
+        for dial in self._dials.values():
+            if dial.looking is not None:
+                dial.looking.cancel()
+            if dial.call is not None:
+                self._hang_up(dial.call)
+        for guest in self._guests.values():
+            guest.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._door is not None:
+            assert self._strangers is not None
+            if self._listener is not None:
+                self._loop.remove_reader(self._door.fileno())
+            self._strangers.close(self._loop if self._listener is not None else None)
+        self._listener = None
+        self._ctx.destroy(LINGER_MS)
+
+    # -- frames ------------------------------------------------------------------------------------
+
+    def _pump_soon(self) -> None:
+        """Sending, too, takes the mark from a descriptor that something has come in."""
+        if not self._pumping:
+            self._pumping = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping, left = False, DRAIN_LIMIT
+        while left > 0 and self._listener is not None:
+            before = left
+            if self._door is not None:
+                with contextlib.suppress(zmq.Again):
+                    ident, *frames = self._door.recv_multipart(zmq.NOBLOCK)
+                    left -= 1
+                    self._from_guest(ident, frames)
+            for dial in [*self._dials.values()]:
+                if (call := dial.call) is not None and not call.sock.closed:
+                    with contextlib.suppress(zmq.Again):
+                        frames = call.sock.recv_multipart(zmq.NOBLOCK)
+                        left -= 1
+                        self._take(call, frames)
+            if left == before:
+                return
+        if self._listener is not None:
+            self._pump_soon()
+
+    def _from_guest(self, ident: bytes, frames: list[bytes]) -> None:
+        assert self._door is not None
+        if (guest := self._guests.get(ident)) is None:
+            guest = _Guest(self._loop, self._door, ident)
+        self._take(guest, frames)
+
+    def _take(self, link: _Link, frames: list[bytes]) -> None:
+        link.heard = monotonic()
+        try:
+            if len(frames) != 1:
+                raise CodecError(f"{len(frames)} frames instead of one")
+            name, urgent, body = split_frame(frames[0])
+            if name.startswith(CONTROL):
+                self._control(link, name, body)
+                return
+            if not link.peer:
+                raise CodecError("no greeting")
+            assert self._listener is not None
+            complaint = self._listener.message(link.peer, name, urgent, decode(body))
+        except CodecError as error:
+            complaint = str(error)
+        if complaint is not None:
+            self._foreign(link, complaint)
+
+    def _foreign(self, link: _Link, complaint: str) -> None:
+        if link.peer:
+            log.warning("%s sends what is not possible: %s", link.card, complaint)
+            self._end(link, f"it sends what is not possible: {complaint}", Bye(complaint, False))
+            return
+        self.foreign_frames += 1
+        self._log.warning("frame of nobody that is known is dropped: %s", complaint)
+        self._say(link, Bye(complaint, False))  # perhaps it takes itself for a peer
+
+    def _control(self, link: _Link, name: str, body: memoryview) -> None:
+        if (theirs := name.removeprefix(CONTROL)) != protocol():
+            self._unlike(link, f"its protocol is {theirs!r}, ours {protocol()!r}")
+            return
+        match decode(body):
+            case Greeting(card) if not link.peer:
+                self._meet(link, card)
+            case Bye(why, refused):
+                self._end(link, f"it hung up: {why}", None, refused=why if refused else "")
+            case Beat() if link.peer:
+                pass
+            case other:
+                raise CodecError(f"{type(other).__name__}, which is not expected")
+
+    def _unlike(self, link: _Link, what: str) -> None:
+        """The other one cannot belong to our cluster, or we to its."""
+        if isinstance(link, _Call):
+            self._end(link, what, None, refused=what)
+        else:
+            self._refuse(link, what)
+
+    def _refuse(self, link: _Link, what: str) -> None:
+        self._log.warning("%s is not let in: %s", link.card if link.card.role else "one", what)
+        self._end(link, what, Bye(what, True))
+
+    def _meet(self, link: _Link, card: Card) -> None:
+        link.card = card
+        if breach := self.card.difference(card):
+            what, ours, theirs = breach
+            if isinstance(link, _Call):
+                why = f"{what} here is {ours}, that of {card} {theirs}"
+            else:
+                why = f"{what} of {card} is {theirs}, that of {self.card} {ours}"
+            self._unlike(link, why)
+            return
+        if isinstance(link, _Guest):
+            if len(self._guests) >= MOST_PEERS:
+                self._refuse(link, f"{MOST_PEERS} are connected already")
+                return
+            if why_not := self.admit(card):
+                self._refuse(link, why_not)
+                return
+            self._guests[link.ident] = link
+            self._say(link, Greeting(self.card))
+        link.peer, self._next_peer = self._next_peer, self._next_peer + 1
+        self._peers[link.peer] = link
+        if dial := self._dials.get(link.dialled):
+            dial.again_s = AGAIN_S[0]
+        log.info("%s is there (peer %d)", card, link.peer)
+        self._tell(PeerJoined(link.peer, card, link.dialled))
+
+    def _say(self, link: _Link, msg: Message) -> None:
+        """One message of the channel's own; lost if the other one does not read."""
+        with contextlib.suppress(zmq.Again, _Gone):
+            link.put(frame_head(CONTROL + protocol(), True) + encode(msg))
+            self._pump_soon()
+
+    def _push(self, link: _Link, frame: bytes) -> None:
+        try:
+            link.box.push(frame)
+            self._pump_soon()
+        except OutboxFull as error:
+            self._end(link, f"it does not read: {error}", Bye("does not read", False))
+        except _Gone as error:
+            self._end(link, str(error), None)
+
+    def _end(self, link: _Link, why: str, bye: Bye | None, refused: str = "") -> None:
+        """Of a connection, and of the peer there, if there was one."""
+        if bye is not None:
+            self._say(link, bye)
+        self._hang_up(link)
+        if peer := link.peer:
+            link.peer = 0
+            del self._peers[peer]
+            log.info("%s has left (peer %d): %s", link.card, peer, why)
+            self._tell(PeerLeft(peer, link.card, why))
+        if refused:
+            self._tell(PeerRefused(link.dialled, refused))
+
+    def _hang_up(self, link: _Link) -> None:
+        if isinstance(link, _Call):
+            if not link.sock.closed:
+                self._loop.remove_reader(link.sock.fileno())
+            link.close()
+            if (dial := self._dials.get(link.dialled)) and dial.call is link:
+                dial.call, dial.due = None, monotonic() + dial.again_s
+                dial.again_s = min(2 * dial.again_s, AGAIN_S[1])
+        elif isinstance(link, _Guest):
+            self._guests.pop(link.ident, None)
+            link.close()
+
+    def _tell(self, msg: PeerJoined | PeerLeft | PeerRefused) -> None:
+        if self._listener is not None:
+            self._listener.owner(msg)
+
+    # -- time --------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Signs of life, both ways, and attempts to connect."""
+        now = monotonic()
+        # perhaps it was this process that was stopped: nobody else is to blame for that time
+        late = max(0.0, now - self._due - self._beat_s)
+        self._due = now + self._beat_s
+        self._timer = self._loop.call_later(self._beat_s, self._tick)
+        for link in [*self._peers.values()]:
+            link.heard += late
+            try:
+                with contextlib.suppress(zmq.Again):
+                    link.put(frame_head(CONTROL + protocol(), True) + encode(Beat()))
+            except _Gone as error:
+                self._end(link, str(error), None)
+                continue
+            if (silent := now - link.heard) > self._limit_s:
+                why = f"it has been silent for {silent:.1f} s (--dead_after)"
+                self._end(link, why, Bye(why, False))
+        for where, dial in [*self._dials.items()]:
+            self._look_at(where, dial, now)
+        self._pump_soon()
+
+    def _look_at(self, where: str, dial: _Dial, now: float) -> None:
+        if (call := dial.call) is None:
+            if now >= dial.due and dial.looking is None:
+                self._call(where, dial)
+        elif not call.peer and (call.gone() or now > call.heard + ATTEMPT_S):
+            self._end(call, "no answer", None)
+
+    def _call(self, where: str, dial: _Dial) -> None:
+        dial.looking = self._loop.create_task(self._connect(where, dial))
+
+    async def _connect(self, where: str, dial: _Dial) -> None:
+        """One attempt: the next of our keys at the next of its addresses."""
+        number, dial.attempts = dial.attempts, dial.attempts + 1
+        try:
+            turn, key = divmod(number, len(self._keys))
+            if turn % max(1, len(dial.addresses)) == 0 and key == 0:
+                found = await self._loop.getaddrinfo(dial.host, dial.port, type=socket.SOCK_STREAM)
+                dial.addresses = [*dict.fromkeys(str(each[4][0]) for each in found)]
+            address = tcp(dial.addresses[turn % len(dial.addresses)], dial.port)
+        except (OSError, UnicodeError) as error:
+            self._log.warning("%s: %s", where, error)
+            dial.due = monotonic() + AGAIN_S[1]
+            return
+        finally:
+            dial.looking = None
+        call = _Call(self._loop, self._ctx.socket(zmq.DEALER), address, self._keys[key])
+        call.dialled, dial.call = where, call
+        self._loop.add_reader(call.sock.fileno(), self._pump)
+        self._say(call, Greeting(self.card))
+
+
+def _bounds(sock: Socket, address: str) -> None:
+    sock.setsockopt(zmq.LINGER, LINGER_MS)
+    sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+    sock.setsockopt(zmq.SNDHWM, QUEUE)
+    sock.setsockopt(zmq.RCVHWM, QUEUE)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, int(1e3 * PING_S))  # who is cut off is closed at last
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(4e3 * PING_S))
+    sock.setsockopt(zmq.IPV6, ipv6(address))
