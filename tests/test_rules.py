@@ -6,7 +6,7 @@ import ast
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -109,6 +109,11 @@ class Module:
     def tree(self) -> ast.Module:
         return ast.parse(self.text)
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All of the tree."""
+        return list(ast.walk(self.tree))
+
     @property
     def layer(self) -> str:
         """The first folder below asyncllm/, "" for a top level file."""
@@ -119,7 +124,7 @@ class Module:
         """Absolute dotted names; ``from a import b`` gives a.b, be it a module or a name."""
         found = set()
         package = ["asyncllm", *self.path.split("/")[:-1]]
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -132,7 +137,7 @@ class Module:
     def aliases(self) -> dict[str, str]:
         """Local name -> imported dotted name."""
         names = {}
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 names |= {a.asname: a.name for a in node.names if a.asname}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -149,9 +154,10 @@ class Module:
             return ""
         return ".".join([self.aliases.get(node.id, node.id), *reversed(parts)])
 
-    def calls(self) -> Iterator[tuple[str, ast.Call]]:
+    @cached_property
+    def calls(self) -> list[tuple[str, ast.Call]]:
         """Every call with the qualified name of the function around it."""
-        yield from _calls(self.tree, "")
+        return list(_calls(self.tree, ""))
 
 
 def _calls(node: ast.AST, where: str) -> Iterator[tuple[str, ast.Call]]:
@@ -181,7 +187,7 @@ def size(module: Module) -> Iterator[str]:
     if (num_lines := module.text.count("\n")) > 600:
         yield f"{num_lines} lines"
     limit = 150 if module.layer == "kernels" else 60
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             if length > limit:
@@ -245,13 +251,13 @@ def protocols(module: Module) -> Iterator[str]:
 def foreign_code(module: Module) -> Iterator[str]:
     if bad := _roots(module.imports) & FOREIGN_CODE:
         yield f"imports {bad}"
-    for _, call in module.calls():
+    for _, call in module.calls:
         if isinstance(call.func, ast.Attribute) and call.func.attr in BANNED_METHODS:
             yield f"line {call.lineno}: {call.func.attr} pickles"
 
 
 def banned_calls(module: Module) -> Iterator[str]:
-    for where, call in module.calls():
+    for where, call in module.calls:
         name = module.dotted(call.func)
         if name == "torch.load" and (module.path, where) in UNPICKLES and _only_weights(call):
             continue
@@ -266,7 +272,7 @@ def _only_weights(call: ast.Call) -> bool:
 def environment(module: Module) -> Iterator[str]:
     if module.path == "environment.py":
         return
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Attribute | ast.Name):
             name = module.dotted(node)
             if name in {"os.environ", "os.environb", "os.getenv", "os.putenv"}:
@@ -276,7 +282,7 @@ def environment(module: Module) -> Iterator[str]:
 def sync_calls(module: Module) -> Iterator[str]:
     if module.layer not in NO_SYNC:
         return
-    for where, call in module.calls():
+    for where, call in module.calls:
         attr = call.func.attr if isinstance(call.func, ast.Attribute) else ""
         if attr in SYNC_CALLS and (module.path, where) not in SYNC_ALLOWED:
             yield f"line {call.lineno}, {where}: .{attr}() waits for the device"
@@ -299,7 +305,7 @@ def _is_kernel(module: Module) -> bool:
 
 
 def broad_excepts(module: Module) -> Iterator[str]:
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if not isinstance(node, ast.ExceptHandler):
             continue
         caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
@@ -314,7 +320,7 @@ def broad_excepts(module: Module) -> Iterator[str]:
 def known_objects(module: Module) -> Iterator[str]:
     if module.layer == "api":
         return
-    for _, call in module.calls():
+    for _, call in module.calls:
         name, text = module.dotted(call.func), ast.unparse(call)
         asks = name == "hasattr" or (name == "getattr" and len(call.args) == 3)
         if asks and (module.path, text) not in FOREIGN_OBJECTS:
@@ -323,7 +329,7 @@ def known_objects(module: Module) -> Iterator[str]:
 
 def parameters(module: Module) -> Iterator[str]:
     """Kernels and their launchers take what a device needs."""
-    for node in ast.walk(module.tree) if module.layer not in {"kernels", "api"} else ():
+    for node in module.nodes if module.layer not in {"kernels", "api"} else ():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
             num = len(names) - (names[:1] in (["self"], ["cls"]))
@@ -332,7 +338,7 @@ def parameters(module: Module) -> Iterator[str]:
 
 
 def messages_by_keyword(module: Module) -> Iterator[str]:
-    for where, call in module.calls():
+    for where, call in module.calls:
         name = module.dotted(call.func)
         if (module.path, where) == ("actors/detokenizer.py", "_Stream._take_one"):
             continue  # once a token
@@ -361,7 +367,7 @@ RULES: list[Callable[[Module], Iterator[str]]] = [
 def tags(module: Module) -> list[tuple[int, str]]:
     """(tag, class) of every message; a tag that is not a literal is -1."""
     found = []
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.ClassDef):
             for deco in node.decorator_list:
                 if isinstance(deco, ast.Call) and module.dotted(deco.func).endswith("message"):
@@ -383,6 +389,14 @@ def taken_twice(found: list[tuple[int, str]]) -> list[str]:
 # -- the package obeys -------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten() -> Iterator[None]:
+    """Further tests are slower while there are a million nodes of trees."""
+    yield
+    sources.cache_clear()
+
+
+@cache
 def sources() -> list[Module]:
     paths = sorted(PACKAGE.rglob("*.py"))
     return [Module(p.relative_to(PACKAGE).as_posix(), p.read_text()) for p in paths]
@@ -396,7 +410,7 @@ def test_the_package_obeys(rule: Callable[[Module], Iterator[str]]) -> None:
 
 
 def num_any(module: Module) -> int:
-    return sum(isinstance(n, ast.Name) and n.id == "Any" for n in ast.walk(module.tree))
+    return sum(isinstance(n, ast.Name) and n.id == "Any" for n in module.nodes)
 
 
 def test_what_is_bounded_as_a_whole_only_goes_down() -> None:
@@ -426,7 +440,7 @@ def actors_of(modules: list[Module]) -> dict[str, str]:
     """Class -> actor's name, for each subclass of Actor in actors/."""
     found = {}
     for module in modules:
-        for node in ast.walk(module.tree) if module.layer == "actors" else ():
+        for node in module.nodes if module.layer == "actors" else ():
             if isinstance(node, ast.ClassDef) and any(_is_actor(base) for base in node.bases):
                 found[node.name] = module.path.removeprefix("actors/").removesuffix(".py")
     return found
@@ -471,7 +485,7 @@ def test_what_is_allowed_still_exists() -> None:
     used = {
         (module.path, where)
         for module in sources()
-        for where, call in module.calls()
+        for where, call in module.calls
         if isinstance(call.func, ast.Attribute) and call.func.attr in SYNC_CALLS
     }
     assert used >= SYNC_ALLOWED
