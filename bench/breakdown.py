@@ -21,7 +21,7 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from asyncllm.errors import StartupError
-from asyncllm.server.loading import Parts
+from asyncllm.server.loading import Loaded
 from bench.offline import (
     Phase,
     Workload,
@@ -230,15 +230,15 @@ def summary(phase: Phase) -> str:
     return text + (f", gap {gap['p50']:.3f} ms (p99 {gap['p99']:.3f})" if gap else "")
 
 
-async def report(a: argparse.Namespace, parts: Parts) -> str:
+async def report(a: argparse.Namespace, loaded: Loaded) -> str:
     """Run prefill, then decode, each first without and then with the profiler; the tables.
 
     Raises:
         StartupError: the asked steps do not fit into lanes or K/V.
     """
-    check_fit(a, parts)
-    resolved, vocab = parts.boot.resolved, parts.spec.vocab_size
-    fits = max(1, parts.num_slots.full * 3 // 4 // (a.inp + 1))
+    check_fit(a, loaded)
+    resolved, vocab = loaded.boot.resolved, loaded.spec.vocab_size
+    fits = max(1, loaded.num_slots.full * 3 // 4 // (a.inp + 1))
     num = max(1, min(fits, round(a.prefill_steps * resolved.batch_max_tokens / a.inp)))
     wide = random_workloads(
         argparse.Namespace(**{**vars(a), "n": num, "out": 1}), vocab, "warm", "plain", "profiled"
@@ -248,7 +248,7 @@ async def report(a: argparse.Namespace, parts: Parts) -> str:
     )["deep"]
     once = Workload(deep.prompts, 1, deep.temperature, deep.top_p)
     sections = []
-    async with engine(parts) as offline:
+    async with engine(loaded) as offline:
 
         async def profiled(name: str, work: Workload) -> str:
             with profiler() as prof:
@@ -285,21 +285,21 @@ def profiler() -> profile:
     )
 
 
-def check_fit(a: argparse.Namespace, parts: Parts) -> None:
+def check_fit(a: argparse.Namespace, loaded: Loaded) -> None:
     """Refuse work of which parts would have to wait.
 
     Raises:
         StartupError: more rows than lanes, or more tokens than K/V slots.
     """
-    resolved = parts.boot.resolved
+    resolved = loaded.boot.resolved
     if a.n > resolved.running_max_req_size:
         raise StartupError(
             f"--n {a.n} is more than --running_max_req_size {resolved.running_max_req_size}"
         )
-    if (needed := a.n * (a.inp + a.decode_steps)) > parts.num_slots.full:
+    if (needed := a.n * (a.inp + a.decode_steps)) > loaded.num_slots.full:
         raise StartupError(
             f"--n {a.n} rows of --inp {a.inp} and --decode-steps {a.decode_steps} tokens need "
-            f"{needed:,} K/V slots, there are {parts.num_slots.full:,}"
+            f"{needed:,} K/V slots, there are {loaded.num_slots.full:,}"
         )
 
 

@@ -34,7 +34,7 @@ from asyncllm.actors.renderer import Renderer
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.api.common.answer import Vocab
-from asyncllm.api.common.request import Served
+from asyncllm.api.common.request import ServedModel
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.core.scheduling import Core
@@ -119,7 +119,7 @@ async def streams(args: argparse.Namespace, text: Text) -> None:
     sock = socket.create_server(("127.0.0.1", 0))
     pieces, opened = text.pieces, asyncio.Event()
     front = Frontend(
-        served=Served(
+        served=ServedModel(
             name="m", listed=("m",), accepted=frozenset({"m"}), model_name="m",
             max_len=MAX_LEN, vocab_size=len(pieces), created=0,
         ),

@@ -48,7 +48,7 @@ from asyncllm.models.spec import ModelSpec
 from asyncllm.rank import resolve
 from asyncllm.server.assembly import make_allocator, make_scheduler
 from asyncllm.server.launch import Boot
-from asyncllm.server.loading import Parts, load_parts
+from asyncllm.server.loading import Loaded, load_endpoint
 from asyncllm.topology import Topology
 from bench.common import percentile
 
@@ -193,14 +193,14 @@ class Sink(Actor[Tokens | Finished]):
 class Offline:
     """A running engine; made by :func:`engine`."""
 
-    def __init__(self, parts: Parts) -> None:
-        assert parts.device is not None
-        self.parts = parts
-        self._recorder, self._sink = Recorder(parts.device), Sink()
+    def __init__(self, loaded: Loaded) -> None:
+        assert loaded.device is not None
+        self.loaded = loaded
+        self._recorder, self._sink = Recorder(loaded.device), Sink()
         self._system = ActorSystem()
         self._actors = [
-            make_allocator(parts),
-            make_scheduler(parts),
+            make_allocator(loaded),
+            make_scheduler(loaded),
             Runner(self._recorder, reports=True),
             self._sink,
         ]
@@ -261,7 +261,7 @@ class Offline:
         await self._running
 
 
-def load(config: Config) -> Parts:
+def load(config: Config) -> Loaded:
     """Model and K/V as a server with ``config`` would have them, in this process.
 
     Raises:
@@ -282,15 +282,15 @@ def load(config: Config) -> Parts:
         listen_fd=-1,
         parent=0,
     )
-    parts = load_parts(boot, spec)
-    parts.constraints = Constraints(spec.vocab_size, parts.boot.resolved.eos_ids)
-    return parts
+    loaded = load_endpoint(boot, spec)
+    loaded.constraints = Constraints(spec.vocab_size, loaded.boot.resolved.eos_ids)
+    return loaded
 
 
 @contextlib.asynccontextmanager
-async def engine(parts: Parts) -> AsyncIterator[Offline]:
+async def engine(loaded: Loaded) -> AsyncIterator[Offline]:
     """The actors around a loaded device; the device is closed at the end."""
-    offline = Offline(parts)
+    offline = Offline(loaded)
     try:
         yield offline
     finally:
@@ -311,12 +311,12 @@ def random_workloads(a: argparse.Namespace, vocab_size: int, *names: str) -> dic
     }
 
 
-async def measure(a: argparse.Namespace, parts: Parts) -> list[Phase]:
+async def measure(a: argparse.Namespace, loaded: Loaded) -> list[Phase]:
     """The three runs, after a short one that is not reported."""
-    loads = random_workloads(a, parts.spec.vocab_size, "warm", "first", "whole")
+    loads = random_workloads(a, loaded.spec.vocab_size, "warm", "first", "whole")
     warm, first, whole = loads["warm"], loads["first"], loads["whole"]
     one = Workload(first.prompts, 1, a.temperature, a.top_p)
-    async with engine(parts) as offline:
+    async with engine(loaded) as offline:
         await offline.run("warm", Workload(warm.prompts[:2], min(4, a.out), a.temperature, a.top_p))
         return [
             await offline.run("prefill", one),
@@ -378,8 +378,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--json", type=Path, metavar="FILE", help="write figures and every step here")
     a, rest = p.parse_known_args(argv)
     try:
-        parts = load(engine_config(rest))
-        phases = uvloop.run(measure(a, parts))
+        loaded = load(engine_config(rest))
+        phases = uvloop.run(measure(a, loaded))
     except StartupError as error:
         sys.stderr.write(f"offline.py: {error}\n")
         return 2

@@ -34,7 +34,7 @@ from asyncllm.core.request import SamplingParams
 from asyncllm.errors import StartupError
 from asyncllm.messages import StepPlan
 from asyncllm.records import Opened
-from asyncllm.server.loading import Parts, memory_plan
+from asyncllm.server.loading import Loaded, memory_plan
 from asyncllm.text import Text
 from bench.offline import engine_config, load
 
@@ -98,10 +98,10 @@ class Lane:
 class Feed:
     """Plans steps by hand; slots are given in order and never back, until ``clear``."""
 
-    def __init__(self, parts: Parts) -> None:
-        assert parts.device is not None
-        self._device, self._slides = parts.device, parts.window is not None
-        self._room = parts.num_slots.sliding if self._slides else parts.num_slots.full
+    def __init__(self, loaded: Loaded) -> None:
+        assert loaded.device is not None
+        self._device, self._slides = loaded.device, loaded.window is not None
+        self._room = loaded.num_slots.sliding if self._slides else loaded.num_slots.full
         self._used = self._step = 0
 
     def clear(self) -> None:
@@ -200,25 +200,25 @@ def python_reference() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics) if len(topics[name]) > 4000)
 
 
-def measure(a: argparse.Namespace, parts: Parts) -> Figures:
+def measure(a: argparse.Namespace, loaded: Loaded) -> Figures:
     """The figures of one mode."""
-    assert parts.text is not None
+    assert loaded.text is not None
     text = python_reference() if a.text is None else a.text.read_text()
-    head = list(parts.text.encode("", add_special_tokens=True))
-    ids = list(parts.text.encode(text, add_special_tokens=False))
+    head = list(loaded.text.encode("", add_special_tokens=True))
+    ids = list(loaded.text.encode(text, add_special_tokens=False))
     windows = [head + ids[at : at + a.window] for at in range(0, len(ids), a.window)][: a.windows]
     if len(windows) < a.windows or len(windows[-1]) < a.window // 2:
         raise StartupError(f"the text has {len(ids):,} tokens, fewer than {a.windows} windows")
-    feed, begin = Feed(parts), time.perf_counter()
+    feed, begin = Feed(loaded), time.perf_counter()
     found = [value for window in windows for value in score(feed, window, a.chunk)]
     spent = time.perf_counter() - begin
-    outputs, decode = answer(feed, questions(parts.text), a.out, a.chunk)
+    outputs, decode = answer(feed, questions(loaded.text), a.out, a.chunk)
     return {
         "nats": -sum(found) / len(found),
         "tokens": len(found),
         "prefill": len(found) / spent,
         "decode": decode,
-        "slot": sum(memory_plan(parts.boot, parts.spec).division.slot),
+        "slot": sum(memory_plan(loaded.boot, loaded.spec).division.slot),
         "outputs": outputs,
     }
 
@@ -270,12 +270,12 @@ def child(a: argparse.Namespace, rest: Sequence[str]) -> Figures:
         "--batch_max_tokens": max(a.chunk, len(QUESTIONS)),
     }
     words = [str(word) for name, value in limits.items() for word in (name, value)]
-    parts = load(engine_config([*words, *names, *rest]))
+    loaded = load(engine_config([*words, *names, *rest]))
     try:
-        return measure(a, parts)
+        return measure(a, loaded)
     finally:
-        assert parts.device is not None
-        parts.device.close()
+        assert loaded.device is not None
+        loaded.device.close()
 
 
 def parser() -> argparse.ArgumentParser:

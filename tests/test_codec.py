@@ -19,7 +19,7 @@ from asyncllm.messages import (
     Finished,
     Gone,
     Halt,
-    Served,
+    RequestServed,
     StepPlan,
     StopHit,
     Submit,
@@ -119,7 +119,7 @@ ANSWERED = Answered("/", 200, 1, 2, "stop", 0.1, -1, 2)
 
 
 @pytest.mark.parametrize(
-    "msg", [GOOD, TOKENS, Served((ANSWERED,)), Drain(3)], ids=lambda m: type(m)
+    "msg", [GOOD, TOKENS, RequestServed((ANSWERED,)), Drain(3)], ids=lambda m: type(m)
 )
 def test_whole_messages_pass(msg: object) -> None:
     assert decode(encode(msg)) == msg
@@ -141,10 +141,10 @@ def test_whole_messages_pass(msg: object) -> None:
         Finished(1, Reason.STOP, Failure("no")),
         Finished(1, Reason.ERROR, ("no",)),  # type: ignore[arg-type]
         Compile(1, 1, "prose", ""),
-        Served((replace(ANSWERED, status=99),)),
-        Served((replace(ANSWERED, prompt_len=-1),)),
-        Served((replace(ANSWERED, ttft_s=float("nan")),)),
-        Served((("/", 200),)),  # type: ignore[arg-type]
+        RequestServed((replace(ANSWERED, status=99),)),
+        RequestServed((replace(ANSWERED, prompt_len=-1),)),
+        RequestServed((replace(ANSWERED, ttft_s=float("nan")),)),
+        RequestServed((("/", 200),)),  # type: ignore[arg-type]
         Submit(1, i32([]), ()),  # type: ignore[arg-type]
         Submit(1, b"", SamplingParams()),  # type: ignore[arg-type]
         Submit(1, array("f"), SamplingParams()),

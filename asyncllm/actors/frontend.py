@@ -25,7 +25,7 @@ from asyncllm.actors.stream import Exchange, Pipe, resolve
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply, Vocab
 from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
-from asyncllm.api.common.request import Generation, Served
+from asyncllm.api.common.request import GenerationRequest, ServedModel
 from asyncllm.api.common.validation import MAX_SEED
 from asyncllm.core.admission import Admission
 from asyncllm.core.metrics import REFUSED
@@ -42,12 +42,12 @@ from asyncllm.messages import (
     Drain,
     Drained,
     Finished,
+    RequestServed,
     Scrape,
     Scraped,
     Started,
     Tokenize,
 )
-from asyncllm.messages import Served as ServedOne
 from asyncllm.records import Answered
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Frontend(Actor[Inbox]):
     def __init__(
         self,
         *,
-        served: Served,
+        served: ServedModel,
         vocab: Vocab,
         sockets: Sequence[socket],
         limits: Limits | None = None,
@@ -200,7 +200,7 @@ class Frontend(Actor[Inbox]):
 
     def submit(
         self,
-        generation: Generation,
+        generation: GenerationRequest,
         name: str,
         reply: Callable[[Answer], Reply],
         request_id: str,
@@ -292,7 +292,7 @@ class Frontend(Actor[Inbox]):
     def _flush_answered(self) -> None:
         answers, self._to_tell = self._to_tell, []
         if not self.system.over:
-            self._watchdog.tell(ServedOne(tuple(answers)))
+            self._watchdog.tell(RequestServed(tuple(answers)))
 
     def retry_after_s(self) -> int:
         """When a refused client may try again: when those that wait now have been served."""
@@ -351,7 +351,7 @@ class Frontend(Actor[Inbox]):
         generation = exchange.answer.generation
         prompt, n = generation.prompts[prompt_idx], generation.n
         rids = exchange.rids[prompt_idx * n : (prompt_idx + 1) * n]
-        parting = generation.parting
+        options = generation.output_options
         self._tokenizer.tell(
             Tokenize(
                 rids=tuple(rids),
@@ -360,9 +360,9 @@ class Frontend(Actor[Inbox]):
                 chat=prompt.chat,
                 add_special_tokens=generation.add_special_tokens,
                 params=generation.params,
-                shown=() if parting is None else parting.shown,
-                reasoning="" if parting is None else parting.reasoning,
-                continued="" if parting is None else parting.continued,
+                shown=() if options is None else options.shown,
+                reasoning="" if options is None else options.reasoning,
+                continued="" if options is None else options.continued,
                 truncate=generation.truncate,
                 client=exchange.client,
             )
@@ -487,7 +487,7 @@ class Frontend(Actor[Inbox]):
         pipe = exchange.pipe
         if pipe is None or pipe.gone:
             return  # before the headers: stream() comes back; gone: the handler is being cancelled
-        if held := exchange.reply.settle():
+        if held := exchange.reply.flush_held():
             exchange.pending.append(held)
         if exchange.pending:
             data = b"".join(exchange.pending)

@@ -15,7 +15,7 @@ from typing import Final
 from aiohttp import web
 
 from asyncllm.api.common.errors import ForeignOrigin, Unauthorized
-from asyncllm.api.common.validation import show
+from asyncllm.api.common.validation import preview
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS: Final = frozenset({"/health", "/healthz", "/liveness", "/readiness"})
@@ -79,7 +79,7 @@ class Gate:
             return
         foreign = {each for each in origins if not _own(each, request)}
         if foreign or request.headers.get("Sec-Fetch-Site") == "cross-site":
-            page = show(min(foreign)) if foreign else "another site"
+            page = preview(min(foreign)) if foreign else "another site"
             raise ForeignOrigin(f"a page of {page} may not send this (--cors_allow_origins)")
 
     def client(self, request: web.Request) -> int:

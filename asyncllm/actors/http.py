@@ -25,7 +25,7 @@ from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.anthropic.reply import MessageReply
 from asyncllm.api.common import errors, json_body, sse, validation
 from asyncllm.api.common.answer import Answer, Reply
-from asyncllm.api.common.request import Generation
+from asyncllm.api.common.request import GenerationRequest
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.lightllm.reply import NativeReply
 from asyncllm.api.openai import request as openai
@@ -158,9 +158,9 @@ class Routes:
         )
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
-        asked: list[responses.Asked] = []
+        asked: list[responses.ResponsesRequest] = []
 
-        def parse(body: validation.Body) -> Generation:
+        def parse(body: validation.Body) -> GenerationRequest:
             asked.append(responses.read(body, self._front.served, self._store))
             return asked[0].generation
 
@@ -176,9 +176,9 @@ class Routes:
     async def _native(self, request: web.Request) -> web.StreamResponse:
         """/generate, /generate_stream, and / where the body says which of them."""
         served, path = self._front.served, request.path
-        asked: list[tgi.Asked] = []
+        asked: list[tgi.TgiRequest] = []
 
-        def parse(body: validation.Body) -> Generation:
+        def parse(body: validation.Body) -> GenerationRequest:
             stream = lightllm.stream_flag(body) if path == "/" else path.endswith("_stream")
             if not served.tgi:
                 return lightllm.generate(body, served, stream=stream)
@@ -195,7 +195,7 @@ class Routes:
     async def _generate(
         self,
         request: web.Request,
-        parse: Callable[[validation.Body], Generation],
+        parse: Callable[[validation.Body], GenerationRequest],
         reply: Callable[[Answer], Reply],
         prefix: str,
     ) -> web.StreamResponse:
@@ -376,7 +376,7 @@ class Routes:
             response.headers["Allow"] = allowed
             return response
         except web.HTTPExpectationFailed:
-            expected = validation.show(request.headers.get("Expect"))
+            expected = validation.preview(request.headers.get("Expect"))
             message = f"Expect: {expected} is not 100-continue"
             return self._error(request, errors.Unexpected(message))
         except web.HTTPException as error:

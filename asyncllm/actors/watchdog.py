@@ -34,11 +34,11 @@ from asyncllm.messages import (
     Lost,
     Probe,
     Replaced,
+    RequestServed,
     RunnerStats,
     SchedulerStats,
     Scrape,
     Scraped,
-    Served,
     Started,
     Welcome,
 )
@@ -62,7 +62,7 @@ Inbox = (
     | Drained
     | Halt
     | Scrape
-    | Served
+    | RequestServed
     | SchedulerStats
     | AllocatorStats
     | RunnerStats
@@ -186,7 +186,9 @@ class Watchdog(Actor[Inbox]):
         if self._leads:
             several = REPORTER if len(topology.groups) > 1 else ()  # other leaders have numbers too
             stops = (Drain,) if len(topology.nodes) > 1 else ()  # the signal may come on any node
-            self.remote = frozenset({Hello, Cancel, Drained, Scrape, Served, *several, *stops})
+            self.remote = frozenset(
+                {Hello, Cancel, Drained, Scrape, RequestServed, *several, *stops}
+            )
             self._absent = {e.id for e in topology.endpoints} - {me}
         else:
             self.remote = frozenset({Welcome, Halt, Lost})
@@ -233,7 +235,7 @@ class Watchdog(Actor[Inbox]):
                     self.system.stop()
                 case Scrape():
                     self._scrapes.append(msg)
-                case Served():
+                case RequestServed():
                     self._served(msg)
                 case SchedulerStats() | AllocatorStats() | RunnerStats():
                     self._collect(msg)
@@ -427,7 +429,7 @@ class Watchdog(Actor[Inbox]):
 
     # -- numbers --------------------------------------------------------------------------------
 
-    def _served(self, msg: Served) -> None:
+    def _served(self, msg: RequestServed) -> None:
         for answer in msg.answers:
             self._metrics.observe(answer)
 

@@ -51,11 +51,11 @@ from asyncllm.messages.server import Hello as Hello
 from asyncllm.messages.server import Lost as Lost
 from asyncllm.messages.server import Probe as Probe
 from asyncllm.messages.server import Replaced as Replaced
+from asyncllm.messages.server import RequestServed as RequestServed
 from asyncllm.messages.server import RunnerStats as RunnerStats
 from asyncllm.messages.server import SchedulerStats as SchedulerStats
 from asyncllm.messages.server import Scrape as Scrape
 from asyncllm.messages.server import Scraped as Scraped
-from asyncllm.messages.server import Served as Served
 from asyncllm.messages.server import Started as Started
 from asyncllm.messages.server import Welcome as Welcome
 from asyncllm.messages.step import Agreed as Agreed

@@ -136,7 +136,7 @@ class AllocatorStats(Message):
 
 
 @message(45)
-class Served(Message):
+class RequestServed(Message):
     """frontend -> coordinator: HTTP requests have been answered."""
 
     answers: tuple[Answered, ...]

@@ -24,17 +24,17 @@ from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import Duty, Means, Watchdog
 from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.defaults import Defaults
-from asyncllm.api.common.request import Served
+from asyncllm.api.common.request import ServedModel
 from asyncllm.config import FLAGS
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count
 from asyncllm.server.launch import tls_context
-from asyncllm.server.loading import Parts
+from asyncllm.server.loading import Loaded
 
 MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
 
 
-def make_allocator(p: Parts) -> AnyActor:
+def make_allocator(p: Loaded) -> AnyActor:
     return Allocator(
         p.num_slots.full,
         use_tree=not p.boot.config.disable_dynamic_prompt_cache,
@@ -43,7 +43,7 @@ def make_allocator(p: Parts) -> AnyActor:
     )
 
 
-def make_scheduler(p: Parts) -> AnyActor:
+def make_scheduler(p: Loaded) -> AnyActor:
     resolved = p.boot.resolved
     assert p.constraints is not None
     return Scheduler(
@@ -66,7 +66,7 @@ def make_scheduler(p: Parts) -> AnyActor:
     )
 
 
-def make_balancer(p: Parts) -> AnyActor:
+def make_balancer(p: Loaded) -> AnyActor:
     config = p.boot.config
     return Balancer(
         config.dp_balancer,
@@ -77,7 +77,7 @@ def make_balancer(p: Parts) -> AnyActor:
     )
 
 
-def make_runner(p: Parts) -> AnyActor:
+def make_runner(p: Loaded) -> AnyActor:
     assert p.device is not None
     monitor = JitMonitor()
     if p.boot.resolved.device == "cuda":
@@ -86,12 +86,12 @@ def make_runner(p: Parts) -> AnyActor:
     return Runner(p.device, reports=leads, jit_after_warmup=lambda: monitor.count)
 
 
-def make_detokenizer(p: Parts) -> AnyActor:
+def make_detokenizer(p: Loaded) -> AnyActor:
     assert p.text is not None
     return Detokenizer(p.text)
 
 
-def make_tokenizer(p: Parts) -> AnyActor:
+def make_tokenizer(p: Loaded) -> AnyActor:
     assert p.text is not None
     resolved = p.boot.resolved
     most_new = resolved.generation_config.get("max_new_tokens")
@@ -108,14 +108,14 @@ def make_tokenizer(p: Parts) -> AnyActor:
     )
 
 
-def make_frontend(p: Parts, on_open: Callable[[], None]) -> AnyActor:
+def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
     assert p.text is not None
     assert p.dialect is not None
     config, resolved, text = p.boot.config, p.boot.resolved, p.text
     pieces = text.pieces
     num_frontends = len(p.boot.topology.placed("frontend"))
     return Frontend(
-        served=Served(
+        served=ServedModel(
             name=resolved.served_names[0],
             listed=resolved.served_names[:1] + config.served_model_name[1:],
             accepted=frozenset(resolved.served_names),
@@ -155,7 +155,7 @@ def make_frontend(p: Parts, on_open: Callable[[], None]) -> AnyActor:
     )
 
 
-def _info(p: Parts) -> dict[str, object]:
+def _info(p: Loaded) -> dict[str, object]:
     """All options but the secret ones, as they were resolved."""
     config, resolved = p.boot.config, p.boot.resolved
     values: dict[str, object] = {
@@ -168,17 +168,17 @@ def _info(p: Parts) -> dict[str, object]:
     return values | {"version": __version__}
 
 
-def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[AnyActor]:
+def place(loaded: Loaded, means: Means, on_open: Callable[[], None]) -> list[AnyActor]:
     """The actors of this process, in order of start.
 
     Args:
         means: how the watchdog ends the process.
         on_open: called when this process has begun to serve HTTP.
     """
-    boot = parts.boot
+    boot = loaded.boot
     config, resolved = boot.config, boot.resolved
     made: dict[str, AnyActor] = {}
-    makers: dict[str, Callable[[Parts], AnyActor]] = {
+    makers: dict[str, Callable[[Loaded], AnyActor]] = {
         "allocator": make_allocator,
         "grammar": lambda p: GrammarKeeper(p.grammars),
         "scheduler": make_scheduler,
@@ -191,7 +191,7 @@ def place(parts: Parts, means: Means, on_open: Callable[[], None]) -> list[AnyAc
     }
     for name in boot.me.actors:
         if name != "watchdog":
-            made[name] = makers[name](parts)
+            made[name] = makers[name](loaded)
     runner = made.get("runner")
     for name in boot.topology.served_here(boot.endpoint):
         made[name].remote = frozenset()

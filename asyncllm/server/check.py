@@ -9,7 +9,7 @@ from asyncllm.engine.build import num_parameters
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.launch import Boot
 from asyncllm.server.loading import (
-    Parts,
+    Loaded,
     load_forms,
     memory_plan,
     num_threads,
@@ -27,7 +27,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         StartupError: what the start would refuse before it reads weights.
     """
     config = boot.config
-    load_forms(Parts(boot, spec, text, read_dialect(config, text), None, None))
+    load_forms(Loaded(boot, spec, text, read_dialect(config, text), None, None))
     plan = memory_plan(boot, spec)
     resolved = boot.resolved.with_slots(plan.num.full)
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Parts:
+class Loaded:
     """What a process has loaded; the actors are made from it."""
 
     boot: Boot
@@ -95,7 +95,7 @@ def num_threads(boot: Boot) -> int:
     return max(1, cpu_count() // max(1, len(ours)))
 
 
-def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
+def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Loaded:
     """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks.
 
     Whatever may refuse the start is tried before the weights, which take long.
@@ -108,11 +108,11 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
     if text is None and (boot.listen_fd >= 0 or leads):
         text = load_text(config, boot.model_dir, spec)
     dialect = None if text is None else read_dialect(config, text)
-    parts = Parts(boot, spec, text, dialect, None, None)
+    loaded = Loaded(boot, spec, text, dialect, None, None)
     if boot.me.device is None:
-        return parts
+        return loaded
     if leads:
-        load_forms(parts)
+        load_forms(loaded)
     where = torch_device(boot)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # what is launched from this thread goes to our device
@@ -133,21 +133,21 @@ def load_parts(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Parts:
     boot = replace(boot, resolved=resolved)
     device = _load_device(boot, spec, ranks, where, plan)
     return replace(
-        parts, boot=boot, device=device, ranks=ranks, num_slots=plan.num, window=plan.window
+        loaded, boot=boot, device=device, ranks=ranks, num_slots=plan.num, window=plan.window
     )
 
 
-def load_forms(parts: Parts) -> None:
+def load_forms(loaded: Loaded) -> None:
     """What makes outputs follow a form. Raises StartupError."""
-    assert parts.text is not None
-    assert parts.dialect is not None
-    config, eos_ids = parts.boot.config, parts.boot.resolved.eos_ids
-    model = parts.text, parts.dialect, parts.spec.vocab_size, eos_ids
+    assert loaded.text is not None
+    assert loaded.dialect is not None
+    config, eos_ids = loaded.boot.config, loaded.boot.resolved.eos_ids
+    model = loaded.text, loaded.dialect, loaded.spec.vocab_size, eos_ids
     with log.phase("load grammars"):
         if config.output_constraint_mode != "none":
-            parts.grammars = load_grammars(*model)
-        parts.constraints = load_constraints(
-            *model, grammars=parts.grammars, heals=config.token_healing_mode
+            loaded.grammars = load_grammars(*model)
+        loaded.constraints = load_constraints(
+            *model, grammars=loaded.grammars, heals=config.token_healing_mode
         )
 
 

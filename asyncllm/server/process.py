@@ -37,7 +37,7 @@ from asyncllm.server.launch import (
     tls_context,
     watch_parent,
 )
-from asyncllm.server.loading import Parts, load_parts, num_threads
+from asyncllm.server.loading import Loaded, load_endpoint, num_threads
 from asyncllm.server.nodes import Lifeline
 from asyncllm.server.signals import SHOW, Watch, handle_draining
 from asyncllm.server.status import Status
@@ -105,11 +105,11 @@ class Server:
         try:
             await self._open_status()
             self._start_children(replaceable=False)
-            parts = await self._load()
-            self._boot = parts.boot
+            loaded = await self._load()
+            self._boot = loaded.boot
             # they must know the limits that the K/V size decides
             self._start_children(replaceable=True)
-            self._assemble(parts)
+            self._assemble(loaded)
             await self._system.run()
         except FatalError as error:
             await self._wait_for_culprit()
@@ -129,7 +129,7 @@ class Server:
             if self._status is not None:
                 await self._status.close()
         # NCCL's ranks leave together: one that waited for the others to end would wait in vain
-        leave = parts.ranks.close if parts.ranks is not None else lambda: None
+        leave = loaded.ranks.close if loaded.ranks is not None else lambda: None
         leaving = threading.Thread(target=leave, daemon=True)
         leaving.start()
         if self._children:
@@ -180,11 +180,11 @@ class Server:
         peers = {e.id: e.address for e in boot.topology.peers(boot.endpoint) if e.address}
         return Wire(boot.me.address, Keys(*boot.keys), peers, boot.advertised)
 
-    async def _load(self) -> Parts:
+    async def _load(self) -> Loaded:
         loop = asyncio.get_running_loop()
-        parts = self._boot, self._spec, self._text
+        loaded = self._boot, self._spec, self._text
         try:
-            return await loop.run_in_executor(None, load_parts, *parts)
+            return await loop.run_in_executor(None, load_endpoint, *loaded)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise StartupError(
                 f"out of memory while loading: {error} "
@@ -226,7 +226,7 @@ class Server:
         )
         self._children.start(boot, num_threads(boot))
 
-    def _assemble(self, parts: Parts) -> None:
+    def _assemble(self, loaded: Loaded) -> None:
         """The actors, ready to run."""
         system, loop = self._system, asyncio.get_running_loop()
         means = Means(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
@@ -235,7 +235,7 @@ class Server:
         if self._boot.pulse_fd >= 0:
             pulse = Pulse(self._boot.pulse_fd)
             means = replace(means, beat=pulse.beat, last_beat=pulse.last)
-        for actor in place(parts, means, self._opened):
+        for actor in place(loaded, means, self._opened):
             system.add(actor)
         self._acting = True
         self._watch.state = system.state

@@ -28,7 +28,7 @@ from checks import run_all
 from tokenizers import Tokenizer
 
 from asyncllm.api.common.chat_template import ChatTemplate
-from asyncllm.api.common.tool_request import Offer, Wanted, told
+from asyncllm.api.common.tool_request import ToolChoice, ToolRequest, told
 from asyncllm.api.parsing.tools import Tool, parse_whole
 from asyncllm.templates import read_dialect
 from asyncllm.text import Text, load_tokenizer
@@ -240,7 +240,7 @@ def chat(templates: dict[str, str], special: dict[str, str], expected: list[str]
     """One template: what is found in it, and a conversation with a call through it."""
     dialect = read_dialect(templates, special)
     differs("format", [dialect.calls, dialect.spelling, dialect.reasoning], list(expected))
-    offer = Offer(Wanted("auto"), tuple(TOOLS))
+    offer = ToolRequest(ToolChoice("auto"), tuple(TOOLS))
     turns, listed = told([dict(turn) for turn in CHAT], offer, dialect)
     prompt = ChatTemplate(templates, special).render({"messages": turns, "tools": listed})
     for part in ("Be brief.", "Thanks", "RESULT", "get_time"):

@@ -31,11 +31,11 @@ from asyncllm.messages import (
     Lost,
     Probe,
     Replaced,
+    RequestServed,
     RunnerStats,
     SchedulerStats,
     Scrape,
     Scraped,
-    Served,
     Started,
     Welcome,
 )
@@ -851,7 +851,7 @@ def test_the_balancer_and_all_schedulers_hear_of_a_worker_that_has_gone() -> Non
 def test_a_scrape_gets_numbers_and_text() -> None:
     async def script(w: World) -> None:
         w.fakes["scheduler"].running = 3
-        w.tell(Served((("/generate", 200, 10, 5, "stop", 0.1, 0.01, 0.2),)))
+        w.tell(RequestServed((("/generate", 200, 10, 5, "stop", 0.1, 0.01, 0.2),)))
         w.tell(Scrape(41, 0))
         await settle()
         (answer,) = w.got("frontend", Scraped)

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from asyncllm.api.common.answer import Answer, Choice, Vocab
-from asyncllm.api.common.request import Generation, Served
+from asyncllm.api.common.request import GenerationRequest, ServedModel
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
-from asyncllm.api.openai.chat_reply import PartedReply, chat_reply
+from asyncllm.api.openai.chat_reply import ParsedChatReply, chat_reply
 from asyncllm.api.openapi import document as openapi
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.codec import i32
@@ -21,7 +21,7 @@ from asyncllm.core.request import Reason
 from asyncllm.messages import Delta
 from asyncllm.records import Logprobs
 
-SERVED = Served(
+SERVED = ServedModel(
     name="m",
     listed=("m", "org/m"),
     accepted=frozenset({"default", "folder"}),
@@ -30,7 +30,7 @@ SERVED = Served(
     created=0,
 )
 # its tokens are bytes, its name is one that JSON escapes
-BYTES_SERVED = Served(
+BYTES_SERVED = ServedModel(
     name='m"1', listed=('m"1',), accepted=frozenset(), max_len=64, vocab_size=256, created=0
 )
 VOCAB = Vocab(
@@ -82,19 +82,19 @@ CASES: dict[str, Case] = {
 # -- requests ----------------------------------------------------------------------------------
 
 
-def completion_request(**body: Any) -> Generation:
+def completion_request(**body: Any) -> GenerationRequest:
     return openai.completion({"prompt": "hi"} | body, SERVED)
 
 
-def chat_request(**body: Any) -> Generation:
+def chat_request(**body: Any) -> GenerationRequest:
     return openai.chat({"messages": HI} | body, SERVED)
 
 
-def native_request(stream: bool = False, **parameters: Any) -> Generation:
+def native_request(stream: bool = False, **parameters: Any) -> GenerationRequest:
     return lightllm.generate({"inputs": "hi", "parameters": parameters}, SERVED, stream=stream)
 
 
-def rendered(generation: Generation) -> Any:
+def rendered(generation: GenerationRequest) -> Any:
     """The conversation as the chat template gets it."""
     (prompt,) = generation.prompts
     assert prompt.chat is not None
@@ -126,7 +126,7 @@ def floats(*values: float) -> array[float]:
     return array("f", values)
 
 
-def answer(generation: Generation, prompts: list[bytes]) -> Answer:
+def answer(generation: GenerationRequest, prompts: list[bytes]) -> Answer:
     n = generation.n
     wants = generation.params.logprobs, generation.params.prompt_logprobs
     choices = [Choice(index=i, prompt_idx=i // n, wants=wants) for i in range(n * len(prompts))]
@@ -180,7 +180,7 @@ def native_events(data: bytes) -> list[Any]:
 # -- chat answers with reasoning and calls ------------------------------------------------------
 
 
-def reply(calls: str, thoughts: str, *, head: str = "", **body: Any) -> PartedReply:
+def reply(calls: str, thoughts: str, *, head: str = "", **body: Any) -> ParsedChatReply:
     """A reply whose prompt has been accepted."""
     dialect = Dialect(calls=calls or "hermes", lists_tools=True, reasoning=thoughts)
     asked = {"messages": [{"role": "user", "content": "hi"}]} | ({"tools": TOOLS} if calls else {})
@@ -190,11 +190,11 @@ def reply(calls: str, thoughts: str, *, head: str = "", **body: Any) -> PartedRe
     answer = Answer(generation, "id-1", 7, BYTES_SERVED.name, VOCAB, choices, [array("i")])
     answer.accept(0, i32([1, 2]), head)
     made = chat_reply(answer)
-    assert isinstance(made, PartedReply)
+    assert isinstance(made, ParsedChatReply)
     return made
 
 
-def feed(made: PartedReply, pieces: list[str], reason: Reason, index: int = 0) -> bytes:
+def feed(made: ParsedChatReply, pieces: list[str], reason: Reason, index: int = 0) -> bytes:
     """One token for each piece; what the stream says."""
     choice, out = made.answer.choices[index], b""
     for text in pieces:

@@ -15,7 +15,7 @@ import pytest
 
 from asyncllm import cli
 from asyncllm.errors import StartupError
-from asyncllm.server.loading import Parts
+from asyncllm.server.loading import Loaded
 from bench import breakdown, offline
 from bench.breakdown import Event, by_group, by_name, device_events, group_of, span_and_busy, table
 
@@ -24,7 +24,7 @@ LIMITS = ("--max_total_token_num", "2048", "--max_req_total_len", "512", "--devi
 
 
 @pytest.fixture
-def parts(tiny_dir: Path) -> Parts:
+def parts(tiny_dir: Path) -> Loaded:
     return offline.load(cli.parse(["--model_dir", str(tiny_dir), *LIMITS]))
 
 
@@ -33,7 +33,7 @@ def work(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**fields, **changes})
 
 
-def test_three_runs_count_their_tokens(parts: Parts) -> None:
+def test_three_runs_count_their_tokens(parts: Loaded) -> None:
     prefill, decode, whole = asyncio.run(offline.measure(work(), parts))
     assert [p.name for p in (prefill, decode, whole)] == ["prefill", "decode", "whole"]
     assert (prefill.computed_tokens, prefill.output_tokens) == (120, 3)
@@ -53,7 +53,7 @@ def test_three_runs_count_their_tokens(parts: Parts) -> None:
     assert len(offline.table([prefill, decode, whole]).splitlines()) == 4
 
 
-def test_a_request_that_cannot_be_served_is_an_error(parts: Parts) -> None:
+def test_a_request_that_cannot_be_served_is_an_error(parts: Loaded) -> None:
     async def scene() -> None:
         async with offline.engine(parts) as running:
             load = offline.Workload([array("i", range(4)) * 600], 4)
@@ -63,7 +63,7 @@ def test_a_request_that_cannot_be_served_is_an_error(parts: Parts) -> None:
         asyncio.run(scene())
 
 
-def test_a_crash_ends_the_run(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_ends_the_run(parts: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(plan: object) -> None:
         raise StartupError("no device")
 
@@ -188,7 +188,7 @@ def test_kernels_are_taken_where_there_are_some() -> None:
     assert (host.name, host.total_us) == ("aten::mm", 10)
 
 
-def test_work_that_does_not_fit_is_refused(parts: Parts) -> None:
+def test_work_that_does_not_fit_is_refused(parts: Loaded) -> None:
     for changes, message in (({"n": 4096}, "running_max_req_size"), ({"n": 40}, "K/V slots")):
         with pytest.raises(StartupError, match=message):
             breakdown.check_fit(work(decode_steps=30, **changes), parts)

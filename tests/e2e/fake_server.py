@@ -21,7 +21,7 @@ from asyncllm.actors.frontend import Frontend, Limits
 from asyncllm.actors.gate import Access
 from asyncllm.actors.system import ActorSystem
 from asyncllm.api.common.answer import Vocab
-from asyncllm.api.common.request import Served
+from asyncllm.api.common.request import ServedModel
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import (
@@ -41,7 +41,7 @@ from asyncllm.messages import (
 from asyncllm.records import Failure, Load, Logprobs
 
 EOS = 256
-SERVED = Served(
+SERVED = ServedModel(
     name="tiny",
     listed=("tiny", "org/tiny"),
     accepted=frozenset({"default", "tiny-folder"}),

@@ -16,7 +16,15 @@ import pytest
 import uvloop
 
 from asyncllm.core.request import Reason, SamplingParams
-from asyncllm.messages import FRONTEND_SHIFT, Drain, Drained, Finished, Served, Started, Tokenize
+from asyncllm.messages import (
+    FRONTEND_SHIFT,
+    Drain,
+    Drained,
+    Finished,
+    RequestServed,
+    Started,
+    Tokenize,
+)
 from asyncllm.records import Answered, Failure
 from tests.e2e.fake_server import Server, serving
 
@@ -62,7 +70,7 @@ async def served(server: Server) -> Answered:
 
 def answered(server: Server) -> list[Answered]:
     """All that the watchdog was told of."""
-    told = [m.answers for m in server.watchdog.got if isinstance(m, Served)]
+    told = [m.answers for m in server.watchdog.got if isinstance(m, RequestServed)]
     return [answer for answers in told for answer in answers]
 
 

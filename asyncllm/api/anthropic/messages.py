@@ -7,65 +7,65 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from asyncllm.api.common.conversation import MAX_MESSAGES, Turns, TurnsMaker
+from asyncllm.api.common.conversation import MAX_MESSAGES, ConversationBuilder, Messages
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.validation import bad, show, text, typed
+from asyncllm.api.common.validation import expect, preview, reject, text
 
 ROLES: Final = ("user", "assistant", "system")
 
 
-def conversation(value: Any, name: str) -> Turns:
+def conversation(value: Any, name: str) -> Messages:
     """The messages in template form; neighbours of one role are one turn, as Anthropic has it.
 
     Raises:
         RequestError: 400. NotAvailable: 400, blocks that are neither text, thinking nor calls.
     """
     if not value:
-        bad(f"{name} must hold at least one message", name)
+        reject(f"{name} must hold at least one message", name)
     if len(value) > MAX_MESSAGES:
-        bad(f"{name}: {len(value)} messages, at most {MAX_MESSAGES}", name)
-    maker = TurnsMaker()
+        reject(f"{name}: {len(value)} messages, at most {MAX_MESSAGES}", name)
+    builder = ConversationBuilder()
     for i, message in enumerate(value):
         at = f"{name}[{i}]"
-        typed(message, dict, at, "an object")
+        expect(message, dict, at, "an object")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            bad(f"{at}.role: {show(role)} is not one of {', '.join(ROLES)}", f"{at}.role")
+            reject(f"{at}.role: {preview(role)} is not one of {', '.join(ROLES)}", f"{at}.role")
         if isinstance(content, str):
-            maker.say(role, text(content, f"{at}.content"))
+            builder.add_text(role, text(content, f"{at}.content"))
             continue
-        typed(content, list, f"{at}.content", "a string or an array of blocks")
+        expect(content, list, f"{at}.content", "a string or an array of blocks")
         if not content:
-            maker.say(role, "")
+            builder.add_text(role, "")
         for j, block in enumerate(content):
-            _block(maker, role, block, f"{at}.content[{j}]")
-    return maker.turns
+            _block(builder, role, block, f"{at}.content[{j}]")
+    return builder.messages
 
 
 def content_text(value: Any, name: str) -> str:
     """The text of a string or of text blocks. Raises RequestError or NotAvailable."""
     if isinstance(value, str):
         return text(value, name)
-    typed(value, list, name, "a string or an array of blocks")
+    expect(value, list, name, "a string or an array of blocks")
     return "\n".join(_text(block, f"{name}[{i}]") for i, block in enumerate(value))
 
 
-def _block(maker: TurnsMaker, role: str, value: Any, name: str) -> None:
+def _block(builder: ConversationBuilder, role: str, value: Any, name: str) -> None:
     match role, _kind(value, name):
         case "assistant", "thinking":
-            maker.think(text(value.get("thinking"), f"{name}.thinking"))
+            builder.add_reasoning(text(value.get("thinking"), f"{name}.thinking"))
         case "assistant", "redacted_thinking":
             text(value.get("data"), f"{name}.data")  # nobody here can read it
         case "assistant", "tool_use":
-            given = typed(value.get("input"), dict, f"{name}.input", "an object")
+            given = expect(value.get("input"), dict, f"{name}.input", "an object")
             called = text(value.get("name"), f"{name}.name")
-            maker.call(text(value.get("id"), f"{name}.id"), called, given)
+            builder.add_call(text(value.get("id"), f"{name}.id"), called, given)
         case "user", "tool_result":
-            maker.result(
+            builder.add_result(
                 text(value.get("tool_use_id"), f"{name}.tool_use_id"), _result(value, name)
             )
         case _:
-            maker.say(role, _text(value, name))
+            builder.add_text(role, _text(value, name))
 
 
 def _result(value: dict[str, Any], name: str) -> str:
@@ -73,7 +73,7 @@ def _result(value: dict[str, Any], name: str) -> str:
     content = value.get("content")
     given = "" if content is None else content_text(content, f"{name}.content")
     failed = value.get("is_error")
-    if failed is not None and typed(failed, bool, f"{name}.is_error", "true or false"):
+    if failed is not None and expect(failed, bool, f"{name}.is_error", "true or false"):
         return f"Error: {given}"
     return given
 
@@ -83,14 +83,14 @@ def _text(value: Any, name: str) -> str:
     if kind == "text":
         return text(value.get("text"), f"{name}.text")
     raise NotAvailable(
-        f"{name}: a block of type {show(kind)} is not available here on this server; text is",
+        f"{name}: a block of type {preview(kind)} is not available here on this server; text is",
         param=f"{name}.type",
     )
 
 
 def _kind(value: Any, name: str) -> str:
-    typed(value, dict, name, "an object")
+    expect(value, dict, name, "an object")
     kind = value.get("type")
     if not isinstance(kind, str):
-        bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
+        reject(f"{name}.type must be a string, not {preview(kind)}", f"{name}.type")
     return kind

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice
-from asyncllm.api.common.content_blocks import Section, SectionReply
+from asyncllm.api.common.content_blocks import ContentBlock, ContentBlockReply
 from asyncllm.api.parsing.tools import CallStart, Reasoning, Text
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
@@ -39,7 +39,7 @@ def error_body(error: RequestError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-class MessageReply(SectionReply):
+class MessageReply(ContentBlockReply):
     """/v1/messages: one choice, a block for each section.
 
     Clients send thinking back only with a signature, so it has one: the message's id.
@@ -54,33 +54,31 @@ class MessageReply(SectionReply):
         message = self._message([], None, None, self._usage(0, 0))
         return _event({"type": "message_start", "message": message})
 
-    def begin(self, section: Section) -> bytes:
+    def block_start(self, block: ContentBlock) -> bytes:
         """The block's head."""
-        kind, key = DELTAS[section.kind]
-        event = {"type": "content_block_delta", "index": section.index}
+        kind, key = DELTAS[block.kind]
+        event = {"type": "content_block_delta", "index": block.index}
         self._around = sse.template(
             event | {"delta": {"type": kind, key: sse.MARK}}, sse.MARK, _head("content_block_delta")
         )
-        block = self._block(section, empty=True)
-        return _event(
-            {"type": "content_block_start", "index": section.index, "content_block": block}
-        )
+        empty = self._block(block, empty=True)
+        return _event({"type": "content_block_start", "index": block.index, "content_block": empty})
 
-    def more(self, section: Section, text: str) -> bytes:
+    def block_delta(self, block: ContentBlock, text: str) -> bytes:
         """A delta."""
         return self._around[0] + sse.escaped(text) + self._around[1]
 
-    def finish(self, section: Section) -> bytes:
+    def block_stop(self, block: ContentBlock) -> bytes:
         """The block's end."""
-        out, index = b"", section.index
-        if section.kind is Reasoning:
+        out, index = b"", block.index
+        if block.kind is Reasoning:
             delta = {"type": "signature_delta", "signature": self.answer.id}
             out = _event({"type": "content_block_delta", "index": index, "delta": delta})
         return out + _event({"type": "content_block_stop", "index": index})
 
     def end(self, choice: Choice) -> bytes:
         """The last block's end, then why the message ends and what it took."""
-        out = self.rest(choice)
+        out = self.flush(choice)
         reason, stop = _reason(choice)
         delta = {"stop_reason": reason, "stop_sequence": stop}
         return out + _event({"type": "message_delta", "delta": delta, "usage": self._used(choice)})
@@ -97,19 +95,19 @@ class MessageReply(SectionReply):
         """The answer in one piece; a call whose input is cut is left out."""
         (choice,) = self.answer.choices
         content = [
-            self._block(section)
-            for section in self.gathered(choice)
-            if section.complete or section.kind is not CallStart
+            self._block(block)
+            for block in self.all_blocks(choice)
+            if block.complete or block.kind is not CallStart
         ]
         return sse.body(self._message(content, *_reason(choice), self._used(choice)))
 
-    def _block(self, section: Section, empty: bool = False) -> dict[str, Any]:
-        text = "" if empty else section.text
-        if section.call is not None:
+    def _block(self, block: ContentBlock, empty: bool = False) -> dict[str, Any]:
+        text = "" if empty else block.text
+        if block.call is not None:
             value = json.loads(text) if text else {}
-            call = section.call
+            call = block.call
             return {"type": "tool_use", "id": call.id, "name": call.name, "input": value}
-        if section.kind is Reasoning:
+        if block.kind is Reasoning:
             signature = "" if empty else self.answer.id
             return {"type": "thinking", "thinking": text, "signature": signature}
         return {"type": "text", "text": text}
@@ -135,8 +133,8 @@ class MessageReply(SectionReply):
     def _used(self, choice: Choice) -> dict[str, Any]:
         """The usage of an answer that has ended."""
         usage = self._usage(choice.num_tokens, choice.cached_len)
-        if choice.parts is not None and choice.parts.thinks:
-            usage["output_tokens_details"] = {"thinking_tokens": choice.parts.num_thoughts}
+        if choice.output is not None and choice.output.looks_for_reasoning:
+            usage["output_tokens_details"] = {"thinking_tokens": choice.output.num_reasoning_tokens}
         return usage
 
     def _usage(self, num_tokens: int, cached_len: int) -> dict[str, Any]:
@@ -153,7 +151,7 @@ def _reason(choice: Choice) -> tuple[str, str | None]:
     """``stop_reason`` and ``stop_sequence``."""
     if choice.reason is Reason.LENGTH:
         return "max_tokens", None
-    if choice.parts is not None and choice.parts.finish_reason("stop") == "tool_calls":
+    if choice.output is not None and choice.output.finish_reason("stop") == "tool_calls":
         return "tool_use", None
     return ("stop_sequence", choice.stop) if choice.stop else ("end_turn", None)
 

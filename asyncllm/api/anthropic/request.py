@@ -12,11 +12,20 @@ from typing import Any, Final
 from asyncllm.api.anthropic import messages as anthropic_messages
 from asyncllm.api.common import response_format, tool_request, validation
 from asyncllm.api.common.conversation import with_system
-from asyncllm.api.common.prepare import Dialog, dialog, refuse_calls
-from asyncllm.api.common.request import Generation, Served, temperature
+from asyncllm.api.common.prepare import ChatPrompt, prepare_chat, refuse_trailing_calls
+from asyncllm.api.common.request import GenerationRequest, ServedModel, temperature
 from asyncllm.api.common.response_format import Grammar
-from asyncllm.api.common.validation import Body, Field, Refused, bad, number, show, text, typed
-from asyncllm.api.parsing.output_parser import Parting
+from asyncllm.api.common.validation import (
+    Body,
+    Field,
+    UnsupportedField,
+    expect,
+    number,
+    preview,
+    reject,
+    text,
+)
+from asyncllm.api.parsing.output_parser import OutputOptions
 from asyncllm.core.request import SamplingParams
 
 F = Field
@@ -38,42 +47,44 @@ class Output:
     """What ``output_config`` asks for."""
 
     effort: str | None = None
-    form: Grammar | None = None
+    grammar: Grammar | None = None
 
 
 def thinking(value: Any, name: str) -> Thinking:
     """Whether the model is to think, and for how long. Raises RequestError."""
     kind, display = value.get("type"), value.get("display")
     if kind not in THINKING:
-        bad(f"{name}.type: {show(kind)} is not one of {', '.join(THINKING)}", f"{name}.type")
+        reject(f"{name}.type: {preview(kind)} is not one of {', '.join(THINKING)}", f"{name}.type")
     if display not in (None, *DISPLAYS):
         known = ", ".join(DISPLAYS)
-        bad(f"{name}.display: {show(display)} is not one of {known}", f"{name}.display")
+        reject(f"{name}.display: {preview(display)} is not one of {known}", f"{name}.display")
     most = None
     if kind == "enabled":
         most = number(value.get("budget_tokens"), f"{name}.budget_tokens", integer=True)
         if not 1 <= most <= validation.MAX_INT32:
             limit = f"[1, {validation.MAX_INT32}]"
-            bad(f"{name}.budget_tokens: {show(most)} is not in {limit}", f"{name}.budget_tokens")
+            reject(
+                f"{name}.budget_tokens: {preview(most)} is not in {limit}", f"{name}.budget_tokens"
+            )
     return Thinking(kind != "disabled", most, display == "omitted")
 
 
 def output_format(value: Any, name: str) -> Grammar | None:
     """{type: json_schema, schema}. Raises RequestError."""
     if (kind := value.get("type")) != "json_schema":
-        bad(f"{name}.type: {show(kind)} is not json_schema", f"{name}.type")
-    schema = typed(value.get("schema"), dict, f"{name}.schema", "an object")
+        reject(f"{name}.type: {preview(kind)} is not json_schema", f"{name}.type")
+    schema = expect(value.get("schema"), dict, f"{name}.schema", "an object")
     return response_format.schema(schema, f"{name}.schema")
 
 
 def output_config(value: Any, name: str) -> Output:
     """{effort, format}. Raises RequestError."""
-    effort, form = value.get("effort"), value.get("format")
+    effort, grammar = value.get("effort"), value.get("format")
     return Output(
         None if effort is None else text(effort, f"{name}.effort"),
         None
-        if form is None
-        else output_format(typed(form, dict, f"{name}.format", "an object"), f"{name}.format"),
+        if grammar is None
+        else output_format(expect(grammar, dict, f"{name}.format", "an object"), f"{name}.format"),
     )
 
 
@@ -123,62 +134,62 @@ MESSAGES: Final = (
 )  # fmt: skip
 
 UNAVAILABLE: Final = (
-    Refused(name="container", doc="a container"),
-    Refused(name="mcp_servers", neutral=([],), doc="MCP"),
+    UnsupportedField(name="container", doc="a container"),
+    UnsupportedField(name="mcp_servers", neutral=([],), doc="MCP"),
 )  # fmt: skip
 
 
-def messages(body: Body, served: Served) -> Generation:
+def messages(body: Body, served: ServedModel) -> GenerationRequest:
     """A /v1/messages body. Raises RequestError (400), NotAvailable (400), ModelNotFound (404)."""
     served.check_name(PROMPT[0].read(body))
     validation.refuse(UNAVAILABLE, body)
     values = validation.read(MESSAGES, body, silent=served.defaults.sampling(body))
-    made = _dialog(values, served)
+    made = _prepared(values, served)
     params = SamplingParams(
         **validation.sampling(MESSAGES, values),
         **served.defaults.beyond(MESSAGES),
         max_new_tokens=values["max_tokens"],
         temperature=temperature(values["temperature"]),
         top_k=values["top_k"] or -1,
-        grammar=made.form,
+        grammar=made.grammar,
         max_thinking_tokens=None if values["thinking"] is None else values["thinking"].most,
     )
-    return Generation(
+    return GenerationRequest(
         prompts=(made.prompt,),
         params=params,
         seeded=False,
         stream=values["stream"],
         add_special_tokens=False,
-        parting=made.parting,
+        output_options=made.output_options,
     )
 
 
-def count(body: Body, served: Served) -> bytes:
+def count(body: Body, served: ServedModel) -> bytes:
     """A /v1/messages/count_tokens body: the conversation for a Count message. Raises as above."""
     served.check_name(PROMPT[0].read(body))
-    made = _dialog(validation.read(PROMPT, body), served)
+    made = _prepared(validation.read(PROMPT, body), served)
     assert made.prompt.chat is not None
     return made.prompt.chat
 
 
-def _dialog(values: dict[str, Any], served: Served) -> Dialog:
+def _prepared(values: dict[str, Any], served: ServedModel) -> ChatPrompt:
     output: Output = values["output_config"]
     thoughts: Thinking | None = values["thinking"]
-    if output.form is not None and values["output_format"] is not None:
-        bad("output_config.format and output_format exclude each other", "output_format")
-    form = output.form or values["output_format"]
-    offered = tool_request.offer(values["tools"], values["tool_choice"])
-    turns = values["messages"]
-    going_on = turns[-1]["role"] == "assistant"
-    if going_on:
-        refuse_calls(turns, "messages")
-    return dialog(
-        with_system(values["system"], turns),
+    if output.grammar is not None and values["output_format"] is not None:
+        reject("output_config.format and output_format exclude each other", "output_format")
+    grammar = output.grammar or values["output_format"]
+    tools = tool_request.resolve(values["tools"], values["tool_choice"])
+    messages = values["messages"]
+    continue_final_message = messages[-1]["role"] == "assistant"
+    if continue_final_message:
+        refuse_trailing_calls(messages, "messages")
+    return prepare_chat(
+        with_system(values["system"], messages),
         served.dialect,
-        offered=offered,
-        form=form,
+        tool_request=tools,
+        grammar=grammar,
         thinking=None if thoughts is None else thoughts.on,
         effort=output.effort,
-        going_on=going_on,
-        manner=Parting(hidden=thoughts is not None and thoughts.hidden),
+        continue_final_message=continue_final_message,
+        output_options=OutputOptions(hidden=thoughts is not None and thoughts.hidden),
     )

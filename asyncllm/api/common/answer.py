@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from asyncllm.api.common.request import Generation
-from asyncllm.api.parsing.output_parser import Parts
+from asyncllm.api.common.request import GenerationRequest
+from asyncllm.api.parsing.output_parser import OutputParser
 from asyncllm.codec import INT32
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
@@ -112,7 +112,7 @@ class Choice:
     stop: str = ""  # the stop string that ended it
     pieces: list[str] = field(default_factory=list)  # text of each token, if wants[0] >= 0
     offset: int = 0  # characters before the next token, for text_offset
-    parts: Parts | None = None  # None: all text is content
+    output: OutputParser | None = None  # None: all text is content
 
     def __post_init__(self) -> None:
         self.tokens = TokenLogprobs(max(self.wants[0], 0))
@@ -128,8 +128,8 @@ class Choice:
         if delta.text:
             self.texts.append(delta.text)
         self.num_tokens += len(delta.ids)
-        if self.parts is not None:
-            self.parts.take(delta.text, delta.pieces, len(delta.ids))
+        if self.output is not None:
+            self.output.take(delta.text, delta.pieces, len(delta.ids))
         if self.wants[0] >= 0:
             self.pieces += delta.pieces
             self.tokens.ids.extend(delta.ids)
@@ -141,15 +141,15 @@ class Choice:
     def end(self, reason: Reason, cached_len: int, stop: str) -> None:
         """There will be no more tokens."""
         self.reason, self.cached_len, self.stop = reason, cached_len, stop
-        if self.parts is not None:
-            self.parts.finish()
+        if self.output is not None:
+            self.output.finish()
 
 
 @dataclass(slots=True, eq=False)
 class Answer:
     """A request, its prompts' ids once they are known, and its choices."""
 
-    generation: Generation
+    generation: GenerationRequest
     id: str
     created: int
     model: str
@@ -168,10 +168,10 @@ class Answer:
             self.truncated.add(prompt_idx)
         generation = self.generation
         self.prompts[prompt_idx] = ids
-        if generation.parting is not None:
+        if generation.output_options is not None:
             first = prompt_idx * generation.n
             for choice in self.choices[first : first + generation.n]:
-                choice.parts = generation.parting.parts(head)
+                choice.output = generation.output_options.parser(head)
 
     def prompt_text(self, prompt_idx: int) -> str:
         """The prompt as text, for echo: what was sent, unless that was ids or too long."""
@@ -192,9 +192,9 @@ class Answer:
             "total_tokens": prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": sum(c.cached_len for c in firsts)},
         }
-        if self.generation.parting is not None and self.generation.parting.reasoning:
+        if self.generation.output_options is not None and self.generation.output_options.reasoning:
             counted = self.choices if choice is None else [choice]
-            thoughts = sum(c.parts.num_thoughts for c in counted if c.parts is not None)
+            thoughts = sum(c.output.num_reasoning_tokens for c in counted if c.output is not None)
             out["completion_tokens_details"] = {"reasoning_tokens": thoughts}
         return out
 
@@ -208,7 +208,7 @@ class Reply(Protocol):
     def piece(self, choice: Choice, piece: Delta) -> bytes:
         """New tokens; ``choice`` has taken them already."""
 
-    def settle(self) -> bytes:
+    def flush_held(self) -> bytes:
         """What :meth:`piece` held back, when its choice has not ended with it."""
 
     def end(self, choice: Choice) -> bytes:

@@ -80,8 +80,8 @@ class ChatTemplate:
         messages: list[dict[str, Any]] = [_with_arguments(turn) for turn in chat["messages"]]
         tools = chat.get("tools") or None
         kwargs = dict(chat.get("kwargs") or {})
-        going_on = bool(kwargs.pop("continue_final_message", False))
-        if going_on:
+        continued = bool(kwargs.pop("continue_final_message", False))
+        if continued:
             last = messages[-1]
             messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
         template = self._templates.get("tool_use") if tools else None
@@ -92,10 +92,10 @@ class ChatTemplate:
                 " use /v1/completions",
                 param="messages",
             )
-        variables = {"add_generation_prompt": not going_on, **self._special_tokens, **kwargs}
+        variables = {"add_generation_prompt": not continued, **self._special_tokens, **kwargs}
         try:
             text = template.render({**variables, "messages": messages, "tools": tools})
-            return text[: text.rindex(_END)] if going_on else text
+            return text[: text.rindex(_END)] if continued else text
         except _RENDER_ERRORS as error:
             raise RequestError(
                 f"the chat template refuses these messages: {error}", param="messages"
@@ -107,8 +107,10 @@ def _with_arguments(turn: dict[str, Any]) -> dict[str, Any]:
         return turn
     functions = [call["function"] for call in calls]
     made = [{**function, "arguments": _Arguments(function["arguments"])} for function in functions]
-    told = [{**call, "function": function} for call, function in zip(calls, made, strict=True)]
-    return {**turn, "tool_calls": told}
+    calls_told = [
+        {**call, "function": function} for call, function in zip(calls, made, strict=True)
+    ]
+    return {**turn, "tool_calls": calls_told}
 
 
 def variables(templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> frozenset[str]:

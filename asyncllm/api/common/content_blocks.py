@@ -16,7 +16,7 @@ from asyncllm.messages import Delta
 
 
 @dataclass(slots=True, eq=False)
-class Section:
+class ContentBlock:
     """A stretch of one kind.
 
     Args:
@@ -38,17 +38,17 @@ class Section:
         return "".join(self.pieces)
 
 
-Step = tuple[Literal["begin", "more", "end"], Section, str]
+BlockEvent = tuple[Literal["begin", "more", "end"], ContentBlock, str]
 
 
-class Sections:
+class ContentBlocks:
     """Sections made of events as they come."""
 
     def __init__(self) -> None:
-        self.all: list[Section] = []
-        self._open: Section | None = None
+        self.all: list[ContentBlock] = []
+        self._open: ContentBlock | None = None
 
-    def add(self, events: Iterable[Event]) -> Iterator[Step]:
+    def add(self, events: Iterable[Event]) -> Iterator[BlockEvent]:
         """What happens with these events."""
         for event in events:
             match event:
@@ -65,83 +65,83 @@ class Sections:
                         yield self._begin(type(event))
                     yield self._more(event.text)
 
-    def end(self, complete: bool = True) -> Iterator[Step]:
+    def end(self, complete: bool = True) -> Iterator[BlockEvent]:
         """The section in progress ends, if there is one."""
         if self._open is not None:
-            section, self._open = self._open, None
-            section.complete = complete
-            yield "end", section, ""
+            block, self._open = self._open, None
+            block.complete = complete
+            yield "end", block, ""
 
     def _begin(
         self,
         kind: type[Text] | type[Reasoning] | type[CallStart],
         call: CallStart | None = None,
-    ) -> Step:
-        self._open = Section(len(self.all), kind, call)
+    ) -> BlockEvent:
+        self._open = ContentBlock(len(self.all), kind, call)
         self.all.append(self._open)
         return "begin", self._open, ""
 
-    def _more(self, text: str) -> Step:
+    def _more(self, text: str) -> BlockEvent:
         assert self._open is not None  # arguments come behind a call's head
         self._open.pieces.append(text)
         return "more", self._open, text
 
 
-class SectionReply:
+class ContentBlockReply:
     """A reply with one choice, told section by section; a protocol gives the words."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
-        self.sections = Sections()
+        self.blocks = ContentBlocks()
 
-    def begin(self, section: Section) -> bytes:
+    def block_start(self, block: ContentBlock) -> bytes:
         """Events for a section that begins."""
         raise NotImplementedError
 
-    def more(self, section: Section, text: str) -> bytes:
+    def block_delta(self, block: ContentBlock, text: str) -> bytes:
         """Events for more of it."""
         raise NotImplementedError
 
-    def finish(self, section: Section) -> bytes:
+    def block_stop(self, block: ContentBlock) -> bytes:
         """Events for its end."""
         raise NotImplementedError
 
     def piece(self, choice: Choice, piece: Delta) -> bytes:
         """What has been found in new text."""
-        if choice.parts is not None:
-            return self._tell(self.sections.add(choice.parts.news()))
-        return self._tell(self.sections.add([Text(piece.text)])) if piece.text else b""
+        if choice.output is not None:
+            return self._tell(self.blocks.add(choice.output.take_events()))
+        return self._tell(self.blocks.add([Text(piece.text)])) if piece.text else b""
 
-    def settle(self) -> bytes:
+    def flush_held(self) -> bytes:
         """Nothing is ever held back."""
         return b""
 
-    def rest(self, choice: Choice) -> bytes:
+    def flush(self, choice: Choice) -> bytes:
         """What was held back, and the last section's end."""
-        found = [] if choice.parts is None else choice.parts.news()
-        return self._tell(self.sections.add(found)) + self._tell(self.sections.end())
+        found = [] if choice.output is None else choice.output.take_events()
+        return self._tell(self.blocks.add(found)) + self._tell(self.blocks.end())
 
-    def gathered(self, choice: Choice) -> list[Section]:
+    def all_blocks(self, choice: Choice) -> list[ContentBlock]:
         """All sections of an answer that has not been streamed."""
-        if choice.parts is not None:
-            found = choice.parts.news()
+        if choice.output is not None:
+            found = choice.output.take_events()
         else:
             found = [Text(choice.text)] if choice.text else []
-        self.sections = Sections()
-        for _ in self.sections.add(found):
+        self.blocks = ContentBlocks()
+        for _ in self.blocks.add(found):
             pass
-        for _ in self.sections.end():
+        for _ in self.blocks.end():
             pass
-        return self.sections.all
+        return self.blocks.all
 
-    def _tell(self, steps: Iterator[Step]) -> bytes:
+    def _tell(self, steps: Iterator[BlockEvent]) -> bytes:
         out = b""
-        for what, section, text in steps:
+        for what, block, text in steps:
             match what:
                 case "begin":
-                    out += self.begin(section)
+                    out += self.block_start(block)
                 case "more":
-                    out += self.more(section, text)
+                    out += self.block_delta(block, text)
                 case "end":
-                    out += self.finish(section)
+                    out += self.block_stop(block)
         return out

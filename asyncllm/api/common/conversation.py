@@ -10,44 +10,44 @@ import json
 from typing import Any, Final
 
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.validation import bad, show, text, typed
+from asyncllm.api.common.validation import expect, preview, reject, text
 
 MAX_MESSAGES: Final = 4096
 
-Turns = list[dict[str, Any]]
+Messages = list[dict[str, Any]]
 _IN_PIECES: Final = ("content", "reasoning_content")
 
 
-class TurnsMaker:
+class ConversationBuilder:
     """Gathers a conversation; what one role says in a row is one turn."""
 
     def __init__(self) -> None:
         # texts as lists of their pieces: joined once, so that many pieces cost what their text does
-        self._made: Turns = []
+        self._made: Messages = []
 
     @property
-    def turns(self) -> Turns:
+    def messages(self) -> Messages:
         """What has been gathered so far."""
         return [
             {key: "\n".join(v) if key in _IN_PIECES else v for key, v in turn.items()}
             for turn in self._made
         ]
 
-    def say(self, role: str, content: str) -> None:
+    def add_text(self, role: str, content: str) -> None:
         """More of what somebody says."""
         _append(self._turn(role)["content"], content)
 
-    def think(self, thought: str) -> None:
+    def add_reasoning(self, thought: str) -> None:
         """More of what the assistant thinks."""
         _append(self._turn("assistant").setdefault("reasoning_content", []), thought)
 
-    def call(self, key: str, name: str, arguments: dict[str, Any]) -> None:
+    def add_call(self, key: str, name: str, arguments: dict[str, Any]) -> None:
         """The assistant calls a tool."""
         function = {"name": name, "arguments": arguments}
         calls = self._turn("assistant").setdefault("tool_calls", [])
         calls.append({"type": "function", "function": function, "id": key})
 
-    def result(self, key: str, content: str) -> None:
+    def add_result(self, key: str, content: str) -> None:
         """What the call ``key`` gave."""
         self._made.append({"role": "tool", "content": [content], "tool_call_id": key})
 
@@ -64,14 +64,14 @@ def _append(pieces: list[str], piece: str) -> None:
     pieces.append(piece)
 
 
-def with_system(system: str | None, turns: Turns) -> Turns:
+def with_system(system: str | None, messages: Messages) -> Messages:
     """One system message in front: many templates know no second one."""
     if not system:
-        return turns
-    if turns and turns[0]["role"] == "system":
-        system = f"{system}\n{turns[0]['content']}"
-        turns = turns[1:]
-    return [{"role": "system", "content": system}, *turns]
+        return messages
+    if messages and messages[0]["role"] == "system":
+        system = f"{system}\n{messages[0]['content']}"
+        messages = messages[1:]
+    return [{"role": "system", "content": system}, *messages]
 
 
 def arguments(value: Any, name: str) -> dict[str, Any]:
@@ -80,8 +80,8 @@ def arguments(value: Any, name: str) -> dict[str, Any]:
     try:
         found = json.loads(raw) if raw.strip() else {}
     except (ValueError, RecursionError):
-        bad(f"{name}: {show(raw)} is not JSON", name)
-    made: dict[str, Any] = typed(found, dict, name, "an object, as JSON")
+        reject(f"{name}: {preview(raw)} is not JSON", name)
+    made: dict[str, Any] = expect(found, dict, name, "an object, as JSON")
     return made
 
 
@@ -89,26 +89,26 @@ def content(value: Any, name: str, may_miss: bool = False) -> str:
     """The text of a string or of text parts. Raises RequestError, NotAvailable (400)."""
     if value is None:
         if not may_miss:
-            bad(f"{name} is missing", name)
+            reject(f"{name} is missing", name)
         return ""
     if isinstance(value, str):
         return text(value, name)
-    typed(value, list, name, "a string or an array of parts")
+    expect(value, list, name, "a string or an array of parts")
     return "\n".join(_part(part, f"{name}[{i}]") for i, part in enumerate(value))
 
 
 def _part(value: Any, name: str) -> str:
     if isinstance(value, str):
         return text(value, name)
-    typed(value, dict, name, "an object")
+    expect(value, dict, name, "an object")
     kind = value.get("type")
     if kind in ("text", "input_text", "output_text"):
         return text(value.get("text"), f"{name}.text")
     if kind == "refusal":
         return text(value.get("refusal"), f"{name}.refusal")
     if not isinstance(kind, str):
-        bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
+        reject(f"{name}.type must be a string, not {preview(kind)}", f"{name}.type")
     raise NotAvailable(
-        f"{name}: content of type {show(kind)} is not available on this server; text is",
+        f"{name}: content of type {preview(kind)} is not available on this server; text is",
         param=f"{name}.type",
     )

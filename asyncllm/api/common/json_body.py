@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any, Final, NoReturn
 
-from asyncllm.api.common.validation import bad, show
+from asyncllm.api.common.validation import preview, reject
 
 # 4,096 messages of one text part each come to 12,290 arrays and objects and 32,770 strings
 MAX_CONTAINERS: Final = 1 << 14
@@ -47,11 +47,11 @@ def load(raw: bytes, max_values: int = MIN_VALUES) -> dict[str, Any]:
         # _check cannot read
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
     except RecursionError:
-        bad("the body is nested too deeply")
+        reject("the body is nested too deeply")
     except ValueError as error:
-        bad(f"the body is not valid JSON: {error}")
+        reject(f"the body is not valid JSON: {error}")
     if not isinstance(value, dict):
-        bad(f"the body must be a JSON object, not {show(value)}")
+        reject(f"the body must be a JSON object, not {preview(value)}")
     return value
 
 
@@ -92,11 +92,11 @@ def _check(raw: bytes, max_values: int, what: str, name: str | None = None) -> N
         if depth > MAX_DEPTH:
             _too_many(what, depth, "levels", MAX_DEPTH, name)
     if b"1" * (MAX_DIGITS + 1) in outside.translate(_DIGITS):
-        bad(f"{what}: a number has more than {MAX_DIGITS} digits", name)
+        reject(f"{what}: a number has more than {MAX_DIGITS} digits", name)
 
 
 def _too_many(what: str, number: int, of: str, most: int, name: str | None) -> NoReturn:
-    bad(f"{what}: {number:,} {of}, at most {most:,} in one request", name)
+    reject(f"{what}: {number:,} {of}, at most {most:,} in one request", name)
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -1,6 +1,6 @@
-"""A conversation to be answered, whatever the protocol: prompt, form of the answer, what to part.
+"""Makes a conversation, its tools and options into a prompt, a grammar and output options.
 
-Knows turns in template form, offers and the served model's dialect; knows no protocol's JSON.
+All chat protocols share it. Knows no protocol's JSON.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from asyncllm.api.common import tool_request
+from asyncllm.api.common.conversation import Messages
 from asyncllm.api.common.request import Prompt
 from asyncllm.api.common.response_format import Grammar
-from asyncllm.api.common.tool_request import Offer, Turns
-from asyncllm.api.common.validation import bad, show
-from asyncllm.api.parsing.output_parser import Dialect, Parting
+from asyncllm.api.common.tool_request import ToolRequest, with_tools_in_prompt
+from asyncllm.api.common.validation import preview, reject
+from asyncllm.api.parsing.output_parser import Dialect, OutputOptions
 from asyncllm.api.parsing.tools import call_forms, call_schema
 
-USUAL: Final = Parting()
+DEFAULT_OPTIONS: Final = OutputOptions()
 # variables of templates that other fields of a request set
 OWN_VARIABLES: Final = frozenset(
     {"add_generation_prompt", "continue_final_message", "documents", "messages", "tools"}
@@ -29,52 +29,78 @@ NO_EFFORT: Final = "none"  # the effort that turns thinking off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dialog:
-    """What a request's Generation is made of.
+class ChatPrompt:
+    """What follows from a conversation.
 
     Args:
-        form: what holds the answer, behind any reasoning.
-        parting: what is to be found in the answer; None: nothing.
+        grammar: constrains the answer, after any reasoning; None: it is free.
+        output_options: which parts of the output to parse; None: all text is content.
     """
 
     prompt: Prompt
-    form: Grammar | None
-    parting: Parting | None
+    grammar: Grammar | None
+    output_options: OutputOptions | None
 
 
-def dialog(
-    turns: Turns,
+def prepare_chat(
+    messages: Messages,
     dialect: Dialect,
     *,
-    offered: Offer,
-    form: Grammar | None = None,
+    tool_request: ToolRequest,
+    grammar: Grammar | None = None,
     thinking: bool | None = None,
     effort: str | None = None,
     kwargs: dict[str, Any] | None = None,
-    opening: bool | None = None,
-    going_on: bool = False,
-    manner: Parting = USUAL,
-) -> Dialog:
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
+    output_options: OutputOptions = DEFAULT_OPTIONS,
+) -> ChatPrompt:
     """Everything that follows from a conversation.
 
     Args:
-        form: the answer's form; a forced call has its own.
+        tool_request: the tools, and whether one must be called.
+        grammar: constrains the answer; a forced call has its own.
         thinking: whether the model is to think; None: as its template has it.
         effort: for the template; "none" turns thinking off.
         kwargs: further variables of the template, which win.
-        opening: the prompt ends with the head of an assistant's turn; None: unless ``going_on``.
-        going_on: the last turn is the beginning of the answer.
-        manner: how reasoning is told; the rest of it does not count.
+        add_generation_prompt: the prompt ends with the beginning of an assistant message; None:
+            unless ``continue_final_message``.
+        continue_final_message: the last message is the beginning of the answer.
+        output_options: how reasoning is reported; the other fields are set here.
 
     Raises:
         RequestError: 400, as :func:`call_schema` and :func:`pack` do.
     """
-    if offered.forced:
-        wanted = offered.wanted
-        schema = call_schema(offered.tools, wanted.name or None, wanted.parallel)
-        form = "schema", json.dumps(schema)  # as long as tools may be
-    elif form is None and any(tool.strict for tool in offered.tools):
-        form = "calls", call_forms(dialect.spelling or dialect.calls, offered.tools)
+    if tool_request.forced:
+        choice = tool_request.choice
+        schema = call_schema(tool_request.tools, choice.name or None, choice.parallel)
+        grammar = "schema", json.dumps(schema)  # as long as tools may be
+    elif grammar is None and any(tool.strict for tool in tool_request.tools):
+        grammar = "calls", call_forms(dialect.spelling or dialect.calls, tool_request.tools)
+    variables = _thinking_variables(thinking, effort) | (kwargs or {})
+    if continue_final_message:
+        variables["continue_final_message"] = True
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
+    variables["add_generation_prompt"] = add_generation_prompt
+    told, template_tools = with_tools_in_prompt(messages, tool_request, dialect)
+    packed = pack(told, template_tools, variables)
+    calls = "json" if tool_request.forced else dialect.calls if tool_request.tools else ""
+    options = None
+    if calls or dialect.reasoning:
+        options = replace(
+            output_options,
+            calls=calls,
+            tools=tool_request.tools,
+            parallel=tool_request.choice.parallel,
+            reasoning=dialect.reasoning,
+            continued=messages[-1]["content"] if continue_final_message else "",
+        )
+    return ChatPrompt(prompt=Prompt(chat=packed), grammar=grammar, output_options=options)
+
+
+def _thinking_variables(thinking: bool | None, effort: str | None) -> dict[str, Any]:
+    """What templates call it, whether and how much the model is to think."""
     if thinking is None and effort == NO_EFFORT:
         thinking = False
     variables: dict[str, Any] = {}
@@ -82,30 +108,13 @@ def dialog(
         variables = {"enable_thinking": thinking, "thinking": thinking}
     if effort is not None and effort != NO_EFFORT:
         variables["reasoning_effort"] = effort
-    variables |= kwargs or {}
-    if going_on:
-        variables["continue_final_message"] = True
-    variables["add_generation_prompt"] = not going_on if opening is None else opening
-    told, listed = tool_request.told(turns, offered, dialect)
-    packed = pack(told, listed, variables)
-    calls = "json" if offered.forced else dialect.calls if offered.tools else ""
-    parting = None
-    if calls or dialect.reasoning:
-        parting = replace(
-            manner,
-            calls=calls,
-            offered=offered.tools,
-            parallel=offered.wanted.parallel,
-            reasoning=dialect.reasoning,
-            continued=turns[-1]["content"] if going_on else "",
-        )
-    return Dialog(prompt=Prompt(chat=packed), form=form, parting=parting)
+    return variables
 
 
-def refuse_calls(turns: Turns, name: str) -> None:
+def refuse_trailing_calls(messages: Messages, name: str) -> None:
     """Refuse calls at the end of what is to be continued. Raises RequestError (400)."""
-    if turns[-1].get("tool_calls"):
-        bad(f"{name}: the last turn calls tools, so their results must follow", name)
+    if messages[-1].get("tool_calls"):
+        reject(f"{name}: the last turn calls tools, so their results must follow", name)
 
 
 def settable(variables: Collection[str]) -> list[str]:
@@ -118,7 +127,7 @@ def check_variables(kwargs: dict[str, Any], variables: Collection[str], name: st
     known = settable(variables)
     for key in kwargs:
         if key not in known:
-            bad(f"{name}: {show(key)} is not one of {', '.join(known)}", name)
+            reject(f"{name}: {preview(key)} is not one of {', '.join(known)}", name)
 
 
 def pack(
@@ -129,6 +138,6 @@ def pack(
     try:
         return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        bad("messages: not valid Unicode (a lone surrogate)", "messages")
+        reject("messages: not valid Unicode (a lone surrogate)", "messages")
     except RecursionError:
-        bad("messages: nested too deeply", "messages")
+        reject("messages: nested too deeply", "messages")

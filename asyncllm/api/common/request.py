@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asyncllm.api.common.defaults import Defaults
-from asyncllm.api.common.validation import GREEDY_BELOW, bad, show, token_ids, typed
-from asyncllm.api.parsing.output_parser import Dialect, Parting
+from asyncllm.api.common.validation import GREEDY_BELOW, expect, preview, reject, token_ids
+from asyncllm.api.parsing.output_parser import Dialect, OutputOptions
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound
 
@@ -26,7 +26,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
+class GenerationRequest:
     """One HTTP request for text: ``n`` choices of each prompt.
 
     Choice ``i`` of prompt ``p`` has the index ``p * n + i``.
@@ -44,11 +44,11 @@ class Generation:
     continuous_usage: bool = False  # every chunk says it too
     functions: bool = False  # OpenAI's chat: a call is told as function_call
     details: bool = False  # native: each token in the answer
-    parting: Parting | None = None  # None: all text is content
+    output_options: OutputOptions | None = None  # None: all text is content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class ServedModel:
     """What this server serves, for the model name check and /v1/models.
 
     Args:
@@ -80,15 +80,15 @@ class Served:
         if name is None or name in self.listed or name in self.accepted:
             return
         raise ModelNotFound(
-            f"the model {show(name)} does not exist; this server has {', '.join(self.listed)}",
+            f"the model {preview(name)} does not exist; this server has {', '.join(self.listed)}",
             param="model",
         )
 
     def prompt_of(self, value: Any, name: str) -> Prompt:
         """A prompt of token ids. Raises RequestError."""
-        typed(value, list, name, "an array of token ids")
+        expect(value, list, name, "an array of token ids")
         if not value:
-            bad(f"{name} must not be empty", name)
+            reject(f"{name} must not be empty", name)
         column = token_ids(value, name)
         self.check_ids((max(value),), name)
         return Prompt(ids=column)
@@ -97,7 +97,7 @@ class Served:
         """Raises RequestError for a token id outside the vocabulary."""
         for token in ids:
             if token >= self.vocab_size:
-                bad(f"{name}: {token} is not below the vocabulary size {self.vocab_size}", name)
+                reject(f"{name}: {token} is not below the vocabulary size {self.vocab_size}", name)
 
 
 def temperature(value: float) -> float:

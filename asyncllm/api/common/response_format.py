@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from asyncllm.api.common import validation
-from asyncllm.api.common.validation import Field, Refused, bad, show, typed
+from asyncllm.api.common.validation import Field, UnsupportedField, expect, preview, reject
 
 MAX_CHARS: Final = 65_536
 MAX_CHOICES: Final = 1024
@@ -27,14 +27,14 @@ def schema(value: Any, name: str) -> Grammar | None:
     try:
         if isinstance(value, str):
             text = _limited(validation.text(value, name), name)
-            typed(json.loads(text), dict, name, what)
+            expect(json.loads(text), dict, name, what)
         else:
             # its order is that of the output; ASCII, since a string may hold half a character
-            text = _limited(json.dumps(typed(value, dict, name, what)), name)
+            text = _limited(json.dumps(expect(value, dict, name, what)), name)
     except RecursionError:
-        bad(f"{name} is nested too deeply", name)
+        reject(f"{name} is nested too deeply", name)
     except ValueError as error:
-        bad(f"{name} is not valid JSON: {error}", name)
+        reject(f"{name} is not valid JSON: {error}", name)
     return "schema", text
 
 
@@ -53,12 +53,12 @@ def ebnf(value: str, name: str) -> Grammar | None:
 
 def choice(value: Any, name: str) -> Grammar | None:
     """A list of strings, one of which is the output; an empty list is none."""
-    typed(value, list, name, "an array of strings")
+    expect(value, list, name, "an array of strings")
     if len(value) > MAX_CHOICES:
-        bad(f"{name}: {len(value)} choices, at most {MAX_CHOICES}", name)
+        reject(f"{name}: {len(value)} choices, at most {MAX_CHOICES}", name)
     for i, item in enumerate(value):
         if not validation.text(item, f"{name}[{i}]") or "\0" in item:
-            bad(f"{name}[{i}]: an output cannot be empty or hold NUL", name)
+            reject(f"{name}[{i}]: an output cannot be empty or hold NUL", name)
     return ("choice", _limited(json.dumps(value, ensure_ascii=False), name)) if value else None
 
 
@@ -81,26 +81,26 @@ def response_format(value: Mapping[str, Any], name: str) -> Grammar | None:
             return "json", ""
         case "json_schema":
             inner = f"{name}.json_schema"
-            holder = typed(value.get("json_schema"), dict, inner, "an object")
-            typed(holder.get("schema"), dict, f"{inner}.schema", "an object")
+            holder = expect(value.get("json_schema"), dict, inner, "an object")
+            expect(holder.get("schema"), dict, f"{inner}.schema", "an object")
             return schema(holder["schema"], f"{inner}.schema")
         case _:
             known = "text, json_object, json_schema"
-            bad(f"{name}.type: {show(kind)} is not one of {known}", f"{name}.type")
+            reject(f"{name}.type: {preview(kind)} is not one of {known}", f"{name}.type")
 
 
 def only(values: Mapping[str, Any], names: Sequence[str], at: str = "") -> Grammar | None:
     """The grammar of a body, which may have one. Raises RequestError when there are several."""
     found = [name for name in names if values[name] is not None]
     if len(found) > 1:
-        bad(f"{at}{found[0]} and {at}{found[1]} exclude each other", at + found[1])
+        reject(f"{at}{found[0]} and {at}{found[1]} exclude each other", at + found[1])
     return values[found[0]] if found else None
 
 
 def without_tokens(form: Grammar | None, allowed: Sequence[int], name: str) -> None:
     """Raises RequestError where a grammar and a list of allowed tokens would both restrict."""
     if form is not None and allowed:
-        bad(f"{name} and a grammar exclude each other (a forced call is one too)", name)
+        reject(f"{name} and a grammar exclude each other (a forced call is one too)", name)
 
 
 STRUCTURED: Final = (
@@ -111,13 +111,15 @@ STRUCTURED: Final = (
     Field(name="grammar", kind="string", parse=ebnf, doc="rules in EBNF"),
 )
 _STRUCTURED_UNAVAILABLE: Final = (
-    Refused(name="structural_tag", doc="a structural tag"),
-    Refused(name="whitespace_pattern", doc="a pattern for white space"),
-    Refused(name="disable_additional_properties", neutral=(False,), doc="closing open objects"),
+    UnsupportedField(name="structural_tag", doc="a structural tag"),
+    UnsupportedField(name="whitespace_pattern", doc="a pattern for white space"),
+    UnsupportedField(
+        name="disable_additional_properties", neutral=(False,), doc="closing open objects"
+    ),
 )
 
 
 def _limited(text: str, name: str) -> str:
     if len(text) > MAX_CHARS:
-        bad(f"{name}: {len(text)} characters, at most {MAX_CHARS}", name)
+        reject(f"{name}: {len(text)} characters, at most {MAX_CHARS}", name)
     return text

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Final
 
+from asyncllm.api.common.conversation import Messages
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.validation import bad, show, text, typed
+from asyncllm.api.common.validation import expect, preview, reject, text
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.parsing.tools import Tool, system_text, written
 
@@ -24,12 +25,11 @@ NAME: Final = f"[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}"
 MODES: Final = ("none", "auto", "required")
 ALLOWED_MODES: Final = ("auto", "required")
 
-Turns = list[dict[str, Any]]
 Tools = tuple[Tool, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ToolChoice:
     """Whether tools are to be called.
 
     Args:
@@ -45,25 +45,25 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class ToolRequest:
     """What a request offers; no ``tools`` where none may be called."""
 
-    wanted: Wanted
+    choice: ToolChoice
     tools: Tools = ()
 
     @property
     def forced(self) -> bool:
         """There must be a call."""
-        return self.wanted.mode in ("required", "named")
+        return self.choice.mode in ("required", "named")
 
     @property
-    def listed(self) -> list[dict[str, Any]]:
+    def template_tools(self) -> list[dict[str, Any]]:
         """The tools as templates want them."""
         return [template_form(tool) for tool in self.tools]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class ToolLayout:
     """Where a protocol's tool objects keep what.
 
     Args:
@@ -81,10 +81,10 @@ class Shape:
     needs_schema: bool = False
 
 
-CHAT: Final = Shape(inner="function")
-FLAT: Final = Shape()
-OLD: Final = Shape(untyped=True)
-CUSTOM: Final = Shape(kind="custom", untyped=True, schema="input_schema", needs_schema=True)
+CHAT: Final = ToolLayout(inner="function")
+FLAT: Final = ToolLayout()
+OLD: Final = ToolLayout(untyped=True)
+CUSTOM: Final = ToolLayout(kind="custom", untyped=True, schema="input_schema", needs_schema=True)
 
 
 def tools(value: Any, name: str) -> Tools:
@@ -107,91 +107,97 @@ def custom_tools(value: Any, name: str) -> Tools:
     return _tools(value, name, CUSTOM)
 
 
-def choice(value: Any, name: str) -> Wanted:
+def choice(value: Any, name: str) -> ToolChoice:
     """``tool_choice`` of OpenAI's chat. Raises RequestError, NotAvailable (400)."""
     return _choice(value, name, "function", "allowed_tools")
 
 
-def flat_choice(value: Any, name: str) -> Wanted:
+def flat_choice(value: Any, name: str) -> ToolChoice:
     """``tool_choice`` of OpenAI's responses. Raises RequestError, NotAvailable (400)."""
     return _choice(value, name, "", "")
 
 
-def function_call(value: Any, name: str) -> Wanted:
+def function_call(value: Any, name: str) -> ToolChoice:
     """``function_call``, the older name of OpenAI's ``tool_choice``. Raises RequestError (400)."""
     if isinstance(value, dict):
-        return Wanted("named", text(value.get("name"), f"{name}.name"))
+        return ToolChoice("named", text(value.get("name"), f"{name}.name"))
     if value not in ("none", "auto"):
-        bad(f"{name}: {show(value)} is not one of none, auto, or an object", name)
-    return Wanted(value)
+        reject(f"{name}: {preview(value)} is not one of none, auto, or an object", name)
+    return ToolChoice(value)
 
 
-def custom_choice(value: Any, name: str) -> Wanted:
+def custom_choice(value: Any, name: str) -> ToolChoice:
     """``tool_choice`` of Anthropic's messages. Raises RequestError, NotAvailable (400)."""
     single = value.get("disable_parallel_tool_use")
-    parallel = single is None or not typed(
+    parallel = single is None or not expect(
         single, bool, f"{name}.disable_parallel_tool_use", "true or false"
     )
     match kind := value.get("type"):
         case "auto" | "none":
-            return Wanted(kind, parallel=parallel)
+            return ToolChoice(kind, parallel=parallel)
         case "any":
-            return Wanted("required", parallel=parallel)
+            return ToolChoice("required", parallel=parallel)
         case "tool":
-            return Wanted("named", text(value.get("name"), f"{name}.name"), parallel=parallel)
+            return ToolChoice("named", text(value.get("name"), f"{name}.name"), parallel=parallel)
         case _:
-            bad(f"{name}.type: {show(kind)} is not one of auto, any, tool, none", f"{name}.type")
+            reject(
+                f"{name}.type: {preview(kind)} is not one of auto, any, tool, none", f"{name}.type"
+            )
 
 
-def offer(listed: Sequence[Tool] | None, wanted: Wanted | None, parallel: bool = True) -> Offer:
+def resolve(
+    tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool = True
+) -> ToolRequest:
     """Both together. Raises RequestError where a call is wanted that no tool allows."""
-    if wanted is None:
-        wanted = Wanted("auto" if listed else "none")
-    wanted = replace(wanted, parallel=parallel and wanted.parallel)
-    made = tuple(listed or ())
+    if choice is None:
+        choice = ToolChoice("auto" if tools else "none")
+    choice = replace(choice, parallel=parallel and choice.parallel)
+    made = tuple(tools or ())
     names = {tool.name for tool in made}
-    if wanted.mode in ("required", "named") and not made:
-        bad("tool_choice: there are no tools", "tool_choice")
-    for name in (wanted.name,) if wanted.mode == "named" else wanted.allowed or ():
+    if choice.mode in ("required", "named") and not made:
+        reject("tool_choice: there are no tools", "tool_choice")
+    for name in (choice.name,) if choice.mode == "named" else choice.allowed or ():
         if name not in names:
-            bad(f"tool_choice: there is no tool {show(name)}", "tool_choice")
-    if wanted.mode == "none":
-        return Offer(wanted)
-    if wanted.allowed is not None:
-        made = tuple(tool for tool in made if tool.name in wanted.allowed)
-    return Offer(wanted, made)
+            reject(f"tool_choice: there is no tool {preview(name)}", "tool_choice")
+    if choice.mode == "none":
+        return ToolRequest(choice)
+    if choice.allowed is not None:
+        made = tuple(tool for tool in made if tool.name in choice.allowed)
+    return ToolRequest(choice, made)
 
 
 def template_form(tool: Tool) -> dict[str, Any]:
     """A tool as chat templates expect it."""
-    told = {"description": tool.description} if tool.description else {}
-    function = {"name": tool.name, **told, "parameters": tool.parameters}
+    described = {"description": tool.description} if tool.description else {}
+    function = {"name": tool.name, **described, "parameters": tool.parameters}
     return {"type": "function", "function": function}
 
 
-def told(turns: Turns, offered: Offer, dialect: Dialect) -> tuple[Turns, list[Any] | None]:
+def with_tools_in_prompt(
+    messages: Messages, request: ToolRequest, dialect: Dialect
+) -> tuple[Messages, list[Any] | None]:
     """The conversation and the tools for the chat template.
 
     A template that does not know tools gets them in the system message, and calls of earlier turns
     as the model writes them; results too are text, unless the template has turns for them.
     """
     if dialect.lists_tools:
-        return turns, offered.listed or None
-    out = _plain(turns, dialect)
-    if not offered.tools:
+        return messages, request.template_tools or None
+    out = _plain(messages, dialect)
+    if not request.tools:
         return out, None
     system = out.pop(0) if out[0]["role"] == "system" else {"role": "system", "content": ""}
     if dialect.tools_in_system:
-        told = json.dumps([template_form(tool)["function"] for tool in offered.tools])
-        return [{**system, "tools": told}, *out], None
-    lines = system_text(offered.tools, dialect.spelling or dialect.calls)
+        packed = json.dumps([template_form(tool)["function"] for tool in request.tools])
+        return [{**system, "tools": packed}, *out], None
+    lines = system_text(request.tools, dialect.spelling or dialect.calls)
     return [{**system, "content": f"{system['content']}\n\n{lines}".lstrip()}, *out], None
 
 
-def _plain(turns: Turns, dialect: Dialect) -> Turns:
+def _plain(messages: Messages, dialect: Dialect) -> Messages:
     """Calls as text of the assistant, results as turns of the user; neighbours are one turn."""
-    out: Turns = []
-    for results, group in groupby(turns, key=lambda turn: turn["role"] == "tool"):
+    out: Messages = []
+    for results, group in groupby(messages, key=lambda turn: turn["role"] == "tool"):
         if results and not dialect.tells_results:
             lines = [f"<tool_response>\n{turn['content']}\n</tool_response>" for turn in group]
             out.append({"role": "user", "content": "\n".join(lines)})
@@ -203,112 +209,116 @@ def _plain(turns: Turns, dialect: Dialect) -> Turns:
 def _without_calls(turn: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
     if not (calls := turn.get("tool_calls")):
         return turn
-    told = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-    lines = [turn["content"], written(dialect.spelling or dialect.calls, told)]
+    written_calls = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+    lines = [turn["content"], written(dialect.spelling or dialect.calls, written_calls)]
     rest = {key: value for key, value in turn.items() if key != "tool_calls"}
     return rest | {"content": "\n".join(line for line in lines if line)}
 
 
-def _tools(value: Any, name: str, shape: Shape) -> Tools:
+def _tools(value: Any, name: str, layout: ToolLayout) -> Tools:
     if len(value) > MAX_TOOLS:
-        bad(f"{name}: {len(value)} tools, at most {MAX_TOOLS}", name)
-    found = tuple(_tool(tool, f"{name}[{i}]", shape) for i, tool in enumerate(value))
+        reject(f"{name}: {len(value)} tools, at most {MAX_TOOLS}", name)
+    found = tuple(_tool(tool, f"{name}[{i}]", layout) for i, tool in enumerate(value))
     try:
         size = len(json.dumps([template_form(tool) for tool in found], ensure_ascii=False))
     except RecursionError:
-        bad(f"{name}: nested too deeply", name)
+        reject(f"{name}: nested too deeply", name)
     if size > MAX_TOOLS_CHARS:
-        bad(f"{name}: {size} characters of JSON, at most {MAX_TOOLS_CHARS}", name)
+        reject(f"{name}: {size} characters of JSON, at most {MAX_TOOLS_CHARS}", name)
     taken: set[str] = set()
     for i, tool in enumerate(found):
         if tool.name in taken:
-            at = _inside(f"{name}[{i}]", shape)
-            bad(f"{name}[{i}]: there is another tool {show(tool.name)}", f"{at}.name")
+            at = _inside(f"{name}[{i}]", layout)
+            reject(f"{name}[{i}]: there is another tool {preview(tool.name)}", f"{at}.name")
         taken.add(tool.name)
     return found
 
 
-def _inside(name: str, shape: Shape) -> str:
-    return f"{name}.{shape.inner}" if shape.inner else name
+def _inside(name: str, layout: ToolLayout) -> str:
+    return f"{name}.{layout.inner}" if layout.inner else name
 
 
-def _tool(value: Any, name: str, shape: Shape) -> Tool:
-    typed(value, dict, name, "an object")
+def _tool(value: Any, name: str, layout: ToolLayout) -> Tool:
+    expect(value, dict, name, "an object")
     kind = value.get("type")
-    if kind != shape.kind and not (kind is None and shape.untyped):
+    if kind != layout.kind and not (kind is None and layout.untyped):
         if not isinstance(kind, str):
-            bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
+            reject(f"{name}.type must be a string, not {preview(kind)}", f"{name}.type")
         raise NotAvailable(
-            f"{name}: tools of type {show(kind)} are not available on this server; functions"
-            f" ({shape.kind}) are",
+            f"{name}: tools of type {preview(kind)} are not available on this server; functions"
+            f" ({layout.kind}) are",
             param=f"{name}.type",
         )
-    at = _inside(name, shape)
-    function = typed(value.get(shape.inner), dict, at, "an object") if shape.inner else value
+    at = _inside(name, layout)
+    function = expect(value.get(layout.inner), dict, at, "an object") if layout.inner else value
     called = text(function.get("name"), f"{at}.name")
     if not re.fullmatch(NAME, called):
-        bad(
-            f"{at}.name: {show(called)} is not 1 to {MAX_NAME} letters, digits or _-.:/",
+        reject(
+            f"{at}.name: {preview(called)} is not 1 to {MAX_NAME} letters, digits or _-.:/",
             f"{at}.name",
         )
     description = function.get("description")
-    at_schema = f"{at}.{shape.schema}"
-    parameters = function.get(shape.schema)
+    at_schema = f"{at}.{layout.schema}"
+    parameters = function.get(layout.schema)
     if parameters is None:
-        if shape.needs_schema:
-            bad(f"{at_schema} is missing", at_schema)
+        if layout.needs_schema:
+            reject(f"{at_schema} is missing", at_schema)
         parameters = {"type": "object", "properties": {}}
-    typed(parameters, dict, at_schema, "an object")
+    expect(parameters, dict, at_schema, "an object")
     if parameters.get("type", "object") != "object":
-        bad(f"{at_schema}.type: {show(parameters['type'])} is not object", f"{at_schema}.type")
+        reject(
+            f"{at_schema}.type: {preview(parameters['type'])} is not object", f"{at_schema}.type"
+        )
     strict = function.get("strict")
     return Tool(
         called,
         parameters,
         "" if description is None else text(description, f"{at}.description"),
-        strict is not None and typed(strict, bool, f"{at}.strict", "true or false"),
+        strict is not None and expect(strict, bool, f"{at}.strict", "true or false"),
     )
 
 
-def _choice(value: Any, name: str, inner: str, inner_allowed: str) -> Wanted:
+def _choice(value: Any, name: str, inner: str, inner_allowed: str) -> ToolChoice:
     """OpenAI's choice, which has the name or the allowed tools in an object ``inner``."""
     if isinstance(value, str):
         if value not in MODES:
-            bad(f"{name}: {show(value)} is not one of {', '.join(MODES)}", name)
-        return Wanted(value)
-    typed(value, dict, name, f"one of {', '.join(MODES)}, or an object")
+            reject(f"{name}: {preview(value)} is not one of {', '.join(MODES)}", name)
+        return ToolChoice(value)
+    expect(value, dict, name, f"one of {', '.join(MODES)}, or an object")
     kind = value.get("type")
     if kind == "function":
-        return Wanted("named", _name(value, name, inner))
+        return ToolChoice("named", _name(value, name, inner))
     if kind == "allowed_tools":
         at = f"{name}.{inner_allowed}" if inner_allowed else name
         if inner_allowed:
-            value = typed(value.get(inner_allowed), dict, at, "an object")
+            value = expect(value.get(inner_allowed), dict, at, "an object")
         mode = value.get("mode")
         if mode not in ALLOWED_MODES:
-            bad(f"{at}.mode: {show(mode)} is not one of {', '.join(ALLOWED_MODES)}", f"{at}.mode")
-        given = typed(value.get("tools"), list, f"{at}.tools", "an array")
+            reject(
+                f"{at}.mode: {preview(mode)} is not one of {', '.join(ALLOWED_MODES)}", f"{at}.mode"
+            )
+        given = expect(value.get("tools"), list, f"{at}.tools", "an array")
         if not given:
-            bad(f"{at}.tools must hold at least one tool", f"{at}.tools")
+            reject(f"{at}.tools must hold at least one tool", f"{at}.tools")
         names = (_named(each, f"{at}.tools[{i}]", inner) for i, each in enumerate(given))
-        return Wanted(mode, allowed=tuple(names))
+        return ToolChoice(mode, allowed=tuple(names))
     if not isinstance(kind, str):
-        bad(f"{name}.type must be a string, not {show(kind)}", f"{name}.type")
+        reject(f"{name}.type must be a string, not {preview(kind)}", f"{name}.type")
     raise NotAvailable(
-        f"{name}: {show(kind)} is not available on this server; function and allowed_tools are",
+        f"{name}: {preview(kind)} is not available on this server; function and allowed_tools are",
         param=f"{name}.type",
     )
 
 
 def _named(value: Any, name: str, inner: str) -> str:
     """One of the allowed tools."""
-    typed(value, dict, name, "an object")
+    expect(value, dict, name, "an object")
     if value.get("type") != "function":
-        bad(f"{name}.type: {show(value.get('type'))} is not function", f"{name}.type")
+        reject(f"{name}.type: {preview(value.get('type'))} is not function", f"{name}.type")
     return _name(value, name, inner)
 
 
 def _name(value: dict[str, Any], name: str, inner: str) -> str:
     at = f"{name}.{inner}" if inner else name
-    function = typed(value.get(inner), dict, at, "an object") if inner else value
+    function = expect(value.get(inner), dict, at, "an object") if inner else value
     return text(function.get("name"), f"{at}.name")

@@ -65,7 +65,7 @@ class Field:
         value = body.get(self.name)
         if value is None:
             if self.required:
-                bad(f"{at}{self.name} is missing", at + self.name)
+                reject(f"{at}{self.name} is missing", at + self.name)
             return self.default
         return self.check(value, at + self.name)
 
@@ -76,15 +76,17 @@ class Field:
                 value = number(value, name, integer=self.kind == "integer")
                 self._check_range(value, name)
             case "boolean":
-                typed(value, bool, name, "true or false")
+                expect(value, bool, name, "true or false")
             case "string":
                 text(value, name)
                 if self.choices and value not in self.choices:
-                    bad(f"{name}: {show(value)} is not one of {', '.join(self.choices)}", name)
+                    reject(
+                        f"{name}: {preview(value)} is not one of {', '.join(self.choices)}", name
+                    )
             case "object":
-                typed(value, dict, name, "an object")
+                expect(value, dict, name, "an object")
             case "array":
-                typed(value, list, name, "an array")
+                expect(value, list, name, "an array")
             case "any":
                 pass
         return value if self.parse is None else self.parse(value, name)
@@ -103,13 +105,13 @@ class Field:
     def _check_range(self, value: float, name: str) -> None:
         low, high = self.low, self.high
         if low is not None and (value < low or (self.above and value == low)):
-            bad(f"{name}: {show(value)} is not in {self.limits()}", name)
+            reject(f"{name}: {preview(value)} is not in {self.limits()}", name)
         if high is not None and value > high:
-            bad(f"{name}: {show(value)} is not in {self.limits()}", name)
+            reject(f"{name}: {preview(value)} is not in {self.limits()}", name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
+class UnsupportedField:
     """A known field whose use cannot be honoured; only ``neutral`` values and null pass."""
 
     name: str
@@ -146,18 +148,18 @@ def sampling(table: Sequence[Field], values: Mapping[str, Any]) -> dict[str, Any
     return {f.to: values[f.name] for f in table if f.to and values[f.name] is not None}
 
 
-def refuse(table: Sequence[Refused], body: Body, at: str = "") -> None:
+def refuse(table: Sequence[UnsupportedField], body: Body, at: str = "") -> None:
     """Raises NotAvailable for the first field that asks for what is not there."""
     for field in table:
         field.check(body, at)
 
 
-def bad(message: str, param: str | None = None) -> NoReturn:
+def reject(message: str, param: str | None = None) -> NoReturn:
     """Refuse with 400."""
     raise RequestError(message, param=param, code="invalid_value" if param else "invalid_json")
 
 
-def show(value: Any) -> str:
+def preview(value: Any) -> str:
     """A value for an error text, at most 80 characters whatever was sent."""
     if isinstance(value, list):
         return f"an array of {len(value)}"
@@ -169,10 +171,10 @@ def show(value: Any) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-def typed(value: Any, kind: type, name: str, what: str) -> Any:
+def expect(value: Any, kind: type, name: str, what: str) -> Any:
     """``value`` if it is of ``kind``. Raises RequestError naming ``what`` it must be."""
     if not isinstance(value, kind):
-        bad(f"{name} must be {what}, not {show(value)}", name)
+        reject(f"{name} must be {what}, not {preview(value)}", name)
     return value
 
 
@@ -180,12 +182,12 @@ def number(value: Any, name: str, *, integer: bool = False) -> Any:
     """A finite number; with ``integer`` an int (3.0 counts)."""
     what = "an integer" if integer else "a number"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        bad(f"{name} must be {what}, not {show(value)}", name)
+        reject(f"{name} must be {what}, not {preview(value)}", name)
     if isinstance(value, float) and not math.isfinite(value):
-        bad(f"{name} must be {what}, not {value}", name)
+        reject(f"{name} must be {what}, not {value}", name)
     if integer and isinstance(value, float):
         if not value.is_integer():
-            bad(f"{name} must be an integer, not {value}", name)
+            reject(f"{name} must be an integer, not {value}", name)
         return int(value)
     if not integer and isinstance(value, int):
         # beyond every range anyway, but an int can be too large for a float
@@ -196,11 +198,11 @@ def number(value: Any, name: str, *, integer: bool = False) -> Any:
 def text(value: Any, name: str) -> str:
     """A string without lone surrogates, which no tokenizer can encode."""
     if not isinstance(value, str):
-        bad(f"{name} must be a string, not {show(value)}", name)
+        reject(f"{name} must be a string, not {preview(value)}", name)
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        bad(f"{name} is not valid Unicode: lone surrogate at character {error.start}", name)
+        reject(f"{name} is not valid Unicode: lone surrogate at character {error.start}", name)
     return value
 
 
@@ -208,7 +210,7 @@ def token_id(value: Any, name: str) -> int:
     """A token id; the vocabulary's end is checked where the vocabulary is known."""
     value = number(value, name, integer=True)
     if not 0 <= value <= MAX_INT32:
-        bad(f"{name}: {show(value)} is not a token id (0 .. vocabulary size - 1)", name)
+        reject(f"{name}: {preview(value)} is not a token id (0 .. vocabulary size - 1)", name)
     return int(value)
 
 
@@ -219,63 +221,63 @@ def token_ids(value: Any, name: str) -> array[int]:
     except (TypeError, OverflowError):
         column = array("i", [token_id(v, name) for v in value])
     if bool in set(map(type, value)):
-        bad(f"{name} must be token ids, not {show(value)}", name)
+        reject(f"{name} must be token ids, not {preview(value)}", name)
     if column and min(column) < 0:
-        bad(f"{name}: {min(column)} is not a token id (0 .. vocabulary size - 1)", name)
+        reject(f"{name}: {min(column)} is not a token id (0 .. vocabulary size - 1)", name)
     return column
 
 
 def stop_strings(value: Any, name: str) -> tuple[str, ...]:
     """One string or a list of them, within the limits."""
-    items = [value] if isinstance(value, str) else typed(value, list, name, "a string or an array")
+    items = [value] if isinstance(value, str) else expect(value, list, name, "a string or an array")
     if len(items) > MAX_STOP:
-        bad(f"{name}: {len(items)} stop strings, at most {MAX_STOP}", name)
+        reject(f"{name}: {len(items)} stop strings, at most {MAX_STOP}", name)
     for item in items:
         if not text(item, name):
-            bad(f"{name}: an empty string cannot stop anything", name)
+            reject(f"{name}: an empty string cannot stop anything", name)
         if len(item) > MAX_STOP_CHARS:
-            bad(f"{name}: {len(item)} characters, at most {MAX_STOP_CHARS}", name)
+            reject(f"{name}: {len(item)} characters, at most {MAX_STOP_CHARS}", name)
     return tuple(items)
 
 
 def stop_ids(value: Any, name: str) -> tuple[int, ...]:
     """A list of token ids that end the text."""
-    typed(value, list, name, "an array of token ids")
+    expect(value, list, name, "an array of token ids")
     if len(value) > MAX_STOP_IDS:
-        bad(f"{name}: {len(value)} ids, at most {MAX_STOP_IDS}", name)
+        reject(f"{name}: {len(value)} ids, at most {MAX_STOP_IDS}", name)
     return tuple(token_id(v, name) for v in value)
 
 
 def allowed_ids(value: Any, name: str) -> tuple[int, ...]:
     """A list of the only token ids that may come; an empty one means all."""
-    typed(value, list, name, "an array of token ids")
+    expect(value, list, name, "an array of token ids")
     if len(value) > MAX_ALLOWED:
-        bad(f"{name}: {len(value)} ids, at most {MAX_ALLOWED}", name)
+        reject(f"{name}: {len(value)} ids, at most {MAX_ALLOWED}", name)
     return tuple(token_id(v, name) for v in value)
 
 
 def length_penalty(value: Any, name: str) -> tuple[int, float] | None:
     """``[start, factor]``; None where the factor is 1 and so changes nothing."""
     if not isinstance(value, list) or len(value) != 2:
-        bad(f"{name} must be [start, factor], not {show(value)}", name)
+        reject(f"{name} must be [start, factor], not {preview(value)}", name)
     start, factor = number(value[0], f"{name}[0]", integer=True), number(value[1], f"{name}[1]")
     if not 0 <= start <= MAX_INT32:
-        bad(f"{name}[0]: {show(start)} is not in [0, {MAX_INT32}]", name)
+        reject(f"{name}[0]: {preview(start)} is not in [0, {MAX_INT32}]", name)
     if not 1 <= factor <= MAX_DECAY:
-        bad(f"{name}[1]: {show(factor)} is not in [1, {MAX_DECAY:g}]", name)
+        reject(f"{name}[1]: {preview(factor)} is not in [1, {MAX_DECAY:g}]", name)
     return (start, float(factor)) if factor > 1 else None
 
 
 def logit_bias(value: Any, name: str) -> tuple[tuple[int, float], ...]:
     """``{"token id": bias}`` as pairs."""
     if len(value) > MAX_BIAS:
-        bad(f"{name}: {len(value)} entries, at most {MAX_BIAS}", name)
+        reject(f"{name}: {len(value)} entries, at most {MAX_BIAS}", name)
     pairs = []
     for key, raw in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            bad(f"{name}: {show(key)} is not a token id", name)
+            reject(f"{name}: {preview(key)} is not a token id", name)
         bias = number(raw, f"{name}[{key}]")
         if not -100 <= bias <= 100:
-            bad(f"{name}[{key}]: {show(raw)} is not in [-100, 100]", name)
+            reject(f"{name}[{key}]: {preview(raw)} is not in [-100, 100]", name)
         pairs.append((token_id(int(key), name), bias))
     return tuple(pairs)

@@ -44,11 +44,11 @@ class NativeReply:
         out = b""
         first = choice.num_tokens - count
         for i, text in enumerate(texts):
-            out += self.settle()
+            out += self.flush_held()
             self._held = first + i, text
         return out
 
-    def settle(self) -> bytes:
+    def flush_held(self) -> bytes:
         """The token held back, as one that more follow."""
         if self._held is None:
             return b""

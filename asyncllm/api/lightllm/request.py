@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from asyncllm.api.common import response_format, validation
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.request import Generation, Prompt, Served, temperature
-from asyncllm.api.common.validation import Body, Field, Refused, bad, typed
+from asyncllm.api.common.request import GenerationRequest, Prompt, ServedModel, temperature
+from asyncllm.api.common.validation import Body, Field, UnsupportedField, expect, reject
 from asyncllm.core.request import SamplingParams
 
 F = Field
@@ -101,12 +101,12 @@ TOKENS_PARAMETERS: Final = tuple(f for f in PARAMETERS if f.name == "add_special
 GRAMMARS: Final = ("regular_constraint", "guided_grammar", "guided_json")
 
 UNAVAILABLE: Final = (
-    Refused(name="return_routed_experts", neutral=(False,), doc="returning routed experts"),
-    Refused(name="image_max_patch_num", neutral=(-1,), doc="images"),
+    UnsupportedField(name="return_routed_experts", neutral=(False,), doc="returning routed experts"),
+    UnsupportedField(name="image_max_patch_num", neutral=(-1,), doc="images"),
 )  # fmt: skip
 
 
-def generate(body: Body, served: Served, *, stream: bool) -> Generation:
+def generate(body: Body, served: ServedModel, *, stream: bool) -> GenerationRequest:
     """A /generate or /generate_stream body. Raises RequestError or NotAvailable (400)."""
     values = parameters(body, PARAMETERS, UNAVAILABLE, served)
     n, best_of = values["n"], values["best_of"]
@@ -114,16 +114,16 @@ def generate(body: Body, served: Served, *, stream: bool) -> Generation:
         message = f"{AT}best_of: {best_of} with n {n}; only best_of equal to n is available"
         raise NotAvailable(message, param=AT + "best_of")
     if stream and n != 1:
-        bad(f"{AT}n: {n} choices cannot be streamed on this route, 1 can", AT + "n")
+        reject(f"{AT}n: {n} choices cannot be streamed on this route, 1 can", AT + "n")
     return generation(PARAMETERS, values, body["inputs"], served, stream=stream)
 
 
 def parameters(
-    body: Body, table: Sequence[Field], unavailable: Sequence[Refused], served: Served
+    body: Body, table: Sequence[Field], unavailable: Sequence[UnsupportedField], served: ServedModel
 ) -> dict[str, Any]:
     """The values of ``parameters``, by name, in a body that has ``inputs``."""
     if body.get("inputs") is None:
-        bad("inputs is missing", "inputs")
+        reject("inputs is missing", "inputs")
     _no_media(body)
     given = BODY[1].read(body)
     validation.refuse(unavailable, given, AT)
@@ -131,7 +131,7 @@ def parameters(
     most, least = values["max_new_tokens"], values["min_new_tokens"]
     if most is not None and least > most:
         name = AT + "min_new_tokens"
-        bad(f"{name}: {least} is more than max_new_tokens {most}", name)
+        reject(f"{name}: {least} is more than max_new_tokens {most}", name)
     return values
 
 
@@ -139,11 +139,11 @@ def generation(
     table: Sequence[Field],
     values: dict[str, Any],
     inputs: Any,
-    served: Served,
+    served: ServedModel,
     *,
     stream: bool,
     grammars: Sequence[str] = GRAMMARS,
-) -> Generation:
+) -> GenerationRequest:
     """What is asked for.
 
     Args:
@@ -170,7 +170,7 @@ def generation(
         grammar=form,
         use_cache=not values["disable_prompt_cache"],
     )
-    return Generation(
+    return GenerationRequest(
         prompts=(_prompt(inputs, served),),
         params=params,
         seeded=values["seed"] >= 0,
@@ -192,7 +192,7 @@ def abort(body: Body) -> str:
     if values["abort_all"]:
         return ""
     if not values["request_id"]:
-        bad("request_id is missing, and abort_all is not true", "request_id")
+        reject("request_id is missing, and abort_all is not true", "request_id")
     return str(values["request_id"])
 
 
@@ -207,36 +207,36 @@ def _no_media(body: Body) -> None:
     media = body.get("multimodal_params")
     if media is None:
         return
-    typed(media, dict, "multimodal_params", "an object")
+    expect(media, dict, "multimodal_params", "an object")
     for kind in ("images", "audios"):
         if media.get(kind):
             name = f"multimodal_params.{kind}"
             raise NotAvailable(f"{name}: {kind} are not available on this server", param=name)
 
 
-def _prompt(value: Any, served: Served) -> Prompt:
+def _prompt(value: Any, served: ServedModel) -> Prompt:
     if isinstance(value, str):
         return Prompt(text=validation.text(value, "inputs"))
-    typed(value, list, "inputs", "a string or an array of token ids")
+    expect(value, list, "inputs", "a string or an array of token ids")
     return served.prompt_of(value, "inputs")
 
 
-def _stops(value: Any, served: Served) -> dict[str, Any]:
+def _stops(value: Any, served: ServedModel) -> dict[str, Any]:
     """``stop_sequences`` as fields of SamplingParams: strings, single ids and sequences of ids."""
     name = AT + "stop_sequences"
     if value is None:
         return {}
-    items = [value] if isinstance(value, str) else typed(value, list, name, "a string or an array")
+    items = [value] if isinstance(value, str) else expect(value, list, name, "a string or an array")
     if len(items) > validation.MAX_STOP:
-        bad(f"{name}: {len(items)} stop sequences, at most {validation.MAX_STOP}", name)
+        reject(f"{name}: {len(items)} stop sequences, at most {validation.MAX_STOP}", name)
     sequences = []
     for item in items:
         if not isinstance(item, list):
             continue
         if not item:
-            bad(f"{name}: an empty sequence cannot stop anything", name)
+            reject(f"{name}: an empty sequence cannot stop anything", name)
         if len(item) > MAX_SEQUENCE:
-            bad(f"{name}: a sequence of {len(item)} ids, at most {MAX_SEQUENCE}", name)
+            reject(f"{name}: a sequence of {len(item)} ids, at most {MAX_SEQUENCE}", name)
         sequences.append(tuple(validation.token_id(token, name) for token in item))
         served.check_ids(sequences[-1], name)
     return {

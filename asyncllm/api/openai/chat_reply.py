@@ -11,7 +11,7 @@ from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice
 from asyncllm.api.common.logprobs import scored
 from asyncllm.api.openai.chunks import OpenAIReply, finish_reason
-from asyncllm.api.parsing.output_parser import Parts
+from asyncllm.api.parsing.output_parser import OutputParser
 from asyncllm.api.parsing.tools import Arguments, Call, CallEnd, CallStart, Event, Reasoning, Text
 from asyncllm.messages import Delta
 
@@ -85,10 +85,12 @@ class ChatReply(OpenAIReply):
 
 def chat_reply(answer: Answer) -> ChatReply:
     """What answers a chat: without reasoning and calls to look for, text goes out as it comes."""
-    return ChatReply(answer) if answer.generation.parting is None else PartedReply(answer)
+    return (
+        ChatReply(answer) if answer.generation.output_options is None else ParsedChatReply(answer)
+    )
 
 
-class PartedReply(ChatReply):
+class ParsedChatReply(ChatReply):
     """/v1/chat/completions where an answer is more than its text."""
 
     def __init__(self, answer: Answer) -> None:
@@ -101,15 +103,15 @@ class PartedReply(ChatReply):
         logprobs = None
         if self._wants_logprobs and piece.ids:
             logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids))
-        return self._news(choice, logprobs)
+        return self._events(choice, logprobs)
 
     def end(self, choice: Choice) -> bytes:
         """What was held back, then an empty delta with the finish reason."""
-        return self._news(choice, None) + super().end(choice)
+        return self._events(choice, None) + super().end(choice)
 
-    def _news(self, choice: Choice, logprobs: dict[str, Any] | None) -> bytes:
+    def _events(self, choice: Choice, logprobs: dict[str, Any] | None) -> bytes:
         out = b""
-        for event in _parts(choice).news():
+        for event in _output(choice).take_events():
             if isinstance(event, CallEnd):
                 continue
             if logprobs is not None or self._continuous or isinstance(event, CallStart):
@@ -131,18 +133,18 @@ class PartedReply(ChatReply):
         return ready
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        parts = _parts(choice)
-        bare = bool(parts.calls or parts.reasoning)
+        output = _output(choice)
+        bare = bool(output.calls or output.reasoning)
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": None if bare and not parts.content else parts.content,
+            "content": None if bare and not output.content else output.content,
             "refusal": None,
         }
-        if parts.thinks:
-            thoughts = parts.reasoning or None
+        if output.looks_for_reasoning:
+            thoughts = output.reasoning or None
             message |= {"reasoning": thoughts, "reasoning_content": thoughts}
-        if parts.calls:
-            told = [_call(call) for call in parts.calls]
+        if output.calls:
+            told = [_call(call) for call in output.calls]
             old = self.answer.generation.functions
             message |= {"function_call": told[0]["function"]} if old else {"tool_calls": told}
         return message
@@ -156,14 +158,14 @@ class PartedReply(ChatReply):
     def _reason(self, choice: Choice) -> str | None:
         if choice.reason is None:
             return None
-        reason = _parts(choice).finish_reason(REASONS[choice.reason])
+        reason = _output(choice).finish_reason(REASONS[choice.reason])
         old = reason == "tool_calls" and self.answer.generation.functions
         return "function_call" if old else reason
 
 
-def _parts(choice: Choice) -> Parts:
-    assert choice.parts is not None  # they are there when the prompt is accepted
-    return choice.parts
+def _output(choice: Choice) -> OutputParser:
+    assert choice.output is not None  # they are there when the prompt is accepted
+    return choice.output
 
 
 def _delta(event: Event, text: str | None) -> ChatDelta:

@@ -20,7 +20,7 @@ class OpenAIReply:
         self._wants_logprobs = answer.generation.params.logprobs >= 0
         self._continuous = answer.generation.continuous_usage
 
-    def settle(self) -> bytes:
+    def flush_held(self) -> bytes:
         """Nothing is ever held back."""
         return b""
 

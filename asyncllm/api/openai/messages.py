@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from asyncllm.api.common import json_body
 from asyncllm.api.common.conversation import MAX_MESSAGES, content
-from asyncllm.api.common.validation import bad, show, text, typed
+from asyncllm.api.common.validation import expect, preview, reject, text
 
 OTHER_NAMES: Final = {"developer": "system", "function": "tool"}  # of roles
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -21,9 +21,9 @@ ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function", 
 def messages(value: Any, name: str) -> list[dict[str, Any]]:
     """The conversation in template form. Raises RequestError for a message that is none."""
     if not value:
-        bad(f"{name} must hold at least one message", name)
+        reject(f"{name} must hold at least one message", name)
     if len(value) > MAX_MESSAGES:
-        bad(f"{name}: {len(value)} messages, at most {MAX_MESSAGES}", name)
+        reject(f"{name}: {len(value)} messages, at most {MAX_MESSAGES}", name)
     json_body.check_nested(_arguments(value), f"{name}: arguments of tool calls", name)
     return [_message(m, f"{name}[{i}]") for i, m in enumerate(value)]
 
@@ -54,10 +54,10 @@ def _arguments(messages: list[Any]) -> Iterator[str]:
 
 
 def _message(value: Any, name: str) -> dict[str, Any]:
-    typed(value, dict, name, "an object")
+    expect(value, dict, name, "an object")
     role = value.get("role")
     if not isinstance(role, str) or role.lower() not in ROLES:
-        bad(f"{name}.role: {show(role)} is not one of {', '.join(ROLES)}", f"{name}.role")
+        reject(f"{name}.role: {preview(role)} is not one of {', '.join(ROLES)}", f"{name}.role")
     role = OTHER_NAMES.get(role.lower(), role.lower())
     out: dict[str, Any] = {"role": role}
     calls, old = value.get("tool_calls"), value.get("function_call")
@@ -70,7 +70,7 @@ def _message(value: Any, name: str) -> dict[str, Any]:
     if thought is not None:
         out["reasoning_content"] = text(thought, f"{name}.reasoning_content")
     if calls is not None and calls != []:
-        typed(calls, list, f"{name}.tool_calls", "an array")
+        expect(calls, list, f"{name}.tool_calls", "an array")
         out["tool_calls"] = [_call(c, f"{name}.tool_calls[{i}]") for i, c in enumerate(calls)]
     elif old is not None:
         out["tool_calls"] = [_call({"function": old}, name, "function_call")]
@@ -79,16 +79,16 @@ def _message(value: Any, name: str) -> dict[str, Any]:
 
 def _call(value: Any, name: str, inner: str = "function") -> dict[str, Any]:
     """A tool call of an earlier turn; templates want its arguments as an object."""
-    typed(value, dict, name, "an object")
+    expect(value, dict, name, "an object")
     at = f"{name}.{inner}"
-    function = typed(value.get("function"), dict, at, "an object")
+    function = expect(value.get("function"), dict, at, "an object")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError):
-            bad(f"{at}.arguments is not JSON", f"{at}.arguments")
-    typed(arguments, dict, f"{at}.arguments", "an object, as JSON")
+            reject(f"{at}.arguments is not JSON", f"{at}.arguments")
+    expect(arguments, dict, f"{at}.arguments", "an object, as JSON")
     called = text(function.get("name"), f"{at}.name")
     out: dict[str, Any] = {
         "type": "function",

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from asyncllm.api.common import sse
-from asyncllm.api.common.request import Served
+from asyncllm.api.common.request import ServedModel
 
 
-def models(served: Served) -> bytes:
+def models(served: ServedModel) -> bytes:
     """/v1/models."""
     return sse.body({"object": "list", "data": [model(served, name) for name in served.listed]})
 
 
-def model(served: Served, name: str) -> dict[str, Any]:
+def model(served: ServedModel, name: str) -> dict[str, Any]:
     """/v1/models/{name}. Raises ModelNotFound (404)."""
     served.check_name(name)
     return {

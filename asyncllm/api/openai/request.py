@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 from asyncllm.api.common import prepare, response_format, tool_request, validation
+from asyncllm.api.common.conversation import Messages
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.prepare import dialog, refuse_calls
-from asyncllm.api.common.request import Generation, Prompt, Served, temperature
-from asyncllm.api.common.tool_request import Offer, Turns, Wanted
-from asyncllm.api.common.validation import Body, Field, Refused, bad, typed
+from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
+from asyncllm.api.common.request import GenerationRequest, Prompt, ServedModel, temperature
+from asyncllm.api.common.tool_request import ToolChoice, ToolRequest
+from asyncllm.api.common.validation import Body, Field, UnsupportedField, expect, reject
 from asyncllm.api.openai import messages
-from asyncllm.api.parsing.output_parser import Parting
+from asyncllm.api.parsing.output_parser import OutputOptions
 from asyncllm.core.request import SamplingParams
 
 F = Field
@@ -147,35 +148,38 @@ GRAMMARS: Final = (
 )  # fmt: skip
 
 UNAVAILABLE: Final = (
-    Refused(name="regular_constraint", neutral=("",), doc="LightLLM's name of guided_regex"),
-    Refused(name="bad_words", neutral=([],), doc="banning words (logit_bias bans tokens)"),
-    Refused(name="use_beam_search", neutral=(False,), doc="beam search"),
-    Refused(name="length_penalty", neutral=(1, 1.0), doc="beam search"),
-    Refused(name="prompt_embeds", doc="a prompt of embeddings"),
-    Refused(name="prompt_logprobs", neutral=(-1,),
+    UnsupportedField(name="regular_constraint", neutral=("",), doc="LightLLM's name of guided_regex"),
+    UnsupportedField(name="bad_words", neutral=([],), doc="banning words (logit_bias bans tokens)"),
+    UnsupportedField(name="use_beam_search", neutral=(False,), doc="beam search"),
+    UnsupportedField(name="length_penalty", neutral=(1, 1.0), doc="beam search"),
+    UnsupportedField(name="prompt_embeds", doc="a prompt of embeddings"),
+    UnsupportedField(name="prompt_logprobs", neutral=(-1,),
             doc="prompt_logprobs (echo with logprobs gives them on /v1/completions)"),
-    Refused(name="truncate_prompt_tokens", doc="truncating the prompt"),
-    Refused(name="logits_processors", neutral=([],), doc="a logits processor"),
+    UnsupportedField(name="truncate_prompt_tokens", doc="truncating the prompt"),
+    UnsupportedField(name="logits_processors", neutral=([],), doc="a logits processor"),
 )  # fmt: skip
 
-COMPLETION_UNAVAILABLE: Final = (*UNAVAILABLE, Refused(name="suffix", neutral=("",), doc="suffix"))
+COMPLETION_UNAVAILABLE: Final = (
+    *UNAVAILABLE,
+    UnsupportedField(name="suffix", neutral=("",), doc="suffix"),
+)
 
 CHAT_UNAVAILABLE: Final = (
     *UNAVAILABLE,
-    Refused(name="audio", doc="audio"),
-    Refused(name="modalities", neutral=(["text"], []), doc="output other than text"),
-    Refused(name="prediction", doc="predicted output"),
-    Refused(name="web_search_options", doc="searching the web"),
-    Refused(name="echo", neutral=(False,), doc="echo"),
-    Refused(name="best_of", neutral=(1,), doc="best_of"),
-    Refused(name="add_special_tokens", neutral=(False,), doc="adding special tokens to a chat"),
-    Refused(name="chat_template", doc="a chat template of the request"),
-    Refused(name="documents", neutral=([],), doc="documents"),
-    Refused(name="mm_processor_kwargs", neutral=({},), doc="multimodal input"),
+    UnsupportedField(name="audio", doc="audio"),
+    UnsupportedField(name="modalities", neutral=(["text"], []), doc="output other than text"),
+    UnsupportedField(name="prediction", doc="predicted output"),
+    UnsupportedField(name="web_search_options", doc="searching the web"),
+    UnsupportedField(name="echo", neutral=(False,), doc="echo"),
+    UnsupportedField(name="best_of", neutral=(1,), doc="best_of"),
+    UnsupportedField(name="add_special_tokens", neutral=(False,), doc="adding special tokens to a chat"),
+    UnsupportedField(name="chat_template", doc="a chat template of the request"),
+    UnsupportedField(name="documents", neutral=([],), doc="documents"),
+    UnsupportedField(name="mm_processor_kwargs", neutral=({},), doc="multimodal input"),
 )  # fmt: skip
 
 
-def completion(body: Body, served: Served) -> Generation:
+def completion(body: Body, served: ServedModel) -> GenerationRequest:
     """A /v1/completions body. Raises RequestError (400), NotAvailable (400),
     ModelNotFound (404)."""
     values = _read(COMPLETION, COMPLETION_UNAVAILABLE, body, served)
@@ -193,54 +197,57 @@ def completion(body: Body, served: Served) -> Generation:
         prompts=prompts,
         logprobs=logprobs,
         prompt_logprobs=logprobs if values["echo"] else -1,
-        form=response_format.only(values, GRAMMARS),
+        grammar=response_format.only(values, GRAMMARS),
         echo=values["echo"],
         add_special_tokens=values["add_special_tokens"],
     )
 
 
-def chat(body: Body, served: Served) -> Generation:
+def chat(body: Body, served: ServedModel) -> GenerationRequest:
     """A /v1/chat/completions body. Raises as :func:`completion` does."""
     values = _read(CHAT, CHAT_UNAVAILABLE, body, served)
     if values["messages"] is None:
-        bad("messages is missing", "messages")
+        reject("messages is missing", "messages")
     if values["top_logprobs"] and not values["logprobs"]:
-        bad("top_logprobs needs logprobs: true", "top_logprobs")
+        reject("top_logprobs needs logprobs: true", "top_logprobs")
     variables, name = served.dialect.variables, "chat_template_kwargs"
     prepare.check_variables(values[name], variables, name)
-    opening, going_on = values["add_generation_prompt"], values["continue_final_message"]
-    if going_on:
-        _check_end(values["messages"], opening)
-    made = dialog(
+    if values["continue_final_message"]:
+        _check_end(values["messages"], values["add_generation_prompt"])
+    made = prepare_chat(
         values["messages"],
         served.dialect,
-        offered=_offered(values),
-        form=response_format.only(values, GRAMMARS),
+        tool_request=_tool_request(values),
+        grammar=response_format.only(values, GRAMMARS),
         thinking=False if values["allowed_token_ids"] else None,  # they hold from the start
         effort=values["reasoning_effort"],
         kwargs=values["chat_template_kwargs"],
-        opening=opening,
-        going_on=going_on,
-        manner=Parting(separate=values["separate_reasoning"], flowing=values["stream_reasoning"]),
+        add_generation_prompt=values["add_generation_prompt"],
+        continue_final_message=values["continue_final_message"],
+        output_options=OutputOptions(
+            separate=values["separate_reasoning"], streamed=values["stream_reasoning"]
+        ),
     )
     generation = _generation(
         values,
         served,
         prompts=(made.prompt,),
         logprobs=(values["top_logprobs"] or 0) if values["logprobs"] else -1,
-        form=made.form,
+        grammar=made.grammar,
         add_special_tokens=False,
     )
     most = values["max_thinking_tokens"]
     if most is not None and values["allowed_token_ids"]:
-        bad("max_thinking_tokens and allowed_token_ids exclude each other", "max_thinking_tokens")
+        reject(
+            "max_thinking_tokens and allowed_token_ids exclude each other", "max_thinking_tokens"
+        )
     params = replace(generation.params, max_thinking_tokens=most)
     old = bool(values["functions"])
-    return replace(generation, params=params, parting=made.parting, functions=old)
+    return replace(generation, params=params, output_options=made.output_options, functions=old)
 
 
 def _read(
-    table: tuple[Field, ...], refused: tuple[Refused, ...], body: Body, served: Served
+    table: tuple[Field, ...], refused: tuple[UnsupportedField, ...], body: Body, served: ServedModel
 ) -> dict[str, Any]:
     served.check_name(table[0].read(body))
     validation.refuse(refused, body)
@@ -254,35 +261,35 @@ def _read(
 
 def _generation(
     values: dict[str, Any],
-    served: Served,
+    served: ServedModel,
     *,
     prompts: tuple[Prompt, ...],
     logprobs: int,
     prompt_logprobs: int = -1,
-    form: response_format.Grammar | None,
+    grammar: response_format.Grammar | None,
     echo: bool = False,
     add_special_tokens: bool,
-) -> Generation:
+) -> GenerationRequest:
     most, least = values["max_tokens"], values["min_tokens"]
     if most is not None and least > most:
-        bad(f"min_tokens: {least} is more than max_tokens {most}", "min_tokens")
+        reject(f"min_tokens: {least} is more than max_tokens {most}", "min_tokens")
     direct = validation.sampling(COMMON, values)
     served.check_ids(direct["stop_token_ids"], "stop_token_ids")
     served.check_ids(tuple(t for t, _ in direct["logit_bias"]), "logit_bias")
     served.check_ids(direct["allowed_token_ids"], "allowed_token_ids")
-    response_format.without_tokens(form, direct["allowed_token_ids"], "allowed_token_ids")
+    response_format.without_tokens(grammar, direct["allowed_token_ids"], "allowed_token_ids")
     params = SamplingParams(
         **direct,
         max_new_tokens=most,
         temperature=temperature(values["temperature"]) if values["do_sample"] else 0.0,
         top_k=values["top_k"] or -1,
         penalize_prompt=values["repetition_penalty"] != 1.0,
-        grammar=form,
+        grammar=grammar,
         seed=max(values["seed"], 0),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    return Generation(
+    return GenerationRequest(
         prompts=prompts,
         params=params,
         seeded=values["seed"] >= 0,
@@ -295,41 +302,41 @@ def _generation(
     )
 
 
-def _prompts(value: Any, served: Served) -> tuple[Prompt, ...]:
+def _prompts(value: Any, served: ServedModel) -> tuple[Prompt, ...]:
     """The four forms of ``prompt``."""
     if value is None:
-        bad("prompt is missing", "prompt")
+        reject("prompt is missing", "prompt")
     if isinstance(value, str):
         return (Prompt(text=validation.text(value, "prompt")),)
-    typed(value, list, "prompt", "a string, an array of strings, token ids, or an array of those")
+    expect(value, list, "prompt", "a string, an array of strings, token ids, or an array of those")
     if not value:
-        bad("prompt must not be empty", "prompt")
+        reject("prompt must not be empty", "prompt")
     if not isinstance(value[0], str | list):
         return (served.prompt_of(value, "prompt"),)
     if len(value) > validation.MAX_PROMPTS:
-        bad(f"prompt: {len(value)} prompts, at most {validation.MAX_PROMPTS}", "prompt")
+        reject(f"prompt: {len(value)} prompts, at most {validation.MAX_PROMPTS}", "prompt")
     if isinstance(value[0], str):
         return tuple(Prompt(text=validation.text(v, f"prompt[{i}]")) for i, v in enumerate(value))
     return tuple(served.prompt_of(v, f"prompt[{i}]") for i, v in enumerate(value))
 
 
-def _offered(values: dict[str, Any]) -> Offer:
+def _tool_request(values: dict[str, Any]) -> ToolRequest:
     """Tools, or functions as they were called before."""
-    wanted: Wanted | None = values["function_call"]
+    wanted: ToolChoice | None = values["function_call"]
     if not values["functions"] and (wanted is None or wanted.mode != "named"):
-        return tool_request.offer(
+        return tool_request.resolve(
             values["tools"], values["tool_choice"], values["parallel_tool_calls"]
         )
     if values["tools"] or values["tool_choice"] is not None:
-        bad("functions and tools exclude each other", "functions")
-    return tool_request.offer(values["functions"], wanted, parallel=False)
+        reject("functions and tools exclude each other", "functions")
+    return tool_request.resolve(values["functions"], wanted, parallel=False)
 
 
-def _check_end(turns: Turns, opening: bool | None) -> None:
+def _check_end(messages: Messages, add_generation_prompt: bool | None) -> None:
     """Refuse what ``continue_final_message`` cannot go on with."""
     name = "continue_final_message"
-    if opening:
-        bad(f"{name} and add_generation_prompt exclude each other", name)
-    if turns[-1]["role"] != "assistant":
-        bad(f"{name} needs an assistant message at the end", name)
-    refuse_calls(turns, name)
+    if add_generation_prompt:
+        reject(f"{name} and add_generation_prompt exclude each other", name)
+    if messages[-1]["role"] != "assistant":
+        reject(f"{name} needs an assistant message at the end", name)
+    refuse_trailing_calls(messages, name)

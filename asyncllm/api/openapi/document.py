@@ -15,8 +15,8 @@ from asyncllm import __version__
 from asyncllm.api.anthropic import messages as anthropic_messages
 from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.common import conversation, prepare, tool_request, validation
-from asyncllm.api.common.request import Served
-from asyncllm.api.common.validation import Field, Refused
+from asyncllm.api.common.request import ServedModel
+from asyncllm.api.common.validation import Field, UnsupportedField
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import messages
 from asyncllm.api.openai import request as openai
@@ -78,7 +78,7 @@ PARSED: Final[dict[Any, Schema]] = {
     },
     anthropic_messages.conversation: _list(schemas.ANTHROPIC_MESSAGE, conversation.MAX_MESSAGES, 1),
     anthropic_messages.content_text: schemas.ANTHROPIC_CONTENT,
-    response_items.input_turns: {
+    response_items.input_messages: {
         "anyOf": [{"type": "string"}, _list(schemas.INPUT_ITEM, conversation.MAX_MESSAGES, 1)]
     },
     responses.text_options: schemas.TEXT_OPTIONS,
@@ -128,7 +128,7 @@ def of_field(field: Field) -> Schema:
     return schema
 
 
-def of_refused(refused: Refused) -> Schema:
+def of_refused(refused: UnsupportedField) -> Schema:
     """The values of a refused field that pass all the same."""
     return {
         "description": f"{refused.doc}: not available on this server",
@@ -137,7 +137,7 @@ def of_refused(refused: Refused) -> Schema:
 
 
 def of_table(
-    table: Sequence[Field], refused: Sequence[Refused] = (), required: Sequence[str] = ()
+    table: Sequence[Field], refused: Sequence[UnsupportedField] = (), required: Sequence[str] = ()
 ) -> Schema:
     """A whole body."""
     needed = [f.name for f in table if f.required or f.name in required]
@@ -284,7 +284,7 @@ REASONS: Final = {
 }
 
 
-def document(served: Served, *, secured: bool) -> dict[str, Any]:
+def document(served: ServedModel, *, secured: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 document.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from asyncllm.api.anthropic import request as anthropic
-from asyncllm.api.common.validation import Field, Refused
+from asyncllm.api.common.validation import Field, UnsupportedField
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
 from asyncllm.api.responses import request as responses
@@ -29,7 +29,7 @@ FIELDS: Final[dict[str, Sequence[Field]]] = {
     "tgi_parameters": tgi.OWN,
     "abort": lightllm.ABORT,
 }
-REFUSED: Final[dict[str, Sequence[Refused]]] = {
+REFUSED: Final[dict[str, Sequence[UnsupportedField]]] = {
     "completion_refused": openai.COMPLETION_UNAVAILABLE,
     "chat_refused": openai.CHAT_UNAVAILABLE,
     "responses_refused": responses.UNAVAILABLE,
@@ -72,5 +72,5 @@ def _default(field: Field) -> str:
     return json.dumps(field.default) if plain else ""
 
 
-def _neutral(refused: Refused) -> str:
+def _neutral(refused: UnsupportedField) -> str:
     return ", ".join(f"`{json.dumps(value)}`" for value in refused.neutral)

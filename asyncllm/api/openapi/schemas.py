@@ -71,7 +71,7 @@ _PART: Final[Schema] = {
 _PARTS: Final[Schema] = some(_PART)
 
 
-def tool(shape: tool_request.Shape) -> Schema:
+def tool(layout: tool_request.ToolLayout) -> Schema:
     """A tool in a protocol's words."""
     inner: Schema = {
         "type": "object",
@@ -79,17 +79,17 @@ def tool(shape: tool_request.Shape) -> Schema:
             "name": {"type": "string", "pattern": f"^{tool_request.NAME}$"},
             "description": MAYBE_STRING,
             "strict": {"type": ["boolean", "null"]},
-            shape.schema: {
-                "type": "object" if shape.needs_schema else ["object", "null"],
+            layout.schema: {
+                "type": "object" if layout.needs_schema else ["object", "null"],
                 "properties": {"type": one_of("object")},
             },
         },
-        "required": ["name", *([shape.schema] if shape.needs_schema else [])],
+        "required": ["name", *([layout.schema] if layout.needs_schema else [])],
     }
-    kind = one_of(shape.kind, *([None] if shape.untyped else []))
-    needed = [] if shape.untyped else ["type"]
-    if shape.inner:
-        properties = {"type": kind, shape.inner: inner}
+    kind = one_of(layout.kind, *([None] if layout.untyped else []))
+    needed = [] if layout.untyped else ["type"]
+    if layout.inner:
+        properties = {"type": kind, layout.inner: inner}
         return {"type": "object", "properties": properties, "required": [*properties]}
     inner["properties"]["type"] = kind
     inner["required"] += needed

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any, Final
 
 from asyncllm import __version__
-from asyncllm.api.common.request import Served
+from asyncllm.api.common.request import ServedModel
 
 LINKS: Final = {
     "/docs": "try every route in the browser",
@@ -61,7 +61,7 @@ def curl_line(url: str, name: str, *, secured: bool) -> str:
     )
 
 
-def page(served: Served, url: str, *, secured: bool) -> str:
+def page(served: ServedModel, url: str, *, secured: bool) -> str:
     """For a browser: one HTML page that needs nothing from elsewhere."""
     return _PAGE.format(
         name=escape(served.name),
@@ -74,7 +74,7 @@ def page(served: Served, url: str, *, secured: bool) -> str:
     )
 
 
-def plain(served: Served, url: str, *, secured: bool) -> str:
+def plain(served: ServedModel, url: str, *, secured: bool) -> str:
     """The same for a terminal."""
     links = "\n".join(f"{url}{path}  {what}" for path, what in LINKS.items())
     return (
@@ -83,7 +83,7 @@ def plain(served: Served, url: str, *, secured: bool) -> str:
     )
 
 
-def facts(served: Served) -> dict[str, Any]:
+def facts(served: ServedModel) -> dict[str, Any]:
     """The same for a program."""
     return {
         "server": "asyncllm",

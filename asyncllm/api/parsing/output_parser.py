@@ -23,7 +23,7 @@ from asyncllm.api.parsing.tools import (
     Tool,
 )
 
-APART: Final = "\n\n"  # between reasoning and what follows it, where both are content
+SEPARATOR: Final = "\n\n"  # between reasoning and what follows it, where both are content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +77,12 @@ def dialect_of(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parting:
+class OutputOptions:
     """What is to be told apart in a request's answers.
 
     Args:
         calls: the format of calls; "": calls are content.
-        offered: the tools.
+        tools: what may be called.
         parallel: False: the first call is the only one told.
         reasoning: the format of reasoning; "": reasoning is content.
         separate: False: reasoning is found, and told as content.
@@ -92,12 +92,12 @@ class Parting:
     """
 
     calls: str = ""
-    offered: tuple[Tool, ...] = ()
+    tools: tuple[Tool, ...] = ()
     parallel: bool = True
     reasoning: str = ""
     separate: bool = True
     hidden: bool = False
-    flowing: bool = True
+    streamed: bool = True
     continued: str = ""
 
     @property
@@ -107,32 +107,32 @@ class Parting:
         thoughts = reasoning.special_tokens(self.reasoning) if self.reasoning else ()
         return tuple(dict.fromkeys(calls + thoughts))
 
-    def parts(self, head: str) -> Parts:
+    def parser(self, head: str) -> OutputParser:
         """For one answer to a prompt whose text ends with ``head`` and ``continued``."""
         thoughts = None
         if self.reasoning:
             state = prompt_state(self.reasoning, head + self.continued, self.continued)
             thoughts = make_reasoning(self.reasoning, opened=OPENED[state])
-        calls = tools.make_parser(self.calls, self.offered) if self.calls else None
-        return Parts(Splitter(thoughts, calls), self)
+        calls = tools.make_parser(self.calls, self.tools) if self.calls else None
+        return OutputParser(Splitter(thoughts, calls), self)
 
 
-class Parts:
+class OutputParser:
     """One answer in its parts. Joined, they are the same wherever the text is cut.
 
     Attributes:
         num_thoughts: tokens of reasoning so far, its end tag included.
     """
 
-    def __init__(self, splitter: Splitter, parting: Parting) -> None:
-        self._splitter, self._parting = splitter, parting
-        self._thoughts: list[str] = []
+    def __init__(self, splitter: Splitter, options: OutputOptions) -> None:
+        self._splitter, self._options = splitter, options
+        self._reasoning: list[str] = []
         self._content: list[str] = []
-        self._news: list[Event] = []
-        self._told_thoughts = False  # and no content after them yet
-        self._late: list[str] = []  # reasoning to be told once it has ended
+        self._events: list[Event] = []
+        self._after_reasoning = False  # and no content after them yet
+        self._delayed: list[str] = []  # reasoning to be told once it has ended
         self._ended = False
-        self.num_thoughts = 0
+        self.num_reasoning_tokens = 0
 
     @property
     def content(self) -> str:
@@ -142,17 +142,17 @@ class Parts:
     @property
     def reasoning(self) -> str:
         """All reasoning so far; "" where it is told as content."""
-        return "".join(self._thoughts)
+        return "".join(self._reasoning)
 
     @property
-    def thinks(self) -> bool:
+    def looks_for_reasoning(self) -> bool:
         """Reasoning is looked for."""
-        return bool(self._parting.reasoning)
+        return bool(self._options.reasoning)
 
     @property
     def calls(self) -> Sequence[Call]:
         """Calls so far; their arguments are there when they have ended."""
-        return self._splitter.calls if self._parting.parallel else self._splitter.calls[:1]
+        return self._splitter.calls if self._options.parallel else self._splitter.calls[:1]
 
     def take(self, text: str, pieces: Sequence[str], num_tokens: int) -> None:
         """More text.
@@ -162,13 +162,13 @@ class Parts:
                 is held back. Then tokens of reasoning are counted by the text before them.
         """
         splitter = self._splitter
-        if num_tokens > 1 and self.thinks and "".join(pieces) == text:
+        if num_tokens > 1 and self.looks_for_reasoning and "".join(pieces) == text:
             for piece in pieces:
-                self.num_thoughts += splitter.inside
+                self.num_reasoning_tokens += splitter.inside
                 self._add(splitter.push(piece))
             return
         if splitter.inside:
-            self.num_thoughts += num_tokens
+            self.num_reasoning_tokens += num_tokens
         if text:
             self._add(splitter.push(text))
 
@@ -179,9 +179,9 @@ class Parts:
             self._add(self._splitter.finish())
             self._flush()
 
-    def news(self) -> list[Event]:
+    def take_events(self) -> list[Event]:
         """What has been found since the last time."""
-        found, self._news = self._news, []
+        found, self._events = self._events, []
         return found
 
     def finish_reason(self, reason: str) -> str:
@@ -192,29 +192,29 @@ class Parts:
         for event in events:
             match event:
                 case Reasoning(text):
-                    if self._parting.hidden:
+                    if self._options.hidden:
                         continue
-                    if self._parting.separate:
-                        self._thoughts.append(text)
-                        if not self._parting.flowing:
-                            self._late.append(text)
+                    if self._options.separate:
+                        self._reasoning.append(text)
+                        if not self._options.streamed:
+                            self._delayed.append(text)
                             continue
                     else:
                         event = Text(text)
                         self._content.append(text)
-                        self._told_thoughts = True
+                        self._after_reasoning = True
                 case Text(text):
-                    if self._told_thoughts:
-                        self._told_thoughts = False
-                        event = Text(text := APART + text)
+                    if self._after_reasoning:
+                        self._after_reasoning = False
+                        event = Text(text := SEPARATOR + text)
                     self._content.append(text)
                 case CallStart() | Arguments() | CallEnd():
-                    if event.index and not self._parting.parallel:
+                    if event.index and not self._options.parallel:
                         continue
             self._flush()
-            self._news.append(event)
+            self._events.append(event)
 
     def _flush(self) -> None:
-        if self._late:
-            self._news.append(Reasoning("".join(self._late)))
-            self._late.clear()
+        if self._delayed:
+            self._events.append(Reasoning("".join(self._delayed)))
+            self._delayed.clear()

@@ -10,12 +10,12 @@ from typing import Any, Final
 
 from asyncllm.api.common import conversation, sse
 from asyncllm.api.common.answer import Answer, Choice
-from asyncllm.api.common.content_blocks import Section, SectionReply
-from asyncllm.api.common.conversation import TurnsMaker
+from asyncllm.api.common.content_blocks import ContentBlock, ContentBlockReply
+from asyncllm.api.common.conversation import ConversationBuilder
 from asyncllm.api.common.logprobs import scored
 from asyncllm.api.parsing.tools import CallStart, Reasoning, Text
-from asyncllm.api.responses.request import Asked
-from asyncllm.api.responses.store import Store, Stored
+from asyncllm.api.responses.request import ResponsesRequest
+from asyncllm.api.responses.store import Store, StoredResponse
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 from asyncllm.messages import Delta
@@ -28,10 +28,10 @@ EVENTS: Final = {  # that bring a section's text
 }
 
 
-class ResponseReply(SectionReply):
+class ResponseReply(ContentBlockReply):
     """/v1/responses: an item for each section; a finished response goes into ``store``."""
 
-    def __init__(self, answer: Answer, asked: Asked, store: Store) -> None:
+    def __init__(self, answer: Answer, asked: ResponsesRequest, store: Store) -> None:
         super().__init__(answer)
         self._asked, self._store = asked, store
         self._number = 0  # of the next event
@@ -53,55 +53,55 @@ class ResponseReply(SectionReply):
             self._scores += scored(vocab, choice, first)
         return super().piece(choice, piece)
 
-    def begin(self, section: Section) -> bytes:
+    def block_start(self, block: ContentBlock) -> bytes:
         """The item, empty, and its part if it has parts."""
-        kind = f"{EVENTS[section.kind]}.delta"
-        head = {"type": kind, **_where(section), "item_id": self._id(section), "delta": ""}
+        kind = f"{EVENTS[block.kind]}.delta"
+        head = {"type": kind, **_where(block), "item_id": self._id(block), "delta": ""}
         self._delta = _head(kind) + sse.body(head).removesuffix(b'""}')
-        item = self._item(section, "in_progress", empty=True)
+        item = self._item(block, "in_progress", empty=True)
         return self._event(
-            "response.output_item.added", output_index=section.index, item=item
-        ) + self._part_event("response.content_part.added", section, part=_part(section, ""))
+            "response.output_item.added", output_index=block.index, item=item
+        ) + self._part_event("response.content_part.added", block, part=_part(block, ""))
 
-    def more(self, section: Section, text: str) -> bytes:
+    def block_delta(self, block: ContentBlock, text: str) -> bytes:
         """A delta."""
         if not text:
             return b""
         scores, tail = b"", b',"sequence_number":%d}\n\n' % self._next()
-        if section.kind is Text:
+        if block.kind is Text:
             scores = b',"logprobs":' + sse.body(self._scores)
             self._scores = []
         return self._delta + sse.escaped(text) + scores + tail
 
-    def finish(self, section: Section) -> bytes:
+    def block_stop(self, block: ContentBlock) -> bytes:
         """The whole text once more, part by part."""
-        kind, text = f"{EVENTS[section.kind]}.done", section.text
-        where = {"item_id": self._id(section), **_where(section)}
-        if section.call is not None:
-            out = self._event(kind, **where, name=section.call.name, arguments=text)
+        kind, text = f"{EVENTS[block.kind]}.done", block.text
+        where = {"item_id": self._id(block), **_where(block)}
+        if block.call is not None:
+            out = self._event(kind, **where, name=block.call.name, arguments=text)
         else:
-            more = {"logprobs": self._all_scores()} if section.kind is Text else {}
+            more = {"logprobs": self._all_scores()} if block.kind is Text else {}
             out = self._event(kind, **where, text=text, **more)
-        item = self._item(section, _status(section, self.answer.choices[0]))
+        item = self._item(block, _status(block, self.answer.choices[0]))
         self._items.append(item)
         part = item["content"][0] if "content" in item else {}
         return (
             out
-            + self._part_event("response.content_part.done", section, part=part)
-            + self._event("response.output_item.done", output_index=section.index, item=item)
+            + self._part_event("response.content_part.done", block, part=part)
+            + self._event("response.output_item.done", output_index=block.index, item=item)
         )
 
     def end(self, choice: Choice) -> bytes:
         """What was held back, and the last item's end; an answer of nothing is an empty message."""
-        out = self.rest(choice)
-        if not self.sections.all:
-            out += self._tell(self.sections.add([Text("")])) + self._tell(self.sections.end())
+        out = self.flush(choice)
+        if not self.blocks.all:
+            out += self._tell(self.blocks.add([Text("")])) + self._tell(self.blocks.end())
         return out
 
     def closing(self) -> bytes:
         """The whole response."""
         (choice,) = self.answer.choices
-        response = self._finish(choice, self._items, self.sections.all)
+        response = self._finish(choice, self._items, self.blocks.all)
         return self._event(f"response.{response['status']}", response=response)
 
     def error(self, error: RequestError) -> bytes:
@@ -114,9 +114,9 @@ class ResponseReply(SectionReply):
     def whole(self) -> bytes:
         """The answer in one piece."""
         (choice,) = self.answer.choices
-        sections = self.gathered(choice) or [Section(0, Text)]
-        items = [self._item(section, _status(section, choice)) for section in sections]
-        return sse.body(self._finish(choice, items, sections))
+        blocks = self.all_blocks(choice) or [ContentBlock(0, Text)]
+        items = [self._item(block, _status(block, choice)) for block in blocks]
+        return sse.body(self._finish(choice, items, blocks))
 
     @property
     def _scored(self) -> bool:
@@ -126,7 +126,7 @@ class ResponseReply(SectionReply):
         return scored(self.answer.vocab, self.answer.choices[0]) if self._scored else []
 
     def _finish(
-        self, choice: Choice, items: list[dict[str, Any]], sections: list[Section]
+        self, choice: Choice, items: list[dict[str, Any]], blocks: list[ContentBlock]
     ) -> dict[str, Any]:
         """The finished response, which is stored if it may be."""
         status = "incomplete" if choice.reason is Reason.LENGTH else "completed"
@@ -146,7 +146,7 @@ class ResponseReply(SectionReply):
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         if self._asked.echo["store"]:
-            stored = answered(self._asked, sections, sse.body(response))
+            stored = answered(self._asked, blocks, sse.body(response))
             self._store.put(self.answer.id, stored)
         return response
 
@@ -166,19 +166,19 @@ class ResponseReply(SectionReply):
             "usage": None,
         } | self._asked.echo
 
-    def _id(self, section: Section) -> str:
-        name = PREFIXES[section.kind] + self.answer.id.removeprefix("resp_")
-        return f"{name}_{section.index}" if section.index else name
+    def _id(self, block: ContentBlock) -> str:
+        name = PREFIXES[block.kind] + self.answer.id.removeprefix("resp_")
+        return f"{name}_{block.index}" if block.index else name
 
-    def _item(self, section: Section, status: str, empty: bool = False) -> dict[str, Any]:
-        item: dict[str, Any] = {"id": self._id(section), "status": status}
-        text = "" if empty else section.text
-        if section.call is not None:
-            call = section.call
+    def _item(self, block: ContentBlock, status: str, empty: bool = False) -> dict[str, Any]:
+        item: dict[str, Any] = {"id": self._id(block), "status": status}
+        text = "" if empty else block.text
+        if block.call is not None:
+            call = block.call
             told = {"call_id": call.id, "name": call.name, "arguments": text}
             return item | {"type": "function_call"} | told
-        part = _part(section, text)
-        if section.kind is Reasoning:
+        part = _part(block, text)
+        if block.kind is Reasoning:
             content = [] if empty else [part]
             return item | {"type": "reasoning", "summary": [], "content": content}
         if not empty:
@@ -186,10 +186,10 @@ class ResponseReply(SectionReply):
         content = [] if empty else [part]
         return item | {"type": "message", "role": "assistant", "content": content}
 
-    def _part_event(self, kind: str, section: Section, part: dict[str, Any]) -> bytes:
-        if section.call is not None:
+    def _part_event(self, kind: str, block: ContentBlock, part: dict[str, Any]) -> bytes:
+        if block.call is not None:
             return b""
-        return self._event(kind, item_id=self._id(section), **_where(section), part=part)
+        return self._event(kind, item_id=self._id(block), **_where(block), part=part)
 
     def _event(self, kind: str, **more: Any) -> bytes:
         return sse.event({"type": kind, **more, "sequence_number": self._next()}, _head(kind))
@@ -203,33 +203,35 @@ def _head(kind: str) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: "
 
 
-def _where(section: Section) -> dict[str, Any]:
-    where = {"output_index": section.index}
-    return where if section.call is not None else where | {"content_index": 0}
+def _where(block: ContentBlock) -> dict[str, Any]:
+    where = {"output_index": block.index}
+    return where if block.call is not None else where | {"content_index": 0}
 
 
-def _part(section: Section, text: str) -> dict[str, Any]:
-    if section.kind is Reasoning:
+def _part(block: ContentBlock, text: str) -> dict[str, Any]:
+    if block.kind is Reasoning:
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _status(section: Section, choice: Choice) -> str:
+def _status(block: ContentBlock, choice: Choice) -> str:
     """A call is judged by itself; what the end of the answer ends may be cut."""
-    if section.call is not None:
-        return "completed" if section.complete else "incomplete"
+    if block.call is not None:
+        return "completed" if block.complete else "incomplete"
     return "incomplete" if choice.reason is Reason.LENGTH else "completed"
 
 
-def answered(asked: Asked, sections: Iterable[Section], body: bytes) -> Stored:
+def answered(
+    asked: ResponsesRequest, blocks: Iterable[ContentBlock], body: bytes
+) -> StoredResponse:
     """What is kept of a finished response; a call that is cut is no part of the conversation."""
-    maker = TurnsMaker()
-    for section in sections:
-        if section.kind is Text:
-            maker.say("assistant", section.text)
-        elif section.kind is Reasoning:
-            maker.think(section.text)
-        elif section.complete and section.call is not None:
-            given = conversation.arguments(section.text, "arguments")
-            maker.call(section.call.id, section.call.name, given)
-    return Stored([*asked.turns, *maker.turns], body)
+    builder = ConversationBuilder()
+    for block in blocks:
+        if block.kind is Text:
+            builder.add_text("assistant", block.text)
+        elif block.kind is Reasoning:
+            builder.add_reasoning(block.text)
+        elif block.complete and block.call is not None:
+            given = conversation.arguments(block.text, "arguments")
+            builder.add_call(block.call.id, block.call.name, given)
+    return StoredResponse([*asked.messages, *builder.messages], body)

@@ -9,14 +9,22 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from asyncllm.api.common import conversation, response_format, tool_request, validation
-from asyncllm.api.common.conversation import Turns, with_system
+from asyncllm.api.common.conversation import Messages, with_system
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.prepare import dialog, refuse_calls
-from asyncllm.api.common.request import Generation, Served, temperature
+from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
+from asyncllm.api.common.request import GenerationRequest, ServedModel, temperature
 from asyncllm.api.common.response_format import Grammar
-from asyncllm.api.common.validation import Body, Field, Refused, bad, show, text, typed
+from asyncllm.api.common.validation import (
+    Body,
+    Field,
+    UnsupportedField,
+    expect,
+    preview,
+    reject,
+    text,
+)
 from asyncllm.api.parsing.tools import Tool
-from asyncllm.api.responses.items import input_turns
+from asyncllm.api.responses.items import input_messages
 from asyncllm.api.responses.store import Store
 from asyncllm.core.request import SamplingParams
 
@@ -30,8 +38,8 @@ LOGPROBS: Final = "message.output_text.logprobs"  # of ``include``
 class TextOptions:
     """What ``text`` asks for, and its format as it comes back."""
 
-    form: Grammar | None = None
-    told: dict[str, Any] = field(default_factory=lambda: {"type": "text"})
+    grammar: Grammar | None = None
+    given: dict[str, Any] = field(default_factory=lambda: {"type": "text"})
 
 
 def text_options(value: Any, name: str) -> TextOptions:
@@ -40,24 +48,24 @@ def text_options(value: Any, name: str) -> TextOptions:
         raise NotAvailable(
             f"{name}.verbosity is not available on this server", param=f"{name}.verbosity"
         )
-    told = value.get("format")
-    if told is None:
+    given = value.get("format")
+    if given is None:
         return TextOptions()
     at = f"{name}.format"
-    typed(told, dict, at, "an object")
-    match kind := told.get("type"):
+    expect(given, dict, at, "an object")
+    match kind := given.get("type"):
         case "text":
             return TextOptions()
         case "json_object":
             return TextOptions(("json", ""), {"type": kind})
         case "json_schema":
-            called = text(told.get("name"), f"{at}.name")
-            schema = typed(told.get("schema"), dict, f"{at}.schema", "an object")
-            form = response_format.schema(schema, f"{at}.schema")
-            return TextOptions(form, {"type": kind, "name": called, "schema": schema})
+            called = text(given.get("name"), f"{at}.name")
+            schema = expect(given.get("schema"), dict, f"{at}.schema", "an object")
+            grammar = response_format.schema(schema, f"{at}.schema")
+            return TextOptions(grammar, {"type": kind, "name": called, "schema": schema})
         case _:
             known = "text, json_object, json_schema"
-            bad(f"{at}.type: {show(kind)} is not one of {known}", f"{at}.type")
+            reject(f"{at}.type: {preview(kind)} is not one of {known}", f"{at}.type")
 
 
 def effort(value: Any, name: str) -> str | None:
@@ -69,10 +77,10 @@ def effort(value: Any, name: str) -> str | None:
 def metadata(value: Any, name: str) -> dict[str, str]:
     """A few short strings by name."""
     if len(value) > MAX_METADATA:
-        bad(f"{name}: {len(value)} entries, at most {MAX_METADATA}", name)
+        reject(f"{name}: {len(value)} entries, at most {MAX_METADATA}", name)
     for key, item in value.items():
-        if len(text(item, f"{name}[{show(key)}]")) > MAX_METADATA_CHARS:
-            bad(f"{name}: a value of {len(item)} characters, at most {MAX_METADATA_CHARS}", name)
+        if len(text(item, f"{name}[{preview(key)}]")) > MAX_METADATA_CHARS:
+            reject(f"{name}: a value of {len(item)} characters, at most {MAX_METADATA_CHARS}", name)
     return dict(value)
 
 
@@ -83,7 +91,7 @@ def include(value: Any, name: str) -> bool:
 
 RESPONSES: Final = (
     F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
-    F(name="input", kind="any", parse=input_turns, required=True,
+    F(name="input", kind="any", parse=input_messages, required=True,
       doc="a string, or an array of items: messages with role (user, assistant, system, developer) and "
       "content (string, or parts input_text and output_text), function_call, function_call_output, "
       "reasoning"),
@@ -121,16 +129,16 @@ RESPONSES: Final = (
 )  # fmt: skip
 
 UNAVAILABLE: Final = (
-    Refused(name="background", neutral=(False,), doc="answering in the background"),
-    Refused(name="truncation", neutral=("disabled",), doc="truncating the prompt"),
-    Refused(name="conversation", doc="a stored conversation (previous_response_id is there)"),
-    Refused(name="prompt", doc="a stored prompt"),
-    Refused(name="context_management", neutral=([],), doc="context management"),
+    UnsupportedField(name="background", neutral=(False,), doc="answering in the background"),
+    UnsupportedField(name="truncation", neutral=("disabled",), doc="truncating the prompt"),
+    UnsupportedField(name="conversation", doc="a stored conversation (previous_response_id is there)"),
+    UnsupportedField(name="prompt", doc="a stored prompt"),
+    UnsupportedField(name="context_management", neutral=([],), doc="context management"),
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class ResponsesRequest:
     """A checked /v1/responses body.
 
     Args:
@@ -138,12 +146,12 @@ class Asked:
         echo: what the answer repeats of the request.
     """
 
-    generation: Generation
-    turns: Turns
+    generation: GenerationRequest
+    messages: Messages
     echo: dict[str, Any]
 
 
-def read(body: Body, served: Served, store: Store) -> Asked:
+def read(body: Body, served: ServedModel, store: Store) -> ResponsesRequest:
     """A /v1/responses body.
 
     Raises:
@@ -154,19 +162,19 @@ def read(body: Body, served: Served, store: Store) -> Asked:
     validation.refuse(UNAVAILABLE, body)
     values = validation.read(RESPONSES, body, silent=served.defaults.sampling(body))
     previous = values["previous_response_id"]
-    said = values["input"] if previous is None else store.turns(previous) + values["input"]
-    if len(said) > conversation.MAX_MESSAGES:
-        bad(f"input: {len(said)} messages, at most {conversation.MAX_MESSAGES}", "input")
-    refuse_calls(said, "input")
+    messages = values["input"] if previous is None else store.messages(previous) + values["input"]
+    if len(messages) > conversation.MAX_MESSAGES:
+        reject(f"input: {len(messages)} messages, at most {conversation.MAX_MESSAGES}", "input")
+    refuse_trailing_calls(messages, "input")
     options: TextOptions = values["text"]
-    offered = tool_request.offer(
+    tools = tool_request.resolve(
         values["tools"], values["tool_choice"], values["parallel_tool_calls"]
     )
-    made = dialog(
-        with_system(values["instructions"], said),
+    made = prepare_chat(
+        with_system(values["instructions"], messages),
         served.dialect,
-        offered=offered,
-        form=options.form,
+        tool_request=tools,
+        grammar=options.grammar,
         effort=values["reasoning"],
     )
     params = SamplingParams(
@@ -174,18 +182,18 @@ def read(body: Body, served: Served, store: Store) -> Asked:
         **served.defaults.beyond(RESPONSES),
         max_new_tokens=values["max_output_tokens"],
         temperature=temperature(values["temperature"]),
-        grammar=made.form,
-        logprobs=_logprobs(values, made.parting is not None),
+        grammar=made.grammar,
+        logprobs=_logprobs(values, made.output_options is not None),
     )
-    generation = Generation(
+    generation = GenerationRequest(
         prompts=(made.prompt,),
         params=params,
         seeded=False,
         stream=values["stream"],
         add_special_tokens=False,
-        parting=made.parting,
+        output_options=made.output_options,
     )
-    return Asked(generation=generation, turns=said, echo=_echo(body, values))
+    return ResponsesRequest(generation=generation, messages=messages, echo=_echo(body, values))
 
 
 def _logprobs(values: dict[str, Any], parted: bool) -> int:
@@ -193,7 +201,7 @@ def _logprobs(values: dict[str, Any], parted: bool) -> int:
     most = values["top_logprobs"] or 0
     if not values["include"]:
         if most:
-            bad(f"top_logprobs needs {LOGPROBS} in include", "top_logprobs")
+            reject(f"top_logprobs needs {LOGPROBS} in include", "top_logprobs")
         return -1
     if parted:
         raise NotAvailable(
@@ -212,7 +220,7 @@ def _echo(body: Body, values: dict[str, Any]) -> dict[str, Any]:
     choice = body.get("tool_choice")
     return {name: values[name] for name in same} | {
         "reasoning": {"effort": values["reasoning"], "summary": None},
-        "text": {"format": values["text"].told},
+        "text": {"format": values["text"].given},
         "tool_choice": "auto" if choice is None else choice,
         "tools": [_told(tool) for tool in values["tools"] or ()],
         "top_logprobs": values["top_logprobs"] or 0,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from asyncllm.api.common.conversation import Turns
+from asyncllm.api.common.conversation import Messages
 from asyncllm.api.common.errors import UnknownPath
-from asyncllm.api.common.validation import show
+from asyncllm.api.common.validation import preview
 from asyncllm.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredResponse:
     """A finished response: the conversation up to its answer, and its JSON."""
 
-    turns: Turns
+    messages: Messages
     body: bytes
 
 
@@ -29,29 +29,29 @@ class Store:
 
     def __init__(self, most: int = 1024, most_bytes: int = 64 << 20) -> None:
         self._most, self._most_bytes = most, most_bytes
-        self._kept: OrderedDict[str, Stored] = OrderedDict()
+        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
         self.num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, key: str, stored: Stored) -> None:
+    def put(self, key: str, stored: StoredResponse) -> None:
         """Keep a response."""
         self._kept[key] = stored
         self.num_bytes += _size(stored)
         while self._kept and (len(self._kept) > self._most or self.num_bytes > self._most_bytes):
             self._drop(next(iter(self._kept)))
 
-    def turns(self, key: str) -> Turns:
+    def messages(self, key: str) -> Messages:
         """The conversation up to a response. Raises RequestError (400)."""
         if key not in self._kept:
             raise RequestError(
-                f"previous_response_id: the response {show(key)} is not stored here",
+                f"previous_response_id: the response {preview(key)} is not stored here",
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
         self._kept.move_to_end(key)
-        return self._kept[key].turns
+        return self._kept[key].messages
 
     def body(self, key: str) -> bytes:
         """The JSON of a response. Raises UnknownPath (404)."""
@@ -66,11 +66,11 @@ class Store:
 
     def _known(self, key: str) -> None:
         if key not in self._kept:
-            raise UnknownPath(f"the response {show(key)} is not stored here")
+            raise UnknownPath(f"the response {preview(key)} is not stored here")
 
     def _drop(self, key: str) -> None:
         self.num_bytes -= _size(self._kept.pop(key))
 
 
-def _size(stored: Stored) -> int:
-    return len(stored.body) + sum(100 + len(repr(turn)) for turn in stored.turns)
+def _size(stored: StoredResponse) -> int:
+    return len(stored.body) + sum(100 + len(repr(turn)) for turn in stored.messages)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, finite
 from asyncllm.api.lightllm.reply import HEAD, NO_TOKEN, NativeReply
-from asyncllm.api.tgi.request import Asked
+from asyncllm.api.tgi.request import TgiRequest
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 
@@ -25,7 +25,7 @@ class TgiReply(NativeReply):
         listed: the whole answer is the only element of a list, as TGI has it on /.
     """
 
-    def __init__(self, answer: Answer, asked: Asked, *, listed: bool) -> None:
+    def __init__(self, answer: Answer, asked: TgiRequest, *, listed: bool) -> None:
         super().__init__(answer)
         self._asked, self._listed = asked, listed
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from asyncllm.api.common import response_format, validation
-from asyncllm.api.common.request import Generation, Served
+from asyncllm.api.common.request import GenerationRequest, ServedModel
 from asyncllm.api.common.response_format import Grammar
-from asyncllm.api.common.validation import Body, Field, Refused, bad, show
+from asyncllm.api.common.validation import Body, Field, UnsupportedField, preview, reject
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.lightllm.request import AT
 
@@ -30,7 +30,7 @@ def form(value: Any, name: str) -> Grammar | None:
             return response_format.regex(validation.text(value.get("value"), inner), inner)
         case _:
             known = "json, json_schema, regex"
-            bad(f"{name}.type: {show(kind)} is not one of {known}", f"{name}.type")
+            reject(f"{name}.type: {preview(kind)} is not one of {known}", f"{name}.type")
 
 
 NUM_BEAM: Final = F(name="num_beam", kind="integer", low=1, high=validation.MAX_N,
@@ -65,12 +65,12 @@ OWN: Final = (
 )  # fmt: skip
 
 UNAVAILABLE: Final = (
-    Refused(name="typical_p", neutral=(1, 1.0), doc="typical decoding"),
-    Refused(name="watermark", neutral=(False,), doc="a watermark"),
-    Refused(name="adapter_id", neutral=("",), doc="an adapter"),
-    Refused(name="n", neutral=(1,), doc="more than one answer (but best_of)"),
-    Refused(name="token_healing_top_k", neutral=(0,), doc="token healing"),
-    Refused(name="token_healing_unmerge_last_token", neutral=(0, False), doc="token healing"),
+    UnsupportedField(name="typical_p", neutral=(1, 1.0), doc="typical decoding"),
+    UnsupportedField(name="watermark", neutral=(False,), doc="a watermark"),
+    UnsupportedField(name="adapter_id", neutral=("",), doc="an adapter"),
+    UnsupportedField(name="n", neutral=(1,), doc="more than one answer (but best_of)"),
+    UnsupportedField(name="token_healing_top_k", neutral=(0,), doc="token healing"),
+    UnsupportedField(name="token_healing_unmerge_last_token", neutral=(0, False), doc="token healing"),
     *lightllm.UNAVAILABLE,
 )  # fmt: skip
 
@@ -82,7 +82,7 @@ _SAMPLING: Final = tuple(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class TgiRequest:
     """A checked request.
 
     Args:
@@ -91,25 +91,25 @@ class Asked:
         prompt_scores: the prompt's log-probabilities are wanted as LightLLM gives them.
     """
 
-    generation: Generation
+    generation: GenerationRequest
     full_text: bool
     prefill: bool
     prompt_scores: bool
 
 
-def generate(body: Body, served: Served, *, stream: bool) -> Asked:
+def generate(body: Body, served: ServedModel, *, stream: bool) -> TgiRequest:
     """A /generate or /generate_stream body. Raises RequestError or NotAvailable (400)."""
     values = lightllm.parameters(body, PARAMETERS, UNAVAILABLE, served)
     best_of = values["best_of"] or NUM_BEAM.read(body) or 1
     details = values["details"] or values["return_details"]
     prefill = values["decoder_input_details"]
     if stream and best_of > 1:
-        bad(f"{AT}best_of: {best_of} choices cannot be streamed, 1 can", AT + "best_of")
+        reject(f"{AT}best_of: {best_of} choices cannot be streamed, 1 can", AT + "best_of")
     if prefill and (stream or not details):
         name = AT + "decoder_input_details"
-        bad(f"{name}: needs details, and an answer that is not a stream", name)
+        reject(f"{name}: needs details, and an answer that is not a stream", name)
     if values["stop"] and values["stop_sequences"] is not None:
-        bad(f"{AT}stop and {AT}stop_sequences exclude each other", AT + "stop")
+        reject(f"{AT}stop and {AT}stop_sequences exclude each other", AT + "stop")
     prompt_scores = values["prompt_logprobs"] >= 0
     if prefill:
         values["prompt_logprobs"] = max(values["prompt_logprobs"], 0)
@@ -132,7 +132,7 @@ def generate(body: Body, served: Served, *, stream: bool) -> Asked:
         grammars=(*lightllm.GRAMMARS, "grammar"),
     )
     params = replace(made.params, logprobs=values["top_n_tokens"])
-    return Asked(
+    return TgiRequest(
         generation=replace(made, params=params, truncate=values["truncate"] or 0),
         full_text=values["return_full_text"],
         prefill=prefill,

@@ -14,7 +14,7 @@ from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.anthropic.reply import MessageReply
 from asyncllm.api.common import errors
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.request import Generation
+from asyncllm.api.common.request import GenerationRequest
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
@@ -41,7 +41,7 @@ THINK = {"type": "enabled", "budget_tokens": 1024}
 FORMAT = {"type": "json_schema", "schema": {"type": "object"}}
 
 
-def request(dialect: Dialect = SERVED.dialect, **body: Any) -> Generation:
+def request(dialect: Dialect = SERVED.dialect, **body: Any) -> GenerationRequest:
     asked = {"messages": HI, "max_tokens": 5} | body
     return anthropic.messages(asked, replace(SERVED, dialect=dialect))
 
@@ -193,7 +193,7 @@ HISTORY = [
 def test_tools_in_the_prompt() -> None:
     got = rendered(request(LISTS, tools=TOOLS, messages=HISTORY))
     assert got["tools"] == OFFERED
-    _, said, one, two, more = got["messages"]
+    _, blocks, one, two, more = got["messages"]
     calls = [
         {
             "type": "function",
@@ -202,7 +202,7 @@ def test_tools_in_the_prompt() -> None:
         }
         for key in ("t1", "t2")
     ]
-    assert said == {
+    assert blocks == {
         "role": "assistant",
         "content": "Let me see.",
         "reasoning_content": "hm",
@@ -213,10 +213,10 @@ def test_tools_in_the_prompt() -> None:
     assert more == {"role": "user", "content": "so?"}
     unlisted = rendered(request(Dialect(), tools=TOOLS, system="be brief", messages=HISTORY))
     assert unlisted["tools"] is None
-    system, _, said, results, more = unlisted["messages"]
+    system, _, blocks, results, more = unlisted["messages"]
     assert system["content"].startswith("be brief\n\n")
     assert json.dumps(OFFERED[0]["function"]) in system["content"]
-    assert said["content"].startswith('Let me see.\n<tool_call>\n{"name": "weather"')
+    assert blocks["content"].startswith('Let me see.\n<tool_call>\n{"name": "weather"')
     assert results["content"].count("<tool_response>") == 2
     assert more == {"role": "user", "content": "so?"}
 
@@ -233,13 +233,16 @@ def test_tools_in_the_prompt() -> None:
 )
 def test_tool_choice(choice: dict[str, Any], kind: str, parallel: bool) -> None:
     got = request(LISTS, tools=TOOLS, tool_choice=choice)
-    assert got.parting is not None
-    assert (got.parting.calls, got.parting.parallel) == ("json" if kind else "hermes", parallel)
+    assert got.output_options is not None
+    assert (got.output_options.calls, got.output_options.parallel) == (
+        "json" if kind else "hermes",
+        parallel,
+    )
     form = got.params.grammar
     assert ("" if form is None else json.loads(form[1])["type"]) == kind
     none = request(LISTS, tools=TOOLS, tool_choice={"type": "none"})
-    assert none.parting is not None
-    assert (rendered(none)["tools"], none.parting.calls) == (None, "")
+    assert none.output_options is not None
+    assert (rendered(none)["tools"], none.output_options.calls) == (None, "")
 
 
 def test_thinking() -> None:
@@ -251,8 +254,8 @@ def test_thinking() -> None:
     free = request(LISTS, thinking={"type": "adaptive", "display": "omitted"})
     assert rendered(free)["kwargs"]["enable_thinking"] is True
     assert free.params.max_thinking_tokens is None
-    assert free.parting is not None
-    assert free.parting.hidden
+    assert free.output_options is not None
+    assert free.output_options.hidden
     assert "enable_thinking" not in rendered(request(LISTS))["kwargs"]
 
 
@@ -310,7 +313,7 @@ def test_stream() -> None:
     for piece in ('a"\n', "", "é"):
         news = delta(piece, i32([0]))
         choice.take(news)
-        raw += made.piece(choice, news) + made.settle()
+        raw += made.piece(choice, news) + made.flush_held()
     choice.reason, choice.cached_len = Reason.LENGTH, 2
     raw += made.end(choice) + made.closing()
     start, *middle, last, stop = typed_events(raw)

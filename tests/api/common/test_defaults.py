@@ -14,7 +14,7 @@ import pytest
 from asyncllm import rank
 from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.common.defaults import Defaults, read_defaults
-from asyncllm.api.common.request import Served
+from asyncllm.api.common.request import ServedModel
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
 from asyncllm.api.responses import request as responses
@@ -25,26 +25,28 @@ from asyncllm.errors import StartupError
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.assembly import _info
 
-SERVED = Served(name="m", listed=("m",), accepted=frozenset(), max_len=64, vocab_size=9, created=0)
+SERVED = ServedModel(
+    name="m", listed=("m",), accepted=frozenset(), max_len=64, vocab_size=9, created=0
+)
 HI = [{"role": "user", "content": "hi"}]
 FILE = {
     "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.05,
     "do_sample": True,
 }  # fmt: skip
 
-Ask = Callable[[Served, dict[str, Any]], SamplingParams]
+Ask = Callable[[ServedModel, dict[str, Any]], SamplingParams]
 
 
-def native(served: Served, body: dict[str, Any]) -> SamplingParams:
+def native(served: ServedModel, body: dict[str, Any]) -> SamplingParams:
     return lightllm.generate({"inputs": "x", "parameters": body}, served, stream=False).params
 
 
-def of_tgi(served: Served, body: dict[str, Any]) -> SamplingParams:
+def of_tgi(served: ServedModel, body: dict[str, Any]) -> SamplingParams:
     asked = tgi.generate({"inputs": "x", "parameters": body}, served, stream=False)
     return asked.generation.params
 
 
-def of_responses(served: Served, body: dict[str, Any]) -> SamplingParams:
+def of_responses(served: ServedModel, body: dict[str, Any]) -> SamplingParams:
     return responses.read({"input": "x"} | body, served, responses.Store()).generation.params
 
 
@@ -57,7 +59,7 @@ SAMPLE: dict[str, Ask] = {
 GREEDY: dict[str, Ask] = {"native": native, "tgi": of_tgi}
 
 
-def with_file(**values: Any) -> Served:
+def with_file(**values: Any) -> ServedModel:
     return replace(SERVED, defaults=Defaults(values))
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.common import json_body
-from asyncllm.api.common.conversation import TurnsMaker
+from asyncllm.api.common.conversation import ConversationBuilder
 from asyncllm.api.common.json_body import (
     MAX_CONTAINERS,
     MAX_DEPTH,
@@ -24,7 +24,7 @@ from asyncllm.api.common.json_body import (
     load,
     most_values,
 )
-from asyncllm.api.common.request import Served
+from asyncllm.api.common.request import ServedModel
 from asyncllm.api.openai import request as openai
 from asyncllm.api.responses import request as responses
 from asyncllm.errors import RequestError
@@ -58,7 +58,7 @@ def test_a_byte_order_mark_is_no_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "refusal"),
     [
         (filled(b'{"x":[', b"[]", b"]}"), "arrays and objects, at most 16,384"),
         (filled(b'{"x":[', b"{}", b"]}"), "arrays and objects"),
@@ -72,7 +72,7 @@ def test_a_byte_order_mark_is_no_fault() -> None:
     ids=["arrays", "objects", "ids", "floats", "null", "strings", "depth", "digits"],
 )
 def test_what_takes_long_is_refused_before_it_is_parsed(
-    raw: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+    raw: bytes, refusal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def parse(*_: Any, **__: Any) -> None:
         raise AssertionError("it was parsed")
@@ -80,7 +80,7 @@ def test_what_takes_long_is_refused_before_it_is_parsed(
     monkeypatch.setattr(json_body.json, "loads", parse)
     with pytest.raises(RequestError) as caught:
         load(raw)
-    assert said in caught.value.message
+    assert refusal in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_text_is_not_taken_for_structure(body: dict[str, Any], ascii_only: bool)
 
 # -- what checked bodies cost ------------------------------------------------------------------------
 
-SERVED = Served(
+SERVED = ServedModel(
     name="m", listed=("m",), accepted=frozenset(), max_len=8192, vocab_size=50_000, created=0
 )
 
@@ -196,7 +196,7 @@ ITEM_CALL = {"type": "function_call", "call_id": "a", "name": "f", "arguments": 
          "prompts", "text", "Anthropic", "blocks", "results", "Responses", "items"],
 )  # fmt: skip
 def test_checked_bodies_cost_little(
-    parse: Callable[[dict[str, Any], Served], object], body: dict[str, Any]
+    parse: Callable[[dict[str, Any], ServedModel], object], body: dict[str, Any]
 ) -> None:
     raw = json.dumps(body, ensure_ascii=False).encode()
     assert len(raw) < SIZE + 1000
@@ -237,7 +237,7 @@ def test_json_in_strings_has_a_bound_of_its_own(arguments: list[str]) -> None:
 
 
 def test_pieces_of_turns_are_joined_as_before() -> None:
-    maker = TurnsMaker()
+    builder = ConversationBuilder()
     for role, content in (
         ("user", ""),
         ("user", "a"),
@@ -245,11 +245,11 @@ def test_pieces_of_turns_are_joined_as_before() -> None:
         ("user", "b"),
         ("assistant", ""),
     ):
-        maker.say(role, content)
-    maker.think("t")
-    maker.think("u")
-    maker.result("k", "r")
-    assert maker.turns == [
+        builder.add_text(role, content)
+    builder.add_reasoning("t")
+    builder.add_reasoning("u")
+    builder.add_result("k", "r")
+    assert builder.messages == [
         {"role": "user", "content": "a\n\nb"},
         {"role": "assistant", "content": "", "reasoning_content": "t\nu"},
         {"role": "tool", "content": "r", "tool_call_id": "k"},

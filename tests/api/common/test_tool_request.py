@@ -10,7 +10,7 @@ import pytest
 
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.request import Generation
+from asyncllm.api.common.request import GenerationRequest
 from asyncllm.api.openai import request as openai
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
 from asyncllm.api.parsing.reasoning import detect_format
@@ -33,7 +33,7 @@ HISTORY = [
 ]
 
 
-def chat(dialect: Dialect, **body: Any) -> Generation:
+def chat(dialect: Dialect, **body: Any) -> GenerationRequest:
     return openai.chat({"messages": HI} | body, replace(SERVED, dialect=dialect))
 
 
@@ -44,9 +44,12 @@ def test_a_template_that_lists_tools_gets_them_and_the_history_as_it_is() -> Non
     assert prompt["tools"] == TOOLS
     assert [m["role"] for m in prompt["messages"]] == [m["role"] for m in HISTORY]
     assert prompt["messages"][2]["tool_calls"][0]["function"]["arguments"] == {"city": "Ü"}
-    assert got.parting is not None
-    assert (got.parting.calls, [t.name for t in got.parting.offered]) == ("llama3", ["weather"])
-    assert got.parting.shown == ("<|python_tag|>",)
+    assert got.output_options is not None
+    assert (got.output_options.calls, [t.name for t in got.output_options.tools]) == (
+        "llama3",
+        ["weather"],
+    )
+    assert got.output_options.shown == ("<|python_tag|>",)
 
 
 def test_any_other_gets_them_in_the_system_message_and_the_history_as_text() -> None:
@@ -62,8 +65,8 @@ def test_any_other_gets_them_in_the_system_message_and_the_history_as_text() -> 
     shown = "<tool_response>\n12\n</tool_response>\n<tool_response>\n13\n</tool_response>"
     assert results == {"role": "user", "content": shown}
     assert more == HISTORY[-1]
-    assert got.parting is not None
-    assert got.parting.calls == "hermes"
+    assert got.output_options is not None
+    assert got.output_options.calls == "hermes"
     alone = rendered(chat(Dialect(), tools=TOOLS))["messages"]
     assert [m["role"] for m in alone] == ["system", "user"]
 
@@ -81,8 +84,11 @@ def test_calls_are_told_as_the_model_writes_them_where_the_template_shows_that()
     assert assistant == {"role": "assistant", "content": written}
     assert [(turn["role"], turn["content"]) for turn in results] == [("tool", "12"), ("tool", "13")]
     assert more == HISTORY[-1]
-    assert got.parting is not None
-    assert (got.parting.calls, deepseek.CALLS in got.parting.shown) == ("deepseekv3", True)
+    assert got.output_options is not None
+    assert (got.output_options.calls, deepseek.CALLS in got.output_options.shown) == (
+        "deepseekv3",
+        True,
+    )
 
 
 @pytest.mark.parametrize("turns", [HISTORY, HISTORY[1:]])
@@ -106,16 +112,22 @@ def test_without_tools_nothing_is_told_and_nothing_looked_for(
 ) -> None:
     got = chat(dialect, **body)
     assert (rendered(got)["tools"], rendered(got)["messages"]) == (None, HI)
-    assert got.parting is None
+    assert got.output_options is None
 
 
 def test_reasoning_is_looked_for_where_the_model_reasons() -> None:
     got = chat(Dialect(reasoning="think"), separate_reasoning=False)
-    assert got.parting is not None
-    assert (got.parting.calls, got.parting.reasoning, got.parting.separate) == ("", "think", False)
-    assert got.parting.shown == ("<think>", "</think>")
+    assert got.output_options is not None
+    assert (
+        got.output_options.calls,
+        got.output_options.reasoning,
+        got.output_options.separate,
+    ) == ("", "think", False)
+    assert got.output_options.shown == ("<think>", "</think>")
     turns = [*HI, {"role": "assistant", "content": "<think>so"}]
-    going_on = chat(Dialect(reasoning="think"), messages=turns, continue_final_message=True).parting
+    going_on = chat(
+        Dialect(reasoning="think"), messages=turns, continue_final_message=True
+    ).output_options
     assert going_on is not None
     assert going_on.continued == "<think>so"
 
@@ -202,9 +214,9 @@ def test_a_grammar_forces_calls(body: dict[str, Any], kind: str, parallel: bool)
     assert got.params.grammar is not None
     name, text = got.params.grammar
     assert (name, json.loads(text)["type"]) == ("schema", kind)
-    assert got.parting is not None
-    assert (got.parting.calls, got.parting.reasoning) == ("json", "think")
-    assert got.parting.parallel is parallel
+    assert got.output_options is not None
+    assert (got.output_options.calls, got.output_options.reasoning) == ("json", "think")
+    assert got.output_options.parallel is parallel
     assert rendered(got)["tools"] == TOOLS
     assert rendered(got)["kwargs"] == {"add_generation_prompt": True}
 
@@ -226,8 +238,8 @@ def test_calls_of_strict_tools_are_held_to_their_parameters() -> None:
         (SCHEMA | {"unevaluatedProperties": False}, "}"),
         ({"type": "object"}, "}"),
     ]
-    assert got.parting is not None
-    assert got.parting.calls == "hermes"
+    assert got.output_options is not None
+    assert got.output_options.calls == "hermes"
     assert chat(Dialect(), tools=TOOLS).params.grammar is None
     form = {"type": "json_object"}
     assert chat(Dialect(), tools=tools, response_format=form).params.grammar == ("json", "")
@@ -238,8 +250,8 @@ def test_tools_that_are_not_allowed_are_not_told(mode: str) -> None:
     other = function(name="other")
     got = chat(Dialect(lists_tools=True), tools=TOOLS + other, tool_choice=allowed(mode, "weather"))
     assert rendered(got)["tools"] == TOOLS
-    assert got.parting is not None
-    assert [tool.name for tool in got.parting.offered] == ["weather"]
+    assert got.output_options is not None
+    assert [tool.name for tool in got.output_options.tools] == ["weather"]
     assert (got.params.grammar is not None) is (mode == "required")
 
 
@@ -260,10 +272,10 @@ def test_functions_are_tools(choice: Any) -> None:
     assert prompt["messages"][2] == {"role": "tool", "name": "weather", "content": "12"}
     assert got.functions
     assert (got.params.grammar is not None) is isinstance(choice, dict)
-    assert got.parting is not None
-    assert not got.parting.parallel
+    assert got.output_options is not None
+    assert not got.output_options.parallel
     none = chat(Dialect(lists_tools=True), functions=[FUNCTION], function_call="none")
-    assert none.parting is None
+    assert none.output_options is None
 
 
 def test_no_effort_is_no_thinking() -> None:
@@ -284,8 +296,8 @@ def test_calls_cannot_be_continued() -> None:
 def test_a_form_leaves_reasoning_to_the_template_and_a_list_of_tokens_leaves_none() -> None:
     dialect = Dialect(reasoning="think")
     got = chat(dialect, response_format={"type": "json_object"}, max_thinking_tokens=7)
-    assert got.parting is not None
-    assert (got.parting.reasoning, got.params.max_thinking_tokens) == ("think", 7)
+    assert got.output_options is not None
+    assert (got.output_options.reasoning, got.params.max_thinking_tokens) == ("think", 7)
     assert rendered(got)["kwargs"] == {"add_generation_prompt": True}
     assert rendered(chat(dialect, allowed_token_ids=[1]))["kwargs"]["enable_thinking"] is False
     with pytest.raises(RequestError, match="exclude each other"):

@@ -34,7 +34,7 @@ def native(stream: bool = True, **parameters: Any) -> NativeReply:
 def test_native_stream_one_event_per_token() -> None:
     reply = native()
     out = take(reply, delta("ab", i32(list(b"ab")), ("a", "b"), floats(-0.5, -1)))
-    out += reply.settle()
+    out += reply.flush_held()
     out += take(reply, delta("", i32([0]), ("",), floats(-2)))
     out += end(reply)
     assert reply.closing() == b""
@@ -55,7 +55,7 @@ def test_native_stream_one_event_per_token() -> None:
 
 def test_native_end_that_comes_alone_has_no_token() -> None:
     reply = native()
-    out = take(reply, delta("a", i32([97]), ("a",), floats(-1))) + reply.settle() + end(reply)
+    out = take(reply, delta("a", i32([97]), ("a",), floats(-1))) + reply.flush_held() + end(reply)
     token, last = native_events(out)
     assert not token["finished"]
     assert (last["token"]["id"], last["token"]["text"], last["finished"]) == (-1, "", True)
@@ -76,7 +76,7 @@ def test_native_events_are_json_whatever_the_text(text: str) -> None:
 def test_native_stream_brings_the_prompts_scores_once() -> None:
     reply = native(prompt_logprobs=0)
     scores = Logprobs(chosen=floats(-1))
-    out = take(reply, delta("a", i32([97]), ("a",), floats(-1), prompt=scores)) + reply.settle()
+    out = take(reply, delta("a", i32([97]), ("a",), floats(-1), prompt=scores)) + reply.flush_held()
     out += take(reply, delta("b", i32([98]), ("b",), floats(-1))) + end(reply)
     first, second = native_events(out)
     assert first["prompt_token_ids"] == list(b"hi")

@@ -84,7 +84,7 @@ def test_the_bytes_of_chunks() -> None:
     thought, content, start, arguments, _, _ = got.decode().split("\n\n")
     assert thought == head + '{"reasoning":"é","reasoning_content":"é"}' + tail
     assert content == head + '{"content":"a\\""}' + tail
-    call_id = made.answer.choices[0].parts.calls[0].id  # type: ignore[union-attr]
+    call_id = made.answer.choices[0].output.calls[0].id  # type: ignore[union-attr]
     called = f'{{"index":0,"id":"{call_id}","type":"function","function":{{"name":"weather","arguments":""}}}}'
     assert start == head + f'{{"tool_calls":[{called}]}}' + tail
     told = f'{{"index":0,"function":{{"arguments":{json.dumps(ARGS, ensure_ascii=False)}}}}}'

@@ -10,14 +10,14 @@ import jsonschema
 import pytest
 
 from asyncllm.api.common import errors
-from asyncllm.api.common.content_blocks import Section
+from asyncllm.api.common.content_blocks import ContentBlock
 from asyncllm.api.common.errors import NotAvailable, UnknownPath
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.parsing.tools import Text
 from asyncllm.api.responses import request as responses
 from asyncllm.api.responses.reply import ResponseReply, answered
-from asyncllm.api.responses.request import Asked
-from asyncllm.api.responses.store import Store, Stored
+from asyncllm.api.responses.request import ResponsesRequest
+from asyncllm.api.responses.store import Store, StoredResponse
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.errors import ModelNotFound, RequestError
@@ -41,7 +41,7 @@ TOOLS = [{"type": "function", "name": "weather", "description": "of a city", "pa
 CALLED = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Ü"}'}
 
 
-def ask(memory: Store | None = None, **body: Any) -> Asked:
+def ask(memory: Store | None = None, **body: Any) -> ResponsesRequest:
     served = replace(SERVED, dialect=body.pop("dialect", SERVED.dialect))
     return responses.read({"input": "hi"} | body, served, memory or Store())
 
@@ -73,7 +73,7 @@ def test_items() -> None:
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
     ]
-    assert got.turns[0] == {"role": "system", "content": "be brief"}
+    assert got.messages[0] == {"role": "system", "content": "be brief"}
 
 
 @pytest.mark.parametrize(
@@ -171,10 +171,10 @@ def test_items_of_tools_and_reasoning() -> None:
     ]
     unlisted = rendered(ask(input=ITEMS[:-1], tools=TOOLS, instructions="be brief").generation)
     assert unlisted["tools"] is None
-    system, _, said, results = unlisted["messages"]
+    system, _, messages, results = unlisted["messages"]
     assert system["content"].startswith("be brief\n\n")
     assert json.dumps(OFFERED[0]["function"]) in system["content"]
-    assert said["content"].startswith('ok\n<tool_call>\n{"name": "weather"')
+    assert messages["content"].startswith('ok\n<tool_call>\n{"name": "weather"')
     assert results["content"].count("<tool_response>") == 2
 
 
@@ -192,8 +192,8 @@ def test_items_of_tools_and_reasoning() -> None:
 def test_tool_choice(body: dict[str, Any], kind: str) -> None:
     other = {"type": "function", "name": "other", "parameters": None}
     got = ask(tools=[*TOOLS, other], dialect=LISTS, **body)
-    assert got.generation.parting is not None
-    assert got.generation.parting.calls == ("json" if kind else "hermes")
+    assert got.generation.output_options is not None
+    assert got.generation.output_options.calls == ("json" if kind else "hermes")
     form = got.generation.params.grammar
     assert ("" if form is None else json.loads(form[1]).get("type", "object")) == kind
     names = [tool["function"]["name"] for tool in rendered(got.generation)["tools"]]
@@ -221,8 +221,8 @@ def turn(text: str) -> list[dict[str, Any]]:
 
 
 def test_a_conversation_goes_on_without_its_instructions() -> None:
-    store, said = Store(), [Section(0, Text, pieces=["O", "NE"])]
-    store.put("r1", answered(ask(input="one", instructions="shout"), said, b"{}"))
+    store, messages = Store(), [ContentBlock(0, Text, pieces=["O", "NE"])]
+    store.put("r1", answered(ask(input="one", instructions="shout"), messages, b"{}"))
     got = ask(store, input="two", previous_response_id="r1", instructions="whisper")
     assert rendered(got.generation)["messages"] == [
         {"role": "system", "content": "whisper"},
@@ -230,18 +230,18 @@ def test_a_conversation_goes_on_without_its_instructions() -> None:
         {"role": "assistant", "content": "ONE"},
         {"role": "user", "content": "two"},
     ]
-    assert len(store.turns("r1")) == 2
+    assert len(store.messages("r1")) == 2
 
 
 def test_the_least_recently_used_is_forgotten() -> None:
     store = Store(most=2)
     for key in ("a", "b"):
-        store.put(key, Stored(turn(key), key.encode()))
-    store.turns("a")
-    store.put("c", Stored(turn("c"), b"c"))
+        store.put(key, StoredResponse(turn(key), key.encode()))
+    store.messages("a")
+    store.put("c", StoredResponse(turn("c"), b"c"))
     assert (store.body("a"), store.body("c")) == (b"a", b"c")
     with pytest.raises(RequestError) as caught:
-        store.turns("b")
+        store.messages("b")
     assert caught.value.code == "previous_response_not_found"
     store.delete("a")
     for forget in (store.body, store.delete):
@@ -254,10 +254,10 @@ def test_the_least_recently_used_is_forgotten() -> None:
 def test_memory_is_bounded_in_bytes() -> None:
     store = Store(most_bytes=10_000)
     for i in range(20):
-        store.put(str(i), Stored(turn("x" * 500), b"y" * 500))
+        store.put(str(i), StoredResponse(turn("x" * 500), b"y" * 500))
         assert store.num_bytes <= 10_000
     assert 5 < len(store) < 10
-    store.put("huge", Stored(turn("x" * 20_000), b""))
+    store.put("huge", StoredResponse(turn("x" * 20_000), b""))
     assert len(store) == 0
 
 
@@ -363,7 +363,7 @@ def test_items_in_answers(case: Case) -> None:
     assert "".join(i["content"][0]["text"] for i in items if i["type"] == "message") == (
         content or ""
     )
-    (turn,) = store.turns("id-1")[1:] or [{}]
+    (turn,) = store.messages("id-1")[1:] or [{}]
     assert turn.get("reasoning_content") == reasoning
     kept = [] if reason == "length" else [json.loads(arguments) for _, arguments in calls]
     assert [c["function"]["arguments"] for c in turn.get("tool_calls", [])] == kept
@@ -382,7 +382,7 @@ def test_stream(reason: Reason, status: str) -> None:
     for piece in ('a"\n', "", "é"):
         news = delta(piece, i32([0]))
         choice.take(news)
-        raw += made.piece(choice, news) + made.settle()
+        raw += made.piece(choice, news) + made.flush_held()
     choice.cached_len = 2
     raw += made.end(choice) + made.closing()
     got = typed_events(raw)
@@ -408,7 +408,7 @@ def test_stream(reason: Reason, status: str) -> None:
     details = {"reason": "max_output_tokens"} if status == "incomplete" else None
     assert last["incomplete_details"] == details
     assert json.loads(store.body("id-1")) == last
-    assert store.turns("id-1")[-1] == {"role": "assistant", "content": 'a"\né'}
+    assert store.messages("id-1")[-1] == {"role": "assistant", "content": 'a"\né'}
 
 
 def test_whole_is_stored_only_if_it_may_be() -> None:

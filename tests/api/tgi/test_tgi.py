@@ -20,7 +20,7 @@ from asyncllm.records import Failure, Logprobs
 from tests.api.harness import BYTES_SERVED, TGI, answer, delta, end, floats, native_events, take
 
 
-def ask(stream: bool = False, **parameters: Any) -> tgi.Asked:
+def ask(stream: bool = False, **parameters: Any) -> tgi.TgiRequest:
     return tgi.generate({"inputs": "hi", "parameters": parameters}, BYTES_SERVED, stream=stream)
 
 
@@ -225,7 +225,7 @@ def test_stream() -> None:
     prompt = Logprobs(chosen=floats(-2))
     one = delta("a", i32([97]), ("a",), Logprobs(1, floats(-1), i32([98]), floats(-0.5)), prompt)
     two = delta("", i32([0]), ("",), Logprobs(1, floats(-2), i32([97]), floats(-0.25)))
-    out = take(made, one) + made.settle() + take(made, two) + end(made)
+    out = take(made, one) + made.flush_held() + take(made, two) + end(made)
     first, last = native_events(out)
     top = [{"id": 98, "text": "b", "logprob": -0.5, "special": False}]
     token = {"id": 97, "text": "a", "logprob": -1.0, "special": False, "count_output_tokens": 1}
@@ -250,13 +250,13 @@ def test_stream() -> None:
 
 def test_an_end_that_comes_alone_is_nothing_to_show() -> None:
     made = reply(stream=True, stop=["x"])
-    out = take(made, delta("a", i32([97]), ("a",), floats(-1))) + made.settle() + end(made)
+    out = take(made, delta("a", i32([97]), ("a",), floats(-1))) + made.flush_held() + end(made)
     _, last = native_events(out)
     token = {"id": -1, "text": "", "logprob": 0.0, "special": True, "count_output_tokens": 1}
     assert last["token"] == token
     assert (last["index"], last["details"]) == (1, None)
     held = reply(stream=True)
-    out = take(held, delta("", i32([97]), ("",), floats(-1))) + held.settle()
+    out = take(held, delta("", i32([97]), ("",), floats(-1))) + held.flush_held()
     out += take(held, delta("a")) + end(held)
     assert (
         native_events(out)[-1]["token"]["text"],
