@@ -1,0 +1,196 @@
+"""Requests from their coming to their end: who waits, who runs, and on which lane.
+
+Knows requests and lanes (see :mod:`asyncllm.core.steps`); knows neither budgets nor what is in a
+step.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection
+
+from asyncllm.core.fair_queue import FairQueue
+from asyncllm.core.masking import Line
+from asyncllm.core.request import Constraint, Reason, SamplingParams
+from asyncllm.core.steps import Lane, Request
+from asyncllm.messages import Finished
+from asyncllm.records import Failure
+
+
+class Lives:
+    """The scheduler's requests, each of which ends once.
+
+    Args:
+        num_lanes, num_slots, eos_ids, share_prompts, constraint_s: see ``scheduling.Core``.
+
+    Attributes:
+        ended: ends not told yet. The shell takes and clears it.
+        begun: rids of requests that have been given a place. The shell takes and clears it.
+        released: (lane, ids for the cache) not told yet. The shell takes and clears it.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_lanes: int,
+        num_slots: int,
+        eos_ids: Collection[int],
+        share_prompts: bool,
+        constraint_s: float,
+    ) -> None:
+        self.num_lanes, self.num_slots = num_lanes, num_slots
+        self.eos_ids = frozenset(eos_ids)
+        self.requests: dict[int, Request] = {}
+        self.waiting: FairQueue[Request] = FairQueue()  # those that come back, then in turns
+        self.held: dict[int, list[Request]] = {}  # not waiting yet: behind this rid's prompt
+        self.share_prompts = share_prompts
+        self.running: dict[int, Request] = {}  # oldest first
+        self.ended: list[Finished] = []
+        self.begun: list[int] = []
+        self.released: list[tuple[int, array[int]]] = []
+        self.preemptions = 0
+        self._free_lanes = list(range(num_lanes - 1, -1, -1))
+        self._line, self._constraint_s = Line(), constraint_s
+        self._changed = False  # something ended or was released since the last proposal
+
+    def add(
+        self,
+        rid: int,
+        prompt: array[int],
+        params: SamplingParams,
+        constraint: Constraint | None = None,
+        after: int = -1,
+        client: int = 0,
+    ) -> None:
+        """A new request at the end of its client's line; one that can never fit ends at once.
+
+        ``after``: the rid of an earlier request with the same prompt and parameters, if any.
+        """
+        req = Request.of(rid, prompt, params, self.eos_ids)
+        req.constraint, req.client = constraint, client
+        if constraint is not None and constraint.slow(None):
+            req.todo.append((None, None, 0))
+            self._line.add(req)
+        assert rid not in self.requests, f"request {rid} submitted twice"
+        first = self.requests.get(after) if self.share_prompts and req.shares else None
+        self.requests[rid] = req
+        if first is not None and not first.launched:
+            req.after = after
+            self.held.setdefault(after, []).append(req)
+            return
+        self.waiting.append(client, rid, req)
+        if not prompt:
+            self._end(req, Reason.ERROR, failure=Failure("the prompt has no tokens"))
+        elif len(prompt) > self.num_slots:
+            self._fail_too_large(req)
+
+    def refuse(self, rid: int, failure: Failure) -> None:
+        """End a request that is not taken in."""
+        self.ended.append(Finished(rid, Reason.ERROR, failure))
+
+    def abort(self, rid: int) -> None:
+        """End a request; unknown and ended ids are ignored, as everywhere."""
+        if req := self.requests.get(rid):
+            self._end(req, Reason.ABORT)
+
+    def abort_all(self) -> None:
+        for req in list(self.requests.values()):
+            self._end(req, Reason.ABORT)
+
+    def stop(self, rid: int, num_tokens: int) -> None:
+        """End a request whose text has reached a stop string after ``num_tokens``."""
+        if req := self.requests.get(rid):
+            self._end(req, Reason.STOP, num_tokens=num_tokens)
+
+    @property
+    def expected_slots(self) -> int:
+        """Slots that all requests will hold at the most: prompt and max_new_tokens."""
+        return sum(len(r.prompt) + r.max_new for r in self.requests.values())
+
+    def _preempt(self, req: Request) -> None:
+        """Make room: the request waits for its next life."""
+        self.preemptions += 1
+        self._requeue(req)
+
+    def _again(self, req: Request) -> None:
+        """What has come of this life since its last accepted token does not count."""
+        req.todo.clear()
+        if req.rid in self.running:  # else it has been preempted meanwhile
+            self._requeue(req)
+
+    def _requeue(self, req: Request) -> None:
+        """Back to the head of the queue; the next life computes prompt and outputs again."""
+        del self.running[req.rid]
+        self._leave(req)
+        self.waiting.put_first(req.rid, req)
+
+    def _fail_too_large(self, req: Request) -> None:
+        detail = (
+            f"the request holds {req.known_len:,} tokens ({len(req.prompt):,} of them prompt), the "
+            f"KV cache has room for {self.num_slots:,} (--max_total_token_num, --mem_fraction)"
+        )
+        failure = Failure(detail, status=500 if req.outputs else 400)
+        self._end(req, Reason.ERROR, failure=failure)
+
+    def _fail_too_slow(self, req: Request) -> None:
+        detail = (
+            f"finding out which tokens the constraint allows has taken {req.worked_s:.1f} s of CPU"
+            f" time, limit {self._constraint_s:g} (--constraint_time_limit): simplify it"
+        )
+        self._end(req, Reason.ERROR, failure=Failure(detail))
+
+    def _end(
+        self,
+        req: Request,
+        reason: Reason,
+        *,
+        failure: Failure | None = None,
+        num_tokens: int | None = None,
+    ) -> None:
+        req.todo.clear()
+        if req.rid in self.running:
+            del self.running[req.rid]
+        elif req.after < 0:
+            self.waiting.discard(req.client, req.rid)
+        else:
+            self.held[req.after].remove(req)
+        del self.requests[req.rid]
+        if held := self.held.pop(req.rid, None):  # the next one goes first
+            first, *others = held
+            first.after = -1
+            self.waiting.append(first.client, first.rid, first)
+            for other in others:
+                other.after = first.rid
+            if others:
+                self.held[first.rid] = others
+        self._leave(req)
+        self._changed = True
+        num = len(req.outputs) if num_tokens is None else num_tokens
+        cached_len = max(req.cached_len, 0)
+        self.ended.append(Finished(req.rid, reason, failure, cached_len=cached_len, num_tokens=num))
+
+    def _leave(self, req: Request) -> None:
+        """The request's lane is over. Rows that were launched, or are being reserved, keep it."""
+        if (lane := req.lane) is None:
+            return
+        lane.over, req.lane = True, None
+        if lane.planned > lane.fill_len:
+            prompt_len = len(req.prompt)
+            valid = min(lane.planned, req.known_len)
+            lane.leaves = req.outputs[lane.fill_len - prompt_len : valid - prompt_len]
+        if not lane.inflight:
+            self._release(lane)
+
+    def _ungrant(self, req: Request, lane: Lane) -> None:
+        """A proposed row got no slots."""
+        lane.inflight -= 1
+        if not lane.opened:
+            self._free_lanes.append(lane.number)
+            req.lane = None
+        elif lane.over and not lane.inflight:
+            self._release(lane)
+
+    def _release(self, lane: Lane) -> None:
+        self.released.append((lane.number, lane.leaves))
+        self._free_lanes.append(lane.number)
+        self._changed = True
