@@ -110,6 +110,7 @@ class Done:
     verdict: Verdict
     cpu_s: float = 0.0
     failure: Failure | None = None  # of a refusal
+    num: int = 1  # tokens that the constraint has taken, where it was told several
 
 
 @record

@@ -217,7 +217,15 @@ class Scheduler(Actor[Inbox]):
             self.core.refuse(msg.rid, Failure.of(error))
             return
         self._stalled = False
-        self.core.add(msg.rid, msg.prompt, msg.params, constraint, msg.after, msg.client)
+        self.core.add(
+            msg.rid,
+            msg.prompt,
+            msg.params,
+            constraint,
+            msg.after,
+            msg.client,
+            outputs=msg.outputs,
+        )
 
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -10,11 +10,14 @@ from array import array
 from collections.abc import Collection
 
 from asyncllm.core.fair_queue import FairQueue
+from asyncllm.core.healing import Healing
 from asyncllm.core.masking import Line
 from asyncllm.core.request import Constraint, Reason, SamplingParams
-from asyncllm.core.steps import Lane, Request
-from asyncllm.messages import Finished
+from asyncllm.core.steps import Emitted, Lane, Request, Step
+from asyncllm.messages import Finished, StepPlan
 from asyncllm.records import Failure
+
+NO_STEP = Step(StepPlan(step=0, num_decode=0), [])
 
 
 class Lives:
@@ -61,28 +64,37 @@ class Lives:
         constraint: Constraint | None = None,
         after: int = -1,
         client: int = 0,
+        *,
+        outputs: array[int] | None = None,
     ) -> None:
         """A new request at the end of its client's line; one that can never fit ends at once.
 
-        ``after``: the rid of an earlier request with the same prompt and parameters, if any.
+        Args:
+            after: the rid of an earlier request with the same prompt and parameters, if any.
+            outputs: tokens that have been generated already. A constraint is told them by a thread.
         """
-        req = Request.of(rid, prompt, params, self.eos_ids)
-        req.constraint, req.client = constraint, client
-        if constraint is not None and constraint.slow(None):
-            req.todo.append((None, None, 0))
-            self._line.add(req)
         assert rid not in self.requests, f"request {rid} submitted twice"
+        req = Request.of(rid, prompt, params, self.eos_ids, outputs)
+        req.constraint, req.client = constraint, client
+        if constraint is not None:
+            if constraint.slow(None):
+                req.todo.append((None, None, 0))
+            req.todo.extend((token, None, 0) for token in req.outputs)
+            if req.todo:
+                self._line.add(req)
         first = self.requests.get(after) if self.share_prompts and req.shares else None
         self.requests[rid] = req
         if first is not None and not first.launched:
             req.after = after
             self.held.setdefault(after, []).append(req)
-            return
-        self.waiting.append(client, rid, req)
+        else:
+            self.waiting.append(client, rid, req)
         if not prompt:
             self._end(req, Reason.ERROR, failure=Failure("the prompt has no tokens"))
-        elif len(prompt) > self.num_slots:
+        elif req.known_len > self.num_slots:
             self._fail_too_large(req)
+        else:
+            self._resume(req)
 
     def refuse(self, rid: int, failure: Failure) -> None:
         """End a request that is not taken in."""
@@ -106,6 +118,29 @@ class Lives:
     def expected_slots(self) -> int:
         """Slots that all requests will hold at the most: prompt and max_new_tokens."""
         return sum(len(r.prompt) + r.max_new for r in self.requests.values())
+
+    def _resume(self, req: Request, whole: bool = False) -> None:
+        """Outputs that it came with have been accepted; with all of them it may be at its end."""
+        if req.outputs and not req.todo:
+            self._emit(req, req.outputs.pop(), whole, 0, Emitted.of(NO_STEP))
+
+    def _emit(self, req: Request, token: int, whole: bool, row: int, emitted: Emitted) -> None:
+        """The token counts; it may be the last."""
+        req.outputs.append(token)
+        if req.constraint is not None and isinstance(req.constraint, Healing):
+            more = req.constraint.uncounted()
+            req.max_new, req.final_len = req.max_new + more, req.final_len + more
+        num = len(req.outputs)
+        stops = token in req.end_ids and num > req.params.min_new_tokens
+        stops |= whole and token in self.eos_ids
+        emitted.rids.append(req.rid)
+        emitted.tokens.append(token)
+        emitted.ends.append(stops)
+        emitted.rows.append(row)
+        if stops or whole:
+            self._end(req, Reason.STOP)
+        elif num >= req.max_new:
+            self._end(req, Reason.LENGTH)
 
     def _preempt(self, req: Request) -> None:
         """Make room: the request waits for its next life."""

@@ -20,29 +20,34 @@ BATCH_S = 0.005  # a thread comes back after so much, with what is left undone
 CHEAP_S = 0.002  # a step may wait for those that usually take less
 
 
-Job = tuple[int, Constraint, int | None]  # rid and token; None: start
+Job = tuple[int, Constraint, tuple[int | None, ...]]  # rid and tokens; None: start
 
 
 def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[Done]:
-    """Do as many of the jobs, in a thread, as BATCH_S allows, at least one."""
+    """Do as much of the jobs, in a thread, as BATCH_S allows, at least one token."""
     done: list[Done] = []
     begun = before = clock()
-    for rid, constraint, token in jobs:
+    for rid, constraint, tokens in jobs:
         if before - begun >= BATCH_S:
             done.append(Done(rid, Verdict.UNDONE))
             continue
-        verdict, failure = Verdict.GOES_ON, None
+        verdict, num, failure = Verdict.GOES_ON, 0, None
         try:
-            if token is None:
-                constraint.start()
-            elif constraint.accept(token):
-                verdict = Verdict.WHOLE
+            for token in tokens:
+                if num and clock() - begun >= BATCH_S:
+                    break
+                verdict = Verdict.GOES_ON
+                if token is None:
+                    constraint.start()
+                elif constraint.accept(token):
+                    verdict = Verdict.WHOLE
+                num += 1
         except Again:
             verdict = Verdict.AGAIN
         except RequestError as error:
             verdict, failure = Verdict.REFUSED, Failure.of(error)
         now = clock()
-        done.append(Done(rid, verdict, now - before, failure))
+        done.append(Done(rid, verdict, now - before, failure, num))
         before = now
     return done
 
@@ -71,7 +76,7 @@ class Line:
         return not (self._heap or self._working)
 
     def add(self, req: Request) -> None:
-        """The first of ``req.todo`` is to be done."""
+        """The first of ``req.todo`` is to be done, and what it came with behind it."""
         if req.level < 0:
             req.level = self._level
         self._number += 1
@@ -89,7 +94,7 @@ class Line:
             self._level = max(self._level, level)
             if req.todo:  # else it has ended meanwhile
                 assert req.constraint is not None
-                jobs.append((req.rid, req.constraint, req.todo[0][0]))
+                jobs.append((req.rid, req.constraint, req.next_todo()))
         self._working += len(jobs)
         return jobs
 

@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Collection, Iterable
 
 from asyncllm.codec import INT32
-from asyncllm.core.healing import Healing
 from asyncllm.core.lives import Lives
 from asyncllm.core.masking import CHEAP_S, Job
 from asyncllm.core.request import Again, Reason, Verdict
@@ -19,6 +18,8 @@ from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
 from asyncllm.messages import Granted, Reserve, StepPlan
 from asyncllm.records import Done, Failure, Opened
+
+UNFIT = Failure("the tokens so far do not fit what constrains them", status=500)
 
 
 class Core(Lives):
@@ -230,16 +231,23 @@ class Core(Lives):
         if done.verdict == Verdict.UNDONE:
             self._line.add(req)
             return out
-        token, step, row = req.todo.popleft()
+        token, step, row = req.todo[0]
         if done.verdict == Verdict.REFUSED:
             self._end(req, Reason.ERROR, failure=done.failure)
+        elif done.verdict == Verdict.AGAIN and step is None:
+            self._end(req, Reason.ERROR, failure=UNFIT)
         elif done.verdict == Verdict.AGAIN:
             self._again(req)
         else:
-            if token is not None:
-                assert step is not None
+            for _ in range(done.num):
+                req.todo.popleft()
+            whole = done.verdict == Verdict.WHOLE
+            if step is None:
+                self._resume(req, whole)
+            else:
+                assert token is not None
                 out.append(Emitted.of(step))
-                self._emit(req, token, done.verdict == Verdict.WHOLE, row, out[0])
+                self._emit(req, token, whole, row, out[0])
             if req.worked_s > self._constraint_s and req.rid in self.requests:
                 self._fail_too_slow(req)
             self._go_on(req, out)
@@ -251,11 +259,10 @@ class Core(Lives):
         assert req.constraint is not None
         while req.todo:
             token, step, row = req.todo[0]
-            assert token is not None
-            assert step is not None
-            if req.constraint.slow(token):
+            if step is None or req.constraint.slow(token):
                 self._line.add(req)
                 return
+            assert token is not None
             try:
                 whole = req.constraint.accept(token)
             except RequestError as error:
@@ -268,24 +275,6 @@ class Core(Lives):
             if not out or out[-1].step is not step:
                 out.append(Emitted.of(step))
             self._emit(req, token, whole, row, out[-1])
-
-    def _emit(self, req: Request, token: int, whole: bool, row: int, emitted: Emitted) -> None:
-        """The token counts; it may be the last."""
-        req.outputs.append(token)
-        if req.constraint is not None and isinstance(req.constraint, Healing):
-            more = req.constraint.uncounted()
-            req.max_new, req.final_len = req.max_new + more, req.final_len + more
-        num = len(req.outputs)
-        stops = token in req.end_ids and num > req.params.min_new_tokens
-        stops |= whole and token in self.eos_ids
-        emitted.rids.append(req.rid)
-        emitted.tokens.append(token)
-        emitted.ends.append(stops)
-        emitted.rows.append(row)
-        if stops or whole:
-            self._end(req, Reason.STOP)
-        elif num >= req.max_new:
-            self._end(req, Reason.LENGTH)
 
     # queue
 

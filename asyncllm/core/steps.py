@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from asyncllm.codec import INT32, INT64
 from asyncllm.core.request import Constraint, SamplingParams
@@ -50,9 +51,10 @@ class Request:
     lane: Lane | None = None
     cached_len: int = -1  # prompt tokens of the first life's prefix hit; -1: none yet
     scored: int = 0  # prompt tokens whose log-probabilities have been passed on
-    constraint: Constraint | None = None  # has accepted the outputs
+    constraint: Constraint | None = None  # has accepted the outputs, but for those in todo
     # tokens that the constraint has not accepted yet, each with the row it is from; the first is in
-    # line for a thread or with one. (None, None, 0): it has not been started
+    # line for a thread or with one. (None, None, 0): it has not been started; (token, None, 0): an
+    # output that the request came with
     todo: deque[tuple[int | None, Step | None, int]] = field(default_factory=deque)
     worked_s: float = 0.0  # CPU time of threads for the constraint
     level: float = -1.0  # see masking.Line
@@ -61,16 +63,24 @@ class Request:
 
     @classmethod
     def of(
-        cls, rid: int, prompt: array[int], params: SamplingParams, eos_ids: frozenset[int]
+        cls,
+        rid: int,
+        prompt: array[int],
+        params: SamplingParams,
+        eos_ids: frozenset[int],
+        outputs: array[int] | None = None,
     ) -> Request:
         """From the fields of ``Submit``; ``max_new_tokens`` has been resolved to an int."""
+        if outputs and params.prompt_logprobs >= 0:  # they have been told with the first of these
+            params = replace(params, prompt_logprobs=-1)
         max_new = params.max_new_tokens
         assert max_new is not None, f"request {rid}: max_new_tokens is open"
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= eos_ids
         final_len = len(prompt) + max(max_new - 1, 0)
-        return cls(rid, prompt, params, max_new, final_len, end_ids)
+        known = array(INT32) if outputs is None else outputs[:]
+        return cls(rid, prompt, params, max_new, final_len, end_ids, known)
 
     @property
     def known_len(self) -> int:
@@ -79,6 +89,11 @@ class Request:
     def ahead(self, lane: Lane) -> int:
         """Tokens before the next one to be planned that are not known yet."""
         return lane.planned + 1 - self.known_len
+
+    def next_todo(self) -> tuple[int | None, ...]:
+        """What the constraint can be told at once: a token of a row, or all that it came with."""
+        came = tuple(token for token, _, _ in takewhile(lambda todo: todo[1] is None, self.todo))
+        return came or (self.todo[0][0],)
 
     @property
     def launched(self) -> bool:

@@ -480,11 +480,26 @@ class World:
     at_intake = at_coordinator = ref  # there is but one endpoint
 
     def submit(
-        self, rid: int, prompt: list[int], after: int = -1, client: int = 0, **params: Any
+        self,
+        rid: int,
+        prompt: list[int],
+        after: int = -1,
+        client: int = 0,
+        *,
+        outputs: Iterable[int] = (),
+        **params: Any,
     ) -> None:
         """Mail a request; keywords are SamplingParams'."""
-        msg = Submit(rid, i32(prompt), SamplingParams(**params), "", after, client=client)
+        msg = Submit(
+            rid=rid,
+            prompt=i32(prompt),
+            params=SamplingParams(**params),
+            after=after,
+            client=client,
+            outputs=i32(outputs),
+        )
         self.submitted[rid] = msg
+        self.tokens[rid] = list(msg.outputs)
         self.ref("scheduler").tell(msg)
 
     def tell(self, msg: Any, *, urgent: bool = False) -> None:
@@ -504,7 +519,7 @@ class World:
     def turn(self, key: tuple[str, int]) -> None:
         """Let one of the ready ones do its work."""
         if key[0] == "device":
-            self.tell(self.pending.popleft().done)
+            self.tell(self.pending.popleft().wait())
             return
         if key[0] == "thread":
             with pytest.raises(StopIteration) as ended:
@@ -557,7 +572,8 @@ class World:
             params, prompt = submit.params, submit.prompt
             want = oracle(prompt, params, self.device.vocab, self.device.eos)
             got = self.tokens[rid]
-            assert 0 <= end.cached_len < max(len(prompt), 1)
+            assert 0 <= end.cached_len < max(submit.length, 1)
+            assert end.cached_len <= len(prompt)
             if params.grammar and end.failure and end.failure.detail == "nothing can follow":
                 assert got == want
             elif end.reason >= 2 or rid in self.stop_after:
@@ -578,8 +594,10 @@ class World:
                     )
                 )
             if end.reason != 3:
-                assert end.num_tokens <= len(got)
-            if params.prompt_logprobs >= 0:
+                assert len(submit.outputs) <= end.num_tokens <= len(got)
+            if submit.outputs:
+                assert not self.parts[rid], "they came with the first of the outputs"
+            elif params.prompt_logprobs >= 0:
                 scores = [-float(i) for i in range(1, len(prompt))]
                 assert self.parts[rid] == scores[: len(self.parts[rid])]
                 assert end.reason >= 2 or len(self.parts[rid]) == len(scores)

@@ -7,9 +7,10 @@ import random
 import pytest
 
 from asyncllm.core.constraints import Constraints
+from asyncllm.core.request import SamplingParams
 from asyncllm.core.windows import Window
 from asyncllm.messages import Abort
-from tests.actors.fake_device import World, fake_grammar
+from tests.actors.fake_device import World, fake_grammar, oracle
 
 
 def live(
@@ -40,10 +41,11 @@ def live(
             for i in range(min(left, rng.choice([1, 1, 1, 3]))):
                 rid = (rng.choice([0, 2]) << 40) + num - left + 1
                 left -= 1
-                world.submit(rid, prompt, first, client, **params, seed=i)
+                outputs = begun(world, rng, prompt, {**params, "seed": i})
+                world.submit(rid, prompt, first, client, outputs=outputs, **params, seed=i)
                 first = rid if i == 0 else first
                 if rng.random() < 0.2:
-                    world.stop_after[rid] = rng.randint(1, 6)
+                    world.stop_after[rid] = len(outputs) + rng.randint(1, 6)
         elif aborts and rng.random() < 0.03 and world.submitted:
             world.tell(Abort(rng.choice(list(world.submitted))), urgent=True)
         elif ready:
@@ -53,6 +55,16 @@ def live(
         elif not left:
             return
     raise AssertionError("no end")
+
+
+def begun(
+    world: World, rng: random.Random, prompt: list[int], params: dict[str, object]
+) -> list[int]:
+    """What a request brings of its own output, if it does: any part of it, or all."""
+    if rng.random() < 0.7:
+        return []
+    whole = oracle(prompt, SamplingParams(**params), world.device.vocab, world.device.eos)  # type: ignore[arg-type]
+    return whole[: rng.randint(0, len(whole))]
 
 
 def random_params(rng: random.Random) -> dict[str, object]:
@@ -136,7 +148,7 @@ def test_the_lives_meet_what_they_are_for() -> None:
 
 def test_constrained_lives_end_in_every_way_and_are_preempted() -> None:
     rng = random.Random(7)
-    world = World(num_slots=70, num_lanes=9, batch_max_tokens=40, eos_ids={3}, headroom=0)
+    world = World(num_slots=60, num_lanes=9, batch_max_tokens=40, eos_ids={3}, headroom=0)
     live(world, rng, 250, constrained=1.0)
     world.check_end()
     assert world.core.preemptions > 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, count
 
 import pytest
 
@@ -155,8 +155,8 @@ def test_preempted_while_a_thread_works(verdict: Verdict) -> None:
     ask(core, 1)
     play(core)
     commit(core, step(core))
-    ((rid, _, token),) = core.jobs(9, False)
-    assert (rid, token) == (1, 7)
+    ((rid, _, tokens),) = core.jobs(9, False)
+    assert (rid, tokens) == (1, (7,))
     assert grant(core, rows=0) is None
     assert not core.relieve(False)
     assert list(core.running) == [2]
@@ -248,7 +248,7 @@ def test_while_the_device_is_busy_all_together_have_so_much_a_step() -> None:
 
 def test_a_thread_comes_back_in_time() -> None:
     ticks: Iterator[float] = accumulate([0.0, 0.004, 0.004, 0.004])
-    jobs: list[Job] = [(rid, Slow(), 7) for rid in range(4)]
+    jobs: list[Job] = [(rid, Slow(), (7,)) for rid in range(4)]
     done = masking.work(jobs, lambda: next(ticks))
     undone = Verdict.UNDONE
     assert [one.verdict for one in done] == [Verdict.GOES_ON, Verdict.GOES_ON, undone, undone]
@@ -264,3 +264,38 @@ def test_what_a_thread_has_left_undone_is_done_later() -> None:
     assert core.propose() is None
     play(core)
     assert shape(step(core)) == [(1, 4)]
+
+
+def resume(core: Core, outputs: list[int], max_new: int = 9) -> Slow:
+    made = Slow()
+    params = SamplingParams(max_new_tokens=max_new)
+    core.add(1, array("i", range(4)), params, made, outputs=array("i", outputs))
+    return made
+
+
+def test_tokens_that_a_request_came_with_are_told_to_its_constraint_in_pieces() -> None:
+    core = make()
+    made = resume(core, [5, 6, 7, 8])
+    assert core.propose() is None, "what comes next is not known"
+    ticks: Iterator[float] = count(0.0, 0.003)
+    nums = []
+    while jobs := core.jobs(9, False):
+        (done,) = masking.work(jobs, ticks.__next__)
+        nums.append(done.num)
+        core.worked(done)
+    assert nums == [2, 2, 1], "the start and four tokens"
+    assert list(made.seen) == [5, 6, 7, 8]
+    assert shape(step(core)) == [(1, 8)]
+    assert core.generated_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("outputs", "reason"),
+    [([5, WHOLE], Reason.STOP), ([5] * 9, Reason.LENGTH), ([5, BAD], Reason.ERROR), ([AGAIN, 5], Reason.ERROR)],
+)  # fmt: skip
+def test_a_request_that_came_with_its_end_ends(outputs: list[int], reason: Reason) -> None:
+    core = make()
+    resume(core, outputs)
+    assert play(core) == []
+    assert reasons(core) == {1: (reason, len(outputs))}
+    assert core.propose() is None

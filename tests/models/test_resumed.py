@@ -1,0 +1,126 @@
+"""A request that begins with tokens of its own output goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncllm.codec import i32
+from asyncllm.constrain.engine import Grammars
+from asyncllm.core.constraints import Constraints
+from asyncllm.core.request import SamplingParams
+from asyncllm.core.thinking import Rules, Tags
+from asyncllm.core.vocabulary import Vocabulary
+from asyncllm.engine.device import CpuDevice
+from asyncllm.messages import Finished, Submit, Tokens
+from tests.actors.fake_device import World
+from tests.models.harness import make_device, random_ids
+
+SIZE, EOS = 320, 301
+# bytes, and some longer ones that begin a call, or end reasoning, in the midst of a token
+LONGER = (b"A{", b"Ab", b'A{"', b"</", b"</t>", b"</t>{", b"</t>x", b"xx", b"ab")
+PIECES = [*(bytes([i]) for i in range(256)), *LONGER]
+VOCAB = Vocabulary(PIECES, SIZE)
+TAGS = Tags(begins=(b"<t>",), ends=(b"</t>",), close=b"</t>")
+CALLS = 'A\n[{"begin": "{", "schema": {"type": "object", "properties": {"a": {"enum": ["bb", "cc"]}}, "required": ["a"], "additionalProperties": false}, "style": "json", "end": "}"}]'  # fmt: skip
+
+
+@cache
+def grammars() -> Grammars:
+    return Grammars(PIECES, SIZE, (EOS,))
+
+
+class EngineWorld(World):
+    """Scheduler and allocator on a device that computes."""
+
+    def __init__(self, device: CpuDevice) -> None:
+        super().__init__(
+            num_slots=4000, num_lanes=32, batch_max_tokens=256, eos_ids={EOS}, vocab=SIZE
+        )
+        self.device = device  # type: ignore[assignment]
+        self.scheduler._constrain = Constraints(
+            SIZE, (EOS,), grammars().constrain, Rules(VOCAB, TAGS, (EOS,)), VOCAB
+        ).of
+        self.got: dict[int, list[tuple[int, float]]] = {}
+
+    def ask(self, rid: int, like: Submit, outputs: list[int]) -> None:
+        self.got[rid] = []
+        self.tell(replace(like, rid=rid, outputs=i32(outputs)))
+
+    def check(self) -> None:
+        pass
+
+    def _detokenize(self, endpoint: int, msg: Tokens | Finished) -> None:
+        if isinstance(msg, Finished):
+            self.finished[msg.rid] = msg
+            return
+        scores = msg.logprobs.chosen if msg.logprobs else array("f", bytes(4 * len(msg.rids)))
+        for rid, token, score in zip(msg.rids, msg.tokens, scores, strict=True):
+            self.got[rid].append((token, score))
+
+
+@pytest.fixture(scope="module")
+def device(tiny_dir: Path) -> Iterator[CpuDevice]:
+    made = make_device(
+        tiny_dir, "fp32", "cpu", num_slots=4000, num_lanes=32, max_len=2048, eos_ids=(EOS,)
+    )
+    assert isinstance(made, CpuDevice)
+    yield made
+    made.close()
+
+
+SEEDED = {"temperature": 1.0, "seed": 11}
+BIASED = ((65, 6.0), (256, 6.0), (257, 6.0), (258, 6.0))  # calls begin soon
+CLOSES = ((259, 5.0), (260, 5.0), (261, 5.0), (262, 5.0), (ord("<"), 4.0))
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0, "logprobs": 2},
+    "seeded": {**SEEDED, "top_k": 50, "top_p": 0.95, "logprobs": 0},
+    "prompt scores": {**SEEDED, "prompt_logprobs": 1},
+    "penalties": {**SEEDED, "temperature": 0.3, "presence_penalty": 1.0, "frequency_penalty": 0.7, "repetition_penalty": 1.5, "penalize_prompt": True, "logprobs": 0},
+    "min_new_tokens": {**SEEDED, "min_new_tokens": 7, "logit_bias": ((EOS, 6.0),)},
+    "stop tokens": {**SEEDED, "stop_token_ids": tuple(range(0, 320, 9)), "min_new_tokens": 2},
+    "length penalty": {**SEEDED, "length_penalty": (2, 2.0)},
+    "listed": {**SEEDED, "ignore_eos": True, "allowed_token_ids": (5, 6, 7, 8), "repetition_penalty": 1.3},
+    "regex": {**SEEDED, "grammar": ("regex", "(ab|x[0-9]{2})*!"), "logprobs": 0},
+    "schema": {**SEEDED, "grammar": ("schema", '{"type": "array", "items": {"enum": ["xx", 12]}, "minItems": 1, "maxItems": 4}')},
+    "calls": {**SEEDED, "grammar": ("calls", CALLS), "logit_bias": BIASED},
+    "thinking": {**SEEDED, "seed": 2, "max_thinking_tokens": 4, "thoughts": "open"},
+    "thinking, then a form": {**SEEDED, "grammar": ("regex", "x+y"), "logit_bias": CLOSES, "max_thinking_tokens": 6, "thoughts": "open"},
+    "healing": {**SEEDED, "healed": (b"a", b"bx", b"x"), "max_new_tokens": 6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_that_is_cut_anywhere_goes_on_by_the_same_tokens(
+    kind: str, device: CpuDevice
+) -> None:
+    asked = {"max_new_tokens": 12, **KINDS[kind]}
+    thoughts, healed = asked.pop("thoughts", ""), asked.pop("healed", ())
+    params = SamplingParams(**asked)
+    if params.grammar:
+        grammars().keep(*params.grammar, grammars().build(*params.grammar))
+    prompt = i32(random_ids(21, 256, 5))
+    like = Submit(0, prompt, params, thoughts, healed=healed)
+    whole = EngineWorld(device)
+    whole.ask(1, like, [])
+    whole.run()
+    end = whole.finished[1]
+    assert end.failure is None
+    tokens = [token for token, _ in whole.got[1]]
+    assert len(tokens) == end.num_tokens > 1
+    parts = EngineWorld(device)
+    for k in range(len(tokens) + 1):
+        parts.ask(k, like, tokens[:k])
+    parts.run()
+    for k in range(len(tokens) + 1):
+        assert [token for token, _ in parts.got[k]] == tokens[k:], k
+        scores = [score for _, score in parts.got[k]]
+        assert scores == pytest.approx([score for _, score in whole.got[1][k:]], abs=1e-4)
+        assert parts.finished[k].num_tokens == len(tokens)
+        assert parts.finished[k].reason == end.reason
