@@ -57,7 +57,7 @@ def start(grammars: Grammars, kind: str, source: str) -> Matcher:
 
 def allowed(matcher: Matcher) -> list[int]:
     bits = np.unpackbits(np.frombuffer(matcher.mask(), np.uint8), bitorder="little")
-    return [int(i) for i in np.flatnonzero(bits)]
+    return list(np.flatnonzero(bits).tolist())
 
 
 def follow(

@@ -29,7 +29,7 @@ def matcher(grammars: Grammars, kind: str, text: str) -> Matcher:
 
 def allowed(at: Matcher) -> list[int]:
     bits = np.unpackbits(np.frombuffer(at.mask(), np.uint8), bitorder="little")
-    return [int(i) for i in np.flatnonzero(bits)]
+    return list(np.flatnonzero(bits).tolist())
 
 
 def walk(at: Matcher, rng: random.Random, most: int = 1500, soft: int = 40) -> str | None:

@@ -1,0 +1,25 @@
+"""Tokenizers of grammars are made once for each vocabulary: they never change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from asyncllm.constrain.engine import Grammars
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokenizers_made_once() -> Iterator[None]:
+    original, known = Grammars._tokenizer, dict[Any, Any]()
+
+    def made(self: Grammars, texts: list[bytes], ends: list[int]) -> Any:
+        key = (tuple(texts), tuple(ends))
+        if key not in known:
+            known[key] = original(self, texts, ends)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Grammars, "_tokenizer", made)
+        yield
