@@ -4,10 +4,11 @@ Jinja gives no bound to what a template computes, so that none is ever compiled 
 process of the server: a helper does it, which can be killed. It holds no model and no secret, may
 use MEMORY bytes, and dies with its parent.
 
-    parent -> helper: msgpack [templates, special_tokens, calls, thoughts], once; then chats as JSON
-    helper -> parent: msgpack [True, dialect's fields, variables] once; then [True, prompt, head]
-    for each chat;
-        [False, message, param] instead for what cannot be done
+    parent -> helper: msgpack [templates, special_tokens, control tokens, calls, thoughts], once;
+        then chats as JSON
+    helper -> parent: msgpack [True, dialect's fields, variables, mixes] once; then
+        [True, prompt, head, named] for each chat; [False, message, param] instead for what cannot
+        be done
 
 A frame is its length in four bytes and its content. Run as ``python -m asyncllm.templates``.
 """
@@ -24,7 +25,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ import msgpack
 
 from asyncllm.api.common.chat_template import ChatTemplate, variables
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
+from asyncllm.control_tokens import ControlTokens
 from asyncllm.environment import child_environment
 from asyncllm.errors import AsyncllmError, RequestError, StartupError
 
@@ -45,26 +47,38 @@ PR_SET_PDEATHSIG = 1
 Reply = list[Any]  # what the helper says, as above
 
 
+@dataclass(frozen=True, slots=True)
+class Chats:
+    """What a model's chats are rendered by.
+
+    Attributes:
+        templates, special_tokens: as ``ChatTemplate`` takes them.
+        controls: what is told apart where users and tools only spell it; None: nothing is.
+        fault: why none can be rendered; "": they can.
+    """
+
+    templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
+    controls: ControlTokens | None = None
+    fault: str = ""
+
+
 class Helper:
     """A helper process that has been started; it may still be reading the templates.
 
     Args:
-        templates, special_tokens: as ``ChatTemplate`` takes them.
         calls, thoughts: as ``dialect_of`` takes them.
 
     Attributes:
         sock: this end of the connection.
     """
 
-    def __init__(
-        self,
-        templates: Mapping[str, str],
-        special_tokens: Mapping[str, str],
-        calls: str | None = None,
-        thoughts: str | None = None,
-    ) -> None:
+    def __init__(self, chats: Chats, calls: str | None = None, thoughts: str | None = None) -> None:
         self.sock, theirs = socket.socketpair()
-        told = [dict(templates), dict(special_tokens), calls, thoughts, os.getpid()]
+        controls = chats.controls
+        secret = controls and [controls.spelled, controls.hidden, controls.meant]
+        known = calls, thoughts, os.getpid()
+        told = (dict(chats.templates), dict(chats.special_tokens), secret, *known)
         self.first = frame(msgpack.packb(told, unicode_errors="surrogatepass"))
         with theirs:
             # a session of its own: a terminal's Ctrl-C is for rank 0 alone
@@ -83,14 +97,14 @@ class Helper:
 
 
 def read_dialect(
-    templates: Mapping[str, str],
-    special_tokens: Mapping[str, str],
+    chats: Chats,
     calls: str | None = None,
     thoughts: str | None = None,
     *,
     seconds: float = START_S,
-) -> Dialect:
-    """How a model writes, from its chat templates. Blocks.
+) -> tuple[Dialect, bool]:
+    """How a model writes, from its chat templates, and whether these mix up control tokens that are
+    meant with those that are only spelled. Blocks.
 
     Args:
         as for ``Helper``.
@@ -98,7 +112,7 @@ def read_dialect(
     Raises:
         StartupError: they cannot be compiled, or not within ``seconds``.
     """
-    helper = Helper(templates, special_tokens, calls, thoughts)
+    helper = Helper(chats, calls, thoughts)
     try:
         helper.sock.settimeout(seconds)
         helper.sock.sendall(helper.first)
@@ -117,8 +131,8 @@ def read_dialect(
         helper.process.wait()
     if not reply[0]:
         raise StartupError(reply[1])
-    fields, read = reply[1:]
-    return Dialect(**dict(fields) | {"variables": frozenset(read)})
+    fields, read, mixes = reply[1:]
+    return Dialect(**dict(fields) | {"variables": frozenset(read)}), mixes
 
 
 def frame(content: bytes) -> bytes:
@@ -155,19 +169,53 @@ def _describe(templates: dict[str, str], special: dict[str, str], *known: str | 
     return [fields, sorted(variables(templates, special))]
 
 
-def render(template: ChatTemplate, content: bytes) -> Reply:
-    """The prompt of a chat in JSON, and the head of its end. Raises RequestError."""
+def mixes(template: ChatTemplate, controls: ControlTokens) -> bool:
+    """Whether what users or tools say comes out of the template so that marks in it are lost."""
+    function = {"name": "f", "arguments": {}}
+    call = {"type": "function", "id": "f00000000", "function": function}
+    begun = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    token = next(iter(controls.spelled), "")
+    for before, turn in (
+        ([], {"role": "user"}),
+        (begun, {"role": "tool", "name": "f", "tool_call_id": "f00000000"}),
+    ):
+        usual, hidden = "so be it", controls.hide(f"so {token} it")
+        try:
+            if usual not in template.render({"messages": [*before, {**turn, "content": usual}]}):
+                continue
+        except RequestError:
+            continue
+        try:
+            if hidden not in template.render({"messages": [*before, {**turn, "content": hidden}]}):
+                return True
+        except RequestError:
+            return True
+    return False
+
+
+def render(template: ChatTemplate, controls: ControlTokens | None, content: bytes) -> Reply:
+    """The prompt of a chat in JSON, the head of its end, and whether the prompt is one with names
+    for control tokens. Raises RequestError."""
     chat = json.loads(content)
+    going_on = chat["kwargs"].get("continue_final_message")
+    continued = chat["messages"][-1]["content"] if going_on else ""
+    named = None
+    if controls is not None:
+        chat["messages"] = controls.hide_in(chat["messages"])
     text = template.render(chat)
+    if controls is not None:
+        text, named = controls.reveal(text)
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_PROMPT:
         raise RequestError(
             f"the chat template makes {size:,} bytes of these messages, limit {MAX_PROMPT:,}",
             param="messages",
         )
-    going_on = chat["kwargs"].get("continue_final_message")
-    continued = chat["messages"][-1]["content"] if going_on else ""
-    return [text, text.removesuffix(continued)[-HEAD_CHARS:]]
+    head = text.removesuffix(continued)[-HEAD_CHARS:]
+    return [text if named is None else named, head, named is not None]
 
 
 def answer(work: Callable[[], Reply]) -> bytes:
@@ -196,20 +244,22 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sock = socket.socket(fileno=0)
     with contextlib.suppress(EOFError, ConnectionError):
-        templates, special, calls, thoughts, parent = unpack(_receive(sock))
+        templates, special, secret, calls, thoughts, parent = unpack(_receive(sock))
         if os.getppid() != parent:
             return
 
         template: ChatTemplate | None = None
+        controls = None if secret is None else ControlTokens(*secret)
 
         def read() -> Reply:
             nonlocal template
             template = ChatTemplate(templates, special)
-            return _describe(templates, special, calls, thoughts)
+            mixed = controls is not None and mixes(template, controls)
+            return [*_describe(templates, special, calls, thoughts), mixed]
 
         sock.sendall(frame(answer(read)))
         while template is not None:
-            sock.sendall(frame(answer(partial(render, template, _receive(sock)))))
+            sock.sendall(frame(answer(partial(render, template, controls, _receive(sock)))))
 
 
 if __name__ == "__main__":

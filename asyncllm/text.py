@@ -9,12 +9,13 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tokenizers import AddedToken, Tokenizer
 
+from asyncllm.control_tokens import LONGEST, MOST, ControlTokens
 from asyncllm.core.detokenize import PieceTable, TextStream, WindowStream
 from asyncllm.errors import StartupError
 from asyncllm.plain import Json, JsonObject, typed
@@ -48,6 +49,7 @@ class Text:
         bos_id, eos_id: None where the folder names no such token.
         vocab_size: highest id + 1; the model's own may be larger (padding).
         max_piece_chars: length of the longest token in characters.
+        controls: tokens that are told apart from text that spells them; None: none are.
     """
 
     tokenizer: Tokenizer | None
@@ -62,6 +64,8 @@ class Text:
     max_piece_chars: int
     _encode: Callable[[str, bool], list[int]]
     _decode: Callable[[list[int], bool], str]
+    controls: ControlTokens | None = None
+    _encode_named: Callable[[str], list[int]] | None = None
 
     def encode(self, text: str, add_special_tokens: bool) -> array[int]:
         """Ids of ``text``. Releases the GIL with a fast tokenizer.
@@ -71,6 +75,13 @@ class Text:
         """
         text.encode()  # the library answers a lone surrogate with a TypeError about its input type
         return array("i", self._encode(text, add_special_tokens))
+
+    def encode_named(self, text: str) -> array[int]:
+        """Ids of a text in which control tokens stand by ``controls.names``, and are text where
+        they are spelled. Raises UnicodeEncodeError."""
+        assert self._encode_named is not None
+        text.encode()
+        return array("i", self._encode_named(text))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of all ``ids`` at once; ids without a token give nothing."""
@@ -133,6 +144,73 @@ def load_tokenizer(
         _log.warning(_ONLY_FAST)
         return load_tokenizer(model_dir, "fast", trust_remote_code, vocab_size)
     return text
+
+
+def with_controls(text: Text) -> Text:
+    """``text`` that tells control tokens apart from text that spells them.
+
+    All added tokens count but those of white space. Another tokenizer shares vocabulary and rules,
+    and knows them by names that nobody spells.
+
+    Raises:
+        StartupError: the tokenizer cannot do so.
+    """
+    if text.tokenizer is None:
+        raise StartupError("a tokenizer in Python takes control tokens wherever they are spelled")
+    added = text.tokenizer.get_added_tokens_decoder()
+    ids = {token.content: i for i, token in added.items() if token.content.strip()}
+    if len(ids) > MOST or max(map(len, ids), default=0) > LONGEST:
+        raise StartupError(
+            f"the tokenizer has {len(ids)} added tokens of up to {max(map(len, ids))} characters, "
+            f"at most {MOST} of {LONGEST} are told apart"
+        )
+    plain = _alike(text.tokenizer)
+    source = "".join(text.templates.values())
+
+    def made(token: str) -> bool:
+        """Whether the vocabulary has one that begins or ends turns as an ordinary token too."""
+        controls = ids[token] in text.special or token in source
+        return controls and ids[token] in plain.encode(token, add_special_tokens=False).ids
+
+    controls = ControlTokens({token: made(token) for token in ids})
+    for token in added.values():
+        name = controls.names.get(token.content, token.content)
+        plain.add_tokens([_renamed(token, name)])
+    plain.add_tokens([AddedToken(controls.cut, normalized=False)])
+    known = {plain.token_to_id(name): ids[token] for token, name in controls.names.items()}
+    known |= {
+        plain.token_to_id(token.content): i
+        for i, token in added.items()
+        if token.content not in ids
+    }
+    cut = plain.token_to_id(controls.cut)
+
+    def encode(named: str) -> list[int]:
+        (found,) = plain.encode_batch_fast([named], add_special_tokens=False)
+        return [known.get(i, i) for i in found.ids if i != cut]
+
+    return replace(text, controls=controls, _encode_named=encode)
+
+
+def _alike(tokenizer: Tokenizer) -> Tokenizer:
+    """One with the same vocabulary and rules, without added tokens."""
+    made = Tokenizer(tokenizer.model)  # which they share
+    if tokenizer.normalizer is not None:
+        made.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        made.pre_tokenizer = tokenizer.pre_tokenizer
+    return made
+
+
+def _renamed(token: AddedToken, name: str) -> AddedToken:
+    return AddedToken(
+        name,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
 
 
 def _read(folder: Path, mode: Mode, own_code: bool) -> tuple[Tokenizer, dict[str, str]] | None:
@@ -486,5 +564,8 @@ def _templates(folder: Path, config: JsonObject) -> dict[str, str]:
     files |= {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
     for name, path in files.items():
         if path.is_file():
-            found[name] = path.read_text(encoding="utf-8")
+            try:
+                found[name] = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise StartupError(f"cannot read {path}: {error}") from error
     return found

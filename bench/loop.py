@@ -44,6 +44,7 @@ from asyncllm.core.windows import PerSpace, Window
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
 from asyncllm.messages import Abort, Finished, Follow, Gone, Started, Submit, Tokens
+from asyncllm.templates import Chats
 from asyncllm.text import Text, load_tokenizer
 
 ROUNDS = 7
@@ -131,7 +132,7 @@ async def streams(args: argparse.Namespace, text: Text) -> None:
         on_open=opened.set,
     )  # fmt: skip
     pacer = Pacer(args.streams, args.tokens, args.step_ms / 1e3, len(pieces))
-    tokenizer = Tokenizer(text, Renderer({}, {}), limit=MAX_LEN, vocab_size=len(pieces))
+    tokenizer = Tokenizer(text, Renderer(Chats({}, {})), limit=MAX_LEN, vocab_size=len(pieces))
     for actor in (pacer, Detokenizer(text), tokenizer, front, Quiet("watchdog")):
         system.add(actor)
     running = asyncio.create_task(system.run())

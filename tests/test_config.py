@@ -67,6 +67,7 @@ OURS: dict[str, Any] = {
     "dp_balancer": "cache_aware",
     "llm_kv_type": "None",
     "token_healing_mode": False,
+    "control_tokens_in_content": "text",
     "generation_config": "auto",
     "output_constraint_mode": "llguidance",
     "api_key": (),

@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping
 
 from asyncllm.errors import RequestError
-from asyncllm.templates import MAX_FRAME, START_S, Helper, frame
+from asyncllm.templates import MAX_FRAME, START_S, Chats, Helper, frame
 
 RENDER_S = 2.0
 MINUTE_S = 60.0
@@ -26,18 +25,12 @@ class Renderer:
     """One helper process, one chat at a time.
 
     Args:
-        templates, special_tokens: as ``ChatTemplate`` takes them.
+        chats: what they are rendered by.
         render_s: for one chat. Beyond it the helper is replaced.
     """
 
-    def __init__(
-        self,
-        templates: Mapping[str, str],
-        special_tokens: Mapping[str, str],
-        *,
-        render_s: float = RENDER_S,
-    ) -> None:
-        self._templates, self._special_tokens = templates, special_tokens
+    def __init__(self, chats: Chats, *, render_s: float = RENDER_S) -> None:
+        self._chats = chats
         self._render_s = render_s
         self._turn = asyncio.Lock()
         self._helper: Helper | None = None
@@ -45,9 +38,10 @@ class Renderer:
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
 
     def start(self) -> None:
-        """Have a helper ready for the first chat."""
-        self._helper, self._ready = Helper(self._templates, self._special_tokens), False
-        self._helper.sock.setblocking(False)
+        """Have a helper ready for the first chat, if any can be rendered."""
+        if not self._chats.fault:
+            self._helper, self._ready = Helper(self._chats), False
+            self._helper.sock.setblocking(False)
 
     def stop(self) -> None:
         """Kill the helper."""
@@ -60,9 +54,15 @@ class Renderer:
         """The helper's answer to a chat, for ``templates.unpack``.
 
         Raises:
-            RequestError: the template takes too long or ends the helper; 503: it does so all the
-                time.
+            RequestError: there is no template that can be used; it takes too long or ends the
+                helper; 503: it does so all the time.
         """
+        if self._chats.fault:
+            raise RequestError(
+                f"this model's chat template cannot be used, so that only prompts that are texts"
+                f" are answered (/v1/completions): {self._chats.fault}",
+                param="messages",
+            )
         async with self._turn:
             loop = asyncio.get_running_loop()
             if len(self._deaths) == MOST_DEATHS and loop.time() - self._deaths[0] < MINUTE_S:

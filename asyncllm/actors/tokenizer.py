@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from array import array
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Protocol, assert_never
@@ -331,19 +332,21 @@ class Tokenizer(Actor[Inbox]):
         head = ""
         try:
             if msg.chat is not None:
-                done, text, head = templates.unpack(rendered)
+                done, text, head, *named = templates.unpack(rendered)
                 if not done:
                     raise RequestError(text, param=head)
-                add_special_tokens = False
+                adds, is_named = False, named == [True]
             else:
-                text, add_special_tokens = msg.text or "", msg.add_special_tokens
-            ids, cut = self._encoded(text, add_special_tokens, msg)
+                text, adds, is_named = msg.text or "", msg.add_special_tokens, False
+            own = self._text
+            encode = own.encode_named if is_named else lambda part: own.encode(part, adds)
+            ids, cut = self._encoded(text, encode, msg)
             return ids, head, cut
         except UnicodeEncodeError as error:
             raise RequestError("the prompt is not valid Unicode: a lone surrogate") from error
 
     def _encoded(
-        self, text: str, add_special_tokens: bool, msg: Tokenize | Count
+        self, text: str, encode: Callable[[str], array[int]], msg: Tokenize | Count
     ) -> tuple[array[int], bool]:
         """Ids of a text that has been rendered, and whether any were left out."""
         keeps = self._keeps(msg) if isinstance(msg, Tokenize) else []
@@ -352,13 +355,8 @@ class Tokenizer(Actor[Inbox]):
         if not text:
             return array("i"), False
         if not keeps:
-            return self._text.encode(text, add_special_tokens), False
-        ids, cut = encode_ends(
-            text,
-            lambda part: self._text.encode(part, add_special_tokens),
-            *keeps[0],
-            self._chars_per_token,
-        )
+            return encode(text), False
+        ids, cut = encode_ends(text, encode, *keeps[0], self._chars_per_token)
         ids, more = _fitted(ids, keeps[1:])
         return ids, cut or more
 

@@ -143,6 +143,12 @@ class Config:
         help="slow: the Python tokenizer, with a warning the Rust one where the model has no other; "
         "fast: the Rust one; auto: fast, else slow",
     )  # fmt: skip
+    control_tokens_in_content: str = flag(
+        "text", group=MODEL, choices=("text", "token"),
+        help="what becomes of added tokens, such as those that begin a turn, that users and tools spell in a "
+        "chat; text: they are encoded as plain text, so that nobody forges a turn; token: they are "
+        "these tokens, as in other servers",
+    )  # fmt: skip
     load_way: str = flag(
         "HF", group=MODEL, choices=("HF", "DS"),
         help="format of the weights; HF: *.safetensors, else *.bin; DS: layer_XX-model_YY*.pt of "

@@ -93,12 +93,13 @@ def make_detokenizer(p: Loaded) -> AnyActor:
 
 def make_tokenizer(p: Loaded) -> AnyActor:
     assert p.text is not None
+    assert p.chats is not None
     resolved = p.boot.resolved
     most_new = resolved.generation_config.get("max_new_tokens")
     assert most_new is None or isinstance(most_new, int), most_new
     return Tokenizer(
         p.text,
-        Renderer(p.text.templates, p.text.special_tokens),
+        Renderer(p.chats),
         limit=resolved.max_req_total_len,
         vocab_size=p.spec.vocab_size,
         input_limit=resolved.max_req_input_len,

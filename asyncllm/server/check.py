@@ -13,9 +13,9 @@ from asyncllm.server.loading import (
     load_forms,
     memory_plan,
     num_threads,
-    read_dialect,
     rope_notes,
     torch_device,
+    with_chats,
 )
 from asyncllm.text import Text
 
@@ -27,7 +27,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         StartupError: what the start would refuse before it reads weights.
     """
     config = boot.config
-    load_forms(Loaded(boot, spec, text, read_dialect(config, text), None, None))
+    load_forms(with_chats(Loaded(boot, spec, None, None, None, None, None), text))
     plan = memory_plan(boot, spec)
     resolved = boot.resolved.with_slots(plan.num.full)
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"

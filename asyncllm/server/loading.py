@@ -6,6 +6,7 @@ Knows no actor.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,8 @@ from typing import cast
 import torch
 
 from asyncllm import log, templates
-from asyncllm.api.parsing.output_parser import Dialect
+from asyncllm.api.common.chat_template import USED
+from asyncllm.api.parsing.output_parser import Dialect, dialect_of
 from asyncllm.config import Config
 from asyncllm.constrain.engine import Grammars
 from asyncllm.constraining import load_constraints, load_grammars
@@ -24,13 +26,15 @@ from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Alone, Ranks
 from asyncllm.environment import cpu_count
+from asyncllm.errors import StartupError
 from asyncllm.models import rope
 from asyncllm.models.checkpoint import weight_files
 from asyncllm.models.kv_format import KvMode
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server import preflight
 from asyncllm.server.launch import Boot
-from asyncllm.text import Mode, Text, load_tokenizer
+from asyncllm.templates import Chats
+from asyncllm.text import Mode, Text, load_tokenizer, with_controls
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +45,9 @@ class Loaded:
 
     boot: Boot
     spec: ModelSpec
-    text: Text | None  # of a leader and of a process that serves HTTP, and so is the dialect
+    text: Text | None  # of a leader and of a process that serves HTTP, and so are the next two
     dialect: Dialect | None
+    chats: Chats | None
     device: CpuDevice | CudaDevice | None
     ranks: Ranks | None  # None: there is but one
     num_slots: PerSpace = NO_SLOTS
@@ -107,8 +112,9 @@ def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Load
     leads = boot.me.device is not None and boot.topology.leads(boot.endpoint)
     if text is None and (boot.listen_fd >= 0 or leads):
         text = load_text(config, boot.model_dir, spec)
-    dialect = None if text is None else read_dialect(config, text)
-    loaded = Loaded(boot, spec, text, dialect, None, None)
+    loaded = Loaded(boot, spec, None, None, None, None, None)
+    if text is not None:
+        loaded = with_chats(loaded, text)
     if boot.me.device is None:
         return loaded
     if leads:
@@ -151,11 +157,49 @@ def load_forms(loaded: Loaded) -> None:
         )
 
 
-def read_dialect(config: Config, text: Text) -> Dialect:
-    """How the model writes. Raises StartupError where its chat templates do not compile."""
+def with_chats(loaded: Loaded, text: Text) -> Loaded:
+    """``loaded`` with the tokenizer, how the model writes, and what renders its chats.
+
+    A template that does not compile stops chats, and nothing else.
+
+    Raises:
+        StartupError: control tokens in content are to be text, and cannot be told apart.
+    """
+    config = loaded.boot.config
     known = config.tool_call_parser, config.reasoning_parser
+    reason = ""
+    used = {name: text.templates[name] for name in USED if name in text.templates}
+    if config.control_tokens_in_content == "text" and used:
+        try:
+            text = with_controls(text)
+        except StartupError as error:
+            reason = str(error)
+    chats = Chats(used, text.special_tokens, text.controls)
     with log.phase("read chat templates"):
-        return templates.read_dialect(text.templates, text.special_tokens, *known)
+        try:
+            dialect, mixes = templates.read_dialect(chats, *known)
+        except StartupError as error:
+            chats = replace(chats, templates={}, controls=None, fault=str(error))
+            dialect, mixes = dialect_of({}, *known), False
+    if mixes:
+        reason = "the chat template changes what users or tools say, so that marks in it are lost"
+        chats, text = replace(chats, controls=None), replace(text, controls=None)
+    if reason and "control_tokens_in_content" in config.explicit:
+        raise StartupError(f"--control_tokens_in_content text: {reason}")
+    if loaded.boot.coordinates:
+        for line in _about_chats(chats.fault, reason):
+            logger.warning("%s", line)
+    return replace(loaded, text=text, dialect=dialect, chats=chats)
+
+
+def _about_chats(fault: str, reason: str) -> Iterator[str]:
+    if fault:
+        yield f"chats are refused, other prompts are not: {fault}"
+    if reason:
+        yield (
+            f"control tokens that users and tools spell are taken for these tokens "
+            f"(--control_tokens_in_content token): {reason}"
+        )
 
 
 def _share_memory(boot: Boot) -> bool:

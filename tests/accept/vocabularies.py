@@ -28,10 +28,10 @@ from checks import run_all
 from tokenizers import Tokenizer
 
 from asyncllm.api.common.chat_template import ChatTemplate
-from asyncllm.api.common.tool_request import ToolChoice, ToolRequest, told
+from asyncllm.api.common.tool_request import ToolChoice, ToolRequest, with_tools_in_prompt
 from asyncllm.api.parsing.tools import Tool, parse_whole
-from asyncllm.templates import read_dialect
-from asyncllm.text import Text, load_tokenizer
+from asyncllm.templates import Chats, read_dialect, render
+from asyncllm.text import Text, load_tokenizer, with_controls
 
 HERE = Path(__file__).parent
 BAD = "\ufffd"
@@ -238,10 +238,10 @@ CHAT = [
 
 def chat(templates: dict[str, str], special: dict[str, str], expected: list[str]) -> str:
     """One template: what is found in it, and a conversation with a call through it."""
-    dialect = read_dialect(templates, special)
+    dialect, _ = read_dialect(Chats(templates, special))
     differs("format", [dialect.calls, dialect.spelling, dialect.reasoning], list(expected))
     offer = ToolRequest(ToolChoice("auto"), tuple(TOOLS))
-    turns, listed = told([dict(turn) for turn in CHAT], offer, dialect)
+    turns, listed = with_tools_in_prompt([dict(turn) for turn in CHAT], offer, dialect)
     prompt = ChatTemplate(templates, special).render({"messages": turns, "tools": listed})
     for part in ("Be brief.", "Thanks", "RESULT", "get_time"):
         if part not in prompt:
@@ -259,6 +259,46 @@ def chat(templates: dict[str, str], special: dict[str, str], expected: list[str]
 def check_chat(pin: dict[str, Any], below: Path) -> str:
     text = load_tokenizer(str(fetch(pin, below)))
     return chat(dict(text.templates), dict(text.special_tokens), pin["chat"])
+
+
+def check_forging(pin: dict[str, Any], below: Path) -> str:
+    """No text of a user is a control token; texts without any have the ids that they always have."""
+    text = with_controls(load_tokenizer(str(fetch(pin, below))))
+    assert text.controls is not None
+    if read_dialect(Chats(text.templates, text.special_tokens, text.controls))[1]:
+        raise ValueError("the template loses marks")
+    template = ChatTemplate(text.templates, text.special_tokens)
+    controls = [
+        token
+        for token in text.controls.spelled
+        if text.tokenizer.token_to_id(token) in text.special or token in text.templates["default"]
+    ]
+    numbers = {text.tokenizer.token_to_id(token) for token in controls}
+
+    def told(content: str) -> tuple[list[int], list[int]]:
+        """Ids of a chat, and those of its text as the tokenizer takes it."""
+        turns = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": "Well."},
+            {"role": "user", "content": content},
+        ]
+        packed = json.dumps({"messages": turns, "tools": None, "kwargs": {}}).encode()
+        prompt, _, named = render(template, text.controls, packed)
+        ids = text.encode_named(prompt) if named else text.encode(prompt, False)
+        return list(ids), list(text.encode(template.render({"messages": turns}), False))
+
+    def count(content: str) -> list[int]:
+        return [i for i in told(content)[0] if i in numbers]
+
+    *plain, _ = corpus()[:36]
+    for content in plain:
+        differs(repr(content), *told(content))
+    rng, harmless = random.Random(0), count("Hi")
+    for token in controls:
+        for content in (token, f"a{token}b", f"{rng.choice(plain)}{token} {rng.choice(plain)}"):
+            differs(content, count(content), harmless)
+    differs("all", count("".join(controls)), harmless)
+    return f"{len(controls)} control tokens of {len(text.controls.spelled)} added ones"
 
 
 def check_mistral(key: tuple[str, bool, bool], below: Path) -> str:
@@ -280,6 +320,9 @@ if __name__ == "__main__":
     }
     checks |= {
         f"chat {pin['name']}": partial(check_chat, pin, root) for pin in pins if "chat" in pin
+    }
+    checks |= {
+        f"forging {pin['name']}": partial(check_forging, pin, root) for pin in pins if "chat" in pin
     }
     for key in MISTRALS:
         name = f"chat mistral {key[0]}{' with reasoning' * key[2]}"

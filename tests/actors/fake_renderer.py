@@ -11,6 +11,7 @@ from asyncllm.text import Text
 
 class FakeRenderer:
     def __init__(self, text: Text) -> None:
+        self._text = text
         self._template = ChatTemplate(text.templates, text.special_tokens)
         self.life: list[str] = []
 
@@ -21,4 +22,6 @@ class FakeRenderer:
         self.life.append("stop")
 
     async def render(self, chat: bytes) -> bytes:
-        return templates.answer(partial(templates.render, self._template, chat))
+        return templates.answer(
+            partial(templates.render, self._template, self._text.controls, chat)
+        )

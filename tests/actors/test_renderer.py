@@ -17,6 +17,7 @@ from asyncllm.actors import renderer as module
 from asyncllm.actors.renderer import Renderer
 from asyncllm.api.parsing.output_parser import dialect_of
 from asyncllm.errors import RequestError, StartupError
+from asyncllm.templates import Chats
 from tests.e2e.process import alive, wait_until
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -38,7 +39,7 @@ def chat(content: str, **kwargs: Any) -> bytes:
 
 def play(work: Callable[[Renderer], Awaitable[Any]], render_s: float = 20.0) -> Any:
     async def main() -> Any:
-        renderer = Renderer({"default": TEMPLATE}, {"bos_token": "B"}, render_s=render_s)
+        renderer = Renderer(Chats({"default": TEMPLATE}, {"bos_token": "B"}), render_s=render_s)
         try:
             async with asyncio.timeout(60):
                 return await work(renderer)
@@ -70,12 +71,12 @@ def test_prompts_heads_and_refusals() -> None:
 
     whole, going_on, refused, memory, long, after = play(work)
     text = "<s>é\ud800" + 300 * "y" + "B"
-    assert whole == [True, text, text[-256:]]
-    assert going_on == [True, "<s>Hi", "<s>"]
+    assert whole == [True, text, text[-256:], False]
+    assert going_on == [True, "<s>Hi", "<s>", False]
     assert refused == [False, "the chat template refuses these messages: not that", "messages"]
     assert (memory[0], "1024 MiB" in memory[1]) == (False, True)
     assert (long[0], "limit 16,777,216" in long[1]) == (False, True)
-    assert after == [True, "<s>HiB", "<s>HiB"]
+    assert after == [True, "<s>HiB", "<s>HiB", False]
 
 
 @pytest.mark.parametrize("content", ["loop", "power"])
@@ -131,7 +132,8 @@ def test_an_idle_helper_takes_no_part_in_a_stop() -> None:
 
 def test_the_helper_dies_with_its_parent() -> None:
     source = (
-        "import sys, time; from asyncllm.templates import Helper; h = Helper({'default': sys.argv[1]}, {});"
+        "import sys, time; from asyncllm.templates import Chats, Helper;"
+        "h = Helper(Chats({'default': sys.argv[1]}, {}));"
         "h.sock.sendall(h.first); print(h.process.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", source, "{{ 9 ** (9 ** 9) }}"]
@@ -165,9 +167,9 @@ def test_the_dialect_is_what_the_templates_show() -> None:
         "default": "{{ messages }}<think></think>{{ mode }}",
         "tool_use": "{{ tools }}<tool_call>",
     }
-    found = templates.read_dialect(some, {"bos_token": "<s>"}, None, None)
+    found, _ = templates.read_dialect(Chats(some, {"bos_token": "<s>"}), None, None)
     assert found.variables == {"messages", "mode", "tools"}
-    assert found == templates.read_dialect(some, {}, "qwen25", "think")
+    assert found == templates.read_dialect(Chats(some, {}), "qwen25", "think")[0]
     assert (found.calls, found.reasoning) == ("qwen25", "think")
     assert dialect_of(some).calls == found.calls
 
@@ -180,7 +182,7 @@ def test_the_dialect_is_what_the_templates_show() -> None:
         ("{#" * 200_000 + "#}" + "{{" * 10, "chat template"),
     ],
 )
-def test_a_bad_template_ends_the_start_with_a_line(template: str, told: str) -> None:
+def test_a_bad_template_is_told_in_a_line(template: str, told: str) -> None:
     with pytest.raises(StartupError, match=told) as caught:
-        templates.read_dialect({"default": template}, {}, seconds=2.0)
+        templates.read_dialect(Chats({"default": template}, {}), seconds=2.0)
     assert "\n" not in str(caught.value)

@@ -141,6 +141,7 @@ def servers(
         "--zmq_mode", "tcp://", "--model_name", "chosen", "--tokenizer_mode", "fast",
         "--load_way", "HF", "--max_total_token_num", "1100", "--batch_max_tokens", "16",
         "--max_req_total_len", "1000", "--eos_id", str(ids["d"]), str(ids["h"]), str(END),
+        "--control_tokens_in_content", "token",
         "--tool_call_parser", "llama3", "--mode", "ppl_int8kv", "--mode", "triton_flashdecoding",
     )  # fmt: skip
     one.url = f"http://127.0.0.2:{one.port}"
@@ -378,6 +379,19 @@ def test_it_shows(
 def test_the_ready_line_names_the_address(servers: dict[str, Server]) -> None:
     for server in servers.values():
         assert server.ready.startswith(f"asyncllm is ready: {server.url} serves ")
+
+
+def test_what_users_spell_is_text_or_tokens(servers: dict[str, Server]) -> None:
+    """--control_tokens_in_content: token, its default, and where it cannot be told apart."""
+
+    def count(server: Server, content: str) -> int:
+        body = {"messages": [{"role": "user", "content": content}]}
+        return int(server.post("/v1/messages/count_tokens", body)["input_tokens"])
+
+    mark = "<|end_of_text|>"
+    one, two = (count(servers[name], mark) - count(servers[name], "") for name in ("one", "two"))
+    assert (one, two) == (1, len(mark))
+    assert "a tokenizer in Python takes control tokens wherever they are" in servers["three"].text()
 
 
 def test_code_of_a_folder_is_not_run_without_leave(words_dir: Path) -> None:

@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from asyncllm.errors import RequestError, StartupError
 
+USED = ("default", "tool_use")  # names of templates, of which the second one is for tools
 # stands behind the last message's text, where a continued prompt is cut
 _END = "\ue000continue\ue001"
 
@@ -84,8 +85,8 @@ class ChatTemplate:
         if continued:
             last = messages[-1]
             messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
-        template = self._templates.get("tool_use") if tools else None
-        template = template or self._templates.get("default")
+        usual, offering = (self._templates.get(name) for name in USED)
+        template = offering or usual if tools else usual
         if template is None:
             raise RequestError(
                 "this model has no chat template, so it cannot answer chat messages;"

@@ -1,0 +1,130 @@
+"""Control tokens that users and tools only spell, told apart from those that are meant.
+
+While a chat template runs, what is only spelled stands in the conversation as marks that nobody
+else can write. Afterwards it is text again, and what the template and the assistant wrote has names
+that only the tokenizer knows. Text alone: knows neither templates nor tokenizers.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from asyncllm.plain import Json, JsonObject
+
+# whose words keep their control tokens: they come from the application, or from the model
+TRUSTED: Final = frozenset({"system", "developer", "assistant"})
+MOST: Final = 60_000  # control tokens; each has a character of its own
+LONGEST: Final = 400  # characters of one
+_FIRST: Final = 0x100000  # of a private plane of Unicode
+_SECRET: Final = range(0xF0000, 0xFFFFD)  # the other one
+
+
+class _Trie(dict[str, "_Trie"]):
+    """By their next character, the texts that go on; "" where one ends."""
+
+
+class ControlTokens:
+    """The control tokens of one vocabulary, and two secret alphabets for them.
+
+    Args:
+        spelled: by the text of each token, how it is spelled as plain text: with ``cut`` inside
+            where the vocabulary would make the token of it all the same.
+        hidden, meant: what marks and names begin with; "": drawn.
+
+    Attributes:
+        cut: a name that is no token: the text before and behind it are encoded apart.
+    """
+
+    def __init__(self, spelled: Mapping[str, bool], hidden: str = "", meant: str = "") -> None:
+        self.spelled = dict(spelled)
+        self.hidden, self.meant = hidden or _secret(), meant or _secret()
+        self.cut = self.meant + chr(_FIRST + len(spelled))
+        self._edge = self.hidden + chr(_FIRST + len(spelled))
+        self.names = {token: self.meant + chr(_FIRST + i) for i, token in enumerate(spelled)}
+        self._marks = {token: self.hidden + chr(_FIRST + i) for i, token in enumerate(spelled)}
+        self._of_mark = {mark: token for token, mark in self._marks.items()}
+        self._any = re.compile(_any_of(spelled) if spelled else "(?!)")
+        self._any_mark = re.compile(f"{self.hidden}(.)", re.DOTALL)
+        self._heads = {token[:i] for token in spelled for i in range(1, len(token))}
+        self._tails = {token[i:] for token in spelled for i in range(1, len(token))}
+        self._longest = max(map(len, spelled), default=0)
+
+    def hide(self, text: str) -> str:
+        """``text`` with a mark for each control token that it spells.
+
+        Where it begins or ends with a part of one there is a mark too, so that none comes about
+        where texts meet.
+        """
+        text = self._any.sub(lambda found: self._marks[found[0]], text)
+        sizes = range(1, min(len(text), self._longest) + 1)
+        before = self._edge if any(text[:n] in self._tails for n in sizes) else ""
+        behind = self._edge if any(text[-n:] in self._heads for n in sizes) else ""
+        return before + text + behind
+
+    def hide_in(self, messages: list[JsonObject]) -> list[JsonObject]:
+        """A conversation in template form, with marks in what users and tools say."""
+        return [
+            turn
+            if turn["role"] in TRUSTED
+            else {
+                key: value if key == "role" else self._within(value) for key, value in turn.items()
+            }
+            for turn in messages
+        ]
+
+    def reveal(self, prompt: str) -> tuple[str, str | None]:
+        """What a template has made of such a conversation.
+
+        Returns:
+            The prompt's text, and the same with names for the control tokens that are meant; None:
+            all that it spells are.
+        """
+        if self.hidden not in prompt:
+            return prompt, None
+        named = self._name(prompt)
+        text = self._any_mark.sub(lambda found: self._of_mark.get(found[0], ""), prompt)
+        named = self._any_mark.sub(lambda found: self._plain(found[0]), named)
+        return text, None if self._name(text) == named else named
+
+    def _name(self, text: str) -> str:
+        return self._any.sub(lambda found: self.names[found[0]], text)
+
+    def _plain(self, mark: str) -> str:
+        """The text that a mark stands for."""
+        token = self._of_mark.get(mark, "")
+        return token[:1] + self.cut + token[1:] if self.spelled.get(token) else token
+
+    def _within(self, value: Json) -> Json:
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, list):
+            return [self._within(each) for each in value]
+        if isinstance(value, dict):
+            return {key: self._within(each) for key, each in value.items()}
+        return value
+
+
+def _secret() -> str:
+    return "".join(map(chr, (secrets.choice(_SECRET) for _ in range(4))))
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A regular expression for the longest of ``texts``, whose time does not depend on how many
+    they are."""
+    root = _Trie()
+    for text in texts:
+        node = root
+        for character in text:
+            node = node.setdefault(character, _Trie())
+        node[""] = _Trie()
+    return _written(root)
+
+
+def _written(node: _Trie) -> str:
+    branches = [re.escape(key) + _written(child) for key, child in node.items() if key]
+    if len(branches) == 1 and "" not in node:
+        return branches[0]
+    return f"(?:{'|'.join(branches)}){'?' if '' in node else ''}" if branches else ""
