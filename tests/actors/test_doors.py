@@ -26,7 +26,8 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import Duty, Means, Watchdog
 from asyncllm.codec import Column, encode, field_types, i32, registered
-from asyncllm.core.request import GRAMMARS, Constraint, Reason, SamplingParams
+from asyncllm.constrain.protocol import Constraint
+from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
 from asyncllm.errors import RequestError
 from asyncllm.messages import FRONTEND_SHIFT, Finished, Hello, StepDone, StepPlan, Submit
 from asyncllm.topology import Contract, Topology
