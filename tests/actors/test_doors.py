@@ -37,7 +37,11 @@ VOCAB, MAX_LEN, LANES, SLOTS = 50, 24, 4, 64
 CONTRACT = Contract(protocol="p", options="o")
 NAMES = ("allocator", "grammar", "scheduler", "balancer", "lockstep", "runner", "detokenizer",
          "tokenizer", "frontend", "watchdog", "nobody")  # fmt: skip
-TYPES = {cls: tag for cls, tag in registered().items() if cls.__module__ == messages.__name__}
+TYPES = {
+    cls: tag
+    for cls, tag in registered().items()
+    if f"{cls.__module__}.".startswith(f"{messages.__name__}.")
+}
 PARAMS = field_types(SamplingParams)
 
 
