@@ -15,11 +15,12 @@ from asyncllm.codec import record
 # In order of start; they stop in reverse, so that the frontend's last answers still find the
 # others.
 ACTORS = (
-    "allocator", "grammar", "scheduler", "balancer", "lockstep", "runner", "detokenizer", "tokenizer",
-    "frontend", "watchdog",
+    "allocator", "grammar", "kv_transfer", "scheduler", "balancer", "lockstep", "runner",
+    "detokenizer", "tokenizer", "frontend", "watchdog",
 )  # fmt: skip
 
 LEADER, FOLLOWER, HTTP, BALANCER, LOCKSTEP = "leader", "follower", "http", "balancer", "lockstep"
+MOVER = "mover"  # of ranks whose K/V come from or go to other servers
 WHOLE = (LEADER, HTTP)  # the roles of a process that is a server by itself
 
 # A row for each role; an endpoint with several roles has the actors of all of them, each once.
@@ -29,6 +30,7 @@ PLACEMENT: Mapping[str, frozenset[str]] = {
     HTTP: frozenset({"detokenizer", "tokenizer", "frontend", "watchdog"}),
     BALANCER: frozenset({"balancer"}),
     LOCKSTEP: frozenset({"lockstep"}),
+    MOVER: frozenset({"kv_transfer"}),
 }
 
 # What a leader's watchdog asks for numbers. Followers do what their leader does, and are not asked.

@@ -68,3 +68,5 @@ from asyncllm.messages.step import Release as Release
 from asyncllm.messages.step import Reserve as Reserve
 from asyncllm.messages.step import StepDone as StepDone
 from asyncllm.messages.step import StepPlan as StepPlan
+from asyncllm.messages.transfer import Listening as Listening
+from asyncllm.messages.transfer import TransferStats as TransferStats
