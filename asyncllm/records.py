@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from asyncllm.codec import FLOAT32, INT32, INT64, record
-from asyncllm.core.request import SamplingParams, Verdict
+from asyncllm.constrain.protocol import Verdict
+from asyncllm.core.request import SamplingParams
 from asyncllm.errors import RequestError
 
 record(SamplingParams)
