@@ -34,7 +34,7 @@ def _ends() -> list[int]:
 _SPANS = list(pairwise([0, *_ends()]))
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """The end of a beginning of a prompt; equal keys: all tokens up to there are equal."""
 
     key: int
@@ -42,19 +42,23 @@ class _Span(NamedTuple):
     length: int
 
 
-def _spans(prompt: array[int]) -> list[_Span]:
+def spans_of(prompt: array[int]) -> list[Span]:
     """The prompt's spans in order, but for a rest at its end. Bytes are hashed with a secret."""
-    spans, key, ids = [], 0, prompt.tobytes()
+    spans, key, ids = list[Span](), 0, prompt.tobytes()
     for begin, end in _SPANS:
         if end > len(prompt):
             break
         key = hash((key, ids[begin * prompt.itemsize : end * prompt.itemsize]))
-        spans.append(_Span(key, end, end - begin))
+        spans.append(Span(key, end, end - begin))
     return spans
 
 
-class _Seen:
-    """Beginnings of prompts that one group should have in its prefix cache, least recent first."""
+class Seen:
+    """Beginnings of prompts that one prefix cache should have, least recent first.
+
+    Args:
+        num_slots: tokens that it holds.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self._room = num_slots
@@ -63,7 +67,7 @@ class _Seen:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def common(self, spans: Sequence[_Span]) -> int:
+    def common(self, spans: Sequence[Span]) -> int:
         """Tokens at the beginning that have been seen, up to an eighth less."""
         end = 0
         for key, last, _ in spans:
@@ -72,7 +76,7 @@ class _Seen:
             end = last
         return end
 
-    def add(self, spans: Sequence[_Span]) -> None:
+    def add(self, spans: Sequence[Span]) -> None:
         for key, _, length in reversed(spans):  # so that ends are forgotten before beginnings
             if key in self._spans:
                 self._spans.move_to_end(key)
@@ -113,7 +117,7 @@ class Balancer:
         self._num = [0] * num_groups
         self._waiting = [0] * num_groups  # tokens
         self._running = [0] * num_groups
-        self._seen = [_Seen(num_slots) for _ in range(num_groups)]
+        self._seen = [Seen(num_slots) for _ in range(num_groups)]
         self._next = 0  # whose turn it is
 
     @property
@@ -140,7 +144,7 @@ class Balancer:
             after: an earlier request for the same prompt, if any.
             cached: it may use the prefix cache.
         """
-        spans = _spans(prompt) if cached and self._policy == CACHE_AWARE else []
+        spans = spans_of(prompt) if cached and self._policy == CACHE_AWARE else []
         common = [seen.common(spans) for seen in self._seen]
         first = self._requests.get(after) if self._together else None
         group = self._choose(len(prompt), common) if first is None else first.group

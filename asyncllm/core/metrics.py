@@ -21,7 +21,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from asyncllm.messages import AllocatorStats, RunnerStats, SchedulerStats
+from asyncllm.messages import AllocatorStats, DirectorStats, RunnerStats, SchedulerStats
 from asyncllm.records import Answered, Load
 
 REFUSED = "refused"  # a reason: the request was not taken in
@@ -35,11 +35,12 @@ LIGHTLLM_BUCKETS = tuple(0.0015 * 1.5**k for k in range(35))
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What schedulers, allocators and runners hold, together and in each group."""
+    """What schedulers, allocators and runners hold, together and in each group; or a director."""
 
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
     allocator: AllocatorStats = field(default_factory=AllocatorStats)
     runner: RunnerStats = field(default_factory=RunnerStats)
+    director: DirectorStats = field(default_factory=DirectorStats)
     silent_reporters: int = 0
     groups: Mapping[int, State] = field(default_factory=dict)
 
@@ -53,7 +54,18 @@ class State:
             total=slots.total,
             sliding_used=slots.sliding_used,
             sliding_total=slots.sliding_total,
+            cached=slots.cached,
+            running=self.scheduler.running,
+            waiting=self.scheduler.waiting,
         )
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        """Of each group; of a master that of its decode nodes together."""
+        if nodes := self.director.total:
+            used = self.director.used
+            return (Load(used=used, expected=used, total=nodes),)
+        return tuple(group.load for group in self.groups.values())
 
 
 def describe_slots(slots: AllocatorStats) -> str:
@@ -127,6 +139,26 @@ _STATE = {
         True,
     ),
     "runner.jit_after_warmup": ("jit_after_warmup", "Kernels compiled while serving", True),
+    "director.requests": ("pd_requests", "Requests that a pd_master holds", False),
+    "director.prefill_nodes": ("pd_prefill_nodes", "Prefill nodes that take requests", False),
+    "director.decode_nodes": ("pd_decode_nodes", "Decode nodes that take requests", False),
+    "director.used": ("pd_kv_slots_used", "KV slots of decode nodes, held by requests", False),
+    "director.total": ("pd_kv_slots_total", "KV slots of decode nodes", False),
+    "director.attempts": ("pd_attempts", "Attempts to serve a request on nodes", True),
+    "director.retries": ("pd_retries", "Those of them after the first of a request", True),
+    "director.failed": ("pd_failed", "Requests that ended for want of nodes", True),
+    "director.lost_nodes": ("pd_lost_nodes", "Nodes whose connection has ended", True),
+    "director.handovers": ("pd_handovers", "Requests that a decode node went on with", True),
+    "director.reserve_ms": (
+        "pd_reserve_ms",
+        "Milliseconds until decode nodes had found room, of all attempts",
+        True,
+    ),
+    "director.handover_ms": (
+        "pd_handover_ms",
+        "Milliseconds from the token of the prefill node to the next one, of all handovers",
+        True,
+    ),
     "silent_reporters": (
         "silent_reporters",
         "Actors whose numbers here are older, since they have not answered within a second",
@@ -136,7 +168,7 @@ _STATE = {
 _UNNAMED = {"query", "endpoint", "expected_slots"}  # the last one is for /token_load alone
 assert set(_STATE) - {"silent_reporters"} == {
     f"{of.name}.{count.name}"
-    for of in fields(State)[:3]
+    for of in fields(State)[:4]
     for count in fields(getattr(State(), of.name))
     if count.name not in _UNNAMED
 }

@@ -160,5 +160,5 @@ def test_both_slot_spaces_are_told() -> None:
         "KV used 30.0%, cached 20.0%, of layers with a window used 50.0%, cached 10.0%"
     )
     assert State(allocator=slots).load == Load(
-        used=30, expected=0, total=100, sliding_used=5, sliding_total=10
+        used=30, expected=0, total=100, sliding_used=5, sliding_total=10, cached=20
     )

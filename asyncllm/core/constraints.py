@@ -1,0 +1,98 @@
+"""What restricts the tokens of one request: a grammar, a list of tokens, a limit to reasoning.
+
+Owns the rules that need no grammar; each is a :class:`asyncllm.core.request.Constraint`. Knows
+token ids and their bytes; knows neither text formats nor tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NoReturn
+
+from asyncllm.core.calls import Calls, Form
+from asyncllm.core.healing import Healing
+from asyncllm.core.request import Constraint, SamplingParams
+from asyncllm.core.thinking import Rules, Thinking
+from asyncllm.core.vocabulary import Vocabulary, bits
+from asyncllm.errors import RequestError
+
+
+def unconstrained(kind: str, text: str) -> NoReturn:
+    """Makes no grammars. Raises RequestError."""
+    raise RequestError("constrained output is off on this server (--output_constraint_mode)")
+
+
+class Constraints:
+    """Makes the constraint of each request.
+
+    Args:
+        vocab_size: width of the logits.
+        eos_ids: tokens that end an output.
+        grammar: a fresh constraint of a grammar (kind, text); raises RequestError.
+        thinking: how the model writes reasoning; None: it does not.
+        vocab: for token healing; None: there is none.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_ids: Collection[int],
+        grammar: Callable[[str, str], Form] = unconstrained,
+        thinking: Rules | None = None,
+        vocab: Vocabulary | None = None,
+    ) -> None:
+        self._vocab_size, self._eos_ids, self._grammar = vocab_size, eos_ids, grammar
+        self._vocab = vocab
+        self._thinking = thinking
+
+    def of(
+        self, params: SamplingParams, thoughts: str = "", healed: Sequence[bytes] = ()
+    ) -> Constraint | None:
+        """A fresh constraint; None: any token may come. Raises RequestError.
+
+        Args:
+            thoughts, healed: see ``Submit``.
+        """
+        if healed and self._vocab is not None:
+            return Healing(self._vocab, healed)
+        grammar = None if params.grammar is None else self._grammar(*params.grammar)
+        calls = params.grammar is not None and params.grammar[0] == "calls"
+        limit, thinking = params.max_thinking_tokens, None
+        if (
+            self._thinking is not None
+            and thoughts in ("open", "none")
+            and (grammar or limit is not None)
+        ):
+            thinking = Thinking(
+                self._thinking,
+                opened=thoughts == "open",
+                limit=limit,
+                answer=None if calls else grammar,
+            )
+        if params.grammar is not None and grammar is not None and calls:
+            mark = params.grammar[1].partition("\n")[0].encode()
+            return Calls(mark, grammar, self._vocab_size, thinking)
+        if thinking is not None:
+            return thinking
+        if grammar is not None:
+            return grammar
+        if params.allowed_token_ids:
+            ends = () if params.ignore_eos else self._eos_ids
+            return Allowed(bits((*params.allowed_token_ids, *ends), self._vocab_size))
+        return None
+
+
+class Allowed(Constraint):
+    """The same tokens all the way."""
+
+    def __init__(self, mask: bytes) -> None:
+        self._mask = mask
+
+    def mask(self) -> bytes:
+        return self._mask
+
+    def holds(self, ahead: int) -> bool:
+        return True
+
+    def accept(self, token: int) -> bool:
+        return False

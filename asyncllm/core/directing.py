@@ -1,0 +1,470 @@
+"""What a master does with its requests: attempts on prefill and decode nodes, and their repair.
+
+An attempt is one prefill node and, unless that goes the whole way, one decode node. Whatever goes
+wrong with it is mended by one thing: another attempt that goes on from the tokens that the client
+has been sent. Knows nodes by the numbers of their connections; knows neither connections nor text.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+
+from asyncllm.codec import Message
+from asyncllm.core.balancing import Span, spans_of
+from asyncllm.core.choosing import DECODE, PREFILL, Node, Nodes
+from asyncllm.core.request import Reason
+from asyncllm.messages import (
+    FRONTEND_SHIFT,
+    Abort,
+    Begin,
+    Decode,
+    Finished,
+    Prefill,
+    StopHit,
+    Submit,
+    Tokens,
+)
+from asyncllm.records import Destination, Failure, Logprobs, int32s, int64s
+
+MOST_RETRIES = 3  # attempts after the first one
+RETRY_S = 8.0  # after the first failure since a token came: later ones are not mended
+NO_NODES, FAILED = "no_nodes", "nodes_failed"  # codes of failures
+# codes with which a node ends an attempt that may well go on elsewhere
+TRANSFER_FAILED, SHUTTING_DOWN = "transfer_failed", "shutting_down"
+PASSING = (TRANSFER_FAILED, SHUTTING_DOWN)
+
+
+class Phase(IntEnum):
+    """How far an attempt has come."""
+
+    RESERVE = 0  # the decode node finds room
+    PREFILL = 1  # the prefill node computes
+    HANDED = 2  # the decode node has the first token, and waits for the rest of the K/V
+    DECODE = 3  # tokens come from the decode node
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """``decode`` is None where the prefill node goes the whole way."""
+
+    ticket: int
+    request: Request
+    prefill: Node
+    decode: Node | None
+    since: float  # when its phase began
+    phase: Phase = Phase.RESERVE
+    given: dict[int, int] = field(default_factory=dict)  # by node: what it was given, see Node.give
+    scored: int = 0  # prompt tokens whose log-probabilities have come in this attempt
+
+    @property
+    def speaker(self) -> Node | None:
+        """Whose tokens are the request's now."""
+        if self.phase is Phase.RESERVE:
+            return None
+        return self.prefill if self.phase is Phase.PREFILL else self.decode
+
+    @property
+    def matters(self) -> tuple[Node, ...]:
+        """Nodes without which it cannot go on."""
+        if self.decode is None:
+            return (self.prefill,)
+        return (self.decode,) if self.phase is Phase.DECODE else (self.prefill, self.decode)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request of a client, from its Submit to its one end."""
+
+    msg: Submit
+    spans: list[Span]  # of its prompt, if it may use prefix caches
+    sent: array[int] = field(default_factory=int32s)  # tokens that the client has
+    attempt: Attempt | None = None
+    retries: int = 0
+    failed_at: float | None = None  # the first failure since a token came
+    why: str = ""  # of the last failure
+    blamed: set[int] = field(default_factory=set)  # nodes that have failed it
+    wanted: tuple[int, int] = (-1, -1)  # nodes that should have its prompt
+    cached: int = -1  # prompt tokens from the prefix cache of its first prefill, once it is known
+    scored: int = 0  # prompt tokens whose log-probabilities the client has
+    stopped: bool = False  # the client wants no more tokens, the end of the prefill is awaited
+    over: bool = False  # the token that ends it has come
+    opened: bool = False  # its prompt is in the caches of its nodes
+    held: list[Request] = field(default_factory=list)  # others for this prompt, until then
+
+    @property
+    def rid(self) -> int:
+        return self.msg.rid
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still come."""
+        assert self.msg.params.max_new_tokens is not None
+        return self.msg.params.max_new_tokens - len(self.sent)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start."""
+
+    attempts: int = 0
+    retries: int = 0  # attempts after the first one of a request
+    failed: int = 0  # requests that ended for want of nodes
+    lost_nodes: int = 0
+    handovers: int = 0  # requests that decode nodes have gone on with
+    reserve_s: float = 0.0  # until a decode node has found room
+    handover_s: float = 0.0  # from the first token to the next one, which is of another node
+
+
+@dataclass(slots=True)
+class _Emitted:
+    """Tokens for the clients of one process."""
+
+    rids: array[int] = field(default_factory=int64s)
+    tokens: array[int] = field(default_factory=int32s)
+    ends: bytearray = field(default_factory=bytearray)
+    rows: list[int] = field(default_factory=list)  # of the node's message
+    prompt: list[tuple[int, Logprobs]] = field(default_factory=list)
+
+    def message(self, of: Tokens) -> Tokens:
+        """As a scheduler says it."""
+        logprobs = of.logprobs
+        if logprobs is not None and len(self.rows) != len(of.rids):
+            logprobs = logprobs.pick(self.rows)
+        return Tokens(
+            step=of.step,
+            rids=self.rids,
+            tokens=self.tokens,
+            ends=bytes(self.ends),
+            logprobs=logprobs,
+            prompt=tuple(self.prompt),
+        )
+
+
+class Director:
+    """Gives requests to nodes and takes what comes of them. Each request ends once.
+
+    Attributes:
+        now: seconds of a clock that only goes forward. The shell sets it before it calls.
+        orders: (node's number, message) not told yet. The shell takes and clears it, as the two
+            below.
+        emitted: (endpoint, tokens) for clients.
+        ended: ends, each after all tokens of its request.
+        requests: those that have not ended, by rid.
+        nodes: those that are there.
+        counts: what has been.
+    """
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes, self.counts, self.now = nodes, Counts(), 0.0
+        self.requests: dict[int, Request] = {}
+        self.orders: list[tuple[int, Message]] = []
+        self.emitted: list[tuple[int, Tokens]] = []
+        self.ended: list[Finished] = []
+        self._attempts: dict[int, Attempt] = {}  # by ticket
+        self._parked: dict[int, Request] = {}  # there is no node for their next attempt
+        self._last_ticket = 0
+
+    @property
+    def lacks(self) -> str:
+        """Which role is missing, "": none."""
+        missing = [role for role in (PREFILL, DECODE) if not self.nodes.of(role)]
+        return f"there is no {' and no '.join(missing)} node" if missing else ""
+
+    # -- clients --------------------------------------------------------------------------------
+
+    def submit(self, msg: Submit) -> None:
+        """A new request."""
+        shares = msg.params.shares_prefix
+        request = self.requests[msg.rid] = Request(msg, spans_of(msg.prompt) if shares else [])
+        first = self.requests.get(msg.after) if shares else None
+        if lacks := self.lacks:
+            self._fail(request, NO_NODES, lacks)
+        elif first is not None and not first.opened:
+            first.held.append(request)
+        else:
+            if first is not None and first.attempt is not None:
+                request.wanted = _places(first.attempt)
+            self._begin(request)
+
+    def abort(self, rid: int) -> None:
+        """End a request; unknown and ended ones are ignored."""
+        if (request := self.requests.get(rid)) is not None:
+            self._end(request, Reason.ABORT)
+
+    def abort_all(self) -> None:
+        for request in [*self.requests.values()]:
+            request.held.clear()  # none of them is to begin
+            self._end(request, Reason.ABORT)
+
+    def stop(self, rid: int, num_tokens: int) -> None:
+        """End a request whose text has reached a stop string after ``num_tokens``."""
+        if (request := self.requests.get(rid)) is None:
+            return
+        attempt = request.attempt
+        if attempt is not None and attempt.phase is Phase.PREFILL and request.cached < 0:
+            request.stopped = True  # its node is to say how much of the prompt it had
+            self._tell(attempt.prefill, StopHit(attempt.ticket, num_tokens))
+        else:
+            self._end(request, Reason.STOP)
+
+    def forget(self, endpoint: int) -> None:
+        """A process that took requests has ended, and its requests with it, untold."""
+        for request in [r for r in self.requests.values() if r.rid >> FRONTEND_SHIFT == endpoint]:
+            request.held.clear()  # they are of that process as well
+            self._close(request)
+
+    # -- nodes ----------------------------------------------------------------------------------
+
+    def joined(self, node: Node) -> None:
+        """A node takes requests from now on."""
+        self.nodes.add(node)
+        self._unpark()
+
+    def left(self, peer: int, why: str) -> None:
+        """A node has gone, and with it all that it held."""
+        if (node := self.nodes.get(peer)) is None:
+            return
+        self.counts.lost_nodes += 1
+        self.nodes.remove(peer)
+        for attempt in [a for a in self._attempts.values() if node in a.matters]:
+            if attempt.ticket in self._attempts:  # nor has the end of another one ended it
+                self._mend(attempt, f"{node} is lost: {why}", peer)
+
+    def reserved(self, peer: int, ticket: int, to: Destination) -> None:
+        """A decode node has room for the K/V of an attempt."""
+        attempt = self._attempts.get(ticket)
+        if attempt is not None and attempt.phase is Phase.RESERVE and _is(attempt.decode, peer):
+            self.counts.reserve_s += self.now - attempt.since
+            self._prefill(attempt, to)
+
+    def tokens(self, peer: int, msg: Tokens) -> None:
+        """What a step of a node gave; ``rids`` are tickets."""
+        out: dict[int, _Emitted] = {}
+        for row, (ticket, token) in enumerate(zip(msg.rids, msg.tokens, strict=True)):
+            attempt = self._attempts.get(ticket)
+            if attempt is None or not _is(attempt.speaker, peer):
+                continue
+            request = attempt.request
+            request.sent.append(token)
+            request.failed_at, request.over = None, bool(msg.ends[row])
+            emitted = _of(out, request)
+            emitted.rids.append(request.rid)
+            emitted.tokens.append(token)
+            emitted.ends.append(msg.ends[row])
+            emitted.rows.append(row)
+            if attempt.phase is Phase.HANDED:
+                self._moved(attempt)
+        for ticket, scores in msg.prompt:
+            attempt = self._attempts.get(ticket)
+            if attempt is not None and _is(attempt.speaker, peer):
+                request = attempt.request
+                known = min(max(request.scored - attempt.scored, 0), len(scores))
+                attempt.scored += len(scores)
+                request.scored = max(request.scored, attempt.scored)
+                if known < len(scores):
+                    _of(out, request).prompt.append((request.rid, scores.slice(known)))
+        self.emitted += [(endpoint, each.message(msg)) for endpoint, each in out.items()]
+
+    def finished(self, peer: int, msg: Finished) -> None:
+        """A node's part in an attempt is over; ``rid`` is a ticket."""
+        attempt = self._attempts.get(msg.rid)
+        if attempt is None or not any(_is(node, peer) for node in attempt.matters):
+            return
+        request, failure = attempt.request, msg.failure
+        speaks = _is(attempt.speaker, peer)
+        if speaks and attempt.phase is Phase.PREFILL and request.cached < 0:
+            request.cached = msg.cached_len
+        if request.stopped:
+            self._end(request, Reason.STOP)
+        elif failure is not None and failure.code not in PASSING:
+            self._end(request, Reason.ERROR, failure)
+        elif failure is not None or msg.reason is Reason.ABORT or not speaks:
+            detail = "it has ended the request" if failure is None else failure.detail
+            self._broken(attempt, peer, detail, failure)
+        elif msg.reason is Reason.MOVED and attempt.decode is not None and request.sent:
+            self._hand_over(attempt, attempt.decode)
+        else:
+            self._end(request, msg.reason)
+
+    def tick(self) -> None:
+        """Called now and then: what has waited too long for a node ends."""
+        self._unpark()
+        for request in [*self._parked.values()]:
+            if self.now > (request.failed_at or 0.0) + RETRY_S:
+                self._fail(request, FAILED, "; ".join(filter(None, (request.why, self.lacks))))
+
+    # -- an attempt -----------------------------------------------------------------------------
+
+    def _begin(self, request: Request) -> None:
+        """The next attempt; it waits for a node where there is none."""
+        msg, length = request.msg, len(request.msg.prompt) + len(request.sent)
+        alone = bool(msg.healed) or request.left <= 1
+        wanted, then = request.wanted
+        choose = partial(
+            self.nodes.choose,
+            spans=request.spans,
+            length=length,
+            blamed=request.blamed,
+            now=self.now,
+        )
+        prefill, decode = choose(PREFILL, wanted=wanted), None
+        if prefill is not None and not alone:
+            decode = choose(DECODE, wanted=then, prefill=prefill.peer)
+        if prefill is None or (decode is None and not alone):
+            self._parked[request.rid] = request
+            request.failed_at = self.now if request.failed_at is None else request.failed_at
+            return
+        self._parked.pop(request.rid, None)
+        self._last_ticket += 1
+        self.counts.attempts += 1
+        attempt = Attempt(self._last_ticket, request, prefill, decode, self.now)
+        request.attempt = self._attempts[attempt.ticket] = attempt
+        for node in attempt.matters:
+            attempt.given[node.peer] = node.give(request.spans, length)
+        if decode is None:
+            self._prefill(attempt, None)
+        else:
+            self._tell(
+                decode,
+                Decode(
+                    ticket=attempt.ticket,
+                    prompt=msg.prompt,
+                    outputs=request.sent[:],
+                    params=msg.params,
+                    thoughts=msg.thoughts,
+                    healed=msg.healed,
+                    client=msg.client,
+                    request_id=msg.request_id,
+                ),
+            )
+
+    def _prefill(self, attempt: Attempt, to: Destination | None) -> None:
+        attempt.phase, attempt.since = Phase.PREFILL, self.now
+        request, msg = attempt.request, attempt.request.msg
+        self._tell(
+            attempt.prefill,
+            Prefill(
+                ticket=attempt.ticket,
+                prompt=msg.prompt,
+                outputs=request.sent[:],
+                params=msg.params,
+                thoughts=msg.thoughts,
+                healed=msg.healed,
+                client=msg.client,
+                request_id=msg.request_id,
+                to=to,
+            ),
+        )
+
+    def _hand_over(self, attempt: Attempt, decode: Node) -> None:
+        """The prefill node has given its token: the decode node goes on."""
+        attempt.phase, attempt.since = Phase.HANDED, self.now
+        _free(attempt, attempt.prefill)
+        self._tell(decode, Begin(attempt.ticket, attempt.request.sent[-1]))
+
+    def _moved(self, attempt: Attempt) -> None:
+        """The first token of the decode node: it has all K/V."""
+        attempt.phase = Phase.DECODE
+        self.counts.handovers += 1
+        self.counts.handover_s += self.now - attempt.since
+        self._tell(attempt.prefill, Abort(attempt.ticket))
+        self._open(attempt.request, _places(attempt))
+
+    def _broken(
+        self, attempt: Attempt, peer: int, detail: str, failure: Failure | None = None
+    ) -> None:
+        """A node says that its part has failed."""
+        transfer = failure is not None and failure.code == TRANSFER_FAILED
+        if transfer and attempt.decode is not None:
+            self.nodes.avoid(attempt.prefill.peer, attempt.decode.peer, self.now)
+        self._mend(attempt, f"{self.nodes.get(peer)}: {detail}", None if transfer else peer)
+
+    def _mend(self, attempt: Attempt, why: str, blamed: int | None) -> None:
+        """Give up an attempt; another one goes on from the tokens that the client has."""
+        request = attempt.request
+        self._drop(attempt)
+        request.why = why
+        if blamed is not None:
+            request.blamed.add(blamed)
+        if request.failed_at is None:
+            request.failed_at = self.now
+        if request.stopped or request.over:
+            self._end(request, Reason.STOP)
+        elif request.sent and request.left <= 0:
+            self._end(request, Reason.LENGTH)
+        elif request.retries >= MOST_RETRIES or self.now > request.failed_at + RETRY_S:
+            self._fail(request, FAILED, f"{why} ({request.retries + 1} attempts have failed)")
+        else:
+            request.retries += 1
+            self.counts.retries += 1
+            self._begin(request)
+
+    def _drop(self, attempt: Attempt) -> None:
+        """Nothing of an attempt is wanted any more: its nodes free what it holds."""
+        attempt.request.attempt = None
+        del self._attempts[attempt.ticket]
+        for node in attempt.matters:
+            _free(attempt, node)
+            told = node is attempt.decode or attempt.phase is not Phase.RESERVE
+            if told and self.nodes.get(node.peer) is node:
+                self._tell(node, Abort(attempt.ticket))
+
+    def _unpark(self) -> None:
+        for request in [*self._parked.values()]:
+            self._begin(request)
+
+    # -- ends -----------------------------------------------------------------------------------
+
+    def _end(self, request: Request, reason: Reason, failure: Failure | None = None) -> None:
+        cached, num_tokens = max(request.cached, 0), len(request.sent)
+        self.ended.append(
+            Finished(request.rid, reason, failure, cached_len=cached, num_tokens=num_tokens)
+        )
+        self._close(request)
+
+    def _fail(self, request: Request, code: str, detail: str) -> None:
+        self.counts.failed += 1
+        self._end(request, Reason.ERROR, Failure(detail, code, 503))
+
+    def _close(self, request: Request) -> None:
+        """It is no request any more; those that it has held up begin."""
+        del self.requests[request.rid]
+        self._parked.pop(request.rid, None)
+        places = (-1, -1)
+        if (attempt := request.attempt) is not None:
+            places = _places(attempt)
+            self._drop(attempt)
+        self._open(request, places)
+
+    def _open(self, request: Request, places: tuple[int, int]) -> None:
+        """Its prompt is where it can be: others for it go there as well."""
+        request.opened = True
+        held, request.held = request.held, []
+        for each in held:
+            if each.rid in self.requests:
+                each.wanted = places
+                self._begin(each)
+
+    def _tell(self, node: Node, msg: Message) -> None:
+        self.orders.append((node.peer, msg))
+
+
+def _is(node: Node | None, peer: int) -> bool:
+    return node is not None and node.peer == peer
+
+
+def _places(attempt: Attempt) -> tuple[int, int]:
+    return attempt.prefill.peer, -1 if attempt.decode is None else attempt.decode.peer
+
+
+def _free(attempt: Attempt, node: Node) -> None:
+    """The node is not charged for the attempt any more."""
+    if (given := attempt.given.pop(node.peer, None)) is not None:
+        node.take(given)
+
+
+def _of(out: dict[int, _Emitted], request: Request) -> _Emitted:
+    return out.setdefault(request.rid >> FRONTEND_SHIFT, _Emitted())
