@@ -17,14 +17,15 @@ import uvloop
 from asyncllm import log
 from asyncllm.actors.pulse import Pulse
 from asyncllm.api.common.defaults import read_defaults
-from asyncllm.config import Config, Resolved, resolve_limits
-from asyncllm.constrain.llguidance_backend import library
+from asyncllm.config import Config, Resolved, resolve_limits, roles
+from asyncllm.constrain.engine import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
 from asyncllm.errors import StartupError
 from asyncllm.hub import names_of, resolve_model_dir
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec, generation_config
 from asyncllm.server.check import check
+from asyncllm.server.cluster import open_channel
 from asyncllm.server.keys import with_all_keys
 from asyncllm.server.launch import (
     Boot,
@@ -66,6 +67,7 @@ def serve(config: Config) -> int:
             logger.warning("%s", line)
         for note in resolved.notes:
             logger.info("%s", note)
+        channel, cluster_host = open_channel(config, stack)
         seat = _seat(config, spec, resolved, model_dir, stack)
         watch.leave = partial(_leave, seat.wires)
         serves = HTTP in seat.topology[seat.endpoint].roles
@@ -82,10 +84,11 @@ def serve(config: Config) -> int:
             store_fd=seat.store_fd,
             pulse_fd=Pulse.create() if seat.wires.address(0) else -1,
             advertised=seat.advertised,
+            cluster_host=cluster_host,
         )
         if config.check:
             return check(boot, spec, text)
-        ground = Ground(seat.wires, seat.lifeline, None if serves else sock)
+        ground = Ground(seat.wires, seat.lifeline, None if serves else sock, channel)
         return uvloop.run(Server(boot, spec, text, ground, watch).run())
 
 
@@ -97,6 +100,10 @@ def _seat(
     stack: contextlib.ExitStack,
 ) -> Seat:
     """The place of this process; waits for other nodes."""
+    if config.run_mode == roles.MASTER:
+        if not config.check:
+            hold_draining()
+        return take_seat(config, Topology.of_master(config.httpserver_workers), stack)
     topology = Topology.on_nodes(
         config.nnodes,
         config.tp,
@@ -104,6 +111,8 @@ def _seat(
         config.dp,
         in_step=spec.shares_experts,
     )
+    if config.run_mode in roles.NODES:
+        topology = topology.as_node()
     if config.nnodes > 1 and not config.check:
         seat = find_seat(config, resolved, model_dir, topology, stack)
         hold_draining()  # while it waited there was nothing to be told
@@ -116,8 +125,10 @@ def _seat(
 
 
 def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
-    """The model as its checkpoint has it, and its tokenizer."""
+    """The model as its checkpoint has it, and its tokenizer; a master looks at no weights."""
     config_spec = ModelSpec.from_dir(model_dir)
+    if config.run_mode == roles.MASTER:
+        return config_spec, load_text(config, str(model_dir), config_spec)
     with read_checkpoint(model_dir, config.load_way, config_spec) as checkpoint:
         text = load_text(config, str(model_dir), config_spec)
         spec = as_stored(config_spec, checkpoint)
@@ -138,7 +149,7 @@ def _leave(wires: Wires | NodeWires, code: int) -> NoReturn:
 def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None = None) -> Resolved:
     """What the options mean for the model and this machine; ``text``: None:
     no tokenizer is read."""
-    cuda = torch.cuda.is_available()
+    cuda = config.run_mode != roles.MASTER and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise StartupError("--device cuda: torch finds no CUDA device (--device cpu)")
     device = "cuda" if cuda and config.device != "cpu" else "cpu"

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from asyncllm.codec import FLOAT32, INT32, INT64, record
-from asyncllm.constrain.protocol import Verdict
-from asyncllm.core.request import SamplingParams
+from asyncllm.core.request import SamplingParams, Verdict
 from asyncllm.errors import RequestError
 
 record(SamplingParams)
@@ -158,6 +157,8 @@ class Load:
         expected: held and promised: prompt + max_new_tokens of running and waiting requests.
         total: KV slots there are.
         sliding_used, sliding_total: those of layers with a window, where these have their own.
+        cached: KV slots that are kept for their prefix only.
+        running, waiting: requests.
     """
 
     used: int = 0
@@ -165,6 +166,9 @@ class Load:
     total: int = 0
     sliding_used: int = 0
     sliding_total: int = 0
+    cached: int = 0
+    running: int = 0
+    waiting: int = 0
 
 
 @record
@@ -195,13 +199,6 @@ class KvWire:
     @property
     def valid(self) -> bool:
         return min(self.num_layers, self.num_heads, self.head_bytes, self.tp) > 0
-
-    def difference(self, other: KvWire) -> str:
-        """What the two would not understand of each other; "": nothing."""
-        for name, ours in asdict(self).items():
-            if name != "tp" and ours != (theirs := asdict(other)[name]):
-                return f"{name} is {ours} here and {theirs} there"
-        return ""
 
 
 @record

@@ -15,12 +15,12 @@ from asyncllm.codec import record
 # In order of start; they stop in reverse, so that the frontend's last answers still find the
 # others.
 ACTORS = (
-    "allocator", "grammar", "kv_transfer", "scheduler", "balancer", "lockstep", "runner",
+    "allocator", "grammar", "scheduler", "balancer", "lockstep", "runner", "director", "agent",
     "detokenizer", "tokenizer", "frontend", "watchdog",
 )  # fmt: skip
 
 LEADER, FOLLOWER, HTTP, BALANCER, LOCKSTEP = "leader", "follower", "http", "balancer", "lockstep"
-MOVER = "mover"  # of ranks whose K/V come from or go to other servers
+MASTER, NODE = "master", "node"  # of servers that share out prefill and decode
 WHOLE = (LEADER, HTTP)  # the roles of a process that is a server by itself
 
 # A row for each role; an endpoint with several roles has the actors of all of them, each once.
@@ -30,11 +30,13 @@ PLACEMENT: Mapping[str, frozenset[str]] = {
     HTTP: frozenset({"detokenizer", "tokenizer", "frontend", "watchdog"}),
     BALANCER: frozenset({"balancer"}),
     LOCKSTEP: frozenset({"lockstep"}),
-    MOVER: frozenset({"kv_transfer"}),
+    MASTER: frozenset({"director", "grammar"}),
+    NODE: frozenset({"agent"}),
 }
 
 # What a leader's watchdog asks for numbers. Followers do what their leader does, and are not asked.
-REPORTERS = ("scheduler", "allocator", "runner")
+REPORTERS = ("scheduler", "allocator", "runner", "director")
+WORKERS = ("scheduler", "director", "agent", "frontend")  # a drain waits for what they have
 
 
 @record
@@ -136,6 +138,17 @@ class Topology:
         ranks[0] = replace(ranks[0], roles=(*WHOLE, *more))
         return Topology((*ranks, *(http_worker(tp + i) for i in range(http - 1))))
 
+    @staticmethod
+    def of_master(http: int = 1) -> Topology:
+        """A server that computes nothing: it gives its requests to prefill and decode nodes."""
+        master = replace(http_worker(0), roles=(HTTP, MASTER))
+        return Topology((master, *(http_worker(i) for i in range(1, http))))
+
+    def as_node(self) -> Topology:
+        """The same as a prefill or decode node: it works for masters."""
+        first = self.coordinator
+        return self.replaced_by(replace(first, roles=(*first.roles, NODE)))
+
     @property
     def coordinator(self) -> Endpoint:
         """Whose watchdog waits for all, drains the server and answers scrapes."""
@@ -198,8 +211,11 @@ class Topology:
     def intake(self, actor: str) -> tuple[str, int]:
         """(actor, endpoint) to which one says what is for ``actor`` on the leader of a request.
 
-        That actor itself where there is one group, else the balancer, which passes it on.
+        That actor itself where there is one group, else the balancer, which passes it on. Where
+        there is none, the director stands for all schedulers.
         """
+        if not self.groups:
+            return "director" if actor == "scheduler" else actor, self.coordinator.id
         if len(self.groups) > 1:
             return "balancer", self.coordinator.id
         return actor, self.leader(self.groups[0]).id
@@ -213,7 +229,7 @@ class Topology:
         return frozenset(
             (actor, e.id)
             for e in self.endpoints
-            if LEADER in e.roles
+            if LEADER in e.roles or MASTER in e.roles
             for actor in REPORTERS
             if actor in e.actors
         )
@@ -242,15 +258,19 @@ class Topology:
     def name(self, number: int) -> str:
         """How logs and errors call an endpoint: "rank 1", "HTTP worker 1" for those after them."""
         ranks = self.ranks
-        return (
-            f"rank {number}" if self[number] in ranks else f"HTTP worker {number - len(ranks) + 1}"
-        )
+        if self[number] in ranks:
+            return f"rank {number}"
+        if MASTER in self[number].roles:
+            return "pd_master"
+        return f"HTTP worker {number - max(len(ranks), 1) + 1}"
 
     def at(self, number: int, address: str) -> Topology:
         """The same with the address of one endpoint known."""
-        return Topology(
-            tuple(replace(e, address=address) if e.id == number else e for e in self.endpoints)
-        )
+        return self.replaced_by(replace(self[number], address=address))
+
+    def replaced_by(self, changed: Endpoint) -> Topology:
+        """The same with another description of the endpoint of this number."""
+        return Topology(tuple(changed if e.id == changed.id else e for e in self.endpoints))
 
     def replaced(self, number: int, by: Endpoint | None) -> Topology:
         """The same without one endpoint, and with another, if there is one."""

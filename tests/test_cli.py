@@ -150,9 +150,7 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--run_mode", "prefill"], "--run_mode prefill is not available yet"),
-        (["--run_mode", "decode"], "not available yet"),
-        (["--run_mode", "pd_master"], "not available yet"),
+        (["--run_mode", "pd_master", "--tp", "2"], "--tp 2 with --run_mode pd_master: it computes"),
         (["--run_mode", "config_server"], "not available yet"),
         (["--nnodes", "2"], "--tp 1 ranks cannot be divided among --nnodes 2 nodes"),
         (["--node-rank", "1"], "it counts with --nnodes above 1"),

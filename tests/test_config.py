@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyncllm import config as config_module
-from asyncllm.config import FLAGS, Config, Resolved, resolve_limits
+from asyncllm.config import FLAGS, Config, Resolved, resolve_limits, roles
 from asyncllm.environment import (
     cache_dir,
     child_environment,
@@ -65,6 +65,9 @@ OURS: dict[str, Any] = {
     "use_tgi_api": False,
     "diverse_mode": False,
     "dp_balancer": "cache_aware",
+    "cluster_port": None,
+    "pd_master_mode": "elastic",
+    "select_p_d_node_strategy": "cache_aware",
     "llm_kv_type": "None",
     "token_healing_mode": False,
     "control_tokens_in_content": "text",
@@ -228,6 +231,38 @@ def test_keys_are_checked_and_never_shown(key: str) -> None:
     assert "good-key" not in repr(Config(api_key=("good-key",)))
 
 
+@pytest.mark.parametrize(
+    ("role", "name", "value"),
+    [
+        ("pd_master", "tp", 2),
+        ("pd_master", "nnodes", 2),
+        ("pd_master", "mode", ("triton_int8kv",)),
+        ("pd_master", "llm_kv_type", "int8kv"),
+        ("prefill", "nnodes", 2),
+        ("decode", "nnodes", 2),
+    ],
+)
+def test_what_a_role_cannot_honour_ends_the_start(role: str, name: str, value: Any) -> None:
+    shown = value[0] if isinstance(value, tuple) else value
+    more = {"tp": 2} if name == "nnodes" else {}
+    with pytest.raises(StartupError, match=rf"^--{name} {shown} with --run_mode {role}: "):
+        Config(run_mode=role, **{name: value}, **more)
+
+
+def test_what_a_master_never_looks_at_is_one_warning() -> None:
+    config = Config(run_mode="pd_master", max_total_token_num=100, httpserver_workers=2)
+    (line,) = config.warnings
+    assert line == "--max_total_token_num has no effect: --run_mode pd_master computes nothing"
+
+
+@pytest.mark.parametrize("mode", ["0p1d", "1p", "p1d1", "1p1d ", "elastical", "1p12345d"])
+def test_numbers_of_nodes_have_one_form(mode: str) -> None:
+    with pytest.raises(StartupError, match=r"^--pd_master_mode must be elastic or .* such as 2p1d"):
+        Config(run_mode="pd_master", pd_master_mode=mode)
+    assert roles.counts("2p13d") == (2, 13)
+    assert roles.counts("elastic") is None
+
+
 @pytest.mark.parametrize(("tp", "dp"), [(1, 2), (3, 2), (2, 4)])
 def test_ranks_that_cannot_be_divided_among_the_groups_end_the_start(tp: int, dp: int) -> None:
     with pytest.raises(StartupError, match=rf"^--tp {tp} ranks .* --dp {dp} groups: --tp must be"):
@@ -237,9 +272,7 @@ def test_ranks_that_cannot_be_divided_among_the_groups_end_the_start(tp: int, dp
     assert line == "--dp_balancer round_robin has no effect: it counts with --dp above 1"
 
 
-UNAVAILABLE = [
-    *(("run_mode", mode) for mode in ("prefill", "decode", "pd_master", "config_server")),
-]
+UNAVAILABLE = [("run_mode", "config_server")]
 
 
 @pytest.mark.parametrize(("name", "value"), UNAVAILABLE)
@@ -310,6 +343,9 @@ def test_the_format_of_the_checkpoint_counts_where_none_is_asked_for() -> None:
         ("pd_master_ip", "10.0.0.1", "prefill or decode"),
         ("pd_master_port", 1213, "prefill or decode"),
         ("pd_decode_rpyc_port", 42001, "--run_mode decode"),
+        ("cluster_port", 9001, "--run_mode pd_master"),
+        ("pd_master_mode", "2p1d", "--run_mode pd_master"),
+        ("select_p_d_node_strategy", "random", "--run_mode pd_master"),
         ("config_server_host", "10.0.0.1", "config_server"),
         ("config_server_port", 60088, "config_server"),
         ("multinode_httpmanager_port", 12346, "--nnodes above 1"),

@@ -15,6 +15,7 @@ from asyncllm.topology import (
     FOLLOWER,
     HTTP,
     LEADER,
+    MASTER,
     WHOLE,
     Contract,
     Endpoint,
@@ -205,3 +206,29 @@ def test_the_protocol_changes_with_any_field(monkeypatch: pytest.MonkeyPatch) ->
     field = Gone.__dataclass_fields__["endpoint"]  # type: ignore[attr-defined]
     monkeypatch.setattr(field, "type", "str")
     assert protocol() != before
+
+
+def test_a_master_computes_nothing_and_its_director_stands_for_all_schedulers() -> None:
+    topology = Topology.of_master(http=3)
+    assert [e.roles for e in topology.endpoints] == [(HTTP, MASTER), (HTTP,), (HTTP,)]
+    assert topology.ranks == topology.groups == ()
+    assert topology[0].actors == (
+        "grammar", "director", "detokenizer", "tokenizer", "frontend", "watchdog",
+    )  # fmt: skip
+    assert topology.intake("scheduler") == ("director", 0)
+    assert topology.intake("grammar") == ("grammar", 0)
+    assert topology.reporters() == {("director", 0)}
+    assert [topology.name(i) for i in range(3)] == ["pd_master", "HTTP worker 1", "HTTP worker 2"]
+    assert [e.replaceable for e in topology.endpoints] == [False, True, True]
+    assert ids(topology.peers(0)) == [1, 2]
+    assert ids(topology.peers(1)) == [0]
+    assert topology.served_here(0) == ()
+
+
+def test_a_node_has_an_agent_beside_what_it_is() -> None:
+    plain = Topology.on_one_node(tp=4, dp=2, http=2)
+    node = plain.as_node()
+    assert node.placed("agent") == (0,)
+    assert {*node[0].actors} - {*plain[0].actors} >= {"agent"}
+    assert node.intake("scheduler") == ("balancer", 0)
+    assert node.placed("grammar") == (0, 2)

@@ -12,7 +12,7 @@ import secrets
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from socket import socket
 from time import monotonic, perf_counter, time
 from typing import assert_never
@@ -21,6 +21,7 @@ from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.connection import Doors
 from asyncllm.actors.gate import Access
 from asyncllm.actors.http import Routes
+from asyncllm.actors.settings import Limits, Place
 from asyncllm.actors.stream import Exchange, Pipe, resolve
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply, Vocab
@@ -35,6 +36,8 @@ from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
     Accepted,
+    AskNodes,
+    AskServing,
     Cancel,
     Count,
     Counted,
@@ -42,9 +45,11 @@ from asyncllm.messages import (
     Drain,
     Drained,
     Finished,
+    NodesTold,
     RequestServed,
     Scrape,
     Scraped,
+    Serving,
     Started,
     Tokenize,
 )
@@ -52,43 +57,12 @@ from asyncllm.records import Answered
 
 log = logging.getLogger(__name__)
 
-Told = Counted | Scraped  # in reply to a question of this actor
-Inbox = Accepted | Delta | Finished | Counted | Scraped | Started | Drain | Cancel
+Told = Counted | Scraped | NodesTold  # in reply to a question of this actor
+Inbox = (
+    Accepted | Delta | Finished | Counted | Scraped | NodesTold | Started | Drain | Cancel | Serving
+)
 
 LOOK_EVERY = 4  # streams written between two looks at the clock
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the frontend takes on.
-
-    Args:
-        max_running: choices that may be generated at once.
-        max_waiting: choices that may wait beside them; more is 429 (see ``Admission``).
-        max_body: bytes of a request body; more is 413.
-        max_header: bytes of the request line, and of each header; more is 431.
-        max_headers: of one request; more is 431.
-        idle_s: seconds after which a connection without a request is closed.
-        body_s: seconds for a request body to come; longer is 408.
-        max_unsent: bytes waiting for a client that does not read; more drops it.
-        keep_alive_s: seconds after which a silent stream gets a comment; 0: never.
-        flush_s: seconds of writing to streams before other work gets a turn.
-        query_s: seconds to wait for another actor's answer (metrics, token counts).
-        shutdown_s: seconds for open connections when the server stops.
-    """
-
-    max_running: int = 1000
-    max_waiting: int = 1024
-    max_body: int = 4 << 20
-    max_header: int = 8 << 10
-    max_headers: int = 128
-    idle_s: float = 75.0
-    body_s: float = 60.0
-    max_unsent: int = 1 << 20
-    keep_alive_s: float = 15.0
-    flush_s: float = 0.0005
-    query_s: float = 5.0
-    shutdown_s: float = 2.0
 
 
 class Frontend(Actor[Inbox]):
@@ -101,12 +75,13 @@ class Frontend(Actor[Inbox]):
         limits: see :class:`Limits`.
         access: see :class:`Access`.
         info: the server's options, as /get_server_info tells them.
+        place: see :class:`Place`.
         on_open: called once the sockets are served, so that a ready line is true when it is read.
     """
 
     # a step may bring a Delta and a Finished for each live request, several steps may wait
     capacity = 65536
-    orders = frozenset({Started, Drain, Scraped, Cancel})
+    orders = frozenset({Started, Drain, Scraped, Cancel, Serving, NodesTold})
 
     def __init__(
         self,
@@ -117,13 +92,15 @@ class Frontend(Actor[Inbox]):
         limits: Limits | None = None,
         access: Access | None = None,
         info: Mapping[str, object] | None = None,
+        place: Place | None = None,
         on_open: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("frontend")
         self.served, self.limits = served, limits or Limits()
         self.access = access or Access()
-        self.info = info or {}
+        self.info, self.place = info or {}, place or Place()
         self.serving = self.draining = False
+        self.lacks = "it has just started" if self.place.asks else ""  # why nothing can be served
         self._vocab, self._sockets, self._on_open = vocab, sockets, on_open
         self._counter = 0
         self._exchanges: set[Exchange] = set()
@@ -141,6 +118,7 @@ class Frontend(Actor[Inbox]):
         """Refs of those this actor talks to."""
         self._tokenizer = self.system.ref("tokenizer")
         self._watchdog = self.system.at_coordinator("watchdog")
+        self._place = self.system.at_coordinator(self.place.asks)
 
     def receive(self, batch: list[Inbox]) -> None:
         """Render everything first, then write once per stream."""
@@ -156,7 +134,13 @@ class Frontend(Actor[Inbox]):
                     self._answered(msg.query, msg)
                 case Scraped():
                     self._answered(msg.query, msg)
+                case NodesTold():
+                    self._answered(msg.query, msg)
+                case Serving(lacks):
+                    self.lacks = lacks
                 case Started():
+                    if self.place.asks:
+                        self._place.tell(AskServing(self.system.endpoint), urgent=True)
                     self.spawn(self._serve())
                 case Cancel():
                     self._cancel(msg.request_id)
@@ -205,6 +189,8 @@ class Frontend(Actor[Inbox]):
         reply: Callable[[Answer], Reply],
         request_id: str,
         client: int = 0,
+        *,
+        named: bool = False,
     ) -> Exchange:
         """Admit a request and send its prompts to the tokenizer.
 
@@ -212,6 +198,7 @@ class Frontend(Actor[Inbox]):
             name: the answer's id.
             request_id: the client's, or the one made for it.
             client: whose turn the request takes where several wait.
+            named: ``request_id`` is the client's.
 
         Raises:
             RequestError: 400, more choices than can ever wait. ServerBusy: 429, too much is going
@@ -219,6 +206,10 @@ class Frontend(Actor[Inbox]):
         """
         if self.draining:
             raise NotServing("the server is shutting down", code="shutting_down")
+        if self.place.elsewhere:
+            raise RequestError(self.place.elsewhere, code="wrong_server")
+        if self.lacks:
+            raise NotServing(f"no request can be served: {self.lacks}", code="no_nodes")
         self._admission.enter(client, generation.n * len(generation.prompts))
         if not generation.seeded:
             params = replace(generation.params, seed=secrets.randbelow(MAX_SEED + 1))
@@ -236,6 +227,7 @@ class Frontend(Actor[Inbox]):
             prompts=[array("i") for _ in generation.prompts],
         )
         exchange = Exchange(answer, reply(answer), request_id, client, self.system.loop)
+        exchange.named = named
         self._exchanges.add(exchange)
         self._give_rids(exchange)
         try:
@@ -333,6 +325,19 @@ class Frontend(Actor[Inbox]):
         assert isinstance(answer, Scraped), answer
         return answer
 
+    async def nodes(self) -> bytes:
+        """A master's nodes, as JSON. Raises NotServing (503) when they do not come in time."""
+        query, future = self._query()
+        self._place.tell(AskNodes(query, self.system.endpoint))
+        answer = await self._wait(query, future, "the director")
+        assert isinstance(answer, NodesTold), answer
+        return answer.body
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request that came now would be served."""
+        return self.serving and not self.draining and not self.lacks
+
     # -- inside ------------------------------------------------------------------------------
 
     def _give_rids(self, exchange: Exchange) -> None:
@@ -365,6 +370,7 @@ class Frontend(Actor[Inbox]):
                 continued="" if options is None else options.continued,
                 truncate=generation.truncate,
                 client=exchange.client,
+                request_id=exchange.request_id if exchange.named else "",
             )
         )
 

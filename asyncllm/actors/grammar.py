@@ -48,15 +48,23 @@ class GrammarKeeper(Actor[Inbox]):
 
     Args:
         builder: None: constrained output is off. What it may cost to build one is bounded.
+        asks: the actor whom it answers.
         workers: threads that compile.
         max_queue: grammars that may wait for a thread, half of them one client's while others wait.
     """
 
     remote = frozenset({Compile})
 
-    def __init__(self, builder: Builder | None, *, workers: int = 2, max_queue: int = 64) -> None:
+    def __init__(
+        self,
+        builder: Builder | None,
+        *,
+        asks: str = "tokenizer",
+        workers: int = 2,
+        max_queue: int = 64,
+    ) -> None:
         super().__init__("grammar")
-        self._builder = builder
+        self._builder, self._asks = builder, asks
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="grammar")
         self._free = workers
         self._asking: dict[Key, list[Compile]] = {}  # being compiled or in line
@@ -120,7 +128,7 @@ class GrammarKeeper(Actor[Inbox]):
         self._start_some()
 
     def _answer(self, msg: Compile, failure: Failure | None) -> None:
-        self.system.ref("tokenizer", msg.endpoint).tell(Compiled(msg.job, failure))
+        self.system.ref(self._asks, msg.endpoint).tell(Compiled(msg.job, failure))
 
     def _busy(self, client: int) -> Failure:
         places = self._places

@@ -137,6 +137,9 @@ class Routes:
             "/v1/models/{name:.+}": self._model,
         }.items():
             add.add_get(path, handler)
+        if self._front.place.cluster_port:
+            add.add_get("/cluster", self._cluster)
+            add.add_get("/pd_nodes", self._pd_nodes)
         add.add_post("/abort_request", self._abort_request)
         add.add_get("/v1/responses/{id}", self._response)
         add.add_delete("/v1/responses/{id}", self._delete_response)
@@ -205,7 +208,14 @@ class Routes:
         try:
             generation = parse(await self._body(request))
             name = prefix + secrets.token_hex(12)
-            exchange = front.submit(generation, name, reply, request[REQUEST_ID], request[CLIENT])
+            exchange = front.submit(
+                generation,
+                name,
+                reply,
+                request[REQUEST_ID],
+                request[CLIENT],
+                named="X-Request-Id" in request.headers,
+            )
             self._lookout.add(request)
             await exchange.accepted
             if exchange.error is None and exchange.streams:
@@ -309,12 +319,19 @@ class Routes:
         return _json(b'{"status":"ok"}')
 
     async def _readiness(self, request: web.Request) -> web.StreamResponse:
-        ok = self._front.serving and not self._front.draining
+        ok = self._front.ready
         return _json(b'{"status":"ok"}' if ok else b'{"status":"not ready"}', 200 if ok else 503)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         ok = self._front.serving and not self._front.draining
         return _json(b'{"message":"Ok"}' if ok else b'{"message":"Error"}', 200 if ok else 503)
+
+    async def _cluster(self, request: web.Request) -> web.StreamResponse:
+        """Where nodes connect; whoever asks may know, since only those with the secret get in."""
+        return _json(sse.body({"port": self._front.place.cluster_port}))
+
+    async def _pd_nodes(self, request: web.Request) -> web.StreamResponse:
+        return _json(await self._front.nodes())
 
     async def _token_load(self, request: web.Request) -> web.StreamResponse:
         """As LightLLM: numbers, or with several groups lists of one for each."""

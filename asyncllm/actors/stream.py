@@ -56,6 +56,7 @@ class Exchange:
         pending: event bytes that are not written yet.
         queued: in the frontend's list of streams to write.
         request_id: X-Request-Id.
+        named: the client has chosen it.
         client: whose it is, see ``Gate.client``.
         rids: of all choices, in order.
         cancelled: asked to end early.
@@ -78,6 +79,7 @@ class Exchange:
         "first_at",
         "last_at",
         "live",
+        "named",
         "pending",
         "pipe",
         "queued",
@@ -102,6 +104,7 @@ class Exchange:
         self.done: asyncio.Future[None] = loop.create_future()
         self.error: RequestError | None = None
         self.rids = range(0)
+        self.named = False
         self.live: dict[int, Choice] = {}
         self.unaccepted: set[int] = set()  # first rid of each prompt
         self.pending: list[bytes] = []

@@ -154,7 +154,7 @@ class Tokenizer(Actor[Inbox]):
         self.detokenizer = self.system.ref("detokenizer")
         self.scheduler = self.system.at_intake("scheduler")
         self.grammar = self.system.at_intake("grammar")
-        self._num_groups = len(self.system.topology.groups)
+        self._num_grammars = len(self.system.topology.placed("grammar"))
         if self._text.templates:
             self._renderer.start()
 
@@ -426,7 +426,7 @@ class Tokenizer(Actor[Inbox]):
         job.dropped = self._to_heal(ids, job.params) if msg.text is not None else 0
         if params.grammar is not None:
             kind, source = params.grammar
-            job.compiling = self._num_groups
+            job.compiling = self._num_grammars
             self.grammar.tell(
                 Compile(
                     endpoint=self.system.endpoint,
@@ -472,6 +472,7 @@ class Tokenizer(Actor[Inbox]):
                         after=after,
                         healed=healed,
                         client=msg.client,
+                        request_id=msg.request_id,
                     )
                 )
         self.frontend.tell(Accepted(msg.rids[0], ids, head=job.head, cut=job.cut))

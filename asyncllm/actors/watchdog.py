@@ -15,7 +15,7 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from time import perf_counter
 from typing import TypeVar, assert_never
 
@@ -26,6 +26,7 @@ from asyncllm.log import Seldom
 from asyncllm.messages import (
     AllocatorStats,
     Cancel,
+    DirectorStats,
     Drain,
     Drained,
     Gone,
@@ -42,7 +43,7 @@ from asyncllm.messages import (
     Started,
     Welcome,
 )
-from asyncllm.topology import Contract, Topology
+from asyncllm.topology import WORKERS, Contract, Topology
 
 EXIT_HUNG = 70
 STDERR = 2
@@ -66,13 +67,15 @@ Inbox = (
     | SchedulerStats
     | AllocatorStats
     | RunnerStats
+    | DirectorStats
 )
-Stats = SchedulerStats | AllocatorStats | RunnerStats
-S = TypeVar("S", SchedulerStats, AllocatorStats, RunnerStats)
+Stats = SchedulerStats | AllocatorStats | RunnerStats | DirectorStats
+S = TypeVar("S", SchedulerStats, AllocatorStats, RunnerStats, DirectorStats)
 REPORTER: dict[type[Stats], str] = {
     SchedulerStats: "scheduler",
     AllocatorStats: "allocator",
     RunnerStats: "runner",
+    DirectorStats: "director",
 }
 
 log = logging.getLogger(__name__)
@@ -237,7 +240,7 @@ class Watchdog(Actor[Inbox]):
                     self._scrapes.append(msg)
                 case RequestServed():
                     self._served(msg)
-                case SchedulerStats() | AllocatorStats() | RunnerStats():
+                case SchedulerStats() | AllocatorStats() | RunnerStats() | DirectorStats():
                     self._collect(msg)
                 case _:
                     assert_never(msg)
@@ -334,7 +337,7 @@ class Watchdog(Actor[Inbox]):
         self.system.join(topology)
         self._heard.pop(msg.endpoint, None)
         self._absent.discard(msg.endpoint)
-        for name in ("balancer", "scheduler"):
+        for name in ("balancer", "scheduler", "director"):
             for endpoint in topology.placed(name):
                 self.system.ref(name, endpoint).tell(Gone(msg.endpoint), urgent=True)
         if msg.by is not None:
@@ -399,7 +402,7 @@ class Watchdog(Actor[Inbox]):
         else:
             log.info("draining for at most %g s", timeout_s)
             placed = self.system.topology.placed
-            working = [(who, e) for who in ("scheduler", "frontend") for e in placed(who)]
+            working = [(who, e) for who in WORKERS for e in placed(who)]
             self._busy = {(who, e) for who, e in working if e not in self._absent}
             self._deadline = self._means.clock() + timeout_s
             for who, endpoint in sorted(self._busy):
@@ -417,8 +420,9 @@ class Watchdog(Actor[Inbox]):
         else:
             log.warning("drain timed out: aborting what still runs (--drain_timeout)")
             self._aborting, self._deadline = True, now + ABORT_S
-            for endpoint in self.system.topology.placed("scheduler"):
-                self.system.ref("scheduler", endpoint).tell(Drain(0.0), urgent=True)
+            for name in ("scheduler", "director"):
+                for endpoint in self.system.topology.placed(name):
+                    self.system.ref(name, endpoint).tell(Drain(0.0), urgent=True)
 
     def _halt(self) -> None:
         for endpoint in self._heard:
@@ -471,9 +475,11 @@ class Watchdog(Actor[Inbox]):
     def _report(self, probe: _Probe) -> None:
         self._probe = None
         topology = self.system.topology
-        state = gather(
-            {group: self._reports_of(group) for group in topology.groups}, len(probe.silent)
-        )
+        reports = {group: self._reports_of(group) for group in topology.groups}
+        state = gather(reports, len(probe.silent))
+        directors = [each for each in self._reports.values() if isinstance(each, DirectorStats)]
+        if directors:
+            state = replace(state, director=directors[0])
         self._answer(probe.scrapes, state)
         if probe.log:
             self._log(state)
@@ -484,20 +490,21 @@ class Watchdog(Actor[Inbox]):
 
     def _answer(self, scrapes: list[Scrape], state: State) -> None:
         system = self.system
+        read = any(scrape.asks == "frontend" for scrape in scrapes)
         actors = [
-            (a.name, a.depth, a.busy_s, a.take_longest() if scrapes else 0.0) for a in system.actors
+            (a.name, a.depth, a.busy_s, a.take_longest() if read else 0.0) for a in system.actors
         ]
         lag_ms = 1e3 * statistics.median(self._lags) if self._lags else 0.0
         counts = system.dead_letters, system.foreign_frames
         self._metrics.update(state, Process(actors, *counts, lag_ms))
-        text = self._metrics.exposition() if scrapes else b""
+        text = self._metrics.exposition() if read else b""
         for scrape in scrapes:
             answer = Scraped(
                 query=scrape.query,
-                exposition=text,
-                loads=tuple(group.load for group in state.groups.values()),
+                exposition=text if scrape.asks == "frontend" else b"",
+                loads=state.loads,
             )
-            system.ref("frontend", scrape.endpoint).tell(answer, urgent=True)
+            system.ref(scrape.asks, scrape.endpoint).tell(answer, urgent=True)
 
     def _log(self, state: State) -> None:
         """A line about the time since the last one, if anything went on."""

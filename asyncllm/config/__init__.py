@@ -1,7 +1,18 @@
 """The configuration: every option, and the limits resolved from it."""
 
+from asyncllm.config import roles
 from asyncllm.config.flag import ANY, Flag
 from asyncllm.config.limits import Resolved, resolve_limits
 from asyncllm.config.options import FLAGS, GROUPS, OPERATION, Config
 
-__all__ = ["ANY", "FLAGS", "GROUPS", "OPERATION", "Config", "Flag", "Resolved", "resolve_limits"]
+__all__ = [
+    "ANY",
+    "FLAGS",
+    "GROUPS",
+    "OPERATION",
+    "Config",
+    "Flag",
+    "Resolved",
+    "resolve_limits",
+    "roles",
+]

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from asyncllm.api.parsing import reasoning, tools
+from asyncllm.config import roles
 from asyncllm.config.flag import (
     ANY,
     Flag,
@@ -28,7 +29,7 @@ from asyncllm.config.flag import (
     origin,
     unit_interval,
 )
-from asyncllm.core import balancing
+from asyncllm.core import balancing, choosing
 from asyncllm.errors import StartupError
 from asyncllm.models.kv_format import DECODE_KERNELS, FORMATS, KV_TYPES, KvMode
 
@@ -47,16 +48,19 @@ DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 MOST_PORT = 65535
 PORT = between(1, MOST_PORT)
-PD_NODE = Needs(
-    "--run_mode prefill or decode", lambda c: c.run_mode in {"prefill", "decode"}, False
-)
-PD_DECODE = Needs("--run_mode decode", lambda c: c.run_mode == "decode", False)
+PD_NODE = Needs("--run_mode prefill or decode", lambda c: c.run_mode in roles.NODES)
+PD_DECODE = Needs("--run_mode decode", lambda c: c.run_mode == roles.DECODE, False)
+PD_MASTER = Needs("--run_mode pd_master", lambda c: c.run_mode == roles.MASTER)
 PD_MODES = Needs(
     "--run_mode prefill, decode, pd_master or config_server",
-    lambda c: c.run_mode != "normal",
+    lambda c: c.run_mode != roles.NORMAL,
     False,
 )
 NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1)
+SERVERS = Needs(
+    "--nnodes above 1, or --run_mode prefill, decode or pd_master",
+    lambda c: c.nnodes > 1 or c.run_mode != roles.NORMAL,
+)
 A_NODE = Needs("--nnodes above 1", lambda c: c.nnodes > 1, vital=True)
 CERTIFIED = Needs("--ssl_certfile", lambda c: c.ssl_certfile is not None, vital=True)
 KEYLESS = Needs("addresses, without API keys", lambda c: not (c.api_key or c.api_key_file))
@@ -84,9 +88,10 @@ class Config:
 
     # --- basic
     run_mode: str = flag(
-        "normal", group=BASIC, help="what this process is; normal: a whole server by itself",
-        choices=("normal", "prefill", "decode", "pd_master", "config_server"),
-        unavailable=("prefill", "decode", "pd_master", "config_server"),
+        "normal", group=BASIC, choices=roles.ROLES, unavailable=(roles.CONFIG_SERVER,),
+        help="what this process is; normal: a whole server by itself; pd_master: the HTTP API in "
+        "front of prefill and decode nodes, which it gives its requests; prefill: computes prompts "
+        "and pushes their K/V to decode nodes; decode: goes on from there",
     )  # fmt: skip
     host: str = flag("127.0.0.1", group=BASIC, help="address to listen on", check=not_empty)
     port: int = flag(8000, group=BASIC, help="port to listen on", check=PORT)
@@ -107,11 +112,26 @@ class Config:
     # --- prefill/decode separation
     pd_master_ip: str = flag(
         "0.0.0.0", group=PD, check=not_empty, needs=PD_NODE,
-        help="address of the pd_master that this node registers with",
+        help="address of the pd_master that this node registers with; 0.0.0.0: this machine",
     )  # fmt: skip
     pd_master_port: int = flag(
-        1212, group=PD, check=PORT, needs=PD_NODE, help="port of that pd_master"
+        1212, group=PD, check=PORT, needs=PD_NODE, help="HTTP port (--port) of that pd_master"
     )
+    cluster_port: int | None = flag(
+        None, group=PD, check=PORT, needs=PD_MASTER,
+        help="port on which prefill and decode nodes reach this pd_master; default: --port + 1",
+    )  # fmt: skip
+    pd_master_mode: str = flag(
+        roles.ELASTIC, group=PD, check=roles.fixed_or_elastic, needs=PD_MASTER, metavar="MODE",
+        help="elastic: nodes come and go, ready with one of each role; <P>p<D>d, such as 2p1d: "
+        "ready with so many prefill and decode nodes, and no more are taken",
+    )  # fmt: skip
+    select_p_d_node_strategy: str = flag(
+        choosing.CACHE_AWARE, group=PD, choices=choosing.STRATEGIES, needs=PD_MASTER,
+        help="which nodes get a request; cache_aware: the prefill node that knows most of its "
+        "prompt, then the one with the least load, and the decode node with most free K/V; "
+        "round_robin: in turn; adaptive_load: by chance, the likelier the more K/V is free; random",
+    )  # fmt: skip
     pd_decode_rpyc_port: int = flag(
         42000, group=PD, check=PORT, needs=PD_DECODE,
         help="port on which a decode node takes KV transfers (LightLLM has dropped this option)",
@@ -283,9 +303,9 @@ class Config:
         help="time for all nodes to come; one that is missing ends the start everywhere",
     )  # fmt: skip
     advertise_host: str | None = flag(
-        None, group=PARALLEL, check=not_empty, metavar="HOST", needs=NODES,
+        None, group=PARALLEL, check=not_empty, metavar="HOST", needs=SERVERS,
         help="name or address by which other nodes reach this one; default: --nccl_host on node 0, "
-        "elsewhere the address from which it reaches that",
+        "elsewhere the address from which it reaches that, or its pd_master",
     )  # fmt: skip
     tp: int = flag(
         1, group=PARALLEL, check=between(1, 1024), aliases=("tensor-parallel-size",),
@@ -373,7 +393,7 @@ class Config:
         help="its private key (PEM, not encrypted); default: in the certificate's file",
     )  # fmt: skip
     cluster_key_file: str | None = flag(
-        None, group=ACCESS, check=not_empty, metavar="FILE", needs=NODES,
+        None, group=ACCESS, check=not_empty, metavar="FILE", needs=SERVERS,
         help="secret that all nodes have, without which none is heard; only its owner may read the "
         "file (chmod 600 or 400). Two secrets, one a line, while one replaces the other: node 0 "
         "uses the first, the others try both. Not needed on the loopback interface",
@@ -462,8 +482,11 @@ class Config:
                 "be a multiple of --dp"
             )
         self._check_nodes()
+        if (wrong := roles.refusal(self)) is not None:
+            raise StartupError(wrong)
         KvMode.named(self.mode, self.llm_kv_type)
         warnings = [line for name in sorted(changed) for line in self._moot(name, values[name])]
+        warnings += roles.unused(self)
         object.__setattr__(self, "warnings", tuple(dict.fromkeys((*self.warnings, *warnings))))
 
     def _check_nodes(self) -> None:

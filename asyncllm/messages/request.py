@@ -32,6 +32,9 @@ class Tokenize(Message):
     continued: str = ""  # of a chat: the end of the prompt that is the beginning of the answer
     truncate: int = 0  # keep only that many of the prompt's last tokens; 0: all
     client: int = 0  # stands for an API key or an address; clients that wait are served in turn
+    request_id: str = (
+        ""  # the client's X-Request-Id, for the logs of other servers; "": it has none
+    )
 
 
 @message(2)
@@ -60,7 +63,8 @@ class Submit(Message):
     after: int = -1  # the rid of the first request for this prompt, if this is another
     # texts of tokens taken off the end of the prompt, with which the output begins
     healed: tuple[bytes, ...] = ()
-    client: int = 0  # as in Tokenize
+    client: int = 0  # this and the next one as in Tokenize
+    request_id: str = ""
     outputs: array[int] = field(default_factory=int32s)
     # K/V of prompt and outputs, and the token behind them (``Begin``), come from another server
     imports: bool = False

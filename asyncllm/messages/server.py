@@ -78,15 +78,16 @@ class Replaced(Message):
 
 @message(40)
 class Scrape(Message):
-    """frontend -> coordinator: state of the whole server, please."""
+    """frontend, or agent -> coordinator: state of the whole server, please."""
 
     query: int
     endpoint: int
+    asks: str = "frontend"  # an agent wants the loads only
 
 
 @message(41)
 class Scraped(Message):
-    """coordinator -> frontend."""
+    """coordinator -> who has asked."""
 
     query: int
     exposition: bytes  # Prometheus text

@@ -9,25 +9,30 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from asyncllm import __version__
+from asyncllm.actors.agent import Agent
 from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.balancer import Balancer
 from asyncllm.actors.base import AnyActor
+from asyncllm.actors.channel import Channel
 from asyncllm.actors.detokenizer import Detokenizer
-from asyncllm.actors.frontend import Frontend, Limits
+from asyncllm.actors.director import Director
+from asyncllm.actors.frontend import Frontend
 from asyncllm.actors.gate import Access
 from asyncllm.actors.grammar import GrammarKeeper
 from asyncllm.actors.lockstep import Lockstep
 from asyncllm.actors.renderer import Renderer
 from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
+from asyncllm.actors.settings import Limits, Place
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.watchdog import Duty, Means, Watchdog
 from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.defaults import Defaults
 from asyncllm.api.common.request import ServedModel
-from asyncllm.config import FLAGS
+from asyncllm.config import FLAGS, Config, roles
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count
+from asyncllm.server.cluster import cluster_port, master_of
 from asyncllm.server.launch import tls_context
 from asyncllm.server.loading import Loaded
 
@@ -109,6 +114,36 @@ def make_tokenizer(p: Loaded) -> AnyActor:
     )
 
 
+def make_director(p: Loaded, channel: Channel) -> AnyActor:
+    config = p.boot.config
+    return Director(
+        channel,
+        config.select_p_d_node_strategy,
+        counts=roles.counts(config.pd_master_mode),
+        vocab_size=p.spec.vocab_size,
+    )
+
+
+def make_agent(p: Loaded, channel: Channel) -> AnyActor:
+    return Agent(
+        channel,
+        [master_of(p.boot.config)],
+        vocab_size=p.spec.vocab_size,
+        max_len=p.boot.resolved.max_req_total_len,
+    )
+
+
+def _place_of(config: Config) -> Place:
+    """What the frontend is to know of this server's cluster."""
+    if config.run_mode == roles.MASTER:
+        return Place(asks="director", cluster_port=cluster_port(config))
+    if config.run_mode in roles.NODES:
+        host, port = master_of(config)
+        there = f"this is a {config.run_mode} node; requests go to its pd_master at {host}:{port}"
+        return Place(asks="agent", elsewhere=there)
+    return Place()
+
+
 def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
     assert p.text is not None
     assert p.dialect is not None
@@ -152,6 +187,7 @@ def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
             proxies=config.trust_forwarded_for,
         ),
         info=_info(p),
+        place=_place_of(config),
         on_open=on_open,
     )
 
@@ -169,19 +205,23 @@ def _info(p: Loaded) -> dict[str, object]:
     return values | {"version": __version__}
 
 
-def place(loaded: Loaded, means: Means, on_open: Callable[[], None]) -> list[AnyActor]:
+def place(
+    loaded: Loaded, means: Means, on_open: Callable[[], None], channel: Channel | None
+) -> list[AnyActor]:
     """The actors of this process, in order of start.
 
     Args:
         means: how the watchdog ends the process.
         on_open: called when this process has begun to serve HTTP.
+        channel: to other servers, of a process that has one.
     """
     boot = loaded.boot
     config, resolved = boot.config, boot.resolved
     made: dict[str, AnyActor] = {}
+    asks = "agent" if config.run_mode in roles.NODES else "tokenizer"
     makers: dict[str, Callable[[Loaded], AnyActor]] = {
         "allocator": make_allocator,
-        "grammar": lambda p: GrammarKeeper(p.grammars),
+        "grammar": lambda p: GrammarKeeper(p.grammars, asks=asks),
         "scheduler": make_scheduler,
         "balancer": make_balancer,
         "lockstep": lambda _: Lockstep(),
@@ -190,6 +230,11 @@ def place(loaded: Loaded, means: Means, on_open: Callable[[], None]) -> list[Any
         "tokenizer": make_tokenizer,
         "frontend": lambda p: make_frontend(p, on_open),
     }
+    if channel is not None:
+        makers |= {
+            "director": lambda p: make_director(p, channel),
+            "agent": lambda p: make_agent(p, channel),
+        }
     for name in boot.me.actors:
         if name != "watchdog":
             made[name] = makers[name](loaded)

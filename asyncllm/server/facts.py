@@ -39,6 +39,21 @@ def facts(config: Config, resolved: Resolved, model_dir: Path) -> Facts:
     )
 
 
+def text_facts(model_dir: Path) -> Facts:
+    """Hashes of what those must share who only read and write its text.
+
+    Raises:
+        StartupError: a file cannot be read.
+    """
+    try:
+        return (
+            ("config.json", _digest(model_dir, ["config.json"])),
+            ("tokenizer", _digest(model_dir, TOKENIZER)),
+        )
+    except OSError as error:
+        raise StartupError(f"{error.filename}: {error.strerror}") from None
+
+
 def model_facts(config: Config, model_dir: Path) -> Facts:
     """Hashes of a model: of config.json and of what its weight files are said to hold (their index,
     else their headers), and of all files of its tokenizer.

@@ -58,6 +58,7 @@ class Boot:
     store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
     pulse_fd: int = -1  # see ``Pulse``; -1: alone
     advertised: str = ""  # host by which other nodes reach this one; "": there are none
+    cluster_host: str = ""  # host by which other servers of its cluster reach it; "": none do
 
     @property
     def name(self) -> str:

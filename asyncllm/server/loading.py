@@ -6,7 +6,7 @@ Knows no actor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -15,13 +15,11 @@ import torch
 
 from asyncllm import log, templates
 from asyncllm.api.common.chat_template import USED
-from asyncllm.api.parsing import reasoning, tools
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
 from asyncllm.config import Config
-from asyncllm.constrain.factory import Constraints, unconstrained
-from asyncllm.constrain.llguidance_backend import Grammars
-from asyncllm.constrain.reasoning import ReasoningMarks
-from asyncllm.constrain.vocabulary import Vocabulary
+from asyncllm.constrain.engine import Grammars
+from asyncllm.constraining import load_constraints, load_grammars
+from asyncllm.core.constraints import Constraints
 from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
@@ -37,6 +35,7 @@ from asyncllm.server import preflight
 from asyncllm.server.launch import Boot
 from asyncllm.templates import Chats
 from asyncllm.text import Mode, Text, load_tokenizer, with_controls
+from asyncllm.topology import MASTER
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,8 @@ class Loaded:
     ranks: Ranks | None  # None: there is but one
     num_slots: PerSpace = NO_SLOTS
     window: Window | None = None  # of layers that have a slot space of their own
-    grammars: Grammars | None = None  # of a leader, unless constrained output is off
+    # of a leader and of a master, unless constrained output is off
+    grammars: Grammars | None = None
     constraints: Constraints | None = None  # of a leader
 
 
@@ -117,10 +117,10 @@ def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Load
     loaded = Loaded(boot, spec, None, None, None, None, None)
     if text is not None:
         loaded = with_chats(loaded, text)
+    if leads or MASTER in boot.me.roles:
+        load_forms(loaded)
     if boot.me.device is None:
         return loaded
-    if leads:
-        load_forms(loaded)
     where = torch_device(boot)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # what is launched from this thread goes to our device
@@ -254,47 +254,3 @@ def _load_device(
             num_sliding=0 if plan.window is None else plan.num.sliding,
         )
     return device
-
-
-def load_grammars(
-    text: Text, dialect: Dialect, vocab_size: int, eos_ids: Sequence[int]
-) -> Grammars:
-    """Grammars of the model's tokens; special ones are no text, but for the marks of calls."""
-    marks = tools.special_tokens(dialect.calls)
-    return Grammars(text.pieces, vocab_size, eos_ids, text.special, marks)
-
-
-def load_constraints(
-    text: Text,
-    dialect: Dialect,
-    vocab_size: int,
-    eos_ids: tuple[int, ...],
-    *,
-    grammars: Grammars | None,
-    heals: bool,
-) -> Constraints:
-    """What makes the constraints of requests.
-
-    Args:
-        grammars: None: constrained output is off.
-        heals: for --token_healing_mode.
-
-    Raises:
-        StartupError: tokens cannot be healed.
-    """
-    if heals and text.table is None:
-        raise StartupError(
-            "--token_healing_mode: this tokenizer's tokens have no text of their own"
-        )
-    style, vocab, thinking = dialect.reasoning, None, None
-    if style or heals:
-        vocab = Vocabulary(text.pieces, vocab_size, text.special)
-        if style:
-            thinking = ReasoningMarks(vocab, reasoning.tags(style, frozenset(text.pieces)), eos_ids)
-    return Constraints(
-        vocab_size,
-        eos_ids,
-        unconstrained if grammars is None else grammars.constrain,
-        thinking,
-        vocab,
-    )

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import torch
 
+from asyncllm.actors.channel import Channel
 from asyncllm.actors.gate import Access
 from asyncllm.actors.pulse import Pulse
 from asyncllm.actors.system import ActorSystem
@@ -29,6 +30,7 @@ from asyncllm.errors import FatalError, Mismatch, PeerLost, StartupError
 from asyncllm.messages import Drain, Replaced
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.assembly import place
+from asyncllm.server.cluster import introduce
 from asyncllm.server.launch import (
     Boot,
     Children,
@@ -63,11 +65,13 @@ class Ground:
         wires: where it and its children listen.
         lifeline: to the other nodes; None: there are none.
         status: bound socket for /health and /metrics of a node that serves no requests.
+        channel: to other servers of a cluster; None: it belongs to none.
     """
 
     wires: Wires | NodeWires | None = None
     lifeline: Lifeline | None = None
     status: socket | None = None
+    channel: Channel | None = None
 
 
 class Server:
@@ -79,7 +83,7 @@ class Server:
         self._boot, self._spec, self._text = boot, spec, text
         self._wires, self._lifeline, self._watch = ground.wires, ground.lifeline, watch
         self._status: Status | None = None
-        self._status_socket = ground.status
+        self._status_socket, self._channel = ground.status, ground.channel
         self._system: ActorSystem
         self._children: Children | None = None
         self._leaving = threading.Lock()
@@ -235,7 +239,10 @@ class Server:
         if self._boot.pulse_fd >= 0:
             pulse = Pulse(self._boot.pulse_fd)
             means = replace(means, beat=pulse.beat, last_beat=pulse.last)
-        for actor in place(loaded, means, self._opened):
+        if self._channel is not None:
+            owner = introduce(self._channel, loaded.boot)
+            system.use_channel(self._channel, owner)
+        for actor in place(loaded, means, self._opened, self._channel):
             system.add(actor)
         self._acting = True
         self._watch.state = system.state

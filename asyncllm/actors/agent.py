@@ -1,0 +1,445 @@
+"""Agent: on a prefill or decode node, what masters ask becomes requests of its own, and back.
+
+Owns which request is which master's, and the way to the masters. Knows neither text nor what the
+scheduler makes of a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+import aiohttp
+
+from asyncllm.actors.base import Actor
+from asyncllm.actors.channel import Channel
+from asyncllm.actors.peers import PeerJoined, PeerLeft, PeerRefused, Received
+from asyncllm.codec import INT32, INT64, Message
+from asyncllm.core.directing import SHUTTING_DOWN
+from asyncllm.core.request import Reason
+from asyncllm.errors import StartupError
+from asyncllm.messages import (
+    FRONTEND_SHIFT,
+    Abort,
+    AskServing,
+    Begin,
+    Compile,
+    Compiled,
+    Decode,
+    Drain,
+    Drained,
+    Finished,
+    Listening,
+    NodeState,
+    Placed,
+    Prefill,
+    Reserved,
+    Scrape,
+    Scraped,
+    Serving,
+    StopHit,
+    Submit,
+    Tokens,
+)
+from asyncllm.records import Destination, Failure
+
+STATE_S = 0.5  # between two states told to masters
+AGAIN_S = (0.2, 2.0)  # first and longest wait before a master is asked again for its port
+ASK_S = 3.0  # for its answer
+MOST_ANSWER = 1 << 10  # bytes of it
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found(Message):
+    """agent -> itself: the channel of a master is there. Never on the wire."""
+
+    master: tuple[str, int]  # host and HTTP port
+    port: int
+
+
+Asked = Prefill | Decode
+Inbox = (
+    Received
+    | PeerJoined
+    | PeerLeft
+    | PeerRefused
+    | Found
+    | Tokens
+    | Finished
+    | Placed
+    | Listening
+    | Compiled
+    | Scraped
+    | AskServing
+    | Drain
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """One master's request here."""
+
+    rid: int
+    peer: int
+    msg: Asked
+    compiling: int = 0  # groups whose grammar is not ready
+    over: bool = False  # it has ended, but for its K/V, which are still being sent
+
+
+class Agent(Actor[Inbox]):
+    """One per node, on its coordinator.
+
+    Args:
+        channel: to the masters.
+        masters: host and HTTP port of each.
+        vocab_size, max_len: what requests of masters are held against.
+    """
+
+    capacity = 65536
+    remote = frozenset({Tokens, Finished, Placed, Listening, Compiled, AskServing})
+    foreign = frozenset({Prefill, Decode, Begin, Abort, StopHit})
+
+    def __init__(
+        self,
+        channel: Channel,
+        masters: Sequence[tuple[str, int]],
+        *,
+        vocab_size: int,
+        max_len: int,
+    ) -> None:
+        super().__init__("agent")
+        self._channel = channel
+        self._vocab_size, self._max_len = vocab_size, max_len
+        self._masters: dict[tuple[str, int], str] = dict.fromkeys(masters, "")  # -> where dialled
+        self._peers: dict[int, str] = {}  # masters that are there -> where they were dialled
+        self._looking = self._joined_once = False
+        self._tasks: dict[int, _Task] = {}  # by rid
+        self._tickets: dict[tuple[int, int], _Task] = {}  # by master and ticket
+        self._counter = 0
+        self._doors: dict[int, Listening] = {}  # of kv_transfer, by rank's endpoint
+        self._asking: set[int] = set()  # endpoints that want to know whether there is a master
+        self._draining = self._drained = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def started(self) -> None:
+        self._scheduler = self.system.at_intake("scheduler")
+        self._grammar = self.system.at_intake("grammar")
+        self._watchdog = self.system.ref("watchdog")
+        self._num_grammars = len(self.system.topology.placed("grammar"))
+        self._awaited = {*self.system.topology.placed("kv_transfer")}
+        self._look_for_masters()
+        self._arm()
+
+    def stopped(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def holds(self) -> str:
+        masters = f"{len(self._peers)} of {len(self._masters)} masters"
+        return f"{len(self._tasks)} requests of {masters}" + ", drains" * self._draining
+
+    def receive(self, batch: list[Inbox]) -> None:
+        for msg in batch:
+            match msg:
+                case Received(peer, told):
+                    self._told(peer, told)
+                case Tokens():
+                    self._tokens(msg)
+                case Finished():
+                    self._finished(msg)
+                case Placed():
+                    self._placed(msg)
+                case Compiled():
+                    self._compiled(msg)
+                case PeerJoined(peer, _, where):
+                    self._joined(peer, where)
+                case PeerLeft(peer):
+                    self._left(peer)
+                case PeerRefused(where, why):
+                    self._refused(where, why)
+                case Found(master, port):
+                    self._masters[master] = self._channel.dial(master[0], port)
+                case Listening():
+                    self._doors[msg.endpoint] = msg
+                    self._look_for_masters()
+                case Scraped():
+                    self._say_state(msg)
+                case AskServing(endpoint):
+                    self._asking.add(endpoint)
+                    self._say_serving(endpoint)
+                case Drain():
+                    self._draining = True
+                    self._ask_state()  # masters are to know at once
+                case _:
+                    assert_never(msg)
+        if self._draining and not (self._drained or self._tasks):
+            self._drained = True
+            self._watchdog.tell(Drained("agent", self.system.endpoint))
+
+    def possible(self, msg: Inbox) -> bool:
+        """Whether a master's request is within the limits that it was checked against there."""
+        if isinstance(msg, Received) and isinstance(msg.msg, Prefill | Decode):
+            return self._submit_of(0, msg.msg).fits(self._vocab_size, self._max_len)
+        return True
+
+    # -- masters --------------------------------------------------------------------------------
+
+    def _look_for_masters(self) -> None:
+        """Once, when every rank of this node can take or send K/V."""
+        if not self._looking and self._awaited <= self._doors.keys():
+            self._looking = True
+            for master in self._masters:
+                self.spawn(self._find(master))
+
+    async def _find(self, master: tuple[str, int]) -> Found:
+        """Ask a master's HTTP port for that of its channel, until it answers.
+
+        What it says is not trusted: whoever is there must know the secret of the cluster.
+        """
+        host, port = master
+        netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        wait_s, said = AGAIN_S[0], False
+        while True:
+            for scheme in ("http", "https"):
+                with suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError):
+                    return Found(master, await _ask(f"{scheme}://{netloc}/cluster"))
+            if not said:
+                log.info(
+                    "no pd_master answers at %s yet (--pd_master_ip, --pd_master_port)", netloc
+                )
+                said = True
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, AGAIN_S[1])
+
+    def _joined(self, peer: int, where: str) -> None:
+        self._peers[peer] = where
+        self._joined_once = True
+        self._say_serving(*self._asking)
+        self._ask_state()
+
+    def _left(self, peer: int) -> None:
+        """Its requests go with it. It is looked for again, perhaps at another port."""
+        where = self._peers.pop(peer, "")
+        for task in [task for task in self._tasks.values() if task.peer == peer]:
+            self._abort(task)
+        for master in [master for master, at in self._masters.items() if at == where]:
+            self._masters[master] = ""
+            self._channel.forget(where)
+            self.spawn(self._find(master))
+        self._say_serving(*self._asking)
+
+    def _refused(self, where: str, why: str) -> None:
+        """Raises StartupError if no master has ever let us in."""
+        if not self._joined_once:
+            raise StartupError(f"the pd_master at {where} does not take this node: {why}")
+        log.error("the pd_master at %s does not take this node: %s", where, why)
+
+    @property
+    def lacks(self) -> str:
+        """What is missing before this node is ready, "": nothing."""
+        return "" if self._peers else "no pd_master is connected"
+
+    def _say_serving(self, *endpoints: int) -> None:
+        for endpoint in endpoints:
+            self.system.ref("frontend", endpoint).tell(Serving(self.lacks), urgent=True)
+
+    def _arm(self) -> None:
+        self._timer = self.system.loop.call_later(STATE_S, self._tick)
+
+    def _tick(self) -> None:
+        if not self.system.over:
+            self._arm()
+            self._ask_state()
+
+    def _ask_state(self) -> None:
+        if self._peers:
+            self._watchdog.tell(Scrape(0, self.system.endpoint, asks="agent"), urgent=True)
+
+    def _say_state(self, scraped: Scraped) -> None:
+        loads = scraped.loads
+        state = NodeState(
+            used=sum(load.used for load in loads),
+            cached=sum(load.cached for load in loads),
+            total=sum(load.total for load in loads),
+            running=sum(load.running for load in loads),
+            waiting=sum(load.waiting for load in loads),
+            draining=self._draining,
+        )
+        for peer in self._peers:
+            self._to_master(peer, state)
+
+    def _to_master(self, peer: int, msg: Message) -> None:
+        self.system.ref("director", peer).tell(msg)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def _told(self, peer: int, told: Message) -> None:
+        if peer not in self._peers:
+            return  # what it had sent before it left
+        match told:
+            case Prefill() | Decode():
+                self._take(peer, told)
+            case Begin(ticket, token):
+                if (task := self._tickets.get((peer, ticket))) is not None and not task.over:
+                    self._scheduler.tell(Begin(task.rid, token), urgent=True)
+            case Abort(ticket):
+                if (task := self._tickets.get((peer, ticket))) is not None:
+                    self._abort(task)
+            case StopHit(ticket, num_tokens):
+                if (task := self._tickets.get((peer, ticket))) is not None and not task.over:
+                    self._scheduler.tell(StopHit(task.rid, num_tokens), urgent=True)
+            case other:
+                raise AssertionError(other)  # it is not in ``foreign``
+
+    def _take(self, peer: int, msg: Asked) -> None:
+        if (peer, msg.ticket) in self._tickets:
+            self._channel.drop(peer, f"ticket {msg.ticket} is there already")
+            return
+        log.log(
+            logging.INFO if msg.request_id else logging.DEBUG,
+            "request %s: %s, ticket %d of peer %d, %d tokens are known",
+            msg.request_id or "-",
+            type(msg).__name__.lower(),
+            msg.ticket,
+            peer,
+            len(msg.prompt) + len(msg.outputs),
+        )
+        if self._draining:
+            failure = Failure("the node is shutting down", SHUTTING_DOWN, 503)
+            self._to_master(peer, Finished(msg.ticket, Reason.ERROR, failure))
+            return
+        self._counter += 1
+        rid = (self.system.endpoint << FRONTEND_SHIFT) + self._counter
+        task = self._tasks[rid] = self._tickets[peer, msg.ticket] = _Task(rid, peer, msg)
+        if msg.params.grammar is None:
+            self._submit(task)
+            return
+        kind, text = msg.params.grammar
+        task.compiling = self._num_grammars  # the request may come to any of them
+        self._grammar.tell(
+            Compile(endpoint=self.system.endpoint, job=rid, kind=kind, text=text, client=msg.client)
+        )
+
+    def _compiled(self, msg: Compiled) -> None:
+        if (task := self._tasks.get(msg.job)) is None or not task.compiling:
+            return
+        task.compiling -= 1
+        if msg.failure is not None:
+            self._forget(task)
+            self._to_master(task.peer, Finished(task.msg.ticket, Reason.ERROR, msg.failure))
+        elif not task.compiling:
+            self._submit(task)
+
+    def _submit(self, task: _Task) -> None:
+        self._scheduler.tell(self._submit_of(task.rid, task.msg))
+
+    def _submit_of(self, rid: int, msg: Asked) -> Submit:
+        return Submit(
+            rid=rid,
+            prompt=msg.prompt,
+            params=msg.params,
+            thoughts=msg.thoughts,
+            healed=msg.healed,
+            client=msg.client,
+            outputs=msg.outputs,
+            imports=isinstance(msg, Decode),
+            exports=msg.to if isinstance(msg, Prefill) else None,
+        )
+
+    def _placed(self, msg: Placed) -> None:
+        """The request has its slots: its K/V may come to the ranks of its group."""
+        if (task := self._tasks.get(msg.rid)) is None:
+            return
+        topology = self.system.topology
+        doors = [self._doors[rank.id] for rank in topology.group(topology[msg.leader].group)]
+        to = Destination(
+            node=self._channel.card.incarnation,
+            epoch=msg.rid,
+            hit=msg.hit,
+            length=msg.length,
+            addresses=tuple(door.address for door in doors),
+            wire=doors[0].wire,
+        )
+        self._to_master(task.peer, Reserved(task.msg.ticket, to))
+
+    def _abort(self, task: _Task) -> None:
+        self._forget(task)
+        if not task.compiling:
+            self._scheduler.tell(Abort(task.rid), urgent=True)
+
+    def _forget(self, task: _Task) -> None:
+        del self._tasks[task.rid], self._tickets[task.peer, task.msg.ticket]
+
+    def _tokens(self, msg: Tokens) -> None:
+        """To each master those of its requests, under its tickets."""
+        if len(self._peers) == 1:
+            (peer,) = self._peers
+            rows = [i for i, rid in enumerate(msg.rids) if rid in self._tasks]
+            self._pass_on(peer, msg, rows)
+            return
+        by_peer: dict[int, list[int]] = {
+            self._tasks[rid].peer: [] for rid, _ in msg.prompt if rid in self._tasks
+        }
+        for i, rid in enumerate(msg.rids):
+            if (task := self._tasks.get(rid)) is not None:
+                by_peer.setdefault(task.peer, []).append(i)
+        for peer, rows in by_peer.items():
+            self._pass_on(peer, msg, rows)
+
+    def _pass_on(self, peer: int, msg: Tokens, rows: list[int]) -> None:
+        tasks = self._tasks
+        prompt = tuple(
+            (tasks[rid].msg.ticket, scores)
+            for rid, scores in msg.prompt
+            if rid in tasks and tasks[rid].peer == peer
+        )
+        logprobs = msg.logprobs
+        if logprobs is not None and len(rows) < len(msg.rids):
+            logprobs = logprobs.pick(rows)
+        if rows or prompt:
+            self._to_master(
+                peer,
+                Tokens(
+                    step=msg.step,
+                    rids=array(INT64, [tasks[msg.rids[i]].msg.ticket for i in rows]),
+                    tokens=array(INT32, [msg.tokens[i] for i in rows]),
+                    ends=bytes(msg.ends[i] for i in rows),
+                    logprobs=logprobs,
+                    prompt=prompt,
+                ),
+            )
+
+    def _finished(self, msg: Finished) -> None:
+        if (task := self._tasks.get(msg.rid)) is None:
+            return
+        if msg.reason is Reason.MOVED:
+            task.over = True  # the master says when its K/V have been taken
+        else:
+            self._forget(task)
+        self._to_master(task.peer, replace(msg, rid=task.msg.ticket))
+
+
+async def _ask(url: str) -> int:
+    """The port that a master's ``/cluster`` tells. Raises ClientError, TimeoutError, OSError,
+    ValueError or KeyError."""
+    unchecked = ssl.create_default_context()
+    unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
+    timeout = aiohttp.ClientTimeout(total=ASK_S)
+    async with (
+        aiohttp.ClientSession(timeout=timeout) as session,
+        session.get(url, ssl=unchecked, allow_redirects=False) as reply,
+    ):
+        told = json.loads(await reply.content.read(MOST_ANSWER))
+        port = told["port"] if isinstance(told, dict) else 0
+        if type(port) is not int or not 0 < port < 1 << 16:
+            raise ValueError(f"{url} tells no port")
+        return port

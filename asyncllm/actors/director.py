@@ -1,0 +1,309 @@
+"""Director: the shell of ``core.directing``, in the place of a scheduler on a master.
+
+Owns the connections to prefill and decode nodes and tells all HTTP processes whether there are
+enough of them. Knows neither text nor what nodes compute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import assert_never
+
+from asyncllm.actors.base import Actor
+from asyncllm.actors.channel import Channel
+from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused, Received
+from asyncllm.core import directing
+from asyncllm.core.choosing import DECODE, PREFILL, Node, Nodes
+from asyncllm.core.request import Reason
+from asyncllm.messages import (
+    FRONTEND_SHIFT,
+    Abort,
+    AskNodes,
+    AskServing,
+    Decode,
+    DirectorStats,
+    Drain,
+    Drained,
+    Finished,
+    Gone,
+    NodeState,
+    NodesTold,
+    Prefill,
+    Probe,
+    Reserved,
+    Serving,
+    StopHit,
+    Submit,
+    Tokens,
+)
+from asyncllm.records import Failure
+
+TICK_S = 0.25
+ROLES = (PREFILL, DECODE)
+
+Inbox = (
+    Submit
+    | Abort
+    | StopHit
+    | Received
+    | PeerJoined
+    | PeerLeft
+    | PeerRefused
+    | AskServing
+    | AskNodes
+    | Drain
+    | Gone
+    | Probe
+)
+
+log = logging.getLogger(__name__)
+
+
+class Director(Actor[Inbox]):
+    """One per master, on its coordinator.
+
+    Args:
+        channel: to the nodes.
+        strategy: see ``core.choosing.Nodes``.
+        counts: (prefill nodes, decode nodes) that there are to be, no more; None: any number, at
+            least one of each.
+        vocab_size: what tokens of nodes are held against.
+    """
+
+    # each step of each node is a message, and each end another
+    capacity = 65536
+    remote = frozenset({Submit, Abort, StopHit, AskServing, AskNodes})
+    foreign = frozenset({NodeState, Reserved, Tokens, Finished})
+
+    def __init__(
+        self,
+        channel: Channel,
+        strategy: str,
+        *,
+        counts: tuple[int, int] | None = None,
+        vocab_size: int,
+    ) -> None:
+        super().__init__("director")
+        self.core = directing.Director(Nodes(strategy))
+        self._channel, self._counts, self._vocab_size = channel, counts, vocab_size
+        self._cards: dict[int, Card] = {}  # of those who are there, perhaps without a state yet
+        self._asking: set[int] = set()  # endpoints that want to know whether requests are served
+        self._told = ""
+        self._gone: set[int] = set()  # endpoints whose processes have ended
+        self._draining = self._drained = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def started(self) -> None:
+        self._watchdog = self.system.ref("watchdog")
+        self._channel.admit = self._complaint
+        self._told = self.lacks
+        self._arm()
+
+    def stopped(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def holds(self) -> str:
+        there = {role: len(self.core.nodes.of(role)) for role in ROLES}
+        nodes = ", ".join(f"{num} {role} nodes" for role, num in there.items())
+        return f"requests {len(self.core.requests)}; {nodes}" + ", drains" * self._draining
+
+    def receive(self, batch: list[Inbox]) -> None:
+        self.core.now = self.system.loop.time()
+        for msg in batch:
+            match msg:
+                case Submit():
+                    self._submit(msg)
+                case Abort(rid):
+                    self.core.abort(rid)
+                case StopHit(rid, num_tokens):
+                    self.core.stop(rid, num_tokens)
+                case Received():
+                    self._received(msg)
+                case PeerJoined(peer, card):
+                    self._cards[peer] = card
+                case PeerLeft(peer, card, why):
+                    self._left(peer, card, why)
+                case PeerRefused():
+                    pass  # a master looks for nobody
+                case AskServing(endpoint):
+                    self._asking.add(endpoint)
+                    self.system.ref("frontend", endpoint).tell(Serving(self.lacks), urgent=True)
+                case AskNodes(query, endpoint):
+                    answer = NodesTold(query, json.dumps(self._table()).encode())
+                    self.system.ref("frontend", endpoint).tell(answer, urgent=True)
+                case Drain(timeout_s):
+                    self._drain(timeout_s)
+                case Gone(endpoint):
+                    self._gone.add(endpoint)
+                    self._asking.discard(endpoint)
+                    self.core.forget(endpoint)
+                case Probe(query):
+                    self._watchdog.tell(self._stats(query))
+                case _:
+                    assert_never(msg)
+        self._flush()
+
+    def possible(self, msg: Inbox) -> bool:
+        """Whether a node's tokens are in the vocabulary."""
+        told = msg.msg if isinstance(msg, Received) else None
+        return not isinstance(told, Tokens) or max(told.tokens, default=0) < self._vocab_size
+
+    @property
+    def lacks(self) -> str:
+        """What is missing before this master is ready, "": nothing."""
+        if self._counts is None:
+            return self.core.lacks
+        there = [len(self.core.nodes.of(role)) for role in ROLES]
+        missing = [
+            f"{num} of {wanted} {role} nodes"
+            for role, num, wanted in zip(ROLES, there, self._counts, strict=True)
+            if num < wanted
+        ]
+        return f"there are {' and '.join(missing)} (--pd_master_mode)" if missing else ""
+
+    # -- nodes ----------------------------------------------------------------------------------
+
+    def _complaint(self, card: Card) -> str | None:
+        """Why a server that has connected is not let in. One that has started anew takes the place
+        of what it was."""
+        if card.role not in ROLES:
+            return f"it is no prefill or decode node, but {card.role!r}"
+        for peer, other in [*self._cards.items()]:
+            if other.name == card.name and other.incarnation != card.incarnation:
+                self._channel.drop(peer, "another process has its address")
+                self._cards.pop(peer, None)
+        for other in self._cards.values():
+            if found := card.difference(other):
+                what, theirs, ours = found
+                return f"{what} of {card} is {theirs}, that of {other} {ours}"
+        if self._counts is not None:
+            most = self._counts[ROLES.index(card.role)]
+            if sum(other.role == card.role for other in self._cards.values()) >= most:
+                return f"there are {most} {card.role} nodes already (--pd_master_mode)"
+        return None
+
+    def _received(self, msg: Received) -> None:
+        peer, core = msg.peer, self.core
+        match msg.msg:
+            case NodeState() as state:
+                self._state(peer, state)
+            case Reserved(ticket, to):
+                core.reserved(peer, ticket, to)
+            case Tokens() as tokens:
+                core.tokens(peer, tokens)
+            case Finished() as end:
+                core.finished(peer, end)
+            case other:
+                assert type(other) in self.foreign, other
+
+    def _state(self, peer: int, state: NodeState) -> None:
+        if (node := self.core.nodes.get(peer)) is None:
+            if (card := self._cards.get(peer)) is None:
+                return  # it has left
+            node = Node(peer, card.role, card.name, state.total)
+            self.core.joined(node)
+            log.info("%s takes requests: %d K/V slots", node, state.total)
+        if state.draining and not node.draining:
+            log.info("%s drains", node)
+        node.used, node.cached = state.used, state.cached
+        node.running, node.waiting = state.running, state.waiting
+        node.draining = state.draining
+
+    def _left(self, peer: int, card: Card, why: str) -> None:
+        self._cards.pop(peer, None)
+        before = self.core.counts.retries
+        self.core.left(peer, why)
+        moved = self.core.counts.retries - before
+        log.warning("%s is lost: %s; %d requests are tried elsewhere", card, why, moved)
+
+    def _table(self) -> list[dict[str, object]]:
+        """For ``/pd_nodes``."""
+        rows: list[dict[str, object]] = []
+        for peer, card in self._cards.items():
+            node = self.core.nodes.get(peer)
+            row: dict[str, object] = {"role": card.role, "address": card.name, "state": "joining"}
+            if node is not None:
+                row |= {
+                    "state": "draining" if node.draining else "serving",
+                    "load": round(node.used / max(node.total, 1), 4),
+                    "used_tokens": node.used,
+                    "cached_tokens": node.cached,
+                    "total_tokens": node.total,
+                    "running": node.running,
+                    "waiting": node.waiting,
+                }
+            rows.append(row | {"incarnation": card.incarnation})
+        return rows
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def _submit(self, msg: Submit) -> None:
+        if msg.rid >> FRONTEND_SHIFT in self._gone:
+            return
+        if msg.rid in self.core.requests:
+            self.system.reject(msg, f"request {msg.rid} is there already")
+        elif self._draining:
+            failure = Failure("server is shutting down", directing.SHUTTING_DOWN, 503)
+            self.core.ended.append(Finished(msg.rid, Reason.ERROR, failure))
+        else:
+            self.core.submit(msg)
+
+    def _drain(self, timeout_s: float) -> None:
+        self._draining = True
+        if timeout_s <= 0:
+            self.core.abort_all()
+
+    def _flush(self) -> None:
+        """Tell nodes and clients what has come of it."""
+        core = self.core
+        orders, core.orders = core.orders, []
+        for peer, order in orders:
+            urgent = not isinstance(order, Prefill | Decode)
+            self.system.ref("agent", peer).tell(order, urgent=urgent)
+        emitted, core.emitted = core.emitted, []
+        for endpoint, tokens in emitted:
+            self.system.ref("detokenizer", endpoint).tell(tokens)
+        ended, core.ended = core.ended, []
+        for end in ended:
+            self.system.ref("detokenizer", end.rid >> FRONTEND_SHIFT).tell(end)
+        if (lacks := self.lacks) != self._told:
+            self._told = lacks
+            log.info("%s", lacks or "all nodes that are needed are there")
+            for endpoint in sorted(self._asking):
+                self.system.ref("frontend", endpoint).tell(Serving(lacks), urgent=True)
+        if self._draining and not (self._drained or core.requests):
+            self._drained = True
+            self._watchdog.tell(Drained("director", self.system.endpoint))
+
+    def _arm(self) -> None:
+        self._timer = self.system.loop.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        if not self.system.over:
+            self._arm()
+            self.core.now = self.system.loop.time()
+            self.core.tick()
+            self._flush()
+
+    def _stats(self, query: int) -> DirectorStats:
+        nodes, counts = self.core.nodes, self.core.counts
+        decode = [node for node in nodes if node.role == DECODE]
+        return DirectorStats(
+            query=query,
+            endpoint=self.system.endpoint,
+            requests=len(self.core.requests),
+            prefill_nodes=len(nodes.of(PREFILL)),
+            decode_nodes=len(nodes.of(DECODE)),
+            used=sum(node.used for node in decode),
+            total=sum(node.total for node in decode),
+            attempts=counts.attempts,
+            retries=counts.retries,
+            failed=counts.failed,
+            lost_nodes=counts.lost_nodes,
+            handovers=counts.handovers,
+            reserve_ms=round(1e3 * counts.reserve_s),
+            handover_ms=round(1e3 * counts.handover_s),
+        )

@@ -1,0 +1,54 @@
+"""What a frontend is told about itself: what it takes on, and its place in a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the frontend takes on.
+
+    Args:
+        max_running: choices that may be generated at once.
+        max_waiting: choices that may wait beside them; more is 429 (see ``Admission``).
+        max_body: bytes of a request body; more is 413.
+        max_header: bytes of the request line, and of each header; more is 431.
+        max_headers: of one request; more is 431.
+        idle_s: seconds after which a connection without a request is closed.
+        body_s: seconds for a request body to come; longer is 408.
+        max_unsent: bytes waiting for a client that does not read; more drops it.
+        keep_alive_s: seconds after which a silent stream gets a comment; 0: never.
+        flush_s: seconds of writing to streams before other work gets a turn.
+        query_s: seconds to wait for another actor's answer (metrics, token counts).
+        shutdown_s: seconds for open connections when the server stops.
+    """
+
+    max_running: int = 1000
+    max_waiting: int = 1024
+    max_body: int = 4 << 20
+    max_header: int = 8 << 10
+    max_headers: int = 128
+    idle_s: float = 75.0
+    body_s: float = 60.0
+    max_unsent: int = 1 << 20
+    keep_alive_s: float = 15.0
+    flush_s: float = 0.0005
+    query_s: float = 5.0
+    shutdown_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What this server is in a cluster.
+
+    Args:
+        asks: the actor at the coordinator that says whether requests can be served, see
+            ``Serving``; "": they always can.
+        elsewhere: why none are taken here, and who takes them; "": they are.
+        cluster_port: where a master's nodes connect; 0: this is no master.
+    """
+
+    asks: str = ""
+    elsewhere: str = ""
+    cluster_port: int = 0

@@ -1,1 +1,0 @@
-"""The languages of constraints, read into rules: JSON schemas, regular expressions, EBNF, calls."""

@@ -1,0 +1,75 @@
+"""What a master and its nodes tell each of their own processes about the cluster."""
+
+from __future__ import annotations
+
+from asyncllm.codec import Message, message
+from asyncllm.messages.checks import are_counts
+from asyncllm.records import KvWire
+
+
+@message(90)
+class AskServing(Message):
+    """frontend -> director, or agent: tell me with ``Serving``, now and whenever it changes."""
+
+    endpoint: int
+
+    def valid(self) -> bool:
+        return are_counts(self.endpoint)
+
+
+@message(91)
+class Serving(Message):
+    """director, or agent -> frontend: whether requests can be served."""
+
+    lacks: str  # what is missing for that, "": nothing
+
+
+@message(92)
+class AskNodes(Message):
+    """frontend -> director: which nodes are there?"""
+
+    query: int
+    endpoint: int
+
+    def valid(self) -> bool:
+        return are_counts(self.endpoint)
+
+
+@message(93)
+class NodesTold(Message):
+    """director -> frontend."""
+
+    query: int
+    body: bytes  # JSON
+
+
+@message(94)
+class DirectorStats(Message):
+    """director -> coordinator."""
+
+    query: int = 0
+    endpoint: int = 0
+    requests: int = 0  # that have not ended
+    prefill_nodes: int = 0
+    decode_nodes: int = 0
+    used: int = 0  # K/V slots of decode nodes that requests hold
+    total: int = 0  # those there are
+    attempts: int = 0  # since the start, as those below
+    retries: int = 0
+    failed: int = 0
+    lost_nodes: int = 0
+    handovers: int = 0
+    reserve_ms: int = 0
+    handover_ms: int = 0
+
+
+@message(95)
+class Listening(Message):
+    """kv_transfer -> agent: where this rank takes K/V, and what it keeps them in."""
+
+    endpoint: int
+    address: str
+    wire: KvWire
+
+    def valid(self) -> bool:
+        return are_counts(self.endpoint) and self.wire.valid
