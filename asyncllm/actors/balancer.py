@@ -14,6 +14,7 @@ from asyncllm.messages import (
     FRONTEND_SHIFT,
     MAX_COUNT,
     Abort,
+    Begin,
     Compile,
     Gone,
     Progress,
@@ -21,7 +22,7 @@ from asyncllm.messages import (
     Submit,
 )
 
-Inbox = Submit | Abort | StopHit | Compile | Progress | Gone
+Inbox = Submit | Abort | StopHit | Begin | Compile | Progress | Gone
 
 
 class Balancer(Actor[Inbox]):
@@ -35,7 +36,7 @@ class Balancer(Actor[Inbox]):
             has done already.
     """
 
-    remote = frozenset({Submit, Abort, StopHit, Compile, Progress})
+    remote = frozenset({Submit, Abort, StopHit, Begin, Compile, Progress})
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class Balancer(Actor[Inbox]):
             match msg:
                 case Submit():
                     self._submit(msg)
-                case Abort() | StopHit():
+                case Abort() | StopHit() | Begin():
                     if (group := self.core.group_of(msg.rid)) is not None:
                         self._schedulers[group].tell(msg, urgent=True)
                 case Compile():  # a request with it may come to any group

@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol, TypeVar, assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.errors import PlanOutOfOrder
-from asyncllm.messages import Probe, RunnerStats, StepDone, StepPlan
+from asyncllm.messages import Probe, RunnerStats, StepDone, StepOver, StepPlan
 
 T = TypeVar("T")
 
@@ -56,6 +56,7 @@ class Runner(Actor[StepPlan | Probe]):
     Args:
         device: where steps run.
         reports: tell the scheduler, which lives here too, what came out (the group's first rank).
+        transfers: tell ``kv_transfer``, which lives here too, which steps are over.
         jit_after_warmup: counts kernels that were compiled while serving.
     """
 
@@ -63,10 +64,15 @@ class Runner(Actor[StepPlan | Probe]):
     orders = frozenset({Probe})
 
     def __init__(
-        self, device: Device, *, reports: bool, jit_after_warmup: Callable[[], int] = lambda: 0
+        self,
+        device: Device,
+        *,
+        reports: bool,
+        transfers: bool = False,
+        jit_after_warmup: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__("runner")
-        self.device, self.reports = device, reports
+        self.device, self.reports, self.transfers = device, reports, transfers
         self._jit_after_warmup = jit_after_warmup
         self._step = 0
         self._step_ms, self._launch_ms, self._gap_ms = (_recent() for _ in range(3))
@@ -78,6 +84,7 @@ class Runner(Actor[StepPlan | Probe]):
     def started(self) -> None:
         self._loop = self.system.loop
         self._scheduler = self.system.ref("scheduler")
+        self._transfer = self.system.ref("kv_transfer")
         self._watchdog = self.system.at_coordinator("watchdog")
         self._thread.start()
 
@@ -147,7 +154,7 @@ class Runner(Actor[StepPlan | Probe]):
             except BaseException as error:  # whatever it is, it ends the rank: on the loop
                 self._post(self._fail, error)
                 return
-            if self.reports:
+            if self.reports or self.transfers:
                 self._post(self._report, done)
 
     def _post(self, callback: Callable[[T], None], value: T) -> None:
@@ -158,7 +165,11 @@ class Runner(Actor[StepPlan | Probe]):
                 raise
 
     def _report(self, done: StepDone) -> None:
-        if not self._stopped:
+        if self._stopped:
+            return
+        if self.transfers:
+            self._transfer.tell(StepOver(done.step))
+        if self.reports:
             self._scheduler.tell(done)
 
     def _fail(self, error: BaseException) -> NoReturn:

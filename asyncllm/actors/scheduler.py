@@ -28,17 +28,23 @@ from asyncllm.messages import (
     MAX_COUNT,
     Abort,
     Agreed,
+    Arrived,
+    Begin,
     Drain,
     Drained,
     Due,
+    Forget,
     Gone,
     Granted,
     Join,
+    Lapsed,
     Offer,
+    Placed,
     Probe,
     Progress,
     Release,
     SchedulerStats,
+    Sent,
     StepDone,
     StopHit,
     Submit,
@@ -57,6 +63,10 @@ Inbox = (
     | Granted
     | StepDone
     | StopHit
+    | Begin
+    | Arrived
+    | Lapsed
+    | Sent
     | Due
     | Join
     | Agreed
@@ -81,10 +91,12 @@ class Scheduler(Actor[Inbox]):
         vocab_size, max_len: what a request of another process is held against, as its own process
             has done already.
         balanced: a balancer wants to know when requests begin and end.
+        reader: the actor, on the endpoint of a request's rid, that reads its tokens and its end.
+        transfers: endpoints whose ``kv_transfer`` move K/V of this group, by rank; (): none do.
         in_step: this group's steps are those of all groups, see ``core.lockstep``.
     """
 
-    remote = frozenset({Submit, Abort, StopHit})
+    remote = frozenset({Submit, Abort, StopHit, Begin, Arrived, Lapsed, Sent})
     orders = frozenset({Agreed, Drain, Gone, Join, Probe})
 
     def __init__(
@@ -106,6 +118,8 @@ class Scheduler(Actor[Inbox]):
         vocab_size: int = MAX_COUNT,
         max_len: int = MAX_COUNT,
         balanced: bool = False,
+        reader: str = "detokenizer",
+        transfers: Sequence[int] = (),
         in_step: bool = False,
         constrain: Callable[[SamplingParams, str, tuple[bytes, ...]], Constraint | None] = (
             lambda *_: None
@@ -123,12 +137,14 @@ class Scheduler(Actor[Inbox]):
             constraint_s=constraint_s,
             window=window,
             num_sliding=num_sliding,
+            num_ranks=len(transfers),
         )
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="masks")
         self._workers = self._free = workers
         self._ranks, self._depth, self._constrain = runners, depth, constrain
         self._vocab_size, self._max_len = vocab_size, max_len
         self._balanced, self._in_step = balanced, in_step
+        self._reader, self._moving_ranks = reader, transfers
         self._offered: Step | None = None  # planned, and not yet agreed by all groups
         self._joins = 0  # the last step that another group wants
         self._inflight: deque[Step] = deque()
@@ -140,7 +156,7 @@ class Scheduler(Actor[Inbox]):
             False  # nothing fits until a launched step is done or a request comes or goes
         )
         self._unpublished: list[tuple[Emitted, list[Scored]]] = []
-        self._detokenizers: dict[int, Ref] = {}
+        self._readers: dict[int, Ref] = {}
         self._gone: set[int] = set()  # endpoints whose processes have ended
         self._draining = self._drained = False
 
@@ -150,6 +166,7 @@ class Scheduler(Actor[Inbox]):
         self._balancer = self.system.at_coordinator("balancer")
         self._lockstep = self.system.at_coordinator("lockstep")
         self._runners = [self.system.ref("runner", rank) for rank in self._ranks]
+        self._transfers = [self.system.ref("kv_transfer", rank) for rank in self._moving_ranks]
 
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
@@ -162,6 +179,8 @@ class Scheduler(Actor[Inbox]):
                 case StopHit(rid, num_tokens):
                     self._stalled = False
                     self.core.stop(rid, num_tokens)
+                case Begin() | Arrived() | Lapsed() | Sent():
+                    self._moved(msg)
                 case Granted():
                     self._launch(msg)
                 case StepDone():
@@ -184,11 +203,13 @@ class Scheduler(Actor[Inbox]):
                     assert_never(msg)
         self._work()
         self._fill()
+        self._tell_transfers()
         if not self._asked:  # no launch is pending, and those told run before the fan-out
             self._publish()
 
     def holds(self) -> str:
         running, total = len(self.core.running), len(self.core.requests)
+        moves = len(self.core.moves.inflows), len(self.core.moves.outflows)
         waits = (
             " for the allocator" * self._asked
             + " for the other groups" * (self._offered is not None)
@@ -197,6 +218,7 @@ class Scheduler(Actor[Inbox]):
         return (
             f"running {running}, waiting {total - running}, steps in flight {len(self._inflight)}"
             + (f", waits{waits}" if waits else "")
+            + (f", K/V of {moves[0]} requests come, of {moves[1]} go" if any(moves) else "")
             + ", drains" * self._draining
         )
 
@@ -225,20 +247,32 @@ class Scheduler(Actor[Inbox]):
             msg.after,
             msg.client,
             outputs=msg.outputs,
+            imports=msg.imports,
+            exports=msg.exports,
         )
 
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def possible(self, msg: Inbox) -> bool:
-        """Whether a request of another process is within the limits that it was checked against."""
-        return not isinstance(msg, Submit) or msg.fits(self._vocab_size, self._max_len)
+        """Whether what another process sends is within the limits that it was checked against."""
+        match msg:
+            case Submit(imports=imports, exports=exports):
+                moves = imports or exports is not None
+                return msg.fits(self._vocab_size, self._max_len) and (
+                    not moves or bool(self._transfers)
+                )
+            case Begin(token=token):
+                return token < self._vocab_size
+            case _:
+                return True
 
     def _forget(self, endpoint: int) -> None:
         """Its requests end, untold; what it has sent before its end and comes later is ignored."""
         self._gone.add(endpoint)
         self._stalled = False
-        for rid in [rid for rid in self.core.requests if rid >> FRONTEND_SHIFT == endpoint]:
+        rids = [*self.core.requests, *self.core.moves.outflows]
+        for rid in [rid for rid in rids if rid >> FRONTEND_SHIFT == endpoint]:
             self.core.abort(rid)
 
     def _drain(self, timeout_s: float) -> None:
@@ -295,6 +329,7 @@ class Scheduler(Actor[Inbox]):
     def _launch(self, granted: Granted) -> None:
         self._asked = False
         step = self.core.plan(granted)
+        self._tell_transfers()  # before they hear that the step is over
         if step is None:
             # steps that others wanted hold nothing of ours that could become free
             self._stalled = self.core.relieve(any(step.rows for step in self._inflight))
@@ -332,6 +367,29 @@ class Scheduler(Actor[Inbox]):
                     plan, masked=array(INT32), masks=bytearray()
                 )  # the group's first rank samples
             runner.tell(plan)
+
+    def _moved(self, msg: Begin | Arrived | Lapsed | Sent) -> None:
+        self._stalled = False
+        match msg:
+            case Begin(rid, token):
+                self.core.begin(rid, token)
+            case Arrived(rid, rank):
+                self.core.arrived(rid, rank)
+            case Lapsed(rid, rank, why):
+                self.core.lapsed(rid, rank, why)
+            case Sent(rid, rank, seq):
+                self.core.sent(rid, rank, seq)
+
+    def _tell_transfers(self) -> None:
+        told, placed = self.core.moves.told, self.core.placed
+        for msg in told:
+            for transfer in self._transfers:
+                transfer.tell(msg, urgent=isinstance(msg, Forget))
+        for rid, hit, length in placed:
+            at = Placed(rid=rid, leader=self.system.endpoint, hit=hit, length=length)
+            self._read(rid >> FRONTEND_SHIFT).tell(at)
+        told.clear()
+        placed.clear()
 
     def _commit(self, done: StepDone) -> None:
         self._stalled = False
@@ -375,25 +433,27 @@ class Scheduler(Actor[Inbox]):
         for emitted, scores in self._unpublished:
             for endpoint, tokens in pack_tokens(emitted, scores):
                 if endpoint not in self._gone:
-                    self._detokenizer(endpoint).tell(tokens)
+                    self._read(endpoint).tell(tokens)
         self._unpublished.clear()
         begun, ended = self.core.begun, self.core.ended
         for end in ended:
             if (endpoint := end.rid >> FRONTEND_SHIFT) not in self._gone:
-                self._detokenizer(endpoint).tell(end)
+                self._read(endpoint).tell(end)
         if self._balanced and (begun or ended):
             rids = array(INT64, begun), array(INT64, [end.rid for end in ended])
             self._balancer.tell(Progress(*rids))
         begun.clear()
         ended.clear()
-        busy = self.core.requests or self._inflight or self._offered is not None
+        core = self.core
+        busy = core.requests or core.moves or self._inflight or self._offered is not None
         if self._draining and not (self._drained or busy):
             self._drained = True
             self._watchdog.tell(Drained("scheduler", self.system.endpoint))
 
-    def _detokenizer(self, endpoint: int) -> Ref:
-        if (ref := self._detokenizers.get(endpoint)) is None:
-            ref = self._detokenizers[endpoint] = self.system.ref("detokenizer", endpoint)
+    def _read(self, endpoint: int) -> Ref:
+        """Who reads what comes of an endpoint's requests."""
+        if (ref := self._readers.get(endpoint)) is None:
+            ref = self._readers[endpoint] = self.system.ref(self._reader, endpoint)
         return ref
 
     def _stats(self, query: int) -> SchedulerStats:
@@ -402,13 +462,19 @@ class Scheduler(Actor[Inbox]):
             query=query,
             endpoint=self.system.endpoint,
             running=len(core.running),
-            waiting=len(core.requests) - len(core.running),
+            waiting=len(core.requests) - len(core.running) - len(core.importing),
+            importing=len(core.importing),
             inflight_steps=len(self._inflight),
             expected_slots=core.expected_slots,
             steps=core.steps,
             preemptions=core.preemptions,
             prompt_tokens=core.prompt_tokens,
             generated_tokens=core.generated_tokens,
+            imports=core.moves.imports,
+            imported_tokens=core.moves.imported_tokens,
+            lapses=core.moves.lapses,
+            exports=core.moves.exports,
+            exported_tokens=core.moves.exported_tokens,
         )
 
 

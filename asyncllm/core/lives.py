@@ -9,14 +9,17 @@ from __future__ import annotations
 from array import array
 from collections.abc import Collection
 
+from asyncllm.codec import INT32
 from asyncllm.core.fair_queue import FairQueue
 from asyncllm.core.healing import Healing
 from asyncllm.core.masking import Line
+from asyncllm.core.moving import Moves
 from asyncllm.core.request import Constraint, Reason, SamplingParams
 from asyncllm.core.steps import Emitted, Lane, Request, Step
 from asyncllm.messages import Finished, StepPlan
-from asyncllm.records import Failure
+from asyncllm.records import Destination, Failure
 
+NO_TOKENS = array(INT32)
 NO_STEP = Step(StepPlan(step=0, num_decode=0), [])
 
 
@@ -24,12 +27,17 @@ class Lives:
     """The scheduler's requests, each of which ends once.
 
     Args:
-        num_lanes, num_slots, eos_ids, share_prompts, constraint_s: see ``scheduling.Core``.
+        num_lanes, num_slots, eos_ids, share_prompts, constraint_s, num_ranks: see
+            ``scheduling.Core``.
 
     Attributes:
         ended: ends not told yet. The shell takes and clears it.
         begun: rids of requests that have been given a place. The shell takes and clears it.
+        placed: (rid, cached tokens, all tokens) of those that wait for K/V. The shell takes and
+            clears it.
         released: (lane, ids for the cache) not told yet. The shell takes and clears it.
+        launched: lanes whose prompt tokens have been launched, or have arrived, since the last
+            proposal.
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class Lives:
         eos_ids: Collection[int],
         share_prompts: bool,
         constraint_s: float,
+        num_ranks: int,
     ) -> None:
         self.num_lanes, self.num_slots = num_lanes, num_slots
         self.eos_ids = frozenset(eos_ids)
@@ -48,9 +57,14 @@ class Lives:
         self.held: dict[int, list[Request]] = {}  # not waiting yet: behind this rid's prompt
         self.share_prompts = share_prompts
         self.running: dict[int, Request] = {}  # oldest first
+        # oldest first: they have slots, and K/V or the token behind them are still to come
+        self.importing: dict[int, Request] = {}
+        self.moves = Moves(num_ranks)
+        self.placed: list[tuple[int, int, int]] = []
         self.ended: list[Finished] = []
         self.begun: list[int] = []
         self.released: list[tuple[int, array[int]]] = []
+        self.launched = array(INT32)
         self.preemptions = 0
         self._free_lanes = list(range(num_lanes - 1, -1, -1))
         self._line, self._constraint_s = Line(), constraint_s
@@ -65,16 +79,24 @@ class Lives:
         after: int = -1,
         client: int = 0,
         *,
-        outputs: array[int] | None = None,
+        outputs: array[int] = NO_TOKENS,
+        imports: bool = False,
+        exports: Destination | None = None,
     ) -> None:
         """A new request at the end of its client's line; one that can never fit ends at once.
 
         Args:
             after: the rid of an earlier request with the same prompt and parameters, if any.
             outputs: tokens that have been generated already. A constraint is told them by a thread.
+            imports, exports: as in ``Submit``.
         """
         assert rid not in self.requests, f"request {rid} submitted twice"
-        req = Request.of(rid, prompt, params, self.eos_ids, outputs)
+        leaves = exports is not None
+        req = Request.of(
+            rid, prompt, params, self.eos_ids, outputs, imports=imports, exports=leaves
+        )
+        if exports is not None:
+            self.moves.export(rid, exports)
         req.constraint, req.client = constraint, client
         if constraint is not None:
             if constraint.slow(None):
@@ -104,10 +126,12 @@ class Lives:
         """End a request; unknown and ended ids are ignored, as everywhere."""
         if req := self.requests.get(rid):
             self._end(req, Reason.ABORT)
+        else:
+            self.moves.end(rid)  # it may have moved, while its K/V are still on their way
 
     def abort_all(self) -> None:
-        for req in list(self.requests.values()):
-            self._end(req, Reason.ABORT)
+        for rid in [*self.requests, *self.moves.outflows]:
+            self.abort(rid)
 
     def stop(self, rid: int, num_tokens: int) -> None:
         """End a request whose text has reached a stop string after ``num_tokens``."""
@@ -117,7 +141,7 @@ class Lives:
     @property
     def expected_slots(self) -> int:
         """Slots that all requests will hold at the most: prompt and max_new_tokens."""
-        return sum(len(r.prompt) + r.max_new for r in self.requests.values())
+        return sum(len(r.prompt) + r.until for r in self.requests.values())
 
     def _resume(self, req: Request, whole: bool = False) -> None:
         """Outputs that it came with have been accepted; with all of them it may be at its end."""
@@ -128,8 +152,7 @@ class Lives:
         """The token counts; it may be the last."""
         req.outputs.append(token)
         if req.constraint is not None and isinstance(req.constraint, Healing):
-            more = req.constraint.uncounted()
-            req.max_new, req.final_len = req.max_new + more, req.final_len + more
+            req.grow(req.constraint.uncounted())
         num = len(req.outputs)
         stops = token in req.end_ids and num > req.params.min_new_tokens
         stops |= whole and token in self.eos_ids
@@ -139,8 +162,80 @@ class Lives:
         emitted.rows.append(row)
         if stops or whole:
             self._end(req, Reason.STOP)
-        elif num >= req.max_new:
-            self._end(req, Reason.LENGTH)
+        elif num >= req.until:
+            self._end(req, Reason.LENGTH if num >= req.max_new else Reason.MOVED)
+
+    # K/V from elsewhere
+
+    def begin(self, rid: int, token: int) -> None:
+        """The token behind what a request imports: it goes on by it, once all is there."""
+        req = self.requests.get(rid)
+        if req is None or not req.lacks:
+            return
+        req.lacks = False
+        if req.lane is None:
+            req.imports = False  # nobody has been told where its K/V are wanted
+        req.outputs.append(token)
+        if req.constraint is None:
+            self._resume(req)
+        else:
+            req.todo.append((token, None, 0))
+            if len(req.todo) == 1:
+                self._line.add(req)
+        self._go_in(req)
+
+    def arrived(self, rid: int, rank: int) -> None:
+        """A rank has all K/V that a request imports."""
+        self._answered(rid, rank, None)
+
+    def lapsed(self, rid: int, rank: int, why: str) -> None:
+        """A rank will not have all of them; ``why`` "": nobody wants them."""
+        self._answered(rid, rank, why)
+
+    def sent(self, rid: int, rank: int, seq: int) -> None:
+        """A rank is done with a part of what a request exports."""
+        if lane := self.moves.sent(rid, rank, seq):
+            self._let_go(lane)
+
+    def _answered(self, rid: int, rank: int, why: str | None) -> None:
+        flow = self.moves.inflows.get(rid)
+        if flow is None or rank not in flow.touch.ranks:
+            return
+        if why is not None and not flow.void and (req := self.importing.get(rid)):
+            self.moves.lapses += 1
+            detail = f"the K/V of the prompt did not come: {why or 'nobody sends them'}"
+            self._end(req, Reason.ERROR, failure=Failure(detail, "transfer_failed", 503))
+        if self.moves.answered(rid, rank, lapsed=why is not None) is None:
+            return
+        lane = flow.touch.lane
+        self._let_go(lane)
+        if not (flow.void or flow.lapsed):
+            req = self.importing[rid]
+            lane.planned = lane.fill_len
+            if req.shares:
+                self.launched.append(lane.number)
+            self._go_in(req)
+
+    def _expect(self, req: Request, lane: Lane, hit: int, slots: array[int]) -> None:
+        """Its slots are there, those of ``hit`` cached tokens first: K/V may come."""
+        req.imports = False
+        lane.imports, lane.imported = False, slots
+        self.moves.expect(req.rid, lane, hit, slots)
+        self.placed.append((req.rid, hit, len(slots)))
+        self._changed = True
+
+    def _go_in(self, req: Request) -> None:
+        """It runs if all has come: what it lacks are rows."""
+        lane = req.lane
+        if req.rid not in self.importing or req.lacks or req.todo:
+            return
+        assert lane is not None
+        if lane.planned == lane.fill_len:
+            lane.late = req.known_len - lane.fill_len
+            lane.fill_len = req.known_len
+            self.running[req.rid] = self.importing.pop(req.rid)
+
+    # ends
 
     def _preempt(self, req: Request) -> None:
         """Make room: the request waits for its next life."""
@@ -154,8 +249,9 @@ class Lives:
             self._requeue(req)
 
     def _requeue(self, req: Request) -> None:
-        """Back to the head of the queue; the next life computes prompt and outputs again."""
-        del self.running[req.rid]
+        """Back to the head of the queue; the next life computes prompt and outputs again, if the
+        token that they lack is there."""
+        del (self.running if req.rid in self.running else self.importing)[req.rid]
         self._leave(req)
         self.waiting.put_first(req.rid, req)
 
@@ -185,6 +281,8 @@ class Lives:
         req.todo.clear()
         if req.rid in self.running:
             del self.running[req.rid]
+        elif req.rid in self.importing:
+            del self.importing[req.rid]
         elif req.after < 0:
             self.waiting.discard(req.client, req.rid)
         else:
@@ -199,6 +297,7 @@ class Lives:
             if others:
                 self.held[first.rid] = others
         self._leave(req)
+        self.moves.end(req.rid, moved=reason is Reason.MOVED)
         self._changed = True
         num = len(req.outputs) if num_tokens is None else num_tokens
         cached_len = max(req.cached_len, 0)
@@ -209,12 +308,12 @@ class Lives:
         if (lane := req.lane) is None:
             return
         lane.over, req.lane = True, None
-        if lane.planned > lane.fill_len:
-            prompt_len = len(req.prompt)
-            valid = min(lane.planned, req.known_len)
-            lane.leaves = req.outputs[lane.fill_len - prompt_len : valid - prompt_len]
-        if not lane.inflight:
-            self._release(lane)
+        self.moves.drop(req.rid)
+        prompt_len, told = len(req.prompt), lane.fill_len - lane.late
+        valid = min(lane.planned, req.known_len)
+        if valid > told:
+            lane.leaves = req.outputs[told - prompt_len : valid - prompt_len]
+        self._let_go(lane)
 
     def _ungrant(self, req: Request, lane: Lane) -> None:
         """A proposed row got no slots."""
@@ -222,7 +321,12 @@ class Lives:
         if not lane.opened:
             self._free_lanes.append(lane.number)
             req.lane = None
-        elif lane.over and not lane.inflight:
+        else:
+            self._let_go(lane)
+
+    def _let_go(self, lane: Lane) -> None:
+        """One row or touch less: nobody may be left who reads or writes the lane's slots."""
+        if lane.over and not (lane.inflight or lane.touches):
             self._release(lane)
 
     def _release(self, lane: Lane) -> None:

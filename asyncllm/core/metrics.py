@@ -126,6 +126,16 @@ _STATE = {
         True,
     ),
     "scheduler.generated_tokens": ("generated_tokens", "Tokens sampled", True),
+    "scheduler.importing": (
+        "requests_importing",
+        "Requests that have slots and wait for K/V of another server, or for its token",
+        False,
+    ),
+    "scheduler.imports": ("kv_imports", "Requests whose K/V have come from there", True),
+    "scheduler.imported_tokens": ("kv_imported_tokens", "Tokens whose K/V have come", True),
+    "scheduler.lapses": ("kv_lapses", "Requests whose K/V have not come though wanted", True),
+    "scheduler.exports": ("kv_exports", "Requests whose K/V have gone to another server", True),
+    "scheduler.exported_tokens": ("kv_exported_tokens", "Tokens whose K/V have gone", True),
     "allocator.hit_tokens": (
         "prefix_hit_tokens",
         "Prompt tokens taken from the prefix cache",

@@ -16,7 +16,7 @@ from asyncllm.core.request import Again, Reason, Verdict
 from asyncllm.core.steps import NO_TOKEN, Emitted, Lane, Request, Row, Step
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
-from asyncllm.messages import Granted, Reserve, StepPlan
+from asyncllm.messages import MAX_COUNT, Granted, Reserve, StepPlan
 from asyncllm.records import Done, Failure, Opened
 
 UNFIT = Failure("the tokens so far do not fit what constrains them", status=500)
@@ -37,10 +37,9 @@ class Core(Lives):
         num_sliding: slots of that space.
         share_prompts: of several requests for one prompt the others are held until the first one's
             prompt has been launched, so that it is computed once.
+        num_ranks: of the group, where K/V move in or out.
         constraint_s: CPU seconds of threads for the constraint of a request, over its life.
 
-    Attributes:
-        launched: lanes whose prompt tokens have been launched since the last proposal.
     """
 
     def __init__(
@@ -56,6 +55,7 @@ class Core(Lives):
         constraint_s: float = 5.0,
         window: Window | None = None,
         num_sliding: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         super().__init__(
             num_lanes=num_lanes,
@@ -63,10 +63,10 @@ class Core(Lives):
             eos_ids=eos_ids,
             share_prompts=share_prompts,
             constraint_s=constraint_s,
+            num_ranks=num_ranks,
         )
         self.headroom = headroom
         self.batch_max_tokens, self.chunk = batch_max_tokens, chunked_prefill_size
-        self.launched = array(INT32)
         self.available = num_slots  # as of the last grant
         self.window, self.sliding_available = window, num_sliding
         self.steps = self.prompt_tokens = self.generated_tokens = 0
@@ -150,9 +150,11 @@ class Core(Lives):
         """
         if self._changed:
             return False
-        if any_inflight:
+        if any_inflight or self.moves.leaving:
             return True
-        if self.running:
+        if self.importing:
+            self._preempt(next(reversed(self.importing.values())))
+        elif self.running:
             newest = next(reversed(self.running.values()))
             lane = newest.lane
             assert lane is not None
@@ -163,7 +165,7 @@ class Core(Lives):
             else:
                 # alone, too: duplicates of cached tokens cost it room that a fresh start does not
                 self._preempt(newest)
-        elif first := next((req for req in self.waiting if not req.todo), None):
+        elif first := next((req for req in self.waiting if req.ready), None):
             self._fail_too_large(first)
         return False
 
@@ -191,8 +193,7 @@ class Core(Lives):
         for i, ((req, lane, _), token) in enumerate(zip(step.rows, tokens, strict=True)):
             lane.inflight -= 1
             if lane.over:
-                if not lane.inflight:
-                    self._release(lane)
+                self._let_go(lane)
             elif token < 0:
                 if not (req.max_new or lane.inflight) and lane.planned == lane.fill_len:
                     self._end(req, Reason.LENGTH)
@@ -244,6 +245,7 @@ class Core(Lives):
             whole = done.verdict == Verdict.WHOLE
             if step is None:
                 self._resume(req, whole)
+                self._go_in(req)
             else:
                 assert token is not None
                 out.append(Emitted.of(step))
@@ -282,7 +284,7 @@ class Core(Lives):
         self, rows: list[Row], filling: Iterable[Request], budget: int
     ) -> list[tuple[int, array[int], bool]]:
         """Add rows of waiting requests, each client in turn, while KV is likely to last."""
-        reserved = self.headroom * len(self.running) + len(rows)
+        reserved = self.headroom * (len(self.running) + len(self.importing)) + len(rows)
         room, sliding = self.available - reserved, 0
         if self.window is not None:
             sliding = self.sliding_available - reserved
@@ -291,12 +293,12 @@ class Core(Lives):
             room -= req.lane.fill_len - req.lane.planned
             sliding -= self._sliding_need(req.lane.fill_len, req.lane.planned)
         opened: list[tuple[int, array[int], bool]] = []
-        alone = not self.running
+        alone = not (self.running or self.importing)
         for req in self.waiting:
-            if req.todo:
-                continue  # what may come first is not known yet
+            if not req.ready:
+                continue
             known = req.known_len
-            count = min(known, self.chunk, budget)
+            count = known if req.imports else min(known, self.chunk, budget)
             wanted, seen = known + self.headroom, self._sliding_need(known, 0)
             fits = wanted <= room and seen <= sliding
             if not (budget and self._free_lanes and (alone or fits)):
@@ -304,8 +306,8 @@ class Core(Lives):
             alone = False
             room -= wanted
             sliding -= seen
-            req.lane = Lane(self._free_lanes.pop(), known)
-            budget -= count
+            req.lane = Lane(self._free_lanes.pop(), known, imports=req.imports)
+            budget -= 0 if req.imports else count  # others compute it
             rows.append((req, req.lane, count))
             req.lane.inflight += 1
             ids = req.prompt + req.outputs if req.outputs else req.prompt
@@ -363,15 +365,24 @@ class Core(Lives):
             self._granted(row[0], lane, hit)
             if lane.over:  # ended since the reservation
                 lane.inflight -= 1
-                if not lane.inflight:
-                    self._release(lane)
+                self._let_go(lane)
+            elif lane.imports:
+                lane.inflight -= 1
+                self._expect(row[0], lane, hit, granted.slots[part])
             else:
                 (singles if count == 1 else others).append((row, hit, count, part))
         if not singles and not others:
             return None
         step = Step(StepPlan(step=self.steps + 1, num_decode=len(singles)), [])
         for row, hit, count, part in singles + others:
-            step.plan.slots.extend(granted.slots[part])
+            (req, lane, _), slots = row, granted.slots[part]
+            if req.leaves_at < MAX_COUNT:
+                self.moves.computed(req.rid, lane, 0, slots[:hit], self.steps)
+                self.moves.computed(req.rid, lane, lane.planned, slots[hit:], self.steps + 1)
+            if lane.imported:
+                step.plan.slots.extend(lane.imported)
+                hit, lane.imported = len(lane.imported), array(INT32)
+            step.plan.slots.extend(slots)
             step.plan.sliding.extend(granted.sliding[part])
             self._plan_row(step, row, hit, count)
         return step
@@ -385,7 +396,7 @@ class Core(Lives):
         if lane.over:
             return
         self.waiting.serve(req.client, req.rid)
-        self.running[req.rid] = req
+        (self.importing if lane.imports else self.running)[req.rid] = req
         self.begun.append(req.rid)
         if req.cached_len < 0:
             req.cached_len = min(hit, len(req.prompt))
@@ -410,7 +421,8 @@ class Core(Lives):
         # no output has come since the lane was opened: its first rows are still filling it
         known = req.prompt + req.outputs if req.outputs else req.prompt
         plan.tokens.extend(known[start:end])
-        self.prompt_tokens += count
+        if not lane.late:
+            self.prompt_tokens += count
         if req.shares:
             self.launched.append(lane.number)
         if req.launched and (held := self.held.pop(req.rid, None)):

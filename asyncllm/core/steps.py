@@ -18,7 +18,7 @@ from itertools import takewhile
 
 from asyncllm.codec import INT32, INT64
 from asyncllm.core.request import Constraint, SamplingParams
-from asyncllm.messages import StepDone, StepPlan
+from asyncllm.messages import MAX_COUNT, StepDone, StepPlan
 
 NO_TOKEN = -1  # in a plan: the lane's last sampled token; in a result: none came out
 
@@ -29,12 +29,17 @@ class Lane:
 
     number: int
     fill_len: int  # tokens known when it was opened; up to here rows carry their tokens
+    late: int = 0  # the last ones of these, which the allocator has not been told
     planned: int = 0
     inflight: int = 0  # rows of launched steps and of the open reservation
     opened: bool = False  # the allocator knows it
     seen: bool = False  # the runners know it
     over: bool = False  # results no longer count; released when nothing is in flight
     leaves: array[int] = field(default_factory=lambda: array(INT32))  # when over: for the cache
+    # where K/V move, see core.moving
+    imports: bool = False  # its slots are filled by others
+    imported: array[int] = field(default_factory=lambda: array(INT32))  # which no step knows yet
+    touches: int = 0  # by others, of its slots
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +50,6 @@ class Request:
     prompt: array[int]
     params: SamplingParams
     max_new: int
-    final_len: int  # tokens to compute until the last one comes out (or the prompt is scored)
     end_ids: frozenset[int]  # tokens that end it
     outputs: array[int] = field(default_factory=lambda: array(INT32))
     lane: Lane | None = None
@@ -58,6 +62,13 @@ class Request:
     todo: deque[tuple[int | None, Step | None, int]] = field(default_factory=deque)
     worked_s: float = 0.0  # CPU time of threads for the constraint
     level: float = -1.0  # see masking.Line
+    leaves_at: int = MAX_COUNT  # outputs at which it goes on elsewhere
+    until: int = 0  # outputs at which it ends here
+    final_len: int = (
+        0  # tokens to compute until the last of them comes out (or the prompt is scored)
+    )
+    imports: bool = False  # K/V of its tokens are to come from another server
+    lacks: bool = False  # the token behind them has not come from there
     after: int = -1  # the rid it is held behind
     client: int = 0  # whose it is: clients that wait are served in turn
 
@@ -68,19 +79,25 @@ class Request:
         prompt: array[int],
         params: SamplingParams,
         eos_ids: frozenset[int],
-        outputs: array[int] | None = None,
+        outputs: array[int],
+        *,
+        imports: bool = False,
+        exports: bool = False,
     ) -> Request:
         """From the fields of ``Submit``; ``max_new_tokens`` has been resolved to an int."""
-        if outputs and params.prompt_logprobs >= 0:  # they have been told with the first of these
-            params = replace(params, prompt_logprobs=-1)
+        if params.prompt_logprobs >= 0 and (outputs or imports):
+            params = replace(params, prompt_logprobs=-1)  # told with the first of the outputs
         max_new = params.max_new_tokens
         assert max_new is not None, f"request {rid}: max_new_tokens is open"
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= eos_ids
-        final_len = len(prompt) + max(max_new - 1, 0)
-        known = array(INT32) if outputs is None else outputs[:]
-        return cls(rid, prompt, params, max_new, final_len, end_ids, known)
+        req = cls(rid, prompt, params, max_new, end_ids, outputs[:])
+        req.imports = req.lacks = imports
+        if exports:
+            req.leaves_at = len(outputs) + 1
+        req.grow(0)
+        return req
 
     @property
     def known_len(self) -> int:
@@ -89,6 +106,17 @@ class Request:
     def ahead(self, lane: Lane) -> int:
         """Tokens before the next one to be planned that are not known yet."""
         return lane.planned + 1 - self.known_len
+
+    @property
+    def ready(self) -> bool:
+        """It can be given a place: its first row samples by what is known, or comes later."""
+        return self.imports or not (self.todo or self.lacks)
+
+    def grow(self, num: int) -> None:
+        """That many of its outputs do not count."""
+        self.max_new += num
+        self.until = min(self.max_new, self.leaves_at)
+        self.final_len = len(self.prompt) + max(self.until - 1, 0)
 
     def next_todo(self) -> tuple[int | None, ...]:
         """What the constraint can be told at once: a token of a row, or all that it came with."""

@@ -115,6 +115,14 @@ class SchedulerStats(Message):
     prompt_tokens: int = 0  # computed: without those from the prefix cache, twice if preempted
     generated_tokens: int = 0
     expected_slots: int = 0  # held and promised now
+    # where K/V move between servers: requests that have slots and wait for K/V; since the start,
+    # requests and tokens whose K/V have come, not come, and left
+    importing: int = 0
+    imports: int = 0
+    imported_tokens: int = 0
+    lapses: int = 0
+    exports: int = 0
+    exported_tokens: int = 0
 
 
 @message(44)

@@ -29,7 +29,7 @@ from asyncllm.core.window_radix import _is_unread
 from asyncllm.core.window_slots import WindowLedger
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
-from asyncllm.messages import Finished, StepDone, StepPlan, StopHit, Submit, Tokens
+from asyncllm.messages import Finished, StepDone, StepOver, StepPlan, StopHit, Submit, Tokens
 from asyncllm.records import Logprobs
 
 T = TypeVar("T")
@@ -182,6 +182,7 @@ class FakeDevice:
         self.lanes: dict[int, LaneTable] = {}
         self.plans: list[StepPlan] = []
         self.gates: list[tuple[threading.Event, threading.Event]] = []
+        self.written: dict[int, int] = {}  # slot -> the step that has written it
         self.closed = False
         self.step_ms = 0.0  # what each step is said to have taken
 
@@ -277,6 +278,7 @@ class FakeDevice:
             assert bool(table.known) == needs
             after = chain(state, token)
             self.store[table.slots[position]] = (position, state, after)
+            self.written[table.slots[position]] = self.plans[-1].step
             if self.window:
                 self.sliding_store[table.sliding[position]] = (position, state, after)
             state = after
@@ -428,6 +430,8 @@ class World:
         window: int | None = None,
         num_sliding: int = 0,
         in_step: bool = False,
+        reader: str = "detokenizer",
+        num_ranks: int = 0,
     ) -> None:
         self._encode_local = encode_local
         self.boxes: dict[tuple[str, int], Mailbox] = {}
@@ -449,6 +453,8 @@ class World:
             share_prompts=share_prompts,
             **slides,
             in_step=in_step,
+            reader=reader,
+            transfers=range(num_ranks),
             constrain=Constraints(
                 vocab, set(eos_ids), lambda kind, text: FakeConstraint(json.loads(text), vocab)
             ).of,
@@ -465,6 +471,8 @@ class World:
         self.finished: dict[int, Finished] = {}
         self.stop_after: dict[int, int] = {}
         self.others: list[Any] = []  # what the watchdog got
+        self.actors: dict[str, Callable[[int, list[Any]], None]] = {}  # further ones
+        self.num_ranks = num_ranks
 
     @property
     def core(self) -> Any:
@@ -519,7 +527,10 @@ class World:
     def turn(self, key: tuple[str, int]) -> None:
         """Let one of the ready ones do its work."""
         if key[0] == "device":
-            self.tell(self.pending.popleft().wait())
+            done = self.pending.popleft().wait()
+            for rank in range(self.num_ranks):
+                self.ref("kv_transfer", rank).tell(StepOver(done.step))
+            self.tell(done)
             return
         if key[0] == "thread":
             with pytest.raises(StopIteration) as ended:
@@ -537,6 +548,8 @@ class World:
         elif key[0] == "detokenizer":
             for msg in batch:
                 self._detokenize(key[1], msg)
+        elif key[0] in self.actors:
+            self.actors[key[0]](key[1], batch)
         else:
             self.others += batch
         self.check()

@@ -191,7 +191,7 @@ def test_a_request_over_its_budget_ends_alone() -> None:
 
 def waiting(rid: int) -> Request:
     packed = SamplingParams(max_new_tokens=5)
-    req = Request.of(rid, array("i", [1]), packed, frozenset())
+    req = Request.of(rid, array("i", [1]), packed, frozenset(), array("i"))
     req.constraint = Slow()
     req.todo.append((None, None, 0))
     return req
