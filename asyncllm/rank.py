@@ -18,7 +18,7 @@ from asyncllm import log
 from asyncllm.actors.pulse import Pulse
 from asyncllm.api.common.defaults import read_defaults
 from asyncllm.config import Config, Resolved, resolve_limits, roles
-from asyncllm.constrain.engine import library
+from asyncllm.constrain.llguidance_backend import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
 from asyncllm.errors import StartupError
 from asyncllm.hub import names_of, resolve_model_dir

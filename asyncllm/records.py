@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from asyncllm.codec import FLOAT32, INT32, INT64, record
-from asyncllm.core.request import SamplingParams, Verdict
+from asyncllm.constrain.protocol import Verdict
+from asyncllm.core.request import SamplingParams
 from asyncllm.errors import RequestError
 
 record(SamplingParams)
@@ -199,6 +200,13 @@ class KvWire:
     @property
     def valid(self) -> bool:
         return min(self.num_layers, self.num_heads, self.head_bytes, self.tp) > 0
+
+    def difference(self, other: KvWire) -> str:
+        """What the two would not understand of each other; "": nothing."""
+        for name, ours in asdict(self).items():
+            if name != "tp" and ours != (theirs := asdict(other)[name]):
+                return f"{name} is {ours} here and {theirs} there"
+        return ""
 
 
 @record

@@ -15,12 +15,14 @@ from asyncllm.codec import record
 # In order of start; they stop in reverse, so that the frontend's last answers still find the
 # others.
 ACTORS = (
-    "allocator", "grammar", "scheduler", "balancer", "lockstep", "runner", "director", "agent",
+    "allocator", "grammar", "kv_transfer", "scheduler", "balancer", "lockstep", "runner",
+    "director", "agent",
     "detokenizer", "tokenizer", "frontend", "watchdog",
 )  # fmt: skip
 
 LEADER, FOLLOWER, HTTP, BALANCER, LOCKSTEP = "leader", "follower", "http", "balancer", "lockstep"
 MASTER, NODE = "master", "node"  # of servers that share out prefill and decode
+MOVER = "mover"  # of ranks whose K/V come from or go to other servers
 WHOLE = (LEADER, HTTP)  # the roles of a process that is a server by itself
 
 # A row for each role; an endpoint with several roles has the actors of all of them, each once.
@@ -32,6 +34,7 @@ PLACEMENT: Mapping[str, frozenset[str]] = {
     LOCKSTEP: frozenset({"lockstep"}),
     MASTER: frozenset({"director", "grammar"}),
     NODE: frozenset({"agent"}),
+    MOVER: frozenset({"kv_transfer"}),
 }
 
 # What a leader's watchdog asks for numbers. Followers do what their leader does, and are not asked.

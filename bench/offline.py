@@ -36,7 +36,7 @@ from asyncllm.actors.base import Actor
 from asyncllm.actors.runner import Pending, Runner
 from asyncllm.actors.system import ActorSystem
 from asyncllm.config import Config
-from asyncllm.core.constraints import Constraints
+from asyncllm.constrain.factory import Constraints
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.environment import cache_dir, quiet_libraries

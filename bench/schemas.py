@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from asyncllm.constrain.engine import Grammars
+from asyncllm.constrain.llguidance_backend import Grammars
 from asyncllm.errors import RequestError
 
 SUITE = Path(__file__).parents[1] / "tests/data/json_schema_suite.json"

@@ -16,9 +16,10 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor, Ref
 from asyncllm.codec import INT32, INT64
+from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.masking import Job, work
 from asyncllm.core.pacing import Pacer
-from asyncllm.core.request import Constraint, SamplingParams
+from asyncllm.core.request import SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Emitted, Step
 from asyncllm.core.windows import Window

@@ -10,11 +10,12 @@ from array import array
 from collections.abc import Collection
 
 from asyncllm.codec import INT32
+from asyncllm.constrain.healing import Healing
+from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.fair_queue import FairQueue
-from asyncllm.core.healing import Healing
 from asyncllm.core.masking import Line
 from asyncllm.core.moving import Moves
-from asyncllm.core.request import Constraint, Reason, SamplingParams
+from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.core.steps import Emitted, Lane, Request, Step
 from asyncllm.messages import Finished, StepPlan
 from asyncllm.records import Destination, Failure

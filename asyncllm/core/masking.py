@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from time import thread_time
 
-from asyncllm.core.request import Again, Constraint, Verdict
+from asyncllm.constrain.protocol import Constraint, ResampleToken, Verdict
 from asyncllm.core.steps import Request
 from asyncllm.errors import RequestError
 from asyncllm.records import Done, Failure
@@ -42,7 +42,7 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
                 elif constraint.accept(token):
                     verdict = Verdict.WHOLE
                 num += 1
-        except Again:
+        except ResampleToken:
             verdict = Verdict.AGAIN
         except RequestError as error:
             verdict, failure = Verdict.REFUSED, Failure.of(error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from math import isfinite
-from typing import Protocol
 
 
 class Reason(IntEnum):
@@ -97,63 +96,6 @@ class SamplingParams:
 # calls among free text: the mark that begins one, a line break, and a JSON array of what may follow
 # it, each {"begin", "schema", "style", "end"}
 GRAMMARS = ("json", "schema", "regex", "ebnf", "choice", "calls")
-
-
-class Again(Exception):
-    """A token came before it was known that it must not: it has to be sampled once more."""
-
-
-class Verdict(IntEnum):
-    """What has come of a token that a constraint was told."""
-
-    GOES_ON = 0
-    WHOLE = 1  # accept has said True
-    AGAIN = 2
-    REFUSED = 3  # RequestError
-    UNDONE = 4  # the thread had no time for it
-
-
-class Constraint(Protocol):
-    """Which tokens may come next in one request.
-
-    :meth:`start`, and :meth:`accept` of a token for which :meth:`slow` is True, run in a thread,
-    one at a time; nothing else is called meanwhile. All the rest runs on the event loop and takes
-    microseconds.
-    """
-
-    def slow(self, token: int | None) -> bool:
-        """``accept(token)``, or ``start()`` for None, may take long: it is work for a thread."""
-        return False
-
-    def start(self) -> None:
-        """Called once, before everything but :meth:`slow`: makes the first mask.
-
-        Raises:
-            RequestError: no token can begin.
-        """
-        return None
-
-    def mask(self) -> bytes:
-        """Bit ``t % 32`` of int32 word ``t // 32`` is set where token ``t`` may come next;
-        b"": all.
-
-        At least one is set, from :meth:`start` until :meth:`accept` says True or raises.
-        """
-
-    def holds(self, ahead: int) -> bool:
-        """The mask will be the same after ``ahead`` more tokens; if not,
-        :meth:`accept` raises Again.
-
-        True for 0, and never takes back what it has said of the same token.
-        """
-
-    def accept(self, token: int) -> bool:
-        """Go on by ``token``, and make the next mask. True: only an end token could follow.
-
-        Raises:
-            RequestError: ``token`` was not allowed, or no token can follow.
-            Again: ``token`` is not taken; the mask says now what may come in its place.
-        """
 
 
 _MAX_INT32 = (1 << 31) - 1

@@ -10,9 +10,10 @@ from array import array
 from collections.abc import Collection, Iterable
 
 from asyncllm.codec import INT32
+from asyncllm.constrain.protocol import ResampleToken, Verdict
 from asyncllm.core.lives import Lives
 from asyncllm.core.masking import CHEAP_S, Job
-from asyncllm.core.request import Again, Reason, Verdict
+from asyncllm.core.request import Reason
 from asyncllm.core.steps import NO_TOKEN, Emitted, Lane, Request, Row, Step
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
@@ -87,7 +88,7 @@ class Core(Lives):
             if lane.planned < lane.fill_len:
                 filling.append(req)
             elif req.constraint is not None and (
-                req.todo or not req.constraint.holds(req.ahead(lane))
+                req.todo or not req.constraint.mask_is_stable_for(req.ahead(lane))
             ):
                 pass  # what may come next depends on a token that is not known or accepted yet
             elif lane.planned < req.final_len and budget:
@@ -270,7 +271,7 @@ class Core(Lives):
             except RequestError as error:
                 self._end(req, Reason.ERROR, failure=Failure.of(error))
                 return
-            except Again:
+            except ResampleToken:
                 self._again(req)
                 return
             req.todo.popleft()

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from asyncllm.codec import INT32, INT64
-from asyncllm.core.request import Constraint, SamplingParams
+from asyncllm.constrain.protocol import Constraint
+from asyncllm.core.request import SamplingParams
 from asyncllm.messages import MAX_COUNT, StepDone, StepPlan
 
 NO_TOKEN = -1  # in a plan: the lane's last sampled token; in a result: none came out

@@ -107,10 +107,11 @@ class CpuPages:
 
     Args:
         memory: [num, size] bytes, e.g. shared with another process; None: of its own.
+        shared: where other processes find it; "": nowhere.
     """
 
-    def __init__(self, num: int, size: int, memory: Tensor | None = None) -> None:
-        self.num, self.size = num, size
+    def __init__(self, num: int, size: int, memory: Tensor | None = None, shared: str = "") -> None:
+        self.num, self.size, self.shared = num, size, shared
         self._memory = torch.zeros(num, size, dtype=torch.uint8) if memory is None else memory
 
     def fill(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> Done:
@@ -145,7 +146,11 @@ class CudaCopied:
 
 class CudaPages:
     """Pages on the device, each with pinned memory on the host if that is asked for; copies go
-    through a stream of their own, beside the steps."""
+    through a stream of their own, beside the steps.
+
+    Attributes:
+        all: [num, size] bytes.
+    """
 
     def __init__(self, num: int, size: int, device: torch.device) -> None:
         # imported here: Triton need not exist where there is no GPU
@@ -154,16 +159,16 @@ class CudaPages:
         self._kernels = kv_rows
         self.num, self.size, self._device = num, size, device
         self._stream = torch.cuda.Stream(device)
-        self._pages = torch.zeros(num, size, dtype=torch.uint8, device=device)
+        self.all = torch.zeros(num, size, dtype=torch.uint8, device=device)
         self._host: Tensor | None = None
 
     def fill(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> CudaCopied:
         column, size = _column(slots).pin_memory(), len(slots) * strips.width
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             there = column.to(self._device, non_blocking=True)
-            self._kernels.rows_to_page(strips.table, strips.word, there, self._pages[page])
+            self._kernels.rows_to_page(strips.table, strips.word, there, self.all[page])
             if host:
-                self._pinned[page, :size].copy_(self._pages[page, :size], non_blocking=True)
+                self._pinned[page, :size].copy_(self.all[page, :size], non_blocking=True)
             return self._recorded(column)
 
     def empty(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> CudaCopied:
@@ -171,15 +176,15 @@ class CudaPages:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             there = column.to(self._device, non_blocking=True)
             if host:
-                self._pages[page, :size].copy_(self._pinned[page, :size], non_blocking=True)
-            self._kernels.page_to_rows(strips.table, strips.word, there, self._pages[page])
+                self.all[page, :size].copy_(self._pinned[page, :size], non_blocking=True)
+            self._kernels.page_to_rows(strips.table, strips.word, there, self.all[page])
             return self._recorded(column)
 
     def host(self, page: int) -> memoryview:
         return self._pinned[page].numpy().data
 
     def device(self, page: int) -> Tensor:
-        return self._pages[page]
+        return self.all[page]
 
     @property
     def _pinned(self) -> Tensor:
@@ -196,8 +201,3 @@ class CudaPages:
 
 def _column(slots: array[int]) -> Tensor:
     return torch.frombuffer(slots, dtype=torch.int32) if slots else torch.zeros(0).int()
-
-
-def make_pages(num: int, size: int, device: torch.device) -> CpuPages | CudaPages:
-    """Pages on the device that holds the K/V."""
-    return CudaPages(num, size, device) if device.type == "cuda" else CpuPages(num, size)

@@ -13,7 +13,6 @@ from asyncllm.messages.checks import MAX_RID as MAX_RID
 from asyncllm.messages.cluster import AskNodes as AskNodes
 from asyncllm.messages.cluster import AskServing as AskServing
 from asyncllm.messages.cluster import DirectorStats as DirectorStats
-from asyncllm.messages.cluster import Listening as Listening
 from asyncllm.messages.cluster import NodesTold as NodesTold
 from asyncllm.messages.cluster import Serving as Serving
 from asyncllm.messages.moving import Arrived as Arrived
@@ -74,3 +73,5 @@ from asyncllm.messages.step import Release as Release
 from asyncllm.messages.step import Reserve as Reserve
 from asyncllm.messages.step import StepDone as StepDone
 from asyncllm.messages.step import StepPlan as StepPlan
+from asyncllm.messages.transfer import Listening as Listening
+from asyncllm.messages.transfer import TransferStats as TransferStats

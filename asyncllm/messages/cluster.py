@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from asyncllm.codec import Message, message
 from asyncllm.messages.checks import are_counts
-from asyncllm.records import KvWire
 
 
 @message(90)
@@ -61,15 +60,3 @@ class DirectorStats(Message):
     handovers: int = 0
     reserve_ms: int = 0
     handover_ms: int = 0
-
-
-@message(95)
-class Listening(Message):
-    """kv_transfer -> agent: where this rank takes K/V, and what it keeps them in."""
-
-    endpoint: int
-    address: str
-    wire: KvWire
-
-    def valid(self) -> bool:
-        return are_counts(self.endpoint) and self.wire.valid

@@ -6,7 +6,7 @@ Knows no actor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -15,11 +15,13 @@ import torch
 
 from asyncllm import log, templates
 from asyncllm.api.common.chat_template import USED
+from asyncllm.api.parsing import reasoning, tools
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
 from asyncllm.config import Config
-from asyncllm.constrain.engine import Grammars
-from asyncllm.constraining import load_constraints, load_grammars
-from asyncllm.core.constraints import Constraints
+from asyncllm.constrain.factory import Constraints, unconstrained
+from asyncllm.constrain.llguidance_backend import Grammars
+from asyncllm.constrain.reasoning import ReasoningMarks
+from asyncllm.constrain.vocabulary import Vocabulary
 from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
@@ -254,3 +256,47 @@ def _load_device(
             num_sliding=0 if plan.window is None else plan.num.sliding,
         )
     return device
+
+
+def load_grammars(
+    text: Text, dialect: Dialect, vocab_size: int, eos_ids: Sequence[int]
+) -> Grammars:
+    """Grammars of the model's tokens; special ones are no text, but for the marks of calls."""
+    marks = tools.special_tokens(dialect.calls)
+    return Grammars(text.pieces, vocab_size, eos_ids, text.special, marks)
+
+
+def load_constraints(
+    text: Text,
+    dialect: Dialect,
+    vocab_size: int,
+    eos_ids: tuple[int, ...],
+    *,
+    grammars: Grammars | None,
+    heals: bool,
+) -> Constraints:
+    """What makes the constraints of requests.
+
+    Args:
+        grammars: None: constrained output is off.
+        heals: for --token_healing_mode.
+
+    Raises:
+        StartupError: tokens cannot be healed.
+    """
+    if heals and text.table is None:
+        raise StartupError(
+            "--token_healing_mode: this tokenizer's tokens have no text of their own"
+        )
+    style, vocab, thinking = dialect.reasoning, None, None
+    if style or heals:
+        vocab = Vocabulary(text.pieces, vocab_size, text.special)
+        if style:
+            thinking = ReasoningMarks(vocab, reasoning.tags(style, frozenset(text.pieces)), eos_ids)
+    return Constraints(
+        vocab_size,
+        eos_ids,
+        unconstrained if grammars is None else grammars.constrain,
+        thinking,
+        vocab,
+    )

@@ -21,9 +21,10 @@ import pytest
 from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.codec import decode, encode, i32
-from asyncllm.core.constraints import Constraints
+from asyncllm.constrain.factory import Constraints
+from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.radix import Node, RadixTree
-from asyncllm.core.request import Constraint, SamplingParams
+from asyncllm.core.request import SamplingParams
 from asyncllm.core.slots import Ledger
 from asyncllm.core.window_radix import _is_unread
 from asyncllm.core.window_slots import WindowLedger
@@ -92,7 +93,7 @@ class FakeConstraint(Constraint):
             words[token // 32] |= 1 << token % 32
         return array("I", words).tobytes()
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0
 
     def accept(self, token: int) -> bool:

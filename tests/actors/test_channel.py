@@ -191,7 +191,7 @@ def test_who_does_not_fit_is_told_why_and_nobody_else_notices(
         for end in (good, bad):
             end.channel.dial("127.0.0.1", one.channel.port)
         async with running(one, good, bad):
-            await until(lambda: bad.owner.refused and one.owner.joined)
+            await until(lambda: bad.owner.refused and good.owner.joined)
             good.tell(7)
             await until(lambda: one.owner.got)
             assert [each.card.role for each in one.owner.joined] == ["prefill"]

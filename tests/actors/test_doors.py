@@ -26,7 +26,8 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import Duty, Means, Watchdog
 from asyncllm.codec import Column, encode, field_types, i32, registered
-from asyncllm.core.request import GRAMMARS, Constraint, Reason, SamplingParams
+from asyncllm.constrain.protocol import Constraint
+from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
 from asyncllm.errors import RequestError
 from asyncllm.messages import FRONTEND_SHIFT, Finished, Hello, StepDone, StepPlan, Submit
 from asyncllm.topology import Contract, Topology
@@ -36,7 +37,11 @@ VOCAB, MAX_LEN, LANES, SLOTS = 50, 24, 4, 64
 CONTRACT = Contract(protocol="p", options="o")
 NAMES = ("allocator", "grammar", "scheduler", "balancer", "lockstep", "runner", "detokenizer",
          "tokenizer", "frontend", "watchdog", "nobody")  # fmt: skip
-TYPES = {cls: tag for cls, tag in registered().items() if cls.__module__ == messages.__name__}
+TYPES = {
+    cls: tag
+    for cls, tag in registered().items()
+    if f"{cls.__module__}.".startswith(f"{messages.__name__}.")
+}
 PARAMS = field_types(SamplingParams)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyncllm.constrain.engine import Grammars
+from asyncllm.constrain.llguidance_backend import Grammars
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncllm.constrain.engine import Grammars, TooSlow
+from asyncllm.constrain.llguidance_backend import Grammars, TooSlow
 from asyncllm.errors import RequestError
 from asyncllm.text import load_tokenizer
 from tests.constrain.walks import allowed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncllm.constrain.engine import Grammars
+from asyncllm.constrain.llguidance_backend import Grammars
 from tests.constrain.walks import byte_grammars, matcher, takes
 
 

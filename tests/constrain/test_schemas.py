@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from asyncllm.api.parsing.tools import Tool, call_forms
-from asyncllm.constrain.engine import Grammars
+from asyncllm.constrain.llguidance_backend import Grammars
 from asyncllm.errors import RequestError
 from tests.constrain.walks import allowed, byte_grammars, matcher, takes, walk, written
 

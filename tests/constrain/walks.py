@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from asyncllm.constrain.engine import Grammars, Matcher
+from asyncllm.constrain.llguidance_backend import Grammars, Matcher
 from asyncllm.errors import RequestError
 
 EOS = 256

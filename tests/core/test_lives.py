@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from asyncllm.core.constraints import Constraints
+from asyncllm.constrain.factory import Constraints
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.windows import Window
 from asyncllm.messages import Abort

@@ -8,9 +8,10 @@ from itertools import accumulate, count
 
 import pytest
 
+from asyncllm.constrain.protocol import Constraint, ResampleToken, Verdict
 from asyncllm.core import masking
 from asyncllm.core.masking import Job, Line
-from asyncllm.core.request import Again, Constraint, Reason, SamplingParams, Verdict
+from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Request, Step
 from asyncllm.errors import RequestError
@@ -36,14 +37,14 @@ class Slow(Constraint):
     def mask(self) -> bytes:
         return bytes([1 + len(self.seen), 0, 0, 0])
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0 or self.loose
 
     def accept(self, token: int) -> bool:
         if token == BAD:
             raise RequestError("not that")
         if token == AGAIN:
-            raise Again
+            raise ResampleToken
         self.seen.append(token)
         return token == WHOLE
 

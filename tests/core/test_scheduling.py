@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from asyncllm.core.request import Again, Constraint, Reason, SamplingParams
+from asyncllm.constrain.protocol import Constraint, ResampleToken
+from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Step
 from asyncllm.core.windows import Window
@@ -66,7 +67,7 @@ class Countdown(Constraint):
     def mask(self) -> bytes:
         return b"" if self.left else b"\1\0\0\0"
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0 or self.left > ahead
 
     def accept(self, token: int) -> bool:
@@ -143,12 +144,12 @@ class Picky(Constraint):
     def mask(self) -> bytes:
         return b"\x40\0\0\0" if self.wants else b""
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0 or not self.wants
 
     def accept(self, token: int) -> bool:
         if self.wants and token != 6:
-            raise Again
+            raise ResampleToken
         self.wants = token == 5
         return False
 

@@ -67,8 +67,8 @@ def send_as_stranger(server: Server, *messages: object) -> None:
                     offer(sock, bytes(msgpack.packb(("watchdog", True))) + encode(msg))
 
 
-def test_a_dead_rank_ends_the_server_and_is_named(demo_dir: Path, tmp_path: Path) -> None:
-    with Server(demo_dir, tmp_path / "log", *TP2) as server:
+def test_a_dead_rank_ends_the_server_and_is_named(tiny_dir: Path, tmp_path: Path) -> None:
+    with Server(tiny_dir, tmp_path / "log", *TP2) as server:
         (child,) = server.children()
         os.kill(child, signal.SIGKILL)
         assert server.process.wait(5) == 1
@@ -76,8 +76,8 @@ def test_a_dead_rank_ends_the_server_and_is_named(demo_dir: Path, tmp_path: Path
         assert "exit code -9" in server.text()
 
 
-def test_no_orphans_when_rank_0_is_killed(demo_dir: Path, tmp_path: Path) -> None:
-    with Server(demo_dir, tmp_path / "log", *TP2, "--httpserver_workers", "2") as server:
+def test_no_orphans_when_rank_0_is_killed(tiny_dir: Path, tmp_path: Path) -> None:
+    with Server(tiny_dir, tmp_path / "log", *TP2, "--httpserver_workers", "2") as server:
         children = server.children()
         assert len(children) == 2
         server.process.kill()
@@ -85,13 +85,11 @@ def test_no_orphans_when_rank_0_is_killed(demo_dir: Path, tmp_path: Path) -> Non
         assert wait_until(lambda: not any(map(alive, children)), 5)
 
 
-def test_a_hung_rank_is_ended_by_the_step_timeout(
-    demo_dir: Path, tmp_path: Path, prose: list[int]
-) -> None:
-    with Server(demo_dir, tmp_path / "log", *TP2, "--step_timeout", "2") as server:
+def test_a_hung_rank_is_ended_by_the_step_timeout(tiny_dir: Path, tmp_path: Path) -> None:
+    with Server(tiny_dir, tmp_path / "log", *TP2, "--step_timeout", "2") as server:
         (child,) = server.children()
         os.kill(child, signal.SIGSTOP)
-        with _asking(server, {"prompt": prose[:5], "max_tokens": 8}):
+        with _asking(server, {"prompt": [3, 4, 5, 6, 7], "max_tokens": 8}):
             assert server.process.wait(15) == 70
         assert "rank 0: a step has not ended for " in server.text()
         assert "in flight: step 1: 1 rows (0 decode), 5 tokens" in server.text()
@@ -169,9 +167,9 @@ def test_http_workers_share_port_and_state(demo_dir: Path, tmp_path: Path) -> No
         assert not any(map(alive, workers))
 
 
-def test_a_child_that_cannot_start_ends_the_server(demo_dir: Path, tmp_path: Path) -> None:
+def test_a_child_that_cannot_start_ends_the_server(tiny_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    server = Server(demo_dir, log, *TP2)
+    server = Server(tiny_dir, log, *TP2)
     with server.failing():
         (child,) = server.first_children(1)
         os.kill(child, signal.SIGKILL)
@@ -220,10 +218,10 @@ sys.exit(cli.main(sys.argv[1:]))
     ("option", "name"), [("--tp", "rank 1"), ("--httpserver_workers", "HTTP worker 1")]
 )
 def test_processes_that_do_not_fit_end_with_one_line_and_exit_code_2(
-    demo_dir: Path, option: str, name: str
+    tiny_dir: Path, option: str, name: str
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", MISLED, "--model_dir", str(demo_dir), "--port", str(free_port()),
+        [sys.executable, "-c", MISLED, "--model_dir", str(tiny_dir), "--port", str(free_port()),
          *SMALL, "--data_type", "fp32", option, "2"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -235,9 +233,9 @@ def test_processes_that_do_not_fit_end_with_one_line_and_exit_code_2(
     assert "Traceback" not in done.stderr
 
 
-def test_two_servers_side_by_side(demo_dir: Path, tmp_path: Path) -> None:
+def test_two_servers_side_by_side(tiny_dir: Path, tmp_path: Path) -> None:
     starting = [
-        Server(demo_dir, tmp_path / name, *SMALL, "--httpserver_workers", "2") for name in "ab"
+        Server(tiny_dir, tmp_path / name, *SMALL, "--httpserver_workers", "2") for name in "ab"
     ]
     with starting[0] as a, starting[1] as b:
         for server in (a, b):
@@ -287,11 +285,11 @@ def test_drain_timeout_aborts_what_runs(demo_dir: Path, tmp_path: Path) -> None:
         assert server.process.wait(10) == 0
 
 
-def test_a_busy_port_is_one_line_and_exit_code_2(demo_dir: Path) -> None:
+def test_a_busy_port_is_one_line_and_exit_code_2(tiny_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, "-m", "asyncllm", "--port", str(port), "--model_dir", str(demo_dir)],
+            [sys.executable, "-m", "asyncllm", "--port", str(port), "--model_dir", str(tiny_dir)],
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
     assert done.returncode == 2

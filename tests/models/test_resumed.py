@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from asyncllm.codec import i32
-from asyncllm.constrain.engine import Grammars
-from asyncllm.core.constraints import Constraints
+from asyncllm.constrain.factory import Constraints
+from asyncllm.constrain.llguidance_backend import Grammars
+from asyncllm.constrain.reasoning import Rules, Tags
+from asyncllm.constrain.vocabulary import Vocabulary
 from asyncllm.core.request import SamplingParams
-from asyncllm.core.thinking import Rules, Tags
-from asyncllm.core.vocabulary import Vocabulary
 from asyncllm.engine.device import CpuDevice
 from asyncllm.messages import Finished, Submit, Tokens
 from tests.actors.fake_device import World

@@ -34,7 +34,7 @@ DISPLAYS: Final = ("summarized", "omitted")
 
 
 @dataclass(frozen=True, slots=True)
-class Thinking:
+class ThinkingOptions:
     """What ``thinking`` asks for. ``most``: tokens of it, None: no limit."""
 
     on: bool
@@ -50,7 +50,7 @@ class Output:
     grammar: Grammar | None = None
 
 
-def thinking(value: Any, name: str) -> Thinking:
+def thinking(value: Any, name: str) -> ThinkingOptions:
     """Whether the model is to think, and for how long. Raises RequestError."""
     kind, display = value.get("type"), value.get("display")
     if kind not in THINKING:
@@ -66,7 +66,7 @@ def thinking(value: Any, name: str) -> Thinking:
             reject(
                 f"{name}.budget_tokens: {preview(most)} is not in {limit}", f"{name}.budget_tokens"
             )
-    return Thinking(kind != "disabled", most, display == "omitted")
+    return ThinkingOptions(kind != "disabled", most, display == "omitted")
 
 
 def output_format(value: Any, name: str) -> Grammar | None:
@@ -174,7 +174,7 @@ def count(body: Body, served: ServedModel) -> bytes:
 
 def _prepared(values: dict[str, Any], served: ServedModel) -> ChatPrompt:
     output: Output = values["output_config"]
-    thoughts: Thinking | None = values["thinking"]
+    thoughts: ThinkingOptions | None = values["thinking"]
     if output.grammar is not None and values["output_format"] is not None:
         reject("output_config.format and output_format exclude each other", "output_format")
     grammar = output.grammar or values["output_format"]

@@ -15,10 +15,10 @@ from asyncllm.api.parsing.events import Call, Event, Reasoning, Text
 from asyncllm.api.parsing.scanner import SPACE, Incremental, Marks, Run
 from asyncllm.api.parsing.tools import deepseek
 from asyncllm.api.parsing.tools.base import ToolParser
-from asyncllm.core.thinking import Tags
+from asyncllm.constrain.reasoning import ReasoningTags
 
-State = Literal["open", "closed", "none"]
-OPENED: Final[dict[State, bool | None]] = {"open": True, "closed": False, "none": None}
+PromptState = Literal["open", "closed", "none"]
+OPENED: Final[dict[PromptState, bool | None]] = {"open": True, "closed": False, "none": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def make_reasoning(format_name: str, *, opened: bool | None) -> ReasoningParser:
     """
     if format_name == "gpt-oss":
         return _Harmony(opened)
-    return _Tagged(_FORMATS[format_name], opened)
+    return _TaggedReasoning(_FORMATS[format_name], opened)
 
 
 def detect_format(template: str) -> str | None:
@@ -122,7 +122,7 @@ def special_tokens(format_name: str) -> tuple[str, ...]:
     return tuple(tag for pair in style.pairs for tag in pair) + style.ends
 
 
-def tags(format_name: str, pieces: Container[bytes]) -> Tags:
+def tags(format_name: str, pieces: Container[bytes]) -> ReasoningTags:
     """The marks of a format, for the tokens of a model.
 
     Args:
@@ -133,7 +133,7 @@ def tags(format_name: str, pieces: Container[bytes]) -> Tags:
     """
     if format_name == "gpt-oss":
         final = b"<|channel|>final<|message|>"
-        return Tags(
+        return ReasoningTags(
             begins=(b"<|channel|>analysis<|message|>",),
             ends=(b"<|end|>", b"<|start|>"),
             close=b"<|end|><|start|>assistant" + final,
@@ -142,7 +142,7 @@ def tags(format_name: str, pieces: Container[bytes]) -> Tags:
     style = _FORMATS[format_name]
     pairs = [(begin.encode(), end.encode()) for begin, end in style.pairs]
     _, close = next((pair for pair in pairs if pair[0] in pieces), pairs[0])
-    return Tags(
+    return ReasoningTags(
         begins=tuple(begin for begin, _ in pairs),
         ends=tuple(end for _, end in pairs),
         close=close,
@@ -150,7 +150,7 @@ def tags(format_name: str, pieces: Container[bytes]) -> Tags:
     )
 
 
-def prompt_state(format_name: str, rendered_prompt: str, continued: str = "") -> State:
+def prompt_state(format_name: str, rendered_prompt: str, continued: str = "") -> PromptState:
     """Where the answer to a prompt begins: inside reasoning, behind it, or neither.
 
     Only the end of the prompt counts: tags in older messages say nothing.
@@ -230,7 +230,7 @@ class Splitter:
         return [Text(text)] if text else []
 
 
-class _Tagged(ReasoningParser):
+class _TaggedReasoning(ReasoningParser):
     """One piece of reasoning, at the beginning; later tags are content."""
 
     def __init__(self, style: _Think, opened: bool | None) -> None:

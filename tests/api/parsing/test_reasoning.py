@@ -18,8 +18,8 @@ from asyncllm.api.parsing.reasoning import (
     tags,
 )
 from asyncllm.api.parsing.tools import CallStart, Event, Reasoning, Text, Tool, make_parser
-from asyncllm.core.thinking import Rules, Thinking
-from asyncllm.core.vocabulary import Vocabulary
+from asyncllm.constrain.reasoning import ReasoningConstraint, ReasoningMarks
+from asyncllm.constrain.vocabulary import Vocabulary
 
 EXAMPLES = settings(
     derandomize=True,
@@ -75,8 +75,8 @@ def test_the_limit_sees_reasoning_where_the_parser_does(
     format_name: str, pieces: list[str], state: bool
 ) -> None:
     text = "".join(pieces)
-    rules = Rules(BYTES, tags(format_name, frozenset()), ())
-    constraint = Thinking(rules, opened=state, limit=10**6, answer=None)
+    rules = ReasoningMarks(BYTES, tags(format_name, frozenset()), ())
+    constraint = ReasoningConstraint(rules, opened=state, limit=10**6, answer=None)
     for byte in text.encode():
         constraint.accept(byte)
     parser = make_reasoning(format_name, opened=state or None)

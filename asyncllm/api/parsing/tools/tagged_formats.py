@@ -16,7 +16,7 @@ from asyncllm.api.parsing.tools.schema import argument_json, argument_types
 MAX_KEY: Final = 1024
 
 
-class _Tagged(ToolParser):
+class _TaggedCalls(ToolParser):
     """What both have in common: arguments one by one."""
 
     def _key(self, key: str, num_args: int) -> None:
@@ -28,7 +28,7 @@ class _Tagged(ToolParser):
         self._end()
 
 
-class Qwen3Coder(_Tagged):
+class Qwen3Coder(_TaggedCalls):
     """``<tool_call><function=name><parameter=key>value</parameter></function></tool_call>``.
 
     One line break after a parameter's begin tag and one before its end tag are not the value's.
@@ -115,7 +115,7 @@ class Qwen3Coder(_Tagged):
         return False
 
 
-class Glm47(_Tagged):
+class Glm47(_TaggedCalls):
     """``<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>``."""
 
     marks = Marks("<tool_call>")

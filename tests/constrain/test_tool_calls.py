@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from asyncllm.core.calls import Calls
-from asyncllm.core.request import Again, Constraint
-from asyncllm.core.thinking import Rules, Tags, Thinking
-from asyncllm.core.vocabulary import Vocabulary, bits
+from asyncllm.constrain.protocol import Constraint, ResampleToken
+from asyncllm.constrain.reasoning import ReasoningConstraint, ReasoningMarks, ReasoningTags
+from asyncllm.constrain.tool_calls import ToolCallConstraint
+from asyncllm.constrain.vocabulary import Vocabulary, bits
 
 # one token for each
 WORDS = [
@@ -52,7 +52,7 @@ class Parens(Constraint):
     def mask(self) -> bytes:
         return bits([WORDS.index(b"x"), WORDS.index(b")")] if self.text else [7], len(WORDS))
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0
 
     def accept(self, token: int) -> bool:
@@ -61,19 +61,19 @@ class Parens(Constraint):
         return WORDS[token] == b")"
 
 
-def calls(thinking: Thinking | None = None) -> Calls:
-    return Calls(b"<call>", Parens(), len(WORDS), thinking)
+def calls(thinking: ReasoningConstraint | None = None) -> ToolCallConstraint:
+    return ToolCallConstraint(b"<call>", Parens(), len(WORDS), thinking)
 
 
-def feed(made: Calls, *words: bytes) -> None:
+def feed(made: ToolCallConstraint, *words: bytes) -> None:
     for word in words:
         assert not made.accept(WORDS.index(word))
 
 
-def free(made: Calls) -> bool:
+def free(made: ToolCallConstraint) -> bool:
     """Any token may come, and nothing waits."""
-    assert made.holds(2) is (made.mask() == b"")
-    return made.holds(2)
+    assert made.mask_is_stable_for(2) is (made.mask() == b"")
+    return made.mask_is_stable_for(2)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_the_form_holds_from_the_mark_to_its_end(words: tuple[bytes, ...]) -> No
 def test_a_token_that_came_before_its_mask_was_known() -> None:
     made = calls()
     feed(made, b"<call>")
-    with pytest.raises(Again):
+    with pytest.raises(ResampleToken):
         made.accept(WORDS.index(b"a"))
     feed(made, b"(", b"x")
-    with pytest.raises(Again):
+    with pytest.raises(ResampleToken):
         made.accept(WORDS.index(b"</s>"))
     feed(made, b")")
     assert free(made)
@@ -118,10 +118,14 @@ def test_a_token_with_the_mark_and_more_that_does_not_fit_is_not_taken_twice() -
     feed(made, b"<", b"call")
     wrong = [WORDS.index(word) for word in (b">!", b">?")]
     for token in wrong:
-        with pytest.raises(Again):
+        with pytest.raises(ResampleToken):
             made.accept(token)
     others = set(range(len(WORDS))) - set(wrong)
-    assert (made.mask(), made.holds(0), made.holds(1)) == (bits(others, len(WORDS)), True, False)
+    assert (made.mask(), made.mask_is_stable_for(0), made.mask_is_stable_for(1)) == (
+        bits(others, len(WORDS)),
+        True,
+        False,
+    )
     feed(made, b">(")
     assert not free(made)
     feed(made, b")", b"b<call>(x")
@@ -129,9 +133,9 @@ def test_a_token_with_the_mark_and_more_that_does_not_fit_is_not_taken_twice() -
 
 
 def test_marks_in_reasoning_begin_nothing() -> None:
-    tags = Tags(begins=(b"<t>",), ends=(b"</t>",), close=b"</t>")
-    rules = Rules(VOCAB, tags, (10,))
-    made = calls(Thinking(rules, opened=False, limit=None, answer=None))
+    tags = ReasoningTags(begins=(b"<t>",), ends=(b"</t>",), close=b"</t>")
+    rules = ReasoningMarks(VOCAB, tags, (10,))
+    made = calls(ReasoningConstraint(rules, opened=False, limit=None, answer=None))
     feed(made, b"<t>", b"<call>", b"a", b"<", b"call")
     assert free(made)
     feed(made, b"</t>", b">", b"a")
@@ -141,11 +145,11 @@ def test_marks_in_reasoning_begin_nothing() -> None:
 
 
 def test_a_limit_of_reasoning_is_kept() -> None:
-    tags = Tags(begins=(b"<t>",), ends=(b"</t>",), close=b"</t>")
-    rules = Rules(VOCAB, tags, (10,))
-    made = calls(Thinking(rules, opened=True, limit=3, answer=None))
+    tags = ReasoningTags(begins=(b"<t>",), ends=(b"</t>",), close=b"</t>")
+    rules = ReasoningMarks(VOCAB, tags, (10,))
+    made = calls(ReasoningConstraint(rules, opened=True, limit=3, answer=None))
     feed(made, b"a", b"a")
-    assert (made.holds(1), made.mask()) == (False, b"")
+    assert (made.mask_is_stable_for(1), made.mask()) == (False, b"")
     feed(made, b"a")
     assert made.mask() == bits([WORDS.index(b"</t>")], len(WORDS))
     feed(made, b"</t>", b"<call>")

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
-from asyncllm.constrain import numbers, regex
-from asyncllm.constrain.atoms import Const, Form, Number, String
-from asyncllm.constrain.formats import FORMATS
-from asyncllm.constrain.jsontext import scalar, string
-from asyncllm.constrain.regex import code_text
-from asyncllm.constrain.rules import Node, ends, times
+from asyncllm.constrain.grammars import numbers, regex
+from asyncllm.constrain.grammars.atoms import Const, Form, Number, String
+from asyncllm.constrain.grammars.formats import FORMATS
+from asyncllm.constrain.grammars.jsontext import scalar, string
+from asyncllm.constrain.grammars.regex import code_text
+from asyncllm.constrain.grammars.rules import Node, ends, times
 
 # a character of a string that is held to no pattern: any spelling of one that UTF-8 can hold
 _HALVES: Final = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"

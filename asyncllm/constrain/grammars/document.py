@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Final, NoReturn
 from urllib.parse import unquote, urldefrag, urljoin
 
-from asyncllm.constrain.jsontext import MAX_DEPTH
+from asyncllm.constrain.grammars.jsontext import MAX_DEPTH
 from asyncllm.errors import RequestError
 from asyncllm.plain import Json, JsonObject
 
@@ -25,7 +25,7 @@ class Document:
     """Numbers the schemas of one document. 0 is what always holds, 1 what never does.
 
     Args:
-        root: JSON, as :func:`asyncllm.constrain.jsontext.load` gives it.
+        root: JSON, as :func:`asyncllm.constrain.grammars.jsontext.load` gives it.
 
     Raises:
         RequestError: it nests too deeply, or a name stands for two schemas.

@@ -7,11 +7,11 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncllm.core.constraints import Constraints
-from asyncllm.core.healing import Healing
+from asyncllm.constrain.factory import Constraints
+from asyncllm.constrain.healing import Healing
+from asyncllm.constrain.vocabulary import Vocabulary, passes
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.scheduling import Core
-from asyncllm.core.vocabulary import Vocabulary, passes
 from asyncllm.messages import Granted
 
 PIECES = [b"<s>", b"a", b"b", b"ab", b"abc", b"bc", b"c", b"<", b"", b"ba"]
@@ -25,12 +25,12 @@ def passing(mask: bytes) -> set[bytes]:
 def test_only_what_agrees_with_the_text_may_come_until_it_is_said() -> None:
     healing = Healing(VOCAB, [b"a", b"b"])
     assert passing(healing.mask()) == {b"a", b"ab", b"abc"}
-    assert not healing.holds(1)
+    assert not healing.mask_is_stable_for(1)
     healing.accept(1)
     assert passing(healing.mask()) == {b"b", b"bc", b"ba"}
     healing.accept(5)
     assert healing.mask() == b""
-    assert healing.holds(5)
+    assert healing.mask_is_stable_for(5)
 
 
 def test_tokens_get_no_shorter_unless_there_is_no_other_way() -> None:

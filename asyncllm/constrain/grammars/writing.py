@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from asyncllm.constrain import terms
-from asyncllm.constrain.atoms import (
+from asyncllm.constrain.grammars import terms
+from asyncllm.constrain.grammars.atoms import (
     FREE,
     Array,
     Atom,
@@ -23,9 +23,9 @@ from asyncllm.constrain.atoms import (
     Schemas,
     String,
 )
-from asyncllm.constrain.document import Document
-from asyncllm.constrain.jsontext import load, string
-from asyncllm.constrain.rules import (
+from asyncllm.constrain.grammars.document import Document
+from asyncllm.constrain.grammars.jsontext import load, string
+from asyncllm.constrain.grammars.rules import (
     EMPTY,
     NOTHING,
     Alt,
@@ -39,7 +39,7 @@ from asyncllm.constrain.rules import (
     times,
     written,
 )
-from asyncllm.constrain.schema import Matches, Meaning
+from asyncllm.constrain.grammars.schema import Matches, Meaning
 from asyncllm.errors import RequestError
 from asyncllm.plain import Json
 

@@ -24,8 +24,8 @@ from asyncllm.api.parsing.tools import (
     spelling,
     tags,
 )
-from asyncllm.constrain import engine
-from asyncllm.constrain.engine import Grammars, Matcher
+from asyncllm.constrain import llguidance_backend as engine
+from asyncllm.constrain.llguidance_backend import Grammars, Matcher
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.text import Text, load_tokenizer
 

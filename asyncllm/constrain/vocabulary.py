@@ -79,7 +79,7 @@ def _after(text: bytes) -> bytes:
 
 
 def bits(tokens: Collection[int], vocab_size: int) -> bytes:
-    """The mask that ``tokens`` pass; see :class:`asyncllm.core.request.Constraint`."""
+    """The mask that ``tokens`` pass; see :class:`asyncllm.constrain.protocol.Constraint`."""
     mask = bytearray(-(-vocab_size // 32) * 4)
     for token in tokens:
         if token < vocab_size:

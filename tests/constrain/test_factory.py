@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from asyncllm.core.constraints import Constraints
+from asyncllm.constrain.factory import Constraints
+from asyncllm.constrain.vocabulary import bits
 from asyncllm.core.request import SamplingParams
-from asyncllm.core.vocabulary import bits
 from asyncllm.errors import RequestError
 
 
@@ -28,7 +28,7 @@ def test_only_the_listed_tokens_and_the_ends() -> None:
     assert allowed is not None
     for token in (5, 7, 5):
         assert members(allowed.mask()) == {2, 5, 7, 60}
-        assert allowed.holds(3)
+        assert allowed.mask_is_stable_for(3)
         assert not allowed.accept(token)
     endless = constraints.of(SamplingParams(allowed_token_ids=(5,), ignore_eos=True))
     assert endless is not None

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from asyncllm.constrain import terms
-from asyncllm.constrain.atoms import Atom, Const, Form, Number, Object, Schemas, String
-from asyncllm.constrain.rules import Alt, Node, Repeat, Seq, Term, finite, written
-from asyncllm.constrain.writing import LOOSE, Possible, Writer
+from asyncllm.constrain.grammars import terms
+from asyncllm.constrain.grammars.atoms import Atom, Const, Form, Number, Object, Schemas, String
+from asyncllm.constrain.grammars.rules import Alt, Node, Repeat, Seq, Term, finite, written
+from asyncllm.constrain.grammars.writing import LOOSE, Possible, Writer
 from asyncllm.plain import JsonObject, typed
 
 

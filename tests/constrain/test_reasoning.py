@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncllm.core.request import Again, Constraint
-from asyncllm.core.thinking import Rules, Tags, Thinking
-from asyncllm.core.vocabulary import Vocabulary, bits, passes
+from asyncllm.constrain.protocol import Constraint, ResampleToken
+from asyncllm.constrain.reasoning import ReasoningConstraint, ReasoningMarks, ReasoningTags
+from asyncllm.constrain.vocabulary import Vocabulary, bits, passes
 
 EOS = 0
 ORDINARY = [bytes([c]) for c in b"abc <>/think{}\n"]
@@ -18,9 +18,11 @@ PIECES = [b"</s>", *dict.fromkeys([*ORDINARY, b"<think>", b"</think>", b"\n\n", 
           b">{", b">\n", b"ab", b"</think>{", b"CALL"])]  # fmt: skip
 IDS = {piece: i for i, piece in enumerate(PIECES)}
 VOCAB = Vocabulary(PIECES, len(PIECES) + 3)
-THINK = Tags(begins=(b"<think>",), ends=(b"</think>",), close=b"</think>", strays=(b"CALL",))
+THINK = ReasoningTags(
+    begins=(b"<think>",), ends=(b"</think>",), close=b"</think>", strays=(b"CALL",)
+)
 SPELLED = [piece for piece in PIECES if piece not in (b"<think>", b"</think>", b"</think>{")]
-RULES = Rules(VOCAB, THINK, (EOS, 999))
+RULES = ReasoningMarks(VOCAB, THINK, (EOS, 999))
 
 
 class Braces(Constraint):
@@ -34,7 +36,7 @@ class Braces(Constraint):
         ids = [EOS] if self.text.endswith(b"}") else [IDS[piece] for piece in pieces]
         return bits(ids, VOCAB.size)
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0
 
     def accept(self, token: int) -> bool:
@@ -43,8 +45,8 @@ class Braces(Constraint):
         return self.text.endswith(b"}")
 
 
-def thinking(opened: bool, limit: int | None, answer: Constraint | None, rules: Rules = RULES) -> Thinking:  # fmt: skip
-    return Thinking(rules, opened=opened, limit=limit, answer=answer)
+def thinking(opened: bool, limit: int | None, answer: Constraint | None, rules: ReasoningMarks = RULES) -> ReasoningConstraint:  # fmt: skip
+    return ReasoningConstraint(rules, opened=opened, limit=limit, answer=answer)
 
 
 def spell(text: bytes, *tokens: bytes) -> list[int]:
@@ -57,7 +59,7 @@ def spell(text: bytes, *tokens: bytes) -> list[int]:
     return out
 
 
-def write(constraint: Thinking, wanted: Iterable[int], most: int = 60) -> bytes:
+def write(constraint: ReasoningConstraint, wanted: Iterable[int], most: int = 60) -> bytes:
     """What comes of a model that wants these tokens, and then ``a`` for ever.
 
     Where it may not have its way it takes the first token that it may. It goes by the mask of the
@@ -68,12 +70,12 @@ def write(constraint: Thinking, wanted: Iterable[int], most: int = 60) -> bytes:
     for _ in range(most):
         mask = constraint.mask() if early is None else early
         assert constraint._answer is not None or mask == constraint.mask()
-        early = mask if constraint.holds(1) else None
+        early = mask if constraint.mask_is_stable_for(1) else None
         wish = wants.pop(0) if wants else IDS[b"a"]
         token = may(mask, wish)
         try:
             whole = constraint.accept(token)
-        except Again:
+        except ResampleToken:
             assert not passes(constraint.mask(), token)
             token, early = may(constraint.mask(), wish), None
             whole = constraint.accept(token)
@@ -101,26 +103,26 @@ def test_reasoning_that_ends_by_itself_is_left_alone_and_so_is_an_answer_without
         wanted = spell(text, b"</think>", b"<think>")
         constraint = thinking(not text.startswith(b"<"), 10, None)
         assert write(constraint, wanted, len(wanted)) == text
-        assert constraint.holds(9)
+        assert constraint.mask_is_stable_for(9)
     plain = thinking(False, 2, None)
     assert write(plain, spell(b"ab<think>abc"), 30).startswith(b"ab<think>abcaaaa")
-    assert plain.holds(9)
+    assert plain.mask_is_stable_for(9)
 
 
 def test_a_limit_far_away_lets_steps_overlap() -> None:
     constraint = thinking(True, 4, None)
     seen = []
     for _ in range(4):
-        seen.append([constraint.holds(ahead) for ahead in (0, 1, 2)])
+        seen.append([constraint.mask_is_stable_for(ahead) for ahead in (0, 1, 2)])
         assert constraint.mask() == b""
         constraint.accept(IDS[b"a"])
     assert seen == [[True] * 3, [True] * 3, [True, True, False], [True, False, False]]
     assert constraint.mask() == bits([IDS[b"</think>"]], VOCAB.size)
-    assert not constraint.holds(1)
+    assert not constraint.mask_is_stable_for(1)
 
 
 def test_a_tag_half_written_is_not_begun_again() -> None:
-    rules = Rules(
+    rules = ReasoningMarks(
         Vocabulary([p if p in SPELLED else b"" for p in PIECES], VOCAB.size), THINK, (EOS,)
     )
     out = write(thinking(True, 5, None, rules), spell(b"abc</th"), 20)
@@ -145,16 +147,16 @@ def test_the_form_begins_behind_reasoning() -> None:
 
 def test_reasoning_does_not_wait_and_what_came_too_early_comes_again() -> None:
     constraint = thinking(True, None, Braces())
-    assert constraint.holds(2)
+    assert constraint.mask_is_stable_for(2)
     constraint.accept(IDS[b"</think>"])
-    assert not constraint.holds(1)
+    assert not constraint.mask_is_stable_for(1)
     for refused in (IDS[b"a"], IDS[b"CALL"], EOS):
-        with pytest.raises(Again):
+        with pytest.raises(ResampleToken):
             constraint.accept(refused)
     assert not constraint.accept(IDS[b"\n\n"])
     assert not constraint.accept(IDS[b"{"])
     assert constraint.accept(IDS[b"}"])
-    assert not thinking(True, 2, Braces()).holds(2)
+    assert not thinking(True, 2, Braces()).mask_is_stable_for(2)
 
 
 def test_without_reasoning_the_form_holds_at_once() -> None:
@@ -189,13 +191,13 @@ def test_whatever_a_model_wants_the_answer_has_its_form(
     assert set(answer.strip()) <= set(b"{}a")
 
 
-HARMONY = Tags(
+HARMONY = ReasoningTags(
     begins=(b"<think>",), ends=(b"</",), close=b"</ab", answer=b"ab"
 )  # channels in miniature: "<think>" opens one, "</" ends it, "ab" begins the answer
 
 
 def test_with_channels_reasoning_may_come_again_and_counts_together() -> None:
-    rules = Rules(VOCAB, HARMONY, (EOS,))
+    rules = ReasoningMarks(VOCAB, HARMONY, (EOS,))
     text = b"<think>cc</ <think>c</ ab{a}"
     wanted = spell(text, b"<think>", b"</", b"ab")
     assert write(thinking(False, None, Braces(), rules), wanted) == text

@@ -10,7 +10,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from asyncllm.constrain.rules import (
+from asyncllm.constrain.grammars.rules import (
     EMPTY,
     NOTHING,
     Alt,

@@ -1,7 +1,6 @@
-"""What restricts the tokens of one request: a grammar, a list of tokens, a limit to reasoning.
+"""Makes the constraint of each request: of its grammar, its tokens, and its limit of reasoning.
 
-Owns the rules that need no grammar; each is a :class:`asyncllm.core.request.Constraint`. Knows
-token ids and their bytes; knows neither text formats nor tensors.
+Knows requests' parameters; knows neither text formats nor tensors.
 """
 
 from __future__ import annotations
@@ -9,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 
-from asyncllm.core.calls import Calls, Form
-from asyncllm.core.healing import Healing
-from asyncllm.core.request import Constraint, SamplingParams
-from asyncllm.core.thinking import Rules, Thinking
-from asyncllm.core.vocabulary import Vocabulary, bits
+from asyncllm.constrain.healing import Healing
+from asyncllm.constrain.protocol import Constraint
+from asyncllm.constrain.reasoning import ReasoningConstraint, ReasoningMarks
+from asyncllm.constrain.token_list import AllowedTokens
+from asyncllm.constrain.tool_calls import CallGrammar, ToolCallConstraint
+from asyncllm.constrain.vocabulary import Vocabulary, bits
+from asyncllm.core.request import SamplingParams
 from asyncllm.errors import RequestError
 
 
@@ -37,8 +38,8 @@ class Constraints:
         self,
         vocab_size: int,
         eos_ids: Collection[int],
-        grammar: Callable[[str, str], Form] = unconstrained,
-        thinking: Rules | None = None,
+        grammar: Callable[[str, str], CallGrammar] = unconstrained,
+        thinking: ReasoningMarks | None = None,
         vocab: Vocabulary | None = None,
     ) -> None:
         self._vocab_size, self._eos_ids, self._grammar = vocab_size, eos_ids, grammar
@@ -63,7 +64,7 @@ class Constraints:
             and thoughts in ("open", "none")
             and (grammar or limit is not None)
         ):
-            thinking = Thinking(
+            thinking = ReasoningConstraint(
                 self._thinking,
                 opened=thoughts == "open",
                 limit=limit,
@@ -71,28 +72,12 @@ class Constraints:
             )
         if params.grammar is not None and grammar is not None and calls:
             mark = params.grammar[1].partition("\n")[0].encode()
-            return Calls(mark, grammar, self._vocab_size, thinking)
+            return ToolCallConstraint(mark, grammar, self._vocab_size, thinking)
         if thinking is not None:
             return thinking
         if grammar is not None:
             return grammar
         if params.allowed_token_ids:
             ends = () if params.ignore_eos else self._eos_ids
-            return Allowed(bits((*params.allowed_token_ids, *ends), self._vocab_size))
+            return AllowedTokens(bits((*params.allowed_token_ids, *ends), self._vocab_size))
         return None
-
-
-class Allowed(Constraint):
-    """The same tokens all the way."""
-
-    def __init__(self, mask: bytes) -> None:
-        self._mask = mask
-
-    def mask(self) -> bytes:
-        return self._mask
-
-    def holds(self, ahead: int) -> bool:
-        return True
-
-    def accept(self, token: int) -> bool:
-        return False

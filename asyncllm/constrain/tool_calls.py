@@ -1,19 +1,19 @@
-"""Calls whose arguments must fit a schema, among text that may be anything.
+"""Constrains the arguments of tool calls inside otherwise free text.
 
 Owns where one output is: in text, or in a call, which a mark begins. Knows bytes and tokens; what a
-call looks like behind its mark is a :class:`Form`, made elsewhere.
+call looks like after its mark is a :class:`CallGrammar`, made elsewhere.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from asyncllm.core.request import Again, Constraint
-from asyncllm.core.thinking import Thinking
-from asyncllm.core.vocabulary import every, passes, without
+from asyncllm.constrain.protocol import Constraint, ResampleToken
+from asyncllm.constrain.reasoning import ReasoningConstraint
+from asyncllm.constrain.vocabulary import every, passes, without
 
 
-class Form(Constraint, Protocol):
+class CallGrammar(Constraint, Protocol):
     """What follows a mark, up to the end of the arguments."""
 
     def piece(self, token: int) -> bytes:
@@ -26,8 +26,8 @@ class Form(Constraint, Protocol):
         """Go on by ``text``, and make the next mask. False: it cannot begin like that."""
 
 
-class Calls(Constraint):
-    """A :class:`asyncllm.core.request.Constraint`.
+class ToolCallConstraint(Constraint):
+    """A :class:`asyncllm.constrain.protocol.Constraint`.
 
     Text has no mask, and goes on without waiting for tokens that are not known yet. So the token
     behind a mark may have been sampled without the mask it needed: if it does not fit,
@@ -43,9 +43,9 @@ class Calls(Constraint):
     def __init__(
         self,
         mark: bytes,
-        form: Form,
+        form: CallGrammar,
         vocab_size: int,
-        thinking: Thinking | None = None,
+        thinking: ReasoningConstraint | None = None,
     ) -> None:
         self._mark, self._form = mark, form
         self._vocab_size, self._thinking = vocab_size, thinking
@@ -58,12 +58,12 @@ class Calls(Constraint):
             return False
         return self._form.slow(token) if self._calling else self._ends_mark(token)
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         if ahead == 0:
             return True
         if self._calling or self._banned:
             return False
-        return self._thinking is None or self._thinking.holds(ahead)
+        return self._thinking is None or self._thinking.mask_is_stable_for(ahead)
 
     def mask(self) -> bytes:
         if self._calling:
@@ -75,7 +75,7 @@ class Calls(Constraint):
     def accept(self, token: int) -> bool:
         if self._calling:
             if not passes(self._form.mask(), token):
-                raise Again
+                raise ResampleToken
             self._calling = not self._form.accept(token)
             return False
         piece = self._form.piece(token)
@@ -84,7 +84,7 @@ class Calls(Constraint):
             self._form.restart()
             if rest and not self._form.begin(rest):
                 self._banned.add(token)
-                raise Again
+                raise ResampleToken
             self._calling, self._text = True, b""
         elif not found:
             self._text = before[1 - len(self._mark) :] if len(self._mark) > 1 else b""

@@ -11,8 +11,8 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Final
 
-from asyncllm.constrain import negation
-from asyncllm.constrain.atoms import (
+from asyncllm.constrain.grammars import negation
+from asyncllm.constrain.grammars.atoms import (
     FREE,
     Array,
     Atom,
@@ -28,10 +28,10 @@ from asyncllm.constrain.atoms import (
     number,
     same,
 )
-from asyncllm.constrain.document import FALSE, TRUE, Document
-from asyncllm.constrain.formats import FORMATS, UNENFORCED
-from asyncllm.constrain.jsontext import dump
-from asyncllm.constrain.terms import raw_form
+from asyncllm.constrain.grammars.document import FALSE, TRUE, Document
+from asyncllm.constrain.grammars.formats import FORMATS, UNENFORCED
+from asyncllm.constrain.grammars.jsontext import dump
+from asyncllm.constrain.grammars.terms import raw_form
 from asyncllm.errors import RequestError
 from asyncllm.plain import Json, JsonObject, typed
 

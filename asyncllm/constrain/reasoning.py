@@ -1,8 +1,7 @@
-"""Reasoning before an answer: its limit,
-and an answer whose form is held from its own beginning on.
+"""Limits reasoning, and applies the grammar only once the answer begins.
 
-Owns where one output is between its marks. Knows tokens and their bytes; the marks are told, which
-model writes which is known in :mod:`asyncllm.api.parsing.reasoning`.
+Owns where one output is between its marks. Knows tokens and their bytes; which model writes which
+marks is known in :mod:`asyncllm.api.parsing.reasoning`.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from asyncllm.core.request import Again, Constraint
-from asyncllm.core.vocabulary import Vocabulary, bits, either, every, passes, without
+from asyncllm.constrain.protocol import Constraint, ResampleToken
+from asyncllm.constrain.vocabulary import Vocabulary, bits, either, every, passes, without
 
 SPACE = b" \t\r\n"
 GAPS = (b"\n", b"\n\n")  # one of these may stand between reasoning and an answer of a given form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tags:
+class ReasoningTags:
     """How a model writes reasoning.
 
     Args:
@@ -37,7 +36,7 @@ class Tags:
     strays: tuple[bytes, ...] = ()
 
 
-class Rules:
+class ReasoningMarks:
     """What the tags mean in one vocabulary.
 
     Attributes:
@@ -45,7 +44,7 @@ class Rules:
             output, no stray, no token that ends reasoning and has a piece of the answer in it.
     """
 
-    def __init__(self, vocab: Vocabulary, tags: Tags, eos_ids: tuple[int, ...]) -> None:
+    def __init__(self, vocab: Vocabulary, tags: ReasoningTags, eos_ids: tuple[int, ...]) -> None:
         self.vocab, self.tags = vocab, tags
         self.last = (tags.answer,) if tags.answer else tags.ends  # the answer follows one of these
         self.keep = max(map(len, (*tags.begins, *tags.ends, *tags.strays, *self.last))) - 1
@@ -53,27 +52,29 @@ class Rules:
         for stray in tags.strays:
             banned.update(vocab.containing(stray))
         for mark in self.last:
-            banned.update(i for i in vocab.containing(mark) if self.spoils(vocab.piece(i), mark))
+            banned.update(
+                i for i in vocab.containing(mark) if self.contaminates(vocab.piece(i), mark)
+            )
         self.before = without(every(vocab.size), banned)
         gaps = [] if tags.answer else [i for i, p in enumerate(vocab.pieces) if p in GAPS]
         self.gap = bits(gaps, vocab.size)
 
     @staticmethod
-    def spoils(text: bytes, mark: bytes) -> bool:
+    def contaminates(text: bytes, mark: bytes) -> bool:
         """Behind the mark there is more than white space."""
         return bool(text.partition(mark)[2].strip(SPACE))
 
 
 class _At(Enum):
-    LEAD = auto()  # reasoning may begin, or the answer
+    BEFORE = auto()  # reasoning may begin, or the answer
     INSIDE = auto()
     CLOSING = auto()  # the limit is reached: what closes it is being written
-    BETWEEN = auto()  # behind reasoning, or before any, and the answer's mark has not come
+    GAP = auto()  # behind reasoning, or before any, and the answer's mark has not come
     ANSWER = auto()
 
 
-class Thinking(Constraint):
-    """A :class:`asyncllm.core.request.Constraint`.
+class ReasoningConstraint(Constraint):
+    """A :class:`asyncllm.constrain.protocol.Constraint`.
 
     Reasoning goes on without waiting for tokens that are not known yet, as long as its limit is
     far. So the token behind its end may have been sampled as one of it: if it does not fit,
@@ -86,7 +87,7 @@ class Thinking(Constraint):
     """
 
     def __init__(
-        self, rules: Rules, *, opened: bool, limit: int | None, answer: Constraint | None
+        self, rules: ReasoningMarks, *, opened: bool, limit: int | None, answer: Constraint | None
     ) -> None:
         self._rules, self._tags, self._vocab = rules, rules.tags, rules.vocab
         self._limit, self._answer = limit, answer
@@ -94,7 +95,7 @@ class Thinking(Constraint):
         self._text = b""  # the end of what has come, as far as a mark may be in it
         self._rest = b""  # to be written
         self._gap = False
-        self._at = _At.BETWEEN if self._tags.answer else _At.LEAD
+        self._at = _At.GAP if self._tags.answer else _At.BEFORE
         if opened:
             self._open(b"")
 
@@ -106,19 +107,21 @@ class Thinking(Constraint):
     def slow(self, token: int | None) -> bool:
         if self._answer is None:
             return False
-        answers = token is None or self._at in (_At.LEAD, _At.ANSWER)
+        answers = token is None or self._at in (_At.BEFORE, _At.ANSWER)
         return answers and self._answer.slow(token)
 
     def start(self) -> None:
         if self._answer is not None:
             self._answer.start()
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         if ahead == 0:
             return True
         if self._at is _At.ANSWER:
-            return self._answer is None or (not self._gap and self._answer.holds(ahead))
-        if self._at is _At.CLOSING or (self._answer is not None and self._at is _At.LEAD):
+            return self._answer is None or (
+                not self._gap and self._answer.mask_is_stable_for(ahead)
+            )
+        if self._at is _At.CLOSING or (self._answer is not None and self._at is _At.BEFORE):
             return False
         return self._limit is None or self._count + ahead < self._limit
 
@@ -130,26 +133,26 @@ class Thinking(Constraint):
         if self._at is _At.ANSWER:
             mask = self._answer.mask()
             return either(mask, self._rules.gap) if self._gap else mask
-        if self._at is _At.LEAD:
+        if self._at is _At.BEFORE:
             tags = bits(self._tag_tokens(), self._vocab.size)
             return tags if self._text else either(self._answer.mask(), tags)
         return self._before()
 
     def accept(self, token: int) -> bool:
         if self._answer is not None and not passes(self.mask(), token):
-            raise Again
+            raise ResampleToken
         piece = self._vocab.piece(token)
         match self._at:
             case _At.ANSWER:
                 return self._go_on(token)
             case _At.CLOSING:
                 self._write(self._rest[len(piece) :])
-            case _At.LEAD:
+            case _At.BEFORE:
                 return self._lead(token, piece)
             case _At.INSIDE:
                 self._count += 1
                 self._inside(self._text + piece)
-            case _At.BETWEEN:
+            case _At.GAP:
                 self._between(self._text + piece)
         return False
 
@@ -185,7 +188,7 @@ class Thinking(Constraint):
             self._text = b""
             self._count = max(self._count - 1, 0)  # the token of the tag
             if tags.answer and end != tags.answer:
-                self._at = _At.BETWEEN
+                self._at = _At.GAP
                 self._between(text.partition(end)[2])
             else:
                 self._begin_answer()
@@ -222,13 +225,15 @@ class Thinking(Constraint):
         return self._answer.accept(token)
 
     def _before(self) -> bytes:
-        """``Rules.before`` less what would end a mark that has begun, and spoil it."""
+        """``ReasoningMarks.before`` less what would end a mark that has begun, and spoil it."""
         spoiling = []
         for mark in self._rules.last:
             for begun in _overlaps(self._text, mark):
                 rest = mark[begun:]
                 tokens = self._vocab.beginning_with(rest)
-                spoiling += [i for i in tokens if Rules.spoils(self._vocab.piece(i), rest)]
+                spoiling += [
+                    i for i in tokens if ReasoningMarks.contaminates(self._vocab.piece(i), rest)
+                ]
         return without(self._rules.before, spoiling) if spoiling else self._rules.before
 
 

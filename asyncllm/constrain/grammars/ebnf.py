@@ -11,8 +11,18 @@ import re
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
-from asyncllm.constrain.regex import ALL, Reader, class_at, escape_at, literal
-from asyncllm.constrain.rules import EMPTY, Alt, Node, Ref, Repeat, Rules, Seq, finite, written
+from asyncllm.constrain.grammars.regex import ALL, Reader, class_at, escape_at, literal
+from asyncllm.constrain.grammars.rules import (
+    EMPTY,
+    Alt,
+    Node,
+    Ref,
+    Repeat,
+    Rules,
+    Seq,
+    finite,
+    written,
+)
 from asyncllm.errors import RequestError
 
 MAX_RULES: Final = 3000

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asyncllm.core.request import Constraint
-from asyncllm.core.vocabulary import Vocabulary
+from asyncllm.constrain.protocol import Constraint
+from asyncllm.constrain.vocabulary import Vocabulary
 
 
 class Healing(Constraint):
-    """A :class:`asyncllm.core.request.Constraint`.
+    """A :class:`asyncllm.constrain.protocol.Constraint`.
 
     Tokens only get longer: one that repeats a part of the text is no shorter than the token that it
     takes the place of. So a likely " " does not begin what " very" said.
@@ -32,7 +32,7 @@ class Healing(Constraint):
             return b""
         return self._vocab.agreeing_with(b"".join(self._pieces), len(self._pieces[0]))
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0 or not self._pieces
 
     def accept(self, token: int) -> bool:

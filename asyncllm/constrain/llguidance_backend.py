@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncllm.constrain import ebnf, regex
-from asyncllm.constrain.calls import calls_grammar
-from asyncllm.constrain.writing import Possible, schema_grammar
+from asyncllm.constrain.grammars import ebnf, regex
+from asyncllm.constrain.grammars.calls import calls_grammar
+from asyncllm.constrain.grammars.writing import Possible, schema_grammar
 from asyncllm.errors import RequestError, ServerBusy, StartupError
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Compiled:
 
 
 class Matcher:
-    """Follows one output; a :class:`asyncllm.core.request.Constraint`.
+    """Follows one output; a :class:`asyncllm.constrain.protocol.Constraint`.
 
     Args:
         start: the library's, and stays at the beginning; its tokens are the vocabulary and 256
@@ -242,7 +242,7 @@ class Matcher:
     def mask(self) -> bytes:
         return self._bits.tobytes()
 
-    def holds(self, ahead: int) -> bool:
+    def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0
 
     def piece(self, token: int) -> bytes:

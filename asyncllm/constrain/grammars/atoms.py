@@ -1,7 +1,7 @@
 """What a JSON value may be: alternatives of one kind each, and what two of them have in common.
 
 Knows no schemas: what stands inside a value is told as a set of numbers, each of which is a schema
-that must hold (:mod:`asyncllm.constrain.schema`).
+that must hold (:mod:`asyncllm.constrain.grammars.schema`).
 """
 
 from __future__ import annotations

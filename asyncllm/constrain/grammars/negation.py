@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from asyncllm.constrain.document import Document
+from asyncllm.constrain.grammars.document import Document
 from asyncllm.plain import Json, JsonObject
 
 

@@ -1,0 +1,212 @@
+"""The thread that moves K/V between servers, beside the event loop; what both ends have in common.
+
+Owns the thread, its sockets and its time. What a rank of a prefill node does in it is in
+``kv_sender``, what one of a decode node does in ``kv_taker``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import zmq
+
+from asyncllm.actors.transport import Socket
+from asyncllm.codec import Message
+from asyncllm.core.kv_clock import LocalClock, PagePool
+from asyncllm.core.kv_parts import Part, part
+from asyncllm.engine.kv_pages import KvBytes, Pages
+from asyncllm.engine.kv_strips import Strips
+from asyncllm.records import KvWire
+
+ALIVE_S = 0.5  # between two signs of life
+LAPSE_S = 4.0  # without any, or without what was promised: a transfer has failed
+FIRST_S = 8.0  # for the first sign of an import's sender
+IDLE_MS = 100  # between two looks at the time
+SOON_MS = 1  # between two looks at what makes no noise when it is done
+PIECE = 1 << 18  # bytes of a frame: small enough that nobody waits for the GIL
+FRAME_LIMIT = PIECE + (1 << 16)
+QUEUE = 32  # frames that ZeroMQ holds for a peer, on either side
+JOIN_S = 5.0
+
+log = logging.getLogger(__name__)
+
+HeldOf = Callable[[int], list[list[tuple[int, ...]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """This rank's K/V, and how they are divided.
+
+    Args:
+        name: of this process, for the logs of others.
+        rank: in its group.
+        wire: what all K/V of this server look like.
+        kv: the bytes.
+        held: heads of a server with so many ranks: of each layer, of each rank.
+    """
+
+    name: str
+    rank: int
+    wire: KvWire
+    kv: KvBytes
+    held: HeldOf
+
+    def parts(self, other_tp: int, other: int, *, sent: bool) -> list[Part | None]:
+        """Of each layer, what travels from here to rank ``other`` of ``other_tp``, or, unless it is
+        ``sent``, from there to here."""
+        ours, theirs = self.held(self.wire.tp), self.held(other_tp)
+        return [
+            part(mine, yours, self.rank, other) if sent else part(yours, mine, other, self.rank)
+            for mine, yours in zip(ours, theirs, strict=True)
+        ]
+
+    def strips(self, other_tp: int, other: int, *, sent: bool) -> Strips:
+        """The bytes of that."""
+        return self.kv.strips(self.parts(other_tp, other, sent=sent), sent=sent)
+
+    def partners(self, other_tp: int, *, sent: bool) -> tuple[int, ...]:
+        """Ranks of another server to which something goes from here, or from which it comes."""
+        return tuple(
+            other for other in range(other_tp) if any(self.parts(other_tp, other, sent=sent))
+        )
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a rank has moved since the start; read from any thread."""
+
+    sent_bytes: int = 0
+    taken_bytes: int = 0
+    sent_pages: int = 0
+    taken_pages: int = 0
+    taken_tokens: int = 0  # positions of whole requests
+    transfers: int = 0  # that have come to their end
+    transfer_ms: float = 0.0  # of these, from the first sign of the sender to the last byte
+    lapses: int = 0
+    waiting: int = 0  # portions that could travel and do not yet
+    refused: int = 0  # connections that were ended for what came on them
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds; see the constants of this module."""
+
+    alive_s: float = ALIVE_S
+    lapse_s: float = LAPSE_S
+    first_s: float = FIRST_S
+
+
+class Mover(ABC):
+    """A thread with a mailbox.
+
+    Args:
+        share: the rank's.
+        pages: where bytes wait for their way.
+        times: of signs of life, and how long to wait for one; for tests.
+    """
+
+    def __init__(self, share: Share, pages: Pages, times: Times) -> None:
+        self.share, self.pages, self.times = share, pages, times
+        self.counts = Counts()
+        self.ctx: zmq.Context[Socket] = zmq.Context()
+        self.clock = LocalClock(5e-3 * IDLE_MS)
+        self.pool = PagePool(pages.num)
+        self.poller = zmq.Poller()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.poller.register(self._wake, zmq.POLLIN)
+        self._inbox: deque[Message] = deque()
+        self._closing = False
+        self._out: list[Message] = []
+        self.post: Callable[[list[Message]], None] = lambda _: None
+        self.failed: Callable[[BaseException], None] = lambda _: None
+        self._thread = threading.Thread(target=self._run, name="kv", daemon=True)
+
+    # -- from the event loop -----------------------------------------------------------------------
+
+    def start(
+        self, post: Callable[[list[Message]], None], failed: Callable[[BaseException], None]
+    ) -> None:
+        """``post`` and ``failed`` are called in the thread, with what it says and what ends it."""
+        self.post, self.failed = post, failed
+        self._thread.start()
+
+    def put(self, batch: list[Message]) -> None:
+        """Hand over messages, in order; never waits."""
+        self._inbox.extend(batch)
+        os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """End the thread and close all sockets; what is under way is left alone."""
+        self._closing = True
+        if self._thread.ident is not None:
+            os.eventfd_write(self._wake, 1)
+            self._thread.join(JOIN_S)
+        if not self._thread.is_alive():
+            self.shut()
+            self.ctx.destroy(0)
+            os.close(self._wake)
+
+    # -- the thread --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def take(self, msg: Message) -> None:
+        """Handle a message of this process's actors."""
+
+    @abstractmethod
+    def look(self, events: dict[Socket, int]) -> None:
+        """Read what has come in."""
+
+    @abstractmethod
+    def work(self) -> int:
+        """Go on with what is under way; gives how many milliseconds the next turn may wait."""
+
+    @abstractmethod
+    def tick(self) -> None:
+        """Time has passed."""
+
+    @abstractmethod
+    def shut(self) -> None:
+        """Close what is not the thread's own."""
+
+    def say(self, msg: Message) -> None:
+        """Tell this process's actor, soon."""
+        self._out.append(msg)
+
+    def turn(self, wait_ms: int) -> int:
+        """One turn of the thread; gives how many milliseconds the next one may wait."""
+        events = dict(self.poller.poll(wait_ms))
+        if events.pop(self._wake, 0):
+            os.eventfd_read(self._wake)
+        self.clock.look()
+        while self._inbox:
+            self.take(self._inbox.popleft())
+        self.look(events)
+        wait_ms = self.work()
+        self.tick()
+        if self._out:
+            out, self._out = self._out, []
+            self.post(out)
+        return wait_ms
+
+    def _run(self) -> None:
+        wait_ms = IDLE_MS
+        try:
+            while not self._closing:
+                wait_ms = self.turn(wait_ms)
+        except BaseException as error:  # whatever it is, it ends the rank: on the loop
+            self.failed(error)
+
+
+def bounds(sock: Socket) -> None:
+    """What a socket that carries K/V may hold."""
+    sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+    sock.setsockopt(zmq.SNDHWM, QUEUE)
+    sock.setsockopt(zmq.RCVHWM, QUEUE)
+    sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)

@@ -1,0 +1,512 @@
+"""K/V from a rank of a prefill node to those who want them.
+
+Owns one connection to each rank of each decode node, and what is on its way there. A taker that
+does not read keeps what it was promised, a few pages, and nothing of anybody else.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from asyncllm.actors.kv_loop import IDLE_MS, PIECE, SOON_MS, Mover, Share, Times, bounds
+from asyncllm.actors.transport import Keys, Socket, ipv6, known_to
+from asyncllm.codec import CodecError, Message, decode, encode
+from asyncllm.core.kv_sending import Export as Entry
+from asyncllm.core.kv_sending import Lot, Outbox, Portion
+from asyncllm.engine.kv_pages import Copied, Pages
+from asyncllm.engine.kv_pair import Pair
+from asyncllm.engine.kv_strips import Strips
+from asyncllm.engine.kv_ways import NCCL, P2P, TCP, Ways
+from asyncllm.messages import Computed, Export, Forget, Sent, StepOver
+from asyncllm.messages.transfer import (
+    Admitted,
+    Alive,
+    Caller,
+    Filled,
+    Kept,
+    Known,
+    Over,
+    Piece,
+    Pull,
+    Ready,
+    Refused,
+    Sending,
+    Taken,
+)
+from asyncllm.records import Destination
+
+AGAIN_S = 0.3  # between two attempts to connect
+MOST_FRAMES = 64  # are read in one turn from one taker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Cargo:
+    """A portion that has been announced.
+
+    Attributes:
+        pulled: the taker has asked for it.
+        copied: its slots are not needed any more.
+        page: where its bytes lie; None: not yet, or not any more.
+        busy: the page is written or read by what cannot be stopped at once.
+        at: bytes that the socket has taken.
+    """
+
+    portion: Portion
+    nbytes: int
+    pulled: bool = False
+    copied: bool = False
+    page: int | None = None
+    busy: bool = False
+    at: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """The way to one rank of a decode node.
+
+    Attributes:
+        heard: when it last said something, or when we began to wait for it.
+        way: that was agreed on; "": it has not answered yet.
+        lots: what is to be announced when it has.
+        cargo: by number, what has been announced.
+        pulled: numbers that it has room for.
+        filled: numbers whose bytes are going out by the socket.
+        leaving: by number, what is going out by ``pair``.
+        control: frames that wait for the socket.
+        epochs: what it has been told will come.
+    """
+
+    node: str
+    address: str
+    tp: int
+    rank: int
+    strips: Strips
+    heard: float
+    sock: Socket | None = None
+    monitor: Socket | None = None
+    attempts: int = 0
+    again: float = 0.0
+    said: float = 0.0
+    way: str = ""
+    tokens: int = 0
+    next: int = 0
+    pair: Pair | None = None
+    lots: list[Lot] = field(default_factory=list)
+    cargo: dict[int, _Cargo] = field(default_factory=dict)
+    pulled: deque[int] = field(default_factory=deque)
+    filled: deque[int] = field(default_factory=deque)
+    leaving: dict[int, _Cargo] = field(default_factory=dict)
+    control: deque[bytes] = field(default_factory=deque)
+    epochs: set[int] = field(default_factory=set)
+
+
+class Sender(Mover):
+    """See the module.
+
+    Args:
+        keys: of the cluster's secrets, tried in turn.
+        ways: of moving bytes that this rank has.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        pages: Pages,
+        ways: Ways,
+        times: Times | None = None,
+        *,
+        keys: Sequence[Keys],
+    ) -> None:
+        super().__init__(share, pages, times or Times())
+        self._keys, self._ways = keys, ways
+        self._outbox = Outbox()
+        self._lines: dict[tuple[str, str], _Line] = {}
+        self._to: dict[int, list[_Line]] = {}  # by rid
+        self._filling: deque[tuple[Copied, _Line, int, _Cargo]] = deque()
+        self._partners: dict[int, tuple[int, ...]] = {}  # by the others' tp
+        self._ending: list[_Line] = []  # whose pages may still be read
+
+    # -- from the scheduler ------------------------------------------------------------------------
+
+    def take(self, msg: Message) -> None:
+        match msg:
+            case Export(rid, to):
+                self._export(rid, to)
+            case Computed():
+                lot = Lot(msg.rid, msg.seq, msg.step, msg.start, array("i", msg.slots), left=0)
+                self._ready(self._outbox.computed(lot))
+            case StepOver(step):
+                for lot in self._outbox.step_over(step):
+                    self._ready(lot)
+            case Forget(rid):
+                self._drop(rid, "its request has ended there")
+            case _:  # others are the other end's
+                raise TypeError(type(msg).__name__)
+
+    def _export(self, rid: int, to: Destination) -> None:
+        tp = to.wire.tp
+        if tp not in self._partners:
+            self._partners[tp] = self.share.partners(tp, sent=True)
+        takers = self._partners[tp]
+        self._outbox.export(Entry(rid, to.epoch, to.hit, to.length, takers))
+        self._to[rid] = [self._line(to, rank) for rank in takers]
+        for line in self._to[rid]:
+            line.epochs.add(to.epoch)
+            if line.sock is not None:
+                self._tell(line, Sending(to.epoch))
+
+    def _ready(self, lot: Lot | None) -> None:
+        if lot is None:
+            return
+        if lot.is_over():
+            self.say(Sent(lot.rid, self.share.rank, lot.seq))
+            return
+        for line in self._to[lot.rid]:
+            if line.way:
+                self._announce(line, lot)
+            else:
+                line.lots.append(lot)
+
+    def _announce(self, line: _Line, lot: Lot) -> None:
+        for portion in self._outbox.divide(lot, line.tokens):
+            line.next += 1
+            line.cargo[line.next] = _Cargo(portion, portion.count * line.strips.width)
+            self._tell(
+                line,
+                Ready(
+                    number=line.next,
+                    epoch=portion.epoch,
+                    first=portion.first,
+                    count=portion.count,
+                ),
+            )
+
+    def _drop(self, rid: int, why: str, silent: _Line | None = None) -> None:
+        """Send nothing more of a request."""
+        export = self._outbox.exports.get(rid)
+        if export is None:
+            return
+        for line in self._to.pop(rid):
+            line.epochs.discard(export.epoch)
+            for number, cargo in [*line.cargo.items()]:
+                if cargo.portion.epoch == export.epoch:
+                    self._unload(line, number)
+            if line is not silent and line.sock is not None:
+                self._tell(line, Over(export.epoch, why))
+        for lot in self._outbox.drop(rid):
+            self.say(Sent(rid, self.share.rank, lot.seq))
+
+    def _unload(self, line: _Line, number: int) -> None:
+        """Forget a portion; its page is free as soon as nothing reads it."""
+        cargo = line.cargo.pop(number)
+        if not cargo.busy:
+            self._free(line, cargo)
+
+    def _free(self, line: _Line, cargo: _Cargo) -> None:
+        if cargo.page is not None:
+            self.pool.give(line.address, cargo.page)
+            cargo.page = None
+
+    def _complete(self, line: _Line, epoch: int) -> None:
+        """A taker has all it wants of a request."""
+        for rid in self._outbox.of([epoch]):
+            for number, cargo in [*line.cargo.items()]:
+                if cargo.portion.epoch == epoch:
+                    self._taken(line, number)
+            line.epochs.discard(epoch)
+            left = self._to[rid] = [other for other in self._to[rid] if other is not line]
+            self._outbox.exports[rid].takers = tuple(other.rank for other in left)
+            if not left:
+                self._drop(rid, "")
+
+    # -- connections -------------------------------------------------------------------------------
+
+    def _line(self, to: Destination, rank: int) -> _Line:
+        key = to.node, to.addresses[rank]
+        if (line := self._lines.get(key)) is None:
+            strips = self.share.strips(to.wire.tp, rank, sent=True)
+            line = _Line(*key, to.wire.tp, rank, strips, self.clock.now)
+            self._lines[key] = line
+            self._connect(line)
+        return line
+
+    def _connect(self, line: _Line) -> None:
+        sock = self.ctx.socket(zmq.DEALER)
+        line.monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+        sock.setsockopt(zmq.RECONNECT_IVL, -1)  # another connection would be another peer
+        bounds(sock)
+        sock.setsockopt(zmq.IPV6, ipv6(line.address))
+        known_to(sock, self._keys[line.attempts % len(self._keys)])
+        try:
+            sock.connect(line.address)
+        except zmq.ZMQError as error:
+            log.warning("K/V cannot be sent to %s: %s", line.address, error)
+            self._disconnect(line)
+            sock.close()
+            return
+        line.sock, line.attempts, line.said = sock, line.attempts + 1, self.clock.now
+        self.poller.register(sock, zmq.POLLIN)
+        share = self.share
+        self._tell(
+            line,
+            Caller(
+                node=line.node,
+                name=share.name,
+                wire=share.wire,
+                rank=share.rank,
+                ways=self._ways.names,
+                machine=self._ways.machine,
+                memory=self._ways.memory,
+            ),
+        )
+        for epoch in line.epochs:
+            self._tell(line, Sending(epoch))
+
+    def _disconnect(self, line: _Line) -> None:
+        if line.monitor is not None:
+            line.monitor.close(0)
+        if line.sock is not None:
+            self.poller.unregister(line.sock)
+            line.sock.close(0)
+        line.sock = line.monitor = None
+        line.control.clear()
+        line.again = self.clock.now + AGAIN_S
+
+    def _hang_up(self, line: _Line, why: str) -> None:
+        """The other side is gone, or as good as that."""
+        if self._lines.pop((line.node, line.address), None) is None:
+            return
+        if line.epochs:
+            self.counts.lapses += 1
+            log.warning("K/V are not sent to %s any more: %s", line.address, why)
+        for rid in self._outbox.of([*line.epochs]):
+            self._drop(rid, why, silent=line)
+        for number in [*line.cargo]:
+            self._unload(line, number)
+        self._disconnect(line)
+        if line.pair is not None:
+            line.pair.close()
+            self._ending.append(line)
+
+    def _tell(self, line: _Line, msg: Message) -> None:
+        line.control.append(encode(msg))
+        line.said = self.clock.now
+
+    # -- what comes in -----------------------------------------------------------------------------
+
+    def look(self, events: dict[Socket, int]) -> None:
+        for line in [*self._lines.values()]:
+            if line.sock is None:
+                continue
+            if line.sock in events:
+                self._read(line)
+            if line.monitor is not None and line.monitor.poll(0):
+                recv_monitor_message(line.monitor)
+                self._gone(line)
+
+    def _gone(self, line: _Line) -> None:
+        if line.way:
+            self._hang_up(line, "its connection is closed")
+        else:
+            self._disconnect(line)  # it may not listen yet, or with another of the keys
+
+    def _read(self, line: _Line) -> None:
+        for _ in range(MOST_FRAMES):
+            if line.sock is None:
+                return
+            try:
+                raw = line.sock.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                msg = decode(raw)
+                line.heard = self.clock.now
+                self._hear(line, msg)
+            except (CodecError, _Nonsense) as error:
+                self.counts.refused += 1
+                self._hang_up(line, str(error))
+                return
+
+    def _hear(self, line: _Line, msg: Message) -> None:
+        match msg:
+            case Admitted(way, tokens) if not line.way and way in self._ways.names:
+                line.way, line.tokens = way, tokens
+                line.tokens = min(tokens, max(1, self.pages.size // max(1, line.strips.width)))
+                if way == NCCL:
+                    line.pair = self._ways.pair(0)
+                lots, line.lots = line.lots, []
+                for lot in lots:
+                    self._announce(line, lot)
+            case Pull(number) if line.way:
+                if (cargo := line.cargo.get(number)) is not None:
+                    if cargo.pulled:
+                        raise _Nonsense(f"portion {number} is pulled twice")
+                    cargo.pulled = True
+                    line.pulled.append(number)
+            case Taken(number) if line.way:
+                self._taken(line, number)
+            case Over(epoch, ""):
+                self._complete(line, epoch)
+            case Over(epoch, why):
+                for rid in self._outbox.of([epoch]):
+                    self._drop(rid, why, silent=line)
+            case Known(key, value) if line.pair is not None:
+                line.pair.known(key, value)
+            case Alive():
+                pass
+            case Refused(why):
+                self._hang_up(line, f"it refuses them: {why}")
+            case _:
+                raise _Nonsense(f"a {type(msg).__name__} that it cannot have meant")
+
+    def _taken(self, line: _Line, number: int) -> None:
+        cargo = line.cargo.get(number)
+        if cargo is None or (cargo.busy and not cargo.copied):
+            return  # of a request that has been dropped, or it cannot have come there
+        if cargo.page is not None and line.way == P2P:
+            self._tell(line, Kept(number))
+        self._unload(line, number)
+        if not cargo.copied:  # the taker had these positions already
+            cargo.portion.lot.copying += 1
+            self._copied(cargo.portion)
+
+    def _copied(self, portion: Portion) -> None:
+        if self._outbox.copied(portion):
+            self.say(Sent(portion.lot.rid, self.share.rank, portion.lot.seq))
+
+    # -- what goes out -----------------------------------------------------------------------------
+
+    def work(self) -> int:
+        self._fill()
+        if self._filling:
+            self._finish_one()
+        wait_ms = 0 if self._filling else IDLE_MS
+        waiting = 0
+        for line in [line for line in self._ending if line.pair and line.pair.closed]:
+            self._ending.remove(line)
+            for cargo in line.leaving.values():
+                self._free(line, cargo)
+        for line in [*self._lines.values()]:
+            if line.sock is None:
+                continue
+            more = self._flush(line)
+            if line.sock is not None:
+                self.poller.modify(line.sock, zmq.POLLIN | (zmq.POLLOUT if more else 0))
+            if line.pair is not None and self._step(line):
+                wait_ms = min(wait_ms, SOON_MS)
+            waiting += len(line.pulled)
+        self.counts.waiting = waiting
+        return wait_ms
+
+    def _fill(self) -> None:
+        """Copy what has been pulled into pages, one of each taker in turn."""
+        lines = [line for line in self._lines.values() if line.pulled]
+        while lines:
+            for line in [*lines]:
+                if not line.pulled or (line.pair is not None and not line.pair.ready):
+                    lines.remove(line)
+                    continue
+                if (cargo := line.cargo.get(line.pulled[0])) is None:
+                    line.pulled.popleft()
+                    continue
+                if (page := self.pool.take(line.address)) is None:
+                    lines.remove(line)
+                    continue
+                number = line.pulled.popleft()
+                portion = cargo.portion
+                portion.lot.copying += 1
+                copied = self.pages.fill(page, line.strips, portion.slots, host=line.way == TCP)
+                cargo.page, cargo.busy = page, True
+                self._filling.append((copied, line, number, cargo))
+
+    def _finish_one(self) -> None:
+        copied, line, number, cargo = self._filling.popleft()
+        copied.wait()
+        cargo.busy, cargo.copied = False, True
+        self._copied(cargo.portion)
+        assert cargo.page is not None
+        if line.cargo.get(number) is not cargo:  # dropped meanwhile
+            self._free(line, cargo)
+            return
+        self.counts.sent_bytes += cargo.nbytes
+        self.counts.sent_pages += 1
+        self._tell(line, Filled(number, cargo.page))
+        if line.way == TCP:
+            line.filled.append(number)
+        elif line.pair is not None:
+            cargo.busy, line.leaving[number] = True, cargo
+            line.pair.send(number, self.pages.device(cargo.page)[: cargo.nbytes])
+
+    def _step(self, line: _Line) -> bool:
+        """Go on with what a communicator does; gives whether it is at work."""
+        assert line.pair is not None
+        for key, value in line.pair.to_tell():
+            self._tell(line, Known(key, value))
+        for number in line.pair.done():
+            cargo = line.leaving.pop(number)
+            cargo.busy = False
+            self._free(line, cargo)
+        if line.pair.failed:
+            self._hang_up(line, line.pair.failed)
+            return False
+        return line.pair.busy
+
+    def _flush(self, line: _Line) -> bool:
+        """Give the socket what it takes; gives whether there is more."""
+        assert line.sock is not None
+        try:
+            while line.control:
+                line.sock.send(line.control[0], zmq.NOBLOCK)
+                line.control.popleft()
+            while line.filled:
+                number = line.filled[0]
+                cargo = line.cargo.get(number)
+                if cargo is None or cargo.page is None:
+                    line.filled.popleft()
+                    continue
+                self._send_piece(line.sock, number, cargo)
+                if cargo.at == cargo.nbytes:
+                    line.filled.popleft()
+                    self._free(line, cargo)
+        except zmq.Again:
+            return True
+        return False
+
+    def _send_piece(self, sock: Socket, number: int, cargo: _Cargo) -> None:
+        assert cargo.page is not None
+        end = min(cargo.at + PIECE, cargo.nbytes)
+        piece = self.pages.host(cargo.page)[cargo.at : end]
+        sock.send_multipart([encode(Piece(number, cargo.at)), piece], zmq.NOBLOCK)
+        cargo.at = end
+
+    # -- time --------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        now = self.clock.now
+        for line in [*self._lines.values()]:
+            if now - line.heard > self.times.lapse_s:
+                self._hang_up(line, f"it has been silent for {self.times.lapse_s:g} s")
+            elif line.sock is None:
+                if now >= line.again:
+                    self._connect(line)
+            elif now - line.said > self.times.alive_s:
+                self._tell(line, Alive())
+
+    def shut(self) -> None:
+        for line in self._lines.values():
+            if line.pair is not None:
+                line.pair.close()
+            self._disconnect(line)
+
+
+class _Nonsense(Exception):
+    """What no taker of ours could have meant."""

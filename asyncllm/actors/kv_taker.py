@@ -1,0 +1,519 @@
+"""K/V to a rank of a decode node from those who send them.
+
+Owns the socket that they connect to, what each of them has announced, and what is on its way from
+there into a page, and from a page into slots. Nothing but this thread writes into slots of a
+request that is to come, and only while its epoch is open here.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+import zmq
+
+from asyncllm.actors.kv_loop import IDLE_MS, SOON_MS, Mover, Share, Times, bounds
+from asyncllm.actors.transport import Keys, Socket, ipv6, protected, tcp
+from asyncllm.codec import CodecError, Message, decode, encode
+from asyncllm.core.kv_taking import Import as Entry
+from asyncllm.core.kv_taking import Impossible, Inbox
+from asyncllm.engine.kv_pages import Copied, Pages
+from asyncllm.engine.kv_pair import Pair
+from asyncllm.engine.kv_strips import Strips
+from asyncllm.engine.kv_ways import NCCL, P2P, TCP, Ways, Window
+from asyncllm.errors import StartupError
+from asyncllm.log import Seldom
+from asyncllm.messages import Arrived, Forget, Import, Lapsed
+from asyncllm.messages.transfer import (
+    Admitted,
+    Alive,
+    Caller,
+    Filled,
+    Kept,
+    Known,
+    Over,
+    Piece,
+    Pull,
+    Ready,
+    Refused,
+    Sending,
+    Taken,
+)
+
+MOST_FRAMES = 256  # are read in one turn
+MOST_READY = 1 << 16  # portions that a sender may have announced
+GONE_S = 30.0  # who was refused, and is silent for so long, is forgotten
+
+log = logging.getLogger(__name__)
+
+
+class _State(Enum):
+    """Where a portion is; its page may be used for another in those that say so."""
+
+    READY = 0  # at its sender; it has no page
+    PULLED = 1  # it is waited for, or comes in pieces: the page may be given back
+    FETCHING = 2  # into the page, by what cannot be stopped at once
+    FETCHED = 3  # in the page, if it was kept at its sender: the page may be given back
+    WRITING = 4  # out of the page
+
+
+@dataclass(slots=True, eq=False)
+class _Portion:
+    """What a sender has announced.
+
+    Attributes:
+        page: where it is to come; -1: nowhere yet.
+        got: bytes that have come in pieces.
+        since: when something was last heard of it.
+    """
+
+    epoch: int
+    first: int
+    count: int
+    state: _State = _State.READY
+    page: int = -1
+    got: int = 0
+    since: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Its page is in use."""
+        return self.state in (_State.FETCHING, _State.WRITING)
+
+
+@dataclass(slots=True, eq=False)
+class _Guest:
+    """A connection, and the rank that has opened it.
+
+    Attributes:
+        name: for the log; "": it has not said who it is.
+        over: nothing that it says is heard any more.
+        gone: its connection is closed.
+        ready: numbers of what it has announced and we have not pulled, in order.
+        portions: by number; those too that have been pulled.
+    """
+
+    ident: bytes
+    heard: float
+    said: float = 0.0
+    name: str = ""
+    tp: int = 0
+    rank: int = 0
+    strips: Strips = field(default_factory=lambda: Strips(()))
+    way: str = ""
+    over: bool = False
+    gone: bool = False
+    window: Window | None = None
+    pair: Pair | None = None
+    ready: deque[int] = field(default_factory=deque)
+    portions: dict[int, _Portion] = field(default_factory=dict)
+
+    def nbytes(self, portion: _Portion) -> int:
+        return portion.count * self.strips.width
+
+
+class Taker(Mover):
+    """See the module.
+
+    Args:
+        node: the id of this server.
+        keys: it listens with the first.
+        where: host and port; port 0: any.
+        ways: of moving bytes that this rank has.
+
+    Attributes:
+        port: where it listens.
+
+    Raises:
+        StartupError: it cannot listen there.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        pages: Pages,
+        ways: Ways,
+        times: Times | None = None,
+        *,
+        node: str,
+        keys: Keys,
+        where: tuple[str, int],
+    ) -> None:
+        super().__init__(share, pages, times or Times())
+        self._node, self._ways = node, ways
+        self._inbox_of = Inbox(lambda tp: share.partners(tp, sent=False))
+        self._guests: dict[bytes, _Guest] = {}
+        self._strips: dict[tuple[int, int], Strips] = {}
+        self._copies: deque[tuple[Copied, _Guest, int, _Portion]] = deque()
+        self._ending: list[tuple[_Guest, Pair]] = []  # whose pages may still be written
+        self._log = Seldom(log)
+        self._door = sock = self.ctx.socket(zmq.ROUTER)
+        sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        host, port = where
+        address = tcp(host, port or "*")
+        bounds(sock)
+        sock.setsockopt(zmq.IPV6, ipv6(address))
+        self._strangers = protected(sock, keys)
+        try:
+            sock.bind(address)
+        except zmq.ZMQError as error:
+            self._strangers.close()
+            self.ctx.destroy(0)
+            raise StartupError(f"K/V cannot be taken at {host}:{port}: {error}") from None
+        self.port = int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self.poller.register(sock, zmq.POLLIN)
+
+    # -- from the scheduler ------------------------------------------------------------------------
+
+    def take(self, msg: Message) -> None:
+        match msg:
+            case Import():
+                slots = array("i", msg.slots)
+                entry = Entry(msg.rid, msg.hit, msg.length, slots, since=self.clock.now)
+                self._inbox_of.expect(entry)
+                if not self.share.partners(self.share.wire.tp, sent=False):  # it has padding alone
+                    self._end(self._inbox_of.drop(msg.rid, ""), arrived=True)
+            case Forget(rid):
+                self._drop(rid, "")
+            case _:  # others are the other end's
+                raise TypeError(type(msg).__name__)
+
+    def _drop(self, rid: int, why: str) -> None:
+        """Write nothing more of a request; ``why`` "": its scheduler says so."""
+        self._end(self._inbox_of.drop(rid, why))
+
+    def _end(self, entry: Entry | None, *, arrived: bool = False) -> None:
+        """An import is over: say so here and to its senders, and free its pages."""
+        if entry is None:
+            return
+        arrived = arrived or entry.why is None
+        rank = self.share.rank
+        if arrived:
+            self.say(Arrived(entry.rid, rank))
+            self.counts.transfers += 1
+            self.counts.transfer_ms += 1e3 * (self.clock.now - entry.since)
+            self.counts.taken_tokens += entry.length - entry.hit
+        else:
+            self.say(Lapsed(entry.rid, rank, entry.why or ""))
+            if entry.why:
+                self.counts.lapses += 1
+                log.warning("K/V of request %x will not come: %s", entry.rid, entry.why)
+        why = "" if arrived else entry.why or "its request has ended there"
+        for ident in entry.links.values():
+            assert isinstance(ident, bytes)
+            if (guest := self._guests.get(ident)) is not None:
+                self._tell(guest, Over(entry.rid, why))
+                self._forget_portions(guest, entry.rid)
+
+    def _forget_portions(self, guest: _Guest, epoch: int) -> None:
+        for number, portion in [*guest.portions.items()]:
+            if portion.epoch == epoch and not portion.busy:
+                del guest.portions[number]
+                self._free(guest, portion)
+
+    def _free(self, guest: _Guest, portion: _Portion) -> None:
+        if portion.page >= 0:
+            self.pool.give(guest.ident, portion.page)
+            portion.page = -1
+
+    # -- what comes in -----------------------------------------------------------------------------
+
+    def look(self, events: dict[Socket, int]) -> None:
+        if self._door not in events:
+            return
+        for _ in range(MOST_FRAMES):
+            try:
+                ident, *frames = self._door.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self._read(ident.bytes, frames)
+
+    def _read(self, ident: bytes, frames: list[zmq.Frame]) -> None:
+        guest = self._guests.get(ident)
+        if guest is None:
+            guest = self._guests[ident] = _Guest(ident, self.clock.now)
+        guest.heard = self.clock.now
+        if guest.over:
+            return
+        try:
+            msg = decode(frames[0].buffer)
+            if len(frames) != 1 + isinstance(msg, Piece):
+                raise Impossible(f"a {type(msg).__name__} in {len(frames)} frames")
+            if isinstance(msg, Piece):
+                self._piece(guest, msg, frames[1].buffer)
+            else:
+                self._hear(guest, msg)
+        except (CodecError, Impossible) as error:
+            self.counts.refused += 1
+            self._refuse(guest, str(error))
+
+    def _hear(self, guest: _Guest, msg: Message) -> None:
+        if not guest.name:
+            if not isinstance(msg, Caller):
+                raise Impossible(f"a {type(msg).__name__} before it has said who it is")
+            self._admit(guest, msg)
+            return
+        match msg:
+            case Sending(epoch):
+                if not self._inbox_of.begin(
+                    epoch, guest.tp, guest.rank, guest.ident, self.clock.now
+                ):
+                    self._tell(guest, Over(epoch, "it is not expected there"))
+            case Ready():
+                self._announced(guest, msg)
+            case Filled(number, page):
+                if (portion := guest.portions.get(number)) is not None:
+                    self._fetch(guest, number, portion, page)
+            case Kept(number) if guest.way == P2P:
+                if (portion := guest.portions.get(number)) is not None:
+                    if portion.state is not _State.FETCHED:
+                        raise Impossible(f"portion {number} was kept before it was fetched")
+                    self._write(guest, number, portion)
+            case Over(epoch, why):
+                entry = self._inbox_of.imports.get(epoch)
+                if entry is not None and entry.links.get(guest.rank) == guest.ident:
+                    self._drop(epoch, why or "its sender gives up")
+            case Known(key, value) if guest.pair is not None:
+                guest.pair.known(key, value)
+            case Alive():
+                pass
+            case Refused(why):
+                self._end_guest(guest, f"its sender refuses: {why}")
+            case _:
+                raise Impossible(f"a {type(msg).__name__} that it cannot have meant")
+
+    def _admit(self, guest: _Guest, msg: Caller) -> None:
+        guest.name, guest.tp, guest.rank = msg.name or "?", msg.wire.tp, msg.rank
+        if msg.node != self._node:
+            self._refuse(guest, f"server {msg.node} is not here any more")
+            return
+        if difference := self.share.wire.difference(msg.wire):
+            self._refuse(guest, f"K/V differ: {difference}")
+            return
+        key = guest.tp, guest.rank
+        if key not in self._strips:
+            self._strips[key] = self.share.strips(*key, sent=False)
+        guest.strips = self._strips[key]
+        if not guest.strips.width:
+            raise Impossible(f"rank {guest.rank} of {guest.tp} has nothing for us")
+        way, window = self._ways.choose(msg.ways, msg.machine, msg.memory)
+        if way is None:
+            self._refuse(guest, self._ways.nothing_in_common(msg.ways))
+            return
+        guest.way, guest.window = way, window
+        if way == NCCL:
+            guest.pair = self._ways.pair(1)
+        log.info("K/V of %s come by %s", guest.name, way)
+        self._tell(guest, Admitted(way, max(1, self.pages.size // guest.strips.width)))
+
+    def _announced(self, guest: _Guest, msg: Ready) -> None:
+        if msg.number in guest.portions or len(guest.portions) >= MOST_READY:
+            raise Impossible(f"portion {msg.number} beside {len(guest.portions)} others")
+        portion = _Portion(msg.epoch, msg.first, msg.count)
+        if guest.nbytes(portion) > self.pages.size:
+            raise Impossible(f"a portion of {msg.count} positions, more than a page has")
+        if self._inbox_of.wants(msg.epoch, guest.rank, msg.first, msg.count):
+            guest.portions[msg.number] = portion
+            guest.ready.append(msg.number)
+        else:
+            self._tell(guest, Taken(msg.number))
+
+    def _piece(self, guest: _Guest, msg: Piece, data: memoryview) -> None:
+        if guest.way != TCP:
+            raise Impossible("bytes that come by another way")
+        if (portion := guest.portions.get(msg.number)) is None:
+            return  # of a request that has ended here
+        end = msg.offset + len(data)
+        pulled = portion.state is _State.PULLED
+        if not pulled or msg.offset != portion.got or end > guest.nbytes(portion):
+            raise Impossible(f"bytes {msg.offset} to {end} of portion {msg.number}")
+        self.pages.host(portion.page)[msg.offset : end] = data
+        portion.got, portion.since = end, self.clock.now
+        if end == guest.nbytes(portion):
+            self._write(guest, msg.number, portion)
+
+    def _fetch(self, guest: _Guest, number: int, portion: _Portion, page: int) -> None:
+        """The bytes lie in a page of the sender's."""
+        if portion.state is not _State.PULLED:
+            raise Impossible(f"portion {number} is filled while it is {portion.state.name}")
+        portion.since = self.clock.now
+        here = self.pages.device(portion.page)[: guest.nbytes(portion)]
+        if guest.window is not None:
+            if not guest.window.has(page, len(here)):
+                raise Impossible(f"page {page} with {len(here)} bytes, which it has not")
+            portion.state = _State.FETCHING
+            self._copies.append((guest.window.fetch(page, here), guest, number, portion))
+        elif guest.pair is not None:
+            portion.state = _State.FETCHING
+            guest.pair.receive(number, here)
+
+    # -- from pages into slots ---------------------------------------------------------------------
+
+    def work(self) -> int:
+        self._pull()
+        if self._copies:
+            self._finish_one()
+        wait_ms = 0 if self._copies else IDLE_MS
+        for guest in [*self._guests.values()]:
+            if guest.pair is not None and self._step(guest, guest.pair):
+                wait_ms = min(wait_ms, SOON_MS)
+            if guest.gone:
+                self._end_guest(guest, "its sender has hung up")
+        for guest, pair in [entry for entry in self._ending if entry[1].closed]:
+            self._ending.remove((guest, pair))
+            for number, portion in [*guest.portions.items()]:
+                if portion.state is _State.FETCHING:
+                    self._free(guest, guest.portions.pop(number))
+        return wait_ms
+
+    def _pull(self) -> None:
+        """Ask for what there is room for, one portion of each sender in turn."""
+        guests = [g for g in self._guests.values() if g.ready and not g.over]
+        self.counts.waiting = sum(len(guest.ready) for guest in guests)
+        while guests:
+            guests = [guest for guest in guests if self._pull_one(guest)]
+
+    def _pull_one(self, guest: _Guest) -> bool:
+        """Gives whether there may be another one."""
+        while guest.ready and (portion := guest.portions.get(guest.ready[0])) is None:
+            guest.ready.popleft()  # its request has ended
+        if not guest.ready or (guest.pair is not None and not guest.pair.ready):
+            return False
+        if (page := self.pool.take(guest.ident)) is None:
+            return False
+        number = guest.ready.popleft()
+        assert portion is not None
+        portion.page, portion.state, portion.since = page, _State.PULLED, self.clock.now
+        self._tell(guest, Pull(number))
+        return True
+
+    def _write(self, guest: _Guest, number: int, portion: _Portion) -> None:
+        """All bytes are here: put them where they belong, if that is still theirs."""
+        place = portion.epoch, guest.rank, portion.first, portion.count
+        slots = self._inbox_of.write(*place)
+        if slots is None:
+            self._done(guest, number, portion)
+            return
+        portion.state = _State.WRITING
+        copied = self.pages.empty(portion.page, guest.strips, slots, host=guest.way == TCP)
+        self._copies.append((copied, guest, number, portion))
+
+    def _done(self, guest: _Guest, number: int, portion: _Portion) -> None:
+        """A portion needs its page no more."""
+        guest.portions.pop(number, None)
+        self._free(guest, portion)
+        if guest.way != P2P:  # there it was said when the bytes had been fetched
+            self._tell(guest, Taken(number))
+
+    def _finish_one(self) -> None:
+        copied, guest, number, portion = self._copies.popleft()
+        copied.wait()
+        if portion.state is _State.FETCHING:
+            self._fetched(guest, number, portion)
+            return
+        self.counts.taken_bytes += guest.nbytes(portion)
+        self.counts.taken_pages += 1
+        self._done(guest, number, portion)
+        place = portion.epoch, guest.rank, portion.first, portion.count
+        self._end(self._inbox_of.written(*place))
+
+    def _fetched(self, guest: _Guest, number: int, portion: _Portion) -> None:
+        """The bytes of a sender's page are in ours."""
+        portion.state, portion.since = _State.FETCHED, self.clock.now
+        wanted = portion.epoch in self._inbox_of.imports
+        if guest.portions.get(number) is not portion or not wanted:  # ended meanwhile
+            guest.portions.pop(number, None)
+            self._free(guest, portion)
+        elif guest.way == P2P:
+            self._tell(guest, Taken(number))  # it answers whether the page was still this one's
+        else:
+            self._write(guest, number, portion)
+
+    def _step(self, guest: _Guest, pair: Pair) -> bool:
+        """Go on with what a communicator does; gives whether it is at work."""
+        for key, value in pair.to_tell():
+            self._tell(guest, Known(key, value))
+        for number in pair.done():
+            if (portion := guest.portions.get(number)) is not None:
+                self._fetched(guest, number, portion)
+        if pair.failed and not guest.over:
+            self._refuse(guest, pair.failed)
+        return pair.busy
+
+    # -- connections and time ----------------------------------------------------------------------
+
+    def _tell(self, guest: _Guest, msg: Message) -> None:
+        try:
+            self._door.send_multipart([guest.ident, encode(msg)], zmq.NOBLOCK)
+            guest.said = self.clock.now
+        except zmq.ZMQError:  # it is closed, or does not read even what is this short
+            guest.gone = True
+
+    def _refuse(self, guest: _Guest, why: str) -> None:
+        """Hear nothing more of it; the others go on."""
+        self._log.warning("K/V of %s are refused: %s", guest.name or "nobody we know", why)
+        self._tell(guest, Refused(why))
+        self._end_guest(guest, why)
+
+    def _end_guest(self, guest: _Guest, why: str) -> None:
+        guest.over = True
+        if guest.gone:
+            self._guests.pop(guest.ident, None)
+        for entry in [*self._inbox_of.imports.values()]:
+            if entry.links.get(guest.rank) == guest.ident:
+                self._drop(entry.rid, why)
+        for number, portion in [*guest.portions.items()]:
+            if not portion.busy:
+                self._free(guest, guest.portions.pop(number))
+        guest.ready.clear()
+        if guest.pair is not None:
+            guest.pair.close()
+            self._ending.append((guest, guest.pair))
+            guest.pair = None
+        if guest.window is not None:
+            guest.window.close()
+            guest.window = None
+
+    def tick(self) -> None:
+        now, times = self.clock.now, self.times
+        for guest in [*self._guests.values()]:
+            silent = now - guest.heard
+            if guest.over:
+                if silent > GONE_S:
+                    del self._guests[guest.ident]
+            elif silent > times.lapse_s:
+                self._refuse(guest, f"its sender has been silent for {times.lapse_s:g} s")
+            elif now - guest.said > times.alive_s:
+                self._tell(guest, Alive())
+        for entry in [*self._inbox_of.imports.values()]:
+            if entry.why is None and (why := self._late(entry)):
+                self._drop(entry.rid, why)
+
+    def _late(self, entry: Entry) -> str:
+        """Why an import will not come to its end; "": it may."""
+        now, times = self.clock.now, self.times
+        if entry.tp == 0:
+            late = now - entry.since > times.first_s
+            return f"no sender has been heard of in {times.first_s:g} s" if late else ""
+        for rank in entry.had:
+            if rank not in entry.links and now - entry.since > times.lapse_s:
+                return f"rank {rank} of its sender has not come in {times.lapse_s:g} s"
+        for ident in entry.links.values():
+            assert isinstance(ident, bytes)
+            guest = self._guests.get(ident)
+            for portion in guest.portions.values() if guest is not None else ():
+                late = portion.page >= 0 and now - portion.since > times.lapse_s
+                if late and portion.epoch == entry.rid:
+                    return f"{portion.count} tokens have not come in {times.lapse_s:g} s"
+        return ""
+
+    def shut(self) -> None:
+        for guest in self._guests.values():
+            if guest.pair is not None:
+                guest.pair.close()
+            if guest.window is not None:
+                guest.window.close()
+        self._strangers.close()

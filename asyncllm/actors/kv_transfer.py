@@ -1,0 +1,104 @@
+"""K/V transfer: what the scheduler says about requests that move, to the thread that moves them.
+
+Owns that thread, and no state beside it: see ``kv_sender`` and ``kv_taker``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn, TypeVar, assert_never
+
+from asyncllm.actors.base import Actor
+from asyncllm.actors.kv_loop import Mover
+from asyncllm.codec import Message
+from asyncllm.messages import Computed, Export, Forget, Import, Probe, StepOver
+from asyncllm.messages.transfer import Listening, TransferStats
+
+T = TypeVar("T")
+
+Taken = Import | Export | Computed | Forget | StepOver | Probe
+
+
+class KvTransfer(Actor[Taken]):
+    """One on each rank of a prefill or decode node.
+
+    Args:
+        mover: the thread, not started.
+        address: where others connect to it; "": nobody does, it sends.
+        max_rank: of its group.
+    """
+
+    remote = frozenset({Import, Export, Computed, Forget})
+    orders = frozenset({Probe})
+
+    def __init__(self, mover: Mover, address: str = "") -> None:
+        super().__init__("kv_transfer")
+        self._mover, self._address = mover, address
+        self._stopped = False
+
+    def started(self) -> None:
+        system = self.system
+        group = system.topology[system.endpoint].group
+        self._scheduler = system.ref("scheduler", system.topology.leader(group).id)
+        self._watchdog = system.at_coordinator("watchdog")
+        self._mover.start(
+            lambda batch: self._post(self._say, batch), lambda error: self._post(self._fail, error)
+        )
+        if self._address:
+            wire = self._mover.share.wire
+            system.at_coordinator("agent").tell(Listening(system.endpoint, self._address, wire))
+
+    def receive(self, batch: list[Taken]) -> None:
+        moving: list[Message] = []
+        for msg in batch:
+            match msg:
+                case Import() | Export() | Computed() | Forget() | StepOver():
+                    moving.append(msg)
+                case Probe(query):
+                    self._watchdog.tell(self._stats(query))
+                case _:
+                    assert_never(msg)
+        if moving:
+            self._mover.put(moving)
+
+    def stopped(self) -> None:
+        self._stopped = True
+        self._mover.close()
+
+    def holds(self) -> str:
+        counts = self._mover.counts
+        moved = counts.sent_bytes + counts.taken_bytes
+        return f"{moved / 1e9:.2f} GB moved, {counts.waiting} pages wait"
+
+    def _post(self, callback: Callable[[T], object], value: T) -> None:
+        """From the thread."""
+        try:
+            self.system.loop.call_soon_threadsafe(callback, value)
+        except RuntimeError:  # the loop has been closed: nobody is left to tell
+            if not self.system.loop.is_closed():
+                raise
+
+    def _say(self, batch: list[Message]) -> None:
+        for msg in batch if not self._stopped else ():
+            self._scheduler.tell(msg)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """On the loop, whose exception handler ends the system."""
+        raise error
+
+    def _stats(self, query: int) -> TransferStats:
+        counts = self._mover.counts
+        return TransferStats(
+            query=query,
+            endpoint=self.system.endpoint,
+            sent_bytes=counts.sent_bytes,
+            taken_bytes=counts.taken_bytes,
+            sent_pages=counts.sent_pages,
+            taken_pages=counts.taken_pages,
+            taken_tokens=counts.taken_tokens,
+            transfers=counts.transfers,
+            transfer_ms=counts.transfer_ms,
+            lapses=counts.lapses,
+            waiting=counts.waiting,
+            refused=counts.refused,
+        )

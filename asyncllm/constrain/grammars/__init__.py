@@ -1,0 +1,1 @@
+"""The languages of constraints, read into rules: JSON schemas, regular expressions, EBNF, calls."""

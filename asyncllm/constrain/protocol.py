@@ -1,0 +1,66 @@
+"""What a constraint is: it says which tokens may come next in one request.
+
+Schedulers and threads know only this. Knows token ids and masks; knows no grammar.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Protocol
+
+
+class ResampleToken(Exception):
+    """A token came before it was known that it must not: it has to be sampled once more."""
+
+
+class Verdict(IntEnum):
+    """What has come of a token that a constraint was told."""
+
+    GOES_ON = 0
+    WHOLE = 1  # accept has said True
+    AGAIN = 2
+    REFUSED = 3  # RequestError
+    UNDONE = 4  # the thread had no time for it
+
+
+class Constraint(Protocol):
+    """Which tokens may come next in one request.
+
+    :meth:`start`, and :meth:`accept` of a token for which :meth:`slow` is True, run in a thread,
+    one at a time; nothing else is called meanwhile. All the rest runs on the event loop and takes
+    microseconds.
+    """
+
+    def slow(self, token: int | None) -> bool:
+        """``accept(token)``, or ``start()`` for None, may take long: it is work for a thread."""
+        return False
+
+    def start(self) -> None:
+        """Called once, before everything but :meth:`slow`: makes the first mask.
+
+        Raises:
+            RequestError: no token can begin.
+        """
+        return None
+
+    def mask(self) -> bytes:
+        """Bit ``t % 32`` of int32 word ``t // 32`` is set where token ``t`` may come next;
+        b"": all.
+
+        At least one is set, from :meth:`start` until :meth:`accept` says True or raises.
+        """
+
+    def mask_is_stable_for(self, ahead: int) -> bool:
+        """The mask will be the same after ``ahead`` more tokens; if not,
+        :meth:`accept` raises Again.
+
+        True for 0, and never takes back what it has said of the same token.
+        """
+
+    def accept(self, token: int) -> bool:
+        """Go on by ``token``, and make the next mask. True: only an end token could follow.
+
+        Raises:
+            RequestError: ``token`` was not allowed, or no token can follow.
+            Again: ``token`` is not taken; the mask says now what may come in its place.
+        """

@@ -1,0 +1,64 @@
+"""Time in which this process could have acted, and pages shared out among those who want them.
+
+Knows neither sockets nor what pages hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from time import monotonic
+
+
+class LocalClock:
+    """Seconds, but for those in which this process was stopped or had no processor.
+
+    Whoever waits for others must not take its own absence for theirs.
+
+    Args:
+        most_s: between two looks, at most so much passes; the owner looks more often.
+    """
+
+    def __init__(self, most_s: float, clock: Callable[[], float] = monotonic) -> None:
+        self._most_s, self._clock = most_s, clock
+        self._last, self.now = clock(), 0.0
+
+    def look(self) -> float:
+        """The time now; ``now`` stays at it until the next look."""
+        last, self._last = self._last, self._clock()
+        self.now += min(self._last - last, self._most_s)
+        return self.now
+
+
+class PagePool:
+    """Which pages are free, and who holds how many.
+
+    Who holds as many as are free gets no more: so one peer alone may hold half of them, and those
+    that stand still never hold all before several others have had theirs.
+    """
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+        self._free = list(range(num))
+        self._held: dict[Hashable, int] = {}
+
+    @property
+    def free(self) -> int:
+        """How many nobody holds."""
+        return len(self._free)
+
+    def take(self, who: Hashable) -> int | None:
+        """A page; None: there is none for ``who`` now."""
+        held = self._held.get(who, 0)
+        if not self._free or held > len(self._free):
+            return None
+        self._held[who] = held + 1
+        return self._free.pop()
+
+    def give(self, who: Hashable, page: int) -> None:
+        """Give back one that ``who`` holds."""
+        assert 0 <= page < self.num
+        assert page not in self._free, f"page {page} given back twice"
+        self._free.append(page)
+        self._held[who] -= 1
+        if not self._held[who]:
+            del self._held[who]

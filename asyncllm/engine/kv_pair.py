@@ -1,0 +1,223 @@
+"""A communicator of two ranks of different servers, for pages: NCCL, or gloo in tests.
+
+It is no part of torch.distributed's default group, and what it needs to meet goes through whatever
+connects the two already. Owns a thread, since much of what communicators do blocks; knows neither
+pages' owners nor sockets.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from time import monotonic
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroupGloo, Store, Work
+
+POLL_S = 0.0005
+NEVER = timedelta(days=365)  # the clocks of torch end the process; ours end the pair
+
+
+class Communicator(Protocol):
+    """What torch's backends have in common, as far as they are used here."""
+
+    def send(self, tensors: list[Tensor], to: int, tag: int) -> Work:
+        """Queue a tensor for the other rank."""
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int) -> Work:
+        """Queue a tensor that comes from the other rank."""
+
+    def abort(self) -> None:
+        """Have works that hang end."""
+
+
+class Meeting(Store):
+    """What two processes tell each other so that their communicators find each other.
+
+    What is set here is to be told to the other side, and what is asked for here comes from there.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__()
+        self._timeout_s, self._over = timeout_s, False
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+        self.outbox: deque[tuple[str, bytes]] = deque()
+
+    def known(self, key: str, value: bytes) -> None:
+        """The other side has set it."""
+        with self._changed:
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Whoever waits for something waits no more."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    # -- torch's names -----------------------------------------------------------------------------
+
+    def set(self, key: str, value: str | bytes) -> None:
+        raw = value.encode() if isinstance(value, str) else bytes(value)
+        self.known(key, raw)
+        self.outbox.append((key, raw))
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        with self._changed:
+            return all(key in self._values for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        with self._changed:
+            found = self._changed.wait_for(
+                lambda: self._over or all(key in self._values for key in keys), self._timeout_s
+            )
+        if self._over or not found:
+            raise RuntimeError(f"the other side has not said {keys}")
+
+
+class Pair:
+    """Two ranks, each of which has one of these; pages go from place 0 to place 1.
+
+    Args:
+        make: the communicator, as soon as both are there; blocks.
+        finish: wait for a work of it, at most some seconds. Raises RuntimeError: it failed.
+        abort: have works that hang end.
+        timeout_s: for the meeting, and for a page.
+
+    Attributes:
+        ready: pages can go.
+        failed: why they cannot any more; "": they can, or will.
+        closed: nothing reads or writes any page any more.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Meeting], Communicator],
+        finish: Callable[[Work, float], None],
+        abort: Callable[[Communicator], None],
+        timeout_s: float,
+    ) -> None:
+        self._make, self._finish, self._abort, self._timeout_s = make, finish, abort, timeout_s
+        self.ready = self.closed = False
+        self.failed = ""
+        self._over = False
+        self._meeting = Meeting(timeout_s)
+        self._jobs: queue.SimpleQueue[tuple[int, Tensor, bool] | None] = queue.SimpleQueue()
+        self._under_way = 0
+        self._done: deque[int] = deque()
+        self._group: Communicator | None = None
+        threading.Thread(target=self._run, name="kv pair", daemon=True).start()
+
+    def to_tell(self) -> Iterable[tuple[str, bytes]]:
+        """What the other side is to be told."""
+        while self._meeting.outbox:
+            yield self._meeting.outbox.popleft()
+
+    def known(self, key: str, value: bytes) -> None:
+        """The other side has told this."""
+        self._meeting.known(key, value)
+
+    def send(self, number: int, page: Tensor) -> None:
+        """Queue a page; the other side must receive as many bytes, in the same order."""
+        self._under_way += 1
+        self._jobs.put((number, page, True))
+
+    def receive(self, number: int, page: Tensor) -> None:
+        """Queue a page to come."""
+        self._under_way += 1
+        self._jobs.put((number, page, False))
+
+    def done(self) -> Iterable[int]:
+        """The numbers of pages that have gone or come since this was last asked."""
+        while self._done:
+            self._under_way -= 1
+            yield self._done.popleft()
+
+    @property
+    def busy(self) -> bool:
+        """Something is under way that makes no noise when it is done."""
+        return not self.failed and (not self.ready or self._under_way > 0)
+
+    def close(self) -> None:
+        """End it, without waiting; ``closed`` is set when it has ended."""
+        self._over = True
+        self._meeting.close()
+        self._jobs.put(None)
+        if (group := self._group) is not None and not self.closed:
+            threading.Thread(
+                target=self._abort, args=(group,), name="kv pair's end", daemon=True
+            ).start()
+
+    def _run(self) -> None:
+        try:
+            self._group = self._make(self._meeting)
+            self.ready = True
+            self._serve(self._group)
+        except RuntimeError as error:  # all of torch's are
+            if not self._over:
+                self.failed = f"its communicator failed: {error}".splitlines()[0]
+        finally:
+            self.closed = True
+
+    def _serve(self, group: Communicator) -> None:
+        works: deque[tuple[int, Work]] = deque()
+        while not self._over:
+            try:
+                job = self._jobs.get(block=not works)
+            except queue.Empty:
+                number, work = works.popleft()
+                self._finish(work, self._timeout_s)
+                self._done.append(number)
+                continue
+            if job is None:
+                return
+            number, page, sends = job
+            work = group.send([page], 1, 0) if sends else group.recv([page], 0, 0)
+            works.append((number, work))
+
+
+def nccl_pair(place: int, device: torch.device, timeout_s: float) -> Pair:
+    """Over NCCL, on a stream of its own."""
+    stream = torch.cuda.Stream(device)
+
+    def make(meeting: Meeting) -> Communicator:
+        torch.cuda.set_device(device)  # the thread's
+        torch.cuda.set_stream(stream)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = NEVER
+        return cast("Communicator", dist.ProcessGroupNCCL(meeting, place, 2, options))
+
+    def finish(work: Work, seconds: float) -> None:
+        pause, end = threading.Event(), monotonic() + seconds
+        while not work.is_completed():
+            if monotonic() > end:
+                raise RuntimeError(f"a page has not gone in {seconds:g} s")
+            pause.wait(POLL_S)
+
+    return Pair(make, finish, lambda group: group.abort(), timeout_s)
+
+
+def gloo_pair(place: int, device: torch.device, timeout_s: float) -> Pair:
+    """Over gloo on the loopback interface: the same on a CPU, for tests."""
+
+    def make(meeting: Meeting) -> Communicator:
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = timedelta(seconds=timeout_s)
+        return cast("Communicator", ProcessGroupGloo(meeting, place, 2, options))
+
+    def finish(work: Work, seconds: float) -> None:
+        work.wait(timedelta(seconds=seconds))
+
+    return Pair(make, finish, lambda group: None, timeout_s)

@@ -1,0 +1,256 @@
+"""Ways of a page from one server's rank to another's: through sockets, through memory that both
+see, or through a communicator of the two.
+
+Knows pages; knows neither whose they are nor the sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import re
+import stat
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgpack
+import numpy as np
+import torch
+from torch import Tensor
+
+from asyncllm.engine.kv_pages import Copied, CpuPages, CudaCopied, CudaPages, Done
+from asyncllm.engine.kv_pair import Pair, nccl_pair
+from asyncllm.errors import StartupError
+
+TCP, NCCL, P2P, AUTO = "tcp", "nccl", "p2p", "auto"
+MODES = (AUTO, NCCL, P2P, TCP)
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MEMORY = re.compile(r"cpu:(\d{1,9}):(\d{1,6}):(\d{1,19}):(\d{1,9}):(\d{1,18})")
+
+
+def machine_id() -> str:
+    """The same for all processes of a machine, another after its restart."""
+    return _BOOT_ID.read_text().strip()
+
+
+class Window(Protocol):
+    """The pages of a process of the same machine, to read."""
+
+    num: int
+
+    def has(self, page: int, nbytes: int) -> bool:
+        """Whether there is such a page, with so many bytes."""
+
+    def fetch(self, page: int, here: Tensor) -> Copied:
+        """Queue a copy of the beginning of a page there to ``here``."""
+
+    def close(self) -> None:
+        """Look no more there."""
+
+
+class Unreachable(Exception):
+    """The memory of another process cannot be seen from here."""
+
+
+@dataclass(slots=True)
+class Ways:
+    """How a rank's pages can travel.
+
+    Attributes:
+        names: those it offers, best first.
+        machine: see :func:`machine_id`.
+        memory: where others find its pages; "": it only takes, or they cannot be seen.
+        device: of its K/V.
+        timeout_s: for a page to go through a communicator.
+        backend: that makes communicators for a place (0 or 1) in a pair.
+    """
+
+    names: tuple[str, ...]
+    device: torch.device
+    memory: str = ""
+    machine: str = ""
+    timeout_s: float = 4.0
+    backend: Callable[[int, torch.device, float], Pair] = nccl_pair
+
+    def choose(
+        self, theirs: Sequence[str], machine: str, memory: str
+    ) -> tuple[str | None, Window | None]:
+        """The way that a caller likes best of those that both have; None: there is none."""
+        for name in theirs:
+            if name not in self.names:
+                continue
+            if name != P2P:
+                return name, None
+            if machine != self.machine:
+                continue
+            with contextlib.suppress(Unreachable):
+                return name, open_window(memory, self.device)
+        return None, None
+
+    def nothing_in_common(self, theirs: Sequence[str]) -> str:
+        """Why there is no way."""
+        ours = ", ".join(self.names)
+        return (
+            f"K/V cannot travel between these two: one has {', '.join(theirs)}, the other {ours} "
+            "(--pd_trans_mode; p2p is for processes of one machine that see each other's memory)"
+        )
+
+    def pair(self, place: int) -> Pair:
+        """A communicator with one other rank; nobody waits for it here."""
+        return self.backend(place, self.device, self.timeout_s)
+
+
+def ways_of(mode: str, pages: CpuPages | CudaPages, device: torch.device) -> Ways:
+    """What ``--pd_trans_mode`` asks for.
+
+    Raises:
+        StartupError: this machine has not got it.
+    """
+    cuda = device.type == "cuda"
+    if mode == NCCL and not cuda:
+        raise StartupError(
+            "--pd_trans_mode nccl moves K/V between GPUs, and this server computes on the CPU "
+            "(tcp, or p2p between processes of one machine)"
+        )
+    names: tuple[str, ...] = (mode,)
+    if mode == AUTO:
+        names = (P2P, NCCL, TCP) if cuda else (TCP,)
+    memory = memory_of(pages) if P2P in names else ""
+    return Ways(names, device, memory, machine_id())
+
+
+# -- memory that two processes of a machine see ----------------------------------------------------
+
+
+class SharedPages:
+    """Main memory that other processes of this user may map, for as long as this one lives.
+
+    Its size cannot change, so that who has mapped it never reads beyond its end.
+    """
+
+    def __init__(self, num: int, size: int) -> None:
+        self.num, self.size = num, size
+        self._fd = os.memfd_create("asyncllm-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._fd, num * size)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
+        self._map = mmap.mmap(self._fd, num * size)
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8).view(num, size)
+
+    @property
+    def text(self) -> str:
+        """Where others find it."""
+        inode = os.fstat(self._fd).st_ino
+        return f"cpu:{os.getpid()}:{self._fd}:{inode}:{self.num}:{self.size}"
+
+
+def memory_of(pages: CpuPages | CudaPages) -> str:
+    """Where others find these pages; "": nowhere."""
+    if isinstance(pages, CudaPages):
+        return _exported(pages.all)
+    return pages.shared
+
+
+def open_window(memory: str, device: torch.device) -> Window:
+    """Pages of another process. Raises Unreachable."""
+    if memory.startswith("cuda:") and device.type == "cuda":
+        return CudaWindow(memory, device)
+    if (found := _MEMORY.fullmatch(memory)) and device.type == "cpu":
+        return CpuWindow(*map(int, found.groups()))
+    raise Unreachable(f"pages that lie elsewhere than on {device.type}")
+
+
+class CpuWindow:
+    """See :class:`SharedPages`, mapped so that nothing can be written.
+
+    Raises:
+        Unreachable: they are not what they are said to be.
+    """
+
+    def __init__(self, pid: int, fd: int, inode: int, num: int, size: int) -> None:
+        self.num, self._size = num, size
+        try:
+            # whatever else it may be, opening it does not wait
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+            file = os.open(f"/proc/{pid}/fd/{fd}", flags)
+        except OSError as error:
+            raise Unreachable(str(error)) from None
+        try:
+            about = os.fstat(file)
+            same = stat.S_ISREG(about.st_mode) and about.st_ino == inode
+            if not (same and about.st_size == num * size > 0):
+                raise Unreachable(f"descriptor {fd} of process {pid} is something else")
+            if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise Unreachable("its size may change")
+            self._map = mmap.mmap(file, num * size, prot=mmap.PROT_READ)
+        except OSError as error:
+            raise Unreachable(str(error)) from None
+        finally:
+            os.close(file)
+
+    def has(self, page: int, nbytes: int) -> bool:
+        return 0 <= page < self.num and nbytes <= self._size
+
+    def fetch(self, page: int, here: Tensor) -> Done:
+        source = np.frombuffer(self._map, np.uint8, len(here), page * self._size)
+        np.copyto(here.numpy(), source)
+        return Done()
+
+    def close(self) -> None:
+        self._map.close()
+
+
+def _exported(pages: Tensor) -> str:
+    """A handle of device memory, for other processes of this machine."""
+    shared = pages.untyped_storage()._share_cuda_()
+    index = pages.device.index
+    uuid = str(torch.cuda.get_device_properties(index).uuid)
+    at = pages.storage_offset() * pages.element_size()
+    packed: bytes = msgpack.packb((uuid, at, *pages.shape, *shared[1:]))
+    return f"cuda:{b64encode(packed).decode()}"
+
+
+class CudaWindow:
+    """Device memory of another process, by the handle that CUDA gives for it.
+
+    Raises:
+        Unreachable: this process does not see that device, or cannot read from it.
+    """
+
+    def __init__(self, memory: str, device: torch.device) -> None:
+        try:
+            uuid, at, num, size, *shared = msgpack.unpackb(b64decode(memory[5:]))
+            known = range(torch.cuda.device_count())
+            theirs = [i for i in known if str(torch.cuda.get_device_properties(i).uuid) == uuid]
+            if not theirs:
+                raise Unreachable(f"GPU {uuid} is not visible here (CUDA_VISIBLE_DEVICES)")
+            there = theirs[0]
+            if there != device.index and not torch.cuda.can_device_access_peer(device, there):
+                raise Unreachable(f"GPU {device.index} cannot read from GPU {there}")
+            storage = torch.UntypedStorage._new_shared_cuda(there, *shared)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise Unreachable(str(error)) from None
+        whole = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", there))
+        self.num, self._size = int(num), int(size)
+        self._pages = whole.set_(storage, at, (num, size))  # type: ignore[call-overload]
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def has(self, page: int, nbytes: int) -> bool:
+        return page < self.num and nbytes <= self._size
+
+    def fetch(self, page: int, here: Tensor) -> CudaCopied:
+        source = self._pages[page, : len(here)]
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            here.copy_(source, non_blocking=True)
+            event = torch.cuda.Event(blocking=True)
+            event.record(self._stream)
+        return CudaCopied(event, source)  # who holds the source keeps the memory mapped
+
+    def close(self) -> None:
+        """The memory is let go of with the last copy that reads it."""
+        del self._pages

@@ -1,0 +1,181 @@
+"""Ranks of a prefill and of a decode node in one process, without threads: turn by turn."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+import torch
+
+from asyncllm.actors.kv_loop import Mover, Share, Times
+from asyncllm.actors.kv_sender import Sender
+from asyncllm.actors.kv_taker import Taker
+from asyncllm.actors.transport import Keys
+from asyncllm.codec import Message
+from asyncllm.core.windows import PerSpace
+from asyncllm.engine.kv_pages import CpuPages, KvBytes, as_bytes
+from asyncllm.engine.kv_pair import gloo_pair
+from asyncllm.engine.kv_ways import P2P, SharedPages, Ways, machine_id
+from asyncllm.messages import Arrived, Computed, Export, Import, Lapsed, Sent, StepOver
+from asyncllm.models.attention import KvPairs, LayerKv
+from asyncllm.models.spec import AttentionSpec, shard_heads
+from asyncllm.records import Destination, KvWire
+
+CPU = torch.device("cpu")
+NODE = "0123456789abcdef"
+KEYS = Keys.make()
+SPEC = AttentionSpec(
+    kind="gqa", num_q_heads=8, num_kv_heads=4, head_dim=8, v_dim=8, scale=1.0, rope=None
+)
+NUM_LAYERS, NUM_SLOTS, PAGE_TOKENS = 2, 64, 4
+WIRE = KvWire(format="", dtype="bf16", num_layers=NUM_LAYERS, num_heads=4, head_bytes=32)
+WAIT_S = 30.0  # far more than anything here takes on a loaded machine
+
+
+def held(tp: int) -> list[list[tuple[int, ...]]]:
+    heads = [shard_heads(SPEC, tp, rank).kv_heads for rank in range(tp)]
+    return [heads] * NUM_LAYERS
+
+
+class Rank:
+    """One rank's K/V, noise in all slots, and what it has told its scheduler."""
+
+    def __init__(self, rank: int, tp: int, seed: int) -> None:
+        spec = SPEC.on(shard_heads(SPEC, tp, rank))
+        layout = KvPairs([spec] * NUM_LAYERS, torch.bfloat16)
+        self.kv: list[LayerKv] = layout.allocate(PerSpace(NUM_SLOTS, 0), CPU)
+        noise = torch.Generator().manual_seed(seed + rank)
+        for x in (x for layer in self.kv for x in layer):
+            as_bytes(x).random_(256, generator=noise)
+        self.rank, self.heads = rank, held(tp)[0][rank]
+        wire = KvWire(**{**_plain(WIRE), "tp": tp})
+        self.share = Share(f"rank {rank}", rank, wire, KvBytes(self.kv, layout), held)
+        self.told: list[Message] = []
+        self.mover: Mover
+
+    def pages(self, num: int, *, shared: bool) -> CpuPages:
+        size = PAGE_TOKENS * self.share.kv.slot_bytes
+        if shared:
+            memory = SharedPages(num, size)
+            return CpuPages(num, size, memory.tensor, memory.text)
+        return CpuPages(num, size)
+
+    def row(self, slot: int, head: int) -> bytes:
+        """K and V of all layers, of one head of the whole model."""
+        at = self.heads.index(head)
+        return b"".join(
+            as_bytes(x[slot, at : at + 1]).numpy().tobytes() for layer in self.kv for x in layer
+        )
+
+    def slots(self) -> list[bytes]:
+        """Of each slot all bytes."""
+        tensors = [as_bytes(x) for layer in self.kv for x in layer]
+        return [b"".join(t[i].numpy().tobytes() for t in tensors) for i in range(NUM_SLOTS)]
+
+
+def _plain(wire: KvWire) -> dict[str, object]:
+    return {name: getattr(wire, name) for name in KvWire.__slots__}
+
+
+class Rig:
+    """``tps``: ranks that send, and that take. ``names``: ways of the two."""
+
+    def __init__(
+        self,
+        tps: tuple[int, int] = (1, 1),
+        names: tuple[Sequence[str], Sequence[str]] = (("tcp",), ("tcp",)),
+        *,
+        num_pages: int = 4,
+        times: Times | None = None,
+        keys: Sequence[Keys] = (),
+    ) -> None:
+        self.times = times or Times(lapse_s=WAIT_S, first_s=WAIT_S)
+        self.senders = [Rank(i, tps[0], seed=0) for i in range(tps[0])]
+        self.takers = [Rank(i, tps[1], seed=1000) for i in range(tps[1])]
+        for rank in self.senders:
+            pages = rank.pages(num_pages, shared=P2P in names[0])
+            ways = Ways(tuple(names[0]), CPU, pages.shared, machine_id(), WAIT_S, gloo_pair)
+            rank.mover = Sender(rank.share, pages, ways, self.times, keys=keys or [KEYS])
+        for rank in self.takers:
+            pages = rank.pages(num_pages, shared=False)
+            ways = Ways(tuple(names[1]), CPU, "", machine_id(), WAIT_S, gloo_pair)
+            where = "127.0.0.1", 0
+            rank.mover = Taker(
+                rank.share, pages, ways, self.times, node=NODE, keys=KEYS, where=where
+            )
+        for rank in [*self.senders, *self.takers]:
+            rank.mover.post = rank.told.extend
+
+    @property
+    def movers(self) -> list[Mover]:
+        return [rank.mover for rank in [*self.senders, *self.takers]]
+
+    def to(self, epoch: int, hit: int, length: int, node: str = NODE) -> Destination:
+        addresses = []
+        for rank in self.takers:
+            assert isinstance(rank.mover, Taker)
+            addresses.append(f"tcp://127.0.0.1:{rank.mover.port}")
+        wire = self.takers[0].share.wire
+        return Destination(
+            node=node, epoch=epoch, hit=hit, length=length, addresses=tuple(addresses), wire=wire
+        )
+
+    def begin(self, rid: int, epoch: int, slots: array[int], hit: int = 0) -> None:
+        """The decode node waits, the prefill node knows: nothing is computed yet."""
+        length = hit + len(slots)
+        for rank in self.takers:
+            rank.mover.put([Import(epoch, hit, length, slots)])
+        for rank in self.senders:
+            rank.mover.put([Export(rid, self.to(epoch, hit, length))])
+
+    def computed(self, rid: int, seq: int, start: int, slots: array[int]) -> None:
+        """A chunk, and its step is over."""
+        msg = Computed(rid=rid, seq=seq, step=seq + 1, start=start, slots=slots)
+        for rank in self.senders:
+            rank.mover.put([msg, StepOver(seq + 1)])
+
+    def until(self, met: Callable[[], bool], movers: Sequence[Mover] | None = None) -> None:
+        """Turn after turn."""
+        end = monotonic() + WAIT_S
+        while not met():
+            assert monotonic() < end, [rank.told for rank in [*self.senders, *self.takers]]
+            for mover in movers if movers is not None else self.movers:
+                mover.turn(1)
+
+    def turns(self, num: int, movers: Sequence[Mover] | None = None) -> None:
+        for _ in range(num):
+            for mover in movers if movers is not None else self.movers:
+                mover.turn(1)
+
+    def arrived(self, epoch: int) -> bool:
+        return all(Arrived(epoch, rank.rank) in rank.told for rank in self.takers)
+
+    def lapsed(self, epoch: int) -> list[str]:
+        return [
+            msg.why
+            for rank in self.takers
+            for msg in rank.told
+            if isinstance(msg, Lapsed) and msg.rid == epoch
+        ]
+
+    def sent(self, rid: int) -> list[list[int]]:
+        """Of each rank."""
+        return [
+            sorted(msg.seq for msg in rank.told if isinstance(msg, Sent) and msg.rid == rid)
+            for rank in self.senders
+        ]
+
+    def matches(self, sources: array[int], targets: array[int]) -> bool:
+        """Each head of each taker in these slots is that of whoever has it."""
+        for taker in self.takers:
+            for source, target in zip(sources, targets, strict=True):
+                for head in (head for head in taker.heads if head >= 0):
+                    owner = next(rank for rank in self.senders if head in rank.heads)
+                    if owner.row(source, head) != taker.row(target, head):
+                        return False
+        return True
+
+    def close(self) -> None:
+        for mover in self.movers:
+            mover.close()

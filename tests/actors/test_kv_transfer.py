@@ -1,0 +1,146 @@
+"""K/V from ranks of one server to ranks of another: all of it, once, and nowhere else."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+import pytest
+
+from asyncllm.actors.kv_loop import Times
+from asyncllm.actors.transport import Keys
+from asyncllm.messages import Computed, Export, Forget, Import, Lapsed, StepOver
+from tests.actors.kv_rig import KEYS, NUM_SLOTS, WAIT_S, Rig
+
+SOURCES = array("i", [7, 3, 50, 22, 9, 1, 40, 41, 42, 13, 12])
+TARGETS = array("i", [60, 1, 20, 4, 5, 17, 30, 31, 33, 2, 63])
+WAYS = ["tcp", "p2p", "nccl"]  # the last one over gloo
+
+
+@pytest.fixture
+def rigs() -> Iterator[list[Rig]]:
+    made: list[Rig] = []
+    yield made
+    for rig in made:
+        rig.close()
+
+
+def untouched(before: list[list[bytes]], rig: Rig, slots: array[int]) -> bool:
+    """All slots but these are as they were."""
+    after = [rank.slots() for rank in rig.takers]
+    others = set(range(NUM_SLOTS)) - set(slots)
+    return all(a[i] == b[i] for a, b in zip(before, after, strict=True) for i in others)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tps", [(1, 1), (2, 1), (1, 2), (2, 8)], ids=str)
+def test_chunks_travel_while_later_ones_are_computed(
+    tps: tuple[int, int], way: str, rigs: list[Rig]
+) -> None:
+    rigs.append(rig := Rig(tps, ((way,), (way,))))
+    before = [rank.slots() for rank in rig.takers]
+    rig.begin(5, 77, TARGETS, hit=3)
+    rig.computed(5, 0, 3, SOURCES[:6])
+    rig.until(lambda: rig.sent(5) == [[0]] * tps[0] and rig.movers[-1].counts.taken_pages > 0)
+    assert not rig.arrived(77)
+    rig.computed(5, 1, 9, SOURCES[6:])
+    rig.until(lambda: rig.arrived(77) and rig.sent(5) == [[0, 1]] * tps[0])
+    assert rig.matches(SOURCES, TARGETS)
+    assert untouched(before, rig, TARGETS)
+    assert not rig.lapsed(77)
+    rig.turns(20)
+    assert all(mover.pool.free == mover.pool.num for mover in rig.movers)
+    assert [len(rank.told) for rank in rig.takers] == [1] * tps[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_many_requests_share_few_pages(way: str, rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig(names=((way,), (way,)), num_pages=2))
+    for i in range(5):
+        some = slice(11 * i, 11 * i + 11)
+        rig.begin(i, 100 + i, array("i", range(NUM_SLOTS))[some])
+    for i in range(5):
+        some = slice(63 - 11 * i - 11, 63 - 11 * i)
+        rig.computed(i, 0, 0, array("i", range(NUM_SLOTS))[some])
+    rig.until(lambda: all(rig.arrived(100 + i) for i in range(5)))
+    for i in range(5):
+        sources = array("i", range(NUM_SLOTS))[63 - 11 * i - 11 : 63 - 11 * i]
+        assert rig.matches(sources, array("i", range(11 * i, 11 * i + 11)))
+
+
+def test_k_v_that_are_read_before_their_step_is_over_are_not_sent(rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig())
+    rig.begin(5, 77, TARGETS)
+    sender = rig.senders[0]
+    sender.mover.put([Computed(rid=5, seq=0, step=9, start=0, slots=SOURCES), StepOver(8)])
+    rig.turns(50)
+    assert rig.sent(5) == [[]]
+    sender.mover.put([StepOver(10)])
+    rig.until(lambda: rig.arrived(77))
+
+
+def test_what_is_not_wanted_is_answered_at_once(rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig())
+    rig.computed(4, 0, 0, SOURCES)  # nobody has heard of it
+    rig.begin(5, 77, TARGETS, hit=11)
+    rig.computed(5, 0, 0, SOURCES)  # all before the hit
+    rig.until(lambda: rig.sent(4) == [[0]] and rig.sent(5) == [[0]])
+    assert not rig.arrived(77)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sender_that_forgets_ends_the_import(way: str, rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig(names=((way,), (way,))))
+    before = [rank.slots() for rank in rig.takers]
+    rig.begin(5, 77, TARGETS)
+    rig.computed(5, 0, 0, SOURCES[:4])
+    rig.until(lambda: rig.sent(5) == [[0]])
+    rig.senders[0].mover.put([Forget(5)])
+    rig.computed(5, 1, 4, SOURCES[4:])
+    rig.until(lambda: rig.lapsed(77) != [] and rig.sent(5) == [[0, 1]])
+    assert rig.lapsed(77) == ["its request has ended there"]
+    rig.turns(20)
+    assert untouched(before, rig, TARGETS[:4])
+    assert all(mover.pool.free == mover.pool.num for mover in rig.movers)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_taker_that_forgets_takes_nothing_more(way: str, rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig(names=((way,), (way,))))
+    rig.begin(5, 77, TARGETS)
+    rig.computed(5, 0, 0, SOURCES[:4])
+    rig.until(lambda: rig.sent(5) == [[0]])
+    rig.takers[0].mover.put([Forget(77)])
+    rig.until(lambda: rig.lapsed(77) == [""])
+    before = [rank.slots() for rank in rig.takers]
+    rig.computed(5, 1, 4, SOURCES[4:])
+    rig.until(lambda: rig.sent(5) == [[0, 1]])
+    rig.turns(20)
+    assert untouched(before, rig, array("i"))
+    assert rig.takers[0].told == [Lapsed(77, 0)]
+    assert all(mover.pool.free == mover.pool.num for mover in rig.movers)
+
+
+def test_a_server_behind_the_same_address_is_another_one(rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig())
+    rig.takers[0].mover.put([Import(77, 0, 11, TARGETS)])
+    rig.senders[0].mover.put([Export(5, rig.to(77, 0, 11, node="another"))])
+    rig.computed(5, 0, 0, SOURCES)
+    before = rig.takers[0].slots()
+    rig.until(lambda: rig.sent(5) == [[0]])
+    assert rig.takers[0].slots() == before
+    assert rig.takers[0].told == []  # it still waits for its own
+
+
+def test_an_import_that_nobody_sends_lapses(rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig(times=Times(first_s=0.05, lapse_s=WAIT_S)))
+    rig.takers[0].mover.put([Import(77, 0, 11, TARGETS)])
+    rig.until(lambda: rig.lapsed(77) != [])
+    assert rig.lapsed(77) == ["no sender has been heard of in 0.05 s"]
+
+
+def test_each_of_the_keys_is_tried(rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig(keys=[Keys.make(), KEYS]))
+    rig.begin(5, 77, TARGETS)
+    rig.computed(5, 0, 0, SOURCES)
+    rig.until(lambda: rig.arrived(77))
