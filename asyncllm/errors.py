@@ -15,6 +15,11 @@ AsyncllmError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncllm.records import Overflow
+
 
 class AsyncllmError(Exception):
     """Root of the tree."""
@@ -32,6 +37,8 @@ class RequestError(AsyncllmError):
     status = 400
     type = "invalid_request_error"
     code: str | None = None
+    overflow: Overflow | None = None  # of a prompt that is too long
+    details: dict[str, object] | None = None  # for programs, of Anthropic's error object
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -42,6 +49,10 @@ class RequestError(AsyncllmError):
 
 class PromptTooLong(RequestError):
     code = "context_length_exceeded"
+
+    def __init__(self, message: str, overflow: Overflow, *, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.overflow = overflow
 
 
 class ModelNotFound(RequestError):

@@ -85,12 +85,24 @@ class Logprobs:
 
 @record
 @dataclass(frozen=True, slots=True)
+class Overflow:
+    """What does not fit into the context, in tokens."""
+
+    prompt_len: int  # at least
+    max_tokens: int  # that are to be generated; 0: the prompt alone is too long
+    limit: int
+    flag: str  # that changes the limit
+
+
+@record
+@dataclass(frozen=True, slots=True)
 class Failure:
     """Why a request cannot be answered."""
 
     detail: str
     code: str = ""  # OpenAI's string code
     status: int = 400  # of HTTP
+    overflow: Overflow | None = None
 
     @property
     def valid(self) -> bool:
@@ -99,7 +111,7 @@ class Failure:
     @classmethod
     def of(cls, error: RequestError) -> Failure:
         """What travels of an error."""
-        return cls(error.message, error.code or "", error.status)
+        return cls(error.message, error.code or "", error.status, error.overflow)
 
 
 @record

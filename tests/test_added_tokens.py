@@ -134,7 +134,7 @@ def test_added_tokens_that_cannot_be_read(tmp_path: Path, listed: Any) -> None:
 
 
 def spec(*, eos: Any, generation: Any, vocab_size: int = 500) -> ModelSpec:
-    shape = {"vocab_size": vocab_size, "hidden_size": 8, "intermediate_size": 8}
+    shape = {"dtype": "float32", "vocab_size": vocab_size, "hidden_size": 8, "intermediate_size": 8}
     layers = {"num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 99999}
     config = {"architectures": ["LlamaForCausalLM"], **shape, **layers, "eos_token_id": eos}
     return ModelSpec.from_hf(config, {"eos_token_id": generation})

@@ -71,6 +71,7 @@ OURS: dict[str, Any] = {
     "llm_kv_type": "None",
     "token_healing_mode": False,
     "control_tokens_in_content": "text",
+    "completions_default_max_tokens": 16,
     "generation_config": "auto",
     "output_constraint_mode": "llguidance",
     "api_key": (),

@@ -243,7 +243,8 @@ class Frontend(Actor[Inbox]):
         exchange.pipe = pipe
         exchange.written_at = monotonic()
         self._write(exchange)
-        if self.limits.keep_alive_s:
+        speaks = not exchange.answer.generation.native or self.limits.native_keep_alive
+        if self.limits.keep_alive_s and speaks:
             self._watch(exchange, self.limits.keep_alive_s)
 
     def close(self, exchange: Exchange, route: str, status: int) -> None:
@@ -369,6 +370,7 @@ class Frontend(Actor[Inbox]):
                 reasoning="" if options is None else options.reasoning,
                 continued="" if options is None else options.continued,
                 truncate=generation.truncate,
+                usual_max=generation.usual_max,
                 client=exchange.client,
                 request_id=exchange.request_id if exchange.named else "",
             )

@@ -20,6 +20,7 @@ from asyncllm.actors.body import read_body
 from asyncllm.actors.connection import Doors, Handler, Lookout
 from asyncllm.actors.gate import Gate
 from asyncllm.actors.stream import Exchange, Pipe
+from asyncllm.api.anthropic import models as anthropic_models
 from asyncllm.api.anthropic import reply as anthropic_reply
 from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.anthropic.reply import MessageReply
@@ -296,10 +297,13 @@ class Routes:
         return _json(b'{"success":true}')
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
+        if _is_anthropics(request):
+            return _json(sse.body(anthropic_models.models(self._front.served)))
         return _json(models(self._front.served))
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
-        return _json(sse.body(model(self._front.served, request.match_info["name"])))
+        own = anthropic_models.model if _is_anthropics(request) else model
+        return _json(sse.body(own(self._front.served, request.match_info["name"])))
 
     async def _welcome(self, request: web.Request) -> web.StreamResponse:
         """A page for browsers, lines for terminals, JSON for who asks for it."""
@@ -423,6 +427,8 @@ class Routes:
     def _mark(self, request: web.Request, response: web.StreamResponse) -> None:
         """The headers that every answer has."""
         response.headers["X-Request-Id"] = request[REQUEST_ID]
+        if _is_anthropics(request):
+            response.headers["request-id"] = request[REQUEST_ID]
         if not request.get(COUNTED):
             self._front.count(_route(request), response.status)
         self._gate.mark(request, response)
@@ -440,7 +446,7 @@ class Routes:
 
     def _error(self, request: web.Request, error: RequestError) -> web.Response:
         told = errors.body(error)
-        if request.path.startswith(ANTHROPIC):
+        if _is_anthropics(request):
             told = anthropic_reply.error_body(error)
         elif self._front.served.tgi and request.path in NATIVE:
             told = tgi_reply.error_body(error)
@@ -465,6 +471,12 @@ def _route(request: web.Request) -> str:
     """The path as registered: what clients may make up must not become a label."""
     resource = request.match_info.route.resource
     return NO_ROUTE if resource is None else resource.canonical
+
+
+def _is_anthropics(request: web.Request) -> bool:
+    """Whether the client speaks Anthropic's protocol, of whose routes one is OpenAI's too."""
+    models = request.path.startswith("/v1/models") and "anthropic-version" in request.headers
+    return models or request.path.startswith(ANTHROPIC)
 
 
 def _json(body: bytes, status: int = 200) -> web.Response:

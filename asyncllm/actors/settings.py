@@ -19,6 +19,7 @@ class Limits:
         body_s: seconds for a request body to come; longer is 408.
         max_unsent: bytes waiting for a client that does not read; more drops it.
         keep_alive_s: seconds after which a silent stream gets a comment; 0: never.
+        native_keep_alive: one of LightLLM's own routes too, some of whose clients know no comments.
         flush_s: seconds of writing to streams before other work gets a turn.
         query_s: seconds to wait for another actor's answer (metrics, token counts).
         shutdown_s: seconds for open connections when the server stops.
@@ -33,6 +34,7 @@ class Limits:
     body_s: float = 60.0
     max_unsent: int = 1 << 20
     keep_alive_s: float = 15.0
+    native_keep_alive: bool = False
     flush_s: float = 0.0005
     query_s: float = 5.0
     shutdown_s: float = 2.0

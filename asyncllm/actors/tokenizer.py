@@ -39,7 +39,7 @@ from asyncllm.messages import (
     Submit,
     Tokenize,
 )
-from asyncllm.records import Failure
+from asyncllm.records import Failure, Overflow
 from asyncllm.text import Text
 
 MOST_HEALED = 2  # tokens taken off a prompt, as LightLLM does
@@ -385,9 +385,8 @@ class Tokenizer(Actor[Inbox]):
                 f" ({self._input_flag})",
                 code=PromptTooLong.code,
             )
-        raise PromptTooLong(
-            f"This prompt exceeds the context window: {num_chars} characters are at least"
-            f" {at_least} prompt tokens, limit {self._input_limit} ({self._input_flag})"
+        raise self._too_long_prompt(
+            f"{num_chars} characters are at least {at_least}", at_least, self._input_limit
         )
 
     def _keeps(self, msg: Tokenize) -> list[tuple[int, int]]:
@@ -420,8 +419,9 @@ class Tokenizer(Actor[Inbox]):
             self._forget(number, job)
             self._refuse(job, Failure.of(error))
             return
-        if params.max_new_tokens is None and self._most_new is not None:
-            room = min(room, max(self._most_new, params.min_new_tokens))
+        usual = self._most_new or msg.usual_max
+        if params.max_new_tokens is None and usual:
+            room = min(room, max(usual, params.min_new_tokens))
         job.ids, job.params = ids, replace(params, max_new_tokens=room)
         job.dropped = self._to_heal(ids, job.params) if msg.text is not None else 0
         if params.grammar is not None:
@@ -513,27 +513,33 @@ class Tokenizer(Actor[Inbox]):
             )
         prompt_len, limit = len(tokens), self._limit
         if prompt_len > self._input_limit:
-            raise PromptTooLong(
-                f"This prompt exceeds the context window: {prompt_len} prompt tokens,"
-                f" limit {self._input_limit} ({self._input_flag})",
-                param="prompt",
-            )
+            raise self._too_long_prompt(str(prompt_len), prompt_len, self._input_limit)
         # without a limit of its own the request wants at least one token
-        if max_new_tokens is None and prompt_len == limit:
-            raise PromptTooLong(
-                f"This prompt exceeds the context window: {prompt_len} prompt tokens,"
-                f" limit {limit} ({LIMIT_FLAG})",
-                param="prompt",
-            )
+        if max_new_tokens != 0 and prompt_len == limit:
+            raise self._too_long_prompt(str(prompt_len), prompt_len, limit - 1, LIMIT_FLAG)
         if max_new_tokens is None:
             return limit - prompt_len
         if (total := prompt_len + max_new_tokens) > limit:
             raise PromptTooLong(
-                f"This request exceeds the context window: {prompt_len} prompt tokens +"
-                f" {max_new_tokens} max_tokens = {total}, limit {limit} ({LIMIT_FLAG})",
+                f"This model's maximum context length is {limit} tokens. This request exceeds the"
+                f" context window: {prompt_len} prompt tokens + {max_new_tokens} max_tokens ="
+                f" {total}, limit {limit} ({LIMIT_FLAG})",
+                Overflow(prompt_len, max_new_tokens, limit, LIMIT_FLAG),
                 param="max_tokens",
             )
         return max_new_tokens
+
+    def _too_long_prompt(
+        self, said: str, at_least: int, limit: int, flag: str = ""
+    ) -> PromptTooLong:
+        """``said``: how many tokens it has; ``limit``: of the prompt."""
+        flag = flag or self._input_flag
+        return PromptTooLong(
+            f"This model's maximum context length is {self._limit} tokens. This prompt exceeds the"
+            f" context window: {said} prompt tokens, limit {limit} ({flag})",
+            Overflow(at_least, 0, limit, flag),
+            param="prompt",
+        )
 
     def _refuse(self, job: _Job, failure: Failure) -> None:
         if isinstance(job.msg, Count):

@@ -239,6 +239,11 @@ class Config:
         "do_sample and max_new_tokens are those of the model's generation_config.json; none: each "
         "route's own defaults",
     )  # fmt: skip
+    completions_default_max_tokens: int = flag(
+        16, group=MEMORY, check=at_least(0),
+        help="tokens that /v1/completions generates at most where neither the request nor "
+        "generation_config.json says it; 0: what fits into the context, as on all other routes",
+    )  # fmt: skip
     output_constraint_mode: str = flag(
         "llguidance", group=MEMORY, choices=("llguidance", "xgrammar", "none"),
         help="what makes outputs follow a JSON schema, regular expression or grammar; xgrammar, as in "
@@ -437,7 +442,8 @@ class Config:
     sse_keep_alive: float = flag(
         15.0, group=ACCESS, check=at_least(0), metavar="SECONDS",
         help="a stream with nothing to send for this long gets a comment, so that proxies keep it "
-        "open; 0: never",
+        "open; 0: never. LightLLM's own routes do so only if it is given: some of their clients know "
+        "no comments",
     )  # fmt: skip
 
     # --- operation

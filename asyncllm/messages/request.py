@@ -35,6 +35,7 @@ class Tokenize(Message):
     request_id: str = (
         ""  # the client's X-Request-Id, for the logs of other servers; "": it has none
     )
+    usual_max: int = 0  # tokens to generate at most where params leave it open; 0: no other limit
 
 
 @message(2)

@@ -160,6 +160,7 @@ def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
             vocab_size=p.spec.vocab_size,
             created=int(time.time()),
             tgi=config.use_tgi_api,
+            completion_tokens=config.completions_default_max_tokens,
             dialect=p.dialect,
             defaults=Defaults(resolved.generation_config),
         ),
@@ -179,6 +180,7 @@ def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
             idle_s=config.keep_alive_timeout,
             body_s=config.body_timeout,
             keep_alive_s=config.sse_keep_alive,
+            native_keep_alive="sse_keep_alive" in config.explicit,
         ),
         access=Access(
             keys=config.api_key,

@@ -30,6 +30,7 @@ from asyncllm.messages import (
     Submit,
     Tokenize,
 )
+from asyncllm.records import Overflow
 from asyncllm.text import Text, load_tokenizer
 from tests.actors.fake_renderer import FakeRenderer
 
@@ -183,8 +184,10 @@ def test_id_outside_the_vocabulary_is_named(text: Text, bad: int) -> None:
 def test_prompt_over_the_limit_gives_the_numbers(text: Text) -> None:
     refusal = only(play(text, [prompt(text="a" * 21)], answers=1))
     assert refusal.failure.detail == (
-        "This prompt exceeds the context window: 21 prompt tokens, limit 20 (--max_req_total_len)"
+        "This model's maximum context length is 20 tokens. This prompt exceeds the context window:"
+        " 21 prompt tokens, limit 20 (--max_req_total_len)"
     )
+    assert refusal.failure.overflow == Overflow(21, 0, 20, "--max_req_total_len")
     assert (refusal.failure.code, refusal.failure.status) == ("context_length_exceeded", 400)
 
 
@@ -201,9 +204,10 @@ def test_prompt_that_leaves_no_room_is_refused_unless_it_wants_none(text: Text) 
 def test_prompt_and_max_tokens_over_the_limit_give_the_sum(text: Text) -> None:
     refusal = only(play(text, [prompt(text="a" * 12, max_new_tokens=9)], answers=1))
     assert refusal.failure.detail == (
-        "This request exceeds the context window: 12 prompt tokens + 9 max_tokens = 21,"
-        " limit 20 (--max_req_total_len)"
+        "This model's maximum context length is 20 tokens. This request exceeds the context window:"
+        " 12 prompt tokens + 9 max_tokens = 21, limit 20 (--max_req_total_len)"
     )
+    assert refusal.failure.overflow == Overflow(12, 9, 20, "--max_req_total_len")
     assert refusal.failure.code == "context_length_exceeded"
 
 
@@ -296,7 +300,8 @@ def test_a_shorter_prompt_that_is_too_long_is_refused_unseen(text: Text) -> None
 def test_prompts_have_a_limit_of_their_own(text: Text) -> None:
     refusal = only(play(text, [prompt(text="a" * 9)], answers=1, input_limit=8))
     assert refusal.failure.detail == (
-        "This prompt exceeds the context window: 9 prompt tokens, limit 8 (--max_req_input_len)"
+        "This model's maximum context length is 20 tokens. This prompt exceeds the context window:"
+        " 9 prompt tokens, limit 8 (--max_req_input_len)"
     )
     assert (refusal.failure.code, refusal.failure.status) == ("context_length_exceeded", 400)
     hopeless = only(play(text, [prompt(text="a" * 129)], answers=1, input_limit=8))

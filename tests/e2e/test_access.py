@@ -315,7 +315,7 @@ def test_bad_tls_files_end_the_start(certificate: tuple[str, str], tmp_path: Pat
 # -- silence, slowness, size -------------------------------------------------------------------
 
 
-@live(keep_alive_s=0.03)
+@live(keep_alive_s=0.03, native_keep_alive=True)
 async def test_silent_streams_get_comments(server: Server) -> None:
     server.model.holds = True
     for path, body in (
@@ -342,6 +342,25 @@ async def test_silent_streams_get_comments(server: Server) -> None:
 async def test_no_comments_when_off(server: Server) -> None:
     assert b"keep-alive" not in await server.stream(CHAT, {"messages": HI, "stream": True})
     assert not any(e.watch for e in server.front._exchanges)
+
+
+@live(keep_alive_s=60.0)
+async def test_native_streams_get_comments_only_if_asked_for(server: Server) -> None:
+    """Some clients of LightLLM raise at them."""
+    server.model.holds = True
+    for path, body, watched in (
+        (CHAT, {"messages": HI, "stream": True}, True),
+        ("/generate_stream", {"inputs": "x"}, False),
+    ):
+        post = asyncio.create_task(server.http.post(server.url + path, json=body))
+        await server.model.until(lambda: bool(server.model.asked))
+        ids = server.model.accept(asked := server.model.asked.pop())
+        async with await post as response:
+            (exchange,) = server.front._exchanges
+            assert bool(exchange.watch) == watched
+            server.model.delta(asked.rids[0], [97], asked.params)
+            server.model.finish(asked.rids[0], len(ids), 1, Reason.STOP)
+            await response.read()
 
 
 @live(body_s=0.05)

@@ -8,6 +8,8 @@ from typing import Any
 
 from asyncllm.actors.gate import Access
 from asyncllm.core.request import Reason
+from asyncllm.messages import Finished
+from asyncllm.records import Failure, Overflow
 from tests.e2e.fake_server import Server
 from tests.e2e.test_api import HI, live
 
@@ -76,3 +78,50 @@ async def test_errors_have_anthropics_shape(server: Server) -> None:
         got, answer = await server.post(path, body, headers=more)
         assert got == status
         assert (answer["type"], answer["error"]["type"]) == ("error", kind)
+
+
+@live()
+async def test_what_does_not_fit_is_told_in_anthropics_words(server: Server) -> None:
+    """Clients that shorten what they send look for them."""
+    over = [Overflow(9, 0, 8, "--flag"), Overflow(5, 4, 8, "--flag")]
+    failures = [Failure("not for them", "context_length_exceeded", 400, each) for each in over]
+    server.model.refuse = lambda msg: Finished(msg.rids[0], Reason.ERROR, failures.pop(0))
+    told = [await server.post(MESSAGES, {"messages": HI, "max_tokens": 1}) for _ in over]
+    assert [(status, got["error"]) for status, got in told] == [
+        (400, {"type": "invalid_request_error", "message": message})
+        for message in (
+            "prompt is too long: 9 tokens > 8 maximum (--flag)",
+            "input length and `max_tokens` exceed context limit: 5 + 4 > 8, decrease input length "
+            "or `max_tokens` and try again (--flag)",
+        )
+    ]
+
+
+@live()
+async def test_a_stored_conversation_is_refused_so_that_the_sdk_sends_it(server: Server) -> None:
+    body = {"messages": HI, "max_tokens": 1, "thread": {"type": "new"}}
+    status, got = await server.post(MESSAGES, body)
+    details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    assert (status, got["error"]["details"]) == (400, details)
+    assert await server.post(MESSAGES, body | {"thread": None}) is not None
+
+
+@live()
+async def test_headers_and_models_as_anthropic_has_them(server: Server) -> None:
+    headers = {"anthropic-version": "2023-06-01", "X-Request-Id": "mine"}
+    async with server.http.get(server.url + "/v1/models", headers=headers) as response:
+        assert response.headers["request-id"] == "mine"
+        got = await response.json()
+    assert (got["first_id"], got["last_id"], got["has_more"]) == ("tiny", "org/tiny", False)
+    one = got["data"][0]
+    assert (one["type"], one["id"], one["max_input_tokens"]) == ("model", "tiny", 1000)
+    assert one["created_at"] == "2023-11-14T22:13:20Z"
+    async with server.http.get(server.url + "/v1/models/org/tiny", headers=headers) as response:
+        assert await response.json() == got["data"][1]
+    async with server.http.get(server.url + "/v1/models/none", headers=headers) as response:
+        assert (response.status, (await response.json())["type"]) == (404, "error")
+    async with server.http.get(server.url + "/v1/models") as response:
+        assert (await response.json())["object"] == "list"
+        assert "request-id" not in response.headers
+    async with server.http.post(server.url + MESSAGES, json={}) as response:
+        assert response.headers["request-id"] == response.headers["X-Request-Id"]

@@ -14,6 +14,7 @@ from asyncllm.api.common.content_blocks import ContentBlock, ContentBlockReply
 from asyncllm.api.parsing.tools import CallStart, Reasoning, Text
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
+from asyncllm.records import Overflow
 
 ERROR_TYPES: Final = {
     400: "invalid_request_error",
@@ -33,10 +34,26 @@ DELTAS: Final = {
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """``{"type": "error", "error": {type, message}}``."""
+    """``{"type": "error", "error": {type, message}}``, with ``details`` where there are some."""
     usual = "api_error" if error.status >= 500 else "invalid_request_error"
-    kind = ERROR_TYPES.get(error.status, usual)
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    told: dict[str, Any] = {
+        "type": ERROR_TYPES.get(error.status, usual),
+        "message": error.message if error.overflow is None else _overflow(error.overflow),
+    }
+    if error.details is not None:
+        told["details"] = error.details
+    return {"type": "error", "error": told}
+
+
+def _overflow(found: Overflow) -> str:
+    """Anthropic's own words, which clients look for: they shorten what does not fit."""
+    prompt_len, most, limit = found.prompt_len, found.max_tokens, found.limit
+    if not most:
+        return f"prompt is too long: {prompt_len} tokens > {limit} maximum ({found.flag})"
+    return (
+        f"input length and `max_tokens` exceed context limit: {prompt_len} + {most} > {limit},"
+        f" decrease input length or `max_tokens` and try again ({found.flag})"
+    )
 
 
 class MessageReply(ContentBlockReply):

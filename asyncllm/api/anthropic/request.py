@@ -12,6 +12,7 @@ from typing import Any, Final
 from asyncllm.api.anthropic import messages as anthropic_messages
 from asyncllm.api.common import response_format, tool_request, validation
 from asyncllm.api.common.conversation import with_system
+from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.prepare import ChatPrompt, prepare_chat, refuse_trailing_calls
 from asyncllm.api.common.request import GenerationRequest, ServedModel, temperature
 from asyncllm.api.common.response_format import Grammar
@@ -142,6 +143,7 @@ UNAVAILABLE: Final = (
 def messages(body: Body, served: ServedModel) -> GenerationRequest:
     """A /v1/messages body. Raises RequestError (400), NotAvailable (400), ModelNotFound (404)."""
     served.check_name(PROMPT[0].read(body))
+    _refuse_thread(body)
     validation.refuse(UNAVAILABLE, body)
     values = validation.read(MESSAGES, body, silent=served.defaults.sampling(body))
     made = _prepared(values, served)
@@ -170,6 +172,14 @@ def count(body: Body, served: ServedModel) -> bytes:
     made = _prepared(validation.read(PROMPT, body), served)
     assert made.prompt.chat is not None
     return made.prompt.chat
+
+
+def _refuse_thread(body: Body) -> None:
+    """The SDK then sends the whole conversation itself. Raises NotAvailable (400)."""
+    if body.get("thread") is not None:
+        error = NotAvailable("thread: a stored conversation is not available on this server")
+        error.details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise error
 
 
 def _prepared(values: dict[str, Any], served: ServedModel) -> ChatPrompt:

@@ -99,7 +99,7 @@ def from_failure(failure: Failure) -> RequestError:
         error.type, error.code = "rate_limit_error", "rate_limit_exceeded"
     elif status >= 500:
         error = ServerFault(message) if status == 500 else NotServing(message)
-    error.status = status
+    error.status, error.overflow = status, failure.overflow
     if failure.code:
         error.code = failure.code
     return error

@@ -40,6 +40,8 @@ class GenerationRequest:
     echo: bool = False
     add_special_tokens: bool = True
     truncate: int = 0  # keep only that many of a prompt's last tokens; 0: all
+    usual_max: int = 0  # tokens to generate at most where params leave it open, if more fit; 0: all
+    native: bool = False  # of a route of LightLLM's own
     include_usage: bool = False  # a usage chunk ends the stream
     continuous_usage: bool = False  # every chunk says it too
     functions: bool = False  # OpenAI's chat: a call is told as function_call
@@ -61,6 +63,7 @@ class ServedModel:
         dialect: how the model writes calls and reasoning.
         defaults: what counts where a request is silent.
         tgi: LightLLM's native routes speak text-generation-inference's protocol.
+        completion_tokens: to generate at most where /v1/completions is not told; 0: what fits.
     """
 
     name: str
@@ -74,10 +77,11 @@ class ServedModel:
     dialect: Dialect = field(default_factory=Dialect)
     defaults: Defaults = field(default_factory=Defaults)
     tgi: bool = False
+    completion_tokens: int = 16
 
     def check_name(self, name: str | None) -> None:
-        """Raises ModelNotFound (404) unless ``name`` is missing or one of ours."""
-        if name is None or name in self.listed or name in self.accepted:
+        """Raises ModelNotFound (404) unless ``name`` is missing, empty or one of ours."""
+        if not name or name in self.listed or name in self.accepted:
             return
         raise ModelNotFound(
             f"the model {preview(name)} does not exist; this server has {', '.join(self.listed)}",

@@ -178,6 +178,7 @@ def generation(
         stream=stream,
         add_special_tokens=values["add_special_tokens"],
         details=values["return_details"],
+        native=True,
     )
 
 

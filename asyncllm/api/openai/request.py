@@ -93,8 +93,10 @@ STREAM_OPTIONS: Final = (
       doc="the usage so far in every chunk (extension)"),
 )  # fmt: skip
 
+SOME_TOKENS: Final = "tokens to generate at most; absent: --completions_default_max_tokens, 16"
+
 COMPLETION: Final = (
-    *COMMON,
+    *(replace(field, doc=SOME_TOKENS) if field.name == "max_tokens" else field for field in COMMON),
     F(name="prompt", kind="any", doc="a string, an array of strings, token ids, or an array of those; "
       f"at most {validation.MAX_PROMPTS} prompts"),
     F(name="echo", kind="boolean", default=False, doc="the prompt goes before the text"),
@@ -191,7 +193,7 @@ def completion(body: Body, served: ServedModel) -> GenerationRequest:
         )
     prompts = _prompts(values["prompt"], served)
     logprobs = -1 if values["logprobs"] is None else values["logprobs"]
-    return _generation(
+    generation = _generation(
         values,
         served,
         prompts=prompts,
@@ -201,6 +203,7 @@ def completion(body: Body, served: ServedModel) -> GenerationRequest:
         echo=values["echo"],
         add_special_tokens=values["add_special_tokens"],
     )
+    return replace(generation, usual_max=served.completion_tokens)
 
 
 def chat(body: Body, served: ServedModel) -> GenerationRequest:
@@ -254,6 +257,8 @@ def _read(
     values = validation.read(table, body, silent=served.defaults.sampling(body))
     options = validation.read(STREAM_OPTIONS, values["stream_options"] or {}, "stream_options.")
     values.update(options)
+    if values["stream_options"] is not None and not values["stream"]:
+        reject("stream_options needs stream: true", "stream_options")
     if values["max_completion_tokens"] is not None:
         values["max_tokens"] = values["max_completion_tokens"]
     return values

@@ -144,7 +144,7 @@ def test_a_value_that_cannot_be_used_ends_the_start(content: dict[str, Any], par
 def model(folder: Path, content: dict[str, Any]) -> ModelSpec:
     shape = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 1}
-    config = {"architectures": ["LlamaForCausalLM"], **shape}
+    config = {"architectures": ["LlamaForCausalLM"], "dtype": "float32", **shape}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps(content))
     return ModelSpec.from_dir(folder)
