@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asyncllm import __version__, log
-from asyncllm.config import ANY, FLAGS, GROUPS, OPERATION, Config, Flag
+from asyncllm.config import ANY, FLAGS, GROUPS, OPERATION, Config, Flag, roles
 from asyncllm.config.foreign import FOREIGN, Foreign
 from asyncllm.environment import quiet_libraries
 from asyncllm.errors import StartupError
@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as done:  # --help and --version have answered
         return 0 if done.code is None else int(done.code)
     first_rank = config.node_rank * config.tp // config.nnodes
-    log.setup(config.log_level, json=config.log_json, who=f"rank{first_rank}")
+    who = roles.MASTER if config.run_mode == roles.MASTER else f"rank{first_rank}"
+    log.setup(config.log_level, json=config.log_json, who=who)
     quiet_libraries()
     signals.hold()
     if config.check:

@@ -33,10 +33,16 @@ from asyncllm.config import FLAGS, Config, roles
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count
 from asyncllm.server.cluster import cluster_port, master_of
-from asyncllm.server.launch import tls_context
+from asyncllm.server.launch import Boot, tls_context
 from asyncllm.server.loading import Loaded
+from asyncllm.topology import MOVER
 
 MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
+
+
+def _reader(boot: Boot) -> str:
+    """The actor to whom a leader tells what it makes."""
+    return "agent" if boot.config.run_mode in roles.NODES else "detokenizer"
 
 
 def make_allocator(p: Loaded) -> AnyActor:
@@ -64,6 +70,8 @@ def make_scheduler(p: Loaded) -> AnyActor:
         window=p.window,
         num_sliding=p.num_slots.sliding,
         constraint_s=p.boot.config.constraint_time_limit,
+        reader=_reader(p.boot),
+        transfers=[rank.id for rank in p.boot.group if MOVER in rank.roles],
         workers=max(1, min(MOST_MASK_THREADS, cpu_count() // 4)),
         balanced=len(p.boot.topology.groups) > 1,
         in_step=p.boot.topology.in_step,
@@ -88,7 +96,12 @@ def make_runner(p: Loaded) -> AnyActor:
     if p.boot.resolved.device == "cuda":
         monitor.arm()
     leads = p.boot.topology.leads(p.boot.endpoint)
-    return Runner(p.device, reports=leads, jit_after_warmup=lambda: monitor.count)
+    return Runner(
+        p.device,
+        reports=leads,
+        transfers=MOVER in p.boot.me.roles,
+        jit_after_warmup=lambda: monitor.count,
+    )
 
 
 def make_detokenizer(p: Loaded) -> AnyActor:

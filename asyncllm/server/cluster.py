@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from asyncllm.actors.channel import Channel
@@ -88,6 +89,5 @@ def introduce(channel: Channel, boot: Boot) -> str:
     )
     if not leads:
         facts = (*facts, *model_facts(config, model_dir), *kv_facts(resolved))
-    card = channel.card
-    channel.card = Card(role=card.role, name=card.name, facts=tuple(dict(facts).items()))
+    channel.card = replace(channel.card, facts=tuple(dict(facts).items()))
     return "director" if leads else "agent"

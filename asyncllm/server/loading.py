@@ -37,7 +37,7 @@ from asyncllm.server import preflight
 from asyncllm.server.launch import Boot
 from asyncllm.templates import Chats
 from asyncllm.text import Mode, Text, load_tokenizer, with_controls
-from asyncllm.topology import MASTER
+from asyncllm.topology import MASTER, MOVER
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,11 @@ def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Load
         with log.phase("meet the other ranks"):
             ranks = preflight.join_ranks(boot, where)
     plan = memory_plan(boot, spec)
+    if plan.window is not None and MOVER in boot.me.roles:
+        raise StartupError(
+            f"--run_mode {boot.config.run_mode}: layers of this model see a window of "
+            f"{plan.window.size} tokens and have K/V slots of their own, which are not moved"
+        )
     if ranks is not None:  # the same in every group: any of them may get any request
         plan = replace(plan, num=PerSpace(*map(ranks.minimum, plan.num)))
     resolved = boot.resolved.with_slots(plan.num.full)
