@@ -53,10 +53,12 @@ _COLUMNS = {INT32: 1, INT64: 2, FLOAT32: 3}  # typecode -> msgpack's extension t
 _TYPECODES = {code: typecode for typecode, code in _COLUMNS.items()}
 
 Fields = Callable[[Any], tuple[object, ...]]  # of a message (behind its tag) or a record
-Look = Callable[[Any], Any]  # from a value on the wire, whose type is known, to that of a field
-Form = tuple[frozenset[type], Look | None]  # the types on the wire, and if they do not say it all
+_Look = Callable[[Any], Any]  # from a value on the wire, whose type is known, to that of a field
+_TypeForm = tuple[
+    frozenset[type], _Look | None
+]  # the types on the wire, and if they do not say it all
 
-_BY_TAG: dict[int, tuple[type[Message], Look]] = {}
+_BY_TAG: dict[int, tuple[type[Message], _Look]] = {}
 _FIELDS: dict[type, Fields] = {}
 _RECORDS: set[type] = set()
 
@@ -173,7 +175,7 @@ def field_types(cls: type) -> dict[str, object]:
     return {name: hints[name] for name in _names(cls)}
 
 
-def _row(hints: Iterable[object]) -> Look:
+def _row(hints: Iterable[object]) -> _Look:
     """For a tuple of values with one type each."""
     forms = [_form(hint) for hint in hints]
     allowed = [kinds for kinds, _ in forms]
@@ -193,7 +195,7 @@ def _row(hints: Iterable[object]) -> Look:
     return read
 
 
-def _many(hint: object) -> Look:
+def _many(hint: object) -> _Look:
     """For a tuple of any number of values of one type."""
     kinds, look = _form(hint)
 
@@ -205,7 +207,7 @@ def _many(hint: object) -> Look:
     return read
 
 
-def _form(hint: object) -> Form:
+def _form(hint: object) -> _TypeForm:
     """How values of the annotated type ``hint`` come in; worked out once for each class."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -230,12 +232,12 @@ def _form(hint: object) -> Form:
     return frozenset({int, float} if hint is float else {hint}), None
 
 
-def _record(cls: type) -> Look:
+def _record(cls: type) -> _Look:
     names, read = _names(cls), _row(field_types(cls).values())
     return lambda values: cls(**dict(zip(names, read(values), strict=True)))
 
 
-def _column_of(typecodes: tuple[str, ...]) -> Look:
+def _column_of(typecodes: tuple[str, ...]) -> _Look:
     def read(column: array[int] | array[float]) -> array[int] | array[float]:
         if column.typecode not in typecodes:
             raise TypeError(f"a column of {column.typecode!r} instead of {typecodes}")

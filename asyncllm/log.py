@@ -76,7 +76,7 @@ def phase(name: str) -> Iterator[None]:
     _log.info("%s: %.1f s", name, time.monotonic() - start)
 
 
-class Progress:
+class ProgressBar:
     """How far a download or a load has come; use it as a context manager, from one thread.
 
     On a terminal it is a bar that is redrawn in place; elsewhere (a file, CI, --log_json) one
@@ -162,7 +162,7 @@ class Progress:
 class StderrHandler(logging.Handler):
     """Writes to stderr of the moment (it may be replaced) and keeps a live bar below the lines."""
 
-    bar: Progress | None = None
+    bar: ProgressBar | None = None
 
     def __init__(self, live: bool) -> None:
         super().__init__()

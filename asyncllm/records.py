@@ -116,7 +116,7 @@ class Failure:
 
 @record
 @dataclass(frozen=True, slots=True)
-class Done:
+class ConstraintDone:
     """One piece of a constraint's work that a thread brings back."""
 
     rid: int

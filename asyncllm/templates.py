@@ -44,7 +44,7 @@ MAX_FRAME = MAX_PROMPT + (1 << 16)
 HEAD_CHARS = 256  # of a chat's prompt that is told apart: more than any mark at its end
 PR_SET_PDEATHSIG = 1
 
-Reply = list[Any]  # what the helper says, as above
+HelperReply = list[Any]  # what the helper says, as above
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +140,9 @@ def frame(content: bytes) -> bytes:
     return len(content).to_bytes(4, "little") + content
 
 
-def unpack(content: bytes) -> Reply:
+def unpack(content: bytes) -> HelperReply:
     """What a frame of the helper says."""
-    reply: Reply = msgpack.unpackb(content, unicode_errors="surrogatepass")
+    reply: HelperReply = msgpack.unpackb(content, unicode_errors="surrogatepass")
     return reply
 
 
@@ -163,7 +163,9 @@ def _exactly(sock: socket.socket, size: int) -> bytes:
 # -- in the helper ---------------------------------------------------------------------------------
 
 
-def _describe(templates: dict[str, str], special: dict[str, str], *known: str | None) -> Reply:
+def _describe(
+    templates: dict[str, str], special: dict[str, str], *known: str | None
+) -> HelperReply:
     fields = asdict(dialect_of(templates, *known))
     del fields["variables"]
     return [fields, sorted(variables(templates, special))]
@@ -196,7 +198,7 @@ def mixes(template: ChatTemplate, controls: ControlTokens) -> bool:
     return False
 
 
-def render(template: ChatTemplate, controls: ControlTokens | None, content: bytes) -> Reply:
+def render(template: ChatTemplate, controls: ControlTokens | None, content: bytes) -> HelperReply:
     """The prompt of a chat in JSON, the head of its end, and whether the prompt is one with names
     for control tokens. Raises RequestError."""
     chat = json.loads(content)
@@ -218,7 +220,7 @@ def render(template: ChatTemplate, controls: ControlTokens | None, content: byte
     return [text if named is None else named, head, named is not None]
 
 
-def answer(work: Callable[[], Reply]) -> bytes:
+def answer(work: Callable[[], HelperReply]) -> bytes:
     """The content of a frame: what ``work`` gives, or why it gives nothing."""
     try:
         reply = [True, *work()]
@@ -251,7 +253,7 @@ def main() -> None:
         template: ChatTemplate | None = None
         controls = None if secret is None else ControlTokens(*secret)
 
-        def read() -> Reply:
+        def read() -> HelperReply:
             nonlocal template
             template = ChatTemplate(templates, special)
             mixed = controls is not None and mixes(template, controls)

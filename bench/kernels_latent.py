@@ -30,7 +30,7 @@ from asyncllm.kernels.latent.attend import attend, attend_ref
 from asyncllm.kernels.latent.expand import expand, expand_ref
 from asyncllm.kernels.latent.heads import heads, heads_ref
 from asyncllm.kernels.latent.plan import AttendConfig, plan_attend, plan_chunks
-from asyncllm.kernels.latent.prefill import PrefillConfig, prefill, prefill_ref
+from asyncllm.kernels.latent.prefill import LatentPrefillConfig, prefill, prefill_ref
 from asyncllm.kernels.latent.write import write, write_ref
 from asyncllm.models.attention import decompressed_from
 from asyncllm.models.rope import Rope
@@ -127,7 +127,7 @@ class Prefill:
         rows = self.held["table"], self.held["lanes"], self.starts, self.cu, self.plan.bases
         expand(self.held["cache"], self.up, *rows, self.plan.tile_ends, self.made, self.keys)
 
-    def prefill(self, config: PrefillConfig | None = None) -> Tensor:
+    def prefill(self, config: LatentPrefillConfig | None = None) -> Tensor:
         rows = self.starts, self.cu, self.plan.bases
         whole = self.q, self.turned, self.made, self.keys, *rows, SCALE, self.out
         return prefill(*whole, config=config)
@@ -289,13 +289,13 @@ def tune(seconds: float) -> dict[str, dict[str, dict[str, Any]]]:
     made = {name: step.run().clone() for name, step in steps.items()}
 
     def timed_prefill(choice: tuple[int, ...], name: str) -> float:
-        call = partial(steps[name].prefill, PrefillConfig(*choice))
+        call = partial(steps[name].prefill, LatentPrefillConfig(*choice))
         check(choice, made[name], call())
         return median_us(call, True)
 
     title = "prefill: block_m block_n warps stages"
     best = tried(title, PREFILL_CHOICES, PREFILL_CLASS, timed_prefill, seconds / 3)
-    found["latent prefill"]["all"] = dataclasses.asdict(PrefillConfig(*best["all"]))
+    found["latent prefill"]["all"] = dataclasses.asdict(LatentPrefillConfig(*best["all"]))
     return found
 
 

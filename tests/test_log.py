@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from asyncllm import log
-from asyncllm.log import Progress, StderrHandler, phase, setup
+from asyncllm.log import ProgressBar, StderrHandler, phase, setup
 
 
 class Clock:
@@ -110,7 +110,7 @@ def test_progress_off_a_terminal_is_a_line_per_quarter_and_the_end(
 ) -> None:
     setup()
     clock = Clock()
-    with Progress("download", 100_000_000, stream=io.StringIO(), clock=clock) as progress:
+    with ProgressBar("download", 100_000_000, stream=io.StringIO(), clock=clock) as progress:
         for _ in range(100):
             clock.now += 0.01
             progress.advance(1_000_000)
@@ -124,7 +124,7 @@ def test_slow_progress_off_a_terminal_is_a_line_each_five_seconds(
 ) -> None:
     setup()
     clock = Clock()
-    with Progress("download", 0, stream=io.StringIO(), clock=clock) as progress:
+    with ProgressBar("download", 0, stream=io.StringIO(), clock=clock) as progress:
         for _ in range(12):
             clock.now += 1.0
             progress.advance(1_000_000)
@@ -138,14 +138,14 @@ def test_slow_progress_off_a_terminal_is_a_line_each_five_seconds(
 
 def test_failed_progress_does_not_claim_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     setup()
-    with pytest.raises(OSError, match="cut"), Progress("get", 100, stream=io.StringIO()):
+    with pytest.raises(OSError, match="cut"), ProgressBar("get", 100, stream=io.StringIO()):
         raise OSError("cut")
     assert capsys.readouterr().err == ""
 
 
 def test_bar_on_a_terminal_is_redrawn_in_place_at_a_bounded_rate() -> None:
     stream, clock = Terminal(), Clock()
-    with Progress("load", 200_000_000, stream=stream, clock=clock) as progress:
+    with ProgressBar("load", 200_000_000, stream=stream, clock=clock) as progress:
         for _ in range(100):
             clock.now += 0.01
             progress.advance(1_000_000)
@@ -161,7 +161,7 @@ def test_log_lines_stand_above_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> No
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     setup()
-    with Progress("load", 10, clock=Clock()) as progress:
+    with ProgressBar("load", 10, clock=Clock()) as progress:
         before = len(stream.getvalue())
         logging.getLogger("asyncllm.x").info("hello")
         written = stream.getvalue()[before:]
@@ -175,7 +175,7 @@ def test_json_logs_have_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     setup(json=True)
-    with Progress("load", 10) as progress:
+    with ProgressBar("load", 10) as progress:
         progress.advance(10)
     assert [json.loads(line)["level"] for line in stream.getvalue().splitlines()] == ["INFO"]
 

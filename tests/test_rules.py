@@ -442,6 +442,43 @@ def test_no_test_imports_another_test() -> None:
         assert shared == [], path
 
 
+def types_of(module: Module) -> Iterator[str]:
+    """The classes and type aliases of a module that others may use."""
+    for node in module.tree.body:
+        match node:
+            case ast.ClassDef(name=name):
+                pass
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                pass
+            case _:
+                continue
+        if name[0].isupper() and not name.isupper() and name != "Inbox":  # each actor has its own
+            yield name
+
+
+def defined_twice(modules: list[Module]) -> list[str]:
+    owner: dict[str, str] = {}
+    pairs = [(name, module.path) for module in modules for name in types_of(module)]
+    return [f"{n}: {owner[n]}, {path}" for n, path in pairs if owner.setdefault(n, path) != path]
+
+
+# parts of servers in clusters that are being built; this only becomes less
+MEAN_TWO_THINGS = {
+    *("Alive", "Counts", "Director", "Export", "Found", "Import", "Meeting", "Node", "Outbox"),
+    *("Refused", "Request", "Taken", "Told", "Window"),
+}
+
+
+def test_no_name_of_a_type_means_two_things() -> None:
+    twice = defined_twice(sources())
+    assert [line for line in twice if line.split(":")[0] not in MEAN_TWO_THINGS] == []
+    one, two = (
+        Module("core/x.py", "class An: ...\n_B = int"),
+        Module("api/y.py", "An = int\n_B = An"),
+    )
+    assert defined_twice([one, two]) == ["An: core/x.py, api/y.py"]
+
+
 def test_message_tags_are_unique() -> None:
     found = [pair for module in sources() for pair in tags(module)]
     assert len(found) > 20

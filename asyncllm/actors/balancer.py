@@ -51,14 +51,14 @@ class Balancer(Actor[Inbox]):
         self._policy, self._num_slots, self._together = policy, num_slots, together
         self._vocab_size, self._max_len = vocab_size, max_len
         self._gone: set[int] = set()  # endpoints whose processes have ended
-        self.core: balancing.Balancer
+        self.core: balancing.GroupBalancer
 
     def started(self) -> None:
         topology = self.system.topology
         leaders = [topology.leader(group).id for group in topology.groups]
         self._schedulers = [self.system.ref("scheduler", e) for e in leaders]
         self._grammars = [self.system.ref("grammar", e) for e in leaders]
-        self.core = balancing.Balancer(
+        self.core = balancing.GroupBalancer(
             len(leaders), self._policy, num_slots=self._num_slots, together=self._together
         )
 

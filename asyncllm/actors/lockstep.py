@@ -9,7 +9,7 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.core import lockstep
-from asyncllm.messages import Agreed, Join, Offer
+from asyncllm.messages import Agreed, JoinStep, Offer
 
 
 class Lockstep(Actor[Offer]):
@@ -22,14 +22,14 @@ class Lockstep(Actor[Offer]):
 
     def __init__(self) -> None:
         super().__init__("lockstep")
-        self.core: lockstep.Lockstep
+        self.core: lockstep.StepAgreement
 
     def started(self) -> None:
         topology = self.system.topology
         leaders = [topology.leader(group).id for group in topology.groups]
         self._group_of = {endpoint: group for group, endpoint in enumerate(leaders)}
         self._schedulers = [self.system.ref("scheduler", endpoint) for endpoint in leaders]
-        self.core = lockstep.Lockstep(len(leaders))
+        self.core = lockstep.StepAgreement(len(leaders))
 
     def receive(self, batch: list[Offer]) -> None:
         for msg in batch:
@@ -51,7 +51,7 @@ class Lockstep(Actor[Offer]):
             self.system.reject(msg, str(error))
             return
         for other in asked:
-            self._schedulers[other].tell(Join(msg.step), urgent=True)
+            self._schedulers[other].tell(JoinStep(msg.step), urgent=True)
         if common is not None:
             agreed = Agreed(step=common.step, num_tokens=common.num_tokens, mixed=common.mixed)
             for scheduler in self._schedulers:

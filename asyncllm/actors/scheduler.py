@@ -37,7 +37,7 @@ from asyncllm.messages import (
     Forget,
     Gone,
     Granted,
-    Join,
+    JoinStep,
     Lapsed,
     Offer,
     Placed,
@@ -69,14 +69,14 @@ Inbox = (
     | Lapsed
     | Sent
     | Due
-    | Join
+    | JoinStep
     | Agreed
     | Drain
     | Gone
     | Probe
     | Worked
 )
-Scored = tuple[int, Logprobs]  # rid, log-probabilities of some of its prompt tokens
+PromptScores = tuple[int, Logprobs]  # rid, log-probabilities of some of its prompt tokens
 
 
 class Scheduler(Actor[Inbox]):
@@ -98,7 +98,7 @@ class Scheduler(Actor[Inbox]):
     """
 
     remote = frozenset({Submit, Abort, StopHit, Begin, Arrived, Lapsed, Sent})
-    orders = frozenset({Agreed, Drain, Gone, Join, Probe})
+    orders = frozenset({Agreed, Drain, Gone, JoinStep, Probe})
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Scheduler(Actor[Inbox]):
         self._stalled = (
             False  # nothing fits until a launched step is done or a request comes or goes
         )
-        self._unpublished: list[tuple[Emitted, list[Scored]]] = []
+        self._unpublished: list[tuple[Emitted, list[PromptScores]]] = []
         self._readers: dict[int, Ref] = {}
         self._gone: set[int] = set()  # endpoints whose processes have ended
         self._draining = self._drained = False
@@ -190,7 +190,7 @@ class Scheduler(Actor[Inbox]):
                     self._worked(msg)
                 case Due():
                     self._due_at = inf
-                case Join(step):
+                case JoinStep(step):
                     self._joins = step if step == self.core.steps + 1 else 0
                 case Agreed():
                     self._agreed(msg)
@@ -424,7 +424,7 @@ class Scheduler(Actor[Inbox]):
         for done in msg.done:
             self._unpublished += [(emitted, []) for emitted in self.core.worked(done)]
 
-    def _score(self, step: Step, row: int, logprobs: Logprobs) -> Scored | None:
+    def _score(self, step: Step, row: int, logprobs: Logprobs) -> PromptScores | None:
         if (scored := self.core.score(step, row, len(logprobs))) is None:
             return None
         rid, known = scored
@@ -479,7 +479,7 @@ class Scheduler(Actor[Inbox]):
         )
 
 
-def pack_tokens(emitted: Emitted, scores: Sequence[Scored]) -> list[tuple[int, Tokens]]:
+def pack_tokens(emitted: Emitted, scores: Sequence[PromptScores]) -> list[tuple[int, Tokens]]:
     """A step's results as one message per frontend endpoint."""
     done = emitted.step.result
     assert done is not None
@@ -496,7 +496,7 @@ def pack_tokens(emitted: Emitted, scores: Sequence[Scored]) -> list[tuple[int, T
 
 
 def _pack(
-    done: StepDone, emitted: Emitted, mine: Sequence[int], scores: tuple[Scored, ...]
+    done: StepDone, emitted: Emitted, mine: Sequence[int], scores: tuple[PromptScores, ...]
 ) -> Tokens:
     """``mine`` indexes the emitted columns; a range: it is all of them."""
     rids, tokens, ends = emitted.rids, emitted.tokens, bytes(emitted.ends)

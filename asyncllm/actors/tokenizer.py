@@ -74,8 +74,8 @@ class _Job:
     )  # with max_new_tokens, of a Tokenize
 
 
-class Renderer(Protocol):
-    """See :class:`asyncllm.actors.renderer.Renderer`."""
+class ChatRenderer(Protocol):
+    """See :class:`asyncllm.actors.renderer.ChatRenderer`."""
 
     def start(self) -> None: ...
 
@@ -115,7 +115,7 @@ class Tokenizer(Actor[Inbox]):
     def __init__(
         self,
         text: Text,
-        renderer: Renderer,
+        renderer: ChatRenderer,
         *,
         limit: int,
         vocab_size: int,

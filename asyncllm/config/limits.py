@@ -22,7 +22,7 @@ MIN_BODY_SIZE = 4 << 20
 GPU_ONLY = ("disable_cudagraph", "disable_symm_mem_allreduce")
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Device = Literal["cpu", "cuda"]
+DeviceName = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Resolved:
         num_slots: KV slots, 0 until ``with_slots``.
     """
 
-    device: Device
+    device: DeviceName
     dtype: Dtype
     max_req_total_len: int
     chunked_prefill_size: int
@@ -95,7 +95,7 @@ class Resolved:
 def resolve_limits(
     config: Config,
     *,
-    device: Device,
+    device: DeviceName,
     checkpoint_dtype: str,
     model_limit: int,
     model_eos: tuple[int, ...],
@@ -154,7 +154,7 @@ def resolve_limits(
 
 
 def _kv_mode(
-    config: Config, device: Device, wanted: str | None
+    config: Config, device: DeviceName, wanted: str | None
 ) -> tuple[tuple[str, ...], list[str]]:
     """Format and kernel that count, and what is to be said about the one that the checkpoint
     wants."""
@@ -180,7 +180,7 @@ def _kv_mode(
     return tuple(name for name in (fmt, kernel) if name), notes
 
 
-def _without_effect(config: Config, device: Device, has_experts: bool) -> Iterator[str]:
+def _without_effect(config: Config, device: DeviceName, has_experts: bool) -> Iterator[str]:
     """A line for each option that the device or the model leaves without a meaning."""
     for name in GPU_ONLY:
         if device == "cpu" and getattr(config, name):
@@ -200,7 +200,7 @@ def _renamed(config: Config) -> Iterator[str]:
         yield "--output_constraint_mode xgrammar: it is llguidance that constrains outputs"
 
 
-def _budgets(config: Config, device: Device) -> tuple[int, int]:
+def _budgets(config: Config, device: DeviceName) -> tuple[int, int]:
     """(chunked_prefill_size, batch_max_tokens); a default gives way to a given value."""
     chunk, batch = config.chunked_prefill_size, config.batch_max_tokens
     if chunk is not None and batch is not None and batch < chunk:

@@ -100,7 +100,7 @@ class Grammars:
         self._letters = self._tokenizer([], [])
         self._terminals: dict[str, LLMatcher | None] = {}
         self._possible = Possible(self._matches, lambda term: self._terminal(term) is not None)
-        self._kept: OrderedDict[tuple[str, str], Compiled] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], CompiledGrammar] = OrderedDict()
         self._kept_chars = 0
 
     def _tokenizer(self, texts: list[bytes], ends: list[int]) -> LLTokenizer:
@@ -114,7 +114,7 @@ class Grammars:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def build(self, kind: str, text: str) -> Compiled:
+    def build(self, kind: str, text: str) -> CompiledGrammar:
         """Compile. ``kind`` as in ``core.request.GRAMMARS``.
 
         Raises:
@@ -126,7 +126,7 @@ class Grammars:
         matcher = self._matcher(tokens, grammar)
         if matcher.is_error():
             raise _refusal(kind, matcher.get_error())
-        compiled = Compiled(matcher, len(grammar))
+        compiled = CompiledGrammar(matcher, len(grammar))
         try:
             self._follow(compiled).start()
         except TooSlow as error:
@@ -174,7 +174,7 @@ class Grammars:
         data = text.encode(errors="surrogatepass")
         return matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
 
-    def keep(self, kind: str, text: str, compiled: Compiled) -> None:
+    def keep(self, kind: str, text: str, compiled: CompiledGrammar) -> None:
         """Remember; the one not used for longest goes when there are too many."""
         if (kind, text) in self._kept:
             return
@@ -197,11 +197,11 @@ class Grammars:
         self._kept.move_to_end((kind, text))
         return self._follow(compiled)
 
-    def _follow(self, compiled: Compiled) -> Matcher:
+    def _follow(self, compiled: CompiledGrammar) -> Matcher:
         return Matcher(compiled.matcher, self._all, self._others, self._call_texts)
 
 
-class Compiled:
+class CompiledGrammar:
     """A grammar that nobody has followed yet.
 
     Args:

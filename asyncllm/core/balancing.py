@@ -93,7 +93,7 @@ class _Request:
     waiting: int  # prompt tokens that are to be computed; 0: it is in the batch
 
 
-class Balancer:
+class GroupBalancer:
     """Gives each request to a group and counts what the groups have.
 
     ``cache_aware``: the longest known beginning of the prompt, if it is half of it or 128 tokens,

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Held = Sequence[Sequence[int]]  # of each rank: its heads in local order, negative ones are padding
+HeldHeads = Sequence[
+    Sequence[int]
+]  # of each rank: its heads in local order, negative ones are padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Part:
     count: int
 
 
-def part(held: Held, wanted: Held, sender: int, receiver: int) -> Part | None:
+def part(held: HeldHeads, wanted: HeldHeads, sender: int, receiver: int) -> Part | None:
     """What ``sender`` of the ranks that hold K/V sends to ``receiver`` of those that want it.
 
     Every receiver gets each of its heads from one sender. Where several hold one, the receivers
@@ -41,13 +43,13 @@ def part(held: Held, wanted: Held, sender: int, receiver: int) -> Part | None:
     return Part(sent, taken, len(common))
 
 
-def senders(held: Held, wanted: Held, receiver: int) -> tuple[int, ...]:
+def senders(held: HeldHeads, wanted: HeldHeads, receiver: int) -> tuple[int, ...]:
     """The ranks that send something to ``receiver``, in order."""
     heads = {head for head in wanted[receiver] if head >= 0}
     return tuple(sorted({_sender(held, head, receiver) for head in heads}))
 
 
-def _sender(held: Held, head: int, receiver: int) -> int:
+def _sender(held: HeldHeads, head: int, receiver: int) -> int:
     holders = [rank for rank, heads in enumerate(held) if head in heads]
     assert holders, f"nobody holds head {head}"
     return holders[receiver % len(holders)]

@@ -22,7 +22,7 @@ class Common:
     mixed: bool
 
 
-class Lockstep:
+class StepAgreement:
     """Steps 1, 2, 3, ... of all groups; each is agreed when every group has said what it brings.
 
     The first group to say so has tokens; a group without any joins with 0. So nobody steps while

@@ -13,7 +13,7 @@ from time import thread_time
 from asyncllm.constrain.protocol import Constraint, ResampleToken, Verdict
 from asyncllm.core.steps import Request
 from asyncllm.errors import RequestError
-from asyncllm.records import Done, Failure
+from asyncllm.records import ConstraintDone, Failure
 
 STEP_S = 0.05  # CPU seconds for all constraints while the device is busy with one step
 BATCH_S = 0.005  # a thread comes back after so much, with what is left undone
@@ -23,13 +23,13 @@ CHEAP_S = 0.002  # a step may wait for those that usually take less
 Job = tuple[int, Constraint, tuple[int | None, ...]]  # rid and tokens; None: start
 
 
-def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[Done]:
+def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[ConstraintDone]:
     """Do as much of the jobs, in a thread, as BATCH_S allows, at least one token."""
-    done: list[Done] = []
+    done: list[ConstraintDone] = []
     begun = before = clock()
     for rid, constraint, tokens in jobs:
         if before - begun >= BATCH_S:
-            done.append(Done(rid, Verdict.UNDONE))
+            done.append(ConstraintDone(rid, Verdict.UNDONE))
             continue
         verdict, num, failure = Verdict.GOES_ON, 0, None
         try:
@@ -47,7 +47,7 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
         except RequestError as error:
             verdict, failure = Verdict.REFUSED, Failure.of(error)
         now = clock()
-        done.append(Done(rid, verdict, now - before, failure, num))
+        done.append(ConstraintDone(rid, verdict, now - before, failure, num))
         before = now
     return done
 

@@ -18,7 +18,7 @@ from asyncllm.core.steps import NO_TOKEN, Emitted, Lane, Request, Row, Step
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
 from asyncllm.messages import MAX_COUNT, Granted, Reserve, StepPlan
-from asyncllm.records import Done, Failure, Opened
+from asyncllm.records import ConstraintDone, Failure, Opened
 
 UNFIT = Failure("the tokens so far do not fit what constrains them", status=500)
 
@@ -223,7 +223,7 @@ class Core(Lives):
             req.todo and req.worked_s < CHEAP_S * len(req.outputs) for req in self.running.values()
         )
 
-    def worked(self, done: Done) -> list[Emitted]:
+    def worked(self, done: ConstraintDone) -> list[Emitted]:
         """Work that a thread has done; the tokens that have now been accepted."""
         req = self.requests.get(done.rid)
         self._line.spent(req, done.cpu_s)

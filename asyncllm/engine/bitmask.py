@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.engine.step_inputs import I32, Bitmask, Column, Rows
+from asyncllm.engine.step_inputs import I32, Bitmask, HostColumn, Rows
 from asyncllm.messages import StepPlan
 
 SLICE_ROWS = 64  # rows whose bits are spread out at a time: bounds the memory
 
 
-def bitmask_of(plan: StepPlan, rows: Rows) -> Bitmask[Column] | None:
+def bitmask_of(plan: StepPlan, rows: Rows) -> Bitmask[HostColumn] | None:
     """A plan's masks, by sampled rows."""
     if not plan.masks:
         return None

@@ -17,7 +17,7 @@ from asyncllm.core.request import SamplingParams
 from asyncllm.core.windows import Division, PerSpace, Window
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.parallel import Alone, Group, World
+from asyncllm.engine.parallel import AnyWorld, Group, SingleRank
 from asyncllm.engine.sampling import PENALTY_ROWS
 from asyncllm.environment import memory_available
 from asyncllm.errors import StartupError
@@ -49,7 +49,7 @@ def build_model(
     kv: KvMode = PLAIN,
     whole_experts: bool = False,
     load_way: str = "HF",
-    world: World | None = None,
+    world: AnyWorld | None = None,
     symmetric: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
@@ -89,7 +89,7 @@ def make_model(
     spec: ModelSpec,
     comm: Group,
     *,
-    world: World | None = None,
+    world: AnyWorld | None = None,
     dtype: str,
     device: torch.device,
     max_len: int,
@@ -324,7 +324,7 @@ def _on_paper(
     )
 
 
-class _Unmet(Alone):
+class _Unmet(SingleRank):
     """Rank 0 of a group that has not met: enough to see what it would hold."""
 
     def __init__(self, size: int) -> None:

@@ -108,7 +108,9 @@ class CudaPending:
             where it was idle when the step was launched.
     """
 
-    def __init__(self, work: Work, host: HostOutputs, span: Span, before: Span | None) -> None:
+    def __init__(
+        self, work: Work, host: HostOutputs, span: StepSpan, before: StepSpan | None
+    ) -> None:
         self._work, self._host, self._span, self._before = work, host, span, before
         self.gap_ms: float | None = None
 
@@ -122,7 +124,7 @@ class CudaPending:
 
 
 @dataclass(slots=True)
-class Span:
+class StepSpan:
     """When a step ran, by events on its stream."""
 
     begin: torch.cuda.Event
@@ -137,12 +139,12 @@ class CudaDevice:
         self._engine = engine
         self._device = engine.device
         self._stream = torch.cuda.Stream(self._device)
-        self._last: Span | None = None
+        self._last: StepSpan | None = None
 
     def launch(self, plan: StepPlan) -> CudaPending:
         before = self._last if self._last is not None and not self._last.over else None
         work = self._engine.prepare(plan)
-        span = Span(
+        span = StepSpan(
             torch.cuda.Event(enable_timing=True),
             torch.cuda.Event(enable_timing=True, blocking=True),
         )

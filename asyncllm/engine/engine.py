@@ -23,8 +23,8 @@ from asyncllm.engine.sampling import Sampler, SamplingTensors, TorchSampler, rai
 from asyncllm.engine.sampling_table import SamplingBatch, SamplingTable, Scored
 from asyncllm.engine.step_inputs import (
     Bucket,
-    Column,
     Extras,
+    HostColumn,
     Penalties,
     RowColumns,
     Rows,
@@ -151,7 +151,7 @@ class Engine:
             num_tokens = decoder.size(num_tokens, mixed=mixed)
         # groups that step together have steps of one size, whether they run a graph or not
         shape = replace(rows.shape, num_tokens=num_tokens) if plan.common else None
-        extras: Extras[Column] = Extras(
+        extras: Extras[HostColumn] = Extras(
             known=_known(plan, self.max_len),
             cached=rows.cached,
             cached_sliding=rows.cached_sliding,
@@ -300,7 +300,7 @@ class Engine:
         return found
 
 
-def _known(plan: StepPlan, max_len: int) -> Scatter[Column] | None:
+def _known(plan: StepPlan, max_len: int) -> Scatter[HostColumn] | None:
     """Tokens of opened lanes that the history must hold before penalties read it."""
     lanes = [(o.lane, np.frombuffer(o.known, np.int32)) for o in plan.opened if o.known]
     if not lanes:

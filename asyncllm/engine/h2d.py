@@ -17,8 +17,8 @@ from torch import Tensor
 from asyncllm.engine.sampling_table import SamplingBatch
 from asyncllm.engine.step_inputs import (
     Bucket,
-    Column,
     Extras,
+    HostColumn,
     Penalties,
     RowColumns,
     Rows,
@@ -26,7 +26,7 @@ from asyncllm.engine.step_inputs import (
     StepColumns,
 )
 
-C = TypeVar("C", Column, Tensor)
+C = TypeVar("C", HostColumn, Tensor)
 RING = 4  # buffers: more than steps in flight on any rank
 FIXED_WORDS = 1 << 20  # int32 words of the place on the device
 NUM_SAMPLING, NUM_PENALTIES = 7, 8  # columns
@@ -69,7 +69,7 @@ class Layout:
         )
 
 
-def _float_column(column: Column) -> Column:
+def _float_column(column: HostColumn) -> HostColumn:
     return column.view(np.float32)
 
 
@@ -81,7 +81,7 @@ def _padded(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def _fill(column: Column, values: Column, padding: float) -> None:
+def _fill(column: HostColumn, values: HostColumn, padding: float) -> None:
     column[: len(values)] = values
     if len(values) < len(column):
         column[len(values) :] = padding
@@ -93,8 +93,8 @@ class Staged:
 
     host: Tensor
     layout: Layout
-    columns: StepColumns[Column]
-    extras: Extras[Column]  # written behind the columns
+    columns: StepColumns[HostColumn]
+    extras: Extras[HostColumn]  # written behind the columns
     bucket: Bucket | None  # whose graph reads the columns
 
 
@@ -134,7 +134,7 @@ class Uploader:
         self,
         rows: Rows,
         batch: SamplingBatch,
-        extras: Extras[Column],
+        extras: Extras[HostColumn],
         bucket: Bucket | None = None,
         shape: Bucket | None = None,
     ) -> Staged:
@@ -147,7 +147,7 @@ class Uploader:
         graphs = bool(self._captured)
         num_rows = self._dump_lane if graphs else len(batch.lanes)
         layout = self._layout(num_rows, bucket or shape or rows.shape, fixed=graphs)
-        behind: list[Column] = []
+        behind: list[HostColumn] = []
         extras.map(behind.append)
         words = layout.words + sum(_padded(column.size) for column in behind)
         host, at = self._next(words), layout.words
@@ -159,7 +159,7 @@ class Uploader:
             at += _padded(column.size)
         return Staged(host[:words], layout, columns, extras, bucket)
 
-    def _write(self, columns: StepColumns[Column], rows: Rows, batch: SamplingBatch) -> None:
+    def _write(self, columns: StepColumns[HostColumn], rows: Rows, batch: SamplingBatch) -> None:
         s, p, r = columns
         # rows that pad are greedy
         _fill(s.temperature, batch.temperature, 0)
@@ -191,7 +191,7 @@ class Uploader:
         """The step's inputs on the device."""
         at = staged.layout.words
 
-        def behind(column: Column) -> Tensor:
+        def behind(column: HostColumn) -> Tensor:
             nonlocal at
             part = device[at : at + column.size].view(column.shape)
             at += _padded(column.size)

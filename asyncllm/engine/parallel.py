@@ -24,7 +24,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 log = logging.getLogger(__name__)
 
 
-class Alone:
+class SingleRank:
     """tp == 1: nothing to add, gather or tell."""
 
     rank, size = 0, 1
@@ -109,7 +109,7 @@ class Ranks:
             world_size=len(ranks),
             timeout=RENDEZVOUS_TIMEOUT,
         )
-        self.group: Group = Alone()
+        self.group: Group = SingleRank()
         for number in topology.groups:  # everybody makes all of them, in the same order
             members = topology.group(number)
             if len(members) == 1:
@@ -121,7 +121,7 @@ class Ranks:
             )
             if number == me.group:
                 self.group = TensorParallel(made, me.group_rank, len(members), device)
-        self.world: World = self.group
+        self.world: AnyWorld = self.group
         if topology.in_step:
             self.world = self._spread(topology, me, device)
 
@@ -154,7 +154,7 @@ class Ranks:
 
     def close(self) -> None:
         """Leave; must come after CUDA graphs that hold collectives are gone."""
-        self.group = self.world = Alone()
+        self.group = self.world = SingleRank()
         dist.destroy_process_group()
 
 
@@ -351,5 +351,5 @@ class SymmetricSum:
         return worst < CHECK_TOLERANCE
 
 
-Group = Alone | TensorParallel
-World = Alone | TensorParallel | Spread
+Group = SingleRank | TensorParallel
+AnyWorld = SingleRank | TensorParallel | Spread

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.step_inputs import F32, I32, Bias, Column, Lengths, Penalties, Rows
+from asyncllm.engine.step_inputs import F32, I32, Bias, HostColumn, Lengths, Penalties, Rows
 from asyncllm.messages import StepPlan
 
 MOST_SCALE = 1e30  # of a length penalty: its product with a logit is finite
@@ -31,9 +31,9 @@ class SamplingBatch:
     uniform: F32  # in (0, 1), a function of (seed, position)
     all_greedy: bool
     truncates: bool  # some row has top_k, top_p or min_p
-    bias: Bias[Column] | None
-    penalties: Penalties[Column] | None
-    lengths: Lengths[Column] | None
+    bias: Bias[HostColumn] | None
+    penalties: Penalties[HostColumn] | None
+    lengths: Lengths[HostColumn] | None
     num_top: int  # most alternatives any row asks for; -1: nobody wants log-probabilities
     masked: bool  # some row has a mask
 
@@ -137,7 +137,7 @@ class SamplingTable:
             masked=masked,
         )
 
-    def _lengths(self, lanes: I32, ends: I32) -> Lengths[Column] | None:
+    def _lengths(self, lanes: I32, ends: I32) -> Lengths[HostColumn] | None:
         """Rows beyond the start of their length penalty, and factor ** (tokens beyond) - 1."""
         generated = ends - self.prompt_len[lanes]
         beyond = generated - self.length_start[lanes]
@@ -150,7 +150,7 @@ class SamplingTable:
             grown = np.power(self.length_factor[lanes[rows]], beyond[rows]) - 1
         return Lengths(rows, np.minimum(grown, MOST_SCALE).astype(np.float32))
 
-    def _penalties(self, lanes: I32, ends: I32) -> Penalties[Column] | None:
+    def _penalties(self, lanes: I32, ends: I32) -> Penalties[HostColumn] | None:
         on = self.penalized[lanes]
         if not on.any():
             return None
@@ -167,7 +167,7 @@ class SamplingTable:
             penalize_prompt=self.penalize_prompt[lanes].astype(np.int32),
         )
 
-    def _bias(self, lanes: I32, ends: I32) -> Bias[Column] | None:
+    def _bias(self, lanes: I32, ends: I32) -> Bias[HostColumn] | None:
         """Of logit_bias, and of end tokens below min_new_tokens."""
         banned = ends - self.prompt_len[lanes] < self.least[lanes]
         entries = [

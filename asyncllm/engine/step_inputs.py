@@ -16,7 +16,7 @@ from asyncllm.messages import StepPlan
 
 I32 = NDArray[np.int32]
 F32 = NDArray[np.float32]
-Column = NDArray[np.int32] | NDArray[np.float32]
+HostColumn = NDArray[np.int32] | NDArray[np.float32]
 A = TypeVar("A")  # a Column on the host, a Tensor on the device
 B = TypeVar("B")
 
@@ -34,8 +34,8 @@ class Rows:
     token_lanes: I32  # [num_tokens]
     slots: I32  # [num_tokens]
     sliding: I32 | None  # [num_tokens] of the second slot space, where there is one
-    cached: Scatter[Column] | None  # slots of cached tokens, to lane * max_len + position
-    cached_sliding: Scatter[Column] | None
+    cached: Scatter[HostColumn] | None  # slots of cached tokens, to lane * max_len + position
+    cached_sliding: Scatter[HostColumn] | None
     cu: I32  # [num_rows + 1] prefix sums of counts
     samples: NDArray[np.bool_]  # [num_rows]
 
@@ -73,9 +73,9 @@ def unpack(plan: StepPlan, max_len: int, *, two_spaces: bool = False) -> Rows:
         where = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts + counts - ends, totals)
         old = where < np.repeat(starts, totals)
         places = (np.repeat(lanes, totals) * np.int32(max_len) + where)[old]
-        cached, new_slots = Scatter[Column](places, slots[old]), slots[~old]
+        cached, new_slots = Scatter[HostColumn](places, slots[old]), slots[~old]
         if sliding is not None:
-            cached_sliding = Scatter[Column](places, sliding[old])
+            cached_sliding = Scatter[HostColumn](places, sliding[old])
             sliding = sliding[~old]
     return Rows(
         lanes=lanes,

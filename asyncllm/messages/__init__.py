@@ -66,7 +66,7 @@ from asyncllm.messages.server import Welcome as Welcome
 from asyncllm.messages.step import Agreed as Agreed
 from asyncllm.messages.step import Due as Due
 from asyncllm.messages.step import Granted as Granted
-from asyncllm.messages.step import Join as Join
+from asyncllm.messages.step import JoinStep as JoinStep
 from asyncllm.messages.step import Offer as Offer
 from asyncllm.messages.step import Progress as Progress
 from asyncllm.messages.step import Release as Release

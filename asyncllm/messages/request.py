@@ -8,7 +8,7 @@ from dataclasses import field
 from asyncllm.codec import INT32, Message, message
 from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
 from asyncllm.messages.checks import are_counts, are_natural, is_rid
-from asyncllm.records import Destination, Done, Failure, Logprobs, int32s
+from asyncllm.records import ConstraintDone, Destination, Failure, Logprobs, int32s
 
 THOUGHTS = ("open", "closed", "none", "")  # of Submit
 
@@ -205,7 +205,7 @@ class Built(Message):
 class Worked(Message):
     """scheduler -> itself: what a thread has done for constraints."""
 
-    done: tuple[Done, ...]
+    done: tuple[ConstraintDone, ...]
 
 
 @message(20)

@@ -150,7 +150,7 @@ class Offer(Message):
 
 
 @message(18)
-class Join(Message):
+class JoinStep(Message):
     """lockstep -> scheduler: another group takes this step; offer it as well, if without rows."""
 
     step: int

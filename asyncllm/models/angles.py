@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from asyncllm.models.rope import Dynamic, Linear, Llama3, LongRope, Rope, Yarn
+from asyncllm.models.rope import Dynamic, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
 from asyncllm.models.spec import AttentionSpec
 
 
@@ -44,12 +44,12 @@ def inverse_frequencies(rope: Rope, max_len: int) -> Tensor:
     match rope.scaling:
         case None:
             return 1.0 / torch.pow(rope.theta, steps)
-        case Linear(factor, _):
+        case LinearScaling(factor, _):
             return 1.0 / torch.pow(rope.theta, steps) / factor
         case Dynamic(factor, trained):
             stretch = factor * max(max_len, trained) / trained - (factor - 1)
             return 1.0 / torch.pow(rope.theta * stretch ** (rope.dim / (rope.dim - 2)), steps)
-        case Llama3() as scaling:
+        case Llama3Scaling() as scaling:
             return _llama3(1.0 / torch.pow(rope.theta, steps), scaling)
         case Yarn() as scaling:
             return _yarn(rope, scaling, torch.pow(rope.theta, steps))
@@ -58,7 +58,7 @@ def inverse_frequencies(rope: Rope, max_len: int) -> Tensor:
             return 1.0 / (divisors * torch.pow(rope.theta, steps))
 
 
-def _llama3(frequencies: Tensor, scaling: Llama3) -> Tensor:
+def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     """The Llama 3 Herd of Models, 2024, §3.4.2, and its code."""
     wavelen = 2 * math.pi / frequencies
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -7,16 +7,16 @@ from dataclasses import replace
 from asyncllm.errors import StartupError
 from asyncllm.models.numbers import count, number, truth
 from asyncllm.models.rope import read_rope, yarn_mscale
-from asyncllm.models.spec import AttentionSpec, ExpertsSpec, Json, ModelSpec
+from asyncllm.models.spec import AttentionSpec, ConfigDict, ExpertsSpec, ModelSpec
 
-_DEFAULTS: Json = {
+_DEFAULTS: ConfigDict = {
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-_DEFAULTS2: Json = {
+_DEFAULTS2: ConfigDict = {
     **_DEFAULTS,
     "vocab_size": 102400,
     "hidden_size": 4096,
@@ -29,7 +29,7 @@ _DEFAULTS2: Json = {
     "n_shared_experts": 2,
     "moe_intermediate_size": 1407,
 }
-_DEFAULTS3: Json = {
+_DEFAULTS3: ConfigDict = {
     **_DEFAULTS,
     "vocab_size": 129280,
     "hidden_size": 7168,
@@ -52,17 +52,17 @@ _DEFAULTS3: Json = {
 }
 
 
-def config2(hf: Json) -> Json:
+def config2(hf: ConfigDict) -> ConfigDict:
     """config.json of DeepSeek-V2."""
     return _DEFAULTS2 | hf
 
 
-def config3(hf: Json) -> Json:
+def config3(hf: ConfigDict) -> ConfigDict:
     """config.json of DeepSeek-V3."""
     return _DEFAULTS3 | hf
 
 
-def read2(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read2(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """Routing by softmax, over all experts or those of the best groups."""
     method = hf.get("topk_method") or "greedy"
     _known("topk_method", method, ("greedy", "group_limited_greedy"), spec)
@@ -79,7 +79,7 @@ def read2(spec: ModelSpec, hf: Json) -> ModelSpec:
     return _mixed(spec, experts, hf)
 
 
-def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """Routing by sigmoid with a bias for the choice; layers that predict further tokens follow."""
     _known("topk_method", hf.get("topk_method") or "noaux_tc", ("noaux_tc",), spec)
     _known("scoring_func", hf.get("scoring_func") or "sigmoid", ("sigmoid",), spec)
@@ -100,7 +100,7 @@ def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
     return _mixed(spec, experts, hf)
 
 
-def _attention(hf: Json, *, interleaved: bool) -> AttentionSpec:
+def _attention(hf: ConfigDict, *, interleaved: bool) -> AttentionSpec:
     heads, turned = count(hf, "num_attention_heads"), count(hf, "qk_rope_head_dim")
     head_dim = count(hf, "qk_nope_head_dim") + turned
     return AttentionSpec(
@@ -116,7 +116,7 @@ def _attention(hf: Json, *, interleaved: bool) -> AttentionSpec:
     )
 
 
-def _yarn(hf: Json) -> float:
+def _yarn(hf: ConfigDict) -> float:
     """What queries and keys are multiplied by where the context is extended."""
     given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = given.get("rope_type") or given.get("type") or "default"
@@ -126,7 +126,7 @@ def _yarn(hf: Json) -> float:
     return yarn_mscale(number("factor", given["factor"]), number("mscale_all_dim", every))
 
 
-def _experts(spec: ModelSpec, hf: Json) -> ExpertsSpec:
+def _experts(spec: ModelSpec, hf: ConfigDict) -> ExpertsSpec:
     inner = count(hf, "moe_intermediate_size")
     return ExpertsSpec(
         num_experts=count(hf, "n_routed_experts"),
@@ -138,11 +138,11 @@ def _experts(spec: ModelSpec, hf: Json) -> ExpertsSpec:
     )
 
 
-def _grouped(experts: ExpertsSpec, hf: Json) -> ExpertsSpec:
+def _grouped(experts: ExpertsSpec, hf: ConfigDict) -> ExpertsSpec:
     return replace(experts, groups=count(hf, "n_group", 1), top_groups=count(hf, "topk_group", 1))
 
 
-def _mixed(spec: ModelSpec, experts: ExpertsSpec, hf: Json) -> ModelSpec:
+def _mixed(spec: ModelSpec, experts: ExpertsSpec, hf: ConfigDict) -> ModelSpec:
     """``spec`` with experts in all layers but the first ones."""
     first = count(hf, "first_k_dense_replace", 0, least=0)
     every = count(hf, "moe_layer_freq", 1)

@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from asyncllm.models.layers import Linears, Part, by_inputs, by_outputs
+from asyncllm.models.layers import LinearPart, Linears, by_inputs, by_outputs
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Held
 from asyncllm.models.spec import ExpertsSpec
-from asyncllm.models.weights import Span, Target, whole
+from asyncllm.models.weights import SliceSpan, Target, whole
 
 
 class Experts:
@@ -37,7 +37,7 @@ class Experts:
         rank, size = site.world.rank, site.world.size
         if site.whole_experts:
             first, last = (r * spec.num_experts // size for r in (rank, rank + 1))
-            self._span: Span = (0, 0, spec.inner)
+            self._span: SliceSpan = (0, 0, spec.inner)
             num, inner = -(-spec.num_experts // size), spec.inner  # the same on every rank
         else:
             first, last = 0, spec.num_experts
@@ -94,8 +94,8 @@ class Experts:
         place = held.numbers.index(expert) if ours else 0  # of the others nothing is kept
         gate_up, down = held.gate_up[place], held.down[place]
         start, _, size = self._span
-        gate: tuple[Span, ...] = (self._span,) if ours else ()
-        up: tuple[Span, ...] = ((start, len(gate_up) // 2, size),) if ours else ()
+        gate: tuple[SliceSpan, ...] = (self._span,) if ours else ()
+        up: tuple[SliceSpan, ...] = ((start, len(gate_up) // 2, size),) if ours else ()
         yield f"{prefix}{names.gate}.weight", Target(gate_up, 0, inner, gate)
         yield f"{prefix}{names.up}.weight", Target(gate_up, 0, inner, up)
         yield f"{prefix}{names.down}.weight", Target(down, 1, inner, gate)
@@ -114,11 +114,13 @@ class _Shared(Linears):
         local = -(-inner // site.world.size)
         first, _, size = kept = _slice(inner, local, site.world.rank)
         gate, up = (
-            Part("gate_proj", inner, (kept,)),
-            Part("up_proj", inner, ((first, local, size),)),
+            LinearPart("gate_proj", inner, (kept,)),
+            LinearPart("up_proj", inner, ((first, local, size),)),
         )
         self._gate_up = by_outputs(site, (2 * local, hidden), (gate, up), bias=False)
-        self._down = by_inputs(site, (hidden, local), Part("down_proj", inner, (kept,)), bias=False)
+        self._down = by_inputs(
+            site, (hidden, local), LinearPart("down_proj", inner, (kept,)), bias=False
+        )
         super().__init__(self._gate_up, self._down)
         self.width = 3 * local + hidden
         self._ops, self._activation = site.ops, spec.activation
@@ -127,7 +129,7 @@ class _Shared(Linears):
         return self._down(self._ops.gated(self._gate_up(x), self._activation))
 
 
-def _slice(total: int, local: int, rank: int) -> Span:
+def _slice(total: int, local: int, rank: int) -> SliceSpan:
     """The ``rank``-th slice of ``local``, as a span to the beginning of a parameter."""
     first = rank * local
     return first, 0, max(0, min(local, total - first))

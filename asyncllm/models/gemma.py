@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.models.numbers import count
-from asyncllm.models.spec import VISION, Json, ModelSpec, text_part
+from asyncllm.models.spec import VISION, ConfigDict, ModelSpec, text_part
 
-_DEFAULTS: Json = {
+_DEFAULTS: ConfigDict = {
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
@@ -30,12 +30,12 @@ _DEFAULTS2 = _DEFAULTS | {
 _DEFAULTS3 = _DEFAULTS | {"vocab_size": 262208, "max_position_embeddings": 131072}
 
 
-def config2(hf: Json) -> Json:
+def config2(hf: ConfigDict) -> ConfigDict:
     """config.json of Gemma 2."""
     return _with_windows(_DEFAULTS2 | hf, 2)
 
 
-def config3(hf: Json) -> Json:
+def config3(hf: ConfigDict) -> ConfigDict:
     """config.json of Gemma 3: with angles of each type of layer, however they are spelled."""
     hf = _DEFAULTS3 | hf
     told = hf.pop("rope_parameters", None) or {}
@@ -52,12 +52,12 @@ def config3(hf: Json) -> Json:
     return _with_windows(hf, count(hf, "sliding_window_pattern", 6))
 
 
-def config_text(hf: Json) -> Json:
+def config_text(hf: ConfigDict) -> ConfigDict:
     """The text part of config.json."""
     return config3(text_part(hf, tied=True))
 
 
-def _with_windows(hf: Json, period: int) -> Json:
+def _with_windows(hf: ConfigDict, period: int) -> ConfigDict:
     """``hf`` with the type of each layer: the last of ``period`` sees everything."""
     types = [
         "sliding_attention" if (layer + 1) % period else "full_attention"
@@ -66,7 +66,7 @@ def _with_windows(hf: Json, period: int) -> Json:
     return {**hf, "layer_types": hf.get("layer_types") or types}
 
 
-def read(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What config.json says beyond the common names."""
     scale = count(hf, "query_pre_attn_scalar") ** -0.5
     return replace(
@@ -78,11 +78,11 @@ def read(spec: ModelSpec, hf: Json) -> ModelSpec:
     )
 
 
-def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What config.json says beyond Gemma 2."""
     return replace(read(spec, hf), qk_norm=True)
 
 
-def read_text(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read_text(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What the text part of config.json says beyond Gemma 2."""
     return replace(read3(spec, hf), ignored=VISION)

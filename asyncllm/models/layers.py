@@ -14,11 +14,11 @@ from asyncllm.models.attention import AttentionPlan, LayerKv
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Linear
 from asyncllm.models.spec import AttentionSpec, MlpSpec, ModelSpec, shard_heads
-from asyncllm.models.weights import Span, Target, whole
+from asyncllm.models.weights import SliceSpan, Target, whole
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LinearPart:
     """A linear layer of the checkpoint, of which ours holds some spans.
 
     Attributes:
@@ -29,7 +29,7 @@ class Part:
 
     name: str
     size: int
-    spans: tuple[Span, ...]
+    spans: tuple[SliceSpan, ...]
 
 
 class DenseLinear:
@@ -42,7 +42,13 @@ class DenseLinear:
     """
 
     def __init__(
-        self, site: Site, shape: tuple[int, int], parts: Sequence[Part], *, dim: int, bias: bool
+        self,
+        site: Site,
+        shape: tuple[int, int],
+        parts: Sequence[LinearPart],
+        *,
+        dim: int,
+        bias: bool,
     ) -> None:
         self._site, self._parts, self._dim = site, parts, dim
         self.weight = site.empty(*shape)
@@ -71,17 +77,19 @@ class DenseLinear:
         self.weight = self._site.ops.pack(self.weight)
 
 
-def by_outputs(site: Site, shape: tuple[int, int], parts: Sequence[Part], bias: bool) -> Linear:
+def by_outputs(
+    site: Site, shape: tuple[int, int], parts: Sequence[LinearPart], bias: bool
+) -> Linear:
     """A linear layer whose outputs are shared out over the ranks."""
     return DenseLinear(site, shape, parts, dim=0, bias=bias)
 
 
-def by_inputs(site: Site, shape: tuple[int, int], part: Part, bias: bool) -> Linear:
+def by_inputs(site: Site, shape: tuple[int, int], part: LinearPart, bias: bool) -> Linear:
     """A linear layer whose inputs are shared out: the ranks' results are to be summed."""
     return DenseLinear(site, shape, (part,), dim=1, bias=bias)
 
 
-def share(total: int, site: Site) -> Span:
+def share(total: int, site: Site) -> SliceSpan:
     """This rank's equal slice of ``total``, as a span to the beginning of a parameter."""
     local = -(-total // site.comm.size)
     first = site.comm.rank * local
@@ -189,12 +197,16 @@ class Attention(Linears):
         q = head_spans(heads.q_heads, dim, 0)
         k = head_spans(heads.kv_heads, dim, q_dim)
         v = head_spans(heads.kv_heads, dim, q_dim + kv_dim)
-        parts = [Part("q_proj", q_size, q), Part("k_proj", kv_size, k), Part("v_proj", kv_size, v)]
+        parts = [
+            LinearPart("q_proj", q_size, q),
+            LinearPart("k_proj", kv_size, k),
+            LinearPart("v_proj", kv_size, v),
+        ]
         if spec.fused_projections:
             parts = [fused("qkv_proj", parts)]
         hidden = spec.hidden_size
         self.qkv = by_outputs(site, (q_dim + 2 * kv_dim, hidden), parts, spec.qkv_bias)
-        self.out = by_inputs(site, (hidden, q_dim), Part("o_proj", q_size, q), spec.out_bias)
+        self.out = by_inputs(site, (hidden, q_dim), LinearPart("o_proj", q_size, q), spec.out_bias)
         super().__init__(self.qkv, self.out)
         self._site, self._eps = site, spec.rms_eps
         self._norms = {}
@@ -234,13 +246,13 @@ class GatedMLP(Linears):
         hidden, local = spec.hidden_size, -(-mlp.width // site.comm.size)
         first, _, size = kept = share(mlp.width, site)
         inner = [
-            Part("gate_proj", mlp.width, (kept,)),
-            Part("up_proj", mlp.width, ((first, local, size),)),
+            LinearPart("gate_proj", mlp.width, (kept,)),
+            LinearPart("up_proj", mlp.width, ((first, local, size),)),
         ]
         if spec.fused_projections:
             inner = [fused("gate_up_proj", inner)]
         self.gate_up = by_outputs(site, (2 * local, hidden), inner, mlp.bias)
-        down = Part("down_proj", mlp.width, (kept,))
+        down = LinearPart("down_proj", mlp.width, (kept,))
         self.down = by_inputs(site, (hidden, local), down, mlp.bias)
         super().__init__(self.gate_up, self.down)
         self.width = 3 * local
@@ -251,18 +263,18 @@ class GatedMLP(Linears):
         return self._site.comm.linear_reduce(self.down, inner)
 
 
-def fused(name: str, parts: Sequence[Part]) -> Part:
+def fused(name: str, parts: Sequence[LinearPart]) -> LinearPart:
     """``parts`` as one tensor of the checkpoint, in which they follow each other."""
     spans, begin = [], 0
     for part in parts:
         spans += [(begin + source, into, length) for source, into, length in part.spans]
         begin += part.size
-    return Part(name, begin, tuple(spans))
+    return LinearPart(name, begin, tuple(spans))
 
 
-def head_spans(heads: tuple[int, ...], dim: int, offset: int) -> tuple[Span, ...]:
+def head_spans(heads: tuple[int, ...], dim: int, offset: int) -> tuple[SliceSpan, ...]:
     """(source, destination, length) of each run of neighbouring heads; padding heads have none."""
-    spans: list[Span] = []
+    spans: list[SliceSpan] = []
     for local, head in enumerate(heads):
         if head < 0:
             continue

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 from asyncllm.errors import StartupError
 from asyncllm.models.numbers import count, number
-from asyncllm.models.spec import VISION, Json, ModelSpec, QueryGrowth, text_part
+from asyncllm.models.spec import VISION, ConfigDict, ModelSpec, QueryGrowth, text_part
 
-_DEFAULTS: Json = {
+_DEFAULTS: ConfigDict = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
     "eos_token_id": 2,
 }
-_DEFAULTS3: Json = {
+_DEFAULTS3: ConfigDict = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "rms_norm_eps": 1e-5,
@@ -33,12 +33,12 @@ _DEFAULTS3: Json = {
 }
 
 
-def config(hf: Json) -> Json:
+def config(hf: ConfigDict) -> ConfigDict:
     """config.json of Mistral and Ministral: all layers have the window, if no types say which."""
     return with_windows(_DEFAULTS | hf)
 
 
-def config3(hf: Json) -> Json:
+def config3(hf: ConfigDict) -> ConfigDict:
     """config.json of Ministral 3, whose growth of queries stands among the angles."""
     hf = with_windows(_DEFAULTS3 | hf)
     given = dict(hf.pop("rope_scaling", None) or hf["rope_parameters"])
@@ -46,7 +46,7 @@ def config3(hf: Json) -> Json:
     return {**hf, "rope_parameters": given, "llama_4_scaling_beta": beta}
 
 
-def config_text(hf: Json) -> Json:
+def config_text(hf: ConfigDict) -> ConfigDict:
     """The text part of config.json."""
     text = text_part(hf, tied=True)
     kind = text.get("model_type", "mistral")
@@ -57,14 +57,14 @@ def config_text(hf: Json) -> Json:
     return makers[kind](text)
 
 
-def with_windows(hf: Json) -> Json:
+def with_windows(hf: ConfigDict) -> ConfigDict:
     """``hf`` with the type of each layer."""
     kind = "full_attention" if hf.get("sliding_window") is None else "sliding_attention"
     types = hf.get("layer_types") or [kind] * count(hf, "num_hidden_layers")
     return {**hf, "layer_types": types}
 
 
-def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What config.json says beyond the common names: how queries grow."""
     if not (beta := hf.get("llama_4_scaling_beta")):
         return spec
@@ -74,7 +74,7 @@ def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
     return replace(spec, layers=layers)
 
 
-def read_text(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read_text(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What the text part of config.json says beyond the common names."""
     spec = read3(spec, hf) if hf.get("model_type") == "ministral3" else spec
     return replace(spec, ignored=VISION)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from asyncllm.models.mistral import with_windows
 from asyncllm.models.numbers import count
-from asyncllm.models.spec import ExpertNames, ExpertsSpec, Json, MlpSpec, ModelSpec
+from asyncllm.models.spec import ConfigDict, ExpertNames, ExpertsSpec, MlpSpec, ModelSpec
 
-_DEFAULTS: Json = {
+_DEFAULTS: ConfigDict = {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131072,
@@ -17,13 +17,13 @@ _DEFAULTS: Json = {
 }
 
 
-def config(hf: Json) -> Json:
+def config(hf: ConfigDict) -> ConfigDict:
     """config.json of Mixtral: all layers have the window, if there is one."""
     num_experts = hf.get("num_local_experts") or hf.get("num_experts") or 8
     return with_windows({**_DEFAULTS, **hf, "num_local_experts": num_experts})
 
 
-def read(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What config.json says beyond the common names."""
 
     def experts(plain: MlpSpec | ExpertsSpec) -> ExpertsSpec:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asyncllm.errors import StartupError
 from asyncllm.models.attention import AttentionPlan, Latent, LayerKv
-from asyncllm.models.layers import Linears, Norm, Part, by_inputs, by_outputs, head_spans
+from asyncllm.models.layers import LinearPart, Linears, Norm, by_inputs, by_outputs, head_spans
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Linear
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
@@ -38,19 +38,19 @@ class LatentAttention(Linears):
         num, total, q_rank = len(heads), layer.num_q_heads, layer.q_rank
         q_dim, made = num * layer.head_dim, layer.head_dim - layer.rope.dim + layer.v_dim
         q_name = "q_proj" if q_rank is None else "q_b_proj"
-        q = Part(q_name, total * layer.head_dim, head_spans(heads, layer.head_dim, 0))
+        q = LinearPart(q_name, total * layer.head_dim, head_spans(heads, layer.head_dim, 0))
         # q or its latent comes out of the product that makes the other latent; not where only one
         # of the two has a bias
         self._query: Linear | None = None
-        beside = [q] if q_rank is None else [Part("q_a_proj", q_rank, ((0, 0, q_rank),))]
+        beside = [q] if q_rank is None else [LinearPart("q_a_proj", q_rank, ((0, 0, q_rank),))]
         first = q_dim if q_rank is None else q_rank
         if q_rank is None and spec.qkv_bias:
             self._query, beside, first = by_outputs(site, (q_dim, hidden), [q], False), [], 0
         elif q_rank is not None:
             self._query = by_outputs(site, (q_dim, q_rank), [q], False)
-        raw = Part("kv_a_proj_with_mqa", self._raw, ((0, first, self._raw),))
+        raw = LinearPart("kv_a_proj_with_mqa", self._raw, ((0, first, self._raw),))
         self._down = by_outputs(site, (first + self._raw, hidden), [*beside, raw], spec.qkv_bias)
-        out = Part("o_proj", total * layer.v_dim, head_spans(heads, layer.v_dim, 0))
+        out = LinearPart("o_proj", total * layer.v_dim, head_spans(heads, layer.v_dim, 0))
         self._out = by_inputs(site, (hidden, num * layer.v_dim), out, spec.out_bias)
         super().__init__(self._down, *([self._query] if self._query else []), self._out)
         self._norm = Norm(site, spec, layer.kv_rank)

@@ -6,12 +6,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.models.mistral import with_windows
-from asyncllm.models.spec import Json, ModelSpec
+from asyncllm.models.spec import ConfigDict, ModelSpec
 
-_DEFAULTS: Json = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 32000}
+_DEFAULTS: ConfigDict = {
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 32000,
+}
 
 
-def config(hf: Json) -> Json:
+def config(hf: ConfigDict) -> ConfigDict:
     """config.json of Phi-3, in whose first files longrope has other names."""
     hf = with_windows(_DEFAULTS | hf)
     if scaling := hf.get("rope_scaling"):
@@ -22,6 +26,6 @@ def config(hf: Json) -> Json:
     return hf
 
 
-def read(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What config.json says beyond the common names."""
     return replace(spec, fused_projections=True)

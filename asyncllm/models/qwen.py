@@ -6,22 +6,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.models.numbers import count, truth
-from asyncllm.models.spec import Json, ModelSpec
+from asyncllm.models.spec import ConfigDict, ModelSpec
 
-_DEFAULTS: Json = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_DEFAULTS: ConfigDict = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 
 
-def config2(hf: Json) -> Json:
+def config2(hf: ConfigDict) -> ConfigDict:
     """config.json of Qwen2."""
     return with_windows(_DEFAULTS | hf)
 
 
-def config3(hf: Json) -> Json:
+def config3(hf: ConfigDict) -> ConfigDict:
     """config.json of Qwen3."""
     return with_windows(_DEFAULTS | {"head_dim": 128} | hf)
 
 
-def with_windows(hf: Json) -> Json:
+def with_windows(hf: ConfigDict) -> ConfigDict:
     """``hf`` with the type of each layer: those from ``max_window_layers`` on slide, if any do."""
     window = hf.get("sliding_window", 4096) if truth(hf, "use_sliding_window") else None
     slides = count(hf, "max_window_layers", 28, least=0) if window is not None else 1 << 30
@@ -32,11 +32,11 @@ def with_windows(hf: Json) -> Json:
     return {**hf, "sliding_window": window, "layer_types": hf.get("layer_types") or types}
 
 
-def read2(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read2(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What config.json says beyond the common names."""
     return replace(spec, qkv_bias=True, out_bias=False)
 
 
-def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What config.json says beyond the common names."""
     return replace(spec, qk_norm=True)

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from asyncllm.models import mistral, qwen
 from asyncllm.models.numbers import count, truth
-from asyncllm.models.spec import ExpertNames, ExpertsSpec, Json, MlpSpec, ModelSpec
+from asyncllm.models.spec import ConfigDict, ExpertNames, ExpertsSpec, MlpSpec, ModelSpec
 
-_DEFAULTS: Json = {
+_DEFAULTS: ConfigDict = {
     "max_position_embeddings": 32768,
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
     "norm_topk_prob": False,
 }
-_DEFAULTS2: Json = {
+_DEFAULTS2: ConfigDict = {
     **_DEFAULTS,
     "num_key_value_heads": 16,
     "qkv_bias": True,
@@ -22,7 +22,7 @@ _DEFAULTS2: Json = {
     "moe_intermediate_size": 1408,
     "shared_expert_intermediate_size": 5632,
 }
-_DEFAULTS3: Json = {
+_DEFAULTS3: ConfigDict = {
     **_DEFAULTS,
     "num_key_value_heads": 4,
     "num_experts_per_tok": 8,
@@ -30,7 +30,7 @@ _DEFAULTS3: Json = {
 }
 
 
-def config2(hf: Json) -> Json:
+def config2(hf: ConfigDict) -> ConfigDict:
     """config.json of Qwen2-MoE: of the first ``max_window_layers`` every second slides, if any."""
     hf = {**_DEFAULTS2, **hf, "num_experts": _num_experts(hf, 60)}
     slides = count(hf, "max_window_layers", 28, least=0) if truth(hf, "use_sliding_window") else 0
@@ -42,33 +42,33 @@ def config2(hf: Json) -> Json:
     return {**hf, "sliding_window": window, "layer_types": hf.get("layer_types") or types}
 
 
-def config3(hf: Json) -> Json:
+def config3(hf: ConfigDict) -> ConfigDict:
     """config.json of Qwen3-MoE: all layers slide, if any."""
     window = hf.get("sliding_window", 4096) if truth(hf, "use_sliding_window") else None
     own = {"num_experts": _num_experts(hf, 128), "sliding_window": window}
     return mistral.with_windows({**_DEFAULTS3, **hf, **own})
 
 
-def _num_experts(hf: Json, default: int) -> int:
+def _num_experts(hf: ConfigDict, default: int) -> int:
     name = "num_experts" if "num_experts" in hf else "num_local_experts"
     return count(hf, name, default, least=0)
 
 
-def read2(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read2(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What config.json says beyond the common names."""
     spec = replace(spec, qkv_bias=truth(hf, "qkv_bias"), out_bias=False)
     inner = count(hf, "shared_expert_intermediate_size")
     return _with_experts(spec, hf, shared_inner=inner, shared_gate=True, shared="shared_expert")
 
 
-def read3(spec: ModelSpec, hf: Json) -> ModelSpec:
+def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """What config.json says beyond the common names."""
     return _with_experts(qwen.read3(spec, hf), hf)
 
 
 def _with_experts(
     spec: ModelSpec,
-    hf: Json,
+    hf: ConfigDict,
     *,
     shared_inner: int = 0,
     shared_gate: bool = False,

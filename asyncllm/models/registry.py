@@ -13,7 +13,7 @@ from asyncllm.errors import StartupError
 
 if TYPE_CHECKING:
     from asyncllm.models.model import Model, Site
-    from asyncllm.models.spec import Json, ModelSpec
+    from asyncllm.models.spec import ConfigDict, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +34,16 @@ class Family:
     reader: str = ""
     opener: str = ""
 
-    def config(self, hf: Json) -> Json:
+    def config(self, hf: ConfigDict) -> ConfigDict:
         if not self.opener:
             return hf
-        opener: Callable[[Json], Json] = getattr(*_place(self.opener))
+        opener: Callable[[ConfigDict], ConfigDict] = getattr(*_place(self.opener))
         return opener(hf)
 
-    def read(self, spec: ModelSpec, hf: Json) -> ModelSpec:
+    def read(self, spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
         if not self.reader:
             return spec
-        reader: Callable[[ModelSpec, Json], ModelSpec] = getattr(*_place(self.reader))
+        reader: Callable[[ModelSpec, ConfigDict], ModelSpec] = getattr(*_place(self.reader))
         return reader(spec, hf)
 
     def make(self, spec: ModelSpec, site: Site) -> Model:

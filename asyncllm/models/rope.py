@@ -13,12 +13,12 @@ from typing import Any
 from asyncllm.errors import StartupError
 from asyncllm.models.numbers import count, number
 
-Json = dict[str, Any]  # what a file holds
+ConfigDict = dict[str, Any]  # what a file holds
 _POSITIONS = 2048  # where a file names none
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearScaling:
     """Every frequency is divided by ``factor`` (position interpolation)."""
 
     factor: float
@@ -34,7 +34,7 @@ class Dynamic:
 
 
 @dataclass(frozen=True, slots=True)
-class Llama3:
+class Llama3Scaling:
     """Long wavelengths are divided by ``factor``, short ones kept, those between blended."""
 
     factor: float
@@ -63,7 +63,7 @@ class LongRope:
     trained: int
 
 
-Scaling = Linear | Dynamic | Llama3 | Yarn | LongRope
+Scaling = LinearScaling | Dynamic | Llama3Scaling | Yarn | LongRope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ def reach(ropes: Iterable[Rope | None], said: int) -> int:
     """
     scalings = [rope.scaling for rope in ropes if rope]
     stretched = [int(s.factor * s.trained) for s in scalings if isinstance(s, Dynamic | Yarn)]
-    return max([said, *stretched, *(s.longest for s in scalings if isinstance(s, Linear))])
+    return max([said, *stretched, *(s.longest for s in scalings if isinstance(s, LinearScaling))])
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -117,7 +117,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def read_rope(hf: Json, head_dim: int, layer_type: str | None = None) -> Rope:
+def read_rope(hf: ConfigDict, head_dim: int, layer_type: str | None = None) -> Rope:
     """The rotary embedding of a config.json, of layers of ``layer_type`` if it tells them apart.
 
     Knows ``rope_parameters`` of transformers 5 and ``rope_theta``, ``rope_scaling`` and
@@ -156,33 +156,33 @@ def read_rope(hf: Json, head_dim: int, layer_type: str | None = None) -> Rope:
     )
 
 
-def _default(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+def _default(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
     return None, 1.0
 
 
-def _linear(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+def _linear(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
     factor = _positive("factor", given["factor"])
     longest = count(hf, "max_position_embeddings", _POSITIONS)
     if given.get(_TRAINED) is None:  # else the former counts the stretched ones
         longest = int(longest * factor)
-    return Linear(factor, longest), 1.0
+    return LinearScaling(factor, longest), 1.0
 
 
-def _dynamic(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+def _dynamic(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
     if dim == 2:
         raise StartupError("dynamic rotary embedding wants more than one pair of elements")
     return Dynamic(_positive("factor", given["factor"]), count(hf, "max_position_embeddings")), 1.0
 
 
-def _llama3(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+def _llama3(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
     names = "factor", "low_freq_factor", "high_freq_factor"
     factor, low, high = (_positive(name, given[name]) for name in names)
     if low >= high:
         raise StartupError(f"low_freq_factor {low} is not less than high_freq_factor {high}")
-    return Llama3(factor, low, high, _trained(given, hf)), 1.0
+    return Llama3Scaling(factor, low, high, _trained(given, hf)), 1.0
 
 
-def _yarn(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+def _yarn(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
     trained = _trained(given, hf)
     factor = _factor(given, hf, trained)
     scaling = Yarn(
@@ -201,7 +201,7 @@ def _yarn(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
     return scaling, yarn_mscale(factor)
 
 
-def _longrope(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
+def _longrope(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
     trained = _trained(given, hf)
     short, long = (
         tuple(_positive(name, f) for f in given[name]) for name in ("short_factor", "long_factor")
@@ -217,7 +217,7 @@ def _longrope(given: Json, hf: Json, dim: int) -> tuple[Scaling | None, float]:
     return LongRope(short, long, trained), scale
 
 
-def _trained(given: Json, hf: Json) -> int:
+def _trained(given: ConfigDict, hf: ConfigDict) -> int:
     """Positions before the scaling; beside the parameters, as in Phi-3's file, they win."""
     for place in (hf, given):
         if place.get("original_max_position_embeddings") is not None:
@@ -225,7 +225,7 @@ def _trained(given: Json, hf: Json) -> int:
     return count(hf, "max_position_embeddings")
 
 
-def _factor(given: Json, hf: Json, trained: int) -> float:
+def _factor(given: ConfigDict, hf: ConfigDict, trained: int) -> float:
     """By how much positions have been stretched."""
     if (found := given.get("factor")) is None:
         return count(hf, "max_position_embeddings") / trained

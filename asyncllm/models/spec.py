@@ -14,7 +14,7 @@ from asyncllm.errors import StartupError
 from asyncllm.models.numbers import count, number, truth
 from asyncllm.models.quantization import kv_format, weight_block
 from asyncllm.models.registry import family
-from asyncllm.models.rope import Json as Json
+from asyncllm.models.rope import ConfigDict as ConfigDict
 from asyncllm.models.rope import Rope, reach, read_rope
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -221,7 +221,7 @@ class ModelSpec:
             raise StartupError(f"{path} has a number that cannot be used: {error}") from None
 
     @classmethod
-    def from_hf(cls, hf: Json, generation: Json) -> ModelSpec:
+    def from_hf(cls, hf: ConfigDict, generation: ConfigDict) -> ModelSpec:
         """From what config.json and generation_config.json hold (transformers 4 and 5 styles)."""
         architecture, served = family(hf.get("architectures"), hf.get("model_type"))
         hf = served.config(hf)
@@ -292,7 +292,7 @@ def shard_heads(spec: AttentionSpec, tp: int, rank: int) -> HeadShard:
     return HeadShard(tuple(q_heads), tuple(kv_heads))
 
 
-def text_part(hf: Json, tied: bool) -> Json:
+def text_part(hf: ConfigDict, tied: bool) -> ConfigDict:
     """What of the config.json of a model that sees describes its text.
 
     Args:
@@ -307,7 +307,7 @@ def text_part(hf: Json, tied: bool) -> Json:
     }
 
 
-def _layers(hf: Json) -> tuple[AttentionSpec, ...]:
+def _layers(hf: ConfigDict) -> tuple[AttentionSpec, ...]:
     """By the types of layers; what names none is all of one type."""
     num_layers = count(hf, "num_hidden_layers")
     types = hf.get("layer_types") or ["full_attention"] * num_layers
@@ -317,7 +317,7 @@ def _layers(hf: Json) -> tuple[AttentionSpec, ...]:
     return tuple(made[kind] for kind in types)
 
 
-def _attention(hf: Json, kind: str) -> AttentionSpec:
+def _attention(hf: ConfigDict, kind: str) -> AttentionSpec:
     if kind not in {"full_attention", "sliding_attention"}:
         raise StartupError(f"layers of type {kind!r} are not available yet")
     slides = kind == "sliding_attention" and hf.get("sliding_window") is not None
@@ -341,26 +341,26 @@ def _attention(hf: Json, kind: str) -> AttentionSpec:
     )
 
 
-def _optional(hf: Json, name: str) -> float | None:
+def _optional(hf: ConfigDict, name: str) -> float | None:
     if hf.get(name) is None:
         return None
     return number(name, hf[name])
 
 
-def _activation(hf: Json) -> Activation:
+def _activation(hf: ConfigDict) -> Activation:
     name = hf.get("hidden_activation") or hf.get("hidden_act") or "silu"
     if name not in _ACTIVATIONS:
         raise StartupError(f"hidden_act {name!r} is not available yet")
     return _ACTIVATIONS[name]
 
 
-def generation_config(model_dir: Path) -> Json:
+def generation_config(model_dir: Path) -> ConfigDict:
     """What generation_config.json holds; {} where there is none. Raises StartupError."""
     path = model_dir / "generation_config.json"
     return _read(path) if path.exists() else {}
 
 
-def _read(path: Path) -> Json:
+def _read(path: Path) -> ConfigDict:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -370,11 +370,11 @@ def _read(path: Path) -> Json:
     return found
 
 
-def _quantization(hf: Json) -> Json | None:
+def _quantization(hf: ConfigDict) -> ConfigDict | None:
     return hf.get("quantization_config") or hf.get("compression_config")
 
 
-def _eos(hf: Json, generation: Json) -> tuple[int, ...]:
+def _eos(hf: ConfigDict, generation: ConfigDict) -> tuple[int, ...]:
     """End tokens of both files: chat models name the turn's end only in generation_config.json.
 
     One beyond the vocabulary cannot come, and is left out.

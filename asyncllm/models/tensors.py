@@ -80,7 +80,7 @@ class OpenFiles:
     def tensor(self, stored: Stored) -> Source:
         """Raises StartupError: a file cannot be read, or its shard does not fit the others."""
         parts = [self._file(path).tensor(stored.key) for path in stored.files]
-        return parts[0] if len(parts) == 1 else Joined(stored, parts)
+        return parts[0] if len(parts) == 1 else JoinedShards(stored, parts)
 
     def _file(self, path: Path) -> _File:
         if path not in self._opened:
@@ -161,7 +161,7 @@ class _PickledTensor:
         return self._pickles.read(self._path, self._key, index, self.kind)
 
 
-class Joined:
+class JoinedShards:
     """Shards of a tensor, as the one that they are of."""
 
     def __init__(self, stored: Stored, shards: Sequence[Source]) -> None:

@@ -20,7 +20,7 @@ from asyncllm.models.tensors import FLOATS, FP8, BlockScaled, Index, OpenFiles, 
 SCALE = "_scale_inv"  # what the name of a block-quantised weight's scales ends with
 _CHUNK = 1 << 24  # elements that are read at a time
 
-Span = tuple[int, int, int]  # (start in the checkpoint tensor, start in the parameter, length)
+SliceSpan = tuple[int, int, int]  # (start in the checkpoint tensor, start in the parameter, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Target:
     param: Tensor
     dim: int
     size: int
-    spans: tuple[Span, ...]
+    spans: tuple[SliceSpan, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:

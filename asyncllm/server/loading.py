@@ -26,7 +26,7 @@ from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.parallel import Alone, Ranks
+from asyncllm.engine.parallel import Ranks, SingleRank
 from asyncllm.environment import cpu_count
 from asyncllm.errors import StartupError
 from asyncllm.models import rope
@@ -221,11 +221,11 @@ def _load_device(
     boot: Boot, spec: ModelSpec, ranks: Ranks | None, where: torch.device, plan: MemoryPlan
 ) -> CpuDevice | CudaDevice:
     resolved = boot.resolved
-    group = Alone() if ranks is None else ranks.group
+    group = SingleRank() if ranks is None else ranks.group
     torch.set_num_threads(num_threads(boot))
     load_way = boot.config.load_way
     total = sum(f.stat().st_size for f in weight_files(Path(boot.model_dir), load_way))
-    with log.phase("load weights"), log.Progress("load weights", total) as bar:
+    with log.phase("load weights"), log.ProgressBar("load weights", total) as bar:
         model = build_model(
             Path(boot.model_dir),
             spec,

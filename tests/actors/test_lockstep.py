@@ -12,7 +12,7 @@ import uvloop
 from asyncllm.actors.base import Actor
 from asyncllm.actors.lockstep import Lockstep
 from asyncllm.actors.system import ActorSystem
-from asyncllm.messages import Abort, Agreed, Drain, Drained, Join, Offer, StepPlan
+from asyncllm.messages import Abort, Agreed, Drain, Drained, JoinStep, Offer, StepPlan
 from asyncllm.topology import Topology
 from tests.actors.fake_device import World
 
@@ -182,7 +182,7 @@ def test_offers_of_nobody_and_out_of_turn_are_dropped() -> None:
             await running
 
     uvloop.run(main())
-    assert log == [Join(1), Agreed(step=1, num_tokens=3, mixed=False)]
+    assert log == [JoinStep(1), Agreed(step=1, num_tokens=3, mixed=False)]
 
 
 def test_a_full_group_makes_room_while_the_other_keeps_the_device_busy() -> None:

@@ -7,11 +7,11 @@ import random
 import pytest
 
 from asyncllm.codec import i32
-from asyncllm.core.balancing import MOST_SPANS, Balancer
+from asyncllm.core.balancing import MOST_SPANS, GroupBalancer
 
 
-def made(policy: str = "cache_aware", num_groups: int = 2, **more: object) -> Balancer:
-    return Balancer(num_groups, policy, **{"num_slots": 1 << 20, **more})  # type: ignore[arg-type]
+def made(policy: str = "cache_aware", num_groups: int = 2, **more: object) -> GroupBalancer:
+    return GroupBalancer(num_groups, policy, **{"num_slots": 1 << 20, **more})  # type: ignore[arg-type]
 
 
 def text(seed: int, length: int = 100) -> list[int]:
@@ -21,7 +21,7 @@ def text(seed: int, length: int = 100) -> list[int]:
 class Clerk:
     """Places prompts under fresh ids."""
 
-    def __init__(self, balancer: Balancer) -> None:
+    def __init__(self, balancer: GroupBalancer) -> None:
         self.balancer, self.rid = balancer, 0
 
     def place(self, prompt: list[int], **more: object) -> int:

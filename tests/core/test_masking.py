@@ -16,7 +16,7 @@ from asyncllm.core.scheduling import Core
 from asyncllm.core.steps import Request, Step
 from asyncllm.errors import RequestError
 from asyncllm.messages import Granted
-from asyncllm.records import Done
+from asyncllm.records import ConstraintDone
 from tests.core.test_scheduling import add, commit, grant, make, reasons, shape, step
 
 WHOLE, BAD, AGAIN, MARK = 30, 31, 29, 20
@@ -143,7 +143,7 @@ def test_a_token_that_a_thread_does_not_take_is_sampled_again() -> None:
     made, second = loose_mark(core)
     (job,) = core.jobs(9, False)
     core.commit(second, array("i", [7]))
-    assert core.worked(Done(job[0], Verdict.AGAIN)) == []
+    assert core.worked(ConstraintDone(job[0], Verdict.AGAIN)) == []
     again = step(core)
     assert shape(again) == [(1, 4)], "a new life without the mark and what came after it"
     assert list(core.requests[1].outputs) == list(made.seen) == []
@@ -162,7 +162,7 @@ def test_preempted_while_a_thread_works(verdict: Verdict) -> None:
     assert not core.relieve(False)
     assert list(core.running) == [2]
     assert shape(step(core)) == [(2, 1)], "the other one waits for its mask"
-    core.worked(Done(1, verdict))
+    core.worked(ConstraintDone(1, verdict))
     outputs = [7] if verdict is Verdict.GOES_ON else []
     assert list(core.requests[1].outputs) == outputs
     assert shape(step(core))[1:] == [(1, 4 + len(outputs))]
@@ -173,13 +173,13 @@ def test_a_request_over_its_budget_ends_alone() -> None:
     for rid in (1, 2):
         ask(core, rid)
     for done in ((1, 0.6), (2, 0.1)):
-        core.worked(Done(done[0], Verdict.GOES_ON, done[1]))
+        core.worked(ConstraintDone(done[0], Verdict.GOES_ON, done[1]))
     core.jobs(9, False)
     planned = step(core)
     core.commit(planned, array("i", [7, 7]))
     core.jobs(9, False)
-    core.worked(Done(1, Verdict.GOES_ON, 0.6))
-    core.worked(Done(2, Verdict.GOES_ON, 0.1))
+    core.worked(ConstraintDone(1, Verdict.GOES_ON, 0.6))
+    core.worked(ConstraintDone(2, Verdict.GOES_ON, 0.1))
     (end,) = core.ended
     assert (end.rid, end.reason, end.failure.status) == (1, Reason.ERROR, 400)
     assert "1.2 s of CPU time, limit 1 (--constraint_time_limit)" in end.failure.detail
@@ -261,7 +261,7 @@ def test_what_a_thread_has_left_undone_is_done_later() -> None:
     core = make()
     ask(core, 1)
     core.jobs(9, False)
-    assert core.worked(Done(1, Verdict.UNDONE)) == []
+    assert core.worked(ConstraintDone(1, Verdict.UNDONE)) == []
     assert core.propose() is None
     play(core)
     assert shape(step(core)) == [(1, 4)]

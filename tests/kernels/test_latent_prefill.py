@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncllm.kernels.latent.prefill import PrefillConfig, prefill, prefill_ref
+from asyncllm.kernels.latent.prefill import LatentPrefillConfig, prefill, prefill_ref
 from tests.kernels.harness import DEVICE, assert_close, ints, no_sync, randn, replayed
 from tests.kernels.latents import make_chunks, make_queries
 
 # each combination is a build on the card, and one of its types is enough there
 HERE = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.float16]
-SMALL = PrefillConfig(16, 16, 4, 2)
+SMALL = LatentPrefillConfig(16, 16, 4, 2)
 
 
 def make_case(
@@ -33,7 +33,7 @@ def make_case(
     return {**case, "bases": ints(bases), "out": out}
 
 
-def check(case: dict[str, Tensor], config: PrefillConfig | None = None) -> None:
+def check(case: dict[str, Tensor], config: LatentPrefillConfig | None = None) -> None:
     want = prefill_ref(**{**case, "out": case["out"].clone()}, scale=0.1)
     with no_sync():
         got = prefill(**case, scale=0.1, config=config)
@@ -83,8 +83,8 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [None, PrefillConfig(128, 64, 8, 2)], ids=str)
-def test_at_full_size_in_a_graph(config: PrefillConfig | None) -> None:
+@pytest.mark.parametrize("config", [None, LatentPrefillConfig(128, 64, 8, 2)], ids=str)
+def test_at_full_size_in_a_graph(config: LatentPrefillConfig | None) -> None:
     rows = [(4000, 1000), (0, 2048), (300, 1), (129, 900)]
     case = make_case(rows, 16, (128, 64, 128), torch.bfloat16, left_out=(2,))
     want = prefill_ref(**{**case, "out": case["out"].clone()}, scale=192**-0.5)

@@ -16,7 +16,7 @@ from asyncllm.core.request import SamplingParams
 from asyncllm.engine.build import build_model
 from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.parallel import Alone
+from asyncllm.engine.parallel import SingleRank
 from asyncllm.messages import StepDone, StepPlan
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
@@ -122,10 +122,12 @@ def build(
     kv: KvMode = PLAIN,
 ) -> Model:  # fmt: skip
     """The model of ``model_dir`` on one rank."""
-    return build_model(model_dir, spec, Alone(), dtype=dtype, device=where, max_len=max_len, kv=kv)
+    return build_model(
+        model_dir, spec, SingleRank(), dtype=dtype, device=where, max_len=max_len, kv=kv
+    )
 
 
-class Together(Alone):
+class Together(SingleRank):
     """A rank of a group whose ranks are threads of this process."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, box: list[Tensor | None]) -> None:
@@ -256,7 +258,12 @@ def make_device(
     where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
     model = build(model_dir, spec, dtype, where, max_len, kv)
     engine = Engine(
-        model, Alone(), num_slots=num_slots, num_lanes=num_lanes, max_len=max_len, eos_ids=eos_ids
+        model,
+        SingleRank(),
+        num_slots=num_slots,
+        num_lanes=num_lanes,
+        max_len=max_len,
+        eos_ids=eos_ids,
     )
     return CudaDevice(engine) if device == "cuda" else CpuDevice(engine, 2)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from asyncllm.core.windows import PerSpace
 from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
 from asyncllm.engine.build import make_model
-from asyncllm.engine.parallel import Alone
+from asyncllm.engine.parallel import SingleRank
 from asyncllm.errors import StartupError
 from asyncllm.kernels.attention.quantize import dequantize_ref, quantize_ref
 from asyncllm.models.attention import ELEMENTS, AttentionBackend, Batch, HostRows, KvPairs
@@ -189,7 +189,9 @@ def test_one_layer_that_cannot_run_ends_the_start() -> None:
     spec = ModelSpec.from_hf(make_config().to_dict(), {})
     odd = replace(spec, layers=(*spec.layers[:2], replace(spec.layers[2], sinks=True)))
     with pytest.raises(StartupError) as error:
-        make_model(odd, Alone(), dtype="fp32", device=CPU, max_len=64, where=torch.device("meta"))
+        make_model(
+            odd, SingleRank(), dtype="fp32", device=CPU, max_len=64, where=torch.device("meta")
+        )
     assert str(error.value) == (
         "attention of LlamaForCausalLM that has attention sinks is not served"
     )

@@ -26,7 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
 from asyncllm.engine.ops_cpu import TorchOps
-from asyncllm.engine.parallel import Alone
+from asyncllm.engine.parallel import SingleRank
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.experts import Experts
@@ -128,7 +128,7 @@ class Rank:
 
 def make(spec: ExpertsSpec, rank: int = 0, size: int = 1, ep: bool = False) -> Experts:
     site = Site(
-        comm=Alone(), world=Rank(rank, size), whole_experts=ep, ops=TorchOps(),
+        comm=SingleRank(), world=Rank(rank, size), whole_experts=ep, ops=TorchOps(),
         attention=TorchAttention([], TorchPairs([], torch.float32), 1, CPU),
         dtype=torch.float32, device=CPU,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.build import build_model
-from asyncllm.engine.parallel import Alone
+from asyncllm.engine.parallel import SingleRank
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
 from tests.models.harness import Driver, Ranks, Sequence, make_device, random_ids
@@ -189,7 +189,7 @@ def test_logits_are_never_rounded_to_the_weights_dtype(
     make_checkpoint(tmp_path, tie_word_embeddings=tied, vocab_size=9001)
     device = torch.device(where)
     spec = ModelSpec.from_dir(tmp_path)
-    model = build_model(tmp_path, spec, Alone(), dtype=dtype, device=device, max_len=64)
+    model = build_model(tmp_path, spec, SingleRank(), dtype=dtype, device=device, max_len=64)
     assert isinstance(model, Decoder)
     head = model.lm_head
     matrix = head.to_dense() if head.is_mkldnn else head

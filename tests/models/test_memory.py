@@ -29,7 +29,7 @@ from asyncllm.engine.build import (
 )
 from asyncllm.engine.device import CpuDevice
 from asyncllm.engine.engine import Engine, Outputs, Work
-from asyncllm.engine.parallel import Alone
+from asyncllm.engine.parallel import SingleRank
 from asyncllm.errors import StartupError
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ExpertsSpec, ModelSpec
@@ -108,7 +108,7 @@ def tensors_of(model: object) -> list[Tensor]:
     return found
 
 
-class Ranked(Alone):
+class Ranked(SingleRank):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
 
@@ -145,7 +145,7 @@ def test_groups_that_share_experts_plan_their_part_of_these(whole: bool) -> None
     plan = plan_memory(spec, sizes(ranks=2, world=2, whole_experts=whole), CPU)
     for rank in range(2):
         model = make_model(
-            spec, Alone(), world=Ranked(rank, 2), dtype="fp32", device=CPU, max_len=256, where=CPU,
+            spec, SingleRank(), world=Ranked(rank, 2), dtype="fp32", device=CPU, max_len=256, where=CPU,
             whole_experts=whole,
         )  # fmt: skip
         assert isinstance(model, Decoder)
@@ -154,7 +154,7 @@ def test_groups_that_share_experts_plan_their_part_of_these(whole: bool) -> None
     kept = 0.5 * experts * hidden * inner * 4
     assert apart.weights - plan.weights == kept
     meta = torch.device("meta")
-    alone = make_model(spec, Alone(), dtype="fp32", device=CPU, max_len=256, where=meta)
+    alone = make_model(spec, SingleRank(), dtype="fp32", device=CPU, max_len=256, where=meta)
     assert isinstance(alone, Decoder)
     assert model.blocks[1].mlp.width > alone.blocks[1].mlp.width
     assert plan.division == apart.division
@@ -181,7 +181,7 @@ def test_planned_weights_of_experts_are_what_every_rank_allocates(tp: int, whole
 def test_a_model_without_memory_has_none(tmp_path: Path) -> None:
     spec = ModelSpec.from_hf(make_config(vocab_size=1 << 22, hidden_size=6 << 18).to_dict(), {})
     model = make_model(
-        spec, Alone(), dtype="bf16", device=CPU, max_len=64, where=torch.device("meta")
+        spec, SingleRank(), dtype="bf16", device=CPU, max_len=64, where=torch.device("meta")
     )
     assert model.nbytes > 1 << 44
 
@@ -224,7 +224,7 @@ def check_full_step(folder: Path, dtype: str, params: SamplingParams) -> None:
     plan = plan_memory(spec, sizes(dtype=dtype), CPU)
     engine = Engine(
         build(folder, spec, dtype, CPU, 256),
-        Alone(), num_slots=plan.num.full, num_lanes=8, max_len=256, eos_ids=(),
+        SingleRank(), num_slots=plan.num.full, num_lanes=8, max_len=256, eos_ids=(),
     )  # fmt: skip
     watch_a_full_step(engine, plan, params)
 
@@ -242,7 +242,9 @@ def test_a_full_step_of_experts_takes_no_more_than_was_planned(
         for tensor in tensors_of(block.mlp):
             if len(tensor) == 7 and tensor.dim() == 2:
                 tensor.zero_()  # the router's: then some experts get all tokens
-    engine = Engine(model, Alone(), num_slots=plan.num.full, num_lanes=8, max_len=256, eos_ids=())
+    engine = Engine(
+        model, SingleRank(), num_slots=plan.num.full, num_lanes=8, max_len=256, eos_ids=()
+    )
     watch_a_full_step(engine, plan, SamplingParams(temperature=0.0))
 
 
@@ -293,7 +295,7 @@ def test_both_spaces_are_what_the_engine_allocates(
     assert plan.num.full > 3 * plan.num.sliding
     model = build(tmp_path, within(spec, 256), "fp32", CPU, 256)
     engine = Engine(
-        model, Alone(), num_slots=plan.num.full, num_sliding=plan.num.sliding, num_lanes=8,
+        model, SingleRank(), num_slots=plan.num.full, num_sliding=plan.num.sliding, num_lanes=8,
         max_len=256, eos_ids=(),
     )  # fmt: skip
     assert num_bytes(tensor for layer in engine.kv for tensor in layer) == plan.kv

@@ -20,7 +20,7 @@ from asyncllm.core.windows import Window
 from asyncllm.engine.build import warm_up, within
 from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice, CudaPending
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.parallel import Alone
+from asyncllm.engine.parallel import SingleRank
 from asyncllm.messages import Finished, Granted, StepDone, StepPlan, Tokens
 from asyncllm.models.kv_format import PLAIN, KvMode
 from tests.actors.fake_device import World
@@ -58,7 +58,7 @@ class Serving(World):
         spec = within(read_spec(folder), max_len)
         model = build(folder, spec, "fp32", where, max_len, kv)
         self.engine = Engine(
-            model, Alone(), num_slots=num_slots, num_sliding=num_sliding,
+            model, SingleRank(), num_slots=num_slots, num_sliding=num_sliding,
             num_lanes=self.core.num_lanes, max_len=max_len, eos_ids=(),
         )  # fmt: skip
         cuda = where.type == "cuda"

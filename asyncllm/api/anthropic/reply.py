@@ -11,7 +11,7 @@ from typing import Any, Final
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice
 from asyncllm.api.common.content_blocks import ContentBlock, ContentBlockReply
-from asyncllm.api.parsing.tools import CallStart, Reasoning, Text
+from asyncllm.api.parsing.tools import CallStart, Content, Reasoning
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 from asyncllm.records import Overflow
@@ -27,7 +27,7 @@ ERROR_TYPES: Final = {
 }
 # what a delta is called, and where its text stands
 DELTAS: Final = {
-    Text: ("text_delta", "text"),
+    Content: ("text_delta", "text"),
     Reasoning: ("thinking_delta", "thinking"),
     CallStart: ("input_json_delta", "partial_json"),
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from asyncllm.api.common.answer import Answer, Choice
-from asyncllm.api.parsing.tools import Arguments, CallEnd, CallStart, Event, Reasoning, Text
+from asyncllm.api.parsing.tools import Arguments, CallEnd, CallStart, Content, Event, Reasoning
 from asyncllm.messages import Delta
 
 
@@ -27,7 +27,7 @@ class ContentBlock:
     """
 
     index: int
-    kind: type[Text] | type[Reasoning] | type[CallStart]
+    kind: type[Content] | type[Reasoning] | type[CallStart]
     call: CallStart | None = None
     pieces: list[str] = field(default_factory=list)
     complete: bool = False
@@ -59,7 +59,7 @@ class ContentBlocks:
                     yield from self.end(event.complete)
                 case Arguments():
                     yield self._more(event.text)
-                case Text() | Reasoning():
+                case Content() | Reasoning():
                     if self._open is None or self._open.kind is not type(event):
                         yield from self.end()
                         yield self._begin(type(event))
@@ -74,7 +74,7 @@ class ContentBlocks:
 
     def _begin(
         self,
-        kind: type[Text] | type[Reasoning] | type[CallStart],
+        kind: type[Content] | type[Reasoning] | type[CallStart],
         call: CallStart | None = None,
     ) -> BlockEvent:
         self._open = ContentBlock(len(self.all), kind, call)
@@ -110,7 +110,7 @@ class ContentBlockReply:
         """What has been found in new text."""
         if choice.output is not None:
             return self._tell(self.blocks.add(choice.output.take_events()))
-        return self._tell(self.blocks.add([Text(piece.text)])) if piece.text else b""
+        return self._tell(self.blocks.add([Content(piece.text)])) if piece.text else b""
 
     def flush_held(self) -> bytes:
         """Nothing is ever held back."""
@@ -126,7 +126,7 @@ class ContentBlockReply:
         if choice.output is not None:
             found = choice.output.take_events()
         else:
-            found = [Text(choice.text)] if choice.text else []
+            found = [Content(choice.text)] if choice.text else []
         self.blocks = ContentBlocks()
         for _ in self.blocks.add(found):
             pass

@@ -12,7 +12,15 @@ from asyncllm.api.common.answer import REASONS, Answer, Choice
 from asyncllm.api.common.logprobs import scored
 from asyncllm.api.openai.chunks import OpenAIReply, finish_reason
 from asyncllm.api.parsing.output_parser import OutputParser
-from asyncllm.api.parsing.tools import Arguments, Call, CallEnd, CallStart, Event, Reasoning, Text
+from asyncllm.api.parsing.tools import (
+    Arguments,
+    Call,
+    CallEnd,
+    CallStart,
+    Content,
+    Event,
+    Reasoning,
+)
 from asyncllm.messages import Delta
 
 ChatDelta = dict[str, Any]
@@ -124,7 +132,7 @@ class ParsedChatReply(ChatReply):
             out += self._event(choice, {"content": ""}, logprobs, None)
         return out
 
-    def _around(self, choice: Choice, event: Text | Reasoning | Arguments) -> tuple[bytes, ...]:
+    def _around(self, choice: Choice, event: Content | Reasoning | Arguments) -> tuple[bytes, ...]:
         """The chunk of an event, cut where its text goes."""
         key = choice.index, type(event), event.index if isinstance(event, Arguments) else 0
         if (ready := self._ready.get(key)) is None:

@@ -25,7 +25,7 @@ class Tool:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Content:
     """More content."""
 
     text: str
@@ -63,7 +63,7 @@ class CallEnd:
     complete: bool
 
 
-Event = Text | Reasoning | CallStart | Arguments | CallEnd
+Event = Content | Reasoning | CallStart | Arguments | CallEnd
 
 
 @dataclass(slots=True)

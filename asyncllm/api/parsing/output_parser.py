@@ -17,9 +17,9 @@ from asyncllm.api.parsing.tools import (
     Call,
     CallEnd,
     CallStart,
+    Content,
     Event,
     Reasoning,
-    Text,
     Tool,
 )
 
@@ -200,13 +200,13 @@ class OutputParser:
                             self._delayed.append(text)
                             continue
                     else:
-                        event = Text(text)
+                        event = Content(text)
                         self._content.append(text)
                         self._after_reasoning = True
-                case Text(text):
+                case Content(text):
                     if self._after_reasoning:
                         self._after_reasoning = False
-                        event = Text(text := SEPARATOR + text)
+                        event = Content(text := SEPARATOR + text)
                     self._content.append(text)
                 case CallStart() | Arguments() | CallEnd():
                     if event.index and not self._options.parallel:

@@ -11,8 +11,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from asyncllm.api.parsing.events import Call, Event, Reasoning, Text
-from asyncllm.api.parsing.scanner import SPACE, Incremental, Marks, Run
+from asyncllm.api.parsing.events import Call, Content, Event, Reasoning
+from asyncllm.api.parsing.scanner import SPACE, IncrementalParser, Literals, Run
 from asyncllm.api.parsing.tools import deepseek
 from asyncllm.api.parsing.tools.base import ToolParser
 from asyncllm.constrain.reasoning import ReasoningTags
@@ -50,8 +50,8 @@ _FORMATS: Final[dict[str, _Think]] = {
 FORMATS: Final = (*_FORMATS, "gpt-oss")
 
 
-class ReasoningParser(Incremental[Event]):
-    """``push(text)`` and ``finish()`` give Reasoning and Text events.
+class ReasoningParser(IncrementalParser[Event]):
+    """``push(text)`` and ``finish()`` give Reasoning and Content events.
 
     Joined, they are the same wherever the text is cut. ``inside`` tells whether the next character
     would be reasoning, as far as that is known.
@@ -63,14 +63,14 @@ class ReasoningParser(Incremental[Event]):
         self._add(Reasoning(text))
 
     def _say(self, text: str) -> None:
-        self._add(Text(text))
+        self._add(Content(text))
 
-    def _add(self, event: Reasoning | Text) -> None:
+    def _add(self, event: Reasoning | Content) -> None:
         last = self._found[-1] if self._found else None
         if isinstance(last, Reasoning) and isinstance(event, Reasoning):
             self._found[-1] = Reasoning(last.text + event.text)
-        elif isinstance(last, Text) and isinstance(event, Text):
-            self._found[-1] = Text(last.text + event.text)
+        elif isinstance(last, Content) and isinstance(event, Content):
+            self._found[-1] = Content(last.text + event.text)
         else:
             self._found.append(event)
 
@@ -221,13 +221,13 @@ class Splitter:
     def _pass_on(self, events: list[Event]) -> list[Event]:
         found: list[Event] = []
         for event in events:
-            found += self._parse(event.text) if isinstance(event, Text) else [event]
+            found += self._parse(event.text) if isinstance(event, Content) else [event]
         return found
 
     def _parse(self, text: str) -> list[Event]:
         if self._tools is not None:
             return self._tools.push(text)
-        return [Text(text)] if text else []
+        return [Content(text)] if text else []
 
 
 class _TaggedReasoning(ReasoningParser):
@@ -245,7 +245,7 @@ class _TaggedReasoning(ReasoningParser):
             self.inside = True
             yield from s.spaces()
             ends = tuple(end for _, end in self._style.pairs)
-            mark = yield from s.to_mark(Marks(*ends, *self._style.ends), self._hold)
+            mark = yield from s.to_mark(Literals(*ends, *self._style.ends), self._hold)
             self.inside = not mark
             if mark in ends:
                 yield from s.accept(mark)
@@ -281,8 +281,8 @@ class _Harmony(ReasoningParser):
         *("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"),
         *("<|end|>", "<|return|>", "<|call|>"),
     )
-    _marks: Final = Marks("<|start|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>")
-    _body: Final = Marks("<|message|>")
+    _marks: Final = Literals("<|start|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>")
+    _body: Final = Literals("<|message|>")
     _HEAD_LEN: Final = 512
     _HEADS: Final = tuple(
         f"{start}<|channel|>{channel}<|message|>"
@@ -330,12 +330,12 @@ class _Harmony(ReasoningParser):
             self._say(s.passed())
             return
         self.inside = re.search(r"<\|channel\|>\s*analysis\b", head) is not None
-        if (Reasoning if self.inside else Text) in self._told:
+        if (Reasoning if self.inside else Content) in self._told:
             self._apart = "\n"
 
     def _take(self, text: str) -> None:
         if not self._raw:
-            self._told.add(Reasoning if self.inside else Text)
+            self._told.add(Reasoning if self.inside else Content)
         text, self._apart = self._apart + text, ""
         if self.inside:
             self._think(text)

@@ -18,7 +18,7 @@ Out = Callable[[str], object]  # takes a piece of text
 SPACE: Final = " \t\r\n"
 
 
-class Marks:
+class Literals:
     """Literal strings to look for at once; none may contain another."""
 
     def __init__(self, *marks: str) -> None:
@@ -141,7 +141,7 @@ class Scanner:
         self.pos += k
         return self.buf[self.pos - k : self.pos]
 
-    def until(self, marks: Marks, limit: int) -> Run[str | None]:
+    def until(self, marks: Literals, limit: int) -> Run[str | None]:
         """Pass the text before a mark, and give it; None, staying, if none is within ``limit``."""
         while True:
             found = marks.search(self.buf, self.pos)
@@ -156,7 +156,7 @@ class Scanner:
             if not (yield from self.more()):
                 return None
 
-    def to_mark(self, marks: Marks, out: Out) -> Run[str]:
+    def to_mark(self, marks: Literals, out: Out) -> Run[str]:
         """Hand on the text before the next mark as it comes; the mark, or "" at the end.
 
         A beginning of a mark is held back until it is known to be none.
@@ -191,7 +191,7 @@ class Scanner:
         self._passed.clear()
 
 
-class Incremental(Generic[T]):
+class IncrementalParser(Generic[T]):
     """Runs a parser over text in pieces; what it finds goes to ``self._found``."""
 
     def __init__(self) -> None:

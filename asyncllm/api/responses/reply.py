@@ -13,16 +13,16 @@ from asyncllm.api.common.answer import Answer, Choice
 from asyncllm.api.common.content_blocks import ContentBlock, ContentBlockReply
 from asyncllm.api.common.conversation import ConversationBuilder
 from asyncllm.api.common.logprobs import scored
-from asyncllm.api.parsing.tools import CallStart, Reasoning, Text
+from asyncllm.api.parsing.tools import CallStart, Content, Reasoning
 from asyncllm.api.responses.request import ResponsesRequest
 from asyncllm.api.responses.store import Store, StoredResponse
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 from asyncllm.messages import Delta
 
-PREFIXES: Final = {Text: "msg_", Reasoning: "rs_", CallStart: "fc_"}  # of items' ids
+PREFIXES: Final = {Content: "msg_", Reasoning: "rs_", CallStart: "fc_"}  # of items' ids
 EVENTS: Final = {  # that bring a section's text
-    Text: "response.output_text",
+    Content: "response.output_text",
     Reasoning: "response.reasoning_text",
     CallStart: "response.function_call_arguments",
 }
@@ -68,7 +68,7 @@ class ResponseReply(ContentBlockReply):
         if not text:
             return b""
         scores, tail = b"", b',"sequence_number":%d}\n\n' % self._next()
-        if block.kind is Text:
+        if block.kind is Content:
             scores = b',"logprobs":' + sse.body(self._scores)
             self._scores = []
         return self._delta + sse.escaped(text) + scores + tail
@@ -80,7 +80,7 @@ class ResponseReply(ContentBlockReply):
         if block.call is not None:
             out = self._event(kind, **where, name=block.call.name, arguments=text)
         else:
-            more = {"logprobs": self._all_scores()} if block.kind is Text else {}
+            more = {"logprobs": self._all_scores()} if block.kind is Content else {}
             out = self._event(kind, **where, text=text, **more)
         item = self._item(block, _status(block, self.answer.choices[0]))
         self._items.append(item)
@@ -95,7 +95,7 @@ class ResponseReply(ContentBlockReply):
         """What was held back, and the last item's end; an answer of nothing is an empty message."""
         out = self.flush(choice)
         if not self.blocks.all:
-            out += self._tell(self.blocks.add([Text("")])) + self._tell(self.blocks.end())
+            out += self._tell(self.blocks.add([Content("")])) + self._tell(self.blocks.end())
         return out
 
     def closing(self) -> bytes:
@@ -114,7 +114,7 @@ class ResponseReply(ContentBlockReply):
     def whole(self) -> bytes:
         """The answer in one piece."""
         (choice,) = self.answer.choices
-        blocks = self.all_blocks(choice) or [ContentBlock(0, Text)]
+        blocks = self.all_blocks(choice) or [ContentBlock(0, Content)]
         items = [self._item(block, _status(block, choice)) for block in blocks]
         return sse.body(self._finish(choice, items, blocks))
 
@@ -227,7 +227,7 @@ def answered(
     """What is kept of a finished response; a call that is cut is no part of the conversation."""
     builder = ConversationBuilder()
     for block in blocks:
-        if block.kind is Text:
+        if block.kind is Content:
             builder.add_text("assistant", block.text)
         elif block.kind is Reasoning:
             builder.add_reasoning(block.text)

@@ -12,7 +12,7 @@ from typing import Final
 
 from asyncllm.constrain.grammars import terms
 from asyncllm.constrain.grammars.atoms import Atom, Const, Form, Number, Object, Schemas, String
-from asyncllm.constrain.grammars.rules import Alt, Node, Repeat, Seq, Term, finite, written
+from asyncllm.constrain.grammars.rules import Alt, Expr, Repeat, Seq, Term, finite, written
 from asyncllm.constrain.grammars.writing import LOOSE, Possible, Writer
 from asyncllm.plain import JsonObject, typed
 
@@ -52,12 +52,12 @@ def calls_grammar(forms: Sequence[JsonObject], possible: Possible) -> str:
     Raises:
         RequestError: a schema is malformed, cannot be enforced, or no object fits it.
     """
-    calls: list[Node] = []
-    rules: dict[str, Node] = {}
+    calls: list[Expr] = []
+    rules: dict[str, Expr] = {}
     for i, form in enumerate(forms):
         writer = Writer(json.dumps(form["schema"]), possible, f"f{i}", LOOSE)
         begin, end = typed(form["begin"], str), typed(form["end"], str)
-        parts: list[Node] = [_text(begin.lstrip()), _arguments(writer, typed(form["style"], str))]
+        parts: list[Expr] = [_text(begin.lstrip()), _arguments(writer, typed(form["style"], str))]
         if begin != begin.lstrip():
             parts.insert(0, Repeat(Term(r"/[ \n]/"), 0, 2))
         if end:
@@ -69,12 +69,12 @@ def calls_grammar(forms: Sequence[JsonObject], possible: Possible) -> str:
     return written(finite(rules, "root"), "root")
 
 
-def _text(text: str) -> Node:
+def _text(text: str) -> Expr:
     """A text in single characters: where tags share a beginning, none hides another."""
     return Seq(tuple(Term(terms.text_term(char)) for char in text))
 
 
-def _arguments(writer: Writer, style: str) -> Node:
+def _arguments(writer: Writer, style: str) -> Expr:
     root = frozenset((writer.document.root,))
     atoms = [atom for atom in writer.meaning.atoms(root) if _is_object(atom)]
     if style not in _STYLES:
@@ -87,7 +87,7 @@ def _is_object(atom: Atom) -> bool:
     return isinstance(atom, Object) or (isinstance(atom, Const) and isinstance(atom.value, dict))
 
 
-def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Node:
+def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Expr:
     """Arguments between tags."""
     comma = _text(tags.between)
     if isinstance(atom, Const):
@@ -105,7 +105,7 @@ def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Node:
             pairs.append((_argument(writer, name, values, tags, _is_text(writer, schemas)), needed))
     keys = list(writer.others(atom, [name for name, _, _ in fields], quoted=False))
 
-    def other(more: str) -> Node:
+    def other(more: str) -> Expr:
         assert not more, "keys between tags are not counted on"
         return Alt(
             tuple(
@@ -137,15 +137,15 @@ def _is_text(writer: Writer, schemas: Schemas) -> bool:
 
 def _argument(
     writer: Writer, name: str, values: Iterable[Atom], tags: _Tags, is_text: bool
-) -> Node:
+) -> Expr:
     key = Term(terms.text_term(name))
     return Seq((_text(tags.begin), key, _text(tags.named), _value(writer, values, tags, is_text)))
 
 
-def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -> Node:
+def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -> Expr:
     """A value and its end tag. What is no array and no object is one terminal with it."""
     end = f"/{terms.text_expression(tags.end)}/"
-    found: list[Node] = []
+    found: list[Expr] = []
     for atom in values:
         match atom:
             case Const() if isinstance(atom.value, str):

@@ -15,9 +15,9 @@ from asyncllm.constrain.grammars.regex import ALL, Reader, class_at, escape_at, 
 from asyncllm.constrain.grammars.rules import (
     EMPTY,
     Alt,
-    Node,
-    Ref,
+    Expr,
     Repeat,
+    RuleRef,
     Rules,
     Seq,
     finite,
@@ -83,7 +83,7 @@ class _Reader(Reader):
                 self.fail(f'has no rule for "{ref}", which is used')
         return found
 
-    def item(self) -> Node | None:
+    def item(self) -> Expr | None:
         item = self.single(self.peek())
         times = 0
         while item is not None and (bounds := self.bounds()):
@@ -93,14 +93,14 @@ class _Reader(Reader):
                 self.fail(f"repeats a repetition more than {MAX_REPEATS} times")
         return item
 
-    def single(self, char: str) -> Node | None:
+    def single(self, char: str) -> Expr | None:
         """None: the next rule begins here."""
         if name := _NAME.match(self.source, self.at):
             if _DEFINES.match(self.source, name.end()):
                 return None
             self.refs.append((name[0], self.at))
             self.at = name.end()
-            return Ref(name[0])
+            return RuleRef(name[0])
         self.at += 1
         match char:
             case '"' | "'":
@@ -117,7 +117,7 @@ class _Reader(Reader):
             case _:
                 self.fail(f"has {char!r}, which means nothing,")
 
-    def text(self, quote: str) -> Node:
+    def text(self, quote: str) -> Expr:
         chars: list[str] = []
         while (char := self.source[self.at : self.at + 1]) != quote:
             if not char or char == "\n":
@@ -133,16 +133,16 @@ class _Reader(Reader):
         return literal("".join(chars))
 
 
-def _flat(name: str, rule: Node) -> Node:
+def _flat(name: str, rule: Expr) -> Expr:
     """``rule`` without direct recursion at its edges, which parsers are slow at: the same texts.
 
     Of X = A X | X C | X M X | B, what comes is Y (M Y)*, where Y = A* B C*.
     """
-    me = Ref(name)
-    heads: list[Node] = []
-    tails: list[Node] = []
-    middles: list[Node] = []
-    bases: list[Node] = []
+    me = RuleRef(name)
+    heads: list[Expr] = []
+    tails: list[Expr] = []
+    middles: list[Expr] = []
+    bases: list[Expr] = []
     for one in _alternatives(rule):
         items = list(one.items) if isinstance(one, Seq) else [one]
         if items == [me]:
@@ -169,11 +169,11 @@ def _flat(name: str, rule: Node) -> Node:
     return Seq((base, Repeat(more, 0, None)))
 
 
-def _many(parts: list[Node]) -> Node:
+def _many(parts: list[Expr]) -> Expr:
     return Repeat(Alt(tuple(parts)), 0, None) if parts else EMPTY
 
 
-def _alternatives(rule: Node) -> Iterator[Node]:
+def _alternatives(rule: Expr) -> Iterator[Expr]:
     if isinstance(rule, Alt):
         for item in rule.items:
             yield from _alternatives(item)

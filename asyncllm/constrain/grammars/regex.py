@@ -16,7 +16,7 @@ from asyncllm.constrain.grammars.rules import (
     Alt,
     Anchor,
     Chars,
-    Node,
+    Expr,
     Repeat,
     Seq,
     parts,
@@ -76,7 +76,7 @@ def code_text(code: int) -> str:
     return char if char.isascii() and char.isalnum() else f"\\x{{{code:X}}}"
 
 
-def literal(text: str) -> Node:
+def literal(text: str) -> Expr:
     """Matches ``text``, which holds no half characters."""
     return Seq(tuple(_one(ord(char)) for char in text))
 
@@ -85,48 +85,48 @@ def _one(code: int) -> Chars:
     return Chars(f"[{code_text(code)}]", SPECIAL & {code})
 
 
-def parse(source: str) -> Node:
+def parse(source: str) -> Expr:
     """What an expression means.
 
     Raises:
         RequestError: it is malformed, or holds what cannot be enforced (look-around, references,
             word boundaries, flags).
     """
-    return _Parser(source).whole()
+    return _RegexParser(source).whole()
 
 
-def class_at(source: str, at: int) -> tuple[Node, int]:
+def class_at(source: str, at: int) -> tuple[Expr, int]:
     """The class whose ``[`` stands before ``at``, and where it ends. Raises RequestError."""
-    parser = _Parser(source, at)
+    parser = _RegexParser(source, at)
     return parser.bracket(), parser.at
 
 
 def escape_at(source: str, at: int) -> tuple[int, int]:
     """The character whose backslash stands before ``at``, and where it ends.
     Raises RequestError."""
-    parser = _Parser(source, at)
+    parser = _RegexParser(source, at)
     found = parser.escaped()
     if not isinstance(found, int):
         parser.fail("has a class where one character is meant")
     return found, parser.at
 
 
-def full(node: Node) -> Node:
+def full(node: Expr) -> Expr:
     """``node`` without its anchors: all of the text must match."""
     return _unanchored(node, "", "", [MAX_NODES])
 
 
-def searched(node: Node) -> Node:
+def searched(node: Expr) -> Expr:
     """What holds a match of ``node`` anywhere, as JSON Schema's ``pattern`` means it."""
     return _unanchored(node, "^", "$", [MAX_NODES])
 
 
-def raw(node: Node) -> str:
+def raw(node: Expr) -> str:
     """The engine's expression."""
     return _written(node, quoted=False)
 
 
-def quoted(node: Node) -> str:
+def quoted(node: Expr) -> str:
     """The engine's expression of what stands between the quotes of a JSON string."""
     return _written(node, quoted=True)
 
@@ -153,7 +153,7 @@ class _Class:
         self.parts.append(other.text)
         self.special |= other.special
 
-    def done(self, negated: bool) -> Node:
+    def done(self, negated: bool) -> Expr:
         if self.everything:
             return NOTHING if negated else ALL
         if not self.parts:
@@ -180,11 +180,11 @@ class Reader:
         """The next character that means something; "": there is none."""
         return self.source[self.at : self.at + 1]
 
-    def item(self) -> Node | None:
+    def item(self) -> Expr | None:
         """What stands here, with how often it may come; None: the sequence is over."""
         raise NotImplementedError
 
-    def alternatives(self) -> Node:
+    def alternatives(self) -> Expr:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             self.fail(f"is nested more than {MAX_DEPTH} deep")
@@ -195,15 +195,15 @@ class Reader:
         self.depth -= 1
         return found[0] if len(found) == 1 else Alt(tuple(found))
 
-    def sequence(self) -> Node:
-        items: list[Node] = []
+    def sequence(self) -> Expr:
+        items: list[Expr] = []
         while (char := self.peek()) and char not in "|)":
             if (item := self.item()) is None:
                 break
             items.append(item)
         return items[0] if len(items) == 1 else Seq(tuple(items))
 
-    def closed(self) -> Node:
+    def closed(self) -> Expr:
         """What stands in parentheses, behind the first."""
         inner = self.alternatives()
         if self.peek() != ")":
@@ -230,7 +230,7 @@ class Reader:
         return None
 
 
-class _Parser(Reader):
+class _RegexParser(Reader):
     def __init__(self, source: str, at: int = 0) -> None:
         super().__init__(source, at)
         self.nodes = self.repeats = 0
@@ -238,19 +238,19 @@ class _Parser(Reader):
     def fail(self, why: str) -> NoReturn:
         raise RequestError(f"the regular expression {_short(self.source)} {why}")
 
-    def whole(self) -> Node:
+    def whole(self) -> Expr:
         node = self.alternatives()
         if self.at < len(self.source):
             self.fail(f"has an unmatched ) at character {self.at}")
         return node
 
-    def item(self) -> Node:
+    def item(self) -> Expr:
         self.nodes += 1
         if self.nodes > MAX_NODES:
             self.fail(f"has more than {MAX_NODES} parts")
         return self.repeated(self.atom())
 
-    def repeated(self, item: Node) -> Node:
+    def repeated(self, item: Expr) -> Expr:
         if bounds := self.bounds():
             if isinstance(item, Anchor):
                 self.fail("repeats an anchor")
@@ -264,7 +264,7 @@ class _Parser(Reader):
                 self.fail(f"repeats a repetition at character {self.at - 1}")
         return item
 
-    def atom(self) -> Node:
+    def atom(self) -> Expr:
         char = self.source[self.at]
         self.at += 1
         match char:
@@ -283,10 +283,10 @@ class _Parser(Reader):
             case _:
                 return self.char(ord(char))
 
-    def char(self, code: int) -> Node:
+    def char(self, code: int) -> Expr:
         return NOTHING if 0xD800 <= code <= 0xDFFF else _one(code)
 
-    def group(self) -> Node:
+    def group(self) -> Expr:
         if self.peek() == "?":
             found = _GROUP.match(self.source, self.at)
             if found is None:
@@ -296,7 +296,7 @@ class _Parser(Reader):
             self.at = found.end()
         return self.closed()
 
-    def escape(self) -> Node:
+    def escape(self) -> Expr:
         char = self.peek()
         if char in ("b", "B", "k") or (char.isdigit() and char != "0"):
             self.fail(f"has \\{char}: word boundaries and references cannot be enforced")
@@ -355,7 +355,7 @@ class _Parser(Reader):
         special = SPECIAL - inside if negated else frozenset(inside)
         return Chars(f"[\\{'P' if negated else 'p'}{{{name}}}]", special)
 
-    def bracket(self) -> Node:
+    def bracket(self) -> Expr:
         found = _Class()
         negated = self.peek() == "^"
         self.at += negated
@@ -401,11 +401,11 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 100 else text[:97] + "...")
 
 
-def _has_anchor(node: Node) -> bool:
+def _has_anchor(node: Expr) -> bool:
     return any(isinstance(part, Anchor) for part in parts(node))
 
 
-def _unanchored(node: Node, before: str, after: str, budget: list[int]) -> Node:
+def _unanchored(node: Expr, before: str, after: str, budget: list[int]) -> Expr:
     """Without anchors; ``before``, ``after``: "" where the text begins or ends, else anything goes.
 
     A sequence with anchors below its edges is multiplied out until they stand at them.
@@ -434,7 +434,7 @@ def _unanchored(node: Node, before: str, after: str, budget: list[int]) -> Node:
             raise RequestError("the regular expression repeats an anchor, which cannot be enforced")
 
 
-def _edges(items: list[Node], before: str, after: str, budget: list[int]) -> Node:
+def _edges(items: list[Expr], before: str, after: str, budget: list[int]) -> Expr:
     while items and isinstance(items[0], Anchor) and items[0].at == "^":
         before = ""
         items = items[1:]
@@ -444,7 +444,7 @@ def _edges(items: list[Node], before: str, after: str, budget: list[int]) -> Nod
     for i, item in enumerate(items):
         if not _has_anchor(item):
             continue
-        choices: tuple[Node, ...]
+        choices: tuple[Expr, ...]
         match item:
             case Seq():
                 choices = (item,)
@@ -470,7 +470,7 @@ def _edges(items: list[Node], before: str, after: str, budget: list[int]) -> Nod
     return _unanchored(Seq(tuple(items)), before, after, budget)
 
 
-def _written(node: Node, quoted: bool) -> str:
+def _written(node: Expr, quoted: bool) -> str:
     match node:
         case Chars():
             return _chars(node) if quoted else node.text

@@ -27,17 +27,17 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Seq:
-    items: tuple[Node, ...] = ()
+    items: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Alt:
-    items: tuple[Node, ...]  # none: nothing matches
+    items: tuple[Expr, ...]  # none: nothing matches
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    item: Node
+    item: Expr
     low: int
     high: int | None
 
@@ -48,14 +48,14 @@ class Anchor:
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
+class RuleRef:
     """Another rule; in grammars only."""
 
     name: str
 
 
-Node = Chars | Term | Seq | Alt | Repeat | Anchor | Ref
-Rules = dict[str, Node]
+Expr = Chars | Term | Seq | Alt | Repeat | Anchor | RuleRef
+Rules = dict[str, Expr]
 EMPTY: Final = Seq()
 NOTHING: Final = Alt(())
 STRIDE: Final = 16
@@ -86,7 +86,7 @@ def finite(rules: Rules, root: str) -> Rules:
     return used
 
 
-def parts(node: Node) -> Iterator[Node]:
+def parts(node: Expr) -> Iterator[Expr]:
     """The node and all that it is made of."""
     yield node
     match node:
@@ -99,14 +99,14 @@ def parts(node: Node) -> Iterator[Node]:
             return
 
 
-def _refs(node: Node) -> list[str]:
-    return [part.name for part in parts(node) if isinstance(part, Ref)]
+def _refs(node: Expr) -> list[str]:
+    return [part.name for part in parts(node) if isinstance(part, RuleRef)]
 
 
-def ends(part: Node, ending: Collection[str] = ()) -> bool:
+def ends(part: Expr, ending: Collection[str] = ()) -> bool:
     """Whether any text matches, if the rules ``ending`` are those that some text matches."""
     match part:
-        case Ref():
+        case RuleRef():
             return part.name in ending
         case Seq():
             return all(ends(item, ending) for item in part.items)
@@ -118,7 +118,7 @@ def ends(part: Node, ending: Collection[str] = ()) -> bool:
             return True
 
 
-def _pruned(part: Node, ending: set[str]) -> Node:
+def _pruned(part: Expr, ending: set[str]) -> Expr:
     match part:
         case Seq():
             return Seq(tuple(_pruned(item, ending) for item in part.items))
@@ -172,9 +172,9 @@ def _bottom_up(rules: Rules, root: str) -> list[str]:
     return list(found)
 
 
-def _text(part: Node, names: dict[str, str], terminals: dict[str, str]) -> str:
+def _text(part: Expr, names: dict[str, str], terminals: dict[str, str]) -> str:
     match part:
-        case Ref():
+        case RuleRef():
             return names[part.name]
         case Chars():
             return terminals.setdefault(f"/{part.text}/", f"T{len(terminals)}")

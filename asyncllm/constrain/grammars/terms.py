@@ -11,7 +11,7 @@ from asyncllm.constrain.grammars.atoms import Const, Form, Number, String
 from asyncllm.constrain.grammars.formats import FORMATS
 from asyncllm.constrain.grammars.jsontext import scalar, string
 from asyncllm.constrain.grammars.regex import code_text
-from asyncllm.constrain.grammars.rules import Node, ends, times
+from asyncllm.constrain.grammars.rules import Expr, ends, times
 
 # a character of a string that is held to no pattern: any spelling of one that UTF-8 can hold
 _HALVES: Final = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -23,7 +23,7 @@ NEVER: Final = r"[^\x00-\x{10FFFF}]"
 
 
 @lru_cache(4096)
-def _parsed(form: Form) -> Node:
+def _parsed(form: Form) -> Expr:
     match form.kind:
         case "pattern":
             return regex.searched(regex.parse(form.text))

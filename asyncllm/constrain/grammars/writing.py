@@ -29,9 +29,9 @@ from asyncllm.constrain.grammars.rules import (
     EMPTY,
     NOTHING,
     Alt,
-    Node,
-    Ref,
+    Expr,
     Repeat,
+    RuleRef,
     Rules,
     Seq,
     Term,
@@ -52,12 +52,12 @@ MAX_PATTERNS: Final = 6  # that keys may match in any combination
 class Marks:
     """JSON's own marks."""
 
-    comma: Node
-    colon: Node
-    open: Node
-    close: Node
-    begin: Node
-    end: Node
+    comma: Expr
+    colon: Expr
+    open: Expr
+    close: Expr
+    begin: Expr
+    end: Expr
 
 
 # No white space is a choice: a model that likes it would go on with it.
@@ -110,17 +110,17 @@ class Writer:
         self.rules: Rules = {}
         self._values: dict[Schemas, str] = {}
         self._waiting: list[Schemas] = []
-        self._terms: dict[str, Node] = {}
+        self._terms: dict[str, Expr] = {}
 
-    def value(self, schemas: Schemas) -> Ref:
+    def value(self, schemas: Schemas) -> RuleRef:
         """A rule of the values that fit ``schemas``."""
         schemas = schemas - {0}
         if (name := self._values.get(schemas)) is None:
             name = self._values[schemas] = f"{self._name}v{len(self._values)}"
             self._waiting.append(schemas)
-        return Ref(name)
+        return RuleRef(name)
 
-    def finished(self, root: Node) -> Rules:
+    def finished(self, root: Expr) -> Rules:
         """The rules that ``root`` needs, with itself. Raises RequestError: it cannot be."""
         self.rules[self.root] = root
         while self._waiting:
@@ -131,9 +131,9 @@ class Writer:
             raise RequestError("no value at all fits the JSON schema")
         return rules
 
-    def any_of(self, atoms: Iterable[Atom]) -> Node:
+    def any_of(self, atoms: Iterable[Atom]) -> Expr:
         """A value of one of some alternatives."""
-        found: list[Node] = []
+        found: list[Expr] = []
         plain: list[Const] = []
         for atom in atoms:
             match atom:
@@ -153,29 +153,29 @@ class Writer:
             found.insert(0, Term(terms.const_term(plain)))
         return found[0] if len(found) == 1 else Alt(tuple(found))
 
-    def term(self, text: str) -> Node:
+    def term(self, text: str) -> Expr:
         """A terminal, if anything matches it."""
         if (known := self._terms.get(text)) is None:
             known = self._terms[text] = Term(text) if self._some(text) else NOTHING
         return known
 
-    def rule(self, node: Node) -> Ref:
+    def rule(self, node: Expr) -> RuleRef:
         """A rule of its own."""
         if len(self.rules) >= MAX_RULES:
             raise RequestError(f"the JSON schema needs more than {MAX_RULES} rules: simplify it")
         name = f"{self._name}x{len(self.rules)}"
         self.rules[name] = node
-        return Ref(name)
+        return RuleRef(name)
 
-    def _string(self, atom: String) -> Node:
+    def _string(self, atom: String) -> Expr:
         text = terms.string_term(atom)
         return Term(text) if terms.is_plain(atom) else self.term(text)
 
-    def _const(self, value: Json) -> Node:
+    def _const(self, value: Json) -> Expr:
         """A value in the tokens that other alternatives have too."""
         match value:
             case dict():
-                pairs: list[Node] = [
+                pairs: list[Expr] = [
                     Seq((Term(terms.text_term(string(key))), self.marks.colon, self._const(item)))
                     for key, item in value.items()
                 ]
@@ -193,7 +193,7 @@ class Writer:
 
     # -- arrays ---------------------------------------------------------------------------------
 
-    def _array(self, atom: Array) -> Node:
+    def _array(self, atom: Array) -> Expr:
         high = atom.high
         for i, schemas in enumerate((*atom.prefix, atom.rest)):
             if not self.meaning.atoms(schemas):  # no item can stand here
@@ -209,7 +209,7 @@ class Writer:
             tail = self.rule(Alt((EMPTY, more)) if i >= atom.low else more)
         return Seq((self.marks.begin, tail, self.marks.end))
 
-    def _rest(self, atom: Array, size: int, high: int | None) -> Node:
+    def _rest(self, atom: Array, size: int, high: int | None) -> Expr:
         """Items behind the first ``size``."""
         low, most = max(atom.low - size, 0), None if high is None else high - size
         if most is not None and most <= 0:
@@ -223,7 +223,7 @@ class Writer:
 
     # -- objects --------------------------------------------------------------------------------
 
-    def _object(self, atom: Object) -> Node:
+    def _object(self, atom: Object) -> Expr:
         fields = self.fields(atom)
         if any(needed and not self.meaning.atoms(schemas) for _, schemas, needed in fields):
             return NOTHING
@@ -237,7 +237,7 @@ class Writer:
             if self.meaning.atoms(schemas)
         ]
 
-        def other(more: str) -> Node:
+        def other(more: str) -> Expr:
             return Alt(
                 tuple(
                     Seq(
@@ -324,11 +324,11 @@ class Writer:
     def pairs(
         self,
         atom: Object,
-        pairs: Sequence[tuple[Node, bool]],
-        other: Callable[[str], Node] | None,
-        comma: Node,
+        pairs: Sequence[tuple[Expr, bool]],
+        other: Callable[[str], Expr] | None,
+        comma: Expr,
         most: int | None = MAX_OTHERS,
-    ) -> Node:
+    ) -> Expr:
         """Pairs by order, each at most once, then others; counted as far as needed.
 
         Args:
@@ -342,11 +342,11 @@ class Writer:
             raise RequestError(
                 f"the JSON schema counts {len(pairs)} properties up to {top}: too many rules"
             )
-        tails: list[Node] = [EMPTY if count >= low else NOTHING for count in range(top + 1)]
+        tails: list[Expr] = [EMPTY if count >= low else NOTHING for count in range(top + 1)]
         if other is not None:
             tails = self._tails(atom, top, other, comma, most)
         for pair, needed in reversed(pairs):
-            new: list[Node] = []
+            new: list[Expr] = []
             for count in range(top + 1):
                 begun = min(count + 1, top) if high is None else count + 1
                 choices = [] if needed else [tails[count]]
@@ -358,16 +358,16 @@ class Writer:
         return tails[0]
 
     def _tails(
-        self, atom: Object, top: int, other: Callable[[str], Node], comma: Node, most: int | None
-    ) -> list[Node]:
+        self, atom: Object, top: int, other: Callable[[str], Expr], comma: Expr, most: int | None
+    ) -> list[Expr]:
         """What may follow the pairs with a name, by how many there have been."""
         free = self.rule(other(""))
         more = Seq((comma, free))
-        tails: list[Node] = []
+        tails: list[Expr] = []
         for count in range(top + 1):
             missing = max(atom.low - count, 0)
             room = most if atom.high is None else atom.high - count - missing
-            parts: list[Node] = []
+            parts: list[Expr] = []
             for i in range(missing):
                 # keys that are counted on must differ: their lengths do
                 one = free if missing == 1 else other(terms.apart(i, missing))
@@ -380,7 +380,7 @@ class Writer:
         return tails
 
 
-def _repeat(node: Node, most: int | None) -> tuple[Node, ...]:
+def _repeat(node: Expr, most: int | None) -> tuple[Expr, ...]:
     return () if most is not None and most <= 0 else (Repeat(node, 0, most),)
 
 
@@ -397,7 +397,7 @@ def _of_others(layer: Layer, matched: set[str]) -> Schemas:
     return layer.others or FREE
 
 
-def _joined(parts: list[Node], comma: Node) -> Iterator[Node]:
+def _joined(parts: list[Expr], comma: Expr) -> Iterator[Expr]:
     for i, part in enumerate(parts):
         if i:
             yield comma

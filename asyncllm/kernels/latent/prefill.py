@@ -22,7 +22,7 @@ from asyncllm.kernels.autotune import tuned
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillConfig:
+class LatentPrefillConfig:
     """How the kernel is built: queries and keys of a tile, warps, pipeline depth."""
 
     block_m: int
@@ -33,7 +33,7 @@ class PrefillConfig:
 
 # two programs of one group of four warps on a multiprocessor overlap the softmax of one with the
 # products of the other
-_CONFIG = PrefillConfig(64, 64, 4, 2)
+_CONFIG = LatentPrefillConfig(64, 64, 4, 2)
 
 
 @triton.jit
@@ -297,7 +297,7 @@ def prefill(
     bases: Tensor,
     scale: float,
     out: Tensor,
-    config: PrefillConfig | None = None,
+    config: LatentPrefillConfig | None = None,
 ) -> Tensor:
     """Causal attention of the decompressed rows' new tokens over all their keys.
 
@@ -326,9 +326,9 @@ def prefill(
     _check(q, turned, made, keys, out)
     if config is None:
         entry = tuned(q.device, "latent prefill", "all")
-        config = PrefillConfig(**entry) if entry else _CONFIG
+        config = LatentPrefillConfig(**entry) if entry else _CONFIG
         if q.element_size() > 2:
-            config = PrefillConfig(32, 32, 4, 2)
+            config = LatentPrefillConfig(32, 32, 4, 2)
     if num_tokens == 0 or num_rows == 0:
         return out
     copy = all(_copyable(made, dim) for dim in (nope_dim, rope_dim, v_dim))

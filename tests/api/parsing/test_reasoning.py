@@ -17,7 +17,7 @@ from asyncllm.api.parsing.reasoning import (
     special_tokens,
     tags,
 )
-from asyncllm.api.parsing.tools import CallStart, Event, Reasoning, Text, Tool, make_parser
+from asyncllm.api.parsing.tools import CallStart, Content, Event, Reasoning, Tool, make_parser
 from asyncllm.constrain.reasoning import ReasoningConstraint, ReasoningMarks
 from asyncllm.constrain.vocabulary import Vocabulary
 
@@ -44,10 +44,10 @@ def split(format_name: str, state: bool | None, pieces: list[str]) -> tuple[str,
     for piece in pieces:
         events += parser.push(piece)
     events += parser.finish()
-    assert all(isinstance(event, Reasoning | Text) and event.text for event in events)
+    assert all(isinstance(event, Reasoning | Content) and event.text for event in events)
     return (
         "".join(event.text for event in events if isinstance(event, Reasoning)),
-        "".join(event.text for event in events if isinstance(event, Text)),
+        "".join(event.text for event in events if isinstance(event, Content)),
     )
 
 
@@ -208,7 +208,7 @@ def everything(splitter: Splitter, pieces: list[str]) -> tuple[str, str, int]:
     events = [event for piece in pieces for event in splitter.push(piece)] + splitter.finish()
     return (
         "".join(event.text for event in events if isinstance(event, Reasoning)),
-        "".join(event.text for event in events if isinstance(event, Text)),
+        "".join(event.text for event in events if isinstance(event, Content)),
         sum(isinstance(event, CallStart) for event in events),
     )
 

@@ -13,7 +13,7 @@ from asyncllm.api.common import errors
 from asyncllm.api.common.content_blocks import ContentBlock
 from asyncllm.api.common.errors import NotAvailable, UnknownPath
 from asyncllm.api.parsing.output_parser import Dialect
-from asyncllm.api.parsing.tools import Text
+from asyncllm.api.parsing.tools import Content
 from asyncllm.api.responses import request as responses
 from asyncllm.api.responses.reply import ResponseReply, answered
 from asyncllm.api.responses.request import ResponsesRequest
@@ -221,7 +221,7 @@ def turn(text: str) -> list[dict[str, Any]]:
 
 
 def test_a_conversation_goes_on_without_its_instructions() -> None:
-    store, messages = Store(), [ContentBlock(0, Text, pieces=["O", "NE"])]
+    store, messages = Store(), [ContentBlock(0, Content, pieces=["O", "NE"])]
     store.put("r1", answered(ask(input="one", instructions="shout"), messages, b"{}"))
     got = ask(store, input="two", previous_response_id="r1", instructions="whisper")
     assert rendered(got.generation)["messages"] == [

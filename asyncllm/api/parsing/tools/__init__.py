@@ -11,9 +11,9 @@ from asyncllm.api.parsing.events import (
     Call,
     CallEnd,
     CallStart,
+    Content,
     Event,
     Reasoning,
-    Text,
     Tool,
 )
 from asyncllm.api.parsing.tools.base import NewId, Parsed, ToolParser, new_id
@@ -26,12 +26,12 @@ from asyncllm.api.parsing.tools.detect import (
     tools_in_system,
 )
 from asyncllm.api.parsing.tools.json_formats import (
+    BareJson,
     DeepSeekV3,
     GptOss,
     Hermes,
-    Json,
     KimiK2,
-    Llama3,
+    Llama3Calls,
     Mistral,
     Phi4,
 )
@@ -44,12 +44,12 @@ __all__ = [
     "Call",
     "CallEnd",
     "CallStart",
+    "Content",
     "Event",
     "Parsed",
     "Reasoning",
     "Tag",
     "Tags",
-    "Text",
     "Tool",
     "ToolParser",
     "call_forms",
@@ -69,7 +69,7 @@ __all__ = [
 
 _PARSERS: Final[dict[str, type[ToolParser]]] = {
     "qwen25": Hermes,
-    "llama3": Llama3,
+    "llama3": Llama3Calls,
     "mistral": Mistral,
     "hermes": Hermes,
     "deepseekv3": DeepSeekV3,
@@ -78,7 +78,7 @@ _PARSERS: Final[dict[str, type[ToolParser]]] = {
     "kimi_k2": KimiK2,
     "gpt_oss": GptOss,
     "phi4": Phi4,
-    "json": Json,
+    "json": BareJson,
 }
 # what --tool_call_parser may be; "json" reads what call_schema forces
 FORMATS: Final = tuple(name for name in _PARSERS if name != "json")
@@ -113,5 +113,5 @@ def parse_whole(
     """Content and calls of a whole answer. Raises KeyError: no such format."""
     parser = make_parser(format_name, tools, make_id)
     events = parser.push(text) + parser.finish()
-    content = "".join(event.text for event in events if isinstance(event, Text))
+    content = "".join(event.text for event in events if isinstance(event, Content))
     return Parsed(content, tuple(parser.calls), parser.complete)

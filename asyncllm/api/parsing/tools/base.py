@@ -16,12 +16,12 @@ from asyncllm.api.parsing.events import (
     Call,
     CallEnd,
     CallStart,
+    Content,
     Event,
-    Text,
     Tool,
 )
 from asyncllm.api.parsing.json_stream import loads, object_text, read_string, read_value
-from asyncllm.api.parsing.scanner import SPACE, Incremental, Marks, Run
+from asyncllm.api.parsing.scanner import SPACE, IncrementalParser, Literals, Run
 
 NewId = Callable[[], str]  # 24 hex digits
 MAX_NAME: Final = 256
@@ -48,18 +48,18 @@ class Parsed:
     complete: bool
 
 
-class ToolParser(Incremental[Event]):
+class ToolParser(IncrementalParser[Event]):
     """Content and calls of one answer.
 
     ``push(text)`` and ``finish()`` give events. Joined, they are the same wherever the text is cut:
-    Text is the content, Arguments between CallStart and CallEnd are a call's.
+    Content is the text for the user, Arguments between CallStart and CallEnd are a call's.
 
     Args:
         tools: what may be called.
         make_id: 24 hex digits for each call's id.
     """
 
-    marks: ClassVar[Marks]  # each may begin a block of calls
+    marks: ClassVar[Literals]  # each may begin a block of calls
     tokens: ClassVar[tuple[str, ...]] = ()  # marks that may be special tokens of a model
     # what may still follow the last arguments of a block, without white space
     tails: ClassVar[tuple[str, ...]] = ()
@@ -257,10 +257,10 @@ class ToolParser(Incremental[Event]):
         body = self._kept + body if self._said or not self.calls else body.lstrip(SPACE)
         self._kept = ""
         self._said, self._beside = True, False
-        if self._found and isinstance(last := self._found[-1], Text):
-            self._found[-1] = Text(last.text + body)
+        if self._found and isinstance(last := self._found[-1], Content):
+            self._found[-1] = Content(last.text + body)
         else:
-            self._found.append(Text(body))
+            self._found.append(Content(body))
 
     def _drop_space(self) -> None:
         """A call begins: white space before it is content only between visible content."""
@@ -271,7 +271,7 @@ class ToolParser(Incremental[Event]):
 
     def _end_text(self) -> None:
         if self._space and not self._beside:
-            self._found.append(Text(self._space))
+            self._found.append(Content(self._space))
 
     def _settle(self) -> None:
         if self._pending:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from asyncllm.api.parsing.scanner import SPACE, Marks, Run
+from asyncllm.api.parsing.scanner import SPACE, Literals, Run
 from asyncllm.api.parsing.tools import deepseek
 from asyncllm.api.parsing.tools.base import MAX_NAME, ToolParser, is_name
 
@@ -18,7 +18,7 @@ class Hermes(ToolParser):
     Brackets too many or too few between the arguments and the end tag are overlooked.
     """
 
-    marks = Marks("<tool_call>")
+    marks = Literals("<tool_call>")
     tokens = ("<tool_call>", "</tool_call>")
     tails = ("}</tool_call>", "</tool_call>")
 
@@ -40,10 +40,10 @@ class Hermes(ToolParser):
                 s.pos += k
 
 
-class Llama3(ToolParser):
+class Llama3Calls(ToolParser):
     """``{"name": .., "parameters": {..}}``, several with ``;`` between, perhaps behind a mark."""
 
-    marks = Marks("<|python_tag|>", "{")
+    marks = Literals("<|python_tag|>", "{")
     tokens = ("<|python_tag|>",)
     tails = ("}",)
 
@@ -66,10 +66,10 @@ class Llama3(ToolParser):
             s.pos += k
 
 
-class Json(ToolParser):
+class BareJson(ToolParser):
     """The whole answer is a call object or a list of them: what a forced call looks like."""
 
-    marks = Marks("[", "{")
+    marks = Literals("[", "{")
     tails = ("}]", "]")
 
     def _block(self, mark: str) -> Run[bool]:
@@ -85,10 +85,10 @@ class Mistral(ToolParser):
     Ids are nine letters or digits: Mistral's own templates refuse others.
     """
 
-    marks = Marks("[TOOL_CALLS]")
+    marks = Literals("[TOOL_CALLS]")
     tokens = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
     tails = ("}]", "]")
-    _ends: Final = Marks("[CALL_ID]", "[ARGS]", "{")
+    _ends: Final = Literals("[CALL_ID]", "[ARGS]", "{")
 
     def _block(self, mark: str) -> Run[bool]:
         s = self._scan
@@ -119,7 +119,7 @@ class Mistral(ToolParser):
 class Phi4(ToolParser):
     """``<|tool_call|>[{"name": .., "arguments": {..}}]<|/tool_call|>``, or ``functools[..]``."""
 
-    marks = Marks("<|tool_call|>", "functools[")
+    marks = Literals("<|tool_call|>", "functools[")
     tokens = ("<|tool_call|>", "<|/tool_call|>")
     tails = ("}]<|/tool_call|>", "]<|/tool_call|>", "<|/tool_call|>", "}]", "]")
 
@@ -148,11 +148,11 @@ class DeepSeekV3(ToolParser):
     _SECTION_END: Final = deepseek.CALLS_END
     _CALL: Final = deepseek.CALL
     _CALL_END: Final = deepseek.CALL_END
-    marks = Marks(_SECTION, _CALL)
+    marks = Literals(_SECTION, _CALL)
     tokens = (_SECTION, _SECTION_END, _CALL, _CALL_END, deepseek.SEP)
     tails = (f"```{_CALL_END}", _CALL_END, _SECTION_END)
-    _sep: Final = Marks(deepseek.SEP)
-    _line: Final = Marks("\n", "{")
+    _sep: Final = Literals(deepseek.SEP)
+    _line: Final = Literals("\n", "{")
 
     def _block(self, mark: str) -> Run[bool]:
         return (yield from _section(self, mark == self._SECTION, self._CALL, self._SECTION_END))
@@ -189,10 +189,10 @@ class KimiK2(ToolParser):
     _SECTION_END: Final = "<|tool_calls_section_end|>"
     _CALL: Final = "<|tool_call_begin|>"
     _CALL_END: Final = "<|tool_call_end|>"
-    marks = Marks(_SECTION, _CALL)
+    marks = Literals(_SECTION, _CALL)
     tokens = (_SECTION, _SECTION_END, _CALL, _CALL_END, "<|tool_call_argument_begin|>")
     tails = (_CALL_END, _SECTION_END)
-    _args: Final = Marks("<|tool_call_argument_begin|>")
+    _args: Final = Literals("<|tool_call_argument_begin|>")
 
     def _block(self, mark: str) -> Run[bool]:
         return (yield from _section(self, mark == self._SECTION, self._CALL, self._SECTION_END))
@@ -228,10 +228,10 @@ class KimiK2(ToolParser):
 class GptOss(ToolParser):
     """Harmony: a message on a channel, to ``functions.name``, whose body is the arguments."""
 
-    marks = Marks("<|start|>assistant", "<|channel|>")
+    marks = Literals("<|start|>assistant", "<|channel|>")
     tokens = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>")
     tails = ("<|call|>",)
-    _body: Final = Marks("<|message|>")
+    _body: Final = Literals("<|message|>")
 
     def _block(self, mark: str) -> Run[bool]:
         s = self._scan

@@ -9,7 +9,7 @@ import json
 from typing import Final
 
 from asyncllm.api.parsing.json_stream import escaped
-from asyncllm.api.parsing.scanner import Marks, Out, Run
+from asyncllm.api.parsing.scanner import Literals, Out, Run
 from asyncllm.api.parsing.tools.base import MAX_NAME, ToolParser, is_name
 from asyncllm.api.parsing.tools.schema import argument_json, argument_types
 
@@ -34,11 +34,11 @@ class Qwen3Coder(_TaggedCalls):
     One line break after a parameter's begin tag and one before its end tag are not the value's.
     """
 
-    marks = Marks("<tool_call>", "<function=")
+    marks = Literals("<tool_call>", "<function=")
     tokens = ("<tool_call>", "</tool_call>")
     tails = ("</tool_call>",)
-    _name_end: Final = Marks(">", "\n", "<")
-    _ends: Final = Marks("</parameter>", "</function>", "<parameter=")
+    _name_end: Final = Literals(">", "\n", "<")
+    _ends: Final = Literals("</parameter>", "</function>", "<parameter=")
 
     def _block(self, mark: str) -> Run[bool]:
         s = self._scan
@@ -118,7 +118,7 @@ class Qwen3Coder(_TaggedCalls):
 class Glm47(_TaggedCalls):
     """``<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>``."""
 
-    marks = Marks("<tool_call>")
+    marks = Literals("<tool_call>")
     tokens = (
         "<tool_call>",
         "</tool_call>",
@@ -127,9 +127,9 @@ class Glm47(_TaggedCalls):
         "<arg_value>",
         "</arg_value>",
     )
-    _name_end: Final = Marks("<", "{")
-    _key_end: Final = Marks("</arg_key>")
-    _ends: Final = Marks("</arg_value>", "</tool_call>")
+    _name_end: Final = Literals("<", "{")
+    _key_end: Final = Literals("</arg_key>")
+    _ends: Final = Literals("</arg_value>", "</tool_call>")
 
     def _block(self, mark: str) -> Run[bool]:
         s = self._scan

@@ -15,8 +15,8 @@ from asyncllm.api.parsing.tools import (
     Arguments,
     CallEnd,
     CallStart,
+    Content,
     Event,
-    Text,
     Tool,
     ToolParser,
     deepseek,
@@ -74,7 +74,7 @@ def found(p: ToolParser, events: list[Event]) -> Found:
     content, heads, texts, ends = "", [], list[str](), list[bool]()
     for event in events:
         match event:
-            case Text():
+            case Content():
                 assert len(ends) == len(heads), "content inside a call"
                 assert event.text
                 content += event.text
@@ -107,9 +107,9 @@ def conserved(format_name: str, text: str) -> bool:
     """Every character but white space is in content or in a call, and in order."""
     p = parser(format_name)
     parts = [
-        event.text if isinstance(event, Text) else p.calls[event.index].text
+        event.text if isinstance(event, Content) else p.calls[event.index].text
         for event in feed(p, [text])
-        if isinstance(event, Text | CallStart)
+        if isinstance(event, Content | CallStart)
     ]
     return "".join("".join(parts).split()) == "".join(text.split())
 

@@ -12,7 +12,7 @@ from asyncllm.api.parsing.tools import (
     Arguments,
     CallEnd,
     CallStart,
-    Text,
+    Content,
     Tool,
     deepseek,
     make_parser,
@@ -38,7 +38,7 @@ def content(format_name: str, text: str) -> str:
 
 def test_arguments_stream_while_they_come() -> None:
     p = make_parser("hermes", TOOLS, lambda: "0" * 24)
-    assert p.push('Hi <tool_call>{"name": "f", "arguments"') == [Text("Hi")]
+    assert p.push('Hi <tool_call>{"name": "f", "arguments"') == [Content("Hi")]
     assert p.push(': {"s": "a b') == [
         CallStart(0, "call_" + "0" * 24, "f"),
         Arguments(0, '{"s": "a b'),
