@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CpuDevice, CudaDevice
-from asyncllm.models.rope import Linear
+from asyncllm.models.rope import LinearScaling
 from asyncllm.models.spec import ModelSpec, QueryGrowth
 from tests.models.harness import Driver, Ranks, Sequence, make_device, random_ids
 
@@ -302,7 +302,7 @@ SAID = frozenset(
 )
 # for what is None
 GIVEN: dict[str, Any] = {
-    "window": 40, "softcap": 3.0, "logit_softcap": 3.0, "scaling": Linear(1.1, 99), "rope": None,
+    "window": 40, "softcap": 3.0, "logit_softcap": 3.0, "scaling": LinearScaling(1.1, 99), "rope": None,
     "query_growth": QueryGrowth(0.1, 30), "q_rank": 8,
 }  # fmt: skip
 

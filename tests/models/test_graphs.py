@@ -36,8 +36,8 @@ from asyncllm.engine.sampler_graphs import (
 from asyncllm.engine.sampling_table import SamplingBatch, SamplingTable
 from asyncllm.engine.step_inputs import (
     Bucket,
-    Column,
     Extras,
+    HostColumn,
     Lengths,
     RowColumns,
     Rows,
@@ -331,7 +331,7 @@ def test_what_no_graph_reads_comes_behind_what_graphs_read() -> None:
     rows = unpack(plan, 512)
     for size in (5, FIXED_WORDS + 3):
         scales = np.linspace(1, 2, 3, dtype=np.float32)
-        extras: Extras[Column] = Extras(
+        extras: Extras[HostColumn] = Extras(
             known=Scatter(np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32)[::-1]),
             lengths=Lengths(np.arange(3, dtype=np.int32), scales),
         )

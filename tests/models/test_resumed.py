@@ -14,7 +14,7 @@ import pytest
 from asyncllm.codec import i32
 from asyncllm.constrain.factory import Constraints
 from asyncllm.constrain.llguidance_backend import Grammars
-from asyncllm.constrain.reasoning import Rules, Tags
+from asyncllm.constrain.reasoning import ReasoningMarks, ReasoningTags
 from asyncllm.constrain.vocabulary import Vocabulary
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CpuDevice
@@ -27,7 +27,7 @@ SIZE, EOS = 320, 301
 LONGER = (b"A{", b"Ab", b'A{"', b"</", b"</t>", b"</t>{", b"</t>x", b"xx", b"ab")
 PIECES = [*(bytes([i]) for i in range(256)), *LONGER]
 VOCAB = Vocabulary(PIECES, SIZE)
-TAGS = Tags(begins=(b"<t>",), ends=(b"</t>",), close=b"</t>")
+TAGS = ReasoningTags(begins=(b"<t>",), ends=(b"</t>",), close=b"</t>")
 CALLS = 'A\n[{"begin": "{", "schema": {"type": "object", "properties": {"a": {"enum": ["bb", "cc"]}}, "required": ["a"], "additionalProperties": false}, "style": "json", "end": "}"}]'  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class EngineWorld(World):
         )
         self.device = device  # type: ignore[assignment]
         self.scheduler._constrain = Constraints(
-            SIZE, (EOS,), grammars().constrain, Rules(VOCAB, TAGS, (EOS,)), VOCAB
+            SIZE, (EOS,), grammars().constrain, ReasoningMarks(VOCAB, TAGS, (EOS,)), VOCAB
         ).of
         self.got: dict[int, list[tuple[int, float]]] = {}
 

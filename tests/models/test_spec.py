@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.registry import MODELS
-from asyncllm.models.rope import Linear, LongRope, Rope, Yarn
+from asyncllm.models.rope import LinearScaling, LongRope, Rope, Yarn
 from asyncllm.models.spec import AttentionSpec, ExpertNames, ExpertsSpec, ModelSpec, QueryGrowth
 from tests.models.harness import make_device
 from tests.models.test_llama import make_checkpoint
@@ -311,7 +311,7 @@ def test_experts_of_published_models() -> None:
 def test_angles_and_scales_of_published_models() -> None:
     near, full = layers_of("gemma-3-27b-it")[4:6]
     assert (near.rope, full.rope) == (
-        Rope(theta=1e4, dim=128), Rope(theta=1e6, dim=128, scaling=Linear(8.0, 131072))
+        Rope(theta=1e4, dim=128), Rope(theta=1e6, dim=128, scaling=LinearScaling(8.0, 131072))
     )  # fmt: skip
     assert near.scale == full.scale == 168**-0.5
     assert read(PUBLISHED["gemma-3-27b-it"][1]).embed_scale == 5376**0.5
