@@ -16,13 +16,16 @@ import socket
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from itertools import product
 from time import perf_counter
 from typing import Any
 
 import aiohttp
+import brotli
 import pytest
 
 from asyncllm.actors import connection
+from asyncllm.actors.body import zstd
 from asyncllm.actors.stream import resolve
 from tests.e2e.fake_server import Server
 from tests.e2e.test_api import CHAT, COMPLETIONS, live, served
@@ -80,6 +83,15 @@ async def longest_gap(most_s: float) -> AsyncIterator[None]:
 # -- encodings -----------------------------------------------------------------------------------
 
 
+BROTLI_BOMB = brotli.compress(bytes(1 << 24), quality=5)
+
+
+def wide_zstd(data: bytes) -> bytes:
+    """A frame that wants 16 MiB of whoever reads it."""
+    packer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 24})
+    return packer.compress(data) + packer.flush()
+
+
 def raw_deflate(data: bytes) -> bytes:
     packer = zlib.compressobj(wbits=-15)
     return packer.compress(data) + packer.flush()
@@ -94,6 +106,8 @@ def raw_deflate(data: bytes) -> bytes:
         ("x-gzip", gzip.compress),
         ("deflate", zlib.compress),
         ("deflate", raw_deflate),
+        ("zstd", zstd.compress),
+        ("br", brotli.compress),
         ("identity", bytes),
     ],
 )
@@ -120,7 +134,14 @@ def test_encoded_bodies(encoding: str, pack: Any, chunked: bool) -> None:
         ("gzip", gzip.compress(BODY)[:-1], 400, "its gzip data has no end"),
         ("gzip", gzip.compress(BODY) + b"more", 400, "something follows the end"),
         ("deflate", b"\xff\xff\xff", 400, "it is not deflate"),
-        ("br", BODY, 415, "'br' is not one of gzip, x-gzip, deflate"),
+        ("zstd", b"no zstd", 400, "it is not zstd, as Content-Encoding says"),
+        ("zstd", zstd.compress(BODY)[:-1], 400, "its zstd data has no end"),
+        ("zstd", zstd.compress(BODY) + b"more", 400, "something follows the end"),
+        ("zstd", wide_zstd(BODY), 400, "it is not zstd, as Content-Encoding says"),
+        ("br", BODY, 400, "it is not br, as Content-Encoding says"),
+        ("br", brotli.compress(BODY)[:-1], 400, "its br data has no end"),
+        ("br", brotli.compress(BODY) + b"more", 400, "it is not br"),
+        ("lzma", BODY, 415, "'lzma' is not one of gzip, x-gzip, deflate, zstd, br"),
         ("gzip, gzip", BODY, 415, "'gzip, gzip' is not one of"),
     ],
 )
@@ -140,11 +161,12 @@ def test_wrong_encodings(encoding: str, data: bytes, status: int, said: str) -> 
 @live()
 async def test_a_bomb_is_not_unpacked(server: Server) -> None:
     packer = zlib.compressobj(wbits=31)
-    bomb = b"".join(packer.compress(bytes(1 << 24)) for _ in range(64)) + packer.flush()
-    assert len(bomb) < 2 << 20
-    headers = {"Content-Encoding": "gzip"}
+    gzipped = b"".join(packer.compress(bytes(1 << 24)) for _ in range(64)) + packer.flush()
+    bombs = {"gzip": gzipped, "zstd": zstd.compress(bytes(1 << 28)), "br": BROTLI_BOMB}
+    assert max(map(len, bombs.values())) < 2 << 20
     async with longest_gap(0.2):
-        for chunked in (None, True):
+        for chunked, (encoding, bomb) in product((None, True), bombs.items()):
+            headers = {"Content-Encoding": encoding}
             async with server.http.post(
                 server.url + CHAT, data=bomb, headers=headers, chunked=chunked
             ) as response:
