@@ -5,7 +5,7 @@ Precedence: the request, generation_config.json, the route's own default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -61,9 +61,8 @@ class Defaults:
         """For routes that sample only if ``do_sample`` says so, by field name."""
         return self.values
 
-    def beyond(self, table: Sequence[Field]) -> dict[str, Any]:
-        """Fields of SamplingParams for which a route has no field in ``table``."""
-        names = {each.name for each in table}
+    def beyond(self, names: Collection[str]) -> dict[str, Any]:
+        """Fields of SamplingParams for which a route has none in ``names``."""
         rest = {name: value for name, value in self.values.items() if name not in names}
         unchanged = "min_p", "repetition_penalty"
         out: dict[str, Any] = {name: rest[name] for name in unchanged if name in rest}

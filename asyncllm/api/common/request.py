@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from asyncllm.api.common.defaults import Defaults
+from asyncllm.api.common.model import UnicodeStr
 from asyncllm.api.common.validation import GREEDY_BELOW, expect, preview, reject, token_ids
 from asyncllm.api.parsing.output_parser import Dialect, OutputOptions
 from asyncllm.core.request import SamplingParams
@@ -102,6 +105,19 @@ class ServedModel:
         for token in ids:
             if token >= self.vocab_size:
                 reject(f"{name}: {token} is not below the vocabulary size {self.vocab_size}", name)
+
+
+def _known(name: str | None, info: ValidationInfo) -> str | None:
+    if isinstance(info.context, ServedModel):
+        info.context.check_name(name)
+    return name
+
+
+ModelName = Annotated[
+    UnicodeStr | None,
+    AfterValidator(_known),
+    Field(description='a name in /v1/models; missing or "default": the one served'),
+]
 
 
 def temperature(value: float) -> float:

@@ -8,15 +8,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from pydantic import PlainValidator
 
 from asyncllm.api.common import validation
+from asyncllm.api.common.model import AnyObject, refuse
 from asyncllm.api.common.validation import Field, UnsupportedField, expect, preview, reject
 
 MAX_CHARS: Final = 65_536
 MAX_CHOICES: Final = 1024
 
 Grammar = tuple[str, str]  # kind, text: see SamplingParams.grammar
+
+
+def _of_object(value: object) -> Grammar:
+    if not isinstance(value, dict):
+        refuse(f" must be an object, not {preview(value)}")
+    try:
+        # its order is that of the output; ASCII, since a string may hold half a character
+        text = json.dumps(value)
+    except RecursionError:
+        refuse(" is nested too deeply")
+    if len(text) > MAX_CHARS:
+        refuse(f": {len(text)} characters, at most {MAX_CHARS}")
+    return "schema", text
+
+
+SchemaObject = Annotated[Grammar, PlainValidator(_of_object, json_schema_input_type=AnyObject)]
 
 
 def schema(value: Any, name: str) -> Grammar | None:

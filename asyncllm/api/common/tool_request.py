@@ -10,10 +10,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, WithJsonSchema
 
 from asyncllm.api.common.conversation import Messages
 from asyncllm.api.common.errors import NotAvailable
+from asyncllm.api.common.model import AnyObject, UnicodeStr, refuse
 from asyncllm.api.common.validation import expect, preview, reject, text
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.parsing.tools import Tool, system_text, written
@@ -84,7 +87,49 @@ class ToolLayout:
 CHAT: Final = ToolLayout(inner="function")
 FLAT: Final = ToolLayout()
 OLD: Final = ToolLayout(untyped=True)
-CUSTOM: Final = ToolLayout(kind="custom", untyped=True, schema="input_schema", needs_schema=True)
+
+
+def _tool_name(value: str) -> str:
+    if not re.fullmatch(NAME, value):
+        refuse(f": {preview(value)} is not 1 to {MAX_NAME} letters, digits or _-.:/")
+    return value
+
+
+def _object_schema(value: AnyObject) -> AnyObject:
+    if value.get("type", "object") != "object":
+        refuse(f".type: {preview(value['type'])} is not object", ".type")
+    return value
+
+
+ToolName = Annotated[
+    UnicodeStr,
+    AfterValidator(_tool_name),
+    WithJsonSchema({"type": "string", "pattern": f"^{NAME}$"}),
+]
+ToolSchema = Annotated[
+    AnyObject,
+    AfterValidator(_object_schema),
+    WithJsonSchema({"type": "object", "properties": {"type": {"enum": ["object"]}}}),
+]
+
+
+def as_offered(tools: Sequence[Tool], at: str = "") -> None:
+    """Refuse tools that are too many words together, or of which two have one name.
+
+    Args:
+        at: where in a tool its name is.
+    """
+    try:
+        size = len(json.dumps([template_form(tool) for tool in tools], ensure_ascii=False))
+    except RecursionError:
+        refuse(": nested too deeply")
+    if size > MAX_TOOLS_CHARS:
+        refuse(f": {size} characters of JSON, at most {MAX_TOOLS_CHARS}")
+    taken: set[str] = set()
+    for i, tool in enumerate(tools):
+        if tool.name in taken:
+            refuse(f"[{i}]: there is another tool {preview(tool.name)}", f"[{i}]{at}.name")
+        taken.add(tool.name)
 
 
 def tools(value: Any, name: str) -> Tools:
@@ -100,11 +145,6 @@ def flat_tools(value: Any, name: str) -> Tools:
 def functions(value: Any, name: str) -> Tools:
     """``functions``, the older name of OpenAI's tools. Raises RequestError, NotAvailable (400)."""
     return _tools(value, name, OLD)
-
-
-def custom_tools(value: Any, name: str) -> Tools:
-    """Tools of Anthropic's messages. Raises RequestError, NotAvailable (400)."""
-    return _tools(value, name, CUSTOM)
 
 
 def choice(value: Any, name: str) -> ToolChoice:
@@ -124,25 +164,6 @@ def function_call(value: Any, name: str) -> ToolChoice:
     if value not in ("none", "auto"):
         reject(f"{name}: {preview(value)} is not one of none, auto, or an object", name)
     return ToolChoice(value)
-
-
-def custom_choice(value: Any, name: str) -> ToolChoice:
-    """``tool_choice`` of Anthropic's messages. Raises RequestError, NotAvailable (400)."""
-    single = value.get("disable_parallel_tool_use")
-    parallel = single is None or not expect(
-        single, bool, f"{name}.disable_parallel_tool_use", "true or false"
-    )
-    match kind := value.get("type"):
-        case "auto" | "none":
-            return ToolChoice(kind, parallel=parallel)
-        case "any":
-            return ToolChoice("required", parallel=parallel)
-        case "tool":
-            return ToolChoice("named", text(value.get("name"), f"{name}.name"), parallel=parallel)
-        case _:
-            reject(
-                f"{name}.type: {preview(kind)} is not one of auto, any, tool, none", f"{name}.type"
-            )
 
 
 def resolve(

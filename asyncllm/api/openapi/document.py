@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+
 from asyncllm import __version__
-from asyncllm.api.anthropic import messages as anthropic_messages
 from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.common import conversation, prepare, tool_request, validation
+from asyncllm.api.common.model import RequestModel
 from asyncllm.api.common.request import ServedModel
 from asyncllm.api.common.validation import Field, UnsupportedField
 from asyncllm.api.lightllm import request as lightllm
@@ -44,7 +46,6 @@ def _list(items: Schema, most: int, least: int = 0) -> Schema:
 
 PARSED: Final[dict[Any, Schema]] = {
     validation.stop_strings: {"anyOf": [_STOP, _list(_STOP, validation.MAX_STOP)]},
-    anthropic.stop_sequences: _list(_STOP, validation.MAX_STOP),
     validation.stop_ids: _list(schemas.TOKEN, validation.MAX_STOP_IDS),
     validation.logit_bias: {
         "type": "object",
@@ -65,19 +66,12 @@ PARSED: Final[dict[Any, Schema]] = {
         "anyOf": [schemas.one_of("none", "auto"), schemas.made(name=schemas.STRING)]
     },
     tool_request.flat_tools: _list(schemas.tool(tool_request.FLAT), tool_request.MAX_TOOLS),
-    tool_request.custom_tools: _list(schemas.tool(tool_request.CUSTOM), tool_request.MAX_TOOLS),
     tool_request.choice: schemas.TOOL_CHOICE,
     tool_request.flat_choice: schemas.FLAT_CHOICE,
-    tool_request.custom_choice: schemas.CUSTOM_CHOICE,
-    anthropic.thinking: schemas.THINKING,
-    anthropic.output_format: schemas.OUTPUT_FORMAT,
-    anthropic.output_config: schemas.OUTPUT_CONFIG,
     messages.template_kwargs: {
         "type": "object",
         "propertyNames": schemas.ref("Variable"),
     },
-    anthropic_messages.conversation: _list(schemas.ANTHROPIC_MESSAGE, conversation.MAX_MESSAGES, 1),
-    anthropic_messages.content_text: schemas.ANTHROPIC_CONTENT,
     response_items.input_messages: {
         "anyOf": [{"type": "string"}, _list(schemas.INPUT_ITEM, conversation.MAX_MESSAGES, 1)]
     },
@@ -103,6 +97,9 @@ NAMED: Final[dict[str, Schema]] = {
     "inputs": {"anyOf": [_PROMPT, _IDS]},
     "stop_sequences": {"anyOf": [_STOP, _list(_NATIVE_STOP, validation.MAX_STOP)]},
 }
+
+
+MODELS: Final = (anthropic.MessageRequest, anthropic.CountRequest)
 
 
 def of_field(field: Field) -> Schema:
@@ -179,13 +176,30 @@ def _bodies(tgi_mode: bool) -> dict[str, Schema]:
             openai.COMPLETION, openai.COMPLETION_UNAVAILABLE, ("prompt",)
         ),
         "ResponseRequest": of_table(responses.RESPONSES, responses.UNAVAILABLE),
-        "MessageRequest": of_table(anthropic.MESSAGES, anthropic.UNAVAILABLE),
-        "CountRequest": of_table(anthropic.PROMPT),
         "NativeRequest": _native(tgi_mode=tgi_mode),
         "NativeAnyRequest": _native(lightllm.STREAM, tgi_mode=tgi_mode),
         "TokensRequest": _tokens(),
         "AbortRequest": of_table(lightllm.ABORT),
+        **of_models(MODELS),
     }
+
+
+class _Untitled(GenerateJsonSchema):
+    """Fields have names and descriptions, and need no titles made of their names."""
+
+    def field_title_should_be_set(self, schema: object) -> bool:
+        return False
+
+
+def of_models(models: Sequence[type[RequestModel]]) -> dict[str, Schema]:
+    """The schemas of models, and of what they consist of, by name."""
+    _, whole = models_json_schema(
+        [(model, "validation") for model in models],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=_Untitled,
+    )
+    made: dict[str, Schema] = whole["$defs"]
+    return made
 
 
 # -- routes ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from asyncllm.api.common import tool_request
-from asyncllm.api.common.validation import MAX_INT32, Field
+from asyncllm.api.common.validation import Field
 from asyncllm.api.openai import messages
 
 Schema = dict[str, Any]
@@ -118,20 +118,6 @@ FLAT_CHOICE: Final[Schema] = {
         {"allOf": [made(type=one_of("allowed_tools")), _allowed(_FLAT_FUNCTION)]},
     ]
 }
-_SINGLE: Final[Schema] = {
-    "properties": {"disable_parallel_tool_use": {"type": ["boolean", "null"]}}
-}
-CUSTOM_CHOICE: Final[Schema] = {
-    "allOf": [
-        {
-            "anyOf": [
-                made(type=one_of("auto", "any", "none")),
-                made(type=one_of("tool"), name=STRING),
-            ]
-        },
-        _SINGLE,
-    ]
-}
 _PAST_CALL: Final[Schema] = {
     "type": "object",
     "properties": {
@@ -174,51 +160,6 @@ CHAT_MESSAGE: Final[Schema] = {
         _chat_message([r for r in messages.ROLES if r != "assistant"], _SAID, ("content",)),
         _chat_message(["assistant"], _MAYBE_SAID, ()),  # who may have made calls only
     ]
-}
-_BLOCK: Final[Schema] = made(type=one_of("text"), text=STRING)
-ANTHROPIC_CONTENT: Final[Schema] = {"anyOf": [STRING, some(_BLOCK)]}
-_TOOL_RESULT: Final[Schema] = made(type=one_of("tool_result"), tool_use_id=STRING)
-_TOOL_RESULT["properties"] |= {
-    "content": {"anyOf": [*ANTHROPIC_CONTENT["anyOf"], {"type": "null"}]},
-    "is_error": {"type": ["boolean", "null"]},
-}
-_ANTHROPIC_BLOCKS: Final[dict[str, list[Schema]]] = {
-    "system": [_BLOCK],
-    "user": [_BLOCK, _TOOL_RESULT],
-    "assistant": [
-        _BLOCK,
-        made(type=one_of("thinking"), thinking=STRING),
-        made(type=one_of("redacted_thinking"), data=STRING),
-        made(type=one_of("tool_use"), id=STRING, name=STRING, input={"type": "object"}),
-    ],
-}
-ANTHROPIC_MESSAGE: Final[Schema] = {
-    "anyOf": [
-        made(role=one_of(role), content={"anyOf": [STRING, some({"anyOf": blocks})]})
-        for role, blocks in _ANTHROPIC_BLOCKS.items()
-    ]
-}
-THINKING: Final[Schema] = {
-    "allOf": [
-        {
-            "anyOf": [
-                made(
-                    type=one_of("enabled"),
-                    budget_tokens={"type": "integer", "minimum": 1, "maximum": MAX_INT32},
-                ),
-                made(type=one_of("adaptive", "disabled")),
-            ]
-        },
-        {"properties": {"display": one_of("summarized", "omitted", None)}},
-    ]
-}
-OUTPUT_FORMAT: Final[Schema] = made(type=one_of("json_schema"), schema={"type": "object"})
-OUTPUT_CONFIG: Final[Schema] = {
-    "type": "object",
-    "properties": {
-        "effort": MAYBE_STRING,
-        "format": {"anyOf": [OUTPUT_FORMAT, {"type": "null"}]},
-    },
 }
 
 

@@ -179,7 +179,7 @@ def read(body: Body, served: ServedModel, store: Store) -> ResponsesRequest:
     )
     params = SamplingParams(
         **validation.sampling(RESPONSES, values),
-        **served.defaults.beyond(RESPONSES),
+        **served.defaults.beyond([field.name for field in RESPONSES]),
         max_new_tokens=values["max_output_tokens"],
         temperature=temperature(values["temperature"]),
         grammar=made.grammar,

@@ -136,7 +136,7 @@ def test_an_assistant_turn_at_the_end_is_continued() -> None:
         ({"temperature": 1.5}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"stop_sequences": "x"}, "stop_sequences"),
-        ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"stream": "yes"}, "stream"),
     ],
 )  # fmt: skip

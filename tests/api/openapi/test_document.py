@@ -43,7 +43,6 @@ def test_every_field_of_every_table_is_there() -> None:
         "completion": properties("CompletionRequest"),
         "stream_options": properties("ChatRequest")["stream_options"]["anyOf"][0]["properties"],
         "responses": properties("ResponseRequest"),
-        "messages": properties("MessageRequest"),
         "native": properties("NativeRequest"),
         "native_parameters": parameters(DOC),
         "tgi_parameters": parameters(TGI),

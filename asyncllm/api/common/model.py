@@ -1,0 +1,353 @@
+"""Request bodies as pydantic models: what all of them share, types of fields, errors in our words.
+
+The models say what a field may be, and the OpenAPI document and the tables of docs/api.md are made
+of them. Knows JSON values; knows no route and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, NoReturn, TypeVar, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+
+from asyncllm.api.common.errors import NotAvailable
+from asyncllm.api.common.validation import MAX_STOP_CHARS, preview
+from asyncllm.errors import RequestError
+
+_T = TypeVar("_T")
+_M = TypeVar("_M", bound="RequestModel")
+
+_VARIANT: Final = "\ue000"  # begins the name of a variant in the place of an error
+_NEEDED: Final = {
+    "int": "an integer",
+    "float": "a number",
+    "finite": "a number",
+    "string": "a string",
+    "bool": "true or false",
+    "dict": "an object",
+    "model": "an object",
+    "list": "an array",
+    "tuple": "an array",
+}  # by the first word of pydantic's error type
+
+
+class RequestModel(BaseModel):
+    """An object in a request: null means absent, fields it does not know are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: object) -> object:
+        if isinstance(value, dict) and None in value.values():
+            return {key: each for key, each in value.items() if each is not None}
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core)
+        told = handler.resolve_ref_schema(schema)
+        told["additionalProperties"] = True
+        for name, field in told.get("properties", {}).items():
+            if name not in told.get("required", ()):
+                _or_null(field)
+        return schema
+
+    def silent(self, known: Mapping[str, object]) -> dict[str, object]:
+        """Those of ``known`` for which this has a field that the request does not mention."""
+        mine, given = type(self).model_fields, self.model_fields_set
+        return {name: known[name] for name in known if name in mine and name not in given}
+
+
+def parse(model: type[_M], body: Mapping[str, object], context: object = None) -> _M:
+    """``body`` as this model.
+
+    Args:
+        context: for validators that ask what is served.
+
+    Raises:
+        RequestError: for the first bad value (400), or what a validator raises.
+    """
+    try:
+        return model.model_validate(body, context=context)
+    except ValidationError as error:
+        raise _explained(error.errors(include_url=False)[0]) from None
+
+
+def refuse(why: str, at: str = "", code: str = "invalid_value") -> NoReturn:
+    """For validators: the value is wrong.
+
+    Args:
+        why: with its value and limit; its name is put before it, so it begins with ": " or " ".
+        at: where in the value.
+    """
+    raise PydanticCustomError("refused", "{why}", {"why": why, "at": at, "code": code})
+
+
+# -- types of fields ---------------------------------------------------------------------------
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _bounded(value: object) -> object:
+    # beyond every range anyway, but an int can be too large for a float
+    return min(max(value, -(2**53)), 2**53) if type(value) is int else value
+
+
+def _unicode(value: str) -> str:
+    if (why := _surrogate(value)) is not None:
+        refuse(why)
+    return value
+
+
+def _surrogate(value: str) -> str | None:
+    if value.isascii():
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f" is not valid Unicode: lone surrogate at character {error.start}"
+    return None
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]  # 3.0 is one
+Float = Annotated[float, BeforeValidator(_bounded), Field(allow_inf_nan=False)]
+# without lone surrogates, which no tokenizer can encode
+UnicodeStr = Annotated[str, AfterValidator(_unicode)]
+StopString = Annotated[
+    str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(_unicode)
+]
+
+
+class _FailFast:
+    """The first bad item is told, so no other need be looked for."""  # pydantic's has no hash
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        (item,) = get_args(source)
+        return core_schema.list_schema(handler.generate_schema(item), fail_fast=True)
+
+
+Items = Annotated[list[_T], _FailFast()]
+AnyObject = dict[str, object]
+
+
+class Range:
+    """Inclusive limits of a number; ``above`` makes ``low`` exclusive."""
+
+    def __init__(self, low: float, high: float | None = None, *, above: bool = False) -> None:
+        self.low, self.high, self.above = low, high, above
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        low, high = self.low, self.high
+        limits: CoreSchema = core_schema.float_schema(ge=low, le=high)
+        if source is int:
+            limits = core_schema.int_schema(ge=int(low), le=None if high is None else int(high))
+        elif self.above:
+            limits = core_schema.float_schema(gt=low, le=high)
+        told = core_schema.custom_error_schema(
+            limits,
+            "range",
+            custom_error_message="range",
+            custom_error_context={"limits": limits_text(self.low, self.high, self.above)},
+        )
+        return core_schema.chain_schema([handler(source), told])
+
+    def __get_pydantic_json_schema__(
+        self, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core)
+        schema["exclusiveMinimum" if self.above else "minimum"] = self.low
+        if self.high is not None:
+            schema["maximum"] = self.high
+        return schema
+
+
+class Variants:
+    """For a union: the value alone decides which member it is to be, so that one error is told.
+
+    Members are models, told apart by the strings that ``key`` may be, and at most one string, array
+    and model without ``key``.
+
+    Args:
+        what: a value must be, in words.
+        other: what is said of an object whose ``key`` is another string, which is then called not
+            available; "": that its ``key`` is none of those known.
+    """
+
+    def __init__(self, what: str = "an object", key: str = "type", other: str = "") -> None:
+        self.what, self.key, self.other = what, key, other
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        members = (source,) if isinstance(source, type) else get_args(source)
+        tags = {tag: member for member in members for tag in self._tags(member)}
+        known = [tag[2:] for tag in tags if tag.startswith(f"{_VARIANT}=")]
+        return core_schema.tagged_union_schema(
+            {tag: handler.generate_schema(member) for tag, member in tags.items()},
+            self._tag if known else _type_tag,
+            custom_error_type="variant",
+            custom_error_message="variant",
+            custom_error_context={
+                "what": self.what,
+                "key": self.key if known else "",
+                "known": ", ".join(known),
+                "other": self.other,
+            },
+        )
+
+    def _tags(self, member: object) -> list[str]:
+        while get_origin(member) is Annotated:
+            member = get_args(member)[0]
+        if not isinstance(member, type) or not issubclass(member, BaseModel):
+            kind = get_origin(member) or member
+            name = "str" if kind is Literal else getattr(kind, "__name__", "")
+            return [f"{_VARIANT}{name}"]
+        field = member.model_fields.get(self.key)
+        if field is None:
+            return [f"{_VARIANT}dict"]
+        silent = [] if field.is_required() else [f"{_VARIANT}dict"]
+        return [*(f"{_VARIANT}={name}" for name in get_args(field.annotation)), *silent]
+
+    def _tag(self, value: object) -> str:
+        if isinstance(value, dict) and (kind := value.get(self.key)) is not None:
+            return f"{_VARIANT}={kind if isinstance(kind, str) else ''}"
+        return _type_tag(value)
+
+
+def _type_tag(value: object) -> str:
+    return _VARIANT + type(value).__name__
+
+
+class Unavailable:
+    """A known field whose use cannot be honoured; only ``neutral`` values and null pass."""
+
+    def __init__(self, what: str, *neutral: object) -> None:
+        self.what, self.neutral = what, neutral
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        said = f"{self.what}: not available on this server"
+        return {"description": said, "enum": [None, *self.neutral]}
+
+    def _check(self, value: object) -> None:
+        if not any(value == each and type(value) is type(each) for each in self.neutral):
+            refuse(f": {self.what} is not available on this server", code="not_available")
+
+
+# -- errors and limits in words ----------------------------------------------------------------
+
+
+def limits_text(low: float | None, high: float | None, above: bool = False) -> str:
+    """A range in words, e.g. ``(0, 10]``; "" where there is none."""
+    if low is None and high is None:
+        return ""
+    least = "(-inf" if low is None else f"{'(' if above else '['}{low:g}"
+    if high is None:
+        return f"{least}, inf)"
+    return f"{least}, {high:g}]" if abs(high) < 1e6 else f"{least}, {int(high)}]"
+
+
+def _explained(found: ErrorDetails) -> RequestError:
+    name, value, context = _name(found["loc"]), found["input"], found.get("ctx", {})
+    match found["type"]:
+        case "refused":
+            at = name + context["at"]
+            code = context["code"]
+            kind = NotAvailable if code == NotAvailable.code else RequestError
+            return kind(name + context["why"], param=at, code=code)
+        case "missing":
+            why = " is missing"
+        case "range":
+            why = f": {preview(value)} is not in {context['limits']}"
+        case "literal_error":
+            known = context["expected"].replace("'", "").replace(" or ", ", ")
+            why = f": {preview(value)} is not {'one of ' if ', ' in known else ''}{known}"
+        case "string_unicode":
+            why = _surrogate(value) or ""
+        case "too_long" | "string_too_long":
+            why = f": {_counted(value, len(value))}, at most {context['max_length']}"
+        case "too_short" | "string_too_short":
+            why = f" must hold at least {_counted(value, context['min_length'])}"
+        case "variant":
+            return _no_variant(name, value, context)
+        case other:
+            why = f" must be {_NEEDED[other.partition('_')[0]]}, not {preview(value)}"
+    return RequestError(name + why, param=name, code="invalid_value")
+
+
+def _no_variant(name: str, value: object, context: Mapping[str, str]) -> RequestError:
+    key, other = context["key"], context["other"]
+    if not key or not isinstance(value, dict):
+        why = f" must be {context['what']}, not {preview(value)}"
+        return RequestError(name + why, param=name, code="invalid_value")
+    kind, at = value.get(key), f"{name}.{key}"
+    if not other:
+        why = f": {preview(kind)} is not one of {context['known']}"
+    elif not isinstance(kind, str):
+        why = f" must be a string, not {preview(kind)}"
+    else:
+        there = " and ".join(context["known"].rsplit(", ", 1))
+        verb = "is" if there == context["known"] else "are"
+        why = f"{name}: {other.format(preview(kind))} on this server; {there} {verb}"
+        return NotAvailable(why, param=at)
+    return RequestError(at + why, param=at, code="invalid_value")
+
+
+def _name(place: tuple[int | str, ...]) -> str:
+    """``messages[0].content``, of the keys and indices that lead there."""
+    name = ""
+    for part in place:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif not part.startswith(_VARIANT):
+            name += f".{part}" if name else part
+    return name
+
+
+def _counted(value: object, number: int) -> str:
+    one, more = ("character", "characters") if isinstance(value, str) else ("entry", "entries")
+    return f"{number} {one if number == 1 else more}"
+
+
+def _or_null(schema: JsonSchemaValue) -> None:
+    """Null is absence wherever absence is allowed."""
+    members = schema.pop("anyOf", None)
+    if members is not None:  # of a field that is None where it is absent
+        schema |= members[0]
+    if "const" in schema:
+        schema["enum"] = [schema.pop("const")]
+    if isinstance(kind := schema.get("type"), str):
+        schema["type"] = [kind, "null"]
+    if "enum" in schema and None not in schema["enum"]:
+        schema["enum"].append(None)
+    if schema.keys() & {"$ref", "oneOf"}:
+        told = {key: schema.pop(key) for key in ("$ref", "oneOf") if key in schema}
+        schema["anyOf"] = [told, {"type": "null"}]
