@@ -85,6 +85,7 @@ def serve(config: Config) -> int:
             pulse_fd=Pulse.create() if seat.wires.address(0) else -1,
             advertised=seat.advertised,
             cluster_host=cluster_host,
+            incarnation="" if channel is None else channel.card.incarnation,
         )
         if config.check:
             return check(boot, spec, text)

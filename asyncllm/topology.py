@@ -149,8 +149,11 @@ class Topology:
 
     def as_node(self) -> Topology:
         """The same as a prefill or decode node: it works for masters."""
-        first = self.coordinator
-        return self.replaced_by(replace(first, roles=(*first.roles, NODE)))
+        made = self
+        for rank in self.ranks:
+            more = (MOVER, NODE) if rank == self.coordinator else (MOVER,)
+            made = made.replaced_by(replace(rank, roles=(*rank.roles, *more)))
+        return made
 
     @property
     def coordinator(self) -> Endpoint:
@@ -243,6 +246,8 @@ class Topology:
         near = set(self.endpoints) if me == self.coordinator else {self.coordinator}
         if self.leads(number):
             near |= {e for e in self.endpoints if e.group == me.group or HTTP in e.roles}
+        elif MOVER in me.roles:  # its leader waits for what it has moved
+            near.add(self.leader(me.group))
         return tuple(e for e in self.endpoints if e in near and e.id != number)
 
     def served_here(self, number: int) -> tuple[str, ...]:

@@ -56,6 +56,9 @@ DOCUMENTED: dict[str, Any] = {
     "mode": (),
 }
 OURS: dict[str, Any] = {
+    "pd_trans_mode": "auto",
+    "pd_kv_page_num": 16,
+    "pd_kv_page_size": 256,
     "node_timeout": 300.0,
     "advertise_host": None,
     "cluster_key_file": None,

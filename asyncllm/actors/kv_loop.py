@@ -11,7 +11,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import zmq
@@ -19,7 +19,7 @@ import zmq
 from asyncllm.actors.transport import Socket
 from asyncllm.codec import Message
 from asyncllm.core.kv_clock import LocalClock, PagePool
-from asyncllm.core.kv_parts import Part, part
+from asyncllm.core.kv_parts import HeldHeads, Part, part
 from asyncllm.engine.kv_pages import KvBytes, Pages
 from asyncllm.engine.kv_strips import Strips
 from asyncllm.records import KvWire
@@ -36,7 +36,7 @@ JOIN_S = 5.0
 
 log = logging.getLogger(__name__)
 
-HeldOf = Callable[[int], list[list[tuple[int, ...]]]]
+HeldOf = Callable[[int], Sequence[HeldHeads]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +109,12 @@ class Mover(ABC):
         share: the rank's.
         pages: where bytes wait for their way.
         times: of signs of life, and how long to wait for one; for tests.
+        ctx: ZeroMQ's; it belongs to the thread from now on.
     """
 
-    def __init__(self, share: Share, pages: Pages, times: Times) -> None:
-        self.share, self.pages, self.times = share, pages, times
+    def __init__(self, share: Share, pages: Pages, times: Times, ctx: zmq.Context[Socket]) -> None:
+        self.share, self.pages, self.times, self.ctx = share, pages, times, ctx
         self.counts = Counts()
-        self.ctx: zmq.Context[Socket] = zmq.Context()
         self.clock = LocalClock(5e-3 * IDLE_MS)
         self.pool = PagePool(pages.num)
         self.poller = zmq.Poller()

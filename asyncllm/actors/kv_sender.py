@@ -126,7 +126,7 @@ class Sender(Mover):
         *,
         keys: Sequence[Keys],
     ) -> None:
-        super().__init__(share, pages, times or Times())
+        super().__init__(share, pages, times or Times(), zmq.Context())
         self._keys, self._ways = keys, ways
         self._outbox = Outbox()
         self._lines: dict[tuple[str, str], _Line] = {}

@@ -24,7 +24,6 @@ from asyncllm.engine.kv_pages import Copied, Pages
 from asyncllm.engine.kv_pair import Pair
 from asyncllm.engine.kv_strips import Strips
 from asyncllm.engine.kv_ways import NCCL, P2P, TCP, Ways, Window
-from asyncllm.errors import StartupError
 from asyncllm.log import Seldom
 from asyncllm.messages import Arrived, Forget, Import, Lapsed
 from asyncllm.messages.transfer import (
@@ -45,6 +44,7 @@ from asyncllm.messages.transfer import (
 
 MOST_FRAMES = 256  # are read in one turn
 MOST_READY = 1 << 16  # portions that a sender may have announced
+MOST_RANKS = 1024
 GONE_S = 30.0  # who was refused, and is silent for so long, is forgotten
 
 log = logging.getLogger(__name__)
@@ -115,20 +115,48 @@ class _Guest:
         return portion.count * self.strips.width
 
 
+class Door:
+    """Where a rank listens; made before anything is loaded, so that a busy port ends the start.
+
+    Args:
+        keys: of the cluster.
+        host, port: an address of this machine; port 0: any.
+
+    Attributes:
+        port: which it is.
+
+    Raises:
+        zmq.ZMQError: it cannot listen there.
+    """
+
+    def __init__(self, keys: Keys, host: str, port: int) -> None:
+        self.ctx: zmq.Context[Socket] = zmq.Context()
+        self.sock = self.ctx.socket(zmq.ROUTER)
+        self.sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        address = tcp(host, port or "*")
+        bounds(self.sock)
+        self.sock.setsockopt(zmq.IPV6, ipv6(address))
+        self.strangers = protected(self.sock, keys)
+        try:
+            self.sock.bind(address)
+        except zmq.ZMQError:
+            self.close()
+            raise
+        self.port = int(self.sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+
+    def close(self) -> None:
+        """Nobody is heard any more."""
+        self.strangers.close()
+        self.ctx.destroy(0)
+
+
 class Taker(Mover):
     """See the module.
 
     Args:
-        node: the id of this server.
-        keys: it listens with the first.
-        where: host and port; port 0: any.
         ways: of moving bytes that this rank has.
-
-    Attributes:
-        port: where it listens.
-
-    Raises:
-        StartupError: it cannot listen there.
+        node: the id of this server.
+        door: where it listens; it belongs to the thread from now on.
     """
 
     def __init__(
@@ -139,10 +167,9 @@ class Taker(Mover):
         times: Times | None = None,
         *,
         node: str,
-        keys: Keys,
-        where: tuple[str, int],
+        door: Door,
     ) -> None:
-        super().__init__(share, pages, times or Times())
+        super().__init__(share, pages, times or Times(), door.ctx)
         self._node, self._ways = node, ways
         self._inbox_of = Inbox(lambda tp: share.partners(tp, sent=False))
         self._guests: dict[bytes, _Guest] = {}
@@ -150,21 +177,8 @@ class Taker(Mover):
         self._copies: deque[tuple[Copied, _Guest, int, _Portion]] = deque()
         self._ending: list[tuple[_Guest, Pair]] = []  # whose pages may still be written
         self._log = Seldom(log)
-        self._door = sock = self.ctx.socket(zmq.ROUTER)
-        sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        host, port = where
-        address = tcp(host, port or "*")
-        bounds(sock)
-        sock.setsockopt(zmq.IPV6, ipv6(address))
-        self._strangers = protected(sock, keys)
-        try:
-            sock.bind(address)
-        except zmq.ZMQError as error:
-            self._strangers.close()
-            self.ctx.destroy(0)
-            raise StartupError(f"K/V cannot be taken at {host}:{port}: {error}") from None
-        self.port = int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        self.poller.register(sock, zmq.POLLIN)
+        self._door, self._strangers, self.port = door.sock, door.strangers, door.port
+        self.poller.register(self._door, zmq.POLLIN)
 
     # -- from the scheduler ------------------------------------------------------------------------
 
@@ -287,6 +301,8 @@ class Taker(Mover):
 
     def _admit(self, guest: _Guest, msg: Caller) -> None:
         guest.name, guest.tp, guest.rank = msg.name or "?", msg.wire.tp, msg.rank
+        if msg.wire.tp > MOST_RANKS:
+            raise Impossible(f"a server of {msg.wire.tp} ranks")
         if msg.node != self._node:
             self._refuse(guest, f"server {msg.node} is not here any more")
             return

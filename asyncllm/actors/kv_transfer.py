@@ -11,8 +11,16 @@ from typing import NoReturn, TypeVar, assert_never
 from asyncllm.actors.base import Actor
 from asyncllm.actors.kv_loop import Mover
 from asyncllm.codec import Message
-from asyncllm.messages import Computed, Export, Forget, Import, Probe, StepOver
-from asyncllm.messages.transfer import Listening, TransferStats
+from asyncllm.messages import (
+    Computed,
+    Export,
+    Forget,
+    Import,
+    Listening,
+    Probe,
+    StepOver,
+    TransferStats,
+)
 
 T = TypeVar("T")
 
@@ -25,7 +33,6 @@ class KvTransfer(Actor[Taken]):
     Args:
         mover: the thread, not started.
         address: where others connect to it; "": nobody does, it sends.
-        max_rank: of its group.
     """
 
     remote = frozenset({Import, Export, Computed, Forget})

@@ -72,7 +72,6 @@ _IGNORED = {
     "linear_att_ssm_data_type=",
     "groups are balanced as requests come (--dp_balancer)": "dp_prefill_wait_step= "
     "enable_dp_prefill_balance",
-    "prefill and decode are not separated": "pd_kv_page_num= pd_kv_page_size= pd_trans_mode=",
     "kernels are chosen by the shapes": "enable_fa3 enable_flashinfer_decode "
     "enable_flashinfer_prefill enable_torch_fallback enable_triton_fallback "
     "llm_decode_att_backend=+ llm_prefill_att_backend=+ sampling_backend= penalty_counter_mode=",

@@ -49,7 +49,7 @@ DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 MOST_PORT = 65535
 PORT = between(1, MOST_PORT)
 PD_NODE = Needs("--run_mode prefill or decode", lambda c: c.run_mode in roles.NODES)
-PD_DECODE = Needs("--run_mode decode", lambda c: c.run_mode == roles.DECODE, False)
+PD_DECODE = Needs("--run_mode decode", lambda c: c.run_mode == roles.DECODE)
 PD_MASTER = Needs("--run_mode pd_master", lambda c: c.run_mode == roles.MASTER)
 PD_MODES = Needs(
     "--run_mode prefill, decode, pd_master or config_server",
@@ -134,7 +134,23 @@ class Config:
     )  # fmt: skip
     pd_decode_rpyc_port: int = flag(
         42000, group=PD, check=PORT, needs=PD_DECODE,
-        help="port on which a decode node takes KV transfers (LightLLM has dropped this option)",
+        help="port on which the first rank of a decode node takes K/V; the others take the ones "
+        "behind it. If the default is busy a free one is taken, a given one must be free "
+        "(LightLLM has dropped this option)",
+    )  # fmt: skip
+    pd_trans_mode: str = flag(
+        "auto", group=PD, choices=("auto", "nccl", "p2p", "tcp"), needs=PD_NODE,
+        help="how K/V travel; tcp: through host memory and encrypted sockets; p2p: a decode node "
+        "reads the pages of prefill nodes of the same machine; nccl: from GPU to GPU, not "
+        "encrypted; auto: the first of p2p, nccl, tcp that both sides have (on a CPU tcp)",
+    )  # fmt: skip
+    pd_kv_page_num: int = flag(
+        16, group=PD, check=between(2, 4096), needs=PD_NODE,
+        help="pages through which K/V travel, on each rank; more are in nobody's memory",
+    )  # fmt: skip
+    pd_kv_page_size: int = flag(
+        256, group=PD, check=between(1, 65536), needs=PD_NODE,
+        help="tokens whose K/V a page holds (LightLLM: 1024)",
     )  # fmt: skip
     config_server_host: str | None = flag(
         None, group=PD, check=not_empty, needs=PD_MODES,

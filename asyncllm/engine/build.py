@@ -233,6 +233,7 @@ class Sizes:
     batch_max_tokens: int
     mem_fraction: float
     max_total_token_num: int | None
+    moving: int = 0  # tokens whose K/V pages hold on their way between servers
 
 
 def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPlan:
@@ -266,7 +267,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         max_len=sizes.max_len,
     )
     weights = model.nbytes
-    work = _work_bytes(model, sizes, device.type == "cuda")
+    work = _work_bytes(model, sizes, device.type == "cuda") + sizes.moving * division.slot.full
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # what others hold on this card counts against our share of it

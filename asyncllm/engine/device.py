@@ -86,14 +86,14 @@ class CpuDevice:
 
     def __init__(self, engine: Engine, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        self._engine = engine
+        self.engine = engine
         self._thread = ThreadPoolExecutor(
             1, "compute", initializer=torch.set_num_threads, initargs=(num_threads,)
         )
 
     def launch(self, plan: StepPlan) -> CpuPending:
-        work = self._engine.prepare(plan)
-        return CpuPending(work, self._thread.submit(self._engine.execute, work))
+        work = self.engine.prepare(plan)
+        return CpuPending(work, self._thread.submit(self.engine.execute, work))
 
     def close(self) -> None:
         """Drop what has not begun; a step under way ends by itself."""
@@ -136,21 +136,21 @@ class CudaDevice:
     """Steps are queued on one stream; nothing here waits for the device."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
         self._device = engine.device
         self._stream = torch.cuda.Stream(self._device)
         self._last: StepSpan | None = None
 
     def launch(self, plan: StepPlan) -> CudaPending:
         before = self._last if self._last is not None and not self._last.over else None
-        work = self._engine.prepare(plan)
+        work = self.engine.prepare(plan)
         span = StepSpan(
             torch.cuda.Event(enable_timing=True),
             torch.cuda.Event(enable_timing=True, blocking=True),
         )
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             span.begin.record(self._stream)
-            host = _fetch(self._engine.execute(work))
+            host = _fetch(self.engine.execute(work))
             span.end.record(self._stream)
         self._last = span
         return CudaPending(work, host, span, before)
@@ -158,12 +158,12 @@ class CudaDevice:
     def capture(self, most_tokens: int) -> None:
         """Make the engine's CUDA graphs; start-up only."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._engine.capture(cuda_capture(self._stream), most_tokens)
+            self.engine.capture(cuda_capture(self._stream), most_tokens)
         self._stream.synchronize()
 
     def close(self) -> None:
         """Free the graphs, which must go before the collectives that they hold."""
-        self._engine.close()
+        self.engine.close()
 
 
 def _fetch(out: Outputs) -> HostOutputs:

@@ -107,7 +107,6 @@ class CpuPages:
 
     Args:
         memory: [num, size] bytes, e.g. shared with another process; None: of its own.
-        shared: where other processes find it; "": nowhere.
     """
 
     def __init__(self, num: int, size: int, memory: Tensor | None = None, shared: str = "") -> None:

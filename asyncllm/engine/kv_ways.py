@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import mmap
 import os
 import re
@@ -28,7 +29,7 @@ from asyncllm.engine.kv_pair import Pair, nccl_pair
 from asyncllm.errors import StartupError
 
 TCP, NCCL, P2P, AUTO = "tcp", "nccl", "p2p", "auto"
-MODES = (AUTO, NCCL, P2P, TCP)
+log = logging.getLogger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MEMORY = re.compile(r"cpu:(\d{1,9}):(\d{1,6}):(\d{1,19}):(\d{1,9}):(\d{1,18})")
 
@@ -105,23 +106,45 @@ class Ways:
         return self.backend(place, self.device, self.timeout_s)
 
 
-def ways_of(mode: str, pages: CpuPages | CudaPages, device: torch.device) -> Ways:
-    """What ``--pd_trans_mode`` asks for.
-
-    Raises:
-        StartupError: this machine has not got it.
-    """
-    cuda = device.type == "cuda"
-    if mode == NCCL and not cuda:
+def refuse(mode: str, device: torch.device) -> None:
+    """Raises StartupError: this machine has not got what ``--pd_trans_mode`` asks for."""
+    if mode == NCCL and device.type != "cuda":
         raise StartupError(
             "--pd_trans_mode nccl moves K/V between GPUs, and this server computes on the CPU "
             "(tcp, or p2p between processes of one machine)"
         )
-    names: tuple[str, ...] = (mode,)
-    if mode == AUTO:
-        names = (P2P, NCCL, TCP) if cuda else (TCP,)
-    memory = memory_of(pages) if P2P in names else ""
-    return Ways(names, device, memory, machine_id())
+
+
+def make_ways(
+    mode: str, num: int, size: int, device: torch.device
+) -> tuple[CpuPages | CudaPages, Ways]:
+    """Pages, and how they can travel as ``--pd_trans_mode`` asks.
+
+    Args:
+        num, size: pages, and bytes of each.
+        device: that holds the K/V.
+
+    Raises:
+        StartupError: this machine has not got it.
+    """
+    refuse(mode, device)
+    if device.type == "cuda":
+        pages = CudaPages(num, size, device)
+        names: tuple[str, ...] = (P2P, NCCL, TCP) if mode == AUTO else (mode,)
+        memory = ""
+        if P2P in names:
+            try:
+                memory = _exported(pages.all)
+            except RuntimeError as error:
+                if mode == P2P:
+                    raise StartupError(f"--pd_trans_mode p2p: {error}") from None
+                log.info("others cannot see the memory of this GPU: %s", error)
+        return pages, Ways(names, device, memory, machine_id())
+    if mode == P2P:
+        shared = SharedPages(num, size)
+        made = CpuPages(num, size, shared.tensor)
+        return made, Ways((P2P,), device, shared.text, machine_id())
+    return CpuPages(num, size), Ways((TCP,), device, "", machine_id())
 
 
 # -- memory that two processes of a machine see ----------------------------------------------------
@@ -147,13 +170,6 @@ class SharedPages:
         """Where others find it."""
         inode = os.fstat(self._fd).st_ino
         return f"cpu:{os.getpid()}:{self._fd}:{inode}:{self.num}:{self.size}"
-
-
-def memory_of(pages: CpuPages | CudaPages) -> str:
-    """Where others find these pages; "": nowhere."""
-    if isinstance(pages, CudaPages):
-        return _exported(pages.all)
-    return pages.shared
 
 
 def open_window(memory: str, device: torch.device) -> Window:

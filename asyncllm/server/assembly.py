@@ -35,6 +35,7 @@ from asyncllm.environment import cpu_count
 from asyncllm.server.cluster import cluster_port, master_of
 from asyncllm.server.launch import Boot, tls_context
 from asyncllm.server.loading import Loaded
+from asyncllm.server.transfer import make_transfer
 from asyncllm.topology import MOVER
 
 MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
@@ -99,9 +100,14 @@ def make_runner(p: Loaded) -> AnyActor:
     return Runner(
         p.device,
         reports=leads,
-        transfers=MOVER in p.boot.me.roles,
         jit_after_warmup=lambda: monitor.count,
+        transfers=MOVER in p.boot.me.roles,
     )
+
+
+def make_mover(p: Loaded) -> AnyActor:
+    assert p.device is not None
+    return make_transfer(p.boot, p.spec, p.device.engine, p.door)
 
 
 def make_detokenizer(p: Loaded) -> AnyActor:
@@ -241,6 +247,7 @@ def place(
         "balancer": make_balancer,
         "lockstep": lambda _: Lockstep(),
         "runner": make_runner,
+        "kv_transfer": make_mover,
         "detokenizer": make_detokenizer,
         "tokenizer": make_tokenizer,
         "frontend": lambda p: make_frontend(p, on_open),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from asyncllm.config import FLAGS
+from asyncllm.config import FLAGS, roles
 from asyncllm.engine.build import num_parameters
 from asyncllm.models.spec import ModelSpec
+from asyncllm.server import transfer
 from asyncllm.server.launch import Boot
 from asyncllm.server.loading import (
     Loaded,
@@ -29,6 +30,8 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
     config = boot.config
     load_forms(with_chats(Loaded(boot, spec, None, None, None, None, None), text))
     plan = memory_plan(boot, spec)
+    if config.run_mode in roles.NODES:
+        transfer.refuse(boot, plan.window)
     resolved = boot.resolved.with_slots(plan.num.full)
     ranks = f"{config.tp} rank{'s' * (config.tp > 1)}"
     if config.dp > 1:
@@ -48,6 +51,10 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         "max_req_total_len", "running_max_req_size", "batch_max_tokens", "chunked_prefill_size",
         "eos_ids", "max_body_size",
     )  # fmt: skip
+    if config.run_mode == roles.DECODE:
+        taken = len(boot.topology.ranks) - 1
+        first = config.pd_decode_rpyc_port
+        ports.append(f"K/V {boot.cluster_host}:{first}" + (f" to {first + taken}" if taken else ""))
     if boot.me.address.startswith("tcp"):
         ports.append("messages 127.0.0.1 (free ones)")
     lines = [

@@ -59,6 +59,7 @@ class Boot:
     pulse_fd: int = -1  # see ``Pulse``; -1: alone
     advertised: str = ""  # host by which other nodes reach this one; "": there are none
     cluster_host: str = ""  # host by which other servers of its cluster reach it; "": none do
+    incarnation: str = ""  # the id of this server in its cluster; another one after each start
 
     @property
     def name(self) -> str:

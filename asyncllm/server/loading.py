@@ -14,6 +14,7 @@ from typing import cast
 import torch
 
 from asyncllm import log, templates
+from asyncllm.actors.kv_taker import Door
 from asyncllm.api.common.chat_template import USED
 from asyncllm.api.parsing import reasoning, tools
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
@@ -33,7 +34,7 @@ from asyncllm.models import rope
 from asyncllm.models.checkpoint import weight_files
 from asyncllm.models.kv_format import KvMode
 from asyncllm.models.spec import ModelSpec
-from asyncllm.server import preflight
+from asyncllm.server import preflight, transfer
 from asyncllm.server.launch import Boot
 from asyncllm.templates import Chats
 from asyncllm.text import Mode, Text, load_tokenizer, with_controls
@@ -58,6 +59,7 @@ class Loaded:
     # of a leader and of a master, unless constrained output is off
     grammars: Grammars | None = None
     constraints: Constraints | None = None  # of a leader
+    door: Door | None = None  # of a rank that takes K/V from other servers
 
 
 # -- start ---------------------------------------------------------------------------------------
@@ -77,6 +79,7 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
         batch_max_tokens=resolved.batch_max_tokens,
         mem_fraction=config.mem_fraction,
         max_total_token_num=config.max_total_token_num,
+        moving=config.pd_kv_page_num * config.pd_kv_page_size if MOVER in boot.me.roles else 0,
     )
     return plan_memory(spec, sizes, torch_device(boot))
 
@@ -131,11 +134,10 @@ def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Load
         with log.phase("meet the other ranks"):
             ranks = preflight.join_ranks(boot, where)
     plan = memory_plan(boot, spec)
-    if plan.window is not None and MOVER in boot.me.roles:
-        raise StartupError(
-            f"--run_mode {boot.config.run_mode}: layers of this model see a window of "
-            f"{plan.window.size} tokens and have K/V slots of their own, which are not moved"
-        )
+    door = None
+    if MOVER in boot.me.roles:
+        transfer.refuse(boot, plan.window)
+        door = transfer.open_door(boot)
     if ranks is not None:  # the same in every group: any of them may get any request
         plan = replace(plan, num=PerSpace(*map(ranks.minimum, plan.num)))
     resolved = boot.resolved.with_slots(plan.num.full)
@@ -148,7 +150,13 @@ def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Load
     boot = replace(boot, resolved=resolved)
     device = _load_device(boot, spec, ranks, where, plan)
     return replace(
-        loaded, boot=boot, device=device, ranks=ranks, num_slots=plan.num, window=plan.window
+        loaded,
+        boot=boot,
+        device=device,
+        ranks=ranks,
+        num_slots=plan.num,
+        window=plan.window,
+        door=door,
     )
 
 

@@ -28,6 +28,7 @@ NO_SECRET = bytes(SECRET_BYTES)  # on the loopback interface: whoever may use it
 # each use of a secret has its own keys
 NODES = b"asyncllm-nodes-1"  # where the nodes of a server meet
 CHANNEL = b"asyncllm-servers"  # between the servers of a cluster
+TRANSFER = b"asyncllm-kv"  # for K/V between their ranks
 _SECRET = re.compile(f"[0-9a-f]{{{2 * SECRET_BYTES}}}")
 
 
@@ -53,7 +54,7 @@ def cluster_keys(
     """Key pairs of --cluster_key_file, in its order; without a file those of the loopback.
 
     Args:
-        purpose: what they are for; ``NODES`` or ``CHANNEL``.
+        purpose: what they are for; ``NODES``, ``CHANNEL`` or ``TRANSFER``.
         hosts: options that say where this process listens, or connects to, with these keys.
 
     Raises:

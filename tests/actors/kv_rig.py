@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import monotonic
 
 import torch
 
 from asyncllm.actors.kv_loop import Mover, Share, Times
 from asyncllm.actors.kv_sender import Sender
-from asyncllm.actors.kv_taker import Taker
+from asyncllm.actors.kv_taker import Door, Taker
 from asyncllm.actors.transport import Keys
 from asyncllm.codec import Message
 from asyncllm.core.windows import PerSpace
-from asyncllm.engine.kv_pages import CpuPages, KvBytes, as_bytes
+from asyncllm.engine.kv_pages import CpuPages, CudaPages, KvBytes, as_bytes
 from asyncllm.engine.kv_pair import gloo_pair
-from asyncllm.engine.kv_ways import P2P, SharedPages, Ways, machine_id
+from asyncllm.engine.kv_ways import P2P, TCP, Ways, make_ways
 from asyncllm.messages import Arrived, Computed, Export, Import, Lapsed, Sent, StepOver
 from asyncllm.models.attention import KvPairs, LayerKv
 from asyncllm.models.spec import AttentionSpec, shard_heads
@@ -54,13 +55,6 @@ class Rank:
         self.told: list[Message] = []
         self.mover: Mover
 
-    def pages(self, num: int, *, shared: bool) -> CpuPages:
-        size = PAGE_TOKENS * self.share.kv.slot_bytes
-        if shared:
-            memory = SharedPages(num, size)
-            return CpuPages(num, size, memory.tensor, memory.text)
-        return CpuPages(num, size)
-
     def row(self, slot: int, head: int) -> bytes:
         """K and V of all layers, of one head of the whole model."""
         at = self.heads.index(head)
@@ -76,6 +70,13 @@ class Rank:
 
 def _plain(wire: KvWire) -> dict[str, object]:
     return {name: getattr(wire, name) for name in KvWire.__slots__}
+
+
+def means(rank: Rank, names: Sequence[str], num_pages: int) -> tuple[CpuPages | CudaPages, Ways]:
+    """Pages of a rank, and its ways; nccl is over gloo."""
+    mode = P2P if P2P in names else TCP
+    pages, ways = make_ways(mode, num_pages, PAGE_TOKENS * rank.share.kv.slot_bytes, CPU)
+    return pages, replace(ways, names=tuple(names), timeout_s=WAIT_S, backend=gloo_pair)
 
 
 class Rig:
@@ -94,16 +95,12 @@ class Rig:
         self.senders = [Rank(i, tps[0], seed=0) for i in range(tps[0])]
         self.takers = [Rank(i, tps[1], seed=1000) for i in range(tps[1])]
         for rank in self.senders:
-            pages = rank.pages(num_pages, shared=P2P in names[0])
-            ways = Ways(tuple(names[0]), CPU, pages.shared, machine_id(), WAIT_S, gloo_pair)
+            pages, ways = means(rank, names[0], num_pages)
             rank.mover = Sender(rank.share, pages, ways, self.times, keys=keys or [KEYS])
         for rank in self.takers:
-            pages = rank.pages(num_pages, shared=False)
-            ways = Ways(tuple(names[1]), CPU, "", machine_id(), WAIT_S, gloo_pair)
-            where = "127.0.0.1", 0
-            rank.mover = Taker(
-                rank.share, pages, ways, self.times, node=NODE, keys=KEYS, where=where
-            )
+            pages, ways = means(rank, names[1], num_pages)
+            door = Door(KEYS, "127.0.0.1", 0)
+            rank.mover = Taker(rank.share, pages, ways, self.times, node=NODE, door=door)
         for rank in [*self.senders, *self.takers]:
             rank.mover.post = rank.told.extend
 

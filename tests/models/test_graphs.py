@@ -161,7 +161,7 @@ def test_ends_in_graphs_choose_what_eager_ones_choose(
     for graphs in (False, True):
         device = make_device(tmp_path, "fp32", "cpu", num_lanes=40)
         if graphs:
-            engine = device._engine
+            engine = device.engine
             engine._uploader = fixed(40)
             engine.capture(capture, 300)
         answers.append(choose_in_many_ways(Driver(device, 4096)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyncllm.core.kv_parts import part
 from asyncllm.core.windows import PerSpace
-from asyncllm.engine.kv_pages import CpuPages, KvBytes, as_bytes, make_pages
+from asyncllm.engine.kv_pages import CpuPages, CudaPages, KvBytes, as_bytes
 from asyncllm.models.attention import KvLatents, KvLayout, KvPairs, LayerKv
 from asyncllm.models.kv_format import FORMATS, KvFormat
 from asyncllm.models.rope import Rope
@@ -37,6 +37,10 @@ def heads_of(spec: AttentionSpec, tp: int) -> list[tuple[int, ...]]:
     if spec.kind == "mla":
         return [(0,)] * tp
     return [shard_heads(spec, tp, rank).kv_heads for rank in range(tp)]
+
+
+def make_pages(num: int, size: int) -> CpuPages | CudaPages:
+    return CudaPages(num, size, DEVICE) if DEVICE.type == "cuda" else CpuPages(num, size)
 
 
 class Side:
@@ -86,9 +90,9 @@ def test_a_round_trip_moves_each_head_and_nothing_else(
             sent = ours.bytes[sender].strips(parts, sent=True)
             taken = theirs.bytes[receiver].strips(parts, sent=False)
             assert sent.width == taken.width
-            pages = make_pages(2, 5 * max(sent.width, 1), DEVICE)
+            pages = make_pages(2, 5 * max(sent.width, 1))
             pages.fill(1, sent, sources, host=True).wait()
-            copy = make_pages(1, 5 * max(sent.width, 1), DEVICE)
+            copy = make_pages(1, 5 * max(sent.width, 1))
             copy.host(0)[:] = pages.host(1)
             copy.empty(0, taken, targets, host=True).wait()
         expect(ours, theirs, receiver, (before, sources, targets))

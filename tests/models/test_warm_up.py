@@ -20,7 +20,7 @@ def test_every_part_of_sampling_has_run(
     make_checkpoint(tmp_path)
     made = make_device(tmp_path, "fp32", device, max_len=256)
     called: set[str] = set()
-    sampler = made._engine.sampler
+    sampler = made.engine.sampler
 
     def spy(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
