@@ -108,9 +108,15 @@ class Contract:
 @record
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The endpoints of one server; the first of them coordinates it and is never replaced."""
+    """The endpoints of one server; the first of them coordinates it and is never replaced.
+
+    Args:
+        lost: groups that the server has gone on without. Their endpoints keep their numbers and
+            names; nobody talks to them.
+    """
 
     endpoints: tuple[Endpoint, ...]
+    lost: tuple[int, ...] = ()
 
     @staticmethod
     def on_one_node(tp: int = 1, http: int = 1, dp: int = 1, *, in_step: bool = False) -> Topology:
@@ -174,6 +180,7 @@ class Topology:
         """Whose signs of life one looks at: the first process of a node at those of the others
         there, and they at its."""
         first, *others = (e.id for e in self.on(self[number].node))
+        others = [each for each in others if self.lives(each)]
         return frozenset(others) if number == first else frozenset({first})
 
     @property
@@ -184,8 +191,25 @@ class Topology:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Numbers of the tensor-parallel groups."""
-        return tuple(sorted({e.group for e in self.ranks}))
+        """Numbers of the tensor-parallel groups, without those that are lost."""
+        return tuple(sorted({e.group for e in self.ranks}.difference(self.lost)))
+
+    @property
+    def balanced(self) -> bool:
+        """There have been several groups: a balancer gives each request to one."""
+        return any(BALANCER in e.roles for e in self.endpoints)
+
+    def expendable(self, group: int) -> bool:
+        """Whether the server can go on without a group: others serve, and do not wait for it.
+
+        A node of a cluster cannot: its master has given it requests as a whole.
+        """
+        needed = self.in_step or any(NODE in e.roles for e in self.endpoints)
+        return group in self.groups and group != self.coordinator.group and not needed
+
+    def lives(self, number: int) -> bool:
+        """Whether an endpoint is in no lost group."""
+        return self[number].group not in self.lost
 
     @property
     def in_step(self) -> bool:
@@ -222,20 +246,20 @@ class Topology:
         """
         if not self.groups:
             return "director" if actor == "scheduler" else actor, self.coordinator.id
-        if len(self.groups) > 1:
+        if self.balanced:
             return "balancer", self.coordinator.id
         return actor, self.leader(self.groups[0]).id
 
     def placed(self, actor: str) -> tuple[int, ...]:
         """Numbers of the endpoints where an actor of this name lives."""
-        return tuple(e.id for e in self.endpoints if actor in e.actors)
+        return tuple(e.id for e in self.endpoints if actor in e.actors and self.lives(e.id))
 
     def reporters(self) -> frozenset[tuple[str, int]]:
         """(actor, endpoint) of those who answer the coordinator's probes."""
         return frozenset(
             (actor, e.id)
             for e in self.endpoints
-            if LEADER in e.roles or MASTER in e.roles
+            if (LEADER in e.roles or MASTER in e.roles) and self.lives(e.id)
             for actor in REPORTERS
             if actor in e.actors
         )
@@ -248,7 +272,7 @@ class Topology:
             near |= {e for e in self.endpoints if e.group == me.group or HTTP in e.roles}
         elif MOVER in me.roles:  # its leader waits for what it has moved
             near.add(self.leader(me.group))
-        return tuple(e for e in self.endpoints if e in near and e.id != number)
+        return tuple(e for e in self.endpoints if e in near and e.id != number and self.lives(e.id))
 
     def served_here(self, number: int) -> tuple[str, ...]:
         """Actors of an endpoint to which only actors of the same endpoint have something to say.
@@ -259,7 +283,7 @@ class Topology:
             return ()
         if self[number] != self.coordinator:
             return ("runner",)
-        if len(self.groups) == 1:
+        if not self.balanced:
             return ("runner", "detokenizer", "tokenizer")
         return ("runner", "scheduler", "grammar")
 
@@ -278,21 +302,27 @@ class Topology:
 
     def replaced_by(self, changed: Endpoint) -> Topology:
         """The same with another description of the endpoint of this number."""
-        return Topology(tuple(changed if e.id == changed.id else e for e in self.endpoints))
+        endpoints = (changed if e.id == changed.id else e for e in self.endpoints)
+        return replace(self, endpoints=tuple(endpoints))
 
     def replaced(self, number: int, by: Endpoint | None) -> Topology:
         """The same without one endpoint, and with another, if there is one."""
         left = tuple(e for e in self.endpoints if e.id != number)
-        return Topology(left if by is None else (*left, by))
+        return replace(self, endpoints=left if by is None else (*left, by))
 
-    def to_plain(self) -> list[dict[str, object]]:
+    def without(self, group: int) -> Topology:
+        """The same with one group lost."""
+        return replace(self, lost=(*self.lost, group))
+
+    def to_plain(self) -> dict[str, object]:
         """For JSON."""
-        return [asdict(e) for e in self.endpoints]
+        return asdict(self)
 
     @staticmethod
-    def from_plain(plain: list[dict[str, Any]]) -> Topology:
+    def from_plain(plain: dict[str, Any]) -> Topology:
         """The inverse of ``to_plain``."""
-        return Topology(tuple(Endpoint(**{**e, "roles": tuple(e["roles"])}) for e in plain))
+        endpoints = (Endpoint(**{**e, "roles": tuple(e["roles"])}) for e in plain["endpoints"])
+        return Topology(tuple(endpoints), tuple(plain["lost"]))
 
 
 def http_worker(number: int) -> Endpoint:

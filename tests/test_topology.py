@@ -148,7 +148,25 @@ def test_another_takes_the_place_of_one_and_no_number_comes_again() -> None:
 
 
 def test_it_survives_json() -> None:
-    assert Topology.from_plain(json.loads(json.dumps(NODES.to_plain()))) == NODES
+    for topology in (NODES, NODES.without(1)):
+        assert Topology.from_plain(json.loads(json.dumps(topology.to_plain()))) == topology
+
+
+def test_nobody_talks_to_a_lost_group_and_all_keep_their_names() -> None:
+    whole = Topology.on_one_node(tp=4, http=2, dp=2)
+    assert [whole.expendable(group) for group in (0, 1, 2)] == [False, True, False]
+    left = whole.without(1)
+    assert not left.expendable(1)
+    assert (left.groups, left.lost) == ((0,), (1,))
+    assert left.placed("scheduler") == (0,)
+    assert left.intake("scheduler") == ("balancer", 0), "requests still come to it"
+    assert {endpoint for _, endpoint in left.reporters()} == {0}
+    assert [e.id for e in left.peers(0)] == [1, 4]
+    assert left.watched(0) == {1, 4}
+    assert left.served_here(0) == whole.served_here(0)
+    assert [left.name(e.id) for e in left.endpoints] == [whole.name(e.id) for e in whole.endpoints]
+    assert left.at(4, "ipc://x").replaced(4, None).lost == (1,)
+    assert not Topology.on_one_node(tp=2, dp=2, in_step=True).expendable(1)
 
 
 # -- what processes must have in common ------------------------------------------------------------

@@ -6,29 +6,39 @@ what it would pass on goes straight to the leader.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from typing import assert_never
 
-from asyncllm.actors.base import Actor
+from asyncllm.actors.base import Actor, Ref
+from asyncllm.codec import INT64
 from asyncllm.core import balancing
+from asyncllm.core.request import Reason
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     MAX_COUNT,
     Abort,
+    Again,
     Begin,
     Compile,
+    Finished,
     Gone,
+    GroupGone,
+    Orphaned,
     Progress,
     StopHit,
     Submit,
 )
 
-Inbox = Submit | Abort | StopHit | Begin | Compile | Progress | Gone
+Inbox = Submit | Abort | StopHit | Begin | Compile | Progress | Gone | GroupGone | Again
 
 
 class Balancer(Actor[Inbox]):
     """One per server, on the coordinator, between those who take requests and the leaders.
 
-    All that is said about a request comes this way, so it reaches the leader in order.
+    All that is said about a request comes this way, so it reaches the leader in order. The requests
+    of a group that is lost are orphans: the detokenizers say of which no token has come, and those
+    are given to other groups.
 
     Args:
         policy, num_slots, together: see ``core.balancing.Balancer``.
@@ -36,7 +46,7 @@ class Balancer(Actor[Inbox]):
             has done already.
     """
 
-    remote = frozenset({Submit, Abort, StopHit, Begin, Compile, Progress})
+    remote = frozenset({Submit, Abort, StopHit, Begin, Compile, Progress, Again})
 
     def __init__(
         self,
@@ -51,13 +61,15 @@ class Balancer(Actor[Inbox]):
         self._policy, self._num_slots, self._together = policy, num_slots, together
         self._vocab_size, self._max_len = vocab_size, max_len
         self._gone: set[int] = set()  # endpoints whose processes have ended
+        self._submitted: dict[int, Submit] = {}  # of requests that have not ended
+        self._orphans: dict[int, Submit] = {}
         self.core: balancing.GroupBalancer
 
     def started(self) -> None:
         topology = self.system.topology
         leaders = [topology.leader(group).id for group in topology.groups]
+        self._group_of = {leader: group for group, leader in enumerate(leaders)}  # that live
         self._schedulers = [self.system.ref("scheduler", e) for e in leaders]
-        self._grammars = [self.system.ref("grammar", e) for e in leaders]
         self.core = balancing.GroupBalancer(
             len(leaders), self._policy, num_slots=self._num_slots, together=self._together
         )
@@ -70,16 +82,28 @@ class Balancer(Actor[Inbox]):
                 case Abort() | StopHit() | Begin():
                     if (group := self.core.group_of(msg.rid)) is not None:
                         self._schedulers[group].tell(msg, urgent=True)
+                    elif isinstance(msg, Abort) and msg.rid in self._orphans:
+                        del self._orphans[msg.rid]
+                        self._detokenizer(msg.rid).tell(Finished(msg.rid, Reason.ABORT))
                 case Compile():  # a request with it may come to any group
-                    for grammar in self._grammars:
-                        grammar.tell(msg)
-                case Progress(begun, ended):
-                    self.core.began(begun)
-                    self.core.ended(ended)
+                    for leader in self._group_of:
+                        self.system.ref("grammar", leader).tell(msg)
+                case Progress(leader, begun, ended):
+                    if leader in self._group_of:
+                        self.core.began(begun)
+                        self._ended(ended)
                 case Gone(endpoint):
                     self._gone.add(endpoint)
                     # the schedulers are told by the watchdog, and tell nobody
-                    self.core.ended([r for r in self.core.rids if r >> FRONTEND_SHIFT == endpoint])
+                    theirs = [*self.core.rids, *self._orphans]
+                    self._ended([rid for rid in theirs if rid >> FRONTEND_SHIFT == endpoint])
+                case GroupGone(_, endpoint, why):
+                    self._lose(self._group_of.pop(endpoint), why)
+                case Again(rids, over):
+                    self._ended(over)
+                    for rid in rids:
+                        if (submit := self._orphans.pop(rid, None)) is not None:
+                            self._submit(submit)
                 case _:
                     assert_never(msg)
 
@@ -99,4 +123,21 @@ class Balancer(Actor[Inbox]):
         group = self.core.place(
             msg.rid, msg.prompt, after=msg.after, cached=msg.params.shares_prefix
         )
+        self._submitted[msg.rid] = msg
         self._schedulers[group].tell(msg)
+
+    def _ended(self, rids: Iterable[int]) -> None:
+        self.core.ended(rids)
+        for rid in rids:
+            self._submitted.pop(rid, None)
+            self._orphans.pop(rid, None)
+
+    def _lose(self, group: int, why: str) -> None:
+        orphans = {rid: self._submitted.pop(rid) for rid in self.core.lose(group)}
+        self._orphans |= orphans
+        for endpoint in sorted({rid >> FRONTEND_SHIFT for rid in orphans}):
+            rids = array(INT64, [rid for rid in orphans if rid >> FRONTEND_SHIFT == endpoint])
+            self._detokenizer(rids[0]).tell(Orphaned(rids, why))
+
+    def _detokenizer(self, rid: int) -> Ref:
+        return self.system.ref("detokenizer", rid >> FRONTEND_SHIFT)

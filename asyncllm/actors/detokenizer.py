@@ -13,18 +13,28 @@ from time import perf_counter
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
-from asyncllm.codec import INT32
+from asyncllm.codec import INT32, INT64
 from asyncllm.core.detokenize import TextStream
 from asyncllm.core.request import Reason
 from asyncllm.core.stops import SequenceFinder, Stops
-from asyncllm.messages import Delta, Finished, Flush, Follow, StopHit, Tokens
-from asyncllm.records import Logprobs
+from asyncllm.messages import (
+    Again,
+    Delta,
+    Finished,
+    Flush,
+    Follow,
+    GroupGone,
+    Orphaned,
+    StopHit,
+    Tokens,
+)
+from asyncllm.records import Failure, Logprobs
 from asyncllm.text import Text
 
 BUDGET_S = 0.0005  # one turn, so that a launch never waits longer for the loop
 LOOK_EVERY = 4  # streams between two looks at the clock
 
-Inbox = Follow | Tokens | Finished | Flush
+Inbox = Follow | Tokens | Finished | Flush | GroupGone | Orphaned
 
 
 class Detokenizer(Actor[Inbox]):
@@ -36,6 +46,7 @@ class Detokenizer(Actor[Inbox]):
     """
 
     remote = frozenset({Tokens, Finished})
+    orders = frozenset({GroupGone, Orphaned})
 
     def __init__(self, text: Text, *, budget_s: float = BUDGET_S) -> None:
         super().__init__("detokenizer")
@@ -43,6 +54,7 @@ class Detokenizer(Actor[Inbox]):
         self._streams: dict[int, _Stream] = {}
         self._news: deque[_Stream] = deque()
         self._posted = False  # a Flush is on its way
+        self._lost = set[int]()  # leaders of lost groups; what they still say does not count
         self._special = {text.decode([i]): i for i in text.special}
 
     @property
@@ -53,20 +65,28 @@ class Detokenizer(Actor[Inbox]):
     def started(self) -> None:
         self.frontend = self.system.ref("frontend")
         self.scheduler = self.system.at_intake("scheduler")
+        topology = self.system.topology
+        self._lost = {topology.leader(group).id for group in topology.lost}
 
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
             match msg:
                 case Tokens():
-                    self._append(msg)
+                    if msg.endpoint not in self._lost:
+                        self._append(msg)
                 case Finished():
-                    self._finish(msg)
+                    if msg.endpoint not in self._lost:
+                        self._finish(msg)
                 case Follow():
                     self._streams[msg.rid] = _Stream(
                         msg, self._text, self._special, self._shown(msg)
                     )
                 case Flush():
                     self._posted = False
+                case GroupGone(_, endpoint):
+                    self._lost.add(endpoint)
+                case Orphaned(rids, why):
+                    self._orphaned(rids, why)
                 case _:
                     assert_never(msg)
         self._turn()
@@ -75,6 +95,21 @@ class Detokenizer(Actor[Inbox]):
         if stream := self._streams.get(end.rid):
             stream.finished = end
             self._mark(stream)
+
+    def _orphaned(self, rids: array[int], why: str) -> None:
+        """Of those that can be begun again nobody has seen anything."""
+        again, over = array(INT64), array(INT64)
+        for rid in rids:
+            if (stream := self._streams.get(rid)) is None or stream.has_begun:
+                over.append(rid)
+            else:
+                again.append(rid)
+        self.scheduler.tell(Again(again, over), urgent=True)
+        for rid in over:
+            if (stream := self._streams.get(rid)) is not None and stream.finished is None:
+                detail = f"the ranks that generated this answer are lost ({why}); try again"
+                failure = Failure(detail, "group_lost", 503)
+                self._finish(Finished(rid, Reason.ERROR, failure))
 
     def _append(self, msg: Tokens) -> None:
         streams, logprobs = self._streams, msg.logprobs
@@ -131,6 +166,7 @@ class _Stream:
     """One request's way from ids to text."""
 
     __slots__ = (
+        "begun",
         "blocks",
         "covered",
         "ends",
@@ -159,6 +195,7 @@ class _Stream:
         self.rid, self.pieces = follow.rid, text.pieces
         self.healed = follow.healed  # text of the prompt that is to be said again
         self.covered = len(follow.healed.decode())  # characters of it
+        self.begun = False  # some of it has been said again
         self.print_eos, self.shown = follow.print_eos, shown
         self.text: TextStream = text.stream(follow.prompt_tail, follow.skip_special_tokens)
         self.stops = Stops(follow.stop, special) if follow.stop else None
@@ -175,10 +212,15 @@ class _Stream:
         self.num_tokens = 0  # passed on so far
         self.stopped_at = -1  # number of tokens that brought a stop string or sequence
 
+    @property
+    def has_begun(self) -> bool:
+        """Something of an answer has come."""
+        return bool(self.begun or self.num_tokens or self.ids or self.prompt or self.finished)
+
     def repeats(self, token: int) -> bool:
         """The token says only what the prompt says already: it counts for nothing."""
         size, left = len(self.pieces[token]), len(self.healed)
-        self.healed = self.healed[size:]
+        self.healed, self.begun = self.healed[size:], True
         if size <= left:
             self._uncovered(self.text.push(token))
         return size <= left

@@ -45,6 +45,7 @@ from asyncllm.messages import (
     Drain,
     Drained,
     Finished,
+    GroupGone,
     NodesTold,
     RequestServed,
     Scrape,
@@ -59,7 +60,17 @@ log = logging.getLogger(__name__)
 
 Told = Counted | Scraped | NodesTold  # in reply to a question of this actor
 Inbox = (
-    Accepted | Delta | Finished | Counted | Scraped | NodesTold | Started | Drain | Cancel | Serving
+    Accepted
+    | Delta
+    | Finished
+    | Counted
+    | Scraped
+    | NodesTold
+    | Started
+    | Drain
+    | Cancel
+    | Serving
+    | GroupGone
 )
 
 LOOK_EVERY = 4  # streams written between two looks at the clock
@@ -81,7 +92,7 @@ class Frontend(Actor[Inbox]):
 
     # a step may bring a Delta and a Finished for each live request, several steps may wait
     capacity = 65536
-    orders = frozenset({Started, Drain, Scraped, Cancel, Serving, NodesTold})
+    orders = frozenset({Started, Drain, Scraped, Cancel, Serving, NodesTold, GroupGone})
 
     def __init__(
         self,
@@ -101,6 +112,7 @@ class Frontend(Actor[Inbox]):
         self.info, self.place = info or {}, place or Place()
         self.serving = self.draining = False
         self.lacks = "it has just started" if self.place.asks else ""  # why nothing can be served
+        self.lost_groups: list[int] = []
         self._vocab, self._sockets, self._on_open = vocab, sockets, on_open
         self._counter = 0
         self._exchanges: set[Exchange] = set()
@@ -119,6 +131,8 @@ class Frontend(Actor[Inbox]):
         self._tokenizer = self.system.ref("tokenizer")
         self._watchdog = self.system.at_coordinator("watchdog")
         self._place = self.system.at_coordinator(self.place.asks)
+        for group in self.system.topology.lost:
+            self._lose(group)
 
     def receive(self, batch: list[Inbox]) -> None:
         """Render everything first, then write once per stream."""
@@ -144,6 +158,8 @@ class Frontend(Actor[Inbox]):
                     self.spawn(self._serve())
                 case Cancel():
                     self._cancel(msg.request_id)
+                case GroupGone(group):
+                    self._lose(group)
                 case Drain():
                     self.draining = True
                     self._say_drained()
@@ -340,6 +356,15 @@ class Frontend(Actor[Inbox]):
         return self.serving and not self.draining and not self.lacks
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _lose(self, group: int) -> None:
+        """There is room for fewer requests, now that a group is lost."""
+        if group not in self.lost_groups:
+            self.lost_groups.append(group)
+        topology = self.system.topology
+        every = len({*topology.groups, *topology.lost})
+        left = every - len(self.lost_groups)
+        self._admission.max_running = self.limits.max_running * left // every
 
     def _give_rids(self, exchange: Exchange) -> None:
         """One for each choice, in order."""

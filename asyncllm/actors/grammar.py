@@ -128,7 +128,8 @@ class GrammarKeeper(Actor[Inbox]):
         self._start_some()
 
     def _answer(self, msg: Compile, failure: Failure | None) -> None:
-        self.system.ref(self._asks, msg.endpoint).tell(Compiled(msg.job, failure))
+        answer = Compiled(msg.job, failure, self.system.endpoint)
+        self.system.ref(self._asks, msg.endpoint).tell(answer)
 
     def _busy(self, client: int) -> Failure:
         places = self._places

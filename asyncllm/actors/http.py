@@ -43,6 +43,7 @@ from asyncllm.api.tgi import request as tgi
 from asyncllm.api.tgi.reply import TgiReply
 from asyncllm.core.metrics import REFUSED
 from asyncllm.errors import RequestError
+from asyncllm.plain import JsonObject
 from asyncllm.records import Failure
 
 if TYPE_CHECKING:
@@ -323,12 +324,18 @@ class Routes:
         return _json(b'{"status":"ok"}')
 
     async def _readiness(self, request: web.Request) -> web.StreamResponse:
-        ok = self._front.ready
-        return _json(b'{"status":"ok"}' if ok else b'{"status":"not ready"}', 200 if ok else 503)
+        return self._told("status", "ok", "not ready", self._front.ready)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        ok = self._front.serving and not self._front.draining
-        return _json(b'{"message":"Ok"}' if ok else b'{"message":"Error"}', 200 if ok else 503)
+        front = self._front
+        return self._told("message", "Ok", "Error", front.serving and not front.draining)
+
+    def _told(self, name: str, good: str, bad: str, ok: bool) -> web.Response:
+        """With the groups that are lost, if any."""
+        body: JsonObject = {name: good if ok else bad}
+        if lost := self._front.lost_groups:
+            body["lost_groups"] = [*lost]
+        return _json(sse.body(body), 200 if ok else 503)
 
     async def _cluster(self, request: web.Request) -> web.StreamResponse:
         """Where nodes connect; whoever asks may know, since only those with the secret get in."""

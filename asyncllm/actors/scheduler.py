@@ -432,17 +432,18 @@ class Scheduler(Actor[Inbox]):
 
     def _publish(self) -> None:
         for emitted, scores in self._unpublished:
-            for endpoint, tokens in pack_tokens(emitted, scores):
+            for endpoint, tokens in pack_tokens(emitted, scores, self.system.endpoint):
                 if endpoint not in self._gone:
                     self._read(endpoint).tell(tokens)
         self._unpublished.clear()
         begun, ended = self.core.begun, self.core.ended
         for end in ended:
             if (endpoint := end.rid >> FRONTEND_SHIFT) not in self._gone:
-                self._read(endpoint).tell(end)
+                told = replace(end, endpoint=self.system.endpoint) if self._balanced else end
+                self._read(endpoint).tell(told)
         if self._balanced and (begun or ended):
             rids = array(INT64, begun), array(INT64, [end.rid for end in ended])
-            self._balancer.tell(Progress(*rids))
+            self._balancer.tell(Progress(self.system.endpoint, *rids))
         begun.clear()
         ended.clear()
         core = self.core
@@ -479,24 +480,30 @@ class Scheduler(Actor[Inbox]):
         )
 
 
-def pack_tokens(emitted: Emitted, scores: Sequence[PromptScores]) -> list[tuple[int, Tokens]]:
-    """A step's results as one message per frontend endpoint."""
+def pack_tokens(
+    emitted: Emitted, scores: Sequence[PromptScores], leader: int = 0
+) -> list[tuple[int, Tokens]]:
+    """A step's results as one message per frontend endpoint; ``leader``: whose they are."""
     done = emitted.step.result
     assert done is not None
     endpoints = {rid >> FRONTEND_SHIFT for rid in emitted.rids}
     if len(endpoints) == 1 and not scores:
         (endpoint,) = endpoints
-        return [(endpoint, _pack(done, emitted, range(len(emitted.rows)), ()))]
+        return [(endpoint, _pack(done, emitted, range(len(emitted.rows)), (), leader))]
     out = []
     for endpoint in sorted(endpoints | {rid >> FRONTEND_SHIFT for rid, _ in scores}):
         mine = [i for i, rid in enumerate(emitted.rids) if rid >> FRONTEND_SHIFT == endpoint]
         own_scores = tuple(s for s in scores if s[0] >> FRONTEND_SHIFT == endpoint)
-        out.append((endpoint, _pack(done, emitted, mine, own_scores)))
+        out.append((endpoint, _pack(done, emitted, mine, own_scores, leader)))
     return out
 
 
 def _pack(
-    done: StepDone, emitted: Emitted, mine: Sequence[int], scores: tuple[PromptScores, ...]
+    done: StepDone,
+    emitted: Emitted,
+    mine: Sequence[int],
+    scores: tuple[PromptScores, ...],
+    leader: int,
 ) -> Tokens:
     """``mine`` indexes the emitted columns; a range: it is all of them."""
     rids, tokens, ends = emitted.rids, emitted.tokens, bytes(emitted.ends)
@@ -508,5 +515,11 @@ def _pack(
     if logprobs is not None and len(mine) != len(done.tokens):
         logprobs = logprobs.pick([emitted.rows[i] for i in mine])
     return Tokens(
-        step=done.step, rids=rids, tokens=tokens, ends=ends, logprobs=logprobs, prompt=scores
+        step=done.step,
+        rids=rids,
+        tokens=tokens,
+        ends=ends,
+        logprobs=logprobs,
+        prompt=scores,
+        endpoint=leader,
     )

@@ -116,9 +116,10 @@ class ActorSystem:
             for peer in topology.peers(self.endpoint):
                 if peer.address and not wire.knows(peer.id):
                     wire.connect(peer.id, peer.address)
-            for gone in self.topology.endpoints:
-                if gone.id not in topology:
-                    wire.disconnect(gone.id)
+            left = {peer.id for peer in topology.peers(self.endpoint)}
+            for peer in self.topology.peers(self.endpoint):
+                if peer.id not in left:
+                    wire.disconnect(peer.id)
         self.topology = topology
 
     def reject(self, msg: Message, why: str) -> None:

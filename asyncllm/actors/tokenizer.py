@@ -35,6 +35,7 @@ from asyncllm.messages import (
     Counted,
     Finished,
     Follow,
+    GroupGone,
     Prepared,
     Submit,
     Tokenize,
@@ -54,7 +55,7 @@ COUNT_S = 5.0  # what has waited longer to be counted has been given up (Limits.
 LIMIT_FLAG = "--max_req_total_len"
 INPUT_FLAG = "--max_req_input_len"
 
-Inbox = Tokenize | Abort | Count | Prepared | Compiled
+Inbox = Tokenize | Abort | Count | Prepared | Compiled | GroupGone
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +69,7 @@ class _Job:
     ids: array[int] = field(default_factory=lambda: array(INT32))  # once they are known
     cut: bool = False  # there were more before some were left out
     dropped: int = 0  # tokens at their end that the output spells anew
-    compiling: int = 0  # groups whose grammar is not ready
+    compiling: set[int] = field(default_factory=set)  # leaders whose grammar is not ready
     params: SamplingParams = field(
         default_factory=SamplingParams
     )  # with max_new_tokens, of a Tokenize
@@ -111,6 +112,7 @@ class Tokenizer(Actor[Inbox]):
     """
 
     remote = frozenset({Compiled})
+    orders = frozenset({GroupGone})
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class Tokenizer(Actor[Inbox]):
         self.detokenizer = self.system.ref("detokenizer")
         self.scheduler = self.system.at_intake("scheduler")
         self.grammar = self.system.at_intake("grammar")
-        self._num_grammars = len(self.system.topology.placed("grammar"))
+        self._leaders = frozenset(self.system.topology.placed("grammar"))
         if self._text.templates:
             self._renderer.start()
 
@@ -169,6 +171,10 @@ class Tokenizer(Actor[Inbox]):
                     self._prepared(msg)
                 case Compiled():
                     self._compiled(msg)
+                case GroupGone(_, endpoint):
+                    self._leaders -= {endpoint}
+                    for number, job in [*self._jobs.items()]:
+                        self._compiled_at(endpoint, number, job)
                 case _:
                     assert_never(msg)
 
@@ -301,15 +307,21 @@ class Tokenizer(Actor[Inbox]):
             self._answer(msg.job, job, msg.ids)
 
     def _compiled(self, msg: Compiled) -> None:
-        if (job := self._jobs.get(msg.job)) is None or not job.compiling:
+        if (job := self._jobs.get(msg.job)) is None or msg.endpoint not in job.compiling:
             return
-        job.compiling -= 1
-        if msg.failure is None and job.compiling:
-            return  # the request may come to any group
+        if msg.failure is None:
+            self._compiled_at(msg.endpoint, msg.job, job)
+            return
         self._forget(msg.job, job)
-        if msg.failure is not None:
-            self._refuse(job, msg.failure)
-        else:
+        self._refuse(job, msg.failure)
+
+    def _compiled_at(self, leader: int, number: int, job: _Job) -> None:
+        """It may be submitted when all leaders are ready: it may come to any group."""
+        if leader not in job.compiling:
+            return
+        job.compiling.discard(leader)
+        if not job.compiling:
+            self._forget(number, job)
             assert isinstance(job.msg, Tokenize)
             self._submit(job, job.msg)
 
@@ -426,7 +438,7 @@ class Tokenizer(Actor[Inbox]):
         job.dropped = self._to_heal(ids, job.params) if msg.text is not None else 0
         if params.grammar is not None:
             kind, source = params.grammar
-            job.compiling = self._num_grammars
+            job.compiling = set(self._leaders)
             self.grammar.tell(
                 Compile(
                     endpoint=self.system.endpoint,

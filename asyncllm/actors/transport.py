@@ -363,9 +363,9 @@ class _Out:
         self._sock.close()
 
     def drop(self) -> None:
-        """Close, without what waits."""
+        """Close, without what waits here."""
         self._box.stop(flush=False)
-        self._sock.close(0)
+        self._sock.close()  # what it was handed has LINGER_MS
 
 
 @cache

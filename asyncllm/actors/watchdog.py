@@ -14,13 +14,13 @@ import os
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TypeVar, assert_never
+from typing import assert_never
 
 from asyncllm.actors.base import Actor
-from asyncllm.core.metrics import Process, ServerMetrics, State, describe_slots
+from asyncllm.core.metrics import Process, ServerMetrics, State, Stats, describe_slots, gather
 from asyncllm.errors import Mismatch, PeerLost
 from asyncllm.log import Seldom
 from asyncllm.messages import (
@@ -30,6 +30,8 @@ from asyncllm.messages import (
     Drain,
     Drained,
     Gone,
+    GroupGone,
+    GroupLost,
     Halt,
     Hello,
     Lost,
@@ -58,6 +60,7 @@ Inbox = (
     | Welcome
     | Cancel
     | Replaced
+    | GroupLost
     | Lost
     | Drain
     | Drained
@@ -69,8 +72,6 @@ Inbox = (
     | RunnerStats
     | DirectorStats
 )
-Stats = SchedulerStats | AllocatorStats | RunnerStats | DirectorStats
-S = TypeVar("S", SchedulerStats, AllocatorStats, RunnerStats, DirectorStats)
 REPORTER: dict[type[Stats], str] = {
     SchedulerStats: "scheduler",
     AllocatorStats: "allocator",
@@ -188,9 +189,10 @@ class Watchdog(Actor[Inbox]):
         self._leads = me == topology.coordinator.id
         if self._leads:
             several = REPORTER if len(topology.groups) > 1 else ()  # other leaders have numbers too
-            stops = (Drain,) if len(topology.nodes) > 1 else ()  # the signal may come on any node
+            # a signal may come, and a group may be lost, on any node
+            nodes = (Drain, GroupLost) if len(topology.nodes) > 1 else ()
             self.remote = frozenset(
-                {Hello, Cancel, Drained, Scrape, RequestServed, *several, *stops}
+                {Hello, Cancel, Drained, Scrape, RequestServed, *several, *nodes}
             )
             self._absent = {e.id for e in topology.endpoints} - {me}
         else:
@@ -228,8 +230,10 @@ class Watchdog(Actor[Inbox]):
                         self.system.ref("frontend", endpoint).tell(msg)
                 case Replaced():
                     self._replaced(msg)
-                case Lost():
-                    raise PeerLost("the server has failed")
+                case GroupLost(group, why):
+                    self._lose(group, why)
+                case Lost(why):
+                    raise PeerLost(why)
                 case Drain(timeout_s):
                     self._drain(timeout_s)
                 case Drained(who, endpoint):
@@ -344,6 +348,32 @@ class Watchdog(Actor[Inbox]):
             self._absent.add(msg.by.id)
         self._drained("frontend", msg.endpoint)
 
+    def _lose(self, group: int, why: str) -> None:
+        """The server goes on without a group, or ends.
+
+        Raises:
+            PeerLost: it cannot go on.
+        """
+        topology = self.system.topology
+        if group in topology.lost:
+            return
+        if not (self._open and topology.expendable(group)):
+            raise PeerLost(why)
+        system, left = self.system, topology.without(group)
+        living, every = len(left.groups), len(left.groups) + len(left.lost)
+        log.error("group %d is lost: %s; %d of %d groups serve", group, why, living, every)
+        leader = topology.leader(group).id
+        for rank in topology.group(group):
+            system.ref("watchdog", rank.id).tell(Lost(f"its group is lost: {why}"), urgent=True)
+            self._means.kill(rank.id)
+            self._heard.pop(rank.id, None)
+        system.join(left)
+        self._welcome(*self._heard)
+        for name in ("balancer", "tokenizer", "detokenizer", "frontend"):
+            for endpoint in left.placed(name):
+                system.ref(name, endpoint).tell(GroupGone(group, leader, why), urgent=True)
+        self._drained("scheduler", leader)
+
     def _watch_forever(self) -> None:
         while not self._ended.wait(min(self._means.watch_s, self._duty.heartbeat_s)):
             self._means.beat(self.system.endpoint, self._means.clock())
@@ -385,7 +415,9 @@ class Watchdog(Actor[Inbox]):
     def _silent(self, peer: int, seconds: float) -> None:
         topology = self.system.topology
         what = f"{topology.name(peer)} has been silent for {seconds:.1f} s (--dead_after)"
-        if not topology[peer].replaceable:
+        group = topology[peer].group
+        spared = topology.expendable(group) and group != topology[self.system.endpoint].group
+        if not (topology[peer].replaceable or (spared and (self._open or not self._leads))):
             raise PeerLost(what)
         log.error("%s: it is killed", what)
         del self._heard[peer]
@@ -476,7 +508,7 @@ class Watchdog(Actor[Inbox]):
         self._probe = None
         topology = self.system.topology
         reports = {group: self._reports_of(group) for group in topology.groups}
-        state = gather(reports, len(probe.silent))
+        state = gather(reports, len(probe.silent), topology.lost)
         directors = [each for each in self._reports.values() if isinstance(each, DirectorStats)]
         if directors:
             state = replace(state, director=directors[0])
@@ -562,37 +594,3 @@ class _Probe:
     log: bool
     deadline: float
     silent: set[tuple[str, int]]  # (actor, endpoint) of those who have not answered
-
-
-def gather(reports: Mapping[int, Collection[Stats]], silent: int) -> State:
-    """All groups together: their counts added up, the times of the slowest.
-
-    Args:
-        reports: of each group's leader.
-        silent: number of those whose report is an older one, or missing.
-    """
-    groups = {
-        group: State(
-            _merged(SchedulerStats, some), _merged(AllocatorStats, some), _merged(RunnerStats, some)
-        )
-        for group, some in reports.items()
-    }
-    every = [report for some in reports.values() for report in some]
-    return State(
-        _merged(SchedulerStats, every),
-        _merged(AllocatorStats, every),
-        _merged(RunnerStats, every),
-        silent_reporters=silent,
-        groups=groups,
-    )
-
-
-def _merged(kind: type[S], reports: Collection[Stats]) -> S:
-    """Counts are ints, times are floats."""
-    mine = [report for report in reports if isinstance(report, kind)]
-    merged = kind()
-    for name in (f.name for f in fields(kind) if f.name not in ("query", "endpoint")):
-        values = [getattr(report, name) for report in mine]
-        most = isinstance(getattr(merged, name), float)
-        setattr(merged, name, max(values, default=0.0) if most else sum(values))
-    return merged

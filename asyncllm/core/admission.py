@@ -104,12 +104,15 @@ class Admission:
     Args:
         max_running: places in the batch.
         max_waiting: places in the queue.
+
+    Attributes:
+        max_running: as above; it may change.
     """
 
     def __init__(
         self, *, max_running: int, max_waiting: int, clock: Callable[[], float] = monotonic
     ) -> None:
-        self._max_running, self._clock = max_running, clock
+        self.max_running, self._clock = max_running, clock
         self._waiting = Shares(max_waiting)
         self._begun = 0
         self._rate = ServiceRate(max_running, clock())
@@ -121,14 +124,14 @@ class Admission:
             RequestError: 400, there are not as many places. ServerBusy: 429, not now.
         """
         waiting = self._waiting
-        most = self._max_running + waiting.most
+        most = self.max_running + waiting.most
         if wanted > most:
             raise RequestError(
                 f"n: {wanted} choices in one request, at most {most} may run or wait {LIMITS}",
                 param="n",
                 code="invalid_value",
             )
-        extra = max(self._max_running - self._begun, 0)
+        extra = max(self.max_running - self._begun, 0)
         if wanted > waiting.room(client, extra):
             raise ServerBusy(self._refusal(client, wanted))
         waiting.take(client, wanted)
@@ -152,12 +155,12 @@ class Admission:
     def retry_after_s(self) -> int:
         """When those that wait now have been served, 1 to 60 s."""
         self._pass_time()
-        queued = self._begun + self._waiting.total - self._max_running
+        queued = self._begun + self._waiting.total - self.max_running
         return min(max(math.ceil(self._rate.seconds_for(max(queued, 1))), 1), MOST_S)
 
     def _pass_time(self) -> None:
         live = self._waiting.total + self._begun
-        self._rate.pass_time(self._clock(), min(live / max(self._max_running, 1), 1.0))
+        self._rate.pass_time(self._clock(), min(live / max(self.max_running, 1), 1.0))
 
     def _refusal(self, client: int, wanted: int) -> str:
         waiting, again = self._waiting, f"try again in {self.retry_after_s()} s"
@@ -167,5 +170,5 @@ class Admission:
                 f"this client has {mine} choices waiting and asks for {wanted} more: one may hold "
                 f"{waiting.half} places, half of --max_waiting, while others wait; {again}"
             )
-        most = self._max_running + waiting.most
+        most = self.max_running + waiting.most
         return f"{live} choices are being generated or wait, at most {most} may {LIMITS}; {again}"

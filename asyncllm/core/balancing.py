@@ -114,6 +114,7 @@ class GroupBalancer:
     ) -> None:
         self._policy, self._together = policy, together
         self._requests: dict[int, _Request] = {}
+        self._groups: list[int] = [*range(num_groups)]  # without those that are lost
         self._num = [0] * num_groups
         self._waiting = [0] * num_groups  # tokens
         self._running = [0] * num_groups
@@ -137,6 +138,13 @@ class GroupBalancer:
         """Where a request is; None: it has ended, or never was."""
         return request.group if (request := self._requests.get(rid)) else None
 
+    def lose(self, group: int) -> list[int]:
+        """Give it nothing any more; the requests that it had, which are forgotten."""
+        self._groups.remove(group)
+        rids = [rid for rid, request in self._requests.items() if request.group == group]
+        self.ended(rids)
+        return rids
+
     def place(self, rid: int, prompt: array[int], *, after: int = -1, cached: bool = True) -> int:
         """The group of a new request.
 
@@ -146,7 +154,7 @@ class GroupBalancer:
         """
         spans = spans_of(prompt) if cached and self._policy == CACHE_AWARE else []
         common = [seen.common(spans) for seen in self._seen]
-        first = self._requests.get(after) if self._together else None
+        first = self._requests.get(after) if self._together else None  # never in a lost group
         group = self._choose(len(prompt), common) if first is None else first.group
         self._seen[group].add(spans)
         request = _Request(group, len(prompt) - min(common[group], len(prompt) - 1))
@@ -174,7 +182,7 @@ class GroupBalancer:
 
     def _choose(self, prompt_len: int, common: Sequence[int]) -> int:
         num, turn = len(self._num), self._next
-        least, worth = min(self._num), min(WORTH, prompt_len / 2)
+        least, worth = min(self._num[g] for g in self._groups), min(WORTH, prompt_len / 2)
 
         def rank(group: int) -> tuple[int, ...]:
             after_turn = (group - turn) % num
@@ -189,6 +197,6 @@ class GroupBalancer:
                     load = self._waiting[group] + self._running[group]
                     return crowded, -known, load, after_turn
 
-        group = min(range(num), key=rank)
+        group = min(self._groups, key=rank)
         self._next = (group + 1) % num
         return group

@@ -7,9 +7,10 @@ an honest meaning here (``lightllm_``, with the label ``model_name``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
+from typing import TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -33,6 +34,10 @@ LENGTH_BUCKETS = tuple(2**k for k in range(21))
 LIGHTLLM_BUCKETS = tuple(0.0015 * 1.5**k for k in range(35))
 
 
+Stats = SchedulerStats | AllocatorStats | RunnerStats | DirectorStats
+S = TypeVar("S", SchedulerStats, AllocatorStats, RunnerStats, DirectorStats)
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """What schedulers, allocators and runners hold, together and in each group; or a director."""
@@ -43,10 +48,11 @@ class State:
     director: DirectorStats = field(default_factory=DirectorStats)
     silent_reporters: int = 0
     groups: Mapping[int, State] = field(default_factory=dict)
+    lost_groups: Collection[int] = ()
 
     @property
     def load(self) -> Load:
-        """For ``/token_load``."""
+        """All together."""
         slots = self.allocator
         return Load(
             used=slots.used,
@@ -61,11 +67,51 @@ class State:
 
     @property
     def loads(self) -> tuple[Load, ...]:
-        """Of each group; of a master that of its decode nodes together."""
+        """Of each group, full where it is lost; of a master that of its decode nodes together."""
         if nodes := self.director.total:
             used = self.director.used
             return (Load(used=used, expected=used, total=nodes),)
-        return tuple(group.load for group in self.groups.values())
+        lost = dict.fromkeys(self.lost_groups, Load(used=1, expected=1, total=1))
+        loads = lost | {group: state.load for group, state in self.groups.items()}
+        return tuple(loads[group] for group in sorted(loads))
+
+
+def gather(
+    reports: Mapping[int, Collection[Stats]], silent: int, lost: Collection[int] = ()
+) -> State:
+    """All groups together: their counts added up, the times of the slowest.
+
+    Args:
+        reports: of each group's leader.
+        silent: number of those whose report is an older one, or missing.
+        lost: groups that the server has gone on without.
+    """
+    groups = {
+        group: State(
+            _merged(SchedulerStats, some), _merged(AllocatorStats, some), _merged(RunnerStats, some)
+        )
+        for group, some in reports.items()
+    }
+    every = [report for some in reports.values() for report in some]
+    return State(
+        _merged(SchedulerStats, every),
+        _merged(AllocatorStats, every),
+        _merged(RunnerStats, every),
+        silent_reporters=silent,
+        groups=groups,
+        lost_groups=lost,
+    )
+
+
+def _merged(kind: type[S], reports: Collection[Stats]) -> S:
+    """Counts are ints, times are floats."""
+    mine = [report for report in reports if isinstance(report, kind)]
+    merged = kind()
+    for name in (f.name for f in fields(kind) if f.name not in ("query", "endpoint")):
+        values = [getattr(report, name) for report in mine]
+        most = isinstance(getattr(merged, name), float)
+        setattr(merged, name, max(values, default=0.0) if most else sum(values))
+    return merged
 
 
 def describe_slots(slots: AllocatorStats) -> str:
@@ -305,7 +351,15 @@ class _Held(Collector):
         for path, (name, text, is_counter) in _STATE.items():
             family = CounterMetricFamily if is_counter else GaugeMetricFamily
             yield family(f"asyncllm_{name}", text, value=attrgetter(path)(self.state))
-        groups = self.state.groups if len(self.state.groups) > 1 else {}
+        lost = self.state.lost_groups
+        groups = self.state.groups if len(self.state.groups) > 1 or lost else {}
+        if groups:
+            alive = GaugeMetricFamily(
+                "asyncllm_group_up", "1: the group serves, 0: it is lost", labels=["group"]
+            )
+            for group in sorted({*groups, *lost}):
+                alive.add_metric([str(group)], float(group not in lost))
+            yield alive
         for path in _OF_GROUP if groups else ():
             name, text, is_counter = _STATE[path]
             family = CounterMetricFamily if is_counter else GaugeMetricFamily

@@ -31,6 +31,7 @@ from asyncllm.messages.moving import Sent as Sent
 from asyncllm.messages.moving import StepOver as StepOver
 from asyncllm.messages.request import Abort as Abort
 from asyncllm.messages.request import Accepted as Accepted
+from asyncllm.messages.request import Again as Again
 from asyncllm.messages.request import Built as Built
 from asyncllm.messages.request import Cancel as Cancel
 from asyncllm.messages.request import Compile as Compile
@@ -41,6 +42,7 @@ from asyncllm.messages.request import Delta as Delta
 from asyncllm.messages.request import Finished as Finished
 from asyncllm.messages.request import Flush as Flush
 from asyncllm.messages.request import Follow as Follow
+from asyncllm.messages.request import Orphaned as Orphaned
 from asyncllm.messages.request import Prepared as Prepared
 from asyncllm.messages.request import StopHit as StopHit
 from asyncllm.messages.request import Submit as Submit
@@ -51,6 +53,8 @@ from asyncllm.messages.server import AllocatorStats as AllocatorStats
 from asyncllm.messages.server import Drain as Drain
 from asyncllm.messages.server import Drained as Drained
 from asyncllm.messages.server import Gone as Gone
+from asyncllm.messages.server import GroupGone as GroupGone
+from asyncllm.messages.server import GroupLost as GroupLost
 from asyncllm.messages.server import Halt as Halt
 from asyncllm.messages.server import Hello as Hello
 from asyncllm.messages.server import Lost as Lost

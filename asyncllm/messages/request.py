@@ -187,6 +187,7 @@ class Compiled(Message):
 
     job: int
     failure: Failure | None = None
+    endpoint: int = 0  # of the leader
 
     def valid(self) -> bool:
         return self.failure is None or self.failure.valid
@@ -218,6 +219,7 @@ class Tokens(Message):
     ends: bytes  # uint8: 1 where the token is the eos or stop token that ended the request
     logprobs: Logprobs | None
     prompt: tuple[tuple[int, Logprobs], ...]  # as in StepDone, with the rid
+    endpoint: int = 0  # of the leader
 
     def valid(self) -> bool:
         rows = len(self.rids)
@@ -266,6 +268,7 @@ class Finished(Message):
     cached_len: int = 0  # prompt tokens that came from the prefix cache
     num_tokens: int = 0  # generated tokens
     stop: str = ""  # for STOP: the stop string that was found
+    endpoint: int = -1  # of the leader, where there are several
 
     def valid(self) -> bool:
         return (
@@ -274,6 +277,28 @@ class Finished(Message):
             and (self.failure is None or self.failure.valid)
             and are_counts(self.cached_len, self.num_tokens)
         )
+
+
+@message(50)
+class Orphaned(Message):
+    """balancer -> detokenizer of one frontend's process: these requests were a lost group's.
+
+    Those of which no token has come are to be begun again, the others end.
+    """
+
+    rids: array[int]  # int64
+    why: str
+
+
+@message(51)
+class Again(Message):
+    """detokenizer -> balancer: the answer to ``Orphaned``."""
+
+    rids: array[int]  # int64; to be begun again
+    over: array[int]  # int64; the others
+
+    def valid(self) -> bool:
+        return are_natural(self.rids, self.over)
 
 
 @message(24)

@@ -47,7 +47,28 @@ class Started(Message):
 
 @message(37)
 class Lost(Message):
-    """coordinator -> every other watchdog: the server fails; end what runs with an error."""
+    """coordinator -> another watchdog: the server fails, or goes on without its group; end what
+    runs with an error."""
+
+    why: str = "the server has failed"
+
+
+@message(48)
+class GroupLost(Message):
+    """the process that starts the others of a node -> coordinator: a group cannot go on."""
+
+    group: int
+    why: str
+
+
+@message(49)
+class GroupGone(Message):
+    """coordinator -> balancer, and every tokenizer, detokenizer and frontend: the server goes on
+    without a group. What its leader may still say does not count."""
+
+    group: int
+    endpoint: int  # of its leader
+    why: str
 
 
 @message(47)

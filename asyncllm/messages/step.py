@@ -132,6 +132,7 @@ class Due(Message):
 class Progress(Message):
     """scheduler -> balancer, if there is one: what has changed about its requests."""
 
+    endpoint: int  # of the leader
     begun: array[int] = field(default_factory=int64s)  # rids that have been given a place
     ended: array[int] = field(default_factory=int64s)
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -98,6 +98,8 @@ class Lifeline:
         self._limit_s = dead_after_s / 2  # the rest is for the others to hear of it, and to end
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._protocol = protocol().encode()
+        self._spared: frozenset[int] = frozenset()
+        self._on_spared: Callable[[int, str], None] = lambda _node, _why: None
         self._found: tuple[int, str] | None = None  # exit code and reason, of the others
         self._said: tuple[int, str] | None = None  # the same, to be told
         self._due = self._last = monotonic()
@@ -113,6 +115,14 @@ class Lifeline:
         """
         self._thread = threading.Thread(target=self._watch, args=(on_end,), daemon=True)
         self._thread.start()
+
+    def spare(self, nodes: Collection[int], on_gone: Callable[[int, str], None]) -> None:
+        """From now on the server goes on without these nodes. From any thread.
+
+        Args:
+            on_gone: told the number of one that has gone, and why, in the thread of :meth:`watch`.
+        """
+        self._on_spared, self._spared = on_gone, frozenset(nodes)
 
     def fail(self, code: int, why: str) -> None:
         """Tell the others that the server ends; the first reason counts. From any thread."""
@@ -157,18 +167,30 @@ class Lifeline:
             self._found = code, why
             self.fail(code, why)
 
+    def _gone(self, peer: _Peer, code: int, why: str) -> None:
+        """One of the others does not go on."""
+        if (node := peer.join.node) in self._spared:
+            self._spared -= {node}
+            self._forget(peer)
+            self._on_spared(node, why)
+        else:
+            self._lost(code, why)
+
     def _look(self, peer: _Peer, now: float, late: float, sent: bool) -> None:
         """Whether a peer is still there; ``sent``: its connection took a sign of life."""
         peer.heard += late
         peer.missed = 0 if sent else peer.missed + 1
         if peer.missed >= MISSED:
-            self._lost(1, f"{peer.name} has gone: its connection is closed")
+            self._gone(peer, 1, f"{peer.name} has gone: its connection is closed")
         elif now - peer.heard > self._limit_s:
             silent = now - peer.heard
-            self._lost(1, f"{peer.name} has been silent for {silent:.1f} s (--dead_after)")
+            self._gone(peer, 1, f"{peer.name} has been silent for {silent:.1f} s (--dead_after)")
 
     def _frames(self, msg: Message) -> list[bytes]:
         return [self._protocol, encode(msg)]
+
+    def _forget(self, peer: _Peer) -> None:
+        raise NotImplementedError
 
     def _listen(self, wait_s: float) -> None:
         raise NotImplementedError
@@ -263,15 +285,17 @@ class Meeting(Lifeline):
         except ValueError as error:  # CodecError, or another number of frames
             self._log.warning("what is no message of nodes is dropped: %s", error)
             if peer is not None:
-                self._lost(1, f"{peer.name} sends what is no message")
+                self._gone(peer, 1, f"{peer.name} sends what is no message")
             return
         if peer is None:
             if isinstance(msg, Join):
                 self._admit(ident, msg)
+            elif isinstance(msg, Alive):  # it was silent for too long
+                self._send(ident, Ends(1, "the server goes on without this node"))
             return
         peer.heard = monotonic()
         if isinstance(msg, Ends):
-            self._lost(msg.code, f"{peer.name}: {msg.why}")
+            self._gone(peer, msg.code, f"{peer.name}: {msg.why}")
 
     def _admit(self, ident: bytes, join: Join) -> None:
         """A process that knows the secret wants to be a node of this server."""
@@ -301,6 +325,9 @@ class Meeting(Lifeline):
             log.warning("%s", why)
         else:
             self._lost(2, why)
+
+    def _forget(self, peer: _Peer) -> None:
+        self._peers = {ident: each for ident, each in self._peers.items() if each is not peer}
 
     def _beat(self, now: float, late: float) -> None:
         for ident, peer in self._peers.items():

@@ -27,7 +27,7 @@ from asyncllm.actors.watchdog import EXIT_HUNG, Means, dump_stacks
 from asyncllm.api.openapi.welcome import curl_line
 from asyncllm.core.metrics import Process, ServerMetrics, State
 from asyncllm.errors import FatalError, Mismatch, PeerLost, StartupError
-from asyncllm.messages import Drain, Replaced
+from asyncllm.messages import Drain, GroupLost, Replaced
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.assembly import place
 from asyncllm.server.cluster import introduce
@@ -92,6 +92,7 @@ class Server:
         self._code = 1  # of the exit, if the server fails
         self._lost = asyncio.Event()  # another node has
         self._heard_of_it = threading.Event()  # the same, for threads
+        self._lost_groups: set[int] = set()  # that had processes on this node
         self._next_endpoint = len(boot.topology.endpoints)  # numbers are never given twice
         self._replaced: deque[float] = deque()  # when HTTP workers were, of late
 
@@ -257,6 +258,29 @@ class Server:
         self._open = True
         if self._boot.coordinates:
             self._say_ready()
+            self._spare_nodes()
+
+    def _spare_nodes(self) -> None:
+        """Nodes with nothing but groups that the server can do without may go."""
+        if self._lifeline is None:
+            return
+        topology, loop = self._boot.topology, asyncio.get_running_loop()
+        nodes = [
+            node
+            for node in topology.nodes
+            if all(topology.expendable(rank.group) for rank in topology.on(node))
+        ]
+
+        def gone(node: int, why: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
+                loop.call_soon_threadsafe(self._node_gone, node, why)
+
+        self._lifeline.spare(nodes, gone)
+
+    def _node_gone(self, node: int, why: str) -> None:
+        if not self._system.over:  # else all of them were told to end
+            for group in sorted({rank.group for rank in self._boot.topology.on(node)}):
+                self._system.ref("watchdog").tell(GroupLost(group, why), urgent=True)
 
     def _say_ready(self) -> None:
         boot = self._boot
@@ -303,10 +327,27 @@ class Server:
         if replaceable and self._open:
             self._replace(boot.me, what)
             return
+        if self._lose(boot.me.group, what):
+            return
         logger.critical("%s: stopping the server", what)
         if code == EXIT_HUNG:
             dump_stacks()  # a collective hangs everywhere; this may be the side that shows why
         self._fail(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, what)
+
+    def _lose(self, group: int, what: str) -> bool:
+        """A rank here has died; False: nobody goes on without its group."""
+        topology = self._system.topology
+        if group in self._lost_groups or group in topology.lost:
+            return True
+        others = self._acting and group != self._boot.me.group and topology.expendable(group)
+        if not others or (self._boot.coordinates and not self._open):
+            return False
+        self._lost_groups.add(group)
+        assert self._children is not None
+        for rank in topology.group(group):
+            self._children.kill_one(rank.id)
+        self._system.at_coordinator("watchdog").tell(GroupLost(group, what), urgent=True)
+        return True
 
     def _replace(self, dead: Endpoint, what: str) -> None:
         now, by = monotonic(), None

@@ -7,18 +7,23 @@ from array import array
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import pytest
 import uvloop
 
 from asyncllm.actors.balancer import Balancer
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import INT64, i32
-from asyncllm.core.request import SamplingParams
+from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
+    Again,
     Compile,
+    Finished,
     Gone,
+    GroupGone,
+    Orphaned,
     Progress,
     StopHit,
     Submit,
@@ -52,7 +57,7 @@ class Office:
                 deliver(endpoint, name, msg, urgent)
 
         self.system.deliver = divert  # type: ignore[method-assign]
-        for name in ("scheduler", "grammar"):
+        for name in ("scheduler", "grammar", "detokenizer"):
             self.system.add(Sink(name, self.log))
         given = {"policy": "round_robin", "num_slots": 1000, **options}
         self.balancer = Balancer(**given)
@@ -98,7 +103,7 @@ def test_what_is_said_about_a_request_follows_it() -> None:
 def test_what_is_said_about_others_goes_nowhere() -> None:
     async def script(office: Office) -> None:
         await office.tell(submit(1), submit(2))
-        ended = Progress(ended=_rids(1))
+        ended = Progress(0, ended=_rids(1))
         assert await office.tell(ended, Abort(1), StopHit(1, 2), Abort(99)) == []
         assert office.balancer.core.num_requests == [0, 1]
 
@@ -115,7 +120,7 @@ def test_a_request_that_is_there_already_is_no_request() -> None:
 
 def test_requests_that_run_weigh_less_than_those_that_wait() -> None:
     async def script(office: Office) -> None:
-        await office.tell(submit(1), submit(2), Progress(begun=_rids(2)))
+        await office.tell(submit(1), submit(2), Progress(1, begun=_rids(2)))
         ((endpoint, _, _),) = await office.tell(submit(3))
         assert endpoint == 1, "it would have been the other one's turn"
 
@@ -155,3 +160,49 @@ def test_what_another_process_submits_is_held_against_the_limits() -> None:
 
 def _rids(*rids: int) -> array[int]:
     return array(INT64, rids)
+
+
+def test_what_a_lost_group_had_goes_to_others_if_nothing_of_it_has_come() -> None:
+    async def script(office: Office) -> None:
+        theirs = 5 << FRONTEND_SHIFT  # of another process that serves HTTP
+        begun, fresh, aborted = submit(2), submit(4), submit(theirs)
+        await office.tell(submit(1), begun, submit(3), fresh, submit(5), aborted)
+        assert await office.tell(GroupGone(1, 1, "it was killed")) == [
+            (5, "detokenizer", Orphaned(_rids(theirs), "it was killed")),
+            (0, "detokenizer", Orphaned(_rids(2, 4), "it was killed")),
+        ]
+        assert await office.tell(StopHit(4, 1), Abort(theirs)) == [
+            (5, "detokenizer", Finished(theirs, Reason.ABORT))
+        ]
+        assert await office.tell(Again(_rids(theirs), _rids()), Again(_rids(4), _rids(2))) == [
+            (0, "scheduler", fresh)
+        ]
+        # what the lost group says counts no more, and nothing goes there
+        told = await office.tell(Progress(1, ended=_rids(4)), Abort(4), submit(6), COMPILE)
+        assert told == [
+            (0, "scheduler", Abort(4)), (0, "scheduler", submit(6)), (0, "grammar", COMPILE)
+        ]  # fmt: skip
+        assert office.balancer.core.num_requests == [5, 0]
+        assert await office.tell(Again(_rids(2, 4), _rids())) == [], "it was said already"
+
+    play(script)
+
+
+@pytest.mark.parametrize("policy", ["cache_aware", "bs_balancer", "round_robin"])
+def test_no_policy_chooses_a_lost_group(policy: str) -> None:
+    async def script(office: Office) -> None:
+        await office.tell(GroupGone(1, 1, ""))
+        told = await office.tell(*(submit(i) for i in range(8)))
+        assert {endpoint for endpoint, _, _ in told} == {0}
+
+    play(script, policy=policy)
+
+
+def test_orphans_of_a_process_that_has_gone_are_not_begun_again() -> None:
+    async def script(office: Office) -> None:
+        theirs = 5 << FRONTEND_SHIFT
+        await office.tell(submit(1), submit(theirs))
+        await office.tell(GroupGone(1, 1, ""))
+        assert await office.tell(Gone(5), Again(_rids(theirs), _rids())) == []
+
+    play(script)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import zmq
@@ -110,7 +111,10 @@ async def until(condition: Callable[[], object]) -> None:
 class Raw:
     """Somebody who knows the key, and has no manners."""
 
+    open: ClassVar[list[Raw]] = []
+
     def __init__(self, port: int, keys: Keys = KEYS) -> None:
+        self.open.append(self)
         self.ctx = zmq.asyncio.Context()
         self.sock = self.ctx.socket(zmq.DEALER)
         self.sock.setsockopt(zmq.LINGER, 0)
@@ -135,6 +139,13 @@ class Raw:
 
     def close(self) -> None:
         self.ctx.destroy(0)
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    while Raw.open:
+        Raw.open.pop().close()
 
 
 def hub(**facts: object) -> End:
@@ -220,7 +231,6 @@ def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
             await raw.sock.send(frame_head("#other", True) + b"whatever it means there")
             bye = await raw.hears(Bye)
             assert bye == Bye(f"its protocol is 'other', ours {protocol()!r}", True)
-            raw.close()
         assert one.owner.joined == []
 
     run(go())
@@ -231,12 +241,16 @@ MALFORMED = {
     "no message": frame_head("owner", False) + b"\xc1",
     "a message that the actor does not take": frame_head("owner", False) + encode(Halt()),
     "a message that nobody can mean": frame_head("owner", False) + encode(Gone(66_666)),
-    "a second greeting": frame_head(f"#{protocol()}", True) + encode(Greeting(a_card())),
+    "a second greeting": None,  # its protocol is known when all messages have been imported
 }
 
 
 @pytest.mark.parametrize("bad", MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(bad: bytes) -> None:
+def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(
+    bad: bytes | None,
+) -> None:
+    greeting = frame_head(f"#{protocol()}", True) + encode(Greeting(a_card()))
+
     async def go() -> None:
         one, other = hub(), End(a_card())
         other.channel.dial("127.0.0.1", one.channel.port)
@@ -247,7 +261,7 @@ def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(bad:
             await raw.greet(a_card("decode"))
             await raw.sock.send(frame_head("owner", False) + encode(Gone(1)))
             await until(lambda: one.owner.got)
-            await raw.sock.send(bad)
+            await raw.sock.send(greeting if bad is None else bad)
             await raw.sock.send(frame_head("owner", False) + encode(Gone(2)))  # of nobody now
             assert not (await raw.hears(Bye)).refused  # type: ignore[attr-defined]
             await until(lambda: one.owner.left and one.channel.foreign_frames)
@@ -258,7 +272,6 @@ def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(bad:
             assert one.owner.numbers == [1, 3]
             assert one.owner.got[1].peer == peer
             assert [*one.channel.peers] == [peer]
-            raw.close()
 
     run(go())
 
@@ -276,8 +289,6 @@ def test_frames_of_those_who_have_not_said_who_they_are_are_dropped_and_counted(
             await stranger.say(Greeting(a_card()))
             await until(lambda: one.system.strangers)
             assert one.owner.joined == []
-            stranger.close()
-            raw.close()
 
     run(go())
 
@@ -302,7 +313,6 @@ def test_who_is_killed_is_missed_at_once_and_who_is_stopped_after_half_of_the_ti
             assert one.owner.left[1].card.role == "stopped"
             assert "(--dead_after)" in one.owner.left[1].why
             await stopped.hears(Bye)  # when it reads again
-            stopped.close()
 
     run(go())
 
@@ -368,7 +378,6 @@ def test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody(
             one.system.ref("owner", reads).tell(Gone(5))
             await until(lambda: other.owner.got)
             assert one.owner.left[0].why.startswith("it does not read: ")
-            raw.close()
 
     run(go())
 
@@ -384,7 +393,6 @@ def test_an_actor_that_is_overrun_costs_only_the_peer() -> None:
                 await raw.sock.send(frame_head("owner", False) + encode(Gone(i)))
             await until(lambda: one.owner.left)
             assert one.owner.left[0].why.endswith("owner is overrun")
-            raw.close()
 
     run(go())
 

@@ -20,7 +20,16 @@ from asyncllm.actors.detokenizer import LOOK_EVERY, Detokenizer
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32, i64
 from asyncllm.core.request import Reason
-from asyncllm.messages import Delta, Finished, Follow, StopHit, Tokens
+from asyncllm.messages import (
+    Again,
+    Delta,
+    Finished,
+    Follow,
+    GroupGone,
+    Orphaned,
+    StopHit,
+    Tokens,
+)
 from asyncllm.records import Failure, Logprobs
 from asyncllm.text import Text, load_tokenizer
 
@@ -404,3 +413,25 @@ def test_the_text_of_a_shown_token_stops(text: Text) -> None:
     shown = Follow(7, i32([]), ("<call>c",), False, False)
     front, _ = play(text, [shown, tokens([7] * 5, ids), done(7, 5)], finished=1)
     assert said(front, 7) == "ab"
+
+
+def test_of_a_lost_groups_requests_those_begin_again_of_which_nothing_has_come(text: Text) -> None:
+    """Each ends once; what the group said before its end, and comes later, does not count."""
+    late = [
+        replace(tokens([1, 2], text.encode("no", False)), endpoint=1),
+        replace(done(1, 1), endpoint=1),
+    ]
+    script = [
+        [follow(1), follow(2), follow(3, "o"), follow(4)],
+        [replace(tokens([2, 3], text.encode("go", False)), endpoint=1)],
+        [GroupGone(1, 1, "it was killed"), Orphaned(i64([1, 2, 3, 9]), "it was killed"), *late],
+        [tokens([1, 4], text.encode("ab", False)), done(1, 1), done(4, 1)],
+    ]
+    front, sched = play(text, script, finished=4)
+    assert [said(front, rid) for rid in (1, 2, 3, 4)] == ["a", "g", "", "b"]
+    assert sched == [StopHit(3, 1), Again(i64([1]), i64([2, 3, 9]))]
+    ends = {msg.rid: msg for msg in front if isinstance(msg, Finished)}
+    detail = "the ranks that generated this answer are lost (it was killed); try again"
+    assert ends[2].failure == Failure(detail, "group_lost", 503)
+    assert ends[3].reason is Reason.STOP, "it had its stop string"
+    assert [ends[rid].reason for rid in (1, 4)] == [Reason.LENGTH] * 2

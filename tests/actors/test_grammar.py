@@ -17,7 +17,16 @@ from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.errors import RequestError
-from asyncllm.messages import Abort, Accepted, Compile, Compiled, Finished, Submit, Tokenize
+from asyncllm.messages import (
+    Abort,
+    Accepted,
+    Compile,
+    Compiled,
+    Finished,
+    GroupGone,
+    Submit,
+    Tokenize,
+)
 from asyncllm.records import Failure
 from asyncllm.text import Text
 from asyncllm.topology import Topology
@@ -261,9 +270,12 @@ def test_an_abort_while_the_grammar_is_compiled_ends_the_request(text: Text) -> 
     ]
 
 
-@pytest.mark.parametrize("fails", [-1, 0, 1])
-def test_with_several_groups_a_grammar_must_be_ready_in_all_of_them(text: Text, fails: int) -> None:
-    """Both leaders answer the one question, which the balancer would pass on to them."""
+@pytest.mark.parametrize("fails", [-1, 0, 1, "lost"])
+def test_with_several_groups_a_grammar_must_be_ready_in_all_of_them(
+    text: Text, fails: int | str
+) -> None:
+    """Both leaders answer the one question, which the balancer would pass on to them; nobody waits
+    for one that is lost."""
     log: list[tuple[str, Any]] = []
 
     class Leaders(Sink):
@@ -274,7 +286,10 @@ def test_with_several_groups_a_grammar_must_be_ready_in_all_of_them(text: Text, 
                     assert not any(name == "frontend" for name, _ in log)
                     for group in (0, 1):
                         bad = Failure("no such thing") if group == fails else None
-                        self.system.ref("tokenizer").tell(Compiled(msg.job, bad))
+                        answer = Compiled(msg.job, bad, endpoint=group)
+                        if fails == "lost" and group == 1:
+                            self.system.ref("tokenizer").tell(GroupGone(1, 1, ""))
+                        self.system.ref("tokenizer").tell(answer)
 
     async def main() -> None:
         async with asyncio.timeout(20):
@@ -288,7 +303,7 @@ def test_with_several_groups_a_grammar_must_be_ready_in_all_of_them(text: Text, 
 
     uvloop.run(main())
     told = [(name, type(msg).__name__) for name, msg in log]
-    if fails < 0:
+    if fails in (-1, "lost"):
         follows, submits = [("detokenizer", "Follow")] * 2, [("balancer", "Submit")] * 2
         assert sorted(told) == sorted(
             [("balancer", "Compile"), *follows, *submits, ("frontend", "Accepted")]

@@ -26,6 +26,8 @@ from asyncllm.messages import (
     Drain,
     Drained,
     Gone,
+    GroupGone,
+    GroupLost,
     Halt,
     Hello,
     Lost,
@@ -388,6 +390,81 @@ def test_a_lost_peer_ends_the_system() -> None:
 
     with pytest.raises(PeerLost, match="rank 1"):
         uvloop.run(go())
+
+
+def groups(**more: Any) -> World:
+    """Two ranks in each of three groups, and another process that serves HTTP."""
+    return World(topology=Topology.on_one_node(tp=6, http=2, dp=3), **more)
+
+
+async def all_there(world: World) -> None:
+    for endpoint in range(1, 7):
+        world.tell(hello(endpoint))
+    await settle()
+    world.sent.clear()
+
+
+def test_a_server_goes_on_without_a_group(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(world: World) -> None:
+        await all_there(world)
+        for _ in range(2):  # both of its ranks are missed
+            world.tell(GroupLost(1, "rank 3 has gone"))
+        await settle()
+        assert world.sent_of(Lost) == [(2, "watchdog"), (3, "watchdog")]
+        assert world.killed == [2, 3]
+        gone = GroupGone(1, 2, "rank 3 has gone")
+        assert world.got("balancer", GroupGone) == world.got("frontend", GroupGone) == [gone]
+        assert world.sent_of(GroupGone) == [
+            (6, n) for n in ("tokenizer", "detokenizer", "frontend")
+        ]
+        assert world.sent_of(Welcome) == [(e, "watchdog") for e in (1, 4, 5, 6)]
+        assert world.system.topology.groups == (0, 2)
+        world.pass_time(11.0)  # of which only those who live are expected to give signs
+        world.tell(Drain(10.0))
+        await settle()
+        assert sorted(world.sent_of(Drain)) == [(4, "scheduler"), (6, "frontend")]
+
+    world = groups(dead_after_s=1e6)
+    play(world, script)
+    line = "group 1 is lost: rank 3 has gone; 2 of 3 groups serve"
+    assert [r.getMessage() for r in caplog.records].count(line) == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "group", "open_"),
+    [
+        (Topology.on_one_node(tp=6, http=2, dp=3), 0, True),  # that of the process that serves
+        (Topology.on_one_node(tp=6, http=2, dp=3), 1, False),  # not all are there yet
+        (Topology.on_one_node(tp=6, http=2, dp=3, in_step=True), 1, True),
+    ],
+)
+def test_it_does_not_go_on_without_one_that_others_need(
+    topology: Topology, group: int, open_: bool
+) -> None:
+    async def script(world: World) -> None:
+        if open_:
+            await all_there(world)
+        world.tell(GroupLost(group, "rank 3 has gone"))
+        await settle()
+        assert world.system.over
+
+    with pytest.raises(PeerLost, match="rank 3 has gone"):
+        play(World(topology=topology), script)
+
+
+def test_a_silent_rank_of_another_group_is_killed_and_one_of_its_own_is_the_end() -> None:
+    async def script(world: World) -> None:
+        await all_there(world)
+        world.beats.last.update(dict.fromkeys(range(1, 7), 1e6))
+        world.beats.last[4] = 0.0
+        world.pass_time(11.0)
+        assert world.killed == [4]
+        world.beats.last[1] = 0.0
+        world.dog._heard[1] = 0.0
+        with pytest.raises(PeerLost, match="rank 1 has been silent"):
+            world.pass_time(11.0)
+
+    play(groups(), script)
 
 
 def test_a_silent_http_worker_is_killed_once() -> None:

@@ -146,3 +146,36 @@ def test_groups_that_share_experts_step_together_and_end_together(
             assert [b"server has failed" in stream.read() for stream in streams] == [True, True]
         assert server.process.wait(5) == 1
         assert f"rank 1 (pid {child}) ended with exit code -9" in server.text()
+
+
+def test_a_group_that_is_lost_takes_nothing_with_it_but_what_it_has_begun(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    """One is killed, one is stopped; the last one serves on, through another process too."""
+    args = (*CPU, "--tp", "3", "--dp", "3", "--dp_balancer", "round_robin", "--dead_after", "4")
+    want = [alone(tiny_dir, prompt, 12) for prompt in PROMPTS]
+    with Server(tiny_dir, tmp_path / "log", *args, "--httpserver_workers", "2") as server:
+        killed, stopped, _ = server.children()
+        with running(server, 6, 1000) as streams:
+            os.kill(killed, signal.SIGKILL)
+            ends = [stream.read() for stream in streams]
+        lost = [end for end in ends if b"group_lost" in end]
+        assert len(lost) == 2
+        assert all(f"rank 1 (pid {killed}) ended with".encode() in end for end in lost)
+        assert sum(b'"finish_reason":"length"' in end for end in ends) == 4
+        assert json.loads(server.get("/readiness")) == {"status": "ok", "lost_groups": [1]}
+        assert json.loads(server.get("/health"))["lost_groups"] == [1]
+        os.kill(stopped, signal.SIGSTOP)
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:  # those that it is given are begun again
+            got = pool.map(lambda ids: server.tokens(ids, 12, ignore_eos=True), PROMPTS)
+            assert [*got] == want
+        up = [server.metric(f'asyncllm_group_up{{group="{group}"}}') for group in range(3)]
+        assert up == [1, 0, 0]
+        form = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
+        answer = server.complete(PROMPTS[0], 40, response_format=form)["choices"][0]
+        assert answer["text"].startswith('{"a": '), "all leaders that live have compiled it"
+        assert json.loads(server.get("/token_load"))["current_load"][1:] == [1, 1]
+        assert server.stop() == 0, server.text()
+        assert "rank 2 has been silent for" in server.text()
+        assert "group 2 is lost: rank 2" in server.text()
+        assert not any(map(alive, (killed, stopped)))

@@ -62,7 +62,12 @@ def test_a_boot_survives_json() -> None:
         (lambda plain: plain | {"protocol": "abc"}, "its protocol is abc, here it is"),
         (lambda plain: plain | {"late": 1}, "late"),
         (lambda plain: {k: v for k, v in plain.items() if k != "keys"}, "keys"),
-        (lambda plain: plain | {"topology": [{"id": 0, "roles": [], "planet": 3}]}, "planet"),
+        (
+            lambda plain: (
+                plain | {"topology": {"endpoints": [{"id": 0, "roles": [], "planet": 3}]}}
+            ),
+            "planet",
+        ),
         (lambda plain: [plain], "TypeError"),
     ],
 )

@@ -194,6 +194,27 @@ def test_a_node_that_is_silent_ends_the_others(gone: int) -> None:
             assert DEAD_AFTER_S / 2 <= float(said[1]) < DEAD_AFTER_S
 
 
+def test_a_node_that_can_be_spared_is_missed_and_nobody_else_notices() -> None:
+    """It is told so if it comes back to its senses."""
+    gone: list[tuple[int, str]] = []
+    with world(3) as w:
+        for i in (1, 2):
+            w.add(i, a_node(i))
+        w.settle()
+        w.meeting.spare([1, 2], lambda node, why: gone.append((node, why)))
+        beat, w.lines[1]._beat = w.lines[1]._beat, lambda now, late: None  # type: ignore[method-assign]
+        assert wait_until(lambda: gone, DEAD_AFTER_S + 1)
+        assert gone[0][0] == 1
+        assert "has been silent" in gone[0][1]
+        assert not {0, 2} & w.ended.keys()
+        w.lines[1]._beat = beat  # type: ignore[method-assign]
+        assert wait_until(lambda: 1 in w.ended, DEAD_AFTER_S)
+        w.lines[2].fail(70, "it hangs")
+        assert wait_until(lambda: len(gone) == 2, 5)
+        assert gone[1] == (2, "node 2 (10.0.0.2): it hangs")
+        assert 0 not in w.ended
+
+
 def mutated(draw: random.Random, frames: list[bytes]) -> list[bytes]:
     """With a few bytes changed, cut or added, or a frame left out or doubled."""
     found = [bytearray(frame) for frame in frames]

@@ -45,6 +45,12 @@ def made(closed: bool = False, **properties: Schema) -> Schema:
     return schema | ({"additionalProperties": False} if closed else {})
 
 
+def _with_groups(schema: Schema) -> Schema:
+    """Beside the rest: which groups of --dp the server goes on without."""
+    lost = {"type": "array", "items": INTEGER}
+    return {**schema, "properties": {**schema["properties"], "lost_groups": lost}}
+
+
 def some(items: Schema) -> Schema:
     """An array."""
     return {"type": "array", "items": items}
@@ -344,7 +350,7 @@ ANSWERS: Final[dict[str, Schema]] = {
         "required": [*_LOADS],  # the other one where layers with a window have slots of their own
     },
     "ModelName": made(model_name=STRING),
-    "Health": made(message=one_of("Ok", "Error")),
-    "Status": made(status=one_of("ok", "not ready")),
+    "Health": _with_groups(made(message=one_of("Ok", "Error"))),
+    "Status": _with_groups(made(status=one_of("ok", "not ready"))),
     "Document": made(openapi=STRING, info={"type": "object"}, paths={"type": "object"}),
 }

@@ -1,0 +1,300 @@
+"""Servers of several processes that the user starts, all on this machine, beside a plain one.
+
+    python bench/mkmodel.py llama31_8b /tmp/m8b
+    python bench/cluster.py --model_dir /tmp/m8b tp=2 tp=2,nnodes=2      # on two GPUs
+    python bench/cluster.py --model_dir DIR --options "--device cpu" tp=1 tp=2,dp=2,nnodes=2
+
+Each topology is started in turn, as often as ``--rounds`` says, and every load of bench/serve.py
+runs in it with the same requests; the table compares their medians with those of the first one. A
+topology is ``name=number,...``: tp, dp, nnodes as the options of asyncllm. "Nodes" are processes on
+the loopback interface; each sees its own GPUs only, so that NCCL joins them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import selectors
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from bench import serve
+from bench.common import free_port
+
+LOADS = {
+    "lat1": "--n 8 --conc 1 --inp 1024 --out 256",
+    "burst256": "--n 512 --conc 256 --inp 1024 --out 256",
+}
+TAIL = 2000  # characters of a log that are shown
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+Figures = dict[str, Any]
+Shape = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One process that a user would start.
+
+    Attributes:
+        name: of its log.
+        words: its options.
+        environment: what it has beside that of this process.
+    """
+
+    name: str
+    words: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The processes of a topology, in order of start, and where requests go."""
+
+    parts: list[Part]
+    url: str
+
+
+def nodes(shape: Shape, common: Sequence[str], gpus: Sequence[str]) -> Plan:
+    """A server of ``nnodes`` nodes, or a plain one.
+
+    Args:
+        common: options of all.
+        gpus: what this machine has; none: it computes on the CPU.
+    """
+    count, tp, dp = shape.get("nnodes", 1), shape.get("tp", 1), shape.get("dp", 1)
+    port = free_port()
+    words = [*common, "--tp", str(tp), "--dp", str(dp), "--nccl_port", str(free_port())]
+    if count > 1:
+        words += ["--nnodes", str(count), "--multinode_httpmanager_port", str(free_port())]
+        words += ["--multinode_router_gloo_port", str(free_ports(tp))]
+    parts = []
+    for node in range(count):
+        own = [*words, "--port", str(free_port() if node else port)]
+        own += ["--node_rank", str(node)] if count > 1 else []
+        mine = gpus[node * tp // count : (node + 1) * tp // count]
+        parts.append(Part(f"node{node}", own, {VISIBLE: ",".join(mine)} if gpus else {}))
+    return Plan(parts, f"http://127.0.0.1:{port}")
+
+
+# how a topology is started; a further kind of cluster is a row here
+KINDS: Mapping[frozenset[str], Callable[[Shape, Sequence[str], Sequence[str]], Plan]] = {
+    frozenset({"tp", "dp", "nnodes"}): nodes,
+}
+
+
+def plan(text: str, common: Sequence[str], gpus: Sequence[str] = ()) -> Plan:
+    """The processes of a topology as it is written on the command line.
+
+    Raises:
+        BenchError: it is none.
+    """
+    try:
+        pairs = (word.split("=") for word in text.split(","))
+        shape = {name: int(number) for name, number in pairs}
+    except ValueError:
+        raise serve.BenchError(f"{text!r} is not name=number,...") from None
+    for names, start in KINDS.items():
+        if names >= shape.keys() and min(shape.values()) > 0:
+            return start(shape, common, gpus)
+    known = ", ".join(sorted(set().union(*KINDS)))
+    raise serve.BenchError(f"{text!r} is no topology: the names are {known}, the numbers above 0")
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` ports in a row that are free now."""
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                sock = stack.enter_context(socket.socket())
+                sock.bind(("127.0.0.1", port))
+            return first
+
+
+@contextlib.contextmanager
+def running(plan: Plan, logs: Path, timeout_s: float) -> Iterator[float]:
+    """The processes, for the time of the block; gives the seconds until all were ready.
+
+    Raises:
+        BenchError: one ended before, or the time was over.
+    """
+    begin = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        started: list[tuple[Part, subprocess.Popen[bytes]]] = []
+        stack.callback(stop, started)
+        for part in plan.parts:
+            log = stack.enter_context((logs / part.name).open("wb"))
+            paths = [str(serve.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment = {"PYTHONPATH": os.pathsep.join(paths), **part.environment}
+            process = subprocess.Popen(
+                [sys.executable, "-m", "asyncllm", *part.words],
+                env={**os.environ, **environment},
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+            started.append((part, process))
+        wait_ready(started, logs, begin + timeout_s)
+        yield time.perf_counter() - begin
+
+
+def wait_ready(
+    started: Sequence[tuple[Part, subprocess.Popen[bytes]]], logs: Path, deadline: float
+) -> None:
+    """Until each has said so."""
+    with selectors.DefaultSelector() as selector:
+        for part, process in started:
+            assert process.stdout is not None
+            selector.register(process.stdout, selectors.EVENT_READ, part)
+        while selector.get_map():
+            events = selector.select(max(0.0, deadline - time.perf_counter()))
+            if not events:
+                late = ", ".join(key.data.name for key in selector.get_map().values())
+                raise serve.BenchError(f"{late} did not become ready in time; logs: {logs}")
+            for key, _ in events:
+                if b"ready" not in os.read(key.fd, 1 << 16):  # its one line, or its end
+                    tail = (logs / key.data.name).read_text(errors="replace")[-TAIL:]
+                    raise serve.BenchError(f"{key.data.name} ended before it was ready:\n{tail}")
+                selector.unregister(key.fileobj)
+
+
+def stop(started: Sequence[tuple[Part, subprocess.Popen[bytes]]]) -> None:
+    """A signal to the first one ends all of them; who stays is killed."""
+    deadline = time.perf_counter() + serve.STOP_S
+    for _, process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            break
+    for _, process in started:
+        try:
+            process.wait(max(0.1, deadline - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def measure(text: str, a: argparse.Namespace, seed: int, logs: Path) -> Figures:
+    """Each load once in one topology.
+
+    Raises:
+        BenchError: it did not start, or some answers were not good.
+    """
+    common = ["--model_dir", a.model_dir, "--host", "127.0.0.1", *shlex.split(a.options)]
+    found = plan(text, common, gpus())
+    figures: Figures = {}
+    with running(found, logs, a.start_timeout) as ready_s:
+        for name, options in a.loads.items():
+            words = [*options.split(), "--url", found.url, "--seed", str(seed)]
+            figures[name] = one = serve.bench(serve.parser().parse_args(words))
+            if one["errors"] or one["short"]:
+                raise serve.BenchError(f"{text}, {name}: {one['errors']}, {one['short']} short")
+    return {**figures, "start_s": round(ready_s, 1)}
+
+
+def gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, else all that there are."""
+    if (given := os.environ.get(VISIBLE)) is not None:
+        return [name for name in given.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(i) for i, _ in enumerate(listed.stdout.splitlines())]
+
+
+def median(rounds: Sequence[Figures], load: str, *names: str) -> float:
+    def of(figures: Any) -> float:
+        for name in (load, *names):
+            figures = figures[name]
+        return float(figures)
+
+    return statistics.median(map(of, rounds))
+
+
+def table(results: Mapping[str, Sequence[Figures]], loads: Sequence[str]) -> str:
+    """Medians of the rounds; ratios to the first topology."""
+    lines = [
+        f"{'load':<12}{'topology':<24}{'tok/s':>10}{'ratio':>8}{'TTFT p50':>10}{'TPOT p50':>10}"
+    ]
+    for load in loads:
+        first = median(next(iter(results.values())), load, "out_tok_s")
+        for text, rounds in results.items():
+            rate = median(rounds, load, "out_tok_s")
+            ttft, tpot = (median(rounds, load, name, "p50") for name in ("ttft_ms", "tpot_ms"))
+            ratio = rate / first if first else float("nan")
+            lines.append(
+                f"{load:<12}{text:<24}{rate:>10.1f}{ratio:>8.3f}{ttft:>10.1f}{tpot:>10.2f}"
+            )
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    add = p.add_argument
+    add("topologies", nargs="+", metavar="TOPOLOGY", help="tp=2 or tp=4,dp=2,nnodes=2 and so on")
+    add("--model_dir", required=True)
+    add("--options", default="", help="further ones, of every process")
+    add("--rounds", type=serve.positive, default=3, help="in turn: a b, b a, a b")
+    add("--load", action="append", metavar="NAME[=OPTIONS]", help=f"of {', '.join(LOADS)}, or own")
+    add("--start_timeout", type=float, default=600.0, help="seconds until all are ready")
+    add("--logs", type=Path, help="folder for the processes' logs")
+    add("--json", type=Path, metavar="FILE", help="write all figures here")
+    return p
+
+
+def bench(a: argparse.Namespace) -> dict[str, list[Figures]]:
+    """All rounds of all topologies.
+
+    Raises:
+        BenchError: what the user must change.
+    """
+    a.loads = {}
+    for word in a.load or LOADS:
+        name, given, options = word.partition("=")
+        if not given and name not in LOADS:
+            raise serve.BenchError(f"--load {name}: one of {', '.join(LOADS)}, or NAME=OPTIONS")
+        a.loads[name] = options if given else LOADS[name]
+    logs = a.logs or Path(tempfile.mkdtemp(prefix="asyncllm-bench-"))
+    results: dict[str, list[Figures]] = {text: [] for text in a.topologies}
+    for text in results:
+        plan(text, ())  # refused before anything runs
+    for number in range(a.rounds):
+        order = [*results] if number % 2 == 0 else [*reversed(results)]
+        for text in order:
+            folder = logs / f"{number}-{text}"
+            folder.mkdir(parents=True)
+            results[text].append(measure(text, a, number, folder))
+    if a.json:
+        a.json.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    a = parser().parse_args(argv)
+    try:
+        results = bench(a)
+    except (serve.BenchError, OSError) as error:
+        sys.stderr.write(f"cluster.py: {error}\n")
+        return 2
+    print(table(results, [*a.loads]), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

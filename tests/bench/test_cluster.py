@@ -1,0 +1,66 @@
+"""The bench of several processes: what it starts, and that it measures it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import cluster
+from bench.serve import BenchError
+
+SMALL = "tiny=--n 6 --conc 3 --inp 20 --out 8 --vocab 1200 --procs 1 --warmup 1"
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(f"--{name}") + 1]
+
+
+def test_each_node_has_its_place_its_port_and_its_gpus() -> None:
+    found = cluster.plan("tp=4,dp=2,nnodes=2", ["--x"], ["0", "1", "2", "3"])
+    first, second = found.parts
+    assert [part.environment for part in found.parts] == [
+        {"CUDA_VISIBLE_DEVICES": "0,1"},
+        {"CUDA_VISIBLE_DEVICES": "2,3"},
+    ]
+    assert [option(part.words, "node_rank") for part in found.parts] == ["0", "1"]
+    assert option(first.words, "port") != option(second.words, "port")
+    assert found.url.endswith(option(first.words, "port"))
+    for name in ("multinode_httpmanager_port", "multinode_router_gloo_port", "nccl_port", "tp"):
+        assert option(first.words, name) == option(second.words, name)
+    (plain,) = cluster.plan("tp=2", [], ["0", "1", "2", "3"]).parts
+    assert plain.environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert "--nnodes" not in plain.words
+    assert cluster.plan("tp=2,nnodes=2", []).parts[1].environment == {}
+
+
+@pytest.mark.parametrize("text", ["tp", "tp=x", "tp=0", "gpus=2", "tp=2,nodes=2", ""])
+def test_what_is_no_topology_is_named(text: str) -> None:
+    with pytest.raises(BenchError, match=repr(text)):
+        cluster.plan(text, [])
+
+
+def test_two_nodes_are_measured_beside_a_plain_server(
+    tiny_wide_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    words = ["--model_dir", str(tiny_wide_dir), "--options", "--device cpu --data_type fp32"]
+    words += ["--rounds", "1", "--load", SMALL, "--logs", str(tmp_path), "--json", str(out)]
+    assert cluster.main([*words, "tp=1", "tp=2,nnodes=2"]) == 0, capsys.readouterr().err
+    found = json.loads(out.read_text())
+    assert [found[text][0]["tiny"]["ok"] for text in ("tp=1", "tp=2,nnodes=2")] == [6, 6]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["tiny", "tp=1"]
+    assert lines[1].split()[3] == "1.000"
+    assert float(lines[2].split()[3]) > 0
+    assert "node 1 is there" in (tmp_path / "0-tp=2,nnodes=2" / "node0").read_text()
+
+
+def test_a_process_that_does_not_start_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model_dir", "/nowhere", "--logs", str(tmp_path), "--load", SMALL]
+    assert cluster.main([*words, "tp=1"]) == 2
+    assert "node0 ended before it was ready" in capsys.readouterr().err
+    assert cluster.main([*words, "--load", "nope", "tp=1"]) == 2
