@@ -230,6 +230,24 @@ def test_strings(grammars: Grammars, schema: Any, good: list[str], bad: list[str
 
 
 @pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [({"type": "array", "uniqueItems": False, "items": {"enum": [1]}}, "[1, 1]", "[2]"),
+     ({"type": "integer", "multipleOf": 1}, "7", "7.5"), ({"type": "number", "multipleOf": 1.0}, "7", "7.5"),
+     ({"type": "integer", "multipleOf": 0.5}, "7", "7.5"), ({"type": "integer", "divisibleBy": 1}, "7", "7.5"),
+     ({"type": "array", "contains": {"enum": [1]}, "minContains": 0, "items": {"type": "null"}}, "[null]", "[1]"),
+     ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"enum": [1]}}}, "1", "2"),
+     ({"$ref": "#/$defs/Box%3Cint%3E", "$defs": {"Box<int>": {"enum": [1]}}}, "1", "2")],
+    ids=lambda value: json.dumps(value)[:40],
+)  # fmt: skip
+def test_what_says_nothing_is_not_refused(
+    grammars: Grammars, schema: Any, good: str, bad: str
+) -> None:
+    at = matcher(grammars, "schema", json.dumps(schema))
+    assert takes(at, good)
+    assert not takes(at, bad)
+
+
+@pytest.mark.parametrize(
     ("schema", "why"),
     [({"items": {"$ref": "http://example.com/x"}}, "another document: it is not fetched, at #/items"),
      ({"properties": {"a": {"uniqueItems": True}}}, "uniqueItems, which cannot be enforced"),

@@ -92,13 +92,22 @@ def structured(value: Mapping[str, Any], name: str) -> Grammar | None:
 
 def response_format(value: Mapping[str, Any], name: str) -> Grammar | None:
     """OpenAI's: {"type": "text" | "json_object" | "json_schema", "json_schema":
-    {"schema": ...}}."""
+    {"schema": ...}}. The schema may also stand in it as ``schema`` or ``value``, as llama.cpp and
+    huggingface_hub have it."""
+    beside = [key for key in ("schema", "value") if value.get(key) is not None]
+    if len(beside) == 2 or (beside and value.get("json_schema") is not None):
+        reject(f"{name} has several schemas", name)
     match kind := value.get("type"):
+        case "text" if beside:
+            reject(f"{name}.{beside[0]} needs the type json_schema or json_object", name)
         case "text":
             return None
-        case "json_object":
+        case "json_object" | "json_schema" if beside:
+            at = f"{name}.{beside[0]}"
+            return schema(expect(value[beside[0]], dict, at, "an object"), at)
+        case "json_object" if value.get("json_schema") is None:
             return "json", ""
-        case "json_schema":
+        case "json_object" | "json_schema":
             inner = f"{name}.json_schema"
             holder = expect(value.get("json_schema"), dict, inner, "an object")
             expect(holder.get("schema"), dict, f"{inner}.schema", "an object")

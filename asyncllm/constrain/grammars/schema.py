@@ -189,12 +189,12 @@ class Meaning:
         return number(value)
 
     def _numeric(self, node: JsonObject, integer: bool, gone: Iterable[Json]) -> Atom | None:
-        multiple = self._bound(node, "multipleOf")
-        if multiple is not None and multiple == 1:
-            integer = True
-        elif multiple is not None:
-            self._refuse(node, "multipleOf")
-        self._refuse(node, "divisibleBy")
+        for word in ("multipleOf", "divisibleBy"):
+            step = self._bound(node, word)
+            integer = integer or step == 1
+            # integers are multiples of what divides 1
+            if step is not None and not (integer and step > 0 and (1 / step).denominator == 1):
+                self._refuse(node, word)
         low, high = self._bound(node, "minimum"), self._bound(node, "maximum")
         found = common(
             Number(
@@ -247,7 +247,8 @@ class Meaning:
         low, high = self._count(node, "minItems") or 0, self._count(node, "maxItems")
         if node.get("uniqueItems") and (high is None or high > 1):
             self._refuse(node, "uniqueItems")
-        self._refuse(node, "contains")
+        if self._count(node, "minContains") != 0 or "maxContains" in node:
+            self._refuse(node, "contains")
         items, prefix, rest = node.get("items"), node.get("prefixItems", []), None
         if isinstance(items, list):
             prefix, rest = items, node.get("additionalItems")
