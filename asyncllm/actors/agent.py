@@ -22,6 +22,7 @@ from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.peers import PeerJoined, PeerLeft, PeerRefused, Received
 from asyncllm.codec import INT32, INT64, Message
+from asyncllm.core.choosing import DECODE
 from asyncllm.core.directing import SHUTTING_DOWN
 from asyncllm.core.request import Reason
 from asyncllm.errors import StartupError
@@ -135,7 +136,8 @@ class Agent(Actor[Inbox]):
         self._grammar = self.system.at_intake("grammar")
         self._watchdog = self.system.ref("watchdog")
         self._num_grammars = len(self.system.topology.placed("grammar"))
-        self._awaited = {*self.system.topology.placed("kv_transfer")}
+        takes = self._channel.card.role == DECODE
+        self._awaited = {*self.system.topology.placed("kv_transfer")} if takes else set()
         self._look_for_masters()
         self._arm()
 
@@ -194,7 +196,7 @@ class Agent(Actor[Inbox]):
     # -- masters --------------------------------------------------------------------------------
 
     def _look_for_masters(self) -> None:
-        """Once, when every rank of this node can take or send K/V."""
+        """Once, when every rank of a decode node has said where it takes K/V."""
         if not self._looking and self._awaited <= self._doors.keys():
             self._looking = True
             for master in self._masters:

@@ -101,7 +101,7 @@ def make_runner(p: Loaded) -> AnyActor:
         p.device,
         reports=leads,
         jit_after_warmup=lambda: monitor.count,
-        transfers=MOVER in p.boot.me.roles,
+        transfers=p.boot.config.run_mode == roles.PREFILL,
     )
 
 
