@@ -30,7 +30,7 @@ from asyncllm.server.keys import with_all_keys
 from asyncllm.server.launch import (
     Boot,
     NodeWires,
-    Wires,
+    ZmqAddresses,
     bind_http,
     die_with_parent,
     tls_context,
@@ -142,7 +142,7 @@ def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
     return spec, text
 
 
-def _leave(wires: Wires | NodeWires, code: int) -> NoReturn:
+def _leave(wires: ZmqAddresses | NodeWires, code: int) -> NoReturn:
     wires.close()
     os._exit(code)
 

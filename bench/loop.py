@@ -43,7 +43,7 @@ from asyncllm.core.window_slots import WindowLedger
 from asyncllm.core.windows import PerSpace, Window
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
-from asyncllm.messages import Abort, Finished, Follow, Gone, Started, Submit, Tokens
+from asyncllm.messages import Abort, Finished, Gone, OpenTextStream, Started, Submit, Tokens
 from asyncllm.templates import Chats
 from asyncllm.text import Text, load_tokenizer
 
@@ -301,7 +301,7 @@ def detokenizing(text: Text, num_rows: int) -> None:
             each.system = system
         actor.started()
         for rid in rids:
-            actor.receive([Follow(rid, b"", (), True, False)])
+            actor.receive([OpenTextStream(rid, b"", (), True, False)])
         begin = time.thread_time()
         for msg in steps:
             actor.receive([msg])

@@ -110,7 +110,7 @@ class Feed:
     def run(self, lanes: Sequence[Lane], count: int) -> None:
         """A step with the next ``count`` tokens of each, or what is left of its ids; one token
         each if none is."""
-        slots, tokens, starts, counts, heads, opened = [], [], [], [], [], []
+        slots, tokens, starts, counts, cached, opened = [], [], [], [], [], []
         for lane in lanes:
             first, head = lane.computed == 0, len(lane.slots)
             lane.computed = head
@@ -123,7 +123,7 @@ class Feed:
             mine = list(range(self._used, self._used + len(new)))
             self._used += len(new)
             slots += (lane.slots if first else []) + mine
-            heads.append(head if first else 0)
+            cached.append(head if first else 0)
             lane.slots = lane.slots + mine
             lane.computed += len(new)
             tokens += new
@@ -138,7 +138,7 @@ class Feed:
                 lanes=i32(lane.number for lane in lanes),
                 starts=i32(starts),
                 counts=i32(counts),
-                heads=i32(heads),
+                cached_counts=i32(cached),
                 slots=i32(slots),
                 tokens=i32(tokens),
                 samples=bytearray(lane.computed >= len(lane.ids) for lane in lanes),

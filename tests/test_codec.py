@@ -159,7 +159,7 @@ def test_whole_messages_pass(msg: object) -> None:
         replace(GOOD, slots=i32([9, 1, 2, -3])),
         replace(GOOD, tokens=i32([1])),
         replace(GOOD, samples=bytearray(b"\1")),
-        replace(GOOD, heads=i32([-1, 2])),
+        replace(GOOD, cached_counts=i32([-1, 2])),
         replace(GOOD, masks=bytearray(b"\1")),
         replace(TOKENS, rids=i64([5])),
         replace(TOKENS, rids=i64([5, -6])),

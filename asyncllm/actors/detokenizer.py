@@ -22,8 +22,8 @@ from asyncllm.messages import (
     Delta,
     Finished,
     Flush,
-    Follow,
     GroupGone,
+    OpenTextStream,
     Orphaned,
     StopHit,
     Tokens,
@@ -34,7 +34,7 @@ from asyncllm.text import Text
 BUDGET_S = 0.0005  # one turn, so that a launch never waits longer for the loop
 LOOK_EVERY = 4  # streams between two looks at the clock
 
-Inbox = Follow | Tokens | Finished | Flush | GroupGone | Orphaned
+Inbox = OpenTextStream | Tokens | Finished | Flush | GroupGone | Orphaned
 
 
 class Detokenizer(Actor[Inbox]):
@@ -77,7 +77,7 @@ class Detokenizer(Actor[Inbox]):
                 case Finished():
                     if msg.endpoint not in self._lost:
                         self._finish(msg)
-                case Follow():
+                case OpenTextStream():
                     self._streams[msg.rid] = _Stream(
                         msg, self._text, self._special, self._shown(msg)
                     )
@@ -130,7 +130,7 @@ class Detokenizer(Actor[Inbox]):
             if stream := self._streams.get(rid):
                 stream.prompt.append(logprobs)
 
-    def _shown(self, msg: Follow) -> frozenset[int]:
+    def _shown(self, msg: OpenTextStream) -> frozenset[int]:
         """Ids of the special tokens that a request shows; a name that is none is ordinary text."""
         return frozenset(self._special[name] for name in msg.shown if name in self._special)
 
@@ -190,7 +190,7 @@ class _Stream:
     )
 
     def __init__(
-        self, follow: Follow, text: Text, special: Mapping[str, int], shown: frozenset[int]
+        self, follow: OpenTextStream, text: Text, special: Mapping[str, int], shown: frozenset[int]
     ) -> None:
         self.rid, self.pieces = follow.rid, text.pieces
         self.healed = follow.healed  # text of the prompt that is to be said again

@@ -17,12 +17,12 @@ from socket import socket
 from time import monotonic, perf_counter, time
 from typing import assert_never
 
+from asyncllm.actors.access import Access
 from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.connection import Doors
-from asyncllm.actors.gate import Access
+from asyncllm.actors.exchange import ChunkedWriter, Exchange, resolve
 from asyncllm.actors.http import Routes
 from asyncllm.actors.settings import Limits, Place
-from asyncllm.actors.stream import Exchange, Pipe, resolve
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply, Vocab
 from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
@@ -254,7 +254,7 @@ class Frontend(Actor[Inbox]):
             raise ServerBusy("the tokenizer is behind; try again later") from None
         return exchange
 
-    def stream(self, exchange: Exchange, pipe: Pipe) -> None:
+    def stream(self, exchange: Exchange, pipe: ChunkedWriter) -> None:
         """The headers are out: write what there is, and everything to come."""
         exchange.pipe = pipe
         exchange.written_at = monotonic()

@@ -14,12 +14,12 @@ from asyncllm.actors.base import Actor
 from asyncllm.core.admission import Shares
 from asyncllm.core.fair_queue import FairQueue
 from asyncllm.errors import RequestError, ServerBusy
-from asyncllm.messages import Built, Compile, Compiled
+from asyncllm.messages import Compile, Compiled, GrammarBuilt
 from asyncllm.records import Failure
 
 OFF = "constrained output is off on this server (--output_constraint_mode none)"
 
-Inbox = Compile | Built
+Inbox = Compile | GrammarBuilt
 Key = tuple[str, str]  # kind and text
 
 
@@ -77,7 +77,7 @@ class GrammarKeeper(Actor[Inbox]):
             match msg:
                 case Compile():
                     self._compile(msg)
-                case Built():
+                case GrammarBuilt():
                     self._built(msg)
                 case _:
                     assert_never(msg)
@@ -110,18 +110,18 @@ class GrammarKeeper(Actor[Inbox]):
             self._places.give(first.client)
             self.spawn(self._run(*first.key))
 
-    async def _run(self, kind: str, text: str) -> Built:
+    async def _run(self, kind: str, text: str) -> GrammarBuilt:
         assert self._builder is not None
         try:
             compiled = await self.system.loop.run_in_executor(
                 self._pool, self._builder.build, kind, text
             )
         except RequestError as error:
-            return Built(kind, text, Failure.of(error))
+            return GrammarBuilt(kind, text, Failure.of(error))
         self._builder.keep(kind, text, compiled)
-        return Built(kind, text)
+        return GrammarBuilt(kind, text)
 
-    def _built(self, msg: Built) -> None:
+    def _built(self, msg: GrammarBuilt) -> None:
         self._free += 1
         for one in self._asking.pop((msg.kind, msg.text)):
             self._answer(one, msg.failure)

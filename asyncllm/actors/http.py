@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import HttpVersion11, web
 
+from asyncllm.actors.access import AccessControl
 from asyncllm.actors.body import read_body
 from asyncllm.actors.connection import Doors, Handler, Lookout
-from asyncllm.actors.gate import Gate
-from asyncllm.actors.stream import Exchange, Pipe
+from asyncllm.actors.exchange import ChunkedWriter, Exchange
 from asyncllm.api.anthropic import models as anthropic_models
 from asyncllm.api.anthropic import reply as anthropic_reply
 from asyncllm.api.anthropic import request as anthropic
@@ -84,7 +84,7 @@ class Routes:
 
     def __init__(self, front: Frontend) -> None:
         self._front = front
-        self._gate = Gate(front.access)
+        self._access = AccessControl(front.access)
         self._store = Store()
         self._max_values = json_body.most_values(front.served.max_len)
         self._lookout = Lookout()
@@ -261,7 +261,7 @@ class Routes:
             raise ConnectionResetError("the client left before the headers")
         with suppress(ConnectionError):  # it left; aiohttp sees that too
             writer.send_headers()
-            self._front.stream(exchange, Pipe(transport, chunked))
+            self._front.stream(exchange, ChunkedWriter(transport, chunked))
             await exchange.done
             await response.write_eof()
         return response
@@ -424,11 +424,11 @@ class Routes:
     @web.middleware
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Keys and origins, once it is known whose route it is."""
-        if (answer := self._gate.preflight(request)) is not None:
+        if (answer := self._access.preflight(request)) is not None:
             return answer
-        self._gate.check_origin(request)
-        self._gate.check(request)
-        request[CLIENT] = self._gate.client(request)
+        self._access.check_origin(request)
+        self._access.check(request)
+        request[CLIENT] = self._access.client(request)
         return await handler(request)
 
     def _mark(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -438,7 +438,7 @@ class Routes:
             response.headers["request-id"] = request[REQUEST_ID]
         if not request.get(COUNTED):
             self._front.count(_route(request), response.status)
-        self._gate.mark(request, response)
+        self._access.mark(request, response)
         if self._front.draining:
             _close_after(response)
 

@@ -33,12 +33,12 @@ from asyncllm.messages import (
     Begin,
     Drain,
     Drained,
-    Due,
     Forget,
     Gone,
     Granted,
     JoinStep,
     Lapsed,
+    LaunchDue,
     Offer,
     Placed,
     Probe,
@@ -68,7 +68,7 @@ Inbox = (
     | Arrived
     | Lapsed
     | Sent
-    | Due
+    | LaunchDue
     | JoinStep
     | Agreed
     | Drain
@@ -188,7 +188,7 @@ class Scheduler(Actor[Inbox]):
                     self._commit(msg)
                 case Worked():
                     self._worked(msg)
-                case Due():
+                case LaunchDue():
                     self._due_at = inf
                 case JoinStep(step):
                     self._joins = step if step == self.core.steps + 1 else 0
@@ -319,7 +319,7 @@ class Scheduler(Actor[Inbox]):
     def _wake(self, now: float, at: float) -> None:
         if at < self._due_at:
             self._due_at = at
-            self.system.loop.call_later(at - now, self.put, Due(), True)
+            self.system.loop.call_later(at - now, self.put, LaunchDue(), True)
 
     def _flush(self) -> None:
         if released := self.core.released:

@@ -34,8 +34,8 @@ from asyncllm.messages import (
     Count,
     Counted,
     Finished,
-    Follow,
     GroupGone,
+    OpenTextStream,
     Prepared,
     Submit,
     Tokenize,
@@ -460,7 +460,7 @@ class Tokenizer(Actor[Inbox]):
         healed = tuple(self._pieces(ids[len(kept) :]))
         for rid in job.alive:
             self.detokenizer.tell(
-                Follow(
+                OpenTextStream(
                     rid=rid,
                     prompt_tail=kept[-TAIL_TOKENS:],
                     stop=params.stop,

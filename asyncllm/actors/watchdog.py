@@ -100,7 +100,7 @@ def guard_loop(seconds: float) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Duty:
+class WatchdogConfig:
     """What one watchdog looks after.
 
     Args:
@@ -127,7 +127,7 @@ class Duty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Means:
+class WatchdogHooks:
     """How a watchdog reaches the world outside; tests put other functions here.
 
     ``beat`` and ``last_beat`` are those of a ``Pulse``; a process that is alone has none.
@@ -158,9 +158,9 @@ class Watchdog(Actor[Inbox]):
         Mismatch: an endpoint and the coordinator cannot be one server.
     """
 
-    def __init__(self, duty: Duty, means: Means | None = None) -> None:
+    def __init__(self, duty: WatchdogConfig, means: WatchdogHooks | None = None) -> None:
         super().__init__("watchdog")
-        self._duty, self._means = duty, means or Means()
+        self._duty, self._means = duty, means or WatchdogHooks()
         self._leads = self._open = False
         self._absent: set[int] = set()  # not there yet
         self._heard: dict[int, float] = {}  # from a peer's first sign of life on

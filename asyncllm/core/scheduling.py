@@ -343,7 +343,7 @@ class Core(Lives):
             lanes=array(INT32, [lane.number for _, lane, _ in rows]),
             starts=array(INT32, starts),
             counts=granted.counts,
-            heads=array(INT32, bytes(4 * num)),
+            cached_counts=array(INT32, bytes(4 * num)),
             slots=granted.slots,
             sliding=granted.sliding,
             tokens=array(INT32, b"\xff" * (4 * num)),
@@ -411,7 +411,7 @@ class Core(Lives):
         plan.lanes.append(lane.number)
         plan.starts.append(start)
         plan.counts.append(count)
-        plan.heads.append(hit)
+        plan.cached_counts.append(hit)
         samples = start >= lane.fill_len or (end == lane.fill_len and req.max_new > 0)
         plan.samples.append(samples)
         if samples:

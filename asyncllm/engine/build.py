@@ -401,7 +401,7 @@ def _try_steps(
                 lanes=i32([0]),
                 starts=i32([start]),
                 counts=i32([size]),
-                heads=i32([0]),
+                cached_counts=i32([0]),
                 slots=i32(range(start, start + size)),
                 tokens=i32([0] * size),
                 samples=bytearray(b"\x01"),

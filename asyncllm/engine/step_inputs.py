@@ -57,7 +57,7 @@ def unpack(plan: StepPlan, max_len: int, *, two_spaces: bool = False) -> Rows:
     Without ``two_spaces`` all layers have slots of one column: that of windows, if it is there.
     """
     first = plan.slots if two_spaces else plan.sliding or plan.slots
-    columns = plan.lanes, plan.starts, plan.counts, plan.heads, first, plan.tokens
+    columns = plan.lanes, plan.starts, plan.counts, plan.cached_counts, first, plan.tokens
     lanes, starts, counts, heads, slots, tokens = (np.frombuffer(c, np.int32) for c in columns)
     assert not two_spaces or len(plan.sliding) == len(slots), "a plan without the second space"
     sliding = np.frombuffer(plan.sliding, np.int32) if two_spaces else None

@@ -32,7 +32,6 @@ from asyncllm.messages.moving import StepOver as StepOver
 from asyncllm.messages.request import Abort as Abort
 from asyncllm.messages.request import Accepted as Accepted
 from asyncllm.messages.request import Again as Again
-from asyncllm.messages.request import Built as Built
 from asyncllm.messages.request import Cancel as Cancel
 from asyncllm.messages.request import Compile as Compile
 from asyncllm.messages.request import Compiled as Compiled
@@ -41,7 +40,8 @@ from asyncllm.messages.request import Counted as Counted
 from asyncllm.messages.request import Delta as Delta
 from asyncllm.messages.request import Finished as Finished
 from asyncllm.messages.request import Flush as Flush
-from asyncllm.messages.request import Follow as Follow
+from asyncllm.messages.request import GrammarBuilt as GrammarBuilt
+from asyncllm.messages.request import OpenTextStream as OpenTextStream
 from asyncllm.messages.request import Orphaned as Orphaned
 from asyncllm.messages.request import Prepared as Prepared
 from asyncllm.messages.request import StopHit as StopHit
@@ -68,9 +68,9 @@ from asyncllm.messages.server import Scraped as Scraped
 from asyncllm.messages.server import Started as Started
 from asyncllm.messages.server import Welcome as Welcome
 from asyncllm.messages.step import Agreed as Agreed
-from asyncllm.messages.step import Due as Due
 from asyncllm.messages.step import Granted as Granted
 from asyncllm.messages.step import JoinStep as JoinStep
+from asyncllm.messages.step import LaunchDue as LaunchDue
 from asyncllm.messages.step import Offer as Offer
 from asyncllm.messages.step import Progress as Progress
 from asyncllm.messages.step import Release as Release

@@ -118,7 +118,7 @@ class Cancel(Message):
 
 
 @message(5)
-class Follow(Message):
+class OpenTextStream(Message):
     """tokenizer -> detokenizer (same process), before Submit:
     how to turn this request's ids to text."""
 
@@ -194,7 +194,7 @@ class Compiled(Message):
 
 
 @message(28)
-class Built(Message):
+class GrammarBuilt(Message):
     """grammar@leader -> itself: what a thread of its pool answered."""
 
     kind: str

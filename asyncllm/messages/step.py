@@ -60,7 +60,7 @@ class StepPlan(Message):
     """scheduler -> runner of every tp rank. Rows with one new token come first.
 
     Row i computes tokens at positions [starts[i], starts[i] + counts[i]) of lane i. Its slots are
-    written to the lane's table from position starts[i] - heads[i] on.
+    written to the lane's table from position starts[i] - cached_counts[i] on.
     """
 
     step: int  # 1, 2, 3, ... without a gap
@@ -68,9 +68,9 @@ class StepPlan(Message):
     lanes: array[int] = field(default_factory=int32s)
     starts: array[int] = field(default_factory=int32s)
     counts: array[int] = field(default_factory=int32s)
-    heads: array[int] = field(default_factory=int32s)  # cached tokens before the new ones: > 0 only
-    # in a lane's first step
-    slots: array[int] = field(default_factory=int32s)  # sum(heads + counts)
+    # cached tokens before the new ones: > 0 only in a lane's first step
+    cached_counts: array[int] = field(default_factory=int32s)
+    slots: array[int] = field(default_factory=int32s)  # sum(cached_counts + counts)
     tokens: array[int] = field(default_factory=int32s)  # sum(counts); -1: the lane's last token
     samples: bytearray = field(default_factory=bytearray)  # 1 where the row ends the known tokens,
     # so that a token comes out
@@ -92,10 +92,10 @@ class StepPlan(Message):
         if not (
             self.step > 0
             and are_natural(
-                self.lanes, self.starts, self.counts, self.heads, self.slots, self.masked
+                self.lanes, self.starts, self.counts, self.cached_counts, self.slots, self.masked
             )
             and are_natural(self.sliding)
-            and len(self.starts) == len(self.counts) == len(self.heads) == rows
+            and len(self.starts) == len(self.counts) == len(self.cached_counts) == rows
             and len(self.samples) == rows
             and 0 <= self.num_decode <= rows
         ):
@@ -105,7 +105,7 @@ class StepPlan(Message):
             0 not in self.counts
             and self.counts[: self.num_decode] == array(INT32, [1]) * self.num_decode
             and len(self.tokens) == num_new
-            and len(self.slots) == num_new + sum(self.heads)
+            and len(self.slots) == num_new + sum(self.cached_counts)
             and len(self.sliding) in (0, len(self.slots))
             and len(self.masks) % 4 == 0
             and (self.common == 0 or num_new <= self.common <= MAX_COUNT)
@@ -124,7 +124,7 @@ class StepDone(Message):
 
 
 @message(15)
-class Due(Message):
+class LaunchDue(Message):
     """scheduler -> itself: the step that was held back is to be launched."""
 
 

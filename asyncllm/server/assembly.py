@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from asyncllm import __version__
+from asyncllm.actors.access import Access
 from asyncllm.actors.agent import Agent
 from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.balancer import Balancer
@@ -17,7 +18,6 @@ from asyncllm.actors.channel import Channel
 from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.director import Director
 from asyncllm.actors.frontend import Frontend
-from asyncllm.actors.gate import Access
 from asyncllm.actors.grammar import GrammarKeeper
 from asyncllm.actors.lockstep import Lockstep
 from asyncllm.actors.renderer import Renderer
@@ -25,7 +25,7 @@ from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.settings import Limits, Place
 from asyncllm.actors.tokenizer import Tokenizer
-from asyncllm.actors.watchdog import Duty, Means, Watchdog
+from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks
 from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.defaults import Defaults
 from asyncllm.api.common.request import ServedModel
@@ -227,7 +227,7 @@ def _info(p: Loaded) -> dict[str, object]:
 
 
 def place(
-    loaded: Loaded, means: Means, on_open: Callable[[], None], channel: Channel | None
+    loaded: Loaded, means: WatchdogHooks, on_open: Callable[[], None], channel: Channel | None
 ) -> list[AnyActor]:
     """The actors of this process, in order of start.
 
@@ -265,7 +265,7 @@ def place(
         made[name].remote = frozenset()
     for actor in made.values() if not boot.coordinates else ():
         actor.remote = frozenset({*actor.remote, *actor.orders})
-    duty = Duty(
+    duty = WatchdogConfig(
         contract=boot.contract,
         model_name=resolved.served_names[0],
         max_len=resolved.max_req_total_len,

@@ -280,7 +280,7 @@ def _sweep(parent: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-class Wires:
+class ZmqAddresses:
     """Where the endpoints listen for messages: sockets in a private folder, or loopback ports.
 
     Args:

@@ -18,12 +18,12 @@ from typing import NoReturn
 
 import torch
 
+from asyncllm.actors.access import Access
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.gate import Access
 from asyncllm.actors.pulse import Pulse
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
-from asyncllm.actors.watchdog import EXIT_HUNG, Means, dump_stacks
+from asyncllm.actors.watchdog import EXIT_HUNG, WatchdogHooks, dump_stacks
 from asyncllm.api.openapi.welcome import curl_line
 from asyncllm.core.metrics import Process, ServerMetrics, State
 from asyncllm.errors import FatalError, Mismatch, PeerLost, StartupError
@@ -35,7 +35,7 @@ from asyncllm.server.launch import (
     Boot,
     Children,
     NodeWires,
-    Wires,
+    ZmqAddresses,
     tls_context,
     watch_parent,
 )
@@ -68,7 +68,7 @@ class Ground:
         channel: to other servers of a cluster; None: it belongs to none.
     """
 
-    wires: Wires | NodeWires | None = None
+    wires: ZmqAddresses | NodeWires | None = None
     lifeline: Lifeline | None = None
     status: socket | None = None
     channel: Channel | None = None
@@ -234,7 +234,7 @@ class Server:
     def _assemble(self, loaded: Loaded) -> None:
         """The actors, ready to run."""
         system, loop = self._system, asyncio.get_running_loop()
-        means = Means(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
+        means = WatchdogHooks(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
         if self._children:
             means = replace(means, kill=self._children.kill_one)
         if self._boot.pulse_fd >= 0:

@@ -17,7 +17,7 @@ from asyncllm.environment import use_interface
 from asyncllm.errors import StartupError
 from asyncllm.server import meeting
 from asyncllm.server.facts import facts
-from asyncllm.server.launch import NodeWires, Wires
+from asyncllm.server.launch import NodeWires, ZmqAddresses
 from asyncllm.server.nodes import Join, Joined, Lifeline, Meeting, Member
 from asyncllm.server.secret import cluster_keys
 from asyncllm.topology import Contract, Topology
@@ -43,7 +43,7 @@ class Seat:
     endpoint: int
     topology: Topology
     keys: Keys
-    wires: Wires | NodeWires
+    wires: ZmqAddresses | NodeWires
     rendezvous: tuple[str, int] | None = None
     store_fd: int = -1
     lifeline: Lifeline | None = None
@@ -59,7 +59,7 @@ def take_seat(config: Config, topology: Topology, stack: contextlib.ExitStack) -
     Raises:
         StartupError: a port cannot be used.
     """
-    wires = Wires(config.zmq_mode, alone=len(topology.endpoints) == 1)
+    wires = ZmqAddresses(config.zmq_mode, alone=len(topology.endpoints) == 1)
     stack.callback(wires.close)
     first = topology.coordinator.id
     topology = topology.at(first, wires.address(first))

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from asyncllm.actors.access import Access, AccessControl
 from asyncllm.actors.connection import Handler
-from asyncllm.actors.gate import Access, Gate
 from asyncllm.api.common import errors
 from asyncllm.errors import RequestError
 
@@ -33,7 +33,7 @@ class Status:
         self, healthy: Callable[[], bool], exposition: Callable[[], bytes], access: Access
     ) -> None:
         self._healthy, self._exposition = healthy, exposition
-        self._gate = Gate(access)
+        self._gate = AccessControl(access)
         self._tls: ssl.SSLContext | None = access.tls
         app = web.Application(middlewares=[self._admit])
         app.router.add_get("/health", self._health)

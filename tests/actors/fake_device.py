@@ -202,7 +202,9 @@ class FakeDevice:
         words = -(-self.vocab // 32) * 4
         masks = {row: plan.masks[i * words : (i + 1) * words] for i, row in enumerate(plan.masked)}
         tokens, prompt, logprobs, asks = [], [], [], False
-        columns = zip(plan.lanes, plan.starts, counts, plan.heads, plan.samples, strict=True)
+        columns = zip(
+            plan.lanes, plan.starts, counts, plan.cached_counts, plan.samples, strict=True
+        )
         for row, (lane, start, count, head, samples) in enumerate(columns):
             if lane in opened:
                 new = opened[lane]

@@ -24,8 +24,8 @@ from asyncllm.messages import (
     Again,
     Delta,
     Finished,
-    Follow,
     GroupGone,
+    OpenTextStream,
     Orphaned,
     StopHit,
     Tokens,
@@ -94,12 +94,14 @@ def play(
     return front, sched
 
 
-def follow(rid: int, *stop: str, tail: array[int] | None = None, print_eos: bool = False) -> Follow:
-    return Follow(rid, i32(tail or []), stop, True, print_eos)
+def follow(
+    rid: int, *stop: str, tail: array[int] | None = None, print_eos: bool = False
+) -> OpenTextStream:
+    return OpenTextStream(rid, i32(tail or []), stop, True, print_eos)
 
 
-def sequenced(rid: int, *sequences: list[int]) -> Follow:
-    return Follow(rid, i32([]), (), True, False, (), tuple(map(tuple, sequences)))
+def sequenced(rid: int, *sequences: list[int]) -> OpenTextStream:
+    return OpenTextStream(rid, i32([]), (), True, False, (), tuple(map(tuple, sequences)))
 
 
 def tokens(
@@ -120,8 +122,8 @@ def said(front: list[Any], rid: int) -> str:
     return "".join(m.text for m in front if isinstance(m, Delta) and m.rid == rid)
 
 
-def healed(text: Text, prompt: str, again: str) -> Follow:
-    return Follow(7, text.encode(prompt, False), (), True, False, healed=again.encode())
+def healed(text: Text, prompt: str, again: str) -> OpenTextStream:
+    return OpenTextStream(7, text.encode(prompt, False), (), True, False, healed=again.encode())
 
 
 def test_what_a_prompt_says_already_is_neither_shown_nor_counted(text: Text) -> None:
@@ -200,7 +202,7 @@ def test_ending_token_is_hidden_unless_asked_for(text: Text) -> None:
 
 def test_special_tokens_are_shown_by_name(text: Text) -> None:
     eos, call = text.encode("<eos><call>", False)
-    script = [follow(1), Follow(2, i32([]), (), True, False, ("<call>", "</call>"))]
+    script = [follow(1), OpenTextStream(2, i32([]), (), True, False, ("<call>", "</call>"))]
     script += [tokens([1, 2], [call, call]), tokens([1, 2], [eos, eos])]
     script += [tokens([1, 2], [call, call], [1, 1]), done(1, 3), done(2, 3)]
     front, _ = play(text, script, finished=2)
@@ -278,14 +280,14 @@ def test_stop_sequence_found_with_the_end_needs_no_stop_hit(text: Text) -> None:
 
 def test_stop_string_before_a_stop_sequence_wins(text: Text) -> None:
     ids = list(text.encode("xSTOPab", False))
-    follow_both = Follow(1, i32([]), ("STOP",), True, False, (), (tuple(ids[-2:]),))
+    follow_both = OpenTextStream(1, i32([]), ("STOP",), True, False, (), (tuple(ids[-2:]),))
     front, _ = play(text, [follow_both, tokens([1] * 7, ids), done(1, 7)], finished=1)
     assert (said(front, 1), front[-1].stop, front[-1].num_tokens) == ("x", "STOP", 5)
 
 
 def test_text_before_a_stop_sequence_is_whole(text: Text) -> None:
     half, a, b = *text.encode("é", False)[:1], *text.encode("ab", False)
-    both = Follow(1, i32([]), ("ab!",), True, False, (), ((b, b),))
+    both = OpenTextStream(1, i32([]), ("ab!",), True, False, (), ((b, b),))
     script = [both, tokens([1] * 4, [half, a, b, b]), done(1, 4)]
     front, _ = play(text, script, finished=1)
     assert said(front, 1) == "\ufffda"
@@ -410,7 +412,7 @@ def test_the_text_of_a_hidden_token_stops(
 
 def test_the_text_of_a_shown_token_stops(text: Text) -> None:
     ids = [*text.encode("ab<call>cd", False)]
-    shown = Follow(7, i32([]), ("<call>c",), False, False)
+    shown = OpenTextStream(7, i32([]), ("<call>c",), False, False)
     front, _ = play(text, [shown, tokens([7] * 5, ids), done(7, 5)], finished=1)
     assert said(front, 7) == "ab"
 

@@ -24,7 +24,7 @@ from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
-from asyncllm.actors.watchdog import Duty, Means, Watchdog
+from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks
 from asyncllm.codec import Column, encode, field_types, i32, registered
 from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
@@ -118,10 +118,10 @@ def leader(keys: Keys) -> ActorSystem:
     )  # fmt: skip
     runner = Runner(Device(), reports=True)
     runner.remote = frozenset()
-    duty = Duty(
+    duty = WatchdogConfig(
         contract=CONTRACT, model_name="m", max_len=MAX_LEN, step_timeout_s=60.0,
     )  # fmt: skip
-    watchdog = Watchdog(duty, Means(guard=lambda _: None, watch_s=0.0))
+    watchdog = Watchdog(duty, WatchdogHooks(guard=lambda _: None, watch_s=0.0))
     keeper = GrammarKeeper(Builder())
     limits: dict[str, int] = {"vocab_size": VOCAB, "max_len": MAX_LEN}
     balancer = Balancer("cache_aware", num_slots=SLOTS, **limits)

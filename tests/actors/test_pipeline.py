@@ -25,9 +25,9 @@ from asyncllm.messages import (
     AllocatorStats,
     Drain,
     Drained,
-    Due,
     Finished,
     Gone,
+    LaunchDue,
     Probe,
     Reserve,
     SchedulerStats,
@@ -107,7 +107,7 @@ def test_a_held_back_step_is_launched_when_its_time_has_come(
     world = decoding(step_ms=1e6)
     later = perf_counter() + 760
     monkeypatch.setattr("asyncllm.actors.scheduler.perf_counter", lambda: later)
-    world.tell(Due())
+    world.tell(LaunchDue())
     world.settle("scheduler", "allocator", "runner")
     assert len(world.pending) == 2
     world.run()

@@ -25,7 +25,7 @@ from asyncllm.messages import (
     Count,
     Counted,
     Finished,
-    Follow,
+    OpenTextStream,
     Prepared,
     Submit,
     Tokenize,
@@ -135,7 +135,9 @@ def test_group_is_followed_submitted_and_accepted_in_this_order(text: Text) -> N
     log = play(text, [asked], answers=1)
     ids = text.encode("hello", False)
     assert [name for name, _ in log] == ["detokenizer"] * 2 + ["scheduler"] * 2 + ["frontend"]
-    assert [msg for _, msg in log[:2]] == [Follow(r, ids, ("x",), True, True) for r in (5, 6)]
+    assert [msg for _, msg in log[:2]] == [
+        OpenTextStream(r, ids, ("x",), True, True) for r in (5, 6)
+    ]
     submits = [msg for _, msg in log[2:4]]
     assert [(m.rid, m.prompt) for m in submits] == [(5, ids), (6, ids)]
     own = [m.params for m in submits]
@@ -374,7 +376,7 @@ def test_the_end_of_a_text_is_left_to_the_model(
 ) -> None:
     asked = prompt(text=said, max_new_tokens=3, **params)
     log = play(text, [asked], answers=1, heals=True)
-    (follow,) = [msg for _, msg in log if isinstance(msg, Follow)]
+    (follow,) = [msg for _, msg in log if isinstance(msg, OpenTextStream)]
     (submit,) = [msg for _, msg in log if isinstance(msg, Submit)]
     (accepted,) = [msg for _, msg in log if isinstance(msg, Accepted)]
     whole = text.encode(said, True)
@@ -506,7 +508,7 @@ def test_abort_of_a_pending_prompt_ends_it_without_a_submit(
     ended = [m for _, m in log if isinstance(m, Finished)]
     assert [(m.rid, m.reason) for m in ended] == [(r, Reason.ABORT) for r in (1, 2, 3)]
     assert [m.rid for _, m in log if isinstance(m, Submit)] == [4, 9]
-    assert [m.rid for _, m in log if isinstance(m, Follow)] == [4, 9]
+    assert [m.rid for _, m in log if isinstance(m, OpenTextStream)] == [4, 9]
     assert gate.calls == ["a", "c", "d"]  # 2 never got a thread
 
 

@@ -23,7 +23,7 @@ from asyncllm.messages import Gone, Halt
 from asyncllm.topology import http_worker
 from tests.raw import offer, push, raw
 
-Wires = Callable[[int], list[Wire]]
+ZmqAddresses = Callable[[int], list[Wire]]
 
 
 class Sink(Actor[Gone]):
@@ -53,7 +53,7 @@ def frame(name: str, number: int, urgent: bool = False) -> bytes:
     return bytes(msgpack.packb((name, urgent))) + encode(Gone(number))
 
 
-def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: Wires) -> None:
+def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: ZmqAddresses) -> None:
     async def go() -> list[int]:
         sender = ActorSystem(1, wires(2)[1])
         sink = sender.ref("sink", 0)
@@ -103,7 +103,7 @@ def test_a_foreign_frame_is_dropped_and_counted(bad: bytes) -> None:
 
 
 def test_foreign_frames_are_one_line_a_minute(
-    wires: Wires, caplog: pytest.LogCaptureFixture
+    wires: ZmqAddresses, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def go() -> None:
         wire = wires(1)[0]
@@ -121,7 +121,7 @@ def test_foreign_frames_are_one_line_a_minute(
     ]
 
 
-def test_a_message_that_is_not_for_other_processes_is_dropped(wires: Wires) -> None:
+def test_a_message_that_is_not_for_other_processes_is_dropped(wires: ZmqAddresses) -> None:
     async def go() -> list[int]:
         wire = wires(1)[0]
         system = ActorSystem(0, wire)
@@ -138,7 +138,9 @@ def test_a_message_that_is_not_for_other_processes_is_dropped(wires: Wires) -> N
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "ipc"])
 @pytest.mark.parametrize("keys", [None, Keys.make()], ids=["no keys", "other keys"])
-def test_who_has_not_the_keys_is_not_heard(wires: Wires, address: str, keys: Keys | None) -> None:
+def test_who_has_not_the_keys_is_not_heard(
+    wires: ZmqAddresses, address: str, keys: Keys | None
+) -> None:
     """Strangers go on sending until one of us has been heard."""
 
     async def go() -> list[int]:
@@ -182,7 +184,7 @@ def test_bytes_that_are_not_even_zmq_do_no_harm() -> None:
     run(go())
 
 
-def test_a_peer_may_come_later_and_another_may_take_its_place(wires: Wires) -> None:
+def test_a_peer_may_come_later_and_another_may_take_its_place(wires: ZmqAddresses) -> None:
     async def go() -> tuple[list[int], list[int]]:
         keys = Keys.make()
         sender = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
@@ -212,7 +214,7 @@ def test_a_peer_may_come_later_and_another_may_take_its_place(wires: Wires) -> N
     assert run(go()) == ([1], [2])
 
 
-def test_a_remote_message_for_a_missing_name_is_a_dead_letter(wires: Wires) -> None:
+def test_a_remote_message_for_a_missing_name_is_a_dead_letter(wires: ZmqAddresses) -> None:
     async def go() -> int:
         system = ActorSystem(0, wires(1)[0])
         system.add(Sink(1))
@@ -224,7 +226,7 @@ def test_a_remote_message_for_a_missing_name_is_a_dead_letter(wires: Wires) -> N
     assert run(go()) == 1
 
 
-def test_a_remote_message_for_a_full_mailbox_ends_the_endpoint(wires: Wires) -> None:
+def test_a_remote_message_for_a_full_mailbox_ends_the_endpoint(wires: ZmqAddresses) -> None:
     async def go() -> None:
         system = ActorSystem(0, wires(1)[0])
         actor = Sink(-1)
@@ -238,7 +240,9 @@ def test_a_remote_message_for_a_full_mailbox_ends_the_endpoint(wires: Wires) -> 
         run(go())
 
 
-def test_a_peer_that_does_not_read_is_lost(wires: Wires, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_does_not_read_is_lost(
+    wires: ZmqAddresses, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transport, "OUTBOX_LIMIT", 5)
 
     async def go() -> None:
@@ -256,7 +260,7 @@ def test_a_peer_that_does_not_read_is_lost(wires: Wires, monkeypatch: pytest.Mon
 
 
 def test_a_peer_lost_in_a_handler_ends_the_endpoint_as_such(
-    wires: Wires, monkeypatch: pytest.MonkeyPatch
+    wires: ZmqAddresses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "OUTBOX_LIMIT", 5)
     monkeypatch.setattr(transport, "LINGER_MS", 0)
@@ -293,7 +297,7 @@ def test_an_address_in_use_is_a_startup_error() -> None:
     run(go())
 
 
-def test_what_was_told_just_before_stop_still_leaves(wires: Wires) -> None:
+def test_what_was_told_just_before_stop_still_leaves(wires: ZmqAddresses) -> None:
     async def go() -> list[int]:
         receiver = ActorSystem(0, wires(2)[0])
         actor = Sink(9)

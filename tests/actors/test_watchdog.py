@@ -17,7 +17,7 @@ import uvloop
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.watchdog import Duty, Means, Watchdog, gather
+from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks, gather
 from asyncllm.core.metrics import State
 from asyncllm.errors import Mismatch, PeerLost
 from asyncllm.messages import (
@@ -147,7 +147,7 @@ class World:
         for fake in self.fakes.values():
             self.system.add(fake)
         self.dog = Watchdog(
-            Duty(
+            WatchdogConfig(
                 contract=CONTRACT,
                 model_name="m",
                 max_len=1000,
@@ -156,7 +156,7 @@ class World:
                 busy_since=lambda: self.busy_since,
                 in_flight=lambda: "step 7",
             ),
-            Means(
+            WatchdogHooks(
                 clock=self.clock,
                 exit=self.ends.append,
                 kill=self.killed.append,
@@ -624,13 +624,13 @@ def test_a_loop_that_hangs_is_seen_by_the_watching_thread(caplog: pytest.LogCapt
 
     async def go() -> None:
         system = ActorSystem()
-        duty = Duty(
+        duty = WatchdogConfig(
             contract=CONTRACT,
             model_name="m",
             max_len=1000,
             step_timeout_s=0.05,
         )
-        dog = Watchdog(duty, Means(exit=end, dump=lambda: None, tick_s=0.01, watch_s=0.01))
+        dog = Watchdog(duty, WatchdogHooks(exit=end, dump=lambda: None, tick_s=0.01, watch_s=0.01))
         system.add(dog)
         running = asyncio.ensure_future(system.run())
         await settle()

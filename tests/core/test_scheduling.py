@@ -200,7 +200,7 @@ def test_a_hit_moves_the_start_and_a_row_of_one_token_comes_first() -> None:
     planned = step(core, hit=9)
     assert shape(planned) == [(1, 1), (2, 4)]
     assert planned.plan.num_decode == 1
-    assert list(planned.plan.heads) == [9, 9]
+    assert list(planned.plan.cached_counts) == [9, 9]
     assert list(planned.plan.starts) == [9, 9]
     assert list(planned.plan.tokens) == [109, 109, 110, 111, 112]
     assert core.running[1].cached_len == 9

@@ -16,9 +16,9 @@ from typing import Any
 
 import aiohttp
 
+from asyncllm.actors.access import Access
 from asyncllm.actors.base import Actor
 from asyncllm.actors.frontend import Frontend
-from asyncllm.actors.gate import Access
 from asyncllm.actors.settings import Limits
 from asyncllm.actors.system import ActorSystem
 from asyncllm.api.common.answer import Vocab

@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 
 from asyncllm import config as options
 from asyncllm import rank
-from asyncllm.actors.gate import Access, Gate
+from asyncllm.actors.access import Access, AccessControl
 from asyncllm.config import Config
 from asyncllm.core.request import Reason
 from asyncllm.errors import StartupError
@@ -137,7 +137,7 @@ def client(access: Access, peer: str = "10.0.0.1", **headers: str | list[str]) -
         for value in [values] if isinstance(values, str) else values:
             pairs.add(name.replace("_", "-"), value)
     request = make_mocked_request("POST", "/generate", headers=pairs)
-    return Gate(access).client(request.clone(remote=peer))
+    return AccessControl(access).client(request.clone(remote=peer))
 
 
 def address(text: str) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from asyncllm.actors.gate import Access
+from asyncllm.actors.access import Access
 from asyncllm.core.request import Reason
 from asyncllm.messages import Finished
 from asyncllm.records import Failure, Overflow

@@ -8,7 +8,7 @@ import shlex
 from dataclasses import replace
 from html import unescape
 
-from asyncllm.actors.gate import Access
+from asyncllm.actors.access import Access
 from asyncllm.actors.http import DOC_FILES, SWAGGER, Routes
 from asyncllm.api.openapi import welcome
 from asyncllm.api.openapi.welcome import curl_line

@@ -26,7 +26,7 @@ import pytest
 
 from asyncllm.actors import connection
 from asyncllm.actors.body import zstd
-from asyncllm.actors.stream import resolve
+from asyncllm.actors.exchange import resolve
 from tests.e2e.fake_server import Server
 from tests.e2e.test_api import CHAT, COMPLETIONS, live, served
 

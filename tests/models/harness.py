@@ -82,7 +82,7 @@ class Driver:
                 lanes=i32(s.lane for s, _, _ in rows),
                 starts=i32(starts),
                 counts=i32(count for _, count, _ in rows),
-                heads=i32(head for _, _, head in rows),
+                cached_counts=i32(head for _, _, head in rows),
                 slots=i32(slots),
                 tokens=i32(tokens),
                 samples=bytearray(samples),
@@ -229,7 +229,7 @@ class Ranks:
             return StepPlan(step=step, num_decode=0)
         return StepPlan(
             step=step, num_decode=0 if size > 1 else 1, lanes=i32([0]), starts=i32([0]),
-            counts=i32([size]), heads=i32([0]), slots=i32(range(size)), samples=bytearray(b"\1"),
+            counts=i32([size]), cached_counts=i32([0]), slots=i32(range(size)), samples=bytearray(b"\1"),
             tokens=i32(range(3, 3 + size)), opened=[Opened(0, size, GREEDY, i32([]))],
         )  # fmt: skip
 

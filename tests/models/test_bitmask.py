@@ -52,7 +52,7 @@ def test_ban(device: str, vocab_size: int, num_masks: int) -> None:
 def test_rows_of_the_plan_become_rows_of_the_logits() -> None:
     plan = StepPlan(
         step=1, num_decode=2, lanes=i32([0, 1, 2, 3]), starts=i32([4, 4, 0, 0]),
-        counts=i32([1, 1, 2, 2]), heads=i32([0, 0, 0, 0]), slots=i32(range(6)),
+        counts=i32([1, 1, 2, 2]), cached_counts=i32([0, 0, 0, 0]), slots=i32(range(6)),
         tokens=i32([-1, -1, 5, 5, 5, 5]), samples=bytearray(b"\x01\x01\x00\x01"),
         masked=i32([1, 3]), masks=bytearray(i32([6, 9]).tobytes()),
     )  # fmt: skip
@@ -69,7 +69,7 @@ def test_a_ban_of_end_tokens_yields_to_a_grammar_that_allows_nothing_else(
     params = SamplingParams(min_new_tokens=3, grammar=("regex", "a"), temperature=temperature)
     table = SamplingTable(1, 32, eos_ids=(2,))
     plan = StepPlan(
-        step=1, num_decode=1, lanes=i32([0]), starts=i32([9]), counts=i32([1]), heads=i32([0]),
+        step=1, num_decode=1, lanes=i32([0]), starts=i32([9]), counts=i32([1]), cached_counts=i32([0]),
         slots=i32([7]), tokens=i32([-1]), samples=bytearray(b"\x01"), opened=[Opened(0, 10, params, i32([]))],
     )  # fmt: skip
     table.open(plan)

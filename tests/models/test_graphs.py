@@ -107,7 +107,7 @@ def test_steps_end_in_the_graph_of_their_kind(
     n = len(params)
     plan = StepPlan(
         step=1, num_decode=0, lanes=i32(range(n)), starts=i32([0] * n), counts=i32([3] * n),
-        heads=i32([0] * n), slots=i32(range(3 * n)), tokens=i32([1] * (3 * n)),
+        cached_counts=i32([0] * n), slots=i32(range(3 * n)), tokens=i32([1] * (3 * n)),
         samples=bytearray(b"\x01" * n), opened=opened,
     )  # fmt: skip
     lanes.open(plan)
@@ -189,7 +189,7 @@ def step(num_decode: int, prefills: list[int], choices: list[int]) -> StepPlan:
     params = [CHOICES[choices[i % len(choices)]] for i in range(num)]
     return StepPlan(
         step=1, num_decode=num_decode, lanes=i32(range(num)), starts=i32(range(7, 7 + num)),
-        counts=i32(counts), heads=i32([0] * num), slots=i32(range(100, 100 + total)),
+        counts=i32(counts), cached_counts=i32([0] * num), slots=i32(range(100, 100 + total)),
         tokens=i32(range(200, 200 + total)), samples=bytearray(1 for _ in counts),
         opened=[Opened(lane, 3, p, i32([])) for lane, p in enumerate(params)],
         sliding=i32(range(500, 500 + total)),

@@ -148,7 +148,7 @@ def test_log_probs() -> None:
 
 def one_row_plan(params: SamplingParams, prompt_len: int, start: int) -> StepPlan:
     return StepPlan(
-        step=1, num_decode=1, lanes=i32([0]), starts=i32([start]), counts=i32([1]), heads=i32([0]),
+        step=1, num_decode=1, lanes=i32([0]), starts=i32([start]), counts=i32([1]), cached_counts=i32([0]),
         slots=i32([7]), tokens=i32([-1]), samples=bytearray(b"\x01"),
         opened=[Opened(0, prompt_len, params, i32([]))],
     )  # fmt: skip

@@ -20,7 +20,7 @@ from asyncllm import rank
 from asyncllm.config import Config, resolve_limits
 from asyncllm.errors import StartupError
 from asyncllm.server import launch
-from asyncllm.server.launch import Boot, Wires, bind_http
+from asyncllm.server.launch import Boot, ZmqAddresses, bind_http
 from asyncllm.topology import Topology
 
 
@@ -88,7 +88,10 @@ def test_sockets_lie_in_a_private_folder_that_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "FOLDERS", tmp_path)
-    wires, other = Wires("ipc:///tmp/", alone=False), Wires("ipc:///tmp/", alone=False)
+    wires, other = (
+        ZmqAddresses("ipc:///tmp/", alone=False),
+        ZmqAddresses("ipc:///tmp/", alone=False),
+    )
     assert len({w.address(i) for w in (wires, other) for i in (0, 1)}) == 4
     (folder, _) = sorted(tmp_path.iterdir())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -106,17 +109,17 @@ def test_folders_of_killed_servers_are_swept_and_no_others(
     kept = [f"asyncllm-{os.getpid()}-abc", "asyncllm-notes", "other-1-x", "asyncllm-x-y"]
     for name in (f"asyncllm-{dead.pid}-abc", *kept):
         (tmp_path / name).mkdir()
-    Wires("ipc:///tmp/", alone=False).close()
+    ZmqAddresses("ipc:///tmp/", alone=False).close()
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_alone_needs_no_wires() -> None:
     for mode in ("ipc:///tmp/", "tcp://"):
-        assert Wires(mode, alone=True).address(0) == ""
+        assert ZmqAddresses(mode, alone=True).address(0) == ""
 
 
 def test_no_port_is_guessed() -> None:
-    assert Wires("tcp://", alone=False).address(3) == "tcp://127.0.0.1:*"
+    assert ZmqAddresses("tcp://", alone=False).address(3) == "tcp://127.0.0.1:*"
 
 
 def test_keys_are_not_shown() -> None:

@@ -13,7 +13,7 @@ from asyncllm.api.common.answer import Answer, Choice, Reply
 from asyncllm.errors import RequestError
 
 
-class Pipe:
+class ChunkedWriter:
     """A response body written straight to its transport: one HTTP/1.1 chunk per write.
 
     ``chunked`` is False for HTTP/1.0, where the end of the connection ends the body.
@@ -57,7 +57,7 @@ class Exchange:
         queued: in the frontend's list of streams to write.
         request_id: X-Request-Id.
         named: the client has chosen it.
-        client: whose it is, see ``Gate.client``.
+        client: whose it is, see ``AccessControl.client``.
         rids: of all choices, in order.
         cancelled: asked to end early.
         committed: headers of a stream are out or about to be: errors become events.
@@ -108,7 +108,7 @@ class Exchange:
         self.live: dict[int, Choice] = {}
         self.unaccepted: set[int] = set()  # first rid of each prompt
         self.pending: list[bytes] = []
-        self.pipe: Pipe | None = None
+        self.pipe: ChunkedWriter | None = None
         self.committed = self.ended = self.queued = self.cancelled = False
         self.begun_at = monotonic()
         self.written_at = 0.0

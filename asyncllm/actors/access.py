@@ -40,7 +40,7 @@ class Access:
     proxies: tuple[str, ...] = ()
 
 
-class Gate:
+class AccessControl:
     """Checks every request before anything of it is looked at."""
 
     def __init__(self, access: Access) -> None:
