@@ -406,7 +406,7 @@ class Frontend(Actor[Inbox]):
         if found is None:
             return
         exchange, choice = found
-        exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.head, msg.cut)
+        exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.thoughts, msg.cut)
         exchange.unaccepted.discard(msg.rid)
         if not exchange.unaccepted:
             if exchange.streams:

@@ -78,6 +78,9 @@ STREAM_HEADERS: Final = {
     "X-Accel-Buffering": "no",
 }
 
+# what a body asks for, and what makes its reply
+Parsed = tuple[GenerationRequest, Callable[[Answer], Reply]]
+
 
 class Routes:
     """The routes of one frontend."""
@@ -150,65 +153,51 @@ class Routes:
     # -- text ----------------------------------------------------------------------------------
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(
-            request,
-            lambda body: openai.completion(body, self._front.served),
-            CompletionReply,
-            "cmpl-",
-        )
+        def parse(body: validation.Body) -> Parsed:
+            return openai.completion(body, self._front.served), CompletionReply
+
+        return await self._generate(request, parse, "cmpl-")
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(
-            request, lambda body: openai.chat(body, self._front.served), chat_reply, "chatcmpl-"
-        )
+        def parse(body: validation.Body) -> Parsed:
+            return openai.chat(body, self._front.served), chat_reply
+
+        return await self._generate(request, parse, "chatcmpl-")
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
-        asked: list[responses.ResponsesRequest] = []
+        def parse(body: validation.Body) -> Parsed:
+            asked = responses.read(body, self._front.served, self._store)
+            return asked.generation, lambda answer: ResponseReply(answer, asked, self._store)
 
-        def parse(body: validation.Body) -> GenerationRequest:
-            asked.append(responses.read(body, self._front.served, self._store))
-            return asked[0].generation
-
-        return await self._generate(
-            request, parse, lambda answer: ResponseReply(answer, asked[0], self._store), "resp_"
-        )
+        return await self._generate(request, parse, "resp_")
 
     async def _messages(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(
-            request, lambda body: anthropic.messages(body, self._front.served), MessageReply, "msg_"
-        )
+        def parse(body: validation.Body) -> Parsed:
+            return anthropic.messages(body, self._front.served), MessageReply
+
+        return await self._generate(request, parse, "msg_")
 
     async def _native(self, request: web.Request) -> web.StreamResponse:
         """/generate, /generate_stream, and / where the body says which of them."""
         served, path = self._front.served, request.path
-        asked: list[tgi.TgiRequest] = []
 
-        def parse(body: validation.Body) -> GenerationRequest:
+        def parse(body: validation.Body) -> Parsed:
             stream = lightllm.stream_flag(body) if path == "/" else path.endswith("_stream")
             if not served.tgi:
-                return lightllm.generate(body, served, stream=stream)
-            asked.append(tgi.generate(body, served, stream=stream))
-            return asked[0].generation
+                return lightllm.generate(body, served, stream=stream), NativeReply
+            asked = tgi.generate(body, served, stream=stream)
+            return asked.generation, lambda answer: TgiReply(answer, asked, listed=path == "/")
 
-        def reply(answer: Answer) -> Reply:
-            if not served.tgi:
-                return NativeReply(answer)
-            return TgiReply(answer, asked[0], listed=path == "/")
-
-        return await self._generate(request, parse, reply, "gen-")
+        return await self._generate(request, parse, "gen-")
 
     async def _generate(
-        self,
-        request: web.Request,
-        parse: Callable[[validation.Body], GenerationRequest],
-        reply: Callable[[Answer], Reply],
-        prefix: str,
+        self, request: web.Request, parse: Callable[[validation.Body], Parsed], prefix: str
     ) -> web.StreamResponse:
         """The one way from a request to text: admit, wait, answer; abort however it ends."""
         front, exchange, status = self._front, None, CLIENT_GONE
         request[COUNTED] = True
         try:
-            generation = parse(await self._body(request))
+            generation, reply = parse(await self._body(request))
             name = prefix + secrets.token_hex(12)
             exchange = front.submit(
                 generation,

@@ -65,7 +65,7 @@ class _Job:
     msg: Tokenize | Count
     alive: list[int]
     since: float  # the loop's time
-    head: str = ""  # see Accepted
+    head: str = ""  # see Prepared
     ids: array[int] = field(default_factory=lambda: array(INT32))  # once they are known
     cut: bool = False  # there were more before some were left out
     dropped: int = 0  # tokens at their end that the output spells anew
@@ -487,7 +487,7 @@ class Tokenizer(Actor[Inbox]):
                         request_id=msg.request_id,
                     )
                 )
-        self.frontend.tell(Accepted(msg.rids[0], ids, head=job.head, cut=job.cut))
+        self.frontend.tell(Accepted(msg.rids[0], ids, thoughts=thoughts, cut=job.cut))
 
     def _to_heal(self, ids: array[int], params: SamplingParams) -> int:
         """How many tokens at the end of a text are to be spelled anew."""

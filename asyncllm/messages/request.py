@@ -44,7 +44,7 @@ class Accepted(Message):
 
     rid: int
     prompt: array[int]
-    head: str = ""  # of a chat: the end of the prompt's text, without a message to be continued
+    thoughts: str = ""  # as in Submit
     cut: bool = False  # tokens of the prompt as it was sent are not in ``prompt``
 
 
@@ -160,7 +160,7 @@ class Prepared(Message):
     ids: array[int] = field(default_factory=int32s)
     failure: Failure | None = None
     frees: bool = True  # the thread is free again; False: the answer is late, the thread still busy
-    head: str = ""  # as in Accepted
+    head: str = ""  # of a chat: the end of the prompt's text, without a message to be continued
     cut: bool = False  # as in Accepted
 
 

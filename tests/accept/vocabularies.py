@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from asyncllm.api.common.chat_template import ChatTemplate
 from asyncllm.api.common.tool_request import ToolChoice, ToolRequest, with_tools_in_prompt
-from asyncllm.api.parsing.tools import Tool, parse_whole
+from asyncllm.api.parsing.tools import Tool, make_parser
 from asyncllm.templates import Chats, read_dialect, render
 from asyncllm.text import Text, load_tokenizer, with_controls
 
@@ -247,10 +247,12 @@ def chat(templates: dict[str, str], special: dict[str, str], expected: list[str]
         if part not in prompt:
             raise ValueError(f"{part!r} is not in the prompt")
     earlier = prompt[prompt.index("time is it?") : prompt.index("RESULT")]
-    calls = parse_whole(dialect.calls, earlier, TOOLS).calls
+    parser = make_parser(dialect.calls, TOOLS)
+    parser.push(earlier)
+    parser.finish()
     differs(
         "call",
-        [(c.name, json.loads(c.arguments)) for c in calls],
+        [(c.name, json.loads(c.arguments)) for c in parser.calls],
         [("get_time", {"city": "Köln\n"})],
     )
     return f"calls {dialect.spelling or dialect.calls}, reasoning {dialect.reasoning or 'none'}"

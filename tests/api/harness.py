@@ -16,6 +16,7 @@ from asyncllm.api.openai import request as openai
 from asyncllm.api.openai.chat_reply import ParsedChatReply, chat_reply
 from asyncllm.api.openapi import document as openapi
 from asyncllm.api.parsing.output_parser import Dialect
+from asyncllm.api.parsing.reasoning import prompt_state
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.messages import Delta
@@ -188,7 +189,13 @@ def reply(calls: str, thoughts: str, *, head: str = "", **body: Any) -> ParsedCh
     wants = generation.params.logprobs, -1
     choices = [Choice(index=i, prompt_idx=0, wants=wants) for i in range(generation.n)]
     answer = Answer(generation, "id-1", 7, BYTES_SERVED.name, VOCAB, choices, [array("i")])
-    answer.accept(0, i32([1, 2]), head)
+    options = generation.output_options
+    begins = (
+        ""
+        if options is None or not thoughts
+        else prompt_state(thoughts, head + options.continued, options.continued)
+    )
+    answer.accept(0, i32([1, 2]), begins)
     made = chat_reply(answer)
     assert isinstance(made, ParsedChatReply)
     return made

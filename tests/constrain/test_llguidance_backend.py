@@ -16,13 +16,13 @@ import pytest
 
 from asyncllm.api.common.response_format import choice
 from asyncllm.api.parsing.tools import (
+    CALL_TEXTS,
     FORMATS,
     Tool,
     call_forms,
     make_parser,
     special_tokens,
     spelling,
-    tags,
 )
 from asyncllm.constrain import llguidance_backend as engine
 from asyncllm.constrain.llguidance_backend import Grammars, Matcher
@@ -263,9 +263,7 @@ def test_calls_are_read_back_by_the_parser_of_their_format(
         written, whole = follow(matcher, texts, lambda ids: random_token.choice(ids), 400)
         if not whole:
             continue  # an object of the other tool that goes on and on
-        answer = (
-            tags(name, TOOLS, SPELLINGS[spelled]).opens + mark + written.decode("utf-8", "replace")
-        )
+        answer = CALL_TEXTS[spelled].opens + mark + written.decode("utf-8", "replace")
         answers.append(answer)
         parser = make_parser(name, TOOLS)
         parser.push(answer)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from asyncllm.api.parsing.output_parser import Dialect
+from asyncllm.api.parsing.reasoning import prompt_state
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
 from asyncllm.messages import Accepted, Tokenize
@@ -36,7 +37,10 @@ def script(server: Server, head: str, text: str, reason: Reason = Reason.STOP) -
     """Answer every request with ``text``, a byte at a time."""
 
     def answer(msg: Tokenize) -> None:
-        server.model.front.tell(Accepted(msg.rids[0], i32([1, 1]), head))
+        begins = ""
+        if msg.reasoning:
+            begins = prompt_state(msg.reasoning, head + msg.continued, msg.continued)
+        server.model.front.tell(Accepted(msg.rids[0], i32([1, 1]), begins))
         params, raw = msg.params, text.encode()
         for rid in msg.rids:
             held = b""

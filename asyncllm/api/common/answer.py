@@ -158,11 +158,11 @@ class Answer:
     prompts: list[array[int]]
     truncated: set[int] = field(default_factory=set)  # prompts that are shorter than they were sent
 
-    def accept(self, prompt_idx: int, ids: array[int], head: str, cut: bool = False) -> None:
+    def accept(self, prompt_idx: int, ids: array[int], thoughts: str, cut: bool = False) -> None:
         """A prompt is known.
 
         Args:
-            ids, head, cut: as in Accepted.
+            ids, thoughts, cut: as in Accepted.
         """
         if cut:
             self.truncated.add(prompt_idx)
@@ -171,7 +171,7 @@ class Answer:
         if generation.output_options is not None:
             first = prompt_idx * generation.n
             for choice in self.choices[first : first + generation.n]:
-                choice.output = generation.output_options.parser(head)
+                choice.output = generation.output_options.parser(thoughts)
 
     def prompt_text(self, prompt_idx: int) -> str:
         """The prompt as text, for echo: what was sent, unless that was ids or too long."""

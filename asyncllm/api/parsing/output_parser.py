@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from asyncllm.api.parsing import reasoning, tools
-from asyncllm.api.parsing.reasoning import OPENED, Splitter, make_reasoning, prompt_state
+from asyncllm.api.parsing.reasoning import OPENED, Splitter, make_reasoning
 from asyncllm.api.parsing.tools import (
     Arguments,
     Call,
@@ -107,14 +107,12 @@ class OutputOptions:
         thoughts = reasoning.special_tokens(self.reasoning) if self.reasoning else ()
         return tuple(dict.fromkeys(calls + thoughts))
 
-    def parser(self, head: str) -> OutputParser:
-        """For one answer to a prompt whose text ends with ``head`` and ``continued``."""
-        thoughts = None
-        if self.reasoning:
-            state = prompt_state(self.reasoning, head + self.continued, self.continued)
-            thoughts = make_reasoning(self.reasoning, opened=OPENED[state])
+    def parser(self, thoughts: str) -> OutputParser:
+        """For one answer that begins at ``thoughts``, as ``prompt_state`` has found; "": "none"."""
+        opened = OPENED.get(thoughts)
+        found = make_reasoning(self.reasoning, opened=opened) if self.reasoning else None
         calls = tools.make_parser(self.calls, self.tools) if self.calls else None
-        return OutputParser(Splitter(thoughts, calls), self)
+        return OutputParser(Splitter(found, calls), self)
 
 
 class OutputParser:

@@ -18,7 +18,7 @@ from asyncllm.api.parsing.tools.base import ToolParser
 from asyncllm.constrain.reasoning import ReasoningTags
 
 PromptState = Literal["open", "closed", "none"]
-OPENED: Final[dict[PromptState, bool | None]] = {"open": True, "closed": False, "none": None}
+OPENED: Final = {"open": True, "closed": False}  # by PromptState; None: it does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def make_reasoning(format_name: str, *, opened: bool | None) -> ReasoningParser:
     Args:
         format_name: one of FORMATS.
         opened: the prompt ends inside reasoning (True), behind it (False: all is content), or says
-            nothing (None: reasoning if the answer begins so). ``OPENED[prompt_state(..)]``.
+            nothing (None: reasoning if the answer begins so). ``OPENED.get(prompt_state(..))``.
 
     Raises:
         KeyError: no such format.

@@ -214,7 +214,7 @@ def everything(splitter: Splitter, pieces: list[str]) -> tuple[str, str, int]:
 
 
 def splitter(reasoning: str, tools: str, prompt: str) -> Splitter:
-    state = OPENED[prompt_state(reasoning, prompt)]
+    state = OPENED.get(prompt_state(reasoning, prompt))
     return Splitter(make_reasoning(reasoning, opened=state), make_parser(tools, [Tool("f")]))
 
 

@@ -16,8 +16,8 @@ from asyncllm.api.parsing.events import (
     Reasoning,
     Tool,
 )
-from asyncllm.api.parsing.tools.base import NewId, Parsed, ToolParser, new_id
-from asyncllm.api.parsing.tools.call_grammar import Tag, Tags, call_forms, spelling, tags, written
+from asyncllm.api.parsing.tools.base import NewId, ToolParser, new_id
+from asyncllm.api.parsing.tools.call_grammar import CALL_TEXTS, call_forms, spelling, written
 from asyncllm.api.parsing.tools.detect import (
     detect_format,
     system_text,
@@ -39,6 +39,7 @@ from asyncllm.api.parsing.tools.schema import call_schema
 from asyncllm.api.parsing.tools.tagged_formats import Glm47, Qwen3Coder
 
 __all__ = [
+    "CALL_TEXTS",
     "FORMATS",
     "Arguments",
     "Call",
@@ -46,21 +47,17 @@ __all__ = [
     "CallStart",
     "Content",
     "Event",
-    "Parsed",
     "Reasoning",
-    "Tag",
-    "Tags",
     "Tool",
     "ToolParser",
     "call_forms",
     "call_schema",
     "detect_format",
     "make_parser",
-    "parse_whole",
+    "new_id",
     "special_tokens",
     "spelling",
     "system_text",
-    "tags",
     "template_tells_results",
     "template_uses_tools",
     "tools_in_system",
@@ -105,13 +102,3 @@ def special_tokens(format_name: str) -> tuple[str, ...]:
         KeyError: no such format.
     """
     return _PARSERS[format_name].tokens
-
-
-def parse_whole(
-    format_name: str, text: str, tools: Sequence[Tool], make_id: NewId = new_id
-) -> Parsed:
-    """Content and calls of a whole answer. Raises KeyError: no such format."""
-    parser = make_parser(format_name, tools, make_id)
-    events = parser.push(text) + parser.finish()
-    content = "".join(event.text for event in events if isinstance(event, Content))
-    return Parsed(content, tuple(parser.calls), parser.complete)

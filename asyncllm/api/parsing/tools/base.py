@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from asyncllm.api.parsing.events import (
@@ -37,15 +36,6 @@ def new_id() -> str:
 def is_name(text: str) -> bool:
     """May a function be called so?"""
     return 0 < len(text) <= MAX_NAME and text.isprintable()
-
-
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """What a whole answer holds."""
-
-    content: str
-    calls: tuple[Call, ...]
-    complete: bool
 
 
 class ToolParser(IncrementalParser[Event]):

@@ -18,37 +18,15 @@ Style = Literal["json", "qwen_xml", "glm_xml"]
 
 
 @dataclass(frozen=True, slots=True)
-class Tag:
-    """One tool's call: ``begin``, then arguments by ``schema`` in ``style``, then ``end``."""
-
-    begin: str
-    schema: dict[str, Any]
-    end: str
-    style: Style = "json"
-
-
-@dataclass(frozen=True, slots=True)
-class Tags:
-    """Calls among free text.
+class CallText:
+    """How a format writes a call: ``begin``, the arguments, ``end``; ``%s`` is the name.
 
     Args:
-        triggers: free text may not go on with anything but a tag once one of these has come.
-        tags: one for each tool; every begin starts with a trigger.
-        opens: what stands before the first call where a call is forced, and is no part of a tag.
-        between: what stands between two calls.
-        closes: what stands behind the last.
+        trigger: every begin starts with it, and nothing else that a model writes does.
+        opens, between, closes: what stands before, between and after the calls of an answer.
+        style: how arguments are written.
+        quoted: the name stands in a JSON string.
     """
-
-    triggers: tuple[str, ...]
-    tags: tuple[Tag, ...]
-    opens: str = ""
-    between: str = ""
-    closes: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Spelling:
-    """A format's call; ``%s`` is the name."""
 
     trigger: str
     begin: str
@@ -57,39 +35,32 @@ class _Spelling:
     between: str = ""
     closes: str = ""
     style: Style = "json"
-    quoted: bool = False  # the name stands in a JSON string
+    quoted: bool = False
 
     def begun(self, name: str) -> str:
         """What stands before the arguments of a call of ``name``."""
         return self.begin.replace("%s", json.dumps(name)[1:-1] if self.quoted else name)
 
-    def tags(self, tools: Sequence[Tool]) -> Tags:
-        made = tuple(
-            Tag(self.begun(tool.name), arguments_schema(tool), self.end, self.style)
-            for tool in tools
-        )
-        return Tags((self.trigger,), made, self.opens, self.between, self.closes)
 
-
-_HERMES: Final = _Spelling(
+_HERMES: Final = CallText(
     trigger="<tool_call>",
     begin='<tool_call>\n{"name": "%s", "arguments": ',
     end="}\n</tool_call>",
     between="\n",
     quoted=True,
 )
-_SPELLINGS: Final = {
+CALL_TEXTS: Final = {
     "qwen25": _HERMES,
     "hermes": _HERMES,
-    "llama3": _Spelling(
+    "llama3": CallText(
         trigger='{"name": "',
         begin='{"name": "%s", "parameters": ',
         end="}",
         between="; ",
         quoted=True,
     ),
-    "mistral": _Spelling(trigger="[TOOL_CALLS]", begin="[TOOL_CALLS]%s[ARGS]", end=""),
-    "mistral list": _Spelling(
+    "mistral": CallText(trigger="[TOOL_CALLS]", begin="[TOOL_CALLS]%s[ARGS]", end=""),
+    "mistral list": CallText(
         trigger='{"name": "',
         begin='{"name": "%s", "arguments": ',
         end="}",
@@ -98,7 +69,7 @@ _SPELLINGS: Final = {
         closes="]",
         quoted=True,
     ),
-    "deepseekv3": _Spelling(
+    "deepseekv3": CallText(
         trigger=deepseek.CALL,
         begin=f"{deepseek.CALL}function{deepseek.SEP}%s\n```json\n",
         end=f"\n```{deepseek.CALL_END}",
@@ -106,36 +77,36 @@ _SPELLINGS: Final = {
         between="\n",
         closes=deepseek.CALLS_END,
     ),
-    "deepseekv31": _Spelling(
+    "deepseekv31": CallText(
         trigger=deepseek.CALL,
         begin=f"{deepseek.CALL}%s{deepseek.SEP}",
         end=deepseek.CALL_END,
         opens=deepseek.CALLS,
         closes=deepseek.CALLS_END,
     ),
-    "qwen3_coder": _Spelling(
+    "qwen3_coder": CallText(
         trigger="<tool_call>",
         begin="<tool_call>\n<function=%s>\n",
         end="\n</function>\n</tool_call>",
         between="\n",
         style="qwen_xml",
     ),
-    "glm47": _Spelling(
+    "glm47": CallText(
         trigger="<tool_call>", begin="<tool_call>%s", end="</tool_call>", style="glm_xml"
     ),
-    "kimi_k2": _Spelling(
+    "kimi_k2": CallText(
         trigger="<|tool_call_begin|>",
         begin="<|tool_call_begin|>functions.%s:0<|tool_call_argument_begin|>",
         end="<|tool_call_end|>",
         opens="<|tool_calls_section_begin|>",
         closes="<|tool_calls_section_end|>",
     ),
-    "gpt_oss": _Spelling(
+    "gpt_oss": CallText(
         trigger="<|channel|>commentary to=functions.",
         begin="<|channel|>commentary to=functions.%s <|constrain|>json<|message|>",
         end="<|call|>",
     ),
-    "phi4": _Spelling(
+    "phi4": CallText(
         trigger='{"name": "',
         begin='{"name": "%s", "arguments": ',
         end="}",
@@ -148,7 +119,7 @@ _SPELLINGS: Final = {
 
 
 def spelling(format_name: str, template: str = "") -> str:
-    """The name of a format's variant, for :func:`tags`.
+    """The name of a format's variant, for :data:`CALL_TEXTS`.
 
     Args:
         format_name: one of FORMATS.
@@ -161,19 +132,6 @@ def spelling(format_name: str, template: str = "") -> str:
     return format_name
 
 
-def tags(format_name: str, tools: Sequence[Tool], template: str = "") -> Tags:
-    """How calls of ``tools`` look in a format.
-
-    Args:
-        format_name: one of FORMATS.
-        template: the chat template, which tells a format's variants apart.
-
-    Raises:
-        KeyError: no such format.
-    """
-    return _SPELLINGS[spelling(format_name, template)].tags(tools)
-
-
 def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Calls as a model writes them that uses this format.
 
@@ -181,7 +139,7 @@ def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> 
         spelling_name: of :func:`spelling`.
         calls: name and arguments of each.
     """
-    form = _SPELLINGS[spelling_name]
+    form = CALL_TEXTS[spelling_name]
     begun = {name: form.begun(name) for name, _ in calls}
     each = (f"{begun[name]}{_arguments(form.style, values)}{form.end}" for name, values in calls)
     return form.opens + form.between.join(each) + form.closes
@@ -208,21 +166,18 @@ def call_forms(spelling_name: str, tools: Sequence[Tool]) -> str:
     Args:
         spelling_name: of :func:`spelling`.
     """
-    form = _SPELLINGS[spelling_name]
-    made = form.tags([tool if tool.strict else Tool(tool.name) for tool in tools])
-    (trigger,) = made.triggers
-    end = (
-        ("}" if form.quoted else "")
-        if form.style == "json"
-        else form.end[: form.end.index(">") + 1]
-    )
-    told = [
+    form = CALL_TEXTS[spelling_name]
+    if form.style == "json":
+        end = "}" if form.quoted else ""
+    else:
+        end = form.end[: form.end.index(">") + 1]
+    calls = [
         {
-            "begin": tag.begin.removeprefix(trigger),
-            "schema": tag.schema,
-            "style": tag.style,
+            "begin": form.begun(tool.name).removeprefix(form.trigger),
+            "schema": arguments_schema(tool if tool.strict else Tool(tool.name)),
+            "style": form.style,
             "end": end,
         }
-        for tag in made.tags
+        for tool in tools
     ]
-    return f"{trigger}\n{json.dumps(told)}"
+    return f"{form.trigger}\n{json.dumps(calls)}"

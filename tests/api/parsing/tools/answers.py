@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from asyncllm.api.parsing.tools import (
     Arguments,
+    Call,
     CallEnd,
     CallStart,
     Content,
@@ -21,7 +22,27 @@ from asyncllm.api.parsing.tools import (
     ToolParser,
     deepseek,
     make_parser,
+    new_id,
 )
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a whole answer holds."""
+
+    content: str
+    calls: tuple[Call, ...]
+    complete: bool
+
+
+def parse_whole(
+    format_name: str, text: str, tools: Sequence[Tool], make_id: Callable[[], str] = new_id
+) -> Parsed:
+    parser = make_parser(format_name, tools, make_id)
+    events = parser.push(text) + parser.finish()
+    content = "".join(event.text for event in events if isinstance(event, Content))
+    return Parsed(content, tuple(parser.calls), parser.complete)
+
 
 WS = " \t\r\n"
 PROPERTIES = {

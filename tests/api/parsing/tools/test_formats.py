@@ -8,6 +8,7 @@ import re
 import pytest
 
 from asyncllm.api.parsing.tools import (
+    CALL_TEXTS,
     FORMATS,
     Arguments,
     CallEnd,
@@ -16,10 +17,11 @@ from asyncllm.api.parsing.tools import (
     Tool,
     deepseek,
     make_parser,
-    parse_whole,
     special_tokens,
-    tags,
+    spelling,
 )
+
+from .answers import parse_whole
 
 TOOLS = [
     Tool("f", {"properties": {"s": {"type": "string"}, "i": {"type": "integer"}}}),
@@ -264,7 +266,7 @@ def test_long_arguments_take_linear_time() -> None:
 
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_special_tokens_are_those_of_the_spelling(format_name: str) -> None:
-    guide = tags(format_name, TOOLS)
-    spelling = "".join([guide.opens, guide.tags[0].begin, guide.tags[0].end, guide.closes])
-    marks = set(re.findall(r"<[|/\uff5c]?[\w\u2581]+[|\uff5c]?>|\[[A-Z_]+\]", spelling))
+    call = CALL_TEXTS[spelling(format_name)]
+    text = "".join([call.opens, call.begun(TOOLS[0].name), call.end, call.closes])
+    marks = set(re.findall(r"<[|/\uff5c]?[\w\u2581]+[|\uff5c]?>|\[[A-Z_]+\]", text))
     assert marks <= set(special_tokens(format_name)) | {"</function>"}

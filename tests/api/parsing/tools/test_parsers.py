@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncllm.api.parsing.tools import FORMATS, deepseek, parse_whole
+from asyncllm.api.parsing.tools import FORMATS, deepseek
 
-from .answers import EXAMPLES, TOOLS, WRITERS, Answer, answers, conserved, cut, parse
+from .answers import EXAMPLES, TOOLS, WRITERS, Answer, answers, conserved, cut, parse, parse_whole
 
 all_writers = pytest.mark.parametrize("writer", WRITERS)
 all_formats = pytest.mark.parametrize("format_name", [*FORMATS, "json"])

@@ -8,8 +8,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from asyncllm.api.parsing.tools import FORMATS, Tool, call_schema, deepseek, parse_whole, tags
+from asyncllm.api.parsing.tools import CALL_TEXTS, FORMATS, Tool, call_schema, deepseek, spelling
 from asyncllm.errors import RequestError
+
+from .answers import parse_whole
 
 TREE = {
     "type": "object",
@@ -133,10 +135,10 @@ XML = {
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_guided_calls_are_read_back(format_name: str, template: str) -> None:
     tools = [Tool("one", {"type": "object"}), Tool("two", {"type": "object"})]
-    guide = tags(format_name, tools, template)
-    assert all(tag.begin.startswith(guide.triggers) for tag in guide.tags)
-    written = [f"{tag.begin}{XML[tag.style]}{tag.end}" for tag in guide.tags]
-    text = guide.opens + guide.between.join(written) + guide.closes
+    call = CALL_TEXTS[spelling(format_name, template)]
+    assert call.begin.startswith(call.trigger)
+    written = [f"{call.begun(tool.name)}{XML[call.style]}{call.end}" for tool in tools]
+    text = call.opens + call.between.join(written) + call.closes
     parsed = parse_whole(format_name, text, tools)
     assert [(c.name, json.loads(c.arguments)) for c in parsed.calls] == [
         ("one", {"a": "b"}),
@@ -147,12 +149,11 @@ def test_guided_calls_are_read_back(format_name: str, template: str) -> None:
 
 
 def test_variants_follow_the_template() -> None:
-    tools = [Tool("f")]
-    assert tags("mistral", tools).opens == "[TOOL_CALLS] ["
-    assert tags("mistral", tools, "..[ARGS]..").tags[0].begin == "[TOOL_CALLS]f[ARGS]"
-    assert "```json" in tags("deepseekv3", tools).tags[0].begin
-    assert "```json" not in tags("deepseekv3", tools, deepseek.CALL).tags[0].begin
-    assert '\\"' in tags("hermes", [Tool('say "hi"')]).tags[0].begin
+    assert CALL_TEXTS[spelling("mistral")].opens == "[TOOL_CALLS] ["
+    assert CALL_TEXTS[spelling("mistral", "..[ARGS]..")].begun("f") == "[TOOL_CALLS]f[ARGS]"
+    assert "```json" in CALL_TEXTS[spelling("deepseekv3")].begin
+    assert "```json" not in CALL_TEXTS[spelling("deepseekv3", deepseek.CALL)].begin
+    assert '\\"' in CALL_TEXTS[spelling("hermes")].begun('say "hi"')
 
 
 def test_forced_json_is_read_by_its_own_parser() -> None:

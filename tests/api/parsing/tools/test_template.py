@@ -12,7 +12,6 @@ from asyncllm.api.parsing.tools import (
     Tool,
     deepseek,
     detect_format,
-    parse_whole,
     spelling,
     system_text,
     template_tells_results,
@@ -20,6 +19,8 @@ from asyncllm.api.parsing.tools import (
     tools_in_system,
     written,
 )
+
+from .answers import parse_whole
 
 ESCAPED = deepseek.CALL.replace(deepseek.BAR, "\\uff5c").replace(deepseek.SPACE, "\\u2581")
 
