@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import zmq
 
 from asyncllm.actors.transport import Keys, ipv6
 
 LIMIT_MS = 20_000
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE" + bytes(47)  # how ZMTP 3.1 begins
 
 
 @contextmanager
@@ -47,3 +50,33 @@ def push(address: str, keys: Keys, messages: Sequence[bytes]) -> None:
     with raw(address, keys, linger_ms=LIMIT_MS) as sock:
         for message in messages:
             sock.send(message)
+
+
+def mutated(draw: random.Random, frames: list[bytes]) -> list[bytes]:
+    """With a few bytes changed, cut or added, or a frame left out or doubled."""
+    found = [bytearray(frame) for frame in frames]
+    for _ in range(draw.randint(1, 4)):
+        frame = draw.choice(found)
+        if not frame:
+            continue
+        at = draw.randrange(len(frame))
+        match draw.randrange(4):
+            case 0:
+                frame[at] = draw.randrange(256)
+            case 1:
+                del frame[at:]
+            case 2:
+                frame[at:at] = draw.randbytes(draw.randint(1, 40))
+            case _:
+                found.append(bytearray(draw.randbytes(8)))
+    return [bytes(frame) for frame in found]
+
+
+def scream(host: str, port: int, draw: random.Random, times: int) -> None:
+    """Connect as often, each time with random bytes, or with what begins like ZeroMQ."""
+    for i in range(times):
+        with socket.create_connection((host, port), timeout=20) as sock:
+            blob = draw.randbytes(draw.randint(1, 300))
+            (greeting,) = mutated(draw, [GREETING + blob])[:1]
+            with suppress(OSError):  # it has hung up already
+                sock.sendall((blob, greeting, GREETING + blob)[i % 3])

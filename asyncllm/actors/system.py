@@ -86,6 +86,10 @@ class ActorSystem:
         """Connections to our ports that did not show that they know the keys."""
         return sum(way.strangers for way in (self._wire, self._channel) if way)
 
+    def counted(self, others: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        """Foreign frames and strangers, with those of ``others``."""
+        return self.foreign_frames + others[0], self.strangers + others[1]
+
     def state(self) -> Iterator[str]:
         """A line for each actor: its mailbox, its time, what it holds. From any thread."""
         for actor in [*self._actors.values()]:

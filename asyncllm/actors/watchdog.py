@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
+from asyncllm.actors.membership import check_member
 from asyncllm.core.metrics import Process, ServerMetrics, State, Stats, describe_slots, gather
 from asyncllm.errors import Mismatch, PeerLost
 from asyncllm.log import Seldom
@@ -45,7 +46,7 @@ from asyncllm.messages import (
     Started,
     Welcome,
 )
-from asyncllm.topology import WORKERS, Contract, Topology
+from asyncllm.topology import WORKERS, Contract
 
 EXIT_HUNG = 70
 STDERR = 2
@@ -130,12 +131,15 @@ class WatchdogConfig:
 class WatchdogHooks:
     """How a watchdog reaches the world outside; tests put other functions here.
 
-    ``beat`` and ``last_beat`` are those of a ``Pulse``; a process that is alone has none.
+    ``beat``, ``last_beat`` and ``note`` are those of a ``Pulse``; a process that is alone has none.
+    ``others`` gives foreign frames and strangers of the node's other processes.
     """
 
     clock: Callable[[], float] = perf_counter  # on Linux the same in all processes
     beat: Callable[[int, float], None] = lambda _endpoint, _now: None
     last_beat: Callable[[int], float] = lambda _: 0.0
+    note: Callable[[int, int, int], None] = lambda _endpoint, _foreign, _strangers: None
+    others: Callable[[], tuple[int, int]] = lambda: (0, 0)
     exit: Callable[[int], None] = os._exit  # from any thread, whatever the loop does
     kill: Callable[[int], None] = lambda _: None  # end an endpoint's process at once
     dump: Callable[[], None] = dump_stacks
@@ -273,6 +277,8 @@ class Watchdog(Actor[Inbox]):
         self._due = now + self._means.tick_s
         self._lags.append(late)
         self._metrics.lag(self.system.endpoint, late)
+        system = self.system
+        self._means.note(system.endpoint, system.foreign_frames, system.strangers)
         self._watch_peers(now, late)
         if self._busy is not None and now >= self._deadline:
             self._drain_timed_out(now)
@@ -527,7 +533,7 @@ class Watchdog(Actor[Inbox]):
             (a.name, a.depth, a.busy_s, a.take_longest() if read else 0.0) for a in system.actors
         ]
         lag_ms = 1e3 * statistics.median(self._lags) if self._lags else 0.0
-        counts = system.dead_letters, system.foreign_frames
+        counts = system.dead_letters, *system.counted(self._means.others())
         self._metrics.update(state, Process(actors, *counts, lag_ms))
         text = self._metrics.exposition() if read else b""
         for scrape in scrapes:
@@ -558,30 +564,6 @@ class Watchdog(Actor[Inbox]):
             requests.waiting,
             describe_slots(slots),
             100 * (slots.hit_tokens - last.allocator.hit_tokens) / looked_up,
-        )
-
-
-def check_member(
-    topology: Topology, endpoint: int, node: int, ours: Contract, theirs: Contract
-) -> None:
-    """Whether a process is the endpoint of the server that it claims to be; both sides ask.
-
-    Args:
-        topology, ours: as the coordinator has them.
-        node, theirs: as the endpoint has them.
-
-    Raises:
-        Mismatch: with the same line on both sides.
-    """
-    breach = ours.breach(theirs)
-    if breach is None and node != topology[endpoint].node:
-        breach = "node", str(topology[endpoint].node), str(node)
-    if breach is not None:
-        field, wanted, found = breach
-        first, other = topology.name(topology.coordinator.id), topology.name(endpoint)
-        raise Mismatch(
-            f"{other} cannot belong to this server: "
-            f"its {field} is {found}, that of {first} {wanted}"
         )
 
 

@@ -134,7 +134,8 @@ class Process:
 
     actors: Sequence[tuple[str, int, float, float]] = ()
     dead_letters: int = 0
-    foreign_frames: int = 0
+    foreign_frames: int = 0  # of all processes of its node, as strangers
+    strangers: int = 0
     lag_ms: float = 0.0  # median lateness of its loop
 
 
@@ -398,8 +399,13 @@ class _Held(Collector):
         )
         yield CounterMetricFamily(
             "asyncllm_foreign_frames",
-            "Frames that were not ours",
+            "Frames that were not ours, of all processes of this node",
             value=self.process.foreign_frames,
+        )
+        yield CounterMetricFamily(
+            "asyncllm_strangers",
+            "Connections to ports for our own processes that did not show that they know the key",
+            value=self.process.strangers,
         )
 
 

@@ -18,7 +18,7 @@ from time import monotonic
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from asyncllm.actors.transport import Keys, ipv6, tcp
+from asyncllm.actors.transport import Keys, ipv6, known_to, protected, tcp
 from asyncllm.codec import CodecError, Message, decode, encode, message, protocol
 from asyncllm.errors import Mismatch, StartupError
 from asyncllm.log import Seldom
@@ -91,6 +91,10 @@ class Lifeline:
 
     Args:
         dead_after_s: a node that has gone ends the server on all nodes within this time.
+
+    Attributes:
+        foreign_frames: what came from those with the key, and is no message of nodes; dropped.
+        strangers: connections that did not show that they know the key.
     """
 
     def __init__(self, dead_after_s: float) -> None:
@@ -106,6 +110,7 @@ class Lifeline:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._log = Seldom(log)
+        self.foreign_frames = self.strangers = 0
 
     def watch(self, on_end: Callable[[int, str], None]) -> None:
         """From now on look after the others in a thread.
@@ -226,8 +231,7 @@ class Meeting(Lifeline):
         sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
         sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        sock.setsockopt(zmq.CURVE_SERVER, 1)
-        sock.setsockopt_string(zmq.CURVE_SECRETKEY, keys.secret)
+        self._counter = protected(sock, keys)
         address = tcp(*bind)
         sock.setsockopt(zmq.IPV6, ipv6(address))
         try:
@@ -266,6 +270,7 @@ class Meeting(Lifeline):
             self._send(ident, joined)
 
     def _listen(self, wait_s: float) -> None:
+        self.strangers = self._counter.count()
         self._sock.poll(int(1e3 * wait_s))
         for _ in range(DRAIN_LIMIT):
             try:
@@ -283,6 +288,7 @@ class Meeting(Lifeline):
                 return
             msg = decode(body)
         except ValueError as error:  # CodecError, or another number of frames
+            self.foreign_frames += 1
             self._log.warning("what is no message of nodes is dropped: %s", error)
             if peer is not None:
                 self._gone(peer, 1, f"{peer.name} sends what is no message")
@@ -472,10 +478,7 @@ class _Way:
         sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
         sock.setsockopt(zmq.ROUTING_ID, ident)
         sock.setsockopt(zmq.IPV6, ipv6(address))
-        mine = zmq.curve_keypair()
-        sock.setsockopt_string(zmq.CURVE_SERVERKEY, keys.public)
-        sock.setsockopt(zmq.CURVE_PUBLICKEY, mine[0])
-        sock.setsockopt(zmq.CURVE_SECRETKEY, mine[1])
+        known_to(sock, keys)
         sock.connect(address)
 
     def send(self, frames: list[bytes]) -> bool:

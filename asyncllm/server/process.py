@@ -92,6 +92,7 @@ class Server:
         self._code = 1  # of the exit, if the server fails
         self._lost = asyncio.Event()  # another node has
         self._heard_of_it = threading.Event()  # the same, for threads
+        self._pulse: Pulse | None = None
         self._lost_groups: set[int] = set()  # that had processes on this node
         self._next_endpoint = len(boot.topology.endpoints)  # numbers are never given twice
         self._replaced: deque[float] = deque()  # when HTTP workers were, of late
@@ -175,8 +176,19 @@ class Server:
         system, resolved = self._system, self._boot.resolved
         metrics = ServerMetrics(resolved.served_names[0], resolved.max_req_total_len)
         actors = [(a.name, a.depth, a.busy_s, a.take_longest()) for a in system.actors]
-        metrics.update(State(), Process(actors, system.dead_letters, system.foreign_frames))
+        counts = system.dead_letters, *system.counted(self._others())
+        metrics.update(State(), Process(actors, *counts))
         return metrics.exposition()
+
+    def _others(self) -> tuple[int, int]:
+        """What the other processes of this node, and the place where nodes meet, count."""
+        foreign = strangers = 0
+        if self._pulse is not None:
+            foreign, strangers = self._pulse.noted(self._next_endpoint, self._boot.endpoint)
+        if self._lifeline is not None:
+            foreign += self._lifeline.foreign_frames
+            strangers += self._lifeline.strangers
+        return foreign, strangers
 
     def _wire(self) -> Wire | None:
         boot = self._boot
@@ -238,8 +250,9 @@ class Server:
         if self._children:
             means = replace(means, kill=self._children.kill_one)
         if self._boot.pulse_fd >= 0:
-            pulse = Pulse(self._boot.pulse_fd)
-            means = replace(means, beat=pulse.beat, last_beat=pulse.last)
+            self._pulse = pulse = Pulse(self._boot.pulse_fd)
+            means = replace(means, beat=pulse.beat, last_beat=pulse.last, note=pulse.note)
+        means = replace(means, others=self._others)
         if self._channel is not None:
             owner = introduce(self._channel, loaded.boot)
             system.use_channel(self._channel, owner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +17,7 @@ import zmq
 from asyncllm.actors import transport
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.transport import Keys, Transport, Wire
+from asyncllm.actors.transport import HANDSHAKE_S, Keys, Transport, Wire
 from asyncllm.codec import encode
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
 from asyncllm.messages import Gone, Halt
@@ -329,3 +330,26 @@ def test_others_dial_what_is_advertised_by_name_or_address(bound: str, advertise
         here.close()
 
     run(main())
+
+
+def test_who_hangs_up_or_speaks_something_else_is_a_stranger_when_his_time_is_over() -> None:
+    async def go() -> None:
+        now, came = 100.0, asyncio.Event()
+        keys = Keys.make()
+        door = Transport(Wire("tcp://127.0.0.1:*", keys), lambda *_: came.set())
+        door._strangers._clock = lambda: now
+        door.start()
+        where = ("127.0.0.1", int(door.address.rpartition(":")[2]))
+        with socket.create_connection(where, timeout=20) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            await asyncio.sleep(0.05)
+            assert stranger.recv(1000)  # how ZeroMQ greets everybody
+        push(door.address, keys, [frame("sink", 1)])
+        await came.wait()
+        while door.strangers + len(door._strangers._accepted) != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # libzmq may call it failed at once, or not at all
+        now += 3 * HANDSHAKE_S
+        assert door.strangers == 1
+        door.close()
+
+    run(go())

@@ -42,7 +42,7 @@ def test_every_name_is_there_from_the_start() -> None:
         "prefix_hit_tokens_total prefix_lookup_tokens_total evicted_tokens_total "
         "time_to_first_token_seconds_count time_per_output_token_seconds_bucket "
         "request_duration_seconds_sum request_prompt_tokens_count request_generated_tokens_count "
-        "dead_letters_total foreign_frames_total jit_after_warmup_total step_ms launch_ms gpu_gap_ms "
+        "dead_letters_total foreign_frames_total strangers_total jit_after_warmup_total step_ms launch_ms gpu_gap_ms "
         "loop_lag_ms"
     )
     theirs = (

@@ -20,7 +20,7 @@ from asyncllm.server.nodes import Alive, Join, Joined, Lifeline, Meeting, Member
 from asyncllm.server.secret import derive
 from asyncllm.topology import Contract, Topology
 from tests.e2e.process import free_port, wait_until
-from tests.raw import offer, raw
+from tests.raw import mutated, offer, raw, scream
 
 KEYS = derive(b"s" * 32)
 TIMEOUT_S = 20.0
@@ -215,33 +215,15 @@ def test_a_node_that_can_be_spared_is_missed_and_nobody_else_notices() -> None:
         assert 0 not in w.ended
 
 
-def mutated(draw: random.Random, frames: list[bytes]) -> list[bytes]:
-    """With a few bytes changed, cut or added, or a frame left out or doubled."""
-    found = [bytearray(frame) for frame in frames]
-    for _ in range(draw.randint(1, 4)):
-        frame = draw.choice(found)
-        if not frame:
-            continue
-        at = draw.randrange(len(frame))
-        match draw.randrange(4):
-            case 0:
-                frame[at] = draw.randrange(256)
-            case 1:
-                del frame[at:]
-            case 2:
-                frame[at:at] = draw.randbytes(draw.randint(1, 40))
-            case _:
-                found.append(bytearray(draw.randbytes(8)))
-    return [bytes(frame) for frame in found]
-
-
 def test_noise_harms_nobody_with_the_key_or_without() -> None:
     draw = random.Random(5)
     valid = [[protocol().encode(), encode(m)] for m in (Alive(), Refused("x"), a_node(1))]
     with world(2) as w:
         w.add(1, a_node(1))
         w.settle()
+        scream("127.0.0.1", w.port, draw, 20)
         for keys in (None, derive(b"x" * 32), KEYS):
+            assert w.meeting.foreign_frames == 0
             with raw(f"tcp://127.0.0.1:{w.port}", keys, zmq.DEALER) as sock:
                 for _ in range(200):
                     taken = offer(sock, *mutated(draw, draw.choice(valid)))
@@ -252,3 +234,5 @@ def test_noise_harms_nobody_with_the_key_or_without() -> None:
         w.settle()
         assert w.said["late"].startswith("this server has all its nodes")
         assert w.ended == {}
+        assert wait_until(lambda: w.meeting.strangers, 5)
+        assert w.meeting.foreign_frames > 100
