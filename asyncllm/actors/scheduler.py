@@ -436,16 +436,19 @@ class Scheduler(Actor[Inbox]):
                 if endpoint not in self._gone:
                     self._read(endpoint).tell(tokens)
         self._unpublished.clear()
-        begun, ended = self.core.begun, self.core.ended
+        begun, ended, left = self.core.begun, self.core.ended, self.core.moves.left
         for end in ended:
             if (endpoint := end.rid >> FRONTEND_SHIFT) not in self._gone:
                 told = replace(end, endpoint=self.system.endpoint) if self._balanced else end
                 self._read(endpoint).tell(told)
-        if self._balanced and (begun or ended):
-            rids = array(INT64, begun), array(INT64, [end.rid for end in ended])
+        if self._balanced and (begun or ended or left):
+            # an abort may still come for one whose K/V are on their way
+            over = [end.rid for end in ended if end.rid not in self.core.moves.outflows]
+            rids = array(INT64, begun), array(INT64, over + left)
             self._balancer.tell(Progress(self.system.endpoint, *rids))
         begun.clear()
         ended.clear()
+        left.clear()
         core = self.core
         busy = core.requests or core.moves or self._inflight or self._offered is not None
         if self._draining and not (self._drained or busy):

@@ -57,6 +57,7 @@ class Moves:
 
     Attributes:
         told: what the ranks are to be told. The shell takes and clears it.
+        left: rids of requests whose K/V have left, or were let go, behind their end. The same.
         imports, imported_tokens: that have arrived, since the start.
         lapses: imports that have not, and were wanted.
         exports, exported_tokens: that have left.
@@ -67,6 +68,7 @@ class Moves:
         self.inflows: dict[int, Inflow] = {}  # by rid, as those below
         self.outflows: dict[int, Outflow] = {}
         self.told: list[Told] = []
+        self.left: list[int] = []
         self.imports = self.imported_tokens = self.lapses = 0
         self.exports = self.exported_tokens = 0
 
@@ -147,7 +149,8 @@ class Moves:
             return None
         del flow.touches[seq]
         touch.lane.touches -= 1
-        self._close(rid, flow)
+        if self._close(rid, flow):
+            self.left.append(rid)
         return touch.lane
 
     def end(self, rid: int, *, moved: bool = False) -> None:
@@ -160,9 +163,11 @@ class Moves:
             self.told.append(Forget(rid))
         self._close(rid, flow)
 
-    def _close(self, rid: int, flow: Outflow) -> None:
-        if flow.ended and not flow.touches:
-            del self.outflows[rid]
-            if not flow.void:
-                self.exports += 1
-                self.exported_tokens += flow.end - flow.to.hit
+    def _close(self, rid: int, flow: Outflow) -> bool:
+        if not flow.ended or flow.touches:
+            return False
+        del self.outflows[rid]
+        if not flow.void:
+            self.exports += 1
+            self.exported_tokens += flow.end - flow.to.hit
+        return True

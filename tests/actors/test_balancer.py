@@ -19,6 +19,7 @@ from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
     Again,
+    Begin,
     Compile,
     Finished,
     Gone,
@@ -92,8 +93,9 @@ def submit(rid: int, **more: Any) -> Submit:
 def test_what_is_said_about_a_request_follows_it() -> None:
     async def script(office: Office) -> None:
         first, second = submit(1), submit(2)
-        assert await office.tell(first, second, Abort(2), StopHit(1, 3)) == [
-            (1, "scheduler", second), (1, "scheduler", Abort(2)),  # at once
+        assert await office.tell(first, second, Begin(2, 7), Abort(2), StopHit(1, 3)) == [
+            (1, "scheduler", second), (1, "scheduler", Begin(2, 7)),  # at once
+            (1, "scheduler", Abort(2)),
             (0, "scheduler", first), (0, "scheduler", StopHit(1, 3)),
         ]  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from dataclasses import astuple, is_dataclass
+from dataclasses import astuple, is_dataclass, replace
 from enum import IntEnum
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -25,7 +25,7 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks
-from asyncllm.codec import Column, encode, field_types, i32, registered
+from asyncllm.codec import Column, encode, field_types, i32, i64, registered
 from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
 from asyncllm.errors import RequestError
@@ -246,9 +246,9 @@ def test_each_kind_of_senseless_request_is_dropped_and_counted() -> None:
     good = SamplingParams(max_new_tokens=3)
     rid = (1 << FRONTEND_SHIFT) + 7
 
-    def submit(prompt: Any = i32([1]), **changes: Any) -> bytes:  # noqa: B008
+    def submit(prompt: Any = i32([1]), more: Any = None, **changes: Any) -> bytes:  # noqa: B008
         params = {**{f: getattr(good, f) for f in PARAMS}, **changes}
-        msg = Submit(rid, prompt, SamplingParams(**params))
+        msg = replace(Submit(rid, prompt, SamplingParams(**params)), **(more or {}))
         return bytes(msgpack.packb(("scheduler", False))) + encode(msg)
 
     bad = [
@@ -257,6 +257,8 @@ def test_each_kind_of_senseless_request_is_dropped_and_counted() -> None:
         submit(temperature=-1.0), submit(top_k=-2), submit(seed=2**63), submit(logprobs=VOCAB + 1),
         submit(stop_token_ids=(VOCAB,)), submit(logit_bias=((-1, 1.0),)),
         submit(logit_bias=((1, float("inf")),)), submit(stop_sequences=((1,),)),
+        submit(more={"outputs": i32([VOCAB])}), submit(more={"outputs": i64([1])}),
+        submit(more={"outputs": i32([1] * MAX_LEN)}), submit(more={"imports": True}),
         submit(grammar=("prose", "")), submit(top_p="x"), submit(stop=(1,)), submit(ignore_eos=1),
     ]  # fmt: skip
     system = uvloop.run(survives(bad))

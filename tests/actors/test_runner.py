@@ -17,7 +17,7 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ActorCrashed, PlanOutOfOrder
-from asyncllm.messages import Probe, RunnerStats, StepDone, StepPlan
+from asyncllm.messages import Probe, RunnerStats, StepDone, StepOver, StepPlan
 from asyncllm.records import Opened
 from tests.actors.fake_device import FakeDevice
 
@@ -208,3 +208,25 @@ def test_a_probe_is_answered_with_times_and_compilations() -> None:
     assert (stats.query, stats.jit_after_warmup) == (9, 3)
     assert stats.launch_ms > 0
     assert stats.gap_ms == 0  # the fake device does not measure it
+
+
+def test_kv_transfer_is_told_which_steps_are_over_on_followers_too() -> None:
+    async def go() -> list[Any]:
+        system = ActorSystem()
+        runner = Runner(FakeDevice(), reports=False, transfers=True)
+
+        async def acting() -> None:
+            for step in (1, 2):
+                system.ref("runner").tell(plan(step))
+            while len(transfer.got) < 2:
+                transfer.arrived.clear()
+                await transfer.arrived.wait()
+            system.stop()
+
+        transfer = Sink("kv_transfer", acting)
+        for actor in (runner, transfer):
+            system.add(actor)
+        await asyncio.wait_for(system.run(), 10)
+        return transfer.got
+
+    assert uvloop.run(go()) == [StepOver(1), StepOver(2)]
