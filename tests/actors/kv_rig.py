@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import torch
@@ -29,9 +29,18 @@ KEYS = Keys.make()
 SPEC = AttentionSpec(
     kind="gqa", num_q_heads=8, num_kv_heads=4, head_dim=8, v_dim=8, scale=1.0, rope=None
 )
-NUM_LAYERS, NUM_SLOTS, PAGE_TOKENS = 2, 64, 4
+NUM_LAYERS, NUM_SLOTS = 2, 64
 WIRE = KvWire(format="", dtype="bf16", num_layers=NUM_LAYERS, num_heads=4, head_bytes=32)
 WAIT_S = 30.0  # far more than anything here takes on a loaded machine
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of what a rank has: elements of a head, tokens of a page, pages."""
+
+    dim: int = 8
+    tokens: int = 4
+    pages: int = 4
 
 
 def held(tp: int) -> list[list[tuple[int, ...]]]:
@@ -42,14 +51,14 @@ def held(tp: int) -> list[list[tuple[int, ...]]]:
 class Rank:
     """One rank's K/V, noise in all slots, and what it has told its scheduler."""
 
-    def __init__(self, rank: int, tp: int, seed: int) -> None:
-        spec = SPEC.on(shard_heads(SPEC, tp, rank))
+    def __init__(self, rank: int, tp: int, seed: int, size: Size) -> None:
+        spec = replace(SPEC, head_dim=size.dim).on(shard_heads(SPEC, tp, rank))
         layout = KvPairs([spec] * NUM_LAYERS, torch.bfloat16)
         self.kv: list[LayerKv] = layout.allocate(PerSpace(NUM_SLOTS, 0), CPU)
         noise = torch.Generator().manual_seed(seed + rank)
         for x in (x for layer in self.kv for x in layer):
             as_bytes(x).random_(256, generator=noise)
-        self.rank, self.heads = rank, held(tp)[0][rank]
+        self.rank, self.heads, self.size = rank, held(tp)[0][rank], size
         wire = KvWire(**{**_plain(WIRE), "tp": tp})
         self.share = Share(f"rank {rank}", rank, wire, KvBytes(self.kv, layout), held)
         self.told: list[Message] = []
@@ -72,11 +81,24 @@ def _plain(wire: KvWire) -> dict[str, object]:
     return {name: getattr(wire, name) for name in KvWire.__slots__}
 
 
-def means(rank: Rank, names: Sequence[str], num_pages: int) -> tuple[CpuPages | CudaPages, Ways]:
+def means(rank: Rank, names: Sequence[str]) -> tuple[CpuPages | CudaPages, Ways]:
     """Pages of a rank, and its ways; nccl is over gloo."""
-    mode = P2P if P2P in names else TCP
-    pages, ways = make_ways(mode, num_pages, PAGE_TOKENS * rank.share.kv.slot_bytes, CPU)
+    mode, size = P2P if P2P in names else TCP, rank.size
+    pages, ways = make_ways(mode, size.pages, size.tokens * rank.share.kv.slot_bytes, CPU)
     return pages, replace(ways, names=tuple(names), timeout_s=WAIT_S, backend=gloo_pair)
+
+
+def sender(rank: Rank, names: Sequence[str], times: Times, keys: Sequence[Keys]) -> None:
+    """Give a rank what sends its K/V."""
+    rank.mover = Sender(rank.share, *means(rank, names), times, keys=keys)
+    rank.mover.post = rank.told.extend
+
+
+def taker(rank: Rank, names: Sequence[str], times: Times, keys: Keys) -> None:
+    """Give a rank what takes K/V for it."""
+    door = Door(keys, "127.0.0.1", 0)
+    rank.mover = Taker(rank.share, *means(rank, names), times, node=NODE, door=door)
+    rank.mover.post = rank.told.extend
 
 
 class Rig:
@@ -87,22 +109,17 @@ class Rig:
         tps: tuple[int, int] = (1, 1),
         names: tuple[Sequence[str], Sequence[str]] = (("tcp",), ("tcp",)),
         *,
-        num_pages: int = 4,
+        size: Size = Size(),
         times: Times | None = None,
-        keys: Sequence[Keys] = (),
+        keys: Sequence[Keys] = (KEYS,),
     ) -> None:
-        self.times = times or Times(lapse_s=WAIT_S, first_s=WAIT_S)
-        self.senders = [Rank(i, tps[0], seed=0) for i in range(tps[0])]
-        self.takers = [Rank(i, tps[1], seed=1000) for i in range(tps[1])]
+        times = times or Times(lapse_s=WAIT_S, first_s=WAIT_S)
+        self.senders = [Rank(i, tps[0], 0, size) for i in range(tps[0])]
+        self.takers = [Rank(i, tps[1], 1000, size) for i in range(tps[1])]
         for rank in self.senders:
-            pages, ways = means(rank, names[0], num_pages)
-            rank.mover = Sender(rank.share, pages, ways, self.times, keys=keys or [KEYS])
+            sender(rank, names[0], times, keys)
         for rank in self.takers:
-            pages, ways = means(rank, names[1], num_pages)
-            door = Door(KEYS, "127.0.0.1", 0)
-            rank.mover = Taker(rank.share, pages, ways, self.times, node=NODE, door=door)
-        for rank in [*self.senders, *self.takers]:
-            rank.mover.post = rank.told.extend
+            taker(rank, names[1], times, KEYS)
 
     @property
     def movers(self) -> list[Mover]:

@@ -10,7 +10,7 @@ import pytest
 from asyncllm.actors.kv_loop import Times
 from asyncllm.actors.transport import Keys
 from asyncllm.messages import Computed, Export, Forget, Import, Lapsed, StepOver
-from tests.actors.kv_rig import KEYS, NUM_SLOTS, WAIT_S, Rig
+from tests.actors.kv_rig import KEYS, NUM_SLOTS, WAIT_S, Rig, Size
 
 SOURCES = array("i", [7, 3, 50, 22, 9, 1, 40, 41, 42, 13, 12])
 TARGETS = array("i", [60, 1, 20, 4, 5, 17, 30, 31, 33, 2, 63])
@@ -55,7 +55,7 @@ def test_chunks_travel_while_later_ones_are_computed(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_many_requests_share_few_pages(way: str, rigs: list[Rig]) -> None:
-    rigs.append(rig := Rig(names=((way,), (way,)), num_pages=2))
+    rigs.append(rig := Rig(names=((way,), (way,)), size=Size(pages=2)))
     for i in range(5):
         some = slice(11 * i, 11 * i + 11)
         rig.begin(i, 100 + i, array("i", range(NUM_SLOTS))[some])
@@ -140,7 +140,7 @@ def test_an_import_that_nobody_sends_lapses(rigs: list[Rig]) -> None:
 
 
 def test_each_of_the_keys_is_tried(rigs: list[Rig]) -> None:
-    rigs.append(rig := Rig(keys=[Keys.make(), KEYS]))
+    rigs.append(rig := Rig(keys=(Keys.make(), KEYS)))
     rig.begin(5, 77, TARGETS)
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.arrived(77))

@@ -1,0 +1,332 @@
+"""What comes from a peer that has the keys and is none of ours ends its connection, nothing else."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import zmq
+
+from asyncllm.actors.kv_loop import FRAME_LIMIT, PIECE
+from asyncllm.actors.kv_taker import MOST_RANKS, Taker
+from asyncllm.actors.transport import Keys, known_to, protected
+from asyncllm.codec import Message, decode, encode
+from asyncllm.messages import Export, Forget, Import
+from asyncllm.messages.transfer import (
+    Admitted,
+    Alive,
+    Caller,
+    Filled,
+    Kept,
+    Known,
+    Over,
+    Piece,
+    Pull,
+    Ready,
+    Refused,
+    Sending,
+    Taken,
+)
+from asyncllm.records import Destination, KvWire
+from tests.actors.kv_rig import KEYS, NODE, NUM_SLOTS, Rig, Size
+
+SLOTS = array("i", range(20, 31))
+MORE = array("i", range(40, 51))
+Socket = zmq.Socket[bytes]
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def ctx() -> Iterator[Sockets]:
+    made = Sockets()
+    yield made
+    for sock in made.sockets:
+        sock.close(0)
+    made.context.term()
+
+
+class Sockets:
+    """Somebody's sockets, which are closed at the end."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[Socket] = zmq.Context()
+        self.sockets: list[Socket] = []
+
+    def socket(self, kind: int) -> Socket:
+        self.sockets.append(self.context.socket(kind))
+        return self.sockets[-1]
+
+
+class Caught:
+    """Somebody who has connected to a taker, and says whatever the test wants."""
+
+    def __init__(self, rig: Rig, ctx: Sockets) -> None:
+        self.rig, self.sock = rig, ctx.socket(zmq.DEALER)
+        known_to(self.sock, KEYS)
+        taker = rig.takers[0].mover
+        assert isinstance(taker, Taker)
+        self.sock.connect(f"tcp://127.0.0.1:{taker.port}")
+
+    def say(self, *msgs: Message | bytes | list[bytes]) -> None:
+        for msg in msgs:
+            frames = [encode(msg)] if isinstance(msg, Message) else msg
+            self.sock.send_multipart(frames if isinstance(frames, list) else [frames])
+
+    def hear(self) -> list[Message]:
+        """All that has been answered."""
+        found = []
+        while self.sock.poll(0):
+            found.append(decode(self.sock.recv()))
+        return found
+
+    def until(self, kind: type[Message]) -> Message:
+        """The next answer of this kind."""
+        got: list[Message] = []
+        self.rig.until(lambda: got.extend(self.hear()) or any(type(m) is kind for m in got))
+        return next(m for m in got if type(m) is kind)
+
+
+def caller(rig: Rig, **changes: object) -> Caller:
+    wire = rig.senders[0].share.wire
+    made = Caller(node=NODE, name="x", wire=wire, rank=0, ways=("tcp",), machine="m")
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def expects(rig: Rig, epoch: int = 77) -> None:
+    rig.takers[0].mover.put([Import(epoch, 0, len(SLOTS), SLOTS)])
+
+
+READY = Ready(number=1, epoch=77, first=0, count=4)
+BAD: dict[str, list[Message | bytes | list[bytes]]] = {
+    "noise": [b"\xc1" * 100],
+    "nothing": [b""],
+    "a message of another kind": [Forget(77)],
+    "before it has said who it is": [READY],
+    "positions beyond the end": ["hi", Ready(number=1, epoch=77, first=8, count=4)],
+    "no positions": ["hi", Ready(number=1, epoch=77, first=8, count=0)],
+    "more than a page": ["hi", Ready(number=1, epoch=77, first=0, count=5)],
+    "a number twice": ["hi", READY, READY],
+    "bytes that were not asked for": ["hi", READY, "pulled", [encode(Piece(1, 4)), b"x"]],
+    "too many bytes": ["hi", READY, "pulled", [encode(Piece(1, 0)), b"x" * 9999]],
+    "bytes without a frame": ["hi", READY, "pulled", Piece(1, 0)],
+    "two frames of what has one": ["hi", [encode(READY), b"x"]],
+    "confirmed without having been fetched": ["hi", READY, "pulled", Kept(1)],
+    "what a taker says": ["hi", Pull(1)],
+    "a communicator's words without one": ["hi", Known("k", b"v")],
+    "who it is, twice": ["hi", "hi"],
+}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("words", BAD.values(), ids=BAD)
+def test_what_no_sender_can_have_meant_ends_its_connection(
+    words: list[Message | bytes | list[bytes]], rig: Rig, ctx: Sockets
+) -> None:
+    expects(rig)
+    before = rig.takers[0].slots()
+    caught = Caught(rig, ctx)
+    for word in words:
+        if word == "hi":
+            caught.say(caller(rig), Sending(77))
+        elif word == "pulled":
+            caught.until(Pull)
+        else:
+            caught.say(word)
+    caught.until(Refused)
+    rig.begin(6, 78, MORE)
+    rig.computed(6, 0, 0, SLOTS)
+    rig.until(lambda: rig.arrived(78))
+    assert rig.matches(SLOTS, MORE)
+    caught.say(caller(rig), READY, b"noise")  # it is not heard any more
+    rig.turns(20)
+    after = rig.takers[0].slots()
+    assert all(after[i] == before[i] for i in set(range(NUM_SLOTS)) - set(MORE))
+    assert rig.takers[0].mover.counts.refused == 1
+    assert rig.takers[0].mover.pool.free == rig.takers[0].mover.pool.num
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"node": "another"}, "not here any more"),
+        ({"wire": KvWire(format="f", dtype="bf16", num_layers=2, num_heads=4, head_bytes=32)},
+         "format is  here and f there"),
+        ({"wire": KvWire(format="", dtype="bf16", num_layers=3, num_heads=4, head_bytes=32)},
+         "num_layers is 2 here and 3 there"),
+        ({"wire": KvWire(format="", dtype="bf16", num_layers=2, num_heads=4, head_bytes=32,
+                         tp=MOST_RANKS + 1)}, "1025 ranks"),
+        ({"ways": ("nccl", "p2p")}, "one has nccl, p2p, the other tcp"),
+    ],
+)  # fmt: skip
+def test_who_does_not_fit_is_told_why(
+    changes: dict[str, object], why: str, rig: Rig, ctx: Sockets
+) -> None:
+    caught = Caught(rig, ctx)
+    caught.say(caller(rig, **changes))
+    refused = caught.until(Refused)
+    assert isinstance(refused, Refused)
+    assert why in refused.why
+
+
+def test_memory_that_is_not_what_it_is_said_to_be_is_not_read(ctx: Sockets) -> None:
+    rig = Rig(names=(("p2p",), ("p2p", "tcp")))
+    machine = rig.senders[0].mover._ways.machine  # type: ignore[attr-defined]
+    try:
+        for memory in (
+            "cpu:1:0:1:1:1",
+            "cpu:0:0:0:0:0",
+            "/etc/passwd",
+            "cuda:AAAA",
+            "",
+            "cpu:" + "9" * 99,
+        ):
+            caught = Caught(rig, ctx)
+            caught.say(caller(rig, ways=("p2p", "tcp"), machine=machine, memory=memory))
+            assert caught.until(Admitted) == Admitted("tcp", 4), memory
+    finally:
+        rig.close()
+
+
+def test_a_frame_of_any_size_costs_no_memory(rig: Rig, ctx: Sockets) -> None:
+    caught = Caught(rig, ctx)
+    caught.say(bytes(FRAME_LIMIT + 1))  # ZeroMQ hangs up before it takes it
+    rig.begin(6, 78, MORE)
+    rig.computed(6, 0, 0, SLOTS)
+    rig.until(lambda: rig.arrived(78))
+    assert rig.takers[0].mover.counts.refused == 0
+    assert PIECE < FRAME_LIMIT
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_words_of_a_sender_harm_nobody_else(
+    seed: int, rig: Rig, ctx: Sockets
+) -> None:
+    rng = random.Random(seed)
+    before = rig.takers[0].slots()
+    for _ in range(12):
+        expects(rig, 77)
+        caught = Caught(rig, ctx)
+        caught.say(caller(rig), Sending(77))
+        for _ in range(30):
+            caught.say(some_words(rng))
+        rig.turns(3)
+        rig.takers[0].mover.put([Forget(77)])
+        rig.turns(1)
+    rig.begin(6, 78, MORE)
+    rig.computed(6, 0, 0, SLOTS)
+    rig.until(lambda: rig.arrived(78))
+    after = rig.takers[0].slots()
+    kept = set(range(NUM_SLOTS)) - set(MORE) - set(SLOTS)
+    assert all(after[i] == before[i] for i in kept)
+    rig.turns(20)
+    assert rig.takers[0].mover.pool.free == rig.takers[0].mover.pool.num
+
+
+def some_words(rng: random.Random) -> Message | list[bytes] | bytes:
+    number, first = rng.randrange(4), rng.randrange(12)
+    msg = rng.choice(
+        [
+            Ready(number=number, epoch=rng.choice([77, 77, 78, 5]), first=first, count=rng.randrange(6)),
+            Filled(number, rng.randrange(9)),
+            Kept(number),
+            Over(rng.choice([77, 5]), "x"),
+            Sending(rng.choice([77, 5])),
+            Alive(),
+            Taken(number),
+        ]
+    )  # fmt: skip
+    kind = rng.random()
+    if kind < 0.2:
+        return [encode(Piece(number, rng.choice([0, 0, 7]))), rng.randbytes(rng.randrange(2000))]
+    raw = bytearray(encode(msg))
+    if kind < 0.25:
+        raw[rng.randrange(len(raw))] = rng.randrange(256)
+    return bytes(raw)
+
+
+# -- and the other way: takers that are none of ours -----------------------------------------------
+
+ANSWERS: dict[str, list[Message | bytes]] = {
+    "noise": [b"\xc1\x00"],
+    "a way that was not offered": [Admitted("nccl", 4)],
+    "pulled before it was admitted": [Pull(1)],
+    "pulled twice": [Admitted("tcp", 4), Pull(1), Pull(1)],
+    "what a sender says": [Admitted("tcp", 4), READY],
+    "refused": [Refused("no")],
+}
+
+
+@pytest.mark.parametrize("words", ANSWERS.values(), ids=ANSWERS)
+def test_what_no_taker_can_have_meant_ends_what_goes_there(
+    words: list[Message | bytes], rig: Rig, ctx: Sockets
+) -> None:
+    door = ctx.socket(zmq.ROUTER)
+    strangers = protected(door, KEYS)
+    port = door.bind_to_random_port("tcp://127.0.0.1")
+    there = replace(rig.to(99, 0, 11), addresses=(f"tcp://127.0.0.1:{port}",))
+    rig.senders[0].mover.put([Export(5, there)])
+    rig.computed(5, 0, 0, SLOTS)
+    got: list[list[bytes]] = []
+    rig.until(lambda: bool(door.poll(0)) and (got.append(door.recv_multipart()) or True))
+    ident, raw = got[0]
+    assert isinstance(decode(raw), Caller)
+    for word in words:
+        door.send_multipart([ident, encode(word) if isinstance(word, Message) else word])
+    rig.until(lambda: rig.sent(5) == [[0]])
+    rig.begin(6, 78, MORE)
+    rig.computed(6, 0, 0, SLOTS)
+    rig.until(lambda: rig.arrived(78))
+    assert rig.matches(SLOTS, MORE)
+    rig.turns(5)
+    assert rig.senders[0].mover.pool.free == rig.senders[0].mover.pool.num
+    strangers.close()
+
+
+def test_strangers_are_not_heard(rig: Rig, ctx: Sockets) -> None:
+    stranger = ctx.socket(zmq.DEALER)
+    known_to(stranger, Keys.make())
+    taker = rig.takers[0].mover
+    assert isinstance(taker, Taker)
+    stranger.connect(f"tcp://127.0.0.1:{taker.port}")
+    stranger.send(encode(caller(rig)), zmq.NOBLOCK)
+    rig.begin(6, 78, MORE)
+    rig.computed(6, 0, 0, SLOTS)
+    rig.until(lambda: rig.arrived(78))
+    assert not stranger.poll(100)
+
+
+def test_a_taker_that_does_not_read_keeps_no_pages_of_others(ctx: Sockets) -> None:
+    """It has asked for all there is, and stands still; others go on with what is left."""
+    size = Size(dim=1 << 12, tokens=8, pages=4)
+    rig = Rig(size=size)
+    still = ctx.socket(zmq.ROUTER)
+    strangers = protected(still, KEYS)
+    port = still.bind_to_random_port("tcp://127.0.0.1")
+    still.setsockopt(zmq.RCVHWM, 4)
+    wire = rig.senders[0].share.wire
+    there = Destination(
+        node=NODE, epoch=99, hit=0, length=64, addresses=(f"tcp://127.0.0.1:{port}",), wire=wire
+    )
+    try:
+        rig.senders[0].mover.put([Export(5, there)])
+        rig.computed(5, 0, 0, array("i", range(NUM_SLOTS)))
+        got: list[bytes] = []
+        rig.until(lambda: bool(still.poll(0)) and (got.extend(still.recv_multipart()) or True))
+        for word in (Admitted("tcp", 8), *(Pull(i) for i in range(1, 9))):
+            still.send_multipart([got[0], encode(word)])
+        rig.turns(50)
+        rig.begin(6, 78, MORE)
+        rig.computed(6, 0, 0, SLOTS)
+        rig.until(lambda: rig.arrived(78))
+        assert rig.matches(SLOTS, MORE)
+    finally:
+        strangers.close()
+        rig.close()

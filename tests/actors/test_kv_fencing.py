@@ -1,0 +1,189 @@
+"""A peer that was stopped in the middle of a transfer, and goes on when its slots are another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from time import monotonic
+
+import pytest
+
+from asyncllm.actors.kv_loop import Mover, Times
+from asyncllm.actors.kv_taker import Taker
+from asyncllm.core.kv_clock import LocalClock
+from asyncllm.messages import Export, Import
+from tests.actors.kv_rig import KEYS, NUM_SLOTS, WAIT_S, Rig, Size
+
+WAYS = ["tcp", "p2p", "nccl"]
+ALL = array("i", range(NUM_SLOTS))
+# one page has everything: more than sockets and their queues hold
+SIZE = Size(dim=1 << 14, tokens=NUM_SLOTS, pages=2)
+
+
+class Child:
+    """A rank in another process, see ``kv_child``."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.actors.kv_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._read = b""
+        keys, size = (KEYS.public, KEYS.secret), (SIZE.dim, SIZE.tokens, SIZE.pages)
+        self.tell({"keys": keys, "size": size})
+
+    def tell(self, what: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(what).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def hear(self, begin: str, meanwhile: Callable[[], object] = lambda: None) -> str:
+        """The rest of the next line that begins so."""
+        assert self.process.stdout is not None
+        fd, end = self.process.stdout.fileno(), monotonic() + WAIT_S
+        while monotonic() < end:
+            line, found, rest = self._read.partition(b"\n")
+            if found:
+                self._read = rest
+                assert not line.startswith(b"failed"), line
+                if line.startswith(begin.encode()):
+                    return line.decode()[len(begin) :].strip()
+                continue
+            meanwhile()
+            if select.select([fd], [], [], 0.01)[0]:
+                more = os.read(fd, 1 << 16)
+                assert more, "it has ended"
+                self._read += more
+        raise AssertionError(f"it has not said {begin!r}")
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+class Time:
+    """Passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def lapse(self, mover: Mover) -> None:
+        for _ in range(20):
+            self.now += 0.4
+            mover.turn(0)
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[Child]:
+    made = Child()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def scene(child: Child, request: pytest.FixtureRequest) -> Iterator[tuple[Child, Rig, Time]]:
+    """The one that will be stopped, those who go on, and the time that is theirs."""
+    role, way = request.param
+    child.tell(["be", role, way])
+    rig = Rig(names=((way,), (way,)), size=SIZE, times=Times(lapse_s=4.0, first_s=1e9))
+    time = Time()
+    for mover in rig.movers:
+        mover.clock = LocalClock(0.5, time)
+    yield child, rig, time
+    child.go_on()
+    rig.close()
+
+
+def come(mover: Mover) -> None:
+    """Wait until something has come that a turn would read, or a little."""
+    mover.poller.poll(50)
+
+
+def stopped_when(child: Child, mover: Mover, reached: Callable[[], bool]) -> None:
+    """Turn after turn, while the other side stands still; it stays so when that is reached."""
+    end = monotonic() + WAIT_S
+    while True:
+        assert monotonic() < end
+        come(mover)
+        child.stop()
+        mover.turn(0)
+        if reached():
+            return
+        child.go_on()
+
+
+@pytest.mark.parametrize("scene", [("sender", way) for way in WAYS], indirect=True, ids=WAYS)
+def test_slots_given_to_others_are_out_of_reach_of_a_stopped_sender(
+    scene: tuple[Child, Rig, Time],
+) -> None:
+    child, rig, time = scene
+    taker = rig.takers[0]
+    assert isinstance(taker.mover, Taker)
+    taker.mover.put([Import(77, 0, NUM_SLOTS, ALL)])
+    taker.mover.turn(0)
+    child.tell(["export", 5, 77, taker.mover.port])
+    stopped_when(child, taker.mover, lambda: taker.mover.pool.free < SIZE.pages)
+    child.go_on()  # it has been asked for the page, and is stopped when that has begun to come
+    come(taker.mover)
+    child.stop()
+    taker.mover.turn(0)
+    time.lapse(taker.mover)
+    assert len(rig.lapsed(77)) == 1
+    assert not rig.arrived(77)
+    # the same slots for another request, which comes from somebody else
+    rig.begin(6, 78, ALL)
+    rig.computed(6, 0, 0, ALL)
+    rig.until(lambda: rig.arrived(78))
+    assert rig.matches(ALL, ALL)
+    child.go_on()
+    child.hear("told Sent 5", lambda: rig.turns(1))
+    rig.turns(50)
+    assert rig.matches(ALL, ALL)
+    assert not rig.arrived(77)
+
+
+@pytest.mark.parametrize("scene", [("taker", way) for way in WAYS], indirect=True, ids=WAYS)
+def test_a_stopped_taker_does_not_take_what_its_sender_has_for_others(
+    scene: tuple[Child, Rig, Time],
+) -> None:
+    child, rig, time = scene
+    port = int(child.hear("port"))
+    child.tell("slots")
+    before = child.hear("slots")
+    child.tell(["import", 77])
+    sender = rig.senders[0].mover
+    to = rig.to(77, 0, NUM_SLOTS)
+    sender.put([Export(5, replace(to, addresses=(f"tcp://127.0.0.1:{port}",)))])
+    rig.computed(5, 0, 0, ALL)
+    sender.turn(0)
+    stopped_when(child, sender, lambda: sender.counts.sent_pages > 0)
+    time.lapse(sender)
+    assert rig.sent(5) == [[0]]
+    # the same page for another request
+    for x in (x for layer in rig.senders[0].kv for x in layer):
+        x.add_(1)
+    rig.begin(6, 78, ALL)
+    rig.computed(6, 0, 0, ALL)
+    rig.until(lambda: rig.arrived(78))
+    child.go_on()
+    child.hear("told Lapsed 77", lambda: rig.turns(1))
+    child.tell("slots")
+    assert child.hear("slots") == before
