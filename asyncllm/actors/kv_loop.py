@@ -27,6 +27,7 @@ from asyncllm.records import KvWire
 ALIVE_S = 0.5  # between two signs of life
 LAPSE_S = 4.0  # without any, or without what was promised: a transfer has failed
 FIRST_S = 8.0  # for the first sign of an import's sender
+EARLY_S = 2.0  # by which a sender may be quicker than the word of our own scheduler
 IDLE_MS = 100  # between two looks at the time
 SOON_MS = 1  # between two looks at what makes no noise when it is done
 PIECE = 1 << 18  # bytes of a frame: small enough that nobody waits for the GIL
@@ -100,6 +101,7 @@ class Times:
     alive_s: float = ALIVE_S
     lapse_s: float = LAPSE_S
     first_s: float = FIRST_S
+    early_s: float = EARLY_S
 
 
 class Mover(ABC):

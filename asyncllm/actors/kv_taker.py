@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -92,6 +93,7 @@ class _Guest:
         name: for the log; "": it has not said who it is.
         over: nothing that it says is heard any more.
         gone: its connection is closed.
+        early: by epoch, since when, and what has been said of it.
         ready: numbers of what it has announced and we have not pulled, in order.
         portions: by number; those too that have been pulled.
     """
@@ -108,6 +110,8 @@ class _Guest:
     gone: bool = False
     window: Window | None = None
     pair: Pair | None = None
+    early: dict[int, tuple[float, list[Message]]] = field(default_factory=dict)
+    num_early: int = 0
     ready: deque[int] = field(default_factory=deque)
     portions: dict[int, _Portion] = field(default_factory=dict)
 
@@ -188,6 +192,7 @@ class Taker(Mover):
                 slots = array("i", msg.slots)
                 entry = Entry(msg.rid, msg.hit, msg.length, slots, since=self.clock.now)
                 self._inbox_of.expect(entry)
+                self._hear_early(msg.rid)
                 if not self.share.partners(self.share.wire.tp, sent=False):  # it has padding alone
                     self._end(self._inbox_of.drop(msg.rid, ""), arrived=True)
             case Forget(rid):
@@ -254,13 +259,21 @@ class Taker(Mover):
             return
         try:
             msg = decode(frames[0].buffer)
-            if len(frames) != 1 + isinstance(msg, Piece):
-                raise Impossible(f"a {type(msg).__name__} in {len(frames)} frames")
+        except CodecError as error:
+            self.counts.refused += 1
+            self._refuse(guest, str(error))
+            return
+        self._hear_one(guest, msg, [part.buffer for part in frames[1:]])
+
+    def _hear_one(self, guest: _Guest, msg: Message, data: Sequence[memoryview] = ()) -> None:
+        try:
+            if len(data) != isinstance(msg, Piece):
+                raise Impossible(f"a {type(msg).__name__} in {1 + len(data)} frames")
             if isinstance(msg, Piece):
-                self._piece(guest, msg, frames[1].buffer)
+                self._piece(guest, msg, data[0])
             else:
                 self._hear(guest, msg)
-        except (CodecError, Impossible) as error:
+        except Impossible as error:
             self.counts.refused += 1
             self._refuse(guest, str(error))
 
@@ -271,6 +284,8 @@ class Taker(Mover):
             self._admit(guest, msg)
             return
         match msg:
+            case Sending(epoch) | Ready(_, epoch) | Over(epoch) if self._inbox_of.is_early(epoch):
+                self._keep(guest, epoch, msg)
             case Sending(epoch):
                 if not self._inbox_of.begin(
                     epoch, guest.tp, guest.rank, guest.ident, self.clock.now
@@ -298,6 +313,22 @@ class Taker(Mover):
                 self._end_guest(guest, f"its sender refuses: {why}")
             case _:
                 raise Impossible(f"a {type(msg).__name__} that it cannot have meant")
+
+    def _keep(self, guest: _Guest, epoch: int, msg: Message) -> None:
+        """Its request has not been heard of here: our scheduler's word may still be on its way."""
+        _, said = guest.early.setdefault(epoch, (self.clock.now, []))
+        said.append(msg)
+        guest.num_early += 1
+        if guest.num_early > MOST_READY:
+            raise Impossible(f"{len(guest.early)} requests that nobody expects")
+
+    def _hear_early(self, epoch: int) -> None:
+        for guest in [*self._guests.values()]:
+            _, said = guest.early.pop(epoch, (0.0, []))
+            guest.num_early -= len(said)
+            for msg in said:
+                if not guest.over:
+                    self._hear_one(guest, msg)
 
     def _admit(self, guest: _Guest, msg: Caller) -> None:
         guest.name, guest.tp, guest.rank = msg.name or "?", msg.wire.tp, msg.rank
@@ -504,6 +535,12 @@ class Taker(Mover):
                 self._refuse(guest, f"its sender has been silent for {times.lapse_s:g} s")
             elif now - guest.said > times.alive_s:
                 self._tell(guest, Alive())
+            for epoch, (since, said) in [*guest.early.items()]:
+                if now - since > times.early_s:
+                    del guest.early[epoch]
+                    guest.num_early -= len(said)
+                    self._inbox_of.end(epoch)
+                    self._tell(guest, Over(epoch, "it is not expected there"))
         for entry in [*self._inbox_of.imports.values()]:
             if entry.why is None and (why := self._late(entry)):
                 self._drop(entry.rid, why)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from asyncllm.core.spans import Spans
 
+MOST_ENDED = 1 << 16
+
 
 class Impossible(Exception):
     """What no sender of ours could have meant."""
@@ -59,6 +61,17 @@ class Inbox:
     def __init__(self, senders: Callable[[int], tuple[int, ...]]) -> None:
         self._senders = senders
         self.imports: dict[int, Import] = {}
+        self._ended: dict[int, None] = {}  # the last epochs that were here, or came in vain
+
+    def is_early(self, epoch: int) -> bool:
+        """Whether it has never been here: its sender may have been quicker than our scheduler."""
+        return epoch not in self.imports and epoch not in self._ended
+
+    def end(self, epoch: int) -> None:
+        """It is not early any more, but unknown."""
+        self._ended[epoch] = None
+        if len(self._ended) > MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
 
     def expect(self, entry: Import) -> None:
         """From now on K/V of this rid may be written."""
@@ -123,4 +136,5 @@ class Inbox:
         if entry.writing or (entry.why is None and not entry.complete):
             return None
         del self.imports[entry.rid]
+        self.end(entry.rid)
         return entry

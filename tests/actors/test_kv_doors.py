@@ -206,9 +206,7 @@ def test_a_frame_of_any_size_costs_no_memory(rig: Rig, ctx: Sockets) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_words_of_a_sender_harm_nobody_else(
-    seed: int, rig: Rig, ctx: Sockets
-) -> None:
+def test_random_words_of_a_sender_harm_nobody_else(seed: int, rig: Rig, ctx: Sockets) -> None:
     rng = random.Random(seed)
     before = rig.takers[0].slots()
     for _ in range(12):

@@ -144,3 +144,22 @@ def test_each_of_the_keys_is_tried(rigs: list[Rig]) -> None:
     rig.begin(5, 77, TARGETS)
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.arrived(77))
+
+
+def test_a_sender_may_be_quicker_than_the_word_of_the_scheduler(rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig())
+    rig.senders[0].mover.put([Export(5, rig.to(77, 0, 11))])
+    rig.computed(5, 0, 0, SOURCES)
+    rig.turns(50)
+    assert rig.sent(5) == [[]]
+    rig.takers[0].mover.put([Import(77, 0, 11, TARGETS)])
+    rig.until(lambda: rig.arrived(77))
+    assert rig.matches(SOURCES, TARGETS)
+
+
+def test_a_request_that_nobody_comes_to_expect_is_given_up(rigs: list[Rig]) -> None:
+    times = Times(first_s=WAIT_S, lapse_s=WAIT_S, early_s=0.02)
+    rigs.append(rig := Rig(times=times))
+    rig.senders[0].mover.put([Export(5, rig.to(77, 0, 11))])
+    rig.computed(5, 0, 0, SOURCES)
+    rig.until(lambda: rig.sent(5) == [[0]])
