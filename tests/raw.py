@@ -6,6 +6,7 @@ import random
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Self
 
 import zmq
 
@@ -13,6 +14,29 @@ from asyncllm.actors.transport import Keys, ipv6
 
 LIMIT_MS = 20_000
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE" + bytes(47)  # how ZMTP 3.1 begins
+
+
+class Sockets:
+    """Any number of sockets, closed at the end."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._sockets: list[zmq.Socket[bytes]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in self._sockets:
+            sock.close(0)
+        self._context.term()
+
+    def socket(self, kind: int) -> zmq.Socket[bytes]:
+        """A new one, not connected."""
+        sock = self._context.socket(kind)
+        sock.sndtimeo = sock.rcvtimeo = LIMIT_MS
+        self._sockets.append(sock)
+        return sock
 
 
 @contextmanager

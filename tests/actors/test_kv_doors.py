@@ -32,10 +32,10 @@ from asyncllm.messages.transfer import (
 )
 from asyncllm.records import Destination, KvWire
 from tests.actors.kv_rig import KEYS, NODE, NUM_SLOTS, Rig, Size
+from tests.raw import Sockets
 
 SLOTS = array("i", range(20, 31))
 MORE = array("i", range(40, 51))
-Socket = zmq.Socket[bytes]
 
 
 @pytest.fixture
@@ -47,23 +47,8 @@ def rig() -> Iterator[Rig]:
 
 @pytest.fixture
 def ctx() -> Iterator[Sockets]:
-    made = Sockets()
-    yield made
-    for sock in made.sockets:
-        sock.close(0)
-    made.context.term()
-
-
-class Sockets:
-    """Somebody's sockets, which are closed at the end."""
-
-    def __init__(self) -> None:
-        self.context: zmq.Context[Socket] = zmq.Context()
-        self.sockets: list[Socket] = []
-
-    def socket(self, kind: int) -> Socket:
-        self.sockets.append(self.context.socket(kind))
-        return self.sockets[-1]
+    with Sockets() as made:
+        yield made
 
 
 class Caught:
