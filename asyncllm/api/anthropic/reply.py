@@ -64,7 +64,7 @@ class MessageReply(ContentBlockReply):
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer)
-        self._around = b"", b""  # a delta of the section in progress
+        self._delta: sse.ChunkTemplate  # of the block in progress
 
     def opening(self) -> bytes:
         """The message's head, with the prompt's length."""
@@ -75,15 +75,14 @@ class MessageReply(ContentBlockReply):
         """The block's head."""
         kind, key = DELTAS[block.kind]
         event = {"type": "content_block_delta", "index": block.index}
-        self._around = sse.template(
-            event | {"delta": {"type": kind, key: sse.MARK}}, sse.MARK, _head("content_block_delta")
-        )
+        delta = event | {"delta": {"type": kind, key: sse.MARK}}
+        self._delta = sse.ChunkTemplate(delta, _head("content_block_delta"))
         empty = self._block(block, empty=True)
         return _event({"type": "content_block_start", "index": block.index, "content_block": empty})
 
     def block_delta(self, block: ContentBlock, text: str) -> bytes:
         """A delta."""
-        return self._around[0] + sse.escaped(text) + self._around[1]
+        return self._delta.text(text)
 
     def block_stop(self, block: ContentBlock) -> bytes:
         """The block's end."""

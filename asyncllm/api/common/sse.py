@@ -1,6 +1,5 @@
-"""Server-sent events: framing, and chunk templates around an escaped text.
+"""Server-sent events: framing, and templates of chunks that differ in a few values only.
 
-A chunk's JSON is fixed per request except for the text, so it is made once as prefix and suffix.
 Knows bytes; knows no protocol.
 """
 
@@ -14,7 +13,7 @@ from asyncllm.api.common import errors
 from asyncllm.errors import RequestError
 
 DONE: Final = b"data: [DONE]\n\n"
-MARK: Final = "\ue000text\ue001"  # stands for the text in a chunk template
+MARK: Final = "\ue000text\ue001"  # a hole in a ChunkTemplate
 KEEP_ALIVE: Final = b": keep-alive\n\n"  # a comment, which clients skip
 
 
@@ -60,20 +59,25 @@ def error_event(error: RequestError, head: bytes = b"data: ") -> bytes:
     return event(errors.body(error), head)
 
 
-def holes(value: Any, mark: str) -> tuple[bytes, ...]:
-    """The event of ``value`` cut at each string ``mark``: ``escaped(text).join`` fills them."""
-    parts = dumps(value).split(f'"{mark}"')
-    parts[0] = "data: " + parts[0]
-    parts[-1] += "\n\n"
-    return tuple(part.encode("utf-8", "replace") for part in parts)
+class ChunkTemplate:
+    """An event made once, whose holes are filled for each chunk.
 
-
-def template(value: Any, mark: str, head: bytes = b"data: ") -> tuple[bytes, bytes]:
-    """The event of ``value`` cut at the string ``mark``: what goes before and after a text.
-
-    Raises ValueError unless ``mark`` occurs exactly once as a string value.
+    Args:
+        value: its JSON; every string MARK in it is a hole.
+        head: what goes before the JSON.
     """
-    before, hole, after = dumps(value).partition(f'"{mark}"')
-    if not hole or f'"{mark}"' in after:
-        raise ValueError(f"{mark!r} is not in the template once")
-    return head + before.encode("utf-8", "replace"), after.encode("utf-8", "replace") + b"\n\n"
+
+    def __init__(self, value: Any, head: bytes = b"data: ") -> None:
+        first, *rest = dumps(value).encode("utf-8", "replace").split(f'"{MARK}"'.encode())
+        assert rest, "a template without a hole"
+        self._parts = [head + first, *rest]
+        self._parts[-1] += b"\n\n"
+        self._format = b"%b".join(part.replace(b"%", b"%%") for part in self._parts)
+
+    def text(self, text: str) -> bytes:
+        """The event with ``text`` in every hole."""
+        return escaped(text).join(self._parts)
+
+    def fill(self, *values: bytes) -> bytes:
+        """The event with one JSON value for each hole."""
+        return self._format % values

@@ -49,10 +49,8 @@ class ChatReply(OpenAIReply):
             return self._event(choice, {"content": piece.text}, None, None)
         if (ready := self._templates.get(choice.index)) is None:
             body = {"delta": {"content": sse.MARK}, "logprobs": None, "finish_reason": None}
-            ready = self._templates[choice.index] = sse.template(
-                self._chunk(choice, body), sse.MARK
-            )
-        return ready[0] + sse.escaped(piece.text) + ready[1]
+            ready = self._templates[choice.index] = sse.ChunkTemplate(self._chunk(choice, body))
+        return ready.text(piece.text)
 
     def end(self, choice: Choice) -> bytes:
         """An empty delta with the finish reason."""
@@ -104,7 +102,7 @@ class ParsedChatReply(ChatReply):
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer)
         # by choice, kind of event, and call
-        self._ready: dict[tuple[int, type[Event], int], tuple[bytes, ...]] = {}
+        self._ready: dict[tuple[int, type[Event], int], sse.ChunkTemplate] = {}
 
     def piece(self, choice: Choice, piece: Delta) -> bytes:
         """A chunk for each thing found; the first has the log-probabilities of all new tokens."""
@@ -127,17 +125,19 @@ class ParsedChatReply(ChatReply):
                 out += self._event(choice, self._delta(event, text), logprobs, None)
                 logprobs = None
             else:
-                out += sse.escaped(event.text).join(self._around(choice, event))
+                out += self._template(choice, event).text(event.text)
         if logprobs is not None:
             out += self._event(choice, {"content": ""}, logprobs, None)
         return out
 
-    def _around(self, choice: Choice, event: Content | Reasoning | Arguments) -> tuple[bytes, ...]:
-        """The chunk of an event, cut where its text goes."""
+    def _template(
+        self, choice: Choice, event: Content | Reasoning | Arguments
+    ) -> sse.ChunkTemplate:
+        """The chunk of an event, whose text is a hole."""
         key = choice.index, type(event), event.index if isinstance(event, Arguments) else 0
         if (ready := self._ready.get(key)) is None:
             body = {"delta": self._delta(event, sse.MARK), "logprobs": None, "finish_reason": None}
-            ready = self._ready[key] = sse.holes(self._chunk(choice, body), sse.MARK)
+            ready = self._ready[key] = sse.ChunkTemplate(self._chunk(choice, body))
         return ready
 
     def _message(self, choice: Choice) -> dict[str, Any]:

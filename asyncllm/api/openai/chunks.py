@@ -16,7 +16,7 @@ class OpenAIReply:
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
-        self._templates: dict[int, tuple[bytes, bytes]] = {}
+        self._templates: dict[int, sse.ChunkTemplate] = {}
         self._wants_logprobs = answer.generation.params.logprobs >= 0
         self._continuous = answer.generation.continuous_usage
 

@@ -80,9 +80,9 @@ class CompletionReply(OpenAIReply):
         if logprobs is not None or self._continuous:
             return sse.event(self._chunk(choice, self._body(text, logprobs)))
         if (ready := self._templates.get(choice.index)) is None:
-            ready = sse.template(self._chunk(choice, self._body(sse.MARK, None)), sse.MARK)
+            ready = sse.ChunkTemplate(self._chunk(choice, self._body(sse.MARK, None)))
             self._templates[choice.index] = ready
-        return ready[0] + sse.escaped(text) + ready[1]
+        return ready.text(text)
 
     def _body(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"text": text, "logprobs": logprobs, "finish_reason": None}

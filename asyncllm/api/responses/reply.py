@@ -36,7 +36,7 @@ class ResponseReply(ContentBlockReply):
         self._asked, self._store = asked, store
         self._number = 0  # of the next event
         self._items: list[dict[str, Any]] = []  # that have ended
-        self._delta = b""  # what goes before the text of the section in progress
+        self._delta: sse.ChunkTemplate  # of the block in progress
         self._scores: list[dict[str, Any]] = []  # of tokens that no delta has brought yet
 
     def opening(self) -> bytes:
@@ -56,8 +56,10 @@ class ResponseReply(ContentBlockReply):
     def block_start(self, block: ContentBlock) -> bytes:
         """The item, empty, and its part if it has parts."""
         kind = f"{EVENTS[block.kind]}.delta"
-        head = {"type": kind, **_where(block), "item_id": self._id(block), "delta": ""}
-        self._delta = _head(kind) + sse.body(head).removesuffix(b'""}')
+        delta = {"type": kind, **_where(block), "item_id": self._id(block), "delta": sse.MARK}
+        if block.kind is Content:
+            delta["logprobs"] = sse.MARK
+        self._delta = sse.ChunkTemplate(delta | {"sequence_number": sse.MARK}, _head(kind))
         item = self._item(block, "in_progress", empty=True)
         return self._event(
             "response.output_item.added", output_index=block.index, item=item
@@ -67,11 +69,11 @@ class ResponseReply(ContentBlockReply):
         """A delta."""
         if not text:
             return b""
-        scores, tail = b"", b',"sequence_number":%d}\n\n' % self._next()
+        values = [sse.escaped(text)]
         if block.kind is Content:
-            scores = b',"logprobs":' + sse.body(self._scores)
+            values.append(sse.body(self._scores))
             self._scores = []
-        return self._delta + sse.escaped(text) + scores + tail
+        return self._delta.fill(*values, b"%d" % self._next())
 
     def block_stop(self, block: ContentBlock) -> bytes:
         """The whole text once more, part by part."""

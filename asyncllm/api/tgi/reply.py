@@ -49,8 +49,8 @@ class TgiReply(NativeReply):
                 ]
         if self._asked.prompt_scores:
             out |= self.prompt_scores(choices[0])
-        text = f'{sse.dumps(out)[:-1]},"logprobs":{self.scored(best)}}}'
-        return (f"[{text}]" if self._listed else text).encode("utf-8", "replace")
+        out["logprobs"] = self.scored(best)
+        return sse.body([out] if self._listed else out)
 
     def _event(self, choice: Choice, i: int | None, text: str) -> bytes:
         token: dict[str, Any] = {"id": NO_TOKEN, "text": text, "logprob": NO_LOGPROB}

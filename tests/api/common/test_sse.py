@@ -26,11 +26,12 @@ def test_errors_from_behind(status: int, code: str, expected: tuple[int, str, st
     assert (error.status, error.type, error.code) == expected
 
 
-def test_templates_need_their_mark_once() -> None:
-    with pytest.raises(ValueError, match="once"):
-        sse.template({"a": "M", "b": "M"}, "M")
-    with pytest.raises(ValueError, match="once"):
-        sse.template({"a": "x"}, "M")
+def test_a_template_is_filled_where_its_marks_are() -> None:
+    made = sse.ChunkTemplate({"a": sse.MARK, "b": ["%s", sse.MARK], sse.MARK: 2}, b"data:")
+    assert made.fill(b"0", b"null", b'"k"') == b'data:{"a":0,"b":["%s",null],"k":2}\n\n'
+    assert made.text("é") == 'data:{"a":"é","b":["%s","é"],"é":2}\n\n'.encode()
+    with pytest.raises(TypeError, match="not enough"):
+        made.fill(b"0")
 
 
 LINES = "a\x85b\u2028c\u2029d\x0b\x0c\x1c\x1d\x1e\r\n é\\u0085"
@@ -41,8 +42,8 @@ def test_no_character_of_a_text_ends_a_line() -> None:
         sse.event({"text": LINES, LINES: [LINES]}),
         sse.event({"text": LINES}, b"data:"),
         b"".join([b"data: ", sse.escaped(LINES), b"\n\n"]),
-        sse.escaped(LINES).join(sse.template({"a": LINES, "b": "M"}, "M")),
-        sse.escaped(LINES).join(sse.holes({"a": "M", "b": "M", "c": LINES}, "M")),
+        sse.ChunkTemplate({"a": LINES, "b": sse.MARK}).text(LINES),
+        sse.ChunkTemplate({"a": sse.MARK, "b": sse.MARK, "c": LINES}).text(LINES),
     ):
         line, empty = data.decode().splitlines()
         assert empty == ""
