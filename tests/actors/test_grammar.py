@@ -264,7 +264,7 @@ def test_an_abort_while_the_grammar_is_compiled_ends_the_request(text: Text) -> 
     uvloop.run(main())
     assert [(name, type(msg).__name__, getattr(msg, "rid", 0)) for name, msg in log] == [
         ("frontend", "Finished", 1),
-        ("detokenizer", "Follow", 2),
+        ("detokenizer", "OpenTextStream", 2),
         ("scheduler", "Submit", 2),
         ("frontend", "Accepted", 1),
     ]
@@ -304,7 +304,7 @@ def test_with_several_groups_a_grammar_must_be_ready_in_all_of_them(
     uvloop.run(main())
     told = [(name, type(msg).__name__) for name, msg in log]
     if fails in (-1, "lost"):
-        follows, submits = [("detokenizer", "Follow")] * 2, [("balancer", "Submit")] * 2
+        follows, submits = [("detokenizer", "OpenTextStream")] * 2, [("balancer", "Submit")] * 2
         assert sorted(told) == sorted(
             [("balancer", "Compile"), *follows, *submits, ("frontend", "Accepted")]
         )

@@ -98,9 +98,6 @@ def break_architecture(folder: Path) -> None:
 
 BROKEN = [
     (break_tokenizer, {}, "tokenizer.json"),
-    (break_template, {}, "chat template, line 1"),
-    (break_template_filter, {}, "no_such_filter"),
-    (break_tool_template, {}, "chat template, line 1"),
     (break_config, {}, "config.json is not JSON"),
     (break_generation, {}, "generation_config.json is not JSON"),
     (break_eos, {}, "eos_token_id '</s>'"),
@@ -137,6 +134,31 @@ def test_it_is_refused_before_weights_are_read(
         start(**options)
     assert said in str(caught.value)
     assert "load weights" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (break_template, "chat template, line 1"),
+        (break_template_filter, "no_such_filter"),
+        (break_tool_template, "chat template, line 1"),
+    ],
+)
+def test_a_template_that_does_not_compile_stops_chats_only(
+    harm: Callable[[Path], None],
+    said: str,
+    tiny_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    harm(folder)
+    with starting(folder, monkeypatch, caplog) as start, pytest.raises(WeightsRead):
+        start()
+    (told,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "chats are refused, other prompts are not" in told.getMessage()
+    assert said in told.getMessage()
 
 
 @pytest.mark.parametrize("option", ["port", "nccl_port"])
