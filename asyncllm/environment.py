@@ -1,4 +1,4 @@
-"""The process's surroundings: environment variables, cores and memory.
+"""Environment variables, cores and memory of the machine.
 
 The only module that reads environment variables. It knows no option of the command line.
 """

@@ -1,4 +1,4 @@
-"""Every exception asyncllm raises on purpose, and the HTTP answer of those a client causes.
+"""Every exception that asyncllm raises on purpose, and the HTTP status of those a client causes.
 
 AsyncllmError
 ├── RequestError            the client's fault: one 4xx answer, nobody else notices

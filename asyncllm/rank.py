@@ -1,4 +1,4 @@
-"""Entry of every process of a server: rank 0 prepares and serves, children are told what to be."""
+"""Entry point of every server process: rank 0 prepares and serves, children are told what to be."""
 
 from __future__ import annotations
 

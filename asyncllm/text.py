@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: text to ids, ids to text, chat templates.
+"""The model's tokenizer: text to ids, ids to text, chat templates.
 
 The only place that knows the file formats of tokenizers and transformers; knows no requests.
 """

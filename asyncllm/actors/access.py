@@ -1,4 +1,4 @@
-"""Who may ask: API keys, and which web pages may (CORS, and requests forged by other sites).
+"""API keys and CORS: who may ask, and from which web pages.
 
 Knows headers and raw request targets; knows neither routes nor bodies.
 """

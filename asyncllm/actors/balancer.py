@@ -1,4 +1,4 @@
-"""Balancer: gives each request to a group, and what is said about it later to the same one.
+"""Balancer: assigns each request to a group, and forwards later messages about it there.
 
 Owns which request is where; knows neither queues nor slots. Where there is one group there is none:
 what it would pass on goes straight to the leader.

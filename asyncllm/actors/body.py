@@ -1,4 +1,4 @@
-"""Request bodies from the connection to bytes: their size, encoding and time have limits.
+"""Reads request bodies, within limits of size, time and encoding.
 
 Knows headers and streams; what the bytes mean is in :mod:`asyncllm.api`.
 """

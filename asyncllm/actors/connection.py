@@ -1,4 +1,4 @@
-"""Connections of HTTP clients: what is no HTTP, who leaves unseen, and descriptors that run out.
+"""HTTP connections: bytes that are not HTTP, clients that leave, running out of descriptors.
 
 Knows aiohttp's connections; knows neither routes nor bodies.
 """

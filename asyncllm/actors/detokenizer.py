@@ -1,4 +1,4 @@
-"""Token ids to text for every stream of one frontend, a little at a time.
+"""Detokenizer: turns token ids into text for every stream of one frontend, in short turns.
 
 Owns the text position of each request: unfinished characters, what may become a stop string or a
 stop sequence, tokens not yet passed on. Knows neither HTTP nor why a token was chosen.

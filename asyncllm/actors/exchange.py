@@ -1,4 +1,4 @@
-"""The frontend's side of one HTTP request: its choices, its futures and its way to the socket.
+"""The frontend's state of one HTTP request: its choices, its futures, and the socket it writes to.
 
 An Exchange belongs to the Frontend alone; the request's handler only awaits its futures. Knows
 transports and event bytes; knows no protocol's JSON.

@@ -1,4 +1,4 @@
-"""The frontend: owner of every HTTP request's life, from admission to the last byte.
+"""Frontend: owns every HTTP request from admission to the last byte.
 
 Knows rids, admission, deltas and sockets; routes are in :mod:`asyncllm.actors.http`, protocols in
 :mod:`asyncllm.api`.

@@ -1,4 +1,4 @@
-"""Grammar keeper: makes grammars ready before a request with one is submitted.
+"""Grammar compiler: compiles a grammar before a request that needs it is submitted.
 
 Owns the threads that compile and the questions that wait for them. Knows neither requests nor
 what a grammar means.

@@ -1,4 +1,4 @@
-"""HTTP routes: from an aiohttp request to the frontend and back.
+"""HTTP routes: hands requests to the frontend and writes its answers.
 
 Knows paths, headers and statuses; what a body means is in :mod:`asyncllm.api`.
 """

@@ -1,4 +1,4 @@
-"""Lockstep: has the schedulers of several groups take each step together, with a common size.
+"""Lockstep: makes the schedulers of several groups take each step together, in a common size.
 
 Owns which step is due and who has said what it brings; knows neither requests nor devices.
 """

@@ -1,4 +1,4 @@
-"""Signs of life of a node's processes, and what they count at their doors, in memory shared by all.
+"""Heartbeats and counters of a node's processes, in memory that all of them share.
 
 Each writes the time into a place of its own, from a thread, so that a busy event loop is no
 silence; to look takes no message, so that nothing is missed while one's own loop is busy. Knows no

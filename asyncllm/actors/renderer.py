@@ -1,5 +1,4 @@
-"""Renders chats by the model's own template,
-in a helper process that is killed if it takes too long.
+"""Renders chats with the model's template, in a helper process that is killed if it takes too long.
 
 Owns the helper. Knows neither requests nor tokens; what runs in the helper is
 :mod:`asyncllm.templates`.

@@ -1,4 +1,4 @@
-"""Runner: launches planned steps on this rank's device and tells when they are done.
+"""Runner: launches planned steps on this rank's device and reports when they are done.
 
 Owns the device and the order of plans; knows neither requests nor policy.
 """

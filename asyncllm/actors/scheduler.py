@@ -1,4 +1,4 @@
-"""Scheduler: keeps the device's pipeline full and passes on what comes out of it.
+"""Scheduler: keeps the device's pipeline full and publishes its results.
 
 Owns the queue, the step clock and what is in flight; knows neither slots' contents nor text.
 """

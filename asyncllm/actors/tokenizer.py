@@ -1,4 +1,4 @@
-"""Prompts to token ids: renders chats, encodes texts, checks lengths, and sends requests on.
+"""Tokenizer: renders chats, encodes prompts, checks lengths, and submits requests.
 
 Owns the pool of threads that render and encode, and the requests that wait for it. Knows neither
 HTTP nor steps.

@@ -1,4 +1,4 @@
-"""ZMQ under uvloop: one PULL in, one PUSH per peer, sockets drained when their FD fires.
+"""ZMQ under uvloop: one PULL socket in, one PUSH per peer, drained from the event loop.
 
 Knows frames and peers; knows neither actors nor what to do when one is missing.
 """

@@ -1,5 +1,4 @@
-"""Watchdog: is every endpoint there and alive, how does the server start and end,
-what does it hold.
+"""Watchdog: starts and drains the server, notices endpoints that die or hang, gathers metrics.
 
 Knows liveness, drain and the numbers; knows neither requests nor what a step computes.
 One runs on every endpoint. The coordinator's leads: it waits for all, drains, and answers scrapes.

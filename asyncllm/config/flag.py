@@ -1,4 +1,4 @@
-"""What an option of the command line is: default, text, checks, where it counts.
+"""Declares a command-line option: default, help, checks, and which processes it concerns.
 
 Knows no option by name.
 """

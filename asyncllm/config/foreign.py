@@ -1,4 +1,4 @@
-"""LightLLM's options that are not ours, of today or of the time of the documented ones.
+"""LightLLM's options that asyncllm does not have, of today's and of earlier versions.
 
 What would change answers, capacity or exposure ends the start; what cannot matter here is one
 warning. Knows names and how many values follow; knows neither argparse nor our own options.

@@ -1,4 +1,4 @@
-"""What the options mean for one model on one device.
+"""Resolves the options for one model on one device.
 
 Knows no torch: what depends on the model or the device comes in as arguments.
 """

@@ -1,2 +1,1 @@
-"""Constrained output: what JSON schemas, regular expressions and grammars mean,
-and following one output."""
+"""Constrained decoding: which tokens may come next in an output."""

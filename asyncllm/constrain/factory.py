@@ -1,4 +1,4 @@
-"""Makes the constraint of each request: of its grammar, its tokens, and its limit of reasoning.
+"""Makes the constraint of a request from its grammar, its allowed tokens and its reasoning limit.
 
 Knows requests' parameters; knows neither text formats nor tensors.
 """

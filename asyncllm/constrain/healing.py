@@ -1,4 +1,4 @@
-"""Token healing: a prompt's last tokens are taken off, and the output must begin with their text.
+"""Token healing: a prompt's last tokens are removed, and the output must begin with their text.
 
 So a word that the prompt's end has cut into tokens no model would write is spelled anew. Knows the
 text that is left to be said again; knows neither prompts nor how texts become tokens.

@@ -1,4 +1,4 @@
-"""Grammars of one vocabulary: compiling them with llguidance, keeping them, following one output.
+"""Compiles grammars with llguidance, caches them, and follows one output by each.
 
 Owns the compiled grammars. Knows texts and token ids; knows no requests and no tensors. Nothing
 else knows the library.

@@ -1,4 +1,4 @@
-"""What a constraint is: it says which tokens may come next in one request.
+"""The interface of a constraint: which tokens may come next in one request.
 
 Schedulers and threads know only this. Knows token ids and masks; knows no grammar.
 """

@@ -1,4 +1,4 @@
-"""The texts of a model's tokens, sorted: which of them begin a text, which a text begins.
+"""Token strings sorted for prefix search in both directions, and bit masks of tokens.
 
 Knows bytes and ids; knows neither tokenizer files nor requests.
 """

@@ -1,4 +1,4 @@
-"""Who may come in: places in a bounded queue, shared among clients, and when one is likely free.
+"""Admission: places in a bounded queue, shared fairly among clients, and when one is likely free.
 
 A client is a number that stands for an API key or an address. Knows counts and a clock that is
 handed in; knows neither HTTP nor what is asked for.

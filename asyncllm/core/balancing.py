@@ -1,4 +1,4 @@
-"""Which group serves a request, where a server has several.
+"""Chooses the group that serves a request, where a server has several.
 
 Knows groups by number, requests by id and prompt, and the prompts that each group was sent of late;
 knows neither what their caches really hold nor who carries a request there.

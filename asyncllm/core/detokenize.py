@@ -1,4 +1,4 @@
-"""Token ids to text, one id at a time, without ever splitting a character.
+"""Detokenizes one id at a time without ever splitting a character.
 
 Knows the bytes of every id and how they join; knows neither requests nor tokenizer files.
 """

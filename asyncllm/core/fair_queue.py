@@ -1,4 +1,4 @@
-"""A waiting line that serves its clients in turn, each client's items first come first served.
+"""A queue that serves clients in turn, and each client's items first come, first served.
 
 Knows keys and clients as numbers; does not know what waits.
 """

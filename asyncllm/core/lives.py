@@ -1,4 +1,4 @@
-"""Requests from their coming to their end: who waits, who runs, and on which lane.
+"""The requests of a scheduler from arrival to end: which wait, which run, and on which lane.
 
 Knows requests and lanes (see :mod:`asyncllm.core.steps`); knows neither budgets nor what is in a
 step.

@@ -1,4 +1,4 @@
-"""Agreement of several groups on the steps that they take together.
+"""How several groups agree on the steps that they take together.
 
 Knows step numbers and sizes; knows neither rows nor who carries what is said.
 """

@@ -1,4 +1,4 @@
-"""Work that constraints leave to threads: whose is next, and how much CPU time it may take.
+"""Schedules the work of constraints on threads, and bounds its CPU time.
 
 Owns the line and its budgets. Knows neither threads nor the device; :func:`work` is what a thread
 does.

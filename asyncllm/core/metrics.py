@@ -1,4 +1,4 @@
-"""The numbers of one server, as Prometheus text.
+"""The server's metrics as Prometheus text.
 
 Knows names, buckets and plain values; knows neither who measured them nor how they are fetched.
 Beside our own names (``asyncllm_``) it keeps those of LightLLM's that dashboards use and that have

@@ -1,4 +1,4 @@
-"""When to launch a step behind another: early enough for the device, late enough for newcomers.
+"""When to launch the next step: early enough for the device, late enough for new requests.
 
 Knows times; knows no steps' contents.
 """

@@ -1,4 +1,4 @@
-"""Prefix cache: which token sequences have their KV in which slots.
+"""Prefix cache: a radix tree from token sequences to the KV slots that hold them.
 
 Knows token ids, slot numbers and locks; knows neither requests nor tensors.
 """

@@ -1,4 +1,4 @@
-"""What one request asks of the sampler, and how a request can end.
+"""Sampling parameters of a request, and the reasons for which it can end.
 
 Knows values and their meaning; knows neither HTTP field names nor tensors.
 """

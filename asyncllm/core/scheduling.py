@@ -1,4 +1,4 @@
-"""What runs in the next step: queue order, budgets, phases.
+"""Decides what runs in the next step: queue order, budgets, phases.
 
 Knows requests, lanes and counts of tokens (see :mod:`asyncllm.core.lives`); knows neither slots'
 contents nor tensors, actors, text.

@@ -1,4 +1,4 @@
-"""KV slots: which are free, which lane holds which, which are kept for their prefix.
+"""Ledger of KV slots: which are free, which belong to a lane, which are kept for their prefix.
 
 Knows slot numbers, lanes and token ids; knows neither requests nor tensors.
 """

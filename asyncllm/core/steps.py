@@ -1,4 +1,4 @@
-"""Requests, their lanes and the steps they are rows of: what the scheduler's core keeps.
+"""Requests, lanes and the rows of a step, as the scheduler keeps them.
 
 Plain data and what follows from it; decides nothing.
 

@@ -1,4 +1,4 @@
-"""Stop strings and stop sequences of token ids: find the first one in what arrives in parts.
+"""Finds stop strings and stop sequences of token ids in output that arrives in pieces.
 
 Knows text and ids; knows neither tokenizers nor requests.
 """

@@ -1,4 +1,4 @@
-"""Prefix cache of a model some layers of which have a sliding window.
+"""Prefix cache for models in which some layers have a sliding window.
 
 Knows token ids, slot numbers of both spaces and locks; knows neither requests nor tensors.
 """

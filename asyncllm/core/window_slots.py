@@ -1,4 +1,4 @@
-"""Slots of a model some layers of which have a sliding window: two spaces, one ledger.
+"""KV slots for models in which some layers have a sliding window: two spaces, one ledger.
 
 Knows slot numbers, lanes and token ids; knows neither requests nor tensors.
 """

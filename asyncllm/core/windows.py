@@ -1,4 +1,4 @@
-"""Sliding windows: what is counted apart for layers that see the last tokens only.
+"""Sliding windows: separate counts for layers that see the last tokens only.
 
 Knows numbers of tokens; knows neither slots nor tensors.
 """

@@ -1,4 +1,4 @@
-"""Which tokens a row may sample, as bits from the host, put into the logits on the device.
+"""Applies the host's bit masks of allowed tokens to the logits on the device.
 
 Knows bits and logits; knows no grammars. Nothing here waits for the device.
 """

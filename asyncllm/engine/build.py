@@ -1,4 +1,4 @@
-"""Start-up of a rank's device side: model, memory plan, engine, warm-up.
+"""Builds the device side of a rank: model, memory plan, engine, warm-up.
 
 Everything here may block and synchronise; nothing here runs while serving.
 """

@@ -1,4 +1,4 @@
-"""Launching steps without waiting: on a compute thread (CPU) or a stream (CUDA)."""
+"""Launches steps without waiting: on a compute thread (CPU) or a stream (CUDA)."""
 
 from __future__ import annotations
 

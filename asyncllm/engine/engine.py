@@ -1,4 +1,4 @@
-"""One step on one device: the tensors of a rank and what a plan does to them.
+"""Runs one step on one device: the tensors of a rank and what a plan does to them.
 
 Owns K/V, the lane tables and the last token of every lane. Knows neither actors nor why a row is
 in a plan.

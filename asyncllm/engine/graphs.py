@@ -1,4 +1,4 @@
-"""CUDA graphs: what they are captured and replayed with, and those of the decoder.
+"""CUDA graphs: how they are captured and replayed, and those of the decoder.
 
 A launch of an 8B step costs the event loop 14 ms eager and some 10 us as a graph. There is one for
 each bucket of tokens, for decode steps and for mixed steps; it takes its columns from a fixed place

@@ -1,4 +1,4 @@
-"""A step's inputs to the device, all in one copy.
+"""Copies a step's inputs to the device, all in one transfer.
 
 The only tensors here are the buffers and their columns. Those that CUDA graphs read come first,
 padded, at places that depend on the graph only; what only some steps have comes behind them.

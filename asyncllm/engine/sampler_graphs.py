@@ -1,4 +1,4 @@
-"""The end of a step as CUDA graphs: from hidden states of the rows that sample to their tokens.
+"""CUDA graphs of the sampler: from hidden states of the rows that sample to their tokens.
 
 What only some steps need (biases, masks, length penalties, alternatives' log-probabilities) is in
 no graph: the end of such a step is launched kernel by kernel.

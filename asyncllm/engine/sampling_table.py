@@ -1,4 +1,4 @@
-"""Per-lane sampling parameters as host columns, and what a step's sampled rows need of them.
+"""Sampling parameters of every lane on the host, and the batch of those that a step needs.
 
 Knows SamplingParams and numpy; knows no tensors.
 """

@@ -1,4 +1,4 @@
-"""What a step needs on the device, by name, and a step plan's rows on the host.
+"""The inputs of a step, by name, and the rows of a step plan on the host.
 
 Knows plans and numpy. The columns that CUDA graphs read are apart from what only some steps have.
 """

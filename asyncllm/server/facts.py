@@ -1,4 +1,4 @@
-"""What of a process's files and devices must be the same on nodes of a server, or in a cluster."""
+"""Files and devices that must be the same on all nodes of a server, or in a cluster."""
 
 from __future__ import annotations
 

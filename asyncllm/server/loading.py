@@ -1,4 +1,4 @@
-"""What a process loads before its actors start: tokenizer, weights, K/V, grammars.
+"""Loads what a process needs before its actors start: tokenizer, weights, KV, grammars.
 
 Knows no actor.
 """

@@ -1,4 +1,4 @@
-"""One process of a server, from load to exit code: children, signals, the end."""
+"""Runs one process of a server, from loading to exit code: children, signals, shutdown."""
 
 from __future__ import annotations
 

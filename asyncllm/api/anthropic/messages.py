@@ -1,4 +1,4 @@
-"""Anthropic's messages, and how they become turns in template form.
+"""Converts Anthropic's messages to the messages of chat templates.
 
 Knows content blocks; knows no other field of a body.
 """

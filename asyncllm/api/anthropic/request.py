@@ -1,4 +1,4 @@
-"""Anthropic's requests: /v1/messages and /v1/messages/count_tokens bodies to checked requests.
+"""Validates Anthropic's requests: /v1/messages and /v1/messages/count_tokens.
 
 Knows request bodies; messages are in :mod:`asyncllm.api.anthropic.messages`, answers in
 :mod:`asyncllm.api.anthropic.reply`.

@@ -1,4 +1,4 @@
-"""What has come of one request so far, and what a protocol must be able to say about it.
+"""State of one response, and the Reply interface that protocols implement.
 
 Knows choices, token columns and usage; knows no protocol's JSON.
 """

@@ -1,4 +1,4 @@
-"""Chat messages to the text of a prompt, by the model's own Jinja template.
+"""Renders chat messages to a prompt with the model's own Jinja template.
 
 Knows templates and what they expect around them; knows no tokens, and leaves the checking of
 messages to :mod:`asyncllm.api.openai.messages`.

@@ -1,4 +1,4 @@
-"""An answer as numbered sections, for protocols that have one block or item for each.
+"""Splits an answer into numbered content blocks, for protocols with a block or item for each part.
 
 A section is a stretch of reasoning, of content, or a call. Knows events in their order; knows no
 protocol's JSON.

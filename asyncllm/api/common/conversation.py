@@ -1,4 +1,4 @@
-"""Turns of a conversation in template form, made of blocks or items one by one.
+"""Builds the messages that chat templates expect from blocks or items.
 
 Knows what chat templates expect: one turn per role in a row, calls with the assistant's words, each
 result a turn. Knows no protocol's JSON.

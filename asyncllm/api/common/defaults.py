@@ -1,4 +1,4 @@
-"""What counts where a request is silent: the sampling of the model's generation_config.json.
+"""Sampling defaults from the model's generation_config.json.
 
 Precedence: the request, generation_config.json, the route's own default.
 """

@@ -1,4 +1,4 @@
-"""What an HTTP error looks like: OpenAI's error object, for every route.
+"""HTTP errors and their JSON: OpenAI's error object, for every route.
 
 Knows statuses, types and codes; knows neither aiohttp nor who raised.
 """

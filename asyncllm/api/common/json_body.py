@@ -1,4 +1,4 @@
-"""A request body from bytes to a JSON object, its cost bounded before it is parsed.
+"""Parses request bodies as JSON, with their cost bounded beforehand.
 
 ``json.loads`` holds the interpreter lock until it is done, so that no thread helps: what it may be
 asked for is counted first, in a few passes over the bytes that run at memory speed. Knows JSON;

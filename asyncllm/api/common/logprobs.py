@@ -1,4 +1,4 @@
-"""Log-probabilities of generated tokens as OpenAI's chat and responses have them."""
+"""Log-probabilities of generated tokens in the form of OpenAI's chat and responses."""
 
 from __future__ import annotations
 

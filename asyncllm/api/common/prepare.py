@@ -1,4 +1,4 @@
-"""Makes a conversation, its tools and options into a prompt, a grammar and output options.
+"""Turns a conversation, its tools and options into a prompt, a grammar and output options.
 
 All chat protocols share it. Knows no protocol's JSON.
 """

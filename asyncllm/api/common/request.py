@@ -1,4 +1,4 @@
-"""A checked generation request, whatever protocol it came in, and the server's limits for one.
+"""A validated generation request of any protocol, and the served model it is checked against.
 
 Knows prompts, parameters and flags; knows neither JSON names nor answers.
 """

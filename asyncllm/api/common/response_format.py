@@ -1,4 +1,4 @@
-"""Fields that give the output a form: a JSON schema, a regular expression, a grammar.
+"""Fields that constrain the output: a JSON schema, a regular expression, a grammar.
 
 Knows the fields' JSON values and limits; what a schema or grammar means is checked where it is
 compiled.

@@ -1,4 +1,4 @@
-"""LightLLM's native answers: /generate's JSON and /generate_stream's events.
+"""LightLLM's native replies: /generate's JSON and /generate_stream's events.
 
 Knows the JSON shapes; knows neither sockets nor request bodies.
 """

@@ -1,4 +1,4 @@
-"""OpenAI's chat answers with reasoning and tool calls, whole and as chunks.
+"""OpenAI's chat completions with reasoning and tool calls, whole and as chunks.
 
 Knows the JSON shapes; :mod:`asyncllm.api.parsing.output_parser` finds reasoning and calls.
 """

@@ -1,4 +1,4 @@
-"""OpenAI's answers: completions, whole and as chunks.
+"""OpenAI's completions, whole and as chunks.
 
 Knows the JSON shapes; knows neither sockets nor request bodies.
 """

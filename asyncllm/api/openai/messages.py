@@ -1,4 +1,4 @@
-"""Chat messages: checked, and brought to the one form chat templates expect.
+"""Validates chat messages and converts them to the form that chat templates expect.
 
 Content becomes a string, roles lower case, tool-call arguments objects. Knows OpenAI's message
 shapes; knows neither templates nor tokens.

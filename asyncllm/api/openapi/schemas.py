@@ -1,4 +1,4 @@
-"""JSON schemas of messages that come in and of answers that go out.
+"""JSON schemas of the messages of requests and of answers.
 
 Knows shapes as the protocols have them; which field has which is in
 :mod:`asyncllm.api.openapi.document`.

@@ -1,4 +1,4 @@
-"""What a server says of itself to somebody who just opens its address.
+"""The start page: models, links and a first command, as HTML, text or JSON.
 
 Knows models and links; knows neither requests nor answers.
 """

@@ -1,4 +1,4 @@
-"""What parsers find in a model's answer. Knows no format."""
+"""Events that parsers find in a model's output. Knows no format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON read while it comes: where a value ends, and that it is one.
+"""Reads JSON that arrives in pieces: where a value ends, and whether it is valid.
 
 Text is handed on byte for byte, with two repairs of what models get wrong inside strings: a raw
 control character is escaped, and a backslash that escapes nothing becomes two. Knows no tool calls.

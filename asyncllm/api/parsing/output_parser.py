@@ -1,4 +1,4 @@
-"""An answer in its parts while it comes: reasoning, content, calls.
+"""Splits a model's output into reasoning, content and tool calls, incrementally.
 
 Owns how the served model writes calls and reasoning, what a request wants of them, and one choice's
 parts. Knows neither protocols' JSON nor prompts.

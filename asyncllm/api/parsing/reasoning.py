@@ -1,4 +1,4 @@
-"""What a model thinks before it answers, parted from the answer while it comes.
+"""Separates reasoning from the answer, incrementally.
 
 Owns the marks around reasoning and what a rendered prompt says about them. Calls are looked for in
 the answer only: :class:`Splitter` puts a tool parser behind a reasoning parser.

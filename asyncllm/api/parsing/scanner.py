@@ -1,4 +1,4 @@
-"""Text that comes in pieces, read as if it were all there.
+"""Scans text that arrives in pieces as if all of it were there.
 
 A parser is a generator that reads from a :class:`Scanner` and yields where it needs text that has
 not come yet. What the scanner answers depends on the text alone, never on where the pieces were

@@ -1,4 +1,4 @@
-"""Items of OpenAI's responses to turns in template form: messages, calls, results, reasoning.
+"""Converts items of OpenAI's responses to the messages of chat templates.
 
 Knows input items; knows no other field of a body.
 """

@@ -1,4 +1,4 @@
-"""OpenAI's Responses: the answer, whole and as typed events.
+"""OpenAI's responses, whole and as typed events.
 
 Knows the JSON shapes; knows neither sockets nor request bodies.
 """

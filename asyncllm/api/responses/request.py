@@ -1,4 +1,4 @@
-"""OpenAI's Responses: /v1/responses bodies to checked requests.
+"""Validates OpenAI's /v1/responses requests.
 
 Knows request bodies and conversations; answers are in :mod:`asyncllm.api.responses.reply`.
 """

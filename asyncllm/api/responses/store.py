@@ -1,4 +1,4 @@
-"""Finished responses, kept for previous_response_id and GET."""
+"""Keeps finished responses for previous_response_id and GET."""
 
 from __future__ import annotations
 

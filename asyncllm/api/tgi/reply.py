@@ -1,4 +1,4 @@
-"""text-generation-inference's answers, with what LightLLM adds to them (--use_tgi_api).
+"""text-generation-inference's replies, with LightLLM's additions (--use_tgi_api).
 
 Knows the JSON shapes; knows neither sockets nor request bodies.
 """

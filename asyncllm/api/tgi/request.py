@@ -1,4 +1,4 @@
-"""text-generation-inference's requests on LightLLM's native routes (--use_tgi_api).
+"""Validates text-generation-inference's requests on LightLLM's native routes (--use_tgi_api).
 
 A body has the parameters of /generate, less a few, and those of :data:`OWN`. Knows request bodies;
 answers are in :mod:`asyncllm.api.tgi.reply`.

@@ -1,1 +1,1 @@
-"""The languages of constraints, read into rules: JSON schemas, regular expressions, EBNF, calls."""
+"""Reads JSON schemas, regular expressions, EBNF and tool calls into grammar rules."""

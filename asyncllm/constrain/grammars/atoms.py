@@ -1,4 +1,4 @@
-"""What a JSON value may be: alternatives of one kind each, and what two of them have in common.
+"""The possible values of a JSON value as alternatives of one kind each, and their intersection.
 
 Knows no schemas: what stands inside a value is told as a set of numbers, each of which is a schema
 that must hold (:mod:`asyncllm.constrain.grammars.schema`).

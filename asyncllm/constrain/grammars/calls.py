@@ -1,4 +1,4 @@
-"""Rules of calls: what stands before the arguments, the arguments, what stands behind them.
+"""Rules of tool calls: what comes before the arguments, the arguments, what comes after.
 
 Arguments are JSON, or stand between tags one by one, as some formats have it.
 """

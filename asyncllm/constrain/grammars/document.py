@@ -1,4 +1,4 @@
-"""A JSON schema as a document: its nodes, their places, and what references point to.
+"""A JSON schema as a document: its nodes, their locations, and the targets of references.
 
 Knows which keywords hold schemas; knows not what they mean.
 """

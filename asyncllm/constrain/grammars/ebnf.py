@@ -1,5 +1,4 @@
-"""Grammars in EBNF (GBNF, as llama.cpp and xgrammar write it),
-turned into rules over single characters.
+"""Reads EBNF (GBNF, as llama.cpp and xgrammar write it) into rules over single characters.
 
 Every terminal is one character of a class, so that splitting text into terminals is never a
 question, and what the rules say is decided by the parser alone. Knows no engine but its notation.

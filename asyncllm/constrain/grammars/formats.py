@@ -1,4 +1,4 @@
-"""Formats of strings, as regular expressions of values that exist: no 30th of February.
+"""String formats as regular expressions of values that exist: no 30th of February.
 
 Knows no schemas. A format that is not here is an annotation, as the standard has it for names that
 it does not define; those that it defines and that no expression holds are in UNENFORCED.

@@ -1,5 +1,4 @@
-"""JSON text in the style of outputs: ", " and ": ", no other white space,
-each character spelled one way."""
+"""Writes JSON text in the style of outputs: ", " and ": ", each character spelled in one way."""
 
 from __future__ import annotations
 

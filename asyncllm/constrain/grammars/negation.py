@@ -1,4 +1,4 @@
-"""Schemas that hold where others do not: for ``not``, ``oneOf``, ``if`` and dependencies.
+"""Negates schemas: for ``not``, ``oneOf``, ``if`` and dependencies.
 
 What is made is a schema again, whose parts may be negated later, when they are looked at. It may be
 narrower than the opposite; only schemas of the document are negated, never what was made here.

@@ -1,4 +1,4 @@
-"""Expressions of the numbers between two bounds, in JSON's notation.
+"""Regular expressions of the numbers between two bounds, in JSON's notation.
 
 Every number that can come is finite in double precision, and ends: a model that likes digits would
 go on with them.

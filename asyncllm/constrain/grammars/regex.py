@@ -1,4 +1,4 @@
-"""Regular expressions as JSON Schema means them (ECMA-262), read and written for the engine.
+"""Reads regular expressions as JSON Schema means them (ECMA-262), and writes them for the engine.
 
 Knows their syntax, and how a JSON string spells what they match; knows no schemas and no engine.
 """

@@ -1,4 +1,4 @@
-"""Rules of a grammar: their parts, which of them can end, and the engine's notation for them.
+"""Grammar rules: their parts, which of them can end, and the engine's notation for them.
 
 Knows neither where rules come from nor the engine but for its notation (Lark's).
 """

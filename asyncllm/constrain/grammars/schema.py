@@ -1,4 +1,4 @@
-"""What a JSON schema means: for every set of its schemas, the alternatives that fit all of them.
+"""Resolves JSON schemas: the alternatives that satisfy a set of schemas at once.
 
 Keywords are enforced, or refused with their place; none is ignored that says something. Where a
 schema's meaning cannot be kept as it is, it may become narrower, never wider.

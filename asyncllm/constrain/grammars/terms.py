@@ -1,4 +1,4 @@
-"""Terminals: how the engine is told what a JSON string, a key or a number looks like."""
+"""Writes terminals: JSON strings, keys and numbers, in the notation of the engine."""
 
 from __future__ import annotations
 

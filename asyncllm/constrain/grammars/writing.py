@@ -1,4 +1,4 @@
-"""Rules of the JSON texts that fit a schema.
+"""Writes the rules of the JSON texts that satisfy a schema.
 
 Terminals are JSON's own tokens, so that where one ends is never a question; what may follow is
 decided by the rules alone.

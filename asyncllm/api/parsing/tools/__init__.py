@@ -1,5 +1,4 @@
-"""Tool calls: parsers that read them from an answer, schemas that force them,
-texts that offer them."""
+"""Tool calls: parsers that find them, schemas that force them, prompts that offer them."""
 
 from __future__ import annotations
 

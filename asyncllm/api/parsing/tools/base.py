@@ -1,4 +1,4 @@
-"""Tool calls in a model's answer, found while it comes: what all formats have in common.
+"""Finds tool calls in a model's output, incrementally: what all formats share.
 
 Owns content and its white space, numbering, ids, what happens to malformed and cut calls. A format
 is a subclass that reads one block of calls; it knows nothing of pieces.

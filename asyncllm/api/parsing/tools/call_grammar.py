@@ -1,4 +1,4 @@
-"""Calls that a grammar forces or guides: how each format spells them, as begin, arguments and end.
+"""How each format writes a tool call, and the grammars that force or guide one.
 
 Knows no grammar engine.
 """

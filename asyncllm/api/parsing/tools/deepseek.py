@@ -1,4 +1,4 @@
-"""DeepSeek's marks, which are written with a full-width bar and a block for the space."""
+"""DeepSeek's marks, which use a full-width bar, and a block for the space."""
 
 from __future__ import annotations
 

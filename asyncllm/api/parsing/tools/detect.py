@@ -1,4 +1,4 @@
-"""What a chat template says about tools, and what to tell the model when it says nothing.
+"""Detects the format of tool calls in a chat template, and describes tools where it does not.
 
 Knows templates as text only; renders none.
 """

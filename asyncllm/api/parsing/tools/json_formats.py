@@ -1,4 +1,4 @@
-"""Formats whose arguments are JSON: how each marks calls. Knows what models write, not when."""
+"""Tool-call formats whose arguments are JSON."""
 
 from __future__ import annotations
 

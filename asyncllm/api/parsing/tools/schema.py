@@ -1,4 +1,4 @@
-"""JSON schemas of tools: which type an argument has, and what a forced call must look like."""
+"""JSON schemas of tools: an argument's type, and the schema of a forced call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats that write each argument between tags, and the JSON made of them.
+"""Tool-call formats that write each argument between tags; the arguments become JSON.
 
 The tool's schema decides each value's JSON type (:mod:`asyncllm.api.parsing.tools.schema`).
 """
