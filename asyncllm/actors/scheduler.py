@@ -382,7 +382,7 @@ class Scheduler(Actor[Inbox]):
                 self.core.sent(rid, rank, seq)
 
     def _tell_transfers(self) -> None:
-        told, placed = self.core.moves.told, self.core.placed
+        told, placed = self.core.moves.told, self.core.moves.placed
         for msg in told:
             for transfer in self._transfers:
                 transfer.tell(msg, urgent=isinstance(msg, Forget))

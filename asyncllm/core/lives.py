@@ -34,8 +34,6 @@ class Lives:
     Attributes:
         ended: ends not told yet. The shell takes and clears it.
         begun: rids of requests that have been given a place. The shell takes and clears it.
-        placed: (rid, cached tokens, all tokens) of those that wait for K/V. The shell takes and
-            clears it.
         released: (lane, ids for the cache) not told yet. The shell takes and clears it.
         launched: lanes whose prompt tokens have been launched, or have arrived, since the last
             proposal.
@@ -61,7 +59,6 @@ class Lives:
         # oldest first: they have slots, and K/V or the token behind them are still to come
         self.importing: dict[int, Request] = {}
         self.moves = Moves(num_ranks)
-        self.placed: list[tuple[int, int, int]] = []
         self.ended: list[Finished] = []
         self.begun: list[int] = []
         self.released: list[tuple[int, array[int]]] = []
@@ -222,7 +219,7 @@ class Lives:
         req.imports = False
         lane.imports, lane.imported = False, slots
         self.moves.expect(req.rid, lane, hit, slots)
-        self.placed.append((req.rid, hit, len(slots)))
+        self.moves.placed.append((req.rid, hit, len(slots)))
         self._changed = True
 
     def _go_in(self, req: Request) -> None:

@@ -57,6 +57,7 @@ class Moves:
 
     Attributes:
         told: what the ranks are to be told. The shell takes and clears it.
+        placed: (rid, cached tokens, all tokens) of those that wait for K/V. The same.
         left: rids of requests whose K/V have left, or were let go, behind their end. The same.
         imports, imported_tokens: that have arrived, since the start.
         lapses: imports that have not, and were wanted.
@@ -69,6 +70,7 @@ class Moves:
         self.outflows: dict[int, Outflow] = {}
         self.told: list[Told] = []
         self.left: list[int] = []
+        self.placed: list[tuple[int, int, int]] = []
         self.imports = self.imported_tokens = self.lapses = 0
         self.exports = self.exported_tokens = 0
 

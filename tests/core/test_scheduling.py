@@ -496,3 +496,8 @@ def test_held_choices_follow_in_their_own_clients_line() -> None:
     add(core, 11, 8, client=2)
     assert shape(step(core)) == [(1, 8)]
     assert [req.rid for req in core.waiting] == [10, 2, 11, 3, 4]
+
+
+def test_attributes_of_the_core_are_few_enough_to_be_fast() -> None:
+    """With more, CPython gives each object a dict of its own: commit takes 8 % longer."""
+    assert len(make().__dict__) < 30
