@@ -20,7 +20,7 @@ from asyncllm.api.common.validation import preview
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS: Final = frozenset({"/health", "/healthz", "/liveness", "/readiness", "/cluster"})
 PREFLIGHT_S: Final = "600"  # how long a browser may remember a preflight's answer
-EXPOSED: Final = "X-Request-Id, request-id, Retry-After"
+EXPOSED: Final = "X-Request-Id, request-id, X-Omitted-Tools, Retry-After"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,7 +218,9 @@ class Routes:
                 raise exchange.error
             body = exchange.reply.whole()
             status = 200
-            return _json(body)
+            response = _json(body)
+            _say_omitted(response, generation)
+            return response
         except RequestError as error:
             status = error.status
             raise
@@ -243,6 +245,7 @@ class Routes:
         if not chunked:  # only the connection's end tells such a client that the body is over
             response.force_close()
             response.headers["Connection"] = "close"
+        _say_omitted(response, exchange.answer.generation)
         self._mark(request, response)
         writer = await response.prepare(request)
         transport = request.transport
@@ -477,6 +480,12 @@ def _is_anthropics(request: web.Request) -> bool:
 
 def _json(body: bytes, status: int = 200) -> web.Response:
     return web.Response(body=body, status=status, content_type="application/json")
+
+
+def _say_omitted(response: web.StreamResponse, generation: GenerationRequest) -> None:
+    """Name the tools of the request that the model has not been told of."""
+    if generation.omitted_tools:
+        response.headers["X-Omitted-Tools"] = ", ".join(generation.omitted_tools)
 
 
 def _close_after(response: web.StreamResponse) -> None:

@@ -303,7 +303,7 @@ def test_messages_take_the_templates_form() -> None:
          "messages[0].content[0].type"),
         ([{"role": "user", "content": "\ud800"}], "messages[0].content"),
         ([*HI, {"role": "assistant", "tool_calls": [{}]}], "messages[1].tool_calls[0].function"),
-        ([*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+        ([*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 3}}]}],
          "messages[1].tool_calls[0].function.arguments"),
     ],
 )  # fmt: skip

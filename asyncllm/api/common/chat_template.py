@@ -7,7 +7,7 @@ messages to :mod:`asyncllm.api.openai.messages`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -47,6 +47,10 @@ class _Arguments(dict[str, Any]):
         return other + str(self)
 
 
+class _Unread(str):
+    """Arguments that are no JSON object: text that is written as it is."""
+
+
 class ChatTemplate:
     """The compiled templates of one model.
 
@@ -71,14 +75,15 @@ class ChatTemplate:
 
         Args:
             chat: {"messages": [...], "tools": [...] | None, "kwargs": {...}}. Messages are in
-                template form: content is a string, tool-call arguments are objects. kwargs are
+                template form: content is a string, tool-call arguments are objects, or text if
+                they are none (in an object, for templates that take objects apart). kwargs are
                 variables of the template, among them add_generation_prompt (default True), and
                 continue_final_message, which ends the prompt with the last message's own text.
 
         Raises:
             RequestError: no template, or the template's own refusal.
         """
-        messages: list[dict[str, Any]] = [_with_arguments(turn) for turn in chat["messages"]]
+        messages: list[dict[str, Any]] = chat["messages"]
         tools = chat.get("tools") or None
         kwargs = dict(chat.get("kwargs") or {})
         continued = bool(kwargs.pop("continue_final_message", False))
@@ -95,7 +100,14 @@ class ChatTemplate:
             )
         variables = {"add_generation_prompt": not continued, **self._special_tokens, **kwargs}
         try:
-            text = template.render({**variables, "messages": messages, "tools": tools})
+            try:
+                told = [_with_arguments(turn, _Unread) for turn in messages]
+                text = template.render({**variables, "messages": told, "tools": tools})
+            except _RENDER_ERRORS:
+                if not any(map(_has_text_arguments, messages)):
+                    raise
+                told = [_with_arguments(turn, _wrapped) for turn in messages]
+                text = template.render({**variables, "messages": told, "tools": tools})
             return text[: text.rindex(_END)] if continued else text
         except _RENDER_ERRORS as error:
             raise RequestError(
@@ -103,11 +115,25 @@ class ChatTemplate:
             ) from error
 
 
-def _with_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+def _has_text_arguments(turn: dict[str, Any]) -> bool:
+    calls = turn.get("tool_calls") or ()
+    return any(isinstance(call["function"]["arguments"], str) for call in calls)
+
+
+def _wrapped(arguments: str) -> _Arguments:
+    return _Arguments(arguments=arguments)
+
+
+def _with_arguments(turn: dict[str, Any], unread: Callable[[str], Any]) -> dict[str, Any]:
+    """``unread``: makes something of arguments that are text."""
     if not (calls := turn.get("tool_calls")):
         return turn
     functions = [call["function"] for call in calls]
-    made = [{**function, "arguments": _Arguments(function["arguments"])} for function in functions]
+    made = []
+    for function in functions:
+        given = function["arguments"]
+        read = unread(given) if isinstance(given, str) else _Arguments(given)
+        made.append({**function, "arguments": read})
     calls_told = [
         {**call, "function": function} for call, function in zip(calls, made, strict=True)
     ]
@@ -161,6 +187,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON: Jinja's own filter escapes for HTML."""
+    if isinstance(value, _Unread):
+        return str(value)
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -15,6 +15,7 @@ from asyncllm.api.common.validation import expect, preview, reject, text
 MAX_MESSAGES: Final = 4096
 
 Messages = list[dict[str, Any]]
+CallArguments = dict[str, Any] | str  # str: that is no JSON object, as it stands in the answer
 _IN_PIECES: Final = ("content", "reasoning_content")
 
 
@@ -41,7 +42,7 @@ class ConversationBuilder:
         """More of what the assistant thinks."""
         _append(self._turn("assistant").setdefault("reasoning_content", []), thought)
 
-    def add_call(self, key: str, name: str, arguments: dict[str, Any]) -> None:
+    def add_call(self, key: str, name: str, arguments: CallArguments) -> None:
         """The assistant calls a tool."""
         function = {"name": name, "arguments": arguments}
         calls = self._turn("assistant").setdefault("tool_calls", [])
@@ -74,15 +75,15 @@ def with_system(system: str | None, messages: Messages) -> Messages:
     return [{"role": "system", "content": system}, *messages]
 
 
-def arguments(value: Any, name: str) -> dict[str, Any]:
-    """A call's arguments given as JSON text. Raises RequestError unless they are an object."""
+def arguments(value: Any, name: str) -> CallArguments:
+    """The arguments of an earlier call, given as JSON text. What is cut, or no object, is text:
+    models write such, and answers have had it. Raises RequestError unless it is a string."""
     raw = text(value, name)
     try:
         found = json.loads(raw) if raw.strip() else {}
     except (ValueError, RecursionError):
-        reject(f"{name}: {preview(raw)} is not JSON", name)
-    made: dict[str, Any] = expect(found, dict, name, "an object, as JSON")
-    return made
+        return raw
+    return found if isinstance(found, dict) else raw
 
 
 def content(value: Any, name: str, may_miss: bool = False) -> str:

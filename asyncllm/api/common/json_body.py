@@ -8,7 +8,7 @@ knows no field.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, Final, NoReturn
 
@@ -58,23 +58,34 @@ def load(raw: bytes, max_values: int = MIN_VALUES) -> dict[str, Any]:
 def check_nested(texts: Iterable[str], what: str, name: str) -> None:
     """Raises RequestError where parsing all of these JSON texts could take long.
 
-    They must be parsed in this order, up to the first that is no JSON: its quotes may not match,
-    and what comes after it is counted wrongly.
+    Some may be no JSON, such as arguments that are cut.
 
     Args:
         what: they are, for the message.
     """
-    raw = "\n".join(texts).encode(errors="surrogatepass")
-    _check(raw, MIN_VALUES, what, name)
+    each = [text.encode(errors="surrogatepass") for text in texts]
+    # a string that is open at the end of one would turn those behind it inside out
+    closed = [raw + b'"' if _plain(raw).count(b'"') % 2 else raw for raw in each]
+    _check(b"\n".join(closed), MIN_VALUES, what, name, closed)
 
 
-def _check(raw: bytes, max_values: int, what: str, name: str | None = None) -> None:
+def _plain(raw: bytes) -> bytes:
+    """Without quotes that are text."""
+    # Without pairs of backslashes, a backslash before a quote means that the quote is text.
+    return raw.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in raw else raw
+
+
+def _check(
+    raw: bytes, max_values: int, what: str, name: str | None = None, texts: Sequence[bytes] = ()
+) -> None:
     """Raises RequestError where parsing could take long.
 
     What is no JSON may be counted wrongly, but never as less than the parser meets before it stops.
+
+    Args:
+        texts: what ``raw`` consists of, where some may have brackets that nothing closes.
     """
-    # Without pairs of backslashes, a backslash before a quote means that the quote is text.
-    plain = raw.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in raw else raw
+    plain = _plain(raw)
     strings = plain.count(b'"') // 2
     if strings > MAX_STRINGS:
         _too_many(what, strings, "strings", MAX_STRINGS, name)
@@ -89,7 +100,10 @@ def _check(raw: bytes, max_values: int, what: str, name: str | None = None) -> N
     brackets = structure.translate(None, b",")
     if len(brackets) <= 2 * containers:  # else there is one that closes nothing
         depth = max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
-        if depth > MAX_DEPTH:
+        if depth > MAX_DEPTH and len(texts) > 1:
+            for text in texts:
+                _check(text, max_values, what, name)
+        elif depth > MAX_DEPTH:
             _too_many(what, depth, "levels", MAX_DEPTH, name)
     if b"1" * (MAX_DIGITS + 1) in outside.translate(_DIGITS):
         reject(f"{what}: a number has more than {MAX_DIGITS} digits", name)

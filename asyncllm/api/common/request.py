@@ -45,6 +45,7 @@ class GenerationRequest:
     truncate: int = 0  # keep only that many of a prompt's last tokens; 0: all
     usual_max: int = 0  # tokens to generate at most where params leave it open, if more fit; 0: all
     native: bool = False  # of a route of LightLLM's own
+    omitted_tools: tuple[str, ...] = ()  # types of tools that the model is not told of
     include_usage: bool = False  # a usage chunk ends the stream
     continuous_usage: bool = False  # every chunk says it too
     functions: bool = False  # OpenAI's chat: a call is told as function_call

@@ -236,16 +236,28 @@ def _without_calls(turn: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
     return rest | {"content": "\n".join(line for line in lines if line)}
 
 
-def _tools(value: Any, name: str, layout: ToolLayout) -> Tools:
-    if len(value) > MAX_TOOLS:
-        reject(f"{name}: {len(value)} tools, at most {MAX_TOOLS}", name)
-    found = tuple(_tool(tool, f"{name}[{i}]", layout) for i, tool in enumerate(value))
+def function_tool(value: Any, name: str) -> Tool:
+    """A function of OpenAI's responses. Raises RequestError, NotAvailable (400)."""
+    return _tool(value, name, FLAT)
+
+
+def check_size(tools: Sequence[Tool], name: str) -> None:
+    """Refuse tools that are too many, or too long together. Raises RequestError (400)."""
+    if len(tools) > MAX_TOOLS:
+        reject(f"{name}: {len(tools)} tools, at most {MAX_TOOLS}", name)
     try:
-        size = len(json.dumps([template_form(tool) for tool in found], ensure_ascii=False))
+        size = len(json.dumps([template_form(tool) for tool in tools], ensure_ascii=False))
     except RecursionError:
         reject(f"{name}: nested too deeply", name)
     if size > MAX_TOOLS_CHARS:
         reject(f"{name}: {size} characters of JSON, at most {MAX_TOOLS_CHARS}", name)
+
+
+def _tools(value: Any, name: str, layout: ToolLayout) -> Tools:
+    if len(value) > MAX_TOOLS:
+        reject(f"{name}: {len(value)} tools, at most {MAX_TOOLS}", name)
+    found = tuple(_tool(tool, f"{name}[{i}]", layout) for i, tool in enumerate(value))
+    check_size(found, name)
     taken: set[str] = set()
     for i, tool in enumerate(found):
         if tool.name in taken:

@@ -6,11 +6,10 @@ shapes; knows neither templates nor tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any, Final
 
-from asyncllm.api.common import json_body
+from asyncllm.api.common import conversation, json_body
 from asyncllm.api.common.conversation import MAX_MESSAGES, content
 from asyncllm.api.common.validation import expect, preview, reject, text
 
@@ -84,11 +83,9 @@ def _call(value: Any, name: str, inner: str = "function") -> dict[str, Any]:
     function = expect(value.get("function"), dict, at, "an object")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            reject(f"{at}.arguments is not JSON", f"{at}.arguments")
-    expect(arguments, dict, f"{at}.arguments", "an object, as JSON")
+        arguments = conversation.arguments(arguments, f"{at}.arguments")
+    else:
+        expect(arguments, dict, f"{at}.arguments", "an object, as JSON")
     called = text(function.get("name"), f"{at}.name")
     out: dict[str, Any] = {
         "type": "function",

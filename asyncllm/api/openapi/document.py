@@ -26,6 +26,7 @@ from asyncllm.api.openapi import schemas
 from asyncllm.api.openapi.schemas import Schema
 from asyncllm.api.responses import items as response_items
 from asyncllm.api.responses import request as responses
+from asyncllm.api.responses.tools import responses_tools
 from asyncllm.api.tgi import request as tgi
 
 # -- values of fields that no type and range can describe, by the function that checks them --------
@@ -65,9 +66,8 @@ PARSED: Final[dict[Any, Schema]] = {
     tool_request.function_call: {
         "anyOf": [schemas.one_of("none", "auto"), schemas.made(name=schemas.STRING)]
     },
-    tool_request.flat_tools: _list(schemas.tool(tool_request.FLAT), tool_request.MAX_TOOLS),
+    responses_tools: _list(schemas.RESPONSES_TOOL, tool_request.MAX_TOOLS),
     tool_request.choice: schemas.TOOL_CHOICE,
-    tool_request.flat_choice: schemas.FLAT_CHOICE,
     messages.template_kwargs: {
         "type": "object",
         "propertyNames": schemas.ref("Variable"),
@@ -94,6 +94,7 @@ NAMED: Final[dict[str, Schema]] = {
             {"type": "array", "items": _IDS, "minItems": 1, "maxItems": validation.MAX_PROMPTS},
         ]
     },
+    "tool_choice": schemas.FLAT_CHOICE,
     "inputs": {"anyOf": [_PROMPT, _IDS]},
     "stop_sequences": {"anyOf": [_STOP, _list(_NATIVE_STOP, validation.MAX_STOP)]},
 }

@@ -13,6 +13,7 @@ from typing import Any, Final
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.validation import Field
 from asyncllm.api.openai import messages
+from asyncllm.api.responses.tools import HOSTED
 
 Schema = dict[str, Any]
 
@@ -103,7 +104,6 @@ def tool(layout: tool_request.ToolLayout) -> Schema:
 
 
 _FUNCTION: Final[Schema] = made(type=one_of("function"), function=made(name=STRING))
-_FLAT_FUNCTION: Final[Schema] = made(type=one_of("function"), name=STRING)
 
 
 def _allowed(function: Schema) -> Schema:
@@ -117,11 +117,40 @@ TOOL_CHOICE: Final[Schema] = {
         made(type=one_of("allowed_tools"), allowed_tools=_allowed(_FUNCTION)),
     ]
 }
+_CALLED: Final[Schema] = made(type=one_of("function", "custom"), name=STRING)
 FLAT_CHOICE: Final[Schema] = {
     "anyOf": [
         one_of(*tool_request.MODES),
-        _FLAT_FUNCTION,
-        {"allOf": [made(type=one_of("allowed_tools")), _allowed(_FLAT_FUNCTION)]},
+        _CALLED,
+        {"allOf": [made(type=one_of("allowed_tools")), _allowed(made(type=STRING))]},
+    ]
+}
+_CUSTOM_TOOL: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "type": one_of("custom"),
+        "name": STRING,
+        "description": MAYBE_STRING,
+        "format": {
+            "anyOf": [
+                made(type=one_of("text")),
+                made(type=one_of("grammar"), syntax=one_of("lark", "regex"), definition=STRING),
+                {"type": "null"},
+            ]
+        },
+    },
+    "required": ["type", "name"],
+}
+_CALLABLE: Final[Schema] = {"anyOf": [tool(tool_request.FLAT), _CUSTOM_TOOL]}
+_HOSTED_TOOL: Final[Schema] = made(
+    type={"type": "string", "pattern": f"^({'|'.join(HOSTED)})([_-]20.*)?$"}
+)
+RESPONSES_TOOL: Final[Schema] = {
+    "anyOf": [
+        tool(tool_request.FLAT),
+        _CUSTOM_TOOL,
+        made(type=one_of("namespace"), name=STRING, tools=some(_CALLABLE)),
+        _HOSTED_TOOL,
     ]
 }
 _PAST_CALL: Final[Schema] = {
@@ -183,8 +212,10 @@ INPUT_ITEM: Final[Schema] = {
         _input_message(("user", "system", "developer"), _SAID, ("content",)),
         _input_message(("assistant",), _MAYBE_SAID, ()),
         made(type=one_of("function_call"), call_id=STRING, name=STRING, arguments=STRING),
+        made(type=one_of("custom_tool_call"), call_id=STRING, name=STRING, input=STRING),
+        made(type=one_of("compaction", "compaction_summary"), encrypted_content=STRING),
         made(
-            type=one_of("function_call_output"),
+            type=one_of("function_call_output", "custom_tool_call_output"),
             call_id=STRING,
             output={"anyOf": [STRING, _PARTS]},
         ),
@@ -208,7 +239,7 @@ _TEXT_FORMAT: Final[Schema] = {
 }
 TEXT_OPTIONS: Final[Schema] = {
     "type": "object",
-    "properties": {"format": _TEXT_FORMAT, "verbosity": one_of("medium", None)},
+    "properties": {"format": _TEXT_FORMAT, "verbosity": one_of("low", "medium", "high", None)},
 }
 
 # -- out ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from asyncllm.api.common import conversation, json_body
 from asyncllm.api.common.conversation import ConversationBuilder, Messages
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.validation import expect, preview, reject, text
+from asyncllm.api.responses.tools import INPUT
 
 ROLES: Final = ("user", "assistant", "system", "developer")
 
@@ -33,7 +34,7 @@ def input_messages(value: Any, name: str) -> Messages:
     for i, item in enumerate(value):
         _item(builder, expect(item, dict, f"{name}[{i}]", "an object"), f"{name}[{i}]")
     if not builder.messages:
-        reject(f"{name}: an item of reasoning without text is no conversation", name)
+        reject(f"{name}: items of reasoning and compaction without text are no conversation", name)
     return builder.messages
 
 
@@ -58,9 +59,15 @@ def _item(builder: ConversationBuilder, item: dict[str, Any], name: str) -> None
                 text(item.get("name"), f"{name}.name"),
                 conversation.arguments(item.get("arguments"), f"{name}.arguments"),
             )
-        case "function_call_output":
+        case "function_call_output" | "custom_tool_call_output":
             key = text(item.get("call_id"), f"{name}.call_id")
             builder.add_result(key, conversation.content(item.get("output"), f"{name}.output"))
+        case "custom_tool_call":
+            given = {INPUT: text(item.get("input"), f"{name}.input")}
+            called = text(item.get("name"), f"{name}.name")
+            builder.add_call(text(item.get("call_id"), f"{name}.call_id"), called, given)
+        case "compaction" | "compaction_summary":
+            text(item.get("encrypted_content"), f"{name}.encrypted_content")  # not for us to read
         case "reasoning":
             thought = _texts(item, "content", name) or _texts(item, "summary", name)
             if thought:
@@ -68,7 +75,7 @@ def _item(builder: ConversationBuilder, item: dict[str, Any], name: str) -> None
         case _:
             raise NotAvailable(
                 f"{name}: items of type {preview(kind)} are not available on this server; message,"
-                " function_call, function_call_output and reasoning are",
+                " function_call, custom_tool_call, their outputs, reasoning and compaction are",
                 param=f"{name}.type",
             )
 

@@ -16,6 +16,7 @@ from asyncllm.api.common.logprobs import scored
 from asyncllm.api.parsing.tools import CallStart, Content, Reasoning
 from asyncllm.api.responses.request import ResponsesRequest
 from asyncllm.api.responses.store import Store, StoredResponse
+from asyncllm.api.responses.tools import Offered, input_of
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 from asyncllm.messages import Delta
@@ -26,6 +27,8 @@ EVENTS: Final = {  # that bring a section's text
     Reasoning: "response.reasoning_text",
     CallStart: "response.function_call_arguments",
 }
+
+CUSTOM_INPUT: Final = "response.custom_tool_call_input"
 
 
 class ResponseReply(ContentBlockReply):
@@ -55,7 +58,7 @@ class ResponseReply(ContentBlockReply):
 
     def block_start(self, block: ContentBlock) -> bytes:
         """The item, empty, and its part if it has parts."""
-        kind = f"{EVENTS[block.kind]}.delta"
+        kind = f"{self._events(block)}.delta"
         delta = {"type": kind, **_where(block), "item_id": self._id(block), "delta": sse.MARK}
         if block.kind is Content:
             delta["logprobs"] = sse.MARK
@@ -66,8 +69,8 @@ class ResponseReply(ContentBlockReply):
         ) + self._part_event("response.content_part.added", block, part=_part(block, ""))
 
     def block_delta(self, block: ContentBlock, text: str) -> bytes:
-        """A delta."""
-        if not text:
+        """A delta; free text comes at the call's end, out of the JSON that the model writes."""
+        if not text or self._offered(block).custom:
             return b""
         values = [sse.escaped(text)]
         if block.kind is Content:
@@ -77,10 +80,14 @@ class ResponseReply(ContentBlockReply):
 
     def block_stop(self, block: ContentBlock) -> bytes:
         """The whole text once more, part by part."""
-        kind, text = f"{EVENTS[block.kind]}.done", block.text
+        kind, text = f"{self._events(block)}.done", block.text
         where = {"item_id": self._id(block), **_where(block)}
-        if block.call is not None:
-            out = self._event(kind, **where, name=block.call.name, arguments=text)
+        if self._offered(block).custom:
+            given = input_of(text)
+            out = self._event(kind.replace("done", "delta"), **where, delta=given) if given else b""
+            out += self._event(kind, **where, input=given)
+        elif block.call is not None:
+            out = self._event(kind, **where, name=self._offered(block).name, arguments=text)
         else:
             more = {"logprobs": self._all_scores()} if block.kind is Content else {}
             out = self._event(kind, **where, text=text, **more)
@@ -168,17 +175,31 @@ class ResponseReply(ContentBlockReply):
             "usage": None,
         } | self._asked.echo
 
+    def _offered(self, block: ContentBlock) -> Offered:
+        """The called tool as the client knows it."""
+        name = "" if block.call is None else block.call.name
+        return self._asked.tools.by_name.get(name, Offered(name))
+
+    def _events(self, block: ContentBlock) -> str:
+        """What events that bring the text are called."""
+        return CUSTOM_INPUT if self._offered(block).custom else EVENTS[block.kind]
+
     def _id(self, block: ContentBlock) -> str:
-        name = PREFIXES[block.kind] + self.answer.id.removeprefix("resp_")
+        prefix = "ctc_" if self._offered(block).custom else PREFIXES[block.kind]
+        name = prefix + self.answer.id.removeprefix("resp_")
         return f"{name}_{block.index}" if block.index else name
 
     def _item(self, block: ContentBlock, status: str, empty: bool = False) -> dict[str, Any]:
         item: dict[str, Any] = {"id": self._id(block), "status": status}
         text = "" if empty else block.text
         if block.call is not None:
-            call = block.call
-            told = {"call_id": call.id, "name": call.name, "arguments": text}
-            return item | {"type": "function_call"} | told
+            tool = self._offered(block)
+            told = {"call_id": block.call.id, "name": tool.name}
+            if tool.namespace:
+                told["namespace"] = tool.namespace
+            if tool.custom:
+                return item | {"type": "custom_tool_call"} | told | {"input": input_of(text)}
+            return item | {"type": "function_call"} | told | {"arguments": text}
         part = _part(block, text)
         if block.kind is Reasoning:
             content = [] if empty else [part]

@@ -5,7 +5,7 @@ Knows request bodies and conversations; answers are in :mod:`asyncllm.api.respon
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from asyncllm.api.common import conversation, response_format, tool_request, validation
@@ -23,14 +23,15 @@ from asyncllm.api.common.validation import (
     reject,
     text,
 )
-from asyncllm.api.parsing.tools import Tool
 from asyncllm.api.responses.items import input_messages
 from asyncllm.api.responses.store import Store
+from asyncllm.api.responses.tools import HOSTED, ResponsesTools, responses_choice, responses_tools
 from asyncllm.core.request import SamplingParams
 
 F = Field
 MAX_METADATA: Final = 16
 MAX_METADATA_CHARS: Final = 512
+VERBOSITIES: Final = ("low", "medium", "high")
 LOGPROBS: Final = "message.output_text.logprobs"  # of ``include``
 
 
@@ -39,16 +40,20 @@ class TextOptions:
     """What ``text`` asks for, and its format as it comes back."""
 
     grammar: Grammar | None = None
+    verbosity: str | None = None
     given: dict[str, Any] = field(default_factory=lambda: {"type": "text"})
 
 
 def text_options(value: Any, name: str) -> TextOptions:
     """{format, verbosity}. Raises RequestError, NotAvailable (400)."""
-    if value.get("verbosity") not in (None, "medium"):
-        raise NotAvailable(
-            f"{name}.verbosity is not available on this server", param=f"{name}.verbosity"
-        )
-    given = value.get("format")
+    verbosity = value.get("verbosity")
+    if verbosity is not None and verbosity not in VERBOSITIES:
+        known = ", ".join(VERBOSITIES)
+        reject(f"{name}.verbosity: {preview(verbosity)} is not one of {known}", f"{name}.verbosity")
+    return replace(_format(value.get("format"), name), verbosity=verbosity)
+
+
+def _format(given: Any, name: str) -> TextOptions:
     if given is None:
         return TextOptions()
     at = f"{name}.format"
@@ -57,12 +62,13 @@ def text_options(value: Any, name: str) -> TextOptions:
         case "text":
             return TextOptions()
         case "json_object":
-            return TextOptions(("json", ""), {"type": kind})
+            return TextOptions(("json", ""), given={"type": kind})
         case "json_schema":
             called = text(given.get("name"), f"{at}.name")
             schema = expect(given.get("schema"), dict, f"{at}.schema", "an object")
             grammar = response_format.schema(schema, f"{at}.schema")
-            return TextOptions(grammar, {"type": kind, "name": called, "schema": schema})
+            told = {"type": kind, "name": called, "schema": schema}
+            return TextOptions(grammar, given=told)
         case _:
             known = "text, json_object, json_schema"
             reject(f"{at}.type: {preview(kind)} is not one of {known}", f"{at}.type")
@@ -93,8 +99,8 @@ RESPONSES: Final = (
     F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
     F(name="input", kind="any", parse=input_messages, required=True,
       doc="a string, or an array of items: messages with role (user, assistant, system, developer) and "
-      "content (string, or parts input_text and output_text), function_call, function_call_output, "
-      "reasoning"),
+      "content (string, or parts input_text and output_text), function_call, custom_tool_call, their "
+      "outputs, reasoning, compaction"),
     F(name="instructions", kind="string", doc="a system message before everything else"),
     F(name="previous_response_id", kind="string",
       doc="go on from this stored response; its instructions do not count"),
@@ -106,14 +112,16 @@ RESPONSES: Final = (
     F(name="top_p", kind="number", default=1.0, low=0, high=1, above=True, to="top_p",
       doc="smallest set of tokens with this probability"),
     F(name="text", kind="object", default=TextOptions(), parse=text_options,
-      doc="{format: {type: text, json_object or json_schema, name, schema}}: the output is JSON, or "
-      "valid against the schema"),
-    F(name="tools", kind="array", parse=tool_request.flat_tools,
-      doc=f"{{type: function, name, description, parameters}}: what the model may call, at most "
-      f"{tool_request.MAX_TOOLS} and {tool_request.MAX_TOOLS_CHARS} characters of JSON"),
-    F(name="tool_choice", kind="any", parse=tool_request.flat_choice,
-      doc="none, auto, required, {type: function, name}, or {type: allowed_tools, mode, tools}: a grammar "
-      "forces required and named calls; default: auto if there are tools"),
+      doc="{format: {type: text, json_object or json_schema, name, schema}, verbosity}: the output is "
+      "JSON, or valid against the schema; verbosity is handed to the chat template"),
+    F(name="tools", kind="array", default=ResponsesTools(), parse=responses_tools,
+      doc=f"{{type: function, name, description, parameters}}, {{type: namespace, name, tools}} of "
+      "such, {type: custom, name, description, format}: what the model may call, at most "
+      f"{tool_request.MAX_TOOLS} and {tool_request.MAX_TOOLS_CHARS} characters of JSON; tools that "
+      f"OpenAI runs ({', '.join(HOSTED)}) are left out under auto"),
+    F(name="tool_choice", kind="any",
+      doc="none, auto, required, {type: function or custom, name}, or {type: allowed_tools, mode, "
+      "tools}: a grammar forces required and named calls; default: auto if there are tools"),
     F(name="parallel_tool_calls", kind="boolean", default=True,
       doc="false: the first call is the only one in the answer"),
     F(name="reasoning", kind="object", parse=effort,
@@ -142,13 +150,15 @@ class ResponsesRequest:
     """A checked /v1/responses body.
 
     Args:
-        turns: the conversation so far, without instructions.
+        messages: the conversation so far, without instructions.
         echo: what the answer repeats of the request.
+        tools: how the client calls what the model calls.
     """
 
     generation: GenerationRequest
     messages: Messages
     echo: dict[str, Any]
+    tools: ResponsesTools
 
 
 def read(body: Body, served: ServedModel, store: Store) -> ResponsesRequest:
@@ -167,15 +177,17 @@ def read(body: Body, served: ServedModel, store: Store) -> ResponsesRequest:
         reject(f"input: {len(messages)} messages, at most {conversation.MAX_MESSAGES}", "input")
     refuse_trailing_calls(messages, "input")
     options: TextOptions = values["text"]
-    tools = tool_request.resolve(
-        values["tools"], values["tool_choice"], values["parallel_tool_calls"]
-    )
+    given: ResponsesTools = values["tools"]
+    choice = responses_choice(values["tool_choice"], given, "tool_choice")
+    tools = tool_request.resolve(given.offered, choice, values["parallel_tool_calls"])
+    has_verbosity = options.verbosity and "verbosity" in served.dialect.variables
     made = prepare_chat(
         with_system(values["instructions"], messages),
         served.dialect,
         tool_request=tools,
         grammar=options.grammar,
         effort=values["reasoning"],
+        kwargs={"verbosity": options.verbosity} if has_verbosity else None,
     )
     params = SamplingParams(
         **validation.sampling(RESPONSES, values),
@@ -192,8 +204,11 @@ def read(body: Body, served: ServedModel, store: Store) -> ResponsesRequest:
         stream=values["stream"],
         add_special_tokens=False,
         output_options=made.output_options,
+        omitted_tools=given.hosted,
     )
-    return ResponsesRequest(generation=generation, messages=messages, echo=_echo(body, values))
+    return ResponsesRequest(
+        generation=generation, messages=messages, echo=_echo(body, values), tools=given
+    )
 
 
 def _logprobs(values: dict[str, Any], parted: bool) -> int:
@@ -220,18 +235,9 @@ def _echo(body: Body, values: dict[str, Any]) -> dict[str, Any]:
     choice = body.get("tool_choice")
     return {name: values[name] for name in same} | {
         "reasoning": {"effort": values["reasoning"], "summary": None},
-        "text": {"format": values["text"].given},
+        "text": {"format": values["text"].given}
+        | ({} if (said := values["text"].verbosity) is None else {"verbosity": said}),
         "tool_choice": "auto" if choice is None else choice,
-        "tools": [_told(tool) for tool in values["tools"] or ()],
+        "tools": list(values["tools"].echo),
         "top_logprobs": values["top_logprobs"] or 0,
-    }
-
-
-def _told(tool: Tool) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "name": tool.name,
-        "description": tool.description or None,
-        "parameters": tool.parameters,
-        "strict": tool.strict,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -16,7 +15,6 @@ from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.parsing.tools import Content
 from asyncllm.api.responses import request as responses
 from asyncllm.api.responses.reply import ResponseReply, answered
-from asyncllm.api.responses.request import ResponsesRequest
 from asyncllm.api.responses.store import Store, StoredResponse
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
@@ -26,24 +24,17 @@ from tests.api.harness import (
     CASES,
     DOC,
     SCHEMA,
-    SERVED,
     Case,
     answer,
     delta,
-    ending,
     floats,
     rendered,
     typed_events,
 )
 from tests.api.harness import TOOLS as OFFERED
+from tests.api.responses.harness import TOOLS, ask, parted
 
-TOOLS = [{"type": "function", "name": "weather", "description": "of a city", "parameters": SCHEMA}]
 CALLED = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Ü"}'}
-
-
-def ask(memory: Store | None = None, **body: Any) -> ResponsesRequest:
-    served = replace(SERVED, dialect=body.pop("dialect", SERVED.dialect))
-    return responses.read({"input": "hi"} | body, served, memory or Store())
 
 
 def test_parameters() -> None:
@@ -86,8 +77,20 @@ def test_items() -> None:
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
         ({"input": [{"type": 5}]}, "input[0].type"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
-        ({"input": [{**CALLED, "arguments": "x"}]}, "input[0].arguments"),
-        ({"input": [{**CALLED, "arguments": "[]"}]}, "input[0].arguments"),
+        ({"input": [{**CALLED, "arguments": {}}]}, "input[0].arguments"),
+        ({"input": [{"type": "custom_tool_call", "call_id": "c", "name": "f"}]}, "input[0].input"),
+        ({"input": [{"type": "compaction"}]}, "input[0].encrypted_content"),
+        ({"input": [{"type": "compaction", "encrypted_content": "x"}]}, "input"),
+        ({"text": {"verbosity": "loud"}}, "text.verbosity"),
+        ({"tools": [{"type": "namespace", "name": "n"}]}, "tools[0].tools"),
+        (
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]},
+            "tools[0].tools[0].name",
+        ),
+        (
+            {"tools": [{"type": "custom", "name": "f", "format": {"type": "grammar"}}]},
+            "tools[0].format.definition",
+        ),
         ({"input": [{**CALLED, "call_id": None}]}, "input[0].call_id"),
         ({"input": [CALLED]}, "input"),
         ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].output"),
@@ -121,9 +124,9 @@ def test_bad_values(body: dict[str, Any], param: str) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "telepathy"}]},
+        {"tools": [*TOOLS, {"type": "web_search"}], "tool_choice": "required"},
         {"tools": TOOLS, "tool_choice": {"type": "file_search"}},
-        {"text": {"verbosity": "low"}},
         {"background": True},
         {"truncation": "auto"},
         {"tools": TOOLS, "include": ["message.output_text.logprobs"]},
@@ -298,23 +301,6 @@ def test_log_probabilities() -> None:
         )
         (item,) = got[-1]["response"]["output"]
         assert item["content"][0]["logprobs"] == ([one] * 3 if include else [])
-
-
-def parted(case: Case, pieces: list[str], store: Store, **body: Any) -> tuple[ResponseReply, bytes]:
-    """A reply that has taken an answer, one token for each piece, and what a stream says."""
-    calls, thoughts, *_, reason = case
-    dialect = Dialect(calls=calls or "hermes", lists_tools=True, reasoning=thoughts)
-    asked = ask(store, dialect=dialect, **({"tools": TOOLS} if calls else {}), **body)
-    made = ResponseReply(answer(asked.generation, [b"hello"]), asked, store)
-    made.answer.accept(0, i32([]), "")
-    (choice,) = made.answer.choices
-    raw = made.opening()
-    for piece in pieces:
-        news = delta(piece, i32([65]), (piece,))
-        choice.take(news)
-        raw += made.piece(choice, news) if made.answer.generation.stream else b""
-    choice.end(ending(reason), 1, "")
-    return made, raw
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -132,12 +132,12 @@ def spelling(format_name: str, template: str = "") -> str:
     return format_name
 
 
-def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any] | str]]) -> str:
     """Calls as a model writes them that uses this format.
 
     Args:
         spelling_name: of :func:`spelling`.
-        calls: name and arguments of each.
+        calls: name and arguments of each; arguments that are text stand as they are.
     """
     form = CALL_TEXTS[spelling_name]
     begun = {name: form.begun(name) for name, _ in calls}
@@ -145,7 +145,9 @@ def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> 
     return form.opens + form.between.join(each) + form.closes
 
 
-def _arguments(style: Style, values: dict[str, Any]) -> str:
+def _arguments(style: Style, values: dict[str, Any] | str) -> str:
+    if isinstance(values, str):
+        return values
     if style == "json":
         return json.dumps(values, ensure_ascii=False)
     texts = {
