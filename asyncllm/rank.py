@@ -37,7 +37,7 @@ from asyncllm.server.launch import (
 )
 from asyncllm.server.loading import load_text
 from asyncllm.server.process import EXIT_STARTUP, Ground, Server
-from asyncllm.server.seats import Seat, find_seat, planned_seat, take_seat
+from asyncllm.server.seats import Seat, find_seat, take_seat
 from asyncllm.server.signals import Watch, hold_draining, leave_to_leader
 from asyncllm.text import Text
 from asyncllm.topology import HTTP, Topology
@@ -88,7 +88,9 @@ def serve(config: Config) -> int:
             incarnation="" if channel is None else channel.card.incarnation,
         )
         if config.check:
-            return check(boot, spec, text)
+            check(boot, spec, text)
+            if config.nnodes == 1:
+                return 0
         ground = Ground(seat.wires, seat.lifeline, None if serves else sock, channel)
         return uvloop.run(Server(boot, spec, text, ground, watch).run())
 
@@ -114,12 +116,10 @@ def _seat(
     )
     if config.run_mode in roles.NODES:
         topology = topology.as_node()
-    if config.nnodes > 1 and not config.check:
+    if config.nnodes > 1:
         seat = find_seat(config, resolved, model_dir, topology, stack)
         hold_draining()  # while it waited there was nothing to be told
         return seat
-    if config.nnodes > 1:
-        return planned_seat(config, topology)
     if not config.check:
         hold_draining()  # from here on there is a folder to be removed
     return take_seat(config, topology, stack)

@@ -326,7 +326,7 @@ class Routes:
         """With the groups that are lost, if any."""
         body: JsonObject = {name: good if ok else bad}
         if lost := self._front.lost_groups:
-            body["lost_groups"] = [*lost]
+            body["lost_groups"] = [*sorted(lost)]
         return _json(sse.body(body), 200 if ok else 503)
 
     async def _cluster(self, request: web.Request) -> web.StreamResponse:

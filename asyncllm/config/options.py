@@ -465,7 +465,8 @@ class Config:
     # --- operation
     check: bool = flag(
         False, group=OPERATION,
-        help="print resolved configuration, memory plan and ports, then exit 0",
+        help="print resolved configuration, memory plan and ports, then exit 0; with --nnodes on all "
+        "nodes at once: try the ways between them as well",
     )  # fmt: skip
     drain_timeout: float = flag(
         30.0, group=OPERATION, check=at_least(0), metavar="SECONDS",
@@ -477,8 +478,8 @@ class Config:
     )  # fmt: skip
     dead_after: float = flag(
         10.0, group=OPERATION, check=at_least(0.5), metavar="SECONDS",
-        help="a process of this server that is silent for longer is lost: a rank ends the server, an "
-        "HTTP worker is replaced",
+        help="a process of this server that is silent for longer is lost: a rank ends the server, or "
+        "only its group (--dp), an HTTP worker is replaced",
     )  # fmt: skip
     log_level: str = flag(
         "info", group=OPERATION, choices=("debug", "info", "warning", "error"),

@@ -152,6 +152,21 @@ class Ranks:
         self._store.set(keys[self._rank], str(value))
         return min(int(self._store.get(key)) for key in keys)
 
+    def exchange(self, text: str) -> list[str]:
+        """What each rank says, in order; start-up only, it waits for all.
+
+        Rank 0, which holds the store, comes back when all others have.
+        """
+        self._asked += 1
+        said = [f"said/{self._asked}/{rank}" for rank in range(self._size)]
+        heard = [f"heard/{self._asked}/{rank}" for rank in range(self._size)]
+        self._store.set(said[self._rank], text)
+        texts = [self._store.get(key).decode() for key in said]
+        self._store.set(heard[self._rank], "")
+        for key in heard if self._rank == 0 else ():
+            self._store.get(key)
+        return texts
+
     def close(self) -> None:
         """Leave; must come after CUDA graphs that hold collectives are gone."""
         self.group = self.world = SingleRank()

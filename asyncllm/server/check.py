@@ -21,7 +21,7 @@ from asyncllm.server.loading import (
 from asyncllm.text import Text
 
 
-def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
+def check(boot: Boot, spec: ModelSpec, text: Text) -> None:
     """``--check``: what would be started, on standard output.
 
     Raises:
@@ -55,7 +55,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         taken = len(boot.topology.ranks) - 1
         first = config.pd_decode_rpyc_port
         ports.append(f"K/V {boot.cluster_host}:{first}" + (f" to {first + taken}" if taken else ""))
-    if boot.me.address.startswith("tcp"):
+    if config.nnodes == 1 and boot.me.address.startswith("tcp"):
         ports.append("messages 127.0.0.1 (free ones)")
     lines = [
         f"model: {boot.model_dir}, {spec.architecture}, "
@@ -76,7 +76,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> int:
         names = [n for n in FLAGS if (n in config.explicit) == given]
         lines += [title, *(f"  {name} = {_shown(name, getattr(config, name))}" for name in names)]
     sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+    sys.stdout.flush()
 
 
 def _sampling(values: dict[str, object]) -> str:

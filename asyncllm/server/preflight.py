@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from time import monotonic
 from typing import TypeVar
 
@@ -23,25 +25,41 @@ RETRY_S = 0.2
 T = TypeVar("T")
 
 
-def join_ranks(boot: Boot, where: torch.device) -> Ranks:
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way between processes that works."""
+
+    of: str
+    to: str
+    at: str
+    over: str  # network interface
+    ms: float
+
+
+def join_ranks(boot: Boot, where: torch.device, ways: list[Way] | None = None) -> Ranks:
     """The ranks of the server, as soon as all are there. Blocks.
+
+    Args:
+        ways: gets those that were tried.
 
     Raises:
         StartupError: several nodes, of which one does not reach another.
     """
     assert boot.rendezvous is not None
+    ways = [] if ways is None else ways
     listen_fd = boot.store_fd if boot.store_fd >= 0 else None
     topology = boot.topology
     if boot.me.node != topology.coordinator.node:
-        reach(f"{boot.name} does not reach node 0", *boot.rendezvous, "--nccl_port")
+        ways.append(reach(boot.name, "node 0", *boot.rendezvous, "--nccl_port"))
     store = meet(topology, boot.me, boot.rendezvous, listen_fd)
     if len(topology.nodes) == 1:
         return Ranks(topology, boot.me, store, where)
     for peer in topology.peers(boot.endpoint):  # they are there now, and listen
         if peer.node != boot.me.node and peer.device is not None:
             host, port = peer.address.removeprefix("tcp://").rsplit(":", 1)
-            what = f"{boot.name} does not reach {topology.name(peer.id)} of node {peer.node}"
-            reach(what, host.strip("[]"), int(port), "--multinode_router_gloo_port")
+            other = f"{topology.name(peer.id)} of node {peer.node}"
+            option = "--multinode_router_gloo_port"
+            ways.append(reach(boot.name, other, host.strip("[]"), int(port), option))
 
     def joined() -> Ranks:
         if where.type == "cuda":
@@ -53,35 +71,60 @@ def join_ranks(boot: Boot, where: torch.device) -> Ranks:
         return ranks
 
     variable, name = interface(cuda=where.type == "cuda")
-    return within(
+    begin = monotonic()
+    ranks = within(
         SUM_S, joined, f"{boot.name} cannot add up with the others over {name} ({variable})"
     )
+    if ranks.group.size > 1:
+        group = f"a sum of {ranks.group.size} ranks"
+        ways.append(Way(boot.name, group, f"({variable})", name, 1e3 * (monotonic() - begin)))
+    return ranks
 
 
-def reach(what: str, host: str, port: int, option: str) -> None:
+def try_ways(boot: Boot, where: torch.device) -> str:
+    """For --check: a table of the ways between all processes, on each. Blocks.
+
+    Raises:
+        StartupError: one does not work.
+    """
+    mine: list[Way] = []
+    ranks = join_ranks(boot, where, mine)
+    said = ranks.exchange(json.dumps([astuple(way) for way in mine]))
+    ranks.close()
+    found = [Way(*way) for text in said for way in json.loads(text)]
+    rows = [("from", "to", "at", "over", "ms")]
+    rows += [(way.of, way.to, way.at, way.over, f"{way.ms:.1f}") for way in found]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{text:<{width}}" for text, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join(["ways between nodes:", *(f"  {'  '.join(row)}".rstrip() for row in cells)])
+
+
+def reach(name: str, other: str, host: str, port: int, option: str) -> Way:
     """Connect to a port of another node that is open now, or soon.
 
     Args:
-        what: it is that there is no way.
+        name, other: from which process to which one.
         option: that says which port it is.
 
     Raises:
-        StartupError: there is none within ``PORTS_S``.
+        StartupError: there is no way within ``PORTS_S``.
     """
-    deadline = monotonic() + PORTS_S
+    begin = monotonic()
+    deadline = begin + PORTS_S
     while True:
         try:
             left = max(RETRY_S, deadline - monotonic())
             with socket.create_connection((host, port), timeout=left):
-                return
+                took = 1e3 * (monotonic() - begin)
+                return Way(name, other, f"{host}:{port}", interface_to(host), took)
         except OSError as error:
             if monotonic() < deadline - RETRY_S:
                 threading.Event().wait(RETRY_S)
                 continue
             reason = error.strerror or str(error)
         raise StartupError(
-            f"{what} at {host}:{port} over {interface_to(host)} within {PORTS_S:g} s: {reason} "
-            f"({option}; a firewall?)"
+            f"{name} does not reach {other} at {host}:{port} over {interface_to(host)} within "
+            f"{PORTS_S:g} s: {reason} ({option}; a firewall?)"
         )
 
 

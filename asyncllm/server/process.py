@@ -39,8 +39,9 @@ from asyncllm.server.launch import (
     tls_context,
     watch_parent,
 )
-from asyncllm.server.loading import Loaded, load_endpoint, num_threads
+from asyncllm.server.loading import Loaded, load_endpoint, num_threads, torch_device
 from asyncllm.server.nodes import Lifeline
+from asyncllm.server.preflight import try_ways
 from asyncllm.server.signals import SHOW, Watch, handle_draining
 from asyncllm.server.status import Status
 from asyncllm.text import Text
@@ -92,6 +93,7 @@ class Server:
         self._code = 1  # of the exit, if the server fails
         self._lost = asyncio.Event()  # another node has
         self._heard_of_it = threading.Event()  # the same, for threads
+        self._checked = False  # --check has found what it wanted to know
         self._pulse: Pulse | None = None
         self._lost_groups: set[int] = set()  # that had processes on this node
         self._next_endpoint = len(boot.topology.endpoints)  # numbers are never given twice
@@ -111,6 +113,8 @@ class Server:
         try:
             await self._open_status()
             self._start_children(replaceable=False)
+            if boot.config.check:
+                return await self._check()
             loaded = await self._load()
             self._boot = loaded.boot
             # they must know the limits that the K/V size decides
@@ -141,6 +145,16 @@ class Server:
         if self._children:
             await self._children.close()
         leaving.join(LEAVING_S)
+        return 0
+
+    async def _check(self) -> int:
+        """--check on several nodes: all try the ways to each other, and end."""
+        boot, loop = self._boot, asyncio.get_running_loop()
+        table = await loop.run_in_executor(None, try_ways, boot, torch_device(boot))
+        self._checked = True
+        if self._children:
+            await self._children.close()
+            sys.stdout.write(f"{table}\n")
         return 0
 
     def _lead(self) -> None:
@@ -320,6 +334,8 @@ class Server:
     def _node_lost(self, code: int, why: str) -> None:
         self._lost.set()
         self._heard_of_it.set()
+        if self._checked:
+            return
         if self._acting and self._system.over and not self._failing:
             return  # all of them were told to end
         logger.critical("%s: stopping the server", why)
@@ -336,6 +352,8 @@ class Server:
         over = self._acting and self._system.over
         if over and (code == 0 or replaceable):
             return  # it was told to end
+        if code == 0 and self._boot.config.check:
+            return  # it has tried its ways
         what = f"{boot.name} (pid {pid}) ended with exit code {code}"
         if replaceable and self._open:
             self._replace(boot.me, what)

@@ -69,23 +69,6 @@ def take_seat(config: Config, topology: Topology, stack: contextlib.ExitStack) -
     return seat
 
 
-def planned_seat(config: Config, topology: Topology) -> Seat:
-    """On one of several nodes, for --check: as far as it is known without the others.
-
-    Raises:
-        StartupError: the secret cannot be used, or there is no route to node 0.
-    """
-    cluster_keys(config)
-    meeting.interface_to(config.nccl_host)
-    return Seat(
-        endpoint=topology.on(config.node_rank)[0].id,
-        topology=topology,
-        keys=Keys.make(),
-        wires=NodeWires("", config.multinode_router_gloo_port, len(topology.ranks)),
-        rendezvous=(config.nccl_host, config.nccl_port),
-    )
-
-
 def find_seat(
     config: Config,
     resolved: Resolved,
@@ -103,7 +86,7 @@ def find_seat(
         StartupError: nodes do not come, do not fit, or cannot be reached.
     """
     keys = cluster_keys(config)
-    use_interface(meeting.interface_to(config.nccl_host))
+    use_interface(meeting.interface_to(_towards(config)))
     leads = config.node_rank == 0
     bind = _own_address(config) if leads else meeting.address_towards(config.nccl_host)
     advertised = config.advertise_host or (config.nccl_host if leads else bind)
@@ -113,7 +96,7 @@ def find_seat(
         endpoint=first, topology=topology, keys=Keys.make(), wires=wires, advertised=advertised
     )
     contract = Contract(protocol=protocol(), options=config.digest(), shared=config.shared())
-    about = facts(config, resolved, model_dir)
+    about = (*facts(config, resolved, model_dir), ("--check", "on" if config.check else "off"))
     own = Join(node=config.node_rank, host=advertised, contract=contract, facts=about)
     port = config.multinode_httpmanager_port
     if leads:
@@ -153,15 +136,35 @@ def _reached_at(topology: Topology, join: Join, port: int) -> Topology:
     return topology
 
 
-def _own_address(config: Config) -> str:
-    """Where node 0 listens: --nccl_host as an address."""
-    host = config.nccl_host
+def _towards(config: Config) -> str:
+    """The host to which the network interface of the nodes leads.
+
+    That is node 0, but on node 0 where --nccl_host stands for all of its addresses.
+    """
+    found = _address(config.nccl_host) if config.node_rank == 0 and config.nnodes > 1 else ""
+    if found and _stands_for_all(found) and config.advertise_host:
+        return config.advertise_host
+    return config.nccl_host
+
+
+def _address(host: str) -> str:
+    """A host as an address."""
     try:
         found = socket.getaddrinfo(host, 1, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise StartupError(f"{host} has no address: {error.strerror} (--nccl_host)") from None
-    address = str(found[4][0])
-    if ipaddress.ip_address(address.partition("%")[0]).is_unspecified and not config.advertise_host:
+    return str(found[4][0])
+
+
+def _stands_for_all(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_unspecified
+
+
+def _own_address(config: Config) -> str:
+    """Where node 0 listens: --nccl_host as an address."""
+    host = config.nccl_host
+    address = _address(host)
+    if _stands_for_all(address) and not config.advertise_host:
         raise StartupError(
             f"--nccl_host {host} stands for every address of this machine: say by which one the "
             "other nodes reach it (--advertise_host)"
@@ -173,5 +176,5 @@ def _open_rendezvous(config: Config, seat: Seat, stack: contextlib.ExitStack) ->
     meets = stack.enter_context(meeting.listen(config))
     host, port = meets.getsockname()[:2]
     seat.rendezvous = str(host), int(port)
-    use_interface(meeting.interface_to(config.nccl_host))
+    use_interface(meeting.interface_to(_towards(config)))
     seat.store_fd = os.dup(meets.fileno())  # torch closes the one that it is given

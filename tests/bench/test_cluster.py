@@ -65,10 +65,6 @@ def test_two_nodes_are_started_and_measured(
     assert "node 1 (127.0.0.1) is there" in (tmp_path / "0-tp=2,nnodes=2" / "node0").read_text()
 
 
-def test_a_process_that_does_not_start_is_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--model_dir", "/nowhere", "--logs", str(tmp_path), "--load", SMALL]
-    assert cluster.main([*words, "tp=1"]) == 2
-    assert "node0 ended before it was ready" in capsys.readouterr().err
-    assert cluster.main([*words, "--load", "nope", "tp=1"]) == 2
+def test_a_load_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster.main(["--model_dir", "/nowhere", "--load", "nope", "tp=1"]) == 2
+    assert "--load nope: one of lat1, burst256" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ class Network:
 
     hosts: list[str]
     namespaces: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # lead to IPv6 addresses; on the nodes alone
     links: list[str] = field(default_factory=list)
 
     def command(self, node: int) -> list[str]:
@@ -61,6 +63,7 @@ def network(nodes: int) -> Iterator[Network]:
 
 def _namespaces(nodes: int, stack: ExitStack) -> Network:
     tag = f"{os.getpid() % 100000}"
+    sixth = [f"fd00:a11::{os.getpid() % 0xFFF0:x}:{i + 1}" for i in range(nodes)]
     bridge, net = f"al{tag}b", f"10.231.{os.getpid() % 250}"
     ip("link", "add", bridge, "type", "bridge")
     stack.callback(ip, "link", "del", bridge)
@@ -76,6 +79,13 @@ def _namespaces(nodes: int, stack: ExitStack) -> Network:
         ip("-n", name, "addr", "add", f"{host}/24", "dev", "eth0")
         ip("-n", name, "link", "set", "lo", "up")
         ip("-n", name, "link", "set", "eth0", "up")
+        ip("-n", name, "addr", "add", f"{sixth[i]}/64", "dev", "eth0", "nodad")
+        hosts_file = Path("/etc/netns") / name / "hosts"  # what the node sees as /etc/hosts
+        hosts_file.parent.mkdir(parents=True)
+        stack.callback(shutil.rmtree, hosts_file.parent)
+        lines = ["127.0.0.1 localhost", *(f"{a} node-{n}" for n, a in enumerate(sixth))]
+        hosts_file.write_text("\n".join(lines) + "\n")
+        found.names.append(f"node-{i}")
         found.namespaces.append(name)
         found.links.append(link)
     return found
@@ -84,7 +94,16 @@ def _namespaces(nodes: int, stack: ExitStack) -> Network:
 class Node(Server):
     """``python -m asyncllm`` on a node."""
 
-    def __init__(self, net: Network, node: int, model_dir: Path, folder: Path, *args: str) -> None:
+    def __init__(
+        self,
+        net: Network,
+        node: int,
+        model_dir: Path,
+        folder: Path,
+        *args: str,
+        leader: str = "",
+    ) -> None:
+        """``leader``: how node 0 is called instead of by its address."""
         self.host = host = net.hosts[node]
         self.node = node
         key = folder / "key"
@@ -96,7 +115,7 @@ class Node(Server):
         words = [
             *net.command(node), sys.executable, "-m", "asyncllm", "--host", host,
             "--port", str(self.port), "--model_dir", str(model_dir), "--node_rank", str(node),
-            "--nccl_host", net.hosts[0], "--cluster_key_file", str(key), *args,
+            "--nccl_host", leader or net.hosts[0], "--cluster_key_file", str(key), *args,
         ]  # fmt: skip
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=out)

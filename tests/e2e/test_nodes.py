@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import re
 import signal
 import time
 import urllib.error
@@ -14,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.nodes import Network, Node, network
-from tests.e2e.process import free_port
+from tests.e2e.process import free_port, wait_until
 from tests.e2e.test_groups import PROMPTS, alone, ending, of_groups, running
+from tests.raw import scream
 
 CPU = ("--device", "cpu", "--data_type", "fp32", "--max_total_token_num", "6000")
 
@@ -48,23 +52,30 @@ def start(
     return found
 
 
-@pytest.mark.parametrize("dp", [1, 2])
-def test_two_nodes_give_the_tokens_of_one(
-    dp: int, net: Network, tiny_dir: Path, tmp_path: Path
-) -> None:
-    """As one group, and as a group on each; a stop of either node stops both."""
+def scream_at_all(*nodes: Node) -> None:
+    """Noise at every port of ours; the caller sees that nobody has heard it."""
+    draw = random.Random(3)
+    for node in nodes:
+        for host, port in sorted(node.listeners()):
+            if f"--nccl_port {port}" not in " ".join(node.process.args):  # type: ignore[arg-type]
+                scream(host, port, draw, 6)
+    assert wait_until(lambda: nodes[0].metric("asyncllm_strangers_total") > 0, 20)
+
+
+def test_two_nodes_give_the_tokens_of_one(net: Network, tiny_dir: Path, tmp_path: Path) -> None:
+    """A group on each; noise at their ports reaches nobody; a stop of either node stops both."""
     want = [alone(tiny_dir, prompt, 12) for prompt in PROMPTS]
     with ExitStack() as stack:
-        first, second = start(net, stack, tiny_dir, tmp_path, "--dp", str(dp))
+        first, second = start(net, stack, tiny_dir, tmp_path, "--dp", "2")
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             got = pool.map(lambda ids: first.tokens(ids, 12, ignore_eos=True), PROMPTS)
             assert [*got] == want
-        if dp == 2:
-            assert min(of_groups(first, "steps_total")) > 10
+        assert min(of_groups(first, "steps_total")) > 10
         assert second.get("/health") == first.get("/health").replace(":", ": ")
         assert 'asyncllm_mailbox_depth{actor="runner"' in second.get("/metrics")
         with pytest.raises(urllib.error.HTTPError, match="404"):
             second.get("/v1/models")
+        scream_at_all(first, second)
         (stream,) = stack.enter_context(running(first, 1, 60))
         second.process.send_signal(signal.SIGTERM)
         assert ending(stream) == "length"
@@ -130,6 +141,59 @@ def test_an_interface_that_does_not_lead_there_is_named_before_weights_are_read(
         assert not any("load weights" in node.text() for node in nodes)
 
 
+def test_one_group_on_two_nodes_where_node_0_may_listen_everywhere_and_be_called_by_a_name_of_ipv6(
+    net: Network, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """As in a container: the name that others know it by is --advertise_host."""
+    if not net.namespaces:
+        pytest.skip("names of IPv6 addresses are those of namespaces")
+    ports = ("--multinode_httpmanager_port", str(free_port()), "--nccl_port", str(free_port()))
+    common = (*CPU, "--nnodes", "2", "--tp", "2", *ports)
+    name, want = net.names[0], [alone(tiny_dir, prompt, 12) for prompt in PROMPTS]
+    with ExitStack() as stack:
+        advertised = ("--advertise_host", name)
+        first = Node(net, 0, tiny_dir, tmp_path, *common, *advertised, leader="::")
+        second = Node(net, 1, tiny_dir, tmp_path, *common, leader=name)
+        for node in (first, second):
+            stack.enter_context(node)
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:
+            got = pool.map(lambda ids: first.tokens(ids, 12, ignore_eos=True), PROMPTS)
+            assert [*got] == want
+        assert ("::", 20001) in first.listeners()
+        assert first.stop() == 0, first.text()
+        assert second.process.wait(10) == 0, second.text()
+
+
+def test_a_check_tries_all_ways_and_tells_them_on_every_node(
+    net: Network, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Both ways between node 0 and the ranks of another, and a sum; then all end."""
+    http, store, messages = free_port(), free_port(), free_port()
+    common = (*CPU, "--nnodes", "2", "--tp", "4", "--multinode_httpmanager_port", str(http),
+              "--nccl_port", str(store), "--multinode_router_gloo_port", str(messages),
+              "--node_timeout", "60", "--check")  # fmt: skip
+    with ExitStack() as stack:
+        nodes = [Node(net, i, tiny_dir, tmp_path, *common) for i in (0, 1)]
+        for node in nodes:
+            stack.enter_context(node.failing())
+        assert [node.process.wait(60) for node in nodes] == [0, 0], nodes[0].text()
+        first, second = net.hosts[:2]
+        for node in nodes:
+            assert node.process.stdout is not None
+            said = node.process.stdout.read().decode()
+            assert f"messages {messages + 2 * node.node}, {messages + 2 * node.node + 1}" in said
+            table = said.partition("ways between nodes:\n")[2].splitlines()
+            rows = {tuple(re.split(r"\s{2,}", line.strip())[:3]) for line in table[1:]}
+            assert rows == {
+                ("rank 0", "rank 2 of node 1", f"{second}:{messages + 2}"),
+                ("rank 0", "rank 3 of node 1", f"{second}:{messages + 3}"),
+                *((f"rank {i}", "node 0", f"{first}:{store}") for i in (2, 3)),
+                *((f"rank {i}", "rank 0 of node 0", f"{first}:{messages}") for i in (2, 3)),
+                *((f"rank {i}", "a sum of 4 ranks", "(GLOO_SOCKET_IFNAME)") for i in range(4)),
+            }
+            assert "load weights" not in node.text()
+
+
 def kill(net: Network, node: Node) -> None:
     node.process.send_signal(signal.SIGKILL)
 
@@ -150,12 +214,42 @@ def mended(net: Network) -> Iterator[None]:
     net.mend()
 
 
+def test_replicas_on_lost_nodes_take_nothing_with_them_but_what_they_have_begun(
+    net: Network, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Three nodes, a group on each: one is stopped, one is cut off, node 0 serves on."""
+    want = [alone(tiny_dir, prompt, 12) for prompt in PROMPTS]
+    with ExitStack() as stack:
+        args = ("--dp", "3", "--dp_balancer", "round_robin", "--dead_after", "6")
+        nodes = start(net, stack, tiny_dir, tmp_path, *args, nodes=3)
+        first, stopped, other = nodes
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:
+            got = pool.map(lambda ids: first.tokens(ids, 12, ignore_eos=True), PROMPTS)
+            assert [*got] == want
+        assert all(first.metric(f'asyncllm_group_steps_total{{group="{i}"}}') for i in range(3))
+        with running(first, 3, 1500) as streams:
+            stop(net, stopped)
+            (cut if net.namespaces else kill)(net, other)
+            with ThreadPoolExecutor(len(PROMPTS)) as pool:
+                got = pool.map(lambda ids: first.tokens(ids, 12, ignore_eos=True), PROMPTS)
+                assert [*got] == want
+            ends = [stream.read() for stream in streams]
+        assert sum(b"group_lost" in end for end in ends) == 2
+        assert sum(b'"finish_reason":"length"' in end for end in ends) == 1
+        assert json.loads(first.get("/readiness"))["lost_groups"] == [1, 2]
+        stopped.process.send_signal(signal.SIGCONT)
+        assert stopped.process.wait(10) == 1, stopped.text()
+        assert other.process.wait(10) == (1 if net.namespaces else -9), other.text()
+        assert first.stop() == 0, first.text()
+        for i in (1, 2):
+            assert f"group {i} is lost: node {i} ({net.hosts[i]}) has " in first.text()
+
+
 @pytest.mark.parametrize(
     ("event", "victim", "said"),
     [
         (kill, 1, "has gone: its connection is closed"),
         (kill, 0, "has gone: its connection is closed"),
-        (stop, 1, "has been silent for"),
         (cut, 1, "has been silent for"),
     ],
 )
