@@ -36,7 +36,6 @@ from tests.actors.fake_device import World
 
 RANKS = 2
 WIRE = KvWire(format="plain", dtype="fp32", num_layers=1, num_heads=RANKS, head_bytes=8, tp=RANKS)
-Entry = tuple[int, int, int]  # what FakeDevice keeps in a slot
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Page:
     """K/V on their way: label, and position -> what it holds."""
 
     epoch: int
-    entries: dict[int, Entry]
+    entries: dict[int, Any]
 
 
 @dataclass(eq=False)
@@ -117,19 +116,28 @@ class FakeRank:
     def send(self, key: tuple[int, int]) -> tuple[int, Page]:
         """Read a part that is ready: its epoch's page."""
         msg = self.computed.pop(key)
-        to, store = self.exports[msg.rid], self.world.device.store
+        to = self.exports[msg.rid]
         entries = {}
         for position, slot in enumerate(msg.slots, msg.start):
-            assert self.world.device.written[slot] <= self.over, "read before it was written"
             assert slot not in set(self.world.ledger.pool.free), "read from a slot that is free"
-            assert store[slot][0] == position
+            entry = self.read(slot, position)
             if position % RANKS == self.rank:
-                entries[position] = store[slot]
+                entries[position] = entry
         self.left[msg.rid] -= len(msg.slots)
         if not self.left[msg.rid]:
             del self.exports[msg.rid]
         self.say(Sent(rid=msg.rid, rank=self.rank, seq=msg.seq))
         return self.rank, Page(to.epoch, entries)
+
+    def read(self, slot: int, position: int) -> Any:
+        """What a slot holds."""
+        device = self.world.device
+        assert device.written[slot] <= self.over, "read before it was written"
+        assert device.store[slot][0] == position
+        return device.store[slot]
+
+    def write(self, slot: int, entry: Any) -> None:
+        self.world.device.store[slot] = entry
 
     def take(self, page: Page) -> None:
         """What is labelled with the epoch of an import that is wanted goes into its slots."""
@@ -142,7 +150,7 @@ class FakeRank:
         for position, entry in page.entries.items():
             slot = wanted.slots[position - wanted.hit]
             assert slot not in free | tree, "written into a slot of somebody else"
-            self.world.device.store[slot] = entry
+            self.write(slot, entry)
             self.missing[page.epoch].discard(position)
         self.finish(page.epoch)
 
@@ -172,7 +180,10 @@ class Client:
     prompt: list[int]
     params: SamplingParams
     stop_after: int = 0
+    thoughts: str = ""
+    healed: tuple[bytes, ...] = ()
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     here: int = -1  # rid on the prefill node; -1: none
     there: int = -1
@@ -183,9 +194,11 @@ class Client:
 class Pair:
     """A prefill node, a decode node, and the master: the test says who acts when."""
 
-    def __init__(self, rng: random.Random, p: World, d: World) -> None:
+    def __init__(
+        self, rng: random.Random, p: World, d: World, rank: type[FakeRank] = FakeRank
+    ) -> None:
         self.rng, self.p, self.d = rng, p, d
-        self.ranks = {id(world): [FakeRank(world, i) for i in range(RANKS)] for world in (p, d)}
+        self.ranks = {id(world): [rank(world, i) for i in range(RANKS)] for world in (p, d)}
         self.pages: list[tuple[int, Page]] = []
         self.clients: list[Client] = []
         self.of: dict[tuple[int, int], Client] = {}  # by world and rid
@@ -219,8 +232,10 @@ class Pair:
 
     def _submit(self, world: World, client: Client, **how: Any) -> int:
         self.next_rid += 1
-        prompt, outputs = i32(client.prompt), i32(client.tokens)
-        msg = Submit(rid=self.next_rid, prompt=prompt, params=client.params, outputs=outputs, **how)
+        msg = Submit(
+            rid=self.next_rid, prompt=i32(client.prompt), params=client.params,
+            thoughts=client.thoughts, healed=client.healed, outputs=i32(client.tokens), **how,
+        )  # fmt: skip
         self.of[id(world), msg.rid] = client
         world.tell(msg)
         return msg.rid
@@ -254,8 +269,9 @@ class Pair:
                     client = self.of[id(world), rid]
                     if client.here == rid and not client.tokens:
                         client.scores += logprobs.chosen
-                for rid, token in zip(msg.rids, msg.tokens, strict=True):
-                    self._token(world, rid, token)
+                logprobs = msg.logprobs.chosen if msg.logprobs else [0.0] * len(msg.rids)
+                for rid, token, score in zip(msg.rids, msg.tokens, logprobs, strict=True):
+                    self._token(world, rid, token, score)
             case Finished():
                 assert (id(world), msg.rid) not in self.ended, "ended twice"
                 self.ended.add((id(world), msg.rid))
@@ -263,12 +279,13 @@ class Pair:
             case _:
                 raise AssertionError(msg)
 
-    def _token(self, world: World, rid: int, token: int) -> None:
+    def _token(self, world: World, rid: int, token: int, score: float) -> None:
         client = self.of[id(world), rid]
         assert (id(world), rid) not in self.ended
         if rid != (client.here if world is self.p else client.there):
             return  # of an attempt that has been given up
         client.tokens.append(token)
+        client.logprobs.append(score)
         if len(client.tokens) == client.stop_after:
             if client.there >= 0:
                 self.d.tell(StopHit(client.there, client.stop_after), urgent=True)

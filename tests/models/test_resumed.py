@@ -1,7 +1,8 @@
-"""A request that begins with tokens of its own output goes on as if it had never stopped."""
+"""Requests that begin with tokens of their own output, or move, go on as if nothing had been."""
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from asyncllm.codec import i32
 from asyncllm.constrain.factory import Constraints
@@ -20,6 +22,7 @@ from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CpuDevice
 from asyncllm.messages import Finished, Submit, Tokens
 from tests.actors.fake_device import World
+from tests.actors.fake_transfer import RANKS, Client, FakeRank, Pair
 from tests.models.harness import make_device, random_ids
 
 SIZE, EOS = 320, 301
@@ -39,9 +42,9 @@ def grammars() -> Grammars:
 class EngineWorld(World):
     """Scheduler and allocator on a device that computes."""
 
-    def __init__(self, device: CpuDevice) -> None:
+    def __init__(self, device: CpuDevice, **how: Any) -> None:
         super().__init__(
-            num_slots=4000, num_lanes=32, batch_max_tokens=256, eos_ids={EOS}, vocab=SIZE
+            num_slots=4000, num_lanes=32, batch_max_tokens=256, eos_ids={EOS}, vocab=SIZE, **how
         )
         self.device = device  # type: ignore[assignment]
         self.scheduler._constrain = Constraints(
@@ -65,14 +68,33 @@ class EngineWorld(World):
             self.got[rid].append((token, score))
 
 
+class EngineRank(FakeRank):
+    """Moves what the layers have in a slot."""
+
+    def read(self, slot: int, position: int) -> list[Tensor]:
+        return [tensor[slot].clone() for tensor in self._tensors()]
+
+    def write(self, slot: int, entry: list[Tensor]) -> None:
+        for tensor, value in zip(self._tensors(), entry, strict=True):
+            tensor[slot] = value
+
+    def _tensors(self) -> list[Tensor]:
+        device: Any = self.world.device
+        return [tensor for layer in device.engine.kv for tensor in layer]
+
+
 @pytest.fixture(scope="module")
-def device(tiny_dir: Path) -> Iterator[CpuDevice]:
-    made = make_device(
-        tiny_dir, "fp32", "cpu", num_slots=4000, num_lanes=32, max_len=2048, eos_ids=(EOS,)
-    )
-    assert isinstance(made, CpuDevice)
+def devices(tiny_dir: Path) -> Iterator[list[CpuDevice]]:
+    made = []
+    for _ in range(2):
+        device = make_device(
+            tiny_dir, "fp32", "cpu", num_slots=4000, num_lanes=32, max_len=2048, eos_ids=(EOS,)
+        )
+        assert isinstance(device, CpuDevice)
+        made.append(device)
     yield made
-    made.close()
+    for device in made:
+        device.close()
 
 
 SEEDED = {"temperature": 1.0, "seed": 11}
@@ -98,8 +120,47 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_request_that_is_cut_anywhere_goes_on_by_the_same_tokens(
-    kind: str, device: CpuDevice
+    kind: str, devices: list[CpuDevice]
 ) -> None:
+    like, whole = alone(kind, devices[0])
+    tokens = [token for token, _ in whole.got[1]]
+    end = whole.finished[1]
+    parts = EngineWorld(devices[0])
+    for k in range(len(tokens) + 1):
+        parts.ask(k, like, tokens[:k])
+    parts.run()
+    for k in range(len(tokens) + 1):
+        assert [token for token, _ in parts.got[k]] == tokens[k:], k
+        scores = [score for _, score in parts.got[k]]
+        assert scores == pytest.approx([score for _, score in whole.got[1][k:]], abs=1e-4)
+        assert parts.finished[k].num_tokens == len(tokens)
+        assert parts.finished[k].reason == end.reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_that_moves_gives_the_tokens_of_one_server(
+    kind: str, devices: list[CpuDevice]
+) -> None:
+    """Also where K/V do not come in time, and it is tried again behind the first tokens."""
+    like, whole = alone(kind, devices[0])
+    p, d = (EngineWorld(device, reader="agent", num_ranks=RANKS) for device in devices)
+    pair = Pair(random.Random(5), p, d, EngineRank)
+    for number in range(6):
+        client = Client(list(like.prompt), like.params, thoughts=like.thoughts, healed=like.healed)
+        client.attempts, pair.lapses = -99, 0.03 if number % 2 else 0.0
+        pair.ask(client)
+        pair.run()
+        assert client.end is not None
+        assert client.tokens == [token for token, _ in whole.got[1]]
+        assert client.logprobs == pytest.approx([score for _, score in whole.got[1]], abs=1e-4)
+        assert client.end.reason == whole.finished[1].reason
+        assert client.end.num_tokens == len(whole.got[1])
+    assert d.core.moves.imports >= 4
+    assert d.core.prompt_tokens == 0
+
+
+def alone(kind: str, device: CpuDevice) -> tuple[Submit, EngineWorld]:
+    """A request of a kind, and how one server answers it, as request 1."""
     asked = {"max_new_tokens": 12, **KINDS[kind]}
     thoughts, healed = asked.pop("thoughts", ""), asked.pop("healed", ())
     params = SamplingParams(**asked)
@@ -112,15 +173,5 @@ def test_a_request_that_is_cut_anywhere_goes_on_by_the_same_tokens(
     whole.run()
     end = whole.finished[1]
     assert end.failure is None
-    tokens = [token for token, _ in whole.got[1]]
-    assert len(tokens) == end.num_tokens > 1
-    parts = EngineWorld(device)
-    for k in range(len(tokens) + 1):
-        parts.ask(k, like, tokens[:k])
-    parts.run()
-    for k in range(len(tokens) + 1):
-        assert [token for token, _ in parts.got[k]] == tokens[k:], k
-        scores = [score for _, score in parts.got[k]]
-        assert scores == pytest.approx([score for _, score in whole.got[1][k:]], abs=1e-4)
-        assert parts.finished[k].num_tokens == len(tokens)
-        assert parts.finished[k].reason == end.reason
+    assert len(whole.got[1]) == end.num_tokens > 1
+    return like, whole
