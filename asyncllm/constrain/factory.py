@@ -31,7 +31,7 @@ class Constraints:
         eos_ids: tokens that end an output.
         grammar: a fresh constraint of a grammar (kind, text); raises RequestError.
         thinking: how the model writes reasoning; None: it does not.
-        vocab: for token healing; None: there is none.
+        vocab: for token healing; None: it is off.
     """
 
     def __init__(

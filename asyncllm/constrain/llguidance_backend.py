@@ -28,7 +28,7 @@ Bits = NDArray[np.int32]
 
 MAX_KEPT: Final = 256
 MAX_KEPT_CHARS: Final = 16 << 20  # of grammars, as the library reads them
-BYTES: Final = 256  # tokens behind the vocabulary, of one byte each, for texts that are no tokens
+BYTES: Final = 256  # tokens after the vocabulary, of one byte each, for text that is not a token
 
 # What a token of an ambiguous grammar takes grows with the output, so that the first that takes
 # longer is hardly over it; what the library counts bounds a single one.
@@ -57,7 +57,7 @@ class Grammars:
         pieces: bytes of every token in text; b"": it never is text.
         vocab_size: width of the logits; ids without a piece never come.
         end_ids: tokens that end an output.
-        special: ids of special tokens, which are no text either
+        special: ids of special tokens, which are not text either
         marks: but for these, with which calls are written.
 
     Raises:
@@ -255,7 +255,7 @@ class Matcher:
         self._fill()
 
     def begin(self, text: bytes) -> bool:
-        """Go on by ``text``. False: the output cannot go on like that."""
+        """Advance by ``text``. False: the output cannot continue with it."""
         first = len(self._texts)
         return self._matcher.consume_tokens([first + byte for byte in text]) and not self._fill()
 
@@ -319,7 +319,7 @@ def choices(texts: Iterable[str]) -> str:
 
 
 def _too_slow(matcher: LLMatcher) -> TooSlow | None:
-    """Why a matcher that has failed cannot go on, if it is work without end."""
+    """The reason why a matcher failed, if that is unbounded work."""
     told = matcher.stop_reason(), matcher.get_error()
     if told[0] in ("ParserTooComplex", "LexerTooComplex") or _LIMIT.search(told[1]):
         return TooSlow(TOO_SLOW)

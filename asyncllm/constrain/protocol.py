@@ -10,11 +10,11 @@ from typing import Protocol
 
 
 class ResampleToken(Exception):
-    """A token came before it was known that it must not: it has to be sampled once more."""
+    """A token was sampled before its mask was known, and is not allowed: sample it again."""
 
 
 class Verdict(IntEnum):
-    """What has come of a token that a constraint was told."""
+    """What a constraint made of a token."""
 
     GOES_ON = 0
     WHOLE = 1  # accept has said True
@@ -58,7 +58,7 @@ class Constraint(Protocol):
         """
 
     def accept(self, token: int) -> bool:
-        """Go on by ``token``, and make the next mask. True: only an end token could follow.
+        """Advance by ``token``, and make the next mask. True: only an end token could follow.
 
         Raises:
             RequestError: ``token`` was not allowed, or no token can follow.

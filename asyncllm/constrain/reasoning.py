@@ -13,7 +13,7 @@ from asyncllm.constrain.protocol import Constraint, ResampleToken
 from asyncllm.constrain.vocabulary import Vocabulary, bits, either, every, passes, without
 
 SPACE = b" \t\r\n"
-GAPS = (b"\n", b"\n\n")  # one of these may stand between reasoning and an answer of a given form
+GAPS = (b"\n", b"\n\n")  # one of these may separate reasoning from a constrained answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class ReasoningMarks:
 
     @staticmethod
     def contaminates(text: bytes, mark: bytes) -> bool:
-        """Behind the mark there is more than white space."""
+        """Whether more than white space follows the mark in ``text``."""
         return bool(text.partition(mark)[2].strip(SPACE))
 
 
@@ -76,14 +76,14 @@ class _At(Enum):
 class ReasoningConstraint(Constraint):
     """A :class:`asyncllm.constrain.protocol.Constraint`.
 
-    Reasoning goes on without waiting for tokens that are not known yet, as long as its limit is
-    far. So the token behind its end may have been sampled as one of it: if it does not fit,
+    Reasoning continues without waiting for tokens that are not known yet, as long as its limit is
+    far. So the token after its end may have been sampled as part of it: if it does not fit,
     :meth:`accept` raises Again.
 
     Args:
         opened: the prompt ends inside reasoning; else the output may begin with it.
         limit: tokens of reasoning, its tags not counted; None: no limit.
-        answer: holds for what follows reasoning; None: nothing does.
+        answer: constrains the text after reasoning; None: it is free.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class ReasoningConstraint(Constraint):
         return False
 
     def _tag_tokens(self) -> list[int]:
-        """Tokens that go on with a begin tag."""
+        """Tokens that continue a begin tag."""
         tags = [begin for begin in self._tags.begins if begin.startswith(self._text)]
         return [i for tag in tags for i in self._vocab.beginnings_of(tag[len(self._text) :])]
 

@@ -14,30 +14,30 @@ from asyncllm.constrain.vocabulary import every, passes, without
 
 
 class CallGrammar(Constraint, Protocol):
-    """What follows a mark, up to the end of the arguments."""
+    """A grammar of the text between a mark and the end of the arguments."""
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token."""
 
     def restart(self) -> None:
-        """Back to the beginning, whose mask is made."""
+        """Return to the start, whose mask is known."""
 
     def begin(self, text: bytes) -> bool:
-        """Go on by ``text``, and make the next mask. False: it cannot begin like that."""
+        """Advance by ``text``, and make the next mask. False: a call cannot begin with it."""
 
 
 class ToolCallConstraint(Constraint):
     """A :class:`asyncllm.constrain.protocol.Constraint`.
 
-    Text has no mask, and goes on without waiting for tokens that are not known yet. So the token
-    behind a mark may have been sampled without the mask it needed: if it does not fit,
+    Text has no mask, and continues without waiting for tokens that are not known yet. So the token
+    after a mark may have been sampled without the mask it needed: if it does not fit,
     :meth:`accept` raises Again.
 
     Args:
         mark: begins a call; UTF-8.
         form: what follows it.
         vocab_size: width of the logits.
-        thinking: reasoning before the text, where marks begin nothing; None: there is none.
+        thinking: reasoning before the text, in which marks do not count; None: none.
     """
 
     def __init__(

@@ -24,9 +24,16 @@ class Reason(IntEnum):
 class SamplingParams:
     """How to choose tokens for one request; every value has been checked against its limits.
 
-    Logits are changed in this order: logit_bias and the eos ban of min_new_tokens, penalties, that
-    of the length on eos tokens, tokens that a constraint does not allow, temperature, then top_k,
-    top_p, min_p. Log-probabilities are of the unchanged logits.
+    Logits are changed in this order:
+
+    1. logit_bias, and the ban of eos tokens by min_new_tokens
+    2. presence, frequency and repetition penalties
+    3. the length penalty on eos tokens
+    4. the mask of the constraint
+    5. temperature
+    6. top_k, top_p, min_p
+
+    Log-probabilities are of the unchanged logits.
     """
 
     max_new_tokens: int | None = None  # None: fill the context; the tokenizer resolves it. 0: score

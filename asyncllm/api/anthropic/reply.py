@@ -25,7 +25,7 @@ ERROR_TYPES: Final = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-# what a delta is called, and where its text stands
+# type of a delta, and the key of its text
 DELTAS: Final = {
     Content: ("text_delta", "text"),
     Reasoning: ("thinking_delta", "thinking"),
@@ -57,7 +57,7 @@ def _overflow(found: Overflow) -> str:
 
 
 class MessageReply(ContentBlockReply):
-    """/v1/messages: one choice, a block for each section.
+    """/v1/messages: one choice, a block for each part.
 
     Clients send thinking back only with a signature, so it has one: the message's id.
     """
@@ -67,12 +67,12 @@ class MessageReply(ContentBlockReply):
         self._delta: sse.ChunkTemplate  # of the block in progress
 
     def opening(self) -> bytes:
-        """The message's head, with the prompt's length."""
+        """The start of the message, with the prompt's length."""
         message = self._message([], None, None, self._usage(0, 0))
         return _event({"type": "message_start", "message": message})
 
     def block_start(self, block: ContentBlock) -> bytes:
-        """The block's head."""
+        """The start of the block."""
         kind, key = DELTAS[block.kind]
         event = {"type": "content_block_delta", "index": block.index}
         delta = event | {"delta": {"type": kind, key: sse.MARK}}

@@ -20,7 +20,7 @@ from asyncllm.messages import Delta
 from asyncllm.records import Logprobs
 
 MOST_LOST: Final = 16  # characters between two tokens that a tokenizer may leave out
-LEAST_LOGPROB: Final = -9999.0  # stands for -inf, which JSON does not have
+LEAST_LOGPROB: Final = -9999.0  # in place of -inf, which JSON does not have
 REASONS: Final = {
     Reason.STOP: "stop",
     Reason.LENGTH: "length",
@@ -31,7 +31,7 @@ REASONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Vocab:
-    """What is known of token ids here.
+    """What replies need to know about token ids.
 
     Args:
         piece: the bytes of one token.
@@ -46,7 +46,7 @@ class Vocab:
     special: frozenset[int] = frozenset()
 
     def text(self, token: int) -> str:
-        """Text of one token; ``bytes:\\xNN..`` where its bytes are no whole characters."""
+        """Text of one token; ``bytes:\\xNN..`` where its bytes are not whole characters."""
         raw = self.piece(token)
         try:
             return raw.decode()
@@ -97,7 +97,7 @@ class TokenLogprobs:
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One of the answers a request asks for."""
+    """One of the answers that a request asks for."""
 
     index: int
     prompt_idx: int
@@ -139,7 +139,7 @@ class Choice:
             self.scores.logprobs.extend(delta.prompt)
 
     def end(self, reason: Reason, cached_len: int, stop: str) -> None:
-        """There will be no more tokens."""
+        """The choice has ended."""
         self.reason, self.cached_len, self.stop = reason, cached_len, stop
         if self.output is not None:
             self.output.finish()
@@ -159,7 +159,7 @@ class Answer:
     truncated: set[int] = field(default_factory=set)  # prompts that are shorter than they were sent
 
     def accept(self, prompt_idx: int, ids: array[int], thoughts: str, cut: bool = False) -> None:
-        """A prompt is known.
+        """A prompt has been accepted.
 
         Args:
             ids, thoughts, cut: as in Accepted.
@@ -200,32 +200,32 @@ class Answer:
 
 
 class Reply(Protocol):
-    """One protocol's words for an answer. Streams are bytes of server-sent events."""
+    """Renders an answer in one protocol. Streams are bytes of server-sent events."""
 
     def opening(self) -> bytes:
-        """What is sent right after the headers."""
+        """The events right after the headers."""
 
     def piece(self, choice: Choice, piece: Delta) -> bytes:
-        """New tokens; ``choice`` has taken them already."""
+        """Events for new tokens, which ``choice`` has taken already."""
 
     def flush_held(self) -> bytes:
-        """What :meth:`piece` held back, when its choice has not ended with it."""
+        """Events that :meth:`piece` held back, if its choice goes on."""
 
     def end(self, choice: Choice) -> bytes:
-        """The choice has ended; its ``reason`` is set."""
+        """Events for the end of a choice, whose ``reason`` is set."""
 
     def closing(self) -> bytes:
-        """All choices have ended."""
+        """Events for the end of the stream."""
 
     def error(self, error: RequestError) -> bytes:
-        """The request failed after the headers; nothing follows."""
+        """Events for a failure after the headers; nothing follows."""
 
     def whole(self) -> bytes:
-        """The JSON answer of a request that is not streamed."""
+        """The JSON of an answer that is not streamed."""
 
 
 def finite(value: float) -> float:
-    """A log-probability that JSON can carry, rounded to what float32 knows."""
+    """A log-probability as JSON can carry it, rounded to the precision of float32."""
     if not math.isfinite(value):
         return LEAST_LOGPROB
     return round(value, 7)

@@ -1,7 +1,6 @@
 """Splits an answer into numbered content blocks, for protocols with a block or item for each part.
 
-A section is a stretch of reasoning, of content, or a call. Knows events in their order; knows no
-protocol's JSON.
+A block is a stretch of reasoning, of content, or a call. Knows events; knows no protocol's JSON.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from asyncllm.messages import Delta
 
 @dataclass(slots=True, eq=False)
 class ContentBlock:
-    """A stretch of one kind.
+    """A stretch of output of one kind.
 
     Args:
         index: from 0 on.
-        kind: what it is a stretch of; a call if CallStart.
-        call: its head, if it is one.
-        complete: the arguments of a call are whole JSON; any other section has ended.
+        kind: reasoning, content, or a call (CallStart).
+        call: its name and id, if it is a call.
+        complete: the arguments of a call are whole JSON; any other block has ended.
     """
 
     index: int
@@ -42,14 +41,14 @@ BlockEvent = tuple[Literal["begin", "more", "end"], ContentBlock, str]
 
 
 class ContentBlocks:
-    """Sections made of events as they come."""
+    """Makes content blocks of events as they arrive."""
 
     def __init__(self) -> None:
         self.all: list[ContentBlock] = []
         self._open: ContentBlock | None = None
 
     def add(self, events: Iterable[Event]) -> Iterator[BlockEvent]:
-        """What happens with these events."""
+        """What these events do to the blocks."""
         for event in events:
             match event:
                 case CallStart():
@@ -66,7 +65,7 @@ class ContentBlocks:
                     yield self._more(event.text)
 
     def end(self, complete: bool = True) -> Iterator[BlockEvent]:
-        """The section in progress ends, if there is one."""
+        """End the block in progress, if there is one."""
         if self._open is not None:
             block, self._open = self._open, None
             block.complete = complete
@@ -82,47 +81,47 @@ class ContentBlocks:
         return "begin", self._open, ""
 
     def _more(self, text: str) -> BlockEvent:
-        assert self._open is not None  # arguments come behind a call's head
+        assert self._open is not None  # a call starts before its arguments
         self._open.pieces.append(text)
         return "more", self._open, text
 
 
 class ContentBlockReply:
-    """A reply with one choice, told section by section; a protocol gives the words."""
+    """A reply with one choice, sent block by block; subclasses render the blocks."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.blocks = ContentBlocks()
 
     def block_start(self, block: ContentBlock) -> bytes:
-        """Events for a section that begins."""
+        """Events for the start of a block."""
         raise NotImplementedError
 
     def block_delta(self, block: ContentBlock, text: str) -> bytes:
-        """Events for more of it."""
+        """Events for more text of a block."""
         raise NotImplementedError
 
     def block_stop(self, block: ContentBlock) -> bytes:
-        """Events for its end."""
+        """Events for the end of a block."""
         raise NotImplementedError
 
     def piece(self, choice: Choice, piece: Delta) -> bytes:
-        """What has been found in new text."""
+        """Events for what has been found in new text."""
         if choice.output is not None:
             return self._tell(self.blocks.add(choice.output.take_events()))
         return self._tell(self.blocks.add([Content(piece.text)])) if piece.text else b""
 
     def flush_held(self) -> bytes:
-        """Nothing is ever held back."""
+        """Nothing: nothing is held back."""
         return b""
 
     def flush(self, choice: Choice) -> bytes:
-        """What was held back, and the last section's end."""
+        """Events for what was held back, and the end of the last block."""
         found = [] if choice.output is None else choice.output.take_events()
         return self._tell(self.blocks.add(found)) + self._tell(self.blocks.end())
 
     def all_blocks(self, choice: Choice) -> list[ContentBlock]:
-        """All sections of an answer that has not been streamed."""
+        """All blocks of an answer that has not been streamed."""
         if choice.output is not None:
             found = choice.output.take_events()
         else:

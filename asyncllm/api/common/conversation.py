@@ -20,7 +20,7 @@ _IN_PIECES: Final = ("content", "reasoning_content")
 
 
 class ConversationBuilder:
-    """Gathers a conversation; what one role says in a row is one turn."""
+    """Collects a conversation; successive parts of one role become one message."""
 
     def __init__(self) -> None:
         # texts as lists of their pieces: joined once, so that many pieces cost what their text does
@@ -28,28 +28,28 @@ class ConversationBuilder:
 
     @property
     def messages(self) -> Messages:
-        """What has been gathered so far."""
+        """The messages so far."""
         return [
             {key: "\n".join(v) if key in _IN_PIECES else v for key, v in turn.items()}
             for turn in self._made
         ]
 
     def add_text(self, role: str, content: str) -> None:
-        """More of what somebody says."""
+        """Add text to the message of ``role``, a new one if another role spoke last."""
         _append(self._turn(role)["content"], content)
 
     def add_reasoning(self, thought: str) -> None:
-        """More of what the assistant thinks."""
+        """Add reasoning to the assistant's message."""
         _append(self._turn("assistant").setdefault("reasoning_content", []), thought)
 
     def add_call(self, key: str, name: str, arguments: CallArguments) -> None:
-        """The assistant calls a tool."""
+        """Add a tool call to the assistant's message."""
         function = {"name": name, "arguments": arguments}
         calls = self._turn("assistant").setdefault("tool_calls", [])
         calls.append({"type": "function", "function": function, "id": key})
 
     def add_result(self, key: str, content: str) -> None:
-        """What the call ``key`` gave."""
+        """Add the result of the call ``key``."""
         self._made.append({"role": "tool", "content": [content], "tool_call_id": key})
 
     def _turn(self, role: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class ConversationBuilder:
 
 
 def _append(pieces: list[str], piece: str) -> None:
-    """Nothing is put between an empty beginning and what follows."""
+    """An empty first piece is dropped, so that nothing separates it from the next."""
     if pieces == [""]:
         pieces.clear()
     pieces.append(piece)

@@ -80,7 +80,7 @@ def _check(
 ) -> None:
     """Raises RequestError where parsing could take long.
 
-    What is no JSON may be counted wrongly, but never as less than the parser meets before it stops.
+    Text that is not JSON may be counted wrongly, but never as less than the parser reads of it.
 
     Args:
         texts: what ``raw`` consists of, where some may have brackets that nothing closes.

@@ -100,7 +100,7 @@ def prepare_chat(
 
 
 def _thinking_variables(thinking: bool | None, effort: str | None) -> dict[str, Any]:
-    """What templates call it, whether and how much the model is to think."""
+    """The template variables that say whether, and how much, the model is to think."""
     if thinking is None and effort == NO_EFFORT:
         thinking = False
     variables: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def _thinking_variables(thinking: bool | None, effort: str | None) -> dict[str, 
 
 
 def refuse_trailing_calls(messages: Messages, name: str) -> None:
-    """Refuse calls at the end of what is to be continued. Raises RequestError (400)."""
+    """Refuse to continue a message that ends with calls. Raises RequestError (400)."""
     if messages[-1].get("tool_calls"):
         reject(f"{name}: the last turn calls tools, so their results must follow", name)
 
@@ -123,7 +123,7 @@ def settable(variables: Collection[str]) -> list[str]:
 
 
 def check_variables(kwargs: dict[str, Any], variables: Collection[str], name: str) -> None:
-    """Raises RequestError for a name that is no variable of the template, or not to be set."""
+    """Raises RequestError for a name that the template does not read, or that may not be set."""
     known = settable(variables)
     for key in kwargs:
         if key not in known:

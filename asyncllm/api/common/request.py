@@ -48,7 +48,7 @@ class GenerationRequest:
     omitted_tools: tuple[str, ...] = ()  # types of tools that the model is not told of
     include_usage: bool = False  # a usage chunk ends the stream
     continuous_usage: bool = False  # every chunk says it too
-    functions: bool = False  # OpenAI's chat: a call is told as function_call
+    functions: bool = False  # OpenAI's chat: a call is sent as function_call
     details: bool = False  # native: each token in the answer
     output_options: OutputOptions | None = None  # None: all text is content
 

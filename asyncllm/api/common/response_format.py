@@ -39,7 +39,7 @@ SchemaObject = Annotated[Grammar, PlainValidator(_of_object, json_schema_input_t
 
 
 def schema(value: Any, name: str) -> Grammar | None:
-    """A JSON schema, as JSON or as a string of it; "" is none."""
+    """A JSON schema, as JSON or as a string of it; "" means none."""
     if value == "":
         return None
     what = "a JSON schema: an object, or a string of one"
@@ -58,7 +58,7 @@ def schema(value: Any, name: str) -> Grammar | None:
 
 
 def regex(value: str, name: str) -> Grammar | None:
-    """A regular expression that the whole output matches; "" is none."""
+    """A regular expression that the whole output matches; "" means none."""
     return ("regex", _limited(value, name)) if value else None
 
 
@@ -71,7 +71,7 @@ def ebnf(value: str, name: str) -> Grammar | None:
 
 
 def choice(value: Any, name: str) -> Grammar | None:
-    """A list of strings, one of which is the output; an empty list is none."""
+    """A list of strings, one of which is the output; an empty list means none."""
     expect(value, list, name, "an array of strings")
     if len(value) > MAX_CHOICES:
         reject(f"{name}: {len(value)} choices, at most {MAX_CHOICES}", name)

@@ -18,7 +18,7 @@ ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function", 
 
 
 def messages(value: Any, name: str) -> list[dict[str, Any]]:
-    """The conversation in template form. Raises RequestError for a message that is none."""
+    """The conversation in template form. Raises RequestError for an invalid message."""
     if not value:
         reject(f"{name} must hold at least one message", name)
     if len(value) > MAX_MESSAGES:

@@ -45,9 +45,9 @@ _BLOCK: Final = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTA
 
 
 def fill(document: str) -> str:
-    """``document`` with every ``<!-- table NAME -->`` block made anew.
+    """``document`` with every ``<!-- table NAME -->`` block rewritten.
 
-    Raises KeyError for a name that is no table.
+    Raises KeyError for an unknown table.
     """
     return _BLOCK.sub(lambda m: m[1] + _markdown(m[2]) + m[3], document)
 

@@ -1,7 +1,7 @@
 """Splits a model's output into reasoning, content and tool calls, incrementally.
 
-Owns how the served model writes calls and reasoning, what a request wants of them, and one choice's
-parts. Knows neither protocols' JSON nor prompts.
+Owns how the served model writes calls and reasoning, which of them a request wants, and the state
+of one choice. Knows neither the JSON of protocols nor prompts.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from asyncllm.api.parsing.tools import (
     Tool,
 )
 
-SEPARATOR: Final = "\n\n"  # between reasoning and what follows it, where both are content
+SEPARATOR: Final = "\n\n"  # between reasoning and the text after it, where both are content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """How the served model writes.
+    """How the served model writes calls and reasoning.
 
     Args:
         calls: the format of calls, one of ``tools.FORMATS``.
         spelling: its variant, as ``tools.spelling`` names it; "": it has none.
         lists_tools: its chat template puts tools into the prompt.
         tools_in_system: it takes them as JSON text, of the system message.
-        tells_results: it has turns for the results of calls that were written as text.
+        tells_results: it renders messages of the role tool even where calls are plain text.
         reasoning: the format of reasoning, one of ``reasoning.FORMATS``; "": none.
         variables: what its chat template reads.
     """
@@ -78,16 +78,16 @@ def dialect_of(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
-    """What is to be told apart in a request's answers.
+    """Which parts of the output to parse, and how to report them.
 
     Args:
         calls: the format of calls; "": calls are content.
         tools: what may be called.
-        parallel: False: the first call is the only one told.
+        parallel: False: only the first call is reported.
         reasoning: the format of reasoning; "": reasoning is content.
-        separate: False: reasoning is found, and told as content.
-        hidden: reasoning is found, and not told.
-        flowing: False: reasoning is told in one piece, once it has ended.
+        separate: False: reasoning is parsed, and reported as content.
+        hidden: reasoning is parsed, and not reported.
+        streamed: False: reasoning is reported in one piece, once it has ended.
         continued: the end of the prompt that is the beginning of the answer.
     """
 
@@ -116,10 +116,10 @@ class OutputOptions:
 
 
 class OutputParser:
-    """One answer in its parts. Joined, they are the same wherever the text is cut.
+    """The parts of one answer. Joined, they are the same wherever the text is cut.
 
     Attributes:
-        num_thoughts: tokens of reasoning so far, its end tag included.
+        num_reasoning_tokens: tokens of reasoning so far, its end tag included.
     """
 
     def __init__(self, splitter: Splitter, options: OutputOptions) -> None:
@@ -128,7 +128,7 @@ class OutputParser:
         self._content: list[str] = []
         self._events: list[Event] = []
         self._after_reasoning = False  # and no content after them yet
-        self._delayed: list[str] = []  # reasoning to be told once it has ended
+        self._delayed: list[str] = []  # reasoning to report once it has ended
         self._ended = False
         self.num_reasoning_tokens = 0
 
@@ -139,12 +139,12 @@ class OutputParser:
 
     @property
     def reasoning(self) -> str:
-        """All reasoning so far; "" where it is told as content."""
+        """All reasoning so far; "" where it is reported as content."""
         return "".join(self._reasoning)
 
     @property
     def looks_for_reasoning(self) -> bool:
-        """Reasoning is looked for."""
+        """Whether reasoning is parsed."""
         return bool(self._options.reasoning)
 
     @property
@@ -153,7 +153,7 @@ class OutputParser:
         return self._splitter.calls if self._options.parallel else self._splitter.calls[:1]
 
     def take(self, text: str, pieces: Sequence[str], num_tokens: int) -> None:
-        """More text.
+        """Parse more text.
 
         Args:
             pieces: the text of each token; together they are ``text`` unless a possible stop string
@@ -171,14 +171,14 @@ class OutputParser:
             self._add(splitter.push(text))
 
     def finish(self) -> None:
-        """There is no more text."""
+        """The text has ended."""
         if not self._ended:
             self._ended = True
             self._add(self._splitter.finish())
             self._flush()
 
     def take_events(self) -> list[Event]:
-        """What has been found since the last time."""
+        """The events since the last call."""
         found, self._events = self._events, []
         return found
 

@@ -80,7 +80,7 @@ def make_reasoning(format_name: str, *, opened: bool | None) -> ReasoningParser:
 
     Args:
         format_name: one of FORMATS.
-        opened: the prompt ends inside reasoning (True), behind it (False: all is content), or says
+        opened: the prompt ends inside reasoning (True), after it (False: all is content), or says
             nothing (None: reasoning if the answer begins so). ``OPENED.get(prompt_state(..))``.
 
     Raises:
@@ -151,7 +151,7 @@ def tags(format_name: str, pieces: Container[bytes]) -> ReasoningTags:
 
 
 def prompt_state(format_name: str, rendered_prompt: str, continued: str = "") -> PromptState:
-    """Where the answer to a prompt begins: inside reasoning, behind it, or neither.
+    """Where the answer to a prompt begins: inside reasoning, after it, or neither.
 
     Only the end of the prompt counts: tags in older messages say nothing.
 

@@ -1,8 +1,8 @@
 """Scans text that arrives in pieces as if all of it were there.
 
 A parser is a generator that reads from a :class:`Scanner` and yields where it needs text that has
-not come yet. What the scanner answers depends on the text alone, never on where the pieces were
-cut, so a parser built on it gives the same for every cut. Knows no format.
+not arrived yet. The scanner's answers depend on the text alone, never on where the pieces were cut,
+so a parser built on it gives the same result for every cut. Knows no format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SPACE: Final = " \t\r\n"
 
 
 class Literals:
-    """Literal strings to look for at once; none may contain another."""
+    """Literal strings to search for together; none may contain another."""
 
     def __init__(self, *marks: str) -> None:
         assert not any(a != b and a in b for a in marks for b in marks), marks
@@ -41,11 +41,11 @@ class Literals:
 
 
 class Scanner:
-    """A window on the text: what has come and is not done with, and a place in it.
+    """A window on the text: what has arrived and is still needed, and a position in it.
 
-    Three states: :meth:`free` (what is passed is forgotten), :meth:`mark` (it is kept, and
-    :meth:`rewind` goes back to it), and after :meth:`release` (it can still be had by
-    :meth:`passed`, but not be gone back to).
+    Three states: :meth:`free` (text is dropped once it is passed), :meth:`mark` (it is kept, and
+    :meth:`rewind` returns to it), and after :meth:`release` (:meth:`passed` still gives it, but
+    there is no way back to it).
     """
 
     def __init__(self) -> None:
@@ -63,17 +63,17 @@ class Scanner:
         self.buf += text
 
     def free(self) -> None:
-        """Forget what is passed, and go on forgetting."""
+        """Drop the text that is passed, now and from now on."""
         self._drop()
         self._held = self._recording = self.starved = False
 
     def mark(self) -> None:
-        """Remember this place and all text after it."""
+        """Remember this position and all text after it."""
         self._drop()
         self._held = self._recording = True
 
     def release(self) -> None:
-        """There is no way back to the mark any more."""
+        """Give up the way back to the mark."""
         self._held = False
 
     def rewind(self) -> None:
@@ -85,10 +85,10 @@ class Scanner:
         """The text from the mark to here."""
         return "".join(self._passed) + self.buf[: self.pos]
 
-    # -- what parsers ask; places are counted from the present one -------------------------------
+    # -- what parsers ask; positions are relative to the present one -------------------------------
 
     def more(self) -> Run[bool]:
-        """Wait for text; False when there is none."""
+        """Wait for text; False at the end."""
         if self.pos and not self._held:
             if self._recording:
                 self._passed.append(self.buf[: self.pos])
@@ -130,19 +130,19 @@ class Scanner:
         return ""
 
     def past_spaces(self, k: int = 0, chars: str = SPACE) -> Run[int]:
-        """The first place from ``k`` on that is no white space, or none of ``chars``."""
+        """The first position from ``k`` on that is not white space (not one of ``chars``)."""
         while (c := (yield from self.at(k))) and c in chars:
             k += 1
         return k
 
     def spaces(self) -> Run[str]:
-        """Pass white space, and give it."""
+        """Pass white space, and return it."""
         k = yield from self.past_spaces()
         self.pos += k
         return self.buf[self.pos - k : self.pos]
 
     def until(self, marks: Literals, limit: int) -> Run[str | None]:
-        """Pass the text before a mark, and give it; None, staying, if none is within ``limit``."""
+        """Pass and return the text before a mark; None, staying, if none is within ``limit``."""
         while True:
             found = marks.search(self.buf, self.pos)
             if found is not None:
@@ -157,9 +157,9 @@ class Scanner:
                 return None
 
     def to_mark(self, marks: Literals, out: Out) -> Run[str]:
-        """Hand on the text before the next mark as it comes; the mark, or "" at the end.
+        """Hand on the text before the next mark as it arrives; returns the mark, or "" at the end.
 
-        A beginning of a mark is held back until it is known to be none.
+        A possible beginning of a mark is held back until it is known not to be one.
         """
         while True:
             found = marks.search(self.buf, self.pos)
@@ -177,7 +177,7 @@ class Scanner:
                 return ""
 
     def rest(self, out: Out) -> Run[None]:
-        """Hand on all text up to the end as it comes."""
+        """Hand on all text up to the end as it arrives."""
         while True:
             if self.pos < len(self.buf):
                 out(self.buf[self.pos :])
@@ -192,7 +192,7 @@ class Scanner:
 
 
 class IncrementalParser(Generic[T]):
-    """Runs a parser over text in pieces; what it finds goes to ``self._found``."""
+    """Runs a parser over text that arrives in pieces; its results go to ``self._found``."""
 
     def __init__(self) -> None:
         self._scan = Scanner()
@@ -200,13 +200,13 @@ class IncrementalParser(Generic[T]):
         self._parser = self._run()
 
     def push(self, text: str) -> list[T]:
-        """What is certain after this piece of text."""
+        """The results that are certain after this piece of text."""
         assert not self._scan.ended, "text after finish"
         self._scan.feed(text)
         return self._advance()
 
     def finish(self) -> list[T]:
-        """The text has ended: the rest."""
+        """The text has ended: the remaining results."""
         assert not self._scan.ended, "finished twice"
         self._scan.ended = True
         return self._advance()
@@ -221,4 +221,4 @@ class IncrementalParser(Generic[T]):
         return found
 
     def _settle(self) -> None:
-        """Called before ``_found`` is given away."""
+        """Called before ``_found`` is returned."""

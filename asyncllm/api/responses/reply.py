@@ -22,7 +22,7 @@ from asyncllm.errors import RequestError
 from asyncllm.messages import Delta
 
 PREFIXES: Final = {Content: "msg_", Reasoning: "rs_", CallStart: "fc_"}  # of items' ids
-EVENTS: Final = {  # that bring a section's text
+EVENTS: Final = {  # that carry the text of a block
     Content: "response.output_text",
     Reasoning: "response.reasoning_text",
     CallStart: "response.function_call_arguments",
@@ -32,7 +32,7 @@ CUSTOM_INPUT: Final = "response.custom_tool_call_input"
 
 
 class ResponseReply(ContentBlockReply):
-    """/v1/responses: an item for each section; a finished response goes into ``store``."""
+    """/v1/responses: an item for each block; a finished response goes into ``store``."""
 
     def __init__(self, answer: Answer, asked: ResponsesRequest, store: Store) -> None:
         super().__init__(answer)
@@ -247,7 +247,7 @@ def _status(block: ContentBlock, choice: Choice) -> str:
 def answered(
     asked: ResponsesRequest, blocks: Iterable[ContentBlock], body: bytes
 ) -> StoredResponse:
-    """What is kept of a finished response; a call that is cut is no part of the conversation."""
+    """What is kept of a finished response; a cut call does not join the conversation."""
     builder = ConversationBuilder()
     for block in blocks:
         if block.kind is Content:

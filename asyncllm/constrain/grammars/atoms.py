@@ -180,7 +180,7 @@ def number(value: Json) -> Fraction:
 
 
 def kind_of(value: Json) -> str:
-    """The JSON type of a value; integers are told from other numbers by their value."""
+    """The JSON type of a value; a number is an integer by its value."""
     match value:
         case None:
             return "null"

@@ -19,7 +19,7 @@ from asyncllm.plain import JsonObject, typed
 
 @dataclass(frozen=True, slots=True)
 class _Tags:
-    """How a format writes an argument: before its name, behind it, behind its value."""
+    """How a format writes an argument: the text before its name, after it, and after its value."""
 
     begin: str
     named: str
@@ -43,7 +43,7 @@ _COMBINED: Final = frozenset(("$ref", "anyOf", "oneOf", "allOf"))
 
 
 def calls_grammar(forms: Sequence[JsonObject], possible: Possible) -> str:
-    """The engine's grammar of one of several calls, behind their mark.
+    """The engine's grammar of one of several calls, after their mark.
 
     Args:
         forms: each with ``begin`` (white space that it begins with may differ), ``schema``,
@@ -143,7 +143,7 @@ def _argument(
 
 
 def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -> Expr:
-    """A value and its end tag. What is no array and no object is one terminal with it."""
+    """A value and its end tag; both are one terminal unless it is an array or an object."""
     end = f"/{terms.text_expression(tags.end)}/"
     found: list[Expr] = []
     for atom in values:
@@ -163,7 +163,7 @@ def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -
 
 
 def _raw(atom: String, tags: _Tags, is_text: bool) -> str:
-    """Strings in which no tag stands, and which are not read as something else."""
+    """Strings that contain no tag, and are not read as another type."""
     inside = "|".join(map(terms.text_expression, tags.inside))
     parts = [terms.raw_term(atom), f"~/(?s:.*)(?:{inside})(?s:.*)/"]
     if not is_text:

@@ -28,7 +28,7 @@ class Document:
         root: JSON, as :func:`asyncllm.constrain.grammars.jsontext.load` gives it.
 
     Raises:
-        RequestError: it nests too deeply, or a name stands for two schemas.
+        RequestError: it nests too deeply, or a name means two schemas.
     """
 
     def __init__(self, root: Json) -> None:
@@ -54,7 +54,7 @@ class Document:
             parent: where it comes from, if it does not stand in the document itself.
 
         Raises:
-            RequestError: it is no schema.
+            RequestError: it is not a schema.
         """
         if isinstance(node, bool):
             return FALSE if node is False else TRUE

@@ -19,7 +19,7 @@ def load(text: str) -> Json:
     """The value of a JSON text, with Decimal for numbers that are not written as integers.
 
     Raises:
-        RequestError: it is none, nests too deeply, or holds a number that is not finite.
+        RequestError: it is not JSON, nests too deeply, or has a number that is not finite.
     """
     try:
         value: Json = json.loads(
@@ -55,7 +55,7 @@ def string(text: str) -> str:
 
 
 def scalar(value: Json) -> str:
-    """The text of what is neither an array nor an object."""
+    """The text of a value that is neither an array nor an object."""
     match value:
         case str():
             return string(value)

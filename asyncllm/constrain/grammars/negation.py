@@ -45,7 +45,7 @@ _SILENT: Final = frozenset(
 
 
 def negated(schema: Json, document: Document) -> Json | None:
-    """A schema of values that do not fit ``schema``. None: there is none to be had."""
+    """A schema of values that do not fit ``schema``. None: there is no such schema."""
     if isinstance(schema, bool):
         return not schema
     if not isinstance(schema, dict):

@@ -19,7 +19,7 @@ _SHORT: Final = f"(?:0|[1-9]{_DIGITS})(?:\\.[0-9]{{1,{FRACTION_DIGITS}}})?"
 # is out of bounds the smallest is above 0.
 _ONE: Final = f"[1-9](?:\\.[0-9]{{1,{FRACTION_DIGITS}}})?[eE]"
 _MANY: Final = f"(?:0|[1-9][0-9]{{0,16}})(?:\\.[0-9]{{1,{FRACTION_DIGITS}}})?[eE]"
-_MOST: Final = "7976931348623157"  # behind 1. and before e308
+_MOST: Final = "7976931348623157"  # after 1. and before e308
 _LARGEST: Final = (
     "1(?:\\.(?:"
     + "|".join(f"{_MOST[:i]}[0-{int(digit) - 1}][0-9]{{0,16}}" for i, digit in enumerate(_MOST))
@@ -54,7 +54,7 @@ def integers(low: Bound, high: Bound) -> str:
 
 
 def numbers(low: Bound, low_open: bool, high: Bound, high_open: bool) -> str:
-    """Numbers between two bounds; a terminal of the engine. None: there is none."""
+    """Numbers between two bounds; a terminal of the engine. None: no number is."""
     if low is None and high is None:
         return f"/-?{_ANY}/"
     parts = []
@@ -151,13 +151,13 @@ def _decimals(low: Fraction, low_open: bool, high: Bound, high_open: bool) -> st
 
 
 def _places(fraction: Fraction) -> str:
-    """Digits behind the point, as far as they can be written."""
+    """Digits after the point, as far as they can be written."""
     digits = str(floor(fraction * 10**FRACTION_DIGITS)).rjust(FRACTION_DIGITS, "0")
     return digits.rstrip("0")
 
 
 def _fraction(low: str, low_open: bool, high: str | None, high_open: bool) -> str:
-    """What may stand behind an integer, so that the digits are between two others."""
+    """What may follow an integer, so that the digits are between two others."""
     parts = []
     whole = not low and not low_open
     if high is not None:

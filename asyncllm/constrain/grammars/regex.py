@@ -96,13 +96,13 @@ def parse(source: str) -> Expr:
 
 
 def class_at(source: str, at: int) -> tuple[Expr, int]:
-    """The class whose ``[`` stands before ``at``, and where it ends. Raises RequestError."""
+    """The class whose ``[`` is before ``at``, and where it ends. Raises RequestError."""
     parser = _RegexParser(source, at)
     return parser.bracket(), parser.at
 
 
 def escape_at(source: str, at: int) -> tuple[int, int]:
-    """The character whose backslash stands before ``at``, and where it ends.
+    """The character whose backslash is before ``at``, and where it ends.
     Raises RequestError."""
     parser = _RegexParser(source, at)
     found = parser.escaped()
@@ -127,7 +127,7 @@ def raw(node: Expr) -> str:
 
 
 def quoted(node: Expr) -> str:
-    """The engine's expression of what stands between the quotes of a JSON string."""
+    """The engine's expression of the text between the quotes of a JSON string."""
     return _written(node, quoted=True)
 
 
@@ -177,11 +177,11 @@ class Reader:
         raise NotImplementedError
 
     def peek(self) -> str:
-        """The next character that means something; "": there is none."""
+        """The next character that means something; "" at the end."""
         return self.source[self.at : self.at + 1]
 
     def item(self) -> Expr | None:
-        """What stands here, with how often it may come; None: the sequence is over."""
+        """The next item and how often it may repeat; None: the sequence is over."""
         raise NotImplementedError
 
     def alternatives(self) -> Expr:
@@ -204,7 +204,7 @@ class Reader:
         return items[0] if len(items) == 1 else Seq(tuple(items))
 
     def closed(self) -> Expr:
-        """What stands in parentheses, behind the first."""
+        """The inside of parentheses, after the first."""
         inner = self.alternatives()
         if self.peek() != ")":
             self.fail("has an unclosed parenthesis")

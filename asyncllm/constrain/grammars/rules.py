@@ -157,7 +157,7 @@ def written(rules: Rules, root: str) -> str:
 
 
 def _bottom_up(rules: Rules, root: str) -> list[str]:
-    """All rules, each behind those that it refers to unless they refer to it too."""
+    """All rules, each after those that it refers to unless they refer to it too."""
     found: dict[str, None] = {}
     begun = {root}
     path = [(root, _refs(rules[root]))]

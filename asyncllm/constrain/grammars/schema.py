@@ -355,7 +355,7 @@ class Meaning:
         return tuple(found)
 
     def _is_narrow(self, schema: Json) -> bool:
-        """An opposite stands in ``schema``, or in what it refers to."""
+        """Whether ``schema``, or what it refers to, contains a negation."""
         waiting, seen = [schema], set[int]()
         while waiting:
             one = waiting.pop()

@@ -60,7 +60,7 @@ class Marks:
     end: Expr
 
 
-# No white space is a choice: a model that likes it would go on with it.
+# White space is not optional: a model that likes it would never stop.
 TIGHT: Final = Marks(
     *map(Term, ("/, /", "/: /", r"/\x{7B}/", r"/\x{7D}/", r"/\x{5B}/", r"/\x{5D}/"))
 )
@@ -160,7 +160,7 @@ class Writer:
         return known
 
     def rule(self, node: Expr) -> RuleRef:
-        """A rule of its own."""
+        """A separate rule."""
         if len(self.rules) >= MAX_RULES:
             raise RequestError(f"the JSON schema needs more than {MAX_RULES} rules: simplify it")
         name = f"{self._name}x{len(self.rules)}"
@@ -196,7 +196,7 @@ class Writer:
     def _array(self, atom: Array) -> Expr:
         high = atom.high
         for i, schemas in enumerate((*atom.prefix, atom.rest)):
-            if not self.meaning.atoms(schemas):  # no item can stand here
+            if not self.meaning.atoms(schemas):  # no item fits here
                 high = i if high is None else min(high, i)
                 break
         if high is not None and high < atom.low:
@@ -210,7 +210,7 @@ class Writer:
         return Seq((self.marks.begin, tail, self.marks.end))
 
     def _rest(self, atom: Array, size: int, high: int | None) -> Expr:
-        """Items behind the first ``size``."""
+        """Items after the first ``size``."""
         low, most = max(atom.low - size, 0), None if high is None else high - size
         if most is not None and most <= 0:
             return EMPTY

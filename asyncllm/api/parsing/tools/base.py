@@ -1,7 +1,7 @@
 """Finds tool calls in a model's output, incrementally: what all formats share.
 
-Owns content and its white space, numbering, ids, what happens to malformed and cut calls. A format
-is a subclass that reads one block of calls; it knows nothing of pieces.
+Owns content and its white space, numbering, ids, and the treatment of malformed and cut calls. A
+format is a subclass that reads one block of calls; it need not care how the text is cut.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def new_id() -> str:
 
 
 def is_name(text: str) -> bool:
-    """May a function be called so?"""
+    """Whether a function may have this name."""
     return 0 < len(text) <= MAX_NAME and text.isprintable()
 
 
@@ -82,10 +82,10 @@ class ToolParser(IncrementalParser[Event]):
     # -- what a format does ----------------------------------------------------------------------
 
     def _block(self, mark: str) -> Run[bool]:
-        """Read one block of calls behind its ``mark``.
+        """Read one block of calls after its ``mark``.
 
-        Returns False, anywhere, if this is no block, or the rest of it is none. What was read since
-        the last call is then content; if a call is open it is broken.
+        Returns False, at any point, if this is not a block of calls or stops being one. Text since
+        the last call is then content; a call that is open is broken.
         """
         raise NotImplementedError
 
@@ -96,7 +96,7 @@ class ToolParser(IncrementalParser[Event]):
     # -- for formats -----------------------------------------------------------------------------
 
     def _begin(self, name: str, given: str = "") -> None:
-        """A call begins; the text since the last one cannot become content any more."""
+        """Start a call; the text since the last one cannot become content any more."""
         assert self._open is None
         self._drop_space()
         call = Call(len(self.calls), self._id_of(name, given), name)
@@ -112,7 +112,7 @@ class ToolParser(IncrementalParser[Event]):
             self._pending.append(arguments)
 
     def _end(self, complete: bool = True) -> None:
-        """The open call's arguments have ended."""
+        """End the arguments of the open call."""
         call = self._open
         assert call is not None
         self._settle()
@@ -123,12 +123,12 @@ class ToolParser(IncrementalParser[Event]):
         self._absorb()
 
     def _absorb(self) -> None:
-        """What was read since the last call belongs to it."""
+        """Count the text since the last call as its own."""
         self.calls[-1].text += self._scan.passed()
         self._scan.mark()
 
     def _whole(self, name: str, given: str = "") -> Run[bool]:
-        """A call of which only the arguments, a JSON value, are still to come."""
+        """A call of which only the arguments, a JSON value, are still missing."""
         if (yield from self._scan.at()) == "{":
             self._begin(name, given)
             if not (yield from read_value(self._scan, self._more)):
@@ -195,7 +195,7 @@ class ToolParser(IncrementalParser[Event]):
         return True
 
     def _string(self) -> Run[str | None]:
-        """Pass a JSON string, and give what it says."""
+        """Pass a JSON string, and return its value."""
         pieces: list[str] = []
         if (yield from self._scan.at()) != '"':
             return None
@@ -222,7 +222,7 @@ class ToolParser(IncrementalParser[Event]):
                 continue
             self._cut = self._cut or s.starved
             if self._open is not None:
-                if s.starved:  # what is left is half a token of the arguments
+                if s.starved:  # the rest is half a JSON token of the arguments
                     s.pos = len(s.buf)
                 self._end(complete=False)
                 continue

@@ -23,9 +23,9 @@ class CallText:
 
     Args:
         trigger: every begin starts with it, and nothing else that a model writes does.
-        opens, between, closes: what stands before, between and after the calls of an answer.
+        opens, between, closes: the text before, between and after the calls of an answer.
         style: how arguments are written.
-        quoted: the name stands in a JSON string.
+        quoted: the name is part of a JSON string.
     """
 
     trigger: str
@@ -38,7 +38,7 @@ class CallText:
     quoted: bool = False
 
     def begun(self, name: str) -> str:
-        """What stands before the arguments of a call of ``name``."""
+        """The text before the arguments of a call of ``name``."""
         return self.begin.replace("%s", json.dumps(name)[1:-1] if self.quoted else name)
 
 
@@ -123,7 +123,7 @@ def spelling(format_name: str, template: str = "") -> str:
 
     Args:
         format_name: one of FORMATS.
-        template: the chat template, which tells variants apart.
+        template: the chat template, which decides between variants.
     """
     if format_name == "mistral" and "[ARGS]" not in template:
         return "mistral list"

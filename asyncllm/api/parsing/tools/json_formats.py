@@ -9,7 +9,7 @@ from asyncllm.api.parsing.scanner import SPACE, Literals, Run
 from asyncllm.api.parsing.tools import deepseek
 from asyncllm.api.parsing.tools.base import MAX_NAME, ToolParser, is_name
 
-_HEADER: Final = 2 * MAX_NAME  # characters of a call's head, at most
+_HEADER: Final = 2 * MAX_NAME  # characters before the arguments of a call, at most
 
 
 class Hermes(ToolParser):
@@ -41,7 +41,7 @@ class Hermes(ToolParser):
 
 
 class Llama3Calls(ToolParser):
-    """``{"name": .., "parameters": {..}}``, several with ``;`` between, perhaps behind a mark."""
+    """``{"name": .., "parameters": {..}}``, several separated by ``;``, perhaps after a mark."""
 
     marks = Literals("<|python_tag|>", "{")
     tokens = ("<|python_tag|>",)
@@ -183,7 +183,7 @@ class DeepSeekV3(ToolParser):
 
 
 class KimiK2(ToolParser):
-    """Kimi's marks; a call's head ``functions.name:number`` is its id."""
+    """Kimi's marks; ``functions.name:number`` before the arguments is the call's id."""
 
     _SECTION: Final = "<|tool_calls_section_begin|>"
     _SECTION_END: Final = "<|tool_calls_section_end|>"
@@ -250,7 +250,7 @@ class GptOss(ToolParser):
 
 
 def _array(p: ToolParser) -> Run[bool]:
-    """Call objects behind a ``[``, up to and with the ``]``."""
+    """Call objects after a ``[``, up to and including the ``]``."""
     s = p._scan
     while True:
         yield from s.spaces()

@@ -14,7 +14,7 @@ TYPES: Final = frozenset({"string", "number", "integer", "boolean", "null", "obj
 MAX_CALLS: Final = 8  # that are forced at once: a model that repeats itself comes to an end
 _DATA: Final = frozenset({"const", "default", "enum", "example", "examples"})  # hold no schemas
 _COMBINED: Final = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
-# words that tell of further properties, or ask for a number of them
+# keywords that allow further properties, or count them
 _OPEN: Final = frozenset({"additionalProperties", "unevaluatedProperties", "minProperties"})
 _JSON_TYPE: Final[Mapping[type, str]] = {
     str: "string",
@@ -76,7 +76,7 @@ def call_schema(
         parallel: more than one call is allowed, so the calls are a list.
 
     Raises:
-        RequestError: ``choice`` is no tool, there are no tools, or a schema nests too deeply.
+        RequestError: ``choice`` is not a tool, there are no tools, or a schema nests too deeply.
     """
     chosen = [tool for tool in tools if choice is None or tool.name == choice]
     if not chosen:

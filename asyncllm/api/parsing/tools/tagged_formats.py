@@ -77,7 +77,7 @@ class Qwen3Coder(_TaggedCalls):
                 return False
 
     def _tag(self) -> Run[str]:
-        """Pass the rest of a tag, and give the name in it; "" if it is none."""
+        """Pass the rest of a tag, and return the name in it; "" if it is not a tag."""
         s = self._scan
         name = yield from s.until(self._name_end, MAX_KEY)
         if name is None or not is_name(name := name.strip()) or not (yield from s.accept(">")):
@@ -106,7 +106,7 @@ class Qwen3Coder(_TaggedCalls):
         return True
 
     def _really_ends(self, k: int) -> Run[bool]:
-        """Is a ``</function>`` inside a value the function's end? Not if the value may go on."""
+        """Whether a ``</function>`` inside a value ends the function, or the value continues."""
         s = self._scan
         k = yield from s.past_spaces(k)
         for literal in ("</tool_call>", "<tool_call>", "<function="):
@@ -169,7 +169,7 @@ class Glm47(_TaggedCalls):
 
 
 class _Value:
-    """One argument on its way to JSON. Strings go on as they come, the rest at the end.
+    """One argument on its way to JSON. Strings are passed on as they arrive, all else at the end.
 
     Args:
         types: JSON types it may have.
