@@ -263,8 +263,6 @@ class Scheduler(Actor[Inbox]):
                 return msg.fits(self._vocab_size, self._max_len) and (
                     not moves or bool(self._transfers)
                 )
-            case Begin(token=token):
-                return token < self._vocab_size
             case _:
                 return True
 
@@ -372,6 +370,9 @@ class Scheduler(Actor[Inbox]):
     def _moved(self, msg: Begin | Arrived | Lapsed | Sent) -> None:
         self._stalled = False
         match msg:
+            case Begin(rid, token) if token >= self._vocab_size:
+                self.system.reject(msg, f"token {token} is not in the vocabulary")
+                self.core.abort(rid)
             case Begin(rid, token):
                 self.core.begin(rid, token)
             case Arrived(rid, rank):

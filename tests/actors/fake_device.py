@@ -476,6 +476,7 @@ class World:
         self.others: list[Any] = []  # what the watchdog got
         self.actors: dict[str, Callable[[int, list[Any]], None]] = {}  # further ones
         self.num_ranks = num_ranks
+        self.rejected: list[Any] = []
 
     @property
     def core(self) -> Any:
@@ -489,6 +490,9 @@ class World:
         return self.boxes.setdefault((name, endpoint or 0), Mailbox(self._encode_local))
 
     at_intake = at_coordinator = ref  # there is but one endpoint
+
+    def reject(self, msg: Any, why: str) -> None:
+        self.rejected.append(msg)
 
     def submit(
         self,

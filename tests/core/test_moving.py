@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 
 from asyncllm.core.request import Reason, SamplingParams
-from asyncllm.messages import Abort, Arrived, Begin, Drain, Drained, Gone, Lapsed, Progress, Sent
+from asyncllm.messages import (
+    Abort,
+    Agreed,
+    Arrived,
+    Begin,
+    Drain,
+    Drained,
+    Gone,
+    JoinStep,
+    Lapsed,
+    Offer,
+    Progress,
+    Sent,
+)
 from tests.actors.fake_device import World, fake_grammar, oracle
 from tests.actors.fake_transfer import RANKS, Client, Pair
 from tests.core.test_lives import random_params
@@ -28,10 +41,21 @@ def make_pair(rng: random.Random, **changes: Any) -> Pair:
             "use_tree": rng.random() < 0.85,
             "share_prompts": rng.random() < 0.5,
             "encode_local": rng.random() < 0.2,
+            "in_step": rng.random() < 0.2,
         }
-        return World(**(limits | changes), reader="agent", num_ranks=RANKS)
+        world = World(**(limits | changes), reader="agent", num_ranks=RANKS)
+        world.actors["lockstep"] = lambda _, batch: step_together(world, rng, batch)
+        return world
 
     return Pair(rng, make(), make())
+
+
+def step_together(world: World, rng: random.Random, offers: list[Offer]) -> None:
+    """Another group takes the step too, and sometimes one that nobody here wants."""
+    for offer in offers:
+        world.tell(Agreed(offer.step, offer.num_tokens + rng.randint(0, 9), offer.mixed))
+        if rng.random() < 0.2:
+            world.tell(JoinStep(offer.step + 1))
 
 
 def preempt(pair: Pair) -> None:
@@ -103,17 +127,17 @@ def check_end(pair: Pair) -> None:
             assert client.scores == [-float(i) for i in range(1, len(client.prompt))]
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(14))
 def test_requests_move_and_give_the_tokens_of_one_server(seed: int) -> None:
     live(make_pair(random.Random(seed)), 30)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(14))
 def test_transfers_that_lapse_are_tried_again(seed: int) -> None:
     live(make_pair(random.Random(100 + seed)), 30, lapses=0.02)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(14))
 def test_who_loses_its_place_has_it_computed_or_sent_all_the_same(seed: int) -> None:
     live(make_pair(random.Random(200 + seed)), 30, lapses=0.005, preempts=0.03)
 
@@ -139,7 +163,13 @@ PROMPT = list(range(30))
 
 
 def quiet_pair(**changes: Any) -> Pair:
-    limits = {"num_slots": 200, "num_lanes": 4, "chunked_prefill_size": 8, "depth": 2}
+    limits = {
+        "num_slots": 200,
+        "num_lanes": 4,
+        "chunked_prefill_size": 8,
+        "depth": 2,
+        "in_step": False,
+    }
     return make_pair(random.Random(0), **(limits | {"headroom": 0, "use_tree": True} | changes))
 
 
@@ -269,6 +299,18 @@ def test_answers_that_come_twice_or_of_nobody_change_nothing() -> None:
     pair.run()
     check_end(pair)
     assert client.attempts == 1
+
+
+def test_a_first_token_that_is_none_ends_the_request() -> None:
+    pair = quiet_pair()
+    client = ask(pair)
+    pair.d.scheduler._vocab_size = 50
+    run_until(pair, lambda: client.here >= 0)
+    pair.d.tell(Begin(client.there, 50))
+    pair.run()
+    check_end(pair)
+    assert [type(msg) for msg in pair.d.rejected] == [Begin]
+    assert not pair.d.device.plans
 
 
 def test_a_prefill_node_is_drained_when_its_kv_have_left() -> None:
