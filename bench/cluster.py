@@ -7,7 +7,8 @@
 Each topology is started in turn, as often as ``--rounds`` says, and every load of bench/serve.py
 runs in it with the same requests; the table compares their medians with those of the first one. A
 topology is ``name=number,...``: tp, dp, nnodes as the options of asyncllm. "Nodes" are processes on
-the loopback interface; each sees its own GPUs only, so that NCCL joins them.
+the loopback interface; each sees its own GPUs only, as machines do. NCCL then goes through memory
+of the host; with ``--visible all`` each sees the others' behind its own, and NCCL may use NVLink.
 """
 
 from __future__ import annotations
@@ -69,12 +70,13 @@ class Plan:
     url: str
 
 
-def nodes(shape: Shape, common: Sequence[str], gpus: Sequence[str]) -> Plan:
+def nodes(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible: str) -> Plan:
     """A server of ``nnodes`` nodes, or a plain one.
 
     Args:
         common: options of all.
         gpus: what this machine has; none: it computes on the CPU.
+        visible: "own": a node sees its own; "all": those of the others as well, behind them.
     """
     count, tp, dp = shape.get("nnodes", 1), shape.get("tp", 1), shape.get("dp", 1)
     port = free_port()
@@ -87,17 +89,19 @@ def nodes(shape: Shape, common: Sequence[str], gpus: Sequence[str]) -> Plan:
         own = [*words, "--port", str(free_port() if node else port)]
         own += ["--node_rank", str(node)] if count > 1 else []
         mine = gpus[node * tp // count : (node + 1) * tp // count]
+        if visible == "all":
+            mine = [*mine, *(gpu for gpu in gpus if gpu not in mine)]
         parts.append(Part(f"node{node}", own, {VISIBLE: ",".join(mine)} if gpus else {}))
     return Plan(parts, f"http://127.0.0.1:{port}")
 
 
 # how a topology is started; a further kind of cluster is a row here
-KINDS: Mapping[frozenset[str], Callable[[Shape, Sequence[str], Sequence[str]], Plan]] = {
+KINDS: Mapping[frozenset[str], Callable[[Shape, Sequence[str], Sequence[str], str], Plan]] = {
     frozenset({"tp", "dp", "nnodes"}): nodes,
 }
 
 
-def plan(text: str, common: Sequence[str], gpus: Sequence[str] = ()) -> Plan:
+def plan(text: str, common: Sequence[str], gpus: Sequence[str] = (), visible: str = "own") -> Plan:
     """The processes of a topology as it is written on the command line.
 
     Raises:
@@ -110,7 +114,7 @@ def plan(text: str, common: Sequence[str], gpus: Sequence[str] = ()) -> Plan:
         raise serve.BenchError(f"{text!r} is not name=number,...") from None
     for names, start in KINDS.items():
         if names >= shape.keys() and min(shape.values()) > 0:
-            return start(shape, common, gpus)
+            return start(shape, common, gpus, visible)
     known = ", ".join(sorted(set().union(*KINDS)))
     raise serve.BenchError(f"{text!r} is no topology: the names are {known}, the numbers above 0")
 
@@ -196,7 +200,7 @@ def measure(text: str, a: argparse.Namespace, seed: int, logs: Path) -> Figures:
         BenchError: it did not start, or some answers were not good.
     """
     common = ["--model_dir", a.model_dir, "--host", "127.0.0.1", *shlex.split(a.options)]
-    found = plan(text, common, gpus())
+    found = plan(text, common, gpus(), a.visible)
     figures: Figures = {}
     with running(found, logs, a.start_timeout) as ready_s:
         for name, options in a.loads.items():
@@ -252,6 +256,7 @@ def parser() -> argparse.ArgumentParser:
     add("--options", default="", help="further ones, of every process")
     add("--rounds", type=serve.positive, default=3, help="in turn: a b, b a, a b")
     add("--load", action="append", metavar="NAME[=OPTIONS]", help=f"of {', '.join(LOADS)}, or own")
+    add("--visible", choices=("own", "all"), default="own", help="GPUs that a node sees")
     add("--start_timeout", type=float, default=600.0, help="seconds until all are ready")
     add("--logs", type=Path, help="folder for the processes' logs")
     add("--json", type=Path, metavar="FILE", help="write all figures here")

@@ -377,6 +377,8 @@ class Server:
         assert self._children is not None
         for rank in topology.group(group):
             self._children.kill_one(rank.id)
+        if not self._boot.coordinates:
+            logger.error("%s: group %d is lost", what, group)
         self._system.at_coordinator("watchdog").tell(GroupLost(group, what), urgent=True)
         return True
 

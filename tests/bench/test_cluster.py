@@ -38,6 +38,8 @@ def test_each_node_has_its_place_its_port_and_its_gpus() -> None:
     assert found.url.endswith(option(first.words, "port"))
     for name in ("multinode_httpmanager_port", "multinode_router_gloo_port", "nccl_port", "tp"):
         assert option(first.words, name) == option(second.words, name)
+    every = cluster.plan("tp=2,nnodes=2", [], ["4", "5"], "all").parts
+    assert [part.environment["CUDA_VISIBLE_DEVICES"] for part in every] == ["4,5", "5,4"]
     (plain,) = cluster.plan("tp=2", [], ["0", "1", "2", "3"]).parts
     assert plain.environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
     assert "--nnodes" not in plain.words

@@ -197,11 +197,11 @@ def test_a_node_that_is_silent_ends_the_others(gone: int) -> None:
 def test_a_node_that_can_be_spared_is_missed_and_nobody_else_notices() -> None:
     """It is told so if it comes back to its senses."""
     gone: list[tuple[int, str]] = []
-    with world(3) as w:
-        for i in (1, 2):
+    with world(4) as w:
+        for i in (1, 2, 3):
             w.add(i, a_node(i))
         w.settle()
-        w.meeting.spare([1, 2], lambda node, why: gone.append((node, why)))
+        w.meeting.spare([1, 2, 3], lambda node, why: gone.append((node, why)))
         beat, w.lines[1]._beat = w.lines[1]._beat, lambda now, late: None  # type: ignore[method-assign]
         assert wait_until(lambda: gone, DEAD_AFTER_S + 1)
         assert gone[0][0] == 1
@@ -212,6 +212,9 @@ def test_a_node_that_can_be_spared_is_missed_and_nobody_else_notices() -> None:
         w.lines[2].fail(70, "it hangs")
         assert wait_until(lambda: len(gone) == 2, 5)
         assert gone[1] == (2, "node 2 (10.0.0.2): it hangs")
+        w.lines[3].close()
+        assert wait_until(lambda: len(gone) == 3, 5)
+        assert gone[2] == (3, "node 3 (10.0.0.3) has gone: its connection is closed")
         assert 0 not in w.ended
 
 
