@@ -38,7 +38,7 @@ PLACEMENT: Mapping[str, frozenset[str]] = {
 }
 
 # What a leader's watchdog asks for numbers. Followers do what their leader does, and are not asked.
-REPORTERS = ("scheduler", "allocator", "runner", "director")
+REPORTERS = ("scheduler", "allocator", "runner", "kv_transfer", "director")
 WORKERS = ("scheduler", "director", "agent", "frontend")  # a drain waits for what they have
 
 

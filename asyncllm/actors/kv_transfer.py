@@ -104,8 +104,8 @@ class KvTransfer(Actor[Taken]):
             taken_pages=counts.taken_pages,
             taken_tokens=counts.taken_tokens,
             transfers=counts.transfers,
-            transfer_ms=counts.transfer_ms,
-            lapses=counts.lapses,
+            transfer_ms=round(counts.transfer_ms),
+            lapsed=counts.lapses,
             waiting=counts.waiting,
             refused=counts.refused,
         )

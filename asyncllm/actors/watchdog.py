@@ -43,6 +43,7 @@ from asyncllm.messages import (
     Scrape,
     Scraped,
     Started,
+    TransferStats,
     Welcome,
 )
 from asyncllm.topology import WORKERS, Contract
@@ -70,12 +71,14 @@ Inbox = (
     | SchedulerStats
     | AllocatorStats
     | RunnerStats
+    | TransferStats
     | DirectorStats
 )
 REPORTER: dict[type[Stats], str] = {
     SchedulerStats: "scheduler",
     AllocatorStats: "allocator",
     RunnerStats: "runner",
+    TransferStats: "kv_transfer",
     DirectorStats: "director",
 }
 
@@ -247,7 +250,13 @@ class Watchdog(Actor[Inbox]):
                     self._scrapes.append(msg)
                 case RequestServed():
                     self._served(msg)
-                case SchedulerStats() | AllocatorStats() | RunnerStats() | DirectorStats():
+                case (
+                    SchedulerStats()
+                    | AllocatorStats()
+                    | RunnerStats()
+                    | TransferStats()
+                    | DirectorStats()
+                ):
                     self._collect(msg)
                 case _:
                     assert_never(msg)

@@ -22,7 +22,13 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from asyncllm.messages import AllocatorStats, DirectorStats, RunnerStats, SchedulerStats
+from asyncllm.messages import (
+    AllocatorStats,
+    DirectorStats,
+    RunnerStats,
+    SchedulerStats,
+    TransferStats,
+)
 from asyncllm.records import Answered, Load
 
 REFUSED = "refused"  # a reason: the request was not taken in
@@ -34,8 +40,8 @@ LENGTH_BUCKETS = tuple(2**k for k in range(21))
 LIGHTLLM_BUCKETS = tuple(0.0015 * 1.5**k for k in range(35))
 
 
-Stats = SchedulerStats | AllocatorStats | RunnerStats | DirectorStats
-S = TypeVar("S", SchedulerStats, AllocatorStats, RunnerStats, DirectorStats)
+Stats = SchedulerStats | AllocatorStats | RunnerStats | TransferStats | DirectorStats
+S = TypeVar("S", SchedulerStats, AllocatorStats, RunnerStats, TransferStats, DirectorStats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class State:
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
     allocator: AllocatorStats = field(default_factory=AllocatorStats)
     runner: RunnerStats = field(default_factory=RunnerStats)
+    transfer: TransferStats = field(default_factory=TransferStats)
     director: DirectorStats = field(default_factory=DirectorStats)
     silent_reporters: int = 0
     groups: Mapping[int, State] = field(default_factory=dict)
@@ -97,6 +104,7 @@ def gather(
         _merged(SchedulerStats, every),
         _merged(AllocatorStats, every),
         _merged(RunnerStats, every),
+        _merged(TransferStats, every),
         silent_reporters=silent,
         groups=groups,
         lost_groups=lost,
@@ -196,6 +204,28 @@ _STATE = {
         True,
     ),
     "runner.jit_after_warmup": ("jit_after_warmup", "Kernels compiled while serving", True),
+    "transfer.sent_bytes": ("kv_sent_bytes", "K/V of first ranks that went elsewhere", True),
+    "transfer.taken_bytes": ("kv_taken_bytes", "K/V of first ranks that came", True),
+    "transfer.sent_pages": ("kv_sent_pages", "Pages in which they went", True),
+    "transfer.taken_pages": ("kv_taken_pages", "Pages in which they came", True),
+    "transfer.transfers": ("kv_transfers", "Requests whose K/V a first rank has had", True),
+    "transfer.taken_tokens": ("kv_transferred_tokens", "Tokens of these", True),
+    "transfer.transfer_ms": (
+        "kv_transfer_ms",
+        "Milliseconds of these, from the first sign of the sender to the last byte",
+        True,
+    ),
+    "transfer.lapsed": ("kv_transfer_lapses", "Transfers that failed at this end", True),
+    "transfer.waiting": (
+        "kv_pages_waiting",
+        "Pages that could travel and wait for one that is free",
+        False,
+    ),
+    "transfer.refused": (
+        "kv_peers_refused",
+        "Connections that were ended for what came on them",
+        True,
+    ),
     "director.requests": ("pd_requests", "Requests that a pd_master holds", False),
     "director.prefill_nodes": ("pd_prefill_nodes", "Prefill nodes that take requests", False),
     "director.decode_nodes": ("pd_decode_nodes", "Decode nodes that take requests", False),
@@ -225,7 +255,7 @@ _STATE = {
 _UNNAMED = {"query", "endpoint", "expected_slots"}  # the last one is for /token_load alone
 assert set(_STATE) - {"silent_reporters"} == {
     f"{of.name}.{count.name}"
-    for of in fields(State)[:4]
+    for of in fields(State)[:5]
     for count in fields(getattr(State(), of.name))
     if count.name not in _UNNAMED
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 WORDS = (4, 2, 1)  # bytes that the device copies at once
+KINDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # that the CPU does
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,10 @@ def page_to_rows(strips: Strips, slots: Tensor, page: Tensor) -> None:
 def _pieces(
     strips: Sequence[Strip], slots: Tensor, page: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each strip all rows in equal pieces, which pieces are meant, and their part of the page:
-    torch copies whole rows much faster than parts of them."""
+    """Of each strip all rows in equal pieces, which pieces are meant, and their part of the page.
+
+    Torch copies whole rows much faster than parts of them, and wide words than bytes.
+    """
     found, before, num = [], 0, len(slots)
     for strip in strips:
         num_slots, row = strip.rows.shape
@@ -93,7 +96,10 @@ def _pieces(
         if per_strip > 1:
             where = (where[:, None] + torch.arange(per_strip)).view(-1)
         size = num * strip.width
-        part = page[before : before + size].view(num * per_strip, piece)
-        found.append((strip.rows.view(num_slots * per_row, piece), where, part))
+        part = page[before : before + size]
+        places = gcd(piece, strip.rows.data_ptr(), part.data_ptr())
+        kind = next(kind for kind in KINDS if places % kind.itemsize == 0)
+        pieces = strip.rows.view(num_slots * per_row, piece)
+        found.append((pieces.view(kind), where, part.view(num * per_strip, piece).view(kind)))
         before += size
     return found

@@ -185,7 +185,7 @@ class TransferStats(Message):
     taken_pages: int = 0
     taken_tokens: int = 0  # positions of requests that have come as a whole
     transfers: int = 0  # of these requests
-    transfer_ms: float = 0.0  # of these, from the first sign of the sender to the last byte
-    lapses: int = 0  # transfers that have failed, at this end
+    transfer_ms: int = 0  # of these, from the first sign of the sender to the last byte
+    lapsed: int = 0  # transfers that have failed, at this end
     waiting: int = 0  # now: portions that could travel and wait for a page
     refused: int = 0  # connections that were ended for what came on them

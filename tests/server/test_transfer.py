@@ -1,0 +1,129 @@
+"""Where ranks of a decode node take K/V, and what cannot be had."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from asyncllm.actors.kv_taker import Door
+from asyncllm.config import Config, resolve_limits
+from asyncllm.core.windows import Window
+from asyncllm.engine.kv_ways import AUTO, MODES, TCP, make_ways
+from asyncllm.errors import StartupError
+from asyncllm.server.launch import Boot
+from asyncllm.server.transfer import open_door, refuse, transfer_keys
+from asyncllm.topology import Topology
+
+
+def boot(host: str = "127.0.0.1", endpoint: int = 0, **options: object) -> Boot:
+    config = Config(**{"run_mode": "decode", "tp": 2, **options})  # type: ignore[arg-type]
+    resolved = resolve_limits(
+        config,
+        device="cpu",
+        checkpoint_dtype="float32",
+        model_limit=512,
+        model_eos=(2,),
+        model_dir_names=("m",),
+        has_experts=False,
+        kv_format=None,
+    )
+    return Boot(
+        endpoint=endpoint,
+        topology=Topology.on_one_node(tp=2).as_node(),
+        keys=("public", "secret"),
+        config=config,
+        resolved=resolved,
+        model_dir="/models/m",
+        rendezvous=None,
+        listen_fd=-1,
+        parent=0,
+        cluster_host=host,
+    )
+
+
+@contextmanager
+def opened(boot: Boot) -> Iterator[Door]:
+    door = open_door(boot)
+    assert door is not None
+    try:
+        yield door
+    finally:
+        door.close()
+
+
+@contextmanager
+def taken(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port on which somebody listens, with a free one before it."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind((host, 0))
+            port = one.getsockname()[1]
+            try:
+                other.bind((host, port + 1))
+            except (OSError, OverflowError):
+                continue
+            one.close()
+            other.listen()
+            yield port + 1
+            return
+
+
+def test_each_rank_has_the_port_behind_the_one_before_it() -> None:
+    with taken() as busy:
+        with opened(boot(pd_decode_rpyc_port=busy - 1)) as door:
+            assert door.port == busy - 1
+        with pytest.raises(StartupError, match=rf"127.0.0.1:{busy}: .*--pd_decode_rpyc_port"):
+            open_door(boot(endpoint=1, pd_decode_rpyc_port=busy - 1))
+
+
+def test_a_busy_default_gives_way_to_a_free_port() -> None:
+    with taken() as busy:
+        config = boot(pd_decode_rpyc_port=busy).config
+        object.__setattr__(config, "explicit", frozenset())  # as if it had been the default
+        with opened(replace(boot(), config=config)) as door:
+            assert door.port not in (0, busy)
+
+
+def test_a_port_beyond_the_last_one_is_an_error() -> None:
+    with pytest.raises(StartupError, match="there is no such port"):
+        open_door(boot(endpoint=1, pd_decode_rpyc_port=65535))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "192.0.2.1"])
+def test_it_listens_where_others_are_told_to_connect(host: str, free_port: int) -> None:
+    with opened(boot(host, pd_decode_rpyc_port=free_port)) as door:
+        # 192.0.2.1 is nowhere: what leads there, such as a gateway, leads to any address here
+        reached = "127.0.0.1" if host == "192.0.2.1" else host
+        socket.create_connection((reached, door.port), timeout=10).close()
+
+
+def test_a_prefill_node_listens_nowhere() -> None:
+    assert open_door(boot(run_mode="prefill")) is None
+
+
+def test_without_a_secret_only_this_machine_is_spoken_to() -> None:
+    assert transfer_keys(boot(pd_master_ip="0.0.0.0").config)
+    with pytest.raises(StartupError, match=r"--pd_master_ip 192\.0\.2\.7 can be reached"):
+        transfer_keys(boot(pd_master_ip="192.0.2.7").config)
+
+
+def test_what_this_machine_has_not_got_is_refused() -> None:
+    with pytest.raises(StartupError, match=r"--pd_trans_mode nccl .* computes on the CPU"):
+        refuse(boot(pd_trans_mode="nccl"), None)
+    with pytest.raises(StartupError, match="128 tokens cannot be moved"):
+        refuse(boot(), Window(128))
+    refuse(boot(pd_trans_mode="p2p"), None)
+
+
+def test_each_mode_has_its_ways() -> None:
+    cpu = torch.device("cpu")
+    assert {mode: make_ways(mode, 2, 8, cpu)[1].names for mode in MODES if mode != "nccl"} == {
+        AUTO: (TCP,),
+        "p2p": ("p2p",),
+        TCP: (TCP,),
+    }
