@@ -86,7 +86,7 @@ class Director(Actor[Inbox]):
         vocab_size: int,
     ) -> None:
         super().__init__("director")
-        self.core = directing.Director(Nodes(strategy))
+        self.core = directing.RequestDirector(Nodes(strategy))
         self._channel, self._counts, self._vocab_size = channel, counts, vocab_size
         self._cards: dict[int, Card] = {}  # of those who are there, perhaps without a state yet
         self._asking: set[int] = set()  # endpoints that want to know whether requests are served

@@ -58,7 +58,7 @@ from asyncllm.records import Answered
 
 log = logging.getLogger(__name__)
 
-Told = Counted | Scraped | NodesTold  # in reply to a question of this actor
+Reported = Counted | Scraped | NodesTold  # in reply to a question of this actor
 Inbox = (
     Accepted
     | Delta
@@ -119,7 +119,7 @@ class Frontend(Actor[Inbox]):
         self._by_rid: dict[int, tuple[Exchange, Choice]] = {}
         self._dirty: deque[Exchange] = deque()  # with something to write
         self._flush_waits = False
-        self._queries: dict[int, asyncio.Future[Told]] = {}
+        self._queries: dict[int, asyncio.Future[Reported]] = {}
         self._admission = Admission(
             max_running=self.limits.max_running, max_waiting=self.limits.max_waiting
         )
@@ -552,18 +552,18 @@ class Frontend(Actor[Inbox]):
             rest = most
         self._watch(exchange, rest)
 
-    def _query(self) -> tuple[int, asyncio.Future[Told]]:
+    def _query(self) -> tuple[int, asyncio.Future[Reported]]:
         self._counter += 1
-        future: asyncio.Future[Told] = self.system.loop.create_future()
+        future: asyncio.Future[Reported] = self.system.loop.create_future()
         self._queries[self._counter] = future
         return self._counter, future
 
-    def _answered(self, query: int, value: Told) -> None:
+    def _answered(self, query: int, value: Reported) -> None:
         future = self._queries.get(query)
         if future is not None and not future.done():
             future.set_result(value)
 
-    async def _wait(self, query: int, future: asyncio.Future[Told], who: str) -> Told:
+    async def _wait(self, query: int, future: asyncio.Future[Reported], who: str) -> Reported:
         try:
             done, _ = await asyncio.wait((future,), timeout=self.limits.query_s)
         finally:

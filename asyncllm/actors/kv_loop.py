@@ -79,7 +79,7 @@ class Share:
 
 
 @dataclass(slots=True)
-class Counts:
+class TransferCounts:
     """What a rank has moved since the start; read from any thread."""
 
     sent_bytes: int = 0
@@ -116,7 +116,7 @@ class Mover(ABC):
 
     def __init__(self, share: Share, pages: Pages, times: Times, ctx: zmq.Context[Socket]) -> None:
         self.share, self.pages, self.times, self.ctx = share, pages, times, ctx
-        self.counts = Counts()
+        self.counts = TransferCounts()
         self.clock = LocalClock(5e-3 * IDLE_MS)
         self.pool = PagePool(pages.num)
         self.poller = zmq.Poller()

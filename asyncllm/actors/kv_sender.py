@@ -18,8 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 from asyncllm.actors.kv_loop import IDLE_MS, PIECE, SOON_MS, Mover, Share, Times, bounds
 from asyncllm.actors.transport import Keys, Socket, ipv6, known_to
 from asyncllm.codec import CodecError, Message, decode, encode
-from asyncllm.core.kv_sending import Export as Entry
-from asyncllm.core.kv_sending import Lot, Outbox, Portion
+from asyncllm.core.kv_sending import Lot, OpenExport, PageOutbox, Portion
 from asyncllm.engine.kv_pages import Copied, Pages
 from asyncllm.engine.kv_pair import Pair
 from asyncllm.engine.kv_strips import Strips
@@ -128,7 +127,7 @@ class Sender(Mover):
     ) -> None:
         super().__init__(share, pages, times or Times(), zmq.Context())
         self._keys, self._ways = keys, ways
-        self._outbox = Outbox()
+        self._outbox = PageOutbox()
         self._lines: dict[tuple[str, str], _Line] = {}
         self._to: dict[int, list[_Line]] = {}  # by rid
         self._filling: deque[tuple[Copied, _Line, int, _Cargo]] = deque()
@@ -157,7 +156,7 @@ class Sender(Mover):
         if tp not in self._partners:
             self._partners[tp] = self.share.partners(tp, sent=True)
         takers = self._partners[tp]
-        self._outbox.export(Entry(rid, to.epoch, to.hit, to.length, takers))
+        self._outbox.export(OpenExport(rid, to.epoch, to.hit, to.length, takers))
         self._to[rid] = [self._line(to, rank) for rank in takers]
         for line in self._to[rid]:
             line.epochs.add(to.epoch)

@@ -19,12 +19,11 @@ import zmq
 from asyncllm.actors.kv_loop import IDLE_MS, SOON_MS, Mover, Share, Times, bounds
 from asyncllm.actors.transport import Keys, Socket, ipv6, protected, tcp
 from asyncllm.codec import CodecError, Message, decode, encode
-from asyncllm.core.kv_taking import Import as Entry
-from asyncllm.core.kv_taking import Impossible, Inbox
+from asyncllm.core.kv_taking import Impossible, Inbox, OpenImport
 from asyncllm.engine.kv_pages import Copied, Pages
 from asyncllm.engine.kv_pair import Pair
 from asyncllm.engine.kv_strips import Strips
-from asyncllm.engine.kv_ways import NCCL, P2P, TCP, Ways, Window
+from asyncllm.engine.kv_ways import NCCL, P2P, TCP, PeerWindow, Ways
 from asyncllm.log import Seldom
 from asyncllm.messages import Arrived, Forget, Import, Lapsed
 from asyncllm.messages.transfer import (
@@ -108,7 +107,7 @@ class _Guest:
     way: str = ""
     over: bool = False
     gone: bool = False
-    window: Window | None = None
+    window: PeerWindow | None = None
     pair: Pair | None = None
     early: dict[int, tuple[float, list[Message]]] = field(default_factory=dict)
     num_early: int = 0
@@ -190,7 +189,7 @@ class Taker(Mover):
         match msg:
             case Import():
                 slots = array("i", msg.slots)
-                entry = Entry(msg.rid, msg.hit, msg.length, slots, since=self.clock.now)
+                entry = OpenImport(msg.rid, msg.hit, msg.length, slots, since=self.clock.now)
                 self._inbox_of.expect(entry)
                 self._hear_early(msg.rid)
                 if not self.share.partners(self.share.wire.tp, sent=False):  # it has padding alone
@@ -204,7 +203,7 @@ class Taker(Mover):
         """Write nothing more of a request; ``why`` "": its scheduler says so."""
         self._end(self._inbox_of.drop(rid, why))
 
-    def _end(self, entry: Entry | None, *, arrived: bool = False) -> None:
+    def _end(self, entry: OpenImport | None, *, arrived: bool = False) -> None:
         """An import is over: say so here and to its senders, and free its pages."""
         if entry is None:
             return
@@ -545,7 +544,7 @@ class Taker(Mover):
             if entry.why is None and (why := self._late(entry)):
                 self._drop(entry.rid, why)
 
-    def _late(self, entry: Entry) -> str:
+    def _late(self, entry: OpenImport) -> str:
         """Why an import will not come to its end; "": it may."""
         now, times = self.clock.now, self.times
         if entry.tp == 0:

@@ -24,10 +24,10 @@ from asyncllm.messages import (
 
 T = TypeVar("T")
 
-Taken = Import | Export | Computed | Forget | StepOver | Probe
+TransferInbox = Import | Export | Computed | Forget | StepOver | Probe
 
 
-class KvTransfer(Actor[Taken]):
+class KvTransfer(Actor[TransferInbox]):
     """One on each rank of a prefill or decode node.
 
     Args:
@@ -55,7 +55,7 @@ class KvTransfer(Actor[Taken]):
             wire = self._mover.share.wire
             system.at_coordinator("agent").tell(Listening(system.endpoint, self._address, wire))
 
-    def receive(self, batch: list[Taken]) -> None:
+    def receive(self, batch: list[TransferInbox]) -> None:
         moving: list[Message] = []
         for msg in batch:
             match msg:

@@ -51,7 +51,7 @@ class Attempt:
     """``decode`` is None where the prefill node goes the whole way."""
 
     ticket: int
-    request: Request
+    request: DirectedRequest
     prefill: Node
     decode: Node | None
     since: float  # when its phase began
@@ -75,7 +75,7 @@ class Attempt:
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class DirectedRequest:
     """One request of a client, from its Submit to its one end."""
 
     msg: Submit
@@ -92,7 +92,7 @@ class Request:
     stopped: bool = False  # the client wants no more tokens, the end of the prefill is awaited
     over: bool = False  # the token that ends it has come
     opened: bool = False  # its prompt is in the caches of its nodes
-    held: list[Request] = field(default_factory=list)  # others for this prompt, until then
+    held: list[DirectedRequest] = field(default_factory=list)  # others for this prompt, until then
 
     @property
     def rid(self) -> int:
@@ -143,7 +143,7 @@ class _Emitted:
         )
 
 
-class Director:
+class RequestDirector:
     """Gives requests to nodes and takes what comes of them. Each request ends once.
 
     Attributes:
@@ -159,12 +159,12 @@ class Director:
 
     def __init__(self, nodes: Nodes) -> None:
         self.nodes, self.counts, self.now = nodes, Counts(), 0.0
-        self.requests: dict[int, Request] = {}
+        self.requests: dict[int, DirectedRequest] = {}
         self.orders: list[tuple[int, Message]] = []
         self.emitted: list[tuple[int, Tokens]] = []
         self.ended: list[Finished] = []
         self._attempts: dict[int, Attempt] = {}  # by ticket
-        self._parked: dict[int, Request] = {}  # there is no node for their next attempt
+        self._parked: dict[int, DirectedRequest] = {}  # there is no node for their next attempt
         self._last_ticket = 0
 
     @property
@@ -178,7 +178,9 @@ class Director:
     def submit(self, msg: Submit) -> None:
         """A new request."""
         shares = msg.params.shares_prefix
-        request = self.requests[msg.rid] = Request(msg, spans_of(msg.prompt) if shares else [])
+        request = self.requests[msg.rid] = DirectedRequest(
+            msg, spans_of(msg.prompt) if shares else []
+        )
         first = self.requests.get(msg.after) if shares else None
         if lacks := self.lacks:
             self._fail(request, NO_NODES, lacks)
@@ -298,7 +300,7 @@ class Director:
 
     # -- an attempt -----------------------------------------------------------------------------
 
-    def _begin(self, request: Request) -> None:
+    def _begin(self, request: DirectedRequest) -> None:
         """The next attempt; it waits for a node where there is none."""
         msg, length = request.msg, len(request.msg.prompt) + len(request.sent)
         alone = bool(msg.healed) or request.left <= 1
@@ -418,18 +420,20 @@ class Director:
 
     # -- ends -----------------------------------------------------------------------------------
 
-    def _end(self, request: Request, reason: Reason, failure: Failure | None = None) -> None:
+    def _end(
+        self, request: DirectedRequest, reason: Reason, failure: Failure | None = None
+    ) -> None:
         cached, num_tokens = max(request.cached, 0), len(request.sent)
         self.ended.append(
             Finished(request.rid, reason, failure, cached_len=cached, num_tokens=num_tokens)
         )
         self._close(request)
 
-    def _fail(self, request: Request, code: str, detail: str) -> None:
+    def _fail(self, request: DirectedRequest, code: str, detail: str) -> None:
         self.counts.failed += 1
         self._end(request, Reason.ERROR, Failure(detail, code, 503))
 
-    def _close(self, request: Request) -> None:
+    def _close(self, request: DirectedRequest) -> None:
         """It is no request any more; those that it has held up begin."""
         del self.requests[request.rid]
         self._parked.pop(request.rid, None)
@@ -439,7 +443,7 @@ class Director:
             self._drop(attempt)
         self._open(request, places)
 
-    def _open(self, request: Request, places: tuple[int, int]) -> None:
+    def _open(self, request: DirectedRequest, places: tuple[int, int]) -> None:
         """Its prompt is where it can be: others for it go there as well."""
         request.opened = True
         held, request.held = request.held, []
@@ -466,5 +470,5 @@ def _free(attempt: Attempt, node: Node) -> None:
         node.take(given)
 
 
-def _of(out: dict[int, _Emitted], request: Request) -> _Emitted:
+def _of(out: dict[int, _Emitted], request: DirectedRequest) -> _Emitted:
     return out.setdefault(request.rid >> FRONTEND_SHIFT, _Emitted())

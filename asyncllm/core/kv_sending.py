@@ -60,7 +60,7 @@ class Portion:
 
 
 @dataclass(slots=True, eq=False)
-class Export:
+class OpenExport:
     """A request whose K/V are wanted elsewhere.
 
     Attributes:
@@ -77,15 +77,15 @@ class Export:
     lots: dict[int, Lot] = field(default_factory=dict)
 
 
-class Outbox:
+class PageOutbox:
     """The exports of one rank. Every lot is said to be over exactly once."""
 
     def __init__(self) -> None:
-        self.exports: dict[int, Export] = {}
+        self.exports: dict[int, OpenExport] = {}
         self._waiting: list[Lot] = []  # for the step that computes them
         self._over = 0  # the last step that is
 
-    def export(self, export: Export) -> None:
+    def export(self, export: OpenExport) -> None:
         """A request that will be sent. A second one of its rid is ignored."""
         self.exports.setdefault(export.rid, export)
 

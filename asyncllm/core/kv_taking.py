@@ -20,7 +20,7 @@ class Impossible(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Import:
+class OpenImport:
     """A request whose K/V come from elsewhere.
 
     Attributes:
@@ -60,7 +60,7 @@ class Inbox:
 
     def __init__(self, senders: Callable[[int], tuple[int, ...]]) -> None:
         self._senders = senders
-        self.imports: dict[int, Import] = {}
+        self.imports: dict[int, OpenImport] = {}
         self._ended: dict[int, None] = {}  # the last epochs that were here, or came in vain
 
     def is_early(self, epoch: int) -> bool:
@@ -73,7 +73,7 @@ class Inbox:
         if len(self._ended) > MOST_ENDED:
             del self._ended[next(iter(self._ended))]
 
-    def expect(self, entry: Import) -> None:
+    def expect(self, entry: OpenImport) -> None:
         """From now on K/V of this rid may be written."""
         self.imports[entry.rid] = entry
 
@@ -117,14 +117,14 @@ class Inbox:
         at = first - entry.hit
         return entry.slots[at : at + count]
 
-    def written(self, epoch: int, sender: int, first: int, count: int) -> Import | None:
+    def written(self, epoch: int, sender: int, first: int, count: int) -> OpenImport | None:
         """The copy is done. Gives the import if it is over now: complete, or given up before."""
         entry = self.imports[epoch]
         entry.writing -= 1
         entry.had[sender].add(first, first + count)
         return self._if_over(entry)
 
-    def drop(self, epoch: int, why: str) -> Import | None:
+    def drop(self, epoch: int, why: str) -> OpenImport | None:
         """Write nothing more of it. Gives it if it is over now; else :meth:`written` does."""
         entry = self.imports.get(epoch)
         if entry is None or entry.why is not None:
@@ -132,7 +132,7 @@ class Inbox:
         entry.why = why
         return self._if_over(entry)
 
-    def _if_over(self, entry: Import) -> Import | None:
+    def _if_over(self, entry: OpenImport) -> OpenImport | None:
         if entry.writing or (entry.why is None and not entry.complete):
             return None
         del self.imports[entry.rid]

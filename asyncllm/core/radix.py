@@ -12,7 +12,7 @@ from itertools import count
 _SERIALS = count()
 
 
-class Node:
+class RadixNode:
     """A run of tokens below its parent's. ``key[i]``'s KV lies in ``slots[i]``.
 
     ``locks`` counts the holders of this node and of all nodes below it: a lock is taken along the
@@ -25,9 +25,9 @@ class Node:
         *("ends", "readers", "seen", "sliding"),
     )
 
-    def __init__(self, key: array[int], slots: array[int], parent: Node | None) -> None:
+    def __init__(self, key: array[int], slots: array[int], parent: RadixNode | None) -> None:
         self.key, self.slots, self.parent = key, slots, parent
-        self.children: dict[int, Node] = {}  # by the first token of their keys
+        self.children: dict[int, RadixNode] = {}  # by the first token of their keys
         self.locks = 0
         self.tick = 0  # when it was last unlocked
         self.serial = next(_SERIALS)
@@ -45,12 +45,12 @@ class RadixTree:
     """
 
     def __init__(self) -> None:
-        self.root = Node(array("i"), array("i"), None)
+        self.root = RadixNode(array("i"), array("i"), None)
         self.size = self.locked = 0
         self._tick = self._num_nodes = 0
-        self._leaves: list[tuple[int, int, Node]] = []  # heap; an entry may be out of date
+        self._leaves: list[tuple[int, int, RadixNode]] = []  # heap; an entry may be out of date
 
-    def match(self, ids: array[int], limit: int) -> tuple[Node, array[int]]:
+    def match(self, ids: array[int], limit: int) -> tuple[RadixNode, array[int]]:
         """The longest cached prefix of ``ids[:limit]``: its end, locked for the caller,
         and slots."""
         node, slots = self.root, array("i")
@@ -67,8 +67,8 @@ class RadixTree:
         return node, slots
 
     def extend(
-        self, node: Node, ids: array[int], start: int, end: int, slots: array[int]
-    ) -> tuple[Node, int]:
+        self, node: RadixNode, ids: array[int], start: int, end: int, slots: array[int]
+    ) -> tuple[RadixNode, int]:
         """Put ``ids[start:end]``, whose KV lies in ``slots[start:end]``, below ``node``.
 
         ``node`` is locked by the caller and ends at token ``start``; the lock moves to the returned
@@ -92,10 +92,10 @@ class RadixTree:
         self._lock(below, node)
         return below, known
 
-    def unlock(self, node: Node) -> None:
+    def unlock(self, node: RadixNode) -> None:
         """Give back one lock on ``node`` and the path to it."""
         self._tick += 1
-        end: Node | None = node
+        end: RadixNode | None = node
         while end is not None and end.parent is not None:
             assert end.locks > 0, f"a node of {len(end.key)} tokens is unlocked once too often"
             end.locks -= 1
@@ -134,7 +134,7 @@ class RadixTree:
         self.size -= len(out)
         return out
 
-    def _child(self, node: Node, ids: array[int], at: int, end: int) -> Node | None:
+    def _child(self, node: RadixNode, ids: array[int], at: int, end: int) -> RadixNode | None:
         """What ``ids[at:end]`` and the tree have in common below ``node``, up to a node's end."""
         child = node.children.get(ids[at])
         if child is None:
@@ -142,27 +142,29 @@ class RadixTree:
         common = common_len(child.key, ids, at, end)
         return child if common == len(child.key) else self._split(child, common)
 
-    def _is_sole(self, node: Node) -> bool:
+    def _is_sole(self, node: RadixNode) -> bool:
         """Only the caller holds it, and nothing is below: it can grow in place."""
         return node.locks == 1 and not node.children and node.parent is not None
 
-    def _grow(self, node: Node, ids: array[int], at: int, end: int, slots: array[int]) -> None:
+    def _grow(self, node: RadixNode, ids: array[int], at: int, end: int, slots: array[int]) -> None:
         node.key.extend(ids[at:end])
         node.slots.extend(slots[at:end])
         self.size += end - at
         self.locked += end - at
 
-    def _add(self, above: Node, ids: array[int], at: int, end: int, slots: array[int]) -> Node:
-        node = above.children[ids[at]] = Node(ids[at:end], slots[at:end], above)
+    def _add(
+        self, above: RadixNode, ids: array[int], at: int, end: int, slots: array[int]
+    ) -> RadixNode:
+        node = above.children[ids[at]] = RadixNode(ids[at:end], slots[at:end], above)
         self.size += end - at
         self._num_nodes += 1
         return node
 
-    def _cut(self, node: Node, num: int) -> None:
+    def _cut(self, node: RadixNode, num: int) -> None:
         """Forget the last tokens of an unlocked leaf."""
         del node.key[-num:], node.slots[-num:]
 
-    def _lock(self, node: Node, above: Node) -> None:
+    def _lock(self, node: RadixNode, above: RadixNode) -> None:
         """Lock the path from ``node`` up to ``above``, which is not part of it."""
         while node is not above:
             if not node.locks:
@@ -171,13 +173,13 @@ class RadixTree:
             assert node.parent is not None
             node = node.parent
 
-    def _split(self, node: Node, at: int) -> Node:
+    def _split(self, node: RadixNode, at: int) -> RadixNode:
         """Cut ``node`` before its token ``at``; the new upper part.
 
         ``node`` stays the lower part: whoever holds it holds the same end as before.
         """
         assert node.parent is not None
-        upper = Node(node.key[:at], node.slots[:at], node.parent)
+        upper = RadixNode(node.key[:at], node.slots[:at], node.parent)
         upper.locks, upper.tick = node.locks, node.tick
         node.parent.children[node.key[0]] = upper
         del node.key[:at], node.slots[:at]
@@ -186,7 +188,7 @@ class RadixTree:
         self._num_nodes += 1
         return upper
 
-    def _offer(self, node: Node) -> None:
+    def _offer(self, node: RadixNode) -> None:
         """Make an unlocked leaf a candidate for eviction."""
         if len(self._leaves) > 2 * self._num_nodes + 64:  # outdated entries outweigh
             self._leaves = [entry for entry in self._leaves if _is_current(entry)]
@@ -194,7 +196,7 @@ class RadixTree:
         heappush(self._leaves, (node.tick, node.serial, node))
 
 
-def _is_current(entry: tuple[int, int, Node]) -> bool:
+def _is_current(entry: tuple[int, int, RadixNode]) -> bool:
     tick, _, node = entry
     return not (node.locks or node.children or node.tick != tick or node.parent is None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from asyncllm.core.radix import Node, RadixTree
+from asyncllm.core.radix import RadixNode, RadixTree
 from asyncllm.messages import Granted
 
 
@@ -50,7 +50,7 @@ class Holding:
 
     ids: array[int]
     slots: array[int]
-    node: Node | None  # None: neither takes nor leaves prefix cache entries
+    node: RadixNode | None  # None: neither takes nor leaves prefix cache entries
     shared: int
     duplicates: array[int] = field(default_factory=lambda: array("i"))
 
@@ -189,7 +189,7 @@ class Ledger:
     ) -> tuple[int, array[int]] | None:
         """(cached tokens, their slots and new ones), or None: it does not fit."""
         assert lane not in self.lanes, f"lane {lane} is open"
-        node: Node | None = None
+        node: RadixNode | None = None
         slots = array("i")
         if may_share and self._use_tree:
             node, slots = self._match(ids)
@@ -209,10 +209,10 @@ class Ledger:
         """``count`` if as many slots can be had; 0: the row is not granted."""
         return count if count <= self.available else 0
 
-    def _match(self, ids: array[int]) -> tuple[Node, array[int]]:
+    def _match(self, ids: array[int]) -> tuple[RadixNode, array[int]]:
         return self.tree.match(ids, len(ids) - 1)
 
-    def _unmatch(self, node: Node, hit: int) -> None:
+    def _unmatch(self, node: RadixNode, hit: int) -> None:
         """The lane is not opened after all."""
         self.tree.unlock(node)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from array import array
 from heapq import heapify, heappop, heappush
 
-from asyncllm.core.radix import Node, RadixTree, common_len
+from asyncllm.core.radix import RadixNode, RadixTree, common_len
 from asyncllm.core.windows import Window
 
 # whether a sequence or a hit ended there, when it was last read, where it begins, serial
-Unread = tuple[bool, int, int, int, Node]
+Unread = tuple[bool, int, int, int, RadixNode]
 
 
 class WindowTree(RadixTree):
@@ -41,7 +41,7 @@ class WindowTree(RadixTree):
         self.spilled = array("i")
         self._unread: list[Unread] = []  # heap; an entry may be out of date
 
-    def match(self, ids: array[int], limit: int) -> tuple[Node, array[int]]:
+    def match(self, ids: array[int], limit: int) -> tuple[RadixNode, array[int]]:
         """The longest usable prefix of ``ids[:limit]``: its end, locked for the caller; slots."""
         reach, node, depth = self.window.reach, self.root, 0
         run = 0  # tokens up to here, without a gap, that have sliding slots
@@ -66,7 +66,7 @@ class WindowTree(RadixTree):
             slots.extend(node.slots)
         return best, slots
 
-    def keep(self, node: Node, end: int) -> tuple[int, array[int]]:
+    def keep(self, node: RadixNode, end: int) -> tuple[int, array[int]]:
         """A lane that is at ``end``, where ``node`` ends, reads what its next token sees.
 
         Returns where the first node that is kept for it begins, and the slots of what it sees.
@@ -88,7 +88,7 @@ class WindowTree(RadixTree):
             slots.extend(node.sliding)
         return end, slots[len(slots) - seen :]
 
-    def leave(self, node: Node, end: int, kept: int, begin: int, *, over: bool = False) -> int:
+    def leave(self, node: RadixNode, end: int, kept: int, begin: int, *, over: bool = False) -> int:
         """A lane whose locked ``node`` ends at ``end`` sees nothing before ``begin`` any more.
 
         Nodes from ``kept`` on were kept for it. Returns from where on they still are.
@@ -115,13 +115,13 @@ class WindowTree(RadixTree):
 
     def insert(
         self,
-        node: Node,
+        node: RadixNode,
         ids: array[int],
         span: tuple[int, int],
         slots: array[int],
         sliding: array[int],
         kept: int,
-    ) -> tuple[Node, int, list[tuple[int, int]], int]:
+    ) -> tuple[RadixNode, int, list[tuple[int, int]], int]:
         """:meth:`extend` for a lane whose last tokens, up to ``slots``' end, have also ``sliding``.
 
         Where tokens that are there have lost their sliding slots the caller's are taken.
@@ -177,27 +177,27 @@ class WindowTree(RadixTree):
         self.live -= len(out)
         return out
 
-    def _is_useless(self, node: Node) -> bool:
+    def _is_useless(self, node: RadixNode) -> bool:
         """No prefix that ends in this leaf can be used."""
         return len(node.sliding) < min(self.window.reach, len(node.key))
 
-    def _take_back(self, node: Node, slots: array[int]) -> None:
+    def _take_back(self, node: RadixNode, slots: array[int]) -> None:
         """Tokens that had lost their sliding slots have these."""
         node.sliding = slots + node.sliding
         self.live += len(slots)
         self.read += len(slots) if node.readers else 0
 
-    def _extend_sliding(self, node: Node, slots: array[int]) -> None:
+    def _extend_sliding(self, node: RadixNode, slots: array[int]) -> None:
         node.sliding.extend(slots)
         self.live += len(slots)
         self.read += len(slots) if node.readers else 0
 
-    def _add_reader(self, node: Node) -> None:
+    def _add_reader(self, node: RadixNode) -> None:
         if not node.readers:
             self.read += len(node.sliding)
         node.readers += 1
 
-    def _drop_reader(self, node: Node, start: int) -> None:
+    def _drop_reader(self, node: RadixNode, start: int) -> None:
         assert node.readers > 0, f"a node of {len(node.key)} tokens is left once too often"
         node.readers -= 1
         if not node.readers:
@@ -205,7 +205,7 @@ class WindowTree(RadixTree):
             node.seen = self._tick
             self._offer_sliding(node, start)
 
-    def _offer_sliding(self, node: Node, start: int) -> None:
+    def _offer_sliding(self, node: RadixNode, start: int) -> None:
         """Make its sliding slots candidates for eviction."""
         if not node.sliding:
             return
@@ -214,7 +214,7 @@ class WindowTree(RadixTree):
             heapify(self._unread)
         heappush(self._unread, (node.ends, node.seen, start, node.serial, node))
 
-    def _split(self, node: Node, at: int) -> Node:
+    def _split(self, node: RadixNode, at: int) -> RadixNode:
         upper = super()._split(node, at)
         num = max(len(node.sliding) - len(node.key), 0)
         upper.sliding = node.sliding[:num]
@@ -224,20 +224,20 @@ class WindowTree(RadixTree):
             self._offer_sliding(upper, 0)
         return upper
 
-    def _cut(self, node: Node, num: int) -> None:
+    def _cut(self, node: RadixNode, num: int) -> None:
         super()._cut(node, num)
         if gone := min(num, len(node.sliding)):
             self.spilled.extend(node.sliding[-gone:])
             del node.sliding[-gone:]
             self.live -= gone
 
-    def _offer(self, node: Node) -> None:
+    def _offer(self, node: RadixNode) -> None:
         if self._is_useless(node):
             node.tick = 0  # the first to go
         super()._offer(node)
 
 
-def _path(node: Node) -> list[Node]:
+def _path(node: RadixNode) -> list[RadixNode]:
     """From ``node`` up to below the root."""
     path = []
     while node.parent is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field, replace
 
-from asyncllm.core.radix import Node
+from asyncllm.core.radix import RadixNode
 from asyncllm.core.slots import Holding, Ledger, SlotPool
 from asyncllm.core.window_radix import WindowTree
 from asyncllm.core.windows import PerSpace, Window
@@ -159,14 +159,14 @@ class WindowLedger(Ledger):
             self._see(view, len(slots) - hit)
         return row
 
-    def _match(self, ids: array[int]) -> tuple[Node, array[int]]:
+    def _match(self, ids: array[int]) -> tuple[RadixNode, array[int]]:
         node, slots = super()._match(ids)
         view = self._opening
         view.kept, view.slots = self._tree.keep(node, len(slots))
         view.first = len(slots) - len(view.slots)
         return node, slots
 
-    def _unmatch(self, node: Node, hit: int) -> None:
+    def _unmatch(self, node: RadixNode, hit: int) -> None:
         self._tree.leave(node, hit, self._opening.kept, hit)
         super()._unmatch(node, hit)
 

@@ -37,7 +37,7 @@ class Communicator(Protocol):
         """Have works that hang end."""
 
 
-class Meeting(Store):
+class PairMeeting(Store):
     """What two processes tell each other so that their communicators find each other.
 
     What is set here is to be told to the other side, and what is asked for here comes from there.
@@ -103,7 +103,7 @@ class Pair:
 
     def __init__(
         self,
-        make: Callable[[Meeting], Communicator],
+        make: Callable[[PairMeeting], Communicator],
         finish: Callable[[Work, float], None],
         abort: Callable[[Communicator], None],
         timeout_s: float,
@@ -112,7 +112,7 @@ class Pair:
         self.ready = self.closed = False
         self.failed = ""
         self._over = False
-        self._meeting = Meeting(timeout_s)
+        self._meeting = PairMeeting(timeout_s)
         self._jobs: queue.SimpleQueue[tuple[int, Tensor, bool] | None] = queue.SimpleQueue()
         self._under_way = 0
         self._done: deque[int] = deque()
@@ -191,7 +191,7 @@ def nccl_pair(place: int, device: torch.device, timeout_s: float) -> Pair:
     """Over NCCL, on a stream of its own."""
     stream = torch.cuda.Stream(device)
 
-    def make(meeting: Meeting) -> Communicator:
+    def make(meeting: PairMeeting) -> Communicator:
         torch.cuda.set_device(device)  # the thread's
         torch.cuda.set_stream(stream)
         options = dist.ProcessGroupNCCL.Options()
@@ -211,7 +211,7 @@ def nccl_pair(place: int, device: torch.device, timeout_s: float) -> Pair:
 def gloo_pair(place: int, device: torch.device, timeout_s: float) -> Pair:
     """Over gloo on the loopback interface: the same on a CPU, for tests."""
 
-    def make(meeting: Meeting) -> Communicator:
+    def make(meeting: PairMeeting) -> Communicator:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = timedelta(seconds=timeout_s)

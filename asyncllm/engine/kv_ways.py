@@ -40,7 +40,7 @@ def machine_id() -> str:
     return _BOOT_ID.read_text().strip()
 
 
-class Window(Protocol):
+class PeerWindow(Protocol):
     """The pages of a process of the same machine, to read."""
 
     num: int
@@ -81,7 +81,7 @@ class Ways:
 
     def choose(
         self, theirs: Sequence[str], machine: str, memory: str
-    ) -> tuple[str | None, Window | None]:
+    ) -> tuple[str | None, PeerWindow | None]:
         """The way that a caller likes best of those that both have; None: there is none."""
         for name in theirs:
             if name not in self.names:
@@ -173,7 +173,7 @@ class SharedPages:
         return f"cpu:{os.getpid()}:{self._fd}:{inode}:{self.num}:{self.size}"
 
 
-def open_window(memory: str, device: torch.device) -> Window:
+def open_window(memory: str, device: torch.device) -> PeerWindow:
     """Pages of another process. Raises Unreachable."""
     if memory.startswith("cuda:") and device.type == "cuda":
         return CudaWindow(memory, device)

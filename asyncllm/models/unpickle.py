@@ -54,7 +54,7 @@ MAX_LINE = 64 << 20  # bytes of an answer
 WRAPPED = ("module", "model", "state_dict")  # under one of these the tensors may be, one level down
 PR_SET_PDEATHSIG = 1
 
-Found = dict[str, tuple[str, tuple[int, ...]]]  # by name: kind and shape
+FoundTensors = dict[str, tuple[str, tuple[int, ...]]]  # by name: kind and shape
 
 
 class Pickles:
@@ -69,7 +69,7 @@ class Pickles:
         self._sock: socket.socket | None = None
         self._lines: BufferedReader | None = None
 
-    def open(self, path: Path) -> Found:
+    def open(self, path: Path) -> FoundTensors:
         """The tensors of a file.
 
         Raises:

@@ -56,14 +56,14 @@ class Joined(Message):
 
 
 @message(62)
-class Refused(Message):
+class JoinRefused(Message):
     """node 0 -> node: it cannot belong to this server."""
 
     why: str
 
 
 @message(63)
-class Alive(Message):
+class NodeAlive(Message):
     """Each node <-> node 0, all the time."""
 
 
@@ -296,7 +296,7 @@ class Meeting(Lifeline):
         if peer is None:
             if isinstance(msg, Join):
                 self._admit(ident, msg)
-            elif isinstance(msg, Alive):  # it was silent for too long
+            elif isinstance(msg, NodeAlive):  # it was silent for too long
                 self._send(ident, Ends(1, "the server goes on without this node"))
             return
         peer.heard = monotonic()
@@ -309,7 +309,7 @@ class Meeting(Lifeline):
         if self._complete:
             why = f"this server has all its nodes: {name} cannot join"
             log.warning("%s", why)
-            self._send(ident, Refused(why))
+            self._send(ident, JoinRefused(why))
             return
         if breach := difference(self._own, join):
             self._refuse(ident, name, breach)
@@ -321,12 +321,12 @@ class Meeting(Lifeline):
             self._lost(2, f"--node_rank {join.node} is that of two nodes: {others}, {join.host}")
         else:
             log.info("%s is there", name)
-            self._send(ident, Alive())
+            self._send(ident, NodeAlive())
 
     def _refuse(self, ident: bytes, name: str, breach: tuple[str, str, str]) -> None:
         label, ours, theirs = breach
         why = f"{name} cannot belong to this server: its {label} is {theirs}, that of node 0 {ours}"
-        self._send(ident, Refused(why))
+        self._send(ident, JoinRefused(why))
         if self._complete:
             log.warning("%s", why)
         else:
@@ -337,7 +337,7 @@ class Meeting(Lifeline):
 
     def _beat(self, now: float, late: float) -> None:
         for ident, peer in self._peers.items():
-            self._look(peer, now, late, self._send(ident, Alive()))
+            self._look(peer, now, late, self._send(ident, NodeAlive()))
 
     def _tell_end(self) -> None:
         if self._said is not None and not self._told:
@@ -442,7 +442,7 @@ class Member(Lifeline):
         match msg:
             case Joined():
                 self._joined = msg
-            case Refused(why):
+            case JoinRefused(why):
                 self._lost(2, why)
             case Ends(code, why):
                 self._lost(code, why)
@@ -454,7 +454,7 @@ class Member(Lifeline):
             for way in self._ways:
                 way.send(self._frames(self._own))
         else:
-            sent = self._ways[0].send(self._frames(Alive()))
+            sent = self._ways[0].send(self._frames(NodeAlive()))
             self._look(self._leader, now, late, sent)
 
     def _tell_end(self) -> None:

@@ -23,7 +23,7 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.codec import decode, encode, i32
 from asyncllm.constrain.factory import Constraints
 from asyncllm.constrain.protocol import Constraint
-from asyncllm.core.radix import Node, RadixTree
+from asyncllm.core.radix import RadixNode, RadixTree
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.slots import Ledger
 from asyncllm.core.window_radix import _is_unread
@@ -307,7 +307,7 @@ def check_ledger(ledger: Ledger) -> None:
             depth += len(node.key)
             node = node.parent
         assert depth == held.shared
-    nodes: list[Node] = []
+    nodes: list[RadixNode] = []
     stack = [ledger.tree.root]
     while stack:
         for first, child in (node := stack.pop()).children.items():
@@ -370,7 +370,7 @@ def check_windows(ledger: WindowLedger) -> None:
     assert sum(len(n.sliding) for n in _nodes(tree) if id(n) in candidates) == tree.live - read
 
 
-def _nodes(tree: RadixTree) -> list[Node]:
+def _nodes(tree: RadixTree) -> list[RadixNode]:
     nodes, stack = [], [tree.root]
     while stack:
         more = list(stack.pop().children.values())

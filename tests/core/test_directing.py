@@ -12,7 +12,7 @@ import pytest
 
 from asyncllm.codec import INT32, INT64, Message, i32
 from asyncllm.core.choosing import DECODE, PREFILL, STRATEGIES, Node, Nodes
-from asyncllm.core.directing import MOST_RETRIES, RETRY_S, Director
+from asyncllm.core.directing import MOST_RETRIES, RETRY_S, RequestDirector
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import (
     FRONTEND_SHIFT,
@@ -146,7 +146,7 @@ class World:
     """A master's core among fake nodes."""
 
     def __init__(self, strategy: str = "cache_aware", seed: int = 0) -> None:
-        self.core = Director(Nodes(strategy, random.Random(seed)))
+        self.core = RequestDirector(Nodes(strategy, random.Random(seed)))
         self.nodes: dict[int, FakeNode] = {}
         self.given: dict[int, list[int]] = {}  # rid -> tokens that the client has
         self.ends: dict[int, Finished] = {}

@@ -27,7 +27,7 @@ from asyncllm.models.deepspeed import layer_files, place
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
 from asyncllm.models.tensors import Index, JoinedShards, Stored
-from asyncllm.models.unpickle import Found, Pickles
+from asyncllm.models.unpickle import FoundTensors, Pickles
 from tests.models.harness import build
 from tests.models.test_llama import make_checkpoint
 from tests.models.test_loading import FILE, check_loaded, make_tokenizer
@@ -230,7 +230,7 @@ def test_shards_with_an_index_are_a_model(tmp_path: Path, monkeypatch: pytest.Mo
     now, most = set[Path](), 0
     opens, forgets = Pickles.open, Pickles.forget
 
-    def open_one(self: Pickles, path: Path) -> Found:
+    def open_one(self: Pickles, path: Path) -> FoundTensors:
         nonlocal most
         now.add(path)
         most = max(most, len(now))

@@ -16,7 +16,7 @@ import zmq
 from asyncllm.actors.transport import Keys
 from asyncllm.codec import encode, protocol
 from asyncllm.errors import StartupError
-from asyncllm.server.nodes import Alive, Join, Joined, Lifeline, Meeting, Member, Refused
+from asyncllm.server.nodes import Join, Joined, JoinRefused, Lifeline, Meeting, Member, NodeAlive
 from asyncllm.server.secret import derive
 from asyncllm.topology import Contract, Topology
 from tests.e2e.process import free_port, wait_until
@@ -220,7 +220,7 @@ def test_a_node_that_can_be_spared_is_missed_and_nobody_else_notices() -> None:
 
 def test_noise_harms_nobody_with_the_key_or_without() -> None:
     draw = random.Random(5)
-    valid = [[protocol().encode(), encode(m)] for m in (Alive(), Refused("x"), a_node(1))]
+    valid = [[protocol().encode(), encode(m)] for m in (NodeAlive(), JoinRefused("x"), a_node(1))]
     with world(2) as w:
         w.add(1, a_node(1))
         w.settle()
