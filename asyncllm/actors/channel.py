@@ -495,17 +495,17 @@ class Channel:
         number, dial.attempts = dial.attempts, dial.attempts + 1
         try:
             turn, key = divmod(number, len(self._keys))
-            if turn % max(1, len(dial.addresses)) == 0 and key == 0:
+            if not dial.addresses or (key == 0 and turn % len(dial.addresses) == 0):
                 found = await self._loop.getaddrinfo(dial.host, dial.port, type=socket.SOCK_STREAM)
                 dial.addresses = [*dict.fromkeys(str(each[4][0]) for each in found)]
             address = tcp(dial.addresses[turn % len(dial.addresses)], dial.port)
-        except (OSError, UnicodeError) as error:
+            call = _Call(self._loop, self._ctx.socket(zmq.DEALER), address, self._keys[key])
+        except (OSError, UnicodeError, zmq.ZMQError) as error:
             self._log.warning("%s: %s", where, error)
             dial.due = monotonic() + AGAIN_S[1]
             return
         finally:
             dial.looking = None
-        call = _Call(self._loop, self._ctx.socket(zmq.DEALER), address, self._keys[key])
         call.dialled, dial.call = where, call
         self._loop.add_reader(call.sock.fileno(), self._pump)
         self._say(call, Greeting(self.card))

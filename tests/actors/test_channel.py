@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+import uvloop
 import zmq
 import zmq.asyncio
 
@@ -353,6 +354,32 @@ def test_each_secret_is_tried_and_a_wrong_one_finds_nobody() -> None:
             assert len(one.channel.peers) == 1
 
     run(go())
+
+
+def test_a_name_that_leads_nowhere_is_looked_up_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    async def lookup(_: object, host: str, port: int, **options: object) -> list[tuple[Any, ...]]:
+        asked.append(host)
+        if len(asked) < 4:
+            raise OSError("no address")
+        return [(None, None, None, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(channels, "AGAIN_S", (0.02, 0.02))
+    monkeypatch.setattr(channels, "BEAT_S", 0.02)
+    monkeypatch.setattr(uvloop.Loop, "getaddrinfo", lookup)
+
+    async def go() -> None:
+        one, two = hub(), End(a_card(), Keys.make(), KEYS)
+        two.channel.dial("later.example", one.channel.port)
+        async with running(one, two):
+            await until(lambda: two.owner.joined)
+
+    run(go())
+    assert asked == ["later.example"] * 4
+    assert "later.example" in caplog.text
 
 
 def test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody(
