@@ -257,14 +257,10 @@ class Scheduler(Actor[Inbox]):
 
     def possible(self, msg: Inbox) -> bool:
         """Whether what another process sends is within the limits that it was checked against."""
-        match msg:
-            case Submit(imports=imports, exports=exports):
-                moves = imports or exports is not None
-                return msg.fits(self._vocab_size, self._max_len) and (
-                    not moves or bool(self._transfers)
-                )
-            case _:
-                return True
+        if not isinstance(msg, Submit):
+            return True
+        moves = msg.imports or msg.exports is not None
+        return msg.fits(self._vocab_size, self._max_len) and (not moves or bool(self._transfers))
 
     def _forget(self, endpoint: int) -> None:
         """Its requests end, untold; what it has sent before its end and comes later is ignored."""
@@ -384,6 +380,8 @@ class Scheduler(Actor[Inbox]):
 
     def _tell_transfers(self) -> None:
         told, placed = self.core.moves.told, self.core.moves.placed
+        if not (told or placed):
+            return
         for msg in told:
             for transfer in self._transfers:
                 transfer.tell(msg, urgent=isinstance(msg, Forget))

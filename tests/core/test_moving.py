@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from asyncllm.codec import i32
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import (
     Abort,
@@ -20,8 +21,10 @@ from asyncllm.messages import (
     JoinStep,
     Lapsed,
     Offer,
+    Placed,
     Progress,
     Sent,
+    Submit,
 )
 from tests.actors.fake_device import World, fake_grammar, oracle
 from tests.actors.fake_transfer import RANKS, Client, Pair
@@ -360,3 +363,36 @@ def test_the_end_of_all_requests_takes_back_what_is_on_its_way(end: Drain | Gone
         assert not world.core.requests
         assert not world.core.moves
         assert world.ledger.used == 0
+
+
+def place(world: World, rid: int, prompt: list[int], client: int = 0) -> None:
+    params = SamplingParams(max_new_tokens=4)
+    world.tell(Submit(rid=rid, prompt=i32(prompt), params=params, client=client, imports=True))
+
+
+def placed(world: World) -> list[int]:
+    """The rids that have slots, in the order in which they got them."""
+    world.settle("scheduler", "allocator")
+    return [msg.rid for msg in world.ref("agent").queue if isinstance(msg, Placed)]
+
+
+def test_imports_take_lanes_and_turns_as_others_do() -> None:
+    world = quiet_pair(num_lanes=3).d
+    for rid in (1, 2, 3):
+        place(world, rid, PROMPT, client=1)
+    place(world, 4, PROMPT, client=2)
+    assert placed(world) == [1, 4, 2]
+    world.tell(Abort(1), urgent=True)
+    placed(world)
+    world.settle("kv_transfer")
+    assert placed(world) == [1, 4, 2, 3]
+
+
+def test_imports_leave_what_the_others_will_need_and_cost_no_budget() -> None:
+    world = quiet_pair(num_slots=64, headroom=8, batch_max_tokens=8).d
+    place(world, 1, [1] * 8)
+    place(world, 2, [2] * 31)  # 8 + 8 and 31 + 8 of 64
+    place(world, 3, [3] * 2)  # 8 for each of the two are kept
+    assert placed(world) == [1, 2]
+    assert world.reserves == 1
+    assert world.ledger.used == 8 + 31
