@@ -18,7 +18,9 @@ from asyncllm.api.common.errors import ForeignOrigin, Unauthorized
 from asyncllm.api.common.validation import preview
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-OPEN_PATHS: Final = frozenset({"/health", "/healthz", "/liveness", "/readiness", "/cluster"})
+OPEN_PATHS: Final = frozenset(
+    {"/health", "/healthz", "/liveness", "/readiness", "/cluster", "/ping"}
+)
 PREFLIGHT_S: Final = "600"  # how long a browser may remember a preflight's answer
 EXPOSED: Final = "X-Request-Id, request-id, X-Omitted-Tools, Retry-After"
 
@@ -55,7 +57,7 @@ class AccessControl:
         Only the target as it was sent decides: nothing that a Host header, an absolute target or
         an escape could change.
         """
-        if not self._digests or request.raw_path.partition("?")[0] in OPEN_PATHS:
+        if not self._digests or request.raw_path.partition("?")[0].rstrip("/") in OPEN_PATHS:
             return
         given = _keys(request)
         if not given:

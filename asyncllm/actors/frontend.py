@@ -310,6 +310,20 @@ class Frontend(Actor[Inbox]):
     async def num_tokens(
         self, text: str, add_special_tokens: bool, chat: bytes | None = None, client: int = 0
     ) -> int:
+        """How many tokens a text has, or a chat's prompt; raises as :meth:`token_ids`."""
+        return len(await self.token_ids(text, add_special_tokens, chat, client))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Text of all ``ids`` at once. Of any thread."""
+        return self._vocab.decode(ids)
+
+    def texts_of(self, ids: Sequence[int]) -> list[str]:
+        """What each of ``ids`` adds to their text. Of any thread."""
+        return self._vocab.spell(ids)
+
+    async def token_ids(
+        self, text: str, add_special_tokens: bool, chat: bytes | None = None, client: int = 0
+    ) -> array[int]:
         """Tokens of a text, or of a chat's prompt.
 
         Raises:
@@ -328,7 +342,7 @@ class Frontend(Actor[Inbox]):
             error = from_failure(counted.failure)
             error.param = "text" if chat is None else "messages"
             raise error
-        return counted.num_tokens
+        return counted.ids
 
     def cancel(self, request_id: str) -> None:
         """End requests on every frontend by the client's id or the answer's; "": all of them."""

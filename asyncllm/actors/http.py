@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import HttpVersion11, web
 
+from asyncllm import __version__
 from asyncllm.actors.access import AccessControl
 from asyncllm.actors.body import read_body
 from asyncllm.actors.connection import Doors, Handler, Lookout
@@ -30,6 +31,7 @@ from asyncllm.api.common.request import GenerationRequest
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.lightllm.reply import NativeReply
 from asyncllm.api.openai import request as openai
+from asyncllm.api.openai import tokenize
 from asyncllm.api.openai.chat_reply import chat_reply
 from asyncllm.api.openai.completion_reply import CompletionReply
 from asyncllm.api.openai.models import model, models
@@ -118,10 +120,14 @@ class Routes:
             "/v1/responses": self._respond,
             ANTHROPIC: self._messages,
             f"{ANTHROPIC}/count_tokens": self._count_tokens,
+            "/invocations": self._invocations,
+            "/tokenize": self._tokenize,
+            "/detokenize": self._detokenize,
         }.items():
             add.add_post(path, handler)
         for path, handler in {
             "/tokens": self._tokens,
+            "/ping": self._health,
             "/get_model_name": self._model_name,
             "/get_server_info": self._server_info,
             "/liveness": self._liveness,
@@ -134,6 +140,7 @@ class Routes:
             "/health": self._health,
             "/healthz": self._health,
             "/token_load": self._token_load,
+            "/version": self._version,
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
             "/docs": self._docs,
@@ -146,6 +153,10 @@ class Routes:
             add.add_get("/cluster", self._cluster)
             add.add_get("/pd_nodes", self._pd_nodes)
         add.add_post("/abort_request", self._abort_request)
+        for route in list(add.routes()):  # clients put a slash behind their base address
+            path = "" if route.resource is None else route.resource.canonical
+            if isinstance(route.resource, web.PlainResource) and path not in ("/", "/docs"):
+                add.add_route(route.method, f"{path}/", route.handler)
         add.add_get("/v1/responses/{id}", self._response)
         add.add_delete("/v1/responses/{id}", self._delete_response)
         return app
@@ -164,6 +175,17 @@ class Routes:
 
         return await self._generate(request, parse, "chatcmpl-")
 
+    async def _invocations(self, request: web.Request) -> web.StreamResponse:
+        """SageMaker's one path: a conversation or a text, as the body says."""
+        served = self._front.served
+
+        def parse(body: validation.Body) -> tuple[GenerationRequest, Callable[[Answer], Reply]]:
+            if body.get("messages") is not None:
+                return openai.chat(body, served), chat_reply
+            return openai.completion(body, served), CompletionReply
+
+        return await self._generate(request, parse, "inv-")
+
     async def _respond(self, request: web.Request) -> web.StreamResponse:
         def parse(body: validation.Body) -> Parsed:
             asked = responses.read(body, self._front.served, self._store)
@@ -179,7 +201,7 @@ class Routes:
 
     async def _native(self, request: web.Request) -> web.StreamResponse:
         """/generate, /generate_stream, and / where the body says which of them."""
-        served, path = self._front.served, request.path
+        served, path = self._front.served, _path(request)
 
         def parse(body: validation.Body) -> Parsed:
             stream = lightllm.stream_flag(body) if path == "/" else path.endswith("_stream")
@@ -264,6 +286,20 @@ class Routes:
         text, add_special_tokens = lightllm.tokens(await self._body(request))
         count = await self._front.num_tokens(text, add_special_tokens, client=request[CLIENT])
         return _json(sse.body({"ntokens": count}))
+
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        served = self._front.served
+        text, special, chat, wants = tokenize.tokenize(await self._body(request), served)
+        ids = await self._front.token_ids(text, special, chat, request[CLIENT])
+        texts = await asyncio.to_thread(self._front.texts_of, ids) if wants else None
+        return _json(sse.body(tokenize.tokenized(ids, texts, served)))
+
+    async def _detokenize(self, request: web.Request) -> web.StreamResponse:
+        ids = tokenize.detokenize(await self._body(request), self._front.served)
+        return _json(sse.body({"prompt": await asyncio.to_thread(self._front.text_of, ids)}))
+
+    async def _version(self, request: web.Request) -> web.StreamResponse:
+        return _json(sse.body({"version": __version__}))
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         chat = anthropic.count(await self._body(request), self._front.served)
@@ -447,7 +483,7 @@ class Routes:
         told = errors.body(error)
         if _is_anthropics(request):
             told = anthropic_reply.error_body(error)
-        elif self._front.served.tgi and request.path in NATIVE:
+        elif self._front.served.tgi and _path(request) in NATIVE:
             told = tgi_reply.error_body(error)
         response = _json(sse.body(told), error.status)
         if error.status in (429, 503):
@@ -469,7 +505,12 @@ class Routes:
 def _route(request: web.Request) -> str:
     """The path as registered: what clients may make up must not become a label."""
     resource = request.match_info.route.resource
-    return NO_ROUTE if resource is None else resource.canonical
+    return NO_ROUTE if resource is None else resource.canonical.rstrip("/") or "/"
+
+
+def _path(request: web.Request) -> str:
+    """The path without a slash behind it."""
+    return request.path.rstrip("/") or "/"
 
 
 def _is_anthropics(request: web.Request) -> bool:

@@ -364,8 +364,6 @@ class Tokenizer(Actor[Inbox]):
         keeps = self._keeps(msg) if isinstance(msg, Tokenize) else []
         if not keeps or sum(keeps[-1]) > self._input_limit:
             self._check_chars(len(text), msg)
-        if not text:
-            return array("i"), False
         if not keeps:
             return encode(text), False
         ids, cut = encode_ends(text, encode, *keeps[0], self._chars_per_token)
@@ -422,7 +420,7 @@ class Tokenizer(Actor[Inbox]):
         msg = job.msg
         if isinstance(msg, Count):
             self._forget(number, job)
-            self.frontend.tell(Counted(msg.query, len(ids)))
+            self.frontend.tell(Counted(msg.query, ids))
             return
         params = msg.params
         try:

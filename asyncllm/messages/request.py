@@ -148,7 +148,7 @@ class Counted(Message):
     """tokenizer -> frontend."""
 
     query: int
-    num_tokens: int = 0
+    ids: array[int] = field(default_factory=int32s)
     failure: Failure | None = None  # why they were not counted
 
 

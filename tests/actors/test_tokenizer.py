@@ -451,7 +451,16 @@ def test_template_refusal_is_the_clients_answer(tmp_path: Path) -> None:
 
 def test_text_is_counted(text: Text) -> None:
     log = play(text, [Count(3, "hello", True), Count(4, "", True)], answers=2)
-    assert log == [("frontend", Counted(3, 5)), ("frontend", Counted(4, 0))]
+    told = {msg.query: text.decode(msg.ids) for _, msg in log}
+    assert told == {3: "hello", 4: ""}
+
+
+def test_an_empty_text_is_a_prompt_where_the_tokenizer_begins_with_a_token(tmp_path: Path) -> None:
+    text = make_text(tmp_path)
+    assert "empty" in only(play(text, [prompt(text="")], answers=1)).failure.detail
+    begun = replace(text, _encode=lambda some, special: [7] * special + list(some.encode()))
+    accepted = play(begun, [replace(prompt(text=""), add_special_tokens=True)], answers=1)[-1][1]
+    assert list(accepted.prompt) == [7]
 
 
 class Gate:
@@ -722,7 +731,7 @@ def test_what_has_been_given_up_is_not_counted(text: Text, monkeypatch: pytest.M
     batch = [Count(1, "a", False), Count(2, "b", False), prompt(3, "c")]
     log = play(text, batch, answers=3, workers=1)
     told = {m.query: m for _, m in log if isinstance(m, Counted)}
-    assert (told[1], told[2].failure.status) == (Counted(1, 1), 503)
+    assert (told[1], told[2].failure.status) == (Counted(1, told[1].ids), 503)
     assert [m.rid for _, m in log if isinstance(m, Accepted)] == [3]  # a prompt waits on
 
 

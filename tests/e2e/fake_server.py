@@ -104,7 +104,8 @@ class Model(Actor[Any]):
                     if self.refusal:
                         self.front.tell(Counted(query, failure=Failure(self.refusal)))
                     elif self.counts:
-                        self.front.tell(Counted(query, len(text.encode()) + special))
+                        ids = i32([*([EOS] if special else []), *text.encode()])
+                        self.front.tell(Counted(query, ids))
         self.spawn(self._notify())
 
     async def _notify(self) -> None:

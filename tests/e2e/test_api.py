@@ -26,7 +26,7 @@ from asyncllm.messages import (
     Tokenize,
 )
 from asyncllm.records import Answered, Failure
-from tests.e2e.fake_server import Server, serving
+from tests.e2e.fake_server import EOS, Server, serving
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -119,6 +119,46 @@ async def test_tokens(server: Server) -> None:
     body = {"text": "hey", "parameters": {"add_special_tokens": False}}
     async with server.http.get(server.url + "/tokens", json=body) as response:
         assert await response.json() == {"ntokens": 3}
+
+
+@live()
+async def test_tokenize_and_detokenize(server: Server) -> None:
+    told = {"count": 3, "max_model_len": 1000, "tokens": [EOS, 104, 105], "token_strs": None}
+    assert await server.post("/tokenize", {"prompt": "hi"}) == (200, told)
+    body = {"prompt": "hi", "add_special_tokens": False, "return_token_strs": True}
+    status, got = await server.post("/tokenize", body)
+    assert (status, got["tokens"], got["token_strs"]) == (200, [104, 105], ["h", "i"])
+    status, got = await server.post("/tokenize", {"messages": HI, "model": "tiny"})
+    assert (status, got["count"]) == (200, 2)
+    assert await server.post("/detokenize", {"tokens": [104, 105]}) == (200, {"prompt": "hi"})
+    for path, bad, status in (
+        ("/tokenize", {}, 400),
+        ("/tokenize", {"prompt": "x", "messages": HI}, 400),
+        ("/tokenize", {"prompt": "x", "model": "other"}, 404),
+        ("/detokenize", {"tokens": [9999]}, 400),
+        ("/detokenize", {"tokens": [-1]}, 400),
+        ("/detokenize", {"tokens": [1] * 1001}, 400),
+        ("/detokenize", {"tokens": "hi"}, 400),
+    ):
+        assert (await server.post(path, bad))[0] == status, (path, bad)
+
+
+@live()
+async def test_other_servers_small_routes(server: Server) -> None:
+    for path in ("/ping", "/version", "/ping/", "/v1/models/", "/health/"):
+        async with server.http.get(server.url + path) as response:
+            assert response.status == 200, path
+    for path, body, kind in (
+        ("/invocations", {"messages": HI}, "chat.completion"),
+        ("/invocations", {"prompt": "x"}, "text_completion"),
+        (f"{CHAT}/", {"messages": HI}, "chat.completion"),
+        (f"{COMPLETIONS}/", {"prompt": "x", "model": ""}, "text_completion"),
+    ):
+        status, got = await server.post(path, body)
+        assert (status, got.get("object")) == (200, kind), path
+    status, got = await server.post("/generate/", {"inputs": "x"})
+    assert (status, bool(got["generated_text"])) == (200, True)
+    assert (await server.post("/v1/messages/", {}))[1]["type"] == "error"
 
 
 @live(query_s=0.05)

@@ -98,9 +98,8 @@ def conversation(given: Sequence[UserMessage | AssistantMessage | SystemMessage]
 
 
 def system_text(content: str | Sequence[TextBlock]) -> str:
-    """The text of the system prompt, without what Claude Code tells Anthropic's billing at its head:
-    it is another for each request, so that no prompt would share its beginning with one before.
-    """
+    """The text of the system prompt, without what Claude Code tells Anthropic's billing: that is
+    another for each request, so that no prompt would share its beginning with one before."""
     if isinstance(content, str):
         content = [TextBlock(type="text", text=content)]
     if content and content[0].text.startswith(BILLING):

@@ -20,7 +20,7 @@ from asyncllm.api.common.model import RequestModel
 from asyncllm.api.common.request import ServedModel
 from asyncllm.api.common.validation import Field, UnsupportedField
 from asyncllm.api.lightllm import request as lightllm
-from asyncllm.api.openai import messages
+from asyncllm.api.openai import messages, tokenize
 from asyncllm.api.openai import request as openai
 from asyncllm.api.openapi import schemas
 from asyncllm.api.openapi.schemas import Schema
@@ -100,7 +100,12 @@ NAMED: Final[dict[str, Schema]] = {
 }
 
 
-MODELS: Final = (anthropic.MessageRequest, anthropic.CountRequest)
+MODELS: Final = (
+    anthropic.MessageRequest,
+    anthropic.CountRequest,
+    tokenize.TokenizeRequest,
+    tokenize.DetokenizeRequest,
+)
 
 
 def of_field(field: Field) -> Schema:
@@ -263,6 +268,13 @@ ROUTES: Final = (
           body="NativeAnyRequest", answer="Native", streams=True, fails=_TEXT_FAILS),
     Route(path="/tokens", tag="LightLLM", summary="Length of a text", methods=_POST,
           body="TokensRequest", answer="NumTokens", fails=(400, 408, 413, 429, 503)),
+    Route(path="/tokenize", tag="OpenAI", summary="Token ids of a text or of a chat", methods=_POST,
+          body="TokenizeRequest", answer="Tokenized", fails=_TEXT_FAILS),
+    Route(path="/detokenize", tag="OpenAI", summary="The text of token ids", methods=_POST,
+          body="DetokenizeRequest", answer="Detokenized", fails=(400, 404, 408, 413)),
+    Route(path="/version", tag="Operation", summary="This server's version", answer="Version"),
+    Route(path="/ping", tag="Operation", summary="As /health", methods=_BOTH, answer="Health",
+          fails=(503,), error="Health", open=True),
     Route(path="/abort_request", tag="LightLLM", summary="End requests early", methods=_POST,
           body="AbortRequest", answer="Success", fails=(400, 408, 413)),
     Route(path="/get_server_info", tag="LightLLM", summary="The server's options", methods=_BOTH,

@@ -357,6 +357,14 @@ ANSWERS: Final[dict[str, Schema]] = {
     "Models": made(object=one_of("list"), data=some(_MODEL)),
     "Message": _MESSAGE,
     "InputTokens": made(input_tokens=INTEGER),
+    "Tokenized": made(
+        count=INTEGER,
+        max_model_len=INTEGER,
+        tokens=some(INTEGER),
+        token_strs={"anyOf": [some(STRING), {"type": "null"}]},
+    ),
+    "Detokenized": made(prompt=STRING),
+    "Version": made(version=STRING),
     "Native": made(
         generated_text=some(STRING),
         count_output_tokens=_one_or_more(INTEGER),

@@ -1,0 +1,75 @@
+"""/tokenize and /detokenize as vLLM has them: ids of a text or of a chat's prompt, text of ids.
+
+Knows bodies and answers; asks no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from asyncllm.api.common.model import Integer, Items, Range, RequestModel, UnicodeStr, parse
+from asyncllm.api.common.request import ModelName, ServedModel
+from asyncllm.api.common.validation import Body, reject
+from asyncllm.api.openai import request as openai
+
+
+class TokenizeRequest(RequestModel):
+    """The rest of a chat's fields are those of /v1/chat/completions."""
+
+    model: ModelName = None
+    prompt: UnicodeStr | None = Field(None, description="a text; or messages instead")
+    messages: Items[Any] | None = Field(None, description="as of /v1/chat/completions")
+    add_special_tokens: bool = Field(
+        True, description="the tokenizer may put a bos token before a text"
+    )
+    return_token_strs: bool = Field(False, description="the text of each token too")
+
+
+class DetokenizeRequest(RequestModel):
+    model: ModelName = None
+    tokens: Items[Annotated[Integer, Range(0, None)]] = Field(description="token ids")
+
+
+def tokenize(body: Body, served: ServedModel) -> tuple[str, bool, bytes | None, bool]:
+    """(text, whether special tokens are added, chat instead, whether texts are wanted).
+
+    Raises:
+        RequestError: 400. ModelNotFound: 404.
+    """
+    asked = parse(TokenizeRequest, body, served)
+    if (asked.prompt is None) == (asked.messages is None):
+        reject("/tokenize takes a prompt, or messages", "prompt")
+    if asked.prompt is not None:
+        return asked.prompt, asked.add_special_tokens, None, asked.return_token_strs
+    names = (
+        "messages", "tools", "add_generation_prompt", "continue_final_message",
+        "chat_template_kwargs",
+    )  # fmt: skip
+    chat = openai.chat({name: body[name] for name in names if name in body}, served)
+    return "", False, chat.prompts[0].chat, asked.return_token_strs
+
+
+def tokenized(ids: Sequence[int], texts: Sequence[str] | None, served: ServedModel) -> Any:
+    """The answer of /tokenize."""
+    return {
+        "count": len(ids),
+        "max_model_len": served.max_len,
+        "tokens": list(ids),
+        "token_strs": None if texts is None else list(texts),
+    }
+
+
+def detokenize(body: Body, served: ServedModel) -> tuple[int, ...]:
+    """The ids. Raises RequestError (400), ModelNotFound (404)."""
+    asked = parse(DetokenizeRequest, body, served)
+    if len(asked.tokens) > served.max_len:
+        reject(
+            f"tokens: {len(asked.tokens)} ids, at most {served.max_len} (--max_req_total_len)",
+            "tokens",
+        )
+    ids = tuple(asked.tokens)
+    served.check_ids(ids, "tokens")
+    return ids
