@@ -5,7 +5,7 @@ msgpack array ``[tag, field0, field1, ...]``. Fields are int, float, str, bytes,
 (``array`` of int32, int64 or float32: little-endian bytes on the wire), records (dataclasses of the
 same kinds of fields), or tuples of these.
 
-What comes in is checked: each field against its annotation, and the whole against the class's own
+What arrives is checked: each field against its annotation, and the whole against the class's own
 ``valid``, so that no actor meets a message that no sender could have meant.
 """
 

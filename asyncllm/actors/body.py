@@ -88,7 +88,7 @@ async def _unpacked(packed: AsyncIterator[bytes], encoding: str) -> AsyncIterato
 
 
 class _Unpacker(Protocol):
-    """Decompresses what comes chunk by chunk; made with the first one, which it does not take."""
+    """Decompresses a body chunk by chunk; made with the first one, which it does not consume."""
 
     def pieces(self, chunk: bytes) -> Iterator[bytes]:
         """What a chunk gives, at most PIECE bytes at a time. Raises _BROKEN."""

@@ -52,7 +52,7 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to bytes that are no HTTP, and to failures outside of every route."""
+        """The answer to bytes that are not HTTP, and to failures outside every route."""
         if isinstance(exc, ConnectionError):
             raise exc  # the client left: there is nobody to answer
         if request.writer.output_size > 0:
@@ -74,7 +74,7 @@ class Connection(web.RequestHandler):
         return response
 
     def log_exception(self, *args: object, **kw: object) -> None:
-        """What a client can cause is no exception: it is answered, or has nobody to answer."""
+        """Handles what clients cause: it is answered, or nobody is left to answer."""
         harmless = HttpProcessingError, web.RequestPayloadError, ConnectionError
         if not isinstance(kw.get("exc_info"), harmless):
             super().log_exception(*args, **kw)

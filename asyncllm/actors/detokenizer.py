@@ -131,7 +131,7 @@ class Detokenizer(Actor[Inbox]):
                 stream.prompt.append(logprobs)
 
     def _shown(self, msg: OpenTextStream) -> frozenset[int]:
-        """Ids of the special tokens that a request shows; a name that is none is ordinary text."""
+        """Ids of the special tokens that a request shows; an unknown name is ordinary text."""
         return frozenset(self._special[name] for name in msg.shown if name in self._special)
 
     def _mark(self, stream: _Stream) -> None:

@@ -513,7 +513,7 @@ class Frontend(Actor[Inbox]):
     def _flush(self) -> None:
         """Write stream by stream; when the budget is spent, others first, then the rest.
 
-        What comes in meanwhile for a waiting stream goes out with the same write.
+        Text that arrives meanwhile for a waiting stream goes out with the same write.
         """
         self._flush_waits = False
         if self.system.over:
@@ -552,9 +552,9 @@ class Frontend(Actor[Inbox]):
 
     def _watch(self, exchange: Exchange, delay_s: float) -> None:
         """Look at a stream again when it may have been silent for long enough."""
-        exchange.watch = self.system.loop.call_later(delay_s, self._break_silence, exchange)
+        exchange.watch = self.system.loop.call_later(delay_s, self._send_keep_alive, exchange)
 
-    def _break_silence(self, exchange: Exchange) -> None:
+    def _send_keep_alive(self, exchange: Exchange) -> None:
         pipe, most = exchange.pipe, self.limits.keep_alive_s
         if pipe is None or pipe.gone or exchange.ended or self.system.over:
             return

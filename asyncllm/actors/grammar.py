@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, assert_never
 
 from asyncllm.actors.base import Actor
+from asyncllm.constrain.factory import OFF
 from asyncllm.core.admission import Shares
 from asyncllm.core.fair_queue import FairQueue
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.messages import Compile, Compiled, GrammarBuilt
 from asyncllm.records import Failure
-
-OFF = "constrained output is off on this server (--output_constraint_mode none)"
 
 Inbox = Compile | GrammarBuilt
 Key = tuple[str, str]  # kind and text

@@ -495,7 +495,7 @@ class Routes:
         return response
 
     def _never_a_request(self, error: RequestError) -> web.Response:
-        """The answer to bytes that are no HTTP."""
+        """The answer to bytes that are not HTTP."""
         self._front.count(NO_ROUTE, error.status)
         response = _json(sse.body(errors.body(error)), error.status)
         response.headers["X-Request-Id"] = secrets.token_hex(16)

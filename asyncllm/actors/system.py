@@ -114,7 +114,7 @@ class ActorSystem:
         """From now on these are the server's endpoints; messages to others are dead letters.
 
         Raises:
-            ValueError: an address of one that this one talks to is none; nothing has changed.
+            ValueError: the address of a peer is invalid; nothing has changed.
         """
         if wire := self._wire:
             for peer in topology.peers(self.endpoint):

@@ -68,7 +68,7 @@ class _Job:
     head: str = ""  # see Prepared
     ids: array[int] = field(default_factory=lambda: array(INT32))  # once they are known
     cut: bool = False  # there were more before some were left out
-    dropped: int = 0  # tokens at their end that the output spells anew
+    dropped: int = 0  # tokens at their end that the output spells again
     compiling: set[int] = field(default_factory=set)  # leaders whose grammar is not ready
     params: SamplingParams = field(
         default_factory=SamplingParams
@@ -105,7 +105,7 @@ class Tokenizer(Actor[Inbox]):
             "head", its beginning is left out; "center", its middle is.
         vocab_size: ids the model has rows for.
         most_new: tokens to generate at most where a request does not say; None: what fits.
-        heals: texts are spelled anew at their end (--token_healing_mode).
+        heals: the end of a text is spelled again (--token_healing_mode).
         workers: threads that encode; as many prompts are worked on at a time.
         time_limit_s: for encoding one; the thread stays taken until it is done.
         max_queue: prompts that may wait for a thread; a long one counts as several (PLACE_CHARS).
@@ -488,7 +488,7 @@ class Tokenizer(Actor[Inbox]):
         self.frontend.tell(Accepted(msg.rids[0], ids, thoughts=thoughts, cut=job.cut))
 
     def _to_heal(self, ids: array[int], params: SamplingParams) -> int:
-        """How many tokens at the end of a text are to be spelled anew."""
+        """How many tokens at the end of a text the output spells again."""
         bound = params.grammar is not None or params.allowed_token_ids
         if not self._heals or bound or params.prompt_logprobs >= 0 or not params.max_new_tokens:
             return 0

@@ -200,7 +200,7 @@ class Transport:
             self.connect(peer, address)
 
     def connect(self, peer: int, address: str) -> None:
-        """From now on ``peer`` is there. Raises ValueError for what is no address."""
+        """From now on ``peer`` is there. Raises ValueError for an invalid address."""
         sock = self._ctx.socket(zmq.PUSH)
         sock.setsockopt(zmq.LINGER, LINGER_MS)
         sock.setsockopt(zmq.IPV6, ipv6(address))

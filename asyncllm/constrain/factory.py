@@ -6,7 +6,7 @@ Knows requests' parameters; knows neither text formats nor tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from asyncllm.constrain.healing import Healing
 from asyncllm.constrain.protocol import Constraint
@@ -17,10 +17,12 @@ from asyncllm.constrain.vocabulary import Vocabulary, bits
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import RequestError
 
+OFF: Final = "constrained output is off on this server (--output_constraint_mode none)"
+
 
 def unconstrained(kind: str, text: str) -> NoReturn:
     """Makes no grammars. Raises RequestError."""
-    raise RequestError("constrained output is off on this server (--output_constraint_mode)")
+    raise RequestError(OFF)
 
 
 class Constraints:

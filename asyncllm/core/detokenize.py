@@ -168,7 +168,7 @@ class _RunStream(_ByteStream):
 
 
 class WindowStream:
-    """For decoders that are no table: decode a short window of ids with and without the new one.
+    """For decoders that are not a table: decode a short window of ids with and without the new one.
 
     Costs two calls of ``decode`` per id. An unfinished character is held back, but for at most
     ``WINDOW_LIMIT`` ids, so that the window stays short.

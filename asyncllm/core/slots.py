@@ -206,7 +206,7 @@ class Ledger:
         return hit, slots
 
     def _fitting(self, count: int) -> int:
-        """``count`` if as many slots can be had; 0: the row is not granted."""
+        """``count`` if so many slots are free or can be evicted; 0: the row is not granted."""
         return count if count <= self.available else 0
 
     def _match(self, ids: array[int]) -> tuple[RadixNode, array[int]]:

@@ -167,7 +167,7 @@ def _operators(
 
 
 def within(spec: ModelSpec, max_len: int) -> ModelSpec:
-    """``spec`` for sequences up to ``max_len``: a window that is never full is none."""
+    """``spec`` for sequences up to ``max_len``: a window that is never full does not count."""
     layers = (
         replace(layer, window=None) if layer.window and layer.window >= max_len else layer
         for layer in spec.layers

@@ -310,7 +310,7 @@ def _known(plan: StepPlan, max_len: int) -> Scatter[HostColumn] | None:
 
 
 def _step_ops(model: Model) -> tuple[Callable[..., Tensor], Sampler]:
-    """What comes before the model, :func:`asyncllm.kernels.embedding.stage`, and after it."""
+    """The kernels before the model, :func:`asyncllm.kernels.embedding.stage`, and after it."""
     # imported here: Triton need not exist where there is no GPU
     if model.site.device.type == "cuda":
         from asyncllm.engine.sampling_cuda import TritonSampler

@@ -2,8 +2,8 @@
 
 A launch of an 8B step costs the event loop 14 ms eager and some 10 us as a graph. There is one for
 each bucket of tokens, for decode steps and for mixed steps; it takes its columns from a fixed place
-on the device and leaves hidden states in a fixed buffer. What comes before (rare table writes) is
-in no graph, what comes after (logits, sampling) in those of :mod:`asyncllm.engine.sampler_graphs`.
+on the device and leaves hidden states in a fixed buffer. The work before it (rare table writes) is
+in no graph, the work after it (logits, sampling) in those of :mod:`asyncllm.engine.sampler_graphs`.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class Uploader:
         bucket: Bucket | None = None,
         shape: Bucket | None = None,
     ) -> Staged:
-        """Put a step into the next buffer; penalties that are no extras go to the columns.
+        """Put a step into the next buffer; penalties that are not extras go to the columns.
 
         Args:
             bucket: whose graph reads the columns, which are padded to it.

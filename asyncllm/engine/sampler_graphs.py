@@ -84,7 +84,7 @@ class SamplerGraphs(GraphSet[SamplerVariant, Ended]):
             self.add(variant, capture, partial(run, hidden, columns, variant))
 
     def pick(self, batch: SamplingBatch) -> SamplerVariant | None:
-        """The graph for ``batch``; None: there is none, launch the kernels."""
+        """The graph for ``batch``; None: launch the kernels one by one."""
         at = bisect_left(self._sizes, len(batch.lanes))
         if at == len(self._sizes) or batch.num_top > 0 or batch.changes:
             return None

@@ -30,7 +30,7 @@ class SamplingTensors:
 
 
 class Sampler(Protocol):
-    """What comes after the logits (float32), on one device. Nothing here waits for the device."""
+    """The operators after the logits (float32) on one device. None of them waits for the device."""
 
     def sample(self, logits: Tensor, given: SamplingTensors) -> Tensor:
         """One token per row of ``logits`` [n, vocab_size]: [n] int64.

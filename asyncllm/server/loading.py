@@ -274,7 +274,7 @@ def _load_device(
 def load_grammars(
     text: Text, dialect: Dialect, vocab_size: int, eos_ids: Sequence[int]
 ) -> Grammars:
-    """Grammars of the model's tokens; special ones are no text, but for the marks of calls."""
+    """Grammars of the model's tokens; special ones are not text, except for the marks of calls."""
     marks = tools.special_tokens(dialect.calls)
     return Grammars(text.pieces, vocab_size, eos_ids, text.special, marks)
 

@@ -122,7 +122,7 @@ class Server:
             self._assemble(loaded)
             await self._system.run()
         except FatalError as error:
-            await self._wait_for_culprit()
+            await self._wait_for_first_failure()
             self._tell_nodes(self._code, str(error))
             logger.critical("%s ends: %s", self._boot.name, error)
             self._abandon(self._code)
@@ -222,10 +222,10 @@ class Server:
                 "(--mem_fraction, --max_total_token_num, --tp)"
             ) from None
         except RuntimeError:
-            await self._wait_for_culprit()
+            await self._wait_for_first_failure()
             raise
 
-    async def _wait_for_culprit(self) -> None:
+    async def _wait_for_first_failure(self) -> None:
         """A collective also fails because a child died; ``_child_died`` then has the reason."""
         if self._children:
             await self._children.wait(CULPRIT_S)
