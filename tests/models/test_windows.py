@@ -21,7 +21,7 @@ from asyncllm.engine.build import warm_up, within
 from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice, CudaPending
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import SingleRank
-from asyncllm.messages import Finished, Granted, StepDone, StepPlan, Tokens
+from asyncllm.messages import Finished, Granted, StepPlan, Tokens
 from asyncllm.models.kv_format import PLAIN, KvMode
 from tests.actors.fake_device import World
 from tests.models.families import CASES, VOCAB, WINDOW, Reference, make
@@ -32,17 +32,6 @@ CLOSE = 2e-4
 MOST = Window(WINDOW).most
 ALTERNATE, SLIDE = ("gemma3", "qwen2, windows"), ("mistral",)
 ALIKE = 64  # tokens of the prompts' common beginning
-
-
-class Launched:
-    """Stands for a fake device's pending step."""
-
-    def __init__(self, pending: CpuPending | CudaPending) -> None:
-        self._pending = pending
-
-    @property
-    def done(self) -> StepDone:
-        return self._pending.wait()
 
 
 class Serving(World):
@@ -88,14 +77,14 @@ class Serving(World):
         )
         return full, sliding
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> CpuPending | CudaPending:
         free = self.free.pop(plan.step)
         if isinstance(self.real, CpuDevice):
             self.real._thread.submit(self.poison, *free)
         else:
             with torch.cuda.stream(self.real._stream):
                 self.poison(*(slots.to(self.engine.device) for slots in free))
-        return Launched(self.real.launch(plan))
+        return self.real.launch(plan)
 
     def poison(self, full: torch.Tensor, sliding: torch.Tensor) -> None:
         for layer, tensors in zip(self.layers, self.engine.kv, strict=True):
