@@ -66,12 +66,12 @@ class Side:
             x.random_(256)
         kv = KvBytes(self.kv, layout)
         self.nbytes = args.tokens * kv.slot_bytes
-        heads = [tuple(range(args.kv_heads))]
+        heads = (tuple(range(args.kv_heads)),)
         self.wire = KvWire(
             format="", dtype="bf16", num_layers=args.layers, num_heads=args.kv_heads,
             head_bytes=4 * args.head_dim,
         )  # fmt: skip
-        share = Share("bench", 0, self.wire, kv, lambda tp: [heads] * args.layers)
+        share = Share("bench", 0, self.wire, kv, lambda tp: (heads,) * args.layers)
         mode = P2P if way == P2P else TCP
         size = args.page_size * kv.slot_bytes
         pages, ways = make_ways(mode, args.pages, size, self.device)

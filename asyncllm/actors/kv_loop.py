@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import zmq
 
@@ -28,6 +29,7 @@ ALIVE_S = 0.5  # between two signs of life
 LAPSE_S = 4.0  # without any, or without what was promised: a transfer has failed
 FIRST_S = 8.0  # for the first sign of an import's sender
 EARLY_S = 2.0  # by which a sender may be quicker than the word of our own scheduler
+TICK_S = 0.05  # between two looks at who is late, while much is going on
 IDLE_MS = 100  # between two looks at the time
 SOON_MS = 1  # between two looks at what makes no noise when it is done
 PIECE = 1 << 18  # bytes of a frame: small enough that nobody waits for the GIL
@@ -37,7 +39,7 @@ JOIN_S = 5.0
 
 log = logging.getLogger(__name__)
 
-HeldOf = Callable[[int], Sequence[HeldHeads]]
+HeldOf = Callable[[int], Sequence[tuple[tuple[int, ...], ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,13 @@ class Share:
     def parts(self, other_tp: int, other: int, *, sent: bool) -> list[Part | None]:
         """Of each layer, what travels from here to rank ``other`` of ``other_tp``, or, unless it is
         ``sent``, from there to here."""
-        ours, theirs = self.held(self.wire.tp), self.held(other_tp)
-        return [
-            part(mine, yours, self.rank, other) if sent else part(yours, mine, other, self.rank)
-            for mine, yours in zip(ours, theirs, strict=True)
-        ]
+
+        @cache  # most layers are alike
+        def of(mine: HeldHeads, yours: HeldHeads) -> Part | None:
+            ends = (mine, yours, self.rank, other) if sent else (yours, mine, other, self.rank)
+            return part(*ends)
+
+        return list(map(of, self.held(self.wire.tp), self.held(other_tp)))
 
     def strips(self, other_tp: int, other: int, *, sent: bool) -> Strips:
         """The bytes of that."""
@@ -124,6 +128,9 @@ class Mover(ABC):
         self.poller.register(self._wake, zmq.POLLIN)
         self._inbox: deque[Message] = deque()
         self._closing = False
+        self._tick_at = 0.0
+        self.drained = threading.Event()  # nothing is on its way that would be lost at the end
+        self.drained.set()
         self._out: list[Message] = []
         self.post: Callable[[list[Message]], None] = lambda _: None
         self.failed: Callable[[BaseException], None] = lambda _: None
@@ -190,7 +197,9 @@ class Mover(ABC):
             self.take(self._inbox.popleft())
         self.look(events)
         wait_ms = self.work()
-        self.tick()
+        if self.clock.now >= self._tick_at:
+            self._tick_at = self.clock.now + TICK_S
+            self.tick()
         if self._out:
             out, self._out = self._out, []
             self.post(out)

@@ -81,7 +81,7 @@ class _Line:
         filled: numbers whose bytes are going out by the socket.
         leaving: by number, what is going out by ``pair``.
         control: frames that wait for the socket.
-        epochs: what it has been told will come.
+        epochs: what it has been told will come, with our own rids.
     """
 
     node: str
@@ -105,7 +105,7 @@ class _Line:
     filled: deque[int] = field(default_factory=deque)
     leaving: dict[int, _Cargo] = field(default_factory=dict)
     control: deque[bytes] = field(default_factory=deque)
-    epochs: set[int] = field(default_factory=set)
+    epochs: dict[int, int] = field(default_factory=dict)
 
 
 class Sender(Mover):
@@ -156,10 +156,12 @@ class Sender(Mover):
         if tp not in self._partners:
             self._partners[tp] = self.share.partners(tp, sent=True)
         takers = self._partners[tp]
+        if not takers or rid in self._to:  # it has padding alone
+            return
         self._outbox.export(OpenExport(rid, to.epoch, to.hit, to.length, takers))
         self._to[rid] = [self._line(to, rank) for rank in takers]
         for line in self._to[rid]:
-            line.epochs.add(to.epoch)
+            line.epochs[to.epoch] = rid
             if line.sock is not None:
                 self._tell(line, Sending(to.epoch))
 
@@ -195,7 +197,7 @@ class Sender(Mover):
         if export is None:
             return
         for line in self._to.pop(rid):
-            line.epochs.discard(export.epoch)
+            line.epochs.pop(export.epoch, None)
             for number, cargo in [*line.cargo.items()]:
                 if cargo.portion.epoch == export.epoch:
                     self._unload(line, number)
@@ -217,15 +219,15 @@ class Sender(Mover):
 
     def _complete(self, line: _Line, epoch: int) -> None:
         """A taker has all it wants of a request."""
-        for rid in self._outbox.of([epoch]):
-            for number, cargo in [*line.cargo.items()]:
-                if cargo.portion.epoch == epoch:
-                    self._taken(line, number)
-            line.epochs.discard(epoch)
-            left = self._to[rid] = [other for other in self._to[rid] if other is not line]
-            self._outbox.exports[rid].takers = tuple(other.rank for other in left)
-            if not left:
-                self._drop(rid, "")
+        if (rid := line.epochs.pop(epoch, None)) is None:
+            return
+        for number, cargo in [*line.cargo.items()]:
+            if cargo.portion.epoch == epoch:
+                self._taken(line, number)
+        left = self._to[rid] = [other for other in self._to[rid] if other is not line]
+        self._outbox.exports[rid].takers = tuple(other.rank for other in left)
+        if not left:
+            self._drop(rid, "")
 
     # -- connections -------------------------------------------------------------------------------
 
@@ -287,7 +289,7 @@ class Sender(Mover):
         if line.epochs:
             self.counts.lapses += 1
             log.warning("K/V are not sent to %s any more: %s", line.address, why)
-        for rid in self._outbox.of([*line.epochs]):
+        for rid in [*line.epochs.values()]:
             self._drop(rid, why, silent=line)
         for number in [*line.cargo]:
             self._unload(line, number)
@@ -356,8 +358,8 @@ class Sender(Mover):
             case Over(epoch, ""):
                 self._complete(line, epoch)
             case Over(epoch, why):
-                for rid in self._outbox.of([epoch]):
-                    self._drop(rid, why, silent=line)
+                if epoch in line.epochs:
+                    self._drop(line.epochs[epoch], why, silent=line)
             case Known(key, value) if line.pair is not None:
                 line.pair.known(key, value)
             case Alive():
@@ -404,6 +406,10 @@ class Sender(Mover):
                 wait_ms = min(wait_ms, SOON_MS)
             waiting += len(line.pulled)
         self.counts.waiting = waiting
+        if any(line.cargo or line.lots for line in self._lines.values()):
+            self.drained.clear()
+        else:
+            self.drained.set()
         return wait_ms
 
     def _fill(self) -> None:
@@ -438,7 +444,7 @@ class Sender(Mover):
             return
         self.counts.sent_bytes += cargo.nbytes
         self.counts.sent_pages += 1
-        self._tell(line, Filled(number, cargo.page))
+        self._tell(line, Filled(number, cargo.page, cargo.nbytes))
         if line.way == TCP:
             line.filled.append(number)
         elif line.pair is not None:

@@ -13,7 +13,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 
+import torch
 import zmq
 
 from asyncllm.actors.kv_loop import IDLE_MS, SOON_MS, Mover, Share, Times, bounds
@@ -174,7 +176,7 @@ class Taker(Mover):
     ) -> None:
         super().__init__(share, pages, times or Times(), door.ctx)
         self._node, self._ways = node, ways
-        self._inbox_of = Inbox(lambda tp: share.partners(tp, sent=False))
+        self._inbox_of = Inbox(cache(lambda tp: share.partners(tp, sent=False)))
         self._guests: dict[bytes, _Guest] = {}
         self._strips: dict[tuple[int, int], Strips] = {}
         self._copies: deque[tuple[Copied, _Guest, int, _Portion]] = deque()
@@ -292,9 +294,8 @@ class Taker(Mover):
                     self._tell(guest, Over(epoch, "it is not expected there"))
             case Ready():
                 self._announced(guest, msg)
-            case Filled(number, page):
-                if (portion := guest.portions.get(number)) is not None:
-                    self._fetch(guest, number, portion, page)
+            case Filled():
+                self._filled(guest, msg)
             case Kept(number) if guest.way == P2P:
                 if (portion := guest.portions.get(number)) is not None:
                     if portion.state is not _State.FETCHED:
@@ -381,17 +382,26 @@ class Taker(Mover):
         if end == guest.nbytes(portion):
             self._write(guest, msg.number, portion)
 
-    def _fetch(self, guest: _Guest, number: int, portion: _Portion, page: int) -> None:
+    def _filled(self, guest: _Guest, msg: Filled) -> None:
         """The bytes lie in a page of the sender's."""
-        if portion.state is not _State.PULLED:
+        number, portion = msg.number, guest.portions.get(msg.number)
+        if portion is None:
+            # its request has ended here; what a communicator sends must be received all the same
+            if guest.pair is not None:
+                if msg.nbytes > self.pages.size:
+                    raise Impossible(f"{msg.nbytes} bytes, more than a page has")
+                nowhere = torch.empty(msg.nbytes, dtype=torch.uint8, device=self._ways.device)
+                guest.pair.receive(number, nowhere)
+            return
+        if portion.state is not _State.PULLED or msg.nbytes != guest.nbytes(portion):
             raise Impossible(f"portion {number} is filled while it is {portion.state.name}")
         portion.since = self.clock.now
         here = self.pages.device(portion.page)[: guest.nbytes(portion)]
         if guest.window is not None:
-            if not guest.window.has(page, len(here)):
-                raise Impossible(f"page {page} with {len(here)} bytes, which it has not")
+            if not guest.window.has(msg.page, len(here)):
+                raise Impossible(f"page {msg.page} with {len(here)} bytes, which it has not")
             portion.state = _State.FETCHING
-            self._copies.append((guest.window.fetch(page, here), guest, number, portion))
+            self._copies.append((guest.window.fetch(msg.page, here), guest, number, portion))
         elif guest.pair is not None:
             portion.state = _State.FETCHING
             guest.pair.receive(number, here)

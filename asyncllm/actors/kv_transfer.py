@@ -5,6 +5,7 @@ Owns that thread, and no state beside it: see ``kv_sender`` and ``kv_taker``.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import NoReturn, TypeVar, assert_never
 
@@ -21,6 +22,8 @@ from asyncllm.messages import (
     StepOver,
     TransferStats,
 )
+
+DRAINED_S = 4.0
 
 T = TypeVar("T")
 
@@ -67,6 +70,10 @@ class KvTransfer(Actor[TransferInbox]):
                     assert_never(msg)
         if moving:
             self._mover.put(moving)
+
+    async def closing(self) -> None:
+        """What is on its way to others arrives, unless they are gone."""
+        await asyncio.to_thread(self._mover.drained.wait, DRAINED_S)
 
     def stopped(self) -> None:
         self._stopped = True

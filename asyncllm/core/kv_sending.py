@@ -6,7 +6,6 @@ Knows positions and slots; knows neither sockets nor bytes nor when anything is 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -148,8 +147,3 @@ class PageOutbox:
             lot.dropped = True
         self._waiting = [lot for lot in self._waiting if not lot.dropped]
         return [lot for lot in export.lots.values() if lot.is_over()]
-
-    def of(self, epochs: Sequence[int]) -> list[int]:
-        """The rids of these epochs."""
-        wanted = set(epochs)
-        return [e.rid for e in self.exports.values() if e.epoch in wanted]

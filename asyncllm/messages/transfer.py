@@ -88,9 +88,10 @@ class Filled(Message):
 
     number: int
     page: int
+    nbytes: int
 
     def valid(self) -> bool:
-        return is_rid(self.number) and are_counts(self.page)
+        return is_rid(self.number) and are_counts(self.page) and self.nbytes > 0
 
 
 @message(106)

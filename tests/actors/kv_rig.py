@@ -43,9 +43,8 @@ class Size:
     pages: int = 4
 
 
-def held(tp: int) -> list[list[tuple[int, ...]]]:
-    heads = [shard_heads(SPEC, tp, rank).kv_heads for rank in range(tp)]
-    return [heads] * NUM_LAYERS
+def held(tp: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return (tuple(shard_heads(SPEC, tp, rank).kv_heads for rank in range(tp)),) * NUM_LAYERS
 
 
 class Rank:

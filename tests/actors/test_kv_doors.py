@@ -218,7 +218,7 @@ def some_words(rng: random.Random) -> Message | list[bytes] | bytes:
     msg = rng.choice(
         [
             Ready(number=number, epoch=rng.choice([77, 77, 78, 5]), first=first, count=rng.randrange(6)),
-            Filled(number, rng.randrange(9)),
+            Filled(number, rng.randrange(9), rng.choice([128, 512, 1 << 40])),
             Kept(number),
             Over(rng.choice([77, 5]), "x"),
             Sending(rng.choice([77, 5])),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from asyncllm.actors.kv_loop import Times
+from asyncllm.actors.kv_taker import Taker
 from asyncllm.actors.transport import Keys
-from asyncllm.messages import Computed, Export, Forget, Import, Lapsed, StepOver
+from asyncllm.messages import Arrived, Computed, Export, Forget, Import, Lapsed, StepOver
 from tests.actors.kv_rig import KEYS, NUM_SLOTS, WAIT_S, Rig, Size
 
 SOURCES = array("i", [7, 3, 50, 22, 9, 1, 40, 41, 42, 13, 12])
@@ -163,3 +166,123 @@ def test_a_request_that_nobody_comes_to_expect_is_given_up(rigs: list[Rig]) -> N
     rig.senders[0].mover.put([Export(5, rig.to(77, 0, 11))])
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.sent(5) == [[0]])
+
+
+def test_epochs_of_two_servers_may_be_equal(rigs: list[Rig]) -> None:
+    """They are numbers of requests, which each server counts by itself."""
+    rigs += [rig := Rig(), Rig()]
+    other = rigs[1].takers[0]
+    assert isinstance(other.mover, Taker)
+    there = replace(rig.to(77, 0, 11), addresses=(f"tcp://127.0.0.1:{other.mover.port}",))
+    movers = [*rig.movers, other.mover]
+    rig.begin(5, 77, TARGETS)
+    rig.senders[0].mover.put([Export(6, there)])
+    other.mover.put([Import(77, 0, 11, TARGETS)])
+    rig.computed(5, 0, 0, SOURCES)
+    rig.until(lambda: rig.arrived(77), movers)
+    rig.turns(20, movers)  # what is over there is not over here
+    rig.computed(6, 0, 0, SOURCES)
+    rig.until(lambda: Arrived(77, 0) in other.told, movers)
+
+
+def test_a_server_that_ends_waits_for_what_it_has_promised(rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig())
+    rig.begin(5, 77, TARGETS)
+    rig.computed(5, 0, 0, SOURCES)
+    rig.until(lambda: rig.sent(5) == [[0]])
+    if not rig.arrived(77):
+        assert not rig.senders[0].mover.drained.is_set()
+    rig.until(lambda: rig.arrived(77))
+    rig.until(rig.senders[0].mover.drained.is_set)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("way", WAYS)
+def test_random_lives(way: str, seed: int, rigs: list[Rig]) -> None:
+    """Requests begin, are computed, are forgotten at either end at any time. What arrives is right,
+    all is answered once, and no slot changes but those of requests that are still wanted."""
+    rng = random.Random(seed)
+    rigs.append(rig := Rig((2, 2), ((way,), (way,)), size=Size(pages=3)))
+    lives = [_Life(i, rng) for i in range(12)]
+    for _ in range(150):
+        life = rng.choice(lives)
+        life.go_on(rig, rng)
+        rig.turns(rng.randrange(3))
+        for each in lives:
+            each.look(rig)
+    for life in lives:
+        life.end(rig)
+    rig.until(lambda: all(life.is_over(rig) for life in lives))
+    rig.turns(20)
+    for life in lives:
+        life.check(rig)
+    told = [msg for rank in [*rig.senders, *rig.takers] for msg in rank.told]
+    assert len(told) == len(set(told))
+    assert all(mover.pool.free == mover.pool.num for mover in rig.movers)
+
+
+class _Life:
+    """A request with slots of its own on both sides."""
+
+    def __init__(self, number: int, rng: random.Random) -> None:
+        slots = list(range(5 * number, 5 * number + 5))
+        rng.shuffle(slots)
+        self.rid, self.epoch, self.slots = number, 100 + number, array("i", slots)
+        self.at, self.seq, self.begun = 0, 0, False
+        self.forgotten: list[list[bytes]] | None = None
+
+    def go_on(self, rig: Rig, rng: random.Random) -> None:
+        if not self.begun:
+            self.begun = True
+            rig.begin(self.rid, self.epoch, self.slots)
+        elif rng.random() < 0.1 and self.forgotten is None:
+            for rank in rng.choice([rig.senders, rig.takers]):
+                rank.mover.put([Forget(self.rid if rank in rig.senders else self.epoch)])
+        else:
+            self.compute(rig, rng.randrange(1, 4))
+
+    def compute(self, rig: Rig, num: int) -> None:
+        if some := self.slots[self.at : self.at + num]:
+            rig.computed(self.rid, self.seq, self.at, some)
+            self.at, self.seq = self.at + len(some), self.seq + 1
+
+    def look(self, rig: Rig) -> None:
+        """From the answers of all ranks on, its slots are somebody else's."""
+        if self.forgotten is None and len(rig.lapsed(self.epoch)) == len(rig.takers):
+            self.forgotten = [[rank.slots()[i] for i in self.slots] for rank in rig.takers]
+
+    def end(self, rig: Rig) -> None:
+        if not self.begun:
+            self.begun = True
+            rig.begin(self.rid, self.epoch, self.slots)
+        self.compute(rig, 5)
+
+    def is_over(self, rig: Rig) -> bool:
+        answers = [
+            msg for rank in rig.takers for msg in rank.told if getattr(msg, "rid", -1) == self.epoch
+        ]
+        all_sent = rig.sent(self.rid) == [list(range(self.seq))] * len(rig.senders)
+        return len(answers) == len(rig.takers) and all_sent
+
+    def check(self, rig: Rig) -> None:
+        if self.forgotten is not None:
+            assert [[rank.slots()[i] for i in self.slots] for rank in rig.takers] == self.forgotten
+        elif rig.arrived(self.epoch):
+            assert rig.matches(self.slots, self.slots)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_was_under_way_when_it_was_forgotten_does_not_come_in_place_of_another(
+    way: str, rigs: list[Rig]
+) -> None:
+    rigs.append(rig := Rig(names=((way,), (way,))))
+    sender, taker = rig.senders[0].mover, rig.takers[0].mover
+    rig.begin(5, 77, TARGETS[:4])
+    rig.computed(5, 0, 0, SOURCES[:4])
+    rig.until(lambda: sender.counts.sent_pages > 0, [taker, sender])
+    taker.put([Forget(77)])
+    rig.begin(6, 78, TARGETS[4:8])
+    rig.computed(6, 0, 0, SOURCES[4:8])
+    rig.until(lambda: rig.arrived(78))
+    assert rig.matches(SOURCES[4:8], TARGETS[4:8])
+    assert rig.lapsed(77) == [""]
