@@ -165,7 +165,7 @@ def test_the_process_knows_no_secrets_and_writes_no_files(
 def test_the_process_dies_with_its_parent(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "a.bin")
     code = (
-        "import os, sys; from pathlib import Path; from asyncllm.models.unpickle import Found, Pickles\n"
+        "import os, sys; from pathlib import Path; from asyncllm.models.unpickle import Pickles\n"
         "p = Pickles(); p.open(Path(sys.argv[1])); print(p._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
