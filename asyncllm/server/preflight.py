@@ -20,6 +20,7 @@ from asyncllm.server.meeting import interface_to
 
 PORTS_S = 10.0
 SUM_S = 30.0
+LEAVING_S = 2.0
 RETRY_S = 0.2
 
 T = TypeVar("T")
@@ -90,7 +91,9 @@ def try_ways(boot: Boot, where: torch.device) -> str:
     mine: list[Way] = []
     ranks = join_ranks(boot, where, mine)
     said = ranks.exchange(json.dumps([astuple(way) for way in mine]))
-    ranks.close()
+    leaving = threading.Thread(target=ranks.close, daemon=True)  # NCCL's wait for each other
+    leaving.start()
+    leaving.join(LEAVING_S)
     found = [Way(*way) for text in said for way in json.loads(text)]
     rows = [("from", "to", "at", "over", "ms")]
     rows += [(way.of, way.to, way.at, way.over, f"{way.ms:.1f}") for way in found]
