@@ -10,9 +10,11 @@ import pytest
 
 from asyncllm.api.common import json_body
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.validation import Field
+from asyncllm.api.common.model import RequestModel, limits_text
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
+from asyncllm.api.openapi.document import of_models
+from asyncllm.api.openapi.field_docs import kinds, unavailable
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound, RequestError
@@ -26,68 +28,79 @@ from tests.api.harness import (
 )
 
 ROUTES = [
-    pytest.param(completion_request, openai.COMPLETION, "", id="completion"),
-    pytest.param(chat_request, openai.CHAT, "", id="chat"),
-    pytest.param(native_request, lightllm.PARAMETERS, "parameters.", id="native"),
+    pytest.param(completion_request, openai.CompletionRequest, "", id="completion"),
+    pytest.param(chat_request, openai.ChatRequest, "", id="chat"),
+    pytest.param(native_request, lightllm.NativeParameters, "parameters.", id="native"),
 ]
+SCHEMAS = of_models([param.values[1] for param in ROUTES])
+
+
+def fields(model: type[RequestModel]) -> dict[str, dict[str, Any]]:
+    """The schemas of fields that are not refused."""
+    told: dict[str, dict[str, Any]] = SCHEMAS[model.__name__]["properties"]
+    refused = unavailable(model)
+    return {name: told[name] for name in told if name not in refused}
+
+
 FIELDS = [
-    pytest.param(param.values[0], field, param.values[2], id=f"{param.id}-{field.name}")
+    pytest.param(param.values[0], name, told, param.values[2], id=f"{param.id}-{name}")
     for param in ROUTES
-    for field in param.values[1]
+    for name, told in fields(param.values[1]).items()
 ]
 
 
-def wrong(field: Field) -> list[Any]:
+def wrong(told: dict[str, Any]) -> list[Any]:
     """Values of a wrong type or out of range."""
-    by_kind: dict[str, list[Any]] = {
-        "integer": ["1", 1.5, True, [], {}],
-        "number": ["1", True, [], {}],
-        "boolean": ["true", 1, 0, [], {}],
-        "string": [1, True, [], {}, "\ud800"],
-        "object": ["x", 1, []],
-        "array": ["x", 1, {}],
-        "any": [1, True, {}],
-    }
-    values = by_kind[field.kind]
-    if field.name == "guided_json":
-        values = [1, True, [], "x", "[]"]  # {} is a schema
-    if field.kind in ("integer", "number"):
-        if field.low is not None:
-            values = [*values, field.low - 1, *([field.low] if field.above else [])]
-        if field.high is not None:
-            values = [*values, int(field.high) + 1]
-    return values
+    samples: dict[str, list[Any]] = {
+        "integer": [1.5], "number": [1.5], "boolean": [True], "string": ["x"], "array": [[]],
+        "object": [{}],
+    }  # fmt: skip
+    known = kinds(told, SCHEMAS) | ({"integer"} if "number" in kinds(told, SCHEMAS) else set())
+    values = [v for kind in samples if kind not in known for v in samples[kind]]
+    if {"string"} == known - {"null"}:
+        values.append("\ud800")
+    if "number" in known:
+        values.remove(1.5) if 1.5 in values else None
+    low, above, high = (told.get(key) for key in ("minimum", "exclusiveMinimum", "maximum"))
+    values += [low - 1] if low is not None else []
+    values += [above] if above is not None else []
+    return [*values, int(high) + 1] if high is not None else values
 
 
-@pytest.mark.parametrize(("parse", "field", "at"), FIELDS)
-def test_wrong_values_are_refused_with_the_field_named(parse: Any, field: Field, at: str) -> None:
-    for value in wrong(field):
+@pytest.mark.parametrize(("parse", "name", "told", "at"), FIELDS)
+def test_wrong_values_are_refused_with_the_field_named(
+    parse: Any, name: str, told: dict[str, Any], at: str
+) -> None:
+    assert wrong(told)
+    for value in wrong(told):
         with pytest.raises(RequestError) as caught:
-            parse(**{field.name: value})
+            parse(**{name: value})
         error = caught.value
         assert error.status == (404 if isinstance(error, ModelNotFound) else 400)
-        assert (error.param or "").startswith(at + field.name), (value, error.param, error.message)
+        assert (error.param or "").startswith(at + name), (value, error.param, error.message)
 
 
-@pytest.mark.parametrize(("parse", "field", "at"), FIELDS)
-def test_null_means_absent(parse: Any, field: Field, at: str) -> None:
-    if field.name not in ("prompt", "messages"):
-        assert parse(**{field.name: None}) == parse()
+@pytest.mark.parametrize(("parse", "name", "told", "at"), FIELDS)
+def test_null_means_absent(parse: Any, name: str, told: dict[str, Any], at: str) -> None:
+    if name not in ("prompt", "messages"):
+        assert parse(**{name: None}) == parse()
 
 
-@pytest.mark.parametrize(("parse", "table", "at"), ROUTES)
-def test_limits_are_inclusive_and_named(parse: Any, table: tuple[Field, ...], at: str) -> None:
-    for field in table:
-        if field.kind not in ("integer", "number") or field.name in ("best_of", "top_logprobs"):
+@pytest.mark.parametrize(("parse", "model", "at"), ROUTES)
+def test_limits_are_inclusive_and_named(parse: Any, model: type[RequestModel], at: str) -> None:
+    for name, told in fields(model).items():
+        high = told.get("maximum")
+        if high is None or name in ("best_of", "top_logprobs"):
             continue
-        if field.high is not None:
-            more = {"max_tokens": 2**31 - 1} if field.name == "min_tokens" else {}
-            if field.name == "min_new_tokens":
-                more = {"max_new_tokens": 2**31 - 1}
-            parse(**{field.name: field.high}, **more)
-            with pytest.raises(RequestError) as caught:
-                parse(**{field.name: field.high + (1 if field.kind == "integer" else 0.5)})
-            assert field.limits() in caught.value.message
+        more = {"max_tokens": 2**31 - 1} if name == "min_tokens" else {}
+        if name == "min_new_tokens":
+            more = {"max_new_tokens": 2**31 - 1}
+        parse(**{name: high}, **more)
+        with pytest.raises(RequestError) as caught:
+            parse(**{name: high + (1 if "integer" in kinds(told, SCHEMAS) else 0.5)})
+        above = told.get("exclusiveMinimum")
+        low = told.get("minimum", above)
+        assert limits_text(low, high, above is not None) in caught.value.message
 
 
 @pytest.mark.parametrize("name", [None, "m", "org/m", "default", "folder"])
@@ -443,7 +456,7 @@ def test_native_inputs_and_media() -> None:
             lightllm.generate({"inputs": inputs}, SERVED, stream=False)
         assert caught.value.param == "inputs"
     images = {"inputs": "x", "multimodal_params": {"images": [{"type": "url", "data": "u"}]}}
-    with pytest.raises(NotAvailable, match="images are not available"):
+    with pytest.raises(NotAvailable, match="images is not available"):
         lightllm.generate(images, SERVED, stream=False)
 
 

@@ -165,8 +165,7 @@ class MessageRequest(CountRequest):
 def messages(body: Body, served: ServedModel) -> GenerationRequest:
     """A /v1/messages body. Raises RequestError (400), NotAvailable (400), ModelNotFound (404)."""
     _refuse_thread(body)
-    request = parse(MessageRequest, body, served)
-    request = request.model_copy(update=request.silent(served.defaults.sampling(body)))
+    request = parse(MessageRequest, body, served).filled(served.defaults.sampling(body))
     made = _prepared(request, served)
     thinking = request.thinking
     params = SamplingParams(

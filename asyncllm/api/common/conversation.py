@@ -1,4 +1,4 @@
-"""Builds the messages that chat templates expect from blocks or items.
+"""Turns of a conversation in template form, made of blocks or items one by one.
 
 Knows what chat templates expect: one turn per role in a row, calls with the assistant's words, each
 result a turn. Knows no protocol's JSON.
@@ -7,10 +7,21 @@ result a turn. Knows no protocol's JSON.
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal
 
-from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.validation import expect, preview, reject, text
+from pydantic import PlainValidator
+
+from asyncllm.api.common.model import (
+    AnyObject,
+    Items,
+    RequestModel,
+    UnicodeStr,
+    Variants,
+    refuse,
+    surrogate,
+)
+from asyncllm.api.common.validation import preview
 
 MAX_MESSAGES: Final = 4096
 
@@ -20,7 +31,7 @@ _IN_PIECES: Final = ("content", "reasoning_content")
 
 
 class ConversationBuilder:
-    """Collects a conversation; successive parts of one role become one message."""
+    """Gathers a conversation; what one role says in a row is one turn."""
 
     def __init__(self) -> None:
         # texts as lists of their pieces: joined once, so that many pieces cost what their text does
@@ -28,28 +39,28 @@ class ConversationBuilder:
 
     @property
     def messages(self) -> Messages:
-        """The messages so far."""
+        """What has been gathered so far."""
         return [
             {key: "\n".join(v) if key in _IN_PIECES else v for key, v in turn.items()}
             for turn in self._made
         ]
 
     def add_text(self, role: str, content: str) -> None:
-        """Add text to the message of ``role``, a new one if another role spoke last."""
+        """More of what somebody says."""
         _append(self._turn(role)["content"], content)
 
     def add_reasoning(self, thought: str) -> None:
-        """Add reasoning to the assistant's message."""
+        """More of what the assistant thinks."""
         _append(self._turn("assistant").setdefault("reasoning_content", []), thought)
 
     def add_call(self, key: str, name: str, arguments: CallArguments) -> None:
-        """Add a tool call to the assistant's message."""
+        """The assistant calls a tool."""
         function = {"name": name, "arguments": arguments}
         calls = self._turn("assistant").setdefault("tool_calls", [])
         calls.append({"type": "function", "function": function, "id": key})
 
     def add_result(self, key: str, content: str) -> None:
-        """Add the result of the call ``key``."""
+        """What the call ``key`` gave."""
         self._made.append({"role": "tool", "content": [content], "tool_call_id": key})
 
     def _turn(self, role: str) -> dict[str, Any]:
@@ -59,7 +70,7 @@ class ConversationBuilder:
 
 
 def _append(pieces: list[str], piece: str) -> None:
-    """An empty first piece is dropped, so that nothing separates it from the next."""
+    """Nothing is put between an empty beginning and what follows."""
     if pieces == [""]:
         pieces.clear()
     pieces.append(piece)
@@ -75,41 +86,56 @@ def with_system(system: str | None, messages: Messages) -> Messages:
     return [{"role": "system", "content": system}, *messages]
 
 
-def arguments(value: Any, name: str) -> CallArguments:
-    """The arguments of an earlier call, given as JSON text. What is cut, or no object, is text:
-    models write such, and answers have had it. Raises RequestError unless it is a string."""
-    raw = text(value, name)
+class TextPart(RequestModel):
+    type: Literal["text", "input_text", "output_text"]
+    text: UnicodeStr
+
+
+class RefusalPart(RequestModel):
+    type: Literal["refusal"]
+    refusal: UnicodeStr
+
+
+ContentPart = Annotated[
+    UnicodeStr | TextPart | RefusalPart, Variants(other="content of type {} is not available")
+]
+PartsContent = Annotated[UnicodeStr | Items[ContentPart], Variants("a string or an array of parts")]
+
+
+def text_of(content: str | Sequence[str | TextPart | RefusalPart]) -> str:
+    """The text of a string or of parts."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(_text_of_part(part) for part in content)
+
+
+def _text_of_part(part: str | TextPart | RefusalPart) -> str:
+    match part:
+        case TextPart():
+            return part.text
+        case RefusalPart():
+            return part.refusal
+        case text:
+            return text
+
+
+def parsed_arguments(value: object) -> CallArguments:
+    """Those of an earlier call, given as JSON text or as they are; null: none. What is cut, or no
+    object, is text: models write such, and answers have had it. For validators."""
+    if value is None or isinstance(value, dict):
+        return value or {}
+    if not isinstance(value, str):
+        refuse(f" must be an object, as JSON, not {preview(value)}")
+    if (why := surrogate(value)) is not None:
+        refuse(why)
     try:
-        found = json.loads(raw) if raw.strip() else {}
+        found = json.loads(value) if value.strip() else {}
     except (ValueError, RecursionError):
-        return raw
-    return found if isinstance(found, dict) else raw
+        return value
+    return found if isinstance(found, dict) else value
 
 
-def content(value: Any, name: str, may_miss: bool = False) -> str:
-    """The text of a string or of text parts. Raises RequestError, NotAvailable (400)."""
-    if value is None:
-        if not may_miss:
-            reject(f"{name} is missing", name)
-        return ""
-    if isinstance(value, str):
-        return text(value, name)
-    expect(value, list, name, "a string or an array of parts")
-    return "\n".join(_part(part, f"{name}[{i}]") for i, part in enumerate(value))
-
-
-def _part(value: Any, name: str) -> str:
-    if isinstance(value, str):
-        return text(value, name)
-    expect(value, dict, name, "an object")
-    kind = value.get("type")
-    if kind in ("text", "input_text", "output_text"):
-        return text(value.get("text"), f"{name}.text")
-    if kind == "refusal":
-        return text(value.get("refusal"), f"{name}.refusal")
-    if not isinstance(kind, str):
-        reject(f"{name}.type must be a string, not {preview(kind)}", f"{name}.type")
-    raise NotAvailable(
-        f"{name}: content of type {preview(kind)} is not available on this server; text is",
-        param=f"{name}.type",
-    )
+PastArguments = Annotated[
+    CallArguments,
+    PlainValidator(parsed_arguments, json_schema_input_type=AnyObject | UnicodeStr | None),
+]

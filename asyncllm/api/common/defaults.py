@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Annotated, Any
 
-from asyncllm.api.common import validation
-from asyncllm.api.common.validation import Body, Field
+from asyncllm.api.common.model import Float, Integer, Range, RequestModel, parse
+from asyncllm.api.common.validation import MAX_INT32, Body
 from asyncllm.errors import RequestError, StartupError
 
-F = Field
 
-GENERATION_CONFIG: Final = (
-    F(name="do_sample", kind="boolean", doc="false: greedy"),
-    F(name="temperature", kind="number", low=0, doc="0: greedy"),
-    F(name="top_p", kind="number", low=0, high=1, above=True, doc=""),
-    F(name="top_k", kind="integer", low=-1, high=validation.MAX_INT32, doc="-1 or 0: all"),
-    F(name="min_p", kind="number", low=0, high=1, doc=""),
-    F(name="repetition_penalty", kind="number", low=0, high=10, above=True, doc=""),
-    F(name="max_new_tokens", kind="integer", low=1, high=validation.MAX_INT32, doc=""),
-)  # fmt: skip
+class GenerationConfig(RequestModel):
+    do_sample: bool | None = None
+    temperature: Annotated[Float, Range(0)] | None = None
+    top_p: Annotated[Float, Range(0, 1, above=True)] | None = None
+    top_k: Annotated[Integer, Range(-1, MAX_INT32)] | None = None
+    min_p: Annotated[Float, Range(0, 1)] | None = None
+    repetition_penalty: Annotated[Float, Range(0, 10, above=True)] | None = None
+    max_new_tokens: Annotated[Integer, Range(1, MAX_INT32)] | None = None
 
 
 def read_defaults(content: Body) -> dict[str, Any]:
@@ -33,12 +31,11 @@ def read_defaults(content: Body) -> dict[str, Any]:
         StartupError: one of them cannot be used.
     """
     try:
-        values = validation.read(GENERATION_CONFIG, content)
+        return parse(GenerationConfig, content).model_dump(exclude_none=True)
     except RequestError as error:
         raise StartupError(
             f"generation_config.json: {error.message} (--generation_config none leaves it out)"
         ) from None
-    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

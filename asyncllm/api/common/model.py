@@ -6,11 +6,11 @@ of them. Knows JSON values; knows no route and no tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Final, Literal, NoReturn, TypeVar, get_args, get_origin
+from collections.abc import Callable, Mapping
+from types import UnionType
+from typing import Annotated, Final, Literal, NoReturn, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,6 +18,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -30,6 +31,7 @@ from asyncllm.errors import RequestError
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound="RequestModel")
 
+MAX_KEY: Final = 64  # characters of a client's own key in the place of an error
 _VARIANT: Final = "\ue000"  # begins the name of a variant in the place of an error
 _NEEDED: Final = {
     "int": "an integer",
@@ -44,10 +46,13 @@ _NEEDED: Final = {
 }  # by the first word of pydantic's error type
 
 
+STRICT: Final = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
+
+
 class RequestModel(BaseModel):
     """An object in a request: null means absent, fields it does not know are ignored."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
+    model_config = STRICT
 
     @model_validator(mode="before")
     @classmethod
@@ -68,10 +73,11 @@ class RequestModel(BaseModel):
                 _or_null(field)
         return schema
 
-    def silent(self, known: Mapping[str, object]) -> dict[str, object]:
-        """Those of ``known`` for which this has a field that the request does not mention."""
+    def filled(self, known: Mapping[str, object]) -> Self:
+        """This with the values of ``known`` for fields that the request does not mention."""
         mine, given = type(self).model_fields, self.model_fields_set
-        return {name: known[name] for name in known if name in mine and name not in given}
+        more = {name: known[name] for name in known if name in mine and name not in given}
+        return self.model_copy(update=more) if more else self
 
 
 def parse(model: type[_M], body: Mapping[str, object], context: object = None) -> _M:
@@ -111,13 +117,8 @@ def _bounded(value: object) -> object:
     return min(max(value, -(2**53)), 2**53) if type(value) is int else value
 
 
-def _unicode(value: str) -> str:
-    if (why := _surrogate(value)) is not None:
-        refuse(why)
-    return value
-
-
-def _surrogate(value: str) -> str | None:
+def surrogate(value: str) -> str | None:
+    """What is wrong with a string that has lone surrogates."""
     if value.isascii():
         return None
     try:
@@ -130,10 +131,8 @@ def _surrogate(value: str) -> str | None:
 Integer = Annotated[int, BeforeValidator(_whole)]  # 3.0 is one
 Float = Annotated[float, BeforeValidator(_bounded), Field(allow_inf_nan=False)]
 # without lone surrogates, which no tokenizer can encode
-UnicodeStr = Annotated[str, AfterValidator(_unicode)]
-StopString = Annotated[
-    str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(_unicode)
-]
+UnicodeStr = Annotated[str, Field(min_length=0)]  # any limit makes pydantic look at characters
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class _FailFast:
@@ -151,10 +150,17 @@ AnyObject = dict[str, object]
 
 
 class Range:
-    """Inclusive limits of a number; ``above`` makes ``low`` exclusive."""
+    """Inclusive limits of a number; ``above`` makes ``low`` exclusive.
 
-    def __init__(self, low: float, high: float | None = None, *, above: bool = False) -> None:
+    Args:
+        what: a number outside is not; "": in the limits.
+    """
+
+    def __init__(
+        self, low: float, high: float | None = None, *, above: bool = False, what: str = ""
+    ) -> None:
         self.low, self.high, self.above = low, high, above
+        self.what = what or f"in {limits_text(low, high, above)}"
 
     def __get_pydantic_core_schema__(
         self, source: object, handler: GetCoreSchemaHandler
@@ -169,7 +175,7 @@ class Range:
             limits,
             "range",
             custom_error_message="range",
-            custom_error_context={"limits": limits_text(self.low, self.high, self.above)},
+            custom_error_context={"what": self.what},
         )
         return core_schema.chain_schema([handler(source), told])
 
@@ -191,12 +197,20 @@ class Variants:
 
     Args:
         what: a value must be, in words.
+        fold: makes one of the known strings of another spelling of it.
         other: what is said of an object whose ``key`` is another string, which is then called not
             available; "": that its ``key`` is none of those known.
     """
 
-    def __init__(self, what: str = "an object", key: str = "type", other: str = "") -> None:
-        self.what, self.key, self.other = what, key, other
+    def __init__(
+        self,
+        what: str = "an object",
+        key: str = "type",
+        other: str = "",
+        *,
+        fold: Callable[[str], str] = str,
+    ) -> None:
+        self.what, self.key, self.other, self.fold = what, key, other, fold
 
     def __get_pydantic_core_schema__(
         self, source: object, handler: GetCoreSchemaHandler
@@ -220,6 +234,8 @@ class Variants:
     def _tags(self, member: object) -> list[str]:
         while get_origin(member) is Annotated:
             member = get_args(member)[0]
+        if get_origin(member) in (Union, UnionType):
+            return [tag for each in get_args(member) for tag in self._tags(each)]
         if not isinstance(member, type) or not issubclass(member, BaseModel):
             kind = get_origin(member) or member
             name = "str" if kind is Literal else getattr(kind, "__name__", "")
@@ -228,16 +244,39 @@ class Variants:
         if field is None:
             return [f"{_VARIANT}dict"]
         silent = [] if field.is_required() else [f"{_VARIANT}dict"]
-        return [*(f"{_VARIANT}={name}" for name in get_args(field.annotation)), *silent]
+        # a model may say the strings itself, where there are more spellings of them
+        words = getattr(member, "kinds", get_args(field.annotation))
+        return [*(f"{_VARIANT}={word}" for word in words), *silent]
 
     def _tag(self, value: object) -> str:
         if isinstance(value, dict) and (kind := value.get(self.key)) is not None:
-            return f"{_VARIANT}={kind if isinstance(kind, str) else ''}"
+            word = kind if isinstance(kind, str) else ""
+            return f"{_VARIANT}={self.fold(word)}"
         return _type_tag(value)
 
 
 def _type_tag(value: object) -> str:
     return _VARIANT + type(value).__name__
+
+
+class Checked:
+    """A value that a function checks and converts.
+
+    Args:
+        check: value, and what pydantic knows of it, to a result of any type.
+        told: a type that says what the value may be.
+    """
+
+    def __init__(self, check: Callable[[object, ValidationInfo], object], told: object) -> None:
+        self.check, self.told = check, told
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        told = handler.generate_schema(self.told)
+        return core_schema.with_info_plain_validator_function(
+            self.check, json_schema_input_schema=told
+        )
 
 
 class Unavailable:
@@ -286,12 +325,12 @@ def _explained(found: ErrorDetails) -> RequestError:
         case "missing":
             why = " is missing"
         case "range":
-            why = f": {preview(value)} is not in {context['limits']}"
+            why = f": {preview(value)} is not {context['what']}"
         case "literal_error":
             known = context["expected"].replace("'", "").replace(" or ", ", ")
             why = f": {preview(value)} is not {'one of ' if ', ' in known else ''}{known}"
         case "string_unicode":
-            why = _surrogate(value) or ""
+            why = surrogate(value) or ""
         case "too_long" | "string_too_long":
             why = f": {_counted(value, len(value))}, at most {context['max_length']}"
         case "too_short" | "string_too_short":
@@ -325,10 +364,12 @@ def _name(place: tuple[int | str, ...]) -> str:
     """``messages[0].content``, of the keys and indices that lead there."""
     name = ""
     for part in place:
-        if isinstance(part, int):
+        if isinstance(part, int) or (part.isdecimal() and len(part) <= MAX_KEY):
             name += f"[{part}]"
-        elif not part.startswith(_VARIANT):
+        elif part.isidentifier() and len(part) <= MAX_KEY:
             name += f".{part}" if name else part
+        elif not part.startswith((_VARIANT, "[key]")):
+            name += f"[{preview(part)}]"  # a key of the client's own
     return name
 
 
@@ -339,8 +380,9 @@ def _counted(value: object, number: int) -> str:
 
 def _or_null(schema: JsonSchemaValue) -> None:
     """Null is absence wherever absence is allowed."""
-    members = schema.pop("anyOf", None)
-    if members is not None:  # of a field that is None where it is absent
+    null = {"type": "null"}
+    members = [each for each in schema.pop("anyOf", ()) if each != null]
+    if len(members) == 1:  # of a field that is None where it is absent
         schema |= members[0]
     if "const" in schema:
         schema["enum"] = [schema.pop("const")]
@@ -348,6 +390,7 @@ def _or_null(schema: JsonSchemaValue) -> None:
         schema["type"] = [kind, "null"]
     if "enum" in schema and None not in schema["enum"]:
         schema["enum"].append(None)
-    if schema.keys() & {"$ref", "oneOf"}:
-        told = {key: schema.pop(key) for key in ("$ref", "oneOf") if key in schema}
-        schema["anyOf"] = [told, {"type": "null"}]
+    if told := {key: schema.pop(key) for key in ("$ref", "oneOf") if key in schema}:
+        members = [told]
+    if len(members) > 1 or told:
+        schema["anyOf"] = [*members, null]

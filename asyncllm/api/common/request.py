@@ -6,14 +6,15 @@ Knows prompts, parameters and flags; knows neither JSON names nor answers.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from asyncllm.api.common.defaults import Defaults
 from asyncllm.api.common.model import UnicodeStr
-from asyncllm.api.common.validation import GREEDY_BELOW, expect, preview, reject, token_ids
+from asyncllm.api.common.validation import GREEDY_BELOW, preview, reject, token_ids
 from asyncllm.api.parsing.output_parser import Dialect, OutputOptions
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound
@@ -92,25 +93,31 @@ class ServedModel:
             param="model",
         )
 
-    def prompt_of(self, value: Any, name: str) -> Prompt:
+    def prompt_of(self, value: object, name: str) -> Prompt:
         """A prompt of token ids. Raises RequestError."""
-        expect(value, list, name, "an array of token ids")
+        if not isinstance(value, list):
+            reject(f"{name} must be an array of token ids, not {preview(value)}", name)
         if not value:
             reject(f"{name} must not be empty", name)
         column = token_ids(value, name)
-        self.check_ids((max(value),), name)
+        self.check_ids((max(column),), name)
         return Prompt(ids=column)
 
-    def check_ids(self, ids: tuple[int, ...], name: str) -> None:
+    def check_ids(self, ids: Iterable[int], name: str) -> None:
         """Raises RequestError for a token id outside the vocabulary."""
         for token in ids:
             if token >= self.vocab_size:
                 reject(f"{name}: {token} is not below the vocabulary size {self.vocab_size}", name)
 
 
+def served_by(info: ValidationInfo) -> ServedModel:
+    """For validators: what was given to :func:`parse`."""
+    assert isinstance(info.context, ServedModel)
+    return info.context
+
+
 def _known(name: str | None, info: ValidationInfo) -> str | None:
-    if isinstance(info.context, ServedModel):
-        info.context.check_name(name)
+    served_by(info).check_name(name)
     return name
 
 

@@ -1,4 +1,4 @@
-"""Fields that constrain the output: a JSON schema, a regular expression, a grammar.
+"""Fields that give the output a form: a JSON schema, a regular expression, a grammar.
 
 Knows the fields' JSON values and limits; what a schema or grammar means is checked where it is
 compiled.
@@ -8,146 +8,195 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
-from asyncllm.api.common import validation
-from asyncllm.api.common.model import AnyObject, refuse
-from asyncllm.api.common.validation import Field, UnsupportedField, expect, preview, reject
+from asyncllm.api.common.model import (
+    AnyObject,
+    Items,
+    RequestModel,
+    Unavailable,
+    UnicodeStr,
+    refuse,
+    surrogate,
+)
+from asyncllm.api.common.validation import preview, reject
 
 MAX_CHARS: Final = 65_536
 MAX_CHOICES: Final = 1024
 
 Grammar = tuple[str, str]  # kind, text: see SamplingParams.grammar
+JSON: Final[Grammar] = ("json", "")  # any JSON object
 
 
-def _of_object(value: object) -> Grammar:
+def of_object(value: object) -> Grammar:
+    """A JSON schema as an object; for validators."""
     if not isinstance(value, dict):
         refuse(f" must be an object, not {preview(value)}")
     try:
         # its order is that of the output; ASCII, since a string may hold half a character
-        text = json.dumps(value)
+        return "schema", _limited(json.dumps(value))
     except RecursionError:
         refuse(" is nested too deeply")
-    if len(text) > MAX_CHARS:
-        refuse(f": {len(text)} characters, at most {MAX_CHARS}")
-    return "schema", text
 
 
-SchemaObject = Annotated[Grammar, PlainValidator(_of_object, json_schema_input_type=AnyObject)]
+def checked_schema(value: AnyObject) -> AnyObject:
+    """The same, where it can be a schema; for validators."""
+    of_object(value)
+    return value
 
 
-def schema(value: Any, name: str) -> Grammar | None:
-    """A JSON schema, as JSON or as a string of it; "" means none."""
+def _of_object_or_text(value: object) -> Grammar | None:
     if value == "":
         return None
-    what = "a JSON schema: an object, or a string of one"
+    if not isinstance(value, str):
+        return of_object(value)
+    if (why := surrogate(value)) is not None:
+        refuse(why)
+    _limited(value)
     try:
-        if isinstance(value, str):
-            text = _limited(validation.text(value, name), name)
-            expect(json.loads(text), dict, name, what)
-        else:
-            # its order is that of the output; ASCII, since a string may hold half a character
-            text = _limited(json.dumps(expect(value, dict, name, what)), name)
+        parsed = json.loads(value)
     except RecursionError:
-        reject(f"{name} is nested too deeply", name)
+        refuse(" is nested too deeply")
     except ValueError as error:
-        reject(f"{name} is not valid JSON: {error}", name)
-    return "schema", text
+        refuse(f" is not valid JSON: {error}")
+    if not isinstance(parsed, dict):
+        refuse(f" must be a JSON schema: an object, or a string of one, not {preview(parsed)}")
+    return "schema", value
 
 
-def regex(value: str, name: str) -> Grammar | None:
-    """A regular expression that the whole output matches; "" means none."""
-    return ("regex", _limited(value, name)) if value else None
+def _limited(text: str) -> str:
+    if len(text) > MAX_CHARS:
+        refuse(f": {len(text)} characters, at most {MAX_CHARS}")
+    return text
 
 
-def ebnf(value: str, name: str) -> Grammar | None:
-    """Rules in EBNF, the first of which is ``root``; "" is none,
+def _possible(value: str) -> str:
+    if not value or "\0" in value:
+        refuse(": an output cannot be empty or hold NUL")
+    return value
+
+
+def _choices(value: list[str]) -> list[str]:
+    _limited(json.dumps(value, ensure_ascii=False))
+    return value
+
+
+SchemaObject = Annotated[Grammar, PlainValidator(of_object, json_schema_input_type=AnyObject)]
+# "" is none
+SchemaOrText = Annotated[
+    Grammar | None, PlainValidator(_of_object_or_text, json_schema_input_type=AnyObject | str)
+]
+GrammarText = Annotated[UnicodeStr, AfterValidator(_limited)]  # of a regular expression, or in EBNF
+Choices = Annotated[
+    Items[Annotated[UnicodeStr, AfterValidator(_possible)]],
+    Field(max_length=MAX_CHOICES),
+    AfterValidator(_choices),
+]
+
+
+def regex(text: str) -> Grammar | None:
+    """A regular expression that the whole output matches; "" is none."""
+    return ("regex", text) if text else None
+
+
+def ebnf(text: str) -> Grammar | None:
+    """GrammarText in EBNF, the first of which is ``root``; "" is none,
     "json" LightLLM's any JSON object."""
-    if value == "json":
-        return "json", ""
-    return ("ebnf", _limited(value, name)) if value else None
+    return JSON if text == "json" else ("ebnf", text) if text else None
 
 
-def choice(value: Any, name: str) -> Grammar | None:
-    """A list of strings, one of which is the output; an empty list means none."""
-    expect(value, list, name, "an array of strings")
-    if len(value) > MAX_CHOICES:
-        reject(f"{name}: {len(value)} choices, at most {MAX_CHOICES}", name)
-    for i, item in enumerate(value):
-        if not validation.text(item, f"{name}[{i}]") or "\0" in item:
-            reject(f"{name}[{i}]: an output cannot be empty or hold NUL", name)
-    return ("choice", _limited(json.dumps(value, ensure_ascii=False), name)) if value else None
+def choice(texts: Sequence[str]) -> Grammar | None:
+    """Strings, one of which is the output; no strings are none."""
+    return ("choice", json.dumps(texts, ensure_ascii=False)) if texts else None
 
 
-def structured(value: Mapping[str, Any], name: str) -> Grammar | None:
-    """vLLM's ``structured_outputs``: one of its keys gives the output's form."""
-    at = f"{name}."
-    validation.refuse(_STRUCTURED_UNAVAILABLE, value, at)
-    found = validation.read(STRUCTURED, value, at)
-    found["json_object"] = ("json", "") if found["json_object"] else None
-    return only(found, tuple(found), at)
+class StructuredOutputs(RequestModel):
+    """vLLM's: one of its keys gives the output's form."""
+
+    structural_tag: Annotated[None, Unavailable("a structural tag")] = None
+    whitespace_pattern: Annotated[None, Unavailable("a pattern for white space")] = None
+    disable_additional_properties: Annotated[None, Unavailable("closing open objects", False)] = (
+        None
+    )
+    json_schema: SchemaOrText = Field(None, alias="json", description="a JSON schema")
+    json_object: bool = Field(False, description="any JSON object")
+    regex: GrammarText = Field("", description="a regular expression")
+    choice: Choices = Field(default_factory=list, description="a list of strings")
+    grammar: GrammarText = Field("", description="rules in EBNF")
+
+    def form(self, name: str) -> Grammar | None:
+        """The one that is given. Raises RequestError where there are several."""
+        forms = {
+            "json": self.json_schema,
+            "json_object": JSON if self.json_object else None,
+            "regex": regex(self.regex),
+            "choice": choice(self.choice),
+            "grammar": ebnf(self.grammar),
+        }
+        return only(forms, f"{name}.")
 
 
-def response_format(value: Mapping[str, Any], name: str) -> Grammar | None:
-    """OpenAI's: {"type": "text" | "json_object" | "json_schema", "json_schema":
-    {"schema": ...}}. The schema may also stand in it as ``schema`` or ``value``, as llama.cpp and
+class FreeFormat(RequestModel):
+    type: Literal["text"]
+
+    @property
+    def form(self) -> Grammar | None:
+        return None
+
+
+class ObjectFormat(RequestModel):
+    type: Literal["json_object"]
+
+    @property
+    def form(self) -> Grammar | None:
+        return JSON
+
+
+class NamedSchema(RequestModel):
+    grammar: SchemaObject = Field(alias="schema")
+
+
+class ResponseFormat(RequestModel):
+    """OpenAI's; the schema may also stand in it as ``schema`` or ``value``, as llama.cpp and
     huggingface_hub have it."""
-    beside = [key for key in ("schema", "value") if value.get(key) is not None]
-    if len(beside) == 2 or (beside and value.get("json_schema") is not None):
-        reject(f"{name} has several schemas", name)
-    match kind := value.get("type"):
-        case "text" if beside:
-            reject(f"{name}.{beside[0]} needs the type json_schema or json_object", name)
-        case "text":
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+    beside: SchemaObject | None = Field(None, alias="schema")
+    value: SchemaObject | None = None
+
+    @model_validator(mode="after")
+    def _one_schema(self) -> Self:
+        named = None if self.json_schema is None else self.json_schema.grammar
+        beside = {"schema": self.beside, "value": self.value}
+        found = [name for name, form in beside.items() if form is not None]
+        if len(found) + (named is not None) > 1:
+            refuse(" has several schemas")
+        if found and self.type == "text":
+            refuse(f".{found[0]} needs the type json_schema or json_object")
+        if self.type == "json_schema" and named is None and not found:
+            refuse(".json_schema is missing", ".json_schema")
+        return self
+
+    @property
+    def form(self) -> Grammar | None:
+        if self.type == "text":
             return None
-        case "json_object" | "json_schema" if beside:
-            at = f"{name}.{beside[0]}"
-            return schema(expect(value[beside[0]], dict, at, "an object"), at)
-        case "json_object" if value.get("json_schema") is None:
-            return "json", ""
-        case "json_object" | "json_schema":
-            inner = f"{name}.json_schema"
-            holder = expect(value.get("json_schema"), dict, inner, "an object")
-            expect(holder.get("schema"), dict, f"{inner}.schema", "an object")
-            return schema(holder["schema"], f"{inner}.schema")
-        case _:
-            known = "text, json_object, json_schema"
-            reject(f"{name}.type: {preview(kind)} is not one of {known}", f"{name}.type")
+        named = None if self.json_schema is None else self.json_schema.grammar
+        return named or self.beside or self.value or JSON
 
 
-def only(values: Mapping[str, Any], names: Sequence[str], at: str = "") -> Grammar | None:
+def only(forms: Mapping[str, Grammar | None], at: str = "") -> Grammar | None:
     """The grammar of a body, which may have one. Raises RequestError when there are several."""
-    found = [name for name in names if values[name] is not None]
+    found = [name for name, form in forms.items() if form is not None]
     if len(found) > 1:
         reject(f"{at}{found[0]} and {at}{found[1]} exclude each other", at + found[1])
-    return values[found[0]] if found else None
+    return forms[found[0]] if found else None
 
 
 def without_tokens(form: Grammar | None, allowed: Sequence[int], name: str) -> None:
     """Raises RequestError where a grammar and a list of allowed tokens would both restrict."""
     if form is not None and allowed:
         reject(f"{name} and a grammar exclude each other (a forced call is one too)", name)
-
-
-STRUCTURED: Final = (
-    Field(name="json", kind="any", parse=schema, doc="a JSON schema"),
-    Field(name="json_object", kind="boolean", doc="any JSON object"),
-    Field(name="regex", kind="string", parse=regex, doc="a regular expression"),
-    Field(name="choice", kind="array", parse=choice, doc="a list of strings"),
-    Field(name="grammar", kind="string", parse=ebnf, doc="rules in EBNF"),
-)
-_STRUCTURED_UNAVAILABLE: Final = (
-    UnsupportedField(name="structural_tag", doc="a structural tag"),
-    UnsupportedField(name="whitespace_pattern", doc="a pattern for white space"),
-    UnsupportedField(
-        name="disable_additional_properties", neutral=(False,), doc="closing open objects"
-    ),
-)
-
-
-def _limited(text: str, name: str) -> str:
-    if len(text) > MAX_CHARS:
-        reject(f"{name}: {len(text)} characters, at most {MAX_CHARS}", name)
-    return text

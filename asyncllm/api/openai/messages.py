@@ -1,4 +1,4 @@
-"""Validates chat messages and converts them to the form that chat templates expect.
+"""Chat messages, and how they are brought to the one form chat templates expect.
 
 Content becomes a string, roles lower case, tool-call arguments objects. Knows OpenAI's message
 shapes; knows neither templates nor tokens.
@@ -6,45 +6,92 @@ shapes; knows neither templates nor tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Final, Literal, NotRequired, get_args
 
-from asyncllm.api.common import conversation, json_body
-from asyncllm.api.common.conversation import MAX_MESSAGES, content
-from asyncllm.api.common.validation import expect, preview, reject, text
+from pydantic import BeforeValidator, Field, WithJsonSchema, with_config
+from typing_extensions import TypedDict
+
+from asyncllm.api.common import json_body
+from asyncllm.api.common.conversation import (
+    MAX_MESSAGES,
+    Messages,
+    PartsContent,
+    PastArguments,
+    text_of,
+)
+from asyncllm.api.common.model import STRICT, Items, RequestModel, UnicodeStr, Variants
 
 OTHER_NAMES: Final = {"developer": "system", "function": "tool"}  # of roles
-ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+Speaker = Literal["system", "developer", "user", "tool", "function", "ipython"]
 
 
-def messages(value: Any, name: str) -> list[dict[str, Any]]:
-    """The conversation in template form. Raises RequestError for an invalid message."""
-    if not value:
-        reject(f"{name} must hold at least one message", name)
-    if len(value) > MAX_MESSAGES:
-        reject(f"{name}: {len(value)} messages, at most {MAX_MESSAGES}", name)
-    json_body.check_nested(_arguments(value), f"{name}: arguments of tool calls", name)
-    return [_message(m, f"{name}[{i}]") for i, m in enumerate(value)]
+def _lower(role: object) -> object:
+    return role.lower() if isinstance(role, str) else role
 
 
-def template_kwargs(value: Any, name: str) -> dict[str, Any]:
-    """Extra variables of the chat template; see :func:`prepare.check_variables`."""
-    kwargs = dict(value)
-    # two families of templates, two names of one switch
-    for one, other in (("thinking", "enable_thinking"), ("enable_thinking", "thinking")):
-        if one in kwargs:
-            kwargs.setdefault(other, kwargs[one])
-    return kwargs
+def _in_any_case(roles: Sequence[str]) -> WithJsonSchema:
+    words = ("".join(f"[{char}{char.upper()}]" for char in role) for role in roles)
+    said = f"{' or '.join(roles)}, in any case"
+    return WithJsonSchema(
+        {"type": "string", "description": said, "pattern": f"^({'|'.join(words)})$"}
+    )
 
 
-def _arguments(messages: list[Any]) -> Iterator[str]:
+# dicts, since there may be thousands, and an object costs several times what a dict does
+
+
+@with_config(STRICT)
+class CalledFunction(TypedDict):
+    name: UnicodeStr
+    arguments: NotRequired[PastArguments]
+
+
+@with_config(STRICT)
+class PastCall(TypedDict):
+    """A tool call of an earlier turn."""
+
+    id: NotRequired[UnicodeStr | None]
+    function: CalledFunction
+
+
+class _ChatMessage(RequestModel):
+    name: UnicodeStr | None = None
+    tool_call_id: UnicodeStr | None = None
+    tool_calls: Items[PastCall] = Field(default_factory=list)
+    function_call: CalledFunction | None = None
+    reasoning_content: UnicodeStr = ""
+    reasoning: UnicodeStr = ""
+
+
+class SpeakerMessage(_ChatMessage):
+    role: Annotated[Speaker, BeforeValidator(_lower), _in_any_case(get_args(Speaker))]
+    content: PartsContent
+
+
+class AssistantChatMessage(_ChatMessage):
+    """Which may have made calls only."""
+
+    role: Annotated[Literal["assistant"], BeforeValidator(_lower), _in_any_case(["assistant"])]
+    content: PartsContent = ""
+
+
+def _bounded(messages: object) -> object:
+    """Refuse arguments that take long to parse, before any of them is."""
+    if isinstance(messages, list):
+        json_body.check_nested(
+            _arguments(messages), "messages: arguments of tool calls", "messages"
+        )
+    return messages
+
+
+def _arguments(messages: list[object]) -> Iterator[str]:
     """Every call's arguments that are JSON text, in the order in which they will be parsed."""
     for message in messages:
         if not isinstance(message, dict):
             continue
         calls = message.get("tool_calls")
-        calls = calls if isinstance(calls, list) and calls else [message]
-        for call in calls:
+        for call in [*(calls if isinstance(calls, list) else ()), message]:
             if isinstance(call, dict):
                 for key in ("function", "function_call"):
                     function = call.get(key)
@@ -52,45 +99,46 @@ def _arguments(messages: list[Any]) -> Iterator[str]:
                         yield function["arguments"]
 
 
-def _message(value: Any, name: str) -> dict[str, Any]:
-    expect(value, dict, name, "an object")
-    role = value.get("role")
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        reject(f"{name}.role: {preview(role)} is not one of {', '.join(ROLES)}", f"{name}.role")
-    role = OTHER_NAMES.get(role.lower(), role.lower())
-    out: dict[str, Any] = {"role": role}
-    calls, old = value.get("tool_calls"), value.get("function_call")
-    out["content"] = content(value.get("content"), f"{name}.content", role == "assistant")
+ChatMessages = Annotated[
+    Items[Annotated[SpeakerMessage | AssistantChatMessage, Variants(key="role", fold=str.lower)]],
+    Field(min_length=1, max_length=MAX_MESSAGES),
+    BeforeValidator(_bounded),
+]
+
+
+def conversation(given: Sequence[SpeakerMessage | AssistantChatMessage]) -> Messages:
+    """The messages in template form."""
+    return [_turn(message) for message in given]
+
+
+def template_kwargs(given: dict[str, Any]) -> dict[str, Any]:
+    """Extra variables of the chat template; see :func:`prepare.check_variables`."""
+    kwargs = dict(given)
+    # two families of templates, two names of one switch
+    for one, other in (("thinking", "enable_thinking"), ("enable_thinking", "thinking")):
+        if one in kwargs:
+            kwargs.setdefault(other, kwargs[one])
+    return kwargs
+
+
+def _turn(message: SpeakerMessage | AssistantChatMessage) -> dict[str, Any]:
+    role = OTHER_NAMES.get(message.role, message.role)
+    turn: dict[str, Any] = {"role": role, "content": text_of(message.content)}
     for key in ("name", "tool_call_id"):
-        if value.get(key) is not None:
-            out[key] = text(value[key], f"{name}.{key}")
-    thoughts = (value.get("reasoning_content"), value.get("reasoning"))
-    thought = next((given for given in thoughts if given not in (None, "")), None)
-    if thought is not None:
-        out["reasoning_content"] = text(thought, f"{name}.reasoning_content")
-    if calls is not None and calls != []:
-        expect(calls, list, f"{name}.tool_calls", "an array")
-        out["tool_calls"] = [_call(c, f"{name}.tool_calls[{i}]") for i, c in enumerate(calls)]
-    elif old is not None:
-        out["tool_calls"] = [_call({"function": old}, name, "function_call")]
-    return out
+        if (said := getattr(message, key)) is not None:
+            turn[key] = said
+    if thought := message.reasoning_content or message.reasoning:
+        turn["reasoning_content"] = thought
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            _call(call["function"], call.get("id")) for call in message.tool_calls
+        ]
+    elif message.function_call is not None:
+        turn["tool_calls"] = [_call(message.function_call)]
+    return turn
 
 
-def _call(value: Any, name: str, inner: str = "function") -> dict[str, Any]:
-    """A tool call of an earlier turn; templates want its arguments as an object."""
-    expect(value, dict, name, "an object")
-    at = f"{name}.{inner}"
-    function = expect(value.get("function"), dict, at, "an object")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = conversation.arguments(arguments, f"{at}.arguments")
-    else:
-        expect(arguments, dict, f"{at}.arguments", "an object, as JSON")
-    called = text(function.get("name"), f"{at}.name")
-    out: dict[str, Any] = {
-        "type": "function",
-        "function": {"name": called, "arguments": arguments},
-    }
-    if value.get("id") is not None:
-        out["id"] = text(value["id"], f"{name}.id")
-    return out
+def _call(function: CalledFunction, key: str | None = None) -> dict[str, Any]:
+    told = {"name": function["name"], "arguments": function.get("arguments", {})}
+    call: dict[str, Any] = {"type": "function", "function": told}
+    return call if key is None else call | {"id": key}

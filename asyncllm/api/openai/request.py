@@ -1,6 +1,6 @@
 """OpenAI's requests: /v1/completions and /v1/chat/completions bodies to checked generations.
 
-The tables say which fields there are, with type, range, default and meaning. Knows request bodies;
+The models say which fields there are, with type, range, default and meaning. Knows request bodies;
 answers are in :mod:`asyncllm.api.openai.completion_reply` and
 :mod:`asyncllm.api.openai.chat_reply`.
 """
@@ -8,339 +8,430 @@ answers are in :mod:`asyncllm.api.openai.completion_reply` and
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Final
+from typing import Annotated, Final, TypeVar
 
-from asyncllm.api.common import prepare, response_format, tool_request, validation
+from annotated_types import Len
+from pydantic import ConfigDict, Field, ValidationInfo
+from pydantic.json_schema import JsonSchemaValue
+
+from asyncllm.api.common import prepare, response_format, tool_request
 from asyncllm.api.common.conversation import Messages
 from asyncllm.api.common.errors import NotAvailable
+from asyncllm.api.common.model import (
+    AnyObject,
+    Checked,
+    Float,
+    Integer,
+    Items,
+    Range,
+    RequestModel,
+    Unavailable,
+    UnicodeStr,
+    parse,
+)
 from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
-from asyncllm.api.common.request import GenerationRequest, Prompt, ServedModel, temperature
-from asyncllm.api.common.tool_request import ToolChoice, ToolRequest
-from asyncllm.api.common.validation import Body, Field, UnsupportedField, expect, reject
-from asyncllm.api.openai import messages
+from asyncllm.api.common.request import (
+    GenerationRequest,
+    ModelName,
+    Prompt,
+    ServedModel,
+    served_by,
+    temperature,
+)
+from asyncllm.api.common.response_format import (
+    MAX_CHARS,
+    MAX_CHOICES,
+    Choices,
+    Grammar,
+    GrammarText,
+    ResponseFormat,
+    SchemaOrText,
+    StructuredOutputs,
+)
+from asyncllm.api.common.sampling_fields import SamplingFields, Stop, Token
+from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolRequest
+from asyncllm.api.common.validation import (
+    MAX_INT32,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_PROMPTS,
+    MAX_SEED,
+    MAX_STOP,
+    MAX_STOP_CHARS,
+    MAX_STOP_IDS,
+    Body,
+    preview,
+    reject,
+    valid_text,
+)
+from asyncllm.api.openai.messages import ChatMessages, conversation, template_kwargs
+from asyncllm.api.openai.tools import ChatChoice, ChatTools, FunctionCall, Functions, tool_choice
 from asyncllm.api.parsing.output_parser import OutputOptions
 from asyncllm.core.request import SamplingParams
 
-F = Field
-
-COMMON: Final = (
-    F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
-    F(name="max_tokens", kind="integer", low=0, high=validation.MAX_INT32,
-      doc="tokens to generate at most; absent: what fits into the context"),
-    F(name="max_completion_tokens", kind="integer", low=0, high=validation.MAX_INT32,
-      doc="the newer name of max_tokens; wins over it"),
-    F(name="min_tokens", kind="integer", default=0, low=0, high=validation.MAX_INT32, to="min_new_tokens",
-      doc="eos and stop tokens are banned before (extension)"),
-    F(name="do_sample", kind="boolean", default=True,
-      doc="false: greedy, whatever temperature, top_p and top_k say (extension, LightLLM's)"),
-    F(name="temperature", kind="number", default=1.0, low=0, high=2, doc="0: greedy"),
-    F(name="top_p", kind="number", default=1.0, low=0, high=1, above=True, to="top_p",
-      doc="smallest set of tokens with this probability"),
-    F(name="top_k", kind="integer", default=-1, low=-1, high=validation.MAX_INT32,
-      doc="this many best tokens; -1 or 0: all (extension)"),
-    F(name="min_p", kind="number", default=0.0, low=0, high=1, to="min_p",
-      doc="tokens at least this share of the best one's probability (extension)"),
-    F(name="presence_penalty", kind="number", default=0.0, low=-2, high=2, to="presence_penalty",
-      doc="subtracted once from the logit of each generated token"),
-    F(name="frequency_penalty", kind="number", default=0.0, low=-2, high=2, to="frequency_penalty",
-      doc="subtracted per occurrence from the logit of each generated token"),
-    F(name="repetition_penalty", kind="number", default=1.0, low=0, high=10, above=True,
-      to="repetition_penalty",
-      doc="divides positive, multiplies negative logits of prompt and generated tokens (extension)"),
-    F(name="exponential_decay_length_penalty", kind="any", parse=validation.length_penalty,
-      to="length_penalty",
-      doc="[start, factor], factor in "
-      f"[1, {validation.MAX_DECAY:g}]: after start tokens the end tokens' logits grow by "
-      "abs(logit) * (factor^(generated - start) - 1), as in transformers (extension)"),
-    F(name="logit_bias", kind="object", default=(), parse=validation.logit_bias, to="logit_bias",
-      doc=f"{{\"token id\": bias}}, bias in [-100, 100], at most {validation.MAX_BIAS} entries"),
-    F(name="allowed_token_ids", kind="any", default=(), parse=validation.allowed_ids,
-      to="allowed_token_ids",
-      doc=f"at most {validation.MAX_ALLOWED} ids: no others come, but end tokens unless ignore_eos; not "
-      "with a grammar (extension)"),
-    F(name="stop", kind="any", default=(), parse=validation.stop_strings, to="stop",
-      doc=f"a string or at most {validation.MAX_STOP} of them, each of at most {validation.MAX_STOP_CHARS} "
-      "characters; cut from the text. That of a special token stops at it, shown or not"),
-    F(name="stop_token_ids", kind="any", default=(), parse=validation.stop_ids, to="stop_token_ids",
-      doc=f"ids that end the text, at most {validation.MAX_STOP_IDS} (extension)"),
-    F(name="ignore_eos", kind="boolean", default=False, to="ignore_eos",
-      doc="go on after the end-of-sequence token (extension)"),
-    F(name="seed", kind="integer", default=-1, low=-1, high=validation.MAX_SEED,
-      doc="same seed, same tokens; choice i of n has seed + i; -1: draw one"),
-    F(name="n", kind="integer", default=1, low=1, high=validation.MAX_N, doc="choices for each prompt"),
-    F(name="skip_special_tokens", kind="boolean", default=True, to="skip_special_tokens",
-      doc="leave special tokens out of the text (extension)"),
-    F(name="response_format", kind="object", parse=response_format.response_format,
-      doc="{type: text | json_object | json_schema, json_schema: {schema}}: the output is JSON, or "
-      f"valid against the schema (at most {response_format.MAX_CHARS} characters)"),
-    F(name="guided_json", kind="any", parse=response_format.schema,
-      doc="a JSON schema, as an object or a string: the output is valid against it (extension)"),
-    F(name="guided_regex", kind="string", parse=response_format.regex,
-      doc="a regular expression that the whole output matches (extension)"),
-    F(name="guided_grammar", kind="string", parse=response_format.ebnf,
-      doc="rules in EBNF; the output is a `root`; json: any JSON object (extension)"),
-    F(name="guided_choice", kind="array", parse=response_format.choice,
-      doc=f"at most {response_format.MAX_CHOICES} strings, one of which is the output (extension)"),
-    F(name="structured_outputs", kind="object", parse=response_format.structured,
-      doc="{json, regex, choice, grammar or json_object}: the same under vLLM's newer name (extension)"),
-    F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
-    F(name="stream_options", kind="object", doc="{include_usage, continuous_usage_stats}"),
+EXTENSIONS: Final = (
+    "min_tokens", "do_sample", "top_k", "min_p", "repetition_penalty", "allowed_token_ids",
+    "exponential_decay_length_penalty", "stop_token_ids", "ignore_eos", "skip_special_tokens",
+    "guided_json", "guided_regex", "guided_grammar", "guided_choice", "structured_outputs",
+    "add_special_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
+    "max_thinking_tokens", "separate_reasoning", "stream_reasoning", "continuous_usage_stats",
 )  # fmt: skip
+R = TypeVar("R", bound="CommonRequest")
 
-STREAM_OPTIONS: Final = (
-    F(name="include_usage", kind="boolean", default=False, doc="a chunk with the usage at the end"),
-    F(name="continuous_usage_stats", kind="boolean", default=False,
-      doc="the usage so far in every chunk (extension)"),
-)  # fmt: skip
 
-SOME_TOKENS: Final = "tokens to generate at most; absent: --completions_default_max_tokens, 16"
+def _mark(schema: JsonSchemaValue) -> None:
+    """Say what OpenAI does not have."""
+    for name, field in schema["properties"].items():
+        if name in EXTENSIONS and "enum" not in field:
+            field["description"] += " (extension)"
 
-COMPLETION: Final = (
-    *(replace(field, doc=SOME_TOKENS) if field.name == "max_tokens" else field for field in COMMON),
-    F(name="prompt", kind="any", doc="a string, an array of strings, token ids, or an array of those; "
-      f"at most {validation.MAX_PROMPTS} prompts"),
-    F(name="echo", kind="boolean", default=False, doc="the prompt goes before the text"),
-    F(name="logprobs", kind="integer", low=0, high=validation.MAX_LOGPROBS,
-      doc="log-probability of each token and of this many best ones; with echo the prompt's too"),
-    F(name="best_of", kind="integer", low=1, high=validation.MAX_N, doc="only equal to n"),
-    F(name="add_special_tokens", kind="boolean", default=True,
-      doc="the tokenizer may put a bos token before a text prompt (extension)"),
-)  # fmt: skip
 
-CHAT: Final = (
-    *COMMON,
-    F(name="messages", kind="array", parse=messages.messages,
-      doc="the conversation: role and text content (string or text parts)"),
-    F(name="logprobs", kind="boolean", default=False, doc="log-probability of each token"),
-    F(name="top_logprobs", kind="integer", low=0, high=validation.MAX_LOGPROBS,
-      doc="and of this many best ones; needs logprobs"),
-    F(name="chat_template_kwargs", kind="object", default={}, parse=messages.template_kwargs,
-      doc="variables for the chat template: those that it reads, enable_thinking, thinking and "
-      "reasoning_effort (extension)"),
-    F(name="add_generation_prompt", kind="boolean",
-      doc="end the prompt with the head of an assistant turn; default true (extension)"),
-    F(name="continue_final_message", kind="boolean", default=False,
-      doc="the last message is the beginning of the answer (extension)"),
-    F(name="reasoning_effort", kind="string", doc="handed to the chat template; none: thinking is off"),
-    F(name="max_thinking_tokens", kind="integer", low=0, high=validation.MAX_INT32,
-      doc="tokens of reasoning, after which its end is forced and the answer follows; not with "
-      "allowed_token_ids (extension)"),
-    F(name="tools", kind="array", parse=tool_request.tools,
-      doc=f"functions the model may call, at most {tool_request.MAX_TOOLS} and {tool_request.MAX_TOOLS_CHARS} "
-      "characters of JSON"),
-    F(name="tool_choice", kind="any", parse=tool_request.choice,
-      doc="none, auto, required, {type: function, function: {name}}, or {type: allowed_tools, "
-      "allowed_tools: {mode, tools}}: a grammar forces required and named calls; default: auto if "
-      "there are tools"),
-    F(name="parallel_tool_calls", kind="boolean", default=True,
-      doc="false: the first call is the only one in the answer"),
-    F(name="functions", kind="array", parse=tool_request.functions,
-      doc="the older name of tools: {name, description, parameters}; calls come as function_call"),
-    F(name="function_call", kind="any", parse=tool_request.function_call,
-      doc="none, auto or {name}; default: auto if there are functions"),
-    F(name="separate_reasoning", kind="boolean", default=True,
-      doc="false: reasoning goes into the content (extension)"),
-    F(name="stream_reasoning", kind="boolean", default=True,
-      doc="false: a stream has reasoning in one piece, once it has ended (extension)"),
-)  # fmt: skip
+class StreamOptions(RequestModel):
+    model_config = ConfigDict(json_schema_extra=_mark)
 
-GRAMMARS: Final = (
-    "response_format", "guided_json", "guided_regex", "guided_grammar", "guided_choice",
-    "structured_outputs",
-)  # fmt: skip
+    include_usage: bool = Field(False, description="a chunk with the usage at the end")
+    continuous_usage_stats: bool = Field(False, description="the usage so far in every chunk")
 
-UNAVAILABLE: Final = (
-    UnsupportedField(name="regular_constraint", neutral=("",), doc="LightLLM's name of guided_regex"),
-    UnsupportedField(name="bad_words", neutral=([],), doc="banning words (logit_bias bans tokens)"),
-    UnsupportedField(name="use_beam_search", neutral=(False,), doc="beam search"),
-    UnsupportedField(name="length_penalty", neutral=(1, 1.0), doc="beam search"),
-    UnsupportedField(name="prompt_embeds", doc="a prompt of embeddings"),
-    UnsupportedField(name="prompt_logprobs", neutral=(-1,),
-            doc="prompt_logprobs (echo with logprobs gives them on /v1/completions)"),
-    UnsupportedField(name="truncate_prompt_tokens", doc="truncating the prompt"),
-    UnsupportedField(name="logits_processors", neutral=([],), doc="a logits processor"),
-)  # fmt: skip
 
-COMPLETION_UNAVAILABLE: Final = (
-    *UNAVAILABLE,
-    UnsupportedField(name="suffix", neutral=("",), doc="suffix"),
-)
+class CommonRequest(SamplingFields):
+    """What both routes have."""
 
-CHAT_UNAVAILABLE: Final = (
-    *UNAVAILABLE,
-    UnsupportedField(name="audio", doc="audio"),
-    UnsupportedField(name="modalities", neutral=(["text"], []), doc="output other than text"),
-    UnsupportedField(name="prediction", doc="predicted output"),
-    UnsupportedField(name="web_search_options", doc="searching the web"),
-    UnsupportedField(name="echo", neutral=(False,), doc="echo"),
-    UnsupportedField(name="best_of", neutral=(1,), doc="best_of"),
-    UnsupportedField(name="add_special_tokens", neutral=(False,), doc="adding special tokens to a chat"),
-    UnsupportedField(name="chat_template", doc="a chat template of the request"),
-    UnsupportedField(name="documents", neutral=([],), doc="documents"),
-    UnsupportedField(name="mm_processor_kwargs", neutral=({},), doc="multimodal input"),
-)  # fmt: skip
+    model_config = ConfigDict(json_schema_extra=_mark)
+
+    model: ModelName = None
+    regular_constraint: Annotated[None, Unavailable("LightLLM's name of guided_regex", "")] = None
+    bad_words: Annotated[None, Unavailable("banning words (logit_bias bans tokens)", [])] = None
+    use_beam_search: Annotated[None, Unavailable("beam search", False)] = None
+    length_penalty: Annotated[None, Unavailable("beam search", 1, 1.0)] = None
+    prompt_embeds: Annotated[None, Unavailable("a prompt of embeddings")] = None
+    prompt_logprobs: Annotated[
+        None,
+        Unavailable("prompt_logprobs (echo with logprobs gives them on /v1/completions)", -1),
+    ] = None
+    truncate_prompt_tokens: Annotated[None, Unavailable("truncating the prompt")] = None
+    logits_processors: Annotated[None, Unavailable("a logits processor", [])] = None
+    max_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
+        None, description="tokens to generate at most; absent: what fits into the context"
+    )
+    max_completion_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
+        None, description="the newer name of max_tokens; wins over it"
+    )
+    min_tokens: Annotated[Integer, Range(0, MAX_INT32)] = Field(
+        0, description="eos and stop tokens are banned before"
+    )
+    do_sample: bool = Field(
+        True, description="false: greedy, whatever temperature, top_p and top_k say"
+    )
+    temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
+    repetition_penalty: Annotated[Float, Range(0, 10, above=True)] = Field(
+        1.0,
+        description="divides positive, multiplies negative logits of prompt and generated tokens",
+    )
+    stop: Stop = Field(
+        default_factory=list,
+        description=f"a string or at most {MAX_STOP} of them, each of at most {MAX_STOP_CHARS} "
+        "characters; cut from the text. That of a special token stops at it, shown or not",
+    )
+    stop_token_ids: Annotated[Items[Token], Field(max_length=MAX_STOP_IDS)] = Field(
+        default_factory=list, description=f"ids that end the text, at most {MAX_STOP_IDS}"
+    )
+    seed: Annotated[Integer, Range(-1, MAX_SEED)] = Field(
+        -1, description="same seed, same tokens; choice i of n has seed + i; -1: draw one"
+    )
+    n: Annotated[Integer, Range(1, MAX_N)] = Field(1, description="choices for each prompt")
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="{type: text | json_object | json_schema, json_schema: {schema}}: the output is "
+        f"JSON, or valid against the schema (at most {MAX_CHARS} characters)",
+    )
+    guided_json: SchemaOrText = Field(
+        None,
+        description="a JSON schema, as an object or a string: the output is valid against it",
+    )
+    guided_regex: GrammarText = Field(
+        "", description="a regular expression that the whole output matches"
+    )
+    guided_grammar: GrammarText = Field(
+        "", description="rules in EBNF; the output is a `root`; json: any JSON object"
+    )
+    guided_choice: Choices = Field(
+        default_factory=list,
+        description=f"at most {MAX_CHOICES} strings, one of which is the output",
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None,
+        description="{json, regex, choice, grammar or json_object}: the same under vLLM's newer name",
+    )
+    stream: bool = Field(False, description="answer as server-sent events")
+    stream_options: StreamOptions | None = Field(
+        None, description="{include_usage, continuous_usage_stats}"
+    )
+
+    def form(self) -> Grammar | None:
+        """The output's form. Raises RequestError where there are several."""
+        given, structured = self.response_format, self.structured_outputs
+        forms = {
+            "response_format": None if given is None else given.form,
+            "guided_json": self.guided_json,
+            "guided_regex": response_format.regex(self.guided_regex),
+            "guided_grammar": response_format.ebnf(self.guided_grammar),
+            "guided_choice": response_format.choice(self.guided_choice),
+            "structured_outputs": None
+            if structured is None
+            else structured.form("structured_outputs"),
+        }
+        return response_format.only(forms)
+
+
+def _prompts(value: object, info: ValidationInfo) -> tuple[Prompt, ...]:
+    """The four forms of ``prompt``. Raises RequestError."""
+    served, words = (
+        served_by(info),
+        "a string, an array of strings, token ids, or an array of those",
+    )
+    if isinstance(value, str):
+        return (Prompt(text=valid_text(value, "prompt")),)
+    if not isinstance(value, list):
+        reject(f"prompt must be {words}, not {preview(value)}", "prompt")
+    if not value:
+        reject("prompt must not be empty", "prompt")
+    if not isinstance(value[0], str | list):
+        return (served.prompt_of(value, "prompt"),)
+    if len(value) > MAX_PROMPTS:
+        reject(f"prompt: {len(value)} prompts, at most {MAX_PROMPTS}", "prompt")
+    if isinstance(value[0], str):
+        return tuple(Prompt(text=valid_text(v, f"prompt[{i}]")) for i, v in enumerate(value))
+    return tuple(served.prompt_of(v, f"prompt[{i}]") for i, v in enumerate(value))
+
+
+_Ids = Annotated[list[Token], Len(1)]
+_Prompts = Annotated[list[str], Len(1, MAX_PROMPTS)] | Annotated[list[_Ids], Len(1, MAX_PROMPTS)]
+
+
+class CompletionRequest(CommonRequest):
+    suffix: Annotated[None, Unavailable("suffix", "")] = None
+    max_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
+        None,
+        description="tokens to generate at most; absent: --completions_default_max_tokens, 16",
+    )
+    prompt: Annotated[tuple[Prompt, ...], Checked(_prompts, str | _Ids | _Prompts)] = Field(
+        description="a string, an array of strings, token ids, or an array of those; "
+        f"at most {MAX_PROMPTS} prompts"
+    )
+    echo: bool = Field(False, description="the prompt goes before the text")
+    logprobs: Annotated[Integer, Range(0, MAX_LOGPROBS)] | None = Field(
+        None,
+        description="log-probability of each token and of this many best ones; with echo the "
+        "prompt's too",
+    )
+    best_of: Annotated[Integer, Range(1, MAX_N)] | None = Field(None, description="only equal to n")
+    add_special_tokens: bool = Field(
+        True, description="the tokenizer may put a bos token before a text prompt"
+    )
+
+
+class ChatRequest(CommonRequest):
+    audio: Annotated[None, Unavailable("audio")] = None
+    modalities: Annotated[None, Unavailable("output other than text", ["text"], [])] = None
+    prediction: Annotated[None, Unavailable("predicted output")] = None
+    web_search_options: Annotated[None, Unavailable("searching the web")] = None
+    echo: Annotated[None, Unavailable("echo", False)] = None
+    best_of: Annotated[None, Unavailable("best_of", 1)] = None
+    add_special_tokens: Annotated[None, Unavailable("adding special tokens to a chat", False)] = (
+        None
+    )
+    chat_template: Annotated[None, Unavailable("a chat template of the request")] = None
+    documents: Annotated[None, Unavailable("documents", [])] = None
+    mm_processor_kwargs: Annotated[None, Unavailable("multimodal input", {})] = None
+    messages: ChatMessages = Field(
+        description="the conversation: role and text content (string or text parts)"
+    )
+    logprobs: bool = Field(False, description="log-probability of each token")
+    top_logprobs: Annotated[Integer, Range(0, MAX_LOGPROBS)] = Field(
+        0, description="and of this many best ones; needs logprobs"
+    )
+    chat_template_kwargs: AnyObject = Field(
+        default_factory=dict,
+        description="variables for the chat template: those that it reads, enable_thinking, thinking "
+        "and reasoning_effort",
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="end the prompt with the head of an assistant turn; default true"
+    )
+    continue_final_message: bool = Field(
+        False, description="the last message is the beginning of the answer"
+    )
+    reasoning_effort: UnicodeStr | None = Field(
+        None, description="handed to the chat template; none: thinking is off"
+    )
+    max_thinking_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
+        None,
+        description="tokens of reasoning, after which its end is forced and the answer follows; not "
+        "with allowed_token_ids",
+    )
+    tools: ChatTools = Field(
+        default_factory=list,
+        description=f"functions the model may call, at most {MAX_TOOLS} and {MAX_TOOLS_CHARS} "
+        "characters of JSON",
+    )
+    tool_choice: ChatChoice | None = Field(
+        None,
+        description="none, auto, required, {type: function, function: {name}}, or {type: "
+        "allowed_tools, allowed_tools: {mode, tools}}: a grammar forces required and named calls; "
+        "default: auto if there are tools",
+    )
+    parallel_tool_calls: bool = Field(
+        True, description="false: the first call is the only one in the answer"
+    )
+    functions: Functions = Field(
+        default_factory=list,
+        description="the older name of tools: {name, description, parameters}; calls come as "
+        "function_call",
+    )
+    function_call: FunctionCall | None = Field(
+        None, description="none, auto or {name}; default: auto if there are functions"
+    )
+    separate_reasoning: bool = Field(True, description="false: reasoning goes into the content")
+    stream_reasoning: bool = Field(
+        True, description="false: a stream has reasoning in one piece, once it has ended"
+    )
 
 
 def completion(body: Body, served: ServedModel) -> GenerationRequest:
     """A /v1/completions body. Raises RequestError (400), NotAvailable (400),
     ModelNotFound (404)."""
-    values = _read(COMPLETION, COMPLETION_UNAVAILABLE, body, served)
-    if values["best_of"] not in (None, values["n"]):
+    request = _parse(CompletionRequest, body, served)
+    if request.best_of not in (None, request.n):
         raise NotAvailable(
-            f"best_of: {values['best_of']} with n {values['n']}; "
-            "only best_of equal to n is available",
+            f"best_of: {request.best_of} with n {request.n}; only best_of equal to n is available",
             param="best_of",
         )
-    prompts = _prompts(values["prompt"], served)
-    logprobs = -1 if values["logprobs"] is None else values["logprobs"]
+    logprobs = -1 if request.logprobs is None else request.logprobs
     generation = _generation(
-        values,
+        request,
         served,
-        prompts=prompts,
+        prompts=request.prompt,
         logprobs=logprobs,
-        prompt_logprobs=logprobs if values["echo"] else -1,
-        grammar=response_format.only(values, GRAMMARS),
-        echo=values["echo"],
-        add_special_tokens=values["add_special_tokens"],
+        prompt_logprobs=logprobs if request.echo else -1,
+        grammar=request.form(),
+        echo=request.echo,
+        add_special_tokens=request.add_special_tokens,
     )
     return replace(generation, usual_max=served.completion_tokens)
 
 
 def chat(body: Body, served: ServedModel) -> GenerationRequest:
     """A /v1/chat/completions body. Raises as :func:`completion` does."""
-    values = _read(CHAT, CHAT_UNAVAILABLE, body, served)
-    if values["messages"] is None:
-        reject("messages is missing", "messages")
-    if values["top_logprobs"] and not values["logprobs"]:
+    request = _parse(ChatRequest, body, served)
+    if request.top_logprobs and not request.logprobs:
         reject("top_logprobs needs logprobs: true", "top_logprobs")
-    variables, name = served.dialect.variables, "chat_template_kwargs"
-    prepare.check_variables(values[name], variables, name)
-    if values["continue_final_message"]:
-        _check_end(values["messages"], values["add_generation_prompt"])
+    kwargs = template_kwargs(request.chat_template_kwargs)
+    prepare.check_variables(kwargs, served.dialect.variables, "chat_template_kwargs")
+    messages = conversation(request.messages)
+    opening, continued = request.add_generation_prompt, request.continue_final_message
+    if continued:
+        _check_end(messages, opening)
     made = prepare_chat(
-        values["messages"],
+        messages,
         served.dialect,
-        tool_request=_tool_request(values),
-        grammar=response_format.only(values, GRAMMARS),
-        thinking=False if values["allowed_token_ids"] else None,  # they hold from the start
-        effort=values["reasoning_effort"],
-        kwargs=values["chat_template_kwargs"],
-        add_generation_prompt=values["add_generation_prompt"],
-        continue_final_message=values["continue_final_message"],
+        tool_request=_tool_request(request),
+        grammar=request.form(),
+        thinking=False if request.allowed_token_ids else None,  # they hold from the start
+        effort=request.reasoning_effort,
+        kwargs=kwargs,
+        add_generation_prompt=opening,
+        continue_final_message=continued,
         output_options=OutputOptions(
-            separate=values["separate_reasoning"], streamed=values["stream_reasoning"]
+            separate=request.separate_reasoning, streamed=request.stream_reasoning
         ),
     )
     generation = _generation(
-        values,
+        request,
         served,
         prompts=(made.prompt,),
-        logprobs=(values["top_logprobs"] or 0) if values["logprobs"] else -1,
+        logprobs=request.top_logprobs if request.logprobs else -1,
         grammar=made.grammar,
         add_special_tokens=False,
     )
-    most = values["max_thinking_tokens"]
-    if most is not None and values["allowed_token_ids"]:
+    most = request.max_thinking_tokens
+    if most is not None and request.allowed_token_ids:
         reject(
             "max_thinking_tokens and allowed_token_ids exclude each other", "max_thinking_tokens"
         )
     params = replace(generation.params, max_thinking_tokens=most)
-    old = bool(values["functions"])
+    old = bool(request.functions)
     return replace(generation, params=params, output_options=made.output_options, functions=old)
 
 
-def _read(
-    table: tuple[Field, ...], refused: tuple[UnsupportedField, ...], body: Body, served: ServedModel
-) -> dict[str, Any]:
-    served.check_name(table[0].read(body))
-    validation.refuse(refused, body)
-    values = validation.read(table, body, silent=served.defaults.sampling(body))
-    options = validation.read(STREAM_OPTIONS, values["stream_options"] or {}, "stream_options.")
-    values.update(options)
-    if values["stream_options"] is not None and not values["stream"]:
+def _parse(model: type[R], body: Body, served: ServedModel) -> R:
+    request = parse(model, body, served).filled(served.defaults.sampling(body))
+    if request.stream_options is not None and not request.stream:
         reject("stream_options needs stream: true", "stream_options")
-    if values["max_completion_tokens"] is not None:
-        values["max_tokens"] = values["max_completion_tokens"]
-    return values
+    return request
 
 
 def _generation(
-    values: dict[str, Any],
+    request: CommonRequest,
     served: ServedModel,
     *,
     prompts: tuple[Prompt, ...],
     logprobs: int,
     prompt_logprobs: int = -1,
-    grammar: response_format.Grammar | None,
+    grammar: Grammar | None,
     echo: bool = False,
     add_special_tokens: bool,
 ) -> GenerationRequest:
-    most, least = values["max_tokens"], values["min_tokens"]
+    most, least, stop = request.max_tokens, request.min_tokens, request.stop
+    if request.max_completion_tokens is not None:
+        most = request.max_completion_tokens
     if most is not None and least > most:
         reject(f"min_tokens: {least} is more than max_tokens {most}", "min_tokens")
-    direct = validation.sampling(COMMON, values)
-    served.check_ids(direct["stop_token_ids"], "stop_token_ids")
-    served.check_ids(tuple(t for t, _ in direct["logit_bias"]), "logit_bias")
-    served.check_ids(direct["allowed_token_ids"], "allowed_token_ids")
-    response_format.without_tokens(grammar, direct["allowed_token_ids"], "allowed_token_ids")
+    served.check_ids(request.stop_token_ids, "stop_token_ids")
+    unchanged = request.unchanged(served)
+    response_format.without_tokens(grammar, request.allowed_token_ids, "allowed_token_ids")
     params = SamplingParams(
-        **direct,
+        **unchanged,
         max_new_tokens=most,
-        temperature=temperature(values["temperature"]) if values["do_sample"] else 0.0,
-        top_k=values["top_k"] or -1,
-        penalize_prompt=values["repetition_penalty"] != 1.0,
+        min_new_tokens=least,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_token_ids=tuple(request.stop_token_ids),
+        temperature=temperature(request.temperature) if request.do_sample else 0.0,
+        top_k=request.top_k or -1,
+        penalize_prompt=request.repetition_penalty != 1.0,
         grammar=grammar,
-        seed=max(values["seed"], 0),
+        seed=max(request.seed, 0),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+    options = request.stream_options or StreamOptions()
     return GenerationRequest(
         prompts=prompts,
         params=params,
-        seeded=values["seed"] >= 0,
-        n=values["n"],
-        stream=values["stream"],
+        seeded=request.seed >= 0,
+        n=request.n,
+        stream=request.stream,
         echo=echo,
         add_special_tokens=add_special_tokens,
-        include_usage=values["include_usage"],
-        continuous_usage=values["continuous_usage_stats"],
+        include_usage=options.include_usage,
+        continuous_usage=options.continuous_usage_stats,
     )
 
 
-def _prompts(value: Any, served: ServedModel) -> tuple[Prompt, ...]:
-    """The four forms of ``prompt``."""
-    if value is None:
-        reject("prompt is missing", "prompt")
-    if isinstance(value, str):
-        return (Prompt(text=validation.text(value, "prompt")),)
-    expect(value, list, "prompt", "a string, an array of strings, token ids, or an array of those")
-    if not value:
-        reject("prompt must not be empty", "prompt")
-    if not isinstance(value[0], str | list):
-        return (served.prompt_of(value, "prompt"),)
-    if len(value) > validation.MAX_PROMPTS:
-        reject(f"prompt: {len(value)} prompts, at most {validation.MAX_PROMPTS}", "prompt")
-    if isinstance(value[0], str):
-        return tuple(Prompt(text=validation.text(v, f"prompt[{i}]")) for i, v in enumerate(value))
-    return tuple(served.prompt_of(v, f"prompt[{i}]") for i, v in enumerate(value))
-
-
-def _tool_request(values: dict[str, Any]) -> ToolRequest:
+def _tool_request(request: ChatRequest) -> ToolRequest:
     """Tools, or functions as they were called before."""
-    wanted: ToolChoice | None = values["function_call"]
-    if not values["functions"] and (wanted is None or wanted.mode != "named"):
-        return tool_request.resolve(
-            values["tools"], values["tool_choice"], values["parallel_tool_calls"]
-        )
-    if values["tools"] or values["tool_choice"] is not None:
+    choice, wanted = tool_choice(request.tool_choice), tool_choice(request.function_call)
+    if not request.functions and (wanted is None or wanted.mode != "named"):
+        tools = [each.function.tool for each in request.tools]
+        return tool_request.resolve(tools, choice, request.parallel_tool_calls)
+    if request.tools or choice is not None:
         reject("functions and tools exclude each other", "functions")
-    return tool_request.resolve(values["functions"], wanted, parallel=False)
+    return tool_request.resolve([each.tool for each in request.functions], wanted, parallel=False)
 
 
-def _check_end(messages: Messages, add_generation_prompt: bool | None) -> None:
+def _check_end(messages: Messages, opening: bool | None) -> None:
     """Refuse what ``continue_final_message`` cannot go on with."""
     name = "continue_final_message"
-    if add_generation_prompt:
+    if opening:
         reject(f"{name} and add_generation_prompt exclude each other", name)
     if messages[-1]["role"] != "assistant":
         reject(f"{name} needs an assistant message at the end", name)

@@ -1,8 +1,7 @@
-"""The OpenAPI document of this server, made from the tables that check its requests.
+"""The OpenAPI document of this server, made from the models that check its requests.
 
-A body that the document calls wrong is refused by the server; what both know about a value stands
-in one place, the :class:`~asyncllm.api.common.validation.Field`. Knows routes and shapes; serves
-nothing.
+A body that the document calls wrong is refused by the server. Knows routes and the schemas of
+answers; serves nothing.
 """
 
 from __future__ import annotations
@@ -11,190 +10,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from pydantic_core.core_schema import StringSchema
 
 from asyncllm import __version__
 from asyncllm.api.anthropic import request as anthropic
-from asyncllm.api.common import conversation, prepare, tool_request, validation
+from asyncllm.api.common import prepare
 from asyncllm.api.common.model import RequestModel
 from asyncllm.api.common.request import ServedModel
-from asyncllm.api.common.validation import Field, UnsupportedField
 from asyncllm.api.lightllm import request as lightllm
-from asyncllm.api.openai import messages, tokenize
 from asyncllm.api.openai import request as openai
+from asyncllm.api.openai import tokenize
 from asyncllm.api.openapi import schemas
 from asyncllm.api.openapi.schemas import Schema
-from asyncllm.api.responses import items as response_items
 from asyncllm.api.responses import request as responses
-from asyncllm.api.responses.tools import responses_tools
 from asyncllm.api.tgi import request as tgi
 
-# -- values of fields that no type and range can describe, by the function that checks them --------
+# -- bodies ------------------------------------------------------------------------------------
 
-_STOP: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": validation.MAX_STOP_CHARS}
-_IDS: Final[Schema] = {"type": "array", "items": schemas.TOKEN, "minItems": 1}
-_PROMPT: Final[Schema] = {"type": "string", "minLength": 1}
-_PROMPTS: Final[Schema] = {"type": "array", "items": _PROMPT, "minItems": 1}
-_SEQUENCE: Final[Schema] = {**_IDS, "maxItems": lightllm.MAX_SEQUENCE}
-_NATIVE_STOP: Final[Schema] = {"anyOf": [_STOP, _SEQUENCE]}
-
-_JSON_SCHEMA: Final[Schema] = {"type": ["object", "string"]}
-
-
-def _list(items: Schema, most: int, least: int = 0) -> Schema:
-    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+BODIES: Final = (
+    openai.ChatRequest, openai.CompletionRequest, responses.ResponseRequest,
+    anthropic.MessageRequest, anthropic.CountRequest, lightllm.TokensRequest, lightllm.AbortRequest,
+    tokenize.TokenizeRequest, tokenize.DetokenizeRequest,
+)  # fmt: skip
+NATIVE: Final = (lightllm.NativeRequest, lightllm.NativeAnyRequest)
+TGI: Final = (tgi.TgiNativeRequest, tgi.TgiNativeAnyRequest)
 
 
-PARSED: Final[dict[Any, Schema]] = {
-    validation.stop_strings: {"anyOf": [_STOP, _list(_STOP, validation.MAX_STOP)]},
-    validation.stop_ids: _list(schemas.TOKEN, validation.MAX_STOP_IDS),
-    validation.logit_bias: {
-        "type": "object",
-        "maxProperties": validation.MAX_BIAS,
-        "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-    },
-    tgi.form: {
-        "anyOf": [
-            schemas.made(type=schemas.one_of("json", "json_schema"), value=_JSON_SCHEMA),
-            schemas.made(type=schemas.one_of("regex"), value={"type": "string"}),
-        ]
-    },
-    messages.messages: _list(schemas.CHAT_MESSAGE, conversation.MAX_MESSAGES, 1),
-    tool_request.tools: _list(schemas.tool(tool_request.CHAT), tool_request.MAX_TOOLS),
-    tool_request.functions: _list(schemas.tool(tool_request.OLD), tool_request.MAX_TOOLS),
-    tool_request.function_call: {
-        "anyOf": [schemas.one_of("none", "auto"), schemas.made(name=schemas.STRING)]
-    },
-    responses_tools: _list(schemas.RESPONSES_TOOL, tool_request.MAX_TOOLS),
-    tool_request.choice: schemas.TOOL_CHOICE,
-    messages.template_kwargs: {
-        "type": "object",
-        "propertyNames": schemas.ref("Variable"),
-    },
-    response_items.input_messages: {
-        "anyOf": [{"type": "string"}, _list(schemas.INPUT_ITEM, conversation.MAX_MESSAGES, 1)]
-    },
-    responses.text_options: schemas.TEXT_OPTIONS,
-    responses.effort: {"type": "object", "properties": {"effort": schemas.MAYBE_STRING}},
-    responses.include: {"type": "array", "items": schemas.STRING},
-    responses.metadata: {
-        "type": "object",
-        "maxProperties": responses.MAX_METADATA,
-        "additionalProperties": {"type": "string", "maxLength": responses.MAX_METADATA_CHARS},
-    },
-}
-# and of those that are taken apart elsewhere, by name
-NAMED: Final[dict[str, Schema]] = {
-    "prompt": {
-        "anyOf": [
-            _PROMPT,
-            {**_PROMPTS, "maxItems": validation.MAX_PROMPTS},
-            _IDS,
-            {"type": "array", "items": _IDS, "minItems": 1, "maxItems": validation.MAX_PROMPTS},
-        ]
-    },
-    "tool_choice": schemas.FLAT_CHOICE,
-    "inputs": {"anyOf": [_PROMPT, _IDS]},
-    "stop_sequences": {"anyOf": [_STOP, _list(_NATIVE_STOP, validation.MAX_STOP)]},
-}
-
-
-MODELS: Final = (
-    anthropic.MessageRequest,
-    anthropic.CountRequest,
-    tokenize.TokenizeRequest,
-    tokenize.DetokenizeRequest,
-)
-
-
-def of_field(field: Field) -> Schema:
-    """What a field may be; null is absence wherever absence is allowed."""
-    schema: Schema = {"description": field.doc}
-    shape = PARSED.get(field.parse) if field.parse else None
-    if shape is None and field.kind == "any":
-        shape = NAMED.get(field.name)
-    if field.name == "stream_options":
-        shape = of_table(openai.STREAM_OPTIONS)
-    if shape is not None:
-        schema |= shape if field.required else {"anyOf": [shape, {"type": "null"}]}
-    elif field.choices:
-        schema["enum"] = [*field.choices, *([] if field.required else [None])]
-    elif field.kind != "any":
-        schema["type"] = field.kind if field.required else [field.kind, "null"]
-    if field.low is not None:
-        schema["exclusiveMinimum" if field.above else "minimum"] = field.low
-    if field.high is not None:
-        schema["maximum"] = field.high
-    if isinstance(field.default, bool | int | float | str):
-        schema["default"] = field.default
-    return schema
-
-
-def of_refused(refused: UnsupportedField) -> Schema:
-    """The values of a refused field that pass all the same."""
-    return {
-        "description": f"{refused.doc}: not available on this server",
-        "enum": [None, *refused.neutral],
-    }
-
-
-def of_table(
-    table: Sequence[Field], refused: Sequence[UnsupportedField] = (), required: Sequence[str] = ()
-) -> Schema:
-    """A whole body."""
-    needed = [f.name for f in table if f.required or f.name in required]
-    properties = {r.name: of_refused(r) for r in refused}
-    for field in table:
-        must = field.required or field.name in required
-        properties[field.name] = of_field(schemas.required(field) if must else field)
-    schema: Schema = {
-        "type": "object",
-        "description": "Fields that are not listed are accepted and ignored.",
-        "properties": properties,
-        "additionalProperties": True,
-    }
-    return schema | ({"required": needed} if needed else {})
-
-
-def _native(*more: Field, tgi_mode: bool) -> Schema:
-    body = of_table((*lightllm.BODY, *more), required=("inputs",))
-    parameters = of_table(lightllm.PARAMETERS, lightllm.UNAVAILABLE)
-    if tgi_mode:
-        body = of_table((*lightllm.BODY, tgi.NUM_BEAM, *more), required=("inputs",))
-        parameters = of_table(tgi.PARAMETERS, tgi.UNAVAILABLE)
-    body["properties"]["parameters"] |= {"anyOf": [parameters, {"type": "null"}]}
-    del body["properties"]["parameters"]["type"]
-    return body
-
-
-def _tokens() -> Schema:
-    parameters = of_table(lightllm.TOKENS_PARAMETERS)
-    body = of_table((lightllm.TEXT,))
-    body["properties"]["parameters"] = {"anyOf": [parameters, {"type": "null"}]}
-    return body
-
-
-def _bodies(tgi_mode: bool) -> dict[str, Schema]:
-    return {
-        "ChatRequest": of_table(openai.CHAT, openai.CHAT_UNAVAILABLE, ("messages",)),
-        "CompletionRequest": of_table(
-            openai.COMPLETION, openai.COMPLETION_UNAVAILABLE, ("prompt",)
-        ),
-        "ResponseRequest": of_table(responses.RESPONSES, responses.UNAVAILABLE),
-        "NativeRequest": _native(tgi_mode=tgi_mode),
-        "NativeAnyRequest": _native(lightllm.STREAM, tgi_mode=tgi_mode),
-        "TokensRequest": _tokens(),
-        "AbortRequest": of_table(lightllm.ABORT),
-        **of_models(MODELS),
-    }
-
-
-class _Untitled(GenerateJsonSchema):
-    """Fields have names and descriptions, and need no titles made of their names."""
+class _Plain(GenerateJsonSchema):
+    """Without titles made of names, and without limits that are none."""
 
     def field_title_should_be_set(self, schema: object) -> bool:
         return False
+
+    def str_schema(self, schema: StringSchema) -> JsonSchemaValue:
+        return {key: value for key, value in super().str_schema(schema).items() if value != 0}
 
 
 def of_models(models: Sequence[type[RequestModel]]) -> dict[str, Schema]:
@@ -202,9 +52,18 @@ def of_models(models: Sequence[type[RequestModel]]) -> dict[str, Schema]:
     _, whole = models_json_schema(
         [(model, "validation") for model in models],
         ref_template="#/components/schemas/{model}",
-        schema_generator=_Untitled,
+        schema_generator=_Plain,
     )
     made: dict[str, Schema] = whole["$defs"]
+    return made
+
+
+def _bodies(served: ServedModel) -> dict[str, Schema]:
+    """Those of this server, with what is known of its model."""
+    made = of_models([*BODIES, *(TGI if served.tgi else NATIVE)])
+    made["Token"]["maximum"] = served.vocab_size - 1
+    variables = made["ChatRequest"]["properties"]["chat_template_kwargs"]
+    variables["propertyNames"] = {"enum": prepare.settable(served.dialect.variables)}
     return made
 
 
@@ -321,11 +180,7 @@ def document(served: ServedModel, *, secured: bool) -> dict[str, Any]:
     for route in (_in_tgi(r) if served.tgi else r for r in ROUTES):
         for method in route.methods:
             paths.setdefault(route.path, {})[method] = _operation(route, method, secured)
-    token = {"type": "integer", "minimum": 0, "maximum": served.vocab_size - 1}
-    variable = {"enum": prepare.settable(served.dialect.variables)}
-    components: dict[str, Any] = {
-        "schemas": {"Token": token, "Variable": variable} | _bodies(served.tgi) | schemas.ANSWERS
-    }
+    components: dict[str, Any] = {"schemas": _bodies(served) | schemas.ANSWERS}
     whole: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -351,7 +206,7 @@ def _in_tgi(route: Route) -> Route:
     if not route.body.startswith("Native"):
         return route
     answer = "TgiList" if route.path == "/" else route.answer and "Tgi"
-    return replace(route, answer=answer, error="TgiError")
+    return replace(route, body=f"Tgi{route.body}", answer=answer, error="TgiError")
 
 
 def _operation(route: Route, method: str, secured: bool) -> dict[str, Any]:

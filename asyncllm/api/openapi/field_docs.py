@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from typing import Final
 
 from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.common.model import RequestModel, Unavailable, limits_text
-from asyncllm.api.common.validation import Field, UnsupportedField
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
 from asyncllm.api.openapi.document import of_models
@@ -20,27 +18,30 @@ from asyncllm.api.openapi.schemas import Schema
 from asyncllm.api.responses import request as responses
 from asyncllm.api.tgi import request as tgi
 
-FIELDS: Final[dict[str, Sequence[Field]]] = {
-    "common": openai.COMMON,
-    "stream_options": openai.STREAM_OPTIONS,
-    "completion": openai.COMPLETION[len(openai.COMMON) :],
-    "chat": openai.CHAT[len(openai.COMMON) :],
-    "responses": responses.RESPONSES,
-    "native": lightllm.BODY,
-    "native_parameters": lightllm.PARAMETERS,
-    "tgi_parameters": tgi.OWN,
-    "abort": lightllm.ABORT,
-}
-REFUSED: Final[dict[str, Sequence[UnsupportedField]]] = {
-    "completion_refused": openai.COMPLETION_UNAVAILABLE,
-    "chat_refused": openai.CHAT_UNAVAILABLE,
-    "responses_refused": responses.UNAVAILABLE,
-    "native_refused": lightllm.UNAVAILABLE,
-    "tgi_refused": tgi.UNAVAILABLE[: -len(lightllm.UNAVAILABLE)],
-}
 _HEAD: Final = "| field | type | default | range | meaning |\n|---|---|---|---|---|\n"
 _REFUSED_HEAD: Final = "| field | what is not available | passes all the same |\n|---|---|---|\n"
-MODELS: Final = {"messages": anthropic.MessageRequest}
+# the fields of a model, or of its own only
+MODELS: Final[dict[str, type[RequestModel]]] = {
+    "common": openai.CommonRequest,
+    "stream_options": openai.StreamOptions,
+    "completion": openai.CompletionRequest,
+    "chat": openai.ChatRequest,
+    "responses": responses.ResponseRequest,
+    "messages": anthropic.MessageRequest,
+    "native": lightllm.NativeRequest,
+    "native_parameters": lightllm.NativeParameters,
+    "tgi_parameters": tgi.TgiParameters,
+    "abort": lightllm.AbortRequest,
+}
+OWN: Final = {"completion", "chat", "tgi_parameters"}
+REFUSED: Final[dict[str, type[RequestModel]]] = {
+    "completion_refused": openai.CompletionRequest,
+    "chat_refused": openai.ChatRequest,
+    "responses_refused": responses.ResponseRequest,
+    "messages_refused": anthropic.MessageRequest,
+    "native_refused": lightllm.NativeParameters,
+    "tgi_refused": tgi.TgiParameters,
+}
 _BLOCK: Final = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,36 +53,54 @@ def fill(document: str) -> str:
     return _BLOCK.sub(lambda m: m[1] + _markdown(m[2]) + m[3], document)
 
 
-def _of_model(model: type[RequestModel], refused: bool) -> str:
+def _markdown(name: str) -> str:
+    if name in REFUSED:
+        fields = unavailable(REFUSED[name]).items()
+        return _REFUSED_HEAD + "".join(
+            f"| `{field}` | {each.what} | {_neutral(each)} |\n" for field, each in fields
+        )
+    model = MODELS[name]
     schemas = of_models([model])
-    schema = schemas[model.__name__]
-    head = _REFUSED_HEAD if refused else _HEAD
-    rows = []
+    schema, refused = schemas[model.__name__], unavailable(model)
+    names = model.__annotations__ if name in OWN else model.model_fields
+    return _HEAD + "".join(
+        _row(field, schema, schemas)
+        for field in names
+        if field in model.model_fields and field not in refused
+    )
+
+
+def unavailable(model: type[RequestModel]) -> dict[str, Unavailable]:
+    """The fields of a model that are refused by name."""
+    found = {}
     for name, field in model.model_fields.items():
-        what = next((each for each in field.metadata if isinstance(each, Unavailable)), None)
-        if (what is not None) is not refused:
-            continue
-        if what is not None:
-            passing = ", ".join(f"`{json.dumps(value)}`" for value in what.neutral)
-            rows.append(f"| `{name}` | {what.what} | {passing} |")
-            continue
-        told = schema["properties"][name]
-        kinds = _kinds(told, schemas) - {"null"}
-        kind = kinds.pop() if len(kinds) == 1 else ""
-        default = json.dumps(told["default"]) if told.get("default") is not None else ""
-        if name in schema["required"]:
-            default = "required"
-        rows.append(f"| `{name}` | {kind} | {default} | {_range(told)} | {told['description']} |")
-    return head + "".join(row + "\n" for row in rows)
+        for each in field.metadata:
+            if isinstance(each, Unavailable):
+                found[name] = each
+    return found
 
 
-def _kinds(told: Schema, schemas: dict[str, Schema]) -> set[str]:
+def _row(name: str, schema: Schema, schemas: dict[str, Schema]) -> str:
+    told = schema["properties"][name]
+    found = kinds(told, schemas) - {"null"}
+    kind = found.pop() if len(found) == 1 else ""
+    default = json.dumps(told["default"]) if told.get("default") not in (None, "") else ""
+    if name in schema.get("required", ()):
+        default = "required"
+    return f"| `{name}` | {kind} | {default} | {_range(told)} | {told['description']} |\n"
+
+
+def _neutral(field: Unavailable) -> str:
+    return ", ".join(f"`{json.dumps(value)}`" for value in field.neutral)
+
+
+def kinds(told: Schema, schemas: dict[str, Schema]) -> set[str]:
     """The JSON types that a value may have; {""}: any."""
     if "$ref" in told:
-        return _kinds(schemas[told["$ref"].rpartition("/")[2]], schemas)
+        return kinds(schemas[told["$ref"].rpartition("/")[2]], schemas)
     for key in ("anyOf", "oneOf"):
         if key in told:
-            return set().union(*(_kinds(each, schemas) for each in told[key]))
+            return set().union(*(kinds(each, schemas) for each in told[key]))
     kind = told.get("type", "")
     return {kind} if isinstance(kind, str) else set(kind)
 
@@ -91,33 +110,3 @@ def _range(told: Schema) -> str:
     return limits_text(
         told.get("exclusiveMinimum", told.get("minimum")), told.get("maximum"), above
     )
-
-
-def _markdown(name: str) -> str:
-    if (base := name.removesuffix("_refused")) in MODELS:
-        return _of_model(MODELS[base], base != name)
-    if name in REFUSED:
-        rows = [f"| `{r.name}` | {r.doc} | {_neutral(r)} |" for r in REFUSED[name]]
-        head = _REFUSED_HEAD
-    else:
-        rows = [
-            f"| `{f.name}` | {_kind(f)} | {_default(f)} | {f.limits()} | {f.doc} |"
-            for f in FIELDS[name]
-        ]
-        head = _HEAD
-    return head + "".join(row + "\n" for row in rows)
-
-
-def _kind(field: Field) -> str:
-    return "" if field.kind == "any" else field.kind
-
-
-def _default(field: Field) -> str:
-    if field.required:
-        return "required"
-    plain = isinstance(field.default, bool | int | float | str)
-    return json.dumps(field.default) if plain else ""
-
-
-def _neutral(refused: UnsupportedField) -> str:
-    return ", ".join(f"`{json.dumps(value)}`" for value in refused.neutral)

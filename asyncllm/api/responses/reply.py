@@ -255,6 +255,6 @@ def answered(
         elif block.kind is Reasoning:
             builder.add_reasoning(block.text)
         elif block.complete and block.call is not None:
-            given = conversation.arguments(block.text, "arguments")
+            given = conversation.parsed_arguments(block.text)
             builder.add_call(block.call.id, block.call.name, given)
     return StoredResponse([*asked.messages, *builder.messages], body)

@@ -1,148 +1,144 @@
-"""Validates OpenAI's /v1/responses requests.
+"""OpenAI's Responses: /v1/responses bodies to checked requests.
 
 Knows request bodies and conversations; answers are in :mod:`asyncllm.api.responses.reply`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
 
-from asyncllm.api.common import conversation, response_format, tool_request, validation
+from pydantic import AfterValidator, Field
+
+from asyncllm.api.common import conversation, response_format, tool_request
 from asyncllm.api.common.conversation import Messages, with_system
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
-from asyncllm.api.common.request import GenerationRequest, ServedModel, temperature
-from asyncllm.api.common.response_format import Grammar
-from asyncllm.api.common.validation import (
-    Body,
-    Field,
-    UnsupportedField,
-    expect,
-    preview,
-    reject,
-    text,
+from asyncllm.api.common.model import (
+    AnyObject,
+    Float,
+    Integer,
+    Items,
+    Range,
+    RequestModel,
+    Unavailable,
+    UnicodeStr,
+    Variants,
+    parse,
 )
-from asyncllm.api.responses.items import input_messages
+from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
+from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
+from asyncllm.api.common.response_format import FreeFormat, Grammar, ObjectFormat, checked_schema
+from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS
+from asyncllm.api.common.validation import MAX_INT32, MAX_LOGPROBS, Body, reject
+from asyncllm.api.responses.items import Input, input_messages
 from asyncllm.api.responses.store import Store
-from asyncllm.api.responses.tools import HOSTED, ResponsesTools, responses_choice, responses_tools
+from asyncllm.api.responses.tools import (
+    HOSTED,
+    FlatChoice,
+    FlatTools,
+    ResponsesTools,
+    echoed,
+    responses_choice,
+    responses_tools,
+)
 from asyncllm.core.request import SamplingParams
 
-F = Field
 MAX_METADATA: Final = 16
 MAX_METADATA_CHARS: Final = 512
-VERBOSITIES: Final = ("low", "medium", "high")
 LOGPROBS: Final = "message.output_text.logprobs"  # of ``include``
 
 
-@dataclass(frozen=True, slots=True)
-class TextOptions:
-    """What ``text`` asks for, and its format as it comes back."""
+class FlatSchemaFormat(RequestModel):
+    type: Literal["json_schema"]
+    name: UnicodeStr
+    json_schema: Annotated[AnyObject, AfterValidator(checked_schema)] = Field(alias="schema")
 
-    grammar: Grammar | None = None
-    verbosity: str | None = None
-    given: dict[str, Any] = field(default_factory=lambda: {"type": "text"})
-
-
-def text_options(value: Any, name: str) -> TextOptions:
-    """{format, verbosity}. Raises RequestError, NotAvailable (400)."""
-    verbosity = value.get("verbosity")
-    if verbosity is not None and verbosity not in VERBOSITIES:
-        known = ", ".join(VERBOSITIES)
-        reject(f"{name}.verbosity: {preview(verbosity)} is not one of {known}", f"{name}.verbosity")
-    return replace(_format(value.get("format"), name), verbosity=verbosity)
+    @property
+    def form(self) -> Grammar:
+        return response_format.of_object(self.json_schema)
 
 
-def _format(given: Any, name: str) -> TextOptions:
-    if given is None:
-        return TextOptions()
-    at = f"{name}.format"
-    expect(given, dict, at, "an object")
-    match kind := given.get("type"):
-        case "text":
-            return TextOptions()
-        case "json_object":
-            return TextOptions(("json", ""), given={"type": kind})
-        case "json_schema":
-            called = text(given.get("name"), f"{at}.name")
-            schema = expect(given.get("schema"), dict, f"{at}.schema", "an object")
-            grammar = response_format.schema(schema, f"{at}.schema")
-            told = {"type": kind, "name": called, "schema": schema}
-            return TextOptions(grammar, given=told)
-        case _:
-            known = "text, json_object, json_schema"
-            reject(f"{at}.type: {preview(kind)} is not one of {known}", f"{at}.type")
+class TextOptions(RequestModel):
+    """How the text is to be."""
+
+    verbosity: Literal["low", "medium", "high"] | None = None
+    format: Annotated[FreeFormat | ObjectFormat | FlatSchemaFormat, Variants()] = Field(
+        default_factory=lambda: FreeFormat(type="text")
+    )
 
 
-def effort(value: Any, name: str) -> str | None:
-    """The effort of {effort, summary}. Raises RequestError."""
-    given = value.get("effort")
-    return None if given is None else text(given, f"{name}.effort")
+class ReasoningOptions(RequestModel):
+    effort: UnicodeStr | None = None
 
 
-def metadata(value: Any, name: str) -> dict[str, str]:
-    """A few short strings by name."""
-    if len(value) > MAX_METADATA:
-        reject(f"{name}: {len(value)} entries, at most {MAX_METADATA}", name)
-    for key, item in value.items():
-        if len(text(item, f"{name}[{preview(key)}]")) > MAX_METADATA_CHARS:
-            reject(f"{name}: a value of {len(item)} characters, at most {MAX_METADATA_CHARS}", name)
-    return dict(value)
-
-
-def include(value: Any, name: str) -> bool:
-    """Whether log-probabilities are to be included. Raises RequestError."""
-    return LOGPROBS in [text(each, f"{name}[{i}]") for i, each in enumerate(value)]
-
-
-RESPONSES: Final = (
-    F(name="model", kind="string", doc="a name in /v1/models; missing or \"default\": the one served"),
-    F(name="input", kind="any", parse=input_messages, required=True,
-      doc="a string, or an array of items: messages with role (user, assistant, system, developer) and "
-      "content (string, or parts input_text and output_text), function_call, custom_tool_call, their "
-      "outputs, reasoning, compaction"),
-    F(name="instructions", kind="string", doc="a system message before everything else"),
-    F(name="previous_response_id", kind="string",
-      doc="go on from this stored response; its instructions do not count"),
-    F(name="store", kind="boolean", default=True,
-      doc="keep the response in memory for previous_response_id and GET"),
-    F(name="max_output_tokens", kind="integer", low=1, high=validation.MAX_INT32,
-      doc="tokens to generate at most; absent: what fits into the context"),
-    F(name="temperature", kind="number", default=1.0, low=0, high=2, doc="0: greedy"),
-    F(name="top_p", kind="number", default=1.0, low=0, high=1, above=True, to="top_p",
-      doc="smallest set of tokens with this probability"),
-    F(name="text", kind="object", default=TextOptions(), parse=text_options,
-      doc="{format: {type: text, json_object or json_schema, name, schema}, verbosity}: the output is "
-      "JSON, or valid against the schema; verbosity is handed to the chat template"),
-    F(name="tools", kind="array", default=ResponsesTools(), parse=responses_tools,
-      doc=f"{{type: function, name, description, parameters}}, {{type: namespace, name, tools}} of "
-      "such, {type: custom, name, description, format}: what the model may call, at most "
-      f"{tool_request.MAX_TOOLS} and {tool_request.MAX_TOOLS_CHARS} characters of JSON; tools that "
-      f"OpenAI runs ({', '.join(HOSTED)}) are left out under auto"),
-    F(name="tool_choice", kind="any",
-      doc="none, auto, required, {type: function or custom, name}, or {type: allowed_tools, mode, "
-      "tools}: a grammar forces required and named calls; default: auto if there are tools"),
-    F(name="parallel_tool_calls", kind="boolean", default=True,
-      doc="false: the first call is the only one in the answer"),
-    F(name="reasoning", kind="object", parse=effort,
-      doc="effort is handed to the chat template, none: thinking is off; there are no summaries"),
-    F(name="include", kind="array", parse=include,
-      doc=f"{LOGPROBS}: log-probabilities of an answer without tools and reasoning; anything else has "
-      "nothing to include"),
-    F(name="top_logprobs", kind="integer", low=0, high=validation.MAX_LOGPROBS,
-      doc=f"and of this many best tokens; needs {LOGPROBS} in include"),
-    F(name="metadata", kind="object", default={}, parse=metadata,
-      doc=f"at most {MAX_METADATA} strings, which come back"),
-    F(name="stream", kind="boolean", default=False, doc="answer as server-sent events"),
-)  # fmt: skip
-
-UNAVAILABLE: Final = (
-    UnsupportedField(name="background", neutral=(False,), doc="answering in the background"),
-    UnsupportedField(name="truncation", neutral=("disabled",), doc="truncating the prompt"),
-    UnsupportedField(name="conversation", doc="a stored conversation (previous_response_id is there)"),
-    UnsupportedField(name="prompt", doc="a stored prompt"),
-    UnsupportedField(name="context_management", neutral=([],), doc="context management"),
-)  # fmt: skip
+class ResponseRequest(RequestModel):
+    model: ModelName = None
+    background: Annotated[None, Unavailable("answering in the background", False)] = None
+    truncation: Annotated[None, Unavailable("truncating the prompt", "disabled")] = None
+    conversation: Annotated[
+        None, Unavailable("a stored conversation (previous_response_id is there)")
+    ] = None
+    prompt: Annotated[None, Unavailable("a stored prompt")] = None
+    context_management: Annotated[None, Unavailable("context management", [])] = None
+    input: Input = Field(
+        description="a string, or an array of items: messages with role (user, assistant, system, "
+        "developer) and content (string, or parts input_text and output_text), function_call, "
+        "custom_tool_call, their outputs, reasoning, compaction"
+    )
+    instructions: UnicodeStr | None = Field(
+        None, description="a system message before everything else"
+    )
+    previous_response_id: UnicodeStr | None = Field(
+        None, description="go on from this stored response; its instructions do not count"
+    )
+    store: bool = Field(
+        True, description="keep the response in memory for previous_response_id and GET"
+    )
+    max_output_tokens: Annotated[Integer, Range(1, MAX_INT32)] | None = Field(
+        None, description="tokens to generate at most; absent: what fits into the context"
+    )
+    temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
+    top_p: Annotated[Float, Range(0, 1, above=True)] = Field(
+        1.0, description="smallest set of tokens with this probability"
+    )
+    text: TextOptions = Field(
+        default_factory=TextOptions,
+        description="{format: {type: text, json_object or json_schema, name, schema}, verbosity}: "
+        "the output is JSON, or valid against the schema; verbosity is handed to the chat template",
+    )
+    tools: FlatTools = Field(
+        default_factory=list,
+        description="{type: function, name, description, parameters}, {type: namespace, name, tools} "
+        "of such, {type: custom, name, description, format}: what the model may call, at most "
+        f"{MAX_TOOLS} and {MAX_TOOLS_CHARS} characters of JSON; tools that OpenAI runs "
+        f"({', '.join(HOSTED)}) are left out under auto",
+    )
+    tool_choice: FlatChoice | None = Field(
+        None,
+        description="none, auto, required, {type: function or custom, name}, or {type: "
+        "allowed_tools, mode, tools}: a grammar forces required and named calls; default: auto if there are tools",
+    )
+    parallel_tool_calls: bool = Field(
+        True, description="false: the first call is the only one in the answer"
+    )
+    reasoning: ReasoningOptions = Field(
+        default_factory=ReasoningOptions,
+        description="effort is handed to the chat template, none: thinking is off; there are no "
+        "summaries",
+    )
+    include: Items[UnicodeStr] = Field(
+        default_factory=list,
+        description=f"{LOGPROBS}: log-probabilities of an answer without tools and reasoning; "
+        "anything else has nothing to include",
+    )
+    top_logprobs: Annotated[Integer, Range(0, MAX_LOGPROBS)] = Field(
+        0, description=f"and of this many best tokens; needs {LOGPROBS} in include"
+    )
+    metadata: Annotated[
+        dict[str, Annotated[UnicodeStr, Field(max_length=MAX_METADATA_CHARS)]],
+        Field(max_length=MAX_METADATA),
+    ] = Field(default_factory=dict, description=f"at most {MAX_METADATA} strings, which come back")
+    stream: bool = Field(False, description="answer as server-sent events")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,54 +164,52 @@ def read(body: Body, served: ServedModel, store: Store) -> ResponsesRequest:
         RequestError: 400, also for a previous response that is not stored. NotAvailable: 400.
         ModelNotFound: 404.
     """
-    served.check_name(RESPONSES[0].read(body))
-    validation.refuse(UNAVAILABLE, body)
-    values = validation.read(RESPONSES, body, silent=served.defaults.sampling(body))
-    previous = values["previous_response_id"]
-    messages = values["input"] if previous is None else store.messages(previous) + values["input"]
+    request = parse(ResponseRequest, body, served).filled(served.defaults.sampling(body))
+    previous, messages = request.previous_response_id, input_messages(request.input)
+    if previous is not None:
+        messages = store.messages(previous) + messages
     if len(messages) > conversation.MAX_MESSAGES:
         reject(f"input: {len(messages)} messages, at most {conversation.MAX_MESSAGES}", "input")
     refuse_trailing_calls(messages, "input")
-    options: TextOptions = values["text"]
-    given: ResponsesTools = values["tools"]
-    choice = responses_choice(values["tool_choice"], given, "tool_choice")
-    tools = tool_request.resolve(given.offered, choice, values["parallel_tool_calls"])
-    has_verbosity = options.verbosity and "verbosity" in served.dialect.variables
+    given, verbosity = responses_tools(request.tools), request.text.verbosity
+    tools = tool_request.resolve(
+        given.offered, responses_choice(request.tool_choice, given), request.parallel_tool_calls
+    )
+    has_verbosity = verbosity is not None and "verbosity" in served.dialect.variables
     made = prepare_chat(
-        with_system(values["instructions"], messages),
+        with_system(request.instructions, messages),
         served.dialect,
         tool_request=tools,
-        grammar=options.grammar,
-        effort=values["reasoning"],
-        kwargs={"verbosity": options.verbosity} if has_verbosity else None,
+        grammar=request.text.format.form,
+        effort=request.reasoning.effort,
+        kwargs={"verbosity": verbosity} if has_verbosity else None,
     )
     params = SamplingParams(
-        **validation.sampling(RESPONSES, values),
-        **served.defaults.beyond([field.name for field in RESPONSES]),
-        max_new_tokens=values["max_output_tokens"],
-        temperature=temperature(values["temperature"]),
+        **served.defaults.beyond(ResponseRequest.model_fields),
+        top_p=request.top_p,
+        max_new_tokens=request.max_output_tokens,
+        temperature=temperature(request.temperature),
         grammar=made.grammar,
-        logprobs=_logprobs(values, made.output_options is not None),
+        logprobs=_logprobs(request, made.output_options is not None),
     )
     generation = GenerationRequest(
         prompts=(made.prompt,),
         params=params,
         seeded=False,
-        stream=values["stream"],
+        stream=request.stream,
         add_special_tokens=False,
         output_options=made.output_options,
         omitted_tools=given.hosted,
     )
     return ResponsesRequest(
-        generation=generation, messages=messages, echo=_echo(body, values), tools=given
+        generation=generation, messages=messages, echo=_echo(body, request), tools=given
     )
 
 
-def _logprobs(values: dict[str, Any], parted: bool) -> int:
+def _logprobs(request: ResponseRequest, parted: bool) -> int:
     """How many log-probabilities are wanted, as SamplingParams has it."""
-    most = values["top_logprobs"] or 0
-    if not values["include"]:
-        if most:
+    if LOGPROBS not in request.include:
+        if request.top_logprobs:
             reject(f"top_logprobs needs {LOGPROBS} in include", "top_logprobs")
         return -1
     if parted:
@@ -223,21 +217,21 @@ def _logprobs(values: dict[str, Any], parted: bool) -> int:
             "include: log-probabilities of answers with tools or reasoning are not available here",
             param="include",
         )
-    return most
+    return request.top_logprobs
 
 
-def _echo(body: Body, values: dict[str, Any]) -> dict[str, Any]:
+def _echo(body: Body, request: ResponseRequest) -> dict[str, Any]:
     """What the answer repeats of the request."""
     same = (
         "instructions", "max_output_tokens", "metadata", "parallel_tool_calls",
         "previous_response_id", "store", "temperature", "top_p",
     )  # fmt: skip
     choice = body.get("tool_choice")
-    return {name: values[name] for name in same} | {
-        "reasoning": {"effort": values["reasoning"], "summary": None},
-        "text": {"format": values["text"].given}
-        | ({} if (said := values["text"].verbosity) is None else {"verbosity": said}),
+    return {name: getattr(request, name) for name in same} | {
+        "reasoning": {"effort": request.reasoning.effort, "summary": None},
+        "text": {"format": request.text.format.model_dump(by_alias=True)}
+        | ({} if (said := request.text.verbosity) is None else {"verbosity": said}),
         "tool_choice": "auto" if choice is None else choice,
-        "tools": list(values["tools"].echo),
-        "top_logprobs": values["top_logprobs"] or 0,
+        "tools": [echoed(tool) for tool in body.get("tools") or ()],
+        "top_logprobs": request.top_logprobs,
     }

@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from annotated_types import MinLen
+from pydantic import WithJsonSchema
 
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.tool_request import ToolChoice
-from asyncllm.api.common.validation import expect, preview, reject, text
+from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
+from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolName
+from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.tools import Tool
 
 # what they run is not here; some have names with a date behind
@@ -24,6 +28,90 @@ HOSTED: Final = (
 )  # fmt: skip
 INPUT: Final = "input"  # the argument that holds a custom tool's free text
 _ADVICE: Final = "The value of `input` is handed to the tool as it is."
+
+
+def _undated(kind: str) -> str:
+    return next((k for k in HOSTED if kind.startswith((f"{k}_20", f"{k}-20"))), kind)
+
+
+_KNOWN = Variants(other="tools of type {} are not available", fold=_undated)
+
+
+class FlatTool(FunctionTool):
+    type: Literal["function"]
+
+
+class TextInput(RequestModel):
+    type: Literal["text"]
+
+
+class GrammarInput(RequestModel):
+    type: Literal["grammar"]
+    syntax: Literal["lark", "regex"]
+    definition: UnicodeStr
+
+
+class FreeTextTool(RequestModel):
+    type: Literal["custom"]
+    name: ToolName
+    description: UnicodeStr = ""
+    format: Annotated[TextInput | GrammarInput, Variants()] | None = None
+
+    @property
+    def tool(self) -> Tool:
+        """A function of one argument, which has the tool's form where that can be kept."""
+        lines, inner, form = [self.description], {"type": "string"}, self.format
+        strict = isinstance(form, GrammarInput) and form.syntax == "regex"
+        if isinstance(form, GrammarInput) and strict:
+            inner["pattern"] = f"^(?:{form.definition})$"
+        elif isinstance(form, GrammarInput):
+            lines.append(f"`input` is a text of this grammar (Lark):\n{form.definition}")
+        schema = {
+            "type": "object",
+            "properties": {INPUT: inner},
+            "required": [INPUT],
+            "additionalProperties": False,
+        }
+        described = "\n".join(line for line in [*lines, _ADVICE] if line)
+        return Tool(self.name, schema, described, strict)
+
+
+class HostedTool(RequestModel):
+    kinds: ClassVar = HOSTED
+    type: Annotated[
+        str,
+        WithJsonSchema({"type": "string", "pattern": f"^({'|'.join(HOSTED)})([_-]20.*)?$"}),
+    ]
+
+
+_InnerTool = Annotated[FlatTool | FreeTextTool | HostedTool, _KNOWN]
+
+
+class NamespaceTool(RequestModel):
+    type: Literal["namespace"]
+    name: UnicodeStr
+    tools: Items[_InnerTool]
+
+
+FlatTools = Items[Annotated[FlatTool | FreeTextTool | NamespaceTool | HostedTool, _KNOWN]]
+
+
+class FlatNamed(RequestModel):
+    type: Literal["function", "custom"]
+    name: UnicodeStr
+    namespace: UnicodeStr = ""
+
+
+class FlatAllowed(RequestModel):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[Items[Annotated[FlatNamed | HostedTool, Variants(fold=_undated)]], MinLen(1)]
+
+
+FlatChoice = Annotated[
+    ChoiceMode | FlatNamed | FlatAllowed,
+    Variants("one of none, auto, required, or an object", other="{} is not available"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +137,11 @@ class ResponsesTools:
         offered: what the model may call.
         by_name: of these, how the client calls them, by the name that the model is told.
         hosted: types of tools that run elsewhere.
-        echo: the field as it comes back.
     """
 
     offered: tuple[Tool, ...] = ()
     by_name: Mapping[str, Offered] = field(default_factory=dict)
     hosted: tuple[str, ...] = ()
-    echo: tuple[dict[str, Any], ...] = ()
 
     def named(self, name: str, namespace: str = "") -> str:
         """What the model is told for the client's ``name``; it itself if there is no such tool."""
@@ -65,49 +151,51 @@ class ResponsesTools:
         return name
 
 
-def responses_tools(value: Any, name: str) -> ResponsesTools:
-    """Raises RequestError, NotAvailable (400)."""
+def responses_tools(
+    given: Sequence[FlatTool | FreeTextTool | NamespaceTool | HostedTool],
+) -> ResponsesTools:
+    """Raises RequestError (400) where two have one name, or they are too long together."""
     by_name: dict[str, Offered] = {}
     made: list[Tool] = []
     hosted: list[str] = []
-    for at, given, namespace in _flat(value, name):
-        kind = given.get("type")
-        if _is_hosted(kind):
-            hosted.append(str(kind))
+    for at, each, namespace in _flat(given):
+        if isinstance(each, HostedTool):
+            hosted.append(each.type)
             continue
-        custom = kind == "custom"
-        tool = tool_request.function_tool(_as_function(given, at) if custom else given, at)
+        tool = each.tool
         told = tool.name
         if told in by_name and namespace:
             told = f"{namespace}.{told}"
         if told in by_name:
             reject(f"{at}: there is another tool {preview(told)}", f"{at}.name")
-        by_name[told] = Offered(tool.name, namespace, custom)
+        by_name[told] = Offered(tool.name, namespace, isinstance(each, FreeTextTool))
         made.append(Tool(told, tool.parameters, tool.description, tool.strict))
-    tool_request.check_size(made, name)
-    echo = tuple(_echoed(tool) for tool in value)
-    return ResponsesTools(tuple(made), by_name, tuple(dict.fromkeys(hosted)), echo)
+    if why := tool_request.too_much(made):
+        reject(f"tools{why}", "tools")
+    return ResponsesTools(tuple(made), by_name, tuple(dict.fromkeys(hosted)))
 
 
-def responses_choice(value: Any, tools: ResponsesTools, name: str) -> ToolChoice | None:
+def responses_choice(
+    given: ChoiceMode | FlatNamed | FlatAllowed | None, tools: ResponsesTools
+) -> ToolChoice | None:
     """``tool_choice``, by the names that the model is told. Raises RequestError, NotAvailable."""
-    if value is None:
-        return None
-    if isinstance(value, dict) and value.get("type") == "allowed_tools":
-        listed = value.get("tools")
-        if isinstance(listed, list) and all(isinstance(each, dict) for each in listed):
-            ours = [
-                _plain(each, tools, f"{name}.tools[{i}]")
-                for i, each in enumerate(listed)
-                if not _is_hosted(each.get("type"))
-            ]
-            if listed and not ours and value.get("mode") == "auto":
+    match given:
+        case None | "auto" | "none":
+            return None if given is None else ToolChoice(given)
+        case FlatNamed():
+            choice = ToolChoice("named", tools.named(given.name, given.namespace))
+        case FlatAllowed():
+            ours = [each for each in given.tools if isinstance(each, FlatNamed)]
+            if not ours and given.mode == "auto":
                 return ToolChoice("none")
-            value = {**value, "tools": ours}
-    elif isinstance(value, dict) and value.get("type") in ("custom", "function"):
-        value = _plain(value, tools, name)
-    choice = tool_request.flat_choice(value, name)
-    if choice.mode not in ("auto", "none") and tools.hosted:
+            if not ours:
+                at = "tool_choice.tools"
+                reject(f"{at} must hold at least one tool that this server offers", at)
+            names = tuple(tools.named(each.name, each.namespace) for each in ours)
+            choice = ToolChoice(given.mode, allowed=names)
+        case mode:
+            choice = ToolChoice(mode)
+    if choice.mode != "auto" and tools.hosted:
         raise NotAvailable(
             f"tools of type {', '.join(tools.hosted)} are not available on this server; they are"
             f" left out only where the model need not call any (tool_choice auto)",
@@ -126,64 +214,9 @@ def input_of(arguments: str) -> str:
     return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
-def _flat(value: Sequence[Any], name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(place, tool, namespace) of each."""
-    for i, given in enumerate(value):
-        at = f"{name}[{i}]"
-        expect(given, dict, at, "an object")
-        if given.get("type") != "namespace":
-            yield at, given, ""
-            continue
-        namespace = text(given.get("name"), f"{at}.name")
-        inner = expect(given.get("tools"), list, f"{at}.tools", "an array")
-        for j, tool in enumerate(inner):
-            yield f"{at}.tools[{j}]", expect(tool, dict, f"{at}.tools[{j}]", "an object"), namespace
-
-
-def _is_hosted(kind: object) -> bool:
-    if not isinstance(kind, str):
-        return False
-    return any(kind == each or kind.startswith((f"{each}_20", f"{each}-20")) for each in HOSTED)
-
-
-def _as_function(given: dict[str, Any], at: str) -> dict[str, Any]:
-    """A custom tool as a function of one argument, which has its form where that can be kept."""
-    lines = [text(given["description"], f"{at}.description")] if given.get("description") else []
-    inner: dict[str, Any] = {"type": "string"}
-    strict = False
-    form = given.get("format")
-    if form is not None and expect(form, dict, f"{at}.format", "an object").get("type") != "text":
-        syntax = form.get("syntax")
-        rules = text(form.get("definition"), f"{at}.format.definition")
-        if form.get("type") != "grammar" or syntax not in ("lark", "regex"):
-            known = "text, or a grammar with the syntax lark or regex"
-            reject(f"{at}.format is not {known}", f"{at}.format")
-        if syntax == "regex":
-            inner["pattern"], strict = f"^(?:{rules})$", True
-        else:
-            lines.append(f"`input` is a text of this grammar (Lark):\n{rules}")
-    schema = {
-        "type": "object",
-        "properties": {INPUT: inner},
-        "required": [INPUT],
-        "additionalProperties": False,
-    }
-    described = "\n".join([*lines, _ADVICE])
-    function = {"type": "function", "name": given.get("name"), "description": described}
-    return function | {"parameters": schema, "strict": strict}
-
-
-def _plain(given: dict[str, Any], tools: ResponsesTools, at: str) -> dict[str, Any]:
-    """A choice of one tool, as of a function of the name that the model is told."""
-    namespace = given.get("namespace")
-    within = "" if namespace is None else text(namespace, f"{at}.namespace")
-    kind = given.get("type")
-    named = tools.named(text(given.get("name"), f"{at}.name"), within)
-    return {"type": "function" if kind == "custom" else kind, "name": named}
-
-
-def _echoed(given: dict[str, Any]) -> dict[str, Any]:
-    if given.get("type") != "function":
+def echoed(given: dict[str, Any]) -> dict[str, Any]:
+    """A tool of a checked request as the answer repeats it."""
+    if given["type"] != "function":
         return given
     schema = given.get("parameters")
     return {
@@ -193,3 +226,15 @@ def _echoed(given: dict[str, Any]) -> dict[str, Any]:
         "parameters": {"type": "object", "properties": {}} if schema is None else schema,
         "strict": bool(given.get("strict")),
     }
+
+
+def _flat(
+    given: Sequence[FlatTool | FreeTextTool | NamespaceTool | HostedTool],
+) -> Iterator[tuple[str, FlatTool | FreeTextTool | HostedTool, str]]:
+    """(place, tool, namespace) of each."""
+    for i, each in enumerate(given):
+        if not isinstance(each, NamespaceTool):
+            yield f"tools[{i}]", each, ""
+            continue
+        for j, tool in enumerate(each.tools):
+            yield f"tools[{i}].tools[{j}]", tool, each.name

@@ -1,84 +1,117 @@
 """Validates text-generation-inference's requests on LightLLM's native routes (--use_tgi_api).
 
-A body has the parameters of /generate, less a few, and those of :data:`OWN`. Knows request bodies;
-answers are in :mod:`asyncllm.api.tgi.reply`.
+A body has the parameters of /generate, less a few, and those of :class:`TgiParameters`. Knows
+request bodies; answers are in :mod:`asyncllm.api.tgi.reply`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
 
-from asyncllm.api.common import response_format, validation
+from pydantic import Field
+
+from asyncllm.api.common import response_format
+from asyncllm.api.common.model import Integer, Range, RequestModel, Unavailable, Variants, parse
 from asyncllm.api.common.request import GenerationRequest, ServedModel
-from asyncllm.api.common.response_format import Grammar
-from asyncllm.api.common.validation import Body, Field, UnsupportedField, preview, reject
-from asyncllm.api.lightllm import request as lightllm
-from asyncllm.api.lightllm.request import AT
-
-F = Field
-MAX_SEED: Final = 2**64 - 1
-
-
-def form(value: Any, name: str) -> Grammar | None:
-    """``{"type": "json" | "json_schema" | "regex", "value": ...}``."""
-    inner = f"{name}.value"
-    match kind := value.get("type"):
-        case "json" | "json_schema":
-            return response_format.schema(value.get("value"), inner)
-        case "regex":
-            return response_format.regex(validation.text(value.get("value"), inner), inner)
-        case _:
-            known = "json, json_schema, regex"
-            reject(f"{name}.type: {preview(kind)} is not one of {known}", f"{name}.type")
-
-
-NUM_BEAM: Final = F(name="num_beam", kind="integer", low=1, high=validation.MAX_N,
-                    doc="LightLLM's name of parameters.best_of")  # fmt: skip
-
-OWN: Final = (
-    F(name="do_sample", kind="boolean", default=False,
-      doc="sample; temperature, top_k, top_p and min_p do so too where they differ from the default"),
-    F(name="input_penalty", kind="boolean", default=True, to="penalize_prompt",
-      doc="repetition_penalty counts the prompt's tokens too"),
-    F(name="skip_special_tokens", kind="boolean", default=True, to="skip_special_tokens",
-      doc="leave special tokens out of the text"),
-    F(name="best_of", kind="integer", low=1, high=validation.MAX_N,
-      doc="generate so many, answer with the one of the best mean log-probability; 1 on streams"),
-    F(name="seed", kind="integer", low=0, high=MAX_SEED,
-      doc="same seed, same tokens; absent: draw one"),
-    F(name="stop", kind="any", default=(), parse=validation.stop_strings,
-      doc=f"at most {validation.MAX_STOP} strings; they are cut from the text"),
-    F(name="truncate", kind="integer", low=1, high=validation.MAX_INT32,
-      doc="use only so many of the prompt's last tokens"),
-    F(name="return_full_text", kind="boolean", default=False,
-      doc="put the prompt before the generated text"),
-    F(name="details", kind="boolean", default=False, doc="details in the answer"),
-    F(name="return_details", kind="boolean", default=False, doc="LightLLM's name of details"),
-    F(name="decoder_input_details", kind="boolean", default=False,
-      doc="the prompt's tokens and log-probabilities too; needs details, not on streams"),
-    F(name="top_n_tokens", kind="integer", default=0, low=0, high=validation.MAX_LOGPROBS,
-      doc="so many best tokens at each token"),
-    F(name="grammar", kind="object", parse=form,
-      doc="{type: json, json_schema or regex, value}: a JSON schema, or a regular expression, for "
-      "the output"),
-)  # fmt: skip
-
-UNAVAILABLE: Final = (
-    UnsupportedField(name="typical_p", neutral=(1, 1.0), doc="typical decoding"),
-    UnsupportedField(name="watermark", neutral=(False,), doc="a watermark"),
-    UnsupportedField(name="adapter_id", neutral=("",), doc="an adapter"),
-    UnsupportedField(name="n", neutral=(1,), doc="more than one answer (but best_of)"),
-    UnsupportedField(name="token_healing_top_k", neutral=(0,), doc="token healing"),
-    UnsupportedField(name="token_healing_unmerge_last_token", neutral=(0, False), doc="token healing"),
-    *lightllm.UNAVAILABLE,
-)  # fmt: skip
-
-_REPLACED: Final = {field.name for field in OWN} | {"n"}
-PARAMETERS: Final = (*(f for f in lightllm.PARAMETERS if f.name not in _REPLACED), *OWN)
-_SAMPLING: Final = tuple(
-    f for f in PARAMETERS if f.name in {"temperature", "top_k", "top_p", "min_p"}
+from asyncllm.api.common.response_format import Grammar, GrammarText, SchemaOrText
+from asyncllm.api.common.sampling_fields import Stop
+from asyncllm.api.common.validation import (
+    MAX_INT32,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP,
+    Body,
+    reject,
 )
+from asyncllm.api.lightllm import request as lightllm
+from asyncllm.api.lightllm.request import AT, CommonParameters, InputsRequest
+
+MAX_SEED: Final = 2**64 - 1
+_SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p")
+
+
+class JsonForm(RequestModel):
+    type: Literal["json", "json_schema"]
+    value: SchemaOrText
+
+    @property
+    def form(self) -> Grammar | None:
+        return self.value
+
+
+class RegexForm(RequestModel):
+    type: Literal["regex"]
+    value: GrammarText
+
+    @property
+    def form(self) -> Grammar | None:
+        return response_format.regex(self.value)
+
+
+class TgiParameters(CommonParameters):
+    typical_p: Annotated[None, Unavailable("typical decoding", 1, 1.0)] = None
+    watermark: Annotated[None, Unavailable("a watermark", False)] = None
+    adapter_id: Annotated[None, Unavailable("an adapter", "")] = None
+    n: Annotated[None, Unavailable("more than one answer (but best_of)", 1)] = None
+    token_healing_top_k: Annotated[None, Unavailable("token healing", 0)] = None
+    token_healing_unmerge_last_token: Annotated[None, Unavailable("token healing", 0, False)] = None
+    do_sample: bool = Field(
+        False,
+        description="sample; temperature, top_k, top_p and min_p do so too where they differ from the "
+        "default",
+    )
+    input_penalty: bool = Field(
+        True, description="repetition_penalty counts the prompt's tokens too"
+    )
+    skip_special_tokens: bool = Field(True, description="leave special tokens out of the text")
+    best_of: Annotated[Integer, Range(1, MAX_N)] | None = Field(
+        None,
+        description="generate so many, answer with the one of the best mean log-probability; 1 on "
+        "streams",
+    )
+    seed: Annotated[Integer, Range(0, MAX_SEED)] | None = Field(
+        None, description="same seed, same tokens; absent: draw one"
+    )
+    stop: Stop = Field(
+        default_factory=list,
+        description=f"at most {MAX_STOP} strings; they are cut from the text",
+    )
+    truncate: Annotated[Integer, Range(1, MAX_INT32)] | None = Field(
+        None, description="use only so many of the prompt's last tokens"
+    )
+    return_full_text: bool = Field(False, description="put the prompt before the generated text")
+    details: bool = Field(False, description="details in the answer")
+    return_details: bool = Field(False, description="LightLLM's name of details")
+    decoder_input_details: bool = Field(
+        False,
+        description="the prompt's tokens and log-probabilities too; needs details, not on streams",
+    )
+    top_n_tokens: Annotated[Integer, Range(0, MAX_LOGPROBS)] = Field(
+        0, description="so many best tokens at each token"
+    )
+    grammar: Annotated[JsonForm | RegexForm, Variants()] | None = Field(
+        None,
+        description="{type: json, json_schema or regex, value}: a JSON schema, or a regular "
+        "expression, for the output",
+    )
+
+    def forms(self) -> dict[str, Grammar | None]:
+        """The output's forms by the names of their fields."""
+        return super().forms() | {"grammar": None if self.grammar is None else self.grammar.form}
+
+
+class TgiNativeRequest(InputsRequest):
+    num_beam: Annotated[Integer, Range(1, MAX_N)] | None = Field(
+        None, description="LightLLM's name of parameters.best_of"
+    )
+    parameters: TgiParameters = Field(
+        default_factory=TgiParameters, description="see the next table"
+    )
+
+
+class TgiNativeAnyRequest(TgiNativeRequest):
+    stream: bool = Field(False, description="as /generate_stream")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,42 +132,40 @@ class TgiRequest:
 
 def generate(body: Body, served: ServedModel, *, stream: bool) -> TgiRequest:
     """A /generate or /generate_stream body. Raises RequestError or NotAvailable (400)."""
-    values = lightllm.parameters(body, PARAMETERS, UNAVAILABLE, served)
-    best_of = values["best_of"] or NUM_BEAM.read(body) or 1
-    details = values["details"] or values["return_details"]
-    prefill = values["decoder_input_details"]
+    request = parse(TgiNativeRequest, body, served)
+    given = request.parameters
+    sampled = any(getattr(given, n) != TgiParameters.model_fields[n].default for n in _SAMPLING)
+    parameters = given.filled(served.defaults.greedy())
+    parameters.check()
+    best_of = parameters.best_of or request.num_beam or 1
+    details = parameters.details or parameters.return_details
+    prefill, stop = parameters.decoder_input_details, parameters.stop
     if stream and best_of > 1:
-        reject(f"{AT}best_of: {best_of} choices cannot be streamed, 1 can", AT + "best_of")
+        reject(f"{AT}best_of: {best_of} choices cannot be streamed, 1 can", f"{AT}best_of")
     if prefill and (stream or not details):
-        name = AT + "decoder_input_details"
+        name = f"{AT}decoder_input_details"
         reject(f"{name}: needs details, and an answer that is not a stream", name)
-    if values["stop"] and values["stop_sequences"] is not None:
-        reject(f"{AT}stop and {AT}stop_sequences exclude each other", AT + "stop")
-    prompt_scores = values["prompt_logprobs"] >= 0
-    if prefill:
-        values["prompt_logprobs"] = max(values["prompt_logprobs"], 0)
-    seed = values["seed"]
-    given = lightllm.BODY[1].read(body)
-    sampled = any(field.read(given) != field.default for field in _SAMPLING)
-    values |= {
-        "n": best_of,
-        "seed": -1 if seed is None else seed,
-        "do_sample": values["do_sample"] or sampled,
-        "return_details": details,
-        "stop_sequences": list(values["stop"]) or values["stop_sequences"],
-    }
-    made = lightllm.generation(
-        PARAMETERS,
-        values,
-        body["inputs"],
+    if stop and parameters.stop_sequences is not None:
+        reject(f"{AT}stop and {AT}stop_sequences exclude each other", f"{AT}stop")
+    scored = parameters.prompt_logprobs
+    generation = lightllm.generation(
+        parameters,
+        request.inputs,
         served,
         stream=stream,
-        grammars=(*lightllm.GRAMMARS, "grammar"),
+        n=best_of,
+        seed=-1 if parameters.seed is None else parameters.seed,
+        details=details,
+        sampled=parameters.do_sample or sampled,
+        stops=parameters.stop_sequences if not stop else stop if isinstance(stop, str) else [*stop],
+        forms=parameters.forms(),
+        logprobs=parameters.top_n_tokens,
+        prompt_logprobs=max(scored, 0) if prefill else scored,
+        truncate=parameters.truncate or 0,
     )
-    params = replace(made.params, logprobs=values["top_n_tokens"])
     return TgiRequest(
-        generation=replace(made, params=params, truncate=values["truncate"] or 0),
-        full_text=values["return_full_text"],
+        generation=generation,
+        full_text=parameters.return_full_text,
         prefill=prefill,
-        prompt_scores=prompt_scores,
+        prompt_scores=scored >= 0,
     )

@@ -8,18 +8,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from asyncllm.api.common.validation import Field
+from asyncllm.api.common.model import RequestModel
 from asyncllm.api.openai import request as openai
 from asyncllm.api.openapi import document as openapi
-from asyncllm.api.openapi import field_docs, schemas
+from asyncllm.api.openapi import field_docs
 from asyncllm.errors import RequestError
 from tests.api.harness import CASES, DOC, SERVED, TGI, Case, ending, feed, reply
-
-
-def parameters(document: dict[str, Any]) -> dict[str, Any]:
-    native = document["components"]["schemas"]["NativeRequest"]["properties"]["parameters"]
-    found: dict[str, Any] = native["anyOf"][0]["properties"]
-    return found
 
 
 def refs(value: Any) -> set[str]:
@@ -36,26 +30,17 @@ def properties(name: str) -> dict[str, Any]:
     return found
 
 
-def test_every_field_of_every_table_is_there() -> None:
-    shown = {
-        "common": properties("ChatRequest"),
-        "chat": properties("ChatRequest"),
-        "completion": properties("CompletionRequest"),
-        "stream_options": properties("ChatRequest")["stream_options"]["anyOf"][0]["properties"],
-        "responses": properties("ResponseRequest"),
-        "native": properties("NativeRequest"),
-        "native_parameters": parameters(DOC),
-        "tgi_parameters": parameters(TGI),
-        "abort": properties("AbortRequest"),
-    }
-    for name, table in field_docs.FIELDS.items():
-        for field in table:
-            assert shown[name][field.name]["description"] == field.doc
-    for name, refused in field_docs.REFUSED.items():
-        base = name.removesuffix("_refused")
-        for row in refused:
-            where = shown[f"{base}_parameters" if base in {"native", "tgi"} else base]
-            assert where[row.name]["enum"] == [None, *row.neutral]
+@pytest.mark.parametrize("model", [*openapi.BODIES, *openapi.NATIVE, *openapi.TGI])
+def test_every_field_is_there_and_described(model: type[RequestModel]) -> None:
+    document = TGI if model in openapi.TGI else DOC
+    schema = document["components"]["schemas"][model.__name__]
+    assert schema["additionalProperties"] is True
+    assert schema["properties"].keys() == model.model_fields.keys()
+    refused = field_docs.unavailable(model)
+    for name, told in schema["properties"].items():
+        assert told["description"]
+        if name in refused:
+            assert told["enum"] == [None, *refused[name].neutral]
 
 
 def test_ranges_and_nulls() -> None:
@@ -67,8 +52,8 @@ def test_ranges_and_nulls() -> None:
     schemas = DOC["components"]["schemas"]
     assert schemas["MessageRequest"]["required"] == ["messages", "max_tokens"]
     assert schemas["ChatRequest"]["required"] == ["messages"]
-    choice = Field(name="x", kind="string", doc="", choices=("a", "b"), default="a")
-    assert openapi.of_field(choice) == {"description": "", "enum": ["a", "b", None], "default": "a"}
+    display = schemas["ThinkingMode"]["properties"]["display"]
+    assert display["enum"] == ["summarized", "omitted", None]
 
 
 def test_token_ids_end_with_the_vocabulary() -> None:
@@ -100,7 +85,7 @@ def test_messages_are_described_as_they_are_checked(message: Any, fine: bool) ->
             return False
         return True
 
-    schema = {**schemas.CHAT_MESSAGE, "components": DOC["components"]}
+    schema = {**properties("ChatRequest")["messages"]["items"], "components": DOC["components"]}
     assert jsonschema.Draft202012Validator(schema).is_valid(message) is fine
     assert right() is fine
 
@@ -161,7 +146,7 @@ def test_tools_are_refused_where_the_document_says_so(body: dict[str, Any]) -> N
     except RequestError:
         allowed = False
     (name,) = body
-    schema = properties("ChatRequest")[name]
+    schema = {**properties("ChatRequest")[name], "components": DOC["components"]}
     assert jsonschema.Draft202012Validator(schema).is_valid(body[name]) == allowed
 
 

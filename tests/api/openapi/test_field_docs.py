@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from asyncllm.api.common.model import RequestModel, Unavailable
 from asyncllm.api.openapi import field_docs
 
 DOC = Path(__file__).parents[3] / "docs" / "api.md"
@@ -18,16 +17,9 @@ def test_docs_are_fresh() -> None:
     assert field_docs.fill(text) == text, "docs/api.md is stale: write tables.fill(text) to it"
 
 
-def unavailable(model: type[RequestModel]) -> bool:
-    fields = model.model_fields.values()
-    return any(isinstance(each, Unavailable) for field in fields for each in field.metadata)
-
-
 def test_docs_have_every_table() -> None:
     shown = set(re.findall(r"<!-- table (\w+) -->", DOC.read_text()))
-    models = field_docs.MODELS
-    refused = {f"{name}_refused" for name, model in models.items() if unavailable(model)}
-    assert shown == {*field_docs.FIELDS, *field_docs.REFUSED, *models, *refused}
+    assert shown == {*field_docs.MODELS, *field_docs.REFUSED}
 
 
 def test_a_change_shows() -> None:

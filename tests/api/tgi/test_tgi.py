@@ -11,6 +11,7 @@ import pytest
 
 from asyncllm.api.common.errors import NotAvailable, from_failure
 from asyncllm.api.lightllm import request as lightllm
+from asyncllm.api.openapi import field_docs
 from asyncllm.api.tgi import request as tgi
 from asyncllm.api.tgi.reply import TgiReply, error_body
 from asyncllm.codec import i32
@@ -41,9 +42,7 @@ def whole(made: TgiReply) -> Any:
 
 
 def test_a_client_that_sends_every_field_as_null() -> None:
-    names = [field.name for field in tgi.PARAMETERS]
-    names += [refused.name for refused in tgi.UNAVAILABLE]
-    assert ask(**dict.fromkeys(names)) == ask()
+    assert ask(**dict.fromkeys(tgi.TgiParameters.model_fields)) == ask()
     got = ask().generation
     assert (got.params.temperature, got.params.skip_special_tokens) == (0, True)
     assert (got.n, got.details, got.seeded, got.params.penalize_prompt) == (1, False, False, True)
@@ -99,7 +98,7 @@ def test_names_of_lightllm() -> None:
         ({"seed": 2**64}, "seed"),
         ({"truncate": 0}, "truncate"),
         ({"stop": ["a"] * 17}, "stop"),
-        ({"stop": [[1]]}, "stop"),
+        ({"stop": [[1]]}, "stop[0]"),
         ({"stop": ["a"], "stop_sequences": ["b"]}, "stop"),
         ({"top_n_tokens": 21}, "top_n_tokens"),
         ({"decoder_input_details": True}, "decoder_input_details"),
@@ -123,17 +122,17 @@ def test_streams_have_one_choice_and_no_prefill() -> None:
         tgi.generate({"parameters": {}}, BYTES_SERVED, stream=False)
 
 
-@pytest.mark.parametrize("refused", tgi.UNAVAILABLE, ids=lambda r: r.name)
-def test_what_is_not_available(refused: Any) -> None:
-    for value in refused.neutral:
-        assert ask(**{refused.name: value}) == ask()
+@pytest.mark.parametrize("name", field_docs.unavailable(tgi.TgiParameters))
+def test_what_is_not_available(name: str) -> None:
+    for value in field_docs.unavailable(tgi.TgiParameters)[name].neutral:
+        assert ask(**{name: value}) == ask()
     with pytest.raises(NotAvailable):
-        ask(**{refused.name: 0.5})
+        ask(**{name: 0.5})
 
 
 def test_other_parameters_are_lightllms() -> None:
-    own = {field.name for field in tgi.OWN} | {"n"}
-    assert {f for f in lightllm.PARAMETERS if f.name not in own} <= set(tgi.PARAMETERS)
+    theirs = lightllm.NativeParameters.model_fields.keys()
+    assert theirs <= tgi.TgiParameters.model_fields.keys()
 
 
 # -- answers -----------------------------------------------------------------------------------
