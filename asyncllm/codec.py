@@ -11,6 +11,7 @@ What arrives is checked: each field against its annotation, and the whole agains
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -126,7 +127,7 @@ def encode(msg: Message) -> bytes:
         get = _FIELDS[type(msg)]
     except KeyError:
         raise TypeError(f"{type(msg).__name__} is not a registered message") from None
-    frame: bytes = _pack(get(msg))
+    frame: bytes = _PACKERS.pack(get(msg))
     return frame
 
 
@@ -154,9 +155,17 @@ def _plain(value: object) -> object:
     return _FIELDS[type(value)](value)
 
 
-# one for all messages: to make one takes longer than to pack a small message, and nobody packs
-# beside the loop's thread
-_pack = msgpack.Packer(default=_plain).pack
+class _Packers(threading.local):
+    """One for all messages of a thread: to make one takes longer than to pack a small message.
+
+    While it packs a column another thread may have its turn.
+    """
+
+    def __init__(self) -> None:
+        self.pack = msgpack.Packer(default=_plain).pack
+
+
+_PACKERS = _Packers()
 
 
 def _column(code: int, data: bytes) -> array[int] | array[float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import msgpack
@@ -54,6 +56,23 @@ def test_nested_tuples_survive() -> None:
         ((3, Logprobs(1, array("f", [-1.5]), i32([7]), array("f", [-2]))),),
     )
     assert decode(encode(tokens)) == tokens
+
+
+def test_threads_encode_beside_each_other() -> None:
+    """Packing columns runs Python code, in the middle of which another thread may have its turn."""
+    messages = [Submit(i, i32([i] * 50), SamplingParams(max_new_tokens=i)) for i in range(1, 5)]
+    wanted = [encode(msg) for msg in messages]
+
+    def work(i: int) -> bool:
+        return all(encode(messages[i]) == wanted[i] for _ in range(1000))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_columns() -> None:
