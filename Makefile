@@ -21,13 +21,14 @@ ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint bench gpu docs clean accept $(addprefix accept-,$(SUITES))
+.PHONY: help install serve test cluster lint bench gpu docs clean accept $(addprefix accept-,$(SUITES))
 
 help:
 	@echo 'make serve  install into $(VENV) and start the server (ARGS="--port 8001")'
 	@echo 'make test   whole test suite, no GPU needed (ARGS="tests/core -x")'
 	@echo 'make lint   ruff, mypy --strict, rules of the code base'
 	@echo 'make gpu    tests that need a GPU'
+	@echo 'make cluster  tests of prefill/decode clusters that are too slow for make test'
 	@echo 'make accept suites and clients of others against a server on CPU, each in its own'
 	@echo '            environment ($(SUITES:%=accept-%): one of them)'
 	@echo 'make bench  what the event loop costs per streamed token'
@@ -58,6 +59,9 @@ test: $(STAMP)
 
 gpu: $(STAMP)
 	@$(TEST_ENV) $(PYTEST) -m 'gpu or multigpu' $(ARGS)
+
+cluster: $(STAMP)
+	@$(TEST_ENV) TRITON_INTERPRET=1 $(PYTEST) -m cluster $(ARGS)
 
 lint: $(STAMP)
 	@failed=0; \

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from asyncllm.codec import FLOAT32, INT32, INT64, record
 from asyncllm.constrain.protocol import Verdict
@@ -182,6 +182,33 @@ class Load:
     cached: int = 0
     running: int = 0
     waiting: int = 0
+
+
+@record
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvMoved:
+    """What a node has sent to others and taken from them, since its start.
+
+    Args:
+        sent_bytes: of K/V.
+        tokens: whose K/V have come, of requests that have come as a whole.
+        transfers: these requests.
+        ms: they took together, from the first sign of the sender to the last byte.
+        lapses: transfers that have failed.
+        waiting: now: portions that could travel and wait for a page.
+    """
+
+    sent_bytes: int = 0
+    tokens: int = 0
+    transfers: int = 0
+    ms: int = 0
+    lapses: int = 0
+    waiting: int = 0
+
+    def __add__(self, other: KvMoved) -> KvMoved:
+        return KvMoved(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
 
 
 @record

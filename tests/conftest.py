@@ -26,8 +26,13 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need GPUs are skipped where there are too few."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need GPUs are skipped where there are too few; those of ``make cluster`` are left
+    out unless they are asked for."""
+    if "cluster" not in config.getoption("markexpr"):
+        left = [item for item in items if item.get_closest_marker("cluster")]
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
     num_gpus = torch.cuda.device_count()
     for item in items:
         for mark, needed in (("gpu", 1), ("multigpu", 2)):

@@ -275,6 +275,7 @@ class Agent(Actor[Inbox]):
             running=sum(load.running for load in loads),
             waiting=sum(load.waiting for load in loads),
             draining=self._draining,
+            moved=scraped.moved,
         )
         for peer in self._peers:
             self._to_master(peer, state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from dataclasses import replace
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
@@ -38,7 +39,7 @@ from asyncllm.messages import (
     Submit,
     Tokens,
 )
-from asyncllm.records import Failure
+from asyncllm.records import Failure, KvMoved
 
 TICK_S = 0.25
 ROLES = (PREFILL, DECODE)
@@ -89,6 +90,8 @@ class Director(Actor[Inbox]):
         self.core = directing.RequestDirector(Nodes(strategy))
         self._channel, self._counts, self._vocab_size = channel, counts, vocab_size
         self._cards: dict[int, Card] = {}  # of those who are there, perhaps without a state yet
+        self._moved: dict[int, KvMoved] = {}  # K/V, as each node has said last
+        self._moved_before = KvMoved()  # those of nodes that have gone
         self._asking: set[int] = set()  # endpoints that want to know whether requests are served
         self._told = ""
         self._gone: set[int] = set()  # endpoints whose processes have ended
@@ -211,9 +214,12 @@ class Director(Actor[Inbox]):
         node.used, node.cached = state.used, state.cached
         node.running, node.waiting = state.running, state.waiting
         node.draining = state.draining
+        self._moved[peer] = state.moved
 
     def _left(self, peer: int, card: Card, why: str) -> None:
         self._cards.pop(peer, None)
+        gone = self._moved.pop(peer, KvMoved())
+        self._moved_before += replace(gone, waiting=0)
         before = self.core.counts.retries
         self.core.left(peer, why)
         moved = self.core.counts.retries - before
@@ -291,6 +297,7 @@ class Director(Actor[Inbox]):
     def _stats(self, query: int) -> DirectorStats:
         nodes, counts = self.core.nodes, self.core.counts
         decode = [node for node in nodes if node.role == DECODE]
+        moved = sum(self._moved.values(), self._moved_before)
         return DirectorStats(
             query=query,
             endpoint=self.system.endpoint,
@@ -306,4 +313,10 @@ class Director(Actor[Inbox]):
             handovers=counts.handovers,
             reserve_ms=round(1e3 * counts.reserve_s),
             handover_ms=round(1e3 * counts.handover_s),
+            kv_sent_bytes=moved.sent_bytes,
+            kv_tokens=moved.tokens,
+            kv_transfers=moved.transfers,
+            kv_ms=moved.ms,
+            kv_lapses=moved.lapses,
+            kv_waiting=moved.waiting,
         )

@@ -549,6 +549,7 @@ class Watchdog(Actor[Inbox]):
                 query=scrape.query,
                 exposition=text if scrape.asks == "frontend" else b"",
                 loads=state.loads,
+                moved=state.moved,
             )
             system.ref(scrape.asks, scrape.endpoint).tell(answer, urgent=True)
 

@@ -29,7 +29,7 @@ from asyncllm.messages import (
     SchedulerStats,
     TransferStats,
 )
-from asyncllm.records import Answered, Load
+from asyncllm.records import Answered, KvMoved, Load
 
 REFUSED = "refused"  # a reason: the request was not taken in
 LAG_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
@@ -70,6 +70,19 @@ class State:
             cached=slots.cached,
             running=self.scheduler.running,
             waiting=self.scheduler.waiting,
+        )
+
+    @property
+    def moved(self) -> KvMoved:
+        """For masters."""
+        of = self.transfer
+        return KvMoved(
+            sent_bytes=of.sent_bytes,
+            tokens=of.taken_tokens,
+            transfers=of.transfers,
+            ms=of.transfer_ms,
+            lapses=of.lapsed,
+            waiting=of.waiting,
         )
 
     @property
@@ -246,6 +259,12 @@ _STATE = {
         "Milliseconds from the token of the prefill node to the next one, of all handovers",
         True,
     ),
+    "director.kv_sent_bytes": ("pd_kv_sent_bytes", "Bytes of K/V that nodes have sent", True),
+    "director.kv_tokens": ("pd_kv_tokens", "Tokens whose K/V decode nodes have taken", True),
+    "director.kv_transfers": ("pd_kv_transfers", "Requests whose K/V have come as a whole", True),
+    "director.kv_ms": ("pd_kv_transfer_ms", "Milliseconds that they took together", True),
+    "director.kv_lapses": ("pd_kv_lapses", "Transfers of K/V that have failed", True),
+    "director.kv_waiting": ("pd_kv_waiting", "Portions of K/V that wait for a page", False),
     "silent_reporters": (
         "silent_reporters",
         "Actors whose numbers here are older, since they have not answered within a second",

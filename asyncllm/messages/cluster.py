@@ -60,3 +60,10 @@ class DirectorStats(Message):
     handovers: int = 0
     reserve_ms: int = 0
     handover_ms: int = 0
+    # of all nodes, those that have gone included; see ``KvMoved``
+    kv_sent_bytes: int = 0
+    kv_tokens: int = 0
+    kv_transfers: int = 0
+    kv_ms: int = 0
+    kv_lapses: int = 0
+    kv_waiting: int = 0

@@ -9,12 +9,13 @@ an attempt, never given twice; a node maps it to its rids. Between master and no
 from __future__ import annotations
 
 from array import array
+from dataclasses import field
 
 from asyncllm.codec import INT32, Message, message
 from asyncllm.core.request import SamplingParams
 from asyncllm.messages.checks import are_counts, are_natural, is_rid
 from asyncllm.messages.request import THOUGHTS
-from asyncllm.records import Destination
+from asyncllm.records import Destination, KvMoved
 
 # -- inside a node -------------------------------------------------------------------------------
 
@@ -251,6 +252,7 @@ class NodeState(Message):
     running: int
     waiting: int
     draining: bool = False  # it takes no new requests
+    moved: KvMoved = field(default_factory=KvMoved)
 
     def valid(self) -> bool:
         numbers = self.used, self.cached, self.total, self.running, self.waiting

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from math import isfinite
 
 from asyncllm.codec import Message, message
 from asyncllm.messages.checks import are_counts
-from asyncllm.records import Answered, Load
+from asyncllm.records import Answered, KvMoved, Load
 from asyncllm.topology import Contract, Endpoint, Topology
 
 
@@ -113,6 +114,7 @@ class Scraped(Message):
     query: int
     exposition: bytes  # Prometheus text
     loads: tuple[Load, ...]  # of each group
+    moved: KvMoved = field(default_factory=KvMoved)
 
 
 @message(42)
