@@ -33,8 +33,8 @@ MOST_RETRIES = 3  # attempts after the first one
 RETRY_S = 8.0  # after the first failure since a token came: later ones are not mended
 NO_NODES, FAILED = "no_nodes", "nodes_failed"  # codes of failures
 # codes with which a node ends an attempt that may well go on elsewhere
-TRANSFER_FAILED, SHUTTING_DOWN = "transfer_failed", "shutting_down"
-PASSING = (TRANSFER_FAILED, SHUTTING_DOWN)
+TRANSFER_FAILED, SHUTTING_DOWN, GROUP_LOST = "transfer_failed", "shutting_down", "group_lost"
+PASSING = (TRANSFER_FAILED, SHUTTING_DOWN, GROUP_LOST)
 
 
 class Phase(IntEnum):
