@@ -74,9 +74,8 @@ class Cluster:
         return master
 
     def start_node(self, role: str, *args: str) -> Server:
-        return self._start(
-            role, *COMMON, *SLOTS, *self.node_args, "--pd_master_port", str(self.master.port), *args
-        )
+        master = ("--pd_master_ip", self.master.host, "--pd_master_port", str(self.master.port))
+        return self._start(role, *COMMON, *SLOTS, *self.node_args, *master, *args)
 
     def nodes(self) -> list[dict[str, Any]]:
         """What the master says of its nodes; none before it serves."""

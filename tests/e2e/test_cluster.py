@@ -20,6 +20,7 @@ import pytest
 from tests.e2e.answers import (
     COMPLETIONS,
     REQUESTS,
+    alike,
     body_of,
     long_body,
     ready,
@@ -29,10 +30,11 @@ from tests.e2e.answers import (
     with_an_accident,
 )
 from tests.e2e.cluster import COMMON, SLOTS, Cluster
-from tests.e2e.process import Server, stream_text, wait_until
+from tests.e2e.process import Server, free_port, stream_text, wait_until
 
 DEAD_AFTER = "6"  # seconds; a server that says nothing for half of it is lost
 IN_TIME_S = 10.0
+TAKES = free_port()  # of the second decode node
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +49,19 @@ def one(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 def cluster(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The tests of this file kill decode nodes one after the other: their order counts."""
     logs = tmp_path_factory.mktemp("cluster")
-    node = ("--chunked_prefill_size", "64")
-    with Cluster(tiny_dir, logs, decode=[(), ()], node=node) as made:
+    node, takes = ("--chunked_prefill_size", "64"), ("--pd_decode_rpyc_port", str(TAKES))
+    with Cluster(tiny_dir, logs, decode=[(), takes], node=node) as made:
         yield made
+
+
+def test_k_and_v_are_taken_at_the_port_that_was_given(cluster: Cluster) -> None:
+    assert ("127.0.0.1", TAKES) in cluster.decode[1].listeners()
 
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_the_answer_is_that_of_one_server(name: str, one: Server, cluster: Cluster) -> None:
-    assert whole(cluster.master, name) == whole(one, name)
+    got, wanted = whole(cluster.master, name), whole(one, name)
+    assert alike(got, wanted), (got, wanted)
     if name not in ("no token", "of the prompt", "generate"):
         assert streamed(cluster.master, name) == streamed(one, name)
 

@@ -21,6 +21,7 @@ from tests.e2e.answers import (
     COMPLETIONS,
     REQUESTS,
     TEXT,
+    alike,
     long_body,
     ready,
     text_of,
@@ -154,7 +155,8 @@ def test_nodes_may_differ_in_their_ranks(
     node = ("--chunked_prefill_size", "64")
     with Cluster(tiny_dir, tmp_path, prefill=[prefill], decode=[decode], node=node) as made:
         for name in REQUESTS:
-            assert whole(made.master, name) == whole(one, name), name
+            got, wanted = whole(made.master, name), whole(one, name)
+            assert alike(got, wanted), (name, got, wanted)
         assert made.decode[0].metric("asyncllm_prompt_tokens_computed_total") == 0
         made.free(*made.prefill, *made.decode)
 
@@ -168,7 +170,8 @@ def test_k_and_v_in_8_bits_travel_so(mode: str, tiny_dir: Path, tmp_path: Path) 
         wanted = {name: whole(alone, name) for name in REQUESTS}
     with Cluster(tiny_dir, logs, node=args) as made:
         for name, answer in wanted.items():
-            assert whole(made.master, name) == answer, name
+            got = whole(made.master, name)
+            assert alike(got, answer, 0.02), (name, got, answer)
         assert made.decode[0].metric("asyncllm_prompt_tokens_computed_total") == 0
 
 
@@ -179,9 +182,10 @@ def test_a_node_with_another_model_ends_and_names_what_differs(
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
     port = ("--pd_master_port", str(cluster.master.port))
+    name = f"pd_master 127.0.0.1:{cluster.master.port}"
     for folder, more, what in (
         (other, (), "config.json"),
-        (tiny_dir, ("--max_req_total_len", "1000"), "max_req_total_len here is 1000"),
+        (tiny_dir, ("--max_req_total_len", "1000"), f"is 1000, that of {name}"),
         (tiny_dir, ("--mode", "triton_int8kv"), "K/V layout"),
     ):
         node = Server(folder, tmp_path / "log", "--run_mode", "decode", *COMMON, *port, *more)

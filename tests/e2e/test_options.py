@@ -363,6 +363,8 @@ OBSERVED: dict[str, list[tuple[str, Callable[[Server], None]]]] = {
 
 # these need two servers, which test_nodes.py starts with all of them
 OF_NODES = ("nnodes", "node_rank", "multinode_httpmanager_port", "multinode_router_gloo_port")
+# and these a master and its nodes, which test_cluster.py starts with all of them
+OF_CLUSTERS = ("run_mode", "pd_master_ip", "pd_master_port", "pd_decode_rpyc_port")
 
 
 @pytest.mark.parametrize(
@@ -409,9 +411,8 @@ def test_every_option_of_the_reference_that_works_is_observed() -> None:
     waiting = {
         name
         for name in NAMES
-        if name == "run_mode"  # only what is the same as without it works
-        or ANY in FLAGS[name].unavailable
+        if ANY in FLAGS[name].unavailable
         or ((needs := FLAGS[name].needs) is not None and not needs.available)
     }
-    assert {*OBSERVED, *OF_NODES} == set(NAMES) - waiting
-    assert set(FLAGS["run_mode"].unavailable) == set(FLAGS["run_mode"].choices) - {"normal"}
+    assert {*OBSERVED, *OF_NODES, *OF_CLUSTERS} == set(NAMES) - waiting
+    assert FLAGS["run_mode"].unavailable == ("config_server",)

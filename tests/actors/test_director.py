@@ -1,0 +1,442 @@
+"""Director and agent: what one tells the other, and whom a master lets in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import uvloop
+
+from asyncllm.actors.agent import Agent
+from asyncllm.actors.base import Actor
+from asyncllm.actors.channel import Channel
+from asyncllm.actors.director import Director
+from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused, Received
+from asyncllm.actors.system import ActorSystem
+from asyncllm.codec import i32, i64
+from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.errors import StartupError
+from asyncllm.messages import (
+    FRONTEND_SHIFT,
+    Abort,
+    AskNodes,
+    AskServing,
+    Begin,
+    Compile,
+    Compiled,
+    Decode,
+    Drain,
+    Drained,
+    Finished,
+    Listening,
+    NodeState,
+    NodesTold,
+    Placed,
+    Prefill,
+    Reserved,
+    Scrape,
+    Scraped,
+    Serving,
+    StopHit,
+    Submit,
+    Tokens,
+)
+from asyncllm.records import Destination, Failure, KvMoved, KvWire, Load
+from asyncllm.topology import Topology
+
+WIRE = KvWire(format="", dtype="fp32", num_layers=1, num_heads=1, head_bytes=4)
+PARAMS = SamplingParams(max_new_tokens=4)
+P, D = 1 << 23, (1 << 23) + 1  # peers
+
+
+class FakeChannel:
+    """What director and agent ask of a channel."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.admit: Callable[[Card], str | None] = lambda _: None
+        self.dropped: list[tuple[int, str]] = []
+        self.dialled: list[str] = []
+        self.forgotten: list[str] = []
+
+    def drop(self, peer: int, why: str) -> None:
+        self.dropped.append((peer, why))
+
+    def dial(self, host: str, port: int) -> str:
+        self.dialled.append(f"{host}:{port}")
+        return self.dialled[-1]
+
+    def forget(self, where: str) -> None:
+        self.forgotten.append(where)
+
+
+class Office:
+    """An actor; ``told``: (endpoint, name, message) of all that it says to others."""
+
+    def __init__(self, actor: Callable[[Channel], Actor[Any]], card: Card, topology: Topology):
+        self.told: list[tuple[int, str, Any]] = []
+        self.channel = FakeChannel(card)
+        self.system = ActorSystem(topology=topology)
+        self.actor = actor(self.channel)  # type: ignore[arg-type]
+        deliver = self.system.deliver
+
+        def divert(endpoint: int, name: str, msg: Any, urgent: bool) -> None:
+            if endpoint or name != self.actor.name:
+                self.told.append((endpoint, name, msg))
+            else:
+                deliver(endpoint, name, msg, urgent)
+
+        self.system.deliver = divert  # type: ignore[method-assign]
+        self.ref = self.system.add(self.actor)
+
+    async def tell(self, *msgs: Any) -> list[tuple[int, str, Any]]:
+        """What came of these messages."""
+        self.told.clear()
+        for msg in msgs:
+            self.ref.tell(msg, urgent=True)
+        for _ in range(6):
+            await asyncio.sleep(0)
+        return self.told.copy()
+
+
+def run(script: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    uvloop.run(script())
+
+
+async def while_running(office: Office, script: Coroutine[Any, Any, None]) -> None:
+    running = asyncio.ensure_future(office.system.run())
+    async with asyncio.timeout(20):
+        await script
+    office.system.stop()
+    await running
+
+
+# -- director ------------------------------------------------------------------------------------------
+
+
+def card(role: str, name: str, **facts: str) -> Card:
+    return Card(role=role, name=name, facts=tuple(facts.items()))
+
+
+def master(**options: Any) -> Office:
+    def make(channel: Channel) -> Director:
+        return Director(channel, "cache_aware", vocab_size=100, **options)
+
+    return Office(make, card("pd_master", "m"), Topology.of_master(http=2))
+
+
+def state(**more: Any) -> NodeState:
+    return NodeState(**{"used": 0, "cached": 0, "total": 100, "running": 0, "waiting": 0, **more})
+
+
+JOINED = (
+    PeerJoined(P, card("prefill", "p:1"), ""),
+    PeerJoined(D, card("decode", "d:1"), ""),
+    Received(P, state()),
+    Received(D, state()),
+)
+
+
+def test_a_request_goes_to_its_nodes_and_its_tokens_to_its_process() -> None:
+    async def script() -> None:
+        office = master()
+
+        async def go() -> None:
+            await office.tell(*JOINED)
+            rid = (1 << FRONTEND_SHIFT) + 5
+            ((peer, name, decode),) = await office.tell(Submit(rid, i32([1, 2]), PARAMS))
+            assert (peer, name, type(decode)) == (D, "agent", Decode)
+            to = Destination(
+                node="d", epoch=9, hit=0, length=2, addresses=("tcp://d:1",), wire=WIRE
+            )
+            ((peer, _, prefill),) = await office.tell(Received(D, Reserved(decode.ticket, to)))
+            assert (peer, type(prefill), prefill.to) == (P, Prefill, to)
+            tokens = Tokens(1, i64([decode.ticket]), i32([7]), b"\0", None, ())
+            moved = Finished(decode.ticket, Reason.MOVED, cached_len=1)
+            told = await office.tell(Received(P, tokens), Received(P, moved))
+            assert (D, "agent", Begin(decode.ticket, 7)) in told
+            ((where, to_whom, out),) = [each for each in told if isinstance(each[2], Tokens)]
+            assert (where, to_whom, list(out.rids)) == (1, "detokenizer", [rid])
+            end = Finished(decode.ticket, Reason.STOP)
+            told = await office.tell(Received(D, tokens), Received(D, end))
+            ended = Finished(rid, Reason.STOP, cached_len=1, num_tokens=2)
+            assert (1, "detokenizer", ended) in told
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_whoever_asks_is_told_what_is_missing_now_and_when_it_changes() -> None:
+    async def script() -> None:
+        office = master()
+
+        async def go() -> None:
+            ((_, _, first),) = await office.tell(AskServing(1))
+            assert first == Serving("there is no prefill and no decode node")
+            told = await office.tell(*JOINED)
+            assert (1, "frontend", Serving("")) in told
+            told = await office.tell(PeerLeft(D, JOINED[1].card, "cut"))
+            assert told == [(1, "frontend", Serving("there is no decode node"))]
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_numbers_of_nodes_are_waited_for_and_kept() -> None:
+    async def script() -> None:
+        office = master(counts=(1, 2))
+
+        async def go() -> None:
+            await office.tell(*JOINED)
+            assert office.actor.lacks == "there are 1 of 2 decode nodes (--pd_master_mode)"  # type: ignore[attr-defined]
+            assert office.channel.admit(card("decode", "d:2")) is None
+            refused = office.channel.admit(card("prefill", "p:2"))
+            assert refused == "there are 1 prefill nodes already (--pd_master_mode)"
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_nodes_must_fit_each_other_and_have_a_role() -> None:
+    async def script() -> None:
+        office = master()
+
+        async def go() -> None:
+            await office.tell(PeerJoined(P, card("prefill", "p:1", model="a"), ""))
+            admit = office.channel.admit
+            assert admit(card("decode", "d:1", model="a")) is None
+            assert admit(card("decode", "d:1", model="b")) == (
+                "model of decode d:1 is b, that of prefill p:1 a"
+            )
+            assert "no prefill or decode node" in (admit(card("pd_master", "x")) or "")
+            assert office.channel.dropped == []
+            assert admit(card("prefill", "p:1", model="a")) is None
+            assert office.channel.dropped == [(P, "another process has its address")]
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_the_table_of_nodes_tells_what_they_say_and_what_they_have_moved_stays_counted() -> None:
+    async def script() -> None:
+        office = master()
+
+        async def go() -> None:
+            moved = KvMoved(sent_bytes=10, waiting=3)
+            await office.tell(*JOINED[:3])
+            await office.tell(Received(P, state(used=50, cached=20, draining=True, moved=moved)))
+            ((_, _, told),) = await office.tell(AskNodes(4, 0))
+            assert isinstance(told, NodesTold)
+            rows = {row["role"]: row for row in json.loads(told.body)}
+            assert rows["decode"]["state"] == "joining"
+            row = rows["prefill"]
+            assert (row["address"], row["state"], row["load"]) == ("p:1", "draining", 0.5)
+            assert (row["used_tokens"], row["cached_tokens"]) == (50, 20)
+            director = office.actor
+            assert isinstance(director, Director)
+            assert (director._stats(1).kv_sent_bytes, director._stats(1).kv_waiting) == (10, 3)
+            await office.tell(PeerLeft(P, JOINED[0].card, "cut"))
+            assert (director._stats(1).kv_sent_bytes, director._stats(1).kv_waiting) == (10, 0)
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_a_master_that_drains_ends_what_it_has_and_takes_no_more() -> None:
+    async def script() -> None:
+        office = master()
+
+        async def go() -> None:
+            await office.tell(*JOINED)
+            await office.tell(Submit(5, i32([1, 2]), PARAMS))
+            assert await office.tell(Drain(5.0)) == []
+            ((_, _, refused),) = await office.tell(Submit(6, i32([1]), PARAMS))
+            assert refused.failure.status == 503
+            told = await office.tell(Drain(0.0))
+            assert (0, "watchdog", Drained("director", 0)) in told
+            assert [m.rid for _, n, m in told if n == "detokenizer"] == [5]
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_tokens_beyond_the_vocabulary_are_impossible() -> None:
+    async def script() -> None:
+        director = master().actor
+        for token, fine in ((99, True), (100, False)):
+            msg = Received(P, Tokens(1, i64([1]), i32([token]), b"\0", None, ()))
+            assert director.possible(msg) is fine  # type: ignore[arg-type]
+
+    run(script)
+
+
+# -- agent ----------------------------------------------------------------------------------------------
+
+
+def node(role: str = "decode") -> Office:
+    def make(channel: Channel) -> Agent:
+        return Agent(channel, [], vocab_size=100, max_len=50)
+
+    return Office(make, card(role, "n"), Topology.on_one_node().as_node())
+
+
+MASTER = PeerJoined(P, card("pd_master", "m"), "m:9")
+DECODE = Decode(ticket=3, prompt=i32([1, 2]), outputs=i32([]), params=PARAMS)
+
+
+def test_what_a_master_asks_is_a_request_of_the_node_and_comes_back_under_its_ticket() -> None:
+    async def script() -> None:
+        office = node()
+
+        async def go() -> None:
+            await office.tell(MASTER, Listening(0, "tcp://n:1", WIRE))
+            ((_, name, submit),) = await office.tell(Received(P, DECODE))
+            assert (name, submit.imports, submit.exports) == ("scheduler", True, None)
+            rid = submit.rid
+            ((peer, name, reserved),) = await office.tell(Placed(rid, 0, 1, 2))
+            assert (peer, name, reserved.ticket) == (P, "director", 3)
+            to = reserved.to
+            assert (to.epoch, to.hit, to.length, to.addresses) == (rid, 1, 2, ("tcp://n:1",))
+            assert to.node == office.channel.card.incarnation
+            told = await office.tell(Received(P, Begin(3, 8)), Received(P, StopHit(3, 2)))
+            assert told == [(0, "scheduler", Begin(rid, 8)), (0, "scheduler", StopHit(rid, 2))]
+            tokens = Tokens(1, i64([rid, 99]), i32([7, 9]), b"\0\0", None, ())
+            ((_, _, passed),) = await office.tell(tokens)
+            assert (list(passed.rids), list(passed.tokens)) == ([3], [7])
+            told = await office.tell(Finished(rid, Reason.STOP, num_tokens=2))
+            assert told == [(P, "director", Finished(3, Reason.STOP, num_tokens=2))]
+            assert await office.tell(Received(P, Abort(3))) == []
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_a_moved_request_is_kept_until_its_master_lets_go() -> None:
+    async def script() -> None:
+        office = node("prefill")
+
+        async def go() -> None:
+            await office.tell(MASTER)
+            to = Destination(node="d", epoch=1, hit=0, length=2, addresses=("x",), wire=WIRE)
+            msg = Prefill(ticket=4, prompt=i32([1, 2]), outputs=i32([]), params=PARAMS, to=to)
+            ((_, _, submit),) = await office.tell(Received(P, msg))
+            assert (submit.imports, submit.exports) == (False, to)
+            await office.tell(Finished(submit.rid, Reason.MOVED))
+            assert not [m for _, _, m in await office.tell(Drain(9.0)) if isinstance(m, Drained)]
+            told = await office.tell(Received(P, Abort(4)))
+            assert (0, "scheduler", Abort(submit.rid)) in told
+            assert (0, "watchdog", Drained("agent", 0)) in told
+
+        await while_running(office, go())
+
+    run(script)
+
+
+@pytest.mark.parametrize("failure", [None, Failure("no such form")])
+def test_a_grammar_is_compiled_first(failure: Failure | None) -> None:
+    async def script() -> None:
+        office = node()
+        params = SamplingParams(max_new_tokens=4, grammar=("regex", "a"))
+
+        async def go() -> None:
+            await office.tell(MASTER)
+            msg = Decode(ticket=3, prompt=i32([1]), outputs=i32([]), params=params)
+            ((_, name, asked),) = await office.tell(Received(P, msg))
+            assert (name, type(asked)) == ("grammar", Compile)
+            ((where, _, then),) = await office.tell(Compiled(asked.job, failure))
+            if failure is None:
+                assert isinstance(then, Submit)
+            else:
+                assert (where, then) == (P, Finished(3, Reason.ERROR, failure))
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_requests_of_a_lost_master_end_and_it_is_looked_for_again() -> None:
+    async def script() -> None:
+        office = node()
+
+        async def go() -> None:
+            await office.tell(MASTER, AskServing(0))
+            ((_, _, submit),) = await office.tell(Received(P, DECODE))
+            told = await office.tell(PeerLeft(P, MASTER.card, "cut"))
+            assert (0, "scheduler", Abort(submit.rid)) in told
+            assert (0, "frontend", Serving("no pd_master is connected")) in told
+            assert await office.tell(Received(P, DECODE)) == []
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_a_ticket_that_is_there_already_ends_the_connection() -> None:
+    async def script() -> None:
+        office = node()
+
+        async def go() -> None:
+            await office.tell(MASTER, Received(P, DECODE), Received(P, DECODE))
+            assert office.channel.dropped == [(P, "ticket 3 is there already")]
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_a_node_that_drains_takes_nothing_and_says_so() -> None:
+    async def script() -> None:
+        office = node()
+
+        async def go() -> None:
+            await office.tell(MASTER)
+            told = await office.tell(Drain(5.0))
+            assert [type(msg) for _, _, msg in told] == [Scrape, Drained]
+            load = Load(used=1, total=10, cached=2, running=3, waiting=4)
+            told = await office.tell(Scraped(0, b"", (load, load), KvMoved(sent_bytes=5)))
+            wanted = NodeState(2, 4, 20, 6, 8, True, KvMoved(sent_bytes=5))
+            assert told == [(P, "director", wanted)]
+            ((_, _, end),) = await office.tell(Received(P, DECODE))
+            assert (end.rid, end.failure.code) == (3, "shutting_down")
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_a_master_that_does_not_take_this_node_ends_it_unless_it_has_been_let_in() -> None:
+    async def script() -> None:
+        office = node()
+        running = asyncio.ensure_future(office.system.run())
+        await office.tell(PeerRefused("m:9", "model here is a, that of pd_master m b"))
+        with pytest.raises(StartupError, match="model here is a, that of pd_master m b"):
+            await running
+        office = node()
+
+        async def go() -> None:
+            await office.tell(MASTER, PeerRefused("m:9", "model here is a"))
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_requests_beyond_the_limits_are_impossible() -> None:
+    async def script() -> None:
+        agent = node().actor
+        long = Decode(ticket=1, prompt=i32([1] * 50), outputs=i32([]), params=PARAMS)
+        strange = Decode(ticket=1, prompt=i32([100]), outputs=i32([]), params=PARAMS)
+        for msg, fine in ((DECODE, True), (long, False), (strange, False)):
+            assert agent.possible(Received(P, msg)) is fine  # type: ignore[arg-type]
+
+    run(script)
