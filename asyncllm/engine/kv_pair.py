@@ -168,6 +168,7 @@ class Pair:
             if not self._over:
                 self.failed = f"its communicator failed: {error}".splitlines()[0]
         finally:
+            self._group = None  # its end may take a while, and is nobody else's to wait for
             self.closed = True
 
     def _serve(self, group: Communicator) -> None:

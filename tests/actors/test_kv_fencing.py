@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -119,10 +121,11 @@ def come(mover: Mover) -> None:
 
 def stopped_when(child: Child, mover: Mover, reached: Callable[[], bool]) -> None:
     """Turn after turn, while the other side stands still; it stays so when that is reached."""
-    end = monotonic() + WAIT_S
+    end, pause = monotonic() + WAIT_S, threading.Event()
     while True:
         assert monotonic() < end
         come(mover)
+        pause.wait(0.01)  # for the other side to get anywhere
         child.stop()
         mover.turn(0)
         if reached():
@@ -177,13 +180,16 @@ def test_a_stopped_taker_does_not_take_what_its_sender_has_for_others(
     stopped_when(child, sender, lambda: sender.counts.sent_pages > 0)
     time.lapse(sender)
     assert rig.sent(5) == [[0]]
-    # the same page for another request
+    announced = hashlib.sha256(b"".join(rig.senders[0].slots())).hexdigest()
+    # the same slots, and the same page if it is free, for another request
     for x in (x for layer in rig.senders[0].kv for x in layer):
         x.add_(1)
     rig.begin(6, 78, ALL)
     rig.computed(6, 0, 0, ALL)
     rig.until(lambda: rig.arrived(78))
     child.go_on()
-    child.hear("told Lapsed 77", lambda: rig.turns(1))
+    said = child.hear("told", lambda: rig.turns(1))
     child.tell("slots")
-    assert child.hear("slots") == before
+    # a communicator may have had the page on its way; it is not free before that is over
+    after = {"Lapsed 77": before, "Arrived 77": announced}
+    assert child.hear("slots") == after[said]
