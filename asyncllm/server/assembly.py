@@ -38,6 +38,7 @@ from asyncllm.server.loading import Loaded
 from asyncllm.server.transfer import make_transfer
 from asyncllm.topology import MOVER
 
+TGI_NAMES = ("tgi", "dummy")  # what clients of text-generation-inference call any model
 MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
 
 
@@ -173,7 +174,9 @@ def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
         served=ServedModel(
             name=resolved.served_names[0],
             listed=resolved.served_names[:1] + config.served_model_name[1:],
-            accepted=frozenset(resolved.served_names),
+            accepted=frozenset(
+                (*resolved.served_names, *(TGI_NAMES if config.use_tgi_api else ()))
+            ),
             model_name=resolved.model_name,
             max_len=resolved.max_req_total_len,
             vocab_size=p.spec.vocab_size,

@@ -10,7 +10,7 @@ from huggingface_hub import AsyncInferenceClient, constants
 from huggingface_hub.errors import OverloadedError, ValidationError
 
 from tests.e2e.fake_server import Server
-from tests.e2e.test_api import live
+from tests.e2e.test_api import HI, live
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +87,11 @@ async def test_the_routes_and_the_document_go_together(server: Server) -> None:
     refs = {s: a["content"]["application/json"]["schema"]["$ref"] for s, a in answers.items()}
     assert refs["200"].endswith("/Tgi")
     assert {ref.rpartition("/")[2] for s, ref in refs.items() if s != "200"} == {"TgiError"}
+
+
+@live(tgi=True)
+async def test_openais_routes_have_a_fingerprint_there(server: Server) -> None:
+    _, chat = await server.post("/v1/chat/completions", {"messages": HI})
+    assert chat["system_fingerprint"].startswith("asyncllm-")
+    chunks = await server.chunks("/v1/completions", {"prompt": "x"})
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {chat["system_fingerprint"]}

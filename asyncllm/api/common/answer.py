@@ -157,6 +157,7 @@ class Answer:
     choices: list[Choice]
     prompts: list[array[int]]
     truncated: set[int] = field(default_factory=set)  # prompts that are shorter than they were sent
+    fingerprint: str = ""  # what clients of text-generation-inference want beside the model
 
     def accept(self, prompt_idx: int, ids: array[int], thoughts: str, cut: bool = False) -> None:
         """A prompt has been accepted.

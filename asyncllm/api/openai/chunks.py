@@ -41,7 +41,7 @@ class OpenAIReply:
             "object": self.kind,
             "created": answer.created,
             "model": answer.model,
-        }
+        } | ({"system_fingerprint": answer.fingerprint} if answer.fingerprint else {})
 
     def _chunk(self, choice: Choice, body: dict[str, Any]) -> dict[str, Any]:
         """One chunk's JSON; ``usage`` is null where only the last chunk has it."""

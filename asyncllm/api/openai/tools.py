@@ -34,7 +34,7 @@ class FunctionName(RequestModel):
 
 
 class NamedFunction(RequestModel):
-    type: Literal["function"]
+    type: Literal["function"] = "function"  # TGI's clients leave it out
     function: FunctionName
 
 

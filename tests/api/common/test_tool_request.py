@@ -16,7 +16,7 @@ from asyncllm.api.parsing.output_parser import Dialect, dialect_of
 from asyncllm.api.parsing.reasoning import detect_format
 from asyncllm.api.parsing.tools import deepseek
 from asyncllm.errors import RequestError
-from tests.api.harness import FUNCTION, HI, SCHEMA, SERVED, TOOLS, rendered
+from tests.api.harness import FUNCTION, HI, SCHEMA, SERVED, TOOLS, chat_request, rendered
 
 CALL = {
     "id": "c1",
@@ -159,7 +159,7 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
         ({"tools": function(description="a" * tool_request.MAX_TOOLS_CHARS)}, "tools"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": 1}, "tool_choice"),
-        ({"tool_choice": {}}, "tool_choice.type"),
+        ({"tool_choice": {}}, "tool_choice.function"),
         ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "required", "tools": []}, "tool_choice"),
@@ -350,3 +350,14 @@ def test_dialect_of_a_template(
 )
 def test_reasoning_of_a_template(template: str, expected: str | None) -> None:
     assert detect_format(template) == expected
+
+
+def test_a_name_needs_no_type() -> None:
+    """As text-generation-inference and huggingface_hub have it."""
+    untyped = {"function": {"name": TOOLS[0]["function"]["name"]}}  # type: ignore[index]
+    asked = [
+        chat_request(tools=TOOLS, tool_choice=choice).params.grammar
+        for choice in (untyped, {"type": "function", **untyped})
+    ]
+    assert asked[0] == asked[1]
+    assert asked[0] is not None
