@@ -40,6 +40,10 @@ class KvBytes:
         """Of a token."""
         return sum(rows.shape[1] for _, tensors in self._layers for rows in tensors)
 
+    def whole(self) -> Strips:
+        """All bytes."""
+        return self.strips([Part(0, 0, heads) for heads, _ in self._layers], sent=True)
+
     def strips(self, parts: Sequence[Part | None], *, sent: bool) -> Strips:
         """The bytes of some heads.
 
@@ -141,6 +145,14 @@ class CudaCopied:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+
+def warm_up(pages: Pages, kv: KvBytes, slot: int) -> None:
+    """Copy a slot that nobody reads into a page and back, so that no transfer waits for a compiler;
+    start-up only."""
+    strips, slots = kv.whole(), array("i", [slot])
+    pages.fill(0, strips, slots, host=False).wait()
+    pages.empty(0, strips, slots, host=False).wait()
 
 
 class CudaPages:

@@ -132,6 +132,8 @@ def make_ways(
     if device.type == "cuda":
         pages = CudaPages(num, size, device)
         names: tuple[str, ...] = (P2P, NCCL, TCP) if mode == AUTO else (mode,)
+        if mode == TCP:
+            pages.host(0)  # pinned now, which takes a while
         memory = ""
         if P2P in names:
             try:

@@ -22,7 +22,7 @@ from asyncllm.config import Config, roles
 from asyncllm.core.windows import Window
 from asyncllm.engine import kv_ways
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.kv_pages import KvBytes
+from asyncllm.engine.kv_pages import KvBytes, warm_up
 from asyncllm.errors import StartupError
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.records import KvWire
@@ -127,6 +127,7 @@ def make_transfer(boot: Boot, spec: ModelSpec, engine: Engine, door: Door | None
     size = config.pd_kv_page_size * kv.slot_bytes
     mode, num = config.pd_trans_mode, config.pd_kv_page_num
     pages, ways = kv_ways.make_ways(mode, num, size, engine.device)
+    warm_up(pages, kv, engine.num_slots)
     if door is None:
         return KvTransfer(Sender(share, pages, ways, keys=transfer_keys(config)))
     address = tcp(boot.cluster_host, door.port)

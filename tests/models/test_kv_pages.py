@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyncllm.core.kv_parts import part
 from asyncllm.core.windows import PerSpace
-from asyncllm.engine.kv_pages import CpuPages, CudaPages, KvBytes, as_bytes
+from asyncllm.engine.kv_pages import CpuPages, CudaPages, KvBytes, as_bytes, warm_up
 from asyncllm.models.attention import KvLatents, KvLayout, KvPairs, LayerKv
 from asyncllm.models.kv_format import FORMATS, KvFormat
 from asyncllm.models.rope import Rope
@@ -127,3 +127,13 @@ def test_pages_may_lie_in_memory_that_is_shared() -> None:
     pages.host(2)[:3] = b"abc"
     assert bytes(memory[2, :3].numpy()) == b"abc"
     assert pages.device(2).data_ptr() == memory[2].data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mla"])
+def test_the_warm_up_changes_nothing(kind: str) -> None:
+    side = Side(kind, None, 2, seed=3)
+    before = side.snapshot(1)
+    whole = side.bytes[1].whole()
+    assert whole.width == side.bytes[1].slot_bytes
+    warm_up(make_pages(1, whole.width), side.bytes[1], NUM_SLOTS - 1)
+    assert all(map(torch.equal, before, side.snapshot(1)))
