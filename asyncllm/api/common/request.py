@@ -100,7 +100,7 @@ class ServedModel:
         if not value:
             reject(f"{name} must not be empty", name)
         column = token_ids(value, name)
-        self.check_ids((max(column),), name)
+        self.check_ids((max(value),), name)
         return Prompt(ids=column)
 
     def check_ids(self, ids: Iterable[int], name: str) -> None:

@@ -106,6 +106,8 @@ class FunctionTool(RequestModel):
 
 def too_much(tools: Sequence[Tool]) -> str:
     """What is wrong with the number and the length of tools; "": nothing."""
+    if not tools:
+        return ""
     if len(tools) > MAX_TOOLS:
         return f": {len(tools)} tools, at most {MAX_TOOLS}"
     try:
