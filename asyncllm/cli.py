@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asyncllm import __version__, log
-from asyncllm.config import ANY, FLAGS, GROUPS, OPERATION, Config, Flag, roles
+from asyncllm.config import FLAGS, GROUPS, OPERATION, Config, Flag, roles
 from asyncllm.config.foreign import FOREIGN, Foreign
 from asyncllm.environment import quiet_libraries
 from asyncllm.errors import StartupError
@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as done:  # --help and --version have answered
         return 0 if done.code is None else int(done.code)
     first_rank = config.node_rank * config.tp // config.nnodes
-    who = roles.MASTER if config.run_mode == roles.MASTER else f"rank{first_rank}"
+    apart = config.run_mode in roles.LISTEN
+    who = config.run_mode if apart else f"rank{first_rank}"
     log.setup(config.log_level, json=config.log_json, who=who)
     quiet_libraries()
     signals.hold()
@@ -254,16 +255,7 @@ def _unknown(typed: str, name: str) -> str:
 
 
 def _availability(option: Flag) -> str:
-    if ANY in option.unavailable:
-        if option.kind is bool or option.default in (None, ()):
-            return "not available yet"
-        return f"only {option.default}; others not available yet"
-    if option.unavailable:
-        return f"{', '.join(option.unavailable)}: not available yet"
-    if option.needs is not None:
-        later = "" if option.needs.available else " (not available yet)"
-        return f"only with {option.needs.text}{later}"
-    return "yes"
+    return "yes" if option.needs is None else f"only with {option.needs.text}"
 
 
 def _table_row(option: Flag) -> str:

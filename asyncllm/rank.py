@@ -24,6 +24,7 @@ from asyncllm.errors import StartupError
 from asyncllm.hub import names_of, resolve_model_dir
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec, generation_config
+from asyncllm.server import config_server
 from asyncllm.server.check import check
 from asyncllm.server.cluster import open_channel
 from asyncllm.server.keys import with_all_keys
@@ -35,6 +36,7 @@ from asyncllm.server.launch import (
     die_with_parent,
     tls_context,
 )
+from asyncllm.server.lease import take_lease
 from asyncllm.server.loading import load_text
 from asyncllm.server.process import EXIT_STARTUP, Ground, Server
 from asyncllm.server.seats import Seat, find_seat, take_seat
@@ -55,6 +57,8 @@ def serve(config: Config) -> int:
     for line in config.warnings:
         logger.warning("%s", line)
     tls_context(config)
+    if config.run_mode == roles.CONFIG_SERVER:
+        return config_server.serve(config)
     if config.output_constraint_mode != "none":
         library()
     watch = Watch(f"rank {config.node_rank * config.tp // config.nnodes}", leads=True)
@@ -106,7 +110,10 @@ def _seat(
     if config.run_mode == roles.MASTER:
         if not config.check:
             hold_draining()
-        return take_seat(config, Topology.of_master(config.httpserver_workers), stack)
+        topology = Topology.of_master(config.httpserver_workers)
+        if roles.asks_config_server(config):
+            topology = topology.guided()
+        return take_seat(config, topology, stack)
     topology = Topology.on_nodes(
         config.nnodes,
         config.tp,
@@ -116,8 +123,13 @@ def _seat(
     )
     if config.run_mode in roles.NODES:
         topology = topology.as_node()
+    if roles.asks_config_server(config):
+        topology = topology.guided()
+    # alone, --check meets nobody
+    meets = config.nnodes > 1 or not config.check
+    first_node = take_lease(config, stack) if meets else None
     if config.nnodes > 1:
-        seat = find_seat(config, resolved, model_dir, topology, stack)
+        seat = find_seat(config, resolved, model_dir, topology, first_node, stack)
         hold_draining()  # while it waited there was nothing to be told
         return seat
     if not config.check:

@@ -16,13 +16,15 @@ from asyncllm.codec import record
 # others.
 ACTORS = (
     "allocator", "grammar", "kv_transfer", "scheduler", "balancer", "lockstep", "runner",
-    "director", "agent",
+    "director", "agent", "guide", "registry",
     "detokenizer", "tokenizer", "frontend", "watchdog",
 )  # fmt: skip
 
 LEADER, FOLLOWER, HTTP, BALANCER, LOCKSTEP = "leader", "follower", "http", "balancer", "lockstep"
 MASTER, NODE = "master", "node"  # of servers that share out prefill and decode
 MOVER = "mover"  # of ranks whose K/V come from or go to other servers
+GUIDE = "guide"  # of masters and nodes that belong to a config_server
+REGISTRY = "registry"  # of a config_server
 WHOLE = (LEADER, HTTP)  # the roles of a process that is a server by itself
 
 # A row for each role; an endpoint with several roles has the actors of all of them, each once.
@@ -35,6 +37,8 @@ PLACEMENT: Mapping[str, frozenset[str]] = {
     MASTER: frozenset({"director", "grammar"}),
     NODE: frozenset({"agent"}),
     MOVER: frozenset({"kv_transfer"}),
+    GUIDE: frozenset({"guide"}),
+    REGISTRY: frozenset({"registry"}),
 }
 
 # What a leader's watchdog asks for numbers. Followers do what their leader does, and are not asked.
@@ -160,6 +164,16 @@ class Topology:
             more = (MOVER, NODE) if rank == self.coordinator else (MOVER,)
             made = made.replaced_by(replace(rank, roles=(*rank.roles, *more)))
         return made
+
+    @staticmethod
+    def of_config_server() -> Topology:
+        """One process, which serves no model."""
+        return Topology((replace(http_worker(0), roles=(REGISTRY,)),))
+
+    def guided(self) -> Topology:
+        """The same as a master or node that belongs to a config_server."""
+        first = self.coordinator
+        return self.replaced_by(replace(first, roles=(*first.roles, GUIDE)))
 
     @property
     def coordinator(self) -> Endpoint:

@@ -11,7 +11,7 @@ import pytest
 
 from asyncllm import __version__, cli, config
 from asyncllm.cli import ALIASES, FOREIGN, main, markdown, parse
-from asyncllm.config import ANY, FLAGS, Config
+from asyncllm.config import FLAGS, Config
 from asyncllm.errors import StartupError
 from asyncllm.server import signals
 
@@ -62,7 +62,7 @@ def sample(name: str) -> tuple[list[str], object]:
         return [], True
     if name == "trust_forwarded_for":
         value = "10.0.0.0/8"
-    elif option.unavailable or option.needs or option.choices or name in ("dp", "nnodes"):
+    elif option.needs or option.choices or name in ("dp", "nnodes"):
         value = option.choices[0] if option.default is None else option.default
     else:
         value = {int: 5, float: 0.5, str: "text"}[option.kind]
@@ -74,8 +74,7 @@ def sample(name: str) -> tuple[list[str], object]:
 PARSEABLE = [
     name
     for name, option in FLAGS.items()
-    if (option.default is not None and option.kind is not bool)
-    or not (option.needs or option.unavailable)
+    if (option.default is not None and option.kind is not bool) or not option.needs
     if name != "mode"
 ]
 
@@ -151,7 +150,52 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
     ("argv", "part"),
     [
         (["--run_mode", "pd_master", "--tp", "2"], "--tp 2 with --run_mode pd_master: it computes"),
-        (["--run_mode", "config_server"], "not available yet"),
+        (["--run_mode", "config_server", "--tp", "2"], "--run_mode config_server: it computes no"),
+        (
+            ["--run_mode", "config_server", "--port", "1", "--config_server_port", "2"],
+            "--port 1 and --config_server_port 2: with --run_mode config_server they mean the same",
+        ),
+        (
+            ["--run_mode", "config_server", "--host", "::1", "--config_server_host", "::"],
+            "--host ::1 and --config_server_host ::",
+        ),
+        (
+            ["--run_mode", "config_server", "--use_config_server_to_init_nccl"],
+            "--use_config_server_to_init_nccl with --run_mode config_server: it is where",
+        ),
+        (
+            ["--run_mode", "decode", "--config_server_host", "::1"],
+            "--config_server_host needs --config_server_port as well",
+        ),
+        (
+            ["--run_mode", "pd_master", "--config_server_port", "1"],
+            "--config_server_port needs --config_server_host as well",
+        ),
+        (
+            [
+                "--run_mode",
+                "prefill",
+                "--config_server_host",
+                "::1",
+                "--config_server_port",
+                "1",
+                "--pd_master_ip",
+                "::1",
+            ],
+            "--pd_master_ip with --config_server_host: this node serves all pd_masters",
+        ),
+        (
+            [
+                "--run_mode",
+                "pd_master",
+                "--use_config_server_to_init_nccl",
+                "--config_server_host",
+                "127.0.0.1",
+                "--config_server_port",
+                "1",
+            ],
+            "it has no ranks that would meet",
+        ),
         (["--nnodes", "2"], "--tp 1 ranks cannot be divided among --nnodes 2 nodes"),
         (["--node-rank", "1"], "it counts with --nnodes above 1"),
         (
@@ -168,7 +212,22 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
         (["--mode", "triton_int4kv"], "--mode must be one of triton_int8kv, ppl"),
         (["--llm_kv_type", "fp8kv_sph"], "must be one of None, int8kv, fp8kv, not 'fp8kv_sph'"),
         (["--load_way", "DSS"], "--load_way"),
-        (["--use_config_server_to_init_nccl", "--tp", "2"], "not available yet"),
+        (
+            ["--use_config_server_to_init_nccl", "--tp", "2"],
+            "needs --config_server_host and --config_server_port",
+        ),
+        (
+            [
+                "--use_config_server_to_init_nccl",
+                "--tp",
+                "2",
+                "--config_server_port",
+                "1",
+                "--config_server_host",
+                "10.0.0.1",
+            ],
+            "--nccl_host 127.0.0.1 must be --config_server_host 10.0.0.1",
+        ),
         (["--ssl_keyfile", "key.pem"], "it counts with --ssl_certfile"),
         (["--quant_type", "awq"], "weights are in the type of --data_type"),
         (["--quant_type=awq"], "weights are in the type of --data_type"),
@@ -268,13 +327,8 @@ def test_page_is_fresh_and_complete() -> None:
     ours, refused, ignored = text.split("## Options of LightLLM")
     rows = {m[1]: m[0] for m in re.finditer(r"^\| `--(\w+)` \|.*$", ours, re.M)}
     assert set(rows) == {*FLAGS, "help", "version"}
-    for name, row in rows.items():
+    for row in rows.values():
         assert row.count("|") == 5, row
-        option = FLAGS.get(name)
-        assert ("not available yet" in row) == (
-            option is not None
-            and bool(option.unavailable or (option.needs and not option.needs.available))
-        )
     for name, foreign in FOREIGN.items():
         assert (f"`--{name}`" in refused) == foreign.refused
         assert (f"`--{name}`" in ignored) != foreign.refused
@@ -315,13 +369,10 @@ def test_the_page_is_written_to_stdout_by_the_module() -> None:
 
 def test_options_that_compatibility_promises_work() -> None:
     page = (ROOT / "docs" / "compatibility.md").read_text()
-    promised, _, _ = page.partition("**Options.**")[2].partition("Known, but not available yet")
+    promised, _, _ = page.partition("**Options.**")[2].partition("The others [end the start]")
     names = re.findall(r"`--(\w+)`", promised)
     assert len(names) > 25
-    for name in names:
-        option = FLAGS[name]
-        assert ANY not in option.unavailable
-        assert option.needs is None or option.needs.available
+    assert {*names} <= {*FLAGS}
 
 
 @pytest.mark.parametrize(

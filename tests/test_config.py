@@ -276,20 +276,20 @@ def test_ranks_that_cannot_be_divided_among_the_groups_end_the_start(tp: int, dp
     assert line == "--dp_balancer round_robin has no effect: it counts with --dp above 1"
 
 
-UNAVAILABLE = [("run_mode", "config_server")]
-
-
-@pytest.mark.parametrize(("name", "value"), UNAVAILABLE)
-def test_what_does_not_work_yet_says_so(name: str, value: Any) -> None:
-    with pytest.raises(StartupError, match=rf"^--{name}.* is not available yet$"):
-        Config(**{name: value})
-
-
-def test_every_unavailable_flag_is_tested() -> None:
-    marked = {name for name, option in FLAGS.items() if option.unavailable}
-    assert marked == {name for name, _ in UNAVAILABLE} | {"use_config_server_to_init_nccl"}
-    with pytest.raises(StartupError, match=r"^--use_config_server_to_init_nccl is not avail"):
-        Config(use_config_server_to_init_nccl=True, tp=2)
+def test_host_and_port_of_a_config_server_have_two_names() -> None:
+    for options in (
+        {"config_server_host": "127.0.0.2", "config_server_port": 60088},
+        {"host": "127.0.0.2", "port": 60088},
+        {"host": "127.0.0.2", "config_server_host": "127.0.0.2", "config_server_port": 60088},
+    ):
+        config = Config(run_mode="config_server", **options)  # type: ignore[arg-type]
+        assert (config.host, config.port, config.warnings) == ("127.0.0.2", 60088, ())
+        assert Config.from_json(config.to_json()) == config
+    (line,) = Config(run_mode="config_server", model_dir="m").warnings
+    assert line == "--model_dir has no effect: --run_mode config_server serves no model"
+    # a node or master listens at its own
+    config = Config(run_mode="pd_master", config_server_host="::1", config_server_port=60088)
+    assert (config.host, config.port) == ("127.0.0.1", 8000)
 
 
 def test_names_that_do_not_go_together_end_the_start() -> None:

@@ -7,19 +7,15 @@ scheduler makes of a request.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import ssl
 from array import array
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import assert_never
 
-import aiohttp
-
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
+from asyncllm.actors.finding import find_channel
 from asyncllm.actors.peers import PeerJoined, PeerLeft, PeerRefused, Received
 from asyncllm.codec import INT32, INT64, Message
 from asyncllm.core.choosing import DECODE
@@ -38,6 +34,7 @@ from asyncllm.messages import (
     Drained,
     Finished,
     Listening,
+    Masters,
     NodeState,
     Placed,
     Prefill,
@@ -52,9 +49,6 @@ from asyncllm.messages import (
 from asyncllm.records import Destination, Failure
 
 STATE_S = 0.5  # between two states told to masters
-AGAIN_S = (0.2, 2.0)  # first and longest wait before a master is asked again for its port
-ASK_S = 3.0  # for its answer
-MOST_ANSWER = 1 << 10  # bytes of it
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +68,7 @@ Inbox = (
     | PeerLeft
     | PeerRefused
     | Found
+    | Masters
     | Tokens
     | Finished
     | Placed
@@ -101,7 +96,7 @@ class Agent(Actor[Inbox]):
 
     Args:
         channel: to the masters.
-        masters: host and HTTP port of each.
+        masters: host and HTTP port of each; (): the guide tells them.
         vocab_size, max_len: what requests of masters are held against.
     """
 
@@ -121,6 +116,9 @@ class Agent(Actor[Inbox]):
         self._channel = channel
         self._vocab_size, self._max_len = vocab_size, max_len
         self._masters: dict[tuple[str, int], str] = dict.fromkeys(masters, "")  # -> where dialled
+        self._listed: frozenset[tuple[str, int]] = frozenset()  # channels that the guide tells of
+        self._dialled: set[str] = set()  # those among them that we look for
+        self._refusing: set[str] = set()  # who does not take us
         self._peers: dict[int, str] = {}  # masters that are there -> where they were dialled
         self._looking = self._joined_once = False
         self._tasks: dict[int, _Task] = {}  # by rid
@@ -170,6 +168,9 @@ class Agent(Actor[Inbox]):
                     self._refused(where, why)
                 case Found(master, port):
                     self._masters[master] = self._channel.dial(master[0], port)
+                case Masters(masters):
+                    self._listed = frozenset((each.host, each.port) for each in masters)
+                    self._follow()
                 case Listening():
                     self._doors[msg.endpoint] = msg
                     self._look_for_masters()
@@ -201,26 +202,20 @@ class Agent(Actor[Inbox]):
             self._looking = True
             for master in self._masters:
                 self.spawn(self._find(master))
+            self._follow()
 
     async def _find(self, master: tuple[str, int]) -> Found:
-        """Ask a master's HTTP port for that of its channel, until it answers.
+        what = "the pd_master (--pd_master_ip, --pd_master_port)"
+        return Found(master, await find_channel(*master, what))
 
-        What it says is not trusted: whoever is there must know the secret of the cluster.
-        """
-        host, port = master
-        netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        wait_s, said = AGAIN_S[0], False
-        while True:
-            for scheme in ("http", "https"):
-                with suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError):
-                    return Found(master, await _ask(f"{scheme}://{netloc}/cluster"))
-            if not said:
-                log.info(
-                    "no pd_master answers at %s yet (--pd_master_ip, --pd_master_port)", netloc
-                )
-                said = True
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, AGAIN_S[1])
+    def _follow(self) -> None:
+        """Look for all masters that the config_server knows, and for no others. Those who are here
+        stay, whether it knows them or not: it may have started anew."""
+        if self._looking:
+            wanted = {self._channel.dial(*place) for place in self._listed}
+            for where in self._dialled - wanted - {*self._peers.values()}:
+                self._channel.forget(where)
+            self._dialled = wanted | self._dialled & {*self._peers.values()}
 
     def _joined(self, peer: int, where: str) -> None:
         self._peers[peer] = where
@@ -237,11 +232,16 @@ class Agent(Actor[Inbox]):
             self._masters[master] = ""
             self._channel.forget(where)
             self.spawn(self._find(master))
+        self._follow()
         self._say_serving(*self._asking)
 
     def _refused(self, where: str, why: str) -> None:
-        """Raises StartupError if no master has ever let us in."""
-        if not self._joined_once:
+        """Raises StartupError if no master has ever let us in, and none is left that might."""
+        places = {*self._masters.values()} | self._dialled
+        if where not in places:
+            return
+        self._refusing.add(where)
+        if not self._joined_once and places <= self._refusing:
             raise StartupError(f"the pd_master at {where} does not take this node: {why}")
         log.error("the pd_master at %s does not take this node: %s", where, why)
 
@@ -429,20 +429,3 @@ class Agent(Actor[Inbox]):
         else:
             self._forget(task)
         self._to_master(task.peer, replace(msg, rid=task.msg.ticket))
-
-
-async def _ask(url: str) -> int:
-    """The port that a master's ``/cluster`` tells. Raises ClientError, TimeoutError, OSError,
-    ValueError or KeyError."""
-    unchecked = ssl.create_default_context()
-    unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
-    timeout = aiohttp.ClientTimeout(total=ASK_S)
-    async with (
-        aiohttp.ClientSession(timeout=timeout) as session,
-        session.get(url, ssl=unchecked, allow_redirects=False) as reply,
-    ):
-        told = json.loads(await reply.content.read(MOST_ANSWER))
-        port = told["port"] if isinstance(told, dict) else 0
-        if type(port) is not int or not 0 < port < 1 << 16:
-            raise ValueError(f"{url} tells no port")
-        return port

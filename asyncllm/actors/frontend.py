@@ -23,7 +23,7 @@ from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.connection import Doors
 from asyncllm.actors.exchange import ChunkedWriter, Exchange, resolve
 from asyncllm.actors.http import Routes
-from asyncllm.actors.settings import Limits, Place
+from asyncllm.actors.settings import Limits, Others, Place
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply, Vocab
 from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
@@ -37,6 +37,7 @@ from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
     Accepted,
+    AskMasters,
     AskNodes,
     AskServing,
     Cancel,
@@ -47,6 +48,7 @@ from asyncllm.messages import (
     Drained,
     Finished,
     GroupGone,
+    Masters,
     NodesTold,
     RequestServed,
     Scrape,
@@ -60,19 +62,8 @@ from asyncllm.records import Answered
 log = logging.getLogger(__name__)
 
 Reported = Counted | Scraped | NodesTold  # in reply to a question of this actor
-Inbox = (
-    Accepted
-    | Delta
-    | Finished
-    | Counted
-    | Scraped
-    | NodesTold
-    | Started
-    | Drain
-    | Cancel
-    | Serving
-    | GroupGone
-)
+Changes = Started | Drain | Cancel | Serving | Masters | GroupGone
+Inbox = Accepted | Delta | Finished | Reported | Changes
 
 LOOK_EVERY = 4  # streams written between two looks at the clock
 
@@ -93,7 +84,7 @@ class Frontend(Actor[Inbox]):
 
     # a step may bring a Delta and a Finished for each live request, several steps may wait
     capacity = 65536
-    orders = frozenset({Started, Drain, Scraped, Cancel, Serving, NodesTold, GroupGone})
+    orders = frozenset({Masters, Started, Drain, Scraped, Cancel, Serving, NodesTold, GroupGone})
 
     def __init__(
         self,
@@ -114,6 +105,7 @@ class Frontend(Actor[Inbox]):
         self.serving = self.draining = False
         self.lacks = "it has just started" if self.place.asks else ""  # why nothing can be served
         self.lost_groups: list[int] = []
+        self.others = Others(self.place)
         self.vocab, self._sockets, self._on_open = vocab, sockets, on_open
         self._counter = 0
         self._exchanges: set[Exchange] = set()
@@ -132,6 +124,7 @@ class Frontend(Actor[Inbox]):
         self._tokenizer = self.system.ref("tokenizer")
         self._watchdog = self.system.at_coordinator("watchdog")
         self._place = self.system.at_coordinator(self.place.asks)
+        self._guide = self.system.at_coordinator("guide")
         for group in self.system.topology.lost:
             self._lose(group)
 
@@ -145,17 +138,17 @@ class Frontend(Actor[Inbox]):
                     self._finished(msg)
                 case Accepted():
                     self._accepted(msg)
-                case Counted():
+                case Counted() | Scraped() | NodesTold():
                     self._answered(msg.query, msg)
-                case Scraped():
-                    self._answered(msg.query, msg)
-                case NodesTold():
-                    self._answered(msg.query, msg)
+                case Masters(masters, away):
+                    self.others.masters, self.others.away = masters, away
                 case Serving(lacks):
                     self.lacks = lacks
                 case Started():
                     if self.place.asks:
                         self._place.tell(AskServing(self.system.endpoint), urgent=True)
+                    if self.place.guided:
+                        self._guide.tell(AskMasters(self.system.endpoint), urgent=True)
                     self.spawn(self._serve())
                 case Cancel():
                     self._cancel(msg.request_id)
@@ -224,7 +217,7 @@ class Frontend(Actor[Inbox]):
         if self.draining:
             raise NotServing("the server is shutting down", code="shutting_down")
         if self.place.elsewhere:
-            raise RequestError(self.place.elsewhere, code="wrong_server")
+            raise RequestError(self.others.who_serves(), code="wrong_server")
         if self.lacks:
             raise NotServing(f"no request can be served: {self.lacks}", code="no_nodes")
         self._admission.enter(client, generation.n * len(generation.prompts))
@@ -339,8 +332,12 @@ class Frontend(Actor[Inbox]):
         return counted.ids
 
     def cancel(self, request_id: str) -> None:
-        """End requests on every frontend by the client's id or the answer's; "": all of them."""
+        """End requests by the client's id or the answer's; "": all of them. On every frontend, and
+        on all masters where there are several. Raises NotServing (503): these are not reached."""
         self._watchdog.tell(Cancel(request_id), urgent=True)
+        if self.place.mark:
+            self._guide.tell(Cancel(request_id), urgent=True)
+            self.others.check_told()
 
     async def scrape(self) -> Scraped:
         """State of the whole server. Raises NotServing (503) when it does not come in time."""

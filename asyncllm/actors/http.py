@@ -90,7 +90,7 @@ class Routes:
     def __init__(self, front: Frontend) -> None:
         self._front = front
         self._access = AccessControl(front.access)
-        self._store = Store()
+        self._store = Store(front.others.owner_of)
         self._max_values = json_body.most_values(front.served.max_len)
         self._lookout = Lookout()
 
@@ -220,7 +220,7 @@ class Routes:
         request[COUNTED] = True
         try:
             generation, reply = parse(await self._body(request))
-            name = prefix + secrets.token_hex(12)
+            name = prefix + front.place.mark + secrets.token_hex(12)
             exchange = front.submit(
                 generation,
                 name,

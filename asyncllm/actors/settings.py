@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
+
+from asyncllm.api.common.errors import NotServing
+from asyncllm.messages import MasterAt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +53,54 @@ class Place:
             ``Serving``; "": they always can.
         elsewhere: why none are taken here, and who takes them; "": they are.
         cluster_port: where a master's nodes connect; 0: this is no master.
+        guided: the guide at the coordinator knows what masters there are.
+        mark: begins the ids of answers, so that other masters know whose they are, see
+            :func:`mark_of`; "": there are no others.
     """
 
     asks: str = ""
     elsewhere: str = ""
     cluster_port: int = 0
+    guided: bool = False
+    mark: str = ""
+
+
+def mark_of(address: str) -> str:
+    """What stands in the ids of answers for the HTTP address of their master."""
+    return blake2b(address.encode(), digest_size=4).hexdigest()
+
+
+class Others:
+    """What a server with a config_server knows of the masters there are.
+
+    Attributes:
+        masters: as the config_server has told last.
+        away: it cannot be asked to pass something on.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.masters: tuple[MasterAt, ...] = ()
+        self.away = place.guided  # until it is heard of
+
+    def who_serves(self) -> str:
+        """Why nothing is served here, and who serves it."""
+        known = ", ".join(master.address for master in self.masters)
+        return f"{self._place.elsewhere}: {known}" if known else self._place.elsewhere
+
+    def owner_of(self, name: str) -> str:
+        """The other master that has given an answer this id, as text behind an error; "": none is
+        known."""
+        own = self._place.mark
+        mark = name.rpartition("_")[2][: len(own)]
+        there = [each.address for each in self.masters if mark_of(each.address) == mark != own]
+        return f"; it is for the pd_master at {there[0]} to know" if there else ""
+
+    def check_told(self) -> None:
+        """Raises NotServing (503) if nothing can be passed on to the other masters."""
+        if self.away:
+            raise NotServing(
+                "requests of this pd_master are aborted, those of others are not: the "
+                "config_server is away, through which they are told",
+                code="config_server_away",
+            )

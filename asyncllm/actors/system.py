@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from typing import Any
 
 from asyncllm.actors.base import AnyActor, MailboxFull, Ref
@@ -61,6 +61,7 @@ class ActorSystem:
         self._wire = Transport(wire, self._arrive) if wire else None
         self._channel: Channel | None = None
         self._channel_owner = ""
+        self._channel_owners: Mapping[str, str] = {}
         topology = topology or Topology((Endpoint(id=endpoint),))
         self.topology = topology.at(endpoint, self.address)
         self._dead_log = Seldom(log)
@@ -102,13 +103,18 @@ class ActorSystem:
         """Where other endpoints reach this one; "" when it is alone."""
         return self._wire.address if self._wire else ""
 
-    def use_channel(self, channel: Channel, owner: str) -> None:
+    def use_channel(
+        self, channel: Channel, owner: str, owners: Mapping[str, str] | None = None
+    ) -> None:
         """Talk to other servers as well, as long as :meth:`run` runs; closes it.
 
         Args:
             owner: the actor that is told who comes and goes.
+            owners: another one for servers of these roles. Who does not let us in has no role that
+                we know of: all of them are told.
         """
         self._channel, self._channel_owner = channel, owner
+        self._channel_owners = owners or {}
 
     def join(self, topology: Topology) -> None:
         """From now on these are the server's endpoints; messages to others are dead letters.
@@ -287,8 +293,12 @@ class ActorSystem:
         return None
 
     def _peer_changed(self, msg: PeerJoined | PeerLeft | PeerRefused) -> None:
-        if (owner := self._actors.get(self._channel_owner)) is not None and not self.over:
-            owner.put(msg, urgent=True)
+        names = {self._channel_owner, *self._channel_owners.values()}
+        if not isinstance(msg, PeerRefused):
+            names = {self._channel_owners.get(msg.card.role, self._channel_owner)}
+        for name in names:
+            if (owner := self._actors.get(name)) is not None and not self.over:
+                owner.put(msg, urgent=True)
 
     def _dead_letter(self, name: str, msg: Message) -> None:
         self.dead_letters += 1

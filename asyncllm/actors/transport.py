@@ -71,9 +71,14 @@ class Wire:
     advertised: str = ""
 
 
+def netloc(host: str, port: int | str) -> str:
+    """A port of a host, which is a name or an address of either kind."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def tcp(host: str, port: int | str) -> str:
-    """What ZeroMQ calls a port of a host, which is a name or an address of either kind."""
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    """What ZeroMQ calls it."""
+    return f"tcp://{netloc(host, port)}"
 
 
 def ipv6(address: str) -> bool:

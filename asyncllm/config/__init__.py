@@ -1,12 +1,11 @@
 """The configuration: every option, and the limits resolved from it."""
 
 from asyncllm.config import roles
-from asyncllm.config.flag import ANY, Flag
+from asyncllm.config.flag import Flag
 from asyncllm.config.limits import Resolved, resolve_limits
 from asyncllm.config.options import FLAGS, GROUPS, OPERATION, Config
 
 __all__ = [
-    "ANY",
     "FLAGS",
     "GROUPS",
     "OPERATION",

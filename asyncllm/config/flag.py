@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Check = Callable[[Any], str | None]
 Single = bool | int | float | str | None
 T = TypeVar("T")
-ANY = "*"  # in Flag.unavailable: everything but the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,6 @@ class Needs:
 
     text: str
     met: Callable[[Config], bool]
-    available: bool = True
     vital: bool = False
 
 
@@ -38,9 +36,8 @@ class Needs:
 class Flag:
     """One option of the command line.
 
-    ``unavailable`` holds the values that are accepted by LightLLM but not served here yet;
-    ``ANY`` in it stands for everything but the default. ``check`` and ``choices`` apply to each
-    element of an option with several values. A ``secret`` value is never shown.
+    ``check`` and ``choices`` apply to each element of an option with several values. A ``secret``
+    value is never shown.
     """
 
     default: object
@@ -51,7 +48,6 @@ class Flag:
     nargs: Literal["+"] | None = None
     metavar: str | None = None
     aliases: tuple[str, ...] = ()
-    unavailable: tuple[str, ...] = ()
     needs: Needs | None = None
     secret: bool = False
     name: str = ""
@@ -67,13 +63,6 @@ class Flag:
             if self.check is not None and (wrong := self.check(item)) is not None:
                 return wrong if self.secret else f"{wrong}, not {item!r}"
         return None
-
-    def waits(self, value: Single | tuple[Single, ...]) -> bool:
-        """Whether ``value`` is fine but not available yet."""
-        items = value if isinstance(value, tuple) else (value,)
-        return value != self.default and (
-            ANY in self.unavailable or any(item in self.unavailable for item in items)
-        )
 
 
 def flag(default: T, *, help: str, group: str, **more: Any) -> T:  # noqa: A002

@@ -15,7 +15,6 @@ from typing import Any
 from asyncllm.api.parsing import reasoning, tools
 from asyncllm.config import roles
 from asyncllm.config.flag import (
-    ANY,
     Flag,
     Needs,
     Single,
@@ -46,20 +45,19 @@ GROUPS = (BASIC, PD, MODEL, MEMORY, PARALLEL, ATTENTION, ACCESS, OPERATION)
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
-MOST_PORT = 65535
-PORT = between(1, MOST_PORT)
+PORT = between(1, roles.MOST_PORT)
 PD_NODE = Needs("--run_mode prefill or decode", lambda c: c.run_mode in roles.NODES)
 PD_DECODE = Needs("--run_mode decode", lambda c: c.run_mode == roles.DECODE)
 PD_MASTER = Needs("--run_mode pd_master", lambda c: c.run_mode == roles.MASTER)
+PD_LISTENS = Needs("--run_mode pd_master or config_server", lambda c: c.run_mode in roles.LISTEN)
 PD_MODES = Needs(
-    "--run_mode prefill, decode, pd_master or config_server",
-    lambda c: c.run_mode != roles.NORMAL,
-    False,
+    "--run_mode prefill, decode, pd_master or config_server, or --use_config_server_to_init_nccl",
+    lambda c: c.run_mode != roles.NORMAL or c.use_config_server_to_init_nccl,
 )
 NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1)
 SERVERS = Needs(
-    "--nnodes above 1, or --run_mode prefill, decode or pd_master",
-    lambda c: c.nnodes > 1 or c.run_mode != roles.NORMAL,
+    "--nnodes above 1, --use_config_server_to_init_nccl, or --run_mode other than normal",
+    lambda c: c.nnodes > 1 or c.use_config_server_to_init_nccl or c.run_mode != roles.NORMAL,
 )
 A_NODE = Needs("--nnodes above 1", lambda c: c.nnodes > 1, vital=True)
 CERTIFIED = Needs("--ssl_certfile", lambda c: c.ssl_certfile is not None, vital=True)
@@ -83,15 +81,16 @@ class Config:
     """All options of one server, checked; every process of it holds an equal one.
 
     Raises:
-        StartupError: a value out of range, not available yet, or without effect in this mode.
+        StartupError: a value out of range, or one that cannot be honoured in this mode.
     """
 
     # --- basic
     run_mode: str = flag(
-        "normal", group=BASIC, choices=roles.ROLES, unavailable=(roles.CONFIG_SERVER,),
+        "normal", group=BASIC, choices=roles.ROLES,
         help="what this process is; normal: a whole server by itself; pd_master: the HTTP API in "
         "front of prefill and decode nodes, which it gives its requests; prefill: computes prompts "
-        "and pushes their K/V to decode nodes; decode: goes on from there",
+        "and pushes their K/V to decode nodes; decode: goes on from there; config_server: knows all "
+        "pd_masters and tells nodes of them; it needs no model",
     )  # fmt: skip
     host: str = flag("127.0.0.1", group=BASIC, help="address to listen on", check=not_empty)
     port: int = flag(8000, group=BASIC, help="port to listen on", check=PORT)
@@ -118,8 +117,9 @@ class Config:
         1212, group=PD, check=PORT, needs=PD_NODE, help="HTTP port (--port) of that pd_master"
     )
     cluster_port: int | None = flag(
-        None, group=PD, check=PORT, needs=PD_MASTER,
-        help="port on which prefill and decode nodes reach this pd_master; default: --port + 1",
+        None, group=PD, check=PORT, needs=PD_LISTENS,
+        help="port on which prefill and decode nodes reach this pd_master, and on which they and "
+        "pd_masters reach this config_server; default: --port + 1",
     )  # fmt: skip
     pd_master_mode: str = flag(
         roles.ELASTIC, group=PD, check=roles.fixed_or_elastic, needs=PD_MASTER, metavar="MODE",
@@ -154,11 +154,14 @@ class Config:
     )  # fmt: skip
     config_server_host: str | None = flag(
         None, group=PD, check=not_empty, needs=PD_MODES,
-        help="address of the config_server that knows all pd_masters",
+        help="address of the config_server that knows all pd_masters: these register there, nodes "
+        "take their list from there, instead of --pd_master_ip. On the config_server itself the same "
+        "as --host",
     )  # fmt: skip
     config_server_port: int | None = flag(
-        None, group=PD, check=PORT, needs=PD_MODES, help="port of that config_server"
-    )
+        None, group=PD, check=PORT, needs=PD_MODES,
+        help="HTTP port of that config_server; on the config_server itself the same as --port",
+    )  # fmt: skip
 
     # --- model
     model_name: str = flag(
@@ -357,12 +360,11 @@ class Config:
         "must be free (LightLLM's default is now a free port)",
     )  # fmt: skip
     use_config_server_to_init_nccl: bool = flag(
-        False,
-        group=PARALLEL,
-        unavailable=(ANY,),
-        needs=RANKS,
-        help="let the ranks meet at the config_server",
-    )
+        False, group=PARALLEL, needs=RANKS,
+        help="the ranks meet at the config_server, which listens for them on --nccl_port; "
+        "--nccl_host must be --config_server_host. A port at which those of another server meet is "
+        "refused, and their server named",
+    )  # fmt: skip
     enable_ep_moe: bool = flag(
         False, group=PARALLEL, needs=RANKS,
         help="models of mixed experts: each rank has some experts whole, as many as the others or "
@@ -493,54 +495,36 @@ class Config:
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, same in roles.second_names(self):
+            own, given = getattr(self, name), name in self.explicit
+            if own != same and (given or own != FLAGS[name].default):
+                raise StartupError(
+                    f"--{name} {own} and --config_server_{name} {same}: with --run_mode "
+                    f"{self.run_mode} they mean the same; give one"
+                )
+            object.__setattr__(self, name, same)
         values = {name: getattr(self, name) for name in FLAGS}
         changed = {name for name, value in values.items() if value != FLAGS[name].default}
         object.__setattr__(self, "explicit", self.explicit | changed)
         for name, value in values.items():
             if (wrong := FLAGS[name].complaint(value)) is not None:
                 raise StartupError(f"--{name} {wrong}")
-        if self.tp % self.dp:
-            raise StartupError(
-                f"--tp {self.tp} ranks cannot be divided among --dp {self.dp} groups: --tp must "
-                "be a multiple of --dp"
-            )
-        self._check_nodes()
-        if (wrong := roles.refusal(self)) is not None:
+        if (wrong := roles.indivisible(self) or roles.refusal(self)) is not None:
             raise StartupError(wrong)
         KvMode.named(self.mode, self.llm_kv_type)
         warnings = [line for name in sorted(changed) for line in self._moot(name, values[name])]
         warnings += roles.unused(self)
         object.__setattr__(self, "warnings", tuple(dict.fromkeys((*self.warnings, *warnings))))
 
-    def _check_nodes(self) -> None:
-        if self.nnodes == 1:
-            return
-        if self.node_rank >= self.nnodes:
-            raise StartupError(f"--node_rank {self.node_rank} must be below --nnodes {self.nnodes}")
-        if self.tp % self.nnodes:
-            raise StartupError(
-                f"--tp {self.tp} ranks cannot be divided among --nnodes {self.nnodes} nodes: --tp "
-                "counts those of all nodes, and must be a multiple of --nnodes"
-            )
-        last = self.multinode_router_gloo_port + self.tp - 1
-        if last > MOST_PORT:
-            raise StartupError(
-                f"--multinode_router_gloo_port {self.multinode_router_gloo_port} leaves no port "
-                f"for the last of --tp {self.tp} ranks: {last} is above {MOST_PORT}"
-            )
-
     def _moot(self, name: str, value: Single | tuple[Single, ...]) -> Iterator[str]:
         """A line if this option cannot matter. Raises StartupError where it cannot be honoured."""
         option, given = FLAGS[name], _as_typed(name, value)
         needs = option.needs
         if needs is not None and not needs.met(self):
-            later = "" if needs.available else ", which is not available yet"
-            line = f"{given} has no effect: it counts with {needs.text}{later}"
+            line = f"{given} has no effect: it counts with {needs.text}"
             if needs.vital:
                 raise StartupError(line)
             yield line
-        elif option.waits(value):
-            raise StartupError(f"{given} is not available yet")
 
     def digest(self) -> str:
         """Of the options that all processes of one server must share: equal where those are."""

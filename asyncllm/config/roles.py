@@ -16,18 +16,27 @@ NORMAL, PREFILL, DECODE, MASTER = "normal", "prefill", "decode", "pd_master"
 CONFIG_SERVER = "config_server"
 ROLES = (NORMAL, PREFILL, DECODE, MASTER, CONFIG_SERVER)
 NODES = (PREFILL, DECODE)
+LISTEN = (MASTER, CONFIG_SERVER)  # to whom other servers come
 
+MOST_PORT = 65535
 ELASTIC = "elastic"
 _FIXED = re.compile(r"([1-9]\d{0,3})p([1-9]\d{0,3})d")
 
 # a role -> options that it cannot honour, with what would be so if it did
 _REFUSED = {
+    CONFIG_SERVER: {
+        "nnodes": "it is one process",
+        "tp": "it computes nothing: --tp belongs to the prefill and decode nodes",
+        "dp": "it computes nothing: --dp belongs to the prefill and decode nodes",
+        "use_config_server_to_init_nccl": "it is where the ranks of others meet",
+    },
     MASTER: {
         "nnodes": "it is one machine: prefill and decode nodes come to it by themselves",
         "tp": "it computes nothing: --tp belongs to the prefill and decode nodes",
         "dp": "it computes nothing: --dp belongs to the prefill and decode nodes",
         "mode": "it holds no K/V: --mode belongs to the prefill and decode nodes",
         "llm_kv_type": "it holds no K/V: --llm_kv_type belongs to the prefill and decode nodes",
+        "use_config_server_to_init_nccl": "it has no ranks that would meet",
     },
     **{
         role: {
@@ -37,6 +46,13 @@ _REFUSED = {
         for role in NODES
     },
 }
+# what a config_server looks at; the rest belongs to those who register there
+_OF_CONFIG_SERVER = (
+    "run_mode", "host", "port", "config_server_host", "config_server_port", "cluster_port",
+    "advertise_host", "api_key", "api_key_file", "ssl_certfile", "ssl_keyfile", "cluster_key_file",
+    "make_cluster_key", "cors_allow_origins", "max_header_size", "max_headers",
+    "keep_alive_timeout", "dead_after", "check", "log_level", "log_json",
+)  # fmt: skip
 # what only whoever computes looks at
 _UNUSED = (
     "max_total_token_num", "mem_fraction", "batch_max_tokens", "chunked_prefill_size", "device",
@@ -44,18 +60,96 @@ _UNUSED = (
 )  # fmt: skip
 
 
+def indivisible(config: Config) -> str | None:
+    """Why the ranks cannot be divided among groups and nodes; None: they can."""
+    tp, dp, nnodes = config.tp, config.dp, config.nnodes
+    if tp % dp:
+        return (
+            f"--tp {tp} ranks cannot be divided among --dp {dp} groups: --tp must be a multiple of "
+            "--dp"
+        )
+    if nnodes == 1:
+        return None
+    if config.node_rank >= nnodes:
+        return f"--node_rank {config.node_rank} must be below --nnodes {nnodes}"
+    if tp % nnodes:
+        return (
+            f"--tp {tp} ranks cannot be divided among --nnodes {nnodes} nodes: --tp counts those "
+            "of all nodes, and must be a multiple of --nnodes"
+        )
+    last = config.multinode_router_gloo_port + tp - 1
+    if last > MOST_PORT:
+        return (
+            f"--multinode_router_gloo_port {config.multinode_router_gloo_port} leaves no port for "
+            f"the last of --tp {tp} ranks: {last} is above {MOST_PORT}"
+        )
+    return None
+
+
 def refusal(config: Config) -> str | None:
     """Why these options cannot be honoured in this role; None: they can."""
     for name, why in _REFUSED.get(config.run_mode, {}).items():
         value = getattr(config, name)
-        if value not in (1, (), "None"):
+        if value is True or value not in (1, (), "None", False):
             shown = " ".join(value) if isinstance(value, tuple) else value
-            return f"--{name} {shown} with --run_mode {config.run_mode}: {why}"
+            given = f"--{name}" if value is True else f"--{name} {shown}"
+            return f"{given} with --run_mode {config.run_mode}: {why}"
+    return None if config.run_mode == CONFIG_SERVER else _towards(config)
+
+
+def second_names(config: Config) -> Iterator[tuple[str, str | int]]:
+    """(option, value) of what a config_server was told by the name that it has for others."""
+    if config.run_mode == CONFIG_SERVER:
+        for name in ("host", "port"):
+            if (value := getattr(config, f"config_server_{name}")) is not None:
+                yield name, value
+
+
+def _towards(config: Config) -> str | None:
+    """Why these options do not lead to a config_server."""
+    host, port = config.config_server_host, config.config_server_port
+    counts = config.run_mode != NORMAL or config.use_config_server_to_init_nccl
+    if counts and (host is None) != (port is None):
+        one, other = ("host", "port") if port is None else ("port", "host")
+        return f"--config_server_{one} needs --config_server_{other} as well"
+    if host is not None and config.run_mode in NODES:
+        both = [
+            f"--{name}" for name in ("pd_master_ip", "pd_master_port") if name in config.explicit
+        ]
+        if both:
+            return (
+                f"{' and '.join(both)} with --config_server_host: this node serves all pd_masters "
+                "of the config_server; give one or the other"
+            )
+    if config.use_config_server_to_init_nccl and config.tp > 1:
+        if host is None:
+            return (
+                "--use_config_server_to_init_nccl needs --config_server_host and "
+                "--config_server_port"
+            )
+        if host != config.nccl_host:
+            return (
+                f"--use_config_server_to_init_nccl: --nccl_host {config.nccl_host} must be "
+                f"--config_server_host {host}: the ranks meet there"
+            )
     return None
+
+
+def asks_config_server(config: Config) -> bool:
+    """Whether this is a master or a node that belongs to a config_server."""
+    return config.config_server_host is not None and config.run_mode in (MASTER, *NODES)
+
+
+def meets_at_config_server(config: Config) -> bool:
+    """Whether its ranks meet at a config_server."""
+    return config.use_config_server_to_init_nccl and config.tp > 1
 
 
 def unused(config: Config) -> Iterator[str]:
     """A line for each option that was given and that this role never looks at."""
+    if config.run_mode == CONFIG_SERVER:
+        for name in sorted(config.explicit.difference(_OF_CONFIG_SERVER)):
+            yield f"--{name} has no effect: --run_mode {CONFIG_SERVER} serves no model"
     if config.run_mode == MASTER:
         for name in sorted(config.explicit.intersection(_UNUSED)):
             yield f"--{name} has no effect: --run_mode {MASTER} computes nothing"

@@ -66,18 +66,22 @@ def meet(
 
     Args:
         topology, me: the ranks of the server, and this one.
-        address: host and port of the rendezvous, which the first rank serves.
-        listen_fd: of the first rank: a socket that listens there, and belongs to the store from now
-            on; left to itself the store would listen on every address of this machine.
+        address: host and port of the rendezvous, which the first rank serves, or a config_server.
+        listen_fd: of the first rank, if it serves it: a socket that listens there, and belongs to
+            the store from now on; left to itself the store would listen on every address of this
+            machine.
     """
     ranks = topology.ranks
-    return TCPStore(
+    store = TCPStore(
         *address,
         world_size=len(ranks),
-        is_master=me == ranks[0],
+        is_master=listen_fd is not None,
         timeout=RENDEZVOUS_TIMEOUT,
         master_listen_fd=listen_fd,
     )
+    store.set(f"here/{ranks.index(me)}", "")
+    store.wait([f"here/{rank}" for rank in range(len(ranks))], RENDEZVOUS_TIMEOUT)
+    return store
 
 
 class Ranks:

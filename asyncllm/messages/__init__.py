@@ -29,6 +29,15 @@ from asyncllm.messages.moving import Prefill as Prefill
 from asyncllm.messages.moving import Reserved as Reserved
 from asyncllm.messages.moving import Sent as Sent
 from asyncllm.messages.moving import StepOver as StepOver
+from asyncllm.messages.registry import Announce as Announce
+from asyncllm.messages.registry import AskMasters as AskMasters
+from asyncllm.messages.registry import Claim as Claim
+from asyncllm.messages.registry import Claimed as Claimed
+from asyncllm.messages.registry import Denied as Denied
+from asyncllm.messages.registry import MasterAt as MasterAt
+from asyncllm.messages.registry import Masters as Masters
+from asyncllm.messages.registry import Seek as Seek
+from asyncllm.messages.registry import Sought as Sought
 from asyncllm.messages.request import Abort as Abort
 from asyncllm.messages.request import Accepted as Accepted
 from asyncllm.messages.request import Again as Again

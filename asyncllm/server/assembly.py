@@ -19,20 +19,23 @@ from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.director import Director
 from asyncllm.actors.frontend import Frontend
 from asyncllm.actors.grammar import GrammarKeeper
+from asyncllm.actors.guide import Guide
 from asyncllm.actors.lockstep import Lockstep
 from asyncllm.actors.renderer import Renderer
 from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
-from asyncllm.actors.settings import Limits, Place
+from asyncllm.actors.settings import Limits, Place, mark_of
 from asyncllm.actors.tokenizer import Tokenizer
+from asyncllm.actors.transport import netloc
 from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks
 from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.defaults import Defaults
 from asyncllm.api.common.request import ServedModel
-from asyncllm.config import FLAGS, Config, roles
+from asyncllm.config import FLAGS, roles
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count
-from asyncllm.server.cluster import cluster_port, master_of
+from asyncllm.messages import Announce
+from asyncllm.server.cluster import cluster_port, config_server_of, master_of
 from asyncllm.server.launch import Boot, tls_context
 from asyncllm.server.loading import Loaded
 from asyncllm.server.transfer import make_transfer
@@ -45,6 +48,11 @@ MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its 
 def _reader(boot: Boot) -> str:
     """The actor to whom a leader tells what it makes."""
     return "agent" if boot.config.run_mode in roles.NODES else "detokenizer"
+
+
+def _asks(boot: Boot) -> str:
+    """The actor for whom grammars are compiled."""
+    return "agent" if boot.config.run_mode in roles.NODES else "tokenizer"
 
 
 def make_allocator(p: Loaded) -> AnyActor:
@@ -147,16 +155,31 @@ def make_director(p: Loaded, channel: Channel) -> AnyActor:
 def make_agent(p: Loaded, channel: Channel) -> AnyActor:
     return Agent(
         channel,
-        [master_of(p.boot.config)],
+        [] if roles.asks_config_server(p.boot.config) else [master_of(p.boot.config)],
         vocab_size=p.spec.vocab_size,
         max_len=p.boot.resolved.max_req_total_len,
     )
 
 
-def _place_of(config: Config) -> Place:
+def make_guide(p: Loaded, channel: Channel) -> AnyActor:
+    boot = p.boot
+    announces = None
+    if boot.config.run_mode == roles.MASTER:
+        announces = Announce(boot.cluster_host, channel.port)
+    return Guide(channel, config_server_of(boot.config), announces)
+
+
+def _place_of(boot: Boot) -> Place:
     """What the frontend is to know of this server's cluster."""
+    config = boot.config
+    guided = roles.asks_config_server(config)
     if config.run_mode == roles.MASTER:
-        return Place(asks="director", cluster_port=cluster_port(config))
+        mark = mark_of(netloc(boot.cluster_host, config.port)) if guided else ""
+        port = cluster_port(config)
+        return Place(asks="director", cluster_port=port, guided=guided, mark=mark)
+    if guided:
+        there = f"this is a {config.run_mode} node; requests go to a pd_master"
+        return Place(asks="agent", elsewhere=there, guided=True)
     if config.run_mode in roles.NODES:
         host, port = master_of(config)
         there = f"this is a {config.run_mode} node; requests go to its pd_master at {host}:{port}"
@@ -211,7 +234,7 @@ def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
             proxies=config.trust_forwarded_for,
         ),
         info=_info(p),
-        place=_place_of(config),
+        place=_place_of(p.boot),
         on_open=on_open,
     )
 
@@ -229,23 +252,13 @@ def _info(p: Loaded) -> dict[str, object]:
     return values | {"version": __version__}
 
 
-def place(
-    loaded: Loaded, means: WatchdogHooks, on_open: Callable[[], None], channel: Channel | None
-) -> list[AnyActor]:
-    """The actors of this process, in order of start.
-
-    Args:
-        means: how the watchdog ends the process.
-        on_open: called when this process has begun to serve HTTP.
-        channel: to other servers, of a process that has one.
-    """
-    boot = loaded.boot
-    config, resolved = boot.config, boot.resolved
-    made: dict[str, AnyActor] = {}
-    asks = "agent" if config.run_mode in roles.NODES else "tokenizer"
+def _makers(
+    on_open: Callable[[], None], channel: Channel | None
+) -> dict[str, Callable[[Loaded], AnyActor]]:
+    """What makes an actor, by its name."""
     makers: dict[str, Callable[[Loaded], AnyActor]] = {
         "allocator": make_allocator,
-        "grammar": lambda p: GrammarKeeper(p.grammars, asks=asks),
+        "grammar": lambda p: GrammarKeeper(p.grammars, asks=_asks(p.boot)),
         "scheduler": make_scheduler,
         "balancer": make_balancer,
         "lockstep": lambda _: Lockstep(),
@@ -259,10 +272,25 @@ def place(
         makers |= {
             "director": lambda p: make_director(p, channel),
             "agent": lambda p: make_agent(p, channel),
+            "guide": lambda p: make_guide(p, channel),
         }
-    for name in boot.me.actors:
-        if name != "watchdog":
-            made[name] = makers[name](loaded)
+    return makers
+
+
+def place(
+    loaded: Loaded, means: WatchdogHooks, on_open: Callable[[], None], channel: Channel | None
+) -> list[AnyActor]:
+    """The actors of this process, in order of start.
+
+    Args:
+        means: how the watchdog ends the process.
+        on_open: called when this process has begun to serve HTTP.
+        channel: to other servers, of a process that has one.
+    """
+    boot = loaded.boot
+    config, resolved = boot.config, boot.resolved
+    makers = _makers(on_open, channel)
+    made = {name: makers[name](loaded) for name in boot.me.actors if name != "watchdog"}
     runner = made.get("runner")
     for name in boot.topology.served_here(boot.endpoint):
         made[name].remote = frozenset()

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.peers import Card
+from asyncllm.actors.transport import netloc
 from asyncllm.config import Config, roles
-from asyncllm.config.options import MOST_PORT
 from asyncllm.errors import StartupError
 from asyncllm.server import meeting
 from asyncllm.server.facts import Facts, kv_facts, model_facts, text_facts
 from asyncllm.server.launch import Boot
-from asyncllm.server.secret import CHANNEL, cluster_keys
+from asyncllm.server.secret import CHANNEL, cluster_keys, is_loopback
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # as one to connect to: this machine
 # options of masters and nodes that together decide what an answer is
@@ -27,10 +27,13 @@ TOGETHER = (
 )  # fmt: skip
 
 
+MOST_SILENT_S = 4.0  # a server of the cluster that is silent for longer is lost
+
+
 def open_channel(config: Config, stack: contextlib.ExitStack) -> tuple[Channel | None, str]:
     """This server's end, and the host by which others reach it; (None, ""): it is in no cluster.
 
-    A master listens from now on.
+    A master or config_server listens from now on.
 
     Args:
         stack: closes what must be closed.
@@ -38,33 +41,67 @@ def open_channel(config: Config, stack: contextlib.ExitStack) -> tuple[Channel |
     Raises:
         StartupError: the secret or the port cannot be used, or there is no route to the master.
     """
-    if config.run_mode not in (roles.MASTER, *roles.NODES):
+    if config.run_mode == roles.NORMAL:
         return None, ""
-    leads = config.run_mode == roles.MASTER
-    option = "host" if leads else "pd_master_ip"
-    target = getattr(config, option)
-    local = not leads and target in ANY_ADDRESS
-    keys = cluster_keys(
-        config, CHANNEL, ("advertise_host",) if local else (option, "advertise_host")
-    )
-    target = ANY_ADDRESS.get(target, target)
-    host = config.advertise_host or (target if leads else meeting.address_towards(target))
-    name = f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
-    channel = Channel(Card(role=config.run_mode, name=name), keys, config.dead_after)
+    leads = config.run_mode not in roles.NODES
+    keys = cluster_keys(config, CHANNEL, meets_others(config))
+    host = config.advertise_host or _own_host(config)
+    card = Card(role=config.run_mode, name=netloc(host, config.port))
+    channel = Channel(card, keys, min(config.dead_after, 2 * MOST_SILENT_S))
     stack.callback(channel.close)
     if leads and not config.check:
         channel.listen(config.host, cluster_port(config))
     return channel, host
 
 
+def meets_others(config: Config) -> tuple[str, ...]:
+    """Options that say where this server meets others of its cluster."""
+    own = ("advertise_host",) if config.run_mode in roles.NODES else ("host", "advertise_host")
+    if config.config_server_host is not None:
+        return (*own, "config_server_host")
+    if config.run_mode in roles.NODES and config.pd_master_ip not in ANY_ADDRESS:
+        return (*own, "pd_master_ip")
+    return own
+
+
+def _own_host(config: Config) -> str:
+    """Where others reach this server, if nothing says it.
+
+    Raises:
+        StartupError: there is no route to where it belongs, or it is reached from nowhere else.
+    """
+    if config.run_mode in roles.NODES:
+        return meeting.address_towards(config.config_server_host or master_of(config)[0])
+    host, towards = config.host, config.config_server_host
+    if towards is None or config.run_mode == roles.CONFIG_SERVER:
+        return ANY_ADDRESS.get(host, host)
+    if host in ANY_ADDRESS:
+        return meeting.address_towards(towards)
+    if is_loopback(host) and not is_loopback(towards):
+        raise StartupError(
+            f"--host {host} is reached from this machine only, and --config_server_host {towards} "
+            "is not: nodes would not find this pd_master"
+        )
+    return host
+
+
+def config_server_of(config: Config) -> tuple[str, int]:
+    """Host and HTTP port of the config_server to which this server belongs."""
+    assert config.config_server_host is not None
+    assert config.config_server_port is not None
+    return config.config_server_host, config.config_server_port
+
+
 def cluster_port(config: Config) -> int:
-    """Where a master listens for nodes.
+    """Where a master or config_server listens for others.
 
     Raises:
         StartupError: there is no port after the last one.
     """
-    if config.cluster_port is None and config.port == MOST_PORT:
-        raise StartupError(f"--port {MOST_PORT} leaves no port for nodes: give --cluster_port")
+    if config.cluster_port is None and config.port == roles.MOST_PORT:
+        raise StartupError(
+            f"--port {roles.MOST_PORT} leaves no port for other servers: give --cluster_port"
+        )
     return config.cluster_port or config.port + 1
 
 
@@ -73,8 +110,12 @@ def master_of(config: Config) -> tuple[str, int]:
     return ANY_ADDRESS.get(config.pd_master_ip, config.pd_master_ip), config.pd_master_port
 
 
-def introduce(channel: Channel, boot: Boot) -> str:
-    """Let the others know what this server is. Returns: the actor to whom the channel belongs.
+def introduce(channel: Channel, boot: Boot) -> tuple[str, dict[str, str]]:
+    """Let the others know what this server is.
+
+    Returns:
+        the actor to whom the channel belongs, and those to whom it does as far as servers of
+        a role are concerned.
 
     Raises:
         StartupError: a file cannot be read.
@@ -90,4 +131,5 @@ def introduce(channel: Channel, boot: Boot) -> str:
     if not leads:
         facts = (*facts, *model_facts(config, model_dir), *kv_facts(resolved))
     channel.card = replace(channel.card, facts=tuple(dict(facts).items()))
-    return "director" if leads else "agent"
+    guides = {roles.CONFIG_SERVER: "guide"} if roles.asks_config_server(config) else {}
+    return "director" if leads else "agent", guides

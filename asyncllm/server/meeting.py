@@ -42,6 +42,18 @@ def listen(config: Config) -> socket.socket:
         raise StartupError(_cannot(host, 0, error)) from None
 
 
+def listen_at(host: str, port: int) -> socket.socket:
+    """The listening socket of a rendezvous on one address and port.
+
+    Raises:
+        StartupError: it is busy, or not of this machine.
+    """
+    try:
+        return _listen(host, port)
+    except OSError as error:
+        raise StartupError(_cannot(host, port, error)) from None
+
+
 def _listen(host: str, port: int) -> socket.socket:
     sock = bound(host, port)
     try:

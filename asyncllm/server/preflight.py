@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from asyncllm.config import roles
 from asyncllm.engine.parallel import Ranks, meet
 from asyncllm.environment import interface
 from asyncllm.errors import StartupError
@@ -51,7 +52,9 @@ def join_ranks(boot: Boot, where: torch.device, ways: list[Way] | None = None) -
     listen_fd = boot.store_fd if boot.store_fd >= 0 else None
     topology = boot.topology
     if boot.me.node != topology.coordinator.node:
-        ways.append(reach(boot.name, "node 0", *boot.rendezvous, "--nccl_port"))
+        far = roles.meets_at_config_server(boot.config)
+        host = "the config_server" if far else "node 0"
+        ways.append(reach(boot.name, host, *boot.rendezvous, "--nccl_port"))
     store = meet(topology, boot.me, boot.rendezvous, listen_fd)
     if len(topology.nodes) == 1:
         return Ranks(topology, boot.me, store, where)

@@ -43,7 +43,7 @@ from asyncllm.server.loading import Loaded, load_endpoint, num_threads, torch_de
 from asyncllm.server.nodes import Lifeline
 from asyncllm.server.preflight import try_ways
 from asyncllm.server.signals import SHOW, Watch, handle_draining
-from asyncllm.server.status import Status
+from asyncllm.server.status import JSON, TEXT, Page, Status
 from asyncllm.text import Text
 from asyncllm.topology import HTTP, Endpoint, Topology
 
@@ -179,20 +179,24 @@ class Server:
         if (sock := self._status_socket) is not None:
             config = self._boot.config
             access = Access(keys=config.api_key, tls=tls_context(config))
-            self._status = Status(self._healthy, self._exposition, access)
+            pages: dict[str, Page] = {"/health": self._health, "/metrics": self._exposition}
+            there = "this node answers /health and /metrics; requests go to node 0"
+            self._status = Status(pages, access, there)
             await self._status.open(sock)
 
-    def _healthy(self) -> bool:
-        return self._acting and not self._system.over
+    def _health(self) -> tuple[int, str, bytes]:
+        if self._acting and not self._system.over:
+            return 200, JSON, b'{"message":"Ok"}'
+        return 503, JSON, b'{"message":"Error"}'
 
-    def _exposition(self) -> bytes:
+    def _exposition(self) -> tuple[int, str, bytes]:
         """Numbers of this process; those of the server are node 0's."""
         system, resolved = self._system, self._boot.resolved
         metrics = ServerMetrics(resolved.served_names[0], resolved.max_req_total_len)
         actors = [(a.name, a.depth, a.busy_s, a.take_longest()) for a in system.actors]
         counts = system.dead_letters, *system.counted(self._others())
         metrics.update(State(), Process(actors, *counts))
-        return metrics.exposition()
+        return 200, TEXT, metrics.exposition()
 
     def _others(self) -> tuple[int, int]:
         """What the other processes of this node, and the place where nodes meet, count."""
@@ -268,8 +272,7 @@ class Server:
             means = replace(means, beat=pulse.beat, last_beat=pulse.last, note=pulse.note)
         means = replace(means, others=self._others)
         if self._channel is not None:
-            owner = introduce(self._channel, loaded.boot)
-            system.use_channel(self._channel, owner)
+            system.use_channel(self._channel, *introduce(self._channel, loaded.boot))
         for actor in place(loaded, means, self._opened, self._channel):
             system.add(actor)
         self._acting = True

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from asyncllm.actors.transport import Keys, tcp
 from asyncllm.codec import protocol
-from asyncllm.config import Config, Resolved
+from asyncllm.config import Config, Resolved, roles
 from asyncllm.environment import use_interface
 from asyncllm.errors import StartupError
 from asyncllm.server import meeting
@@ -74,12 +74,14 @@ def find_seat(
     resolved: Resolved,
     model_dir: Path,
     topology: Topology,
+    first_node: str | None,
     stack: contextlib.ExitStack,
 ) -> Seat:
     """On one of several nodes: meet the others. Blocks until all are there.
 
     Args:
         topology: of the whole server.
+        first_node: host by which node 0 is reached; None: --nccl_host.
         stack: closes what must be closed.
 
     Raises:
@@ -88,8 +90,10 @@ def find_seat(
     keys = cluster_keys(config)
     use_interface(meeting.interface_to(_towards(config)))
     leads = config.node_rank == 0
-    bind = _own_address(config) if leads else meeting.address_towards(config.nccl_host)
-    advertised = config.advertise_host or (config.nccl_host if leads else bind)
+    host = first_node or config.nccl_host
+    own = leads and first_node is None
+    bind = _own_address(config) if own else meeting.address_towards(config.nccl_host)
+    advertised = config.advertise_host or (host if leads else bind)
     wires = NodeWires(bind, config.multinode_router_gloo_port, len(topology.ranks))
     first = topology.on(config.node_rank)[0].id
     seat = Seat(
@@ -97,16 +101,18 @@ def find_seat(
     )
     contract = Contract(protocol=protocol(), options=config.digest(), shared=config.shared())
     about = (*facts(config, resolved, model_dir), ("--check", "on" if config.check else "off"))
-    own = Join(node=config.node_rank, host=advertised, contract=contract, facts=about)
+    join = Join(node=config.node_rank, host=advertised, contract=contract, facts=about)
     port = config.multinode_httpmanager_port
     if leads:
-        seat.lifeline = line = Meeting(own, (bind, port), keys[0], config.nnodes, config.dead_after)
+        seat.lifeline = line = Meeting(
+            join, (bind, port), keys[0], config.nnodes, config.dead_after
+        )
         stack.callback(line.close)
         _open_rendezvous(config, seat, stack)
         assert seat.rendezvous is not None
         log.info("waiting for %d other nodes at %s:%d", config.nnodes - 1, advertised, port)
-        for join in line.gather(config.node_timeout):
-            seat.topology = _reached_at(seat.topology, join, config.multinode_router_gloo_port)
+        for other in line.gather(config.node_timeout):
+            seat.topology = _reached_at(seat.topology, other, config.multinode_router_gloo_port)
         joined = Joined(
             topology=seat.topology,
             store_port=seat.rendezvous[1],
@@ -115,18 +121,22 @@ def find_seat(
         )
         line.place(joined)
     else:
-        log.info("joining node 0 at %s:%d", config.nccl_host, port)
-        member = Member(own, config.nccl_host, port, keys, config.dead_after)
+        log.info("joining node 0 at %s:%d", host, port)
+        member = Member(join, host, port, keys, config.dead_after)
         seat.lifeline = member
         stack.callback(member.close)
-        joined = member.join(config.node_timeout)
-        seat.keys = Keys(joined.public, joined.secret)
-        seat.rendezvous = config.nccl_host, joined.store_port
-        leader = joined.topology.coordinator.id
-        address = tcp(config.nccl_host, config.multinode_router_gloo_port + leader)
-        seat.topology = joined.topology.at(leader, address)
+        _take(seat, member.join(config.node_timeout), config, host)
     seat.topology = seat.topology.at(first, wires.address(first))
     return seat
+
+
+def _take(seat: Seat, joined: Joined, config: Config, host: str) -> None:
+    """What node 0, which is at ``host``, has said."""
+    seat.keys = Keys(joined.public, joined.secret)
+    seat.rendezvous = config.nccl_host, joined.store_port
+    leader = joined.topology.coordinator.id
+    address = tcp(host, config.multinode_router_gloo_port + leader)
+    seat.topology = joined.topology.at(leader, address)
 
 
 def _reached_at(topology: Topology, join: Join, port: int) -> Topology:
@@ -173,6 +183,11 @@ def _own_address(config: Config) -> str:
 
 
 def _open_rendezvous(config: Config, seat: Seat, stack: contextlib.ExitStack) -> None:
+    """Where the ranks meet: here, or at the config_server, which listens already."""
+    if roles.meets_at_config_server(config):
+        seat.rendezvous = config.nccl_host, config.nccl_port
+        use_interface(meeting.interface_to(config.nccl_host))
+        return
     meets = stack.enter_context(meeting.listen(config))
     host, port = meets.getsockname()[:2]
     seat.rendezvous = str(host), int(port)

@@ -1,4 +1,4 @@
-"""HTTP of a node that serves no requests: /health and /metrics.
+"""HTTP of a process that serves no requests: a few pages.
 
 Knows neither actors nor the server; it is told what to answer.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from aiohttp import web
 
@@ -17,27 +18,25 @@ from asyncllm.actors.connection import Handler
 from asyncllm.api.common import errors
 from asyncllm.errors import RequestError
 
-TEXT = "text/plain; version=0.0.4; charset=utf-8"
+TEXT, JSON = "text/plain; version=0.0.4; charset=utf-8", "application/json"
+Page = Callable[[], tuple[int, str, bytes]]  # status, type and body of an answer
 
 
 class Status:
     """Serves a socket until it is closed.
 
     Args:
-        healthy: whether the node does its work.
-        exposition: its metrics in Prometheus' text format.
-        access: who may ask for these.
+        pages: by path.
+        access: who may ask for them.
+        elsewhere: where the rest is.
     """
 
-    def __init__(
-        self, healthy: Callable[[], bool], exposition: Callable[[], bytes], access: Access
-    ) -> None:
-        self._healthy, self._exposition = healthy, exposition
-        self._gate = AccessControl(access)
+    def __init__(self, pages: Mapping[str, Page], access: Access, elsewhere: str) -> None:
+        self._gate, self._elsewhere = AccessControl(access), elsewhere
         self._tls: ssl.SSLContext | None = access.tls
         app = web.Application(middlewares=[self._admit])
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._metrics)
+        for path, page in pages.items():
+            app.router.add_get(path, partial(_show, page))
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
 
     async def open(self, sock: socket.socket) -> None:
@@ -57,15 +56,13 @@ class Status:
         except RequestError as error:
             return _refusal(error)
         except web.HTTPNotFound:
-            there = "this node answers /health and /metrics; requests go to node 0"
-            return _refusal(errors.UnknownPath(f"there is nothing at {request.path}: {there}"))
+            what = f"there is nothing at {request.path}: {self._elsewhere}"
+            return _refusal(errors.UnknownPath(what))
 
-    async def _health(self, request: web.Request) -> web.Response:
-        ok = self._healthy()
-        return web.json_response({"message": "Ok" if ok else "Error"}, status=200 if ok else 503)
 
-    async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._exposition(), headers={"Content-Type": TEXT})
+async def _show(page: Page, _: web.Request) -> web.Response:
+    status, kind, body = page()
+    return web.Response(status=status, headers={"Content-Type": kind}, body=body)
 
 
 def _refusal(error: RequestError) -> web.Response:

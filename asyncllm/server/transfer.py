@@ -26,6 +26,7 @@ from asyncllm.engine.kv_pages import KvBytes, warm_up
 from asyncllm.errors import StartupError
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.records import KvWire
+from asyncllm.server.cluster import meets_others
 from asyncllm.server.launch import Boot
 from asyncllm.server.secret import TRANSFER, cluster_keys
 
@@ -47,9 +48,7 @@ def refuse(boot: Boot, window: Window | None) -> None:
 
 def transfer_keys(config: Config) -> tuple[Keys, ...]:
     """Of the sockets on which K/V travel. Raises StartupError, see ``cluster_keys``."""
-    anywhere = config.pd_master_ip in ("0.0.0.0", "::")  # which is this machine
-    hosts = ("advertise_host",) if anywhere else ("pd_master_ip", "advertise_host")
-    return cluster_keys(config, TRANSFER, hosts)
+    return cluster_keys(config, TRANSFER, meets_others(config))
 
 
 def open_door(boot: Boot) -> Door | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from asyncllm.api.common.conversation import Messages
@@ -23,11 +24,19 @@ class Store:
     """Responses by id, the least recently used ones forgotten first.
 
     Args:
+        owner_of: who else may have the response of an id, as text behind an error.
         most: responses kept at once.
         most_bytes: and bytes of their conversations and JSON, about.
     """
 
-    def __init__(self, most: int = 1024, most_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self,
+        owner_of: Callable[[str], str] = lambda _: "",
+        *,
+        most: int = 1024,
+        most_bytes: int = 64 << 20,
+    ) -> None:
+        self._owner_of = owner_of
         self._most, self._most_bytes = most, most_bytes
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
         self.num_bytes = 0
@@ -46,7 +55,7 @@ class Store:
         """The conversation up to a response. Raises RequestError (400)."""
         if key not in self._kept:
             raise RequestError(
-                f"previous_response_id: the response {preview(key)} is not stored here",
+                f"previous_response_id: {self._missing(key)}",
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
@@ -66,7 +75,10 @@ class Store:
 
     def _known(self, key: str) -> None:
         if key not in self._kept:
-            raise UnknownPath(f"the response {preview(key)} is not stored here")
+            raise UnknownPath(self._missing(key))
+
+    def _missing(self, key: str) -> str:
+        return f"the response {preview(key)} is not stored here{self._owner_of(key)}"
 
     def _drop(self, key: str) -> None:
         self.num_bytes -= _size(self._kept.pop(key))

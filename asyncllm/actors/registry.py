@@ -1,0 +1,216 @@
+"""Registry: the one actor of a config_server.
+
+Owns the list of masters, which it tells to all of them and to nodes, and the ports at which ranks
+of other servers meet. All of it lives as long as who has brought it is connected, so that after a
+restart those who come again say what there is. Knows neither models nor requests.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from time import time
+from typing import assert_never
+
+from asyncllm.actors.base import Actor
+from asyncllm.actors.channel import Channel
+from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused, Received
+from asyncllm.codec import Message
+from asyncllm.errors import StartupError
+from asyncllm.messages import (
+    Announce,
+    Cancel,
+    Claim,
+    Claimed,
+    Denied,
+    MasterAt,
+    Masters,
+    Seek,
+    Sought,
+)
+
+MASTER, TENANT = "pd_master", "group"
+GUIDED = (MASTER, "prefill", "decode")  # roles that want to know the masters
+
+Inbox = Received | PeerJoined | PeerLeft | PeerRefused
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Port:
+    """A port at which the ranks of a server meet, or have met."""
+
+    peer: int
+    owner: str
+    meets: str
+    since: float
+    store: object  # listens as long as it exists; None: the ranks had met before we started
+
+
+class Registry(Actor[Inbox]):
+    """One per config_server.
+
+    Args:
+        channel: to masters, nodes and servers whose ranks meet here.
+        open_store: makes the store of torch.distributed that listens at (host, port) until nothing
+            refers to it; raises StartupError.
+    """
+
+    capacity = 65536
+    foreign = frozenset({Announce, Cancel, Claim, Seek})
+
+    def __init__(self, channel: Channel, open_store: Callable[[str, int], object]) -> None:
+        super().__init__("registry")
+        self._channel, self._open_store = channel, open_store
+        self._cards: dict[int, Card] = {}  # of all who are there
+        self._masters: dict[int, MasterAt] = {}  # those who have said where nodes reach them
+        self._ports: dict[int, _Port] = {}
+        self._seeking: dict[int, int] = {}  # peer -> port
+
+    def started(self) -> None:
+        self._channel.admit = self._complaint
+
+    def stopped(self) -> None:
+        self._ports.clear()  # nobody listens there any more
+
+    def holds(self) -> str:
+        return f"{len(self._masters)} masters, {len(self._cards)} peers, {len(self._ports)} ports"
+
+    def receive(self, batch: list[Inbox]) -> None:
+        for msg in batch:
+            match msg:
+                case Received(peer, told):
+                    if peer in self._cards:
+                        self._told(peer, told)
+                case PeerJoined(peer, card):
+                    self._cards[peer] = card
+                    if card.role in GUIDED:
+                        self._say_masters(peer)
+                case PeerLeft(peer, card, why):
+                    self._left(peer, card, why)
+                case PeerRefused():
+                    pass  # it looks for nobody
+                case _:
+                    assert_never(msg)
+
+    def _told(self, peer: int, told: Message) -> None:
+        match told:
+            case Announce():
+                self._announced(peer, told)
+            case Cancel():
+                for master in self._masters.keys() - {peer}:
+                    self.system.ref("guide", master).tell(told, urgent=True)
+            case Claim():
+                self._claim(peer, told)
+            case Seek(port):
+                self._seeking[peer] = port
+                self._say_where(port)
+            case other:
+                raise AssertionError(other)  # it is not in ``foreign``
+
+    def objects(self) -> bytes:
+        """All that is registered, as JSON."""
+        masters = [
+            {
+                "id": master.id,
+                "address": master.address,
+                "channel_host": master.host,
+                "channel_port": master.port,
+                "since": _iso(master.since),
+            }
+            for master in self._masters.values()
+        ]
+        nodes = [
+            {"id": card.incarnation, "role": card.role, "address": card.name}
+            for card in self._cards.values()
+            if card.role in GUIDED[1:]
+        ]
+        groups = [
+            {"nccl_port": port, "owner": held.owner, "since": _iso(held.since)}
+            for port, held in sorted(self._ports.items())
+        ]
+        return json.dumps({"pd_masters": masters, "nodes": nodes, "groups": groups}).encode()
+
+    # -- who comes and goes -----------------------------------------------------------------------
+
+    def _complaint(self, card: Card) -> str | None:
+        """Why one that has connected is not let in. One that has started anew takes the place of
+        what it was."""
+        if card.role not in (*GUIDED, TENANT):
+            return f"a config_server takes no {card.role!r}"
+        for peer, other in [*self._cards.items()]:
+            same = (other.role, other.name) == (card.role, card.name)
+            if same and other.incarnation != card.incarnation:
+                self._channel.drop(peer, "another process has its address")
+        return None
+
+    def _left(self, peer: int, card: Card, why: str) -> None:
+        self._cards.pop(peer, None)
+        self._seeking.pop(peer, None)
+        for port in [port for port, held in self._ports.items() if held.peer == peer]:
+            log.info("port %d is free again: %s has gone", port, card.name)
+            del self._ports[port]  # and the store with it
+        if self._masters.pop(peer, None) is not None:
+            log.warning("%s is lost: %s", card, why)
+            self._say_masters(*self._cards)
+
+    def _announced(self, peer: int, msg: Announce) -> None:
+        card = self._cards[peer]
+        if card.role != MASTER:
+            self._channel.drop(peer, f"it is no {MASTER}, but {card.role}")
+            return
+        self._masters[peer] = MasterAt(
+            id=card.incarnation, address=card.name, host=msg.host, port=msg.port, since=time()
+        )
+        log.info("%s has registered; nodes reach it at %s:%d", card, msg.host, msg.port)
+        self._say_masters(*self._cards)
+
+    def _say_masters(self, *peers: int) -> None:
+        msg = Masters(tuple(self._masters.values()))
+        for peer in peers:
+            if self._cards[peer].role in GUIDED:
+                self.system.ref("guide", peer).tell(msg)
+
+    # -- where ranks meet -------------------------------------------------------------------------
+
+    def _claim(self, peer: int, msg: Claim) -> None:
+        """A port for one server, as long as it is there."""
+        owner = self._cards[peer].name
+        held = self._ports.get(msg.port)
+        if held is not None and held.peer != peer:
+            self._deny(peer, msg.port, f"the ranks of {held.owner} meet there")
+            return
+        if held is None and any(other.peer == peer for other in self._ports.values()):
+            self._deny(peer, msg.port, f"{owner} has another port already")
+            return
+        try:
+            store = None if msg.again else self._open_store(msg.host, msg.port)
+        except StartupError as error:
+            self._deny(peer, msg.port, str(error))
+            return
+        log.info("the ranks of %s meet at port %d", owner, msg.port)
+        made = _Port(peer, owner, msg.meets, time(), store)
+        self._ports[msg.port] = made if held is None else replace(held, meets=msg.meets)
+        self.system.ref("tenant", peer).tell(Claimed(msg.port))
+        self._say_where(msg.port)
+
+    def _deny(self, peer: int, port: int, why: str) -> None:
+        log.warning("port %d is not for %s: %s", port, self._cards[peer].name, why)
+        self.system.ref("tenant", peer).tell(Denied(port, why))
+
+    def _say_where(self, port: int) -> None:
+        """Where the first node of a server is, to those of its nodes who have asked."""
+        held = self._ports.get(port)
+        for peer in [p for p, sought in self._seeking.items() if sought == port] if held else ():
+            assert held is not None
+            if held.meets:
+                del self._seeking[peer]
+                self.system.ref("tenant", peer).tell(Sought(port, held.meets))
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

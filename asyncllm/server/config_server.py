@@ -1,0 +1,117 @@
+"""``--run_mode config_server``: one process without a model, from options to exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import socket
+import sys
+
+import uvloop
+from torch._C._distributed_c10d import TCPStore
+
+from asyncllm.actors.access import Access
+from asyncllm.actors.channel import Channel
+from asyncllm.actors.registry import Registry
+from asyncllm.actors.system import ActorSystem
+from asyncllm.actors.transport import netloc
+from asyncllm.config import Config, roles
+from asyncllm.errors import FatalError, StartupError
+from asyncllm.server.cluster import ANY_ADDRESS, cluster_port, open_channel
+from asyncllm.server.launch import bind_http, tls_context
+from asyncllm.server.meeting import listen_at
+from asyncllm.server.signals import Watch, handle_draining
+from asyncllm.server.status import JSON, Page, Status
+from asyncllm.topology import Topology
+
+OK, HEALTHY = b'{"status":"ok"}', b'{"message":"Ok"}'
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: Config) -> int:
+    """Run a config_server until it is told to stop; the exit code.
+
+    Args:
+        config: its options, with all API keys.
+
+    Raises:
+        StartupError: it cannot start as configured.
+    """
+    watch = Watch(roles.CONFIG_SERVER, leads=True)
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(bind_http(config.host, config.port))
+        channel, _ = open_channel(config, stack)
+        assert channel is not None
+        if config.check:
+            sys.stdout.write(
+                f"config_server\nports: HTTP {netloc(config.host, config.port)}, "
+                f"channel {netloc(config.host, cluster_port(config))}\n"
+            )
+            return 0
+        return uvloop.run(_run(config, sock, channel, watch))
+
+
+async def _run(config: Config, sock: socket.socket, channel: Channel, watch: Watch) -> int:
+    system = ActorSystem(topology=Topology.of_config_server())
+    registry = Registry(channel, functools.partial(open_store, config.host))
+    system.add(registry)
+    system.use_channel(channel, "registry")
+    watch.state = system.state
+    handle_draining(asyncio.get_running_loop(), system.stop)
+    where = json_page(b'{"port":%d}' % channel.port)
+    pages: dict[str, Page] = {
+        **dict.fromkeys(("/health", "/healthz"), json_page(HEALTHY)),
+        **dict.fromkeys(("/liveness", "/readiness"), json_page(OK)),
+        "/cluster": where,
+        "/registered_objects": lambda: (200, JSON, registry.objects()),
+    }
+    access = Access(keys=config.api_key, tls=tls_context(config))
+    status = Status(pages, access, "this is a config_server, requests go to a pd_master")
+    await status.open(sock)
+    scheme = "https" if config.ssl_certfile else "http"
+    host = ANY_ADDRESS.get(config.host, config.host)
+    sys.stdout.write(
+        f"asyncllm is ready: config_server at {scheme}://{netloc(host, config.port)}\n"
+    )
+    sys.stdout.flush()
+    try:
+        await system.run()
+    except FatalError as error:
+        log.critical("the config_server ends: %s", error)
+        return 1
+    finally:
+        await status.close()
+    return 0
+
+
+def json_page(body: bytes) -> Page:
+    """One that is always the same."""
+    return lambda: (200, JSON, body)
+
+
+def open_store(own_host: str, host: str, port: int) -> object:
+    """A store of torch.distributed that listens on one address until nothing refers to it.
+
+    Args:
+        own_host: of the config_server; where it is every address, ``host`` is listened to.
+        host, port: where the ranks look for it.
+
+    Raises:
+        StartupError: nobody can listen there.
+    """
+    sock = listen_at(host if own_host in ANY_ADDRESS else own_host, port)
+    address = str(sock.getsockname()[0])
+    try:
+        return TCPStore(
+            address,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=sock.detach(),
+        )
+    except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        raise StartupError(f"no store at {netloc(address, port)}: {line}") from None

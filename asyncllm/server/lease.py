@@ -1,0 +1,167 @@
+"""A port of the config_server at which the ranks of this server meet (torch.distributed's store).
+
+It is needed before anything is loaded and held until the process ends, so its connection has a
+thread of its own. The actors of the server know nothing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import threading
+
+from asyncllm.actors.channel import Channel, Listener
+from asyncllm.actors.finding import find_channel
+from asyncllm.actors.guide import WHAT
+from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused
+from asyncllm.actors.registry import TENANT
+from asyncllm.actors.transport import netloc
+from asyncllm.codec import Message, encode
+from asyncllm.config import Config, roles
+from asyncllm.errors import StartupError
+from asyncllm.messages import Claim, Claimed, Denied, Seek, Sought
+from asyncllm.server import meeting
+from asyncllm.server.cluster import MOST_SILENT_S, config_server_of
+from asyncllm.server.secret import CHANNEL, cluster_keys
+
+ANSWER_S = 60.0  # for the config_server to come, and to answer
+CLOSE_S = 3.0
+
+log = logging.getLogger(__name__)
+
+
+class Lease:
+    """The connection that holds the port; a daemon thread keeps it.
+
+    Args:
+        channel: to the config_server.
+        server: its host and HTTP port.
+        asks: for the port, or on another node for where the first one is.
+    """
+
+    def __init__(self, channel: Channel, server: tuple[str, int], asks: Claim | Seek) -> None:
+        self._channel, self._server, self._asks = channel, server, asks
+        self._answer: concurrent.futures.Future[str] = concurrent.futures.Future()
+        self._loop = asyncio.new_event_loop()
+        self._over = asyncio.Event()
+        self._where = ""
+        self._looking: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+
+    def take(self, seconds: float = ANSWER_S) -> str:
+        """Where the first node of this server is, as it has said ("": on this one). Blocks.
+
+        Raises:
+            StartupError: the port is not for us, or nobody answers.
+        """
+        self._thread.start()
+        try:
+            return self._answer.result(seconds)
+        except TimeoutError:
+            host, port = self._server
+            what = "no config_server has answered"
+            if isinstance(self._asks, Seek):
+                what = f"{what}, or no node 0 has come to --nccl_port {self._asks.port} of it"
+            raise StartupError(
+                f"{netloc(host, port)}: {what} within {seconds:g} s: {WHAT}"
+            ) from None
+
+    def close(self) -> None:
+        """The port is free from now on."""
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._over.set)
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+
+    # -- in the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(self._hold())
+        self._loop.close()
+
+    async def _hold(self) -> None:
+        self._channel.start(Listener(self._changed, self._told))
+        self._look()
+        await self._over.wait()
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait((self._looking,))
+        self._channel.close()
+
+    def _look(self) -> None:
+        self._looking = self._loop.create_task(self._find())
+
+    async def _find(self) -> None:
+        host, port = self._server
+        self._where = self._channel.dial(host, await find_channel(host, port, WHAT))
+
+    def _changed(self, msg: PeerJoined | PeerLeft | PeerRefused) -> None:
+        match msg:
+            case PeerJoined(peer):
+                self._channel.send(peer, "registry", False, encode(self._asks))
+            case PeerLeft():
+                self._channel.forget(self._where)
+                self._look()
+            case PeerRefused(where, why):
+                self._fail(f"the config_server at {where} does not take this server: {why}")
+
+    def _told(self, peer: int, name: str, urgent: bool, msg: Message) -> str | None:
+        match msg:
+            case Claimed():
+                # whoever comes later must not meet those who have met
+                assert isinstance(self._asks, Claim)
+                self._asks = Claim(
+                    port=self._asks.port, host=self._asks.host, meets=self._asks.meets, again=True
+                )
+                self._done("")
+            case Sought(_, meets):
+                self._done(meets)
+            case Denied(port, why):
+                self._fail(
+                    f"the ranks cannot meet at port {port} of the config_server "
+                    f"{netloc(*self._server)}: {why} (--nccl_port)"
+                )
+            case other:
+                return f"{type(other).__name__} is not for {name}"
+        return None
+
+    def _done(self, meets: str) -> None:
+        if not self._answer.done():
+            self._answer.set_result(meets)
+
+    def _fail(self, why: str) -> None:
+        """The ranks of a server that runs have met, and go on."""
+        if self._answer.done():
+            log.error("%s", why)
+        else:
+            self._answer.set_exception(StartupError(why))
+
+
+def take_lease(config: Config, stack: contextlib.ExitStack) -> str | None:
+    """Have the port of --nccl_port at the config_server for the ranks of this server. Blocks.
+
+    Args:
+        stack: gives it back.
+
+    Returns:
+        the address at which the nodes of this server meet; None: ranks do not meet there.
+
+    Raises:
+        StartupError: the port is another server's, or nobody answers.
+    """
+    if not roles.meets_at_config_server(config):
+        return None
+    host, port = config_server_of(config)
+    keys = cluster_keys(config, CHANNEL, ("config_server_host", "advertise_host"))
+    own = config.advertise_host or meeting.address_towards(host)
+    name = f"{config.run_mode} {netloc(own, config.port)}"
+    channel = Channel(Card(role=TENANT, name=name), keys, min(config.dead_after, 2 * MOST_SILENT_S))
+    asks: Claim | Seek = Seek(config.nccl_port)
+    if config.node_rank == 0:
+        asks = Claim(port=config.nccl_port, host=host, meets=own if config.nnodes > 1 else "")
+    lease = Lease(channel, (host, port), asks)
+    stack.callback(channel.close)
+    stack.callback(lease.close)
+    return lease.take() or own
