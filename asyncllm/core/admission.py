@@ -1,7 +1,7 @@
-"""Admission: places in a bounded queue, shared fairly among clients, and when one is likely free.
+"""Admission control: a bounded queue shared fairly among clients, and its Retry-After estimate.
 
 A client is a number that stands for an API key or an address. Knows counts and a clock that is
-handed in; knows neither HTTP nor what is asked for.
+passed in; knows neither HTTP nor what a request asks for.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from time import monotonic
 from asyncllm.errors import RequestError, ServerBusy
 
 LIMITS = "(--running_max_req_size, --max_waiting)"
-HALF_LIFE_S = 30.0  # how fast the measured rate forgets
-FIRST_S = 1.0  # a request's time before any has been measured
+HALF_LIFE_S = 30.0  # time constant of the measured rate's decay
+FIRST_S = 1.0  # assumed duration of a request until one has been measured
 MOST_S = 60  # OpenAI's and Anthropic's clients do not follow a longer Retry-After
 
 
 class Shares:
-    """The places of a queue. One client may take all of them, but only half while others wait.
+    """The places of a queue. One client may take them all, but only half while others wait.
 
-    A client that comes when another one holds more than half finds its own half free
-    nevertheless. So the queue may hold more than ``most`` for a while, at most half as much again:
-    nobody grows beyond half while others wait.
+    A client that arrives while another holds more than half still gets its own half. So the queue
+    may briefly hold more than ``most``, by at most half: no client grows beyond half while others
+    wait.
 
     Args:
         most: places.
@@ -43,12 +43,12 @@ class Shares:
         return len(self._held) == (client in self._held)
 
     def room(self, client: int, extra: int = 0) -> int:
-        """Places that ``client`` could take now; ``extra``: free ones beside the queue's."""
+        """Places that ``client`` could take now; ``extra``: free places outside the queue."""
         most, share, mine = self.most + extra, self.half + extra, self.of(client)
         if self.alone(client):
             return most - mine
         total = self.total
-        if total + share > most:  # who holds more than a share does not keep others from theirs
+        if total + share > most:  # the excess of one client does not reduce others' shares
             total = sum(min(held, share) for held in self._held.values())
         return min(share - mine, most - total)
 
@@ -57,7 +57,7 @@ class Shares:
         self._held[client] = self.of(client) + places
 
     def give(self, client: int, places: int = 1) -> None:
-        """They are free again."""
+        """Free these places."""
         self.total -= places
         self._held[client] -= places
         if not self._held[client]:
@@ -65,13 +65,13 @@ class Shares:
 
 
 class ServiceRate:
-    """Requests that end per second of a full batch.
+    """The rate at which a full batch finishes requests.
 
-    Time in which only a part of the batch is taken counts for that part, as if requests beside it
-    would have cost nothing; a full batch soon outweighs that. The last half minute counts most.
+    Time with a partly filled batch is weighted by the filled share, as if more requests would have
+    cost nothing; a full batch soon outweighs that. The last half minute counts most.
 
     Args:
-        places: in the batch. Before anything has ended a request is taken to last FIRST_S.
+        places: size of the batch. Until a request has ended, each is assumed to take FIRST_S.
     """
 
     def __init__(self, places: int, now: float) -> None:
@@ -79,7 +79,7 @@ class ServiceRate:
         self._at, self._load = now, 0.0
 
     def pass_time(self, now: float, load: float) -> None:
-        """``load``: the part of the batch that is wanted from now on, 0 to 1."""
+        """``load``: the share of the batch in use from now on, 0 to 1."""
         spent = (now - self._at) * self._load
         kept = 0.5 ** (spent / HALF_LIFE_S)
         self._full_s = self._full_s * kept + (1 - kept) * HALF_LIFE_S / math.log(2)
@@ -91,15 +91,15 @@ class ServiceRate:
         self._ended += 1
 
     def seconds_for(self, num: int) -> float:
-        """How long it takes until ``num`` have ended, the batch being full."""
+        """Seconds until ``num`` requests have ended, assuming a full batch."""
         return num * self._full_s / max(self._ended, 1e-9)
 
 
 class Admission:
     """Requests (choices, where one asks for several) from admission to their end.
 
-    One waits until its first token comes. Requests that have a place in the batch but no token yet
-    cannot be told from those that queue for one, so what the batch has room for counts as well.
+    A request waits until its first token arrives. Requests in the batch without a token yet look
+    the same as queued ones, so free places in the batch count as well.
 
     Args:
         max_running: places in the batch.
@@ -118,10 +118,11 @@ class Admission:
         self._rate = ServiceRate(max_running, clock())
 
     def enter(self, client: int, wanted: int) -> None:
-        """Let ``wanted`` requests of one client wait.
+        """Queue ``wanted`` requests of one client.
 
         Raises:
-            RequestError: 400, there are not as many places. ServerBusy: 429, not now.
+            RequestError: 400, more than the queue ever holds. ServerBusy: 429, no room at the
+                moment.
         """
         waiting = self._waiting
         most = self.max_running + waiting.most
@@ -138,12 +139,12 @@ class Admission:
         self._pass_time()
 
     def begin(self, client: int) -> None:
-        """The first token of a request has come."""
+        """A request has produced its first token."""
         self._waiting.give(client)
         self._begun += 1
 
     def leave(self, client: int, *, begun: bool, served: bool) -> None:
-        """A request is over; ``served``: it came to its end, nobody cut it off."""
+        """A request has ended; ``served``: it completed, rather than being aborted."""
         if begun:
             self._begun -= 1
         else:
@@ -153,7 +154,7 @@ class Admission:
             self._rate.count()
 
     def retry_after_s(self) -> int:
-        """When those that wait now have been served, 1 to 60 s."""
+        """Estimated seconds until the current queue has been served, 1 to 60."""
         self._pass_time()
         queued = self._begun + self._waiting.total - self.max_running
         return min(max(math.ceil(self._rate.seconds_for(max(queued, 1))), 1), MOST_S)

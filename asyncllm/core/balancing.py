@@ -1,7 +1,7 @@
-"""Chooses the group that serves a request, where a server has several.
+"""Chooses the data-parallel group that serves a request.
 
-Knows groups by number, requests by id and prompt, and the prompts that each group was sent of late;
-knows neither what their caches really hold nor who carries a request there.
+Knows groups by number, requests by id and prompt, and the prompts recently sent to each group; does
+not know what their caches really hold or how a request gets there.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import NamedTuple
 CACHE_AWARE, ROUND_ROBIN, FEWEST = "cache_aware", "round_robin", "bs_balancer"
 POLICIES = (CACHE_AWARE, ROUND_ROBIN, FEWEST)
 
-# a known beginning counts from so many tokens on, or half of a shorter prompt: chats begin alike
+# a known prefix counts from this length on, or half of a shorter prompt: chats share a preamble
 WORTH = 128
-AHEAD, AHEAD_PART = 4, 4  # requests that a group may have more than the idlest, and a part of those
-MOST_SPANS = 1 << 16  # kept of a group's prompts; some 10 MB
+AHEAD, AHEAD_PART = 4, 4  # lead over the least busy group: number of requests, and its fraction
+MOST_SPANS = 1 << 16  # remembered per group; about 10 MB
 FIRST_SPAN, LONGEST_PROMPT = 4, 1 << 24
 
 
 def _ends() -> list[int]:
-    """Where spans of prompts end: each is an eighth of what is before it, so that they are few."""
+    """Ends of prompt spans: each span is an eighth of what precedes it, so there are few."""
     ends = [FIRST_SPAN]
     while ends[-1] < LONGEST_PROMPT:
         ends.append(ends[-1] + max(FIRST_SPAN, ends[-1] // 8))
@@ -35,7 +35,7 @@ _SPANS = list(pairwise([0, *_ends()]))
 
 
 class Span(NamedTuple):
-    """The end of a beginning of a prompt; equal keys: all tokens up to there are equal."""
+    """The end of a prompt prefix; equal keys mean that all tokens up to there are equal."""
 
     key: int
     end: int
@@ -43,7 +43,8 @@ class Span(NamedTuple):
 
 
 def spans_of(prompt: array[int]) -> list[Span]:
-    """The prompt's spans in order, but for a rest at its end. Bytes are hashed with a secret."""
+    """The prompt's spans in order, without the remainder at its end. Hashes are keyed by a
+    secret."""
     spans, key, ids = list[Span](), 0, prompt.tobytes()
     for begin, end in _SPANS:
         if end > len(prompt):
@@ -54,10 +55,10 @@ def spans_of(prompt: array[int]) -> list[Span]:
 
 
 class Seen:
-    """Beginnings of prompts that one prefix cache should have, least recent first.
+    """Prompt prefixes that one prefix cache should hold, least recently used first.
 
     Args:
-        num_slots: tokens that it holds.
+        num_slots: its capacity in tokens.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -68,7 +69,7 @@ class Seen:
         return len(self._spans)
 
     def common(self, spans: Sequence[Span]) -> int:
-        """Tokens at the beginning that have been seen, up to an eighth less."""
+        """Length in tokens of the longest known prefix, or up to an eighth less."""
         end = 0
         for key, last, _ in spans:
             if key not in self._spans:
@@ -77,7 +78,7 @@ class Seen:
         return end
 
     def add(self, spans: Sequence[Span]) -> None:
-        for key, _, length in reversed(spans):  # so that ends are forgotten before beginnings
+        for key, _, length in reversed(spans):  # longer prefixes are evicted first
             if key in self._spans:
                 self._spans.move_to_end(key)
             else:
@@ -90,23 +91,23 @@ class Seen:
 @dataclass(slots=True)
 class _Request:
     group: int
-    waiting: int  # prompt tokens that are to be computed; 0: it is in the batch
+    waiting: int  # prompt tokens still to compute; 0: it is in the batch
 
 
 class GroupBalancer:
-    """Gives each request to a group and counts what the groups have.
+    """Assigns each request to a group and tracks the load of the groups.
 
-    ``cache_aware``: the longest known beginning of the prompt, if it is half of it or 128 tokens,
-    then the least load: prompt tokens that wait plus requests in the batch. A group that is ahead
-    of the one with fewest requests by more than 4 and a quarter gets none, so that a beginning that
-    all share does not bring all to one group. ``bs_balancer``: fewest requests, those that wait
-    included. ``round_robin``: in turn. Where groups are equal they take turns.
+    ``cache_aware``: the longest known prefix of the prompt, if it is half the prompt or 128 tokens,
+    then the least load: waiting prompt tokens plus requests in the batch. A group that has more
+    than 4 and a quarter more requests than the one with the fewest gets none, so that a prefix
+    shared by all requests does not send them all to one group. ``bs_balancer``: fewest requests,
+    waiting ones included. ``round_robin``: in turn. Ties are broken in turn.
 
     Args:
         num_groups: groups 0, 1, ...
         policy: one of ``POLICIES``.
-        num_slots: tokens that the K/V of a group holds: of many prompts it has but the last.
-        together: requests for one prompt go to one group, which computes it once.
+        num_slots: KV capacity of a group in tokens, which bounds the prefixes it can still hold.
+        together: requests with the same prompt go to one group, which computes it once.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class GroupBalancer:
     ) -> None:
         self._policy, self._together = policy, together
         self._requests: dict[int, _Request] = {}
-        self._groups: list[int] = [*range(num_groups)]  # without those that are lost
+        self._groups: list[int] = [*range(num_groups)]  # lost groups excluded
         self._num = [0] * num_groups
         self._waiting = [0] * num_groups  # tokens
         self._running = [0] * num_groups
@@ -123,33 +124,33 @@ class GroupBalancer:
 
     @property
     def num_requests(self) -> list[int]:
-        """Of each group: requests that have not ended."""
+        """Unfinished requests, per group."""
         return self._num.copy()
 
     @property
     def rids(self) -> list[int]:
-        """Of the requests that have not ended."""
+        """Of all unfinished requests."""
         return [*self._requests]
 
     def __contains__(self, rid: object) -> bool:
         return rid in self._requests
 
     def group_of(self, rid: int) -> int | None:
-        """Where a request is; None: it has ended, or never was."""
+        """The group of a request; None: it has ended or is unknown."""
         return request.group if (request := self._requests.get(rid)) else None
 
     def lose(self, group: int) -> list[int]:
-        """Give it nothing any more; the requests that it had, which are forgotten."""
+        """Stop using a group; returns its requests, which are forgotten."""
         self._groups.remove(group)
         rids = [rid for rid, request in self._requests.items() if request.group == group]
         self.ended(rids)
         return rids
 
     def place(self, rid: int, prompt: array[int], *, after: int = -1, cached: bool = True) -> int:
-        """The group of a new request.
+        """Choose the group of a new request.
 
         Args:
-            after: an earlier request for the same prompt, if any.
+            after: an earlier request with the same prompt, if any.
             cached: it may use the prefix cache.
         """
         spans = spans_of(prompt) if cached and self._policy == CACHE_AWARE else []
@@ -164,7 +165,7 @@ class GroupBalancer:
         return group
 
     def began(self, rids: Iterable[int]) -> None:
-        """These requests wait no longer; unknown ones are ignored."""
+        """These requests have left the queue; unknown ones are ignored."""
         for rid in rids:
             request = self._requests.get(rid)
             if request is not None and request.waiting:
@@ -173,7 +174,7 @@ class GroupBalancer:
                 request.waiting = 0
 
     def ended(self, rids: Iterable[int]) -> None:
-        """These requests are over; unknown ones are ignored."""
+        """These requests have ended; unknown ones are ignored."""
         for rid in rids:
             if (request := self._requests.pop(rid, None)) is not None:
                 self._num[request.group] -= 1

@@ -1,7 +1,7 @@
-"""Which prefill node and which decode node get a request.
+"""Chooses the prefill node and the decode node of a request.
 
-Knows nodes by the numbers of their connections, what they have been given and what they say about
-themselves; knows neither connections nor what becomes of a request.
+Knows nodes by connection number, what they were assigned and what they report; knows neither
+connections nor how requests fare.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ CACHE_AWARE, ROUND_ROBIN, ADAPTIVE, RANDOM = (
 STRATEGIES = (CACHE_AWARE, ROUND_ROBIN, ADAPTIVE, RANDOM)
 PREFILL, DECODE = "prefill", "decode"
 
-LEAST_WEIGHT = 0.02  # of a node without free K/V, for adaptive_load
-AVOIDED_S = 10.0  # a pair between which a transfer has failed
+LEAST_WEIGHT = 0.02  # weight of a node without free KV slots, for adaptive_load
+AVOIDED_S = 10.0  # how long a pair is avoided after a failed transfer
 
 
 @dataclass(slots=True)
@@ -27,9 +27,9 @@ class Node:
     """One prefill or decode node.
 
     Args:
-        peer: number of its connection; a node that comes back has another.
+        peer: number of its connection; a node that reconnects gets a new one.
         role: PREFILL or DECODE.
-        name: how logs and answers call it.
+        name: its name in logs and answers.
         total: KV slots.
     """
 
@@ -37,22 +37,23 @@ class Node:
     role: str
     name: str
     total: int
-    # as it said last
+    # as last reported
     used: int = 0
     cached: int = 0
     running: int = 0
     waiting: int = 0
     draining: bool = False
-    # what we have given it
+    # what it has been assigned
     requests: int = 0
-    tokens: int = 0  # that it is to compute, of a prefill node; that it holds, of a decode node
-    seen: Seen = field(init=False)  # beginnings of prompts that should be in its prefix cache
+    tokens: int = 0  # tokens to compute on a prefill node; tokens held on a decode node
+    seen: Seen = field(init=False)  # prompt prefixes that should be in its prefix cache
 
     def __post_init__(self) -> None:
         self.seen = Seen(self.total)
 
     def give(self, spans: Sequence[Span], length: int) -> int:
-        """A request for a prompt of ``length`` tokens. Returns: what :meth:`take` is told."""
+        """Assign a request with a prompt of ``length`` tokens; returns the argument of
+        :meth:`take`."""
         known = self.seen.common(spans) if self.role == PREFILL else 0
         self.seen.add(spans)
         tokens = length - min(known, length - 1)
@@ -61,7 +62,7 @@ class Node:
         return tokens
 
     def take(self, tokens: int) -> None:
-        """That request is over for this node."""
+        """The request no longer counts for this node."""
         self.requests -= 1
         self.tokens -= tokens
 
@@ -70,7 +71,8 @@ class Node:
 
     @property
     def load(self) -> float:
-        """Share of its K/V that is taken, by what it says or by what it was given since."""
+        """Share of its KV slots in use: the higher of what it reports and what it has been
+        assigned."""
         return max(self.used, self.tokens) / max(self.total, 1)
 
 
@@ -79,17 +81,16 @@ class Nodes:
 
     Args:
         strategy: one of ``STRATEGIES``. ``cache_aware``: as ``balancing.Balancer`` chooses among
-            groups: the longest known beginning of the prompt unless that node is ahead of the
-            others, then the least load. ``adaptive_load``: by chance, the likelier the more K/V is
-            free.
-        random: what chance is.
+            groups: the longest known prefix of the prompt unless that node is ahead of the others,
+            then the least load. ``adaptive_load``: at random, weighted by free KV slots.
+        random: source of randomness.
     """
 
     def __init__(self, strategy: str, random: Random | None = None) -> None:
         self._strategy, self._random = strategy, random or Random()
         self._nodes: dict[int, Node] = {}
-        self._turns = dict.fromkeys((PREFILL, DECODE), -1)  # the peer that was last
-        self._avoided: dict[tuple[int, int], float] = {}  # pair -> until when
+        self._turns = dict.fromkeys((PREFILL, DECODE), -1)  # the last chosen peer
+        self._avoided: dict[tuple[int, int], float] = {}  # pair -> avoided until
 
     def __iter__(self) -> Iterator[Node]:
         return iter([*self._nodes.values()])
@@ -106,7 +107,7 @@ class Nodes:
         self._avoided = {pair: at for pair, at in self._avoided.items() if peer not in pair}
 
     def of(self, role: str) -> list[Node]:
-        """Nodes that take requests."""
+        """Nodes that accept requests."""
         return [n for n in self._nodes.values() if n.role == role and not n.draining]
 
     def avoid(self, prefill: int, decode: int, now: float) -> None:
@@ -125,13 +126,13 @@ class Nodes:
         wanted: int = -1,
         now: float = 0.0,
     ) -> Node | None:
-        """A node for a prompt of ``length`` tokens; None: none of that role takes requests.
+        """A node for a prompt of ``length`` tokens; None: no node of that role accepts requests.
 
         Args:
-            spans: of the prompt; none: it may not use prefix caches.
-            blamed: nodes that have failed this request: only if there are no others.
+            spans: of the prompt; empty: it may not use prefix caches.
+            blamed: nodes that have failed this request; used only if there are no others.
             prefill: the prefill node, for a decode node.
-            wanted: this one, if it takes requests and is not blamed.
+            wanted: preferred if it accepts requests and is not blamed.
         """
         there = self.of(role)
         good = [n for n in there if n.peer not in blamed]
@@ -158,7 +159,7 @@ class Nodes:
                 return min(among, key=self._rank(role, among, spans, length))
 
     def _turn(self, role: str) -> Callable[[Node], tuple[bool, int]]:
-        """Those after the last one first."""
+        """Rotated so that those after the last chosen one come first."""
         return lambda node: (node.peer <= self._turns[role], node.peer)
 
     def _rank(

@@ -1,7 +1,7 @@
 """The first and last tokens of a long text, without encoding all of it.
 
-Knows that a tokenizer works from left to right on pieces of text that do not depend on each other
-(words, mostly); knows no tokenizer.
+Relies on tokenizers working from left to right on independent pieces of text (mostly words); knows
+no particular tokenizer.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Final
 
 Encode = Callable[[str], "array[int]"]
 
-GUESS: Final = 8  # characters of a token; English has 4 to 5
-MARGIN: Final = 64  # tokens at a cut that are not used
-SEEK: Final = 1024  # characters among which a place to cut is looked for
+GUESS: Final = 8  # characters per token; English has 4 to 5
+MARGIN: Final = 64  # tokens discarded next to a cut
+SEEK: Final = 1024  # characters searched for a place to cut
 
 
 def shortened(ids: array[int], head: int, tail: int) -> array[int]:
-    """The first ``head`` ids and the last ``tail``, or all if they are not more."""
+    """The first ``head`` and the last ``tail`` ids, or all of them if there are no more than
+    that."""
     if len(ids) <= head + tail:
         return ids
     return ids[:head] + ids[len(ids) - tail :]
@@ -27,18 +28,17 @@ def shortened(ids: array[int], head: int, tail: int) -> array[int]:
 def encode_ends(
     text: str, encode: Encode, head: int, tail: int, longest: int
 ) -> tuple[array[int], bool]:
-    """``shortened(encode(text), head, tail)`` in a time that depends on the two numbers alone.
+    """``shortened(encode(text), head, tail)`` in time that depends only on ``head`` and ``tail``.
 
-    The text is cut before a word, where every tokenizer that splits at words has a boundary, and
-    what is encoded from there on is what comes of the whole. Where there is no such place (scripts
-    without spaces) the tokens next to the cut may differ, and MARGIN of them are not used. Ids can
-    differ only inside one run that is longer than the margin and is split from its beginning, such
-    as 300,000 spaces, or digits in threes; the text they stand for is the end of the text all the
-    same.
+    The text is cut before a word, where every tokenizer that splits at words has a boundary, so
+    encoding from there gives the same ids as encoding the whole. Where there is no such place
+    (scripts without spaces), ids next to the cut may differ, and MARGIN of them are discarded. Ids
+    can still differ inside a run that is longer than the margin and split from its start, such as
+    300,000 spaces or digits in threes; they still decode to the end of the text.
 
     Args:
-        encode: text -> ids; special tokens at the beginning or the end may be among them.
-        longest: characters of the longest token, so that there is an end to trying.
+        encode: text -> ids; may add special tokens at either end.
+        longest: characters of the longest token, which bounds the search.
 
     Returns:
         The ids, and whether any were left out.
@@ -46,19 +46,19 @@ def encode_ends(
     if len(text) > GUESS * (head + tail + 2 * MARGIN):
         first = _end(text, encode, head, longest, last=False)
         last = _end(text, encode, tail, longest, last=True)
-        if first is not None and last is not None:  # else the tokens are long: there may be few
+        if first is not None and last is not None:  # else the tokens are long, and there may be few
             return first + last, True
     ids = encode(text)
     return shortened(ids, head, tail), len(ids) > head + tail
 
 
 def _end(text: str, encode: Encode, number: int, longest: int, *, last: bool) -> array[int] | None:
-    """The first or last ``number`` ids; None: all of the text is needed."""
+    """The first or last ``number`` ids; None: the whole text is needed."""
     if not number:
         return array("i")
     wanted, size = number + MARGIN, GUESS * (number + MARGIN)
     while True:
-        # neither end may need what the other one has
+        # the two ends must not overlap
         if 2 * size >= len(text):
             return None
         ids = encode(text[_word(text, len(text) - size) :] if last else text[:size])
@@ -68,7 +68,7 @@ def _end(text: str, encode: Encode, number: int, longest: int, *, last: bool) ->
 
 
 def _word(text: str, at: int) -> int:
-    """The beginning of a word with the space before it, near ``at``; else ``at``."""
+    """The start of a word (including the space before it) near ``at``; else ``at``."""
     for i in range(at, max(at - SEEK, 0), -1):
         if text[i] == " " and text[i - 1].isalpha() and text[i + 1].isalpha():
             return i

@@ -1,6 +1,6 @@
-"""Detokenizes one id at a time without ever splitting a character.
+"""Incremental detokenization, one id at a time, that never splits a character.
 
-Knows the bytes of every id and how they join; knows neither requests nor tokenizer files.
+Knows the bytes of each id and how they are joined; knows neither requests nor tokenizer files.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ WINDOW_LIMIT = 16  # ids a WindowStream holds back for an unfinished character
 
 
 class TextStream(Protocol):
-    """Text of one request, id by id; what was given is never taken back."""
+    """The text of one request, id by id; text once returned is never revised."""
 
     def push(self, token: int, force: bool = False) -> str:
-        """Text that ``token`` completes, maybe ""; ``force`` shows it even if it is hidden."""
+        """The text that ``token`` completes, possibly ""; ``force`` shows a hidden token."""
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character, or ""."""
@@ -26,15 +26,15 @@ class TextStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PieceTable:
-    """What each id adds to the text.
+    """The text and bytes of each id.
 
     Attributes:
         pieces: bytes of each id; b"" for ids without a token.
-        shown: text of ids that are whole characters by themselves, None for the others.
+        shown: text of ids that are complete characters by themselves, None for the others.
         plain: the same with special tokens hidden ("").
-        byte_runs: SentencePiece style: None in ``shown`` marks byte tokens, and only neighbours of
-            this kind make a character. Otherwise all bytes of the text are one sequence.
-        strip: spaces that are dropped at the very start of a text.
+        byte_runs: SentencePiece style: None in ``shown`` marks byte tokens, and only adjacent byte
+            tokens form a character. Otherwise all bytes of the text are one sequence.
+        strip: number of spaces dropped at the very start of a text.
     """
 
     pieces: list[bytes]
@@ -61,9 +61,9 @@ class PieceTable:
         return cls(pieces, shown, plain, byte_tokens is not None, strip)
 
     def stream(self, tail: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
-        """A stream that goes on after the ids ``tail``, whose own text is not given again.
+        """A stream that continues after the ids ``tail``, whose own text is not repeated.
 
-        A character that ``tail`` leaves unfinished is given whole if the stream finishes it.
+        A character left incomplete by ``tail`` is returned whole once the stream completes it.
         """
         out = (_RunStream if self.byte_runs else _ByteStream)(self, skip_special_tokens)
         for token in tail:
@@ -81,10 +81,10 @@ class _ByteStream:
         self._pieces = table.pieces
         self._texts = table.plain if skip_special_tokens else table.shown
         self._strip = table.strip
-        self._rest = b""  # an unfinished character
+        self._rest = b""  # an incomplete character
         self._foreign = 0  # bytes of it that belong to the prompt
-        self._broken = False  # for _RunStream: the present run has had a bad byte
-        self._quick = not self._strip  # nothing is held back: whole characters pass
+        self._broken = False  # for _RunStream: the current run has had an invalid byte
+        self._quick = not self._strip  # nothing is held back: complete characters pass through
 
     def push(self, token: int, force: bool = False) -> str:
         if token >= len(self._texts):
@@ -106,7 +106,7 @@ class _ByteStream:
         return text
 
     def adopt(self) -> None:
-        """What is held back now came from the prompt: its U+FFFD are not ours to show."""
+        """The bytes held back now are the prompt's, so their U+FFFD is not shown."""
         self._foreign = len(self._rest)
 
     def _join(self, token: int, text: str | None) -> str:
@@ -114,7 +114,7 @@ class _ByteStream:
         out, used = utf_8_decode(data, "replace", False)
         self._rest = data[used:]
         if self._foreign and out:
-            # the prompt's unfinished bytes are one U+FFFD, which the prompt's own text ends with
+            # the prompt's incomplete bytes are one U+FFFD, already at the end of the prompt's text
             if out[0] == BAD and not data.startswith(b"\xef\xbf\xbd"):
                 out = out[1:]
             self._foreign = 0
@@ -131,11 +131,11 @@ class _ByteStream:
 
 
 class _RunStream(_ByteStream):
-    """SentencePiece with byte fallback: neighbouring byte tokens decode together.
+    """SentencePiece with byte fallback: adjacent byte tokens are decoded together.
 
-    As in the tokenizers library, a run of byte tokens that is not UTF-8 becomes one U+FFFD per
-    byte. Unlike there, characters that were complete before the bad byte stay: they have been
-    given already, and to wait for the end of each run would hold back every newline.
+    As in the tokenizers library, a run of byte tokens that is not valid UTF-8 becomes one U+FFFD
+    per byte. Unlike there, characters completed before the invalid byte are kept: they have already
+    been returned, and waiting for the end of each run would delay every newline.
     """
 
     __slots__ = ()
@@ -168,14 +168,14 @@ class _RunStream(_ByteStream):
 
 
 class WindowStream:
-    """For decoders that are not a table: decode a short window of ids with and without the new one.
+    """For decoders without a token table: decodes a short window with and without the new id.
 
-    Costs two calls of ``decode`` per id. An unfinished character is held back, but for at most
+    Costs two calls of ``decode`` per id. An incomplete character is held back for at most
     ``WINDOW_LIMIT`` ids, so that the window stays short.
 
     Args:
         decode: (ids, skip_special_tokens) -> text.
-        tail: ids before the first one, whose text is not given again.
+        tail: ids before the first one, whose text is not repeated.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class WindowStream:
     ) -> None:
         self._decode, self._skip = decode, skip_special_tokens
         self._ids = list(tail)
-        self._read = len(self._ids)  # ids[:read] have been given; ids[read:] are held back
+        self._read = len(self._ids)  # ids[:read] have been returned; ids[read:] are held back
 
     def push(self, token: int, force: bool = False) -> str:
         if force and self._skip:
@@ -209,7 +209,7 @@ class WindowStream:
 
 
 def _whole(piece: bytes) -> str | None:
-    """Its text, or None where it is not UTF-8 by itself."""
+    """Its text, or None if it is not valid UTF-8 by itself."""
     try:
         return piece.decode()
     except UnicodeDecodeError:

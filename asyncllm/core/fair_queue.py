@@ -1,6 +1,6 @@
-"""A queue that serves clients in turn, and each client's items first come, first served.
+"""A queue that is round-robin over clients and first come, first served for each client.
 
-Knows keys and clients as numbers; does not know what waits.
+Knows keys and clients as numbers; does not know what the items are.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Items under unique keys. Iteration is in the order in which they are to be served.
+    """Items under unique keys. Iteration is in serving order.
 
     Every operation, and every item of an iteration, costs the same however many clients and items
     there are. A client without items is not kept.
     """
 
     def __init__(self) -> None:
-        self._first: OrderedDict[int, T] = OrderedDict()  # before all turns
+        self._first: OrderedDict[int, T] = OrderedDict()  # served before any client's turn
         self._lines: OrderedDict[int, OrderedDict[int, T]] = OrderedDict()  # next client first
         self._len = 0
 
@@ -28,8 +28,7 @@ class FairQueue(Generic[T]):
         return self._len
 
     def __iter__(self) -> Iterator[T]:
-        """One item of each client, then the next one of each, and so on;
-        do not change meanwhile."""
+        """One item per client, then the next one of each; do not modify the queue meanwhile."""
         yield from self._first.values()
         rest: deque[Iterator[T]] = deque()
         for line in self._lines.values():
@@ -44,21 +43,21 @@ class FairQueue(Generic[T]):
                 break
 
     def has(self, client: int, key: int) -> bool:
-        """Whether this client's item is there."""
+        """Whether the queue holds this client's item."""
         return key in self._first or key in self._lines.get(client, ())
 
     def append(self, client: int, key: int, item: T) -> None:
-        """To the end of the client's line."""
+        """Append to the client's items."""
         self._lines.setdefault(client, OrderedDict())[key] = item
         self._len += 1
 
     def prepend(self, client: int, key: int, item: T) -> None:
-        """To the head of the client's line."""
+        """Put before the client's other items."""
         self.append(client, key, item)
         self._lines[client].move_to_end(key, last=False)
 
     def put_first(self, key: int, item: T) -> None:
-        """Before everything, whoever's turn it is."""
+        """Put before everything, whichever client's turn it is."""
         self._first[key] = item
         self._first.move_to_end(key, last=False)
         self._len += 1

@@ -1,7 +1,7 @@
-"""The requests of a scheduler from arrival to end: which wait, which run, and on which lane.
+"""Tracks a scheduler's requests from arrival to end: waiting or running, and on which lane.
 
-Knows requests and lanes (see :mod:`asyncllm.core.steps`); knows neither budgets nor what is in a
-step.
+Knows requests and lanes (see :mod:`asyncllm.core.steps`); knows neither budgets nor the contents of
+steps.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Lives:
             ``scheduling.Core``.
 
     Attributes:
-        ended: ends not told yet. The shell takes and clears it.
-        begun: rids of requests that have been given a place. The shell takes and clears it.
-        released: (lane, ids for the cache) not told yet. The shell takes and clears it.
+        ended: ends not yet reported. The shell takes and clears it.
+        begun: rids of requests that have been placed on a lane. The shell takes and clears it.
+        released: (lane, ids for the cache) not yet reported. The shell takes and clears it.
         launched: lanes whose prompt tokens have been launched, or have arrived, since the last
             proposal.
     """
@@ -52,11 +52,11 @@ class Lives:
         self.num_lanes, self.num_slots = num_lanes, num_slots
         self.eos_ids = frozenset(eos_ids)
         self.requests: dict[int, Request] = {}
-        self.waiting: FairQueue[Request] = FairQueue()  # those that come back, then in turns
-        self.held: dict[int, list[Request]] = {}  # not waiting yet: behind this rid's prompt
+        self.waiting: FairQueue[Request] = FairQueue()  # returning ones first, then in turn
+        self.held: dict[int, list[Request]] = {}  # held until this rid's prompt is computed
         self.share_prompts = share_prompts
         self.running: dict[int, Request] = {}  # oldest first
-        # oldest first: they have slots, and K/V or the token behind them are still to come
+        # oldest first: they have slots, but K/V or the token after them have not arrived yet
         self.importing: dict[int, Request] = {}
         self.moves = Moves(num_ranks)
         self.ended: list[Finished] = []
@@ -81,11 +81,11 @@ class Lives:
         imports: bool = False,
         exports: Destination | None = None,
     ) -> None:
-        """A new request at the end of its client's line; one that can never fit ends at once.
+        """Queue a new request after its client's others; one that can never fit ends at once.
 
         Args:
             after: the rid of an earlier request with the same prompt and parameters, if any.
-            outputs: tokens that have been generated already. A constraint is told them by a thread.
+            outputs: tokens already generated. A thread feeds them to the constraint.
             imports, exports: as in ``Submit``.
         """
         assert rid not in self.requests, f"request {rid} submitted twice"
@@ -117,7 +117,7 @@ class Lives:
             self._resume(req)
 
     def refuse(self, rid: int, failure: Failure) -> None:
-        """End a request that is not taken in."""
+        """End a request without queueing it."""
         self.ended.append(Finished(rid, Reason.ERROR, failure))
 
     def abort(self, rid: int) -> None:
@@ -125,7 +125,7 @@ class Lives:
         if req := self.requests.get(rid):
             self._end(req, Reason.ABORT)
         else:
-            self.moves.end(rid)  # it may have moved, while its K/V are still on their way
+            self.moves.end(rid)  # it may have moved on while its K/V are still in transit
 
     def abort_all(self) -> None:
         for rid in [*self.requests, *self.moves.outflows]:
@@ -138,16 +138,17 @@ class Lives:
 
     @property
     def expected_slots(self) -> int:
-        """Slots that all requests will hold at the most: prompt and max_new_tokens."""
+        """Upper bound of the slots that all requests will hold: prompts plus max_new_tokens."""
         return sum(len(r.prompt) + r.until for r in self.requests.values())
 
     def _resume(self, req: Request, whole: bool = False) -> None:
-        """Outputs that it came with have been accepted; with all of them it may be at its end."""
+        """Outputs the request arrived with have been accepted; after the last it may be
+        finished."""
         if req.outputs and not req.todo:
             self._emit(req, req.outputs.pop(), whole, 0, Emitted.of(NO_STEP))
 
     def _emit(self, req: Request, token: int, whole: bool, row: int, emitted: Emitted) -> None:
-        """The token counts; it may be the last."""
+        """Count an accepted token, which may be the last."""
         req.outputs.append(token)
         if req.constraint is not None and isinstance(req.constraint, Healing):
             req.grow(req.constraint.uncounted())
@@ -166,13 +167,14 @@ class Lives:
     # K/V from elsewhere
 
     def begin(self, rid: int, token: int) -> None:
-        """The token behind what a request imports: it goes on by it, once all is there."""
+        """The token that follows a request's imported K/V: it continues from there once all is
+        there."""
         req = self.requests.get(rid)
         if req is None or not req.lacks:
             return
         req.lacks = False
         if req.lane is None:
-            req.imports = False  # nobody has been told where its K/V are wanted
+            req.imports = False  # no rank has been told where to send its K/V
         req.outputs.append(token)
         if req.constraint is None:
             self._resume(req)
@@ -183,15 +185,15 @@ class Lives:
         self._go_in(req)
 
     def arrived(self, rid: int, rank: int) -> None:
-        """A rank has all K/V that a request imports."""
+        """A rank has received all K/V that a request imports."""
         self._answered(rid, rank, None)
 
     def lapsed(self, rid: int, rank: int, why: str) -> None:
-        """A rank will not have all of them; ``why`` "": nobody wants them."""
+        """A rank will not receive all K/V; ``why`` "": they are no longer wanted."""
         self._answered(rid, rank, why)
 
     def sent(self, rid: int, rank: int, seq: int) -> None:
-        """A rank is done with a part of what a request exports."""
+        """A rank has finished with part of a request's exported K/V."""
         if lane := self.moves.sent(rid, rank, seq):
             self._let_go(lane)
 
@@ -215,7 +217,7 @@ class Lives:
             self._go_in(req)
 
     def _expect(self, req: Request, lane: Lane, hit: int, slots: array[int]) -> None:
-        """Its slots are there, those of ``hit`` cached tokens first: K/V may come."""
+        """The request has its slots, those of ``hit`` cached tokens first: K/V may arrive."""
         req.imports = False
         lane.imports, lane.imported = False, slots
         self.moves.expect(req.rid, lane, hit, slots)
@@ -223,7 +225,7 @@ class Lives:
         self._changed = True
 
     def _go_in(self, req: Request) -> None:
-        """It runs if all has come: what it lacks are rows."""
+        """Start it if everything has arrived: only rows are missing then."""
         lane = req.lane
         if req.rid not in self.importing or req.lacks or req.todo:
             return
@@ -241,14 +243,14 @@ class Lives:
         self._requeue(req)
 
     def _again(self, req: Request) -> None:
-        """What has come of this life since its last accepted token does not count."""
+        """Drop this life's tokens after the last accepted one."""
         req.todo.clear()
-        if req.rid in self.running:  # else it has been preempted meanwhile
+        if req.rid in self.running:  # else it has been preempted in the meantime
             self._requeue(req)
 
     def _requeue(self, req: Request) -> None:
-        """Back to the head of the queue; the next life computes prompt and outputs again, if the
-        token that they lack is there."""
+        """Put it back at the head of the queue; the next life recomputes prompt and outputs, once
+        the missing token is there."""
         del (self.running if req.rid in self.running else self.importing)[req.rid]
         self._leave(req)
         self.waiting.put_first(req.rid, req)
@@ -302,7 +304,7 @@ class Lives:
         self.ended.append(Finished(req.rid, reason, failure, cached_len=cached_len, num_tokens=num))
 
     def _leave(self, req: Request) -> None:
-        """The request's lane is over. Rows that were launched, or are being reserved, keep it."""
+        """Retire the request's lane. Launched rows and open reservations keep it alive."""
         if (lane := req.lane) is None:
             return
         lane.over, req.lane = True, None
@@ -323,7 +325,7 @@ class Lives:
             self._let_go(lane)
 
     def _let_go(self, lane: Lane) -> None:
-        """One row or touch less: nobody may be left who reads or writes the lane's slots."""
+        """One row or touch less: release the lane if nobody reads or writes its slots any more."""
         if lane.over and not (lane.inflight or lane.touches):
             self._release(lane)
 

@@ -1,6 +1,6 @@
-"""How several groups agree on the steps that they take together.
+"""Agreement between groups on the steps that they run together.
 
-Knows step numbers and sizes; knows neither rows nor who carries what is said.
+Knows step numbers and sizes; knows neither rows nor how messages travel.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What all groups know of a step before any of them launches it.
+    """What every group knows about a step before any of them launches it.
 
     Attributes:
-        num_tokens: the most that a group brings.
-        mixed: a group brings rows of more than one token.
+        num_tokens: the largest number of tokens in a group.
+        mixed: some group has rows of more than one token.
     """
 
     step: int
@@ -23,10 +23,10 @@ class Common:
 
 
 class StepAgreement:
-    """Steps 1, 2, 3, ... of all groups; each is agreed when every group has said what it brings.
+    """Steps 1, 2, 3, ... of all groups; each is agreed once every group has announced its share.
 
-    The first group to say so has tokens; a group without any joins with 0. So nobody steps while
-    nobody has anything to do.
+    The first group to announce has tokens; a group without any joins with 0. So no steps run while
+    all groups are idle.
     """
 
     def __init__(self, num_groups: int) -> None:
@@ -37,10 +37,10 @@ class StepAgreement:
     def offer(
         self, group: int, step: int, num_tokens: int, mixed: bool
     ) -> tuple[list[int], Common | None]:
-        """Groups that have to be asked to join, and the step if all have.
+        """The groups to ask to join, and the step if all have joined.
 
         Raises:
-            ValueError: it is not this group's turn with this step.
+            ValueError: this is not the group's next step.
         """
         if step != self._next or group in self._brings:
             raise ValueError(f"group {group} brings step {step}, {self._next} is due")

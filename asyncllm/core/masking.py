@@ -16,15 +16,15 @@ from asyncllm.errors import RequestError
 from asyncllm.records import ConstraintDone, Failure
 
 STEP_S = 0.05  # CPU seconds for all constraints while the device is busy with one step
-BATCH_S = 0.005  # a thread comes back after so much, with what is left undone
-CHEAP_S = 0.002  # a step may wait for those that usually take less
+BATCH_S = 0.005  # a thread returns after this long, with the rest left undone
+CHEAP_S = 0.002  # a step may wait for masks that usually take less than this
 
 
 Job = tuple[int, Constraint, tuple[int | None, ...]]  # rid and tokens; None: start
 
 
 def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[ConstraintDone]:
-    """Do as much of the jobs, in a thread, as BATCH_S allows, at least one token."""
+    """Runs in a thread: does as much of the jobs as BATCH_S allows, at least one token."""
     done: list[ConstraintDone] = []
     begun = before = clock()
     for rid, constraint, tokens in jobs:
@@ -53,11 +53,11 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
 
 
 class Line:
-    """Requests whose constraint has work to do; each is in it, or with a thread, at most once.
+    """Requests whose constraint has work to do; each is queued here or with a thread at most once.
 
-    Next is the one that has used the least CPU time, where a newcomer counts as having used as much
-    as the last one that was taken. So one whose masks are cheap waits for a single piece of
-    anybody's work, and as long as all are costly each gets its share.
+    The request that has used the least CPU time is next; a new one starts with the usage of the
+    last one taken. So a request with cheap masks waits for at most one piece of other work, and
+    when all are expensive each gets its share.
     """
 
     def __init__(self) -> None:
@@ -72,11 +72,12 @@ class Line:
 
     @property
     def idle(self) -> bool:
-        """Nothing is to be done, or being done."""
+        """No work is queued or running."""
         return not (self._heap or self._working)
 
     def add(self, req: Request) -> None:
-        """The first of ``req.todo`` is to be done, and what it came with behind it."""
+        """Queue the first entry of ``req.todo``, followed by the outputs the request arrived
+        with."""
         if req.level < 0:
             req.level = self._level
         self._number += 1
@@ -86,20 +87,20 @@ class Line:
         """Work for a thread, of at most ``most`` requests.
 
         Args:
-            busy: the device works on a step, so that no more than STEP_S are for this.
+            busy: the device is working on a step, so at most STEP_S are available.
         """
         jobs: list[Job] = []
         while self._heap and len(jobs) < most and (self._left > 0 or not busy):
             level, _, req = heappop(self._heap)
             self._level = max(self._level, level)
-            if req.todo:  # else it has ended meanwhile
+            if req.todo:  # else it has ended in the meantime
                 assert req.constraint is not None
                 jobs.append((req.rid, req.constraint, req.next_todo()))
         self._working += len(jobs)
         return jobs
 
     def spent(self, req: Request | None, cpu_s: float) -> None:
-        """A thread comes back from ``req``; None: it has ended meanwhile."""
+        """A thread has returned from ``req``; None: it has ended in the meantime."""
         self._working -= 1
         self._left -= cpu_s
         if req is not None:
@@ -107,5 +108,5 @@ class Line:
             req.worked_s += cpu_s
 
     def step_over(self) -> None:
-        """The device has done a step."""
+        """The device has finished a step."""
         self._left = STEP_S

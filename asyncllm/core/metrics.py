@@ -1,8 +1,8 @@
 """The server's metrics as Prometheus text.
 
 Knows names, buckets and plain values; knows neither who measured them nor how they are fetched.
-Beside our own names (``asyncllm_``) it keeps those of LightLLM's that dashboards use and that have
-an honest meaning here (``lightllm_``, with the label ``model_name``).
+Besides our own names (``asyncllm_``) it exports those of LightLLM's metrics that dashboards use and
+that are meaningful here (``lightllm_``, with the label ``model_name``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from asyncllm.messages import (
 )
 from asyncllm.records import Answered, KvMoved, Load
 
-REFUSED = "refused"  # a reason: the request was not taken in
+REFUSED = "refused"  # a finish reason: the request was rejected
 LAG_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 FIRST_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
@@ -46,7 +46,7 @@ S = TypeVar("S", SchedulerStats, AllocatorStats, RunnerStats, TransferStats, Dir
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What schedulers, allocators and runners hold, together and in each group; or a director."""
+    """State of schedulers, allocators and runners, in total and per group; or of a director."""
 
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
     allocator: AllocatorStats = field(default_factory=AllocatorStats)
@@ -59,7 +59,7 @@ class State:
 
     @property
     def load(self) -> Load:
-        """All together."""
+        """The totals."""
         slots = self.allocator
         return Load(
             used=slots.used,
@@ -87,7 +87,7 @@ class State:
 
     @property
     def loads(self) -> tuple[Load, ...]:
-        """Of each group, full where it is lost; of a master that of its decode nodes together."""
+        """Per group, full if it is lost; on a master, that of its decode nodes together."""
         if nodes := self.director.total:
             used = self.director.used
             return (Load(used=used, expected=used, total=nodes),)
@@ -99,12 +99,12 @@ class State:
 def gather(
     reports: Mapping[int, Collection[Stats]], silent: int, lost: Collection[int] = ()
 ) -> State:
-    """All groups together: their counts added up, the times of the slowest.
+    """Combine all groups: counts are summed, times are the slowest group's.
 
     Args:
         reports: of each group's leader.
-        silent: number of those whose report is an older one, or missing.
-        lost: groups that the server has gone on without.
+        silent: number of groups whose report is outdated or missing.
+        lost: groups that the server continues without.
     """
     groups = {
         group: State(
@@ -155,7 +155,7 @@ class Process:
 
     actors: Sequence[tuple[str, int, float, float]] = ()
     dead_letters: int = 0
-    foreign_frames: int = 0  # of all processes of its node, as strangers
+    foreign_frames: int = 0  # of all processes of its node, whoever owns them
     strangers: int = 0
     lag_ms: float = 0.0  # median lateness of its loop
 
@@ -279,7 +279,7 @@ assert set(_STATE) - {"silent_reporters"} == {
     if count.name not in _UNNAMED
 }
 
-# what is told of each group too, where there are several
+# reported per group too, if there are several
 _OF_GROUP = (
     "allocator.used",
     "allocator.cached",
@@ -382,7 +382,7 @@ class ServerMetrics:
         self._lag.labels(str(endpoint)).observe(late_s)
 
     def update(self, state: State, process: Process) -> None:
-        """Replace what the actors held when last asked."""
+        """Replace the actors' last reported state."""
         self._held.state, self._held.process = state, process
 
     def exposition(self) -> bytes:
@@ -391,7 +391,7 @@ class ServerMetrics:
 
 
 class _Held(Collector):
-    """Series whose value is somebody else's count: read, not incremented."""
+    """Series whose values are counted elsewhere: read, not incremented."""
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name

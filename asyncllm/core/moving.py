@@ -1,10 +1,11 @@
-"""K/V that come from other servers and go to them: who may touch slots of which lane, how long.
+"""K/V transfers to and from other servers: who may touch which lane's slots, and how long.
 
-Knows requests, lanes, ranks and slot numbers; knows neither what slots hold nor how K/V travel.
+Knows requests, lanes, ranks and slot numbers; knows neither the contents of slots nor how K/V
+travel.
 
-A slot is given to nobody else while its lane has touches. An import is one touch, from the moment
-that the ranks are told its slots until each of them has said that it writes no more. Each
-``Computed`` of an export is one, until each rank has said that it is done with those slots.
+A slot is not reused while its lane has touches. An import is one touch, from when the ranks are
+sent its slots until each of them has confirmed that it writes no more. Each ``Computed`` of an
+export is one, until each rank has confirmed that it is done with those slots.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ class Touch:
 
 @dataclass(slots=True, eq=False)
 class Inflow:
-    """K/V of a request on their way here."""
+    """A request's K/V in transit to this server."""
 
     touch: Touch
     num_tokens: int
-    void: bool = False  # nobody wants them any more
-    lapsed: bool = False  # a rank has not got all
+    void: bool = False  # no longer wanted
+    lapsed: bool = False  # a rank did not receive all
 
 
 @dataclass(slots=True, eq=False)
 class Outflow:
-    """K/V of a request on their way out, over all its lives here."""
+    """A request's K/V in transit to another server, over all its lives here."""
 
     to: Destination
-    end: int  # behind the last position that the ranks have been told
+    end: int  # end of the positions sent to the ranks so far
     num_told: int = 0
     touches: dict[int, Touch] = field(default_factory=dict)  # by Computed.seq
     ended: bool = False  # the request has
@@ -56,12 +57,13 @@ class Moves:
         num_ranks: of the group, each of which has a part of all K/V.
 
     Attributes:
-        told: what the ranks are to be told. The shell takes and clears it.
-        placed: (rid, cached tokens, all tokens) of those that wait for K/V. The same.
-        left: rids of requests whose K/V have left, or were let go, behind their end. The same.
-        imports, imported_tokens: that have arrived, since the start.
-        lapses: imports that have not, and were wanted.
-        exports, exported_tokens: that have left.
+        told: messages for the ranks. The shell takes and clears it.
+        placed: (rid, cached tokens, all tokens) of requests that wait for K/V. Taken and cleared
+            too.
+        left: rids of ended requests whose K/V have been sent or dropped. Taken and cleared too.
+        imports, imported_tokens: counts of arrivals since the start.
+        lapses: wanted imports that did not arrive.
+        exports, exported_tokens: counts of what has been sent.
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -75,12 +77,12 @@ class Moves:
         self.exports = self.exported_tokens = 0
 
     def __bool__(self) -> bool:
-        """Somebody may touch slots, or is being waited for."""
+        """Whether slots may still be touched, or an answer is awaited."""
         return bool(self.inflows or self.outflows)
 
     @property
     def leaving(self) -> bool:
-        """Slots of a lane that is over will be free when somebody lets go of them."""
+        """Slots of a retired lane will become free once a rank is done with them."""
         touches = [flow.touch for flow in self.inflows.values()]
         for flow in self.outflows.values():
             touches += flow.touches.values()
@@ -89,13 +91,13 @@ class Moves:
     # in
 
     def expect(self, rid: int, lane: Lane, hit: int, slots: array[int]) -> None:
-        """K/V of the positions from ``hit`` on may come; ``slots`` are those of all positions."""
+        """Allow K/V of the positions from ``hit`` on; ``slots`` are those of all positions."""
         lane.touches += 1
         self.inflows[rid] = Inflow(Touch(lane, set(self._ranks)), len(slots) - hit)
         self.told.append(Import(rid=rid, hit=hit, length=len(slots), slots=slots[hit:]))
 
     def answered(self, rid: int, rank: int, *, lapsed: bool) -> Inflow | None:
-        """A rank writes no more: the import of this rid if that is the last one's answer."""
+        """A rank has stopped writing; returns the import of this rid if it was the last rank."""
         flow = self.inflows.get(rid)
         if flow is None or rank not in flow.touch.ranks:
             return None
@@ -111,7 +113,7 @@ class Moves:
         return flow
 
     def drop(self, rid: int) -> None:
-        """A request does without its import."""
+        """A request continues without its import."""
         flow = self.inflows.get(rid)
         if flow is not None and not flow.void:
             flow.void = True
@@ -120,13 +122,13 @@ class Moves:
     # out
 
     def export(self, rid: int, to: Destination) -> None:
-        """A request's K/V will go there."""
+        """A request's K/V will be sent to that server."""
         self.outflows[rid] = Outflow(to, to.hit)
         self.told.append(Export(rid, to))
 
     def computed(self, rid: int, lane: Lane, start: int, slots: array[int], step: int) -> None:
-        """K/V from position ``start`` on are there when the step is over; what has been told
-        before is left out."""
+        """K/V from position ``start`` on will be computed when the step is over; what has been
+        announced before is left out."""
         flow = self.outflows[rid]
         first, end = max(start, flow.end), min(start + len(slots), flow.to.length)
         if first >= end:
@@ -140,7 +142,7 @@ class Moves:
         self.told.append(computed)
 
     def sent(self, rid: int, rank: int, seq: int) -> Lane | None:
-        """A rank is done with the slots of a Computed: the lane, if that is the last one's word."""
+        """A rank is done with the slots of a Computed; returns the lane if it was the last rank."""
         if (flow := self.outflows.get(rid)) is None:
             return None
         touch = flow.touches.get(seq)
@@ -156,7 +158,7 @@ class Moves:
         return touch.lane
 
     def end(self, rid: int, *, moved: bool = False) -> None:
-        """The request has ended; ``moved``: what it exports is wanted all the same."""
+        """The request has ended; ``moved``: its exported K/V are still wanted."""
         if (flow := self.outflows.get(rid)) is None:
             return
         flow.ended = True

@@ -13,11 +13,11 @@ _SERIALS = count()
 
 
 class RadixNode:
-    """A run of tokens below its parent's. ``key[i]``'s KV lies in ``slots[i]``.
+    """A run of tokens that follows its parent's. The KV of ``key[i]`` is in ``slots[i]``.
 
-    ``locks`` counts the holders of this node and of all nodes below it: a lock is taken along the
-    whole path to the root, so a node that nobody locks has no locked descendant. ``sliding``,
-    ``ends``, ``readers``, ``seen`` are for trees that know windows (``core/window_radix.py``).
+    ``locks`` counts the holders of this node and of all nodes below it: a lock covers the whole
+    path to the root, so an unlocked node has no locked descendant. ``sliding``, ``ends``,
+    ``readers``, ``seen`` are for trees with sliding windows (``core/window_radix.py``).
     """
 
     __slots__ = (
@@ -37,11 +37,11 @@ class RadixNode:
 
 
 class RadixTree:
-    """A radix tree over token ids at token granularity, evicting the least recently used leaf.
+    """A radix tree over token ids at token granularity, with LRU eviction of leaves.
 
     Attributes:
         size: tokens in the tree.
-        locked: tokens of it that somebody holds; the others can be evicted.
+        locked: tokens that are locked; the others can be evicted.
     """
 
     def __init__(self) -> None:
@@ -69,11 +69,11 @@ class RadixTree:
     def extend(
         self, node: RadixNode, ids: array[int], start: int, end: int, slots: array[int]
     ) -> tuple[RadixNode, int]:
-        """Put ``ids[start:end]``, whose KV lies in ``slots[start:end]``, below ``node``.
+        """Insert ``ids[start:end]``, whose KV is in ``slots[start:end]``, below ``node``.
 
         ``node`` is locked by the caller and ends at token ``start``; the lock moves to the returned
-        node, which ends at ``end``. The first tokens may be in the tree already, under other slots:
-        their number is returned too, and the caller keeps its own slots of those.
+        node, which ends at ``end``. The first tokens may already be in the tree, with other slots:
+        their number is returned too, and the caller keeps its own slots for them.
 
             [0, start)        held by the caller's lock on ``node``
             [start, +known)   in the tree already; the caller's slots are duplicates
@@ -107,9 +107,9 @@ class RadixTree:
             self._offer(node)
 
     def evict(self, num_tokens: int) -> array[int]:
-        """Forget the least recently used tokens that nobody holds; their slots.
+        """Evict the least recently used unlocked tokens; returns their slots.
 
-        Fewer than asked only when fewer are unlocked. Of the last leaf only the end goes.
+        Fewer than asked for only if fewer are unlocked. The last leaf loses only its end.
         """
         out = array("i")
         while len(out) < num_tokens and self._leaves:
@@ -135,7 +135,7 @@ class RadixTree:
         return out
 
     def _child(self, node: RadixNode, ids: array[int], at: int, end: int) -> RadixNode | None:
-        """What ``ids[at:end]`` and the tree have in common below ``node``, up to a node's end."""
+        """The part of ``ids[at:end]`` that is in the tree below ``node``, up to a node's end."""
         child = node.children.get(ids[at])
         if child is None:
             return None
@@ -143,7 +143,7 @@ class RadixTree:
         return child if common == len(child.key) else self._split(child, common)
 
     def _is_sole(self, node: RadixNode) -> bool:
-        """Only the caller holds it, and nothing is below: it can grow in place."""
+        """Whether it is locked only by the caller and is a leaf, so that it can grow in place."""
         return node.locks == 1 and not node.children and node.parent is not None
 
     def _grow(self, node: RadixNode, ids: array[int], at: int, end: int, slots: array[int]) -> None:
@@ -161,7 +161,7 @@ class RadixTree:
         return node
 
     def _cut(self, node: RadixNode, num: int) -> None:
-        """Forget the last tokens of an unlocked leaf."""
+        """Evict the last tokens of an unlocked leaf."""
         del node.key[-num:], node.slots[-num:]
 
     def _lock(self, node: RadixNode, above: RadixNode) -> None:
@@ -174,9 +174,9 @@ class RadixTree:
             node = node.parent
 
     def _split(self, node: RadixNode, at: int) -> RadixNode:
-        """Cut ``node`` before its token ``at``; the new upper part.
+        """Split ``node`` before its token ``at``; returns the new upper part.
 
-        ``node`` stays the lower part: whoever holds it holds the same end as before.
+        ``node`` stays the lower part, so locks on it cover the same tokens as before.
         """
         assert node.parent is not None
         upper = RadixNode(node.key[:at], node.slots[:at], node.parent)
@@ -190,7 +190,7 @@ class RadixTree:
 
     def _offer(self, node: RadixNode) -> None:
         """Make an unlocked leaf a candidate for eviction."""
-        if len(self._leaves) > 2 * self._num_nodes + 64:  # outdated entries outweigh
+        if len(self._leaves) > 2 * self._num_nodes + 64:  # mostly outdated entries
             self._leaves = [entry for entry in self._leaves if _is_current(entry)]
             heapify(self._leaves)
         heappush(self._leaves, (node.tick, node.serial, node))

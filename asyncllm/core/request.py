@@ -17,7 +17,7 @@ class Reason(IntEnum):
     LENGTH = 1  # max_new_tokens, or the context is full
     ABORT = 2  # the client left, or the server is going down
     ERROR = 3  # see the detail
-    MOVED = 4  # it goes on where its K/V went; only masters are told
+    MOVED = 4  # it continues where its K/V went; reported to masters only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,18 +26,15 @@ class SamplingParams:
 
     Logits are changed in this order:
 
-    1. logit_bias, and the ban of eos tokens by min_new_tokens
-    2. presence, frequency and repetition penalties
-    3. the length penalty on eos tokens
-    4. the mask of the constraint
-    5. temperature
-    6. top_k, top_p, min_p
+    1. logit_bias, and banning of eos tokens by min_new_tokens 2. presence, frequency and repetition
+    penalties 3. the length penalty on eos tokens 4. the mask of the constraint 5. temperature 6.
+    top_k, top_p, min_p
 
     Log-probabilities are of the unchanged logits.
     """
 
     max_new_tokens: int | None = None  # None: fill the context; the tokenizer resolves it. 0: score
-    min_new_tokens: int = 0  # eos and stop tokens are banned before
+    min_new_tokens: int = 0  # eos and stop tokens are banned until then
     temperature: float = 1.0  # 0: greedy
     top_k: int = -1  # -1: all
     top_p: float = 1.0
@@ -45,32 +42,32 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over generated tokens
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    penalize_prompt: bool = False  # prompt tokens count for the repetition penalty too
+    penalize_prompt: bool = False  # the repetition penalty counts prompt tokens too
     seed: int = 0  # same seed and prompt, same tokens; the frontend draws one when none is given
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()  # cut from the text
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # of ids, each at least two; cut from the text
-    logprobs: int = -1  # -1: none; 0: the chosen token's; N: and those of the N best
+    logprobs: int = -1  # -1: none; 0: of the chosen token; N: of the N best too
     prompt_logprobs: int = -1  # the same for prompt tokens; such a request takes no prefix hit
     skip_special_tokens: bool = True
     print_eos: bool = False  # show the text of the eos or stop token that ended the request
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
-    use_cache: bool = True  # take and leave prefix cache entries
+    use_cache: bool = True  # use and add prefix cache entries
     grammar: tuple[str, str] | None = None  # (kind, text): the output's form; kinds in GRAMMARS
     length_penalty: tuple[int, float] | None = None  # (start, factor > 1): eos ones come likelier,
     # logit + |logit| * (factor ** (generated - start) - 1) after start tokens (transformers'
     # ExponentialDecayLengthPenalty)
-    allowed_token_ids: tuple[int, ...] = ()  # no others but eos ones come; (): all
-    max_thinking_tokens: int | None = None  # then reasoning is ended; None: no limit
+    allowed_token_ids: tuple[int, ...] = ()  # only these and eos tokens are allowed; (): all
+    max_thinking_tokens: int | None = None  # reasoning tokens before it is ended; None: no limit
 
     @property
     def shares_prefix(self) -> bool:
-        """May use the prefix cache: computing a hit's tokens again would not be seen."""
+        """Whether a prefix hit is allowed: no result needs the hit's tokens to be computed."""
         return self.use_cache and self.prompt_logprobs < 0
 
     def possible(self, vocab_size: int) -> bool:
-        """Whether values of the right types are in range; asked of what another process sends."""
+        """Whether values of the right types are in range; applied to what other processes send."""
         numbers = (
             self.temperature, self.top_p, self.min_p, self.presence_penalty,
             self.frequency_penalty, self.repetition_penalty, *(b for _, b in self.logit_bias),

@@ -27,19 +27,19 @@ class Core(Lives):
     """Pure scheduler state. At most one proposal is open: propose, plan, and so on.
 
     Args:
-        num_lanes: requests on the device at a time.
+        num_lanes: most requests on the device at a time.
         num_slots: tokens the KV pool holds.
         batch_max_tokens: new tokens per step.
         chunked_prefill_size: prompt tokens per request and step, and of all requests together in
             a step that decodes.
         eos_ids: tokens that end a request unless it ignores them.
-        headroom: tokens to leave free for each running request when another one is admitted.
-        window: of layers that have a slot space of their own, if there are any.
-        num_sliding: slots of that space.
-        share_prompts: of several requests for one prompt the others are held until the first one's
-            prompt has been launched, so that it is computed once.
+        headroom: tokens to keep free per running request when admitting another.
+        window: of layers with a separate (sliding) slot space, if there are any.
+        num_sliding: size of that space in slots.
+        share_prompts: of several requests with the same prompt, all but the first are held until
+            its prompt has been launched, so that it is computed once.
         num_ranks: of the group, where K/V move in or out.
-        constraint_s: CPU seconds of threads for the constraint of a request, over its life.
+        constraint_s: limit of CPU seconds spent in threads on a request's constraint.
 
     """
 
@@ -76,7 +76,7 @@ class Core(Lives):
     # a step
 
     def propose(self) -> Reserve | None:
-        """The rows of the next step, before anybody knows whether they fit; None: nothing to do."""
+        """The rows of the next step, before it is known whether they fit; None: nothing to do."""
         assert not self._proposal, "a proposal is open"
         self._changed = False
         rows: list[Row] = []
@@ -90,7 +90,7 @@ class Core(Lives):
             elif req.constraint is not None and (
                 req.todo or not req.constraint.mask_is_stable_for(req.ahead(lane))
             ):
-                pass  # what may come next depends on a token that is not known or accepted yet
+                pass  # the next mask depends on a token that is not known or accepted yet
             elif lane.planned < req.final_len and budget:
                 rows.append((req, lane, 1))
                 lane.inflight += 1
@@ -119,12 +119,12 @@ class Core(Lives):
         )
 
     def take_launched(self) -> array[int]:
-        """Empty ``launched``: what it held."""
+        """Take and clear ``launched``."""
         launched, self.launched = self.launched, array(INT32)
         return launched
 
     def plan(self, granted: Granted) -> Step | None:
-        """Make a step of the granted rows; None: nothing is left of them (see :meth:`relieve`)."""
+        """Turn the granted rows into a step; None: none are left (see :meth:`relieve`)."""
         rows, self._proposal = self._proposal, []
         self.available = granted.available
         self.sliding_available = granted.sliding_available
@@ -138,16 +138,16 @@ class Core(Lives):
         return step
 
     def empty(self) -> Step:
-        """A step without rows, for other groups need one; no proposal is open."""
+        """A step without rows, because other groups need one; no proposal is open."""
         assert not self._proposal, "a proposal is open"
         self.steps += 1
         return Step(StepPlan(step=self.steps, num_decode=0), [])
 
     def relieve(self, any_inflight: bool) -> bool:
-        """Called when nothing came of a proposal. True: wait for a launched step to finish.
+        """Called when a proposal led to no step. True: wait for a launched step to finish.
 
-        Otherwise room has been made, if need be by preempting the newest running request or by
-        ending one that fits nowhere, and the next proposal may do better.
+        Otherwise room has been made, if necessary by preempting the newest running request or by
+        ending one that cannot fit, and the next proposal may succeed.
         """
         if self._changed:
             return False
@@ -164,17 +164,19 @@ class Core(Lives):
             if len(self.running) == 1 and needed > self.num_slots:
                 self._fail_too_large(newest)
             else:
-                # alone, too: duplicates of cached tokens cost it room that a fresh start does not
+                # even alone: its duplicates of cached tokens take room that a restart would not
+                # need
                 self._preempt(newest)
         elif first := next((req for req in self.waiting if req.ready), None):
             self._fail_too_large(first)
         return False
 
     def score(self, step: Step, row_idx: int, num: int) -> tuple[int, int] | None:
-        """Row ``row_idx`` brings the log-probabilities of ``num`` prompt tokens; before its commit.
+        """Row ``row_idx`` has the log-probabilities of ``num`` prompt tokens; call before its
+        commit.
 
-        Returns the rid and how many of the first are known from before a preemption; None: nobody
-        wants them.
+        Returns the rid and how many of the first are known from before a preemption; None: they are
+        not wanted.
         """
         req, lane, _ = step.rows[row_idx]
         if lane.over:
@@ -185,9 +187,9 @@ class Core(Lives):
         return req.rid, known
 
     def commit(self, step: Step, tokens: array[int]) -> Emitted:
-        """Apply the result of a launched step: int32[num_rows], -1 where no token came out.
+        """Apply the result of a launched step: int32[num_rows], -1 where no token was sampled.
 
-        A token of a constraint that takes long to accept it comes later, of :meth:`worked`.
+        Where accepting a token takes a constraint long, :meth:`worked` returns it later.
         """
         emitted = Emitted.of(step)
         self._line.step_over()
@@ -213,18 +215,18 @@ class Core(Lives):
 
     @property
     def num_jobs(self) -> int:
-        """How much such work waits for a thread."""
+        """How much constraint work waits for a thread."""
         return len(self._line)
 
     @property
     def masks_come(self) -> bool:
-        """Running requests wait for masks that do not take long."""
+        """Whether running requests wait for masks that are quick to compute."""
         return not self._line.idle and any(
             req.todo and req.worked_s < CHEAP_S * len(req.outputs) for req in self.running.values()
         )
 
     def worked(self, done: ConstraintDone) -> list[Emitted]:
-        """Work that a thread has done; the tokens that have now been accepted."""
+        """Take in a thread's results; returns the tokens that have now been accepted."""
         req = self.requests.get(done.rid)
         self._line.spent(req, done.cpu_s)
         out: list[Emitted] = []
@@ -258,7 +260,7 @@ class Core(Lives):
         return out
 
     def _go_on(self, req: Request, out: list[Emitted]) -> None:
-        """Accept what has come of a request, up to what is work for a thread."""
+        """Accept a request's new tokens, up to the first that needs a thread."""
         assert req.constraint is not None
         while req.todo:
             token, step, row = req.todo[0]
@@ -284,7 +286,8 @@ class Core(Lives):
     def _admit(
         self, rows: list[Row], filling: Iterable[Request], budget: int
     ) -> list[tuple[int, array[int], bool]]:
-        """Add rows of waiting requests, each client in turn, while KV is likely to last."""
+        """Add rows of waiting requests, clients in turn, while the KV slots are likely to
+        suffice."""
         reserved = self.headroom * (len(self.running) + len(self.importing)) + len(rows)
         room, sliding = self.available - reserved, 0
         if self.window is not None:
@@ -326,7 +329,7 @@ class Core(Lives):
     # rows of a plan
 
     def _plan_decode(self, rows: list[Row], granted: Granted) -> Step | None:
-        """The common case, all rows decode and live; None: it is not that case."""
+        """Fast path: all rows decode and are live; None: it does not apply."""
         num = len(rows)
         if not num or len(granted.slots) != num:
             return None
@@ -419,7 +422,7 @@ class Core(Lives):
         if start >= lane.fill_len:
             plan.tokens.append(NO_TOKEN)
             return
-        # no output has come since the lane was opened: its first rows are still filling it
+        # no output since the lane was opened: its first rows are still filling it
         known = req.prompt + req.outputs if req.outputs else req.prompt
         plan.tokens.extend(known[start:end])
         if not lane.late:
@@ -427,7 +430,7 @@ class Core(Lives):
         if req.shares:
             self.launched.append(lane.number)
         if req.launched and (held := self.held.pop(req.rid, None)):
-            for other in reversed(held):  # before what else its client has waiting
+            for other in reversed(held):  # before the client's other waiting requests
                 other.after = -1
                 self.waiting.prepend(other.client, other.rid, other)  # no proposal is open
         if not lane.seen:

@@ -1,4 +1,4 @@
-"""Ledger of KV slots: which are free, which belong to a lane, which are kept for their prefix.
+"""Ledger of KV slots: free ones, those that belong to a lane, and those cached for their prefix.
 
 Knows slot numbers, lanes and token ids; knows neither requests nor tensors.
 """
@@ -13,7 +13,7 @@ from asyncllm.messages import Granted
 
 
 class SlotPool:
-    """The free slots, as a stack: what is taken at once is an ascending run where there is one."""
+    """The free slots, as a stack: slots taken together are an ascending run where possible."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -23,7 +23,7 @@ class SlotPool:
         return len(self.free)
 
     def take(self, num: int) -> array[int]:
-        """``num`` slots. The caller has made sure that they are there."""
+        """Take ``num`` slots. The caller has made sure that there are enough."""
         assert num <= len(self.free), f"{num} slots wanted, {len(self.free)} free"
         if not num:
             return array("i")
@@ -44,13 +44,13 @@ class Holding:
         [shared, launched)   empty but for lanes that do not use the tree
         [launched, len)      granted, not in the tree yet
 
-    ``duplicates`` are the lane's own slots of tokens that another lane put into the tree first: the
-    lane goes on reading them, the tree has the others'.
+    ``duplicates`` are the lane's own slots for tokens that another lane put into the tree first:
+    this lane keeps reading its own, the tree has the other's.
     """
 
     ids: array[int]
     slots: array[int]
-    node: RadixNode | None  # None: neither takes nor leaves prefix cache entries
+    node: RadixNode | None  # None: neither uses nor adds prefix cache entries
     shared: int
     duplicates: array[int] = field(default_factory=lambda: array("i"))
 
@@ -80,17 +80,17 @@ class Ledger:
 
     @property
     def cached(self) -> int:
-        """Slots kept for their prefix only."""
+        """Slots that only the prefix cache keeps."""
         return self.tree.size - self.tree.locked
 
     @property
     def used(self) -> int:
-        """Slots that lanes hold: their own and the locked part of the tree."""
+        """Slots in use by lanes: their own and the locked part of the tree."""
         return self.total - self.free - self.cached
 
     @property
     def available(self) -> int:
-        """Slots that a reservation could get."""
+        """Slots that could be reserved: free or evictable."""
         return self.free + self.cached
 
     def reserve(
@@ -103,8 +103,8 @@ class Ledger:
 
         Args:
             lanes, counts: row i wants ``counts[i]`` new slots for ``lanes[i]``.
-            opened: lanes that are new: (token ids, may use the tree). A new lane that is not
-                granted stays unknown.
+            opened: lanes that are new: (token ids, may use the tree). A new lane whose row is not
+                granted is not opened.
         """
         num = self._num_singles(lanes, counts, opened)
         out = self._take_singles(lanes[:num])
@@ -130,7 +130,7 @@ class Ledger:
                 self._share(lane, held, held.ids, min(len(held.slots), len(held.ids)))
 
     def release(self, lane: int, generated: array[int]) -> None:
-        """Forget a lane. Its launched tokens and ``generated`` stay in the tree, unlocked."""
+        """Close a lane. Its launched tokens and ``generated`` stay in the tree, unlocked."""
         held = self.lanes[lane]
         if held.node is not None and generated:
             ids = held.ids + generated
@@ -150,7 +150,7 @@ class Ledger:
         counts: array[int],
         opened: dict[int, tuple[array[int], bool]],
     ) -> int:
-        """How many of the first rows want one slot for a lane that is open, and can get it."""
+        """Number of leading rows that want one slot for an open lane and can get it."""
         num, room = 0, self._room
         for lane, count in zip(lanes, counts, strict=True):
             if count != 1 or num == room or lane in opened:
@@ -164,7 +164,7 @@ class Ledger:
         return self.available
 
     def _take_singles(self, lanes: array[int]) -> array[int]:
-        """One slot for each of these."""
+        """Grant each of these rows one slot."""
         out = self._take(len(lanes))
         for lane, slot in zip(lanes, out, strict=True):
             self.lanes[lane].slots.append(slot)
@@ -187,7 +187,7 @@ class Ledger:
     def _open(
         self, lane: int, count: int, ids: array[int], may_share: bool
     ) -> tuple[int, array[int]] | None:
-        """(cached tokens, their slots and new ones), or None: it does not fit."""
+        """(cached tokens, their slots followed by new ones); None: it does not fit."""
         assert lane not in self.lanes, f"lane {lane} is open"
         node: RadixNode | None = None
         slots = array("i")
@@ -213,7 +213,7 @@ class Ledger:
         return self.tree.match(ids, len(ids) - 1)
 
     def _unmatch(self, node: RadixNode, hit: int) -> None:
-        """The lane is not opened after all."""
+        """Undo the opening of the lane."""
         self.tree.unlock(node)
 
     def _share(self, lane: int, held: Holding, ids: array[int], end: int) -> None:

@@ -1,6 +1,6 @@
-"""Sets of positions as runs of neighbours, where there would be too many to name one by one.
+"""Sets of positions stored as runs, for when there are too many to list.
 
-Knows numbers alone.
+Knows only numbers.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 
 
 class Spans:
-    """A set of whole numbers, kept as disjoint runs [first, end) in order; neighbours are merged.
+    """A set of integers, stored as disjoint runs [first, end) in order; adjacent runs are merged.
 
     Args:
-        runs: what it holds at first.
+        runs: initial contents.
     """
 
     def __init__(self, runs: Iterable[tuple[int, int]] = ()) -> None:
@@ -37,7 +37,7 @@ class Spans:
         return sum(self._ends) - sum(self._firsts)
 
     def add(self, first: int, end: int) -> None:
-        """Take in [first, end), whatever of it is there already."""
+        """Add [first, end), any part of which may already be in the set."""
         if first >= end:
             return
         low, high = bisect_left(self._ends, first), bisect_right(self._firsts, end)
@@ -46,7 +46,7 @@ class Spans:
         self._firsts[low:high], self._ends[low:high] = [first], [end]
 
     def remove(self, first: int, end: int) -> None:
-        """Take out [first, end), whatever of it is there."""
+        """Remove [first, end), any part of which may be missing."""
         if first >= end:
             return
         low, high = bisect_right(self._ends, first), bisect_left(self._firsts, end)
@@ -64,7 +64,7 @@ class Spans:
         return first >= end or (at >= 0 and self._ends[at] >= end)
 
     def missing(self, first: int, end: int) -> list[tuple[int, int]]:
-        """The runs of [first, end) that are not in it, in order."""
+        """The parts of [first, end) that are not in the set, in order."""
         found = []
         for at in range(bisect_right(self._ends, first), len(self._ends)):
             if self._firsts[at] >= end:

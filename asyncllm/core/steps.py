@@ -1,12 +1,12 @@
 """Requests, lanes and the rows of a step, as the scheduler keeps them.
 
-Plain data and what follows from it; decides nothing.
+Plain data and properties derived from it; makes no decisions.
 
 A request's life on the device is a :class:`Lane`. Its tokens, left to right:
 
     [0, planned)          computed, or will be by a launched step; ``planned`` advances at planning
-    [planned, known)      the gap that the next steps close: prompt, and what a preempted life made
-    known = prompt + outputs; outputs grow at commit, up to the pipeline's depth behind planned
+    [planned, known)      still to compute: prompt, and what a preempted life generated
+    known = prompt + outputs; outputs grow at commit, trailing planned by up to the pipeline's depth
 """
 
 from __future__ import annotations
@@ -29,49 +29,50 @@ class Lane:
     """One life of a request on the device."""
 
     number: int
-    fill_len: int  # tokens known when it was opened; up to here rows carry their tokens
-    late: int = 0  # the last ones of these, which the allocator has not been told
+    fill_len: int  # tokens known when it was opened; rows carry token ids up to here
+    late: int = 0  # the last ones of these, which the allocator has not been sent
     planned: int = 0
     inflight: int = 0  # rows of launched steps and of the open reservation
     opened: bool = False  # the allocator knows it
     seen: bool = False  # the runners know it
-    over: bool = False  # results no longer count; released when nothing is in flight
+    over: bool = False  # its results are discarded; released when nothing is in flight
     leaves: array[int] = field(default_factory=lambda: array(INT32))  # when over: for the cache
     # where K/V move, see core.moving
     imports: bool = False  # its slots are filled by others
-    imported: array[int] = field(default_factory=lambda: array(INT32))  # which no step knows yet
+    imported: array[int] = field(default_factory=lambda: array(INT32))  # not in any step yet
     touches: int = 0  # by others, of its slots
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One request from Submit to Finished. It waits while it has no lane, or one not granted."""
+    """One request from Submit to Finished. It is waiting while it has no lane or no granted
+    slots."""
 
     rid: int
     prompt: array[int]
     params: SamplingParams
     max_new: int
-    end_ids: frozenset[int]  # tokens that end it
+    end_ids: frozenset[int]  # token ids that end it
     outputs: array[int] = field(default_factory=lambda: array(INT32))
     lane: Lane | None = None
     cached_len: int = -1  # prompt tokens of the first life's prefix hit; -1: none yet
-    scored: int = 0  # prompt tokens whose log-probabilities have been passed on
-    constraint: Constraint | None = None  # has accepted the outputs, but for those in todo
-    # tokens that the constraint has not accepted yet, each with the row it is from; the first is in
-    # line for a thread or with one. (None, None, 0): it has not been started; (token, None, 0): an
-    # output that the request came with
+    scored: int = 0  # prompt tokens whose log-probabilities have been sent
+    constraint: Constraint | None = None  # has accepted all outputs except those in todo
+    # tokens that the constraint has not accepted yet, each with the row it is from; the first is
+    # queued for a thread or with one. (None, None, 0): it has not been started; (token, None, 0):
+    # an output that the request came with
     todo: deque[tuple[int | None, Step | None, int]] = field(default_factory=deque)
-    worked_s: float = 0.0  # CPU time of threads for the constraint
+    worked_s: float = 0.0  # CPU time that threads spent on the constraint
     level: float = -1.0  # see masking.Line
-    leaves_at: int = MAX_COUNT  # outputs at which it goes on elsewhere
-    until: int = 0  # outputs at which it ends here
+    leaves_at: int = MAX_COUNT  # number of outputs after which it continues elsewhere
+    until: int = 0  # number of outputs after which it ends here
     final_len: int = (
-        0  # tokens to compute until the last of them comes out (or the prompt is scored)
+        0  # tokens to compute until its last output is sampled (or the prompt is scored)
     )
-    imports: bool = False  # K/V of its tokens are to come from another server
-    lacks: bool = False  # the token behind them has not come from there
-    after: int = -1  # the rid it is held behind
-    client: int = 0  # whose it is: clients that wait are served in turn
+    imports: bool = False  # K/V of its tokens are imported from another server
+    lacks: bool = False  # the token that follows them has not arrived yet
+    after: int = -1  # the rid whose prompt it waits for
+    client: int = 0  # waiting clients are served in turn
 
     @classmethod
     def of(
@@ -87,7 +88,7 @@ class Request:
     ) -> Request:
         """From the fields of ``Submit``; ``max_new_tokens`` has been resolved to an int."""
         if params.prompt_logprobs >= 0 and (outputs or imports):
-            params = replace(params, prompt_logprobs=-1)  # told with the first of the outputs
+            params = replace(params, prompt_logprobs=-1)  # sent with the first of the outputs
         max_new = params.max_new_tokens
         assert max_new is not None, f"request {rid}: max_new_tokens is open"
         end_ids = frozenset(params.stop_token_ids)
@@ -105,28 +106,28 @@ class Request:
         return len(self.prompt) + len(self.outputs)
 
     def ahead(self, lane: Lane) -> int:
-        """Tokens before the next one to be planned that are not known yet."""
+        """How many tokens before the next one to plan are not known yet."""
         return lane.planned + 1 - self.known_len
 
     @property
     def ready(self) -> bool:
-        """It can be given a place: its first row samples by what is known, or comes later."""
+        """Whether it can be placed: its first row lacks nothing, or its K/V are imported first."""
         return self.imports or not (self.todo or self.lacks)
 
     def grow(self, num: int) -> None:
-        """That many of its outputs do not count."""
+        """Raise the output limit: this many outputs do not count."""
         self.max_new += num
         self.until = min(self.max_new, self.leaves_at)
         self.final_len = len(self.prompt) + max(self.until - 1, 0)
 
     def next_todo(self) -> tuple[int | None, ...]:
-        """What the constraint can be told at once: a token of a row, or all that it came with."""
+        """What the constraint can take in one go: a row's token, or all outputs it arrived with."""
         came = tuple(token for token, _, _ in takewhile(lambda todo: todo[1] is None, self.todo))
         return came or (self.todo[0][0],)
 
     @property
     def launched(self) -> bool:
-        """All of the prompt is computed, or will be by a launched step."""
+        """The whole prompt has been computed, or will be by a launched step."""
         return self.lane is not None and self.lane.planned >= len(self.prompt)
 
     @property
@@ -136,18 +137,18 @@ class Request:
 
     @property
     def needs_ids(self) -> bool:
-        """The device needs the known tokens themselves, not only their KV."""
+        """The device needs the token ids themselves, not only their KV."""
         p = self.params
         penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0) or p.prompt_logprobs >= 0
 
 
-Row = tuple[Request, Lane, int]  # the third: the count it was proposed with
+Row = tuple[Request, Lane, int]  # the third is the proposed token count
 
 
 @dataclass(slots=True)
 class Step:
-    """A planned step: what the runners get, and whose rows they are."""
+    """A planned step: what the runners get, and which request each row belongs to."""
 
     plan: StepPlan
     rows: list[Row]
@@ -155,13 +156,13 @@ class Step:
 
     @property
     def decodes(self) -> bool:
-        """Every row brings one token."""
+        """Every row has one token."""
         return self.plan.num_decode == len(self.rows)
 
     def constrain(self, row: int, req: Request) -> None:
-        """Row ``row`` samples one of the tokens that may come next, as far as that is known."""
+        """Mask row ``row`` by the tokens allowed next, as far as they are known."""
         if req.constraint is None or req.todo:
-            return  # the token will be looked at when it is accepted
+            return  # the token is checked when it is accepted
         if mask := req.constraint.mask():
             self.plan.masked.append(row)
             self.plan.masks.extend(mask)
@@ -169,7 +170,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """What a committed step gave, or a part of it: parallel columns, one entry per token."""
+    """Tokens of a committed step, or part of them: parallel columns, one entry per token."""
 
     step: Step
     rids: array[int]  # int64

@@ -1,4 +1,4 @@
-"""Finds stop strings and stop sequences of token ids in output that arrives in pieces.
+"""Finds stop strings and stop token sequences in streamed output.
 
 Knows text and ids; knows neither tokenizers nor requests.
 """
@@ -10,13 +10,13 @@ from collections.abc import Collection, Sequence
 
 
 class StopFinder:
-    """Gives the text before the stop string that begins first in the whole text.
+    """Returns the text before the stop string that starts first in the whole text.
 
-    However the text is split, what is given is ``text[:min(text.find(s) for s in stops)]``. Only
-    text that may still turn out to be the beginning of a stop string is held back.
+    However the text is split, the output is ``text[:min(text.find(s) for s in stops)]``. Only text
+    that may still become a stop string is held back.
 
     Attributes:
-        hit: a stop string was found; nothing comes out any more.
+        hit: a stop string was found; nothing more is returned.
         found: that string; "" until then.
     """
 
@@ -35,7 +35,7 @@ class StopFinder:
         text = self._held + text
         found, stop = self._first(text)
         begun = min(_begun(text, s) for s in self._stops) if self._stops else len(text)
-        # a stop string that has begun before the one found still wins if it comes whole
+        # a stop string that started before the one found still wins if it is completed
         if 0 <= found <= begun:
             self.hit, self.found, self._held = True, stop, ""
             return text[:found]
@@ -43,7 +43,7 @@ class StopFinder:
         return text[:begun]
 
     def flush(self) -> str:
-        """The text has ended: what was held back, up to a stop string inside it."""
+        """At the end of the text: what was held back, up to a stop string in it."""
         text, self._held = self._held, ""
         found, stop = self._first(text)
         if found < 0:
@@ -52,16 +52,16 @@ class StopFinder:
         return text[:found]
 
     def _first(self, text: str) -> tuple[int, str]:
-        """Where a stop string begins first, and which; of two that begin there, the shorter."""
+        """Start of the first stop string, and which; of two that start there, the shorter."""
         places = ((at, s) for s in self._stops if (at := text.find(s)) >= 0)
         return min(places, default=(-1, ""))
 
 
 class Stops:
-    """Gives the text before the stop string that begins first, where some tokens are not shown.
+    """Returns the text before the first stop string, where some tokens are not shown.
 
-    A stop string with the text of a special token in it is looked for in the text with such tokens,
-    any other one in the text that is shown.
+    A stop string that contains a special token's text is searched in the text that includes such
+    tokens, any other one in the shown text.
 
     Args:
         stops: the stop strings.
@@ -79,7 +79,7 @@ class Stops:
 
     @property
     def hit(self) -> bool:
-        """A stop string was found; nothing comes out any more."""
+        """A stop string was found; nothing more is returned."""
         return self._plain.hit or (self._whole is not None and self._whole.hit)
 
     @property
@@ -88,8 +88,7 @@ class Stops:
         return self._plain.found or ("" if self._whole is None else self._whole.found)
 
     def push(self, text: str, hidden: str = "") -> str:
-        """Take more text, and behind it that of a token that is not shown;
-        what can be shown now."""
+        """Take more text, then that of a token that is not shown; returns what can be shown now."""
         if self._whole is None:
             return self._plain.push(text)
         if self.hit:
@@ -102,7 +101,7 @@ class Stops:
         return shown + (self._plain.flush() if self._whole.hit else "")
 
     def flush(self) -> str:
-        """The text has ended: what was held back, up to a stop string inside it."""
+        """At the end of the text: what was held back, up to a stop string in it."""
         if self._whole is None:
             return self._plain.flush()
         return self._plain.push(self._visible(self._whole.flush())) + self._plain.flush()
@@ -121,7 +120,7 @@ class Stops:
 
 
 def _begun(text: str, stop: str) -> int:
-    """Where the longest end of ``text`` that is a proper beginning of ``stop`` starts."""
+    """Start of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0:
         if stop.startswith(text[at:]):
@@ -131,13 +130,12 @@ def _begun(text: str, stop: str) -> int:
 
 
 class SequenceFinder:
-    """Finds the sequence of ids that is the first to come whole; of two, the longer.
+    """Finds the id sequence that is completed first; of two, the longer.
 
-    Each sequence is followed as in Knuth, Morris and Pratt's search, so that an id costs constant
-    time on average, whatever has come before.
+    Matches each sequence with Knuth-Morris-Pratt, so an id costs amortized constant time.
 
     Attributes:
-        hit: length of the sequence that has just come whole; 0: none yet.
+        hit: length of the sequence just completed; 0: none yet.
     """
 
     __slots__ = ("_borders", "_matched", "_sequences", "hit")
@@ -150,7 +148,7 @@ class SequenceFinder:
 
     @property
     def held(self) -> int:
-        """How many of the newest ids may be the beginning of a sequence."""
+        """How many of the newest ids may be the start of a sequence."""
         return max(self._matched, default=0)
 
     def push(self, token: int) -> None:
@@ -166,8 +164,8 @@ class SequenceFinder:
 
 
 def _borders(sequence: Sequence[int]) -> list[int]:
-    """Of each beginning of ``sequence``:
-    the length of its longest proper end that begins it too."""
+    """For each prefix of ``sequence``: the length of its longest proper suffix that is also a
+    prefix."""
     out = [0] * len(sequence)
     for i in range(1, len(sequence)):
         num = out[i - 1]

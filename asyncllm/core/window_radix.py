@@ -11,12 +11,12 @@ from heapq import heapify, heappop, heappush
 from asyncllm.core.radix import RadixNode, RadixTree, common_len
 from asyncllm.core.windows import Window
 
-# whether a sequence or a hit ended there, when it was last read, where it begins, serial
+# whether a sequence or a hit ended there, when last read, where it starts, serial
 Unread = tuple[bool, int, int, int, RadixNode]
 
 
 class WindowTree(RadixTree):
-    """A radix tree whose tokens have a full slot each, the last ones of a node a sliding one too.
+    """A radix tree whose tokens each have a full slot; a node's last ones have a sliding slot too.
 
         node   | key              |
                | slots            |
@@ -24,14 +24,14 @@ class WindowTree(RadixTree):
 
     A prefix of h tokens can be used where the last ``window.reach`` of them have sliding slots, or
     all of them. ``readers`` counts the lanes whose window reaches into a node: its sliding slots
-    stay. Those of other nodes can be evicted alone: first what a lane has only passed, then the
-    windows at whose ends a sequence or a hit has ended (``ends``), since others will end there too;
-    the least recently read ones first, and from the beginning of a node.
+    stay. Those of other nodes can be evicted separately: first those that a lane has merely passed,
+    then the windows at whose ends a sequence or a hit has ended (``ends``), since others are likely
+    to end there too; least recently read first, and from the start of a node.
 
     Attributes:
         live: sliding slots in the tree.
         read: those of them in nodes that lanes read.
-        spilled: sliding slots of tokens that :meth:`evict` has forgotten. The owner takes them.
+        spilled: sliding slots of tokens that :meth:`evict` has dropped. The owner takes them.
     """
 
     def __init__(self, window: Window) -> None:
@@ -44,7 +44,7 @@ class WindowTree(RadixTree):
     def match(self, ids: array[int], limit: int) -> tuple[RadixNode, array[int]]:
         """The longest usable prefix of ``ids[:limit]``: its end, locked for the caller; slots."""
         reach, node, depth = self.window.reach, self.root, 0
-        run = 0  # tokens up to here, without a gap, that have sliding slots
+        run = 0  # number of tokens up to here, without a gap, that have sliding slots
         best, rest = node, 0  # rest: tokens of that node that are not common
         while depth < limit:
             child = node.children.get(ids[depth])
@@ -67,7 +67,7 @@ class WindowTree(RadixTree):
         return best, slots
 
     def keep(self, node: RadixNode, end: int) -> tuple[int, array[int]]:
-        """A lane that is at ``end``, where ``node`` ends, reads what its next token sees.
+        """A lane at ``end``, where ``node`` ends, reads what its next token can see.
 
         Returns where the first node that is kept for it begins, and the slots of what it sees.
         """
@@ -89,12 +89,12 @@ class WindowTree(RadixTree):
         return end, slots[len(slots) - seen :]
 
     def leave(self, node: RadixNode, end: int, kept: int, begin: int, *, over: bool = False) -> int:
-        """A lane whose locked ``node`` ends at ``end`` sees nothing before ``begin`` any more.
+        """A lane whose locked ``node`` ends at ``end`` no longer sees anything before ``begin``.
 
-        Nodes from ``kept`` on were kept for it. Returns from where on they still are.
+        Nodes from ``kept`` on were kept for it. Returns the start of those that still are.
 
         Args:
-            over: the lane has come to its end.
+            over: the lane has ended.
         """
         self._tick += 1
         still = end
@@ -124,11 +124,11 @@ class WindowTree(RadixTree):
     ) -> tuple[RadixNode, int, list[tuple[int, int]], int]:
         """:meth:`extend` for a lane whose last tokens, up to ``slots``' end, have also ``sliding``.
 
-        Where tokens that are there have lost their sliding slots the caller's are taken.
+        Tokens in the tree that have lost their sliding slots take the caller's.
 
         Returns:
-            What ``extend`` does; spans of tokens that are there and whose sliding slots stay the
-            caller's; and from where on nodes are kept for the caller.
+            The result of ``extend``; spans of tokens in the tree whose sliding slots remain the
+            caller's; and the start of the nodes kept for the caller.
         """
         (start, end), first = span, len(slots) - len(sliding)
         own: list[tuple[int, int]] = []
@@ -161,7 +161,7 @@ class WindowTree(RadixTree):
         return below, known, own, kept if kept < start else end
 
     def evict_sliding(self, num: int) -> array[int]:
-        """Take the sliding slots of tokens that nobody reads; fewer only where there are fewer."""
+        """Take sliding slots of tokens that nobody reads; fewer only if there are fewer."""
         out = array("i")
         while len(out) < num and self._unread:
             entry = heappop(self._unread)
@@ -182,7 +182,7 @@ class WindowTree(RadixTree):
         return len(node.sliding) < min(self.window.reach, len(node.key))
 
     def _take_back(self, node: RadixNode, slots: array[int]) -> None:
-        """Tokens that had lost their sliding slots have these."""
+        """Give these to tokens that had lost their sliding slots."""
         node.sliding = slots + node.sliding
         self.live += len(slots)
         self.read += len(slots) if node.readers else 0
@@ -209,7 +209,7 @@ class WindowTree(RadixTree):
         """Make its sliding slots candidates for eviction."""
         if not node.sliding:
             return
-        if len(self._unread) > 2 * self._num_nodes + 64:  # outdated entries outweigh
+        if len(self._unread) > 2 * self._num_nodes + 64:  # mostly outdated entries
             self._unread = [entry for entry in self._unread if _is_unread(entry)]
             heapify(self._unread)
         heappush(self._unread, (node.ends, node.seen, start, node.serial, node))

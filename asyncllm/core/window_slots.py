@@ -17,11 +17,11 @@ from asyncllm.messages import Granted
 
 @dataclass(slots=True, eq=False)
 class View:
-    """What one lane holds in the sliding space: ``slots`` of its last tokens, from ``first`` on.
+    """A lane's sliding slots: ``slots`` of its last tokens, from position ``first`` on.
 
-    Those of tokens before the lane's ``shared`` are the tree's, in nodes that stay from token
-    ``kept`` on, but for spans in ``own``, of which the tree has others. The lane's own are these
-    and all behind.
+    Those before the lane's ``shared`` belong to the tree, whose nodes are kept from token ``kept``
+    on, except for spans in ``own``, for which the tree has other slots. Those and all later ones
+    are the lane's own.
     """
 
     first: int = 0
@@ -31,15 +31,15 @@ class View:
 
 
 class WindowLedger(Ledger):
-    """A ledger with a second space, of layers that see no more than a window.
+    """A ledger with a second slot space, for layers with a sliding window.
 
-    There a lane holds slots of what its next tokens can see; in each space
-    ``used + cached + free == total`` always.
+    In it a lane holds slots only for what its next tokens can see; in each space ``used + cached +
+    free == total`` always.
 
-    A slot of the second space is given back by the reservation behind the one in which its lane
-    went on: steps run in order, so whatever step may get it next writes it behind the last step
-    that reads it. New tokens need room beside what they see, but only for a step: a row is granted
-    in part where there is room for ``window.most`` tokens, the first one where there is any.
+    A slot of the second space is freed by the reservation after the one in which its lane advanced:
+    steps run in order, so the next step to get it writes it after the last step that reads it. New
+    tokens need room besides what they see, but only for one step: a row may be granted in part if
+    there is room for ``window.most`` tokens, the first row if there is any.
 
     Args:
         num: slots of both spaces; the sliding ones are at least ``window.most + 1``.
@@ -52,22 +52,22 @@ class WindowLedger(Ledger):
         self.sliding = SlotPool(num.sliding)
         self.views: dict[int, View] = {}
         self.evicted_sliding = 0
-        self._column = array("i")  # of the grant that is being made
+        self._column = array("i")  # of the grant in progress
         self._opening = View()
 
     @property
     def sliding_cached(self) -> int:
-        """Sliding slots kept for their prefix only."""
+        """Sliding slots that only the prefix cache keeps."""
         return self._tree.live - self._tree.read
 
     @property
     def sliding_used(self) -> int:
-        """Sliding slots that lanes hold: their own and those of the tree that they read."""
+        """Sliding slots in use by lanes: their own and those of the tree that they read."""
         return self.sliding.total - len(self.sliding) - self.sliding_cached
 
     @property
     def sliding_available(self) -> int:
-        """Sliding slots that a reservation could get."""
+        """Sliding slots that could be reserved."""
         return len(self.sliding) + self.sliding_cached
 
     def reserve(
@@ -86,14 +86,14 @@ class WindowLedger(Ledger):
         return replace(granted, sliding=self._column, sliding_available=self.sliding_available)
 
     def _go_on(self, held: Holding, view: View) -> None:
-        """Give back what no token to come sees."""
+        """Free slots that no future token sees."""
         begin = len(held.slots) - self._window.reach
         if held.node is not None:
             view.kept = self._tree.leave(held.node, held.shared, view.kept, begin)
         self._give(held, view, begin)
 
     def _give(self, held: Holding, view: View, begin: int) -> None:
-        """Forget the slots of tokens before ``begin``; those that are the lane's own are free."""
+        """Drop the slots of tokens before ``begin``; the lane's own ones become free."""
         first, slots = view.first, view.slots
         mine = [*view.own, (max(first, held.shared), len(held.slots))]
         for start, end in mine:

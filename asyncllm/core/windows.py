@@ -1,4 +1,4 @@
-"""Sliding windows: separate counts for layers that see the last tokens only.
+"""Sliding windows: separate counts for layers that see only the last tokens.
 
 Knows numbers of tokens; knows neither slots nor tensors.
 """
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 GRAIN = 64
-SHORT = 6  # at least one sliding slot to so many full ones: for shorter requests, and the cache
-UNBACKED = 16  # where all layers slide: tokens that are known, to one that has a slot
+SHORT = 6  # at least one sliding slot per this many full ones: for shorter requests and the cache
+UNBACKED = 16  # if all layers slide: known tokens per token with a slot
 
 
 class PerSpace(NamedTuple):
-    """A number of each slot space: of layers that see all tokens, and of those with a window."""
+    """A count per slot space: for layers that see all tokens, and for those with a window."""
 
     full: int
     sliding: int
 
     def of(self, window: int | None) -> int:
-        """That of a layer's space."""
+        """The count of a layer's space."""
         return self.full if window is None else self.sliding
 
 
@@ -44,12 +44,12 @@ class Window:
 
     @property
     def grain(self) -> int:
-        """Slots are given back in portions of that many, since each portion costs host time."""
+        """Slots are freed in portions of this size, since each portion costs host time."""
         return max(1, min(GRAIN, self.size // 16))
 
     @property
     def most(self) -> int:
-        """Slots that a lane holds at most beside those of the tokens that a step computes."""
+        """Most slots that a lane holds besides those of the tokens that a step computes."""
         return self.reach + 2 * self.grain
 
 
@@ -68,19 +68,19 @@ class Division:
     max_len: int
 
     def nbytes(self, num: PerSpace) -> int:
-        """Of so many slots, and of one for padding in each space."""
+        """Bytes of these slots plus one for padding in each space."""
         return self.slot.full * (num.full + 1) + self.slot.sliding * (num.sliding + 1)
 
     @property
     def unbacked(self) -> bool:
-        """All layers slide: the full space is what the server remembers, and takes no memory."""
+        """All layers slide: the full space is bookkeeping only and takes no memory."""
         return not self.slot.full
 
     def fit(self, budget: int, wanted: int | None) -> PerSpace:
         """The most slots in ``budget`` bytes, or ``wanted`` ones; fewer: they do not fit.
 
         ``wanted`` are full ones, or sliding ones where all layers slide. Equal numbers: there is
-        but one space.
+        only one space.
         """
         if self.unbacked or self.window is None:
             fits = max(budget // sum(self.slot) - 1, 0)
@@ -94,7 +94,7 @@ class Division:
         return self.balanced(low)
 
     def balanced(self, full: int) -> PerSpace:
-        """With sliding slots for as many sequences of ``max_len``, and new tokens beside them."""
+        """Sizes with sliding slots for as many sequences of ``max_len``, plus their new tokens."""
         if self.window is None:
             return PerSpace(full, full)
         most = self.window.most
@@ -102,7 +102,7 @@ class Division:
         return PerSpace(full, min(full, max(full // SHORT, whole)))
 
     def _remembered(self, sliding: int) -> int:
-        """Full slots beside so many sliding ones, where these are all that takes memory."""
+        """Full slots for this many sliding ones, where only the latter take memory."""
         if self.window is None or sliding <= self.window.most:
             return sliding
         lanes = max(sliding // self.window.most - 1, 1)
