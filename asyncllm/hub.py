@@ -30,7 +30,7 @@ _UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 
 
 def resolve_model_dir(
-    model_dir: str | None, cache_dir: Path, bar: Bar = ProgressBar, *, load_way: str = "HF"
+    model_dir: str | None, cache_dir: Path, bar: Bar = ProgressBar, *, load_way: str | None = "HF"
 ) -> Path:
     """The folder to serve from.
 
@@ -39,7 +39,8 @@ def resolve_model_dir(
             over a hub id of the same spelling.
         cache_dir: where the embedded model is kept; hub models go to huggingface_hub's own cache.
         bar: draws the progress of the embedded model; huggingface_hub has bars of its own.
-        load_way: "HF" or "DS", the format of the weights; the hub gives safetensors only.
+        load_way: "HF" or "DS", the format of the weights; the hub gives safetensors only. None:
+            none are wanted.
 
     Raises:
         StartupError: nothing there, not a servable folder, or the hub did not give it.
@@ -57,7 +58,7 @@ def resolve_model_dir(
             f"--model_dir {model_dir}: no such folder (a model on the Hugging Face hub is named "
             f"org/name)"
         )
-    folder = _download(model_dir)
+    folder = _download(model_dir, weights=load_way is not None)
     check_model_dir(folder, load_way)
     return folder
 
@@ -79,7 +80,7 @@ def names_of(folder: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys((repo.rpartition("/")[2], repo)))
 
 
-def check_model_dir(folder: Path, load_way: str = "HF") -> None:
+def check_model_dir(folder: Path, load_way: str | None = "HF") -> None:
     """Refuse a folder that cannot be served, naming what it lacks.
 
     Raises:
@@ -89,6 +90,8 @@ def check_model_dir(folder: Path, load_way: str = "HF") -> None:
     if not (folder / "config.json").is_file():
         own = " but params.json, Mistral's own format" if (folder / "params.json").is_file() else ""
         raise StartupError(f"{folder} holds no config.json{own}: not a Hugging Face model folder")
+    if load_way is None:
+        return
     if set(weight_files(folder, load_way)) == {folder / SINGLE} and (folder / INDEX).is_file():
         _log.info("%s: all weights are taken from %s", folder, SINGLE)
 
@@ -100,7 +103,7 @@ class _TerminalBar(tqdm):  # type: ignore[misc]  # it has no types
         super().__init__(*args, **{**options, "disable": None})
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str, *, weights: bool) -> Path:
     # imported here: a local folder needs none of it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
@@ -109,7 +112,10 @@ def _download(repo: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                repo, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, tqdm_class=_TerminalBar
+                repo,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED if weights else [*_UNWANTED, "*.safetensors"],
+                tqdm_class=_TerminalBar,
             )
         )
     except (OSError, ValueError, HTTPError) as err:

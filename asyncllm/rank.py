@@ -64,7 +64,8 @@ def serve(config: Config) -> int:
     watch = Watch(f"rank {config.node_rank * config.tp // config.nnodes}", leads=True)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
-        model_dir = resolve_model_dir(config.model_dir, cache_dir(), load_way=config.load_way)
+        load_way = None if config.run_mode == roles.MASTER else config.load_way
+        model_dir = resolve_model_dir(config.model_dir, cache_dir(), load_way=load_way)
         spec, text = _read(config, model_dir)
         resolved = resolve(config, spec, model_dir, text)
         for line in resolved.warnings:

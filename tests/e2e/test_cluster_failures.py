@@ -194,3 +194,22 @@ def test_a_node_with_another_model_ends_and_names_what_differs(
             (line,) = (each for each in node.text().splitlines() if "does not take" in each)
             assert what in line
     assert "is not let in: config.json" in cluster.master.text()
+
+
+def test_a_decode_node_without_room_computes_again_what_it_must(
+    tiny_dir: Path, tmp_path: Path, one: Server
+) -> None:
+    """Eight requests where there is room for two or so: none of them fails behind its first token."""
+    short = ("--max_req_total_len", "400")
+    decode = ("--max_total_token_num", "600")
+    bodies = [long_body(i, 250) for i in range(80, 88)]
+    wanted = [one.post(COMPLETIONS, body)["choices"][0]["text"] for body in bodies]
+    with Cluster(tiny_dir, tmp_path, decode=[decode], node=short, master=short) as made:
+
+        async def go() -> list[str]:
+            return await asyncio.gather(*(text_of(made.master.url, body) for body in bodies))
+
+        assert asyncio.run(go()) == wanted
+        assert made.decode[0].metric("asyncllm_preemptions_total") > 0
+        assert made.decode[0].metric("asyncllm_prompt_tokens_computed_total") > 0
+        made.free(*made.prefill, *made.decode)
