@@ -153,12 +153,12 @@ class Routes:
             add.add_get("/cluster", self._cluster)
             add.add_get("/pd_nodes", self._pd_nodes)
         add.add_post("/abort_request", self._abort_request)
-        for route in list(add.routes()):  # clients put a slash behind their base address
-            path = "" if route.resource is None else route.resource.canonical
-            if isinstance(route.resource, web.PlainResource) and path not in ("/", "/docs"):
-                add.add_route(route.method, f"{path}/", route.handler)
         add.add_get("/v1/responses/{id}", self._response)
         add.add_delete("/v1/responses/{id}", self._delete_response)
+        for route in list(add.routes()):  # clients put a slash behind their base address
+            path = "" if route.resource is None else route.resource.canonical
+            if path not in ("/", "/docs", "/docs/{file}", "/v1/models/{name}"):
+                add.add_route(route.method, f"{path}/", route.handler)
         return app
 
     # -- text ----------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ class Routes:
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
         own = anthropic_models.model if _is_anthropics(request) else model
-        return _json(sse.body(own(self._front.served, request.match_info["name"])))
+        return _json(sse.body(own(self._front.served, request.match_info["name"].rstrip("/"))))
 
     async def _welcome(self, request: web.Request) -> web.StreamResponse:
         """A page for browsers, lines for terminals, JSON for who asks for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from dataclasses import replace
 from typing import Any
@@ -230,6 +231,26 @@ def test_structured_values_have_limits(name: str, value: Any) -> None:
         with pytest.raises(RequestError) as caught:
             parse(**{name: value})
         assert (caught.value.param or "").startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("logit_bias", {"a": 1}, 'logit_bias: "a" is not a token id'),
+     ("logit_bias", {"-1": 1}, 'logit_bias: "-1" is not a token id'),
+     ("guided_json", True, "guided_json must be a JSON schema: an object, or a string of one, not "),
+     ("guided_json", "[1]", "guided_json must be a JSON schema: an object, or a string of one, not "),
+     ("exponential_decay_length_penalty", [3], " must be [start, factor], not an array of 1"),
+     ("exponential_decay_length_penalty", "x", ' must be [start, factor], not "x"')],
+)  # fmt: skip
+def test_what_a_value_must_be_is_said(name: str, value: Any, text: str) -> None:
+    for parse, at in (
+        (completion_request, ""),
+        (chat_request, ""),
+        (native_request, "parameters."),
+    ):
+        with pytest.raises(RequestError, match=re.escape(text)) as caught:
+            parse(**{name: value})
+        assert caught.value.param == at + name
 
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]

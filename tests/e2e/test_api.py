@@ -145,7 +145,7 @@ async def test_tokenize_and_detokenize(server: Server) -> None:
 
 @live()
 async def test_other_servers_small_routes(server: Server) -> None:
-    for path in ("/ping", "/version", "/ping/", "/v1/models/", "/health/"):
+    for path in ("/ping", "/version", "/ping/", "/v1/models/", "/health/", "/v1/models/org/tiny/"):
         async with server.http.get(server.url + path) as response:
             assert response.status == 200, path
     for path, body, kind in (

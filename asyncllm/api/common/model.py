@@ -33,6 +33,7 @@ _M = TypeVar("_M", bound="RequestModel")
 
 MAX_KEY: Final = 64  # characters of a client's own key in the place of an error
 _VARIANT: Final = "\ue000"  # begins the name of a variant in the place of an error
+_KEY: Final = "[key]"  # pydantic's: ends the place of an error in a key
 _NEEDED: Final = {
     "int": "an integer",
     "float": "a number",
@@ -315,7 +316,8 @@ def limits_text(low: float | None, high: float | None, above: bool = False) -> s
 
 
 def _explained(found: ErrorDetails) -> RequestError:
-    name, value, context = _name(found["loc"]), found["input"], found.get("ctx", {})
+    place, value, context = found["loc"], found["input"], found.get("ctx", {})
+    name = _name(place[:-2] if place[-1:] == (_KEY,) else place)  # of a key: where it stands
     match found["type"]:
         case "refused":
             at = name + context["at"]
@@ -368,7 +370,7 @@ def _name(place: tuple[int | str, ...]) -> str:
             name += f"[{part}]"
         elif part.isidentifier() and len(part) <= MAX_KEY:
             name += f".{part}" if name else part
-        elif not part.startswith((_VARIANT, "[key]")):
+        elif not part.startswith(_VARIANT):
             name += f"[{preview(part)}]"  # a key of the client's own
     return name
 

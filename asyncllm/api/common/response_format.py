@@ -28,6 +28,7 @@ MAX_CHOICES: Final = 1024
 
 Grammar = tuple[str, str]  # kind, text: see SamplingParams.grammar
 JSON: Final[Grammar] = ("json", "")  # any JSON object
+_SCHEMA: Final = "a JSON schema: an object, or a string of one"
 
 
 def of_object(value: object) -> Grammar:
@@ -50,8 +51,10 @@ def checked_schema(value: AnyObject) -> AnyObject:
 def _of_object_or_text(value: object) -> Grammar | None:
     if value == "":
         return None
-    if not isinstance(value, str):
+    if isinstance(value, dict):
         return of_object(value)
+    if not isinstance(value, str):
+        refuse(f" must be {_SCHEMA}, not {preview(value)}")
     if (why := surrogate(value)) is not None:
         refuse(why)
     _limited(value)
@@ -62,7 +65,7 @@ def _of_object_or_text(value: object) -> Grammar | None:
     except ValueError as error:
         refuse(f" is not valid JSON: {error}")
     if not isinstance(parsed, dict):
-        refuse(f" must be a JSON schema: an object, or a string of one, not {preview(parsed)}")
+        refuse(f" must be {_SCHEMA}, not {preview(parsed)}")
     return "schema", value
 
 

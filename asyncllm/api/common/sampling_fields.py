@@ -5,10 +5,11 @@ Knows JSON values and SamplingParams; knows no route.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, TypedDict
 
 from annotated_types import MaxLen
-from pydantic import Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, WithJsonSchema
 from typing_extensions import TypeAliasType
 
 from asyncllm.api.common.model import (
@@ -19,6 +20,7 @@ from asyncllm.api.common.model import (
     RequestModel,
     StopString,
     Variants,
+    refuse,
 )
 from asyncllm.api.common.request import ServedModel
 from asyncllm.api.common.validation import (
@@ -27,18 +29,40 @@ from asyncllm.api.common.validation import (
     MAX_DECAY,
     MAX_INT32,
     MAX_STOP,
+    preview,
 )
 
 # a token id; the vocabulary's end is checked where the vocabulary is known
-_TOKEN = Range(0, MAX_INT32, what="a token id (0 .. vocabulary size - 1)")
+_IS_TOKEN = "a token id (0 .. vocabulary size - 1)"
+_TOKEN = Range(0, MAX_INT32, what=_IS_TOKEN)
 Token = TypeAliasType("Token", Annotated[Integer, _TOKEN])
-TokenKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
+_KEY = re.compile("^[0-9]{1,10}$")
+
+
+def _token_key(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        refuse(f": {preview(key)} is not {_IS_TOKEN}")
+    return key
+
+
+def _pair(value: object) -> object:
+    if not isinstance(value, list) or len(value) != 2:
+        refuse(f" must be [start, factor], not {preview(value)}")
+    return value
+
+
+TokenKey = Annotated[
+    str,
+    AfterValidator(_token_key),
+    WithJsonSchema({"type": "string", "pattern": _KEY.pattern}),
+]
 Stop = Annotated[
     StopString | Annotated[Items[StopString], MaxLen(MAX_STOP)], Variants("a string or an array")
 ]
 LengthPenalty = Annotated[
     tuple[Annotated[Integer, Range(0, MAX_INT32)], Annotated[Float, Range(1, MAX_DECAY)]],
     Strict(False),  # JSON has no tuples
+    BeforeValidator(_pair),
 ]
 
 
