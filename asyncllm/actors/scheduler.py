@@ -230,7 +230,7 @@ class Scheduler(Actor[Inbox]):
             self.system.reject(msg, f"request {msg.rid} is there already")
             return
         if self._draining:
-            self.core.refuse(msg.rid, Failure("server is shutting down", status=503))
+            self.core.refuse(msg.rid, Failure("server is shutting down", "shutting_down", 503))
             return
         try:
             constraint = self._constrain(msg.params, msg.thoughts, msg.healed)
