@@ -1,6 +1,6 @@
 """Declares a command-line option: default, help, checks, and which processes it concerns.
 
-Knows no option by name.
+Does not know any option by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Where an option counts; elsewhere a value other than its default is a warning.
+    """Where an option applies; elsewhere a value other than its default causes a warning.
 
     ``vital``: without it the server would be more open than asked for, so there it is an error.
     """

@@ -1,7 +1,8 @@
-"""LightLLM's options that asyncllm does not have, of today's and of earlier versions.
+"""Options of LightLLM, current and former, that asyncllm does not have.
 
-What would change answers, capacity or exposure ends the start; what cannot matter here is one
-warning. Knows names and how many values follow; knows neither argparse nor our own options.
+Options that would change answers, capacity or exposure are refused at start; those that cannot
+matter here cause one warning. Knows names and numbers of values; knows neither argparse nor our own
+options.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ class Foreign:
 
     Args:
         reason: why it is refused, or why it cannot matter.
-        refused: it ends the start.
-        values: how many follow.
-        harmless: values that ask for nothing, where others are refused.
+        refused: the server does not start.
+        values: how many values it takes.
+        harmless: accepted values without effect, where others are refused.
     """
 
     reason: str

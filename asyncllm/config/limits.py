@@ -1,6 +1,6 @@
 """Resolves the options for one model on one device.
 
-Knows no torch: what depends on the model or the device comes in as arguments.
+Does not use torch: what depends on the model or the device is passed in.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Resolved:
 
     Attributes:
         max_req_total_len: prompt plus output tokens of one request.
-        max_req_input_len: prompt tokens of one request; None: only the former counts.
+        max_req_input_len: prompt tokens of one request; None: only the former applies.
         eos_ids: token ids that end an answer, possibly none.
         model_name: the answer of /get_model_name.
         served_names: names that requests may use; the first is the id in /v1/models.
-        generation_config: what of the model's file counts where a request is silent.
+        generation_config: values of the model's file that are defaults for requests.
         max_body_size: bytes of a request body.
         kv_mode: format of K/V and decode kernel, by the names of --mode; those that count.
         num_slots: KV slots, 0 until ``with_slots``.
@@ -53,7 +53,7 @@ class Resolved:
     served_names: tuple[str, ...]
     len_is_explicit: bool
     notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()  # what was asked for explicitly and is not so
+    warnings: tuple[str, ...] = ()  # what was explicitly requested but does not apply
     num_slots: int = 0
     generation_config: dict[str, object] = field(default_factory=dict)
     max_body_size: int = MIN_BODY_SIZE
@@ -110,12 +110,12 @@ def resolve_limits(
         checkpoint_dtype: as in the checkpoint's config.json, e.g. "bfloat16".
         model_limit: positions the model was made for.
         model_eos: end-of-answer ids named by the model.
-        model_dir_names: what the model is called by its folder or hub id, the usual name first.
-        has_experts: the model is one of mixed experts.
-        kv_format: of K/V, that the checkpoint asks for; None: it asks for none.
+        model_dir_names: names of the model by its folder or hub id, the usual one first.
+        has_experts: it is a mixture-of-experts model.
+        kv_format: K/V format that the checkpoint asks for, if any.
 
     Raises:
-        StartupError: an explicit value that the model or another explicit value contradicts.
+        StartupError: an explicit value contradicts the model or another explicit value.
     """
     notes = list(_renamed(config))
     warnings = list(_without_effect(config, device, has_experts))
@@ -156,8 +156,7 @@ def resolve_limits(
 def _kv_mode(
     config: Config, device: DeviceName, wanted: str | None
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Format and kernel that count, and what is to be said about the one that the checkpoint
-    wants."""
+    """The effective format and kernel, and a note about the one that the checkpoint asks for."""
     mode, notes = KvMode.named(config.mode, config.llm_kv_type), list[str]()
     fmt = None if mode.format is None else mode.format.name
     if wanted is not None and wanted != fmt:
@@ -181,7 +180,7 @@ def _kv_mode(
 
 
 def _without_effect(config: Config, device: DeviceName, has_experts: bool) -> Iterator[str]:
-    """A line for each option that the device or the model leaves without a meaning."""
+    """A line for each option that has no meaning for this device or model."""
     for name in GPU_ONLY:
         if device == "cpu" and getattr(config, name):
             yield f"--{name} has no effect: it counts on GPUs, and this is the CPU"
@@ -195,13 +194,13 @@ def _without_effect(config: Config, device: DeviceName, has_experts: bool) -> It
 
 
 def _renamed(config: Config) -> Iterator[str]:
-    """A line for each value that stands for another."""
+    """A line for each value that is an alias of another."""
     if config.output_constraint_mode == "xgrammar":
         yield "--output_constraint_mode xgrammar: it is llguidance that constrains outputs"
 
 
 def _budgets(config: Config, device: DeviceName) -> tuple[int, int]:
-    """(chunked_prefill_size, batch_max_tokens); a default gives way to a given value."""
+    """(chunked_prefill_size, batch_max_tokens); an explicit value overrides the other's default."""
     chunk, batch = config.chunked_prefill_size, config.batch_max_tokens
     if chunk is not None and batch is not None and batch < chunk:
         raise StartupError(

@@ -1,7 +1,7 @@
 """Every option: names, types, defaults and checks.
 
-Knows neither argparse (``cli`` builds the parser from ``FLAGS``) nor torch nor any model; names of
-K/V formats and decode kernels are those of ``models.kv_format``, which knows neither.
+Knows neither argparse (``cli`` builds the parser from ``FLAGS``), torch nor any model; names of K/V
+formats and decode kernels are those of ``models.kv_format``, which knows neither.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ DP_GROUPS = Needs("--dp above 1", lambda c: c.dp > 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All options of one server, checked; every process of it holds an equal one.
+    """All options of one server, checked; equal in each of its processes.
 
     Raises:
         StartupError: a value out of range, or one that cannot be honoured in this mode.
@@ -489,8 +489,7 @@ class Config:
     )  # fmt: skip
     log_json: bool = flag(False, group=OPERATION, help="log one JSON object per line")
 
-    # not flags: names of the options that were given, whatever their value; and a line about
-    # each that cannot matter
+    # not flags: names of the options that were given, and a line about each that cannot matter
     explicit: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
@@ -527,12 +526,13 @@ class Config:
             yield line
 
     def digest(self) -> str:
-        """Of the options that all processes of one server must share: equal where those are."""
+        """Hash of the options that all processes of one server must share."""
         shared = {name: getattr(self, name) for name in FLAGS if name not in OF_ONE_NODE}
         return _hash(shared)[:12]
 
     def shared(self) -> tuple[tuple[str, str], ...]:
-        """(name, value) of those options; of a secret value so little that it cannot be guessed."""
+        """(name, value) of those options; a secret value is shortened so that it cannot be
+        guessed."""
         values = {name: getattr(self, name) for name in FLAGS if name not in OF_ONE_NODE}
         return tuple(
             (name, f"hidden ({_hash(value)[:4]})" if FLAGS[name].secret else json.dumps(value))

@@ -1,6 +1,6 @@
 """What a process of a cluster can be (``--run_mode``), and which options work in which role.
 
-``docs/cluster.md`` has the same as a table. Knows names and values of options, nothing else.
+``docs/cluster.md`` has the same as a table. Knows only names and values of options.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_PORT = 65535
 ELASTIC = "elastic"
 _FIXED = re.compile(r"([1-9]\d{0,3})p([1-9]\d{0,3})d")
 
-# a role -> options that it cannot honour, with what would be so if it did
+# role -> options that it cannot honour, each with the reason
 _REFUSED = {
     CONFIG_SERVER: {
         "nnodes": "it is one process",
@@ -53,7 +53,7 @@ _OF_CONFIG_SERVER = (
     "make_cluster_key", "cors_allow_origins", "max_header_size", "max_headers",
     "keep_alive_timeout", "dead_after", "check", "log_level", "log_json",
 )  # fmt: skip
-# what only whoever computes looks at
+# options that only computing roles use
 _UNUSED = (
     "max_total_token_num", "mem_fraction", "batch_max_tokens", "chunked_prefill_size", "device",
     "data_type", "load_way", "disable_cudagraph", "disable_dynamic_prompt_cache", "diverse_mode",
@@ -146,7 +146,7 @@ def meets_at_config_server(config: Config) -> bool:
 
 
 def unused(config: Config) -> Iterator[str]:
-    """A line for each option that was given and that this role never looks at."""
+    """A line for each given option that this role does not use."""
     if config.run_mode == CONFIG_SERVER:
         for name in sorted(config.explicit.difference(_OF_CONFIG_SERVER)):
             yield f"--{name} has no effect: --run_mode {CONFIG_SERVER} serves no model"

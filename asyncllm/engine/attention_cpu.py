@@ -82,12 +82,12 @@ class TorchAttention:
 
 @dataclass(slots=True)
 class Extend:
-    """Some new tokens of a row, and what they attend to."""
+    """Some new tokens of a row, and the tokens they attend to."""
 
     queries: slice  # of the step's tokens
     prefix: Tensor  # slots of what the row had before this step
     new: slice  # of the step's tokens: those of the row, up to the last query
-    mask: Tensor | None  # [1, 1, queries, prefix and new]; None: each sees what is before it
+    mask: Tensor | None  # [1, 1, queries, prefix and new]; None: causal
 
 
 class TorchPlan:
@@ -113,20 +113,20 @@ class TorchPlan:
             token += host.counts[row]
 
     def _decode_rows(self, batch: Batch, longest: int) -> tuple[Tensor, Tensor | None]:
-        """Slots [num_decode * width] that rows of one token see, and which of them they do
+        """Slots [num_decode * width] for rows of one token, and a mask of those they see
         [num_decode, 1, 1, width]; None: all."""
         width, lens = min(longest, self._spec.window or longest), batch.decode_lens[:, None]
         position = (lens - width).clamp_min(0) + torch.arange(width)
         slots = batch.table[batch.decode_lanes.long()].gather(1, position.long()).long()
         if self._num_decode == 1:
             return slots.flatten(), None
-        seen = position < lens  # where not, the table may say anything
+        seen = position < lens  # elsewhere the table may hold anything
         return slots.masked_fill_(~seen, 0).flatten(), seen[:, None, None]
 
     def _pieces(self, slots: Tensor, token: int, start: int, count: int) -> Iterator[Extend]:
-        """Of a row whose ``count`` tokens are ``token`` and those behind it, the first of them at
-        position ``start`` of ``slots``: as many at a time as do not see much that only others do,
-        nor have too many scores."""
+        """Splits a row of ``count`` tokens from ``token`` on, the first at position ``start`` of
+        ``slots``, so that the tokens of a piece see mostly the same ones and have not too many
+        scores."""
         spec, size = self._spec, count
         if spec.window is not None:
             size = min(size, max(spec.window, WINDOW_QUERIES))
@@ -191,8 +191,8 @@ class TorchPlan:
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool
     ) -> Tensor:
-        """[B, Hq, T, D] like q, over those of k, v [B, Hk, n, D] that the mask
-        [B or 1, 1, T or 1, n] lets it see."""
+        """Attention [B, Hq, T, D] of q over k, v [B, Hk, n, D] under a mask [B or 1, 1, T or 1,
+        n]."""
         scale, cap = self._spec.scale, self._spec.softcap
         if cap is None:
             gqa = q.shape[1] != k.shape[1]

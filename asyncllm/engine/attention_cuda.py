@@ -44,7 +44,7 @@ class TritonAttention:
     """Implements :class:`asyncllm.models.attention.AttentionBackend`.
 
     Args:
-        kernel: of rows of one new token; None: the fastest.
+        kernel: decode kernel, for rows of one new token; None: the fastest.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TritonAttention:
 
 @dataclass(slots=True)
 class TritonPlan:
-    """What is the same in all layers of a step; decode work is divided by the first of them."""
+    """What all layers of a step share; the first layer splits the decode work."""
 
     layout: TritonPairs
     spec: AttentionSpec
@@ -150,5 +150,5 @@ def _scales(kv: LayerKv) -> Tensor | None:
 
 
 def _knows_fp8(device: torch.device) -> bool:
-    """Where there is no such device nothing is known against it."""
+    """Without such a device there is nothing to object."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 9)

@@ -1,6 +1,6 @@
 """Applies the host's bit masks of allowed tokens to the logits on the device.
 
-Knows bits and logits; knows no grammars. Nothing here waits for the device.
+Knows bits and logits; does not know grammars. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from asyncllm.engine.step_inputs import I32, Bitmask, HostColumn, Rows
 from asyncllm.messages import StepPlan
 
-SLICE_ROWS = 64  # rows whose bits are spread out at a time: bounds the memory
+SLICE_ROWS = 64  # rows unpacked at a time: bounds the memory
 
 
 def bitmask_of(plan: StepPlan, rows: Rows) -> Bitmask[HostColumn] | None:

@@ -33,7 +33,7 @@ from asyncllm.models.weights import load
 from asyncllm.records import Opened
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_KV_BYTES = 4 << 30  # on CPU the K/V cache takes no more than this unless slots are given
+CPU_KV_BYTES = 4 << 30  # default limit of the K/V cache on a CPU
 GRAPH_CHUNK, GRAPH_DECODE_ROWS = 2048, 256
 CUDA_RESERVE = 2 << 30  # context, cuBLAS work space, graphs, fragmentation
 
@@ -56,8 +56,8 @@ def build_model(
     """The model of ``model_dir`` with this rank's weights on ``device``.
 
     Args:
-        kv: format of K/V, and decode kernel.
-        whole_experts: each rank has some experts, not a slice of every one.
+        kv: K/V format and decode kernel.
+        whole_experts: each rank has whole experts rather than a slice of each (expert parallelism).
         world: ranks among which experts are divided; None: those of ``group``.
         load_way: "HF" or "DS", the format of the checkpoint.
         symmetric: sums over ranks may go through symmetric memory.
@@ -100,13 +100,13 @@ def make_model(
     """One rank's model, its weights not loaded yet.
 
     Args:
-        comm: ranks among which all but experts is divided.
-        world: those of experts; None: the same.
-        device: that is to run it.
+        comm: ranks that share all layers except experts.
+        world: ranks that share the experts; None: those of ``comm``.
+        device: where it will run.
         max_len: positions for which rotary angles are computed.
-        where: its tensors are; ``meta`` for a model that only shows what it would take.
-        kv: format of K/V, and decode kernel, which only a CUDA device has.
-        whole_experts: each rank has some experts, not a slice of every one.
+        where: device of its tensors; ``meta`` only to measure what it would take.
+        kv: K/V format, and decode kernel (CUDA only).
+        whole_experts: each rank has whole experts rather than a slice of each (expert parallelism).
 
     Raises:
         StartupError: the device's attention cannot run a layer.
@@ -145,7 +145,7 @@ def _operators(
     max_len: int,
     where: torch.device,
 ) -> tuple[Ops, AttentionBackend]:
-    """What computes on ``device``, with tables on ``where``."""
+    """The operators for ``device``, with tables on ``where``."""
     latent, fmt = any(layer.kind == "mla" for layer in layers), kv.format
     if device.type == "cuda":  # imported here: Triton need not exist where there is no GPU
         from asyncllm.engine.attention_cuda import TritonAttention, TritonPairs
@@ -167,7 +167,7 @@ def _operators(
 
 
 def within(spec: ModelSpec, max_len: int) -> ModelSpec:
-    """``spec`` for sequences up to ``max_len``: a window that is never full does not count."""
+    """``spec`` for sequences up to ``max_len``: windows that never fill up are dropped."""
     layers = (
         replace(layer, window=None) if layer.window and layer.window >= max_len else layer
         for layer in spec.layers
@@ -224,7 +224,7 @@ class Sizes:
 
     tp: int  # ranks among which the model is divided
     world: int | None = None  # among which its experts are; None: the same
-    ranks: int  # that share this machine's memory on a CPU
+    ranks: int  # ranks that share this machine's memory on a CPU
     whole_experts: bool = False  # each rank has some, not a slice of every one
     kv: KvMode = PLAIN
     dtype: str
@@ -233,13 +233,13 @@ class Sizes:
     batch_max_tokens: int
     mem_fraction: float
     max_total_token_num: int | None
-    moving: int = 0  # tokens whose K/V pages hold on their way between servers
+    moving: int = 0  # tokens that K/V pages in transit between servers hold
 
 
 def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPlan:
-    """Slots that fit beside weights and work space in ``mem_fraction`` of the memory.
+    """The slots that fit into ``mem_fraction`` of the memory besides weights and work space.
 
-    Weights are those of a model without memory, so this can be asked before they are loaded.
+    Weights are measured on a meta model, so this works before they are loaded.
 
     Raises:
         StartupError: nothing is left for K/V, the given number of slots does not fit, or
@@ -270,7 +270,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     work = _work_bytes(model, sizes, device.type == "cuda") + sizes.moving * division.slot.full
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        # what others hold on this card counts against our share of it
+        # memory that other processes hold on this GPU counts against our share
         budget = int(total * sizes.mem_fraction) - (total - free) - weights - work
     else:
         room = int(memory_available() * sizes.mem_fraction / sizes.ranks) - weights - work
@@ -311,7 +311,7 @@ def _on_paper(
     whole_experts: bool = False,
     world: int | None = None,
 ) -> Model:
-    """The model of a rank without its memory."""
+    """A rank's model on the meta device."""
     return make_model(
         spec,
         _Unmet(tp),
@@ -326,7 +326,7 @@ def _on_paper(
 
 
 class _Unmet(SingleRank):
-    """Rank 0 of a group that has not met: enough to see what it would hold."""
+    """Rank 0 of a group that is not connected: enough to measure its share."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -359,7 +359,8 @@ def warm_up(
     graphs: bool = True,
     num_sliding: int = 0,
 ) -> None:
-    """Run each kind of step once, so that no first request pays for compilation; make CUDA graphs.
+    """Warm-up: run each kind of step once, so that no request waits for compilation; capture
+    graphs.
 
     Every rank must call this at the same time. Lane 0 and the first slots are used; they hold
     nothing yet.

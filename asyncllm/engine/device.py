@@ -20,7 +20,7 @@ from asyncllm.records import Logprobs
 
 @dataclass(slots=True)
 class HostOutputs:
-    """Outputs whose tensors are, or will be, in host memory."""
+    """Outputs with tensors in host memory, possibly still being copied."""
 
     tokens: Tensor | None
     logprobs: tuple[Tensor, Tensor, Tensor] | None
@@ -96,7 +96,7 @@ class CpuDevice:
         return CpuPending(work, self._thread.submit(self.engine.execute, work))
 
     def close(self) -> None:
-        """Drop what has not begun; a step under way ends by itself."""
+        """Drop steps that have not started; a running one finishes by itself."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
@@ -104,8 +104,8 @@ class CudaPending:
     """A step on the stream, and the pinned memory its results will be in.
 
     Attributes:
-        gap_ms: after :meth:`wait`, how long the device had nothing to do before this step; None
-            where it was idle when the step was launched.
+        gap_ms: after :meth:`wait`, idle time of the device before this step; None where it was idle
+            when the step was launched.
     """
 
     def __init__(

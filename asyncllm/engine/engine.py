@@ -1,7 +1,6 @@
 """Runs one step on one device: the tensors of a rank and what a plan does to them.
 
-Owns K/V, the lane tables and the last token of every lane. Knows neither actors nor why a row is
-in a plan.
+Owns K/V, the lane tables and the last token of every lane. Knows neither actors nor scheduling.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ ScoredTensors = tuple[Scored, Tensor, Tensor, Tensor]  # chosen, top ids, top va
 
 @dataclass(slots=True)
 class Work:
-    """A plan, read on the host; needs nothing more from the lane table."""
+    """A plan unpacked on the host; no longer depends on the lane table."""
 
     step: int
     rows: Rows
@@ -71,9 +70,9 @@ class Engine:
 
     Args:
         model: this rank's share of the weights, loaded.
-        num_slots: tokens whose K/V fit; slot ``num_slots`` is a dump for padding.
+        num_slots: KV slots; slot ``num_slots`` is an extra one that padding writes to.
         num_sliding: the same of layers with a window; None: these use the slots of all others.
-        num_lanes: requests that can be under way at once.
+        num_lanes: most requests at a time.
         max_len: longest sequence.
         eos_ids: end tokens of the model, for min_new_tokens and length penalties.
     """
@@ -96,7 +95,7 @@ class Engine:
         self.kv = layout.allocate(PerSpace(room.full + 1, room.sliding + 1), device)
         self.num_sliding = num_sliding
         self._two_spaces = num_sliding is not None and all(layout.bytes_per_slot())
-        # one lane more than requests can have: padding writes there
+        # one extra lane, which padding writes to
         self.table = zeros((num_lanes + 1, max_len), torch.int32, device)
         self.sliding_table = None
         if self._two_spaces:
@@ -149,7 +148,7 @@ class Engine:
             bucket = decoder.pick(rows, num_tokens, mixed=mixed)
             variant = sampler.pick(batch)
             num_tokens = decoder.size(num_tokens, mixed=mixed)
-        # groups that step together have steps of one size, whether they run a graph or not
+        # groups in lockstep have steps of equal size, with or without a graph
         shape = replace(rows.shape, num_tokens=num_tokens) if plan.common else None
         extras: Extras[HostColumn] = Extras(
             known=_known(plan, self.max_len),
@@ -201,7 +200,8 @@ class Engine:
     def _forward(
         self, given: RowColumns[Tensor], shape: Bucket, rows: Rows | None = None
     ) -> Tensor:
-        """The decoder on a step's columns; what a graph captures, so without any host decision."""
+        """The decoder on a step's columns; captured in graphs, so it makes no decisions on the
+        host."""
         host, max_count = None, shape.num_tokens
         if rows is not None:
             max_count = int(rows.counts[rows.num_decode :].max(initial=0))
@@ -216,7 +216,7 @@ class Engine:
         return self.model.forward(batch, self.kv)
 
     def _end(self, hidden: Tensor, given: StepColumns[Tensor], variant: SamplerVariant) -> Ended:
-        """From hidden states of the rows that sample to their tokens; what a graph captures."""
+        """From hidden states of the sampled rows to their tokens; captured in graphs."""
         logits = changed = self.model.logits(hidden)
         if variant.penalized and not self.group.rank:
             assert given.penalties is not None
@@ -311,7 +311,7 @@ def _known(plan: StepPlan, max_len: int) -> Scatter[HostColumn] | None:
 
 def _step_ops(model: Model) -> tuple[Callable[..., Tensor], Sampler]:
     """The kernels before the model, :func:`asyncllm.kernels.embedding.stage`, and after it."""
-    # imported here: Triton need not exist where there is no GPU
+    # imported here: without a GPU there may be no Triton
     if model.site.device.type == "cuda":
         from asyncllm.engine.sampling_cuda import TritonSampler
         from asyncllm.kernels.embedding import stage

@@ -40,7 +40,7 @@ def add_experts(
     routed: tuple[Tensor, Tensor],
     held: range,
 ) -> None:
-    """Add to ``total`` [T, hidden] float32 what the experts ``held`` make of their tokens.
+    """Add the outputs of the experts ``held`` for their tokens to ``total`` [T, hidden] float32.
 
     Args:
         mlp: (place in ``held``, rows of ``x``) -> the expert's result.

@@ -1,9 +1,10 @@
 """CUDA graphs: how they are captured and replayed, and those of the decoder.
 
-A launch of an 8B step costs the event loop 14 ms eager and some 10 us as a graph. There is one for
-each bucket of tokens, for decode steps and for mixed steps; it takes its columns from a fixed place
-on the device and leaves hidden states in a fixed buffer. The work before it (rare table writes) is
-in no graph, the work after it (logits, sampling) in those of :mod:`asyncllm.engine.sampler_graphs`.
+Launching a step of an 8B model takes the event loop 14 ms eagerly and about 10 us as a graph. There
+is one graph per bucket of tokens, for decode steps and for mixed steps; it reads its columns at a
+fixed address on the device and writes hidden states to a fixed buffer. The work before it (rare
+table writes) is in no graph, the work after it (logits, sampling) in those of
+:mod:`asyncllm.engine.sampler_graphs`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Capture(Protocol):
     """Makes graphs."""
 
     def __call__(self, run: Callable[[], R]) -> tuple[Callable[[], None], R]:
-        """What ``run`` did can be done again by the first, and leaves its result in the second."""
+        """The first replays what ``run`` did; its result is then in the second."""
 
 
 def cuda_capture(stream: torch.cuda.Stream) -> Capture:
@@ -59,11 +60,11 @@ class GraphSet(Generic[K, R]):
 
     @torch.inference_mode()
     def add(self, key: K, capture: Capture, run: Callable[[], R]) -> None:
-        """Capture ``run``, which must not synchronise and must launch the same kernels always."""
+        """Capture ``run``, which must not synchronise and must always launch the same kernels."""
         self._captured[key] = capture(run)
 
     def replay(self, key: K) -> R:
-        """Queue the graph; what it leaves is valid until the next replay."""
+        """Queue the graph; its output is valid until the next replay."""
         replay, result = self._captured[key]
         replay()
         return result
@@ -74,7 +75,7 @@ class GraphSet(Generic[K, R]):
 
 
 def decode_sizes(most: int) -> list[int]:
-    """Rows of the decode buckets: dense where padding would cost most in proportion."""
+    """Rows of the decode buckets: dense where padding costs relatively most."""
     sizes = [1, 2, 4, 8, 16, 24, 32, 48, *range(64, 128, 16), *range(128, 256, 32)]
     sizes += [*range(256, 512, 64), *range(512, MAX_DECODE_ROWS + 1, 128)]
     last = min(most, MAX_DECODE_ROWS)
@@ -104,7 +105,7 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
         ]
 
     def all(self) -> list[Bucket]:
-        """What there are graphs for, the largest first."""
+        """The sizes to capture, largest first."""
         return sorted([*self._decode, *self._mixed], reverse=True)
 
     def capture(
@@ -119,7 +120,7 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
             self.add(bucket, capture, partial(run, rows, bucket))
 
     def size(self, num_tokens: int, *, mixed: bool) -> int:
-        """Tokens of the smallest bucket for so many; as many as there are: it is too large for one.
+        """Tokens of the smallest bucket that fits; ``num_tokens`` itself if none does.
 
         Args:
             mixed: some rows have more than one token.
@@ -130,7 +131,7 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
     def pick(self, rows: Rows, num_tokens: int, *, mixed: bool) -> Bucket | None:
         """The smallest bucket for ``num_tokens``, if it holds ``rows``; None: run them eagerly.
 
-        What is not ``rows``' own is the size of other groups' rows, which step with them.
+        ``num_tokens`` beyond those of ``rows`` come from other groups that step in lockstep.
         """
         bucket = self._smallest(num_tokens, mixed=mixed)
         num_prefill = len(rows.lanes) - rows.num_decode

@@ -1,7 +1,7 @@
 """Copies a step's inputs to the device, all in one transfer.
 
 The only tensors here are the buffers and their columns. Those that CUDA graphs read come first,
-padded, at places that depend on the graph only; what only some steps have comes behind them.
+padded, at offsets that depend only on the graph; inputs that only some steps have follow.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ NUM_SAMPLING, NUM_PENALTIES = 7, 8  # columns
 
 
 class Layout:
-    """Where the columns of a shape lie, in int32 words of the buffer.
+    """The offsets of a shape's columns, in int32 words of the buffer.
 
-    Columns are padded to 16 bytes, which keeps loads wide. Those of sampling come first, so with
-    one number of rows they have one place, whatever the shape of the step.
+    Columns are padded to 16 bytes, which keeps loads wide. Those of sampling come first, so their
+    offsets depend only on the number of rows, not on the shape of the step.
 
     Args:
         fixed: with penalties of all rows.
@@ -101,14 +101,14 @@ class Staged:
 class Uploader:
     """The inputs of each step: written on the host, then on the device in one copy.
 
-    With ``fixed``, the copy goes through buffers that are not touched again before their step is
-    done (on CUDA pinned memory) into one fixed place: what was captured with :meth:`captured` finds
-    the columns of its bucket where :meth:`write` and :meth:`upload` put them, since one
-    :class:`Layout` says where for both. The next step's copy is behind this step in the stream, so
-    the place can be used again. Without ``fixed``, each step has a buffer of its own.
+    With ``fixed``, the copy goes through buffers that are not reused before their step is done
+    (pinned memory on CUDA) to one fixed address: graphs captured with :meth:`captured` read their
+    bucket's columns where :meth:`write` and :meth:`upload` put them, since both use the same
+    :class:`Layout`. The next step's copy follows this step in the stream, so the address can be
+    reused. Without ``fixed``, each step has a buffer of its own.
 
     Args:
-        num_lanes: lane ``num_lanes`` and slot ``dump_slot`` are those of padding.
+        num_lanes: padding uses lane ``num_lanes`` and slot ``dump_slot``.
         dump_sliding: that of the second slot space; None: there is none.
     """
 
@@ -161,7 +161,7 @@ class Uploader:
 
     def _write(self, columns: StepColumns[HostColumn], rows: Rows, batch: SamplingBatch) -> None:
         s, p, r = columns
-        # rows that pad are greedy
+        # padding rows are greedy
         _fill(s.temperature, batch.temperature, 0)
         _fill(s.top_p, batch.top_p, 1)
         _fill(s.min_p, batch.min_p, 0)
@@ -213,7 +213,7 @@ class Uploader:
         return columns, staged.extras.map(behind)
 
     def captured(self, bucket: Bucket) -> StepColumns[Tensor]:
-        """The fixed place of a bucket's columns, for a graph to be captured with; start-up only.
+        """The fixed address of a bucket's columns, for capturing a graph; start-up only.
 
         They hold zeros: rows without tokens, and tokens that write to lane 0 and slot 0.
         """
@@ -244,7 +244,7 @@ class Uploader:
         self._turn = (self._turn + 1) % RING
         event = self._events[self._turn]
         if event is not None and not event.query():
-            event.synchronize()  # only a follower that lags a whole ring behind comes here
+            event.synchronize()  # only reached by a follower that lags behind by the whole ring
         if len(self._buffers[self._turn]) < size:
             room = max(4096, 2 * size)
             self._buffers[self._turn] = torch.empty(room, dtype=torch.int32, pin_memory=self._cuda)

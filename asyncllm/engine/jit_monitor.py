@@ -1,4 +1,4 @@
-"""Kernels compiled while serving: each is a stall of seconds, so it is counted and logged."""
+"""Kernels compiled while serving: each stalls for seconds, so they are counted and logged."""
 
 from __future__ import annotations
 

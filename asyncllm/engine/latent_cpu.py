@@ -87,7 +87,7 @@ class TorchLatent:
 
 
 class TorchLatentPlan:
-    """What is the same in all layers of a step; slots are int64."""
+    """What all layers of a step share; slots are int64."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class TorchLatentPlan:
         longest = max(host.starts[:decode], default=-1) + 1
         slots = batch.table[batch.decode_lanes.long(), :longest].long()
         seen = torch.arange(longest) < batch.decode_lens[:, None]
-        # where not seen, the table may say anything
+        # unseen entries of the table may hold anything
         self._decode_slots = slots.masked_fill_(~seen, 0)
         self._decode_mask = None if decode == 1 else seen[:, None, None]
         # first new token, position of it, new tokens, slots of all
@@ -188,7 +188,7 @@ class TorchLatentPlan:
         for begin in range(0, num, size):
             stop = min(begin + size, num)
             mask = torch.arange(total) <= torch.arange(start + begin, start + stop)[:, None]
-            # heads that share their keys are more queries of one head
+            # heads that share keys are treated as more queries of one head
             some = q[:, begin:stop].reshape(1, own, -1, q.shape[2])
             mask = mask.repeat(heads // own, 1)
             attended = self._attend(some, keys[None], values[None], mask)

@@ -1,9 +1,9 @@
 """Attention over latents on a CUDA device, by Triton kernels.
 
-Decode rows attend to latents as they are (absorbed). Of other rows the device decides, each step
-anew, which have their keys and values made first: those where that costs less
-(``decompressed_from``), as long as the space lasts. Heads are taken in groups, so that the space is
-enough for all keys of a long row.
+Decode rows attend to latents as they are (absorbed). For other rows the device decides in each step
+whose keys and values are decompressed first: those where that is cheaper (``decompressed_from``),
+while the buffer has room. Heads are processed in groups, so that the buffer fits all keys of a long
+row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TritonLatents(KvLatents):
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Where keys and values of a group of heads are made; all layers share it."""
+    """Buffer for the decompressed keys and values of a group of heads; all layers share it."""
 
     group: int  # heads
     made: Tensor  # [tokens, group, head_dim - rope.dim + v_dim]
@@ -102,7 +102,7 @@ class TritonLatent:
 
 @dataclass(slots=True)
 class TritonLatentPlan:
-    """What is the same in all layers of a step; the first of them makes the plans."""
+    """What all layers of a step share; the first layer makes the plans."""
 
     spec: AttentionSpec
     batch: Batch
@@ -141,7 +141,7 @@ class TritonLatentPlan:
             for first in range(0, q.shape[1], self.space.group):
                 some = slice(first, first + self.space.group)
                 self._chunked(q[:, some], kv, latent.up[some], out[:, some])
-        elif num < len(q):  # tokens of no row: what follows must find numbers
+        elif num < len(q):  # tokens of no row: later operators need finite values
             out[num:].zero_()
         return out.flatten(1)
 

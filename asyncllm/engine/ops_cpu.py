@@ -40,7 +40,7 @@ class TorchOps:
     """Implements :class:`asyncllm.models.ops.Ops`."""
 
     def pack(self, weight: Tensor) -> Tensor:
-        """oneDNN's own layout for bfloat16: half the time of a product of few rows."""
+        """oneDNN's packed layout for bfloat16: halves the time of products with few rows."""
         if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
             return weight
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
@@ -56,10 +56,11 @@ class TorchOps:
         return made if out is None else out.copy_(made)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Within 2**-16 of the product where the weight is packed: it is made twice.
+        """Accurate to 2**-16 where the weight is packed, by computing the product twice.
 
-        oneDNN rounds what it returns to bfloat16, and subtracts before it rounds; so a second
-        product less the first one gives what the first one lost. Half the time of float32 weights.
+        oneDNN rounds its results to bfloat16, but subtracts before rounding; so a second product
+        minus the first gives the first one's rounding error. Takes half the time of float32
+        weights.
         """
         if weight.is_mkldnn:
             product = torch.ops.mkldnn._linear_pointwise
@@ -82,7 +83,7 @@ class TorchOps:
         return self.rmsnorm(residual, weight, eps), residual
 
     def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # torch takes one dtype; it widens inside whatever that is
+        # torch requires one dtype and accumulates in a wider one anyway
         return rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
     def add_rmsnorm(

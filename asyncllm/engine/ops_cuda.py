@@ -15,7 +15,7 @@ from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from asyncllm.models.ops import Held
 from asyncllm.models.spec import Activation, ExpertsSpec
 
-GEMV_OUT = 65536  # up to so many outputs our kernel for one row is faster than cuBLAS
+GEMV_OUT = 65536  # up to this many outputs our one-row kernel is faster than cuBLAS
 
 
 class TritonOps:

@@ -17,7 +17,7 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 SYMMETRIC_ROWS = 2560  # larger sums go through NCCL
 CHECK_TOLERANCE = 0.02
 
-# its name since torch 2.13, where the older one warns
+# the name since torch 2.13, which warns about the old one
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class SingleRank:
-    """tp == 1: nothing to add, gather or tell."""
+    """tp == 1: the collectives do nothing."""
 
     rank, size = 0, 1
 
@@ -36,7 +36,7 @@ class SingleRank:
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Make ``x`` on every rank what it is on rank 0, in place."""
+        """Broadcast ``x`` from rank 0, in place."""
         return x
 
     def gather_tokens(self, x: Tensor) -> Tensor:
@@ -56,20 +56,19 @@ class SingleRank:
         return x
 
     def use_symmetric_memory(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """Nothing to add, so nothing to speed up."""
+        """No sums, so nothing to speed up."""
 
 
 def meet(
     topology: Topology, me: Endpoint, address: tuple[str, int], listen_fd: int | None = None
 ) -> TCPStore:
-    """The store that all ranks share, as soon as all are there. Blocks.
+    """The store that all ranks share, once all have joined. Blocks.
 
     Args:
         topology, me: the ranks of the server, and this one.
         address: host and port of the rendezvous, which the first rank serves, or a config_server.
-        listen_fd: of the first rank, if it serves it: a socket that listens there, and belongs to
-            the store from now on; left to itself the store would listen on every address of this
-            machine.
+        listen_fd: of the first rank, if it serves it: a socket that listens there, which the store
+            takes over; on its own the store would listen on every address of this machine.
     """
     ranks = topology.ranks
     store = TCPStore(
@@ -85,12 +84,12 @@ def meet(
 
 
 class Ranks:
-    """All ranks of a server with several, which meet here.
+    """Connects all ranks of a server that has several.
 
     Attributes:
-        group: that of this rank; what its layers add and gather stays there.
-        world: those among which experts are divided: the group, or all ranks of all groups where
-            these step together.
+        group: this rank's group, within which its layers sum and gather.
+        world: those among which experts are divided: the group, or all ranks of all groups if these
+            run in lockstep.
 
     Args:
         topology: ranks and groups of the server.
@@ -114,7 +113,7 @@ class Ranks:
             timeout=RENDEZVOUS_TIMEOUT,
         )
         self.group: Group = SingleRank()
-        for number in topology.groups:  # everybody makes all of them, in the same order
+        for number in topology.groups:  # every rank creates all of them, in the same order
             members = topology.group(number)
             if len(members) == 1:
                 continue
@@ -157,9 +156,9 @@ class Ranks:
         return min(int(self._store.get(key)) for key in keys)
 
     def exchange(self, text: str) -> list[str]:
-        """What each rank says, in order; start-up only, it waits for all.
+        """Gather a value from each rank, in order; start-up only, it waits for all.
 
-        Rank 0, which holds the store, comes back when all others have.
+        Rank 0, which holds the store, returns after all others.
         """
         self._asked += 1
         said = [f"said/{self._asked}/{rank}" for rank in range(self._size)]
@@ -172,7 +171,7 @@ class Ranks:
         return texts
 
     def close(self) -> None:
-        """Leave; must come after CUDA graphs that hold collectives are gone."""
+        """Leave; call after CUDA graphs that hold collectives have been freed."""
         self.group = self.world = SingleRank()
         dist.destroy_process_group()
 
@@ -225,7 +224,7 @@ class TensorParallel:
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Make ``x`` on every rank what it is on rank 0, in place."""
+        """Broadcast ``x`` from rank 0, in place."""
         dist.broadcast(x, group=self._group, group_src=0)
         return x
 
@@ -249,14 +248,14 @@ class TensorParallel:
         except (RuntimeError, AttributeError, ImportError) as error:
             log.info("no symmetric memory, sums go through NCCL: %s", error)
             works = False
-        # all ranks or none: a rank alone in a collective would wait for ever
+        # all ranks or none: a single rank in a collective would wait forever
         if self.minimum(int(works)):
             self.symmetric = found
             log.info("sums of up to %d rows go through symmetric memory", SYMMETRIC_ROWS)
 
 
 class Spread:
-    """All ranks of several groups that step together, among which experts are divided.
+    """All ranks of several groups in lockstep, among which experts are divided.
 
     A token is known to all ranks of its group. A column is the ranks of one place in all groups.
 
@@ -279,7 +278,7 @@ class Spread:
         num, width = x.shape
         total = self._num_groups * num
         if self._every.symmetric is not None and total <= SYMMETRIC_ROWS:
-            own = None if self._group.rank else x  # one rank of each group brings its tokens
+            own = None if self._group.rank else x  # one rank of each group contributes its tokens
             return self._every.symmetric.gather(own, self._number * num, total)
         out = x.new_empty(total, width)
         _all_gather(out, x.contiguous(), group=self._column)
@@ -295,7 +294,7 @@ class Spread:
         """``product(x)`` [groups * n, h] summed over all ranks -> this group's [n, h]."""
         num = len(x) // self._num_groups
         small = self._every.symmetric is not None and len(x) <= SYMMETRIC_ROWS
-        if small or x.device.type != "cuda":  # gloo cannot do the other way
+        if small or x.device.type != "cuda":  # gloo does not support the other way
             return self._every.linear_reduce(product, x)[self._number * num :][:num]
         parts = product(x)
         mine = parts.new_empty(num, parts.shape[1])
@@ -310,9 +309,9 @@ class Spread:
 class SymmetricSum:
     """Two-shot all-reduce in memory that every rank has mapped (torch symmetric memory).
 
-    Products are written straight into it. Two buffers take turns, because a rank may finish a sum
-    while a peer still reads its part of the buffer; the next sum, in the other buffer, begins with
-    all ranks waiting for each other.
+    Products are written directly into it. Two buffers alternate, because a rank may finish a sum
+    while a peer still reads its part of the buffer; the next sum, in the other buffer, starts with
+    a barrier.
     """
 
     def __init__(
@@ -352,7 +351,7 @@ class SymmetricSum:
     def check(self) -> bool:
         """Compare with NCCL on a few sizes; a wrong sum must never serve.
 
-        Every rank goes through all of it, whatever it finds: the others wait for it.
+        Every rank runs all of it whatever it finds, because the others wait for it.
         """
         worst = 0.0
         noise = torch.Generator(self._buffers[0].device).manual_seed(self._group.rank())

@@ -1,7 +1,7 @@
-"""CUDA graphs of the sampler: from hidden states of the rows that sample to their tokens.
+"""CUDA graphs of the sampler: from hidden states of the sampled rows to their tokens.
 
-What only some steps need (biases, masks, length penalties, alternatives' log-probabilities) is in
-no graph: the end of such a step is launched kernel by kernel.
+What only some steps need (biases, masks, length penalties, top log-probabilities) is not captured:
+the sampler of such a step is launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SamplerVariant:
 
 
 def sampler_sizes(most: int) -> list[int]:
-    """Numbers of rows that have graphs: reading the output matrix costs more than padding."""
+    """Row counts that have graphs: reading the output matrix costs more than padding."""
     sizes = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, MAX_ROWS]
     last = min(most, MAX_ROWS)
     return [s for s in sizes if s < last] + [last]
@@ -77,7 +77,7 @@ class SamplerGraphs(GraphSet[SamplerVariant, Ended]):
         uploader: Uploader,
         run: Callable[[Tensor, StepColumns[Tensor], SamplerVariant], Ended],
     ) -> None:
-        """Capture all; their columns come before those of any bucket."""
+        """Capture all; their columns precede those of any bucket."""
         columns = uploader.captured(Bucket(0, 0, 0))
         for variant in self.all():
             hidden = self._hidden[: variant.num_rows]

@@ -1,4 +1,5 @@
-"""Logits to tokens on the device: batched, no host sync, the same for a row whatever its company.
+"""Logits to tokens on the device: batched, without host syncs, and independent of the other rows of
+the batch.
 
 A row's token depends on its logits, parameters, seed and position only.
 """
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from asyncllm.engine.step_inputs import Penalties
 
-PENALTY_ROWS = 64  # rows whose token counts are dense at a time: bounds the memory
+PENALTY_ROWS = 64  # rows with dense token counts at a time: bounds the memory
 
 
 @dataclass(slots=True)
@@ -30,7 +31,7 @@ class SamplingTensors:
 
 
 class Sampler(Protocol):
-    """The operators after the logits (float32) on one device. None of them waits for the device."""
+    """The operators that follow the logits (float32) on one device; none waits for the device."""
 
     def sample(self, logits: Tensor, given: SamplingTensors) -> Tensor:
         """One token per row of ``logits`` [n, vocab_size]: [n] int64.
@@ -109,7 +110,7 @@ def raise_ends(logits: Tensor, rows: Tensor, scales: Tensor, ends: Tensor) -> No
 
 
 def _truncated(probs: Tensor, given: SamplingTensors) -> Tensor:
-    """``probs`` with what top_k, top_p and min_p cut off set to 0."""
+    """``probs`` with the tokens that top_k, top_p and min_p exclude set to 0."""
     ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(probs.shape[1], device=probs.device)
     before = ordered.cumsum(dim=-1) - ordered

@@ -1,6 +1,6 @@
 """Sampling parameters of every lane on the host, and the batch of those that a step needs.
 
-Knows SamplingParams and numpy; knows no tensors.
+Knows SamplingParams and numpy; does not know tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from asyncllm.engine.step_inputs import F32, I32, Bias, HostColumn, Lengths, Pen
 from asyncllm.messages import StepPlan
 
 MOST_SCALE = 1e30  # of a length penalty: its product with a logit is finite
-BAN = -1e30  # below every logit; more than -inf, since a constraint may leave nothing else
+BAN = -1e30  # below every logit, yet above -inf, since a constraint may allow nothing else
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class SamplingBatch:
     bias: Bias[HostColumn] | None
     penalties: Penalties[HostColumn] | None
     lengths: Lengths[HostColumn] | None
-    num_top: int  # most alternatives any row asks for; -1: nobody wants log-probabilities
+    num_top: int  # most alternatives that a row asks for; -1: no log-probabilities
     masked: bool  # some row has a mask
 
     @property
@@ -55,7 +55,7 @@ class Scored:
 
 @dataclass(slots=True)
 class OpenLane:
-    """What is needed only of lanes that use the rarer parameters."""
+    """Parameters that only some lanes use."""
 
     params: SamplingParams
     prompt_len: int
@@ -91,7 +91,7 @@ class SamplingTable:
         self.lanes: dict[int, OpenLane] = {}
 
     def open(self, plan: StepPlan) -> None:
-        """Take in the lanes that ``plan`` opens."""
+        """Add the lanes that ``plan`` opens."""
         for opened in plan.opened:
             number, p = opened.lane, opened.params
             known = np.frombuffer(opened.known, np.int32)
@@ -141,7 +141,7 @@ class SamplingTable:
         """Rows beyond the start of their length penalty, and factor ** (tokens beyond) - 1."""
         generated = ends - self.prompt_len[lanes]
         beyond = generated - self.length_start[lanes]
-        # while end tokens are banned, nothing may bring them back
+        # nothing may undo the ban of end tokens
         on = (beyond > 0) & (self.length_factor[lanes] > 1) & (generated >= self.least[lanes])
         if not on.any():
             return None
@@ -204,7 +204,7 @@ class SamplingTable:
 
 
 def uniform(seed: NDArray[np.uint64], position: I32) -> F32:
-    """One number in (0, 1) per row from (seed, position): the same whatever else is in the batch.
+    """One number in (0, 1) per row from (seed, position): independent of the rest of the batch.
 
     Source: the finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
     """

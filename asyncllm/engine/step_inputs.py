@@ -1,6 +1,6 @@
 """The inputs of a step, by name, and the rows of a step plan on the host.
 
-Knows plans and numpy. The columns that CUDA graphs read are apart from what only some steps have.
+Knows plans and numpy. The columns that CUDA graphs read are separate from optional ones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rows:
 def unpack(plan: StepPlan, max_len: int, *, two_spaces: bool = False) -> Rows:
     """Spread the columns of ``plan`` over its tokens; ~50 us at 256 rows.
 
-    Without ``two_spaces`` all layers have slots of one column: that of windows, if it is there.
+    Without ``two_spaces`` all layers use one column of slots: that of windows, if present.
     """
     first = plan.slots if two_spaces else plan.sliding or plan.slots
     columns = plan.lanes, plan.starts, plan.counts, plan.cached_counts, first, plan.tokens
@@ -116,7 +116,7 @@ class SamplingColumns(NamedTuple, Generic[A]):
 
 
 class Penalties(NamedTuple, Generic[A]):
-    """Rows with penalties, [p] each; rows of length 0 only pad."""
+    """Rows with penalties, [p] each; rows of length 0 are padding."""
 
     rows: A  # of the logits
     lanes: A
@@ -144,7 +144,7 @@ class RowColumns(NamedTuple, Generic[A]):
 
 
 class StepColumns(NamedTuple, Generic[A]):
-    """What every step has, and CUDA graphs read.
+    """The inputs that every step has and CUDA graphs read.
 
     Attributes:
         penalties: of all rows that sample, where there are graphs.
@@ -178,7 +178,8 @@ class Lengths(NamedTuple, Generic[A]):
 
 
 class Bitmask(NamedTuple, Generic[A]):
-    """Sampled rows, and a bit per token, bit t % 32 of word t // 32: token t may come."""
+    """Sampled rows, and a bit per token: token t is allowed if bit t % 32 of word t // 32 is
+    set."""
 
     rows: A  # [m]
     bits: A  # [m, words]
@@ -192,7 +193,7 @@ class Targets(NamedTuple, Generic[A]):
 
 @dataclass(slots=True)
 class Extras(Generic[A]):
-    """What only some steps have."""
+    """Optional inputs of a step."""
 
     known: Scatter[A] | None = None  # tokens for the history
     cached: Scatter[A] | None = None  # slots for the table
@@ -204,7 +205,7 @@ class Extras(Generic[A]):
     targets: Targets[A] | None = None
 
     def map(self, call: Callable[[A], B]) -> Extras[B]:
-        """With ``call`` made of each column, in a fixed order."""
+        """With ``call`` applied to each column, in a fixed order."""
         made: Extras[B] = Extras()
         for name in self.__slots__:
             if (group := getattr(self, name)) is not None:

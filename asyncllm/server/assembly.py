@@ -42,11 +42,11 @@ from asyncllm.server.transfer import make_transfer
 from asyncllm.topology import MOVER
 
 TGI_NAMES = ("tgi", "dummy")  # what clients of text-generation-inference call any model
-MOST_MASK_THREADS = 4  # one is enough for what is usual; a CPU model needs its cores itself
+MOST_MASK_THREADS = 4  # one is enough for usual loads; a model on a CPU needs the cores itself
 
 
 def _reader(boot: Boot) -> str:
-    """The actor to whom a leader tells what it makes."""
+    """The actor to which a leader sends its output."""
     return "agent" if boot.config.run_mode in roles.NODES else "detokenizer"
 
 
@@ -170,7 +170,7 @@ def make_guide(p: Loaded, channel: Channel) -> AnyActor:
 
 
 def _place_of(boot: Boot) -> Place:
-    """What the frontend is to know of this server's cluster."""
+    """What the frontend needs to know about this server's cluster."""
     config = boot.config
     guided = roles.asks_config_server(config)
     if config.run_mode == roles.MASTER:
@@ -240,7 +240,7 @@ def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
 
 
 def _info(p: Loaded) -> dict[str, object]:
-    """All options but the secret ones, as they were resolved."""
+    """All resolved options except secret ones."""
     config, resolved = p.boot.config, p.boot.resolved
     values: dict[str, object] = {
         name: getattr(config, name) for name in FLAGS if not FLAGS[name].secret

@@ -27,7 +27,7 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> None:
     """``--check``: what would be started, on standard output.
 
     Raises:
-        StartupError: what the start would refuse before it reads weights.
+        StartupError: what a start would refuse before reading weights.
     """
     config = boot.config
     load_forms(with_chats(Loaded(boot, spec, None, None, None, None, None), text))

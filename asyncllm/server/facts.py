@@ -23,7 +23,7 @@ Facts = tuple[tuple[str, str], ...]
 
 
 def facts(config: Config, resolved: Resolved, model_dir: Path) -> Facts:
-    """(name, value) of what the nodes of one server must have in common.
+    """(name, value) of everything that must be equal on the nodes of one server.
 
     Raises:
         StartupError: a file cannot be read.
@@ -40,7 +40,7 @@ def facts(config: Config, resolved: Resolved, model_dir: Path) -> Facts:
 
 
 def text_facts(model_dir: Path) -> Facts:
-    """Hashes of what those must share who only read and write its text.
+    """Hashes of what processes must share that only handle the model's text.
 
     Raises:
         StartupError: a file cannot be read.
@@ -55,8 +55,8 @@ def text_facts(model_dir: Path) -> Facts:
 
 
 def model_facts(config: Config, model_dir: Path) -> Facts:
-    """Hashes of a model: of config.json and of what its weight files are said to hold (their index,
-    else their headers), and of all files of its tokenizer.
+    """Hashes of a model: of config.json, the index of its weight files (else their headers), and
+    all tokenizer files.
 
     Raises:
         StartupError: a file cannot be read.
@@ -69,7 +69,7 @@ def model_facts(config: Config, model_dir: Path) -> Facts:
 
 
 def kv_facts(resolved: Resolved) -> Facts:
-    """What must be equal, beside the model, where K/V of one process is read by another."""
+    """What must be equal besides the model for one process to read K/V of another."""
     return (("K/V layout", " ".join((resolved.dtype, *resolved.kv_mode))),)
 
 
@@ -86,7 +86,7 @@ def _model(folder: Path, load_way: str) -> str:
 
 
 def _digest(folder: Path, names: list[str] | tuple[str, ...]) -> str:
-    """Of the files with these names that there are."""
+    """Hash of those of these files that exist."""
     total = sha256()
     for name in names:
         path = folder / name

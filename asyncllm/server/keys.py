@@ -1,4 +1,4 @@
-"""API keys from everywhere they may come from: the command line, a file, the environment."""
+"""Collects API keys from the command line, a file and the environment."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The processes of one server: what a child is told, starting it, and sharing its fate.
+"""The processes of one server: what a child is given, how it starts and how it ends.
 
 Rank 0 starts the others and watches them, and a child does not outlive it. Knows processes, ports
-and folders; knows no actor.
+and folders; does not know actors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Boot:
     """Everything an endpoint needs to start; rank 0 makes one for each child."""
 
     endpoint: int
-    topology: Topology  # with the addresses that are known; its own: where it is to listen
+    topology: Topology  # with the known addresses; its own is where it must listen
     keys: tuple[str, str] = field(repr=False)  # see ``Keys``
     config: Config
     resolved: Resolved
@@ -57,13 +57,13 @@ class Boot:
     parent: int  # pid; 0 for rank 0
     store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
     pulse_fd: int = -1  # see ``Pulse``; -1: alone
-    advertised: str = ""  # host by which other nodes reach this one; "": there are none
-    cluster_host: str = ""  # host by which other servers of its cluster reach it; "": none do
+    advertised: str = ""  # host at which other nodes reach this one; "": there are none
+    cluster_host: str = ""  # host at which other servers of its cluster reach it; "": none do
     incarnation: str = ""  # the id of this server in its cluster; another one after each start
 
     @property
     def name(self) -> str:
-        """How logs and errors call this process."""
+        """Name of this process in logs and errors."""
         return self.topology.name(self.endpoint)
 
     @property
@@ -72,12 +72,12 @@ class Boot:
 
     @property
     def coordinates(self) -> bool:
-        """It is the server's first process, which waits for all others and ends them."""
+        """Whether it is the server's first process, which waits for all others and ends them."""
         return self.me == self.topology.coordinator
 
     @property
     def heads(self) -> bool:
-        """It is the process that the user has started on this node; it starts the others there."""
+        """Whether the user started this process; it starts the others on its node."""
         return self.me == self.topology.on(self.me.node)[0]
 
     @property
@@ -126,7 +126,7 @@ class Children:
     """The child processes of rank 0.
 
     Args:
-        on_death: told a child's boot, pid and exit code when one ends that was not asked to.
+        on_death: called with a child's boot, pid and exit code when it ends unexpectedly.
     """
 
     def __init__(self, on_death: Callable[[Boot, int, int], None]) -> None:
@@ -138,7 +138,7 @@ class Children:
         self._empty.set()
 
     def start(self, boot: Boot, num_threads: int) -> None:
-        """Start a child and tell it ``boot`` on its standard input."""
+        """Start a child and pass it ``boot`` on its standard input."""
         fds = [fd for fd in (boot.listen_fd, boot.pulse_fd) if fd >= 0]
         with signals.for_child():
             process = subprocess.Popen(
@@ -185,7 +185,7 @@ class Children:
             process.send_signal(number)
 
     def kill_one(self, endpoint: int) -> None:
-        """End one child at once; its death is told like any other."""
+        """Kill one child; its death is reported like any other."""
         for boot, process in self._running.values():
             if boot.endpoint == endpoint:
                 process.kill()
@@ -196,7 +196,7 @@ class Children:
         processes = [process for _, process in self._running.values()]
         for process in processes:
             process.kill()
-        for process in processes:  # one that hangs in a driver is left to the kernel
+        for process in processes:  # a process that hangs in a driver is left to the kernel
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILLED_S)
 
@@ -213,7 +213,7 @@ def die_with_parent(parent: int) -> None:
 def watch_parent(parent: int, orphaned: Callable[[], object]) -> None:
     """Call ``orphaned``, in a thread, when ``parent`` is gone.
 
-    Instead of :func:`die_with_parent` where there is something to be said before the end.
+    Replaces :func:`die_with_parent` where something must be reported before the end.
     """
 
     def wait() -> None:
@@ -229,7 +229,7 @@ def watch_parent(parent: int, orphaned: Callable[[], object]) -> None:
 
 
 def bind_http(host: str, port: int) -> socket.socket:
-    """The HTTP socket, bound and not yet listening: a busy port is an error now, not later."""
+    """The HTTP socket, bound but not listening yet, so that a busy port is an error early."""
     try:
         return bound(host, port, socket.AI_PASSIVE)
     except OSError as error:
@@ -271,7 +271,7 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove our folders whose server was killed before it could."""
+    """Remove folders left over by servers that were killed."""
     for folder in parent.glob("asyncllm-*-*"):
         pid = folder.name.split("-")[1]
         with contextlib.suppress(OSError):  # gone meanwhile
@@ -285,7 +285,7 @@ class ZmqAddresses:
 
     Args:
         zmq_mode: as the option.
-        alone: there is but one process; nobody listens.
+        alone: there is only one process; nobody listens.
     """
 
     def __init__(self, zmq_mode: str, *, alone: bool) -> None:
@@ -328,4 +328,4 @@ class NodeWires:
         return tcp(self.host, self.port + endpoint if endpoint < self.ranks else "*")
 
     def close(self) -> None:
-        """There is nothing to be removed."""
+        """Nothing to remove."""

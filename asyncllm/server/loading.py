@@ -53,9 +53,9 @@ class Loaded:
     dialect: Dialect | None
     chats: Chats | None
     device: CpuDevice | CudaDevice | None
-    ranks: Ranks | None  # None: there is but one
+    ranks: Ranks | None  # None: there is only one
     num_slots: PerSpace = NO_SLOTS
-    window: Window | None = None  # of layers that have a slot space of their own
+    window: Window | None = None  # for layers with a separate slot space
     # of a leader and of a master, unless constrained output is off
     grammars: Grammars | None = None
     constraints: Constraints | None = None  # of a leader
@@ -85,7 +85,7 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
 
 
 def rope_notes(spec: ModelSpec, max_len: int) -> list[str]:
-    """What the longest request decides about positions."""
+    """The position settings that follow from the longest request."""
     return rope.notes((layer.rope for layer in spec.layers), max_len)
 
 
@@ -110,7 +110,7 @@ def num_threads(boot: Boot) -> int:
 def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Loaded:
     """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks.
 
-    Whatever may refuse the start is tried before the weights, which take long.
+    Everything that may refuse the start is checked before the weights, which take long.
 
     Args:
         text: the tokenizer, if it is loaded already.
@@ -161,7 +161,7 @@ def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Load
 
 
 def load_forms(loaded: Loaded) -> None:
-    """What makes outputs follow a form. Raises StartupError."""
+    """The constrained-decoding backend. Raises StartupError."""
     assert loaded.text is not None
     assert loaded.dialect is not None
     config, eos_ids = loaded.boot.config, loaded.boot.resolved.eos_ids
@@ -177,10 +177,10 @@ def load_forms(loaded: Loaded) -> None:
 def with_chats(loaded: Loaded, text: Text) -> Loaded:
     """``loaded`` with the tokenizer, how the model writes, and what renders its chats.
 
-    A template that does not compile stops chats, and nothing else.
+    A template that does not compile disables chats only.
 
     Raises:
-        StartupError: control tokens in content are to be text, and cannot be told apart.
+        StartupError: control tokens in content must be text, but cannot be distinguished.
     """
     config = loaded.boot.config
     known = config.tool_call_parser, config.reasoning_parser
@@ -220,7 +220,7 @@ def _about_chats(fault: str, reason: str) -> Iterator[str]:
 
 
 def _share_memory(boot: Boot) -> bool:
-    """Whether all ranks that add up together are of one node."""
+    """Whether all ranks that sum together are on one node."""
     together = boot.topology.ranks if boot.topology.in_step else boot.group
     return len({rank.node for rank in together}) == 1
 

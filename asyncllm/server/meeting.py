@@ -1,7 +1,7 @@
-"""Where the ranks of torch.distributed meet, and over which network interface they then talk.
+"""The rendezvous of torch.distributed's ranks, and the network interface they use.
 
-Left to itself, torch listens on every address of the machine for the rendezvous. Here it is handed
-a socket that is bound to ``--nccl_host`` alone.
+By default torch listens on every address of the machine for the rendezvous. Here it gets a socket
+that is bound only to ``--nccl_host``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def listen(config: Config) -> socket.socket:
 
     Raises:
         StartupError: --nccl_host is not an address of this machine, or an explicitly given
-            --nccl_port is busy. A busy default gives way to a free port, so that several servers
-            coexist.
+            --nccl_port is busy. A busy default port is replaced by a free one, so that several
+            servers can coexist.
     """
     host, port = config.nccl_host, config.nccl_port
     try:

@@ -1,8 +1,9 @@
-"""How the nodes of a server find each other, and hear that one of them has gone.
+"""How the nodes of a server find each other and notice when one of them fails.
 
-The nodes meet node 0 at one port, under the keys of the cluster's secret. It compares what they
-must have in common and tells each the server's own keys. The same connection then carries signs of
-life, from a thread, so that neither loading nor a busy event loop is silence. Knows no actor.
+The nodes meet node 0 at one port, under the keys of the cluster's secret. It compares what must be
+equal on all of them and sends each the server's keys. The same connection then carries heartbeats,
+sent by a thread, so that neither loading nor a busy event loop looks like a failure. Does not know
+actors.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from asyncllm.errors import Mismatch, StartupError
 from asyncllm.log import Seldom
 from asyncllm.topology import Contract, Topology
 
-BEAT_S = 0.3  # between two signs of life, less with a small --dead_after
+BEAT_S = 0.3  # between two heartbeats, less with a small --dead_after
 BEATS = 20  # of --dead_after, at least
-MISSED = 2  # signs of life that a closed connection does not take: the node has gone
+MISSED = 2  # unsent heartbeats on a closed connection after which the node counts as failed
 FRAME_LIMIT = 1 << 20  # bytes
 DRAIN_LIMIT = 256  # frames a turn
 LINGER_MS = 500
@@ -47,7 +48,7 @@ class Join(Message):
 
 @message(61)
 class Joined(Message):
-    """node 0 -> node: all are there, and these are your server's."""
+    """node 0 -> node: all have joined, and these are the server's values."""
 
     topology: Topology
     store_port: int  # where torch.distributed's ranks meet
@@ -64,7 +65,7 @@ class JoinRefused(Message):
 
 @message(63)
 class NodeAlive(Message):
-    """Each node <-> node 0, all the time."""
+    """Each node <-> node 0, periodically."""
 
 
 @message(64)
@@ -90,11 +91,11 @@ class Lifeline:
     """One end of the connections between nodes.
 
     Args:
-        dead_after_s: a node that has gone ends the server on all nodes within this time.
+        dead_after_s: when a node fails, the server ends on all nodes within this time.
 
     Attributes:
-        foreign_frames: what came from those with the key, and is no message of nodes; dropped.
-        strangers: connections that did not show that they know the key.
+        foreign_frames: invalid messages from holders of the key; dropped.
+        strangers: connections that did not prove knowledge of the key.
     """
 
     def __init__(self, dead_after_s: float) -> None:
@@ -113,16 +114,17 @@ class Lifeline:
         self.foreign_frames = self.strangers = 0
 
     def watch(self, on_end: Callable[[int, str], None]) -> None:
-        """From now on look after the others in a thread.
+        """Start monitoring the other nodes in a thread.
 
         Args:
-            on_end: told an exit code and a reason, once, in the thread, when the server is to end.
+            on_end: called once, in the thread, with an exit code and a reason when the server must
+                end.
         """
         self._thread = threading.Thread(target=self._watch, args=(on_end,), daemon=True)
         self._thread.start()
 
     def spare(self, nodes: Collection[int], on_gone: Callable[[int, str], None]) -> None:
-        """From now on the server goes on without these nodes. From any thread.
+        """The server continues without these nodes from now on. From any thread.
 
         Args:
             on_gone: told the number of one that has gone, and why, in the thread of :meth:`watch`.
@@ -130,11 +132,11 @@ class Lifeline:
         self._on_spared, self._spared = on_gone, frozenset(nodes)
 
     def fail(self, code: int, why: str) -> None:
-        """Tell the others that the server ends; the first reason counts. From any thread."""
+        """Notify the others that the server is ending; the first reason counts. From any thread."""
         self._said = self._said or self._found or (code, why)
 
     def close(self) -> None:
-        """Tell what there is to tell, and hang up. From any thread."""
+        """Send pending notices and disconnect. From any thread."""
         self._stop.set()
         if self._thread is None:
             self._hang_up()
@@ -157,12 +159,12 @@ class Lifeline:
             self._ctx.destroy(LINGER_MS)
 
     def _step(self) -> None:
-        """Hear what has come, wait for it a moment, and give a sign of life when it is time."""
+        """Receive messages, waiting briefly for them, and send a heartbeat when due."""
         self._listen(self._beat_s)
         now = monotonic()
         if now < self._due:
             return
-        # perhaps it was this process that was stopped: nobody else is to blame for that time
+        # this process may have been stopped: do not blame others for that time
         late, self._last = max(0.0, now - self._last - self._limit_s / 2), now
         self._due = now + self._beat_s
         self._beat(now, late)
@@ -173,7 +175,7 @@ class Lifeline:
             self.fail(code, why)
 
     def _gone(self, peer: _Peer, code: int, why: str) -> None:
-        """One of the others does not go on."""
+        """Another node has failed."""
         if (node := peer.join.node) in self._spared:
             self._spared -= {node}
             self._forget(peer)
@@ -182,7 +184,7 @@ class Lifeline:
             self._lost(code, why)
 
     def _look(self, peer: _Peer, now: float, late: float, sent: bool) -> None:
-        """Whether a peer is still there; ``sent``: its connection took a sign of life."""
+        """Whether a peer is alive; ``sent``: its connection accepted a heartbeat."""
         peer.heard += late
         peer.missed = 0 if sent else peer.missed + 1
         if peer.missed >= MISSED:
@@ -244,10 +246,11 @@ class Meeting(Lifeline):
             ) from None
 
     def gather(self, timeout_s: float) -> list[Join]:
-        """All other nodes, in order, as soon as they are there. Blocks.
+        """All other nodes, in order, once they have joined. Blocks.
 
         Raises:
-            StartupError: one has not come in time, cannot belong to this server, or has gone again.
+            StartupError: one has not joined in time, cannot belong to this server, or has left
+                again.
         """
         deadline = monotonic() + timeout_s
         while len(self._peers) < self._nnodes - 1 and self._found is None:
@@ -265,7 +268,7 @@ class Meeting(Lifeline):
         return sorted((peer.join for peer in self._peers.values()), key=lambda join: join.node)
 
     def place(self, joined: Joined) -> None:
-        """Tell all nodes what server they are."""
+        """Send all nodes the server's values."""
         for ident in self._peers:
             self._send(ident, joined)
 
@@ -380,10 +383,10 @@ class Member(Lifeline):
         self._peer = _Peer(Join(0, host, own.contract, ()), 0.0)
 
     def join(self, timeout_s: float) -> Joined:
-        """What node 0 says when all nodes are there. Blocks.
+        """The answer of node 0 once all nodes have joined. Blocks.
 
         Raises:
-            StartupError: it is not there in time, refuses, or has gone again.
+            StartupError: it does not answer in time, refuses, or has left again.
         """
         deadline = monotonic() + timeout_s
         while self._joined is None and self._found is None:
@@ -498,7 +501,7 @@ class _Way:
 
 
 def difference(ours: Join, theirs: Join) -> tuple[str, str, str] | None:
-    """(name, our value, theirs) of what two nodes have not in common."""
+    """(name, our value, theirs) for everything in which two nodes differ."""
     if breach := ours.contract.breach(theirs.contract):
         return breach
     mine, other = dict(ours.facts), dict(theirs.facts)

@@ -1,4 +1,4 @@
-"""Can the nodes reach each other? Asked before weights are loaded, which may take minutes."""
+"""Checks that nodes can reach each other before weights are loaded, which may take minutes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Way:
 
 
 def join_ranks(boot: Boot, where: torch.device, ways: list[Way] | None = None) -> Ranks:
-    """The ranks of the server, as soon as all are there. Blocks.
+    """The ranks of the server, once all have joined. Blocks.
 
     Args:
         ways: gets those that were tried.
@@ -135,7 +135,7 @@ def reach(name: str, other: str, host: str, port: int, option: str) -> Way:
 
 
 def within(seconds: float, work: Callable[[], T], what: str) -> T:
-    """What ``work`` gives. It runs in a thread that is left alone when the time is over.
+    """The result of ``work``, which runs in a thread that is abandoned on timeout.
 
     Raises:
         StartupError: it takes longer, or fails with a RuntimeError; ``what`` is what that means.

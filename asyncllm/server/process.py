@@ -49,7 +49,7 @@ from asyncllm.topology import HTTP, Endpoint, Topology
 
 EXIT_STARTUP = 2
 CULPRIT_S = 1.0
-FAIL_S = 3.0  # from a failure to the end: last words of all processes, and the culprit's death
+FAIL_S = 3.0  # from a failure to the end: final logs of all processes, and noticing the failed one
 LEAVING_S = 2.0  # for the group of ranks; the process ends all the same
 MINUTE_S = 60.0
 MOST_REPLACED = 3  # HTTP workers in a minute
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What the process that the user has started on a node has, and no child.
+    """What only the process that the user has started on a node has.
 
     Args:
         wires: where it and its children listen.
@@ -96,8 +96,8 @@ class Server:
         self._checked = False  # --check has found what it wanted to know
         self._pulse: Pulse | None = None
         self._lost_groups: set[int] = set()  # that had processes on this node
-        self._next_endpoint = len(boot.topology.endpoints)  # numbers are never given twice
-        self._replaced: deque[float] = deque()  # when HTTP workers were, of late
+        self._next_endpoint = len(boot.topology.endpoints)  # numbers are never reused
+        self._replaced: deque[float] = deque()  # recent restarts of HTTP workers
 
     async def run(self) -> int:
         """Load, run the actors until they stop; the exit code."""
@@ -117,7 +117,7 @@ class Server:
                 return await self._check()
             loaded = await self._load()
             self._boot = loaded.boot
-            # they must know the limits that the K/V size decides
+            # they need the limits that follow from the K/V size
             self._start_children(replaceable=True)
             self._assemble(loaded)
             await self._system.run()
@@ -128,7 +128,7 @@ class Server:
             self._abandon(self._code)
         except Mismatch:
             if self._children:
-                await self._children.close(CULPRIT_S)  # the other one finds the same, and says so
+                await self._children.close(CULPRIT_S)  # the other one finds and reports the same
             raise
         except StartupError as error:
             self._tell_nodes(EXIT_STARTUP, str(error))
@@ -138,7 +138,7 @@ class Server:
             self._system.close()
             if self._status is not None:
                 await self._status.close()
-        # NCCL's ranks leave together: one that waited for the others to end would wait in vain
+        # NCCL's ranks leave together: waiting for the others to end first would hang
         leave = loaded.ranks.close if loaded.ranks is not None else lambda: None
         leaving = threading.Thread(target=leave, daemon=True)
         leaving.start()
@@ -148,7 +148,7 @@ class Server:
         return 0
 
     async def _check(self) -> int:
-        """--check on several nodes: all try the ways to each other, and end."""
+        """--check on several nodes: all test their connections to each other and end."""
         boot, loop = self._boot, asyncio.get_running_loop()
         table = await loop.run_in_executor(None, try_ways, boot, torch_device(boot))
         self._checked = True
@@ -158,8 +158,8 @@ class Server:
         return 0
 
     def _lead(self) -> None:
-        """The process that the user has started takes the signals, starts the others of its node
-        and looks after other nodes."""
+        """The process that the user has started handles signals, starts the others of its node and
+        monitors other nodes."""
         handle_draining(asyncio.get_running_loop(), self._signalled)
         self._children = children = Children(self._child_died)
         self._watch.leave = self._abandon
@@ -291,7 +291,7 @@ class Server:
             self._spare_nodes()
 
     def _spare_nodes(self) -> None:
-        """Nodes with nothing but groups that the server can do without may go."""
+        """Nodes that hold only expendable groups may fail."""
         if self._lifeline is None:
             return
         topology, loop = self._boot.topology, asyncio.get_running_loop()
@@ -349,14 +349,13 @@ class Server:
             self._lifeline.fail(code, why)
 
     def _child_died(self, boot: Boot, pid: int, code: int) -> None:
-        """A rank is a part of the model; an HTTP worker owns nothing,
-        and another takes its place."""
+        """A rank is part of the model; an HTTP worker owns nothing and is replaced."""
         replaceable = boot.me.replaceable
         over = self._acting and self._system.over
         if over and (code == 0 or replaceable):
             return  # it was told to end
         if code == 0 and self._boot.config.check:
-            return  # it has tried its ways
+            return  # it has tested its connections
         what = f"{boot.name} (pid {pid}) ended with exit code {code}"
         if replaceable and self._open:
             self._replace(boot.me, what)
@@ -369,7 +368,7 @@ class Server:
         self._fail(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, what)
 
     def _lose(self, group: int, what: str) -> bool:
-        """A rank here has died; False: nobody goes on without its group."""
+        """A rank here has died; False: the server cannot continue without its group."""
         topology = self._system.topology
         if group in self._lost_groups or group in topology.lost:
             return True
@@ -409,11 +408,11 @@ class Server:
         self._system.ref("watchdog").tell(Replaced(dead.id, by), urgent=True)
 
     def _fail(self, code: int, reason: str) -> None:
-        """End with ``code``, once those who wait for answers know. On the loop."""
+        """End with ``code`` after notifying those who wait for answers. On the loop."""
         self._tell_nodes(code, reason)
         if not self._acting or (self._system.over and not self._failing):
             self._abandon(code)
-        if self._code == 1:  # the first telling one counts
+        if self._code == 1:  # the first informative reason counts
             self._code = code
         self._system.fail(PeerLost(reason))
 
@@ -427,7 +426,7 @@ class Server:
         self._abandon(code)
 
     def _failed(self) -> None:
-        """The system has failed; what it still does may hang as well."""
+        """The actor system has failed; its shutdown may hang as well."""
         self._failing = True
         timer = threading.Timer(FAIL_S, lambda: self._abandon(self._code))
         timer.daemon = True

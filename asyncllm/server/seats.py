@@ -1,4 +1,4 @@
-"""Which endpoint of which server this process is, once it knows the other nodes."""
+"""Determines which endpoint of which server this process is, after meeting the other nodes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def find_seat(
         stack: closes what must be closed.
 
     Raises:
-        StartupError: nodes do not come, do not fit, or cannot be reached.
+        StartupError: nodes do not join, do not match, or cannot be reached.
     """
     keys = cluster_keys(config)
     use_interface(meeting.interface_to(_towards(config)))
@@ -192,4 +192,4 @@ def _open_rendezvous(config: Config, seat: Seat, stack: contextlib.ExitStack) ->
     host, port = meets.getsockname()[:2]
     seat.rendezvous = str(host), int(port)
     use_interface(meeting.interface_to(_towards(config)))
-    seat.store_fd = os.dup(meets.fileno())  # torch closes the one that it is given
+    seat.store_fd = os.dup(meets.fileno())  # torch closes the socket that it gets

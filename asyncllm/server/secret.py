@@ -1,6 +1,6 @@
-"""The secret that the nodes of one server share, and the CURVE keys that come of it.
+"""The secret that the nodes of one server share, and the CURVE keys derived from it.
 
-Whoever knows the secret may join; nobody else is heard. Knows files and keys, no socket.
+Whoever knows the secret may join; everyone else is ignored. Knows files and keys, not sockets.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from asyncllm.config import Config
 from asyncllm.errors import StartupError
 
 SECRET_BYTES = 32
-MOST_SECRETS = 2  # while one gives way to another
+MOST_SECRETS = 2  # while one is being replaced by another
 NO_SECRET = bytes(SECRET_BYTES)  # on the loopback interface: whoever may use it may join
-# each use of a secret has its own keys
+# each purpose of a secret has separate keys
 NODES = b"asyncllm-nodes-1"  # where the nodes of a server meet
 CHANNEL = b"asyncllm-servers"  # between the servers of a cluster
 TRANSFER = b"asyncllm-kv"  # for K/V between their ranks

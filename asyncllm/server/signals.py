@@ -1,6 +1,6 @@
-"""Signals: which of them stop a server, show its state, or end it at once.
+"""Signal handling: draining a server, logging its state, ending it at once.
 
-Knows signals and threads; what they lead to is told by the process.
+Knows signals and threads; the process supplies the actions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DRAIN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHOW = signal.SIGUSR1
 # for whole groups of processes: a terminal's Ctrl-C, Ctrl-\ and hang-up, systemd's stop
 _GROUP = (*DRAIN, signal.SIGQUIT)
-# neither ends a process that does nothing about them, or they tell of a crash
+# these do not end a process by default, or they report a crash
 _OTHERS = {
     signal.SIGKILL, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT,
     signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGSEGV,
@@ -33,26 +33,27 @@ log = logging.getLogger(__name__)
 
 
 def _deadly() -> set[int]:
-    """Signals that would end this process without a trace, and that nobody here handles."""
+    """Signals that would end this process without a trace and have no handler here."""
     rest = set(signal.valid_signals()) - {*DRAIN, SHOW, *_OTHERS}
     return {number for number in rest if signal.getsignal(number) is signal.SIG_DFL}
 
 
 def hold() -> None:
-    """Keep what :class:`Watch` handles waiting until there is one. Call before threads start."""
+    """Block the signals that :class:`Watch` handles until there is one. Call before threads
+    start."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {SHOW, *_deadly()})
 
 
 class Watch:
-    """Answers signals in a thread of its own, so that it does so whatever the event loop does.
+    """Handles signals in a separate thread, so that it works whatever the event loop does.
 
     SIGUSR1 writes the stacks of all threads and ``state`` to the log. In rank 0 all signals that
     would end the process, and are not for draining, call ``leave``, so that nothing is left behind.
 
     Attributes:
-        state: lines about what this process does; replaced when there is more to tell.
-        forward: tells the other processes to do the same.
-        leave: told the exit code; from the thread.
+        state: lines about what this process is doing; replaced as that changes.
+        forward: passes the signal on to the other processes.
+        leave: called with the exit code, in the thread.
     """
 
     def __init__(self, name: str, *, leads: bool) -> None:
@@ -101,7 +102,7 @@ def for_child() -> Iterator[None]:
 
 
 def leave_to_leader() -> None:
-    """In a child: signals to the group reach rank 0 too, which drains and then tells us.
+    """In a child: signals to the group reach rank 0 too, which drains and then notifies us.
 
     Acting on them here would cut off running requests.
     """
@@ -131,7 +132,7 @@ def end_when_stopped(*, code: int | None = 0) -> None:
 
 
 def hold_draining() -> None:
-    """Keep signals that drain waiting until :func:`handle_draining`."""
+    """Block draining signals until :func:`handle_draining`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, DRAIN)
 
 

@@ -1,6 +1,6 @@
 """HTTP of a process that serves no requests: a few pages.
 
-Knows neither actors nor the server; it is told what to answer.
+Knows neither actors nor the server; it is given the answers.
 """
 
 from __future__ import annotations

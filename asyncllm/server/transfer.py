@@ -1,4 +1,4 @@
-"""What a rank of a prefill or decode node needs to move K/V: its door, its pages, its actor.
+"""What a rank of a prefill or decode node needs to move K/V: socket, pages and actor.
 
 Knows options; what moves them is in ``actors/kv_transfer.py``.
 """
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def refuse(boot: Boot, window: Window | None) -> None:
-    """Raises StartupError: K/V cannot move as they are, or as is asked for."""
+    """Raises StartupError: K/V cannot be moved in this format, or in the requested way."""
     config = boot.config
     kv_ways.refuse(config.pd_trans_mode, torch.device(boot.resolved.device))
     if window is not None:
@@ -55,7 +55,8 @@ def open_door(boot: Boot) -> Door | None:
     """Where this rank of a decode node takes K/V; None: it is of a prefill node.
 
     Raises:
-        StartupError: a given --pd_decode_rpyc_port is busy. A busy default gives way to a free one.
+        StartupError: a given --pd_decode_rpyc_port is busy. A busy default is replaced by a free
+            one.
     """
     config = boot.config
     if config.run_mode != roles.DECODE:
@@ -101,7 +102,7 @@ def make_transfer(boot: Boot, spec: ModelSpec, engine: Engine, door: Door | None
         door: where it listens; None: it sends.
 
     Raises:
-        StartupError: this machine has not got what --pd_trans_mode asks for.
+        StartupError: this machine lacks what --pd_trans_mode requires.
     """
     config, me = boot.config, boot.me
     layout = engine.model.site.attention.layout
