@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from array import array
 from dataclasses import replace
@@ -283,7 +284,7 @@ def test_completion_fields_not_available(body: dict[str, Any]) -> None:
 def test_neutral_values_of_unavailable_fields_pass() -> None:
     neutral = chat_request(
         tools=TOOLS, tool_choice="none", response_format={"type": "text"}, functions=[],
-        function_call="none", modalities=["text"], guided_json="", best_of=1, audio=None,
+        function_call="none", modalities=["text"], best_of=1, audio=None,
     )  # fmt: skip
     assert neutral == chat_request()
     assert completion_request(suffix="", best_of=1) == completion_request()
@@ -456,11 +457,77 @@ def test_length_penalty() -> None:
 def test_allowed_tokens_exclude_a_grammar() -> None:
     for parse in (completion_request, chat_request, native_request):
         assert parse(allowed_token_ids=[3, 99]).params.allowed_token_ids == (3, 99)
-        assert parse(allowed_token_ids=[]) == parse()
         with pytest.raises(RequestError, match="allowed_token_ids and a grammar exclude"):
             parse(allowed_token_ids=[3], guided_json={})
     with pytest.raises(RequestError, match="exclude each other"):
         chat_request(allowed_token_ids=[3], tools=TOOLS, tool_choice="required")
+
+
+EMPTY: list[dict[str, Any]] = [
+    {"guided_json": ""}, {"guided_regex": ""}, {"guided_grammar": ""}, {"guided_choice": []},
+    {"allowed_token_ids": []}, {"structured_outputs": {}}, {"structured_outputs": {"regex": ""}},
+    {"structured_outputs": {"choice": []}}, {"structured_outputs": {"json_object": False}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", EMPTY, ids=json.dumps)
+def test_an_empty_constraint_is_an_error_but_on_native_routes(body: dict[str, Any]) -> None:
+    (name,) = body
+    for parse in (completion_request, chat_request):
+        with pytest.raises(RequestError, match=f"{name}.* is empty") as caught:
+            parse(**body)
+        assert str(caught.value.param).startswith(name)
+    if name in ("guided_json", "guided_grammar", "allowed_token_ids"):
+        assert native_request(**body) == native_request()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"regex": "a"}, {"json_schema": {}}, {"typical_p": 0.5}, {"stop_regex": "a"}, {"cache_salt": "x"},
+        {"mirostat": 1}, {"n_predict": 5}, {"structural_tag": "x"}, {"custom_logit_processor": "x"},
+        {"repeat_penalty": 1.1}, {"bad_words": ["a"]}, {"use_beam_search": True}, {"lora_path": "x"},
+    ],
+    ids=json.dumps,
+)  # fmt: skip
+def test_fields_of_other_servers_are_refused_by_name(body: dict[str, Any]) -> None:
+    (name,) = body
+    for parse in (completion_request, chat_request):
+        with pytest.raises(RequestError, match=name) as caught:
+            parse(**body)
+        assert (caught.value.param, caught.value.code) == (name, "not_available")
+        neutral = {"typical_p": 1.0, "mirostat": 0, "repeat_penalty": 1, "use_beam_search": False}
+        if name in neutral:
+            assert parse(**{name: neutral[name]}) == parse()
+
+
+def test_top_p_0_is_greedy() -> None:
+    for parse in (completion_request, chat_request):
+        params = parse(top_p=0, temperature=0.7).params
+        assert (params.temperature, params.top_p) == (0.0, 1.0)
+    sampled = native_request(do_sample=True, top_p=0).params
+    assert (sampled.temperature, sampled.top_p) == (0.0, 1.0)
+    assert native_request(do_sample=True, top_p=0.5).params.temperature == 1.0
+
+
+def test_what_a_tool_gave_may_be_nothing_and_thinking_may_be_a_part() -> None:
+    call = {"id": "c", "function": {"name": "f", "arguments": '{"a": '}}
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    messages = [
+        *HI,
+        {
+            "role": "assistant",
+            "content": [thinking, {"type": "text", "text": "So"}],
+            "tool_calls": [call],
+        },
+        {"role": "tool", "content": None, "tool_call_id": "c"},
+        {"role": "tool", "tool_call_id": "c"},
+    ]
+    told = rendered(chat_request(messages=messages))["messages"]
+    assert (told[1]["reasoning_content"], told[1]["content"].startswith("So")) == ("hm", True)
+    assert '{"a": ' in told[1]["content"]
+    with pytest.raises(RequestError, match="content"):
+        chat_request(messages=[{"role": "user", "content": [thinking]}])
 
 
 def test_native_streams_one_choice() -> None:

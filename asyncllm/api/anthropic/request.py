@@ -152,7 +152,7 @@ class MessageRequest(CountRequest):
         "the text",
     )
     temperature: Annotated[Float, Range(0, 1)] = Field(1.0, description="0: greedy")
-    top_p: Annotated[Float, Range(0, 1, above=True)] = Field(
+    top_p: Annotated[Float, Range(0, 1)] = Field(
         1.0, description="smallest set of tokens with this probability"
     )
     top_k: Annotated[Integer, Range(-1, MAX_INT32)] = Field(
@@ -172,8 +172,8 @@ def messages(body: Body, served: ServedModel) -> GenerationRequest:
         **served.defaults.beyond(MessageRequest.model_fields),
         stop=tuple(request.stop_sequences),
         max_new_tokens=request.max_tokens,
-        temperature=temperature(request.temperature),
-        top_p=request.top_p,
+        temperature=temperature(request.temperature, request.top_p),
+        top_p=request.top_p or 1.0,
         top_k=request.top_k or -1,
         grammar=made.grammar,
         max_thinking_tokens=thinking.budget_tokens

@@ -17,7 +17,7 @@ from asyncllm.errors import RequestError, StartupError
 class GenerationConfig(RequestModel):
     do_sample: bool | None = None
     temperature: Annotated[Float, Range(0)] | None = None
-    top_p: Annotated[Float, Range(0, 1, above=True)] | None = None
+    top_p: Annotated[Float, Range(0, 1)] | None = None
     top_k: Annotated[Integer, Range(-1, MAX_INT32)] | None = None
     min_p: Annotated[Float, Range(0, 1)] | None = None
     repetition_penalty: Annotated[Float, Range(0, 10, above=True)] | None = None

@@ -128,6 +128,6 @@ ModelName = Annotated[
 ]
 
 
-def temperature(value: float) -> float:
-    """Nearly 0 is greedy, so that no division can overflow."""
-    return 0.0 if value < GREEDY_BELOW else value
+def temperature(value: float, top_p: float = 1.0) -> float:
+    """Nearly 0 is greedy, so that no division can overflow; and so is a ``top_p`` of 0."""
+    return 0.0 if value < GREEDY_BELOW or not top_p else value

@@ -82,8 +82,8 @@ class Unchanged(TypedDict):
 
 
 class SamplingFields(RequestModel):
-    top_p: Annotated[Float, Range(0, 1, above=True)] = Field(
-        1.0, description="smallest set of tokens with this probability"
+    top_p: Annotated[Float, Range(0, 1)] = Field(
+        1.0, description="smallest set of tokens with this probability; 0: greedy"
     )
     top_k: Annotated[Integer, Range(-1, MAX_INT32)] = Field(
         -1, description="this many best tokens; -1 or 0: all"
@@ -131,7 +131,7 @@ class SamplingFields(RequestModel):
         served.check_ids([token for token, _ in bias], f"{at}logit_bias")
         served.check_ids(allowed, f"{at}allowed_token_ids")
         return {
-            "top_p": self.top_p,
+            "top_p": self.top_p or 1.0,  # 0 is said by the temperature
             "min_p": self.min_p,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,

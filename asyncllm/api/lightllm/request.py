@@ -266,7 +266,7 @@ def generation(
         **_stops(stops, served),
         max_new_tokens=parameters.max_new_tokens,
         min_new_tokens=parameters.min_new_tokens,
-        temperature=temperature(parameters.temperature) if sampled else 0.0,
+        temperature=temperature(parameters.temperature, parameters.top_p) if sampled else 0.0,
         top_k=(parameters.top_k or -1) if sampled else -1,
         penalize_prompt=parameters.input_penalty,
         print_eos=parameters.print_eos_token,

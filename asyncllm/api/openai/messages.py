@@ -18,12 +18,15 @@ from asyncllm.api.common.conversation import (
     Messages,
     PartsContent,
     PastArguments,
+    RefusalPart,
+    TextPart,
     text_of,
 )
 from asyncllm.api.common.model import STRICT, Items, RequestModel, UnicodeStr, Variants
 
 OTHER_NAMES: Final = {"developer": "system", "function": "tool"}  # of roles
-Speaker = Literal["system", "developer", "user", "tool", "function", "ipython"]
+Speaker = Literal["system", "developer", "user"]
+ToolRole = Literal["tool", "function", "ipython"]
 
 
 def _lower(role: object) -> object:
@@ -69,11 +72,34 @@ class SpeakerMessage(_ChatMessage):
     content: PartsContent
 
 
+class ToolMessage(_ChatMessage):
+    """What a tool gave, which may be nothing."""
+
+    role: Annotated[ToolRole, BeforeValidator(_lower), _in_any_case(get_args(ToolRole))]
+    content: PartsContent = ""
+
+
+class ThinkingPart(RequestModel):
+    """Reasoning in the content, as Mistral has it."""
+
+    type: Literal["thinking"]
+    thinking: PartsContent
+
+
+AssistantPart = Annotated[
+    UnicodeStr | TextPart | RefusalPart | ThinkingPart,
+    Variants(other="content of type {} is not available"),
+]
+AssistantContent = Annotated[
+    UnicodeStr | Items[AssistantPart], Variants("a string or an array of parts")
+]
+
+
 class AssistantChatMessage(_ChatMessage):
     """Which may have made calls only."""
 
     role: Annotated[Literal["assistant"], BeforeValidator(_lower), _in_any_case(["assistant"])]
-    content: PartsContent = ""
+    content: AssistantContent = ""
 
 
 def _bounded(messages: object) -> object:
@@ -99,14 +125,15 @@ def _arguments(messages: list[object]) -> Iterator[str]:
                         yield function["arguments"]
 
 
+ChatMessage = SpeakerMessage | ToolMessage | AssistantChatMessage
 ChatMessages = Annotated[
-    Items[Annotated[SpeakerMessage | AssistantChatMessage, Variants(key="role", fold=str.lower)]],
+    Items[Annotated[ChatMessage, Variants(key="role", fold=str.lower)]],
     Field(min_length=1, max_length=MAX_MESSAGES),
     BeforeValidator(_bounded),
 ]
 
 
-def conversation(given: Sequence[SpeakerMessage | AssistantChatMessage]) -> Messages:
+def conversation(given: Sequence[ChatMessage]) -> Messages:
     """The messages in template form."""
     return [_turn(message) for message in given]
 
@@ -121,13 +148,19 @@ def template_kwargs(given: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _turn(message: SpeakerMessage | AssistantChatMessage) -> dict[str, Any]:
+def _turn(message: ChatMessage) -> dict[str, Any]:
     role = OTHER_NAMES.get(message.role, message.role)
-    turn: dict[str, Any] = {"role": role, "content": text_of(message.content)}
+    content: Any = message.content
+    thoughts: list[ThinkingPart] = []
+    if not isinstance(content, str):
+        thoughts = [part for part in content if isinstance(part, ThinkingPart)]
+        content = [part for part in content if not isinstance(part, ThinkingPart)]
+    turn: dict[str, Any] = {"role": role, "content": text_of(content)}
     for key in ("name", "tool_call_id"):
         if (said := getattr(message, key)) is not None:
             turn[key] = said
-    if thought := message.reasoning_content or message.reasoning:
+    inside = "\n".join(text_of(part.thinking) for part in thoughts)
+    if thought := message.reasoning_content or message.reasoning or inside:
         turn["reasoning_content"] = thought
     if message.tool_calls:
         turn["tool_calls"] = [

@@ -76,6 +76,11 @@ EXTENSIONS: Final = (
     "add_special_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
     "max_thinking_tokens", "separate_reasoning", "stream_reasoning", "continuous_usage_stats",
 )  # fmt: skip
+# on LightLLM's own routes these are defaults, and mean none
+MAY_BE_EMPTY: Final = (
+    "guided_json", "guided_regex", "guided_grammar", "guided_choice", "allowed_token_ids",
+)  # fmt: skip
+STRUCTURED: Final = ("json", "regex", "choice", "grammar")
 R = TypeVar("R", bound="CommonRequest")
 
 
@@ -110,6 +115,40 @@ class CommonRequest(SamplingFields):
     ] = None
     truncate_prompt_tokens: Annotated[None, Unavailable("truncating the prompt")] = None
     logits_processors: Annotated[None, Unavailable("a logits processor", [])] = None
+    custom_logit_processor: Annotated[None, Unavailable("a logits processor")] = None
+    return_token_ids: Annotated[None, Unavailable("token ids in the answer", False)] = None
+    logprob_token_ids: Annotated[None, Unavailable("log-probabilities of given tokens", [])] = None
+    return_tokens_as_token_ids: Annotated[None, Unavailable("tokens named by id", False)] = None
+    include_stop_str_in_output: Annotated[
+        None, Unavailable("keeping the stop string in the text", False)
+    ] = None
+    no_stop_trim: Annotated[None, Unavailable("keeping the stop string in the text", False)] = None
+    stop_regex: Annotated[None, Unavailable("stopping at a pattern", "", [])] = None
+    spaces_between_special_tokens: Annotated[
+        None, Unavailable("leaving out spaces between special tokens", True)
+    ] = None
+    structural_tag: Annotated[None, Unavailable("a structural tag", "")] = None
+    guided_whitespace_pattern: Annotated[None, Unavailable("a pattern for white space", "")] = None
+    json_schema: Annotated[None, Unavailable("SGLang's name of guided_json", "")] = None
+    regex: Annotated[None, Unavailable("SGLang's name of guided_regex", "")] = None
+    ebnf: Annotated[None, Unavailable("SGLang's name of guided_grammar", "")] = None
+    grammar: Annotated[None, Unavailable("llama.cpp's name of guided_grammar", "")] = None
+    typical_p: Annotated[None, Unavailable("typical decoding", 1, 1.0)] = None
+    top_a: Annotated[None, Unavailable("sampling by top_a", 0, 0.0)] = None
+    tfs_z: Annotated[None, Unavailable("tail-free sampling", 1, 1.0)] = None
+    mirostat: Annotated[None, Unavailable("mirostat", 0)] = None
+    dynatemp_range: Annotated[None, Unavailable("a dynamic temperature", 0, 0.0)] = None
+    dry_multiplier: Annotated[None, Unavailable("DRY sampling", 0, 0.0)] = None
+    xtc_probability: Annotated[None, Unavailable("XTC sampling", 0, 0.0)] = None
+    repeat_penalty: Annotated[
+        None, Unavailable("llama.cpp's name of repetition_penalty", 1, 1.0)
+    ] = None
+    n_predict: Annotated[None, Unavailable("llama.cpp's name of max_tokens", -1)] = None
+    n_probs: Annotated[None, Unavailable("llama.cpp's name of logprobs", 0)] = None
+    lora_path: Annotated[None, Unavailable("an adapter")] = None
+    return_hidden_states: Annotated[None, Unavailable("hidden states", False)] = None
+    cache_salt: Annotated[None, Unavailable("a prefix cache of one's own", "")] = None
+    kv_transfer_params: Annotated[None, Unavailable("transferring K/V")] = None
     max_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
         None, description="tokens to generate at most; absent: what fits into the context"
     )
@@ -363,7 +402,21 @@ def chat(body: Body, served: ServedModel) -> GenerationRequest:
     return replace(generation, params=params, output_options=made.output_options, functions=old)
 
 
+def _refuse_empty(body: Body) -> None:
+    """Refuse constraints that are empty: they would mean that nothing may come, or anything."""
+    structured = body.get("structured_outputs")
+    inner = structured if isinstance(structured, dict) else {}
+    given = {name: body.get(name) for name in MAY_BE_EMPTY}
+    given |= {f"structured_outputs.{name}": inner.get(name) for name in STRUCTURED}
+    empty = [name for name, value in given.items() if value in ("", [])]
+    if structured == {} or (inner and not any(inner.values()) and not empty):
+        empty.append("structured_outputs")
+    if empty and not (empty == ["structured_outputs"] and inner.get("json") == {}):
+        reject(f"{empty[0]} is empty; leave it out if nothing is to constrain the output", empty[0])
+
+
 def _parse(model: type[R], body: Body, served: ServedModel) -> R:
+    _refuse_empty(body)
     request = parse(model, body, served).filled(served.defaults.sampling(body))
     if request.stream_options is not None and not request.stream:
         reject("stream_options needs stream: true", "stream_options")
@@ -395,7 +448,7 @@ def _generation(
         min_new_tokens=least,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=tuple(request.stop_token_ids),
-        temperature=temperature(request.temperature) if request.do_sample else 0.0,
+        temperature=temperature(request.temperature, request.top_p) if request.do_sample else 0.0,
         top_k=request.top_k or -1,
         penalize_prompt=request.repetition_penalty != 1.0,
         grammar=grammar,

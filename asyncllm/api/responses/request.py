@@ -98,7 +98,7 @@ class ResponseRequest(RequestModel):
         None, description="tokens to generate at most; absent: what fits into the context"
     )
     temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
-    top_p: Annotated[Float, Range(0, 1, above=True)] = Field(
+    top_p: Annotated[Float, Range(0, 1)] = Field(
         1.0, description="smallest set of tokens with this probability"
     )
     text: TextOptions = Field(
@@ -186,9 +186,9 @@ def read(body: Body, served: ServedModel, store: Store) -> ResponsesRequest:
     )
     params = SamplingParams(
         **served.defaults.beyond(ResponseRequest.model_fields),
-        top_p=request.top_p,
+        top_p=request.top_p or 1.0,
         max_new_tokens=request.max_output_tokens,
-        temperature=temperature(request.temperature),
+        temperature=temperature(request.temperature, request.top_p),
         grammar=made.grammar,
         logprobs=_logprobs(request, made.output_options is not None),
     )

@@ -134,7 +134,7 @@ def test_an_assistant_turn_at_the_end_is_continued() -> None:
         ),
         ({"system": 5}, "system"),
         ({"temperature": 1.5}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -1}, "top_p"),
         ({"stop_sequences": "x"}, "stop_sequences"),
         ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"stream": "yes"}, "stream"),

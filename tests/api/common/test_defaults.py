@@ -125,7 +125,7 @@ def test_a_response_repeats_what_is_used() -> None:
     ("content", "part"),
     [
         ({"temperature": -1}, "temperature: -1.0 is not in"),
-        ({"top_p": 0}, "top_p: 0.0 is not in (0, 1]"),
+        ({"top_p": -1}, "top_p: -1.0 is not in [0, 1]"),
         ({"top_p": "0.9"}, "top_p must be a number"),
         ({"top_k": 1.5}, "top_k must be an integer"),
         ({"min_p": 2}, "min_p"),

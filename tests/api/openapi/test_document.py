@@ -46,7 +46,8 @@ def test_every_field_is_there_and_described(model: type[RequestModel]) -> None:
 def test_ranges_and_nulls() -> None:
     top_p = properties("ChatRequest")["top_p"]
     assert top_p["type"] == ["number", "null"]
-    assert (top_p["exclusiveMinimum"], top_p["maximum"], top_p["default"]) == (0, 1, 1.0)
+    assert (top_p["minimum"], top_p["maximum"], top_p["default"]) == (0, 1, 1.0)
+    assert properties("ChatRequest")["repetition_penalty"]["exclusiveMinimum"] == 0
     most = properties("MessageRequest")["max_tokens"]
     assert (most["type"], most["minimum"]) == ("integer", 1)
     schemas = DOC["components"]["schemas"]
