@@ -1,7 +1,7 @@
-"""One step's batch, the K/V that attention reads and writes, and what computes it.
+"""One step's batch, the K/V that attention reads and writes, and the attention interface.
 
 A model plans each distinct attention of its layers once a step and runs the plan in every layer;
-how K and V lie in memory is the layout's to know. The engine implements backends per device.
+only the layout knows how K and V are stored. The engine implements backends per device.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LayerKv = tuple[Tensor, ...]  # of one layer, as its layout made them; dimension
 class Batch:
     """One step on the device: rows of new tokens, one-token rows first.
 
-    Every tensor is int32 on the model's device unless said otherwise. In a CUDA graph the shapes
+    Every tensor is int32 on the model's device unless noted otherwise. In a CUDA graph the shapes
     are those of a bucket and the rest is padding: padded decode rows have length 0, padded prefill
     rows no tokens, and padded tokens write K and V to a slot that nobody reads.
     """
 
-    tokens: Tensor  # [num_tokens] int64, all known by now
+    tokens: Tensor  # [num_tokens] int64, all known
     table: Tensor  # [num_lanes + 1, max_len] slot of every position of every lane
     positions: Tensor  # [num_tokens]
     slots: Tensor  # [num_tokens] where the new tokens' K and V go
@@ -43,10 +43,10 @@ class Batch:
     prefill_cu: Tensor  # [num_prefill + 1] the other rows: row i is tokens [cu[i], cu[i + 1])
     prefill_lanes: Tensor  # [num_prefill]
     prefill_starts: Tensor  # [num_prefill] position of the first new token
-    max_count: int  # about the most new tokens of a prefill row
+    max_count: int  # approximate maximum of new tokens in a prefill row
     host: HostRows | None = None  # for operators that run on the host
-    # of layers with a window, where they have a slot space of their own; what they do not see any
-    # more has entries of slots that are somebody else's by now
+    # for layers with a window that have a separate slot space; entries they no longer see may be
+    # slots that have been reassigned
     sliding_table: Tensor | None = None
     sliding_slots: Tensor | None = None
     lanes: Tensor | None = None  # [num_tokens] of padding the table's last; None: there is none
@@ -56,7 +56,7 @@ class Batch:
         return None if self.lanes is None else (self.lanes < len(self.table) - 1).int()
 
     def of(self, spec: AttentionSpec) -> Batch:
-        """What layers with ``spec`` see of it: table and slots are those of their space."""
+        """The batch for layers with ``spec``, with the table and slots of their space."""
         if spec.window is None or self.sliding_table is None or self.sliding_slots is None:
             return self
         return replace(self, table=self.sliding_table, slots=self.sliding_slots)
@@ -72,7 +72,7 @@ class HostRows:
 
 
 class KvLayout(Protocol):
-    """How the K/V of a token lie in memory, in all layers of one rank.
+    """How the K/V of tokens are stored, in all layers of one rank.
 
     The only place that knows bytes, shapes and dtypes; its subclass for a device writes them.
     """
@@ -82,8 +82,8 @@ class KvLayout(Protocol):
         """This rank's share of each."""
 
     def heads(self, layer: AttentionSpec) -> int:
-        """Into how many equal parts, one after the other, dimension 1 and those behind it of each
-        tensor of a layer divide: the rank's KV heads. 1: there is nothing to divide."""
+        """Number of equal, consecutive parts into which dimensions 1 and later of each of a layer's
+        tensors divide: the rank's KV heads. 1: they are not divided."""
 
     def bytes_per_slot(self) -> PerSpace:
         """Of one token, over all layers of a space: those without a window, those with one."""
@@ -94,9 +94,9 @@ class KvLayout(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """What keys and values of new tokens are made of, in a layer of kind "mla"."""
+    """The source of new tokens' keys and values in a layer of kind "mla"."""
 
-    raw: Tensor  # [T, kv_rank + rope.dim] latent, and the part of keys that turns; neither done yet
+    raw: Tensor  # [T, kv_rank + rope.dim] latent and rotary part of keys; not yet normed or rotated
     norm: Tensor  # [kv_rank], weight of the latent's norm
     eps: float
     up: Tensor  # [Hq, D - rope.dim + Dv, kv_rank]: the rest of each head's key, and its value
@@ -204,7 +204,7 @@ class KvLatents:
     """The latent of a token, normed, and the rotated key that all heads share, in ``dtype``:
     [num_slots, kv_rank + rope.dim]. The same on every rank.
 
-    In 8-bit floats a second tensor has a scale for each row, [num_slots] float32: what is smaller
+    In 8-bit floats a second tensor has a scale for each row, [num_slots] float32: smaller elements
     cannot be copied asynchronously.
     """
 
@@ -237,14 +237,14 @@ class KvLatents:
         return rows, zeros((num_slots,), torch.float32, device)
 
     def refuse(self, spec: AttentionSpec) -> str | None:
-        """Why ``spec`` cannot have its latents so, as the end of a sentence about it."""
+        """Why ``spec`` cannot store its latents this way, as the end of a sentence about it."""
         if self.format is None or (self.format.element == "fp8" and self.format.group is None):
             return None
         return f"has its latents in {self.format.name} instead of triton_fp8kv"
 
 
 def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
-    """``AttentionBackend.refuse`` of those that know causal attention of grouped heads."""
+    """``AttentionBackend.refuse`` for backends with causal grouped-query attention only."""
     asked = {
         f"is of kind {spec.kind!r}": spec.kind != "gqa",
         "has no rotary embedding": spec.rope is None,
@@ -257,7 +257,7 @@ def refuse_beyond_plain(spec: AttentionSpec) -> str | None:
 
 
 def refuse_beyond_latent(spec: AttentionSpec) -> str | None:
-    """``AttentionBackend.refuse`` of those that know causal attention over latents."""
+    """``AttentionBackend.refuse`` for backends with causal attention over latents only."""
     asked = {
         f"is of kind {spec.kind!r} beside others": spec.kind != "mla",
         f"has {spec.num_q_heads} heads of queries and {spec.num_kv_heads} of keys": (
@@ -272,13 +272,13 @@ def refuse_beyond_latent(spec: AttentionSpec) -> str | None:
 
 
 def decompressed_from(spec: AttentionSpec) -> int:
-    """New tokens of a row from which, whatever its prefix, it costs less to make keys and values of
-    its latents than to attend to the latents themselves.
+    """Number of new tokens in a row from which, whatever its prefix, decompressing keys and values
+    is cheaper than attending to the latents themselves.
 
     A pair of query and latent takes ``2 * (2 * kv_rank + rope)`` operations a head instead of
     ``2 * (D + Dv)``. Keys and values of a latent cost ``2 * kv_rank * (D - rope + Dv)``, for every
-    token of the row; what turns a query and its result costs as much, for every new token. So
-    ``count`` new tokens behind ``start`` others are decompressed where ``count ** 2 > 2 * start *
+    token of the row; projecting a query and its result costs as much, for every new token. So
+    ``count`` new tokens after ``start`` others are decompressed where ``count ** 2 > 2 * start *
     (decompressed_from - count)``.
     """
     assert spec.rope is not None

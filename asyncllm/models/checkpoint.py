@@ -1,4 +1,4 @@
-"""Which files of a model folder hold its weights, and which tensor is taken from which file.
+"""Finds the weight files of a model folder, and the file from which each tensor is read.
 
 Knows names and files; loads nothing.
 """
@@ -32,12 +32,12 @@ _COMPARED_ROWS = 8192
 
 @dataclass(frozen=True, slots=True)
 class _Style:
-    """How files of a format are called."""
+    """File names of a format."""
 
     index: str
     single: str
     suffix: str
-    aside: re.Pattern[str]  # weights that are no model, or the same ones under other names
+    aside: re.Pattern[str]  # weights that are not a model, or duplicates under other names
 
 
 _ASIDE = r"\.|adapter|consolidated"
@@ -58,9 +58,9 @@ class Checkpoint:
 
     Attributes:
         folder: where they are.
-        groups: all files, those together that hold shards of the same tensors.
+        groups: all files; those that hold shards of the same tensors are grouped.
         tensors: by name, those that are there.
-        placed: by tensor, the file that has it, or that should, as the index says.
+        placed: by tensor, the file that has it, or should according to the index.
     """
 
     folder: Path

@@ -1,7 +1,7 @@
-"""A mixture of experts in the place of a block's MLP, on one rank.
+"""A mixture of experts as a block's MLP, on one rank.
 
-Knows tensors, their names in the checkpoint and which of them this rank has; how tokens are routed
-and multiplied is for the operators to know.
+Knows tensors, their names in the checkpoint and which of them this rank has; routing and
+multiplication are left to the operators.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Experts:
 
     Experts are cut by their inner size, in equal slices over the ranks of ``site.world``, or each
     rank has some of them whole (``site.whole_experts``); the shared MLP is always cut. Every rank
-    routes all tokens and adds what it has of their experts, so there is one sum over ranks, and
-    nothing depends on how many tokens an expert gets.
+    routes all tokens and adds the results of its experts, so there is one sum over ranks, and no
+    shape depends on how many tokens an expert gets.
 
     Attributes:
         width: elements that a token takes inside, at most.

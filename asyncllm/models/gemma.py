@@ -1,5 +1,5 @@
-"""Gemma 2, Gemma 3 and the text part of Gemma 3 with eyes: norms before and behind attention and
-MLP, windows in most layers, of which Gemma 3 turns by other angles."""
+"""Gemma 2, Gemma 3 and the text part of multimodal Gemma 3: norms before and after attention and
+MLP, sliding windows in most layers, with separate rotary angles in Gemma 3."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config2(hf: ConfigDict) -> ConfigDict:
 
 
 def config3(hf: ConfigDict) -> ConfigDict:
-    """config.json of Gemma 3: with angles of each type of layer, however they are spelled."""
+    """config.json of Gemma 3: with rotary angles per layer type, in any spelling."""
     hf = _DEFAULTS3 | hf
     told = hf.pop("rope_parameters", None) or {}
     full = {"rope_theta": hf.get("rope_theta", 1e6), **(told.get("full_attention") or {})}

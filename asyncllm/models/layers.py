@@ -80,12 +80,13 @@ class DenseLinear:
 def by_outputs(
     site: Site, shape: tuple[int, int], parts: Sequence[LinearPart], bias: bool
 ) -> Linear:
-    """A linear layer whose outputs are shared out over the ranks."""
+    """A linear layer whose outputs are split over the ranks (column-parallel)."""
     return DenseLinear(site, shape, parts, dim=0, bias=bias)
 
 
 def by_inputs(site: Site, shape: tuple[int, int], part: LinearPart, bias: bool) -> Linear:
-    """A linear layer whose inputs are shared out: the ranks' results are to be summed."""
+    """A linear layer whose inputs are split over the ranks (row-parallel); results must be
+    summed."""
     return DenseLinear(site, shape, (part,), dim=1, bias=bias)
 
 
@@ -135,7 +136,7 @@ class Norm:
 
 
 class MlpPart(Protocol):
-    """What stands behind attention in a block."""
+    """The part of a block that follows attention."""
 
     @property
     def nbytes(self) -> int:
@@ -149,14 +150,14 @@ class MlpPart(Protocol):
         """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says.
 
         ``live``: of the tokens that ``World.gather_tokens`` gives: 0 for padding, whose result does
-        not matter; None: there is none.
+        not matter; None: no padding.
         """
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         """Checkpoint name -> where its values go; names begin with ``prefix``."""
 
     def pack(self) -> None:
-        """Lay out the loaded weights as the operators like them best."""
+        """Repack weights into the operators' preferred layout."""
 
 
 class AttentionPart(Protocol):
@@ -181,7 +182,7 @@ class AttentionPart(Protocol):
         """Checkpoint name -> where its values go; names begin with ``prefix``."""
 
     def pack(self) -> None:
-        """Lay out the loaded weights as the operators like them best."""
+        """Repack weights into the operators' preferred layout."""
 
 
 class Attention(Linears):

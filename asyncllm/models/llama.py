@@ -1,4 +1,5 @@
-"""The decoder of one tensor-parallel rank: Llama 1 to 3.x, and what differs from it by its spec.
+"""The decoder of one tensor-parallel rank: Llama 1 to 3.x, and models that differ only by their
+spec.
 
 Knows the block structure and the checkpoint's names; knows neither files nor how attention is done.
 """
@@ -37,10 +38,10 @@ def mlp_part(site: Site, spec: ModelSpec, layer: int) -> MlpPart:
 
 
 class Block:
-    """Attention, then MLP, each behind a norm and added to the residual stream.
+    """Attention, then MLP, each preceded by a norm and added to the residual stream.
 
-    The norm behind the MLP is that of the next block: one pass adds and normalises. With
-    ``spec.sandwich_norms`` what attention and MLP give goes through a norm of its own before.
+    The norm after the MLP is that of the next block: one pass adds and normalises. With
+    ``spec.sandwich_norms`` the outputs of attention and MLP are normed before they are added.
     """
 
     def __init__(self, site: Site, spec: ModelSpec, layer: int) -> None:
@@ -110,7 +111,7 @@ class Decoder:
         self.lm_head = tied if spec.tie_embeddings else site.empty(local, spec.hidden_size)
         # rounded as the embeddings are
         self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=site.dtype))
-        # layers that attend alike share a plan
+        # layers with equal attention share a plan
         self._kinds = list(dict.fromkeys(block.attention.spec for block in self.blocks))
         self._kind_of = [self._kinds.index(block.attention.spec) for block in self.blocks]
 
@@ -129,7 +130,7 @@ class Decoder:
             for spec, part in parts.items()
         ]
         angles = 8 * max(spec.head_dim for spec in self._kinds)
-        # residual stream and normed, before and behind a block
+        # residual stream and normed, before and after a block
         stream = 4 * dtype.itemsize * self.hidden_size
         return num_tokens * (stream + max(inside) + angles + 64)
 

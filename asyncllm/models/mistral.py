@@ -1,5 +1,5 @@
-"""Mistral and Ministral: Llama with a sliding window, or with queries that grow with their
-position; also the text part of those that see."""
+"""Mistral and Ministral: Llama with a sliding window, or with queries scaled by position; also the
+text part of multimodal ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config(hf: ConfigDict) -> ConfigDict:
 
 
 def config3(hf: ConfigDict) -> ConfigDict:
-    """config.json of Ministral 3, whose growth of queries stands among the angles."""
+    """config.json of Ministral 3, whose query scaling is among the rotary parameters."""
     hf = with_windows(_DEFAULTS3 | hf)
     given = dict(hf.pop("rope_scaling", None) or hf["rope_parameters"])
     beta = given.pop("llama_4_scaling_beta", None)

@@ -1,7 +1,8 @@
-"""Multi-head latent attention: keys and values of all heads are made of one latent per token.
+"""Multi-head latent attention: keys and values of all heads are projected from one latent per
+token.
 
-DeepSeek-V2 (2024), §2.1. Knows the projections and their names; whether keys are made or queries
-are turned into what meets latents is the backend's to choose.
+DeepSeek-V2 (2024), §2.1. Knows the projections and their names; the backend chooses whether to
+decompress keys or to absorb the projection into queries.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ EPS = 1e-6  # of the latents' norms, whatever the other norms have
 
 
 class LatentAttention(Linears):
-    """Heads are shared out over the ranks; latents are made on each. A head that is padding has
-    zero weights and adds nothing.
+    """Heads are split over the ranks; each computes all latents. A head that is padding has zero
+    weights and adds nothing.
 
     Attributes:
         width: elements that a token takes inside beyond what the backend says.

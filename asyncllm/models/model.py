@@ -1,4 +1,4 @@
-"""What the engine needs of a model, and what a model of one rank is made with."""
+"""The model interface that the engine uses, and the context in which a rank's model is built."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from asyncllm.models.weights import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Where a model is put: its rank, and what computes there.
+    """Where a model runs: its rank, and the operators there.
 
     Attributes:
-        comm: the rank's tensor-parallel group, which cuts everything but experts.
-        world: what cuts experts: the same, but for several groups that step together.
-        whole_experts: of which each has some experts, not a slice of every one.
-        device: of the parameters; ``meta`` for a model that only shows what it would take.
+        comm: the rank's tensor-parallel group, which splits everything except experts.
+        world: the ranks that split experts: the same, except with several groups in lockstep.
+        whole_experts: each of these has whole experts rather than a slice of each.
+        device: of the parameters; ``meta`` only to measure what it would take.
     """
 
     comm: Comm
@@ -51,7 +51,7 @@ class Model(Protocol):
         """Of its parameters."""
 
     def work_bytes(self, num_tokens: int) -> int:
-        """At most, of what a step of ``num_tokens`` needs besides parameters, K/V and logits."""
+        """Upper bound of what a step of ``num_tokens`` needs besides parameters, K/V and logits."""
 
     def targets(self) -> Iterator[tuple[str, Target]]:
         """Checkpoint name -> where its values go on this rank."""
@@ -60,7 +60,7 @@ class Model(Protocol):
         """True for checkpoint tensors that are not parameters here."""
 
     def pack(self) -> None:
-        """Let the operators lay out the loaded weights as they like them best."""
+        """Repack weights into the operators' preferred layout."""
 
     def forward(self, batch: Batch, kv: Sequence[LayerKv]) -> Tensor:
         """Hidden states [num_tokens, hidden] after the last norm; K/V are written to ``kv``."""

@@ -1,4 +1,4 @@
-"""Values of a config.json, each refused in one line that names it if it cannot be meant.
+"""Reads values of a config.json; an implausible one is refused with one line that names it.
 
 Sizes are bounded: larger ones overflow, or take long to say that memory is short.
 """

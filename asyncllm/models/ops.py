@@ -35,7 +35,7 @@ class Held:
 
 
 class Ops(Protocol):
-    """The operators a decoder is made of, on one device."""
+    """The operators that a decoder uses, on one device."""
 
     def pack(self, weight: Tensor) -> Tensor:
         """``weight`` [out, in] in the form that :meth:`linear` reads fastest; start-up only."""

@@ -1,4 +1,4 @@
-"""What config.json says of quantised weights and K/V. Knows no tensors."""
+"""Reads what config.json says about quantised weights and K/V. Does not know tensors."""
 
 from __future__ import annotations
 

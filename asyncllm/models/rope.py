@@ -1,6 +1,6 @@
 """Rotary position embedding: what a config.json says about it.
 
-Knows no tensors; the angles are made in ``models/angles.py``.
+Does not know tensors; the angles are computed in ``models/angles.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a checkpoint is: shapes, rotary embedding, special ids.
 
-The only code that reads Hugging Face attribute names. Knows no tensors.
+The only code that reads Hugging Face attribute names. Does not know tensors.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class ModelSpec:
     out_bias: bool = False
     qk_norm: bool = False  # q and k of each head are normed before they are turned
     norm_offset: float = 0.0  # norms multiply by this plus their weight
-    sandwich_norms: bool = False  # what attention and MLP give is normed before it is added
+    sandwich_norms: bool = False  # outputs of attention and MLP are normed before they are added
     embed_scale: float = 1.0  # multiplies embeddings
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
     mlp_name: str = "mlp"  # of a layer's part in the checkpoint

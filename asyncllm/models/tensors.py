@@ -98,7 +98,7 @@ class _File(Protocol):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What goes wrong with the file is one line."""
+    """Reports any fault of the file in one line."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -203,7 +203,7 @@ class JoinedShards:
 class BlockScaled:
     """8-bit floats times the scale of their block; blocks are in the last two dimensions.
 
-    What is read is float32, whether the slice begins with a block or not.
+    The result is float32, whether or not the slice starts at a block boundary.
     """
 
     kind = "F32"

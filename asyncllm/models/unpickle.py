@@ -124,7 +124,7 @@ class Pickles:
         self._lines = self._sock.makefile("rb")
         fd = str(theirs.fileno())
         with theirs:
-            # a session of its own: a terminal's Ctrl-C is for rank 0 alone
+            # a separate session: a terminal's Ctrl-C is only for rank 0
             self._process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", __name__, fd, str(os.getpid())],
                 stdin=subprocess.DEVNULL,
