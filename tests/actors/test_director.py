@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from asyncllm.actors.agent import Agent
+from asyncllm.actors.agent import Agent, Found
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.director import Director
@@ -418,13 +418,14 @@ def test_a_master_that_does_not_take_this_node_ends_it_unless_it_has_been_let_in
     async def script() -> None:
         office = node()
         running = asyncio.ensure_future(office.system.run())
-        await office.tell(PeerRefused("m:9", "model here is a, that of pd_master m b"))
-        with pytest.raises(StartupError, match="model here is a, that of pd_master m b"):
-            await running
+        why = "model here is a, that of pd_master m b"
+        await office.tell(Found(("m", 8000), 9), PeerRefused("m:9", why))
+        with pytest.raises(StartupError, match=why):
+            await asyncio.wait_for(running, 20)
         office = node()
 
         async def go() -> None:
-            await office.tell(MASTER, PeerRefused("m:9", "model here is a"))
+            await office.tell(Found(("m", 8000), 9), MASTER, PeerRefused("m:9", "another model"))
 
         await while_running(office, go())
 
