@@ -332,7 +332,8 @@ class Routes:
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
         own = anthropic_models.model if _is_anthropics(request) else model
-        return _json(sse.body(own(self._front.served, request.match_info["name"].rstrip("/"))))
+        name = request.match_info["name"]
+        return _json(sse.body(own(self._front.served, name.rstrip("/") or name)))
 
     async def _welcome(self, request: web.Request) -> web.StreamResponse:
         """A page for browsers, lines for terminals, JSON for who asks for it."""

@@ -103,7 +103,9 @@ async def test_a_stored_conversation_is_refused_so_that_the_sdk_sends_it(server:
     status, got = await server.post(MESSAGES, body)
     details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     assert (status, got["error"]["details"]) == (400, details)
-    assert await server.post(MESSAGES, body | {"thread": None}) is not None
+    assert (await server.post(MESSAGES, body | {"thread": None}))[0] == 200
+    status, got = await server.post(f"{MESSAGES}/count_tokens", body)
+    assert (status, got["error"]["details"]) == (400, details)
 
 
 @live()

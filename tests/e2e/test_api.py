@@ -148,6 +148,7 @@ async def test_other_servers_small_routes(server: Server) -> None:
     for path in ("/ping", "/version", "/ping/", "/v1/models/", "/health/", "/v1/models/org/tiny/"):
         async with server.http.get(server.url + path) as response:
             assert response.status == 200, path
+    assert (await server.get("/v1/models//"))[0] == 404
     for path, body, kind in (
         ("/invocations", {"messages": HI}, "chat.completion"),
         ("/invocations", {"prompt": "x"}, "text_completion"),

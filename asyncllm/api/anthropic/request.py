@@ -192,6 +192,7 @@ def messages(body: Body, served: ServedModel) -> GenerationRequest:
 
 def count(body: Body, served: ServedModel) -> bytes:
     """A /v1/messages/count_tokens body: the conversation for a Count message. Raises as above."""
+    _refuse_thread(body)
     made = _prepared(parse(CountRequest, body, served), served)
     assert made.prompt.chat is not None
     return made.prompt.chat

@@ -145,6 +145,8 @@ class ResponsesTools:
 
     def named(self, name: str, namespace: str = "") -> str:
         """What the model is told for the client's ``name``; it itself if there is no such tool."""
+        if not namespace and name in self.by_name and not self.by_name[name].namespace:
+            return name
         for told, tool in self.by_name.items():
             if tool.name == name and namespace in ("", tool.namespace):
                 return told
@@ -158,13 +160,14 @@ def responses_tools(
     by_name: dict[str, Offered] = {}
     made: list[Tool] = []
     hosted: list[str] = []
+    plain = {each.tool.name for each in given if isinstance(each, FlatTool | FreeTextTool)}
     for at, each, namespace in _flat(given):
         if isinstance(each, HostedTool):
             hosted.append(each.type)
             continue
         tool = each.tool
         told = tool.name
-        if told in by_name and namespace:
+        if namespace and (told in by_name or told in plain):
             told = f"{namespace}.{told}"
         if told in by_name:
             reject(f"{at}: there is another tool {preview(told)}", f"{at}.name")

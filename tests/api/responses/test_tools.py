@@ -35,6 +35,16 @@ def test_functions_of_namespaces_and_custom_tools_are_offered() -> None:
     assert list(offered(tools=twice)) == ["spawn", "others.spawn", "f"]
 
 
+@pytest.mark.parametrize("tools", [[AGENTS, SPAWN], [SPAWN, AGENTS]])
+def test_a_function_keeps_its_name_beside_namespaces(tools: list[dict[str, Any]]) -> None:
+    assert sorted(offered(tools=tools)) == ["agents.spawn", "spawn"]
+    for more, told in (({}, "spawn"), ({"namespace": "agents"}, "agents.spawn")):
+        choice = {"type": "function", "name": "spawn", **more}
+        grammar = ask(tools=tools, tool_choice=choice).generation.params.grammar
+        assert grammar is not None
+        assert [n for n in ("spawn", "agents.spawn") if f'"{n}"' in grammar[1]] == [told]
+
+
 def test_hosted_tools_are_left_out_and_named() -> None:
     asked = ask(tools=[SPAWN, *HOSTED])
     assert asked.generation.omitted_tools == ("web_search", "mcp", "web_search_2026")
