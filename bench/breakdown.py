@@ -219,7 +219,7 @@ def _named(share: Share, num_steps: int) -> str:
 
 def summary(phase: Phase) -> str:
     """Times of a run without the profiler."""
-    f = phase.figures()
+    f = phase.figures({})
     step, launch, gap = f["step_ms"], f["launch_ms"], f["gpu_gap_ms"]
     text = (
         f"{phase.name}: {f['steps']} steps of {f['rows_per_step']:g} rows, "

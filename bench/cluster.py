@@ -34,16 +34,13 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
-from bench import serve
+from bench import loads, serve
 from bench.common import free_port
+from bench.figures import Figures
 
-LOADS = {
-    "lat1": "--n 8 --conc 1 --inp 1024 --out 256",
-    "burst256": "--n 512 --conc 256 --inp 1024 --out 256",
-}
+USUAL = ("lat1", "burst256")
 TAIL = 2000  # characters of a log that are shown
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-Figures = dict[str, Any]
 Shape = Mapping[str, int]
 
 
@@ -204,10 +201,10 @@ def measure(text: str, a: argparse.Namespace, seed: int, logs: Path) -> Figures:
     figures: Figures = {}
     with running(found, logs, a.start_timeout) as ready_s:
         for name, options in a.loads.items():
-            words = [*options.split(), "--url", found.url, "--seed", str(seed)]
-            figures[name] = one = serve.bench(serve.parser().parse_args(words))
-            if one["errors"] or one["short"]:
-                raise serve.BenchError(f"{text}, {name}: {one['errors']}, {one['short']} short")
+            try:
+                figures[name] = loads.run(found.url, options, seed)
+            except serve.BenchError as error:
+                raise serve.BenchError(f"{text}, {name}: {error}") from None
     return {**figures, "start_s": round(ready_s, 1)}
 
 
@@ -255,7 +252,12 @@ def parser() -> argparse.ArgumentParser:
     add("--model_dir", required=True)
     add("--options", default="", help="further ones, of every process")
     add("--rounds", type=serve.positive, default=3, help="in turn: a b, b a, a b")
-    add("--load", action="append", metavar="NAME[=OPTIONS]", help=f"of {', '.join(LOADS)}, or own")
+    add(
+        "--load",
+        action="append",
+        metavar="NAME[=OPTIONS]",
+        help=f"of {', '.join(loads.LOADS)}, or own",
+    )
     add("--visible", choices=("own", "all"), default="own", help="GPUs that a node sees")
     add("--start_timeout", type=float, default=600.0, help="seconds until all are ready")
     add("--logs", type=Path, help="folder for the processes' logs")
@@ -269,12 +271,7 @@ def bench(a: argparse.Namespace) -> dict[str, list[Figures]]:
     Raises:
         BenchError: what the user must change.
     """
-    a.loads = {}
-    for word in a.load or LOADS:
-        name, given, options = word.partition("=")
-        if not given and name not in LOADS:
-            raise serve.BenchError(f"--load {name}: one of {', '.join(LOADS)}, or NAME=OPTIONS")
-        a.loads[name] = options if given else LOADS[name]
+    a.loads = loads.chosen(a.load or USUAL, "--load")
     logs = a.logs or Path(tempfile.mkdtemp(prefix="asyncllm-bench-"))
     results: dict[str, list[Figures]] = {text: [] for text in a.topologies}
     for text in results:

@@ -18,21 +18,18 @@ import sys
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
 from bench import serve
 from bench.common import free_port
+from bench.figures import Figures
+from bench.loads import LOADS, run
 
 MODES = ("none", "triton_int8kv", "triton_fp8kv")
-LOADS = {
-    "burst256": "--n 512 --conc 256 --inp 1024 --out 256",
-    "long12k": "--n 24 --conc 8 --inp 12000 --out 256",
-}
+USUAL = ("burst256", "long12k")
 FILLED_AT_ONCE = 16  # requests
-Figures = dict[str, Any]
 
 
 def metric(url: str, name: str) -> float:
@@ -42,19 +39,6 @@ def metric(url: str, name: str) -> float:
     return sum(
         float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", name + "{"))
     )
-
-
-def run(url: str, options: str, seed: int) -> Figures:
-    """A load of ``bench/serve.py``.
-
-    Raises:
-        BenchError: some answers were not good.
-    """
-    words = [*options.split(), "--url", url, "--seed", str(seed)]
-    figures = serve.bench(serve.parser().parse_args(words))
-    if figures["errors"] or figures["short"]:
-        raise serve.BenchError(f"{options}: {figures['errors']}, {figures['short']} short answers")
-    return figures
 
 
 def fill(url: str, share: float, length: int, vocab: int) -> Figures:
@@ -113,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--modes", nargs="+", default=MODES, metavar="MODE", help="the first is the base"
     )
-    p.add_argument("--loads", nargs="*", choices=LOADS, default=tuple(LOADS))
+    p.add_argument("--loads", nargs="*", choices=LOADS, default=USUAL)
     p.add_argument("--fill", type=float, default=0.97, help="share of the slots; 0: not at all")
     p.add_argument("--fill-len", type=int, default=15000, help="tokens of a prompt that fills")
     p.add_argument("--vocab", type=int, default=128000, help="prompt ids are in [1000, VOCAB)")

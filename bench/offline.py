@@ -1,6 +1,7 @@
 """Measure the engine without HTTP: scheduler, allocator and runner, prompts in, token ids out.
 
     python bench/offline.py --n 64 --inp 512 --out 128 --model_dir /models/x --device cuda
+    python bench/offline.py --sla ttft=200,tpot=12 --plot offline.png
 
 Options that are not listed in ``--help`` are asyncllm's own. Three runs, of ``--n`` requests each:
 
@@ -50,7 +51,9 @@ from asyncllm.server.assembly import make_allocator, make_scheduler
 from asyncllm.server.launch import Boot
 from asyncllm.server.loading import Loaded, load_endpoint
 from asyncllm.topology import Topology
-from bench.common import percentile
+from bench.common import Record, percentile
+from bench.figures import Sla, add_sla, goodput, goodput_line, requests_table, times
+from bench.plot import MISSING, Run, available, plot
 
 FIRST_ID = 1000  # as in the HTTP benchmarks; smaller vocabularies are used whole
 SHARES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
@@ -90,6 +93,7 @@ class Phase:
     cached_tokens: int  # of them from the prefix cache
     output_tokens: int
     steps: list[StepTime]
+    records: list[Record]  # of all requests, in order of submission
     handler_s: dict[str, float] = field(default_factory=dict)  # time inside receive, by actor
 
     @property
@@ -97,8 +101,8 @@ class Phase:
         """Prompt tokens that were not in the cache."""
         return self.prompt_tokens - self.cached_tokens
 
-    def figures(self) -> dict[str, Any]:
-        """For JSON and the table; times per step in milliseconds."""
+    def figures(self, sla: Sla) -> dict[str, Any]:
+        """For JSON and the table; times in milliseconds. Goodput where ``sla`` has limits."""
         steps, gaps = self.steps, [s.gap_ms for s in self.steps if s.gap_ms is not None]
         return {
             "wall_s": round(self.wall_s, 4),
@@ -117,6 +121,8 @@ class Phase:
             "handler_ms_per_step": {
                 name: round(1e3 * spent / len(steps), 4) for name, spent in self.handler_s.items()
             },
+            **times(self.records),
+            **goodput(sla, self.records, self.wall_s),
         }
 
 
@@ -162,31 +168,36 @@ class _Watched:
 
 
 class Sink(Actor[Tokens | Finished]):
-    """Stands where the detokenizer does and counts what comes."""
+    """Stands where the detokenizer does and notes what comes, and when."""
 
     def __init__(self) -> None:
         super().__init__("detokenizer")
-        self._waiting: set[int] = set()
+        self._open: dict[int, Record] = {}
         self.ended: asyncio.Event = asyncio.Event()
         self.num_tokens = self.cached_len = 0
         self.error = ""
 
-    def expect(self, rids: Sequence[int]) -> None:
-        """Start to count anew; ``ended`` is set when all of ``rids`` have finished."""
-        self._waiting = set(rids)
+    def expect(self, records: dict[int, Record]) -> None:
+        """Start to count anew; ``ended`` is set when all of ``records`` (by rid) are complete."""
+        self._open = records.copy()
         self.num_tokens = self.cached_len = 0
         self.ended.clear()
 
     def receive(self, batch: list[Tokens | Finished]) -> None:
+        now = time.perf_counter()
         for msg in batch:
             if isinstance(msg, Tokens):
+                for rid in msg.rids:
+                    self._open[rid].stamps.append(now)
                 continue
-            self._waiting.discard(msg.rid)
+            record = self._open.pop(msg.rid)
+            record.end, record.done = now, True
+            record.usage = {"completion_tokens": msg.num_tokens}
             self.num_tokens += msg.num_tokens
             self.cached_len += max(0, msg.cached_len)
             if msg.reason == Reason.ERROR:
                 self.error = msg.failure.detail if msg.failure else ""
-        if not self._waiting:
+        if not self._open:
             self.ended.set()
 
 
@@ -219,7 +230,6 @@ class Offline:
         """
         rids = range(self._next_rid, self._next_rid + len(load.prompts))
         self._next_rid = rids.stop
-        self._sink.expect(rids)
         self._recorder.steps = []
         params = SamplingParams(
             max_new_tokens=load.num_out,
@@ -232,6 +242,11 @@ class Offline:
         ]
         busy = {actor.name: actor.busy_s for actor in self._actors}
         begin, host = time.perf_counter(), time.thread_time()
+        records = {
+            rid: Record(begin, len(prompt), load.num_out)
+            for rid, prompt in zip(rids, load.prompts, strict=True)
+        }
+        self._sink.expect(records)
         for submit in submits:
             self._scheduler.tell(submit)
         await self._all_ended()
@@ -246,6 +261,7 @@ class Offline:
             cached_tokens=self._sink.cached_len,
             output_tokens=self._sink.num_tokens,
             steps=self._recorder.steps,
+            records=[*records.values()],
             handler_s={actor.name: actor.busy_s - busy[actor.name] for actor in self._actors},
         )
 
@@ -325,24 +341,38 @@ async def measure(a: argparse.Namespace, loaded: Loaded) -> list[Phase]:
         ]
 
 
-def table(phases: Sequence[Phase]) -> str:
-    """The figures for people; one line per run."""
+def table(phases: Sequence[Phase], sla: Sla) -> str:
+    """The figures for people; one line per run, and one for its goodput."""
     lines = [
         f"{'run':<9}{'wall s':>9}{'prompt tok/s':>14}{'output tok/s':>14}{'steps':>7}{'rows':>8}"
         f"{'step ms p50':>13}{'p99':>9}{'launch ms p50':>15}{'p99':>9}{'gap ms p50':>12}"
         f"{'host us/tok':>13}"
     ]
-    for phase in phases:
-        f = phase.figures()
+    found = {phase.name: phase.figures(sla) for phase in phases}
+    for name, f in found.items():
         gap = f"{f['gpu_gap_ms']['p50']:.3f}" if f["gpu_gap_ms"] else "-"
         lines.append(
-            f"{phase.name:<9}{f['wall_s']:>9.3f}{f['prefill_tok_s']:>14.1f}"
+            f"{name:<9}{f['wall_s']:>9.3f}{f['prefill_tok_s']:>14.1f}"
             f"{f['decode_tok_s']:>14.1f}{f['steps']:>7}{f['rows_per_step']:>8.1f}"
             f"{f['step_ms']['p50']:>13.3f}{f['step_ms']['p99']:>9.3f}"
             f"{f['launch_ms']['p50']:>15.3f}{f['launch_ms']['p99']:>9.3f}{gap:>12}"
             f"{f['host_us_per_token']:>13.1f}"
         )
+    lines += [f"goodput, {name:<9}{goodput_line(f)}" for name, f in found.items() if sla]
     return "\n".join(lines)
+
+
+def draw(path: Path, phases: Sequence[Phase], a: argparse.Namespace) -> None:
+    """A PNG of the times of requests, a line per run; submitted together, all were sent at 0."""
+    runs = {
+        phase.name: Run(
+            requests_table(phase.records, a.sla),
+            [1e3 * gap for record in phase.records for gap in record.gaps_s],
+            phase.wall_s,
+        )
+        for phase in phases
+    }
+    plot(path, f"offline n={a.n} inp={a.inp} out={a.out}", runs, a.sla)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -376,17 +406,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_workload(p)
     p.add_argument("--out", type=int, default=64, help="output tokens")
     p.add_argument("--json", type=Path, metavar="FILE", help="write figures and every step here")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG here (needs matplotlib)")
+    add_sla(p)
     a, rest = p.parse_known_args(argv)
     try:
+        if a.plot and not available():
+            raise StartupError(MISSING)
         loaded = load(engine_config(rest))
         phases = uvloop.run(measure(a, loaded))
     except StartupError as error:
         sys.stderr.write(f"offline.py: {error}\n")
         return 2
-    print(table(phases))
+    print(table(phases, a.sla))
+    if a.plot:
+        draw(a.plot, phases, a)
     if a.json:
         content = {
-            ph.name: {**ph.figures(), "each": [asdict(step) for step in ph.steps]} for ph in phases
+            ph.name: {**ph.figures(a.sla), "each": [asdict(step) for step in ph.steps]}
+            for ph in phases
         }
         a.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0

@@ -1,7 +1,7 @@
 """Measure a running OpenAI-compatible server, whichever it is, through /v1/completions.
 
     python bench/serve.py --n 256 --conc 64 --inp 1024 --out 256 --json a.json --plot a.png
-    python bench/serve.py --rate 8 --mix sharegpt-like --slo-ttft-ms 200 --slo-tpot-ms 20
+    python bench/serve.py --rate 8 --mix sharegpt-like --sla ttft=200,tpot=20
     python bench/serve.py --server "asyncllm --model_dir /models/x"   # started, measured, stopped
     python bench/serve.py --compare a.json b.json                       # ratios b / a
 
@@ -25,9 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 if __name__ == "__main__":
@@ -37,25 +35,34 @@ from bench.common import (
     Load,
     Record,
     completion_body,
-    percentile,
     poisson_arrivals,
     random_prompts,
     run_load,
     run_processes,
     split_load,
 )
+from bench.figures import (
+    SHARES,
+    TIMES,
+    Figures,
+    add_sla,
+    failure,
+    goodput,
+    goodput_line,
+    requests_table,
+    times,
+)
+from bench.plot import MISSING, Run, available, plot
 
 ROOT = Path(__file__).parents[1]
 MIXES = ("fixed", "uniform", "sharegpt-like")
-SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-TIMES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_ms": "E2E"}
 # lognormal: the sigma of log length; the longest is LONGEST times the mean
 PROMPT_SIGMA, OUTPUT_SIGMA, SHORTEST, LONGEST = 1.1, 0.9, 4, 8
 WORK = (
     "n", "conc", "rate", "mix", "inp", "out", "shared", "vocab", "temperature", "top_p", "seed",
 )  # fmt: skip
+WORK_SHOWN = ("n", "conc", "rate", "mix", "inp", "out", "shared")  # above a plot
 STOP_S = 60.0
-Figures = dict[str, Any]
 
 
 class BenchError(Exception):
@@ -139,36 +146,8 @@ def summary(a: argparse.Namespace, records: Sequence[Record]) -> Figures:
         "total_tok_s": round((num_out + num_prompt) / wall, 1),
         "req_s": round(len(good) / wall, 3),
         "prefix_hit": prefix_hit(good),
-        "ttft_ms": spread([r.ttft_s for r in good]),
-        "tpot_ms": spread([r.tpot_s for r in good if r.num_tokens > 1]),
-        "itl_ms": spread([gap for r in good for gap in r.gaps_s]),
-        "e2e_ms": spread([r.end - r.start for r in good]),
     }
-    return figures | goodput(a, good, len(records), wall)
-
-
-def failure(record: Record) -> str:
-    """Kind of the failure; "" for a good answer."""
-    if record.kind:
-        return record.kind
-    return "no token" if not record.stamps else "" if record.done else "cut off"
-
-
-def goodput(a: argparse.Namespace, good: Sequence[Record], num: int, wall: float) -> Figures:
-    """Answers that kept every given limit: their rate, and their share of all requests."""
-    if a.slo_ttft_ms is None and a.slo_tpot_ms is None:
-        return {}
-    kept = [
-        r
-        for r in good
-        if (a.slo_ttft_ms is None or r.ttft_s * 1e3 <= a.slo_ttft_ms)
-        and (a.slo_tpot_ms is None or r.tpot_s * 1e3 <= a.slo_tpot_ms)
-    ]
-    return {
-        "slo": {"ttft_ms": a.slo_ttft_ms, "tpot_ms": a.slo_tpot_ms},
-        "goodput_req_s": round(len(kept) / wall, 3),
-        "slo_share": round(len(kept) / num, 4),
-    }
+    return figures | times(good) | goodput(a.sla, records, wall)
 
 
 def prefix_hit(records: Sequence[Record]) -> float | None:
@@ -180,30 +159,6 @@ def prefix_hit(records: Sequence[Record]) -> float | None:
             hits += cached
             lookups += usage.get("prompt_tokens", record.prompt_len)
     return round(hits / lookups, 4) if lookups else None
-
-
-def spread(seconds: Sequence[float]) -> dict[str, float | None]:
-    """Percentiles in milliseconds; None where there is nothing to measure."""
-    if not seconds:
-        return dict.fromkeys(SHARES)
-    return {name: round(1e3 * percentile(seconds, s), 2) for name, s in SHARES.items()}
-
-
-def requests_table(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One entry per request, for the JSON file and the plot; times from the first request."""
-    begin = min(r.start for r in records)
-    return [
-        {
-            "at_s": round(r.start - begin, 4),
-            "prompt": r.prompt_len,
-            "output": r.num_tokens,
-            "ttft_ms": round(1e3 * r.ttft_s, 2) if r.stamps else None,
-            "tpot_ms": round(1e3 * r.tpot_s, 3) if r.num_tokens > 1 and r.stamps else None,
-            "e2e_ms": round(1e3 * (r.end - r.start), 2),
-            "error": failure(r),
-        }
-        for r in records
-    ]
 
 
 def table(figures: Figures) -> str:
@@ -223,13 +178,11 @@ def table(figures: Figures) -> str:
     lines.append(f"requests              {figures['req_s']:>10.3f} /s")
     if (hit := figures["prefix_hit"]) is not None:
         lines.append(f"from the prefix cache {hit:>10.1%} of prompt tokens")
-    if "slo" in figures:
-        limits = " ".join(f"{k} <= {v:g}" for k, v in figures["slo"].items() if v is not None)
-        share = f"({figures['slo_share']:.1%}) with {limits}"
-        lines.append(f"goodput               {figures['goodput_req_s']:>10.3f} /s {share}")
+    if "sla" in figures:
+        lines.append(f"goodput               {goodput_line(figures)}")
     lines += ["", "ms    " + "".join(f"{name:>10}" for name in SHARES)]
     lines += [
-        f"{label:<6}" + "".join(f"{_number(v):>10}" for v in figures[name].values())
+        f"{label:<6}" + "".join(f"{number(v):>10}" for v in figures[name].values())
         for name, label in TIMES.items()
     ]
     return "\n".join(lines)
@@ -242,15 +195,16 @@ def compare(first: Figures, second: Figures) -> str:
         names = [k for k in WORK if first["work"].get(k) != second["work"].get(k)]
         lines.append(f"not the same work: {', '.join(names)} differ")
     lines.append(f"{'':<14}{'a':>12}{'b':>12}{'b / a':>9}")
-    a, b = _flat(first), _flat(second)
+    a, b = flat(first), flat(second)
     for name in (name for name in a if name in b):
         x, y = a[name], b[name]
         ratio = "-" if x is None or y is None or x == 0 else f"{y / x:.3f}"
-        lines.append(f"{name:<14}{_number(x):>12}{_number(y):>12}{ratio:>9}")
+        lines.append(f"{name:<14}{number(x):>12}{number(y):>12}{ratio:>9}")
     return "\n".join(lines)
 
 
-def _flat(figures: Figures) -> dict[str, float | None]:
+def flat(figures: Figures) -> dict[str, float | None]:
+    """The figures that can be compared, times as "ttft_ms p50"."""
     names = ("ok", "out_tok_s", "total_tok_s", "req_s", "goodput_req_s", "prefix_hit", "start_s")
     out: dict[str, float | None] = {n: figures[n] for n in names if n in figures}
     for name in TIMES:
@@ -258,8 +212,28 @@ def _flat(figures: Figures) -> dict[str, float | None]:
     return out
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """For a column; "-" where there is none."""
     return "-" if value is None else f"{value:g}" if isinstance(value, int) else f"{value:.2f}"
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], environment: dict[str, str], stdout: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process for the time of the block; what it started goes with it."""
+    process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        with contextlib.suppress(ProcessLookupError):  # there is nothing left of its session
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
 
 
 @contextlib.contextmanager
@@ -269,7 +243,7 @@ def server(arguments: str, url: str) -> Iterator[float]:
     Its log goes to this process's stderr.
 
     Raises:
-        BenchError: it ended before it was ready, or was not ready in time.
+        BenchError: it ended before it was ready.
     """
     where = urlsplit(url)
     listen = ["--host", where.hostname or "127.0.0.1", "--port", str(where.port or 80)]
@@ -278,20 +252,11 @@ def server(arguments: str, url: str) -> Iterator[float]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     begin = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
+    with running(command, environment, subprocess.PIPE) as process:
+        assert process.stdout is not None
         if b"ready" not in process.stdout.readline():  # its one line, or the end of its output
             raise BenchError(f"the server ended with exit code {process.wait(STOP_S)}")
         yield time.perf_counter() - begin
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -313,8 +278,7 @@ def parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=4, help="requests before, not counted")
     add("--procs", type=positive, default=6, help="client processes")
     add("--timeout", type=float, default=300.0, help="seconds, per request")
-    add("--slo-ttft-ms", type=float, help="limit of a good answer's TTFT")
-    add("--slo-tpot-ms", type=float, help="limit of a good answer's TPOT")
+    add_sla(p)
     add("--tag", default="", help="copied into the result")
     add("--json", type=Path, metavar="FILE", help="write figures and every request here")
     add("--plot", type=Path, metavar="FILE", help="write a PNG here (needs matplotlib)")
@@ -348,11 +312,8 @@ def check(a: argparse.Namespace) -> None:
         raise BenchError(f"--vocab {a.vocab} leaves no ids: prompts are drawn from [1000, VOCAB)")
     if a.rate < 0:
         raise BenchError(f"--rate {a.rate:g} is negative")
-    if a.plot:
-        try:
-            import_module("matplotlib")
-        except ImportError:
-            raise BenchError("--plot needs matplotlib: pip install matplotlib") from None
+    if a.plot and not available():
+        raise BenchError(MISSING)
 
 
 def bench(a: argparse.Namespace) -> Figures:
@@ -368,13 +329,16 @@ def bench(a: argparse.Namespace) -> Figures:
     figures = summary(a, records)
     if ready_s is not None:
         figures["start_s"] = round(ready_s, 2)
+    requests = requests_table(records, a.sla)
     if a.json:
-        content = {**figures, "requests": requests_table(records)}
-        a.json.write_text(json.dumps(content, indent=1) + "\n")
+        a.json.write_text(json.dumps({**figures, "requests": requests}, indent=1) + "\n")
     if a.plot:
-        from bench.plot import plot
-
-        plot(a.plot, figures, requests_table(records), [1e3 * g for r in records for g in r.gaps_s])
+        work = " ".join(f"{name}={getattr(a, name)}" for name in WORK_SHOWN)
+        title = f"{a.tag} {work}\n{figures['out_tok_s']} output tok/s".strip()
+        if a.sla:
+            title += f", goodput {goodput_line(figures).strip()}"
+        gaps = [1e3 * gap for r in records for gap in r.gaps_s]
+        plot(a.plot, title, {"": Run(requests, gaps, figures["wall_s"])}, a.sla)
     return figures
 
 

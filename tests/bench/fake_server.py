@@ -22,6 +22,9 @@ class FakeServer:
         self.most_at_once = self._now = 0
         self.url = ""
 
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "fake"}]})
+
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
@@ -59,6 +62,7 @@ def event(value: dict[str, Any]) -> bytes:
 async def fake_server(*kinds: str) -> AsyncIterator[FakeServer]:
     fake = FakeServer(kinds)
     app = web.Application(client_max_size=1 << 26)
+    app.router.add_get("/v1/models", fake.models)
     app.router.add_post("/v1/completions", fake.answer)
     runner = web.AppRunner(app)
     await runner.setup()

@@ -18,6 +18,7 @@ from asyncllm.errors import StartupError
 from asyncllm.server.loading import Loaded
 from bench import breakdown, offline
 from bench.breakdown import Event, by_group, by_name, device_events, group_of, span_and_busy, table
+from bench.common import Record
 
 BENCH = Path(__file__).parents[2] / "bench"
 LIMITS = ("--max_total_token_num", "2048", "--max_req_total_len", "512", "--device", "cpu")
@@ -43,14 +44,44 @@ def test_three_runs_count_their_tokens(parts: Loaded) -> None:
     assert all(step.num_decode == step.num_rows for step in decode.steps)
     assert sum(step.num_tokens for step in decode.steps) == 21
     for phase in (prefill, decode, whole):
-        figures = phase.figures()
+        figures = phase.figures({})
+        assert [r.num_tokens for r in phase.records] == [phase.output_tokens // 3] * 3
+        assert len(phase.records[0].stamps) == phase.output_tokens // 3
+        assert (
+            0 < figures["ttft_ms"]["p50"] <= figures["e2e_ms"]["max"] <= 1e3 * phase.wall_s + 0.01
+        )
         assert figures["gpu_gap_ms"] is None
         assert 0 < figures["launch_ms"]["p50"] <= figures["launch_ms"]["max"]
         assert sum(step.step_ms for step in phase.steps) <= 1e3 * phase.wall_s
         assert set(figures["handler_ms_per_step"]) == {
             "allocator", "scheduler", "runner", "detokenizer",
         }  # fmt: skip
-    assert len(offline.table([prefill, decode, whole]).splitlines()) == 4
+    assert len(offline.table([prefill, decode, whole], {}).splitlines()) == 4
+
+    for limit, kept in ((1e7, 3), (1e-3, 0)):
+        shown = offline.table([prefill, decode, whole], {"ttft": limit}).splitlines()[4:]
+        assert [line.split()[1] for line in shown] == ["prefill", "decode", "whole"]
+        for phase, line in zip((prefill, decode, whole), shown, strict=True):
+            figures = phase.figures({"ttft": limit})
+            assert figures["goodput_req_s"] == round(kept / phase.wall_s, 3)
+            assert figures["sla_share"] == kept / 3
+            assert f"({kept / 3:.1%}) with ttft_ms <= {limit:g}" in line
+
+
+def test_a_picture_of_the_runs(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    records = [Record(0.0, 40, 2, stamps=[0.1 * i, 0.2 * i], done=True, end=1.0) for i in (1, 2)]
+    phases = [offline.Phase(name, 1.0, 0.1, 80, 0, 4, [], records) for name in ("prefill", "whole")]
+    offline.draw(tmp_path / "x.png", phases, work(sla={"ttft": 100.0}))
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert offline.main(["--plot", "x.png", "--model_dir", "/nowhere"]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_a_request_that_cannot_be_served_is_an_error(parts: Loaded) -> None:

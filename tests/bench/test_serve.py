@@ -7,14 +7,16 @@ import asyncio
 import json
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench import figures as figures_of
 from bench import loadgen, plot, serve
 from bench.common import Record, random_prompts
-from bench.mkmodel import SHAPES, write_model
 from tests.bench.fake_server import CACHED, FakeServer, fake_server
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -86,7 +88,7 @@ def test_summary_counts_good_answers_only() -> None:
         Record(0.5, 10, 5, kind="http 429", error="429 again", end=2.0),
         Record(0.5, 10, 5, done=True, end=2.0),
     ]  # fmt: skip
-    figures = serve.summary(options("--slo-ttft-ms", "200", "--slo-tpot-ms", "15"), records)
+    figures = serve.summary(options("--sla", "ttft=200,tpot=15"), records)
     assert figures["ok"] == 3
     assert figures["errors"] == {"cut off": 1, "http 429": 2, "no token": 1}
     assert figures["first_error"] == "429 busy"
@@ -100,7 +102,7 @@ def test_summary_counts_good_answers_only() -> None:
     assert figures["tpot_ms"]["max"] == 20.0
     assert figures["e2e_ms"]["max"] == 380.0
     assert figures["goodput_req_s"] == 1.0
-    assert figures["slo_share"] == round(2 / 7, 4)
+    assert figures["sla_share"] == round(2 / 7, 4)
     shown = serve.table(figures)
     assert "429 busy" in shown
     assert "28.6%" in shown
@@ -108,10 +110,20 @@ def test_summary_counts_good_answers_only() -> None:
 
 def test_each_limit_of_the_goodput_counts_alone() -> None:
     records = [record(0.0, 0.1, 0.05), record(0.0, 0.5, 0.01)]
-    for limit in ("--slo-ttft-ms", "--slo-tpot-ms"):
-        a = options(limit, "120" if "ttft" in limit else "20")
-        assert serve.summary(a, records)["slo_share"] == 0.5
-    assert "slo_share" not in serve.summary(options(), records)
+    for limit in ("ttft=120", "tpot=20", "e2e=400"):
+        assert serve.summary(options("--sla", limit), records)["sla_share"] == 0.5
+    assert serve.summary(options("--sla", "ttft=120,tpot=20"), records)["sla_share"] == 0
+    assert "sla_share" not in serve.summary(options(), records)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ttft", "ttft=", "ttft=x", "ttft=0", "ttft=-1", "ttft=nan", "ttft=inf", "itl=3",
+             "ttft=1,ttft=2", "ttft=1,", "TTFT=1"],
+)  # fmt: skip
+def test_limits_that_are_none_are_named(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options("--sla", text)
+    assert repr(text.rpartition(",")[2]) in capsys.readouterr().err
 
 
 def test_a_run_without_a_good_answer_has_figures() -> None:
@@ -158,10 +170,25 @@ def test_a_plot_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     records = [record(0.1 * i, 0.1 + 0.01 * i, 0.01) for i in range(20)]
     records.append(Record(0.5, 10, 5, kind="http 429", error="429", end=0.6))
-    figures = serve.summary(options(), records)
     gaps = [1e3 * gap for r in records for gap in r.gaps_s]
-    plot.plot(tmp_path / "x.png", figures, serve.requests_table(records), gaps)
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    for limits in ({}, {"ttft": 200.0, "e2e": 300.0}):
+        run = plot.Run(figures_of.requests_table(records, limits), gaps, 3.0)
+        plot.plot(tmp_path / "x.png", "title", {"": run}, limits)
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_goodput_curve_is_goodput_where_limits_are_as_given() -> None:
+    records = [record(0.0, 0.05 * i, 0.01) for i in range(1, 9)]
+    records.append(record(0.0, 0.01, 0.01, done=False))
+    limits = {"ttft": 200.0, "tpot": 20.0}
+    run = plot.Run(figures_of.requests_table(records, limits), [], 2.0)
+    factors, rates = plot.goodput_curve(run)
+    assert factors == pytest.approx([0, 0.5, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0])
+    assert rates == [*(0.5 * i for i in range(9)), 4.0]
+    for factor in (0.6, 1.1, 1.6):
+        scaled = {name: factor * limit for name, limit in limits.items()}
+        kept = [rate for at, rate in zip(factors, rates, strict=True) if at <= factor]
+        assert figures_of.goodput(scaled, records, 2.0)["goodput_req_s"] == kept[-1]
 
 
 def test_the_plotted_distribution_reaches_one() -> None:
@@ -255,29 +282,26 @@ def test_a_server_that_does_not_start_is_named() -> None:
     assert "exit code 2" in err
 
 
-@pytest.mark.slow
-def test_a_server_is_started_and_stopped(tmp_path: Path, free_port: int) -> None:
-    write_model(
-        {
-            **SHAPES["llama32_1b"], "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "vocab_size": 1200, "bos_token_id": 1100, "eos_token_id": 1101,
-        },
-        tmp_path / "model",
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{free_port}"
-    arguments = f"asyncllm --model_dir {tmp_path / 'model'} --device cpu --max_total_token_num 4096"
-    arguments += " --max_req_total_len 1024"
-    code, out, err = asyncio.run(
-        run_script(
-            str(BENCH / "serve.py"), "--url", url, "--server", arguments, "--n", "4", "--inp", "20",
-            "--out", "6", "--conc", "2", "--vocab", "1100", "--json", str(tmp_path / "a.json"),
-        )
-    )  # fmt: skip
-    assert code == 0, err
-    content = json.loads((tmp_path / "a.json").read_text())
-    assert (content["ok"], content["short"], content["output_tokens"]) == (4, 0, 24)
-    assert content["start_s"] > 0
-    assert "server ready after" in out
-    with pytest.raises(ConnectionRefusedError):
-        asyncio.run(asyncio.open_connection("127.0.0.1", free_port))
+def test_a_server_lives_as_long_as_its_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """test_compare.py starts real ones."""
+    seen: list[str] = []
+
+    @contextmanager
+    def server(arguments: str, url: str) -> Iterator[float]:
+        seen.append(arguments)
+        yield 1.5
+        seen.append("stopped")
+
+    def measure(a: argparse.Namespace) -> list[Record]:
+        seen.append("measured")
+        return [record(0.0, 0.1, 0.01)]
+
+    monkeypatch.setattr(serve, "server", server)
+    monkeypatch.setattr(serve, "measure", measure)
+    file = tmp_path / "a.json"
+    figures = serve.bench(options("--server", "asyncllm --x", "--warmup", "0", "--json", str(file)))
+    assert seen == ["asyncllm --x", "measured", "stopped"]
+    assert json.loads(file.read_text())["start_s"] == figures["start_s"] == 1.5
+    assert "server ready after           1.5 s" in serve.table(figures)
