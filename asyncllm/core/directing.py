@@ -30,7 +30,9 @@ from asyncllm.messages import (
 from asyncllm.records import Destination, Failure, Logprobs, int32s, int64s
 
 MOST_RETRIES = 3  # attempts after the first one
-RETRY_S = 8.0  # after the first failure since a token came: later ones are not mended
+# After the first failure since a token came: later ones are not mended. With the time in which a
+# silent node is found out (half of --dead_after, 10 s by default) this stays below 10 s.
+RETRY_S = 4.5
 NO_NODES, FAILED = "no_nodes", "nodes_failed"  # codes of failures
 # codes with which a node ends an attempt that may well go on elsewhere
 TRANSFER_FAILED, SHUTTING_DOWN, GROUP_LOST = "transfer_failed", "shutting_down", "group_lost"
