@@ -174,6 +174,7 @@ class _Stream:
         "has_news",
         "healed",
         "ids",
+        "include_end",
         "num_tokens",
         "pieces",
         "print_eos",
@@ -197,8 +198,11 @@ class _Stream:
         self.covered = len(follow.healed.decode())  # characters of it
         self.begun = False  # some of it has been said again
         self.print_eos, self.shown = follow.print_eos, shown
+        self.include_end = follow.print_eos or follow.include_stop
         self.text: TextStream = text.stream(follow.prompt_tail, follow.skip_special_tokens)
-        self.stops = Stops(follow.stop, special) if follow.stop else None
+        self.stops: Stops | None = None
+        if follow.stop:
+            self.stops = Stops(follow.stop, special, keep=follow.include_stop)
         self.special = text.special
         self.sequences = SequenceFinder(follow.stop_sequences) if follow.stop_sequences else None
         self.simple = self.stops is None and self.sequences is None
@@ -243,8 +247,8 @@ class _Stream:
         pieces: list[str] = []
         ready, hidden = self._ready()
         for token, ends in zip(self.ids[:ready], self.ends[:ready], strict=True):
-            force = ends or token in self.shown
-            piece = self.text.push(token, bool(force)) if self.print_eos or not ends else ""
+            force = (ends and self.print_eos) or token in self.shown
+            piece = self.text.push(token, bool(force)) if self.include_end or not ends else ""
             if self.covered:
                 piece = self._uncovered(piece)
             pieces.append(piece)
@@ -285,8 +289,8 @@ class _Stream:
         and nothing that could stop the text."""
         token, ends = self.ids[0], self.ends[0]
         piece = ""
-        if self.print_eos or not ends:
-            piece = self.text.push(token, bool(ends) or token in self.shown)
+        if self.include_end or not ends:
+            piece = self.text.push(token, bool(ends and self.print_eos) or token in self.shown)
         self.num_tokens += 1
         ids, self.ids = self.ids, array(INT32)
         logprobs = self.blocks.pop() if self.blocks else None

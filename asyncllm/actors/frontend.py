@@ -226,7 +226,10 @@ class Frontend(Actor[Inbox]):
             generation = replace(generation, params=params)
         n, num_prompts = generation.n, len(generation.prompts)
         wants = generation.params.logprobs, generation.params.prompt_logprobs
-        choices = [Choice(index=i, prompt_idx=i // n, wants=wants) for i in range(n * num_prompts)]
+        choices = [
+            Choice(index=i, prompt_idx=i // n, wants=wants, keeps_ids=generation.token_ids)
+            for i in range(n * num_prompts)
+        ]
         answer = Answer(
             generation=generation,
             id=name,

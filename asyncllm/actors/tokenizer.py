@@ -467,6 +467,7 @@ class Tokenizer(Actor[Inbox]):
                     shown=msg.shown,
                     stop_sequences=params.stop_sequences,
                     healed=b"".join(healed),
+                    include_stop=params.include_stop,
                 )
             )
         for i, rid in enumerate(msg.rids):

@@ -52,6 +52,7 @@ class SamplingParams:
     prompt_logprobs: int = -1  # the same for prompt tokens; such a request takes no prefix hit
     skip_special_tokens: bool = True
     print_eos: bool = False  # show the text of the eos or stop token that ended the request
+    include_stop: bool = False  # show what ended it, unless it is a special token that is not shown
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     use_cache: bool = True  # use and add prefix cache entries
     grammar: tuple[str, str] | None = None  # (kind, text): the output's form; kinds in GRAMMARS

@@ -15,15 +15,19 @@ class StopFinder:
     However the text is split, the output is ``text[:min(text.find(s) for s in stops)]``. Only text
     that may still become a stop string is held back.
 
+    Args:
+        stops: the stop strings.
+        keep: the one that is found is returned too.
+
     Attributes:
         hit: a stop string was found; nothing more is returned.
         found: that string; "" until then.
     """
 
-    __slots__ = ("_held", "_stops", "found", "hit")
+    __slots__ = ("_held", "_keep", "_stops", "found", "hit")
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = tuple(s for s in stops if s)
+    def __init__(self, stops: tuple[str, ...], *, keep: bool = False) -> None:
+        self._stops, self._keep = tuple(s for s in stops if s), keep
         self._held = ""
         self.hit = False
         self.found = ""
@@ -37,8 +41,8 @@ class StopFinder:
         begun = min(_begun(text, s) for s in self._stops) if self._stops else len(text)
         # a stop string that started before the one found still wins if it is completed
         if 0 <= found <= begun:
-            self.hit, self.found, self._held = True, stop, ""
-            return text[:found]
+            self._held = ""
+            return self._end(text, found, stop)
         self._held = text[begun:]
         return text[:begun]
 
@@ -48,8 +52,11 @@ class StopFinder:
         found, stop = self._first(text)
         if found < 0:
             return text
+        return self._end(text, found, stop)
+
+    def _end(self, text: str, found: int, stop: str) -> str:
         self.hit, self.found = True, stop
-        return text[:found]
+        return text[: found + len(stop) if self._keep else found]
 
     def _first(self, text: str) -> tuple[int, str]:
         """Start of the first stop string, and which; of two that start there, the shorter."""
@@ -66,14 +73,17 @@ class Stops:
     Args:
         stops: the stop strings.
         special: texts of special tokens.
+        keep: as in ``StopFinder``; of a stop string with special tokens, what is shown of it.
     """
 
     __slots__ = ("_given", "_hidden", "_plain", "_taken", "_whole")
 
-    def __init__(self, stops: tuple[str, ...], special: Collection[str] = ()) -> None:
+    def __init__(
+        self, stops: tuple[str, ...], special: Collection[str] = (), *, keep: bool = False
+    ) -> None:
         named = tuple(s for s in stops if any(token in s for token in special if token))
-        self._whole = StopFinder(named) if named else None
-        self._plain = StopFinder(tuple(s for s in stops if s not in named))
+        self._whole = StopFinder(named, keep=keep) if named else None
+        self._plain = StopFinder(tuple(s for s in stops if s not in named), keep=keep)
         self._hidden: deque[tuple[int, int]] = deque()  # where the whole text is not to be shown
         self._taken = self._given = 0  # characters of the whole text
 

@@ -130,6 +130,7 @@ class OpenTextStream(Message):
     shown: tuple[str, ...] = ()  # as in Tokenize
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     healed: bytes = b""  # the output begins with this text of the prompt; it is not shown again
+    include_stop: bool = False  # as in SamplingParams
 
 
 @message(6)

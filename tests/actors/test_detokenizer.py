@@ -200,6 +200,24 @@ def test_ending_token_is_hidden_unless_asked_for(text: Text) -> None:
     assert (hidden.ids.tolist(), hidden.pieces) == ([eos], ("",))
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_ended_the_text_is_in_it_where_it_is_asked_for(text: Text, at_once: bool) -> None:
+    ids = list(text.encode("one STOP two", False))
+    (b,), eos = text.encode("b", False), text.eos_id
+    assert eos is not None
+
+    def opened(rid: int, *stop: str) -> OpenTextStream:
+        return OpenTextStream(rid, i32([]), stop, True, False, include_stop=True)
+
+    steps = [tokens([1] * 12, ids)] if at_once else [tokens([1], [i]) for i in ids]
+    script: list[Any] = [opened(1, "STOP"), *steps, done(1, 12), opened(2), opened(3)]
+    script += [tokens([2, 3], [b, eos], [1, 1]), done(2, 1, Reason.STOP), done(3, 1, Reason.STOP)]
+    front, _ = play(text, script, finished=3)
+    assert said(front, 1) == "one STOP"
+    assert said(front, 2) == "b"  # a stop token
+    assert said(front, 3) == ""  # a special one
+
+
 def test_special_tokens_are_shown_by_name(text: Text) -> None:
     eos, call = text.encode("<eos><call>", False)
     script = [follow(1), OpenTextStream(2, i32([]), (), True, False, ("<call>", "</call>"))]

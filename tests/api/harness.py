@@ -130,7 +130,10 @@ def floats(*values: float) -> array[float]:
 def answer(generation: GenerationRequest, prompts: list[bytes]) -> Answer:
     n = generation.n
     wants = generation.params.logprobs, generation.params.prompt_logprobs
-    choices = [Choice(index=i, prompt_idx=i // n, wants=wants) for i in range(n * len(prompts))]
+    choices = [
+        Choice(index=i, prompt_idx=i // n, wants=wants, keeps_ids=generation.token_ids)
+        for i in range(n * len(prompts))
+    ]
     ids = [array("i", list(p)) for p in prompts]
     return Answer(generation, "id-1", 7, BYTES_SERVED.name, VOCAB, choices, ids)
 
@@ -187,7 +190,10 @@ def reply(calls: str, thoughts: str, *, head: str = "", **body: Any) -> ParsedCh
     asked = {"messages": [{"role": "user", "content": "hi"}]} | ({"tools": TOOLS} if calls else {})
     generation = openai.chat(asked | body, replace(BYTES_SERVED, dialect=dialect))
     wants = generation.params.logprobs, -1
-    choices = [Choice(index=i, prompt_idx=0, wants=wants) for i in range(generation.n)]
+    choices = [
+        Choice(index=i, prompt_idx=0, wants=wants, keeps_ids=generation.token_ids)
+        for i in range(generation.n)
+    ]
     answer = Answer(generation, "id-1", 7, BYTES_SERVED.name, VOCAB, choices, [array("i")])
     options = generation.output_options
     begins = (

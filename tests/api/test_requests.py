@@ -166,6 +166,7 @@ def test_completion_params() -> None:
         max_tokens=5, min_tokens=2, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, n=3, seed=11,
         presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.5, logit_bias={"3": -100},
         stop=["x", "y"], stop_token_ids=[4], ignore_eos=True, skip_special_tokens=False,
+        include_stop_str_in_output=True,
         stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True},
         echo=True, logprobs=2, add_special_tokens=False, best_of=3,
     )  # fmt: skip
@@ -173,6 +174,7 @@ def test_completion_params() -> None:
         max_new_tokens=5, min_new_tokens=2, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1,
         presence_penalty=-2.0, frequency_penalty=2.0, repetition_penalty=1.5, penalize_prompt=True,
         seed=11, ignore_eos=True, stop_token_ids=(4,), stop=("x", "y"), logprobs=2,
+        include_stop=True,
         prompt_logprobs=2, skip_special_tokens=False, logit_bias=((3, -100.0),),
     )  # fmt: skip
     assert (got.n, got.stream, got.echo, got.seeded) == (3, True, True, True)

@@ -25,6 +25,8 @@ def test_any_split_cuts_where_find_cuts(parts: list[str], stops: tuple[str, ...]
     assert (got, finder.hit) == reference(text, stops)
     assert text[len(got) :].startswith(finder.found)
     assert (finder.found in stops) is finder.hit
+    keeps = StopFinder(stops, keep=True)
+    assert "".join(keeps.push(part) for part in parts) + keeps.flush() == got + finder.found
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)

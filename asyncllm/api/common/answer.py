@@ -103,6 +103,7 @@ class Choice:
     prompt_idx: int
     texts: list[str] = field(default_factory=list)
     wants: tuple[int, int] = (-1, -1)  # log-probabilities of tokens, and of the prompt's
+    keeps_ids: bool = False  # the tokens are wanted even without their log-probabilities
     tokens: TokenLogprobs = field(init=False)
     scores: TokenLogprobs = field(init=False)  # of prompt tokens 1..; the ids are the prompt's
     num_tokens: int = 0
@@ -130,9 +131,10 @@ class Choice:
         self.num_tokens += len(delta.ids)
         if self.output is not None:
             self.output.take(delta.text, delta.pieces, len(delta.ids))
+        if self.wants[0] >= 0 or self.keeps_ids:
+            self.tokens.ids.extend(delta.ids)
         if self.wants[0] >= 0:
             self.pieces += delta.pieces
-            self.tokens.ids.extend(delta.ids)
             if delta.logprobs is not None:
                 self.tokens.logprobs.extend(delta.logprobs)
         if self.wants[1] >= 0 and delta.prompt is not None:

@@ -51,6 +51,8 @@ class GenerationRequest:
     continuous_usage: bool = False  # every chunk says it too
     functions: bool = False  # OpenAI's chat: a call is sent as function_call
     details: bool = False  # native: each token in the answer
+    token_ids: bool = False  # OpenAI: ids of the prompt and of the tokens are in the answer
+    tokens_as_ids: bool = False  # OpenAI: log-probabilities name tokens "token_id:ID"
     output_options: OutputOptions | None = None  # None: all text is content
 
 

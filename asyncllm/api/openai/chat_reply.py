@@ -34,19 +34,22 @@ class ChatReply(OpenAIReply):
     def opening(self) -> bytes:
         """One chunk per choice that names the role."""
         delta = {"role": "assistant", "content": ""}
-        return b"".join(self._event(choice, delta, None, None) for choice in self.answer.choices)
+        body = {"delta": delta, "logprobs": None, "finish_reason": None}
+        chunks = [self._chunk(choice, body) for choice in self.answer.choices]
+        if self._wants_ids:
+            chunks[0]["prompt_token_ids"] = list(self.answer.prompts[0])
+        return b"".join(map(sse.event, chunks))
 
     def piece(self, choice: Choice, piece: Delta) -> bytes:
         """One content chunk, if there is something to say."""
-        if self._wants_logprobs:
+        if self._wants_logprobs or self._wants_ids:
             if not piece.ids and not piece.text:
                 return b""
-            logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids))
-            return self._event(choice, {"content": piece.text}, logprobs, None)
+            return self._event(choice, {"content": piece.text}, self._of_tokens(choice, piece))
         if not piece.text:
             return b""
         if self._continuous:
-            return self._event(choice, {"content": piece.text}, None, None)
+            return self._event(choice, {"content": piece.text})
         if (ready := self._templates.get(choice.index)) is None:
             body = {"delta": {"content": sse.MARK}, "logprobs": None, "finish_reason": None}
             ready = self._templates[choice.index] = sse.ChunkTemplate(self._chunk(choice, body))
@@ -54,7 +57,7 @@ class ChatReply(OpenAIReply):
 
     def end(self, choice: Choice) -> bytes:
         """An empty delta with the finish reason."""
-        return self._event(choice, {}, None, self._reason(choice))
+        return self._event(choice, {}, {"finish_reason": self._reason(choice)})
 
     def whole(self) -> bytes:
         """The answer in one piece."""
@@ -65,9 +68,11 @@ class ChatReply(OpenAIReply):
                 "logprobs": self._logprobs(choice, 0) if self._wants_logprobs else None,
                 "finish_reason": self._reason(choice),
             }
+            | ({"token_ids": list(choice.tokens.ids)} if self._wants_ids else {})
             for choice in self.answer.choices
         ]
-        return self._whole("chat.completion", choices)
+        prompt = {"prompt_token_ids": list(self.answer.prompts[0])} if self._wants_ids else {}
+        return self._whole("chat.completion", choices, prompt)
 
     def _message(self, choice: Choice) -> dict[str, Any]:
         return {"role": "assistant", "content": choice.text, "refusal": None}
@@ -76,17 +81,25 @@ class ChatReply(OpenAIReply):
         return finish_reason(choice)
 
     def _event(
-        self,
-        choice: Choice,
-        delta: dict[str, Any],
-        logprobs: dict[str, Any] | None,
-        reason: str | None,
+        self, choice: Choice, delta: dict[str, Any], more: dict[str, Any] | None = None
     ) -> bytes:
-        body = {"delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return sse.event(self._chunk(choice, body))
+        body = {"delta": delta, "logprobs": None, "finish_reason": None}
+        return sse.event(self._chunk(choice, body | (more or {})))
+
+    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, Any]:
+        """What a chunk says about the tokens of a piece, if that is wanted."""
+        more: dict[str, Any] = {}
+        if self._wants_logprobs:
+            more["logprobs"] = self._logprobs(choice, choice.num_tokens - len(piece.ids))
+        if self._wants_ids:
+            more["token_ids"] = list(piece.ids)
+        return more
 
     def _logprobs(self, choice: Choice, first: int) -> dict[str, Any]:
-        return {"content": scored(self.answer.vocab, choice, first), "refusal": None}
+        return {
+            "content": scored(self.answer.vocab, choice, first, name=self._name),
+            "refusal": None,
+        }
 
 
 def chat_reply(answer: Answer) -> ChatReply:
@@ -106,28 +119,25 @@ class ParsedChatReply(ChatReply):
 
     def piece(self, choice: Choice, piece: Delta) -> bytes:
         """A chunk for each thing found; the first has the log-probabilities of all new tokens."""
-        logprobs = None
-        if self._wants_logprobs and piece.ids:
-            logprobs = self._logprobs(choice, choice.num_tokens - len(piece.ids))
-        return self._events(choice, logprobs)
+        return self._events(choice, self._of_tokens(choice, piece) if piece.ids else {})
 
     def end(self, choice: Choice) -> bytes:
         """What was held back, then an empty delta with the finish reason."""
-        return self._events(choice, None) + super().end(choice)
+        return self._events(choice, {}) + super().end(choice)
 
-    def _events(self, choice: Choice, logprobs: dict[str, Any] | None) -> bytes:
+    def _events(self, choice: Choice, more: dict[str, Any]) -> bytes:
         out = b""
         for event in _output(choice).take_events():
             if isinstance(event, CallEnd):
                 continue
-            if logprobs is not None or self._continuous or isinstance(event, CallStart):
+            if more or self._continuous or isinstance(event, CallStart):
                 text = None if isinstance(event, CallStart) else event.text
-                out += self._event(choice, self._delta(event, text), logprobs, None)
-                logprobs = None
+                out += self._event(choice, self._delta(event, text), more)
+                more = {}
             else:
                 out += self._template(choice, event).text(event.text)
-        if logprobs is not None:
-            out += self._event(choice, {"content": ""}, logprobs, None)
+        if more:
+            out += self._event(choice, {"content": ""}, more)
         return out
 
     def _template(

@@ -19,6 +19,7 @@ class OpenAIReply:
         self._templates: dict[int, sse.ChunkTemplate] = {}
         self._wants_logprobs = answer.generation.params.logprobs >= 0
         self._continuous = answer.generation.continuous_usage
+        self._wants_ids = answer.generation.token_ids
 
     def flush_held(self) -> bytes:
         """Nothing is ever held back."""
@@ -33,6 +34,11 @@ class OpenAIReply:
     def error(self, error: RequestError) -> bytes:
         """An error event."""
         return sse.error_event(error)
+
+    def _name(self, token: int) -> str:
+        """What a token with a log-probability is called."""
+        as_id = self.answer.generation.tokens_as_ids
+        return f"token_id:{token}" if as_id else self.answer.vocab.text(token)
 
     def _head(self) -> dict[str, Any]:
         answer = self.answer
@@ -52,10 +58,11 @@ class OpenAIReply:
             out["usage"] = None
         return out
 
-    def _whole(self, kind: str, choices: list[dict[str, Any]]) -> bytes:
-        return sse.body(
-            self._head() | {"object": kind, "choices": choices, "usage": self.answer.usage()}
-        )
+    def _whole(
+        self, kind: str, choices: list[dict[str, Any]], more: dict[str, Any] | None = None
+    ) -> bytes:
+        out = {"object": kind, "choices": choices, "usage": self.answer.usage()}
+        return sse.body(self._head() | out | (more or {}))
 
 
 def finish_reason(choice: Choice) -> str | None:

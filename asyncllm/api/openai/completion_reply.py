@@ -21,6 +21,7 @@ class CompletionReply(OpenAIReply):
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer)
         self._echoed: set[int] = set()  # choices whose prompt has been sent
+        self._told: set[int] = set()  # choices of whose prompt the ids have been sent
 
     def opening(self) -> bytes:
         """The prompts, if echo wants them without log-probabilities."""
@@ -39,14 +40,24 @@ class CompletionReply(OpenAIReply):
             )
             if complete or piece.ids:
                 out = self._echo(choice)
-        if self._wants_logprobs:
+        if self._wants_logprobs or self._wants_ids:
             if piece.ids or piece.text:
-                count = len(piece.ids)
-                logprobs = self._logprobs(choice, choice.num_tokens - count)
-                out += self._event(choice, piece.text, logprobs)
+                out += self._event(choice, piece.text, self._of_tokens(choice, piece))
         elif piece.text:
-            out += self._event(choice, piece.text, None)
+            out += self._event(choice, piece.text)
         return out
+
+    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, Any]:
+        """What a chunk says about the tokens of a piece, if that is wanted."""
+        more: dict[str, Any] = {}
+        if self._wants_logprobs:
+            more["logprobs"] = self._logprobs(choice, choice.num_tokens - len(piece.ids))
+        if self._wants_ids:
+            more |= {"token_ids": list(piece.ids), "prompt_token_ids": None}
+            if choice.index not in self._told:
+                self._told.add(choice.index)
+                more["prompt_token_ids"] = list(self.answer.prompts[choice.prompt_idx])
+        return more
 
     def end(self, choice: Choice) -> bytes:
         """The chunk with the finish reason, after a prompt that is still to be echoed."""
@@ -74,23 +85,29 @@ class CompletionReply(OpenAIReply):
                     "finish_reason": finish_reason(choice),
                 }
             )
+            if self._wants_ids:
+                prompt = self.answer.prompts[choice.prompt_idx]
+                choices[-1] |= {
+                    "token_ids": list(choice.tokens.ids),
+                    "prompt_token_ids": list(prompt),
+                }
         return self._whole(self.kind, choices)
 
-    def _event(self, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> bytes:
-        if logprobs is not None or self._continuous:
-            return sse.event(self._chunk(choice, self._body(text, logprobs)))
+    def _event(self, choice: Choice, text: str, more: dict[str, Any] | None = None) -> bytes:
+        if more or self._continuous:
+            return sse.event(self._chunk(choice, self._body(text) | (more or {})))
         if (ready := self._templates.get(choice.index)) is None:
-            ready = sse.ChunkTemplate(self._chunk(choice, self._body(sse.MARK, None)))
+            ready = sse.ChunkTemplate(self._chunk(choice, self._body(sse.MARK)))
             self._templates[choice.index] = ready
         return ready.text(text)
 
-    def _body(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs, "finish_reason": None}
+    def _body(self, text: str) -> dict[str, Any]:
+        return {"text": text, "logprobs": None, "finish_reason": None}
 
     def _echo(self, choice: Choice) -> bytes:
         self._echoed.add(choice.index)
-        logprobs = self._prompt_logprobs(choice) if self._wants_logprobs else None
-        return self._event(choice, self.answer.prompt_text(choice.prompt_idx), logprobs)
+        more = {"logprobs": self._prompt_logprobs(choice)} if self._wants_logprobs else {}
+        return self._event(choice, self.answer.prompt_text(choice.prompt_idx), more)
 
     def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
         """Of the prompt's tokens; the first has no log-probability."""
@@ -126,7 +143,7 @@ class CompletionReply(OpenAIReply):
         logprob: float | None,
         top: list[tuple[int, float]],
     ) -> None:
-        text = self.answer.vocab.text
+        text = self._name
         best: dict[str, float | None] = {}
         for other, value in top:
             name = text(other)

@@ -72,6 +72,7 @@ from asyncllm.core.request import SamplingParams
 EXTENSIONS: Final = (
     "min_tokens", "do_sample", "top_k", "min_p", "repetition_penalty", "allowed_token_ids",
     "exponential_decay_length_penalty", "stop_token_ids", "ignore_eos", "skip_special_tokens",
+    "include_stop_str_in_output", "return_token_ids", "return_tokens_as_token_ids",
     "guided_json", "guided_regex", "guided_grammar", "guided_choice", "structured_outputs",
     "add_special_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
     "max_thinking_tokens", "separate_reasoning", "stream_reasoning", "continuous_usage_stats",
@@ -116,12 +117,7 @@ class CommonRequest(SamplingFields):
     truncate_prompt_tokens: Annotated[None, Unavailable("truncating the prompt")] = None
     logits_processors: Annotated[None, Unavailable("a logits processor", [])] = None
     custom_logit_processor: Annotated[None, Unavailable("a logits processor")] = None
-    return_token_ids: Annotated[None, Unavailable("token ids in the answer", False)] = None
     logprob_token_ids: Annotated[None, Unavailable("log-probabilities of given tokens", [])] = None
-    return_tokens_as_token_ids: Annotated[None, Unavailable("tokens named by id", False)] = None
-    include_stop_str_in_output: Annotated[
-        None, Unavailable("keeping the stop string in the text", False)
-    ] = None
     no_stop_trim: Annotated[None, Unavailable("keeping the stop string in the text", False)] = None
     stop_regex: Annotated[None, Unavailable("stopping at a pattern", "", [])] = None
     spaces_between_special_tokens: Annotated[
@@ -174,6 +170,11 @@ class CommonRequest(SamplingFields):
     stop_token_ids: Annotated[Items[Token], Field(max_length=MAX_STOP_IDS)] = Field(
         default_factory=list, description=f"ids that end the text, at most {MAX_STOP_IDS}"
     )
+    include_stop_str_in_output: bool = Field(
+        False,
+        description="the stop string that ended the text, or the stop token unless it is a special "
+        "one, is the end of it",
+    )
     seed: Annotated[Integer, Range(-1, MAX_SEED)] = Field(
         -1, description="same seed, same tokens; choice i of n has seed + i; -1: draw one"
     )
@@ -200,6 +201,12 @@ class CommonRequest(SamplingFields):
     structured_outputs: StructuredOutputs | None = Field(
         None,
         description="{json, regex, choice, grammar or json_object}: the same under vLLM's newer name",
+    )
+    return_token_ids: bool = Field(
+        False, description="token_ids and prompt_token_ids in the answer, as vLLM has them"
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="log-probabilities name tokens token_id:ID instead of by their text"
     )
     stream: bool = Field(False, description="answer as server-sent events")
     stream_options: StreamOptions | None = Field(
@@ -448,6 +455,7 @@ def _generation(
         min_new_tokens=least,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=tuple(request.stop_token_ids),
+        include_stop=request.include_stop_str_in_output,
         temperature=temperature(request.temperature, request.top_p) if request.do_sample else 0.0,
         top_k=request.top_k or -1,
         penalize_prompt=request.repetition_penalty != 1.0,
@@ -467,6 +475,8 @@ def _generation(
         add_special_tokens=add_special_tokens,
         include_usage=options.include_usage,
         continuous_usage=options.continuous_usage_stats,
+        token_ids=request.return_token_ids,
+        tokens_as_ids=request.return_tokens_as_token_ids,
     )
 
 

@@ -172,6 +172,56 @@ def test_bytes_of_unfinished_characters() -> None:
     assert all(c["top_logprobs"] == [] for c in content)
 
 
+def test_token_ids_of_completions() -> None:
+    whole = completion([b"hi", b"yo"], return_token_ids=True)
+    for index in (0, 1):
+        take(whole, delta("ab", i32([97, 98]), ("a", "b")), index)
+        end(whole, index=index)
+    choices = json.loads(whole.whole())["choices"]
+    assert [c["prompt_token_ids"] for c in choices] == [list(b"hi"), list(b"yo")]
+    assert [c["token_ids"] for c in choices] == [[97, 98], [97, 98]]
+
+    reply = completion(stream=True, return_token_ids=True)
+    news = (delta("", i32([97]), ("",)), delta("ab", i32([98]), ("b",)))
+    chunks = [c["choices"][0] for each in news for c in events(take(reply, each))]
+    assert [(c["text"], c["token_ids"], c["prompt_token_ids"]) for c in chunks] == [
+        ("", [97], list(b"hi")),
+        ("ab", [98], None),
+    ]
+
+
+def test_token_ids_of_chats() -> None:
+    whole = chat(return_token_ids=True)
+    take(whole, delta("ab", i32([97, 98]), ("a", "b")))
+    end(whole)
+    body = json.loads(whole.whole())
+    assert (body["prompt_token_ids"], body["choices"][0]["token_ids"]) == (list(b"hi"), [97, 98])
+
+    reply = chat(stream=True, return_token_ids=True, logprobs=True)
+    (role,) = events(reply.opening())
+    assert role["prompt_token_ids"] == list(b"hi")
+    (chunk,) = events(take(reply, delta("a", i32([97]), ("a",), floats(-1))))
+    assert chunk["choices"][0]["token_ids"] == [97]
+    assert [c["token"] for c in chunk["choices"][0]["logprobs"]["content"]] == ["a"]
+
+
+def test_tokens_may_be_named_by_their_ids() -> None:
+    wide = Logprobs(1, floats(-0.5), i32([98]), floats(-0.25))
+    reply = completion(logprobs=1, return_tokens_as_token_ids=True)
+    take(reply, delta("a", i32([97]), ("a",), wide))
+    end(reply)
+    (choice,) = json.loads(reply.whole())["choices"]
+    assert choice["logprobs"]["tokens"] == ["token_id:97"]
+    assert choice["logprobs"]["top_logprobs"] == [{"token_id:98": -0.25, "token_id:97": -0.5}]
+    assert choice["logprobs"]["text_offset"] == [0]
+    other = chat(logprobs=True, top_logprobs=1, return_tokens_as_token_ids=True)
+    take(other, delta("a", i32([97]), ("a",), wide))
+    end(other)
+    (choice,) = json.loads(other.whole())["choices"]
+    (entry,) = choice["logprobs"]["content"]
+    assert (entry["token"], entry["top_logprobs"][0]["token"]) == ("token_id:97", "token_id:98")
+
+
 def test_text_offsets_count_characters() -> None:
     reply = completion(logprobs=0)
     ids = list("é☃a".encode())
