@@ -154,7 +154,7 @@ CHOICES = ["a", "ab", 'q"\\', "line\nbreak\t\x01", "ü😀", "[x]|(y)"]
 def test_each_choice_can_come_as_it_is(
     grammars: Grammars, pieces: list[bytes], text: Text, wanted: str
 ) -> None:
-    form = choice(CHOICES, "x")
+    form = choice(CHOICES)
     assert form is not None
     likes = iter(text.encode(wanted, False))
     out, whole = follow(start(grammars, *form), pieces, lambda some: next(likes, EOS))
