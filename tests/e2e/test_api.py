@@ -459,7 +459,7 @@ async def test_bad_requests_are_400_in_one_shape(server: Server) -> None:
         (CHAT, {"messages": HI, "n": 100000}, "n"),
         (CHAT, {"messages": HI, "max_tokens": -1, "stream": True}, "max_tokens"),
         (COMPLETIONS, {"prompt": "x", "best_of": 2}, "best_of"),
-        ("/generate", {"inputs": "x", "parameters": {"top_p": 0}}, "parameters.top_p"),
+        ("/generate", {"inputs": "x", "parameters": {"top_p": 2}}, "parameters.top_p"),
         ("/generate_stream", {"inputs": "x", "parameters": []}, "parameters"),
         ("/", {"inputs": "x", "stream": "yes"}, "stream"),
         ("/tokens", {}, "text"),

@@ -133,7 +133,7 @@ def test_choices_of_one_prompt_follow_the_grammar_each_for_itself(server: Server
     [({"guided_regex": "(("}, "regular expression"), ({"guided_grammar": "root ::= x"}, "EBNF"),
      ({"guided_json": {"type": "foo"}}, "unknown type"),
      ({"guided_json": {"uniqueItems": True}}, "uniqueItems"),
-     ({"guided_json": "{", "guided_regex": ""}, "not valid JSON")],
+     ({"guided_json": "{"}, "not valid JSON"), ({"guided_regex": ""}, "guided_regex is empty")],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_bad_grammar_is_a_400_and_nobody_else_notices(
