@@ -28,6 +28,7 @@ from asyncllm.server.secret import CHANNEL, cluster_keys
 
 ANSWER_S = 60.0  # for the config_server to come, and to answer
 CLOSE_S = 3.0
+JOIN_S = 5.0  # for a connection; then the config_server is asked again where its channel is
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Lease:
         self._channel, self._server, self._asks = channel, server, asks
         self._answer: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._loop = asyncio.new_event_loop()
-        self._over = asyncio.Event()
+        self._over, self._joined = asyncio.Event(), asyncio.Event()
         self._where = ""
         self._looking: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
@@ -95,13 +96,21 @@ class Lease:
 
     async def _find(self) -> None:
         host, port = self._server
-        self._where = self._channel.dial(host, await find_channel(host, port, WHAT))
+        while True:
+            self._where = self._channel.dial(host, await find_channel(host, port, WHAT))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(JOIN_S):
+                    await self._joined.wait()
+                return
+            self._channel.forget(self._where)  # it may have started again, at another port
 
     def _changed(self, msg: PeerJoined | PeerLeft | PeerRefused) -> None:
         match msg:
             case PeerJoined(peer):
+                self._joined.set()
                 self._channel.send(peer, "registry", False, encode(self._asks))
             case PeerLeft():
+                self._joined.clear()
                 self._channel.forget(self._where)
                 self._look()
             case PeerRefused(where, why):

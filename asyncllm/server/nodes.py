@@ -32,6 +32,7 @@ FRAME_LIMIT = 1 << 20  # bytes
 DRAIN_LIMIT = 256  # frames a turn
 LINGER_MS = 500
 CLOSE_S = 1.0
+LATER_S = 3.0  # a node that has met node 0 waits longer: node 0 can name the one that is missing
 
 log = logging.getLogger(__name__)
 
@@ -391,7 +392,7 @@ class Member(Lifeline):
         deadline = monotonic() + timeout_s
         while self._joined is None and self._found is None:
             self._step()
-            if monotonic() > deadline:
+            if monotonic() > deadline + (LATER_S if self._leader is not None else 0.0):
                 self._lost(2, self._not_in_time(timeout_s))
         if self._found is not None:
             self.close()

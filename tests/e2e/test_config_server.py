@@ -243,8 +243,11 @@ def test_a_config_server_that_dies_is_missed_by_nobody_and_learns_all_anew(site:
     assert wait_until(lambda: told(site.two), SOON_S)
     both = {address(site.prefill), address(site.decode)}
     assert nodes_of(site.one) == nodes_of(site.two) == both  # of the same processes
-    owners = {g["owner"] for g in site.objects()["groups"]}
-    assert owners == {f"prefill {address(site.prefill)}"}
+
+    def owners() -> set[object]:
+        return {g["owner"] for g in site.objects()["groups"]}
+
+    assert wait_until(lambda: owners() == {f"prefill {address(site.prefill)}"}, SOON_S), owners()
 
 
 def test_a_master_that_stops_is_gone_and_comes_back(site: Site) -> None:

@@ -24,7 +24,9 @@ def test_a_server_by_itself_has_no_channel() -> None:
 def test_a_master_listens_behind_its_http_port_unless_told_otherwise(free_port: int) -> None:
     config = Config(run_mode="pd_master", port=9000)
     assert cluster_port(config) == 9001
-    with pytest.raises(StartupError, match="--port 65535 leaves no port for nodes: give --cluster"):
+    with pytest.raises(
+        StartupError, match="--port 65535 leaves no port for other servers: give --cluster"
+    ):
         cluster_port(Config(run_mode="pd_master", port=65535))
     config = Config(run_mode="pd_master", port=65535, cluster_port=free_port)
     assert cluster_port(config) == free_port

@@ -154,10 +154,7 @@ def test_what_does_not_fit_is_the_same_line_on_every_node(join: Join | None, lin
         else:
             w.lines[1]._limit_s = TIMEOUT_S
         w.settle()
-        assert set(w.said.values()) <= {
-            line,
-            "not all nodes have come within 1.5 s (--node_timeout)",
-        }
+        assert set(w.said.values()) == {line}
         assert w.said[0] == line
         assert len(w.said) == (3 if join else 2)
 
