@@ -41,7 +41,9 @@ class ConversationBuilder:
     def messages(self) -> Messages:
         """What has been gathered so far."""
         return [
-            {key: "\n".join(v) if key in _IN_PIECES else v for key, v in turn.items()}
+            turn
+            if turn["role"] == "tool"
+            else turn | {key: "\n".join(turn[key]) for key in _IN_PIECES if key in turn}
             for turn in self._made
         ]
 
@@ -61,7 +63,7 @@ class ConversationBuilder:
 
     def add_result(self, key: str, content: str) -> None:
         """What the call ``key`` gave."""
-        self._made.append({"role": "tool", "content": [content], "tool_call_id": key})
+        self._made.append({"role": "tool", "content": content, "tool_call_id": key})
 
     def _turn(self, role: str) -> dict[str, Any]:
         if not self._made or self._made[-1]["role"] != role:
@@ -106,17 +108,11 @@ def text_of(content: str | Sequence[str | TextPart | RefusalPart]) -> str:
     """The text of a string or of parts."""
     if isinstance(content, str):
         return content
-    return "\n".join(_text_of_part(part) for part in content)
+    return "\n".join([part if isinstance(part, str) else _text_of_part(part) for part in content])
 
 
-def _text_of_part(part: str | TextPart | RefusalPart) -> str:
-    match part:
-        case TextPart():
-            return part.text
-        case RefusalPart():
-            return part.refusal
-        case text:
-            return text
+def _text_of_part(part: TextPart | RefusalPart) -> str:
+    return part.text if isinstance(part, TextPart) else part.refusal
 
 
 def parsed_arguments(value: object) -> CallArguments:

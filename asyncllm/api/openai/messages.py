@@ -154,7 +154,8 @@ def _turn(message: ChatMessage) -> dict[str, Any]:
     thoughts: list[ThinkingPart] = []
     if not isinstance(content, str):
         thoughts = [part for part in content if isinstance(part, ThinkingPart)]
-        content = [part for part in content if not isinstance(part, ThinkingPart)]
+        if thoughts:
+            content = [part for part in content if not isinstance(part, ThinkingPart)]
     turn: dict[str, Any] = {"role": role, "content": text_of(content)}
     for key in ("name", "tool_call_id"):
         if (said := getattr(message, key)) is not None:

@@ -140,19 +140,21 @@ def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any] | str]
         calls: name and arguments of each; arguments that are text stand as they are.
     """
     form = CALL_TEXTS[spelling_name]
-    begun = {name: form.begun(name) for name, _ in calls}
+    begun = {name: form.begun(name) for name in {name for name, _ in calls}}
     each = (f"{begun[name]}{_arguments(form.style, values)}{form.end}" for name, values in calls)
     return form.opens + form.between.join(each) + form.closes
+
+
+_encode: Final = json.JSONEncoder(ensure_ascii=False).encode  # dumps makes one for each value
 
 
 def _arguments(style: Style, values: dict[str, Any] | str) -> str:
     if isinstance(values, str):
         return values
     if style == "json":
-        return json.dumps(values, ensure_ascii=False)
+        return _encode(values)
     texts = {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in values.items()
+        key: value if isinstance(value, str) else _encode(value) for key, value in values.items()
     }
     if style == "qwen_xml":
         return "\n".join(f"<parameter={k}>\n{v}\n</parameter>" for k, v in texts.items())
