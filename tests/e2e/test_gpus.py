@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.e2e.cluster import Cluster
 from tests.e2e.conftest import Reference
 from tests.e2e.process import Server
 from tests.models.harness import random_ids
@@ -65,3 +67,55 @@ def check_groups(model_dir: Path, log: Path, *more: str) -> None:
         assert steps[0] == steps[1] > 30
         assert server.metric("asyncllm_jit_after_warmup_total") == 0
         assert server.stop() == 0, server.text()
+
+
+OWN, SAME = ("0", "1", "2"), ("0", "0", "0")  # GPUs of a prefill node and two decode nodes
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize(
+    ("way", "gpus"),
+    [("tcp", OWN), ("p2p", SAME), ("nccl", OWN), ("auto", OWN)],
+    ids=["tcp", "p2p on one GPU", "nccl", "auto"],
+)
+def test_k_and_v_between_gpus(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, gpus: tuple[str, ...]
+) -> None:
+    """A decode node that is new, or lost, while others move K/V, disturbs nobody."""
+    second = torch.cuda.device_count() > 2 or gpus is SAME
+    reference = Reference(tiny_dir)
+    on_gpus = GpuCluster(tiny_dir, tmp_path, way, gpus[: 2 + second], monkeypatch)
+    with on_gpus as cluster:
+
+        def check(size: int) -> None:
+            prompt = random_ids(size, 256, size)
+            answer = cluster.master.tokens(prompt, 16, ignore_eos=True)
+            assert len(answer) == 16
+            reference.check_greedy(prompt, answer, MARGIN)
+
+        check(300)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(check, (1, 2, 17, 40, 63, 100, 513, 900)))
+        cluster.free(*cluster.prefill, *cluster.decode)
+        assert cluster.master.metric("asyncllm_pd_retries_total") == 0
+        for node in cluster.decode:
+            assert node.metric("asyncllm_prompt_tokens_computed_total") == 0
+            assert node.metric("asyncllm_kv_transferred_tokens_total") > 0
+        for server in (*cluster.prefill, *cluster.decode):
+            assert server.metric("asyncllm_jit_after_warmup_total") == 0
+            assert server.stop() == 0, server.text()
+
+
+class GpuCluster(Cluster):
+    """One prefill node on the first of ``gpus``, a decode node on each of the others."""
+
+    def __init__(
+        self, model_dir: Path, logs: Path, way: str, gpus: tuple[str, ...], env: pytest.MonkeyPatch
+    ) -> None:
+        self.gpus, self.env = iter(gpus), env
+        more = ("--device", "cuda", "--data_type", "fp32", "--pd_trans_mode", way)
+        super().__init__(model_dir, logs, decode=[()] * (len(gpus) - 1), node=more)
+
+    def start_node(self, role: str, *args: str) -> Server:
+        self.env.setenv("CUDA_VISIBLE_DEVICES", next(self.gpus))
+        return super().start_node(role, *args)
