@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
-from asyncllm.engine import experts_cpu
+from asyncllm.engine import experts_cpu, quant_torch
 from asyncllm.models.ops import Held
+from asyncllm.models.quantization import QuantWeight
 from asyncllm.models.spec import Activation, ExpertsSpec
 
 WIDENED_ROWS = 8192  # of the output matrix, whose float32 copies exist at a time
@@ -54,6 +55,18 @@ class TorchOps:
         else:
             made = linear(x, weight, bias)
         return made if out is None else out.copy_(made)
+
+    def pack_quant(self, weight: QuantWeight) -> QuantWeight:
+        return weight
+
+    def quant_linear(
+        self,
+        x: Tensor,
+        weight: QuantWeight,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return quant_torch.quant_linear(x, weight, bias, out)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """Accurate to 2**-16 where the weight is packed, by computing the product twice.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from asyncllm.engine import quant_torch
 from asyncllm.kernels.embedding import embed_rmsnorm
 from asyncllm.kernels.gated import gated
 from asyncllm.kernels.linear import linear
@@ -13,6 +14,7 @@ from asyncllm.kernels.moe.route import route
 from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm
 from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from asyncllm.models.ops import Held
+from asyncllm.models.quantization import QuantWeight
 from asyncllm.models.spec import Activation, ExpertsSpec
 
 GEMV_OUT = 65536  # up to this many outputs our one-row kernel is faster than cuBLAS
@@ -33,6 +35,18 @@ class TritonOps:
             return torch.nn.functional.linear(x, weight, bias)
         torch.mm(x, weight.t(), out=out)
         return out if bias is None else out.add_(bias)
+
+    def pack_quant(self, weight: QuantWeight) -> QuantWeight:
+        return weight
+
+    def quant_linear(
+        self,
+        x: Tensor,
+        weight: QuantWeight,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return quant_torch.quant_linear(x, weight, bias, out)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.dtype == torch.float32:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from asyncllm.models.quantization import QuantWeight
 from asyncllm.models.spec import Activation, ExpertsSpec
 from asyncllm.models.weights import Target
 
@@ -44,6 +45,19 @@ class Ops(Protocol):
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """x @ weight.T + bias."""
+
+    def pack_quant(self, weight: QuantWeight) -> QuantWeight:
+        """``weight``, as its docstring has it, in the form that :meth:`quant_linear` reads fastest;
+        start-up only."""
+
+    def quant_linear(
+        self,
+        x: Tensor,
+        weight: QuantWeight,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x [T, in] times the matrix, plus ``bias``, in the dtype of x: [T, out]."""
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """x @ weight.T as float32, never rounded to the dtype of the two."""

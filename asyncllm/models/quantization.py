@@ -1,90 +1,59 @@
-"""Reads what config.json says about quantised weights and K/V. Does not know tensors."""
+"""Weights in 8 or 4 bits: what kinds there are, how they lie in memory, how activations meet them.
+
+Does not import torch: processes that serve only HTTP read what a checkpoint is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from asyncllm.errors import StartupError
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# of a quantization_config for 8-bit floats in blocks: what its values may be
-_SERVED = {"fmt": ("e4m3", None), "activation_scheme": ("dynamic", None)}
-# methods by which K/V alone may be quantised -> what says how weights are
-_OF_WEIGHTS = {"compressed-tensors": "config_groups", "modelopt": "quant_algo"}
-# what a kv_cache_scheme may say, beside its type: our scales are no coarser than these
-_SCHEME = {
-    "num_bits": (8,),
-    "strategy": ("tensor", "token", "attn_head", None),
-    "symmetric": (True, None),
-}
-_FORMATS = {"float": "triton_fp8kv", "int": "triton_int8kv"}
-_ALGORITHMS = {"FP8": "triton_fp8kv", "INT8": "triton_int8kv"}
+QuantKind = Literal["fp8_channel", "fp8_block", "int8_channel", "int4_group"]
+
+BLOCK = 128  # rows and columns of fp8_block that share a scale; columns of its activations
+FP8_MAX = 448.0  # largest value of e4m3
+INT8_MAX = 127.0
+INT4_ZERO = 8  # the value that stands for 0 where there are no zeros
 
 
-def weight_block(quantization: Mapping[str, object] | None) -> tuple[int, int] | None:
-    """Rows and columns of 8-bit floats that share a scale; None: weights are not quantised.
+@dataclass(frozen=True, slots=True)
+class QuantWeight:
+    """A matrix W [out_features, in_features] in few bits.
 
-    Args:
-        quantization: ``quantization_config`` of config.json.
+    ``x`` [T, in_features] is multiplied in this way, sums in float32, the result in the dtype of x:
 
-    Raises:
-        StartupError: weights are quantised in another way.
+    fp8_channel: ``data`` float8_e4m3fn [out, in], ``scales`` float32 [out];
+        W[o, i] = data[o, i] * scales[o]. Each row of x becomes e4m3 too, divided by its own scale
+        max|row| / 448: y[t, o] = (xq[t] . data[o]) * x_scale[t] * scales[o].
+    fp8_block: ``data`` float8_e4m3fn [out, in], ``scales`` float32 [ceil(out / 128),
+        ceil(in / 128)]; W[o, i] = data[o, i] * scales[o // 128, i // 128]; the last blocks may be
+        smaller. Each group of 128 columns of each row of x has a scale of its own, as above.
+    int8_channel: ``data`` int8 [out, in], ``scales`` float32 [out], as fp8_channel; x becomes int8
+        (rounded half to even, scale max|row| / 127), products are summed exactly.
+    int4_group: ``data`` uint8 [out, in / 2]: the low nibble of byte b is column 2 * b, the high one
+        column 2 * b + 1, both 0 to 15. ``scales`` [in / group, out] in the dtype of activations,
+        ``zeros`` of the same shape and dtype with whole numbers from 0 to 16, None: all are 8.
+        W[o, i] = (nibble[o, i] - zeros[i // group, o]) * scales[i // group, o]. x stays as it is.
+
+    ``data`` is contiguous, row by row. A row (group) of x that is all zeros has any scale but 0.
+
+    Attributes:
+        group: columns that share a scale: 128 of fp8_block, those of int4_group (32, 64, 128 or
+            in_features among others; it divides in_features); in_features of the other kinds.
     """
-    if not quantization:
-        return None
-    method = str(quantization.get("quant_method", "?"))
-    if method in _OF_WEIGHTS and not quantization.get(_OF_WEIGHTS[method]):
-        return None
-    if method != "fp8":
-        raise StartupError(
-            f"quantised weights ({method}) are not available yet; fp8 with weight_block_size is"
-        )
-    for key, values in _SERVED.items():
-        if quantization.get(key) not in values:
-            raise StartupError(
-                f"quantised weights (fp8) with {key} {quantization[key]!r} are not available yet"
-            )
-    size = quantization.get("weight_block_size")
-    match size:
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return rows, columns
-        case _:
-            raise StartupError(
-                f"quantised weights (fp8) with weight_block_size {size!r} are not available yet; "
-                f"two numbers of at least 1 are"
-            )
 
+    kind: QuantKind
+    data: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group: int
+    out_features: int
+    in_features: int
 
-def kv_format(quantization: Mapping[str, object] | None) -> str | None:
-    """Name of the format of K/V that a checkpoint asks for; None: it asks for none.
-
-    Whether its scales are fixed or made of what is written: ours are each token's and head's.
-
-    Args:
-        quantization: ``quantization_config`` of config.json.
-
-    Raises:
-        StartupError: K/V are quantised in another way.
-    """
-    said = quantization or {}
-    for key, read in (("kv_cache_scheme", _by_scheme), ("kv_cache_quant_algo", _by_algorithm)):
-        if (value := said.get(key)) is not None:
-            if (found := read(value)) is None:
-                known = ", ".join(_ALGORITHMS)
-                raise StartupError(
-                    f"the checkpoint asks for K/V with {key} {value!r}, which is not served: what "
-                    f"is are 8 bits ({known}) with one scale for a tensor, a token or a head"
-                )
-            return found
-    return None
-
-
-def _by_algorithm(name: object) -> str | None:
-    return _ALGORITHMS.get(str(name))
-
-
-def _by_scheme(scheme: object) -> str | None:
-    if not isinstance(scheme, Mapping):
-        return None
-    if any(scheme.get(key) not in values for key, values in _SCHEME.items()):
-        return None
-    return _FORMATS.get(str(scheme.get("type")))
+    @property
+    def nbytes(self) -> int:
+        zeros = 0 if self.zeros is None else self.zeros.nbytes
+        return self.data.nbytes + self.scales.nbytes + zeros

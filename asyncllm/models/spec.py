@@ -12,7 +12,7 @@ from typing import Literal
 
 from asyncllm.errors import StartupError
 from asyncllm.models.numbers import count, number, truth
-from asyncllm.models.quantization import kv_format, weight_block
+from asyncllm.models.quant_config import kv_format, weight_block
 from asyncllm.models.registry import family
 from asyncllm.models.rope import ConfigDict as ConfigDict
 from asyncllm.models.rope import Rope, reach, read_rope

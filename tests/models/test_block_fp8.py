@@ -15,7 +15,7 @@ from asyncllm.engine.build import build_model
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import INDEX, read_checkpoint
 from asyncllm.models.model import Model
-from asyncllm.models.quantization import weight_block
+from asyncllm.models.quant_config import weight_block
 from asyncllm.models.weights import SCALE, Target, load, whole
 from tests.models.harness import Together, read_spec
 from tests.models.test_deepseek import VARIANTS
