@@ -92,8 +92,9 @@ class _Guest:
 
     Attributes:
         name: for the log; "": it has not said who it is.
+        out: frames for it that ZeroMQ has no room for yet.
+        moved: when ZeroMQ last took one, or when the first of ``out`` was put there.
         over: nothing that it says is heard any more.
-        gone: its connection is closed.
         early: by epoch, since when, and what has been said of it.
         ready: numbers of what it has announced and we have not pulled, in order.
         portions: by number; those too that have been pulled.
@@ -102,13 +103,14 @@ class _Guest:
     ident: bytes
     heard: float
     said: float = 0.0
+    out: deque[bytes] = field(default_factory=deque)
+    moved: float = 0.0
     name: str = ""
     tp: int = 0
     rank: int = 0
     strips: Strips = field(default_factory=lambda: Strips(()))
     way: str = ""
     over: bool = False
-    gone: bool = False
     window: PeerWindow | None = None
     pair: Pair | None = None
     early: dict[int, tuple[float, list[Message]]] = field(default_factory=dict)
@@ -176,14 +178,14 @@ class Taker(Mover):
     ) -> None:
         super().__init__(share, pages, times or Times(), door.ctx)
         self._node, self._ways = node, ways
-        self._inbox_of = Inbox(cache(lambda tp: share.partners(tp, sent=False)))
-        self._guests: dict[bytes, _Guest] = {}
+        self.inbox = Inbox(cache(lambda tp: share.partners(tp, sent=False)))
+        self.guests: dict[bytes, _Guest] = {}
         self._strips: dict[tuple[int, int], Strips] = {}
         self._copies: deque[tuple[Copied, _Guest, int, _Portion]] = deque()
         self._ending: list[tuple[_Guest, Pair]] = []  # whose pages may still be written
         self._log = Seldom(log)
-        self._door, self._strangers, self.port = door.sock, door.strangers, door.port
-        self.poller.register(self._door, zmq.POLLIN)
+        self.door, self._strangers, self.port = door.sock, door.strangers, door.port
+        self.poller.register(self.door, zmq.POLLIN)
 
     # -- from the scheduler ------------------------------------------------------------------------
 
@@ -192,10 +194,10 @@ class Taker(Mover):
             case Import():
                 slots = array("i", msg.slots)
                 entry = OpenImport(msg.rid, msg.hit, msg.length, slots, since=self.clock.now)
-                self._inbox_of.expect(entry)
+                self.inbox.expect(entry)
                 self._hear_early(msg.rid)
                 if not self.share.partners(self.share.wire.tp, sent=False):  # it has padding alone
-                    self._end(self._inbox_of.drop(msg.rid, ""), arrived=True)
+                    self._end(self.inbox.drop(msg.rid, ""), arrived=True)
             case Forget(rid):
                 self._drop(rid, "")
             case _:  # others are the other end's
@@ -203,7 +205,7 @@ class Taker(Mover):
 
     def _drop(self, rid: int, why: str) -> None:
         """Write nothing more of a request; ``why`` "": its scheduler says so."""
-        self._end(self._inbox_of.drop(rid, why))
+        self._end(self.inbox.drop(rid, why))
 
     def _end(self, entry: OpenImport | None, *, arrived: bool = False) -> None:
         """An import is over: say so here and to its senders, and free its pages."""
@@ -224,7 +226,7 @@ class Taker(Mover):
         why = "" if arrived else entry.why or "its request has ended there"
         for ident in entry.links.values():
             assert isinstance(ident, bytes)
-            if (guest := self._guests.get(ident)) is not None:
+            if (guest := self.guests.get(ident)) is not None:
                 self._tell(guest, Over(entry.rid, why))
                 self._forget_portions(guest, entry.rid)
 
@@ -242,19 +244,19 @@ class Taker(Mover):
     # -- what comes in -----------------------------------------------------------------------------
 
     def look(self, events: dict[Socket, int]) -> None:
-        if self._door not in events:
+        if self.door not in events:
             return
         for _ in range(MOST_FRAMES):
             try:
-                ident, *frames = self._door.recv_multipart(zmq.NOBLOCK, copy=False)
+                ident, *frames = self.door.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             self._read(ident.bytes, frames)
 
     def _read(self, ident: bytes, frames: list[zmq.Frame]) -> None:
-        guest = self._guests.get(ident)
+        guest = self.guests.get(ident)
         if guest is None:
-            guest = self._guests[ident] = _Guest(ident, self.clock.now)
+            guest = self.guests[ident] = _Guest(ident, self.clock.now)
         guest.heard = self.clock.now
         if guest.over:
             return
@@ -268,6 +270,8 @@ class Taker(Mover):
 
     def _hear_one(self, guest: _Guest, msg: Message, data: Sequence[memoryview] = ()) -> None:
         try:
+            if len(guest.out) > MOST_READY:
+                raise Impossible("it does not read")
             if len(data) != isinstance(msg, Piece):
                 raise Impossible(f"a {type(msg).__name__} in {1 + len(data)} frames")
             if isinstance(msg, Piece):
@@ -285,12 +289,10 @@ class Taker(Mover):
             self._admit(guest, msg)
             return
         match msg:
-            case Sending(epoch) | Ready(_, epoch) | Over(epoch) if self._inbox_of.is_early(epoch):
+            case Sending(epoch) | Ready(_, epoch) | Over(epoch) if self.inbox.is_early(epoch):
                 self._keep(guest, epoch, msg)
             case Sending(epoch):
-                if not self._inbox_of.begin(
-                    epoch, guest.tp, guest.rank, guest.ident, self.clock.now
-                ):
+                if not self.inbox.begin(epoch, guest.tp, guest.rank, guest.ident, self.clock.now):
                     self._tell(guest, Over(epoch, "it is not expected there"))
             case Ready():
                 self._announced(guest, msg)
@@ -302,7 +304,7 @@ class Taker(Mover):
                         raise Impossible(f"portion {number} was kept before it was fetched")
                     self._write(guest, number, portion)
             case Over(epoch, why):
-                entry = self._inbox_of.imports.get(epoch)
+                entry = self.inbox.imports.get(epoch)
                 if entry is not None and entry.links.get(guest.rank) == guest.ident:
                     self._drop(epoch, why or "its sender gives up")
             case Known(key, value) if guest.pair is not None:
@@ -323,7 +325,7 @@ class Taker(Mover):
             raise Impossible(f"{len(guest.early)} requests that nobody expects")
 
     def _hear_early(self, epoch: int) -> None:
-        for guest in [*self._guests.values()]:
+        for guest in [*self.guests.values()]:
             _, said = guest.early.pop(epoch, (0.0, []))
             guest.num_early -= len(said)
             for msg in said:
@@ -362,7 +364,7 @@ class Taker(Mover):
         portion = _Portion(msg.epoch, msg.first, msg.count)
         if guest.nbytes(portion) > self.pages.size:
             raise Impossible(f"a portion of {msg.count} positions, more than a page has")
-        if self._inbox_of.wants(msg.epoch, guest.rank, msg.first, msg.count):
+        if self.inbox.wants(msg.epoch, guest.rank, msg.first, msg.count):
             guest.portions[msg.number] = portion
             guest.ready.append(msg.number)
         else:
@@ -413,11 +415,11 @@ class Taker(Mover):
         if self._copies:
             self._finish_one()
         wait_ms = 0 if self._copies else IDLE_MS
-        for guest in [*self._guests.values()]:
+        for guest in [*self.guests.values()]:
             if guest.pair is not None and self._step(guest, guest.pair):
                 wait_ms = min(wait_ms, SOON_MS)
-            if guest.gone:
-                self._end_guest(guest, "its sender has hung up")
+            if self._flush(guest) and not guest.over:
+                wait_ms = min(wait_ms, SOON_MS)
         for guest, pair in [entry for entry in self._ending if entry[1].closed]:
             self._ending.remove((guest, pair))
             for number, portion in [*guest.portions.items()]:
@@ -427,7 +429,7 @@ class Taker(Mover):
 
     def _pull(self) -> None:
         """Ask for what there is room for, one portion of each sender in turn."""
-        guests = [g for g in self._guests.values() if g.ready and not g.over]
+        guests = [g for g in self.guests.values() if g.ready and not g.over]
         self.counts.waiting = sum(len(guest.ready) for guest in guests)
         while guests:
             guests = [guest for guest in guests if self._pull_one(guest)]
@@ -449,7 +451,7 @@ class Taker(Mover):
     def _write(self, guest: _Guest, number: int, portion: _Portion) -> None:
         """All bytes are here: put them where they belong, if that is still theirs."""
         place = portion.epoch, guest.rank, portion.first, portion.count
-        slots = self._inbox_of.write(*place)
+        slots = self.inbox.write(*place)
         if slots is None:
             self._done(guest, number, portion)
             return
@@ -474,12 +476,12 @@ class Taker(Mover):
         self.counts.taken_pages += 1
         self._done(guest, number, portion)
         place = portion.epoch, guest.rank, portion.first, portion.count
-        self._end(self._inbox_of.written(*place))
+        self._end(self.inbox.written(*place))
 
     def _fetched(self, guest: _Guest, number: int, portion: _Portion) -> None:
         """The bytes of a sender's page are in ours."""
         portion.state, portion.since = _State.FETCHED, self.clock.now
-        wanted = portion.epoch in self._inbox_of.imports
+        wanted = portion.epoch in self.inbox.imports
         if guest.portions.get(number) is not portion or not wanted:  # ended meanwhile
             guest.portions.pop(number, None)
             self._free(guest, portion)
@@ -502,23 +504,35 @@ class Taker(Mover):
     # -- connections and time ----------------------------------------------------------------------
 
     def _tell(self, guest: _Guest, msg: Message) -> None:
+        guest.said = self.clock.now
+        if not guest.out:
+            guest.moved = self.clock.now
+        guest.out.append(encode(msg))
+
+    def _flush(self, guest: _Guest) -> bool:
+        """Give the socket what it takes; gives whether there is more."""
         try:
-            self._door.send_multipart([guest.ident, encode(msg)], zmq.NOBLOCK)
-            guest.said = self.clock.now
-        except zmq.ZMQError:  # it is closed, or does not read even what is this short
-            guest.gone = True
+            while guest.out:
+                self.door.send_multipart([guest.ident, guest.out[0]], zmq.NOBLOCK)
+                guest.out.popleft()
+                guest.moved = self.clock.now
+        except zmq.Again:  # many are said in a turn when many requests end
+            return True
+        except zmq.ZMQError:  # its connection is closed
+            guest.out.clear()
+            self._end_guest(guest, "its sender has hung up")
+        return False
 
     def _refuse(self, guest: _Guest, why: str) -> None:
         """Hear nothing more of it; the others go on."""
         self._log.warning("K/V of %s are refused: %s", guest.name or "nobody we know", why)
+        guest.out.clear()  # it is to hear this at once, and no more
         self._tell(guest, Refused(why))
         self._end_guest(guest, why)
 
     def _end_guest(self, guest: _Guest, why: str) -> None:
         guest.over = True
-        if guest.gone:
-            self._guests.pop(guest.ident, None)
-        for entry in [*self._inbox_of.imports.values()]:
+        for entry in [*self.inbox.imports.values()]:
             if entry.links.get(guest.rank) == guest.ident:
                 self._drop(entry.rid, why)
         for number, portion in [*guest.portions.items()]:
@@ -535,22 +549,24 @@ class Taker(Mover):
 
     def tick(self) -> None:
         now, times = self.clock.now, self.times
-        for guest in [*self._guests.values()]:
+        for guest in [*self.guests.values()]:
             silent = now - guest.heard
             if guest.over:
                 if silent > GONE_S:
-                    del self._guests[guest.ident]
+                    del self.guests[guest.ident]
             elif silent > times.lapse_s:
                 self._refuse(guest, f"its sender has been silent for {times.lapse_s:g} s")
+            elif guest.out and now - guest.moved > times.lapse_s:
+                self._refuse(guest, f"its sender has read nothing for {times.lapse_s:g} s")
             elif now - guest.said > times.alive_s:
                 self._tell(guest, Alive())
             for epoch, (since, said) in [*guest.early.items()]:
                 if now - since > times.early_s:
                     del guest.early[epoch]
                     guest.num_early -= len(said)
-                    self._inbox_of.end(epoch)
+                    self.inbox.end(epoch)
                     self._tell(guest, Over(epoch, "it is not expected there"))
-        for entry in [*self._inbox_of.imports.values()]:
+        for entry in [*self.inbox.imports.values()]:
             if entry.why is None and (why := self._late(entry)):
                 self._drop(entry.rid, why)
 
@@ -565,7 +581,7 @@ class Taker(Mover):
                 return f"rank {rank} of its sender has not come in {times.lapse_s:g} s"
         for ident in entry.links.values():
             assert isinstance(ident, bytes)
-            guest = self._guests.get(ident)
+            guest = self.guests.get(ident)
             for portion in guest.portions.values() if guest is not None else ():
                 late = portion.page >= 0 and now - portion.since > times.lapse_s
                 if late and portion.epoch == entry.rid:
@@ -573,7 +589,7 @@ class Taker(Mover):
         return ""
 
     def shut(self) -> None:
-        for guest in self._guests.values():
+        for guest in self.guests.values():
             if guest.pair is not None:
                 guest.pair.close()
             if guest.window is not None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import zmq
 
-from asyncllm.actors.kv_loop import FRAME_LIMIT, PIECE
+from asyncllm.actors.kv_loop import FRAME_LIMIT, PIECE, Times
 from asyncllm.actors.kv_taker import MOST_RANKS, Taker
 from asyncllm.actors.transport import Keys, known_to, protected
 from asyncllm.codec import Message, decode, encode
@@ -31,7 +31,7 @@ from asyncllm.messages.transfer import (
     Taken,
 )
 from asyncllm.records import Destination, KvWire
-from tests.actors.kv_rig import KEYS, NODE, NUM_SLOTS, Rig, Size
+from tests.actors.kv_rig import KEYS, NODE, NUM_SLOTS, WAIT_S, Rig, Size
 from tests.raw import Sockets
 
 SLOTS = array("i", range(20, 31))
@@ -312,4 +312,43 @@ def test_a_taker_that_does_not_read_keeps_no_pages_of_others(ctx: Sockets) -> No
         assert rig.matches(SLOTS, MORE)
     finally:
         strangers.close()
+        rig.close()
+
+
+def test_a_sender_that_reads_nothing_is_refused_and_holds_up_nobody(
+    ctx: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is to be told waits here for a while, and for no more than that."""
+    rig = Rig(times=Times(lapse_s=0.5, first_s=WAIT_S))
+    taker = rig.takers[0].mover
+    assert isinstance(taker, Taker)
+    deaf = Caught(rig, ctx)
+    try:
+        deaf.say(caller(rig))
+        deaf.until(Admitted)
+        (ident,) = taker.guests
+        send = taker.door.send_multipart
+
+        def full(frames: list[bytes], flags: int) -> object:
+            if frames[0] == ident:
+                raise zmq.Again
+            return send(frames, flags)
+
+        monkeypatch.setattr(taker.door, "send_multipart", full)
+        expects(rig)
+        deaf.say(Sending(77), READY)
+        rig.begin(6, 78, MORE)
+        rig.computed(6, 0, 0, SLOTS)
+
+        def alive() -> bool:
+            deaf.say(Alive())
+            return bool(rig.lapsed(77))
+
+        rig.until(alive)
+        assert rig.arrived(78)
+        assert rig.matches(SLOTS, MORE)
+        assert rig.lapsed(77) == ["its sender has read nothing for 0.5 s"]
+        assert taker.guests[ident].over
+        assert taker.pool.free == taker.pool.num
+    finally:
         rig.close()

@@ -196,6 +196,27 @@ def test_a_server_that_ends_waits_for_what_it_has_promised(rigs: list[Rig]) -> N
     rig.until(rig.senders[0].mover.drained.is_set)
 
 
+@pytest.mark.parametrize("end", ["sender", "taker"])
+def test_a_storm_of_aborts_costs_no_other_request(end: str, rigs: list[Rig]) -> None:
+    """All is said to one connection in one turn, far more than ZeroMQ holds for it."""
+    rigs.append(rig := Rig())
+    sender, taker = rig.senders[0].mover, rig.takers[0].mover
+    assert isinstance(taker, Taker)
+    rig.begin(5, 77, TARGETS)
+    storm = range(1000, 3000)
+    for rid in storm:
+        rig.begin(rid, rid, SOURCES[:1])
+    rig.until(lambda: all(entry.links for entry in taker.inbox.imports.values()))
+    (sender if end == "sender" else taker).put([Forget(rid) for rid in storm])
+    rig.turns(3, [sender if end == "sender" else taker])
+    rig.computed(5, 0, 0, SOURCES)
+    rig.until(lambda: rig.arrived(77) and all(map(rig.lapsed, storm)))
+    assert rig.matches(SOURCES, TARGETS)
+    assert taker.counts.refused == sender.counts.refused == 0
+    ended = {"sender": "its request has ended there", "taker": ""}[end]
+    assert {*map(tuple, map(rig.lapsed, storm))} == {(ended,)}
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("way", WAYS)
 def test_random_lives(way: str, seed: int, rigs: list[Rig]) -> None:
