@@ -86,15 +86,6 @@ class ChatReply(OpenAIReply):
         body = {"delta": delta, "logprobs": None, "finish_reason": None}
         return sse.event(self._chunk(choice, body | (more or {})))
 
-    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, Any]:
-        """What a chunk says about the tokens of a piece, if that is wanted."""
-        more: dict[str, Any] = {}
-        if self._wants_logprobs:
-            more["logprobs"] = self._logprobs(choice, choice.num_tokens - len(piece.ids))
-        if self._wants_ids:
-            more["token_ids"] = list(piece.ids)
-        return more
-
     def _logprobs(self, choice: Choice, first: int) -> dict[str, Any]:
         return {
             "content": scored(self.answer.vocab, choice, first, name=self._name),

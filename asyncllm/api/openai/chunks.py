@@ -7,6 +7,7 @@ from typing import Any
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice
 from asyncllm.errors import RequestError
+from asyncllm.messages import Delta
 
 
 class OpenAIReply:
@@ -34,6 +35,19 @@ class OpenAIReply:
     def error(self, error: RequestError) -> bytes:
         """An error event."""
         return sse.error_event(error)
+
+    def _logprobs(self, choice: Choice, first: int) -> dict[str, Any]:
+        """Of the tokens generated from ``first`` on."""
+        raise NotImplementedError
+
+    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, Any]:
+        """What a chunk says about the tokens of a piece, if that is wanted."""
+        more: dict[str, Any] = {}
+        if self._wants_logprobs:
+            more["logprobs"] = self._logprobs(choice, choice.num_tokens - len(piece.ids))
+        if self._wants_ids:
+            more["token_ids"] = list(piece.ids)
+        return more
 
     def _name(self, token: int) -> str:
         """What a token with a log-probability is called."""

@@ -48,15 +48,12 @@ class CompletionReply(OpenAIReply):
         return out
 
     def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, Any]:
-        """What a chunk says about the tokens of a piece, if that is wanted."""
-        more: dict[str, Any] = {}
-        if self._wants_logprobs:
-            more["logprobs"] = self._logprobs(choice, choice.num_tokens - len(piece.ids))
+        more = super()._of_tokens(choice, piece)
         if self._wants_ids:
-            more |= {"token_ids": list(piece.ids), "prompt_token_ids": None}
-            if choice.index not in self._told:
-                self._told.add(choice.index)
-                more["prompt_token_ids"] = list(self.answer.prompts[choice.prompt_idx])
+            first = choice.index not in self._told
+            self._told.add(choice.index)
+            prompt = self.answer.prompts[choice.prompt_idx]
+            more["prompt_token_ids"] = list(prompt) if first else None
         return more
 
     def end(self, choice: Choice) -> bytes:
