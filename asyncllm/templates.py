@@ -6,7 +6,7 @@ use MEMORY bytes, and dies with its parent.
 
     parent -> helper: msgpack [templates, special_tokens, control tokens, calls, thoughts], once;
         then chats as JSON
-    helper -> parent: msgpack [True, dialect's fields, variables, mixes] once; then
+    helper -> parent: msgpack [True, dialect's fields, variables, roles, mixes] once; then
         [True, prompt, head, named] for each chat; [False, message, param] instead for what cannot
         be done
 
@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -31,7 +32,7 @@ from typing import Any
 
 import msgpack
 
-from asyncllm.api.common.chat_template import ChatTemplate, variables
+from asyncllm.api.common.chat_template import ChatTemplate, roles, variables
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
 from asyncllm.control_tokens import ControlTokens
 from asyncllm.environment import child_environment
@@ -131,8 +132,9 @@ def read_dialect(
         helper.process.wait()
     if not reply[0]:
         raise StartupError(reply[1])
-    fields, read, mixes = reply[1:]
-    return Dialect(**dict(fields) | {"variables": frozenset(read)}), mixes
+    fields, read, told, mixes = reply[1:]
+    named = {"variables": frozenset(read), "roles": frozenset(told)}
+    return Dialect(**dict(fields) | named), mixes
 
 
 def frame(content: bytes) -> bytes:
@@ -167,8 +169,21 @@ def _describe(
     templates: dict[str, str], special: dict[str, str], *known: str | None
 ) -> HelperReply:
     fields = asdict(dialect_of(templates, *known))
-    del fields["variables"]
-    return [fields, sorted(variables(templates, special))]
+    del fields["variables"], fields["roles"]
+    return [fields, sorted(variables(templates, special)), sorted(roles(templates))]
+
+
+def marked_roles(template: ChatTemplate, controls: ControlTokens) -> list[str]:
+    """Roles whose mark is a control token of the vocabulary, where the template makes the marks of
+    turns of whatever role it is given (``<|observation|>``)."""
+    role = "zq"
+    try:
+        text = template.render({"messages": [{"role": role, "content": ""}]})
+    except RequestError:
+        return []
+    if f"<|{role}|>" not in text:
+        return []
+    return [token[2:-2] for token in controls.spelled if re.fullmatch(r"<\|[a-z]+\|>", token)]
 
 
 def mixes(template: ChatTemplate, controls: ControlTokens) -> bool:
@@ -256,8 +271,11 @@ def main() -> None:
         def read() -> HelperReply:
             nonlocal template
             template = ChatTemplate(templates, special)
+            fields, read, told = _describe(templates, special, calls, thoughts)
             mixed = controls is not None and mixes(template, controls)
-            return [*_describe(templates, special, calls, thoughts), mixed]
+            if controls is not None:
+                told = sorted({*told, *marked_roles(template, controls)})
+            return [fields, read, told, mixed]
 
         sock.sendall(frame(answer(read)))
         while template is not None:

@@ -16,6 +16,7 @@ from asyncllm import templates
 from asyncllm.actors import renderer as module
 from asyncllm.actors.renderer import Renderer
 from asyncllm.api.parsing.output_parser import dialect_of
+from asyncllm.control_tokens import ControlTokens
 from asyncllm.errors import RequestError, StartupError
 from asyncllm.templates import Chats
 from tests.e2e.process import alive, wait_until
@@ -172,6 +173,26 @@ def test_the_dialect_is_what_the_templates_show() -> None:
     assert found == templates.read_dialect(Chats(some, {}), "qwen25", "think")[0]
     assert (found.calls, found.reasoning) == ("qwen25", "think")
     assert dialect_of(some).calls == found.calls
+
+
+@pytest.mark.parametrize(
+    ("template", "known"),
+    [
+        ("{% for m in messages %}{% if m.role == 'context' or 'tool' == m['role'] %}{% endif %}"
+         "{% endfor %}", {"context", "tool"}),
+        ("{% for m in messages %}{% set role = m.role %}{% if role|lower in ['critic', 'user'] %}"
+         "{{ m.kind == 'odd' }}{% endif %}{% endfor %}", {"critic", "user"}),
+        ("{{ messages | selectattr('role', 'equalto', 'observation') | list }}", {"observation"}),
+        ("{% set heads = {'human': 'H:', 'bot': 'B:'} %}{% for m in messages %}{{ heads[m.role] }}"
+         "{% endfor %}", {"human", "bot"}),
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", {"observation"}),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}", set()),
+    ],
+)  # fmt: skip
+def test_roles_that_a_template_knows(template: str, known: set[str]) -> None:
+    controls = ControlTokens({"<|observation|>": False, "<|im_start|>": False, "</s>": False})
+    made = Chats({"default": template}, {}, controls)
+    assert templates.read_dialect(made)[0].roles == known
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,38 @@ def test_messages_take_the_templates_form() -> None:
 
 
 @pytest.mark.parametrize(
+    ("role", "known", "given"),
+    [
+        ("context", ["context"], "context"),
+        ("Context", ["context"], "context"),
+        ("observation", ["Observation", "tool"], "Observation"),
+        ("developer", ["developer", "user"], "developer"),
+        ("developer", ["user"], "system"),
+        ("function", [], "tool"),
+        ("ipython", [], "tool"),
+        ("ipython", ["ipython"], "ipython"),
+        ("human", ["Human", "human"], "human"),
+    ],
+)
+def test_roles_are_those_that_the_template_mentions(
+    role: str, known: list[str], given: str
+) -> None:
+    served = replace(SERVED, dialect=Dialect(tells_results=True, roles=frozenset(known)))
+    got = openai.chat({"messages": [*HI, {"role": role, "content": "a"}]}, served)
+    assert rendered(got)["messages"][1] == {"role": given, "content": "a"}
+
+
+def test_other_roles_are_refused_with_those_that_are_known() -> None:
+    served = replace(SERVED, dialect=Dialect(roles=frozenset({"context", "user"})))
+    with pytest.raises(RequestError) as caught:
+        openai.chat({"messages": [{"role": "robot", "content": "a"}]}, served)
+    assert caught.value.message == (
+        'messages[0].role: "robot" is not one of system, developer, user, assistant, tool, '
+        "function, ipython, context"
+    )
+
+
+@pytest.mark.parametrize(
     ("messages", "param"),
     [
         ([], "messages"),

@@ -146,12 +146,65 @@ def variables(templates: Mapping[str, str], special_tokens: Mapping[str, str]) -
     Raises:
         StartupError: as :class:`ChatTemplate`.
     """
+    read = [meta.find_undeclared_variables(tree) for tree in _parsed(templates)]
+    return frozenset().union(*read) - special_tokens.keys()
+
+
+def roles(templates: Mapping[str, str]) -> frozenset[str]:
+    """Roles of messages that templates ask about, as they spell them.
+
+    Raises:
+        StartupError: as :class:`ChatTemplate`.
+    """
+    found: set[str] = set()
+    for tree in _parsed(templates):
+        for compared in tree.find_all(nodes.Compare):
+            sides = [compared.expr, *(other.expr for other in compared.ops)]
+            if any(map(_is_role, sides)):
+                found.update(*map(_strings, sides))
+        for used in tree.find_all(nodes.Filter):
+            if used.args and _strings(used.args[0]) == {"role"}:  # selectattr("role", "eq", "tool")
+                found.update(*map(_strings, used.args[2:]))
+        looked_up = [item.node for item in tree.find_all(nodes.Getitem) if _is_role(item.arg)]
+        tables = {node.name for node in looked_up if isinstance(node, nodes.Name)}
+        for given in tree.find_all(nodes.Assign):
+            if isinstance(given.target, nodes.Name) and given.target.name in tables:
+                found |= _strings(given.node)
+    return frozenset(role for role in found if role.isidentifier())
+
+
+def _is_role(node: nodes.Node | None) -> bool:
+    """Whether an expression is a message's role, or named so."""
+    match node:
+        case nodes.Getattr(attr=name) | nodes.Getitem(arg=nodes.Const(value=name)):
+            return bool(name == "role")
+        case nodes.Name(name=name):
+            return "role" in name.lower()
+        case nodes.Filter(node=inner):  # lower, trim
+            return _is_role(inner)
+        case _:
+            return False
+
+
+def _strings(node: nodes.Node) -> set[str]:
+    """Those that an expression is made of; of an object its keys."""
+    match node:
+        case nodes.Const(value=str(text)):
+            return {text}
+        case nodes.List(items=items) | nodes.Tuple(items=items):
+            return set().union(*map(_strings, items))
+        case nodes.Dict(items=items):
+            return set().union(*(_strings(pair.key) for pair in items))
+        case _:
+            return set()
+
+
+def _parsed(templates: Mapping[str, str]) -> list[nodes.Template]:
     env = _environment()
     try:
-        read = [meta.find_undeclared_variables(env.parse(text)) for text in templates.values()]
+        return [env.parse(text) for text in templates.values()]
     except TemplateSyntaxError as error:
         raise StartupError(f"chat template, line {error.lineno}: {error}") from error
-    return frozenset().union(*read) - special_tokens.keys()
 
 
 # -- what chat templates expect of their environment -----------------------------------------------

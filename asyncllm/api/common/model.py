@@ -194,7 +194,7 @@ class Variants:
     """For a union: the value alone decides which member it is to be, so that one error is told.
 
     Members are models, told apart by the strings that ``key`` may be, and at most one string, array
-    and model without ``key``.
+    and model without ``key``. One whose ``key`` may be any string takes those of no other.
 
     Args:
         what: a value must be, in words.
@@ -219,9 +219,16 @@ class Variants:
         members = (source,) if isinstance(source, type) else get_args(source)
         tags = {tag: member for member in members for tag in self._tags(member)}
         known = [tag[2:] for tag in tags if tag.startswith(f"{_VARIANT}=")]
+
+        def tag_of(value: object) -> str:
+            if isinstance(value, dict) and (kind := value.get(self.key)) is not None:
+                word = self.fold(kind) if isinstance(kind, str) else ""
+                return f"{_VARIANT}={word if word in known else ''}"
+            return _type_tag(value)
+
         return core_schema.tagged_union_schema(
             {tag: handler.generate_schema(member) for tag, member in tags.items()},
-            self._tag if known else _type_tag,
+            tag_of if known else _type_tag,
             custom_error_type="variant",
             custom_error_message="variant",
             custom_error_context={
@@ -246,14 +253,8 @@ class Variants:
             return [f"{_VARIANT}dict"]
         silent = [] if field.is_required() else [f"{_VARIANT}dict"]
         # a model may say the strings itself, where there are more spellings of them
-        words = getattr(member, "kinds", get_args(field.annotation))
+        words = getattr(member, "kinds", get_args(field.annotation)) or ("",)
         return [*(f"{_VARIANT}={word}" for word in words), *silent]
-
-    def _tag(self, value: object) -> str:
-        if isinstance(value, dict) and (kind := value.get(self.key)) is not None:
-            word = kind if isinstance(kind, str) else ""
-            return f"{_VARIANT}={self.fold(word)}"
-        return _type_tag(value)
 
 
 def _type_tag(value: object) -> str:

@@ -1,15 +1,23 @@
 """Chat messages, and how they are brought to the one form chat templates expect.
 
-Content becomes a string, roles lower case, tool-call arguments objects. Knows OpenAI's message
-shapes; knows neither templates nor tokens.
+Content becomes a string, roles those of the template, tool-call arguments objects. Knows OpenAI's
+message shapes; knows neither templates nor tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, Final, Literal, NotRequired, get_args
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, with_config
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    with_config,
+)
+from pydantic.json_schema import JsonSchemaValue
 from typing_extensions import TypedDict
 
 from asyncllm.api.common import json_body
@@ -22,23 +30,42 @@ from asyncllm.api.common.conversation import (
     TextPart,
     text_of,
 )
-from asyncllm.api.common.model import STRICT, Items, RequestModel, UnicodeStr, Variants
+from asyncllm.api.common.model import STRICT, Items, RequestModel, UnicodeStr, Variants, refuse
+from asyncllm.api.common.request import served_by
+from asyncllm.api.common.validation import preview
 
-OTHER_NAMES: Final = {"developer": "system", "function": "tool"}  # of roles
+# of roles, where the template does not know them by these
+OTHER_NAMES: Final = {"developer": "system", "function": "tool", "ipython": "tool"}
 Speaker = Literal["system", "developer", "user"]
 ToolRole = Literal["tool", "function", "ipython"]
+ROLES: Final = (*get_args(Speaker), "assistant", *get_args(ToolRole))  # with every template
 
 
 def _lower(role: object) -> object:
     return role.lower() if isinstance(role, str) else role
 
 
-def _in_any_case(roles: Sequence[str]) -> WithJsonSchema:
-    words = ("".join(f"[{char}{char.upper()}]" for char in role) for role in roles)
-    said = f"{' or '.join(roles)}, in any case"
-    return WithJsonSchema(
-        {"type": "string", "description": said, "pattern": f"^({'|'.join(words)})$"}
+def in_any_case(roles: Sequence[str]) -> JsonSchemaValue:
+    """What a role is that may be one of these."""
+    words = (
+        "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in role) for role in roles
     )
+    said = f"{' or '.join(roles)}, in any case"
+    return {"type": "string", "description": said, "pattern": f"^({'|'.join(words)})$"}
+
+
+def _of_template(role: str, info: ValidationInfo) -> str:
+    """A role that only the template knows, as it spells it."""
+    known = served_by(info).dialect.roles
+    for each in (role, *sorted(known)):
+        if each in known and each.lower() == role.lower():
+            return each
+    told = ", ".join(dict.fromkeys((*ROLES, *sorted(known))))
+    refuse(f": {preview(role)} is not one of {told}")
+
+
+def _described(roles: Sequence[str]) -> WithJsonSchema:
+    return WithJsonSchema(in_any_case(roles))
 
 
 # dicts, since there may be thousands, and an object costs several times what a dict does
@@ -68,14 +95,14 @@ class _ChatMessage(RequestModel):
 
 
 class SpeakerMessage(_ChatMessage):
-    role: Annotated[Speaker, BeforeValidator(_lower), _in_any_case(get_args(Speaker))]
+    role: Annotated[Speaker, BeforeValidator(_lower), _described(get_args(Speaker))]
     content: PartsContent
 
 
 class ToolMessage(_ChatMessage):
     """What a tool gave, which may be nothing."""
 
-    role: Annotated[ToolRole, BeforeValidator(_lower), _in_any_case(get_args(ToolRole))]
+    role: Annotated[ToolRole, BeforeValidator(_lower), _described(get_args(ToolRole))]
     content: PartsContent = ""
 
 
@@ -98,8 +125,15 @@ AssistantContent = Annotated[
 class AssistantChatMessage(_ChatMessage):
     """Which may have made calls only."""
 
-    role: Annotated[Literal["assistant"], BeforeValidator(_lower), _in_any_case(["assistant"])]
+    role: Annotated[Literal["assistant"], BeforeValidator(_lower), _described(["assistant"])]
     content: AssistantContent = ""
+
+
+class OtherMessage(_ChatMessage):
+    """Of a role that the template mentions; the OpenAPI document says which these are."""
+
+    role: Annotated[str, AfterValidator(_of_template)]
+    content: PartsContent = ""
 
 
 def _bounded(messages: object) -> object:
@@ -125,7 +159,7 @@ def _arguments(messages: list[object]) -> Iterator[str]:
                         yield function["arguments"]
 
 
-ChatMessage = SpeakerMessage | ToolMessage | AssistantChatMessage
+ChatMessage = SpeakerMessage | ToolMessage | AssistantChatMessage | OtherMessage
 ChatMessages = Annotated[
     Items[Annotated[ChatMessage, Variants(key="role", fold=str.lower)]],
     Field(min_length=1, max_length=MAX_MESSAGES),
@@ -133,9 +167,13 @@ ChatMessages = Annotated[
 ]
 
 
-def conversation(given: Sequence[ChatMessage]) -> Messages:
-    """The messages in template form."""
-    return [_turn(message) for message in given]
+def conversation(given: Sequence[ChatMessage], roles: Collection[str]) -> Messages:
+    """The messages in template form.
+
+    Args:
+        roles: those that the template mentions.
+    """
+    return [_turn(message, roles) for message in given]
 
 
 def template_kwargs(given: dict[str, Any]) -> dict[str, Any]:
@@ -148,8 +186,10 @@ def template_kwargs(given: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _turn(message: ChatMessage) -> dict[str, Any]:
-    role = OTHER_NAMES.get(message.role, message.role)
+def _turn(message: ChatMessage, roles: Collection[str]) -> dict[str, Any]:
+    role = message.role
+    if role not in roles:
+        role = OTHER_NAMES.get(role, role)
     content: Any = message.content
     thoughts: list[ThinkingPart] = []
     if not isinstance(content, str):

@@ -373,7 +373,7 @@ def chat(body: Body, served: ServedModel) -> GenerationRequest:
         reject("top_logprobs needs logprobs: true", "top_logprobs")
     kwargs = template_kwargs(request.chat_template_kwargs)
     prepare.check_variables(kwargs, served.dialect.variables, "chat_template_kwargs")
-    messages = conversation(request.messages)
+    messages = conversation(request.messages, served.dialect.roles)
     opening, continued = request.add_generation_prompt, request.continue_final_message
     if continued:
         _check_end(messages, opening)

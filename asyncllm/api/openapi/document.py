@@ -19,8 +19,8 @@ from asyncllm.api.common import prepare
 from asyncllm.api.common.model import RequestModel
 from asyncllm.api.common.request import ServedModel
 from asyncllm.api.lightllm import request as lightllm
+from asyncllm.api.openai import messages, tokenize
 from asyncllm.api.openai import request as openai
-from asyncllm.api.openai import tokenize
 from asyncllm.api.openapi import schemas
 from asyncllm.api.openapi.schemas import Schema
 from asyncllm.api.responses import request as responses
@@ -64,6 +64,8 @@ def _bodies(served: ServedModel) -> dict[str, Schema]:
     made["Token"]["maximum"] = served.vocab_size - 1
     variables = made["ChatRequest"]["properties"]["chat_template_kwargs"]
     variables["propertyNames"] = {"enum": prepare.settable(served.dialect.variables)}
+    more = sorted(served.dialect.roles.difference(messages.ROLES))
+    made["OtherMessage"]["properties"]["role"] = messages.in_any_case(more) if more else {"not": {}}
     return made
 
 

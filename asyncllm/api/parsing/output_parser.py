@@ -38,6 +38,7 @@ class Dialect:
         tells_results: it renders messages of the role tool even where calls are plain text.
         reasoning: the format of reasoning, one of ``reasoning.FORMATS``; "": none.
         variables: what its chat template reads.
+        roles: of messages, those that its chat template mentions.
     """
 
     calls: str = "hermes"
@@ -47,6 +48,7 @@ class Dialect:
     tells_results: bool = False
     reasoning: str = ""
     variables: frozenset[str] = frozenset()
+    roles: frozenset[str] = frozenset()
 
 
 def dialect_of(
