@@ -15,7 +15,7 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.finding import find_channel
+from asyncllm.actors.finding import Search
 from asyncllm.actors.peers import PeerJoined, PeerLeft, PeerRefused, Received
 from asyncllm.codec import INT32, INT64, Message
 from asyncllm.core.choosing import DECODE
@@ -49,16 +49,9 @@ from asyncllm.messages import (
 from asyncllm.records import Destination, Failure
 
 STATE_S = 0.5  # between two states told to masters
+WHAT = "the pd_master (--pd_master_ip, --pd_master_port)"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Found(Message):
-    """agent -> itself: the channel of a master is there. Never on the wire."""
-
-    master: tuple[str, int]  # host and HTTP port
-    port: int
 
 
 Asked = Prefill | Decode
@@ -67,7 +60,6 @@ Inbox = (
     | PeerJoined
     | PeerLeft
     | PeerRefused
-    | Found
     | Masters
     | Tokens
     | Finished
@@ -115,7 +107,7 @@ class Agent(Actor[Inbox]):
         super().__init__("agent")
         self._channel = channel
         self._vocab_size, self._max_len = vocab_size, max_len
-        self._masters: dict[tuple[str, int], str] = dict.fromkeys(masters, "")  # -> where dialled
+        self._searches = [Search(channel, master, WHAT, self.spawn) for master in masters]
         self._listed: frozenset[tuple[str, int]] = frozenset()  # channels that the guide tells of
         self._dialled: set[str] = set()  # those among them that we look for
         self._refusing: set[str] = set()  # who does not take us
@@ -144,7 +136,7 @@ class Agent(Actor[Inbox]):
             self._timer.cancel()
 
     def holds(self) -> str:
-        masters = f"{len(self._peers)} of {len(self._masters)} masters"
+        masters = f"{len(self._peers)} of {len(self._searches) + len(self._listed)} masters"
         return f"{len(self._tasks)} requests of {masters}" + ", drains" * self._draining
 
     def receive(self, batch: list[Inbox]) -> None:
@@ -166,8 +158,6 @@ class Agent(Actor[Inbox]):
                     self._left(peer)
                 case PeerRefused(where, why):
                     self._refused(where, why)
-                case Found(master, port):
-                    self._masters[master] = self._channel.dial(master[0], port)
                 case Masters(masters):
                     self._listed = frozenset((each.host, each.port) for each in masters)
                     self._follow()
@@ -200,13 +190,9 @@ class Agent(Actor[Inbox]):
         """Once, when every rank of a decode node has said where it takes K/V."""
         if not self._looking and self._awaited <= self._doors.keys():
             self._looking = True
-            for master in self._masters:
-                self.spawn(self._find(master))
+            for search in self._searches:
+                search.look()
             self._follow()
-
-    async def _find(self, master: tuple[str, int]) -> Found:
-        what = "the pd_master (--pd_master_ip, --pd_master_port)"
-        return Found(master, await find_channel(*master, what))
 
     def _follow(self) -> None:
         """Look for all masters that the config_server knows, and for no others. Those who are here
@@ -220,24 +206,24 @@ class Agent(Actor[Inbox]):
     def _joined(self, peer: int, where: str) -> None:
         self._peers[peer] = where
         self._joined_once = True
+        for search in self._searches:
+            search.joined(peer, where)
         self._say_serving(*self._asking)
         self._ask_state()
 
     def _left(self, peer: int) -> None:
-        """Its requests go with it. It is looked for again, perhaps at another port."""
-        where = self._peers.pop(peer, "")
+        """Its requests go with it."""
+        self._peers.pop(peer, None)
         for task in [task for task in self._tasks.values() if task.peer == peer]:
             self._abort(task)
-        for master in [master for master, at in self._masters.items() if at == where]:
-            self._masters[master] = ""
-            self._channel.forget(where)
-            self.spawn(self._find(master))
+        for search in self._searches:
+            search.left(peer)
         self._follow()
         self._say_serving(*self._asking)
 
     def _refused(self, where: str, why: str) -> None:
         """Raises StartupError if no master has ever let us in, and none is left that might."""
-        places = {*self._masters.values()} | self._dialled
+        places = {search.where for search in self._searches} | self._dialled
         if where not in places:
             return
         self._refusing.add(where)

@@ -1,4 +1,4 @@
-"""Where the channel of another server is: its HTTP port tells."""
+"""The way to another server that is known by its HTTP port, which tells where its channel is."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import asyncio
 import json
 import logging
 import ssl
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
 import aiohttp
 
+from asyncllm.actors.channel import Channel
 from asyncllm.actors.transport import netloc
 
 AGAIN_S = (0.2, 2.0)  # first and longest wait before it is asked again
 ASK_S = 3.0  # for its answer
 MOST_ANSWER = 1 << 10  # bytes of it
+JOIN_S = 5.0  # for a connection; then it is asked again where its channel is
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,76 @@ async def find_channel(host: str, port: int, what: str) -> int:
             said = True
         await asyncio.sleep(wait_s)
         wait_s = min(2 * wait_s, AGAIN_S[1])
+
+
+class Search:
+    """For another server, for as long as this process lives.
+
+    Its owner passes on what the channel says, and asks it to :meth:`look` when it begins. Whenever
+    the server does not come, or has gone, its HTTP port is asked again: it may have started anew,
+    with its channel at another port.
+
+    Args:
+        channel: of this process.
+        server: host and HTTP port of the other one.
+        what: see :func:`find_channel`.
+        spawn: runs what it is given beside the caller.
+
+    Attributes:
+        where: its channel is dialled; "": it is not known.
+        peer: its number, while it is there; else 0.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        server: tuple[str, int],
+        what: str,
+        spawn: Callable[[Coroutine[None, None, None]], object],
+    ) -> None:
+        self._channel, self._server, self._what, self._spawn = channel, server, what, spawn
+        self._came = asyncio.Event()
+        self._looking = False
+        self.where, self.peer = "", 0
+
+    def look(self) -> None:
+        """Find it, however long it takes."""
+        if not self._looking:
+            self._looking = True
+            self._spawn(self._find())
+
+    async def _find(self) -> None:
+        while not self.peer:
+            port = await find_channel(*self._server, self._what)
+            self.where = self._channel.dial(self._server[0], port)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(JOIN_S):
+                    await self._came.wait()
+            if not self.peer:
+                self._forget()
+        self._looking = False
+
+    def _forget(self) -> None:
+        self._channel.forget(self.where)
+        self.where = ""
+
+    def joined(self, peer: int, where: str) -> bool:
+        """A peer has come; gives whether it is this one."""
+        if where != self.where or not where:
+            return False
+        self.peer = peer
+        self._came.set()
+        return True
+
+    def left(self, peer: int) -> bool:
+        """A peer has gone; gives whether it is this one, which is looked for again."""
+        if peer != self.peer or not peer:
+            return False
+        self.peer = 0
+        self._came.clear()
+        self._forget()
+        self.look()
+        return True
 
 
 async def _ask(url: str) -> int:

@@ -7,12 +7,11 @@ with what it said last.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.finding import find_channel
+from asyncllm.actors.finding import Search
 from asyncllm.actors.peers import PeerJoined, PeerLeft, PeerRefused, Received
 from asyncllm.codec import Message
 from asyncllm.errors import StartupError
@@ -23,14 +22,7 @@ WHAT = "the config_server (--config_server_host, --config_server_port)"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class FoundServer(Message):
-    """guide -> itself: the channel of the config_server is at this port. Never on the wire."""
-
-    port: int
-
-
-Inbox = Received | PeerJoined | PeerLeft | PeerRefused | FoundServer | AskMasters | Cancel | Gone
+Inbox = Received | PeerJoined | PeerLeft | PeerRefused | AskMasters | Cancel | Gone
 
 
 class Guide(Actor[Inbox]):
@@ -49,73 +41,58 @@ class Guide(Actor[Inbox]):
         self, channel: Channel, server: tuple[str, int], announces: Announce | None = None
     ) -> None:
         super().__init__("guide")
-        self._channel, self._server, self._announces = channel, server, announces
-        self._where = ""  # the config_server's channel was dialled
-        self._peer = 0  # it, while it is there
-        self._joined_once = False
+        self._search = Search(channel, server, WHAT, self.spawn)
+        self._announces, self._joined_once = announces, False
         self._masters: tuple[MasterAt, ...] = ()
         self._asking: set[int] = set()  # endpoints that want to know the masters
 
     def started(self) -> None:
-        self._look()
+        self._search.look()
 
     def holds(self) -> str:
-        return f"{len(self._masters)} masters" + ", no config_server" * (not self._peer)
+        return f"{len(self._masters)} masters" + ", no config_server" * (not self._search.peer)
 
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
             match msg:
                 case Received(peer, told):
-                    if peer == self._peer:
+                    if peer == self._search.peer:
                         self._told(told)
-                case PeerJoined(peer):
-                    self._joined(peer)
+                case PeerJoined(peer, _, where):
+                    if self._search.joined(peer, where):
+                        self._joined(peer)
                 case PeerLeft(peer, _, why):
-                    if peer == self._peer:
+                    if self._search.left(peer):
                         self._left(why)
                 case PeerRefused(where, why):
-                    if where == self._where:
-                        self._refused(why)
-                case FoundServer(port):
-                    self._where = self._channel.dial(self._server[0], port)
+                    if where == self._search.where:
+                        self._refused(where, why)
                 case AskMasters(endpoint):
                     self._asking.add(endpoint)
                     self._say(endpoint)
                 case Cancel():
-                    if self._peer:
-                        self.system.ref("registry", self._peer).tell(msg, urgent=True)
+                    if self._search.peer:
+                        self.system.ref("registry", self._search.peer).tell(msg, urgent=True)
                 case Gone(endpoint):
                     self._asking.discard(endpoint)
                 case _:
                     assert_never(msg)
 
-    def _look(self) -> None:
-        self.spawn(self._find())
-
-    async def _find(self) -> FoundServer:
-        return FoundServer(await find_channel(*self._server, WHAT))
-
     def _joined(self, peer: int) -> None:
-        self._peer, self._joined_once = peer, True
+        self._joined_once = True
         if self._announces is not None:
             self.system.ref("registry", peer).tell(self._announces)
         self._say(*self._asking)
 
     def _left(self, why: str) -> None:
-        """It is looked for again, perhaps at another port."""
         log.warning("the config_server is away: %s; masters and nodes go on as they are", why)
-        self._peer = 0
-        self._channel.forget(self._where)
-        self._look()
         self._say(*self._asking)
 
-    def _refused(self, why: str) -> None:
+    def _refused(self, where: str, why: str) -> None:
         """Raises StartupError if it has never let us in."""
         if not self._joined_once:
-            raise StartupError(
-                f"the config_server at {self._where} does not take this server: {why}"
-            )
-        log.error("the config_server at %s does not take this server: %s", self._where, why)
+            raise StartupError(f"the config_server at {where} does not take this server: {why}")
+        log.error("the config_server at %s does not take this server: %s", where, why)
 
     def _told(self, told: Message) -> None:
         match told:
@@ -130,6 +107,6 @@ class Guide(Actor[Inbox]):
                 raise AssertionError(other)  # it is not in ``foreign``
 
     def _say(self, *endpoints: int) -> None:
-        msg = Masters(self._masters, not self._peer)
+        msg = Masters(self._masters, not self._search.peer)
         for endpoint in endpoints:
             self.system.ref("frontend", endpoint).tell(msg, urgent=True)

@@ -30,9 +30,10 @@ from asyncllm.messages import (
 from asyncllm.records import Destination, Failure, Logprobs, int32s, int64s
 
 MOST_RETRIES = 3  # attempts after the first one
-# After the first failure since a token came: later ones are not mended. With the time in which a
-# silent node is found out (half of --dead_after, 10 s by default) this stays below 10 s.
-RETRY_S = 4.5
+WITHIN_S = 10.0  # of what happens to a node, its requests go on elsewhere or have ended
+SILENT_S = 0.4 * WITHIN_S  # by then it is found out at the latest, if it has fallen silent
+# From the first failure since a token came: later ones are not mended. The rest is for timers.
+RETRY_S = 0.45 * WITHIN_S
 NO_NODES, FAILED = "no_nodes", "nodes_failed"  # codes of failures
 # codes with which a node ends an attempt that may well go on elsewhere
 TRANSFER_FAILED, SHUTTING_DOWN, GROUP_LOST = "transfer_failed", "shutting_down", "group_lost"

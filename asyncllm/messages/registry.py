@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asyncllm.codec import Message, message, record
-
-MOST_PORT = 65535
+from asyncllm.config.roles import MOST_PORT
 
 
 def _is_port(value: int) -> bool:

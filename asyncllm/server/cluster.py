@@ -14,6 +14,7 @@ from asyncllm.actors.channel import Channel
 from asyncllm.actors.peers import Card
 from asyncllm.actors.transport import netloc
 from asyncllm.config import Config, roles
+from asyncllm.core.directing import SILENT_S
 from asyncllm.errors import StartupError
 from asyncllm.server import meeting
 from asyncllm.server.facts import Facts, kv_facts, model_facts, text_facts
@@ -25,9 +26,6 @@ ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # as one to connect to: thi
 TOGETHER = (
     "output_constraint_mode", "token_healing_mode", "tool_call_parser", "reasoning_parser",
 )  # fmt: skip
-
-
-MOST_SILENT_S = 4.0  # a server of the cluster that is silent for longer is lost
 
 
 def open_channel(config: Config, stack: contextlib.ExitStack) -> tuple[Channel | None, str]:
@@ -47,11 +45,16 @@ def open_channel(config: Config, stack: contextlib.ExitStack) -> tuple[Channel |
     keys = cluster_keys(config, CHANNEL, meets_others(config))
     host = config.advertise_host or _own_host(config)
     card = Card(role=config.run_mode, name=netloc(host, config.port))
-    channel = Channel(card, keys, min(config.dead_after, 2 * MOST_SILENT_S))
+    channel = Channel(card, keys, silence_s(config))
     stack.callback(channel.close)
     if leads and not config.check:
         channel.listen(config.host, cluster_port(config))
     return channel, host
+
+
+def silence_s(config: Config) -> float:
+    """What a channel takes for ``dead_after_s``: of that it finds out in half the time."""
+    return min(config.dead_after, 2 * SILENT_S)
 
 
 def meets_others(config: Config) -> tuple[str, ...]:

@@ -11,9 +11,10 @@ import concurrent.futures
 import contextlib
 import logging
 import threading
+from collections.abc import Coroutine
 
 from asyncllm.actors.channel import Channel, Listener
-from asyncllm.actors.finding import find_channel
+from asyncllm.actors.finding import Search
 from asyncllm.actors.guide import WHAT
 from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused
 from asyncllm.actors.registry import TENANT
@@ -23,12 +24,11 @@ from asyncllm.config import Config, roles
 from asyncllm.errors import StartupError
 from asyncllm.messages import Claim, Claimed, Denied, Seek, Sought
 from asyncllm.server import meeting
-from asyncllm.server.cluster import MOST_SILENT_S, config_server_of
+from asyncllm.server.cluster import config_server_of, silence_s
 from asyncllm.server.secret import CHANNEL, cluster_keys
 
 ANSWER_S = 60.0  # for the config_server to come, and to answer
 CLOSE_S = 3.0
-JOIN_S = 5.0  # for a connection; then the config_server is asked again where its channel is
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ class Lease:
         self._channel, self._server, self._asks = channel, server, asks
         self._answer: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._loop = asyncio.new_event_loop()
-        self._over, self._joined = asyncio.Event(), asyncio.Event()
-        self._where = ""
+        self._over = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
+        self._search = Search(channel, server, WHAT, self._look)
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def take(self, seconds: float = ANSWER_S) -> str:
@@ -84,35 +84,23 @@ class Lease:
 
     async def _hold(self) -> None:
         self._channel.start(Listener(self._changed, self._told))
-        self._look()
+        self._search.look()
         await self._over.wait()
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.wait((self._looking,))
         self._channel.close()
 
-    def _look(self) -> None:
-        self._looking = self._loop.create_task(self._find())
-
-    async def _find(self) -> None:
-        host, port = self._server
-        while True:
-            self._where = self._channel.dial(host, await find_channel(host, port, WHAT))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(JOIN_S):
-                    await self._joined.wait()
-                return
-            self._channel.forget(self._where)  # it may have started again, at another port
+    def _look(self, work: Coroutine[None, None, None]) -> None:
+        self._looking = self._loop.create_task(work)
 
     def _changed(self, msg: PeerJoined | PeerLeft | PeerRefused) -> None:
         match msg:
-            case PeerJoined(peer):
-                self._joined.set()
-                self._channel.send(peer, "registry", False, encode(self._asks))
-            case PeerLeft():
-                self._joined.clear()
-                self._channel.forget(self._where)
-                self._look()
+            case PeerJoined(peer, _, where):
+                if self._search.joined(peer, where):
+                    self._channel.send(peer, "registry", False, encode(self._asks))
+            case PeerLeft(peer):
+                self._search.left(peer)
             case PeerRefused(where, why):
                 self._fail(f"the config_server at {where} does not take this server: {why}")
 
@@ -166,7 +154,7 @@ def take_lease(config: Config, stack: contextlib.ExitStack) -> str | None:
     keys = cluster_keys(config, CHANNEL, ("config_server_host", "advertise_host"))
     own = config.advertise_host or meeting.address_towards(host)
     name = f"{config.run_mode} {netloc(own, config.port)}"
-    channel = Channel(Card(role=TENANT, name=name), keys, min(config.dead_after, 2 * MOST_SILENT_S))
+    channel = Channel(Card(role=TENANT, name=name), keys, silence_s(config))
     asks: Claim | Seek = Seek(config.nccl_port)
     if config.node_rank == 0:
         asks = Claim(port=config.nccl_port, host=host, meets=own if config.nnodes > 1 else "")

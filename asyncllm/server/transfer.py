@@ -30,8 +30,6 @@ from asyncllm.server.cluster import meets_others
 from asyncllm.server.launch import Boot
 from asyncllm.server.secret import TRANSFER, cluster_keys
 
-MOST_PORT = 65535
-
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +63,7 @@ def open_door(boot: Boot) -> Door | None:
     port = config.pd_decode_rpyc_port + boot.topology.ranks.index(boot.me)
     given = "pd_decode_rpyc_port" in config.explicit
     try:
-        if port > MOST_PORT:
+        if port > roles.MOST_PORT:
             raise zmq.ZMQError(errno.EINVAL, "there is no such port")
         return Door(keys, host, port)
     except zmq.ZMQError as error:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from asyncllm.actors.agent import Agent, Found
+from asyncllm.actors import finding
+from asyncllm.actors.agent import Agent
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.director import Director
@@ -282,9 +283,21 @@ def test_tokens_beyond_the_vocabulary_are_impossible() -> None:
 # -- agent ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def ports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the HTTP port of a master says: each once, the last one for ever."""
+    told = [9]
+
+    async def find_channel(host: str, port: int, what: str) -> int:
+        return told.pop(0) if len(told) > 1 else told[0]
+
+    monkeypatch.setattr(finding, "find_channel", find_channel)
+    return told
+
+
 def node(role: str = "decode") -> Office:
     def make(channel: Channel) -> Agent:
-        return Agent(channel, [], vocab_size=100, max_len=50)
+        return Agent(channel, [("m", 8000)], vocab_size=100, max_len=50)
 
     return Office(make, card(role, "n"), Topology.on_one_node().as_node())
 
@@ -419,13 +432,45 @@ def test_a_master_that_does_not_take_this_node_ends_it_unless_it_has_been_let_in
         office = node()
         running = asyncio.ensure_future(office.system.run())
         why = "model here is a, that of pd_master m b"
-        await office.tell(Found(("m", 8000), 9), PeerRefused("m:9", why))
+        await office.tell(Listening(0, "tcp://n:1", WIRE))
+        await office.tell(PeerRefused("m:9", why))
         with pytest.raises(StartupError, match=why):
             await asyncio.wait_for(running, 20)
         office = node()
 
         async def go() -> None:
-            await office.tell(Found(("m", 8000), 9), MASTER, PeerRefused("m:9", "another model"))
+            await office.tell(Listening(0, "tcp://n:1", WIRE))
+            await office.tell(MASTER, PeerRefused("m:9", "another model"))
+
+        await while_running(office, go())
+
+    run(script)
+
+
+def test_a_master_that_does_not_come_is_asked_again_where_its_channel_is(
+    monkeypatch: pytest.MonkeyPatch, ports: list[int]
+) -> None:
+    monkeypatch.setattr(finding, "JOIN_S", 0.01)
+    ports[:] = [7, 7, 9]
+
+    async def script() -> None:
+        office = node("prefill")
+
+        async def go() -> None:
+            channel = office.channel
+            while channel.dialled[-1:] != ["m:9"]:  # noqa: ASYNC110  # it is told by nobody
+                await asyncio.sleep(0.001)
+            assert channel.forgotten[:2] == channel.dialled[:2] == ["m:7", "m:7"]
+            await office.tell(MASTER, AskServing(0))
+            ports[:] = [11]
+            before = len(channel.dialled)
+            await asyncio.sleep(0.05)
+            assert len(channel.dialled) == before  # it is there
+            told = await office.tell(PeerLeft(P, MASTER.card, "cut"))
+            assert (0, "frontend", Serving("no pd_master is connected")) in told
+            while channel.dialled[-1] != "m:11":  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            assert channel.forgotten[-1] in ("m:9", "m:11")
 
         await while_running(office, go())
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from asyncllm.actors import guide as guides
+from asyncllm.actors import finding
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.guide import Guide
@@ -23,7 +23,6 @@ from asyncllm.actors.transport import Keys
 from asyncllm.codec import Message
 from asyncllm.errors import StartupError
 from asyncllm.messages import Announce, AskMasters, Cancel, Claim, Masters, Seek
-from asyncllm.server import lease as leases
 from asyncllm.server.config_server import open_store
 from asyncllm.server.lease import Lease
 from tests.actors.test_transport import run
@@ -127,8 +126,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             await asyncio.sleep(0.01)
         return ports[-1]
 
-    monkeypatch.setattr(guides, "find_channel", find_channel)
-    monkeypatch.setattr(leases, "find_channel", find_channel)
+    monkeypatch.setattr(finding, "find_channel", find_channel)
     return ports.append
 
 
@@ -176,6 +174,26 @@ def test_what_a_config_server_knew_comes_back_after_its_restart(
                 await until(lambda: node.agent.addresses() == ["m:1", "m:2"])
                 assert len(node.agent.got) > told
                 await until(lambda: not (known := one.front.last()) or not known.away)
+
+    run(go())
+
+
+def test_who_was_told_a_port_at_which_nobody_is_asks_again(
+    found: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finding, "JOIN_S", 0.5)
+
+    async def go() -> None:
+        found(unused_port())  # of a config_server that has gone
+        server, one, port = ConfigServer(), Guided("pd_master", "m:1"), unused_port()
+        lease = a_lease("normal a:1", Claim(port=port, host="127.0.0.1"))
+        async with all_of(server, one):
+            asked = asyncio.get_running_loop().run_in_executor(None, lease.take, WAIT_S)
+            await asyncio.sleep(0.3)
+            found(server.channel.port)
+            await until(lambda: one.front.addresses() == ["m:1"])
+            assert await asked == ""
+            await asyncio.to_thread(lease.close)
 
     run(go())
 
