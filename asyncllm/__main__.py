@@ -1,6 +1,6 @@
 """``python -m asyncllm`` is the ``asyncllm`` command, from its first moments on."""
 
-import sys
+from typing import NoReturn
 
 from asyncllm.server import signals
 
@@ -13,5 +13,10 @@ def main() -> int:
     return cli.main()
 
 
+def run() -> NoReturn:
+    """The command as users start it."""
+    signals.end(main())
+
+
 if __name__ == "__main__":  # spawned children import this module under another name
-    sys.exit(main())
+    run()

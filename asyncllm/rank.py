@@ -40,7 +40,7 @@ from asyncllm.server.lease import take_lease
 from asyncllm.server.loading import load_text
 from asyncllm.server.process import EXIT_STARTUP, Ground, Server
 from asyncllm.server.seats import Seat, find_seat, take_seat
-from asyncllm.server.signals import Watch, hold_draining, leave_to_leader
+from asyncllm.server.signals import Watch, end, hold_draining, leave_to_leader
 from asyncllm.text import Text
 from asyncllm.topology import HTTP, Topology
 
@@ -220,4 +220,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

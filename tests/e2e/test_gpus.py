@@ -65,7 +65,7 @@ def check_groups(model_dir: Path, log: Path, *more: str) -> None:
             list(pool.map(check, (1, 2, 17, 40, 63, 100, 513, 900)))
         steps = [server.metric(f'asyncllm_group_steps_total{{group="{g}"}}') for g in (0, 1)]
         assert steps[0] == steps[1] > 30
-        assert server.metric("asyncllm_jit_after_warmup_total") == 0
+        assert server.metric("asyncllm_jit_after_warmup_total") == 0, server.text()
         assert server.stop() == 0, server.text()
 
 

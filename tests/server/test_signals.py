@@ -148,3 +148,15 @@ def test_a_server_that_is_still_being_imported_can_be_stopped(name: str, args: l
     )
     assert done.returncode == (128 + getattr(signal, name) if args else 0)
     assert done.stderr == f"asyncllm: stopped while starting, by {name}\n"
+
+
+def test_what_would_crash_when_the_interpreter_is_torn_down_does_not_change_the_exit_code() -> None:
+    source = (
+        "import atexit, logging, os, sys\n"
+        "from asyncllm.server import signals\n"
+        "atexit.register(os.abort)\n"
+        "sys.stdout.write('said')\n"
+        "signals.end(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, b"said")
