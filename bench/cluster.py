@@ -6,7 +6,9 @@
 
 Each topology is started in turn, as often as ``--rounds`` says, and every load of bench/serve.py
 runs in it with the same requests; the table compares their medians with those of the first one. A
-topology is ``name=number,...``: tp, dp, nnodes as the options of asyncllm. "Nodes" are processes on
+topology is ``name=number,...``: tp, dp, nnodes as the options of asyncllm; ``p=1,d=2`` a pd_master
+with so many prefill and decode nodes; ``servers=2`` plain ones whose requests come in turn. These
+two have ``tp`` ranks each. "Nodes" are processes on
 the loopback interface; each sees its own GPUs only, as machines do. NCCL then goes through memory
 of the host; with ``--visible all`` each sees the others' behind its own, and NCCL may use NVLink.
 """
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +42,7 @@ from bench.common import free_port
 from bench.figures import Figures
 
 USUAL = ("lat1", "burst256")
+WHAT_IS_SERVED = 4  # words of all options: --model_dir and --host; a master computes nothing
 TAIL = 2000  # characters of a log that are shown
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 Shape = Mapping[str, int]
@@ -52,19 +56,27 @@ class Part:
         name: of its log.
         words: its options.
         environment: what it has beside that of this process.
+        follows: it ends with the first one.
     """
 
     name: str
     words: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The processes of a topology, in order of start, and where requests go."""
+    """The processes of a topology, in order of start, and where requests go.
+
+    Attributes:
+        url: of the server, or of several, with commas.
+        joined: nodes that the pd_master there must know before it can serve.
+    """
 
     parts: list[Part]
     url: str
+    joined: int = 0
 
 
 def nodes(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible: str) -> Plan:
@@ -88,13 +100,52 @@ def nodes(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible: str
         mine = gpus[node * tp // count : (node + 1) * tp // count]
         if visible == "all":
             mine = [*mine, *(gpu for gpu in gpus if gpu not in mine)]
-        parts.append(Part(f"node{node}", own, {VISIBLE: ",".join(mine)} if gpus else {}))
+        parts.append(Part(f"node{node}", own, seeing(mine) if gpus else {}, follows=node > 0))
     return Plan(parts, f"http://127.0.0.1:{port}")
+
+
+def servers(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible: str) -> Plan:
+    """Plain servers side by side, with GPUs of their own."""
+    count, tp = shape.get("servers", 1), shape.get("tp", 1)
+    ports = [free_port() for _ in range(count)]
+    parts = [
+        Part(
+            f"server{i}",
+            [*common, "--tp", str(tp), "--nccl_port", str(free_port()), "--port", str(port)],
+            seeing(gpus[i * tp : (i + 1) * tp]) if gpus else {},
+        )
+        for i, port in enumerate(ports)
+    ]
+    return Plan(parts, ",".join(f"http://127.0.0.1:{port}" for port in ports))
+
+
+def separated(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible: str) -> Plan:
+    """A pd_master, prefill and decode nodes."""
+    tp, port = shape.get("tp", 1), free_port()
+    master = ["--pd_master_ip", "127.0.0.1", "--pd_master_port", str(port)]
+    roles = ["prefill"] * shape.get("p", 1) + ["decode"] * shape.get("d", 1)
+    parts = []
+    for i, role in enumerate(roles):
+        words = [*common, "--run_mode", role, *master, "--tp", str(tp)]
+        words += ["--port", str(free_port()), "--nccl_port", str(free_port())]
+        words += ["--pd_decode_rpyc_port", str(free_ports(tp))] if role == "decode" else []
+        mine = gpus[i * tp : (i + 1) * tp]
+        parts.append(Part(f"{role}{i}", words, seeing(mine) if gpus else {}))
+    words = [*common[:WHAT_IS_SERVED], "--run_mode", "pd_master", "--port", str(port)]
+    words += ["--cluster_port", str(free_port())]
+    master_part = Part("master", words, seeing([]) if gpus else {})
+    return Plan([master_part, *parts], f"http://127.0.0.1:{port}", joined=len(roles))
+
+
+def seeing(gpus: Sequence[str]) -> dict[str, str]:
+    return {VISIBLE: ",".join(gpus)}
 
 
 # how a topology is started; a further kind of cluster is a row here
 KINDS: Mapping[frozenset[str], Callable[[Shape, Sequence[str], Sequence[str], str], Plan]] = {
     frozenset({"tp", "dp", "nnodes"}): nodes,
+    frozenset({"servers", "tp"}): servers,
+    frozenset({"p", "d", "tp"}): separated,
 }
 
 
@@ -150,6 +201,8 @@ def running(plan: Plan, logs: Path, timeout_s: float) -> Iterator[float]:
             )
             started.append((part, process))
         wait_ready(started, logs, begin + timeout_s)
+        if plan.joined:
+            wait_joined(plan, begin + timeout_s)
         yield time.perf_counter() - begin
 
 
@@ -173,13 +226,22 @@ def wait_ready(
                 selector.unregister(key.fileobj)
 
 
+def wait_joined(plan: Plan, deadline: float) -> None:
+    """Until the pd_master gives requests to all of its nodes."""
+    while time.perf_counter() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{plan.url}/pd_nodes") as reply:
+            if sum(node["state"] == "serving" for node in json.load(reply)) == plan.joined:
+                return
+        time.sleep(0.1)
+    raise serve.BenchError(f"not all of {plan.joined} nodes have come to {plan.url} in time")
+
+
 def stop(started: Sequence[tuple[Part, subprocess.Popen[bytes]]]) -> None:
-    """A signal to the first one ends all of them; who stays is killed."""
+    """A signal to each that does not follow another one; who stays is killed."""
     deadline = time.perf_counter() + serve.STOP_S
-    for _, process in started:
-        if process.poll() is None:
+    for part, process in started:
+        if process.poll() is None and not part.follows:
             process.send_signal(signal.SIGTERM)
-            break
     for _, process in started:
         try:
             process.wait(max(0.1, deadline - time.perf_counter()))

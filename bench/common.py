@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from typing import Any
 
 import aiohttp
@@ -174,10 +174,11 @@ class Load:
     """The share of the load that one client process makes.
 
     Attributes:
+        urls: of the server that each body is sent to.
         arrivals: when each body is sent, seconds; None: ``conc`` at a time, back to back.
     """
 
-    url: str
+    urls: list[str]
     bodies: list[Body]
     arrivals: list[float] | None
     conc: int
@@ -193,25 +194,30 @@ async def run_load(load: Load) -> list[Record]:
         connector=connector, timeout=timeout, read_bufsize=READ_BYTES
     ) as session:
         if load.arrivals is None:
-            queue = iter(load.bodies)
-            workers = [_worker(session, load.url, queue, records) for _ in range(load.conc)]
+            queue = zip(load.urls, load.bodies, strict=True)
+            workers = [_worker(session, queue, records) for _ in range(load.conc)]
             await asyncio.gather(*workers)
             return records
         begin = time.perf_counter()
 
-        async def at(when: float, body: Body) -> None:
+        async def at(when: float, url: str, body: Body) -> None:
             await asyncio.sleep(max(0.0, when - (time.perf_counter() - begin)))
-            records.append(await complete(session, load.url, body))
+            records.append(await complete(session, url, body))
 
-        await asyncio.gather(*map(at, load.arrivals, load.bodies))
+        await asyncio.gather(*map(at, load.arrivals, load.urls, load.bodies))
     return records
 
 
 async def _worker(
-    session: aiohttp.ClientSession, url: str, queue: Iterator[Body], records: list[Record]
+    session: aiohttp.ClientSession, queue: Iterator[tuple[str, Body]], records: list[Record]
 ) -> None:
-    while (body := next(queue, None)) is not None:
+    for url, body in queue:
         records.append(await complete(session, url, body))
+
+
+def in_turn(urls: str, num: int) -> list[str]:
+    """Where each of ``num`` requests goes, for addresses with commas between them."""
+    return list(islice(cycle(urls.split(",")), num))
 
 
 def split_load(whole: Load, num_procs: int, *, exact: bool = True) -> list[Load]:
@@ -223,7 +229,7 @@ def split_load(whole: Load, num_procs: int, *, exact: bool = True) -> list[Load]
     floor, rest = divmod(whole.conc, num_procs)
     return [
         Load(
-            whole.url,
+            whole.urls[i::num_procs],
             whole.bodies[i::num_procs],
             whole.arrivals[i::num_procs] if whole.arrivals is not None else None,
             max(1, floor + (exact and i < rest)),

@@ -24,6 +24,7 @@ from bench.common import (
     Load,
     Record,
     completion_body,
+    in_turn,
     percentile,
     poisson_arrivals,
     random_prompts,
@@ -64,7 +65,7 @@ def run(a: argparse.Namespace) -> list[Record]:
     sampling = {"temperature": a.temperature, "top_p": a.top_p}
     bodies = [completion_body(a.model, prompt, a.out, **sampling) for prompt in prompts]
     arrivals = poisson_arrivals(a.n, a.rate, a.seed + 1) if a.rate else None
-    load = Load(a.url, bodies, arrivals, a.conc, a.timeout)
+    load = Load(in_turn(a.url, len(bodies)), bodies, arrivals, a.conc, a.timeout)
     return run_processes(split_load(load, num_procs, exact=False))
 
 

@@ -35,6 +35,7 @@ from bench.common import (
     Load,
     Record,
     completion_body,
+    in_turn,
     poisson_arrivals,
     random_prompts,
     run_load,
@@ -97,7 +98,7 @@ def make_load(a: argparse.Namespace) -> Load:
         for prompt, out in zip(prompts, out_lens, strict=True)
     ]
     arrivals = poisson_arrivals(a.n, a.rate, a.seed + 1) if a.rate else None
-    return Load(a.url, bodies, arrivals, a.conc, a.timeout)
+    return Load(in_turn(a.url, a.n), bodies, arrivals, a.conc, a.timeout)
 
 
 def warm_up(a: argparse.Namespace) -> None:
@@ -262,7 +263,7 @@ def server(arguments: str, url: str) -> Iterator[float]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = p.add_argument
-    add("--url", default="http://127.0.0.1:8000")
+    add("--url", default="http://127.0.0.1:8000", help="several, with commas: in turn")
     add("--model", default="default", help="name sent with every request")
     add("--n", type=positive, default=256, help="requests")
     add("--conc", type=positive, default=64, help="closed loop: requests in flight")

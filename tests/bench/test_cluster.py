@@ -46,21 +46,39 @@ def test_each_node_has_its_place_its_port_and_its_gpus() -> None:
     assert cluster.plan("tp=2,nnodes=2", []).parts[1].environment == {}
 
 
+def test_separated_nodes_and_servers_side_by_side() -> None:
+    common = ["--model_dir", "m", "--host", "127.0.0.1", "--x"]
+    found = cluster.plan("p=1,d=2,tp=2", common, [*"012345"])
+    master, prefill, *decode = found.parts
+    assert "--x" not in master.words
+    assert [p.environment["CUDA_VISIBLE_DEVICES"] for p in found.parts] == ["", "0,1", "2,3", "4,5"]
+    assert {option(p.words, "run_mode") for p in decode} == {"decode"}
+    assert option(prefill.words, "pd_master_port") == option(master.words, "port")
+    assert found.url.endswith(option(master.words, "port"))
+    assert found.joined == 3
+    found = cluster.plan("servers=2", common, ["4", "5"])
+    assert [p.environment["CUDA_VISIBLE_DEVICES"] for p in found.parts] == ["4", "5"]
+    ports = [option(p.words, "port") for p in found.parts]
+    assert found.url == ",".join(f"http://127.0.0.1:{port}" for port in ports)
+    assert not any(p.follows for p in found.parts)
+
+
 @pytest.mark.parametrize("text", ["tp", "tp=x", "tp=0", "gpus=2", "tp=2,nodes=2", ""])
 def test_what_is_no_topology_is_named(text: str) -> None:
     with pytest.raises(BenchError, match=repr(text)):
         cluster.plan(text, [])
 
 
-def test_two_nodes_are_started_and_measured(
+def test_topologies_are_started_and_measured(
     bench_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
     words = ["--model_dir", str(bench_dir), "--options", "--device cpu --data_type fp32"]
     words += ["--rounds", "1", "--load", SMALL, "--logs", str(tmp_path), "--json", str(out)]
-    assert cluster.main([*words, "tp=2,nnodes=2"]) == 0, capsys.readouterr().err
+    topologies = ["tp=2,nnodes=2", "p=1,d=1", "servers=2"]
+    assert cluster.main([*words, *topologies]) == 0, capsys.readouterr().err
     found = json.loads(out.read_text())
-    assert found["tp=2,nnodes=2"][0]["tiny"]["ok"] == 6
+    assert [found[text][0]["tiny"]["ok"] for text in topologies] == [6, 6, 6]
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["tiny", "tp=2,nnodes=2"]
     assert lines[1].split()[3] == "1.000"

@@ -63,7 +63,7 @@ def test_arrivals_have_the_asked_rate() -> None:
 @pytest.mark.parametrize(("exact", "want"), [(True, [3, 3, 2, 2]), (False, [2, 2, 2, 2])])
 def test_a_load_is_dealt_out_whole(exact: bool, want: list[int]) -> None:
     bodies = [completion_body("m", [i], 1) for i in range(11)]
-    load = Load("u", bodies, [float(i) for i in range(11)], 10, 9.0)
+    load = Load(["u"] * 11, bodies, [float(i) for i in range(11)], 10, 9.0)
     parts = split_load(load, 4, exact=exact)
     assert [p.conc for p in parts] == want
     assert sorted(b["prompt"][0] for p in parts for b in p.bodies) == list(range(11))
@@ -86,7 +86,7 @@ def run_bodies(*kinds: str, num: int, out: int = 5, conc: int = 1) -> tuple[list
     async def scene() -> tuple[list[Record], int]:
         async with fake_server(*kinds) as fake:
             bodies = [completion_body("m", [5, 6, 7, 8, i], out) for i in range(num)]
-            records = await run_load(Load(fake.url, bodies, None, conc, 30.0))
+            records = await run_load(Load([fake.url] * len(bodies), bodies, None, conc, 30.0))
             assert [b["prompt"] for b in fake.bodies] == [b["prompt"] for b in bodies]
             return records, fake.most_at_once
 
@@ -114,7 +114,7 @@ def test_closed_loop_keeps_to_its_concurrency() -> None:
 
 
 def test_a_server_that_is_not_there_is_an_error_of_the_request(free_port: int) -> None:
-    load = Load(f"http://127.0.0.1:{free_port}", [completion_body("m", [1], 1)], None, 1, 5.0)
+    load = Load([f"http://127.0.0.1:{free_port}"], [completion_body("m", [1], 1)], None, 1, 5.0)
     (record,) = asyncio.run(run_load(load))
     assert record.kind == "connection"
     assert not record.ok
@@ -124,7 +124,9 @@ def test_open_loop_sends_everything() -> None:
     async def scene() -> list[Record]:
         async with fake_server() as fake:
             bodies = [completion_body("m", [i], 2) for i in range(5)]
-            return await run_load(Load(fake.url, bodies, [0.0, 0.01, 0.01, 0.02, 0.03], 1, 30.0))
+            return await run_load(
+                Load([fake.url] * len(bodies), bodies, [0.0, 0.01, 0.01, 0.02, 0.03], 1, 30.0)
+            )
 
     records = asyncio.run(scene())
     assert all(r.ok for r in records)
