@@ -49,6 +49,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # cut from the text
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # of ids, each at least two; cut from the text
     logprobs: int = -1  # -1: none; 0: of the chosen token; N: of the N best too
+    logprob_ids: tuple[int, ...] = ()  # of these instead of the best ones, of which logprobs is the
+    # number; each once
     prompt_logprobs: int = -1  # the same for prompt tokens; such a request takes no prefix hit
     skip_special_tokens: bool = True
     print_eos: bool = False  # show the text of the eos or stop token that ended the request
@@ -81,6 +83,7 @@ class SamplingParams:
         )  # fmt: skip
         ids = (
             *self.stop_token_ids, *self.allowed_token_ids, *(i for i, _ in self.logit_bias),
+            *self.logprob_ids,
             *(i for ids in self.stop_sequences for i in ids),
         )  # fmt: skip
         return (
@@ -89,6 +92,7 @@ class SamplingParams:
             and self.repetition_penalty > 0
             and all(0 <= count <= _MAX_INT32 for count in counts)
             and max(self.logprobs, self.prompt_logprobs) <= vocab_size
+            and len(self.logprob_ids) <= max(self.logprobs, 0)
             and -(1 << 63) <= self.seed < 1 << 63
             and all(0 <= i < vocab_size for i in ids)
             and all(len(ids) > 1 for ids in self.stop_sequences)

@@ -18,7 +18,7 @@ from asyncllm.engine.graphs import Capture, DecoderGraphs
 from asyncllm.engine.h2d import Staged, Uploader
 from asyncllm.engine.parallel import Group
 from asyncllm.engine.sampler_graphs import Ended, SamplerGraphs, SamplerVariant
-from asyncllm.engine.sampling import Sampler, SamplingTensors, TorchSampler, raise_ends
+from asyncllm.engine.sampling import Sampler, SamplingTensors, TorchSampler, put_given, raise_ends
 from asyncllm.engine.sampling_table import SamplingBatch, SamplingTable, Scored
 from asyncllm.engine.step_inputs import (
     Bucket,
@@ -157,6 +157,7 @@ class Engine:
             bias=batch.bias,
             penalties=None if variant is not None else batch.penalties,
             lengths=batch.lengths,
+            given=batch.given,
             masks=masks,
             targets=Targets(np.concatenate([s.targets for s in scored])) if scored else None,
         )
@@ -267,6 +268,8 @@ class Engine:
         logprobs = None
         if batch.num_top >= 0 and self.group.rank == 0:
             logprobs = self.sampler.log_probs(logits, chosen, batch.num_top)
+            if extras.given is not None:
+                put_given(logits, chosen, logprobs, *extras.given)
         return Outputs(chosen.int(), logprobs, scored)
 
     def _change(self, logits: Tensor, work: Work, extras: Extras[Tensor]) -> None:

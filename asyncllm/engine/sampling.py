@@ -96,6 +96,26 @@ class TorchSampler:
         return chosen, ids.int(), top
 
 
+def put_given(
+    logits: Tensor,
+    chosen: Tensor,
+    found: tuple[Tensor, Tensor, Tensor],
+    rows: Tensor,
+    columns: Tensor,
+    tokens: Tensor,
+) -> None:
+    """Put ``tokens`` [m] in the place of the best ones at ``rows`` and ``columns``.
+
+    Args:
+        found: of :meth:`Sampler.log_probs` of ``chosen``, which is changed.
+    """
+    scores, ids, values = found
+    rows, columns, wanted = rows.long(), columns.long(), tokens.long()
+    shift = scores[rows] - logits[rows, chosen[rows]].float()
+    ids[rows, columns] = tokens
+    values[rows, columns] = logits[rows, wanted].float() + shift
+
+
 def raise_ends(logits: Tensor, rows: Tensor, scales: Tensor, ends: Tensor) -> None:
     """``logits[rows, ends] += |logits[rows, ends]| * scales`` in place.
 

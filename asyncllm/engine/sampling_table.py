@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.step_inputs import F32, I32, Bias, HostColumn, Lengths, Penalties, Rows
+from asyncllm.engine.step_inputs import (
+    F32,
+    I32,
+    Bias,
+    GivenTokens,
+    HostColumn,
+    Lengths,
+    Penalties,
+    Rows,
+)
 from asyncllm.messages import StepPlan
 
 MOST_SCALE = 1e30  # of a length penalty: its product with a logit is finite
@@ -35,6 +44,7 @@ class SamplingBatch:
     penalties: Penalties[HostColumn] | None
     lengths: Lengths[HostColumn] | None
     num_top: int  # most alternatives that a row asks for; -1: no log-probabilities
+    given: GivenTokens[HostColumn] | None
     masked: bool  # some row has a mask
 
     @property
@@ -88,6 +98,7 @@ class SamplingTable:
         self.length_start = np.zeros(num_lanes, np.int32)
         self.length_factor = np.ones(num_lanes, np.float64)
         self.scored = np.zeros(num_lanes, bool)
+        self.names_tokens = np.zeros(num_lanes, bool)
         self.lanes: dict[int, OpenLane] = {}
 
     def open(self, plan: StepPlan) -> None:
@@ -113,6 +124,7 @@ class SamplingTable:
             self.length_start[number], self.length_factor[number] = p.length_penalty or (0, 1.0)
             self.biased[number] = bool(p.logit_bias)
             self.scored[number] = p.prompt_logprobs >= 0
+            self.names_tokens[number] = bool(p.logprob_ids)
 
     def batch(self, rows: Rows, masked: bool = False) -> SamplingBatch:
         """Parameters of the rows of a step that sample, in row order."""
@@ -134,6 +146,7 @@ class SamplingTable:
             penalties=self._penalties(lanes, ends),
             lengths=self._lengths(lanes, ends),
             num_top=int(self.logprobs[lanes].max(initial=-1)),
+            given=self._given(lanes),
             masked=masked,
         )
 
@@ -182,6 +195,17 @@ class SamplingTable:
         return Bias(
             np.array(rows, np.int32), np.array(tokens, np.int32), np.array(values, np.float32)
         )
+
+    def _given(self, lanes: I32) -> GivenTokens[HostColumn] | None:
+        """Tokens whose log-probabilities are asked for by id."""
+        entries = [
+            (row, column, token)
+            for row in map(int, np.flatnonzero(self.names_tokens[lanes]))
+            for column, token in enumerate(self.lanes[int(lanes[row])].params.logprob_ids)
+        ]
+        if not entries:
+            return None
+        return GivenTokens(*(np.array(column, np.int32) for column in zip(*entries, strict=True)))
 
     def _pairs(self, p: SamplingParams, banned: bool) -> list[tuple[int, float]]:
         pairs = list(p.logit_bias)

@@ -170,6 +170,14 @@ class Bias(NamedTuple, Generic[A]):
     values: A
 
 
+class GivenTokens(NamedTuple, Generic[A]):
+    """Tokens that requests name: of log-probabilities ``ids[rows, columns]`` are ``tokens``."""
+
+    rows: A
+    columns: A
+    tokens: A
+
+
 class Lengths(NamedTuple, Generic[A]):
     """Rows whose logits of end tokens are raised, and the factor."""
 
@@ -201,6 +209,7 @@ class Extras(Generic[A]):
     bias: Bias[A] | None = None
     penalties: Penalties[A] | None = None  # of the rows that have them, where no graph penalises
     lengths: Lengths[A] | None = None
+    given: GivenTokens[A] | None = None
     masks: Bitmask[A] | None = None
     targets: Targets[A] | None = None
 

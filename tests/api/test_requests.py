@@ -292,6 +292,21 @@ def test_neutral_values_of_unavailable_fields_pass() -> None:
     assert completion_request(suffix="", best_of=1) == completion_request()
 
 
+def test_given_tokens_take_the_place_of_the_best() -> None:
+    params = chat_request(logprobs=True, top_logprobs=2, logprob_token_ids=[7, 9, 7]).params
+    assert (params.logprobs, params.logprob_ids) == (2, (7, 9))
+    params = completion_request(logprobs=0, logprob_token_ids=[7, 8, 9], echo=True).params
+    assert (params.logprobs, params.prompt_logprobs) == (3, 0)
+    for body in (
+        {"logprob_token_ids": [7]},
+        {"logprobs": True, "logprob_token_ids": [SERVED.vocab_size]},
+        {"logprobs": True, "logprob_token_ids": list(range(129))},
+    ):
+        with pytest.raises(RequestError) as caught:
+            chat_request(**body)
+        assert caught.value.param == "logprob_token_ids"
+
+
 # -- chat messages -----------------------------------------------------------------------------
 
 

@@ -65,6 +65,21 @@ def test_logprobs_equal_transformers(
         torch.testing.assert_close(have, want[: len(have)], atol=CLOSE, rtol=0)
 
 
+def test_log_probabilities_of_given_tokens(
+    server: Server, reference: Reference, prose: list[int]
+) -> None:
+    prompt, wanted = prose[:50], [11, 260, 5]
+    body = {
+        "prompt": prompt, "max_tokens": 3, "temperature": 0, "ignore_eos": True, "logprobs": 1,
+        "logprob_token_ids": wanted, "return_tokens_as_token_ids": True, "return_token_ids": True,
+    }  # fmt: skip
+    choice = server.post("/v1/completions", body)["choices"][0]
+    scores = reference.scores(prompt + choice["token_ids"])[len(prompt) - 1 : -1]
+    for top, want in zip(choice["logprobs"]["top_logprobs"], scores, strict=True):
+        have = torch.tensor([top[f"token_id:{token}"] for token in wanted])
+        torch.testing.assert_close(have, want[wanted], atol=CLOSE, rtol=0)
+
+
 def test_prefix_hit_gives_what_a_miss_gives(server: Server, prose: list[int]) -> None:
     prompt = prose[500:1100]
     body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}

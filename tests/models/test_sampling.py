@@ -14,7 +14,7 @@ import torch
 
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.sampling import SamplingTensors, TorchSampler, raise_ends
+from asyncllm.engine.sampling import SamplingTensors, TorchSampler, put_given, raise_ends
 from asyncllm.engine.sampling_table import SamplingTable, uniform
 from asyncllm.engine.step_inputs import Penalties, unpack
 from asyncllm.messages import StepPlan
@@ -174,6 +174,25 @@ def test_logit_bias_reaches_the_row() -> None:
         (0, 4, 2.5),
         (0, 7, -100.0),
     ]
+
+
+@pytest.mark.parametrize("num_top", [3, 5])
+def test_log_probabilities_of_given_tokens_take_the_place_of_the_best(num_top: int) -> None:
+    table = SamplingTable(1, 100, eos_ids=())
+    plan = one_row_plan(SamplingParams(logprobs=3, logprob_ids=(9, 50, 4)), 10, 9)
+    table.open(plan)
+    batch = table.batch(unpack(plan, 64))
+    assert (batch.num_top, batch.given is None) == (3, False)
+    assert batch.given is not None
+    logits = torch.randn(2, 100, generator=torch.Generator().manual_seed(1)) * 5
+    chosen = torch.tensor([7, 9])
+    want, best = logits.log_softmax(-1), logits.log_softmax(-1).topk(num_top)
+    found = TorchSampler().log_probs(logits, chosen, num_top)
+    put_given(logits, chosen, found, *map(torch.tensor, batch.given))
+    assert found[1][0, :3].tolist() == [9, 50, 4]
+    torch.testing.assert_close(found[2][0, :3], want[0, [9, 50, 4]])
+    assert torch.equal(found[1][1], best.indices[1].int())  # rows of others are as they were
+    assert torch.equal(found[2][1], best.values[1])
 
 
 @pytest.mark.parametrize("generated", [0, 1, 4, 5, 6, 40])

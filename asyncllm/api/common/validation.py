@@ -16,6 +16,7 @@ Body = Mapping[str, Any]
 
 MAX_N: Final = 16
 MAX_LOGPROBS: Final = 20
+MAX_LOGPROB_IDS: Final = 128
 MAX_STOP: Final = 16
 MAX_STOP_CHARS: Final = 512
 MAX_STOP_IDS: Final = 128

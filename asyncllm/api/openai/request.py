@@ -52,6 +52,7 @@ from asyncllm.api.common.sampling_fields import SamplingFields, Stop, Token
 from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolRequest
 from asyncllm.api.common.validation import (
     MAX_INT32,
+    MAX_LOGPROB_IDS,
     MAX_LOGPROBS,
     MAX_N,
     MAX_PROMPTS,
@@ -74,7 +75,7 @@ EXTENSIONS: Final = (
     "exponential_decay_length_penalty", "stop_token_ids", "ignore_eos", "skip_special_tokens",
     "include_stop_str_in_output", "return_token_ids", "return_tokens_as_token_ids",
     "guided_json", "guided_regex", "guided_grammar", "guided_choice", "structured_outputs",
-    "add_special_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
+    "logprob_token_ids", "add_special_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
     "max_thinking_tokens", "separate_reasoning", "stream_reasoning", "continuous_usage_stats",
 )  # fmt: skip
 # on LightLLM's own routes these are defaults, and mean none
@@ -117,7 +118,6 @@ class CommonRequest(SamplingFields):
     truncate_prompt_tokens: Annotated[None, Unavailable("truncating the prompt")] = None
     logits_processors: Annotated[None, Unavailable("a logits processor", [])] = None
     custom_logit_processor: Annotated[None, Unavailable("a logits processor")] = None
-    logprob_token_ids: Annotated[None, Unavailable("log-probabilities of given tokens", [])] = None
     no_stop_trim: Annotated[None, Unavailable("keeping the stop string in the text", False)] = None
     stop_regex: Annotated[None, Unavailable("stopping at a pattern", "", [])] = None
     spaces_between_special_tokens: Annotated[
@@ -201,6 +201,11 @@ class CommonRequest(SamplingFields):
     structured_outputs: StructuredOutputs | None = Field(
         None,
         description="{json, regex, choice, grammar or json_object}: the same under vLLM's newer name",
+    )
+    logprob_token_ids: Annotated[Items[Token], Field(max_length=MAX_LOGPROB_IDS)] = Field(
+        default_factory=list,
+        description=f"at most {MAX_LOGPROB_IDS} ids, whose log-probabilities come at each token "
+        "instead of the best ones'; needs logprobs",
     )
     return_token_ids: bool = Field(
         False, description="token_ids and prompt_token_ids in the answer, as vLLM has them"
@@ -447,6 +452,11 @@ def _generation(
     if most is not None and least > most:
         reject(f"min_tokens: {least} is more than max_tokens {most}", "min_tokens")
     served.check_ids(request.stop_token_ids, "stop_token_ids")
+    if ids := tuple(dict.fromkeys(request.logprob_token_ids)):
+        served.check_ids(ids, "logprob_token_ids")
+        if logprobs < 0:
+            reject("logprob_token_ids needs logprobs", "logprob_token_ids")
+        logprobs = len(ids)
     unchanged = request.unchanged(served)
     response_format.without_tokens(grammar, request.allowed_token_ids, "allowed_token_ids")
     params = SamplingParams(
@@ -462,6 +472,7 @@ def _generation(
         grammar=grammar,
         seed=max(request.seed, 0),
         logprobs=logprobs,
+        logprob_ids=ids,
         prompt_logprobs=prompt_logprobs,
     )
     options = request.stream_options or StreamOptions()
