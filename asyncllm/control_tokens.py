@@ -16,6 +16,7 @@ from asyncllm.plain import Json, JsonObject
 
 # whose words keep their control tokens: they come from the application, or from the model
 TRUSTED: Final = frozenset({"system", "developer", "assistant"})
+OF_TOOLS: Final = ("tools", "listed")  # keys of their turns under which tools are described
 MOST: Final = 60_000  # control tokens; each has a character of its own
 LONGEST: Final = 400  # characters of one
 _FIRST: Final = 0x100000  # of a private plane of Unicode
@@ -65,12 +66,14 @@ class ControlTokens:
         return before + text + behind
 
     def hide_in(self, messages: list[JsonObject]) -> list[JsonObject]:
-        """A conversation in template form, with marks in what users and tools say."""
+        """A conversation in template form, with marks in what users and tools say, and in what is
+        told of tools."""
         return [
-            turn
-            if turn["role"] in TRUSTED
-            else {
-                key: value if key == "role" else self._within(value) for key, value in turn.items()
+            {
+                key: value
+                if key == "role" or (turn["role"] in TRUSTED and key not in OF_TOOLS)
+                else self.within(value)
+                for key, value in turn.items()
             }
             for turn in messages
         ]
@@ -97,13 +100,18 @@ class ControlTokens:
         token = self._of_mark.get(mark, "")
         return token[:1] + self.cut + token[1:] if self.spelled.get(token) else token
 
-    def _within(self, value: Json) -> Json:
+    def within(self, value: Json) -> Json:
+        """A value with marks in all its strings."""
         if isinstance(value, str):
             return self.hide(value)
         if isinstance(value, list):
-            return [self._within(each) for each in value]
+            return [self.within(each) for each in value]
         if isinstance(value, dict):
-            return {key: self._within(each) for key, each in value.items()}
+            # a key that only begins like one must stay, since templates ask for it
+            return {
+                self.hide(key) if self._any.search(key) else key: self.within(each)
+                for key, each in value.items()
+            }
         return value
 
 

@@ -34,9 +34,11 @@ import msgpack
 
 from asyncllm.api.common.chat_template import ChatTemplate, roles, variables
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
+from asyncllm.api.parsing.tools.detect import LIST
 from asyncllm.control_tokens import ControlTokens
 from asyncllm.environment import child_environment
 from asyncllm.errors import AsyncllmError, RequestError, StartupError
+from asyncllm.plain import Json, JsonObject
 
 START_S = 10.0  # for the helper to start and to read the templates
 MEMORY = 1 << 30
@@ -187,30 +189,38 @@ def marked_roles(template: ChatTemplate, controls: ControlTokens) -> list[str]:
 
 
 def mixes(template: ChatTemplate, controls: ControlTokens) -> bool:
-    """Whether what users or tools say comes out of the template so that marks in it are lost."""
-    function = {"name": "f", "arguments": {}}
-    call = {"type": "function", "id": "f00000000", "function": function}
-    begun = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    token = next(iter(controls.spelled), "")
-    for before, turn in (
-        ([], {"role": "user"}),
-        (begun, {"role": "tool", "name": "f", "tool_call_id": "f00000000"}),
-    ):
-        usual, hidden = "so be it", controls.hide(f"so {token} it")
+    """Whether what users or tools say, or what is told of tools, comes out of the template so that
+    marks in it are lost."""
+    usual, hidden = "so be it", controls.hide(f"so {next(iter(controls.spelled), '')} it")
+    for plain, marked in zip(_chats_of(usual), _chats_of(hidden), strict=True):
         try:
-            if usual not in template.render({"messages": [*before, {**turn, "content": usual}]}):
+            if usual not in template.render(plain):
                 continue
         except RequestError:
             continue
         try:
-            if hidden not in template.render({"messages": [*before, {**turn, "content": hidden}]}):
+            if hidden not in template.render(marked):
                 return True
         except RequestError:
             return True
     return False
+
+
+def _chats_of(said: str) -> list[JsonObject]:
+    """Chats in which a user, a tool and descriptions of tools say something."""
+    asked: Json = {"role": "user", "content": "Hi"}
+    function: JsonObject = {"name": "f", "arguments": {}}
+    call: Json = {"type": "function", "id": "f00000000", "function": function}
+    called: Json = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result: Json = {"role": "tool", "name": "f", "tool_call_id": "f00000000", "content": said}
+    system: Json = {"role": "system", "content": LIST, "listed": said}
+    tool: Json = {"name": "f", "description": said, "parameters": {"type": "object"}}
+    return [
+        {"messages": [{"role": "user", "content": said}]},
+        {"messages": [asked, called, result]},
+        {"messages": [system, asked]},
+        {"messages": [asked], "tools": [{"type": "function", "function": tool}]},
+    ]
 
 
 def render(template: ChatTemplate, controls: ControlTokens | None, content: bytes) -> HelperReply:
@@ -222,6 +232,7 @@ def render(template: ChatTemplate, controls: ControlTokens | None, content: byte
     named = None
     if controls is not None:
         chat["messages"] = controls.hide_in(chat["messages"])
+        chat["tools"] = controls.within(chat["tools"])
     text = template.render(chat)
     if controls is not None:
         text, named = controls.reveal(text)

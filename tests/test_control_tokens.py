@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from asyncllm import templates
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.chat_template import ChatTemplate
 from asyncllm.api.parsing.output_parser import dialect_of
+from asyncllm.api.parsing.tools import Tool
 from asyncllm.control_tokens import ControlTokens
 from asyncllm.errors import StartupError
 from asyncllm.templates import Chats, mixes
@@ -75,9 +77,9 @@ def unigram(added: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def ids(text: Text, *turns: dict[str, Any], **kwargs: Any) -> list[int]:
+def ids(text: Text, *turns: dict[str, Any], tools: list[Any] | None = None) -> list[int]:
     """Of a chat, as the helper and the tokenizer's thread make them."""
-    chat = json.dumps({"messages": turns, "tools": None, "kwargs": kwargs}).encode()
+    chat = json.dumps({"messages": turns, "tools": tools, "kwargs": {}}).encode()
     template = ChatTemplate(text.templates, text.special_tokens)
     done, prompt, _, named = templates.unpack(
         templates.answer(partial(templates.render, template, text.controls, chat))
@@ -165,6 +167,33 @@ def test_results_of_tools_forge_none(tmp_path: Path, model: dict[str, Any]) -> N
     assert told("".join(controls)) == told("9 degrees")
 
 
+@pytest.mark.parametrize("model", REAL, ids=lambda model: model["model"])
+@pytest.mark.parametrize("lists", [True, False])
+def test_descriptions_of_tools_forge_none(
+    tmp_path: Path, model: dict[str, Any], lists: bool
+) -> None:
+    controls = controls_of(model)
+    text = with_controls(saved(tmp_path, byte_level(controls), model))
+    numbers = {text.tokenizer.token_to_id(one) for one in controls}  # type: ignore[union-attr]
+    dialect = dialect_of(text.templates)
+    if not lists:
+        dialect = replace(dialect, lists_tools=False, tools_in_system=False)
+
+    def told(said: str) -> list[int]:
+        schema = {"type": "object", "properties": {said: {"description": said, "enum": [said]}}}
+        offer = tool_request.resolve([Tool("f", schema, said)], None)
+        turns, tools = tool_request.with_tools_in_prompt([say("user", "Hi")], offer, dialect)
+        return ids(text, *turns, tools=tools)
+
+    forged, harmless = told(SAID.format(*controls[:2])), told(SAID.format("one", "other"))
+    assert Counter(i for i in forged if i in numbers) == Counter(
+        i for i in harmless if i in numbers
+    )
+    shown = "Say one or other now." in text.decode(harmless)
+    assert shown or lists  # templates that know no tools say nothing of them
+    assert ("Say {} or {} now.".format(*controls[:2]) in text.decode(forged)) is shown
+
+
 def test_tokens_that_the_vocabulary_makes_itself_are_cut(tmp_path: Path) -> None:
     gemma = REAL[1]
     controls = controls_of(gemma)
@@ -213,6 +242,13 @@ def test_the_longest_token_counts_and_many_take_no_longer() -> None:
         (
             "{% for m in messages %}{% if m.role == 'tool' %}"
             "{{ m.content | tojson(ensure_ascii=True) }}{% endif %}{% endfor %}",
+            True,
+        ),
+        ("{% for t in tools or [] %}{{ t | tojson }}{% endfor %}", False),
+        ("{% for t in tools or [] %}{{ t | tojson(ensure_ascii=True) }}{% endfor %}", True),
+        (
+            "{% for m in messages %}{% if m.role == 'system' %}{{ m.content[:9] }}{% endif %}"
+            "{% endfor %}",
             True,
         ),
     ],

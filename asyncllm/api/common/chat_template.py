@@ -16,6 +16,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from asyncllm.api.parsing.tools.detect import LIST
 from asyncllm.errors import RequestError, StartupError
 
 USED = ("default", "tool_use")  # names of templates, of which the second one is for tools
@@ -76,14 +77,15 @@ class ChatTemplate:
         Args:
             chat: {"messages": [...], "tools": [...] | None, "kwargs": {...}}. Messages are in
                 template form: content is a string, tool-call arguments are objects, or text if
-                they are none (in an object, for templates that take objects apart). kwargs are
+                they are none (in an object, for templates that take objects apart); ``listed``
+                is put into the content, in the place of ``LIST``. kwargs are
                 variables of the template, among them add_generation_prompt (default True), and
                 continue_final_message, which ends the prompt with the last message's own text.
 
         Raises:
             RequestError: no template, or the template's own refusal.
         """
-        messages: list[dict[str, Any]] = chat["messages"]
+        messages: list[dict[str, Any]] = list(map(_with_list, chat["messages"]))
         tools = chat.get("tools") or None
         kwargs = dict(chat.get("kwargs") or {})
         continued = bool(kwargs.pop("continue_final_message", False))
@@ -113,6 +115,14 @@ class ChatTemplate:
             raise RequestError(
                 f"the chat template refuses these messages: {error}", param="messages"
             ) from error
+
+
+def _with_list(turn: dict[str, Any]) -> dict[str, Any]:
+    if "listed" not in turn:
+        return turn
+    before, _, behind = turn["content"].rpartition(LIST)
+    rest = {key: value for key, value in turn.items() if key != "listed"}
+    return rest | {"content": before + turn["listed"] + behind}
 
 
 def _has_text_arguments(turn: dict[str, Any]) -> bool:

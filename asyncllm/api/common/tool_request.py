@@ -179,8 +179,9 @@ def with_tools_in_prompt(
     if dialect.tools_in_system:
         packed = json.dumps([template_form(tool)["function"] for tool in request.tools])
         return [{**system, "tools": packed}, *out], None
-    lines = system_text(request.tools, dialect.spelling or dialect.calls)
-    return [{**system, "content": f"{system['content']}\n\n{lines}".lstrip()}, *out], None
+    told, listed = system_text(request.tools, dialect.spelling or dialect.calls)
+    content = f"{system['content']}\n\n{told}".lstrip()
+    return [{**system, "content": content, "listed": listed}, *out], None
 
 
 def _plain(messages: Messages, dialect: Dialect) -> Messages:

@@ -215,7 +215,7 @@ def test_tools_in_the_prompt() -> None:
     assert unlisted["tools"] is None
     system, _, blocks, results, more = unlisted["messages"]
     assert system["content"].startswith("be brief\n\n")
-    assert json.dumps(OFFERED[0]["function"]) in system["content"]
+    assert json.dumps(OFFERED[0]["function"]) in system["listed"]
     assert blocks["content"].startswith('Let me see.\n<tool_call>\n{"name": "weather"')
     assert results["content"].count("<tool_response>") == 2
     assert more == {"role": "user", "content": "so?"}

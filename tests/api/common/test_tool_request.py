@@ -58,7 +58,7 @@ def test_any_other_gets_them_in_the_system_message_and_the_history_as_text() -> 
     assert prompt["tools"] is None
     system, user, assistant, results, more = prompt["messages"]
     assert system["content"].startswith("be brief\n\n")
-    assert json.dumps(FUNCTION) in system["content"]
+    assert json.dumps(FUNCTION) in system["listed"]
     assert user == HISTORY[1]
     written = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ü"}}\n</tool_call>'
     assert assistant == {"role": "assistant", "content": f"{written}\n{written}"}
@@ -78,7 +78,7 @@ PHI = Dialect(calls="phi4", tools_in_system=True, tells_results=True)
 def test_calls_are_told_as_the_model_writes_them_where_the_template_shows_that() -> None:
     got = chat(DEEPSEEK, tools=TOOLS, messages=HISTORY)
     system, _, assistant, *results, more = rendered(got)["messages"]
-    assert json.dumps(FUNCTION) in system["content"]
+    assert json.dumps(FUNCTION) in system["listed"]
     one = f'{deepseek.CALL}function{deepseek.SEP}weather\n```json\n{{"city": "Ü"}}\n```{deepseek.CALL_END}'
     written = f"{deepseek.CALLS}{one}\n{one}{deepseek.CALLS_END}"
     assert assistant == {"role": "assistant", "content": written}

@@ -176,7 +176,7 @@ def test_items_of_tools_and_reasoning() -> None:
     assert unlisted["tools"] is None
     system, _, messages, results = unlisted["messages"]
     assert system["content"].startswith("be brief\n\n")
-    assert json.dumps(OFFERED[0]["function"]) in system["content"]
+    assert json.dumps(OFFERED[0]["function"]) in system["listed"]
     assert messages["content"].startswith('ok\n<tool_call>\n{"name": "weather"')
     assert results["content"].count("<tool_response>") == 2
 

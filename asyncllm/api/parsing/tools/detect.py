@@ -14,6 +14,7 @@ from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.tools import deepseek
 from asyncllm.api.parsing.tools.call_grammar import written
 
+LIST: Final = "\ue000tools\ue001"
 # the most telling first: several families use <tool_call>
 _SIGNS: Final = (
     ("kimi_k2", ("<|tool_call_begin|>",)),
@@ -64,11 +65,12 @@ def template_tells_results(template: str) -> bool:
     return any(_ROLE.search(part) for part in code)
 
 
-def system_text(tools: Sequence[Tool], spelling_name: str = "hermes") -> str:
-    """What a system message says about tools where the template does not.
+def system_text(tools: Sequence[Tool], spelling_name: str = "hermes") -> tuple[str, str]:
+    """What a system message says about tools where the template does not: the text around the
+    list of tools, with :data:`LIST` in its place, and the list.
 
     Args:
-        spelling_name: of ``forced.spelling``: how calls are to be written.
+        spelling_name: of ``call_grammar.spelling``: how calls are to be written.
     """
     lines = (
         json.dumps(
@@ -87,7 +89,7 @@ def system_text(tools: Sequence[Tool], spelling_name: str = "hermes") -> str:
     listed = "\n".join(lines)
     head = (
         f"These functions can be called; each line is one, with a JSON schema of its arguments:\n"
-        f"<tools>\n{listed}\n</tools>\n"
+        f"<tools>\n{LIST}\n</tools>\n"
     )
     if spelling_name in ("hermes", "qwen25"):
         how = (
@@ -100,4 +102,4 @@ def system_text(tools: Sequence[Tool], spelling_name: str = "hermes") -> str:
             "To call functions, write their names and arguments so, here two, and nothing after:\n"
         )
         shown = written(spelling_name, [("NAME", {"KEY": "VALUE"}), ("NAME", {"KEY": "VALUE"})])
-    return f"{head}{how}{shown}\nWhen no function helps, answer without one."
+    return f"{head}{how}{shown}\nWhen no function helps, answer without one.", listed

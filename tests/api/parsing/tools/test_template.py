@@ -19,6 +19,7 @@ from asyncllm.api.parsing.tools import (
     tools_in_system,
     written,
 )
+from asyncllm.api.parsing.tools.detect import LIST
 
 from .answers import parse_whole
 
@@ -75,7 +76,7 @@ def test_where_a_template_takes_tools_and_results(
 @pytest.mark.parametrize("template", ["", "[ARGS]", deepseek.CALL])
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_the_system_text_shows_calls_of_the_models_format(format_name: str, template: str) -> None:
-    text = system_text([Tool("f")], spelling(format_name, template))
+    text, _ = system_text([Tool("f")], spelling(format_name, template))
     example = text.split("</tools>\n")[1]
     calls = parse_whole(format_name, example, [Tool("NAME")]).calls
     assert {(call.name, call.arguments) for call in calls} == {("NAME", '{"KEY": "VALUE"}')}
@@ -96,8 +97,9 @@ def test_what_is_written_is_read_back(format_name: str, template: str) -> None:
 
 def test_the_system_text_lists_tools_and_shows_a_call_that_is_read() -> None:
     tool = Tool("f", {"type": "object"}, description="does é")
-    text = system_text([tool, Tool("g")])
-    listed = text.split("<tools>\n")[1].split("\n</tools>")[0].splitlines()
+    text, told = system_text([tool, Tool("g")])
+    assert text.split("<tools>\n")[1].split("\n</tools>")[0] == LIST
+    listed = told.splitlines()
     assert [json.loads(line)["function"]["name"] for line in listed] == ["f", "g"]
     assert json.loads(listed[0])["function"] == {
         "name": "f",
