@@ -98,9 +98,7 @@ def nodes(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible: str
         own = [*words, "--port", str(free_port() if node else port)]
         own += ["--node_rank", str(node)] if count > 1 else []
         mine = gpus[node * tp // count : (node + 1) * tp // count]
-        if visible == "all":
-            mine = [*mine, *(gpu for gpu in gpus if gpu not in mine)]
-        parts.append(Part(f"node{node}", own, seeing(mine) if gpus else {}, follows=node > 0))
+        parts.append(Part(f"node{node}", own, seeing(mine, gpus, visible), follows=node > 0))
     return Plan(parts, f"http://127.0.0.1:{port}")
 
 
@@ -112,7 +110,7 @@ def servers(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible: s
         Part(
             f"server{i}",
             [*common, "--tp", str(tp), "--nccl_port", str(free_port()), "--port", str(port)],
-            seeing(gpus[i * tp : (i + 1) * tp]) if gpus else {},
+            seeing(gpus[i * tp : (i + 1) * tp], gpus, "own"),
         )
         for i, port in enumerate(ports)
     ]
@@ -129,16 +127,18 @@ def separated(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible:
         words = [*common, "--run_mode", role, *master, "--tp", str(tp)]
         words += ["--port", str(free_port()), "--nccl_port", str(free_port())]
         words += ["--pd_decode_rpyc_port", str(free_ports(tp))] if role == "decode" else []
-        mine = gpus[i * tp : (i + 1) * tp]
-        parts.append(Part(f"{role}{i}", words, seeing(mine) if gpus else {}))
+        sees = seeing(gpus[i * tp : (i + 1) * tp], gpus, visible)
+        parts.append(Part(f"{role}{i}", words, sees))
     words = [*common[:WHAT_IS_SERVED], "--run_mode", "pd_master", "--port", str(port)]
     words += ["--cluster_port", str(free_port())]
-    master_part = Part("master", words, seeing([]) if gpus else {})
+    master_part = Part("master", words, seeing([], gpus, "own"))
     return Plan([master_part, *parts], f"http://127.0.0.1:{port}", joined=len(roles))
 
 
-def seeing(gpus: Sequence[str]) -> dict[str, str]:
-    return {VISIBLE: ",".join(gpus)}
+def seeing(mine: Sequence[str], gpus: Sequence[str], visible: str) -> dict[str, str]:
+    """What makes a process see its own GPUs, and with "all" those of others behind them."""
+    more = [gpu for gpu in gpus if gpu not in mine] if visible == "all" else []
+    return {VISIBLE: ",".join([*mine, *more])} if gpus else {}
 
 
 # how a topology is started; a further kind of cluster is a row here
