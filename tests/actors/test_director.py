@@ -251,6 +251,38 @@ def test_the_table_of_nodes_tells_what_they_say_and_what_they_have_moved_stays_c
     run(script)
 
 
+@pytest.mark.parametrize(
+    "why",
+    ["its connection is closed", "it has been silent for 4.0 s (--dead_after)",
+     "it does not read: 65,536 frames wait"],
+)  # fmt: skip
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_whatever_a_node_has_left_for_its_requests_go_elsewhere_and_those_of_others_go_on(
+    role: str, why: str
+) -> None:
+    async def script() -> None:
+        office, spare = master(), P + 5
+
+        async def go() -> None:
+            await office.tell(*JOINED)
+            ((_, _, decode),) = await office.tell(Submit(5, i32([1, 2]), PARAMS))
+            to = Destination(node="d", epoch=1, hit=0, length=2, addresses=("x",), wire=WIRE)
+            await office.tell(Received(D, Reserved(decode.ticket, to)))
+            await office.tell(PeerJoined(spare, card(role, "s:1"), ""), Received(spare, state()))
+            told = await office.tell(PeerLeft(P if role == "prefill" else D, card(role, "x"), why))
+            then_p, then_d = (spare, D) if role == "prefill" else (P, spare)
+            ((where, again),) = [(w, m) for w, _, m in told if isinstance(m, Decode)]
+            assert (where, list(again.outputs)) == (then_d, [])
+            kept = D if role == "prefill" else P
+            assert (kept, "agent", Abort(decode.ticket)) in told
+            ((where, _, prefill),) = await office.tell(Received(then_d, Reserved(again.ticket, to)))
+            assert (where, type(prefill)) == (then_p, Prefill)
+
+        await while_running(office, go())
+
+    run(script)
+
+
 def test_a_master_that_drains_ends_what_it_has_and_takes_no_more() -> None:
     async def script() -> None:
         office = master()

@@ -315,6 +315,32 @@ def test_a_taker_that_does_not_read_keeps_no_pages_of_others(ctx: Sockets) -> No
         rig.close()
 
 
+def test_a_transfer_without_progress_lapses_and_costs_no_other(ctx: Sockets) -> None:
+    """Its sender is there, says so, and sends nothing of what it has announced."""
+    rig = Rig(times=Times(lapse_s=0.5, first_s=WAIT_S))
+    idle = Caught(rig, ctx)
+    try:
+        expects(rig)
+        idle.say(caller(rig), Sending(77), READY)
+        idle.until(Pull)
+        rig.begin(6, 78, MORE)
+        rig.computed(6, 0, 0, SLOTS)
+
+        def lapsed() -> bool:
+            idle.say(Alive())
+            return bool(rig.lapsed(77))
+
+        rig.until(lapsed)
+        assert rig.lapsed(77) == ["4 tokens have not come in 0.5 s"]
+        assert (rig.arrived(78), rig.lapsed(78)) == (True, [])
+        over = idle.until(Over)
+        assert over == Over(77, "4 tokens have not come in 0.5 s")
+        assert rig.takers[0].mover.counts.refused == 0  # it may send others
+        assert rig.takers[0].mover.pool.free == rig.takers[0].mover.pool.num
+    finally:
+        rig.close()
+
+
 def test_a_sender_that_reads_nothing_is_refused_and_holds_up_nobody(
     ctx: Sockets, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,13 @@ import pytest
 
 from asyncllm.codec import INT32, INT64, Message, i32
 from asyncllm.core.choosing import DECODE, PREFILL, STRATEGIES, Node, Nodes
-from asyncllm.core.directing import MOST_RETRIES, RETRY_S, RequestDirector
+from asyncllm.core.directing import (
+    MOST_RETRIES,
+    RETRY_S,
+    SHUTTING_DOWN,
+    Phase,
+    RequestDirector,
+)
 from asyncllm.core.request import Reason, SamplingParams
 from asyncllm.messages import (
     FRONTEND_SHIFT,
@@ -345,6 +351,46 @@ def test_a_lost_decode_node_is_replaced_and_the_tokens_so_far_are_kept() -> None
     world.kill(attempt.decode.peer)
     again = [o for n in world.nodes.values() for o in n.orders if isinstance(o, Decode)]
     assert [list(order.outputs) for order in again] == [world.given[1]]
+    world.settle()
+    world.check(1)
+    assert world.attempts[1] == 2
+    world.all_quiet()
+
+
+@pytest.mark.parametrize("phase", [Phase.RESERVE, Phase.PREFILL, Phase.HANDED])
+def test_a_decode_node_lost_before_it_has_given_a_token_is_replaced(phase: Phase) -> None:
+    world = served(PREFILL, DECODE, DECODE)
+    world.submit(submit(1, [1, 2, 3], 20))
+    request = world.core.requests[1]
+    played(world, lambda: request.attempt is not None and request.attempt.phase is phase)
+    assert request.attempt is not None
+    assert request.attempt.decode is not None
+    assert len(world.given.get(1, [])) == (phase is Phase.HANDED)  # of the prefill node
+    world.kill(request.attempt.decode.peer)
+    world.settle()
+    world.check(1)
+    assert world.attempts[1] == 2
+    world.all_quiet()
+
+
+@pytest.mark.parametrize("role", [PREFILL, DECODE])
+def test_what_a_node_that_stops_has_not_ended_in_time_goes_on_elsewhere(role: str) -> None:
+    """It says so of each request, behind --drain_timeout, and then it goes."""
+    world = served(PREFILL, PREFILL, DECODE, DECODE)
+    world.submit(submit(1, [1, 2, 3], 20))
+    request = world.core.requests[1]
+    played(world, lambda: len(request.sent) == (4 if role == DECODE else 0) and world.ready())
+    if role == PREFILL:
+        played(world, lambda: any(n.parts for n in world.nodes.values() if n.role == PREFILL))
+    busy = next(n for n in world.nodes.values() if n.role == role and n.parts)
+    seen = world.core.nodes.get(busy.peer)
+    assert seen is not None
+    seen.draining = True
+    (part,) = busy.parts.values()
+    busy.says.clear()
+    busy.end(part, Reason.ERROR, Failure("the node is shutting down", SHUTTING_DOWN, 503))
+    world.hear(busy.peer)
+    world.kill(busy.peer)
     world.settle()
     world.check(1)
     assert world.attempts[1] == 2

@@ -78,6 +78,29 @@ def test_a_stopped_prefill_node_is_left_and_comes_back(one: Server, cluster: Clu
     cluster.free(*cluster.prefill, *cluster.decode)
 
 
+def test_a_prefill_node_that_is_killed_is_done_without(one: Server, cluster: Cluster) -> None:
+    """While it computes: its prompts are computed by the other one."""
+    bodies = [{**long_body(i, 20), "prompt": f"{i} {TEXT * 15}"} for i in range(90, 98)]
+    wanted = [one.post(COMPLETIONS, body)["choices"][0]["text"] for body in bodies]
+    killed = cluster.prefill[0]
+    retries = cluster.master.metric("asyncllm_pd_retries_total")
+    begun = monotonic()
+
+    async def go() -> list[str]:
+        tasks = [asyncio.ensure_future(text_of(cluster.master.url, b)) for b in bodies]
+        while not await asyncio.to_thread(killed.metric, "asyncllm_requests_running"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        killed.process.kill()
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(asyncio.wait_for(go(), 60)) == wanted
+    assert monotonic() - begun < IN_TIME_S
+    assert cluster.master.metric("asyncllm_pd_retries_total") > retries
+    cluster.prefill[0] = cluster.start_node("prefill")
+    cluster.wait_for(2, 2)
+    cluster.free(*cluster.prefill, *cluster.decode)
+
+
 def test_a_decode_node_that_is_stopped_writes_into_nothing_when_it_wakes(
     one: Server, cluster: Cluster
 ) -> None:
@@ -109,6 +132,35 @@ def test_a_node_that_is_told_to_stop_ends_what_it_has(one: Server, cluster: Clus
     assert got == wanted
     assert leaving.process.wait(30) == 0
     assert cluster.master.metric("asyncllm_pd_retries_total") == retries
+    cluster.wait_for(2, 1)
+
+
+def test_what_a_node_does_not_end_in_time_goes_on_elsewhere(one: Server, cluster: Cluster) -> None:
+    bodies = [long_body(i, 900) for i in range(100, 104)]
+    wanted = [one.post(COMPLETIONS, body)["choices"][0]["text"] for body in bodies]
+    leaving = cluster.start_node("decode", "--drain_timeout", "0.1")
+    cluster.wait_for(2, 2)
+    retries = cluster.master.metric("asyncllm_pd_retries_total")
+    got = with_an_accident(
+        cluster.master.url, bodies, lambda: leaving.process.send_signal(signal.SIGTERM)
+    )
+    assert got == wanted
+    assert leaving.process.wait(30) == 0
+    assert cluster.master.metric("asyncllm_pd_retries_total") > retries
+    cluster.wait_for(2, 1)
+
+
+def test_a_master_that_is_told_to_stop_ends_what_it_has(one: Server, cluster: Cluster) -> None:
+    bodies = [long_body(i, 300) for i in range(110, 114)]
+    wanted = [one.post(COMPLETIONS, body)["choices"][0]["text"] for body in bodies]
+    leaving = cluster.master
+    assert (
+        with_an_accident(leaving.url, bodies, lambda: leaving.process.send_signal(signal.SIGTERM))
+        == wanted
+    )
+    assert leaving.process.wait(30) == 0
+    cluster.free(*cluster.prefill, *cluster.decode)
+    cluster.master = cluster.start_master(leaving.port)
     cluster.wait_for(2, 1)
 
 
