@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused, Received
 from asyncllm.codec import Message
+from asyncllm.core.metrics import Process, Registered
 from asyncllm.errors import StartupError
 from asyncllm.messages import (
     Announce,
@@ -70,6 +72,8 @@ class Registry(Actor[Inbox]):
         self._masters: dict[int, MasterAt] = {}  # those who have said where nodes reach them
         self._ports: dict[int, _Port] = {}
         self._seeking: dict[int, int] = {}  # peer -> port
+        self._gone = Counter(dict.fromkeys((*GUIDED, TENANT), 0))  # by role, since the start
+        self._denied = 0
 
     def started(self) -> None:
         self._channel.admit = self._complaint
@@ -135,6 +139,13 @@ class Registry(Actor[Inbox]):
         ]
         return json.dumps({"pd_masters": masters, "nodes": nodes, "groups": groups}).encode()
 
+    def registered(self, process: Process) -> Registered:
+        """The same in numbers, beside those of the process."""
+        present = dict.fromkeys((*GUIDED, TENANT), 0) | Counter(
+            card.role for card in self._cards.values()
+        )
+        return Registered(present, self._gone, len(self._ports), self._denied, process)
+
     # -- who comes and goes -----------------------------------------------------------------------
 
     def _complaint(self, card: Card) -> str | None:
@@ -149,7 +160,7 @@ class Registry(Actor[Inbox]):
         return None
 
     def _left(self, peer: int, card: Card, why: str) -> None:
-        self._cards.pop(peer, None)
+        self._gone[card.role] += self._cards.pop(peer, None) is not None
         self._seeking.pop(peer, None)
         for port in [port for port, held in self._ports.items() if held.peer == peer]:
             log.info("port %d is free again: %s has gone", port, card.name)
@@ -199,6 +210,7 @@ class Registry(Actor[Inbox]):
         self._say_where(msg.port)
 
     def _deny(self, peer: int, port: int, why: str) -> None:
+        self._denied += 1
         log.warning("port %d is not for %s: %s", port, self._cards[peer].name, why)
         self.system.ref("tenant", peer).tell(Denied(port, why))
 

@@ -422,40 +422,86 @@ class _Held(Collector):
             gauge = GaugeMetricFamily(f"lightllm_{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], attrgetter(path)(self.state))
             yield gauge
-        depth = GaugeMetricFamily("asyncllm_mailbox_depth", "Messages waiting", labels=["actor"])
-        busy = CounterMetricFamily(
-            "asyncllm_handler_seconds", "Time inside receive", labels=["actor"]
+        yield from _of_process(self.process)
+
+
+def _of_process(process: Process) -> Iterator[Metric]:
+    """Series of one process."""
+    depth = GaugeMetricFamily("asyncllm_mailbox_depth", "Messages waiting", labels=["actor"])
+    busy = CounterMetricFamily("asyncllm_handler_seconds", "Time inside receive", labels=["actor"])
+    longest = GaugeMetricFamily(
+        "asyncllm_callback_cpu_seconds_max",
+        "CPU time of the longest callback since the last scrape; frontend: HTTP handlers too",
+        labels=["actor"],
+    )
+    for actor, waiting, busy_s, longest_s in process.actors:
+        depth.add_metric([actor], waiting)
+        busy.add_metric([actor], busy_s)
+        longest.add_metric([actor], longest_s)
+    yield depth
+    yield busy
+    yield longest
+    yield GaugeMetricFamily(
+        "asyncllm_loop_lag_ms",
+        "Lateness of a 100 ms timer, milliseconds, median of 10 s",
+        value=process.lag_ms,
+    )
+    yield CounterMetricFamily(
+        "asyncllm_dead_letters", "Messages to nobody", value=process.dead_letters
+    )
+    yield CounterMetricFamily(
+        "asyncllm_foreign_frames",
+        "Frames that were not ours, of all processes of this node",
+        value=process.foreign_frames,
+    )
+    yield CounterMetricFamily(
+        "asyncllm_strangers",
+        "Connections to ports for our own processes that did not show that they know the key",
+        value=process.strangers,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Registered(Collector):
+    """Series of a config_server.
+
+    Args:
+        present, gone: by role, those who are there, and those who have left since the start.
+        ports: at which ranks of a server meet.
+        denied: requests for a port that was another's, or could not be used.
+        process: its only one.
+    """
+
+    present: Mapping[str, int]
+    gone: Mapping[str, int]
+    ports: int
+    denied: int
+    process: Process
+
+    def collect(self) -> Iterator[Metric]:
+        members = GaugeMetricFamily(
+            "asyncllm_members", "Servers that are connected", labels=["role"]
         )
-        longest = GaugeMetricFamily(
-            "asyncllm_callback_cpu_seconds_max",
-            "CPU time of the longest callback since the last scrape; frontend: HTTP handlers too",
-            labels=["actor"],
+        left = CounterMetricFamily(
+            "asyncllm_members_left", "Servers that were and have gone", labels=["role"]
         )
-        for actor, waiting, busy_s, longest_s in self.process.actors:
-            depth.add_metric([actor], waiting)
-            busy.add_metric([actor], busy_s)
-            longest.add_metric([actor], longest_s)
-        yield depth
-        yield busy
-        yield longest
+        for family, counts in ((members, self.present), (left, self.gone)):
+            for role, count in sorted(counts.items()):
+                family.add_metric([role], count)
+            yield family
         yield GaugeMetricFamily(
-            "asyncllm_loop_lag_ms",
-            "Lateness of a 100 ms timer, milliseconds, median of 10 s",
-            value=self.process.lag_ms,
+            "asyncllm_nccl_ports", "Ports at which ranks of a server meet", value=self.ports
         )
         yield CounterMetricFamily(
-            "asyncllm_dead_letters", "Messages to nobody", value=self.process.dead_letters
+            "asyncllm_nccl_ports_denied",
+            "Requests for such a port that was another server's or could not be used",
+            value=self.denied,
         )
-        yield CounterMetricFamily(
-            "asyncllm_foreign_frames",
-            "Frames that were not ours, of all processes of this node",
-            value=self.process.foreign_frames,
-        )
-        yield CounterMetricFamily(
-            "asyncllm_strangers",
-            "Connections to ports for our own processes that did not show that they know the key",
-            value=self.process.strangers,
-        )
+        yield from _of_process(self.process)
+
+    def exposition(self) -> bytes:
+        """Prometheus text format, version 0.0.4."""
+        return generate_latest(self)
 
 
 class _LightLlm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import socket
 import sys
@@ -12,18 +13,20 @@ import sys
 import uvloop
 from torch._C._distributed_c10d import TCPStore
 
+from asyncllm import __version__
 from asyncllm.actors.access import Access
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.registry import Registry
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import netloc
 from asyncllm.config import Config, roles
+from asyncllm.core.metrics import Process
 from asyncllm.errors import FatalError, StartupError
 from asyncllm.server.cluster import ANY_ADDRESS, cluster_port, open_channel
 from asyncllm.server.launch import bind_http, tls_context
 from asyncllm.server.meeting import listen_at
 from asyncllm.server.signals import Watch, handle_draining
-from asyncllm.server.status import JSON, Page, Status
+from asyncllm.server.status import JSON, TEXT, Page, Status
 from asyncllm.topology import Topology
 
 OK, HEALTHY = b'{"status":"ok"}', b'{"message":"Ok"}'
@@ -62,10 +65,18 @@ async def _run(config: Config, sock: socket.socket, channel: Channel, watch: Wat
     watch.state = system.state
     handle_draining(asyncio.get_running_loop(), system.stop)
     where = json_page(b'{"port":%d}' % channel.port)
+
+    def metrics() -> tuple[int, str, bytes]:
+        actors = [(a.name, a.depth, a.busy_s, a.take_longest()) for a in system.actors]
+        process = Process(actors, system.dead_letters, *system.counted())
+        return 200, TEXT, registry.registered(process).exposition()
+
     pages: dict[str, Page] = {
-        **dict.fromkeys(("/health", "/healthz"), json_page(HEALTHY)),
+        **dict.fromkeys(("/health", "/healthz", "/ping"), json_page(HEALTHY)),
         **dict.fromkeys(("/liveness", "/readiness"), json_page(OK)),
         "/cluster": where,
+        "/version": json_page(json.dumps({"version": __version__}).encode()),
+        "/metrics": metrics,
         "/registered_objects": lambda: (200, JSON, registry.objects()),
     }
     access = Access(keys=config.api_key, tls=tls_context(config))

@@ -21,6 +21,7 @@ from asyncllm.actors.registry import Registry
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys
 from asyncllm.codec import Message
+from asyncllm.core.metrics import Process
 from asyncllm.errors import StartupError
 from asyncllm.messages import Announce, AskMasters, Cancel, Claim, Masters, Seek
 from asyncllm.server.config_server import open_store
@@ -230,6 +231,45 @@ def test_a_master_that_has_started_anew_takes_the_place_of_what_it_was(
                 ids = [after.channel.card.incarnation]
                 await until(lambda: [o["id"] for o in server.objects("pd_masters")] == ids)
                 before.system.stop()
+
+    run(go())
+
+
+def test_who_is_there_and_who_has_gone_are_counted(found: Callable[[int], None]) -> None:
+    def value(series: str) -> float:
+        process = Process([("registry", 3, 0.5, 0.25)], dead_letters=4, strangers=2)
+        lines = server.registry.registered(process).exposition().decode().splitlines()
+        (line,) = (line for line in lines if line.startswith(f"asyncllm_{series} "))
+        return float(line.rpartition(" ")[2])
+
+    def members(role: str) -> tuple[float, float]:
+        there, gone = (f'{n}{{role="{role}"}}' for n in ("members", "members_left_total"))
+        return value(there), value(gone)
+
+    server: ConfigServer
+
+    async def go() -> None:
+        nonlocal server
+        server, port = ConfigServer(), unused_port()
+        found(server.channel.port)
+        assert members("pd_master") == members("decode") == (0, 0)
+        one, node = Guided("pd_master", "m:1"), Guided("decode", "d:1")
+        lease, other = (
+            a_lease(f"normal {name}:1", Claim(port=port, host="127.0.0.1")) for name in "ab"
+        )
+        async with all_of(server, node):
+            async with all_of(one):
+                await until(lambda: members("pd_master") == members("decode") == (1, 0))
+            await until(lambda: members("pd_master") == (0, 1))
+            await asyncio.to_thread(lease.take, WAIT_S)
+            with pytest.raises(StartupError):
+                await asyncio.to_thread(other.take, WAIT_S)
+            assert (value("nccl_ports"), value("nccl_ports_denied_total")) == (1, 1)
+            assert members("group")[0] >= 1
+            assert (value("dead_letters_total"), value("strangers_total")) == (4, 2)
+            assert value('mailbox_depth{actor="registry"}') == 3
+            for each in (lease, other):
+                await asyncio.to_thread(each.close)
 
     run(go())
 

@@ -125,10 +125,11 @@ def streamed(server: Server, body: dict[str, Any], meanwhile: Callable[[], objec
 
 
 def test_a_config_server_needs_no_model_and_tells_who_is_there(site: Site) -> None:
-    for path in ("/health", "/healthz", "/liveness", "/readiness"):
+    for path in ("/health", "/healthz", "/ping", "/liveness", "/readiness", "/version"):
         assert site.server.get(path)
     port = json.loads(site.server.get("/cluster"))["port"]
     assert ("127.0.0.9", port) in site.server.listeners()
+    assert 'asyncllm_members{role="pd_master"} 2.0' in site.server.get("/metrics")
     status, message = error_of(site.server, "/v1/models")
     assert (status, message) == (
         404, "there is nothing at /v1/models: this is a config_server, requests go to a pd_master"
