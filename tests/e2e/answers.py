@@ -162,8 +162,9 @@ def with_an_accident(
 def ready(server: Server) -> bool:
     try:
         return bool(server.get("/readiness"))
-    except urllib.error.HTTPError as error:
-        error.close()
+    except urllib.error.URLError as error:  # it is not, or does not listen yet
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         return False
 
 

@@ -148,6 +148,31 @@ def test_groups_that_share_experts_step_together_and_end_together(
         assert f"rank 1 (pid {child}) ended with exit code -9" in server.text()
 
 
+@pytest.mark.cluster
+def test_a_group_one_of_whose_ranks_hangs_is_ended_by_the_step_timeout(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Its leader waits for the hung one and ends; the rest serves on. Silence would be noticed much
+    later."""
+    args = (*CPU, "--tp", "4", "--dp", "2", "--dp_balancer", "round_robin", "--dead_after", "60")
+    with Server(tiny_dir, tmp_path / "log", *args, "--step_timeout", "2") as server:
+        _, leader, hung = server.children()
+        with running(server, 4, 1500) as streams:
+            os.kill(hung, signal.SIGSTOP)
+            ends = [stream.read() for stream in streams]
+        lost = [end for end in ends if b"group_lost" in end]
+        assert len(lost) == 2
+        said = f"rank 2 (pid {leader}) ended with exit code 70"
+        assert all(said.encode() in end for end in lost)
+        assert sum(b'"finish_reason":"length"' in end for end in ends) == 2
+        assert "rank 2: a step has not ended for " in server.text()
+        assert json.loads(server.get("/readiness")) == {"status": "ok", "lost_groups": [1]}
+        assert wait_until(lambda: not any(map(alive, (leader, hung))), 10)
+        want = [alone(tiny_dir, prompt, 12) for prompt in PROMPTS[:2]]
+        assert [server.tokens(ids, 12, ignore_eos=True) for ids in PROMPTS[:2]] == want
+        assert server.stop() == 0, server.text()
+
+
 def test_a_group_that_is_lost_takes_nothing_with_it_but_what_it_has_begun(
     tiny_dir: Path, tmp_path: Path
 ) -> None:

@@ -253,6 +253,28 @@ def test_replicas_on_lost_nodes_take_nothing_with_them_but_what_they_have_begun(
             assert f"group {i} is lost: node {i} ({net.hosts[i]}) has " in first.text()
 
 
+@pytest.mark.cluster
+def test_a_killed_node_costs_all_groups_that_it_has_and_nobody_elses(
+    net: Network, tiny_dir: Path, tmp_path: Path
+) -> None:
+    want = [alone(tiny_dir, prompt, 12) for prompt in PROMPTS]
+    with ExitStack() as stack:
+        args = ("--dp", "4", "--dp_balancer", "round_robin")
+        first, killed = start(net, stack, tiny_dir, tmp_path, *args, tp=4)
+        with running(first, 4, 1500) as streams:
+            kill(net, killed)
+            with ThreadPoolExecutor(len(PROMPTS)) as pool:
+                got = pool.map(lambda ids: first.tokens(ids, 12, ignore_eos=True), PROMPTS)
+                assert [*got] == want
+            ends = [stream.read() for stream in streams]
+        assert sum(b"group_lost" in end for end in ends) == 2
+        assert sum(b'"finish_reason":"length"' in end for end in ends) == 2
+        assert json.loads(first.get("/readiness"))["lost_groups"] == [2, 3]
+        assert first.stop() == 0, first.text()
+        for group in (2, 3):
+            assert f"group {group} is lost: node 1 ({net.hosts[1]}) has gone" in first.text()
+
+
 @pytest.mark.parametrize(
     ("event", "victim", "said"),
     [
