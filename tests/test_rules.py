@@ -83,6 +83,8 @@ KERNEL_PARTS = {
     "kernels/attention/kv8.py": "kernels/attention/kv_write.py",
     "kernels/attention/prefill_keys.py": "kernels/attention/prefill.py",
     "kernels/attention/scores.py": "kernels/attention/decode.py",
+    "kernels/attention/shared.py": "kernels/attention/decode.py",
+    "kernels/attention/shared_rows.py": "kernels/attention/decode.py",
     "kernels/latent/plan.py": "kernels/latent/attend.py",
     "kernels/sampling/tiles.py": "kernels/sampling/sample.py",
     "kernels/sampling/truncate.py": "kernels/sampling/sample.py",

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from asyncllm.kernels.attention.decode import decode_attention
 from asyncllm.kernels.attention.kv_write import rope_kv
 from asyncllm.kernels.attention.prefill import PrefillConfig, prefill_attention
+from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, SharedRows
 from tests.kernels.harness import EIGHT_BITS, in_8_bits
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -80,12 +81,17 @@ def main() -> int:
         (16, 4, 2, torch.bfloat16, {}),
         (96, 6, 6, torch.float32, {}),
         (32, 4, 2, torch.float16, {"window": 3, "softcap": 2.0}),
+        (64, 4, 2, torch.bfloat16, {"softcap": 2.0}),
     ]
     for bits, (dim, q, kv, dtype, limit) in itertools.product([None, *EIGHT_BITS], shapes):
         step = case(dim, q, kv, dtype, bits)
         row = {**step, "q": step["q"][:1], "lens": step["lanes"] + 1}
         for grouped, split in itertools.product((False, True), (False, True)):
             decode_attention(**row, **limit, scale=1.0, grouped=grouped, split=split)
+        if "window" not in limit:
+            none = row["lens"] * 0
+            shared = SharedRows(none.new_zeros(4, MAX_GROUPS), none, none, none)
+            decode_attention(**row, **limit, scale=1.0, shared=shared)
         qkv = torch.zeros(2, (q + 2 * kv) * dim, dtype=dtype)
         starts, cu = step["lanes"] + 2, torch.tensor([0, 2], dtype=torch.int32)
         rows = {**step, "starts": starts, "cu_counts": cu, "max_count": 2, "scale": 1.0}

@@ -149,7 +149,7 @@ def test_a_window_costs_a_window() -> None:
     tiles = [1, 0, 2, 1, 2]  # those of tokens 380 to 399, and 70 to 89
     assert plan.meta.tolist() == [sum(tiles), 2]
     assert plan.first[1, :3].tolist() == [0, 2, 4]
-    assert plan.first[4, :3].tolist() == [0, 1, 4]
+    assert plan.first[5, :3].tolist() == [0, 1, 4]
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -173,9 +173,10 @@ def test_work_is_divided_equally_and_completely() -> None:
         [0, 2, 3, 4],
         case["lanes"][[0, 2, 3, 4]].tolist(),
         [5, 400, 16, 90],
+        [0, 0, 0, 0],
     ]
     assert plan.first[0].tolist() == [0, 1, 1, 3]
-    assert plan.first[1:, 3].tolist() == [4, int(case["lanes"][4]), 90, 27]
+    assert plan.first[1:, 3].tolist() == [4, int(case["lanes"][4]), 90, 0, 27]
     assert not plan.counters.any()
 
 
@@ -191,7 +192,7 @@ def test_more_rows_than_the_plan_scans_at_once() -> None:
     ranges = -(-sum(tiles) // 2)
     starts = [next(i for i in full if sum(tiles[: i + 1]) > 2 * n) for n in range(ranges)]
     assert plan.first[1, :ranges].tolist() == starts
-    assert plan.first[4, :ranges].tolist() == [sum(tiles[:i]) for i in starts]
+    assert plan.first[5, :ranges].tolist() == [sum(tiles[:i]) for i in starts]
 
 
 def test_one_plan_serves_many_layers_and_a_given_output() -> None:

@@ -21,6 +21,8 @@ from asyncllm.kernels.attention.decode_plan import (
 )
 from asyncllm.kernels.attention.kv8 import KINDS, num_scales, packed_scales, read_ref
 from asyncllm.kernels.attention.scores import padded, to_log2
+from asyncllm.kernels.attention.shared import attend_shared
+from asyncllm.kernels.attention.shared_rows import SharedRows
 
 _HEAD_PAD = 16  # least M of a matrix instruction; the query heads of a KV head are padded to it
 _MERGED = 4096  # elements of partial results that are merged at once
@@ -84,8 +86,53 @@ def _merge(
     )
 
 
+@triton.jit
+def _record(ptr, num, index, known, SHARED: tl.constexpr):
+    """Row, lane and length of a record, and the first token that the row reads by itself."""
+    row = tl.load(ptr + index, mask=known, other=0)
+    lane = tl.load(ptr + num + index, mask=known, other=0)
+    length = tl.load(ptr + 2 * num + index, mask=known, other=0)
+    own = row * 0
+    if SHARED:
+        own = tl.load(ptr + 3 * num + index, mask=known, other=0)
+    return row, lane, length, own
+
+
+@triton.jit
+def _join(
+    acc,
+    best,
+    norm,
+    pieces_ptr,
+    num_pieces,
+    at,
+    lse_at,
+    inside,
+    Q_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Adds what a row reads together with others to the sums over its own keys. A partial result
+    has ``Q_HEADS`` heads; the row's would be ``at`` and ``lse_at`` if it were the first."""
+    live = tl.arange(0, acc.shape[0]) < GROUP
+    # said here, since only loops with matrix instructions are pipelined unasked
+    for i in tl.range(0, num_pieces, num_stages=3):
+        part = tl.load(pieces_ptr + i).to(tl.int64) * Q_HEADS
+        # past the first-level cache, as in _merge
+        lse = tl.load(lse_at + part, mask=live, other=float("-inf"), cache_modifier=".cg")
+        value = tl.load(at + part * DIM, mask=inside, other=0.0, cache_modifier=".cg")
+        new_best = tl.maximum(best, lse)
+        weight = tl.exp2(lse - new_best)
+        shrink = tl.exp2(best - new_best)
+        norm = norm * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * value
+        best = new_best
+    return acc, best, norm
+
+
 @triton.jit(
-    do_not_specialize=["num_rows", "num_ranges"], do_not_specialize_on_alignment=["lens_ptr"]
+    do_not_specialize=["num_rows", "num_ranges", "pieces_row"],
+    do_not_specialize_on_alignment=["lens_ptr"],
 )
 def _decode_kernel(
     q_ptr,
@@ -101,8 +148,13 @@ def _decode_kernel(
     out_ptr,
     partial_ptr,
     lse_ptr,
+    pieces_ptr,
+    num_pieces_ptr,
+    shared_ptr,
+    shared_lse_ptr,
     num_rows,
     num_ranges,
+    pieces_row,
     q_row,
     q_head,
     out_row,
@@ -125,37 +177,31 @@ def _decode_kernel(
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
     MERGE: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % HEADS
     index = program // HEADS
-    total = tl.load(meta_ptr)
-    share = tl.load(meta_ptr + 1)
+    total, share = tl.load(meta_ptr), tl.load(meta_ptr + 1)
     # of a range without work these are undefined, and unused
     record = tl.load(first_ptr + index)
-    row = tl.load(first_ptr + num_ranges + index)
-    lane = tl.load(first_ptr + 2 * num_ranges + index)
-    length = tl.load(first_ptr + 3 * num_ranges + index)
-    start = tl.load(first_ptr + 4 * num_ranges + index)
+    row, lane, length, own = _record(first_ptr + num_ranges, num_ranges, index, index >= 0, SHARED)
+    start = tl.load(first_ptr + 5 * num_ranges + index)
     tile = index * share
     stop = tl.minimum(tile + share, total)
-    dim = tl.arange(0, DIM_PAD)
-    group = tl.arange(0, GROUP_PAD)
+    dim, group = tl.arange(0, DIM_PAD), tl.arange(0, GROUP_PAD)
     heads = head * GROUP + group
     group_live = (group < GROUP)[:, None] & (dim < DIM)[None, :]
     kv_head = head // (HEADS // KV_HEADS)
 
     while tile < stop:
-        tiles = num_tiles(length, TILE, WINDOW)
-        skipped = tile - start
+        tiles, skipped = num_tiles(length, TILE, WINDOW), tile - start
         count = tl.minimum(tiles - skipped, stop - tile)
         # what comes after this row, read early
         record += 1
-        known = record < num_rows
-        next_row = tl.load(records_ptr + record, mask=known, other=0)
-        next_lane = tl.load(records_ptr + num_rows + record, mask=known, other=0)
-        next_length = tl.load(records_ptr + 2 * num_rows + record, mask=known, other=0)
-
+        next_row, next_lane, next_length, next_own = _record(
+            records_ptr, num_rows, record, record < num_rows, SHARED
+        )
         q = tl.load(
             q_ptr + row.to(tl.int64) * q_row + heads[:, None] * q_head + dim[None, :],
             mask=group_live,
@@ -167,7 +213,7 @@ def _decode_kernel(
             k_ptr,
             v_ptr,
             scales_ptr,
-            table_ptr + lane.to(tl.int64) * table_row,
+            table_ptr + lane.to(tl.int64) * table_row + own,
             kv_head,
             begin * TILE,
             (begin + count) * TILE,
@@ -186,6 +232,13 @@ def _decode_kernel(
             ASM,
             STAGES,
         )
+        if SHARED and skipped == 0:
+            pieces = pieces_ptr + row.to(tl.int64) * pieces_row
+            num = tl.load(num_pieces_ptr + row)
+            at, lse_at = shared_ptr + heads[:, None] * DIM + dim[None, :], shared_lse_ptr + heads
+            acc, best, norm = _join(
+                acc, best, norm, pieces, num, at, lse_at, group_live, HEADS * GROUP, GROUP, DIM
+            )
         acc = acc / norm[:, None]
         out_row_ptr = out_ptr + row.to(tl.int64) * out_row
         if count == tiles:
@@ -200,8 +253,7 @@ def _decode_kernel(
             part = (place * GROUP + group).to(tl.int64)
             tl.store(partial_ptr + part[:, None] * DIM + dim[None, :], acc, mask=group_live)
             tl.store(lse_ptr + part, best + tl.log2(norm), mask=group < GROUP)
-            lowest = start // share
-            highest = (start + tiles - 1) // share
+            lowest, highest = start // share, (start + tiles - 1) // share
             counter = counters_ptr + row.to(tl.int64) * HEADS + head
             tl.debug_barrier()  # all threads have stored before one of them says so
             before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
@@ -226,9 +278,7 @@ def _decode_kernel(
                 tl.store(counter, 0)  # for the next layer
         tile += count
         start += tiles
-        row = next_row
-        lane = next_lane
-        length = next_length
+        row, lane, length, own = next_row, next_lane, next_length, next_own
 
     for empty in range(index, num_rows, num_ranges):
         if tl.load(lens_ptr + empty) == 0:
@@ -323,6 +373,7 @@ def decode_attention(
     softcap: float | None = None,
     grouped: bool = True,
     split: bool = True,
+    shared: SharedRows | None = None,
     plan: DecodePlan | None = None,
     config: DecodeConfig | None = None,
     out: Tensor | None = None,
@@ -346,8 +397,10 @@ def decode_attention(
             matrix instructions.
         split: a row's keys may be divided among programs; else a program has a whole row, and
             there is no plan.
-        plan: from ``plan_decode`` for the same lanes, lens, window and ``grouped``; None computes
-            it here. Layers of a step should share one.
+        shared: rows with the same first slots, which are read once for all of them; the result is
+            the same but for rounding.
+        plan: from ``plan_decode`` for the same lanes, lens, window, ``grouped`` and ``shared``;
+            None computes it here. Layers of a step should share one.
         config: where nothing is split, instead of the tuned or built-in one.
         out: where to write, like the result; last dimension contiguous.
 
@@ -370,7 +423,9 @@ def decode_attention(
     group = num_q_heads // num_heads
     if split:
         if plan is None:
-            plan = plan_decode(lanes, lens, num_q_heads, k_cache, window=window, grouped=grouped)
+            plan = plan_decode(
+                lanes, lens, num_q_heads, k_cache, window=window, grouped=grouped, shared=shared
+            )
         _check_plan(plan, (num_rows, num_heads, group, head_dim), window)
         config = plan.config
     elif config is None:
@@ -400,6 +455,11 @@ def decode_attention(
         "maxnreg": _registers(config),
     }
     strides = (*q.stride()[:2], *out.stride()[:2], table.stride(0))
+    together = plan and plan.shared
+    if together:
+        attend_shared(
+            together, q, k_cache, v_cache, table, lanes, scales, per_head, (scale_log2, cap_log2)
+        )
     if pairs:
         k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     caches = (q, k_cache, v_cache, packed_scales(scales), table)
@@ -418,13 +478,19 @@ def decode_attention(
         out,
         plan.partial,
         plan.lse,
+        together and together.pieces,
+        together and together.num_pieces,
+        together and together.partial,
+        together and together.lse,
         num_rows,
         plan.num_ranges,
+        together.pieces.stride(0) if together else 0,
         *strides,
         scale_log2,
         cap_log2,
         GROUP_POW=group_pow,
         MERGE=max(1, _MERGED // (group_pow * dim_pad)),
+        SHARED=together is not None,
         **sizes,
     )
     return out

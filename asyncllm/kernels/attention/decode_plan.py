@@ -32,6 +32,15 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncllm.kernels.attention.kv8 import KIND_NAMES
+from asyncllm.kernels.attention.shared import (
+    SharedConfig,
+    SharedPlan,
+    divided,
+    items_of,
+    longest_split,
+    plan_shared,
+)
+from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, SharedRows
 from asyncllm.kernels.autotune import num_sms, tuned
 
 _MIN_TILES = 2
@@ -87,12 +96,15 @@ class DecodePlan:
     lens: Tensor  # [num_rows] as given
     meta: Tensor  # [2]: all tiles of a head, tiles per range
     first: (
-        Tensor  # [5, num_ranges]: record where the range starts: its number, itself, its first tile
+        Tensor  # [6, num_ranges]: record where the range starts: its number, itself, its first tile
     )
-    records: Tensor  # [3, num_rows]: row, lane, length of each non-empty row
+    # [4, num_rows]: row, lane, length of each non-empty row, and the first token that it reads
+    # itself: those before are in ``shared``, and do not count in the length
+    records: Tensor
     counters: Tensor  # [num_rows, num_heads]: pieces done; zero between layers
     partial: Tensor  # [2 * num_ranges * num_heads, group, head_dim] fp32
     lse: Tensor  # [2 * num_ranges * num_heads, group] fp32, base 2
+    shared: SharedPlan | None  # what rows read together; None: each reads all that is its own
 
 
 @triton.jit
@@ -112,8 +124,10 @@ def num_tiles(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
 
 # step metadata lies anywhere in a staging buffer: one build for every alignment
 @triton.jit(
-    do_not_specialize=["num_rows", "num_ranges"],
-    do_not_specialize_on_alignment=["lanes_ptr", "lens_ptr"],
+    do_not_specialize=["num_rows", "num_ranges", "pieces_row", "target"],
+    do_not_specialize_on_alignment=[
+        *("lanes_ptr", "lens_ptr", "owns_ptr", "places_ptr", "groups_ptr")
+    ],
 )
 def _plan_kernel(
     lanes_ptr,
@@ -122,14 +136,25 @@ def _plan_kernel(
     first_ptr,
     records_ptr,
     counters_ptr,
+    owns_ptr,
+    places_ptr,
+    groups_ptr,
+    pieces_ptr,
+    num_pieces_ptr,
     num_rows,
     num_ranges,
+    pieces_row,
+    target,
     NUM_HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     row = tl.program_id(0)
     total = 0
@@ -138,6 +163,8 @@ def _plan_kernel(
     for begin in range(0, num_rows, BLOCK):
         other = begin + tl.arange(0, BLOCK)
         length = tl.load(lens_ptr + other, mask=other < num_rows, other=0)
+        if GROUPS:
+            length -= tl.load(owns_ptr + other, mask=other < num_rows, other=0)
         tiles = num_tiles(length, TILE, WINDOW)
         total += tl.sum(tiles, axis=0)
         start += tl.sum(tl.where(other < row, tiles, 0), axis=0)
@@ -149,11 +176,27 @@ def _plan_kernel(
     head = tl.arange(0, HEADS_PAD)
     tl.store(counters_ptr + row * NUM_HEADS + head, 0, mask=head < NUM_HEADS)
     length = tl.load(lens_ptr + row)
+    own = 0
+    if GROUPS:
+        own = tl.load(owns_ptr + row)
+        length -= own
+        _find_pieces(
+            tl.load(places_ptr + row),
+            groups_ptr,
+            pieces_ptr + row * pieces_row,
+            num_pieces_ptr + row,
+            target,
+            ROWS,
+            BLOCK_N,
+            MIN_SPLIT,
+            GROUPS,
+        )
     if length > 0:
         lane = tl.load(lanes_ptr + row)
         tl.store(records_ptr + rank, row)
         tl.store(records_ptr + num_rows + rank, lane)
         tl.store(records_ptr + 2 * num_rows + rank, length)
+        tl.store(records_ptr + 3 * num_rows + rank, own)
         # the ranges that begin in this row
         stop = tl.cdiv(start + num_tiles(length, TILE, WINDOW), share)
         for begin in range(tl.cdiv(start, share), stop, BLOCK):
@@ -164,7 +207,38 @@ def _plan_kernel(
             tl.store(first_ptr + num_ranges + index, zero + row, mask=live)
             tl.store(first_ptr + 2 * num_ranges + index, zero + lane, mask=live)
             tl.store(first_ptr + 3 * num_ranges + index, zero + length, mask=live)
-            tl.store(first_ptr + 4 * num_ranges + index, zero + start, mask=live)
+            tl.store(first_ptr + 4 * num_ranges + index, zero + own, mask=live)
+            tl.store(first_ptr + 5 * num_ranges + index, zero + start, mask=live)
+
+
+@triton.jit
+def _find_pieces(
+    place,
+    groups_ptr,
+    pieces_ptr,
+    num_pieces_ptr,
+    target,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Where the partial results of the groups that a row at ``place`` is in will be."""
+    most = longest_split(groups_ptr, target, ROWS, BLOCK_N, MIN_SPLIT, GROUPS)
+    items = items_of(groups_ptr, most, ROWS, BLOCK_N, GROUPS)
+    before = tl.cumsum(items, axis=0) - items
+    group = tl.arange(0, GROUPS)
+    begin = tl.load(groups_ptr + group)
+    stop = tl.load(groups_ptr + GROUPS + group)
+    member = place - tl.load(groups_ptr + 2 * GROUPS + group)
+    inside = (member >= 0) & (member < tl.load(groups_ptr + 3 * GROUPS + group)) & (place >= 0)
+    _, splits = divided(begin, stop, most, BLOCK_N)
+    splits = tl.where(inside, splits, 0)
+    offset = tl.cumsum(splits, axis=0) - splits
+    where = (before + member // ROWS * splits) * ROWS + member % ROWS
+    for split in range(tl.max(splits, axis=0)):
+        tl.store(pieces_ptr + offset + split, where + split * ROWS, mask=split < splits)
+    tl.store(num_pieces_ptr, tl.sum(splits, axis=0))
 
 
 def plan_decode(
@@ -175,7 +249,9 @@ def plan_decode(
     *,
     window: int | None = None,
     grouped: bool = True,
+    shared: SharedRows | None = None,
     config: DecodeConfig | None = None,
+    shared_config: SharedConfig | None = None,
     num_programs: int | None = None,
 ) -> DecodePlan:
     """Divide one step's decode attention among programs, on the device.
@@ -187,7 +263,9 @@ def plan_decode(
         k_cache: [num_slots + 1, num_kv_heads, head_dim] of any layer.
         window: tokens that a row attends to at most, its last ones; None: all.
         grouped: a program attends with all query heads of a KV head; else with one.
-        config: instead of the tuned or built-in one.
+        shared: rows with the same first slots, which are read once for all of them; like lens
+            read at each replay. Only for grouped ones without a window.
+        config, shared_config: instead of the tuned or built-in ones.
         num_programs: instead of the number fitting the device (for tests and tuning).
 
     Raises:
@@ -199,6 +277,8 @@ def plan_decode(
         raise ValueError(f"lanes and lens must be [rows] int32, not {lanes.dtype}, {lens.dtype}")
     if num_q_heads % num_kv_heads:
         raise ValueError(f"{num_q_heads} query heads do not divide by {num_kv_heads} KV heads")
+    if shared is not None and (window is not None or not grouped):
+        raise ValueError("rows share slots only where a program has all heads and sees all tokens")
     num_heads = num_kv_heads if grouped else num_q_heads
     if config is None:
         config = decode_config(k_cache, num_rows * num_heads, grouped=grouped)
@@ -213,13 +293,15 @@ def plan_decode(
         window=window,
         lens=lens,
         meta=torch.empty(2, dtype=torch.int32, device=device),
-        first=torch.empty((5, num_ranges), dtype=torch.int32, device=device),
-        records=torch.empty((3, num_rows), dtype=torch.int32, device=device),
+        first=torch.empty((6, num_ranges), dtype=torch.int32, device=device),
+        records=torch.empty((4, num_rows), dtype=torch.int32, device=device),
         counters=torch.empty((num_rows, num_heads), dtype=torch.int32, device=device),
         partial=torch.empty((2 * num_programs, group, head_dim), device=device),
         lse=torch.empty((2 * num_programs, group), device=device),
+        shared=None if shared is None else plan_shared(shared, num_q_heads, k_cache, shared_config),
     )
     if num_rows:
+        together = plan.shared
         _plan_kernel[(num_rows,)](
             lanes,
             lens,
@@ -227,14 +309,25 @@ def plan_decode(
             plan.first,
             plan.records,
             plan.counters,
+            shared and shared.owns,
+            shared and shared.places,
+            shared and shared.groups,
+            together and together.pieces,
+            together and together.num_pieces,
             num_rows,
             num_ranges,
+            together.pieces.stride(0) if together else 0,
+            together.target if together else 1,
             NUM_HEADS=num_heads,
             HEADS_PAD=triton.next_power_of_2(num_heads),
             TILE=config.tile,
             WINDOW=window or 0,
             MIN_TILES=_MIN_TILES,
             BLOCK=256,
+            ROWS=together.config.block_m // group if together else 1,
+            BLOCK_N=together.config.block_n if together else 1,
+            MIN_SPLIT=together.config.min_tiles if together else 1,
+            GROUPS=MAX_GROUPS if together else 0,
             num_warps=4,
         )
     return plan
