@@ -192,7 +192,6 @@ def _decode_kernel(
     dim, group = tl.arange(0, DIM_PAD), tl.arange(0, GROUP_PAD)
     heads = head * GROUP + group
     group_live = (group < GROUP)[:, None] & (dim < DIM)[None, :]
-    kv_head = head // (HEADS // KV_HEADS)
 
     while tile < stop:
         tiles, skipped = num_tiles(length, TILE, WINDOW), tile - start
@@ -214,7 +213,7 @@ def _decode_kernel(
             v_ptr,
             scales_ptr,
             table_ptr + lane.to(tl.int64) * table_row + own,
-            kv_head,
+            head // (HEADS // KV_HEADS),
             begin * TILE,
             (begin + count) * TILE,
             length,
