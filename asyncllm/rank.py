@@ -122,6 +122,11 @@ def _seat(
         config.dp,
         in_step=spec.shares_experts,
     )
+    if config.speculative != "none" and topology.in_step:
+        raise StartupError(
+            f"--speculative {config.speculative} with --dp {config.dp}: the groups of "
+            f"{spec.architecture} share experts and take the same steps, which none may hold up"
+        )
     if config.run_mode in roles.NODES:
         topology = topology.as_node()
     if roles.asks_config_server(config):

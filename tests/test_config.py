@@ -67,6 +67,8 @@ OURS: dict[str, Any] = {
     "long_truncation_mode": "None",
     "use_tgi_api": False,
     "diverse_mode": False,
+    "speculative": "none",
+    "speculative_tokens": 8,
     "dp_balancer": "cache_aware",
     "cluster_port": None,
     "pd_master_mode": "elastic",

@@ -61,6 +61,8 @@ class Allocator(Actor[Reserve | Release | Probe]):
     def _reserve(self, msg: Reserve) -> None:
         ledger = self.ledger
         ledger.launched(msg.launched)
+        for lane, num in msg.trimmed:
+            ledger.trim(lane, num)
         opened = {lane: (ids, may_share) for lane, ids, may_share in msg.opened}
         self._scheduler.tell(ledger.reserve(msg.lanes, msg.counts, opened))
 

@@ -320,6 +320,8 @@ class _Stream:
             cached_len=finished.cached_len,
             num_tokens=self.stopped_at,
             stop=found,
+            drafted=finished.drafted,
+            accepted=finished.accepted,
         )
 
     def _before_stop(self, piece: str, token: int = -1) -> str:

@@ -452,7 +452,7 @@ class Frontend(Actor[Inbox]):
             return
         del self._by_rid[msg.rid], exchange.live[msg.rid]
         self._admission.leave(exchange.client, begun=choice.num_tokens > 0, served=True)
-        choice.end(reason, msg.cached_len, msg.stop)
+        choice.end(reason, msg.cached_len, msg.stop, (msg.drafted, msg.accepted))
         if exchange.streams:
             self._render(exchange, exchange.reply.end(choice))
         if not exchange.live:

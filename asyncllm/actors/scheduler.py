@@ -21,6 +21,7 @@ from asyncllm.core.masking import Job, work
 from asyncllm.core.pacing import Pacer
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.scheduling import Core
+from asyncllm.core.speculation import Speculation
 from asyncllm.core.steps import Emitted, Step
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
@@ -84,7 +85,7 @@ class Scheduler(Actor[Inbox]):
 
     Args:
         num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom,
-            share_prompts, constraint_s, window, num_sliding: see ``Core``.
+            share_prompts, constraint_s, window, num_sliding, speculation: see ``Core``.
         runners: endpoints of the group's runners.
         depth: steps on the device at a time.
         constrain: see ``Constraints.of``; None: nothing is ever constrained.
@@ -115,6 +116,7 @@ class Scheduler(Actor[Inbox]):
         constraint_s: float = 5.0,
         window: Window | None = None,
         num_sliding: int = 0,
+        speculation: Speculation | None = None,
         workers: int = 1,
         vocab_size: int = MAX_COUNT,
         max_len: int = MAX_COUNT,
@@ -139,6 +141,7 @@ class Scheduler(Actor[Inbox]):
             window=window,
             num_sliding=num_sliding,
             num_ranks=len(transfers),
+            speculation=speculation,
         )
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="masks")
         self._workers = self._free = workers
@@ -150,12 +153,10 @@ class Scheduler(Actor[Inbox]):
         self._joins = 0  # the last step that another group wants
         self._inflight: deque[Step] = deque()
         self._pacer = Pacer()
-        self._masks_until = 0.0  # a step waits for masks up to here
-        self._due_at = inf  # when the next Due comes
+        self._masks_until, self._due_at = 0.0, inf  # a step waits for masks so long; the next Due
         self._asked = False  # a reservation is open
-        self._stalled = (
-            False  # nothing fits until a launched step is done or a request comes or goes
-        )
+        # nothing fits until a launched step is done or a request comes or goes
+        self._stalled = False
         self._unpublished: list[tuple[Emitted, list[PromptScores]]] = []
         self._readers: dict[int, Ref] = {}
         self._gone: set[int] = set()  # endpoints whose processes have ended
@@ -355,6 +356,7 @@ class Scheduler(Actor[Inbox]):
 
     def _start(self, step: Step) -> None:
         self._inflight.append(step)  # lengths have advanced at planning, not at commit
+        step.launched_at = perf_counter()
         plan = step.plan
         for i, runner in enumerate(self._runners):
             if i == 1 and plan.masks:
@@ -398,6 +400,8 @@ class Scheduler(Actor[Inbox]):
         num_decode = len(step.rows) if step.decodes else 0
         now = perf_counter()
         self._pacer.over(now, done.device_ms, num_decode)
+        if self.core.speculation is not None:
+            self.core.speculation.over(step, now)
         scores = [scored for got in done.prompt if (scored := self._score(step, *got)) is not None]
         step.result = done
         emitted = self.core.commit(step, done.tokens)
@@ -461,7 +465,7 @@ class Scheduler(Actor[Inbox]):
         return ref
 
     def _stats(self, query: int) -> SchedulerStats:
-        core = self.core
+        core, speculation = self.core, self.core.speculation
         return SchedulerStats(
             query=query,
             endpoint=self.system.endpoint,
@@ -479,6 +483,8 @@ class Scheduler(Actor[Inbox]):
             lapses=core.moves.lapses,
             exports=core.moves.exports,
             exported_tokens=core.moves.exported_tokens,
+            drafted_tokens=0 if speculation is None else speculation.drafted,
+            accepted_tokens=0 if speculation is None else speculation.accepted,
         )
 
 

@@ -66,6 +66,8 @@ CACHED = Needs(
     "the prompt cache, without --disable_dynamic_prompt_cache",
     lambda c: not c.disable_dynamic_prompt_cache,
 )
+GENERATES = Needs("--run_mode normal or decode", lambda c: c.run_mode in roles.GENERATE)
+GUESSES = Needs("--speculative ngram", lambda c: c.speculative == "ngram")
 # what may differ between the nodes of one server; the rest decides what it answers
 OF_ONE_NODE = frozenset(
     {"host", "port", "node_rank", "api_key_file", "ssl_certfile", "ssl_keyfile", "check",
@@ -296,6 +298,16 @@ class Config:
         False, group=MEMORY,
         help="the last tokens of a text prompt, at most two, are spelled anew by the model, so that "
         "a prompt may end in the middle of a word",
+    )  # fmt: skip
+    speculative: str = flag(
+        "none", group=MEMORY, choices=("none", "ngram"), needs=GENERATES,
+        help="ngram: where a text repeats what is in it or in its prompt, as when code is edited, "
+        "its next tokens are guessed and tried together; outputs are the same, and where it does "
+        "not pay nothing is guessed",
+    )  # fmt: skip
+    speculative_tokens: int = flag(
+        8, group=MEMORY, check=between(1, 64), needs=GUESSES,
+        help="tokens of one request that are guessed for one step, at most",
     )  # fmt: skip
     max_waiting: int = flag(
         1024, group=MEMORY, check=at_least(1),

@@ -16,6 +16,7 @@ NORMAL, PREFILL, DECODE, MASTER = "normal", "prefill", "decode", "pd_master"
 CONFIG_SERVER = "config_server"
 ROLES = (NORMAL, PREFILL, DECODE, MASTER, CONFIG_SERVER)
 NODES = (PREFILL, DECODE)
+GENERATE = (NORMAL, DECODE)  # more than a first token
 LISTEN = (MASTER, CONFIG_SERVER)  # to whom other servers come
 
 MOST_PORT = 65535

@@ -92,6 +92,8 @@ class DirectedRequest:
     wanted: tuple[int, int] = (-1, -1)  # nodes that should have its prompt
     cached: int = -1  # prompt tokens from the prefix cache of its first prefill, once it is known
     scored: int = 0  # prompt tokens whose log-probabilities the client has
+    drafted: int = 0  # tokens guessed and tried, by all attempts
+    accepted: int = 0  # those that were right
     stopped: bool = False  # the client wants no more tokens, the end of the prefill is awaited
     over: bool = False  # the token that ends it has come
     opened: bool = False  # its prompt is in the caches of its nodes
@@ -279,6 +281,8 @@ class RequestDirector:
         if attempt is None or not any(_is(node, peer) for node in attempt.matters):
             return
         request, failure = attempt.request, msg.failure
+        request.drafted += msg.drafted
+        request.accepted += msg.accepted
         speaks = _is(attempt.speaker, peer)
         if speaks and attempt.phase is Phase.PREFILL and request.cached < 0:
             request.cached = msg.cached_len
@@ -426,9 +430,16 @@ class RequestDirector:
     def _end(
         self, request: DirectedRequest, reason: Reason, failure: Failure | None = None
     ) -> None:
-        cached, num_tokens = max(request.cached, 0), len(request.sent)
         self.ended.append(
-            Finished(request.rid, reason, failure, cached_len=cached, num_tokens=num_tokens)
+            Finished(
+                request.rid,
+                reason,
+                failure,
+                cached_len=max(request.cached, 0),
+                num_tokens=len(request.sent),
+                drafted=request.drafted,
+                accepted=request.accepted,
+            )
         )
         self._close(request)
 

@@ -65,7 +65,7 @@ class Lives:
         self.launched = array(INT32)
         self.preemptions = 0
         self._free_lanes = list(range(num_lanes - 1, -1, -1))
-        self._line, self._constraint_s = Line(), constraint_s
+        self._line = Line(constraint_s)
         self._changed = False  # something ended or was released since the last proposal
 
     def add(
@@ -150,6 +150,9 @@ class Lives:
     def _emit(self, req: Request, token: int, whole: bool, row: int, emitted: Emitted) -> None:
         """Count an accepted token, which may be the last."""
         req.outputs.append(token)
+        if req.lookup is not None:
+            req.lookup.push(token)
+            req.accepted += row in emitted.step.drafts
         if req.constraint is not None and isinstance(req.constraint, Healing):
             req.grow(req.constraint.uncounted())
         num = len(req.outputs)
@@ -266,7 +269,7 @@ class Lives:
     def _fail_too_slow(self, req: Request) -> None:
         detail = (
             f"finding out which tokens the constraint allows has taken {req.worked_s:.1f} s of CPU"
-            f" time, limit {self._constraint_s:g} (--constraint_time_limit): simplify it"
+            f" time, limit {self._line.limit_s:g} (--constraint_time_limit): simplify it"
         )
         self._end(req, Reason.ERROR, failure=Failure(detail))
 
@@ -300,8 +303,17 @@ class Lives:
         self.moves.end(req.rid, moved=reason is Reason.MOVED)
         self._changed = True
         num = len(req.outputs) if num_tokens is None else num_tokens
-        cached_len = max(req.cached_len, 0)
-        self.ended.append(Finished(req.rid, reason, failure, cached_len=cached_len, num_tokens=num))
+        self.ended.append(
+            Finished(
+                req.rid,
+                reason,
+                failure,
+                cached_len=max(req.cached_len, 0),
+                num_tokens=num,
+                drafted=req.drafted,
+                accepted=req.accepted,
+            )
+        )
 
     def _leave(self, req: Request) -> None:
         """Retire the request's lane. Launched rows and open reservations keep it alive."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
+from math import inf
 from time import thread_time
 
 from asyncllm.constrain.protocol import Constraint, ResampleToken, Verdict
@@ -58,9 +59,13 @@ class Line:
     The request that has used the least CPU time is next; a new one starts with the usage of the
     last one taken. So a request with cheap masks waits for at most one piece of other work, and
     when all are expensive each gets its share.
+
+    Attributes:
+        limit_s: CPU seconds that a request may use in all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float = inf) -> None:
+        self.limit_s = limit_s
         self._heap: list[tuple[float, int, Request]] = []
         self._number = 0
         self._level = 0.0

@@ -194,6 +194,16 @@ _STATE = {
         True,
     ),
     "scheduler.generated_tokens": ("generated_tokens", "Tokens sampled", True),
+    "scheduler.drafted_tokens": (
+        "draft_tokens",
+        "Tokens guessed and tried (--speculative)",
+        True,
+    ),
+    "scheduler.accepted_tokens": (
+        "accepted_draft_tokens",
+        "Those of them that were right",
+        True,
+    ),
     "scheduler.importing": (
         "requests_importing",
         "Requests that have slots and wait for K/V of another server, or for its token",

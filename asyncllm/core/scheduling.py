@@ -11,10 +11,12 @@ from collections.abc import Collection, Iterable
 
 from asyncllm.codec import INT32
 from asyncllm.constrain.protocol import ResampleToken, Verdict
-from asyncllm.core.lives import Lives
+from asyncllm.core.drafting import Drafting
+from asyncllm.core.lives import NO_TOKENS
 from asyncllm.core.masking import CHEAP_S, Job
 from asyncllm.core.request import Reason
-from asyncllm.core.steps import NO_TOKEN, Emitted, Lane, Request, Row, Step
+from asyncllm.core.speculation import Speculation
+from asyncllm.core.steps import Emitted, Lane, Request, Row, Step
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
 from asyncllm.messages import MAX_COUNT, Granted, Reserve, StepPlan
@@ -23,7 +25,7 @@ from asyncllm.records import ConstraintDone, Failure, Opened
 UNFIT = Failure("the tokens so far do not fit what constrains them", status=500)
 
 
-class Core(Lives):
+class Core(Drafting):
     """Pure scheduler state. At most one proposal is open: propose, plan, and so on.
 
     Args:
@@ -39,6 +41,7 @@ class Core(Lives):
         share_prompts: of several requests with the same prompt, all but the first are held until
             its prompt has been launched, so that it is computed once.
         num_ranks: of the group, where K/V move in or out.
+        speculation: what decides about guessed tokens; None: there are none.
         constraint_s: limit of CPU seconds spent in threads on a request's constraint.
 
     """
@@ -57,6 +60,7 @@ class Core(Lives):
         window: Window | None = None,
         num_sliding: int = 0,
         num_ranks: int = 1,
+        speculation: Speculation | None = None,
     ) -> None:
         super().__init__(
             num_lanes=num_lanes,
@@ -65,6 +69,7 @@ class Core(Lives):
             share_prompts=share_prompts,
             constraint_s=constraint_s,
             num_ranks=num_ranks,
+            speculation=speculation,
         )
         self.headroom = headroom
         self.batch_max_tokens, self.chunk = batch_max_tokens, chunked_prefill_size
@@ -76,8 +81,12 @@ class Core(Lives):
     # a step
 
     def propose(self) -> Reserve | None:
-        """The rows of the next step, before it is known whether they fit; None: nothing to do."""
+        """The rows of the next step, before it is known whether they fit; None: nothing to do, or
+        not before the running step is over."""
         assert not self._proposal, "a proposal is open"
+        speculation = self.speculation
+        if speculation is not None and self._awaits_drafts(speculation):
+            return None
         self._changed = False
         rows: list[Row] = []
         filling: list[Request] = []
@@ -95,6 +104,10 @@ class Core(Lives):
                 rows.append((req, lane, 1))
                 lane.inflight += 1
                 budget -= 1
+        if speculation is not None and rows:
+            spare = self.available - len(rows) - self.headroom * len(self.running)
+            rows = self._draft(speculation, rows, min(budget, spare))
+            budget = self.batch_max_tokens - len(rows)
         if rows:
             # a decode waits for one chunk at most
             budget = min(budget, self.chunk)
@@ -116,6 +129,7 @@ class Core(Lives):
             counts=array(INT32, [count for _, _, count in rows]),
             opened=tuple(opened),
             launched=self.take_launched(),
+            trimmed=self._take_wrong(),
         )
 
     def take_launched(self) -> array[int]:
@@ -129,12 +143,16 @@ class Core(Lives):
         self.available = granted.available
         self.sliding_available = granted.sliding_available
         num = len(granted.counts)
-        for req, lane, _ in rows[num:]:
+        refused, rows = rows[num:], rows[:num]
+        for req, lane, _ in refused:
             self._ungrant(req, lane)
-        del rows[num:]
         step = self._plan_decode(rows, granted) or self._plan_mixed(rows, granted)
         if step is not None:
             self.steps += 1
+        if self.speculation is not None:
+            self.speculation.trying += 0 if step is None else len(step.drafts)
+            for _, lane, _ in rows + refused:
+                lane.drafts = NO_TOKENS
         return step
 
     def empty(self) -> Step:
@@ -193,6 +211,8 @@ class Core(Lives):
         """
         emitted = Emitted.of(step)
         self._line.step_over()
+        if step.drafts:
+            tokens = self._settle(step, tokens)
         for i, ((req, lane, _), token) in enumerate(zip(step.rows, tokens, strict=True)):
             lane.inflight -= 1
             if lane.over:
@@ -253,7 +273,7 @@ class Core(Lives):
                 assert token is not None
                 out.append(Emitted.of(step))
                 self._emit(req, token, whole, row, out[0])
-            if req.worked_s > self._constraint_s and req.rid in self.requests:
+            if req.worked_s > self._line.limit_s and req.rid in self.requests:
                 self._fail_too_slow(req)
             self._go_on(req, out)
         self.generated_tokens += sum(len(emitted.tokens) for emitted in out)
@@ -333,12 +353,12 @@ class Core(Lives):
         num = len(rows)
         if not num or len(granted.slots) != num:
             return None
-        starts = []
         for _, lane, _ in rows:
             if lane.over or lane.planned < lane.fill_len:
                 return None
-            starts.append(lane.planned)
+        starts = []
         for _, lane, _ in rows:
+            starts.append(lane.planned)
             lane.planned += 1
         plan = StepPlan(
             step=self.steps + 1,
@@ -349,10 +369,14 @@ class Core(Lives):
             cached_counts=array(INT32, bytes(4 * num)),
             slots=granted.slots,
             sliding=granted.sliding,
-            tokens=array(INT32, b"\xff" * (4 * num)),
             samples=bytearray(b"\1" * num),
         )
         step = Step(plan, rows)
+        if self.speculation is None:
+            plan.tokens.frombytes(b"\xff" * (4 * num))  # NO_TOKEN
+        else:
+            for start, (req, lane, _) in zip(starts, rows, strict=True):
+                plan.tokens.append(self._input(step, req, lane, start))
         for i, (req, _, _) in enumerate(rows):
             if req.constraint is not None:
                 step.constrain(i, req)
@@ -420,7 +444,7 @@ class Core(Lives):
         if samples:
             step.constrain(len(step.rows) - 1, req)
         if start >= lane.fill_len:
-            plan.tokens.append(NO_TOKEN)
+            plan.tokens.append(self._input(step, req, lane, start))
             return
         # no output since the lane was opened: its first rows are still filling it
         known = req.prompt + req.outputs if req.outputs else req.prompt

@@ -121,6 +121,13 @@ class Ledger:
             out.extend(row[1])
         return Granted(hits, granted, out, available=self.available)
 
+    def trim(self, lane: int, num: int) -> None:
+        """Take back the last slots of a lane, which nobody reads; none of them is in the tree."""
+        held = self.lanes[lane]
+        assert len(held.slots) - num >= max(held.shared, len(held.ids)), "those are not guessed"
+        self.pool.give(held.slots[-num:])
+        del held.slots[-num:]
+
     def launched(self, lanes: array[int]) -> None:
         """All slots these lanes were granted have been written, or will be before any later step:
         put the prompt tokens they stand for into the tree."""

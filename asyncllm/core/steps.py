@@ -18,6 +18,7 @@ from itertools import takewhile
 
 from asyncllm.codec import INT32, INT64
 from asyncllm.constrain.protocol import Constraint
+from asyncllm.core.lookup import Lookup
 from asyncllm.core.request import SamplingParams
 from asyncllm.messages import MAX_COUNT, StepDone, StepPlan
 
@@ -37,6 +38,7 @@ class Lane:
     seen: bool = False  # the runners know it
     over: bool = False  # its results are discarded; released when nothing is in flight
     leaves: array[int] = field(default_factory=lambda: array(INT32))  # when over: for the cache
+    drafts: array[int] = field(default_factory=lambda: array(INT32))  # of the open proposal
     # where K/V move, see core.moving
     imports: bool = False  # its slots are filled by others
     imported: array[int] = field(default_factory=lambda: array(INT32))  # not in any step yet
@@ -73,6 +75,9 @@ class Request:
     lacks: bool = False  # the token that follows them has not arrived yet
     after: int = -1  # the rid whose prompt it waits for
     client: int = 0  # waiting clients are served in turn
+    lookup: Lookup | None = None  # of prompt and outputs, where tokens are guessed
+    drafted: int = 0  # guessed tokens that have been tried
+    accepted: int = 0  # those that are among the outputs
 
     @classmethod
     def of(
@@ -153,6 +158,10 @@ class Step:
     plan: StepPlan
     rows: list[Row]
     result: StepDone | None = None  # for the shell: see Emitted
+    # rows whose input is only guessed: each is right if the row before it, of the same lane, gives
+    # that token and is right itself
+    drafts: set[int] = field(default_factory=set)
+    launched_at: float = 0.0  # for the shell: seconds
 
     @property
     def decodes(self) -> bool:

@@ -85,6 +85,12 @@ class WindowLedger(Ledger):
         granted = super().reserve(lanes, counts, opened)
         return replace(granted, sliding=self._column, sliding_available=self.sliding_available)
 
+    def trim(self, lane: int, num: int) -> None:
+        super().trim(lane, num)
+        slots = self.views[lane].slots
+        self.sliding.give(slots[-num:])
+        del slots[-num:]
+
     def _go_on(self, held: Holding, view: View) -> None:
         """Free slots that no future token sees."""
         begin = len(held.slots) - self._window.reach

@@ -230,6 +230,7 @@ class Sizes:
     dtype: str
     max_len: int
     num_lanes: int
+    num_rows: int | None = None  # that may sample in one step; None: one of each request
     batch_max_tokens: int
     mem_fraction: float
     max_total_token_num: int | None
@@ -334,7 +335,7 @@ class _Unmet(SingleRank):
 
 def _work_bytes(model: Model, sizes: Sizes, cuda: bool) -> int:
     """Activations of a full step, float32 logits of all rows (a few copies), tables."""
-    rows = min(sizes.num_lanes, sizes.batch_max_tokens)
+    rows = min(sizes.num_rows or sizes.num_lanes, sizes.batch_max_tokens)
     counted = 0 if cuda else min(rows, PENALTY_ROWS)  # torch counts tokens in dense rows
     logits = (rows + counted) * model.vocab_size * 4 * 4
     attention = model.site.attention

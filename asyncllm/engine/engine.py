@@ -73,6 +73,7 @@ class Engine:
         num_slots: KV slots; slot ``num_slots`` is an extra one that padding writes to.
         num_sliding: the same of layers with a window; None: these use the slots of all others.
         num_lanes: most requests at a time.
+        num_rows: most rows that sample in one step; None: one of each request.
         max_len: longest sequence.
         eos_ids: end tokens of the model, for min_new_tokens and length penalties.
     """
@@ -87,6 +88,7 @@ class Engine:
         max_len: int,
         eos_ids: tuple[int, ...],
         num_sliding: int | None = None,
+        num_rows: int | None = None,
     ) -> None:
         self.model, self.group, self.max_len, self.num_slots = model, group, max_len, num_slots
         self.device = device = model.site.device
@@ -102,16 +104,17 @@ class Engine:
             self.sliding_table = zeros((num_lanes + 1, max_len), torch.int32, device)
         self.history = zeros((num_lanes + 1, max_len), torch.int32, device)
         self.last_token = zeros((num_lanes + 1,), torch.int64, device)
-        self.num_lanes = num_lanes
+        self.num_rows = num_rows or num_lanes
         self.lanes = SamplingTable(num_lanes, model.vocab_size, eos_ids)
         ends = [i for i in eos_ids if i < model.vocab_size]
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
         self.graphs: tuple[DecoderGraphs, SamplerGraphs] | None = None
-        self._no_top = torch.empty(num_lanes, 0, device=device)
+        self._no_top = torch.empty(self.num_rows, 0, device=device)
         self._stage, self.sampler = _step_ops(model)
         self._uploader = Uploader(
             device,
             num_lanes=num_lanes,
+            num_rows=self.num_rows,
             dump_slot=room.full if layout.bytes_per_slot().full else room.sliding,
             dump_sliding=room.sliding if self._two_spaces else None,
             fixed=device.type == "cuda",
@@ -122,8 +125,8 @@ class Engine:
 
         Every rank must call this at the same time, while no step is in flight.
         """
-        hidden = zeros((self.num_lanes, self.model.hidden_size), self.model.site.dtype, self.device)
-        decoder, sampler = DecoderGraphs(self.num_lanes, most_tokens), SamplerGraphs(hidden)
+        hidden = zeros((self.num_rows, self.model.hidden_size), self.model.site.dtype, self.device)
+        decoder, sampler = DecoderGraphs(self.num_rows, most_tokens), SamplerGraphs(hidden)
         decoder.capture(capture, self._uploader, self._forward)
         sampler.capture(capture, self._uploader, self._end)
         self.graphs = decoder, sampler

@@ -109,6 +109,7 @@ class Uploader:
 
     Args:
         num_lanes: padding uses lane ``num_lanes`` and slot ``dump_slot``.
+        num_rows: most rows that sample in one step; None: one of each request.
         dump_sliding: that of the second slot space; None: there is none.
     """
 
@@ -120,9 +121,11 @@ class Uploader:
         dump_slot: int,
         fixed: bool,
         dump_sliding: int | None = None,
+        num_rows: int | None = None,
     ) -> None:
         self._device, self._cuda, self._fixed = device, device.type == "cuda", fixed
         self._dump_lane, self._dump_slot = num_lanes, dump_slot
+        self._num_rows = num_rows or num_lanes
         self._dump_sliding = dump_sliding
         self._place = torch.empty(FIXED_WORDS if fixed else 0, dtype=torch.int32, device=device)
         self._buffers = [torch.empty(0, dtype=torch.int32) for _ in range(RING)]
@@ -145,7 +148,7 @@ class Uploader:
             shape: to which they are padded where no graph does; None: they are not.
         """
         graphs = bool(self._captured)
-        num_rows = self._dump_lane if graphs else len(batch.lanes)
+        num_rows = self._num_rows if graphs else len(batch.lanes)
         layout = self._layout(num_rows, bucket or shape or rows.shape, fixed=graphs)
         behind: list[HostColumn] = []
         extras.map(behind.append)
@@ -218,7 +221,7 @@ class Uploader:
         They hold zeros: rows without tokens, and tokens that write to lane 0 and slot 0.
         """
         assert self._fixed
-        layout = self._layout(self._dump_lane, bucket, fixed=True)
+        layout = self._layout(self._num_rows, bucket, fixed=True)
         columns = self._captured[bucket] = layout.columns(self._place, _float_tensor)
         self._place.zero_()
         return columns

@@ -270,10 +270,14 @@ class Finished(Message):
     num_tokens: int = 0  # generated tokens
     stop: str = ""  # for STOP: the stop string that was found
     endpoint: int = -1  # of the leader, where there are several
+    drafted: int = 0  # tokens that were guessed and tried
+    accepted: int = 0  # those that were right
 
     def valid(self) -> bool:
         return (
             is_rid(self.rid)
+            and self.accepted <= self.drafted
+            and are_counts(self.drafted, self.accepted)
             and (self.failure is not None) == (self.reason is Reason.ERROR)
             and (self.failure is None or self.failure.valid)
             and are_counts(self.cached_len, self.num_tokens)

@@ -146,6 +146,8 @@ class SchedulerStats(Message):
     lapses: int = 0
     exports: int = 0
     exported_tokens: int = 0
+    drafted_tokens: int = 0  # guessed and tried, since the start
+    accepted_tokens: int = 0  # those of them that were right
 
 
 @message(44)

@@ -23,6 +23,8 @@ class Reserve(Message):
     counts: array[int]
     opened: tuple[tuple[int, array[int], bool], ...]  # (lane, prompt ids, may use the prefix cache)
     launched: array[int]
+    # (lane, number): it gives back its last slots, those of guessed tokens that were wrong
+    trimmed: tuple[tuple[int, int], ...] = ()
 
 
 @message(11)
@@ -58,6 +60,9 @@ class Release(Message):
 @message(13)
 class StepPlan(Message):
     """scheduler -> runner of every tp rank. Rows with one new token come first.
+
+    A lane may have several of these, at positions that follow each other: all but the first have
+    guessed tokens.
 
     Row i computes tokens at positions [starts[i], starts[i] + counts[i]) of lane i. Its slots are
     written to the lane's table from position starts[i] - cached_counts[i] on.

@@ -32,12 +32,13 @@ from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.defaults import Defaults
 from asyncllm.api.common.request import ServedModel
 from asyncllm.config import FLAGS, roles
+from asyncllm.core.speculation import Speculation
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count
 from asyncllm.messages import Announce
 from asyncllm.server.cluster import cluster_port, config_server_of, master_of
 from asyncllm.server.launch import Boot, tls_context
-from asyncllm.server.loading import Loaded
+from asyncllm.server.loading import Loaded, most_rows
 from asyncllm.server.transfer import make_transfer
 from asyncllm.topology import MOVER
 
@@ -79,6 +80,7 @@ def make_scheduler(p: Loaded) -> AnyActor:
         share_prompts=p.boot.config.diverse_mode,
         window=p.window,
         num_sliding=p.num_slots.sliding,
+        speculation=_speculation(p.boot),
         constraint_s=p.boot.config.constraint_time_limit,
         reader=_reader(p.boot),
         transfers=[rank.id for rank in p.boot.group if MOVER in rank.roles],
@@ -87,6 +89,12 @@ def make_scheduler(p: Loaded) -> AnyActor:
         in_step=p.boot.topology.in_step,
         constrain=p.constraints.of,
     )
+
+
+def _speculation(boot: Boot) -> Speculation | None:
+    if boot.config.speculative == "none":
+        return None
+    return Speculation(boot.config.speculative_tokens, most_rows(boot))
 
 
 def make_balancer(p: Loaded) -> AnyActor:

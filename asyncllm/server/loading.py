@@ -23,6 +23,7 @@ from asyncllm.constrain.factory import Constraints, unconstrained
 from asyncllm.constrain.llguidance_backend import Grammars
 from asyncllm.constrain.reasoning import ReasoningMarks
 from asyncllm.constrain.vocabulary import Vocabulary
+from asyncllm.core.speculation import step_rows
 from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
@@ -76,12 +77,21 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
         dtype=resolved.dtype,
         max_len=resolved.max_req_total_len,
         num_lanes=resolved.running_max_req_size,
+        num_rows=most_rows(boot),
         batch_max_tokens=resolved.batch_max_tokens,
         mem_fraction=config.mem_fraction,
         max_total_token_num=config.max_total_token_num,
         moving=config.pd_kv_page_num * config.pd_kv_page_size if MOVER in boot.me.roles else 0,
     )
     return plan_memory(spec, sizes, torch_device(boot))
+
+
+def most_rows(boot: Boot) -> int:
+    """Rows of one token that may come in a step: of requests, and of what is guessed."""
+    config, num_lanes = boot.config, boot.resolved.running_max_req_size
+    if config.speculative == "none":
+        return num_lanes
+    return step_rows(num_lanes, config.speculative_tokens)
 
 
 def rope_notes(spec: ModelSpec, max_len: int) -> list[str]:
@@ -255,6 +265,7 @@ def _load_device(
             num_slots=plan.num.full,
             num_sliding=None if plan.window is None else plan.num.sliding,
             num_lanes=resolved.running_max_req_size,
+            num_rows=most_rows(boot),
             max_len=resolved.max_req_total_len,
             eos_ids=resolved.eos_ids,
         )

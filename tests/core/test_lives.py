@@ -36,7 +36,9 @@ def live(
             if rng.random() < constrained:
                 params["grammar"] = fake_grammar(prompt)
             elif rng.random() < 0.2:
-                params["allowed_token_ids"] = tuple(rng.sample(range(50), 4))
+                params["allowed_token_ids"] = tuple(
+                    rng.sample(range(world.device.vocab), min(4, world.device.vocab))
+                )
             first, client = -1, left % clients
             for i in range(min(left, rng.choice([1, 1, 1, 3]))):
                 rid = (rng.choice([0, 2]) << 40) + num - left + 1

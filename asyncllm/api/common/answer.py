@@ -109,6 +109,8 @@ class Choice:
     num_tokens: int = 0
     prompt_len: int = 0
     cached_len: int = 0
+    drafted: int = 0  # tokens that were guessed and tried
+    accepted: int = 0  # those that were right
     reason: Reason | None = None
     stop: str = ""  # the stop string that ended it
     pieces: list[str] = field(default_factory=list)  # text of each token, if wants[0] >= 0
@@ -140,9 +142,12 @@ class Choice:
         if self.wants[1] >= 0 and delta.prompt is not None:
             self.scores.logprobs.extend(delta.prompt)
 
-    def end(self, reason: Reason, cached_len: int, stop: str) -> None:
-        """The choice has ended."""
+    def end(
+        self, reason: Reason, cached_len: int, stop: str, guessed: tuple[int, int] = (0, 0)
+    ) -> None:
+        """The choice has ended; of its tokens as many were guessed, and right."""
         self.reason, self.cached_len, self.stop = reason, cached_len, stop
+        self.drafted, self.accepted = guessed
         if self.output is not None:
             self.output.finish()
 
@@ -195,10 +200,16 @@ class Answer:
             "total_tokens": prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": sum(c.cached_len for c in firsts)},
         }
+        counted, details = self.choices if choice is None else [choice], dict[str, int]()
         if self.generation.output_options is not None and self.generation.output_options.reasoning:
-            counted = self.choices if choice is None else [choice]
             thoughts = sum(c.output.num_reasoning_tokens for c in counted if c.output is not None)
-            out["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+            details["reasoning_tokens"] = thoughts
+        if drafted := sum(c.drafted for c in counted):
+            accepted = sum(c.accepted for c in counted)
+            details["accepted_prediction_tokens"] = accepted
+            details["rejected_prediction_tokens"] = drafted - accepted
+        if details:
+            out["completion_tokens_details"] = details
         return out
 
 

@@ -1,0 +1,154 @@
+"""Gives a step rows of guessed tokens, and takes back those that were wrong.
+
+The part of the scheduler's state that knows of speculation; what pays is decided in
+:mod:`asyncllm.core.speculation`, guesses come from :mod:`asyncllm.core.lookup`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection
+
+from asyncllm.core.lives import Lives
+from asyncllm.core.lookup import Lookup
+from asyncllm.core.speculation import READ_TOKENS, Speculation
+from asyncllm.core.steps import NO_TOKEN, Lane, Request, Row, Step
+
+
+class Drafting(Lives):
+    """Lives whose next tokens may be guessed.
+
+    The token behind a draft is sampled as it would be without: with the same uniform number, which
+    depends on seed and position only, and with penalties over the same tokens. So it is enough to
+    keep what was sampled behind tokens that have turned out right, and outputs are the same with
+    and without drafts. For a guess that is certain of itself this is rejection sampling: a draft is
+    accepted with the probability that the model gives it, and what replaces it is distributed as
+    the model's other tokens are.
+
+    Args:
+        speculation: None: nothing is guessed. The others: see ``scheduling.Core``.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_lanes: int,
+        num_slots: int,
+        eos_ids: Collection[int],
+        share_prompts: bool,
+        constraint_s: float,
+        num_ranks: int,
+        speculation: Speculation | None,
+    ) -> None:
+        super().__init__(
+            num_lanes=num_lanes,
+            num_slots=num_slots,
+            eos_ids=eos_ids,
+            share_prompts=share_prompts,
+            constraint_s=constraint_s,
+            num_ranks=num_ranks,
+        )
+        self.speculation = speculation
+
+    def _awaits_drafts(self, speculation: Speculation) -> bool:
+        """Whether nothing is to be planned before the running step is over."""
+        if speculation.trying:
+            return True
+        self._read_texts()
+        chances, num_rows, busy = [], 0, False
+        for req in self.running.values():
+            lane = req.lane
+            assert lane is not None
+            if lane.fill_len <= lane.planned < req.final_len:
+                num_rows += 1
+                busy |= lane.inflight > 0
+                if some := self._chances(req, lane, speculation.most):
+                    chances.append(some)
+        return busy and speculation.waits(chances, num_rows)
+
+    def _draft(self, speculation: Speculation, rows: list[Row], room: int) -> list[Row]:
+        """The rows, which have one token each, and behind them those of drafts; at most ``room``
+        more."""
+        chances = [
+            self._chances(req, lane, speculation.most) if not req.ahead(lane) else []
+            for req, lane, _ in rows
+        ]
+        if not any(chances):
+            return rows
+        out: list[Row] = []
+        nums = speculation.choose(chances, len(rows), room)
+        for row, num in zip(rows, nums, strict=True):
+            out.append(row)
+            if num:
+                req, lane, _ = row
+                assert req.lookup is not None
+                lane.drafts = req.lookup.guess(num)
+                lane.inflight += num
+                out += [row] * num
+        return out
+
+    def _chances(self, req: Request, lane: Lane, most: int) -> list[float]:
+        """Of drafts of the request's next row."""
+        lookup, ahead = req.lookup, req.ahead(lane)
+        if lookup is None or not lookup.guesses:
+            return []
+        most = min(most, req.final_len - lane.planned - 1)  # no token is sampled beyond the last
+        if most <= 0 or not self._is_free(req, ahead + most):
+            return []
+        return lookup.chances(most, ahead)
+
+    @staticmethod
+    def _is_free(req: Request, ahead: int) -> bool:
+        """As many tokens may come without a mask."""
+        if (constraint := req.constraint) is None:
+            return True
+        return not req.todo and constraint.mask_is_stable_for(ahead) and not constraint.mask()
+
+    def _read_texts(self) -> None:
+        """Go on reading what has not been read, a bounded number of tokens."""
+        left = READ_TOKENS
+        for req in self.running.values():
+            if (lookup := req.lookup) is None:
+                ids = req.prompt + req.outputs
+                lookup = req.lookup = Lookup(ids, len(req.prompt) + req.until)
+            if lookup.unread and left:
+                left -= lookup.read(left)
+
+    def _input(self, step: Step, req: Request, lane: Lane, start: int) -> int:
+        """The token at ``start``, behind those that the lane was opened with, for the next row of
+        ``step``; the device may not know it as the lane's last one where drafts were tried."""
+        if req.lookup is None:
+            return NO_TOKEN
+        at = start - req.known_len
+        if at < 0:
+            return req.outputs[start - len(req.prompt)]
+        if at >= len(lane.drafts):
+            return NO_TOKEN
+        step.drafts.add(len(step.plan.tokens))
+        req.drafted += 1
+        return lane.drafts[at]
+
+    def _take_wrong(self) -> tuple[tuple[int, int], ...]:
+        """(lane, number) of slots to be given back."""
+        if self.speculation is None:
+            return ()
+        wrong, self.speculation.wrong = self.speculation.wrong, []
+        return tuple((lane.number, num) for lane, num in wrong if not lane.over)
+
+    def _settle(self, step: Step, tokens: array[int]) -> array[int]:
+        """``tokens`` of a step with drafts, without those behind wrong ones, whose positions are
+        computed again."""
+        kept, right = tokens[:], True
+        wrong: dict[int, tuple[Lane, int]] = {}
+        for i in sorted(step.drafts):
+            _, lane, _ = step.rows[i]
+            if i - 1 not in step.drafts:
+                right = True
+            right = right and tokens[i - 1] == step.plan.tokens[i]
+            if not right:
+                kept[i] = NO_TOKEN
+                lane.planned -= 1
+                wrong[lane.number] = lane, wrong.get(lane.number, (lane, 0))[1] + 1
+        assert self.speculation is not None
+        self.speculation.settled([*wrong.values()], len(step.drafts))
+        return kept

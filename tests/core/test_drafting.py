@@ -1,0 +1,50 @@
+"""Guessed tokens in the scheduler: the same outputs, from fewer steps."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from asyncllm.core.windows import Window
+from asyncllm.messages import StepPlan
+from tests.actors.fake_device import World
+from tests.core.test_lives import live
+
+
+def drafts(plan: StepPlan) -> int:
+    return len(plan.lanes) - len(set(plan.lanes))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_lives_with_drafts_have_the_tokens_of_those_without(seed: int) -> None:
+    rng = random.Random(seed)
+    vocab, slides = rng.choice([2, 3, 5]), {}
+    if seed % 3 == 0:
+        size = rng.choice([1, 2, 5, 16, 40])
+        slides = {"window": size, "num_sliding": Window(size).most + rng.choice([1, 30, 60])}
+    world = World(
+        num_slots=rng.choice([90, 160, 300]),
+        num_lanes=rng.choice([1, 2, 5, 9]),
+        batch_max_tokens=rng.choice([8, 40]),
+        chunked_prefill_size=rng.choice([3, 8, 64]),
+        eos_ids={4} if vocab == 5 else (),
+        depth=rng.choice([1, 2, 3]),
+        headroom=rng.choice([0, 8]),
+        use_tree=rng.random() < 0.85,
+        share_prompts=rng.random() < 0.5,
+        encode_local=rng.random() < 0.3,
+        vocab=vocab,
+        drafts=rng.choice([1, 3, 8]),
+        **slides,
+    )
+    live(world, rng, 40, constrained=0.2 * (vocab == 5), clients=rng.choice([1, 3]))
+    world.check_end()
+    plans = world.device.plans
+    assert sum(map(drafts, plans)) > 20 or vocab == 5
+    assert max(max(Counter(plan.lanes).values(), default=0) for plan in plans) <= 9
+    told = sum(end.accepted for end in world.finished.values())
+    speculation = world.core.speculation
+    assert told <= speculation.accepted <= speculation.drafted == sum(map(drafts, plans))
+    assert speculation.trying == 0
