@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyncllm.engine import quant_torch
+from asyncllm.engine import quant_cuda
 from asyncllm.kernels.embedding import embed_rmsnorm
 from asyncllm.kernels.gated import gated
 from asyncllm.kernels.linear import linear
@@ -37,7 +37,7 @@ class TritonOps:
         return out if bias is None else out.add_(bias)
 
     def pack_quant(self, weight: QuantWeight) -> QuantWeight:
-        return weight
+        return quant_cuda.pack_quant(weight)
 
     def quant_linear(
         self,
@@ -46,7 +46,7 @@ class TritonOps:
         bias: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        return quant_torch.quant_linear(x, weight, bias, out)
+        return quant_cuda.quant_linear(x, weight, bias, out)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.dtype == torch.float32:

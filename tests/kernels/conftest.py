@@ -46,6 +46,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: object, **kwargs: object) -> Tensor:
         made = empty(*args, **kwargs)
-        return made.fill_(float("nan") if made.is_floating_point() else 0x3F3F3F3F)
+        number = 0x3F if made.element_size() == 1 else 0x3F3F3F3F
+        return made.fill_(float("nan") if made.is_floating_point() else number)
 
     monkeypatch.setattr(torch, "empty", poisoned)

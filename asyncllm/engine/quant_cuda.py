@@ -1,0 +1,140 @@
+"""Products with quantised weights on a CUDA device: which kernel serves how many rows.
+
+Few rows stay as they are and weights are widened in registers, which costs no pass over the rows;
+more come to 8 bits themselves, for the matrix units; many 4-bit weights are widened in memory, for
+the library's product. Each changes at a measured number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asyncllm.engine import quant_torch
+from asyncllm.kernels.autotune import tuned
+from asyncllm.kernels.quant.four_bits import SPANS, four_bits, pack, widen
+from asyncllm.kernels.quant.product import product
+from asyncllm.kernels.quant.rows import quantize_rows
+from asyncllm.kernels.quant.wide import fits_wide, wide
+from asyncllm.models.quantization import QuantKind, QuantWeight
+
+WIDENED = 1 << 25  # numbers of 4 bits that exist in 16 at a time
+# one row number of each class of each kernel: what serving may meet
+_CLASSES = (1, 9, 17, 33, 65, 129, 257, 2048)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantWays:
+    """Up to how many rows a kernel serves.
+
+    Attributes:
+        wide: as they are, weights widened in registers.
+        own: our product; above it is the library's.
+    """
+
+    wide: int
+    own: int
+
+
+_ALL = 1 << 30
+_WAYS: dict[QuantKind, QuantWays] = {
+    "fp8_channel": QuantWays(8, 256),
+    "fp8_block": QuantWays(8, _ALL),
+    "int8_channel": QuantWays(8, _ALL),
+    "int4_group": QuantWays(256, 256),
+}
+
+
+def ways_of(kind: QuantKind, device: torch.device) -> QuantWays:
+    """The device's measured ones or those of the table."""
+    entry = tuned(device, "quant ways", kind)
+    return _WAYS[kind] if entry is None else QuantWays(**entry)
+
+
+def pack_quant(weight: QuantWeight) -> QuantWeight:
+    """As ``quant_linear`` reads it: 4 bits in the layout of ``four_bits``; others as they are."""
+    if weight.kind != "int4_group" or weight.group % SPANS[-1]:
+        return weight
+    return QuantWeight(
+        weight.kind,
+        pack(weight.data, weight.group),
+        weight.scales,
+        weight.zeros,
+        weight.group,
+        weight.out_features,
+        weight.in_features,
+    )
+
+
+def prepare(weight: QuantWeight, dtype: torch.dtype) -> None:
+    """Builds what ``quant_linear`` will use for any number of rows: not all of it turns up in the
+    first steps."""
+    x = torch.zeros(_CLASSES[-1], weight.in_features, dtype=dtype, device=weight.data.device)
+    for num_rows in _CLASSES:
+        quant_linear(x[:num_rows], weight)
+
+
+def quant_linear(
+    x: Tensor,
+    weight: QuantWeight,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    ways: QuantWays | None = None,
+) -> Tensor:
+    """:meth:`asyncllm.models.ops.Ops.quant_linear` of a weight that went through ``pack_quant``.
+
+    ``ways``: instead of the device's, to measure others. Does not synchronise; safe in CUDA graphs.
+    """
+    if out is None:
+        out = torch.empty((len(x), weight.out_features), dtype=x.dtype, device=x.device)
+    ways = ways or ways_of(weight.kind, x.device)
+    if weight.kind == "int4_group":
+        return _of_four_bits(x, weight, bias, out, ways)
+    data, scales = weight.data, weight.scales
+    if len(x) <= ways.wide and fits_wide(x):
+        return wide(x, data, scales, bias, out=out)
+    values, x_scales = quantize_rows(x, data.dtype, blocked=weight.kind == "fp8_block")
+    if len(x) <= ways.own or not _fits_library(weight, out):
+        return product(values, x_scales, data, scales, bias, out=out)
+    return _library(values, x_scales, weight, bias, out)
+
+
+def _of_four_bits(
+    x: Tensor, weight: QuantWeight, bias: Tensor | None, out: Tensor, ways: QuantWays
+) -> Tensor:
+    data, scales, zeros = weight.data, weight.scales, weight.zeros
+    if data.dtype != torch.int16:  # groups that the kernel does not know
+        return quant_torch.quant_linear(x, weight, bias, out)
+    if len(x) <= ways.own:
+        return four_bits(x, data, scales, zeros, bias, out=out)
+    step = min(weight.out_features, max(1, WIDENED // weight.in_features))
+    space = torch.empty((step, weight.in_features), dtype=x.dtype, device=x.device)
+    for first in range(0, weight.out_features, step):
+        made = out[:, first : first + step]
+        part = widen(data, scales, zeros, first, space[: made.shape[1]])
+        torch.mm(x, part.t(), out=made)
+    return out if bias is None else out.add_(bias)
+
+
+def _fits_library(weight: QuantWeight, out: Tensor) -> bool:
+    """Whether ``torch._scaled_mm`` has this product."""
+    sizes = weight.out_features % 16 == 0 and weight.in_features % 16 == 0
+    return weight.kind == "fp8_channel" and sizes and out.dtype == torch.bfloat16
+
+
+def _library(
+    values: Tensor, x_scales: Tensor, weight: QuantWeight, bias: Tensor | None, out: Tensor
+) -> Tensor:
+    made = torch._scaled_mm(
+        values,
+        weight.data.t(),
+        x_scales[:, None],
+        weight.scales[None, :],
+        bias,
+        out_dtype=out.dtype,
+        use_fast_accum=True,
+        out=out if out.is_contiguous() else None,
+    )
+    return out if out.is_contiguous() else out.copy_(made)

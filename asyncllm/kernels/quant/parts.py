@@ -1,0 +1,60 @@
+"""A tile of a product whose inputs are divided among programs: their parts are added by the last.
+
+Owns the space where parts wait, one for each device: products of one device run one after the
+other. The order of the sum is that of the parts, whoever comes last.
+"""
+
+# mypy: allow-incomplete-defs
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from asyncllm.kernels.autotune import num_sms
+
+_PARTIAL = 2**22  # float32 numbers
+_COUNTERS = 2**14
+_MOST = 16  # parts
+
+
+@triton.jit
+def gathered(made, partial_ptr, counters_ptr):
+    """(The sum of what the programs of a tile made, whether this is the last of them); of those
+    before it the sum means nothing. The tile is ``program_id(0)``, the part ``program_id(1)``."""
+    parts = tl.num_programs(1)
+    ROWS: tl.constexpr = made.shape[0]
+    COLUMNS: tl.constexpr = made.shape[1]
+    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    at = partial_ptr + (tl.program_id(0) * parts).to(tl.int64) * (ROWS * COLUMNS) + place
+    tl.store(at + tl.program_id(1) * (ROWS * COLUMNS), made)
+    counter = counters_ptr + tl.program_id(0)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if last:
+        for part in tl.range(0, parts):
+            total += tl.load(at + part * (ROWS * COLUMNS), cache_modifier=".cg")
+        tl.store(counter, 0)  # for the next product
+    return total, last
+
+
+def num_parts(tiles: int, tile_size: int, steps: int, per_sm: int, device: torch.device) -> int:
+    """Into how many parts to divide the inputs: so that there are about ``per_sm`` programs to a
+    multiprocessor, as far as the space and the ``steps`` of a tile's inputs go."""
+    fit = min(_PARTIAL // (tiles * tile_size), steps, _MOST)
+    if tiles > _COUNTERS or fit < 2:
+        return 1
+    wanted = per_sm * num_sms(device) // tiles
+    return max(1, min(wanted, fit))
+
+
+@functools.cache
+def space(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where parts wait, and the counters of tiles, which are zero between products."""
+    partial = torch.empty(_PARTIAL, dtype=torch.float32, device=device)
+    return partial, torch.zeros(_COUNTERS, dtype=torch.int32, device=device)

@@ -1,0 +1,546 @@
+"""Time of products with quantised weights on a CUDA device, beside what the device can do.
+
+    python bench/kernels_quant.py [--quick] [--only KIND] [--out FOLDER]
+    python bench/kernels_quant.py --tune [--only KIND] [--seconds S] [--config FILE] [--out FOLDER]
+
+The four products of a layer of Llama-3.1-8B, each in a CUDA graph that goes through several weights,
+so that no cache helps. No number is printed while a kernel disagrees with its reference. Ceilings
+are those of the same run: bytes of the weights by the speed of a copy, or operations by the speed
+of a large product in 16 bits. The last table has the sum of the four products for each number of
+rows; ``--out`` gets every number as JSON. ``--tune`` tries configurations of the kernels of a kind
+instead, class by class, the likeliest first; the best go into ``--config``, a file of the form of
+asyncllm/kernels/configs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from asyncllm.engine import quant_torch
+from asyncllm.engine.quant_cuda import QuantWays, pack_quant, quant_linear, ways_of
+from asyncllm.kernels.quant import four_bits as bits
+from asyncllm.kernels.quant import product as own
+from asyncllm.kernels.quant import wide as widened
+from asyncllm.kernels.quant.rows import (
+    gated_rows,
+    gated_rows_ref,
+    quantize_rows,
+    quantize_rows_ref,
+    rmsnorm_rows,
+    rmsnorm_rows_ref,
+)
+from asyncllm.models.quantization import QuantKind, QuantWeight
+from bench.kernels import BOUND, Ceiling, measure_ceiling, merge_into, randn
+
+PRODUCTS = {
+    "qkv": (6144, 4096),
+    "out": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+}
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
+KINDS: tuple[QuantKind, ...] = ("fp8_channel", "int4_group", "int8_channel", "fp8_block")
+FAR_BYTES = 150_000_000  # of weights that a graph goes through: three times the L2 cache
+THREADS = 12
+EXACT = 1 << 30
+Call = Callable[[], object]
+
+
+def make_weight(kind: QuantKind, n: int, k: int) -> QuantWeight:
+    """A random one, in the layout of the checkpoint."""
+    zeros = None
+    if kind == "int4_group":
+        data = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+        scales = (torch.rand(k // 128, n, device="cuda") / 100).bfloat16()
+        zeros = torch.randint(0, 17, scales.shape, device="cuda").bfloat16()
+        return QuantWeight(kind, data, scales, zeros, 128, n, k)
+    kind8 = torch.int8 if kind == "int8_channel" else torch.float8_e4m3fn
+    data, scales = quantize_rows_ref(randn(n, k) / k**0.5, kind8)
+    if kind == "fp8_block":
+        scales = torch.rand(-(-n // 128), -(-k // 128), device="cuda") / 448
+    return QuantWeight(kind, data, scales, zeros, 128 if kind == "fp8_block" else k, n, k)
+
+
+def median_us(calls: Sequence[Call], quick: bool) -> float:
+    """Median time per call of a graph that runs all ``calls`` in turn, several times over."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    turns = max(1, 12 // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(turns):
+            for call in calls:
+                call()
+    times = []
+    for _ in range(6 if quick else 20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times[1:]) / (turns * len(calls))
+
+
+def distance(want: Tensor, got: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def wrong_kernels(kinds: Iterable[QuantKind]) -> list[str]:
+    """Names of kernels that differ from their reference, with the error. Prints how far results are
+    from products with the weights as they are, in float64."""
+    found: list[str] = []
+
+    def compare(name: str, want: Tensor, got: Tensor, bound: float = BOUND) -> None:
+        error = distance(want, got)
+        if not error <= bound:
+            found.append(f"{name}: relative error {error:.1e}")
+
+    x, weight = randn(37, 4096), randn(4096)
+    for kind8, blocked in (
+        (torch.float8_e4m3fn, False),
+        (torch.float8_e4m3fn, True),
+        (torch.int8, False),
+    ):
+        for name, got, want in (
+            ("rows", quantize_rows, quantize_rows_ref),
+            ("norm", rmsnorm_rows, rmsnorm_rows_ref),
+            ("gated", gated_rows, gated_rows_ref),
+        ):
+            args = {"norm": (weight, 1e-5), "gated": ("silu",)}.get(name, ())
+            made, wanted = (f(x, *args, kind8, blocked=blocked) for f in (got, want))
+            for part in (0, 1):
+                compare(f"{name} {kind8} {blocked}", wanted[part].float(), made[part].float())
+    for kind in kinds:
+        shown = []
+        for num_rows in (1, 8, 13, 30, 60, 120, 250, 700):
+            held = make_weight(kind, 1100, 1408)  # whole blocks of 16 only
+            held = dataclasses.replace(held, out_features=1088, data=held.data[:1088])
+            held = dataclasses.replace(held, scales=_rows_of(held, 1088))
+            if held.zeros is not None:
+                held = dataclasses.replace(held, zeros=held.zeros[:, :1088].contiguous())
+            x = randn(num_rows, 1408)
+            packed = pack_quant(held)
+            exact = x.double() @ quant_torch.dequantize(held).double().t()
+            rounded = quant_torch.quant_linear(x.float(), held)
+            for name, ways in (
+                ("own", QuantWays(0, EXACT)),
+                ("library", QuantWays(0, 0)),
+                ("wide", QuantWays(EXACT, EXACT)),
+            ):
+                if kind == "int4_group" and name == "wide":
+                    continue
+                made = quant_linear(x, packed, ways=ways)
+                want = exact if name == "wide" else rounded
+                compare(f"{kind} {name}, {num_rows} rows", want, made)
+                if num_rows in (1, 700):
+                    shown.append(f"{name} {num_rows}: {distance(exact, made):.1e}")
+        print(f"{kind}, distance from float64: " + "  ".join(shown), flush=True)
+    return found
+
+
+def _rows_of(weight: QuantWeight, n: int) -> Tensor:
+    if weight.kind == "int4_group":
+        return weight.scales[:, :n].contiguous()
+    return weight.scales[: -(-n // 128) if weight.kind == "fp8_block" else n]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of a kind: of each product as many as no cache holds."""
+
+    kind: str
+    weights: dict[str, list[Any]]
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        return {name: held[0].nbytes for name, held in self.weights.items()}
+
+
+def make_layer(kind: QuantKind | None) -> Layer:
+    """``kind`` None: in 16 bits."""
+    weights: dict[str, list[Any]] = {}
+    for name, (n, k) in PRODUCTS.items():
+        first = randn(n, k) if kind is None else pack_quant(make_weight(kind, n, k))
+        copies = -(-FAR_BYTES // first.nbytes)
+        weights[name] = [first]
+        for _ in range(copies - 1):
+            if isinstance(first, Tensor):
+                weights[name].append(first.clone())
+            else:
+                weights[name].append(dataclasses.replace(first, data=first.data.clone()))
+    return Layer(kind or "bf16", weights)
+
+
+def linear_calls(layer: Layer, name: str, x: Tensor, ways: QuantWays | None) -> list[Call]:
+    out = torch.empty(len(x), PRODUCTS[name][0], dtype=x.dtype, device=x.device)
+    if layer.kind == "bf16":
+        return [partial(torch.mm, x, w.t(), out=out) for w in layer.weights[name]]
+    return [partial(quant_linear, x, w, out=out, ways=ways) for w in layer.weights[name]]
+
+
+def product_calls(layer: Layer, name: str, x: Tensor, fast: bool = True) -> list[Call]:
+    """Without what brings rows to 8 bits: our product, or the library's."""
+    out = torch.empty(len(x), PRODUCTS[name][0], dtype=x.dtype, device=x.device)
+    calls: list[Call] = []
+    for weight in layer.weights[name]:
+        values, scales = quantize_rows(x, weight.data.dtype, blocked=layer.kind == "fp8_block")
+        if fast:
+            calls.append(partial(own.product, values, scales, weight.data, weight.scales, out=out))
+        else:
+            calls.append(
+                partial(
+                    torch._scaled_mm,
+                    values,
+                    weight.data.t(),
+                    scales[:, None],
+                    weight.scales[None, :],
+                    out_dtype=x.dtype,
+                    use_fast_accum=True,
+                    out=out,
+                )
+            )
+    return calls
+
+
+def ways_for(kind: str, num_rows: int) -> dict[str, QuantWays]:
+    """What is worth a measurement."""
+    if kind == "int4_group":
+        found = {"own": QuantWays(0, EXACT)}
+        if num_rows >= 64:
+            found["library"] = QuantWays(0, 0)
+        return found if num_rows <= 1024 else {"library": QuantWays(0, 0)}
+    found = {"own": QuantWays(0, EXACT)}
+    if num_rows <= 32:
+        found["wide"] = QuantWays(EXACT, EXACT)
+    if kind == "fp8_channel" and num_rows >= 64:
+        found["library"] = QuantWays(0, 0)
+    return found
+
+
+def build_all(calls: Iterable[Call]) -> None:
+    """Compiles in parallel what the calls need."""
+
+    def run(call: Call) -> None:
+        torch.cuda.set_device(0)
+        call()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(run, calls))
+    torch.cuda.synchronize()
+
+
+def measure(kinds: Iterable[QuantKind], quick: bool) -> dict[str, dict[str, dict[str, float]]]:
+    """ "kind way" -> number of rows -> product -> microseconds."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+
+    def note(key: str, num_rows: int, name: str, calls: Sequence[Call]) -> None:
+        us = median_us(calls, quick)
+        found.setdefault(key, {}).setdefault(str(num_rows), {})[name] = round(us, 2)
+
+    for kind in (None, *kinds):
+        layer = make_layer(kind)
+        x = randn(max(ROWS), max(k for _, k in PRODUCTS.values()))
+        if kind is not None:
+            build_all(
+                linear_calls(layer, name, x[:num_rows, :k].contiguous(), ways)[0]
+                for name, (_, k) in PRODUCTS.items()
+                for num_rows in ROWS
+                for ways in ways_for(kind, num_rows).values()
+            )
+        for num_rows in ROWS:
+            for name, (_, k) in PRODUCTS.items():
+                rows = x[:num_rows, :k].contiguous()
+                if kind is None:
+                    note("bf16", num_rows, name, linear_calls(layer, name, rows, None))
+                    continue
+                for way, ways in ways_for(kind, num_rows).items():
+                    note(f"{kind} {way}", num_rows, name, linear_calls(layer, name, rows, ways))
+                if kind != "int4_group" and num_rows <= 512:
+                    note(f"{kind} product", num_rows, name, product_calls(layer, name, rows))
+                if kind == "fp8_channel":
+                    calls = product_calls(layer, name, rows, fast=False)
+                    note(f"{kind} scaled_mm", num_rows, name, calls)
+        del layer
+        torch.cuda.empty_cache()
+    return found
+
+
+def show(found: dict[str, dict[str, dict[str, float]]], ceiling: Ceiling) -> None:
+    """Sums of the four products, and the share of the bytes' or the operations' ceiling."""
+    per_weight = {"bf16": 2.0, "int4_group": 0.5 + 4 / 128}
+    num_weights = sum(n * k for n, k in PRODUCTS.values())
+    print("\nus of the four products (share of the ceiling), by rows")
+    print(" " * 22 + "".join(f"{rows:>14}" for rows in ROWS))
+    for key, by_rows in found.items():
+        kind = key.split()[0]
+        cells = []
+        for num_rows in ROWS:
+            times = by_rows.get(str(num_rows))
+            if times is None:
+                cells.append(" " * 14)
+                continue
+            us = sum(times.values())
+            speed = 1 if kind in ("bf16", "int4_group") else 2
+            least = 1e6 * max(
+                num_weights * per_weight.get(kind, 1.0) / ceiling.bytes_per_s,
+                2 * num_weights * num_rows / (speed * ceiling.flops_per_s),
+            )
+            cells.append(f"{us:8.1f} {least / us:4.0%} ")
+        print(f"{key:22}" + "".join(cells))
+
+
+def small_steps(quick: bool) -> dict[str, float]:
+    """Microseconds of what brings rows to 8 bits."""
+    found = {}
+    weight = randn(4096)
+    for num_rows in (1, 8, 64, 256, 4096):
+        x, inner = randn(num_rows, 4096), randn(num_rows, 28672)
+        residual = torch.zeros_like(x)
+        fp8 = torch.float8_e4m3fn
+        for name, call in {
+            "rows": partial(quantize_rows, x, fp8),
+            "rows blocked": partial(quantize_rows, x, fp8, blocked=True),
+            "add_rmsnorm": partial(rmsnorm_rows, x, weight, 1e-5, fp8, residual=residual),
+            "gated": partial(gated_rows, inner, "silu", fp8),
+            "gated blocked": partial(gated_rows, inner, "silu", fp8, blocked=True),
+        }.items():
+            found[f"{name} {num_rows}"] = round(median_us([call], quick), 2)
+    print("to 8 bits, us: " + "  ".join(f"{name}: {us}" for name, us in found.items()))
+    return found
+
+
+# -- tuning ------------------------------------------------------------------------------------
+
+# rows, block_n, block_k, warps, stages, per_sm, copy
+PRODUCT_CHOICES = {
+    "8": [
+        *[(8, 64, 128, 4, 6, 3, False), (8, 64, 256, 4, 4, 3, False), (8, 64, 128, 4, 6, 3, True)],
+        *[(8, 32, 256, 2, 4, 6, False), (8, 64, 256, 4, 4, 2, True), (8, 128, 128, 4, 5, 2, False)],
+        *[(8, 16, 512, 1, 4, 8, False), (8, 64, 128, 4, 8, 2, False), (8, 32, 256, 4, 4, 4, False)],
+        *[(8, 64, 256, 4, 4, 1, False), (8, 64, 512, 4, 3, 2, False), (8, 128, 256, 8, 3, 2, True)],
+    ],
+    "16": [
+        *[(16, 64, 128, 4, 6, 3, False), (16, 64, 256, 4, 4, 3, False)],
+        *[(16, 64, 128, 4, 6, 3, True), (16, 64, 256, 4, 4, 2, True)],
+        *[(16, 128, 128, 4, 5, 2, False), (16, 64, 256, 4, 4, 1, False)],
+    ],
+    "32": [
+        *[(32, 64, 128, 4, 5, 3, False), (32, 64, 256, 4, 4, 2, False)],
+        *[(32, 64, 128, 4, 5, 3, True), (32, 64, 256, 4, 4, 2, True)],
+        *[(32, 128, 128, 4, 4, 2, False), (32, 128, 128, 4, 5, 2, True)],
+    ],
+    "64": [
+        *[(64, 64, 128, 4, 5, 2, False), (64, 64, 256, 4, 3, 2, False)],
+        *[(64, 64, 128, 4, 5, 2, True), (64, 128, 128, 4, 4, 2, False)],
+        *[(64, 128, 128, 8, 4, 1, True), (64, 64, 256, 4, 4, 1, True)],
+    ],
+    "128": [
+        *[(128, 64, 128, 4, 4, 2, False), (128, 64, 128, 4, 4, 2, True)],
+        *[(128, 128, 128, 8, 4, 1, False), (128, 128, 128, 8, 4, 1, True)],
+        *[(64, 128, 128, 4, 4, 2, True), (128, 64, 256, 4, 3, 1, True)],
+    ],
+    "256": [
+        *[(128, 128, 128, 8, 4, 1, False), (128, 128, 128, 8, 4, 1, True)],
+        *[(256, 64, 128, 4, 3, 1, True), (256, 128, 128, 8, 3, 1, True)],
+        *[(128, 64, 128, 4, 4, 2, True), (64, 128, 128, 4, 4, 2, True)],
+        *[(128, 128, 128, 4, 3, 1, True), (256, 64, 128, 8, 4, 1, True)],
+    ],
+    "many": [
+        *[(128, 128, 128, 8, 4, 0, False), (128, 128, 128, 8, 4, 0, True)],
+        *[(256, 128, 128, 8, 3, 0, True), (128, 256, 128, 8, 3, 0, True)],
+        *[(256, 64, 128, 4, 4, 0, True), (256, 128, 128, 8, 4, 0, True)],
+    ],
+}
+# rows, block_n, block_k, warps, stages, per_sm
+WIDE_CHOICES = {
+    "8": [
+        *[(8, 64, 128, 4, 5, 3), (8, 64, 256, 4, 4, 3), (8, 32, 256, 2, 4, 6)],
+        *[(8, 16, 512, 1, 4, 8), (8, 64, 128, 4, 8, 2), (8, 32, 256, 4, 4, 4)],
+        *[(8, 128, 128, 8, 4, 2), (8, 64, 256, 4, 4, 2), (8, 64, 256, 4, 4, 1)],
+        *[(8, 32, 128, 2, 6, 6), (8, 64, 128, 4, 6, 4), (8, 16, 256, 1, 6, 12)],
+    ],
+    "16": [
+        *[(16, 64, 128, 4, 5, 3), (16, 64, 256, 4, 4, 2), (16, 128, 128, 4, 4, 2)],
+        *[(16, 32, 256, 2, 4, 6), (16, 32, 128, 2, 6, 4)],
+    ],
+    "many": [(32, 64, 128, 4, 4, 3), (32, 64, 256, 4, 3, 2), (32, 128, 128, 4, 4, 2)],
+}
+# rows, block_n, warps, stages, per_sm
+BITS_CHOICES = {
+    "8": [
+        *[(8, 64, 4, 4, 4), (8, 32, 2, 4, 8), (8, 64, 4, 6, 3), (8, 16, 1, 5, 12)],
+        *[(8, 128, 4, 4, 2), (8, 64, 4, 4, 2), (8, 32, 4, 4, 6), (8, 32, 2, 6, 6)],
+        *[(8, 64, 4, 3, 6), (8, 128, 8, 4, 2), (8, 64, 2, 4, 4)],
+    ],
+    "16": [
+        *[(16, 64, 4, 4, 3), (16, 64, 4, 4, 2), (16, 32, 2, 4, 6), (16, 128, 8, 3, 2)],
+        *[(16, 64, 4, 3, 4)],
+    ],
+    "32": [(32, 64, 4, 4, 3), (32, 64, 4, 3, 2), (32, 128, 8, 3, 2), (32, 128, 4, 3, 2)],
+    "64": [(64, 64, 4, 3, 2), (64, 128, 8, 3, 1), (64, 64, 4, 2, 2), (64, 128, 4, 3, 1)],
+    "many": [(128, 128, 8, 2, 1), (64, 128, 8, 3, 1), (64, 128, 4, 3, 2), (128, 64, 4, 2, 2)],
+}
+AT = {"8": (1, 8), "16": (16,), "32": (32,), "64": (64,), "128": (128,), "256": (256,)}
+Trial = tuple[str, type[Any], list[tuple[Any, ...]], tuple[int, ...]]
+
+
+def trials(kind: QuantKind) -> Iterator[Trial]:
+    """Key of a class, its type of configuration, the choices, and the numbers of rows."""
+    name = {"fp8_channel": "fp8", "int8_channel": "int8", "fp8_block": "fp8 block"}.get(kind, "")
+    if kind == "int4_group":
+        for size, bits_choices in BITS_CHOICES.items():
+            yield f"int4 {size}", bits.FourBitsConfig, bits_choices, AT.get(size, (128, 256))
+        return
+    for size, wide_choices in WIDE_CHOICES.items():
+        if kind == "fp8_block":
+            wide_choices = [c for c in wide_choices if c[2] == 128]
+        yield f"wide {name} {size}", widened.WideConfig, wide_choices, AT.get(size, (32,))
+    for size, choices in PRODUCT_CHOICES.items():
+        if kind == "fp8_block":
+            choices = [c for c in choices if c[2] == 128 and c[1] <= 128]
+        yield f"{name} {size}", own.ProductConfig, choices, AT.get(size, (512, 2048))
+
+
+def tuned_calls(layer: Layer, name: str, x: Tensor, config: Any) -> list[Call]:
+    """Of the kernel that ``config`` is of, without what brings rows to 8 bits."""
+    out = torch.empty(len(x), PRODUCTS[name][0], dtype=x.dtype, device=x.device)
+    calls: list[Call] = []
+    for w in layer.weights[name]:
+        if isinstance(config, bits.FourBitsConfig):
+            calls.append(
+                partial(bits.four_bits, x, w.data, w.scales, w.zeros, out=out, config=config)
+            )
+        elif isinstance(config, widened.WideConfig):
+            calls.append(partial(widened.wide, x, w.data, w.scales, out=out, config=config))
+        else:
+            values, scales = quantize_rows(x, w.data.dtype, blocked=layer.kind == "fp8_block")
+            calls.append(
+                partial(own.product, values, scales, w.data, w.scales, out=out, config=config)
+            )
+    return calls
+
+
+def tune(kinds: Sequence[QuantKind], seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The best configuration of each class, and the microseconds of all that were tried."""
+    best: dict[str, Any] = {}
+    tried: dict[str, Any] = {}
+    end = time.monotonic() + seconds
+    for kind in kinds:
+        layer = make_layer(kind)
+        x = randn(2048, max(k for _, k in PRODUCTS.values()))
+        for key, make, choices, at in trials(kind):
+            if time.monotonic() > end:
+                print(f"{key}: not tried, time is over")
+                continue
+            rows = {(m, k): x[:m, :k].contiguous() for m in at for _, k in PRODUCTS.values()}
+
+            def timed(
+                config: Any, rows: Any = rows, at: Any = at, layer: Any = layer
+            ) -> list[float]:
+                return [
+                    sum(
+                        median_us(tuned_calls(layer, name, rows[m, k], config), True)
+                        for name, (_, k) in PRODUCTS.items()
+                    )
+                    for m in at
+                ]
+
+            def build(config: Any, rows: Any = rows, at: Any = at, layer: Any = layer) -> Any:
+                torch.cuda.set_device(0)
+                try:
+                    for name in PRODUCTS:
+                        tuned_calls(layer, name, rows[at[0], PRODUCTS[name][1]], config)[0]()
+                except (OutOfResources, triton.CompilationError, ValueError) as error:
+                    return f"{type(error).__name__}: {str(error)[:80]}"
+                return config
+
+            with ThreadPoolExecutor(THREADS) as pool:
+                built = list(pool.map(build, [make(*choice) for choice in choices]))
+            times: dict[Any, list[float]] = {}
+            for choice, config in zip(choices, built, strict=True):
+                if isinstance(config, str):
+                    print(f"{key} {choice}: {config}")
+                    continue
+                times[config] = timed(config)
+                shown = "  ".join(f"{us:8.1f}" for us in times[config])
+                print(f"{key:16} {choice!s:36} us at {at}: {shown}", flush=True)
+                tried[f"{key} {choice}"] = times[config]
+            if times:
+                first = min(times, key=lambda config: sum(times[config]))
+                best[key] = dataclasses.asdict(first)
+        del layer
+        torch.cuda.empty_cache()
+    print("\nbest")
+    for key, entry in best.items():
+        print(f"{key:16} {tuple(entry.values())}")
+    return best, tried
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--only", choices=KINDS, action="append", help="these kinds of weights")
+    parser.add_argument("--tune", action="store_true", help="try configurations")
+    parser.add_argument("--seconds", type=float, default=300, help="how long to tune")
+    parser.add_argument("--config", type=Path, help="JSON file that tuning updates")
+    parser.add_argument("--out", type=Path, help="folder for all numbers as JSON")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    kinds: Sequence[QuantKind] = options.only or KINDS
+    begin = time.monotonic()
+    if wrong := wrong_kernels(kinds):
+        print("no numbers, results are wrong:\n  " + "\n  ".join(wrong), file=sys.stderr)
+        return 1
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"results are right, {time.monotonic() - begin:.0f} s")
+    numbers: dict[str, Any]
+    if options.tune:
+        best, tried = tune(kinds, options.seconds)
+        numbers = {"best": best, "tried": tried}
+        if options.config:
+            merge_into(options.config, "quant", best)
+    else:
+        ceiling = measure_ceiling(options.quick)
+        print(
+            f"copy {ceiling.bytes_per_s / 1e12:.2f} TB/s, bf16 matrix product "
+            f"{ceiling.flops_per_s / 1e12:.0f} TFLOP/s; in 8 bits twice that is taken"
+        )
+        for kind in kinds:
+            print(f"ways of {kind}: {ways_of(kind, torch.device('cuda', 0))}")
+        steps = small_steps(options.quick)
+        found = measure(kinds, options.quick)
+        numbers = {"ceiling": dataclasses.asdict(ceiling), "us": found, "steps": steps}
+        show(found, ceiling)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        name = "quant_tune.json" if options.tune else "quant.json"
+        (options.out / name).write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"{time.monotonic() - begin:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

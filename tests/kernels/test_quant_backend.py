@@ -1,0 +1,134 @@
+"""Quantised products as a CUDA device runs them, against those of plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from asyncllm.engine import quant_cuda, quant_torch
+from asyncllm.engine.quant_cuda import QuantWays
+from asyncllm.models.quantization import QuantKind, QuantWeight
+from tests.kernels.harness import DEVICE, assert_close, randn, replayed
+
+KINDS: list[tuple[QuantKind, int]] = [
+    ("fp8_channel", 0),
+    ("fp8_block", 128),
+    ("int8_channel", 0),
+    ("int4_group", 32),
+    ("int4_group", 128),
+    ("int4_group", 24),
+]
+NONE = QuantWays(0, 1 << 30)
+
+
+def make_weight(
+    kind: QuantKind, group: int, shape: tuple[int, int], dtype: torch.dtype
+) -> QuantWeight:
+    n, k = shape
+    matrix, zeros = randn(n, k, dtype=torch.float32, seed=1), None
+    if kind == "int4_group":
+        data = randn(n, k // 2, dtype=torch.float32, seed=1).mul(60).to(torch.uint8)
+        scales = (randn(k // group, n, dtype=torch.float32, seed=2) / 16).to(dtype)
+        zeros = randn(k // group, n, dtype=torch.float32, seed=3).mul(9).clamp(0, 16).round()
+        return QuantWeight(kind, data, scales, zeros.to(dtype), group, n, k)
+    kind8 = torch.int8 if kind == "int8_channel" else torch.float8_e4m3fn
+    data, scales = quant_torch.quantize_rows(matrix, kind8)
+    scales = scales[:, 0].contiguous()
+    if kind == "fp8_block":
+        scales = randn(-(-n // 128), -(-k // 128), dtype=torch.float32, seed=2).abs() / 100
+    return QuantWeight(kind, data, scales, zeros, group or k, n, k)
+
+
+@pytest.mark.parametrize("num_rows", [1, 9])
+@pytest.mark.parametrize(("kind", "group"), KINDS, ids=str)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_rows_in_8_bits_as_in_plain_torch(kind: QuantKind, group: int, num_rows: int) -> None:
+    weight = make_weight(kind, group, (72, 768), torch.float16)
+    x, bias = randn(num_rows, 768, dtype=torch.float16), randn(72, dtype=torch.float16, seed=7)
+    packed = quant_cuda.pack_quant(weight)
+    assert packed.nbytes <= weight.nbytes * 1.2
+    got = quant_cuda.quant_linear(x, packed, bias, ways=NONE)
+    assert_close("out", quant_torch.quant_linear(x, weight, bias), got)
+
+
+@pytest.mark.parametrize(("kind", "group"), KINDS[:3], ids=str)
+def test_few_rows_stay_as_they_are(kind: QuantKind, group: int) -> None:
+    weight = make_weight(kind, group, (72, 768), torch.float16)
+    x, out = randn(2, 768, dtype=torch.float16), randn(2, 72, dtype=torch.float16, seed=7)
+    exact = x.float() @ quant_torch.dequantize(weight).t()
+    assert quant_cuda.quant_linear(x, weight, out=out, ways=QuantWays(2, 9)) is out
+    assert_close("out", exact.half(), out)
+    # odd inputs cannot be read in pairs
+    narrow = make_weight(kind, group, (72, 767), torch.float16)
+    got = quant_cuda.quant_linear(x[:, :767], narrow)
+    assert_close("odd", quant_torch.quant_linear(x[:, :767], narrow), got)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_many_rows_of_four_bits_by_way_of_the_library(
+    zeros: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of the outputs; into what may be a part of something wider."""
+    monkeypatch.setattr(quant_cuda, "WIDENED", 20 * 768)
+    made = make_weight("int4_group", 64, (72, 768), torch.float16)
+    weight = QuantWeight(
+        made.kind, made.data, made.scales, made.zeros if zeros else None, 64, 72, 768
+    )
+    x, bias = randn(5, 768, dtype=torch.float16), randn(72, dtype=torch.float16, seed=7)
+    space = torch.full((5, 80), 7.0, dtype=torch.float16, device=DEVICE)
+    packed = quant_cuda.pack_quant(weight)
+    got = quant_cuda.quant_linear(x, packed, bias, space[:, 4:76], QuantWays(0, 4))
+    want = quant_torch.quant_linear(x, weight, bias)
+    assert_close("out", want, got.contiguous(), 3e-3)
+    assert (space[:, :4] == 7).all()
+    assert (space[:, 76:] == 7).all()
+
+
+def test_preparing_meets_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each kernel that a kind has."""
+    from asyncllm.kernels.quant import four_bits, product, wide
+
+    seen: list[tuple[str, int]] = []
+
+    def spied(name: str) -> object:
+        def call(x: Tensor, *args: object, out: Tensor, **more: object) -> Tensor:
+            seen.append((name, len(x)))
+            return out
+
+        return call
+
+    for name in ("four_bits", "product", "wide", "_library"):
+        monkeypatch.setattr(quant_cuda, name, spied(name))
+    monkeypatch.setattr(quant_cuda, "quantize_rows", lambda x, *a, **k: (x, x))
+    for kind, group in KINDS[:4]:
+        weight = make_weight(kind, group, (32, 256), torch.float16)
+        quant_cuda.prepare(quant_cuda.pack_quant(weight), torch.float16)
+    rows = {name: [n for used, n in seen if used == name] for name in ("four_bits", "product")}
+    wide_rows = [n for used, n in seen if used == "wide"]
+    assert {product.row_class(n) for n in rows["product"]} >= {
+        "16",
+        "32",
+        "64",
+        "128",
+        "256",
+        "many",
+    }
+    assert {four_bits.row_class(n) for n in rows["four_bits"]} == {*["8", "16", "32", "64", "many"]}
+    assert {wide.row_class(n) for n in wide_rows} == {"8"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 8, 20, 100, 300, 1000])
+@pytest.mark.parametrize(("kind", "group"), KINDS, ids=str)
+def test_model_shapes_in_a_cuda_graph(kind: QuantKind, group: int, num_rows: int) -> None:
+    k = 4104 if group == 24 else 4096
+    weight = make_weight(kind, group, (1536, k), torch.bfloat16)
+    packed = quant_cuda.pack_quant(weight)
+    x, fresh = (randn(num_rows, k, dtype=torch.bfloat16, seed=i) for i in range(2))
+    out = torch.empty(num_rows, 1536, dtype=torch.bfloat16, device=DEVICE)
+    replayed(lambda: quant_cuda.quant_linear(x, packed, out=out), before=lambda: x.copy_(fresh))
+    exact = (fresh.float() @ quant_torch.dequantize(weight).t()).bfloat16()
+    assert_close("out", exact, out, 0.04 if kind != "int4_group" else 8e-3)
+    if num_rows > quant_cuda.ways_of(kind, x.device).wide:
+        assert_close("rounded", quant_torch.quant_linear(fresh, weight), out, 1e-2)
