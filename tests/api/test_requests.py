@@ -16,7 +16,7 @@ from asyncllm.api.common.model import RequestModel, limits_text
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
 from asyncllm.api.openapi.document import of_models
-from asyncllm.api.openapi.field_docs import kinds, unavailable
+from asyncllm.api.openapi.field_docs import kinds
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound, RequestError
@@ -38,10 +38,9 @@ SCHEMAS = of_models([param.values[1] for param in ROUTES])
 
 
 def fields(model: type[RequestModel]) -> dict[str, dict[str, Any]]:
-    """The schemas of fields that are not refused."""
+    """The schemas of fields that are honoured."""
     told: dict[str, dict[str, Any]] = SCHEMAS[model.__name__]["properties"]
-    refused = unavailable(model)
-    return {name: told[name] for name in told if name not in refused}
+    return {name: told[name] for name in told if name in model.model_fields}
 
 
 FIELDS = [

@@ -97,6 +97,16 @@ def conversation(given: Sequence[UserMessage | AssistantMessage | SystemMessage]
     return builder.messages
 
 
+def with_recent_thoughts(turns: Messages, most: int) -> Messages:
+    """The conversation with the reasoning of the last ``most`` turns that have any."""
+    thoughts = [i for i, turn in enumerate(turns) if "reasoning_content" in turn]
+    gone = set(thoughts[:-most])
+    return [
+        {key: value for key, value in turn.items() if i not in gone or key != "reasoning_content"}
+        for i, turn in enumerate(turns)
+    ]
+
+
 def system_text(content: str | Sequence[TextBlock]) -> str:
     """The text of the system prompt, without what Claude Code tells Anthropic's billing: that is
     another for each request, so that no prompt would share its beginning with one before."""

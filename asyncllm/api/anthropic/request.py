@@ -6,16 +6,21 @@ Knows request bodies; messages are in :mod:`asyncllm.api.anthropic.messages`, an
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field
 
-from asyncllm.api.anthropic.messages import InputMessage, TextContent, conversation, system_text
+from asyncllm.api.anthropic.messages import (
+    InputMessage,
+    TextContent,
+    conversation,
+    system_text,
+    with_recent_thoughts,
+)
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.conversation import MAX_MESSAGES, with_system
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.model import (
-    AnyObject,
     Float,
     Integer,
     Items,
@@ -41,6 +46,8 @@ from asyncllm.api.common.validation import (
 from asyncllm.api.parsing.output_parser import OutputOptions
 from asyncllm.api.parsing.tools import Tool
 from asyncllm.core.request import SamplingParams
+
+_BILLING: Final = "nothing is billed"
 
 
 class CustomTool(RequestModel):
@@ -103,7 +110,46 @@ class OutputConfig(RequestModel):
     format: OutputFormat | None = None
 
 
+class ThinkingTurns(RequestModel):
+    type: Literal["thinking_turns"] = "thinking_turns"
+    value: Annotated[Integer, Range(1, MAX_INT32)]
+
+
+class AllThinking(RequestModel):
+    type: Literal["all"]
+
+
+class ClearThinking(RequestModel):
+    type: Literal["clear_thinking_20251015"]
+    keep: Annotated[Literal["all"] | ThinkingTurns | AllThinking, Variants("all, or an object")] = (
+        Field(default_factory=lambda: ThinkingTurns(value=1))
+    )
+
+
+class ContextManagement(RequestModel):
+    edits: Items[Annotated[ClearThinking, Variants(other="edits of type {} are not available")]] = (
+        Field(default_factory=list)
+    )
+
+
 class CountRequest(RequestModel):
+    refused: ClassVar = {
+        "mcp_servers": Unavailable("MCP", []),
+        "compaction": Unavailable("compaction"),
+        "inference_geo": Unavailable("choosing where the model runs", "global"),
+        "speed": Unavailable("choosing a speed", "standard"),
+    }
+    ignored: ClassVar = {
+        "cache_control": "the prefix cache needs no hints",
+        "service_tier": "all requests have one",
+        "fallbacks": "there is one model, and it declines nothing by a policy",
+        "fallback_credit_token": _BILLING,
+        "billing_policy": _BILLING,
+        "user_profile_id": _BILLING,
+        "workspace_id": _BILLING,
+        "betas": "what a beta adds is honoured or refused by its own field",
+        "diagnostics": "it asks about another server's cache",
+    }
     model: ModelName = None
     messages: Annotated[Items[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
         description="turns of user and assistant (and system); content is a string or blocks: text, "
@@ -135,14 +181,20 @@ class CountRequest(RequestModel):
         description="{effort, format}: effort is handed to the chat template; format {type: "
         "json_schema, schema}: the output is valid against the schema",
     )
+    context_management: ContextManagement | None = Field(
+        None,
+        description="{edits: [{type: clear_thinking_20251015, keep}]}: reasoning is left out of "
+        "assistant turns but the last ones that have any (keep: {type: thinking_turns, value}, 1 if "
+        "absent; all: of none)",
+    )
     output_format: OutputFormat | None = Field(
         None, description="the older name of output_config.format"
     )
 
 
 class MessageRequest(CountRequest):
-    container: Annotated[None, Unavailable("a container")] = None
-    mcp_servers: Annotated[None, Unavailable("MCP", [])] = None
+    refused: ClassVar = {**CountRequest.refused, "container": Unavailable("a container")}
+    ignored: ClassVar = {**CountRequest.ignored, "metadata": "nothing is kept of users"}
     max_tokens: Annotated[Integer, Range(1, MAX_INT32)] = Field(
         description="tokens to generate at most"
     )
@@ -158,7 +210,6 @@ class MessageRequest(CountRequest):
     top_k: Annotated[Integer, Range(-1, MAX_INT32)] = Field(
         -1, description="this many best tokens; -1 or 0: all"
     )
-    metadata: AnyObject = Field(default_factory=dict, description="ignored")
     stream: bool = Field(False, description="answer as server-sent events")
 
 
@@ -213,6 +264,9 @@ def _prepared(request: CountRequest, served: ServedModel) -> ChatPrompt:
     form = output.format or older
     choice = None if request.tool_choice is None else request.tool_choice.choice
     turns = conversation(request.messages)
+    for edit in () if request.context_management is None else request.context_management.edits:
+        if isinstance(edit.keep, ThinkingTurns):
+            turns = with_recent_thoughts(turns, edit.keep.value)
     continue_final_message = turns[-1]["role"] == "assistant"
     if continue_final_message:
         refuse_trailing_calls(turns, "messages")

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import UnionType
-from typing import Annotated, Final, Literal, NoReturn, Self, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    ClassVar,
+    Final,
+    Literal,
+    NoReturn,
+    Self,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from pydantic import (
     BaseModel,
@@ -50,16 +61,48 @@ _NEEDED: Final = {
 STRICT: Final = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
 
 
+class Unavailable:
+    """A known field whose use cannot be honoured; only ``neutral`` values and null pass."""
+
+    def __init__(self, what: str, *neutral: object) -> None:
+        self.what, self.neutral = what, neutral
+
+    @property
+    def schema(self) -> JsonSchemaValue:
+        """What the OpenAPI document says of it."""
+        said = f"{self.what}: not available on this server"
+        return {"description": said, "enum": [None, *self.neutral]}
+
+    def check(self, value: object, name: str) -> None:
+        """For validators."""
+        if not any(value == each and type(value) is type(each) for each in self.neutral):
+            why = f".{name}: {self.what} is not available on this server"
+            refuse(why, f".{name}", code="not_available")
+
+
 class RequestModel(BaseModel):
-    """An object in a request: null means absent, fields it does not know are ignored."""
+    """An object in a request: null means absent, fields it does not know are ignored.
+
+    Attributes:
+        refused: fields of this and other servers that cannot be honoured.
+        ignored: those that cannot matter here, and why.
+    """
 
     model_config = STRICT
+    refused: ClassVar[Mapping[str, Unavailable]] = {}
+    ignored: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, value: object) -> object:
-        if isinstance(value, dict) and None in value.values():
-            return {key: each for key, each in value.items() if each is not None}
+        if not isinstance(value, dict):
+            return value
+        if None in value.values():
+            value = {key: each for key, each in value.items() if each is not None}
+        if not cls.refused.keys().isdisjoint(value):
+            for name, each in cls.refused.items():
+                if name in value:
+                    each.check(value[name], name)
         return value
 
     @classmethod
@@ -69,9 +112,12 @@ class RequestModel(BaseModel):
         schema = handler(core)
         told = handler.resolve_ref_schema(schema)
         told["additionalProperties"] = True
-        for name, field in told.get("properties", {}).items():
+        fields = told.setdefault("properties", {})
+        for name, field in fields.items():
             if name not in told.get("required", ()):
                 _or_null(field)
+        fields |= {name: each.schema for name, each in cls.refused.items()}
+        fields |= {name: {"description": f"ignored: {why}"} for name, why in cls.ignored.items()}
         return schema
 
     def filled(self, known: Mapping[str, object]) -> Self:
@@ -281,28 +327,6 @@ class Checked:
         )
 
 
-class Unavailable:
-    """A known field whose use cannot be honoured; only ``neutral`` values and null pass."""
-
-    def __init__(self, what: str, *neutral: object) -> None:
-        self.what, self.neutral = what, neutral
-
-    def __get_pydantic_core_schema__(
-        self, source: object, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(
-        self, core: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        said = f"{self.what}: not available on this server"
-        return {"description": said, "enum": [None, *self.neutral]}
-
-    def _check(self, value: object) -> None:
-        if not any(value == each and type(value) is type(each) for each in self.neutral):
-            refuse(f": {self.what} is not available on this server", code="not_available")
-
-
 # -- errors and limits in words ----------------------------------------------------------------
 
 
@@ -324,7 +348,8 @@ def _explained(found: ErrorDetails) -> RequestError:
             at = name + context["at"]
             code = context["code"]
             kind = NotAvailable if code == NotAvailable.code else RequestError
-            return kind(name + context["why"], param=at, code=code)
+            why = (name + context["why"]).removeprefix(".")
+            return kind(why, param=at.removeprefix("."), code=code)
         case "missing":
             why = " is missing"
         case "range":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
@@ -118,11 +118,11 @@ def choice(texts: Sequence[str]) -> Grammar | None:
 class StructuredOutputs(RequestModel):
     """vLLM's: one of its keys gives the output's form."""
 
-    structural_tag: Annotated[None, Unavailable("a structural tag")] = None
-    whitespace_pattern: Annotated[None, Unavailable("a pattern for white space")] = None
-    disable_additional_properties: Annotated[None, Unavailable("closing open objects", False)] = (
-        None
-    )
+    refused: ClassVar = {
+        "structural_tag": Unavailable("a structural tag"),
+        "whitespace_pattern": Unavailable("a pattern for white space"),
+        "disable_additional_properties": Unavailable("closing open objects", False),
+    }
     json_schema: SchemaOrText = Field(None, alias="json", description="a JSON schema")
     json_object: bool = Field(False, description="any JSON object")
     regex: GrammarText = Field("", description="a regular expression")

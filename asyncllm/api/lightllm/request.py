@@ -7,7 +7,7 @@ Knows request bodies; answers are in :mod:`asyncllm.api.lightllm.reply`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Final, TypedDict
+from typing import Annotated, ClassVar, Final, TypedDict
 
 from annotated_types import Len, MaxLen
 from pydantic import Field, ValidationInfo
@@ -72,8 +72,15 @@ def _inputs(value: object, info: ValidationInfo) -> Prompt:
 class CommonParameters(SamplingFields):
     """What parameters LightLLM's protocol and text-generation-inference's have in common."""
 
-    return_routed_experts: Annotated[None, Unavailable("returning routed experts", False)] = None
-    image_max_patch_num: Annotated[None, Unavailable("images", -1)] = None
+    refused: ClassVar = {
+        **SamplingFields.refused,
+        "return_routed_experts": Unavailable("returning routed experts", False),
+        "image_max_patch_num": Unavailable("images", -1),
+    }
+    ignored: ClassVar = dict.fromkeys(
+        ("group_request_id", "suggested_dp_index", "pd_master_node_id", "pd_kv_trans_params"),
+        "LightLLM sets it itself, and its clients only by accident",
+    )
     do_sample: bool = Field(
         False, description="false: greedy, whatever temperature, top_p and top_k say"
     )
@@ -149,8 +156,10 @@ class NativeParameters(CommonParameters):
 
 
 class Media(RequestModel):
-    images: Annotated[None, Unavailable("input of images", [])] = None
-    audios: Annotated[None, Unavailable("input of audio", [])] = None
+    refused: ClassVar = {
+        "images": Unavailable("input of images", []),
+        "audios": Unavailable("input of audio", []),
+    }
 
 
 class InputsRequest(RequestModel):

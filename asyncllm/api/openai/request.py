@@ -7,8 +7,7 @@ answers are in :mod:`asyncllm.api.openai.completion_reply` and
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, TypedDict, TypeVar, Unpack
 
 from annotated_types import Len
 from pydantic import ConfigDict, Field, ValidationInfo
@@ -25,9 +24,15 @@ from asyncllm.api.common.model import (
     Items,
     Range,
     RequestModel,
-    Unavailable,
     UnicodeStr,
     parse,
+)
+from asyncllm.api.common.other_fields import (
+    CHAT_IGNORED,
+    CHAT_REFUSED,
+    COMPLETION_REFUSED,
+    IGNORED,
+    REFUSED,
 )
 from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
 from asyncllm.api.common.request import (
@@ -76,7 +81,7 @@ EXTENSIONS: Final = (
     "include_stop_str_in_output", "return_token_ids", "return_tokens_as_token_ids",
     "guided_json", "guided_regex", "guided_grammar", "guided_choice", "structured_outputs",
     "logprob_token_ids", "add_special_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
-    "max_thinking_tokens", "separate_reasoning", "stream_reasoning", "continuous_usage_stats",
+    "max_thinking_tokens", "thinking_token_budget", "include_reasoning", "separate_reasoning", "stream_reasoning", "continuous_usage_stats",
 )  # fmt: skip
 # on LightLLM's own routes these are defaults, and mean none
 MAY_BE_EMPTY: Final = (
@@ -95,6 +100,7 @@ def _mark(schema: JsonSchemaValue) -> None:
 
 class StreamOptions(RequestModel):
     model_config = ConfigDict(json_schema_extra=_mark)
+    ignored: ClassVar = {"include_obfuscation": "chunks are not padded"}
 
     include_usage: bool = Field(False, description="a chunk with the usage at the end")
     continuous_usage_stats: bool = Field(False, description="the usage so far in every chunk")
@@ -106,45 +112,8 @@ class CommonRequest(SamplingFields):
     model_config = ConfigDict(json_schema_extra=_mark)
 
     model: ModelName = None
-    regular_constraint: Annotated[None, Unavailable("LightLLM's name of guided_regex", "")] = None
-    bad_words: Annotated[None, Unavailable("banning words (logit_bias bans tokens)", [])] = None
-    use_beam_search: Annotated[None, Unavailable("beam search", False)] = None
-    length_penalty: Annotated[None, Unavailable("beam search", 1, 1.0)] = None
-    prompt_embeds: Annotated[None, Unavailable("a prompt of embeddings")] = None
-    prompt_logprobs: Annotated[
-        None,
-        Unavailable("prompt_logprobs (echo with logprobs gives them on /v1/completions)", -1),
-    ] = None
-    truncate_prompt_tokens: Annotated[None, Unavailable("truncating the prompt")] = None
-    logits_processors: Annotated[None, Unavailable("a logits processor", [])] = None
-    custom_logit_processor: Annotated[None, Unavailable("a logits processor")] = None
-    no_stop_trim: Annotated[None, Unavailable("keeping the stop string in the text", False)] = None
-    stop_regex: Annotated[None, Unavailable("stopping at a pattern", "", [])] = None
-    spaces_between_special_tokens: Annotated[
-        None, Unavailable("leaving out spaces between special tokens", True)
-    ] = None
-    structural_tag: Annotated[None, Unavailable("a structural tag", "")] = None
-    guided_whitespace_pattern: Annotated[None, Unavailable("a pattern for white space", "")] = None
-    json_schema: Annotated[None, Unavailable("SGLang's name of guided_json", "")] = None
-    regex: Annotated[None, Unavailable("SGLang's name of guided_regex", "")] = None
-    ebnf: Annotated[None, Unavailable("SGLang's name of guided_grammar", "")] = None
-    grammar: Annotated[None, Unavailable("llama.cpp's name of guided_grammar", "")] = None
-    typical_p: Annotated[None, Unavailable("typical decoding", 1, 1.0)] = None
-    top_a: Annotated[None, Unavailable("sampling by top_a", 0, 0.0)] = None
-    tfs_z: Annotated[None, Unavailable("tail-free sampling", 1, 1.0)] = None
-    mirostat: Annotated[None, Unavailable("mirostat", 0)] = None
-    dynatemp_range: Annotated[None, Unavailable("a dynamic temperature", 0, 0.0)] = None
-    dry_multiplier: Annotated[None, Unavailable("DRY sampling", 0, 0.0)] = None
-    xtc_probability: Annotated[None, Unavailable("XTC sampling", 0, 0.0)] = None
-    repeat_penalty: Annotated[
-        None, Unavailable("llama.cpp's name of repetition_penalty", 1, 1.0)
-    ] = None
-    n_predict: Annotated[None, Unavailable("llama.cpp's name of max_tokens", -1)] = None
-    n_probs: Annotated[None, Unavailable("llama.cpp's name of logprobs", 0)] = None
-    lora_path: Annotated[None, Unavailable("an adapter")] = None
-    return_hidden_states: Annotated[None, Unavailable("hidden states", False)] = None
-    cache_salt: Annotated[None, Unavailable("a prefix cache of one's own", "")] = None
-    kv_transfer_params: Annotated[None, Unavailable("transferring K/V")] = None
+    refused: ClassVar = REFUSED
+    ignored: ClassVar = IGNORED
     max_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
         None, description="tokens to generate at most; absent: what fits into the context"
     )
@@ -260,7 +229,7 @@ _Prompts = Annotated[list[str], Len(1, MAX_PROMPTS)] | Annotated[list[_Ids], Len
 
 
 class CompletionRequest(CommonRequest):
-    suffix: Annotated[None, Unavailable("suffix", "")] = None
+    refused: ClassVar = COMPLETION_REFUSED
     max_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
         None,
         description="tokens to generate at most; absent: --completions_default_max_tokens, 16",
@@ -282,18 +251,8 @@ class CompletionRequest(CommonRequest):
 
 
 class ChatRequest(CommonRequest):
-    audio: Annotated[None, Unavailable("audio")] = None
-    modalities: Annotated[None, Unavailable("output other than text", ["text"], [])] = None
-    prediction: Annotated[None, Unavailable("predicted output")] = None
-    web_search_options: Annotated[None, Unavailable("searching the web")] = None
-    echo: Annotated[None, Unavailable("echo", False)] = None
-    best_of: Annotated[None, Unavailable("best_of", 1)] = None
-    add_special_tokens: Annotated[None, Unavailable("adding special tokens to a chat", False)] = (
-        None
-    )
-    chat_template: Annotated[None, Unavailable("a chat template of the request")] = None
-    documents: Annotated[None, Unavailable("documents", [])] = None
-    mm_processor_kwargs: Annotated[None, Unavailable("multimodal input", {})] = None
+    refused: ClassVar = CHAT_REFUSED
+    ignored: ClassVar = CHAT_IGNORED
     messages: ChatMessages = Field(
         description="the conversation: role and text content (string or text parts)"
     )
@@ -342,6 +301,13 @@ class ChatRequest(CommonRequest):
     function_call: FunctionCall | None = Field(
         None, description="none, auto or {name}; default: auto if there are functions"
     )
+    thinking_token_budget: Annotated[Integer, Range(-1, MAX_INT32)] | None = Field(
+        None, description="vLLM's name of max_thinking_tokens; -1: no limit"
+    )
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        None, description="handed to the chat template, if it reads that"
+    )
+    include_reasoning: bool = Field(True, description="false: reasoning is not shown")
     separate_reasoning: bool = Field(True, description="false: reasoning goes into the content")
     stream_reasoning: bool = Field(
         True, description="false: a stream has reasoning in one piece, once it has ended"
@@ -358,7 +324,7 @@ def completion(body: Body, served: ServedModel) -> GenerationRequest:
             param="best_of",
         )
     logprobs = -1 if request.logprobs is None else request.logprobs
-    generation = _generation(
+    return _generation(
         request,
         served,
         prompts=request.prompt,
@@ -367,8 +333,8 @@ def completion(body: Body, served: ServedModel) -> GenerationRequest:
         grammar=request.form(),
         echo=request.echo,
         add_special_tokens=request.add_special_tokens,
+        usual_max=served.completion_tokens,
     )
-    return replace(generation, usual_max=served.completion_tokens)
 
 
 def chat(body: Body, served: ServedModel) -> GenerationRequest:
@@ -377,6 +343,8 @@ def chat(body: Body, served: ServedModel) -> GenerationRequest:
     if request.top_logprobs and not request.logprobs:
         reject("top_logprobs needs logprobs: true", "top_logprobs")
     kwargs = template_kwargs(request.chat_template_kwargs)
+    if request.verbosity is not None and "verbosity" in served.dialect.variables:
+        kwargs.setdefault("verbosity", request.verbosity)
     prepare.check_variables(kwargs, served.dialect.variables, "chat_template_kwargs")
     messages = conversation(request.messages, served.dialect.roles)
     opening, continued = request.add_generation_prompt, request.continue_final_message
@@ -393,25 +361,35 @@ def chat(body: Body, served: ServedModel) -> GenerationRequest:
         add_generation_prompt=opening,
         continue_final_message=continued,
         output_options=OutputOptions(
-            separate=request.separate_reasoning, streamed=request.stream_reasoning
+            separate=request.separate_reasoning,
+            streamed=request.stream_reasoning,
+            hidden=not request.include_reasoning,
         ),
     )
-    generation = _generation(
+    return _generation(
         request,
         served,
         prompts=(made.prompt,),
         logprobs=request.top_logprobs if request.logprobs else -1,
         grammar=made.grammar,
+        max_thinking_tokens=_thinking_limit(request),
         add_special_tokens=False,
+        output_options=made.output_options,
+        functions=bool(request.functions),
     )
-    most = request.max_thinking_tokens
+
+
+def _thinking_limit(request: ChatRequest) -> int | None:
+    """In tokens; None: there is none. Raises RequestError."""
+    most, budget = request.max_thinking_tokens, request.thinking_token_budget
+    name = "thinking_token_budget" if most is None else "max_thinking_tokens"
+    if most is None and budget != -1:
+        most = budget
+    elif most is not None and budget not in (None, most):
+        reject(f"{name}: {most} is not thinking_token_budget {budget}, its other name", name)
     if most is not None and request.allowed_token_ids:
-        reject(
-            "max_thinking_tokens and allowed_token_ids exclude each other", "max_thinking_tokens"
-        )
-    params = replace(generation.params, max_thinking_tokens=most)
-    old = bool(request.functions)
-    return replace(generation, params=params, output_options=made.output_options, functions=old)
+        reject(f"{name} and allowed_token_ids exclude each other", name)
+    return most
 
 
 def _refuse_empty(body: Body) -> None:
@@ -435,6 +413,16 @@ def _parse(model: type[R], body: Body, served: ServedModel) -> R:
     return request
 
 
+class _More(TypedDict, total=False):
+    """What only one of the routes asks for."""
+
+    echo: bool
+    add_special_tokens: bool
+    usual_max: int
+    output_options: OutputOptions | None
+    functions: bool
+
+
 def _generation(
     request: CommonRequest,
     served: ServedModel,
@@ -443,8 +431,8 @@ def _generation(
     logprobs: int,
     prompt_logprobs: int = -1,
     grammar: Grammar | None,
-    echo: bool = False,
-    add_special_tokens: bool,
+    max_thinking_tokens: int | None = None,
+    **more: Unpack[_More],
 ) -> GenerationRequest:
     most, least, stop = request.max_tokens, request.min_tokens, request.stop
     if request.max_completion_tokens is not None:
@@ -470,6 +458,7 @@ def _generation(
         top_k=request.top_k or -1,
         penalize_prompt=request.repetition_penalty != 1.0,
         grammar=grammar,
+        max_thinking_tokens=max_thinking_tokens,
         seed=max(request.seed, 0),
         logprobs=logprobs,
         logprob_ids=ids,
@@ -482,12 +471,11 @@ def _generation(
         seeded=request.seed >= 0,
         n=request.n,
         stream=request.stream,
-        echo=echo,
-        add_special_tokens=add_special_tokens,
         include_usage=options.include_usage,
         continuous_usage=options.continuous_usage_stats,
         token_ids=request.return_token_ids,
         tokens_as_ids=request.return_tokens_as_token_ids,
+        **more,
     )
 
 

@@ -20,6 +20,7 @@ from asyncllm.api.tgi import request as tgi
 
 _HEAD: Final = "| field | type | default | range | meaning |\n|---|---|---|---|---|\n"
 _REFUSED_HEAD: Final = "| field | what is not available | passes all the same |\n|---|---|---|\n"
+_IGNORED_HEAD: Final = "| field | why it cannot matter |\n|---|---|\n"
 # the fields of a model, or of its own only
 MODELS: Final[dict[str, type[RequestModel]]] = {
     "common": openai.CommonRequest,
@@ -42,6 +43,13 @@ REFUSED: Final[dict[str, type[RequestModel]]] = {
     "native_refused": lightllm.NativeParameters,
     "tgi_refused": tgi.TgiParameters,
 }
+IGNORED: Final[dict[str, type[RequestModel]]] = {
+    "completion_ignored": openai.CompletionRequest,
+    "chat_ignored": openai.ChatRequest,
+    "responses_ignored": responses.ResponseRequest,
+    "messages_ignored": anthropic.MessageRequest,
+    "native_ignored": lightllm.NativeParameters,
+}
 _BLOCK: Final = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -55,29 +63,20 @@ def fill(document: str) -> str:
 
 def _markdown(name: str) -> str:
     if name in REFUSED:
-        fields = unavailable(REFUSED[name]).items()
         return _REFUSED_HEAD + "".join(
-            f"| `{field}` | {each.what} | {_neutral(each)} |\n" for field, each in fields
+            f"| `{field}` | {each.what} | {_neutral(each)} |\n"
+            for field, each in REFUSED[name].refused.items()
         )
+    if name in IGNORED:
+        ignored = IGNORED[name].ignored.items()
+        return _IGNORED_HEAD + "".join(f"| `{field}` | {why} |\n" for field, why in ignored)
     model = MODELS[name]
     schemas = of_models([model])
-    schema, refused = schemas[model.__name__], unavailable(model)
+    schema = schemas[model.__name__]
     names = model.__annotations__ if name in OWN else model.model_fields
     return _HEAD + "".join(
-        _row(field, schema, schemas)
-        for field in names
-        if field in model.model_fields and field not in refused
+        _row(field, schema, schemas) for field in names if field in model.model_fields
     )
-
-
-def unavailable(model: type[RequestModel]) -> dict[str, Unavailable]:
-    """The fields of a model that are refused by name."""
-    found = {}
-    for name, field in model.model_fields.items():
-        for each in field.metadata:
-            if isinstance(each, Unavailable):
-                found[name] = each
-    return found
 
 
 def _row(name: str, schema: Schema, schemas: dict[str, Schema]) -> str:

@@ -6,7 +6,7 @@ Knows request bodies and conversations; answers are in :mod:`asyncllm.api.respon
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -25,6 +25,7 @@ from asyncllm.api.common.model import (
     Variants,
     parse,
 )
+from asyncllm.api.common.other_fields import FOR_OPENAI, IGNORED
 from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
 from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
 from asyncllm.api.common.response_format import FreeFormat, Grammar, ObjectFormat, checked_schema
@@ -73,13 +74,23 @@ class ReasoningOptions(RequestModel):
 
 class ResponseRequest(RequestModel):
     model: ModelName = None
-    background: Annotated[None, Unavailable("answering in the background", False)] = None
-    truncation: Annotated[None, Unavailable("truncating the prompt", "disabled")] = None
-    conversation: Annotated[
-        None, Unavailable("a stored conversation (previous_response_id is there)")
-    ] = None
-    prompt: Annotated[None, Unavailable("a stored prompt")] = None
-    context_management: Annotated[None, Unavailable("context management", [])] = None
+    refused: ClassVar = {
+        "background": Unavailable("answering in the background", False),
+        "truncation": Unavailable("truncating the prompt", "disabled"),
+        "conversation": Unavailable("a stored conversation (previous_response_id is there)"),
+        "prompt": Unavailable("a stored prompt"),
+        "context_management": Unavailable("context management", []),
+        "background_options": Unavailable("answering in the background", {}),
+        "image": Unavailable("images", {}),
+        "moderation": Unavailable("moderation"),
+        "access_programs": Unavailable("an access program"),
+    }
+    ignored: ClassVar = {
+        "user": IGNORED["user"],
+        **FOR_OPENAI,
+        "max_tool_calls": "it counts calls of tools that OpenAI runs, and none run here",
+        "stream_options": "chunks are not padded",
+    }
     input: Input = Field(
         description="a string, or an array of items: messages with role (user, assistant, system, "
         "developer) and content (string, or parts input_text and output_text), function_call, "

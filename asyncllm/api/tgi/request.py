@@ -7,7 +7,7 @@ request bodies; answers are in :mod:`asyncllm.api.tgi.reply`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -50,12 +50,15 @@ class RegexForm(RequestModel):
 
 
 class TgiParameters(CommonParameters):
-    typical_p: Annotated[None, Unavailable("typical decoding", 1, 1.0)] = None
-    watermark: Annotated[None, Unavailable("a watermark", False)] = None
-    adapter_id: Annotated[None, Unavailable("an adapter", "")] = None
-    n: Annotated[None, Unavailable("more than one answer (but best_of)", 1)] = None
-    token_healing_top_k: Annotated[None, Unavailable("token healing", 0)] = None
-    token_healing_unmerge_last_token: Annotated[None, Unavailable("token healing", 0, False)] = None
+    refused: ClassVar = {
+        **CommonParameters.refused,
+        "typical_p": Unavailable("typical decoding", 1, 1.0),
+        "watermark": Unavailable("a watermark", False),
+        "adapter_id": Unavailable("an adapter", ""),
+        "n": Unavailable("more than one answer (but best_of)", 1),
+        "token_healing_top_k": Unavailable("token healing", 0),
+        "token_healing_unmerge_last_token": Unavailable("token healing", 0, False),
+    }
     do_sample: bool = Field(
         False,
         description="sample; temperature, top_k, top_p and min_p do so too where they differ from the "

@@ -245,6 +245,27 @@ def test_tool_choice(choice: dict[str, Any], kind: str, parallel: bool) -> None:
     assert (rendered(none)["tools"], none.output_options.calls) == (None, "")
 
 
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("all", [1, 1, 1]),
+        ({"type": "all"}, [1, 1, 1]),
+        ({"type": "thinking_turns", "value": 2}, [0, 1, 1]),
+        ({"type": "thinking_turns", "value": 9}, [1, 1, 1]),
+        (None, [0, 0, 1]),
+    ],
+)
+def test_thinking_of_earlier_turns_is_cleared(keep: Any, kept: list[int]) -> None:
+    thought = {"type": "thinking", "thinking": "hm", "signature": "s"}
+    said = {"role": "assistant", "content": [thought, *text("ok")]}
+    turns = [*HI, said, *HI, said, *HI, said, *HI]
+    edit = {"type": "clear_thinking_20251015", "keep": keep}
+    got = rendered(request(messages=turns, context_management={"edits": [edit]}))["messages"]
+    assert ["reasoning_content" in turn for turn in got[1::2]] == kept
+    assert [turn["content"] for turn in got] == ["hi", "ok"] * 3 + ["hi"]
+    assert len(rendered(request(messages=turns, context_management={}))["messages"]) == 7
+
+
 def test_thinking() -> None:
     got = request(LISTS, thinking=THINK)
     assert got.params.max_thinking_tokens == 1024

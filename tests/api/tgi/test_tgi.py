@@ -11,7 +11,6 @@ import pytest
 
 from asyncllm.api.common.errors import NotAvailable, from_failure
 from asyncllm.api.lightllm import request as lightllm
-from asyncllm.api.openapi import field_docs
 from asyncllm.api.tgi import request as tgi
 from asyncllm.api.tgi.reply import TgiReply, error_body
 from asyncllm.codec import i32
@@ -122,9 +121,9 @@ def test_streams_have_one_choice_and_no_prefill() -> None:
         tgi.generate({"parameters": {}}, BYTES_SERVED, stream=False)
 
 
-@pytest.mark.parametrize("name", field_docs.unavailable(tgi.TgiParameters))
+@pytest.mark.parametrize("name", tgi.TgiParameters.refused)
 def test_what_is_not_available(name: str) -> None:
-    for value in field_docs.unavailable(tgi.TgiParameters)[name].neutral:
+    for value in tgi.TgiParameters.refused[name].neutral:
         assert ask(**{name: value}) == ask()
     with pytest.raises(NotAvailable):
         ask(**{name: 0.5})
@@ -132,7 +131,7 @@ def test_what_is_not_available(name: str) -> None:
 
 def test_other_parameters_are_lightllms() -> None:
     theirs = lightllm.NativeParameters.model_fields.keys()
-    assert theirs <= tgi.TgiParameters.model_fields.keys()
+    assert theirs <= {*tgi.TgiParameters.model_fields, *tgi.TgiParameters.refused}
 
 
 # -- answers -----------------------------------------------------------------------------------
