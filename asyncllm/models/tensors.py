@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asyncllm.errors import StartupError
+from asyncllm.models.gguf_tensors import GgufTensors
 from asyncllm.models.unpickle import Pickles
 
 FP8 = "F8_E4M3"
@@ -84,9 +85,17 @@ class OpenFiles:
 
     def _file(self, path: Path) -> _File:
         if path not in self._opened:
-            make = _Mapped if path.suffix == ".safetensors" else _Pickled
-            self._opened[path] = make(path, self._stack, self._pickles)
+            self._opened[path] = self._open(path)
         return self._opened[path]
+
+    def _open(self, path: Path) -> _File:
+        match path.suffix:
+            case ".safetensors":
+                return _Mapped(path, self._stack)
+            case ".gguf":
+                return GgufTensors(path)
+            case _:
+                return _Pickled(path, self._stack, self._pickles)
 
 
 class _File(Protocol):
@@ -108,7 +117,7 @@ def reading(path: Path) -> Iterator[None]:
 class _Mapped:
     """A safetensors file."""
 
-    def __init__(self, path: Path, stack: ExitStack, _: Pickles) -> None:
+    def __init__(self, path: Path, stack: ExitStack) -> None:
         self._path = path
         with reading(path):
             self._file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
