@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -24,6 +24,7 @@ READ_BYTES = 1 << 18
 ERROR_CHARS = 200
 
 Body = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -224,14 +225,22 @@ def split_load(whole: Load, num_procs: int, *, exact: bool = True) -> list[Load]
     """Requests dealt out in turn; at least one at a time in every process.
 
     Args:
-        exact: in sum ``conc`` at a time; else every process does as many at a time, rounded down.
+        exact: in sum ``conc`` at a time, and no worker has two requests more than another, whose
+            last one would run alone at the end; else every process does as many at a time,
+            rounded down.
     """
     floor, rest = divmod(whole.conc, num_procs)
+    by_worker = exact and whole.arrivals is None
+    owners = [(i % whole.conc if by_worker else i) % num_procs for i in range(len(whole.bodies))]
+
+    def dealt(items: list[T], to: int) -> list[T]:
+        return [item for item, owner in zip(items, owners, strict=True) if owner == to]
+
     return [
         Load(
-            whole.urls[i::num_procs],
-            whole.bodies[i::num_procs],
-            whole.arrivals[i::num_procs] if whole.arrivals is not None else None,
+            dealt(whole.urls, i),
+            dealt(whole.bodies, i),
+            dealt(whole.arrivals, i) if whole.arrivals is not None else None,
             max(1, floor + (exact and i < rest)),
             whole.timeout_s,
         )

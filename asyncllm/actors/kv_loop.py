@@ -171,6 +171,11 @@ class Mover(ABC):
     def look(self, events: dict[Socket, int]) -> None:
         """Read what has come in."""
 
+    @property
+    @abstractmethod
+    def copying(self) -> int:
+        """Copies between slots and pages that are under way."""
+
     @abstractmethod
     def work(self) -> int:
         """Go on with what is under way; gives how many milliseconds the next turn may wait."""

@@ -386,31 +386,35 @@ class Sender(Mover):
 
     # -- what goes out -----------------------------------------------------------------------------
 
+    @property
+    def copying(self) -> int:
+        return len(self._filling)
+
     def work(self) -> int:
-        self._fill()
         if self._filling:
             self._finish_one()
-        wait_ms = 0 if self._filling else IDLE_MS
-        waiting = 0
+        wait_ms, waiting = IDLE_MS, 0
         for line in [line for line in self._ending if line.pair and line.pair.closed]:
             self._ending.remove(line)
             for cargo in line.leaving.values():
                 self._free(line, cargo)
+        for line in [*self._lines.values()]:
+            if line.sock is not None and line.pair is not None and self._step(line):
+                wait_ms = SOON_MS
+        self._fill()  # pages that have become free above
         for line in [*self._lines.values()]:
             if line.sock is None:
                 continue
             more = self._flush(line)
             if line.sock is not None:
                 self.poller.modify(line.sock, zmq.POLLIN | (zmq.POLLOUT if more else 0))
-            if line.pair is not None and self._step(line):
-                wait_ms = min(wait_ms, SOON_MS)
             waiting += len(line.pulled)
         self.counts.waiting = waiting
         if any(line.cargo or line.lots for line in self._lines.values()):
             self.drained.clear()
         else:
             self.drained.set()
-        return wait_ms
+        return 0 if self._filling else wait_ms
 
     def _fill(self) -> None:
         """Copy what has been pulled into pages, one of each taker in turn."""

@@ -410,22 +410,24 @@ class Taker(Mover):
 
     # -- from pages into slots ---------------------------------------------------------------------
 
+    @property
+    def copying(self) -> int:
+        return len(self._copies)
+
     def work(self) -> int:
-        self._pull()
         if self._copies:
             self._finish_one()
-        wait_ms = 0 if self._copies else IDLE_MS
-        for guest in [*self.guests.values()]:
-            if guest.pair is not None and self._step(guest, guest.pair):
-                wait_ms = min(wait_ms, SOON_MS)
-            if self._flush(guest) and not guest.over:
-                wait_ms = min(wait_ms, SOON_MS)
+        guests = [*self.guests.values()]
+        at_work = [self._step(guest, guest.pair) for guest in guests if guest.pair is not None]
+        self._pull()  # into pages that have become free above
+        more = [self._flush(guest) and not guest.over for guest in guests]
         for guest, pair in [entry for entry in self._ending if entry[1].closed]:
             self._ending.remove((guest, pair))
             for number, portion in [*guest.portions.items()]:
                 if portion.state is _State.FETCHING:
                     self._free(guest, guest.portions.pop(number))
-        return wait_ms
+        # looked at last: what a communicator has brought is being written by now
+        return 0 if self._copies else SOON_MS if any(at_work) or any(more) else IDLE_MS
 
     def _pull(self) -> None:
         """Ask for what there is room for, one portion of each sender in turn."""

@@ -153,13 +153,13 @@ class Rig:
         end = monotonic() + WAIT_S
         while not met():
             assert monotonic() < end, [rank.told for rank in [*self.senders, *self.takers]]
-            for mover in movers if movers is not None else self.movers:
-                mover.turn(1)
+            self.turns(1, movers)
 
     def turns(self, num: int, movers: Sequence[Mover] | None = None) -> None:
         for _ in range(num):
             for mover in movers if movers is not None else self.movers:
-                mover.turn(1)
+                wait_ms = mover.turn(1)
+                assert wait_ms == 0 or not mover.copying, "a copy would wait for the next noise"
 
     def arrived(self, epoch: int) -> bool:
         return all(Arrived(epoch, rank.rank) in rank.told for rank in self.takers)

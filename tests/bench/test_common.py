@@ -71,6 +71,17 @@ def test_a_load_is_dealt_out_whole(exact: bool, want: list[int]) -> None:
         assert part.arrivals == [float(b["prompt"][0]) for b in part.bodies]
 
 
+@pytest.mark.parametrize(("num", "conc", "procs"), [(512, 256, 6), (48, 8, 6), (100, 7, 3)])
+def test_no_worker_is_left_with_a_request_more_than_its_share(
+    num: int, conc: int, procs: int
+) -> None:
+    bodies = [completion_body("m", [i], 1) for i in range(num)]
+    parts = split_load(Load(["u"] * num, bodies, None, conc, 9.0), procs)
+    assert sum(p.conc for p in parts) == conc
+    assert sum(len(p.bodies) for p in parts) == num
+    assert {-(-len(p.bodies) // p.conc) for p in parts} <= {num // conc, -(-num // conc)}
+
+
 def test_a_record_counts_tokens_by_usage_else_by_chunk() -> None:
     record = Record(1.0, stamps=[1.5, 2.0, 3.5])
     assert record.num_tokens == 3
