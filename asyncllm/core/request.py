@@ -105,6 +105,8 @@ class SamplingParams:
 # calls among free text: the mark that begins one, a line break, and a JSON array of what may follow
 # it, each {"begin", "schema", "style", "end"}
 GRAMMARS = ("json", "schema", "regex", "ebnf", "choice", "calls")
+# a key of a string's schema: the string is a text of this grammar in Lark's notation
+LARK = "\ue000lark"
 
 
 _MAX_INT32 = (1 << 31) - 1

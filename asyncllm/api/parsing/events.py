@@ -16,12 +16,14 @@ class Tool:
         parameters: JSON schema of its arguments, an object schema; empty: anything.
         description: for the prompt.
         strict: calls are to fit the schema even where the model is free to call or not.
+        lark: of a grammar in Lark's notation is every argument; "": of none.
     """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     description: str = ""
     strict: bool = False
+    lark: str = ""
 
 
 @dataclass(frozen=True, slots=True)

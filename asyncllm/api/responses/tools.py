@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from annotated_types import MinLen
@@ -17,6 +17,7 @@ from pydantic import WithJsonSchema
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
+from asyncllm.api.common.response_format import GrammarText
 from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolName
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.tools import Tool
@@ -48,7 +49,7 @@ class TextInput(RequestModel):
 class GrammarInput(RequestModel):
     type: Literal["grammar"]
     syntax: Literal["lark", "regex"]
-    definition: UnicodeStr
+    definition: Annotated[GrammarText, MinLen(1)]
 
 
 class FreeTextTool(RequestModel):
@@ -59,13 +60,15 @@ class FreeTextTool(RequestModel):
 
     @property
     def tool(self) -> Tool:
-        """A function of one argument, which has the tool's form where that can be kept."""
-        lines, inner, form = [self.description], {"type": "string"}, self.format
-        strict = isinstance(form, GrammarInput) and form.syntax == "regex"
-        if isinstance(form, GrammarInput) and strict:
-            inner["pattern"] = f"^(?:{form.definition})$"
-        elif isinstance(form, GrammarInput):
-            lines.append(f"`input` is a text of this grammar (Lark):\n{form.definition}")
+        """A function of one argument, which has the tool's form."""
+        lines, inner, lark = [self.description], {"type": "string"}, ""
+        strict = isinstance(self.format, GrammarInput)
+        if isinstance(self.format, GrammarInput):
+            if self.format.syntax == "regex":
+                inner["pattern"] = f"^(?:{self.format.definition})$"
+            else:
+                lark = self.format.definition
+                lines.append(f"`input` is a text of this grammar (Lark):\n{lark}")
         schema = {
             "type": "object",
             "properties": {INPUT: inner},
@@ -73,7 +76,7 @@ class FreeTextTool(RequestModel):
             "additionalProperties": False,
         }
         described = "\n".join(line for line in [*lines, _ADVICE] if line)
-        return Tool(self.name, schema, described, strict)
+        return Tool(self.name, schema, described, strict, lark)
 
 
 class HostedTool(RequestModel):
@@ -172,7 +175,7 @@ def responses_tools(
         if told in by_name:
             reject(f"{at}: there is another tool {preview(told)}", f"{at}.name")
         by_name[told] = Offered(tool.name, namespace, isinstance(each, FreeTextTool))
-        made.append(Tool(told, tool.parameters, tool.description, tool.strict))
+        made.append(replace(tool, name=told))
     if why := tool_request.too_much(made):
         reject(f"tools{why}", "tools")
     return ResponsesTools(tuple(made), by_name, tuple(dict.fromkeys(hosted)))

@@ -54,9 +54,12 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class String:
+    """``lark``: a grammar in Lark's notation, of which the text is."""
+
     low: int = 0
     high: int | None = None
     forms: frozenset[Form] = frozenset()
+    lark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ def common(one: Atom, other: Atom) -> Atom | None:
             low, high = max(one.low, other.low), _least(one.high, other.high)
             if high is not None and low > high:
                 return None
-            return String(low, high, one.forms | other.forms)
+            return String(low, high, one.forms | other.forms, one.lark or other.lark)
         case Array(), Array():
             return _arrays(one, other)
         case Object(), Object():

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
-from asyncllm.constrain.grammars import terms
+from asyncllm.constrain.grammars import regex, terms
 from asyncllm.constrain.grammars.atoms import Atom, Const, Form, Number, Object, Schemas, String
-from asyncllm.constrain.grammars.rules import Alt, Expr, Repeat, Seq, Term, finite, written
+from asyncllm.constrain.grammars.rules import EMPTY, Alt, Expr, Repeat, Seq, Term, finite, written
 from asyncllm.constrain.grammars.writing import LOOSE, Possible, Writer
 from asyncllm.plain import JsonObject, typed
 
@@ -151,6 +152,9 @@ def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -
             case Const() if isinstance(atom.value, str):
                 only = String(forms=frozenset((Form("text", atom.value),)))
                 found.append(writer.term(f"({_raw(only, tags, is_text)}) {end}"))
+            case String() if atom.lark:
+                text = writer.lark(atom.lark, partial(_terminal, tags))
+                found.append(Seq((text, _text(tags.end))))
             case String():
                 found.append(writer.term(f"({_raw(atom, tags, is_text)}) {end}"))
             case Const() if not isinstance(atom.value, dict | list):
@@ -162,10 +166,33 @@ def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -
     return Alt(tuple(found))
 
 
+def _terminal(tags: _Tags, node: Expr) -> Expr:
+    """One of a Lark grammar, as it is; the engine has no empty ones."""
+    term = Term(f"/{regex.raw(node)}/ & /(?s:.+)/ & {_without_tags(tags)}")
+    return Alt((EMPTY, term)) if _may_be_empty(node) else term
+
+
+def _may_be_empty(node: Expr) -> bool:
+    match node:
+        case Seq():
+            return all(map(_may_be_empty, node.items))
+        case Alt():
+            return any(map(_may_be_empty, node.items))
+        case Repeat():
+            return node.low == 0 or _may_be_empty(node.item)
+        case _:
+            return False
+
+
+def _without_tags(tags: _Tags) -> str:
+    """A terminal of what contains no tag."""
+    inside = "|".join(map(terms.text_expression, tags.inside))
+    return f"~/(?s:.*)(?:{inside})(?s:.*)/"
+
+
 def _raw(atom: String, tags: _Tags, is_text: bool) -> str:
     """Strings that contain no tag, and are not read as another type."""
-    inside = "|".join(map(terms.text_expression, tags.inside))
-    parts = [terms.raw_term(atom), f"~/(?s:.*)(?:{inside})(?s:.*)/"]
+    parts = [terms.raw_term(atom), _without_tags(tags)]
     if not is_text:
         parts.append(_READS_AS_JSON)
     return " & ".join(parts)

@@ -32,6 +32,7 @@ from asyncllm.constrain.grammars.document import FALSE, TRUE, Document
 from asyncllm.constrain.grammars.formats import FORMATS, UNENFORCED
 from asyncllm.constrain.grammars.jsontext import dump
 from asyncllm.constrain.grammars.terms import raw_form
+from asyncllm.core.request import LARK
 from asyncllm.errors import RequestError
 from asyncllm.plain import Json, JsonObject, typed
 
@@ -218,6 +219,7 @@ class Meaning:
 
     def _string(self, node: JsonObject, gone: Iterable[Json]) -> Atom | None:
         forms = {Form("text", value, False) for value in gone if isinstance(value, str)}
+        lark = node.get(LARK)
         for word, kind, holds in (
             ("pattern", "pattern", True),
             ("format", "format", True),
@@ -240,7 +242,7 @@ class Meaning:
             forms.add(form)
         return common(
             String(self._count(node, "minLength") or 0, self._count(node, "maxLength")),
-            String(forms=frozenset(forms)),
+            String(forms=frozenset(forms), lark=lark if isinstance(lark, str) else ""),
         )
 
     def _array(self, node: JsonObject) -> Atom | None:

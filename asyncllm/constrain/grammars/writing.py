@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from asyncllm.constrain.grammars import terms
+from asyncllm.constrain.grammars import lark, regex, terms
 from asyncllm.constrain.grammars.atoms import (
     FREE,
     Array,
@@ -168,8 +168,21 @@ class Writer:
         return RuleRef(name)
 
     def _string(self, atom: String) -> Expr:
+        if atom.lark:
+            quote = Term(terms.text_term('"'))
+            return Seq((quote, self.lark(atom.lark, _by_characters), quote))
         text = terms.string_term(atom)
         return Term(text) if terms.is_plain(atom) else self.term(text)
+
+    def lark(self, grammar: str, spell: Callable[[Expr], Expr]) -> Expr:
+        """The texts of a grammar in Lark's notation.
+
+        Args:
+            spell: a terminal of the grammar as part of a rule.
+        """
+        rules, start = lark.read(grammar, f"{self._name}l{len(self.rules)} ", spell)
+        self.rules |= rules
+        return start
 
     def _const(self, value: Json) -> Expr:
         """A value in the tokens that other alternatives have too."""
@@ -395,6 +408,12 @@ def _of_others(layer: Layer, matched: set[str]) -> Schemas:
     if held:
         return FREE.union(*held)
     return layer.others or FREE
+
+
+def _by_characters(terminal: Expr) -> Expr:
+    """In a JSON string. Character by character, since what begins with a backslash may end one
+    terminal or begin the next."""
+    return lark.mapped(terminal, lambda char: Term(f"/{regex.quoted(char)}/"))
 
 
 def _joined(parts: list[Expr], comma: Expr) -> Iterator[Expr]:

@@ -10,6 +10,7 @@ import pytest
 from asyncllm.api.common.chat_template import ChatTemplate
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.responses.store import Store
+from asyncllm.core.request import LARK
 from tests.api.harness import Case, rendered, typed_events
 from tests.api.responses.harness import ask, parted
 
@@ -80,7 +81,12 @@ def test_the_form_of_a_custom_tool() -> None:
     assert (
         'start: "*** Begin"' in offered(tools=[{**PATCH, "format": lark}])["patch"]["description"]
     )
-    assert ask(tools=[{**PATCH, "format": RULES}]).generation.params.grammar[0] == "calls"  # type: ignore[index]
+    for form in (RULES, lark):
+        kind, text = ask(tools=[{**PATCH, "format": form}]).generation.params.grammar  # type: ignore[misc]
+        assert kind == "calls"
+        assert form["definition"] in json.loads(text.partition("\n")[2])[0]["schema"]["properties"][
+            "input"
+        ].get(LARK, RULES["definition"])
 
 
 def test_calls_come_back_as_the_client_knows_them() -> None:

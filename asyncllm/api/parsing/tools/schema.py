@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.json_stream import MAX_DEPTH, escaped, loads
+from asyncllm.core.request import LARK
 from asyncllm.errors import RequestError
 
 TYPES: Final = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
@@ -110,6 +111,9 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
             others = {name: True for name in required if isinstance(name, str)}
             schema["properties"] = {**named, **{k: v for k, v in others.items() if k not in named}}
         schema["unevaluatedProperties"] = False
+    if tool.lark:
+        named = schema["properties"]
+        schema["properties"] = {name: {**named[name], LARK: tool.lark} for name in named}
     return schema
 
 

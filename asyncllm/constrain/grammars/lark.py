@@ -1,0 +1,307 @@
+"""Reads grammars in Lark's notation into rules that can be part of other grammars.
+
+What ``%ignore`` names may follow each terminal; the caller says how terminals are spelled. Knows no
+engine but for its notation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final, NoReturn
+
+from asyncllm.constrain.grammars import regex
+from asyncllm.constrain.grammars.regex import ALL, ANY, MAX_COUNT, Reader, code_text, literal
+from asyncllm.constrain.grammars.rules import (
+    EMPTY,
+    Alt,
+    Chars,
+    Expr,
+    Repeat,
+    RuleRef,
+    Rules,
+    Seq,
+    finite,
+    parts,
+)
+from asyncllm.errors import RequestError
+
+MAX_RULES: Final = 1000
+MAX_DEPTH: Final = 50  # of terminals that name others
+MAX_PARTS: Final = 20_000  # of a terminal in which others are written out
+
+_SKIP: Final = re.compile(r"(?:\s|//[^\n]*|\#[^\n]*)*")
+_HEAD: Final = re.compile(r"[!?]{0,2}(_?[A-Za-z]\w*)(\{[^}\n]*\})?(?:\.-?\d+)?[ \t]*:")
+_NAME: Final = re.compile(r"_?[A-Za-z]\w*")
+_ALIAS: Final = re.compile(r"->\s*\w+")
+_TIMES: Final = re.compile(r"~\s*(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?")
+_TEXT: Final = re.compile(r'"((?:[^"\\\n]|\\.)*)"(i?)')
+_REGEX: Final = re.compile(r"/((?:[^/\\\n]|\\.)+)/([a-z]*)")
+_RANGE: Final = re.compile(r'"((?:[^"\\]|\\.)+)"\s*\.\.\s*"((?:[^"\\]|\\.)+)"')
+_IMPORT: Final = re.compile(r"%import\s+common\s*\.\s*(\w+)(?:\s*->\s*(\w+))?")
+_IMPORTS: Final = re.compile(r"%import\s+common\s*\(([\w\s,]+)\)")
+_NUMBER: Final = r"(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[0-9]+[eE][+-]?[0-9]+"
+COMMON: Final = {
+    "DIGIT": "[0-9]", "HEXDIGIT": "[0-9a-fA-F]", "INT": "[0-9]+", "SIGNED_INT": "[+-]?[0-9]+",
+    "DECIMAL": r"[0-9]+\.[0-9]*|\.[0-9]+", "FLOAT": _NUMBER, "SIGNED_FLOAT": f"[+-]?(?:{_NUMBER})",
+    "NUMBER": f"{_NUMBER}|[0-9]+", "SIGNED_NUMBER": f"[+-]?(?:{_NUMBER}|[0-9]+)",
+    "ESCAPED_STRING": r'"(?:[^"\\\n]|\\[^\n])*"', "LCASE_LETTER": "[a-z]", "UCASE_LETTER": "[A-Z]",
+    "LETTER": "[A-Za-z]", "WORD": "[A-Za-z]+", "CNAME": "[_A-Za-z][_A-Za-z0-9]*",
+    "WS_INLINE": r"[ \t]+", "WS": r"[ \t\f\r\n]+", "CR": r"\r", "LF": r"\n",
+    "NEWLINE": r"(?:\r?\n)+", "SH_COMMENT": r"#[^\n]*", "CPP_COMMENT": r"//[^\n]*",
+    "SQL_COMMENT": r"--[^\n]*", "C_COMMENT": r"/\*(?:[^*]|\*+[^*/])*\*+/",
+}  # fmt: skip
+
+
+def read(source: str, name: str, spell: Callable[[Expr], Expr]) -> tuple[Rules, RuleRef]:
+    """The rules of a grammar, each with ``name`` before its own, and the one of ``start``.
+
+    Args:
+        spell: a terminal, which may match nothing at all, as part of a rule.
+
+    Raises:
+        RequestError: it is malformed, has what cannot be enforced, or no text matches it.
+    """
+    reader = _Reader(source)
+    reader.statements()
+    made = _Maker(reader, name, spell).rules()
+    if not (kept := finite(made, f"{name}start")):
+        raise RequestError("no text matches the Lark grammar: start never ends")
+    return kept, RuleRef(f"{name}start")
+
+
+class _Reader(Reader):
+    """Collects rules and terminals; texts and expressions in rules are terminals without a name."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(source)
+        self.defined: Rules = {}
+        self.ignored: list[Expr] = []
+
+    def fail(self, why: str) -> NoReturn:
+        line = self.source.count("\n", 0, self.at) + 1
+        raise RequestError(f"the Lark grammar {why} in line {line}")
+
+    def peek(self) -> str:
+        found = _SKIP.match(self.source, self.at)
+        self.at = found.end() if found else self.at
+        return super().peek()
+
+    def statements(self) -> None:
+        """Read all of them. Raises RequestError."""
+        while char := self.peek():
+            if char == "%":
+                self._directive()
+            elif found := _HEAD.match(self.source, self.at):
+                if found[2]:
+                    self.fail(f"has the template {found[1]}, which is not available,")
+                self.at = found.end()
+                self._define(found[1], self.alternatives())
+            else:
+                self.fail(f"has {self.source[self.at : self.at + 20]!r} instead of a rule")
+
+    def item(self) -> Expr | None:
+        if _HEAD.match(self.source, self.at) or self.peek() in ("]", "%"):
+            return None
+        if found := _ALIAS.match(self.source, self.at):
+            self.at = found.end()
+            return None
+        item = self._single(self.peek())
+        while self.peek() and not _HEAD.match(self.source, self.at):
+            if found := _TIMES.match(self.source, self.at):
+                self.at = found.end()
+                low, high = int(found[1]), int(found[2] or found[1])
+                if not low <= high <= MAX_COUNT:
+                    self.fail(f"has the repetition {found[0]}: bounds rise, up to {MAX_COUNT},")
+                item = Repeat(item, low, high)
+            elif bounds := self.bounds():
+                item = Repeat(item, *bounds)
+            else:
+                break
+        return item
+
+    def _single(self, char: str) -> Expr:
+        if char == "(":
+            self.at += 1
+            return self.closed()
+        if char == "[":
+            self.at += 1
+            inner = self.alternatives()
+            if self.peek() != "]":
+                self.fail("has an unclosed [")
+            self.at += 1
+            return Repeat(inner, 0, 1)
+        if found := _RANGE.match(self.source, self.at):
+            ends = [self._text(found[1]), self._text(found[2])]
+            if any(len(end) != 1 for end in ends) or ends[0] > ends[1]:
+                self.fail(f"has the range {found[0]}, which is none,")
+            self.at = found.end()
+            low, high = map(ord, ends)
+            special = frozenset(code for code in ALL.special if low <= code <= high)
+            return self._nameless(Chars(f"[{code_text(low)}-{code_text(high)}]", special))
+        if found := _TEXT.match(self.source, self.at):
+            text = literal(self._text(found[1]))
+            self.at = found.end()
+            return self._nameless(self._in_any_case(text) if found[2] else text)
+        if found := _REGEX.match(self.source, self.at):
+            if wrong := set(found[2]) - {"i", "s"}:
+                self.fail(f"has the flag {min(wrong)}, which cannot be enforced,")
+            inner = regex.full(regex.parse(found[1].replace("\\/", "/")))
+            self.at = found.end()
+            if "s" in found[2]:
+                inner = mapped(inner, lambda char: ALL if char is ANY else char)
+            return self._nameless(self._in_any_case(inner) if "i" in found[2] else inner)
+        if found := _NAME.match(self.source, self.at):
+            self.at = found.end()
+            if super().peek() in ("{", ":"):
+                self.fail(f"uses {found[0]} as a template, which is not available,")
+            return RuleRef(found[0])
+        self.fail(f"has {char!r}, which means nothing here,")
+
+    def _directive(self) -> None:
+        if found := _IMPORT.match(self.source, self.at):
+            names = {found[2] or found[1]: found[1]}
+        elif found := _IMPORTS.match(self.source, self.at):
+            names = {name.strip(): name.strip() for name in found[1].split(",")}
+        elif self.source.startswith("%ignore", self.at):
+            self.at += len("%ignore")
+            self.ignored.append(self.alternatives())
+            return
+        else:
+            what = self.source[self.at :].split("\n")[0][:60]
+            self.fail(f"has {what!r}: only %ignore and %import common.NAME are available,")
+        for name, known in names.items():
+            if known not in COMMON:
+                self.fail(f"imports {known!r}, which is not one of {', '.join(COMMON)},")
+            self._define(name, self._nameless(regex.parse(COMMON[known])))
+        self.at = found.end()
+
+    def _define(self, name: str, node: Expr) -> None:
+        if name in self.defined:
+            self.fail(f"has a second {name}")
+        if len(self.defined) >= MAX_RULES:
+            self.fail(f"has more than {MAX_RULES} rules and terminals")
+        self.defined[name] = node
+
+    def _nameless(self, node: Expr) -> RuleRef:
+        name = f"TERMINAL {len(self.defined)}"
+        self._define(name, node)
+        return RuleRef(name)
+
+    def _text(self, inside: str) -> str:
+        """The text that is written between quotes."""
+        made, at = "", 0
+        while at < len(inside):
+            char = inside[at]
+            at += 1
+            if char == "\\":
+                try:
+                    code, at = regex.escape_at(inside, at)
+                except RequestError as error:
+                    self.fail(f"has a text with an unknown escape ({error.message})")
+                char = chr(code)
+            if "\ud800" <= char <= "\udfff":
+                self.fail("has half a character in a text")
+            made += char
+        if not made:
+            self.fail("has an empty text")
+        return made
+
+    def _in_any_case(self, node: Expr) -> Expr:
+        def of(char: Chars) -> Chars:
+            if char.special and re.search(r"\[\^?.*[A-Za-z](?![{0-9A-F])", char.text):
+                self.fail(f"has the flag i with {char.text}, which cannot be enforced,")
+            return char if char.special else replace(char, text=f"(?i:{char.text})")
+
+        return mapped(node, of)
+
+
+class _Maker:
+    """Makes rules of what was read: one for each rule and for each terminal that rules name."""
+
+    def __init__(self, reader: _Reader, name: str, spell: Callable[[Expr], Expr]) -> None:
+        self._reader, self._name, self._spell = reader, name, spell
+        self._terminals: dict[str, Expr] = {}
+        self._made: Rules = {}
+
+    def rules(self) -> Rules:
+        """Raises RequestError."""
+        defined, ignored = self._reader.defined, self._reader.ignored
+        if "start" not in defined:
+            raise RequestError("the Lark grammar has no rule start")
+        skipped = f"{self._name}ignored"
+        texts = Alt(tuple(self._terminal(node, ()) for node in ignored))
+        self._made[skipped] = Repeat(self._spell(texts), 0, None) if ignored else EMPTY
+        for name, node in defined.items():
+            if not _is_terminal(name):
+                self._made[self._name + name] = self._rule(node)
+        start = f"{self._name}start"
+        self._made[start] = Seq((RuleRef(skipped), self._made[start]))
+        return self._made
+
+    def _rule(self, node: Expr) -> Expr:
+        match node:
+            case RuleRef(name):
+                made = self._name + name
+                if _is_terminal(name) and made not in self._made:
+                    spelled = self._spell(self._named(name, ()))
+                    self._made[made] = Seq((spelled, RuleRef(f"{self._name}ignored")))
+                elif not _is_terminal(name) and name not in self._reader.defined:
+                    raise RequestError(f"the Lark grammar has no rule {name}, which is used")
+                return RuleRef(made)
+            case Seq():
+                return Seq(tuple(map(self._rule, node.items)))
+            case Alt():
+                return Alt(tuple(map(self._rule, node.items)))
+            case Repeat():
+                return Repeat(self._rule(node.item), node.low, node.high)
+            case _:
+                raise AssertionError(node)
+
+    def _named(self, name: str, path: tuple[str, ...]) -> Expr:
+        """A terminal, with those that it names written out."""
+        if name in path:
+            raise RequestError(f"the Lark grammar has the terminal {name}, which names itself")
+        if len(path) > MAX_DEPTH:
+            raise RequestError(f"the Lark grammar has terminals more than {MAX_DEPTH} deep")
+        if (known := self._terminals.get(name)) is None:
+            if name not in self._reader.defined:
+                raise RequestError(f"the Lark grammar has no terminal {name}, which is used")
+            known = self._terminal(self._reader.defined[name], (*path, name))
+            self._terminals[name] = known
+        return known
+
+    def _terminal(self, node: Expr, path: tuple[str, ...]) -> Expr:
+        match node:
+            case RuleRef(name):
+                if not _is_terminal(name):
+                    raise RequestError(f"the Lark grammar has a terminal with the rule {name}")
+                return self._named(name, path)
+            case Seq() | Alt():
+                made: Expr = type(node)(tuple(self._terminal(each, path) for each in node.items))
+            case Repeat():
+                made = Repeat(self._terminal(node.item, path), node.low, node.high)
+            case _:
+                return node
+        for size, _ in enumerate(parts(made)):
+            if size > MAX_PARTS:
+                raise RequestError(f"the Lark grammar has a terminal of over {MAX_PARTS} parts")
+        return made
+
+
+def _is_terminal(name: str) -> bool:
+    return name.lstrip("_")[:1].isupper()
+
+
+def mapped(node: Expr, call: Callable[[Chars], Expr]) -> Expr:
+    """An expression with other parts in the place of characters."""
+    match node:
+        case Chars():
+            return call(node)
+        case Seq() | Alt():
+            return type(node)(tuple(mapped(item, call) for item in node.items))
+        case Repeat():
+            return Repeat(mapped(node.item, call), node.low, node.high)
+        case _:
+            return node
