@@ -7,7 +7,8 @@
 Each topology is started in turn, as often as ``--rounds`` says, and every load of bench/serve.py
 runs in it with the same requests; the table compares their medians with those of the first one. A
 topology is ``name=number,...``: tp, dp, nnodes as the options of asyncllm; ``p=1,d=2`` a pd_master
-with so many prefill and decode nodes; ``servers=2`` plain ones whose requests come in turn. These
+with so many prefill and decode nodes, ``p=1,d=2@round_robin`` one that chooses among them so;
+``servers=2`` plain ones whose requests come in turn. These
 two have ``tp`` ranks each. "Nodes" are processes on
 the loopback interface; each sees its own GPUs only, as machines do. NCCL then goes through memory
 of the host; with ``--visible all`` each sees the others' behind its own, and NCCL may use NVLink.
@@ -155,16 +156,22 @@ def plan(text: str, common: Sequence[str], gpus: Sequence[str] = (), visible: st
     Raises:
         BenchError: it is none.
     """
+    names, _, strategy = text.partition("@")
     try:
-        pairs = (word.split("=") for word in text.split(","))
+        pairs = (word.split("=") for word in names.split(","))
         shape = {name: int(number) for name, number in pairs}
     except ValueError:
         raise serve.BenchError(f"{text!r} is not name=number,...") from None
-    for names, start in KINDS.items():
-        if names >= shape.keys() and min(shape.values()) > 0:
-            return start(shape, common, gpus, visible)
-    known = ", ".join(sorted(set().union(*KINDS)))
-    raise serve.BenchError(f"{text!r} is no topology: the names are {known}, the numbers above 0")
+    for known, start in KINDS.items():
+        if known >= shape.keys() and min(shape.values()) > 0:
+            found = start(shape, common, gpus, visible)
+            if strategy and not found.joined:
+                raise serve.BenchError(f"{text!r} has no nodes to choose among: it needs p and d")
+            if strategy:
+                found.parts[0].words.extend(["--select_p_d_node_strategy", strategy])
+            return found
+    every = ", ".join(sorted(set().union(*KINDS)))
+    raise serve.BenchError(f"{text!r} is no topology: the names are {every}, the numbers above 0")
 
 
 def free_ports(count: int) -> int:

@@ -102,11 +102,16 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
 
 
-def random_prompts(lengths: Sequence[int], vocab: int, seed: int, shared: int) -> list[list[int]]:
-    """Token ids in [1000, vocab); the first ``shared`` are the same in all prompts."""
+def random_prompts(
+    lengths: Sequence[int], vocab: int, seed: int, shared: int, heads: int = 1
+) -> list[list[int]]:
+    """Token ids in [1000, vocab); the first ``shared`` are one of ``heads`` beginnings, drawn for
+    each prompt."""
     rng = random.Random(seed)
     head = [rng.randrange(FIRST_ID, vocab) for _ in range(shared)]
-    return [head + [rng.randrange(FIRST_ID, vocab) for _ in range(n - shared)] for n in lengths]
+    tails = [[rng.randrange(FIRST_ID, vocab) for _ in range(n - shared)] for n in lengths]
+    others = [[rng.randrange(FIRST_ID, vocab) for _ in range(shared)] for _ in range(heads - 1)]
+    return [rng.choice([head, *others]) + tail for tail in tails]
 
 
 def poisson_arrivals(num: int, rate: float, seed: int) -> list[float]:

@@ -60,7 +60,7 @@ MIXES = ("fixed", "uniform", "sharegpt-like")
 # lognormal: the sigma of log length; the longest is LONGEST times the mean
 PROMPT_SIGMA, OUTPUT_SIGMA, SHORTEST, LONGEST = 1.1, 0.9, 4, 8
 WORK = (
-    "n", "conc", "rate", "mix", "inp", "out", "shared", "vocab", "temperature", "top_p", "seed",
+    "n", "conc", "rate", "mix", "inp", "out", "shared", "heads", "vocab", "temperature", "top_p", "seed",
 )  # fmt: skip
 WORK_SHOWN = ("n", "conc", "rate", "mix", "inp", "out", "shared")  # above a plot
 STOP_S = 60.0
@@ -91,7 +91,7 @@ def make_load(a: argparse.Namespace) -> Load:
     prompt_lens = lengths(a.mix, a.inp, PROMPT_SIGMA, a.n, rng)
     out_lens = lengths(a.mix, a.out, OUTPUT_SIGMA, a.n, rng)
     prompt_lens = [max(a.shared + 1, n) if a.mix != "fixed" else n for n in prompt_lens]
-    prompts = random_prompts(prompt_lens, a.vocab, a.seed, a.shared)
+    prompts = random_prompts(prompt_lens, a.vocab, a.seed, a.shared, a.heads)
     sampling = {"temperature": a.temperature, "top_p": a.top_p}
     bodies = [
         completion_body(a.model, prompt, out, **sampling)
@@ -272,6 +272,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=positive, default=256, help="output tokens; their mean in a mix")
     add("--mix", choices=MIXES, default="fixed", help="how lengths are drawn")
     add("--shared", type=int, default=0, help="prompt tokens that all requests begin with")
+    add("--heads", type=positive, default=1, help="such beginnings, one drawn for each request")
     add("--vocab", type=positive, default=128000, help="prompt ids are in [1000, VOCAB)")
     add("--temperature", type=float, default=0.0)
     add("--top_p", type=float, default=1.0)

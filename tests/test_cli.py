@@ -398,7 +398,8 @@ def test_make_serve_takes_float32_for_the_embedded_model_on_a_cpu(
     for device in ("", " --device cpu"):
         command = ["make", "-n", "serve", f"ARGS={words}{device}"]
         made = subprocess.run(
-            command, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True, check=True
-        ).stdout
+            command, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True, check=True,
+            timeout=60,
+        ).stdout  # fmt: skip
         wanted = precise and (not gpu or bool(device))
         assert made.splitlines()[-1].count("--data_type fp32") == wanted

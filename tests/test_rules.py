@@ -548,6 +548,38 @@ def test_sockets_of_tests_cannot_block_for_ever() -> None:
     assert made == {"tests/raw.py"}
 
 
+# calls in tests that wait for somebody else -> the place of their time limit, if it has no name
+LIMITED = {
+    "subprocess.run": None, "subprocess.check_output": None, "subprocess.check_call": None,
+    "socket.create_connection": 1, "urllib.request.urlopen": 2,
+    "http.client.HTTPConnection": 2, "http.client.HTTPSConnection": 2,
+}  # fmt: skip
+
+
+def unlimited(tree: ast.AST) -> Iterator[str]:
+    """Calls that may wait for ever."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in LIMITED:
+            place = LIMITED[name]
+            given = {keyword.arg for keyword in node.keywords} & {"timeout", None}
+            if not given and (place is None or len(node.args) <= place):
+                yield f"{name} in line {node.lineno}"
+
+
+def test_no_test_waits_for_ever() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}: {what}"
+        for file in sorted((ROOT / "tests").rglob("*.py"))
+        if file.parent.name != "accept"  # suites of others, which nobody waits for
+        for what in unlimited(ast.parse(file.read_text()))
+    ]
+    assert found == []
+    calls = "subprocess.run(a)", "socket.create_connection(a)", "urllib.request.urlopen(a, b)"
+    assert all(list(unlimited(ast.parse(call))) for call in calls)
+    fine = "subprocess.run(a, timeout=1)", "socket.create_connection(a, 5)", "f(**more)"
+    assert not any(list(unlimited(ast.parse(call))) for call in fine)
+
+
 def test_the_command_line_reference_is_fresh() -> None:
     markdown = importlib.import_module("asyncllm.cli").markdown
     assert (ROOT / "docs" / "cli.md").read_text() == markdown()

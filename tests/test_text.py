@@ -433,7 +433,7 @@ def test_transformers_is_not_imported_for_a_fast_tokenizer(tmp_path: Path) -> No
         "import sys; from asyncllm.text import load_tokenizer;"
         f"load_tokenizer({str(tmp_path)!r}); sys.exit('transformers' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
 # -- by transformers -----------------------------------------------------------------------------

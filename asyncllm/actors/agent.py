@@ -42,6 +42,7 @@ from asyncllm.messages import (
     Scrape,
     Scraped,
     Serving,
+    Started,
     StopHit,
     Submit,
     Tokens,
@@ -65,6 +66,7 @@ Inbox = (
     | Finished
     | Placed
     | Listening
+    | Started
     | Compiled
     | Scraped
     | AskServing
@@ -112,7 +114,7 @@ class Agent(Actor[Inbox]):
         self._dialled: set[str] = set()  # those among them that we look for
         self._refusing: set[str] = set()  # who does not take us
         self._peers: dict[int, str] = {}  # masters that are there -> where they were dialled
-        self._looking = self._joined_once = False
+        self._complete = self._looking = self._joined_once = False
         self._tasks: dict[int, _Task] = {}  # by rid
         self._tickets: dict[tuple[int, int], _Task] = {}  # by master and ticket
         self._counter = 0
@@ -128,7 +130,6 @@ class Agent(Actor[Inbox]):
         self._num_grammars = len(self.system.topology.placed("grammar"))
         takes = self._channel.card.role == DECODE
         self._awaited = {*self.system.topology.placed("kv_transfer")} if takes else set()
-        self._look_for_masters()
         self._arm()
 
     def stopped(self) -> None:
@@ -161,6 +162,9 @@ class Agent(Actor[Inbox]):
                 case Masters(masters):
                     self._listed = frozenset((each.host, each.port) for each in masters)
                     self._follow()
+                case Started():
+                    self._complete = True
+                    self._look_for_masters()
                 case Listening():
                     self._doors[msg.endpoint] = msg
                     self._look_for_masters()
@@ -187,8 +191,9 @@ class Agent(Actor[Inbox]):
     # -- masters --------------------------------------------------------------------------------
 
     def _look_for_masters(self) -> None:
-        """Once, when every rank of a decode node has said where it takes K/V."""
-        if not self._looking and self._awaited <= self._doors.keys():
+        """Once, when all processes are there and each rank of a decode node has said where it takes
+        K/V."""
+        if self._complete and not self._looking and self._awaited <= self._doors.keys():
             self._looking = True
             for search in self._searches:
                 search.look()

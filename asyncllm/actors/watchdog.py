@@ -341,8 +341,9 @@ class Watchdog(Actor[Inbox]):
             return
         self._open = True
         self._welcome(*self._heard)
-        for endpoint in self.system.topology.placed("frontend"):
-            self.system.ref("frontend", endpoint).tell(Started(), urgent=True)
+        for name in ("frontend", "agent"):
+            for endpoint in self.system.topology.placed(name):
+                self.system.ref(name, endpoint).tell(Started(), urgent=True)
 
     def _welcome(self, *endpoints: int) -> None:
         welcome = Welcome(contract=self._duty.contract, topology=self.system.topology)

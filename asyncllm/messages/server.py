@@ -43,7 +43,7 @@ class Halt(Message):
 
 @message(35)
 class Started(Message):
-    """coordinator -> every frontend: warm and complete; open the doors."""
+    """coordinator -> every frontend, and the agent: warm and complete; open the doors."""
 
 
 @message(37)

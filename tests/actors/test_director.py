@@ -41,6 +41,7 @@ from asyncllm.messages import (
     Scrape,
     Scraped,
     Serving,
+    Started,
     StopHit,
     Submit,
     Tokens,
@@ -464,15 +465,40 @@ def test_a_master_that_does_not_take_this_node_ends_it_unless_it_has_been_let_in
         office = node()
         running = asyncio.ensure_future(office.system.run())
         why = "model here is a, that of pd_master m b"
-        await office.tell(Listening(0, "tcp://n:1", WIRE))
+        await office.tell(Listening(0, "tcp://n:1", WIRE), Started())
         await office.tell(PeerRefused("m:9", why))
         with pytest.raises(StartupError, match=why):
             await asyncio.wait_for(running, 20)
         office = node()
 
         async def go() -> None:
-            await office.tell(Listening(0, "tcp://n:1", WIRE))
+            await office.tell(Started(), Listening(0, "tcp://n:1", WIRE))
             await office.tell(MASTER, PeerRefused("m:9", "another model"))
+
+        await while_running(office, go())
+
+    run(script)
+
+
+@pytest.mark.parametrize(
+    ("role", "waits"),
+    [("prefill", [Started()]),
+     ("decode", [Started(), Listening(0, "x", WIRE)]),
+     ("decode", [Listening(0, "x", WIRE), Started()])],
+)  # fmt: skip
+def test_a_node_looks_for_masters_when_all_its_processes_are_there(
+    role: str, waits: list[object]
+) -> None:
+    """Before that a request would find ranks that cannot be told of it."""
+
+    async def script() -> None:
+        office = node(role)
+
+        async def go() -> None:
+            for msg in waits:
+                assert office.channel.dialled == []
+                await office.tell(msg)
+            assert office.channel.dialled == ["m:9"]
 
         await while_running(office, go())
 
@@ -490,6 +516,7 @@ def test_a_master_that_does_not_come_is_asked_again_where_its_channel_is(
 
         async def go() -> None:
             channel = office.channel
+            await office.tell(Started())
             while channel.dialled[-1:] != ["m:9"]:  # noqa: ASYNC110  # it is told by nobody
                 await asyncio.sleep(0.001)
             assert channel.forgotten[:2] == channel.dialled[:2] == ["m:7", "m:7"]

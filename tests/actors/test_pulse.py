@@ -15,7 +15,7 @@ def test_another_process_sees_it() -> None:
     source = f"from asyncllm.actors.pulse import Pulse; p = Pulse({fd}); p.beat(7, p.last(1) + 0.5)"
     pulse.beat(1, 3.25)
     assert pulse.last(7) == 0.0
-    subprocess.run([sys.executable, "-c", source], pass_fds=[fd], check=True)
+    subprocess.run([sys.executable, "-c", source], pass_fds=[fd], check=True, timeout=60)
     pulse.note(1, 3, 4)
     pulse.note(7, 10, 20)
     assert (pulse.noted(8, but=1), pulse.noted(8, but=7), pulse.noted(7, but=2)) == (

@@ -154,7 +154,9 @@ def _cpu_s(pid: int) -> float:
 
 def test_the_helper_is_small() -> None:
     source = "import sys, asyncllm.templates; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, check=True, timeout=60
+    )
     assert not {"torch", "numpy", "transformers", "asyncio", "ssl"} & {
         *done.stdout.decode().split()
     }

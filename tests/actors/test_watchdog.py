@@ -142,7 +142,8 @@ class World:
 
         self.system.deliver = divert  # type: ignore[method-assign]
         self.fakes = {
-            n: Fake(n) for n in ("scheduler", "allocator", "runner", "frontend", "balancer")
+            n: Fake(n)
+            for n in ("scheduler", "allocator", "runner", "frontend", "balancer", "agent")
         }
         for fake in self.fakes.values():
             self.system.add(fake)
@@ -224,6 +225,16 @@ def test_alone_it_is_ready_at_once() -> None:
         assert w.got("frontend", Started) == [Started()]
 
     play(World(), script)
+
+
+def test_an_agent_is_told_when_every_rank_of_its_node_is_there() -> None:
+    async def script(w: World) -> None:
+        assert w.got("agent", Started) == []
+        w.tell(hello(1))
+        await settle()
+        assert w.got("agent", Started) == [Started()]
+
+    play(World(topology=Topology.on_one_node(tp=2).as_node()), script)
 
 
 def test_doors_open_when_every_endpoint_is_there_and_once() -> None:

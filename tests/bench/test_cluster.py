@@ -63,7 +63,16 @@ def test_separated_nodes_and_servers_side_by_side() -> None:
     assert not any(p.follows for p in found.parts)
 
 
-@pytest.mark.parametrize("text", ["tp", "tp=x", "tp=0", "gpus=2", "tp=2,nodes=2", ""])
+def test_a_strategy_is_the_masters() -> None:
+    common = ["--model_dir", "m", "--host", "127.0.0.1"]
+    master, *nodes = cluster.plan("p=1,d=1@round_robin", common).parts
+    assert option(master.words, "select_p_d_node_strategy") == "round_robin"
+    assert not any("--select_p_d_node_strategy" in part.words for part in nodes)
+
+
+@pytest.mark.parametrize(
+    "text", ["tp", "tp=x", "tp=0", "gpus=2", "tp=2,nodes=2", "", "tp=2@random"]
+)
 def test_what_is_no_topology_is_named(text: str) -> None:
     with pytest.raises(BenchError, match=repr(text)):
         cluster.plan(text, [])

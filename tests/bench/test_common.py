@@ -52,6 +52,15 @@ def test_prompts_share_their_head_only() -> None:
     assert prompts != random_prompts([20, 30, 40], 1 << 20, seed=4, shared=10)
 
 
+def test_prompts_begin_with_one_of_several_heads() -> None:
+    prompts = random_prompts([15] * 200, 1 << 20, seed=3, shared=10, heads=4)
+    starts = [tuple(prompt[:10]) for prompt in prompts]
+    assert len(set(starts)) == 4
+    assert min(map(starts.count, starts)) > 25
+    assert len({tuple(prompt[10:]) for prompt in prompts}) == 200
+    assert {len(prompt) for prompt in prompts} == {15}
+
+
 def test_arrivals_have_the_asked_rate() -> None:
     arrivals = poisson_arrivals(4000, 8.0, seed=1)
     assert arrivals == sorted(arrivals)

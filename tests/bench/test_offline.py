@@ -233,7 +233,7 @@ def test_the_profile_command_shows_both_phases(tiny_dir: Path, tmp_path: Path) -
         [sys.executable, str(BENCH / "profile.py"), "--n", "2", "--inp", "24", "--decode-steps", "6",
          "--prefill-steps", "1", "--batch_max_tokens", "128", "--trace", str(tmp_path / "t.json"),
          "--model_dir", str(tiny_dir), *LIMITS],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "decode: 6 steps of 2 rows, 2 tokens" in done.stdout
@@ -247,7 +247,7 @@ def test_the_folder_does_not_hide_the_standard_profile() -> None:
     code = "import cProfile, profile; print(profile.__file__, profile.run)"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCH)!r}); {code}"],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert str(BENCH) not in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import select
 import signal
 import socket
 import struct
@@ -45,8 +46,10 @@ class Server:
             )  # fmt: skip
 
     def __enter__(self) -> Server:
-        assert self.process.stdout is not None
-        self.ready = self.process.stdout.readline().decode()  # or nothing at its end
+        out = self.process.stdout
+        assert out is not None
+        said = select.select([out], [], [], START_S)[0]
+        self.ready = out.readline().decode() if said else ""  # or nothing at its end
         assert "ready" in self.ready, self.text()
         return self
 

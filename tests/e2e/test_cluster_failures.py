@@ -209,7 +209,6 @@ def test_nodes_may_differ_in_their_ranks(
         for name in REQUESTS:
             got, wanted = whole(made.master, name), whole(one, name)
             assert alike(got, wanted), (name, got, wanted)
-        assert wait_until(lambda: ready(made.decode[0]), 60), "its HTTP may be later than it"
         assert made.decode[0].metric("asyncllm_prompt_tokens_computed_total") == 0
         made.free(*made.prefill, *made.decode)
 

@@ -194,7 +194,8 @@ def test_an_abort_reaches_its_request_behind_any_master(site: Site) -> None:
 def test_two_nodes_meet_at_the_config_server_and_a_port_is_one_servers(
     site: Site, free_port: int
 ) -> None:
-    """The first node is found there too; it need not be on the same machine."""
+    """The first node is found there too; it need not be on the same machine. When it is killed the
+    other one ends, and the port is free."""
     more = ("--tp", "2", *site.meets, "--nccl_port", str(free_port), "--nnodes", "2")
     ports = "--multinode_httpmanager_port", "--multinode_router_gloo_port"
     for i, name in enumerate(ports):
@@ -213,8 +214,9 @@ def test_two_nodes_meet_at_the_config_server_and_a_port_is_one_servers(
     assert f"the ranks of normal {address(first)} meet there (--nccl_port)" in other.stderr
     with first:
         assert first.tokens(IDS, 12) == site.one.tokens(IDS, 12)
-        assert first.stop() == 0
-        assert second.process.wait(30) == 0
+        first.process.kill()
+        assert second.process.wait(10) == 1
+        assert "node 0 (127.0.0.1) has gone: its connection is closed" in second.text()
     assert wait_until(lambda: len(site.objects()["groups"]) == 1, SOON_S)
 
 

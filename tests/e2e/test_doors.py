@@ -306,7 +306,7 @@ def test_a_client_that_sends_ahead_and_leaves_is_noticed(
         more = (
             request_bytes(body) * 3000 if ahead == "requests" else request_bytes(b"x" * (4 << 20))
         )
-        sock = socket.create_connection(("127.0.0.1", server.port))
+        sock = socket.create_connection(("127.0.0.1", server.port), 20)
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
         sending = asyncio.create_task(loop.sock_sendall(sock, request_bytes(body) + more))

@@ -58,7 +58,9 @@ def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers
 @contextmanager
 def running(server: Server, count: int, tokens: int) -> Iterator[list[http.client.HTTPResponse]]:
     """Streams that have begun."""
-    connections = [http.client.HTTPConnection(server.host, server.port) for _ in range(count)]
+    connections = [
+        http.client.HTTPConnection(server.host, server.port, timeout=60) for _ in range(count)
+    ]
     body = {"inputs": "", "parameters": {"max_new_tokens": tokens, "ignore_eos": True}}
     try:
         streams = []
@@ -181,7 +183,7 @@ def test_a_group_that_is_lost_takes_nothing_with_it_but_what_it_has_begun(
     want = [alone(tiny_dir, prompt, 12) for prompt in PROMPTS]
     with Server(tiny_dir, tmp_path / "log", *args, "--httpserver_workers", "2") as server:
         killed, stopped, _ = server.children()
-        with running(server, 6, 1000) as streams:
+        with running(server, 6, 500) as streams:
             os.kill(killed, signal.SIGKILL)
             ends = [stream.read() for stream in streams]
         lost = [end for end in ends if b"group_lost" in end]

@@ -25,7 +25,7 @@ CLOSE = 0.05 if torch.cuda.is_available() else 2e-3
 SAFE = "Write a JavaScript function that debounces another function. Return only code."
 
 
-@pytest.mark.parametrize("size", [1, 2, 17, 255, 256, 257, 600, 1500])
+@pytest.mark.parametrize("size", [1, 2, 17, 255, 256, 257, 600, 1100])
 def test_greedy_equals_transformers(
     server: Server, reference: Reference, prose: list[int], size: int
 ) -> None:
@@ -39,10 +39,10 @@ def test_chunked_prefill_equals_whole(
     demo_dir: Path, reference: Reference, prose: list[int]
 ) -> None:
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    driver = Driver(make_device(demo_dir, "fp32", where, num_lanes=2, max_len=2048), 4096)
-    whole, chunked = (Sequence(lane, prose[:1500]) for lane in range(2))
+    driver = Driver(make_device(demo_dir, "fp32", where, num_lanes=2, max_len=1024), 2048)
+    whole, chunked = (Sequence(lane, prose[:700]) for lane in range(2))
     driver.generate([whole], 8)
-    driver.generate([chunked], 8, 400)
+    driver.generate([chunked], 8, 190)
     reference.check_greedy(whole.prompt, whole.outputs, MARGIN)
     if chunked.outputs != whole.outputs:  # a near-tie
         reference.check_greedy(chunked.prompt, chunked.outputs, MARGIN)

@@ -228,14 +228,14 @@ def test_replicas_on_lost_nodes_take_nothing_with_them_but_what_they_have_begun(
     """Three nodes, a group on each: one is stopped, one is cut off, node 0 serves on."""
     want = [alone(tiny_dir, prompt, 12) for prompt in PROMPTS]
     with ExitStack() as stack:
-        args = ("--dp", "3", "--dp_balancer", "round_robin", "--dead_after", "6")
+        args = ("--dp", "3", "--dp_balancer", "round_robin", "--dead_after", "5")
         nodes = start(net, stack, tiny_dir, tmp_path, *args, nodes=3)
         first, stopped, other = nodes
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             got = pool.map(lambda ids: first.tokens(ids, 12, ignore_eos=True), PROMPTS)
             assert [*got] == want
         assert all(first.metric(f'asyncllm_group_steps_total{{group="{i}"}}') for i in range(3))
-        with running(first, 3, 1500) as streams:
+        with running(first, 3, 700) as streams:
             stop(net, stopped)
             (cut if net.namespaces else kill)(net, other)
             with ThreadPoolExecutor(len(PROMPTS)) as pool:
@@ -279,7 +279,6 @@ def test_a_killed_node_costs_all_groups_that_it_has_and_nobody_elses(
     ("event", "victim", "said"),
     [
         (kill, 1, "has gone: its connection is closed"),
-        (kill, 0, "has gone: its connection is closed"),
         (cut, 1, "has been silent for"),
     ],
 )
@@ -292,7 +291,7 @@ def test_a_node_that_goes_ends_the_others_and_is_named(
     tmp_path: Path,
 ) -> None:
     """Within --dead_after, while a request runs; its client hears of it. Nobody hangs on."""
-    dead_after = 8.0
+    dead_after = 6.0
     with ExitStack() as stack:
         nodes = start(net, stack, tiny_dir, tmp_path, "--dead_after", str(dead_after))
         other = nodes[1 - victim]

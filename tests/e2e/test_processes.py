@@ -118,7 +118,9 @@ def test_a_rank_that_waits_for_a_hung_leader_ends_itself(
 @contextmanager
 def running(server: Server, count: int) -> Iterator[list[http.client.HTTPResponse]]:
     """Streams that have begun and would take long, with the ids r0, r1, ..."""
-    connections = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(count)]
+    connections = [
+        http.client.HTTPConnection("127.0.0.1", server.port, timeout=60) for _ in range(count)
+    ]
     body = json.dumps({"inputs": "Hi", "parameters": {"max_new_tokens": 600, "ignore_eos": True}})
     try:
         streams = []

@@ -170,7 +170,7 @@ def test_the_process_dies_with_its_parent(tmp_path: Path) -> None:
         "os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.bin")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ran.returncode == -9
     status = Path(f"/proc/{int(ran.stdout)}/status")
     for _ in range(500):
@@ -376,7 +376,7 @@ def test_a_start_with_code_in_a_layer_is_refused(tmp_path: Path) -> None:
     torch.save({"a": Runs(tmp_path / "ran")}, bad)
     command = [sys.executable, "-m", "asyncllm", "--check", "--device", "cpu", "--load_way", "DS"]
     command += ["--model_dir", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ran.returncode == 2
     assert ran.stderr.endswith(f"{bad} is refused: it holds more than tensors (posix.system)\n")
     assert "Traceback" not in ran.stderr

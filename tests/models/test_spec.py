@@ -386,7 +386,7 @@ def test_reading_a_config_needs_no_torch() -> None:
         place.partition(":")[0] for f in MODELS.values() for place in (f.reader, f.opener) if place
     }
     code = f"import sys, {', '.join(sorted(modules))}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize("missing", [{}, {"architectures": None}, {"architectures": []}], ids=str)
