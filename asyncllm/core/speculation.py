@@ -34,7 +34,7 @@ class StepTimes:
 
     def __init__(self) -> None:
         self.gap_s = GAP_S
-        self._times: dict[int, tuple[float, int]] = {}  # by class: seconds, the step of the last
+        self.known: dict[int, tuple[float, int]] = {}  # by class: seconds, the step of the last
         self._steps = 0
 
     def measured(self, num_rows: int, took_s: float, gap_s: float | None) -> None:
@@ -45,15 +45,15 @@ class StepTimes:
         """
         self._steps += 1
         kind = _class_of(num_rows)
-        before = self._times.get(kind, (took_s, 0))[0]
-        self._times[kind] = _mixed(before, took_s), self._steps
+        before = self.known.get(kind, (took_s, 0))[0]
+        self.known[kind] = _mixed(before, took_s), self._steps
         if gap_s is not None:
             self.gap_s = _mixed(self.gap_s, gap_s)
 
     def of(self, num_rows: int) -> float:
         """Seconds; 0: nothing is known."""
         for kind in range(_class_of(num_rows), -1, -1):
-            took_s, at = self._times.get(kind, (0.0, 0))
+            took_s, at = self.known.get(kind, (0.0, 0))
             if took_s and self._steps - at < FRESH:
                 return took_s
         return 0.0
