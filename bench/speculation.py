@@ -11,7 +11,7 @@ without ``--speculative ngram``, by ``--conc`` requests at a time:
 
 Answers are the real ones whatever the model says: the device computes and samples as always, then
 its tokens are replaced. So a model of random weights has the times and the tokens per step of one
-that edits well. With ``--own`` they are the model's own, greedy ones for edits; other texts are then
+that edits well; tokens are pieces of words then, of 3.5 characters on average. With ``--own`` they are the model's own, greedy ones for edits; other texts are then
 sampled stories. Tokens must be equal with and without, else this ends with 1 (``--own`` in float32).
 """
 
@@ -20,13 +20,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
@@ -37,6 +40,7 @@ from asyncllm.actors.base import Actor
 from asyncllm.actors.runner import Pending, Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
+from asyncllm.config import Config
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.speculation import Speculation
 from asyncllm.engine.device import CpuDevice, CudaDevice
@@ -46,12 +50,17 @@ from asyncllm.hub import resolve_model_dir
 from asyncllm.messages import Finished, StepDone, StepPlan, Submit, Tokens
 from asyncllm.server.assembly import make_allocator, make_scheduler
 from asyncllm.server.loading import Loaded
-from asyncllm.text import load_tokenizer
+from asyncllm.text import Text, load_tokenizer
 from bench.offline import engine_config, load
 
 EDITS = Path(__file__).with_name("edits.jsonl")
-ASKED = "<|im_start|>user\nIn {file}: {change}\n```\n{before}\n```<|im_end|>\n<|im_start|>assistant\n```\n"
+ASKED = (
+    "<|im_start|>user\nIn {file}: {change}\n```\n{before}\n```<|im_end|>\n"
+    "<|im_start|>assistant\n```\n"
+)
 STORY = "<|im_start|>user\nTell me a story about {change}<|im_end|>\n<|im_start|>assistant\n"
+PIECE = re.compile(r" ?\w{1,5}|\s+|.")
+TEXTS_A_ROW = 8  # for each request at a time, at most
 WARM = 2  # requests before each kind, without a figure
 
 
@@ -228,21 +237,40 @@ class Bench:
         outputs = [tokens for _, tokens in sorted(asker.outputs.items())]
         after = device.steps, device.turns, asker.drafted, asker.accepted
         wall_s, tokens = time.perf_counter() - begin, sum(map(len, outputs))
-        spent = [b - a for a, b in zip(before, after, strict=True)]
-        return Figures(kind, conc, guesses, wall_s, tokens, *spent, outputs)
+        steps, turns, drafted, accepted = (b - a for a, b in zip(before, after, strict=True))
+        return Figures(
+            kind=kind,
+            conc=conc,
+            guesses=guesses,
+            wall_s=wall_s,
+            tokens=tokens,
+            steps=steps,
+            turns=turns,
+            drafted=drafted,
+            accepted=accepted,
+            outputs=outputs,
+        )
 
     async def stop(self) -> None:
         self._system.stop()
         await self._running
 
 
-def texts(config: Any, a: argparse.Namespace) -> dict[str, list[Asked]]:
-    """Prompts and answers in the model's tokens; any text will do, so other models' marks do."""
-    text = load_tokenizer(str(resolve_model_dir(config.model_dir, cache_dir())))
+def pieces(text: str) -> array[int]:
+    """Ids of pieces of words, for models whose tokenizer is unlike those of real ones."""
+    return array("i", (crc32(piece.encode()) % 30000 for piece in PIECE.findall(text)))
 
-    def ids(some: str) -> array[int]:
-        return array("i", text.encode(some, False))
 
+def _encoded(tokenizer: Text, text: str) -> array[int]:
+    return array("i", tokenizer.encode(text, False))
+
+
+def texts(config: Config, a: argparse.Namespace) -> dict[str, list[Asked]]:
+    """Prompts and answers; any text will do, so other models' marks do."""
+    ids: Callable[[str], array[int]] = pieces
+    if a.own:
+        tokenizer = load_tokenizer(str(resolve_model_dir(config.model_dir, cache_dir())))
+        ids = partial(_encoded, tokenizer)
     edits = [json.loads(line) for line in EDITS.read_text().splitlines()][: a.n]
     answers = [ids(edit["after"] + "\n```")[: a.out] for edit in edits]
     asked = [Asked(ids(ASKED.format(**e)), x) for e, x in zip(edits, answers, strict=True)]
@@ -257,15 +285,17 @@ async def measure(a: argparse.Namespace, loaded: Loaded) -> list[Figures]:
     bench, out = Bench(loaded), list[Figures]()
     try:
         for conc in a.conc:
-            for kind, asked in texts(loaded.boot.config, a).items():
+            for kind, some in texts(loaded.boot.config, a).items():
                 if kind not in a.kinds:
                     continue
+                num = max(conc, min(len(some), TEXTS_A_ROW * conc))
+                asked = [some[i % len(some)] for i in range(num)]
                 for guesses in (False, True) * a.rounds:
                     if len(out) < 2:
                         await bench.run(kind, asked[:WARM], WARM, guesses=guesses, own=a.own)
-                    some = await bench.run(kind, asked, conc, guesses=guesses, own=a.own)
-                    out.append(some)
-                    print(line(some), flush=True)
+                    got = await bench.run(kind, asked, conc, guesses=guesses, own=a.own)
+                    out.append(got)
+                    print(line(got), flush=True)
     finally:
         await bench.stop()
     times = bench.speculation.times
@@ -302,7 +332,9 @@ def summary(runs: Sequence[Figures]) -> tuple[str, bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    p.add_argument("--n", type=int, default=50, help="texts of each kind")
+    p.add_argument(
+        "--n", type=int, default=50, help="texts of each kind, 8 for each request at a time"
+    )
     p.add_argument("--out", type=int, default=512, help="tokens of an answer at most")
     p.add_argument("--conc", type=int, nargs="+", default=[1, 8], help="requests at a time")
     p.add_argument("--kinds", nargs="+", default=["edits", "other"], choices=("edits", "other"))
