@@ -27,6 +27,7 @@ from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model, Site
 from asyncllm.models.ops import Ops
+from asyncllm.models.quantization import AS_STORED, Asked, Quantisation
 from asyncllm.models.registry import MODELS
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import load
@@ -49,6 +50,7 @@ def build_model(
     kv: KvMode = PLAIN,
     whole_experts: bool = False,
     load_way: str = "HF",
+    asked: Asked = AS_STORED,
     world: AnyWorld | None = None,
     symmetric: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -60,6 +62,7 @@ def build_model(
         whole_experts: each rank has whole experts rather than a slice of each (expert parallelism).
         world: ranks among which experts are divided; None: those of ``group``.
         load_way: "HF" or "DS", the format of the checkpoint.
+        asked: what linear layers are to be quantised to.
         symmetric: sums over ranks may go through symmetric memory.
 
     Raises:
@@ -75,9 +78,10 @@ def build_model(
         where=device,
         kv=kv,
         whole_experts=whole_experts,
+        asked=asked,
     )
     with read_checkpoint(model_dir, load_way, spec) as checkpoint:
-        load(checkpoint, model.targets(), model.ignores, progress, block=spec.weight_block)
+        load(checkpoint, model.targets(), model.ignores, progress, form=spec.stored)
     model.pack()
     if symmetric:
         for ranks in (group,) if world in (None, group) else (group, world):
@@ -96,6 +100,7 @@ def make_model(
     where: torch.device,
     kv: KvMode = PLAIN,
     whole_experts: bool = False,
+    asked: Asked = AS_STORED,
 ) -> Model:
     """One rank's model, its weights not loaded yet.
 
@@ -107,6 +112,7 @@ def make_model(
         where: device of its tensors; ``meta`` only to measure what it would take.
         kv: K/V format, and decode kernel (CUDA only).
         whole_experts: each rank has whole experts rather than a slice of each (expert parallelism).
+        asked: what linear layers are to be quantised to.
 
     Raises:
         StartupError: the device's attention cannot run a layer.
@@ -133,6 +139,7 @@ def make_model(
         attention=attention,
         dtype=kind,
         device=where,
+        quantisation=Quantisation(spec.stored, asked),
     )
     return MODELS[spec.architecture].make(spec, site)
 
@@ -234,6 +241,7 @@ class Sizes:
     batch_max_tokens: int
     mem_fraction: float
     max_total_token_num: int | None
+    asked: Asked = AS_STORED  # of linear layers
     moving: int = 0  # tokens that K/V pages in transit between servers hold
 
 
@@ -260,6 +268,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         kv=sizes.kv,
         whole_experts=sizes.whole_experts,
         world=sizes.world,
+        asked=sizes.asked,
     )
     windows = [layer.window or 0 for layer in within(spec, sizes.max_len).layers]
     division = Division(
@@ -298,7 +307,8 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
 
 def num_parameters(spec: ModelSpec, device: torch.device) -> int:
     """Of the whole model, what is tied once."""
-    return _on_paper(spec, 1, "fp32", device, 1).nbytes // torch.float32.itemsize
+    plain = replace(spec, stored=None)
+    return _on_paper(plain, 1, "fp32", device, 1).nbytes // torch.float32.itemsize
 
 
 def _on_paper(
@@ -311,6 +321,7 @@ def _on_paper(
     kv: KvMode = PLAIN,
     whole_experts: bool = False,
     world: int | None = None,
+    asked: Asked = AS_STORED,
 ) -> Model:
     """A rank's model on the meta device."""
     return make_model(
@@ -323,6 +334,7 @@ def _on_paper(
         where=torch.device("meta"),
         kv=kv,
         whole_experts=whole_experts,
+        asked=asked,
     )
 
 

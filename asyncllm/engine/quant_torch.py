@@ -1,4 +1,4 @@
-"""Quantised weights in plain torch: how they are made, and products with them.
+"""Products with quantised weights in plain torch.
 
 What :class:`asyncllm.models.quantization.QuantWeight` says, with a part of the weight widened at a
 time: the products of the CPU, and the reference of kernels.
@@ -9,21 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyncllm.models.quantization import BLOCK, FP8_MAX, INT4_ZERO, INT8_MAX, QuantWeight
+from asyncllm.models.quantization import BLOCK, INT4_ZERO, QuantWeight
+from asyncllm.models.quantize import quantize_rows as quantize_rows
 
 WIDENED = 1 << 22  # elements of a weight that exist as float32 at a time
-_TINY = 1e-12  # least scale: of zeros, which have any
-
-
-def quantize_rows(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [..., n] -> values of ``kind`` (float8_e4m3fn or int8) and float32 scales [..., 1]."""
-    x = x.float()
-    most = INT8_MAX if kind == torch.int8 else FP8_MAX
-    scales = (x.abs().amax(-1, keepdim=True) / most).clamp_min_(_TINY)
-    scaled = x / scales
-    if kind == torch.int8:
-        scaled.round_()
-    return scaled.clamp_(-most, most).to(kind), scales
 
 
 def rounded(x: Tensor, weight: QuantWeight) -> Tensor:

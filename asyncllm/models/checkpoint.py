@@ -191,7 +191,7 @@ def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles) -> Checkpoint:
 
 def as_stored(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     """``spec`` as the checkpoint has it: its names, its dtype where config.json leaves it to the
-    weights, and untied if it has an output matrix.
+    weights, the layers that are not quantised, and untied if it has an output matrix.
 
     The text part of a model that sees goes by one of two prefixes. A tied checkpoint may hold the
     embedding a second time, as ``lm_head``. Where that is another matrix, it is the one that was
@@ -201,6 +201,15 @@ def as_stored(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
         if f"{prefix}embed_tokens.weight" in checkpoint.tensors:
             spec = replace(spec, prefix=prefix)
             break
+    if (form := spec.stored) is not None:
+        layers = (name.removesuffix(".weight") for name in checkpoint.tensors)
+        plain = frozenset(
+            layer
+            for layer in layers
+            if f"{layer}.weight" in checkpoint.tensors
+            and f"{layer}.{form.main}" not in checkpoint.tensors
+        )
+        spec = replace(spec, stored=replace(form, plain=plain))
     for head in _HEADS:
         if f"{head}.weight" in checkpoint.tensors:
             spec = replace(spec, head=head)

@@ -12,11 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from asyncllm.models.layers import LinearPart, Linears, by_inputs, by_outputs
+from asyncllm.models.layers import Linears
+from asyncllm.models.linear import LinearPart, by_inputs, by_outputs
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Held
 from asyncllm.models.spec import ExpertsSpec
-from asyncllm.models.weights import SliceSpan, Target, whole
+from asyncllm.models.weights import AnyTarget, SliceSpan, Target, whole
 
 
 class Experts:
@@ -49,7 +50,9 @@ class Experts:
         self._bias: Tensor | None = None
         if spec.bias:
             self._bias = site.empty(spec.num_experts, dtype=torch.float32)  # as the scores are
-        self._shared = _Shared(site, hidden, spec) if spec.shared_inner else None
+        self._shared: _Shared | None = None
+        if spec.shared_inner:
+            self._shared = _Shared(site.below(f"{spec.names.shared}."), hidden, spec)
         self._shared_gate = site.empty(1, hidden) if spec.shared_gate else None
         tensors = (self._router, self._bias, gate_up, down, self._shared_gate)
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -77,7 +80,7 @@ class Experts:
             shared = self._shared(x), gate
         return ops.experts(x, self._held, routed, shared, out)
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         yield f"{prefix}gate.weight", whole(self._router)
         if self._bias is not None:
             yield f"{prefix}gate.e_score_correction_bias", whole(self._bias)
@@ -88,7 +91,7 @@ class Experts:
         if self._shared_gate is not None:
             yield f"{prefix}{self._spec.names.shared}_gate.weight", whole(self._shared_gate)
 
-    def _expert(self, expert: int, prefix: str) -> Iterator[tuple[str, Target]]:
+    def _expert(self, expert: int, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         held, names, inner = self._held, self._spec.names, self._spec.inner
         ours = expert in held.numbers
         place = held.numbers.index(expert) if ours else 0  # of the others nothing is kept
@@ -114,12 +117,12 @@ class _Shared(Linears):
         local = -(-inner // site.world.size)
         first, _, size = kept = _slice(inner, local, site.world.rank)
         gate, up = (
-            LinearPart("gate_proj", inner, (kept,)),
-            LinearPart("up_proj", inner, ((first, local, size),)),
+            LinearPart("gate_proj", inner, (kept,), local),
+            LinearPart("up_proj", inner, ((first, local, size),), local),
         )
         self._gate_up = by_outputs(site, (2 * local, hidden), (gate, up), bias=False)
         self._down = by_inputs(
-            site, (hidden, local), LinearPart("down_proj", inner, (kept,)), bias=False
+            site, (hidden, local), LinearPart("down_proj", inner, (kept,), local), bias=False
         )
         super().__init__(self._gate_up, self._down)
         self.width = 3 * local + hidden

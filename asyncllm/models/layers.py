@@ -1,100 +1,19 @@
-"""Layers that families share: linear layers sharded over ranks, norms, attention of grouped heads,
-the gated MLP."""
+"""Layers that families share: norms, attention of grouped heads, the gated MLP."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from asyncllm.models.attention import AttentionPlan, LayerKv
+from asyncllm.models.linear import LinearPart, by_inputs, by_outputs, fused, share
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Linear
 from asyncllm.models.spec import AttentionSpec, MlpSpec, ModelSpec, shard_heads
-from asyncllm.models.weights import SliceSpan, Target, whole
-
-
-@dataclass(frozen=True, slots=True)
-class LinearPart:
-    """A linear layer of the checkpoint, of which ours holds some spans.
-
-    Attributes:
-        name: below the prefix that ``targets`` is given.
-        size: of the sharded dimension in the checkpoint.
-        spans: what this rank holds of it; the rest of ours is padding, and zero.
-    """
-
-    name: str
-    size: int
-    spans: tuple[SliceSpan, ...]
-
-
-class DenseLinear:
-    """A weight in the model's dtype.
-
-    Args:
-        shape: [out, in] on this rank.
-        parts: the checkpoint's layers; sharded by inputs (``dim`` 1) there is one.
-        dim: the sharded dimension, 0 for outputs. The bias of a sum is added by rank 0 only.
-    """
-
-    def __init__(
-        self,
-        site: Site,
-        shape: tuple[int, int],
-        parts: Sequence[LinearPart],
-        *,
-        dim: int,
-        bias: bool,
-    ) -> None:
-        self._site, self._parts, self._dim = site, parts, dim
-        self.weight = site.empty(*shape)
-        self.bias = site.empty(shape[0]) if bias else None
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self._site.ops.linear(x, self.weight, self.bias, out)
-
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
-        for part in self._parts:
-            name = f"{prefix}{part.name}"
-            yield f"{name}.weight", Target(self.weight, self._dim, part.size, part.spans)
-            if self.bias is None:
-                continue
-            if self._dim == 0:
-                yield f"{name}.bias", Target(self.bias, 0, part.size, part.spans)
-            else:
-                spans = whole(self.bias).spans if self._site.comm.rank == 0 else ()
-                yield f"{name}.bias", Target(self.bias, 0, len(self.bias), spans)
-
-    def pack(self) -> None:
-        self.weight = self._site.ops.pack(self.weight)
-
-
-def by_outputs(
-    site: Site, shape: tuple[int, int], parts: Sequence[LinearPart], bias: bool
-) -> Linear:
-    """A linear layer whose outputs are split over the ranks (column-parallel)."""
-    return DenseLinear(site, shape, parts, dim=0, bias=bias)
-
-
-def by_inputs(site: Site, shape: tuple[int, int], part: LinearPart, bias: bool) -> Linear:
-    """A linear layer whose inputs are split over the ranks (row-parallel); results must be
-    summed."""
-    return DenseLinear(site, shape, (part,), dim=1, bias=bias)
-
-
-def share(total: int, site: Site) -> SliceSpan:
-    """This rank's equal slice of ``total``, as a span to the beginning of a parameter."""
-    local = -(-total // site.comm.size)
-    first = site.comm.rank * local
-    return first, 0, max(0, min(local, total - first))
+from asyncllm.models.weights import AnyTarget, SliceSpan, whole
 
 
 class Linears:
@@ -107,7 +26,7 @@ class Linears:
     def nbytes(self) -> int:
         return sum(linear.nbytes for linear in self._linears)
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         for linear in self._linears:
             yield from linear.targets(prefix)
 
@@ -128,7 +47,7 @@ class Norm:
     def nbytes(self) -> int:
         return self.weight.nbytes
 
-    def targets(self, name: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, name: str) -> Iterator[tuple[str, AnyTarget]]:
         yield f"{name}.weight", whole(self.weight)
 
     def pack(self) -> None:
@@ -153,7 +72,7 @@ class MlpPart(Protocol):
         not matter; None: no padding.
         """
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         """Checkpoint name -> where its values go; names begin with ``prefix``."""
 
     def pack(self) -> None:
@@ -178,7 +97,7 @@ class AttentionPart(Protocol):
     def __call__(self, x: Tensor, plan: AttentionPlan, kv: LayerKv) -> Tensor:
         """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says."""
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         """Checkpoint name -> where its values go; names begin with ``prefix``."""
 
     def pack(self) -> None:
@@ -199,15 +118,16 @@ class Attention(Linears):
         k = head_spans(heads.kv_heads, dim, q_dim)
         v = head_spans(heads.kv_heads, dim, q_dim + kv_dim)
         parts = [
-            LinearPart("q_proj", q_size, q),
-            LinearPart("k_proj", kv_size, k),
-            LinearPart("v_proj", kv_size, v),
+            LinearPart("q_proj", q_size, q, q_dim),
+            LinearPart("k_proj", kv_size, k, kv_dim),
+            LinearPart("v_proj", kv_size, v, kv_dim),
         ]
         if spec.fused_projections:
             parts = [fused("qkv_proj", parts)]
         hidden = spec.hidden_size
         self.qkv = by_outputs(site, (q_dim + 2 * kv_dim, hidden), parts, spec.qkv_bias)
-        self.out = by_inputs(site, (hidden, q_dim), LinearPart("o_proj", q_size, q), spec.out_bias)
+        out = LinearPart("o_proj", q_size, q, q_dim)
+        self.out = by_inputs(site, (hidden, q_dim), out, spec.out_bias)
         super().__init__(self.qkv, self.out)
         self._site, self._eps = site, spec.rms_eps
         self._norms = {}
@@ -225,7 +145,7 @@ class Attention(Linears):
     def nbytes(self) -> int:
         return super().nbytes + sum(norm.nbytes for norm in self._norms.values())
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         yield from super().targets(prefix)
         for name, norm in self._norms.items():
             yield from norm.targets(f"{prefix}{name}")
@@ -247,13 +167,13 @@ class GatedMLP(Linears):
         hidden, local = spec.hidden_size, -(-mlp.width // site.comm.size)
         first, _, size = kept = share(mlp.width, site)
         inner = [
-            LinearPart("gate_proj", mlp.width, (kept,)),
-            LinearPart("up_proj", mlp.width, ((first, local, size),)),
+            LinearPart("gate_proj", mlp.width, (kept,), local),
+            LinearPart("up_proj", mlp.width, ((first, local, size),), local),
         ]
         if spec.fused_projections:
             inner = [fused("gate_up_proj", inner)]
         self.gate_up = by_outputs(site, (2 * local, hidden), inner, mlp.bias)
-        down = LinearPart("down_proj", mlp.width, (kept,))
+        down = LinearPart("down_proj", mlp.width, (kept,), local)
         self.down = by_inputs(site, (hidden, local), down, mlp.bias)
         super().__init__(self.gate_up, self.down)
         self.width = 3 * local
@@ -262,15 +182,6 @@ class GatedMLP(Linears):
     def __call__(self, x: Tensor, live: Tensor | None = None) -> Tensor:
         inner = self._site.ops.gated(self.gate_up(x), self._activation)
         return self._site.comm.linear_reduce(self.down, inner)
-
-
-def fused(name: str, parts: Sequence[LinearPart]) -> LinearPart:
-    """``parts`` as one tensor of the checkpoint, in which they follow each other."""
-    spans, begin = [], 0
-    for part in parts:
-        spans += [(begin + source, into, length) for source, into, length in part.spans]
-        begin += part.size
-    return LinearPart(name, begin, tuple(spans))
 
 
 def head_spans(heads: tuple[int, ...], dim: int, offset: int) -> tuple[SliceSpan, ...]:

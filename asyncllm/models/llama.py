@@ -13,11 +13,12 @@ from torch import Tensor
 
 from asyncllm.models.attention import AttentionPlan, Batch, GrownQueries, LayerKv
 from asyncllm.models.experts import Experts
-from asyncllm.models.layers import Attention, AttentionPart, GatedMLP, MlpPart, Norm, share
+from asyncllm.models.layers import Attention, AttentionPart, GatedMLP, MlpPart, Norm
+from asyncllm.models.linear import share
 from asyncllm.models.mla import LatentAttention
 from asyncllm.models.model import Site
 from asyncllm.models.spec import AttentionSpec, ExpertsSpec, ModelSpec
-from asyncllm.models.weights import Target
+from asyncllm.models.weights import AnyTarget, Target
 
 KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")  # how names of calibrated scales of K/V end
 
@@ -46,8 +47,8 @@ class Block:
 
     def __init__(self, site: Site, spec: ModelSpec, layer: int) -> None:
         self._ops, self._eps, self._mlp_name = site.ops, spec.rms_eps, spec.mlp_name
-        self.attention = attention_part(site, spec, layer)
-        self.mlp = mlp_part(site, spec, layer)
+        self.attention = attention_part(site.below("self_attn."), spec, layer)
+        self.mlp = mlp_part(site.below(f"{spec.mlp_name}."), spec, layer)
         before_mlp, behind = "post_attention_layernorm", []
         if spec.sandwich_norms:
             before_mlp = "pre_feedforward_layernorm"
@@ -80,7 +81,7 @@ class Block:
         norms = sum(norm.nbytes for norm in self._norms.values())
         return self.attention.nbytes + self.mlp.nbytes + norms
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         yield from self.attention.targets(f"{prefix}self_attn.")
         yield from self.mlp.targets(f"{prefix}{self._mlp_name}.")
         for name, norm in self._norms.items():
@@ -105,7 +106,10 @@ class Decoder:
         self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
         local = -(-spec.vocab_size // site.comm.size)
         self.embed = site.empty(local * site.comm.size, spec.hidden_size)
-        self.blocks = [Block(site, spec, layer) for layer in range(len(spec.layers))]
+        self.blocks = [
+            Block(site.below(f"{spec.prefix}layers.{layer}."), spec, layer)
+            for layer in range(len(spec.layers))
+        ]
         self.norm = Norm(site, spec, spec.hidden_size)
         tied = self.embed.narrow(0, site.comm.rank * local, local)
         self.lm_head = tied if spec.tie_embeddings else site.empty(local, spec.hidden_size)
@@ -168,7 +172,7 @@ class Decoder:
             gathered.div_(cap).tanh_().mul_(cap)
         return gathered[:, : self.vocab_size]
 
-    def targets(self) -> Iterator[tuple[str, Target]]:
+    def targets(self) -> Iterator[tuple[str, AnyTarget]]:
         vocab, prefix = self.vocab_size, self.spec.prefix
         yield f"{prefix}embed_tokens.weight", Target(self.embed, 0, vocab, ((0, 0, vocab),))
         yield from self.norm.targets(f"{prefix}norm")

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from asyncllm.errors import StartupError
 from asyncllm.models.attention import AttentionPlan, Latent, LayerKv
-from asyncllm.models.layers import LinearPart, Linears, Norm, by_inputs, by_outputs, head_spans
+from asyncllm.models.layers import Linears, Norm, head_spans
+from asyncllm.models.linear import LinearPart, by_inputs, by_outputs
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Linear
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
-from asyncllm.models.weights import Target
+from asyncllm.models.weights import AnyTarget, Target
 
 EPS = 1e-6  # of the latents' norms, whatever the other norms have
 
@@ -39,20 +40,24 @@ class LatentAttention(Linears):
         num, total, q_rank = len(heads), layer.num_q_heads, layer.q_rank
         q_dim, made = num * layer.head_dim, layer.head_dim - layer.rope.dim + layer.v_dim
         q_name = "q_proj" if q_rank is None else "q_b_proj"
-        q = LinearPart(q_name, total * layer.head_dim, head_spans(heads, layer.head_dim, 0))
+        q = LinearPart(q_name, total * layer.head_dim, head_spans(heads, layer.head_dim, 0), q_dim)
         # q or its latent comes out of the product that makes the other latent; not where only one
         # of the two has a bias
         self._query: Linear | None = None
-        beside = [q] if q_rank is None else [LinearPart("q_a_proj", q_rank, ((0, 0, q_rank),))]
+        beside = [q]
+        if q_rank is not None:
+            beside = [LinearPart("q_a_proj", q_rank, ((0, 0, q_rank),), q_rank)]
         first = q_dim if q_rank is None else q_rank
         if q_rank is None and spec.qkv_bias:
             self._query, beside, first = by_outputs(site, (q_dim, hidden), [q], False), [], 0
         elif q_rank is not None:
             self._query = by_outputs(site, (q_dim, q_rank), [q], False)
-        raw = LinearPart("kv_a_proj_with_mqa", self._raw, ((0, first, self._raw),))
+        kept = ((0, first, self._raw),)
+        raw = LinearPart("kv_a_proj_with_mqa", self._raw, kept, self._raw)
         self._down = by_outputs(site, (first + self._raw, hidden), [*beside, raw], spec.qkv_bias)
-        out = LinearPart("o_proj", total * layer.v_dim, head_spans(heads, layer.v_dim, 0))
-        self._out = by_inputs(site, (hidden, num * layer.v_dim), out, spec.out_bias)
+        v_dim, spans = num * layer.v_dim, head_spans(heads, layer.v_dim, 0)
+        out = LinearPart("o_proj", total * layer.v_dim, spans, v_dim)
+        self._out = by_inputs(site, (hidden, v_dim), out, spec.out_bias)
         super().__init__(self._down, *([self._query] if self._query else []), self._out)
         self._norm = Norm(site, spec, layer.kv_rank)
         self._q_norm = None if q_rank is None else Norm(site, spec, q_rank)
@@ -80,7 +85,7 @@ class LatentAttention(Linears):
         norms = self._norm.nbytes + (0 if self._q_norm is None else self._q_norm.nbytes)
         return super().nbytes + norms + self._up.nbytes
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         yield from super().targets(prefix)
         yield f"{prefix}kv_b_proj.weight", self._up_target
         yield from self._norm.targets(f"{prefix}kv_a_layernorm")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from asyncllm.models.attention import AttentionBackend, Batch, LayerKv
 from asyncllm.models.ops import Comm, Ops, World
-from asyncllm.models.weights import Target
+from asyncllm.models.quantization import Quantisation
+from asyncllm.models.weights import AnyTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,8 @@ class Site:
         world: the ranks that split experts: the same, except with several groups in lockstep.
         whole_experts: each of these has whole experts rather than a slice of each.
         device: of the parameters; ``meta`` only to measure what it would take.
+        quantisation: which linear layers are in few bits.
+        path: what the checkpoint's names of the part that is made here begin with.
     """
 
     comm: Comm
@@ -32,6 +35,12 @@ class Site:
     attention: AttentionBackend
     dtype: torch.dtype
     device: torch.device
+    quantisation: Quantisation = field(default_factory=Quantisation)
+    path: str = ""
+
+    def below(self, path: str) -> Site:
+        """The site of a part whose names have ``path`` next."""
+        return replace(self, path=f"{self.path}{path}")
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A parameter; zero where heads or slices may be padding (filled only in part)."""
@@ -53,7 +62,7 @@ class Model(Protocol):
     def work_bytes(self, num_tokens: int) -> int:
         """Upper bound of what a step of ``num_tokens`` needs besides parameters, K/V and logits."""
 
-    def targets(self) -> Iterator[tuple[str, Target]]:
+    def targets(self) -> Iterator[tuple[str, AnyTarget]]:
         """Checkpoint name -> where its values go on this rank."""
 
     def ignores(self, name: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from asyncllm.models.quantization import QuantWeight
 from asyncllm.models.spec import Activation, ExpertsSpec
-from asyncllm.models.weights import Target
+from asyncllm.models.weights import AnyTarget
 
 Stack = Tensor | list[Tensor]  # the same matrix of all of a rank's experts
 
@@ -130,7 +130,7 @@ class Linear(Product, Protocol):
     def nbytes(self) -> int:
         """Of its tensors on this rank."""
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         """Checkpoint name -> where its values go; names begin with ``prefix``."""
 
     def pack(self) -> None:

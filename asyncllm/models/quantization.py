@@ -5,11 +5,15 @@ Does not import torch: processes that serve only HTTP read what a checkpoint is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from asyncllm.models.quant_config import StoredForm
 
 QuantKind = Literal["fp8_channel", "fp8_block", "int8_channel", "int4_group"]
 
@@ -57,3 +61,119 @@ class QuantWeight:
     def nbytes(self) -> int:
         zeros = 0 if self.zeros is None else self.zeros.nbytes
         return self.data.nbytes + self.scales.nbytes + zeros
+
+
+# names of --quant_type -> what weights become; None: they stay in the type of activations
+TYPES: dict[str, QuantKind | None] = {
+    "none": None,
+    "fp8w8a8": "fp8_channel",
+    "fp8w8a8-b128": "fp8_block",
+    "w8a8": "int8_channel",
+    "awq": "int4_group",
+}
+KIND_NAMES = {
+    "fp8_channel": "fp8 (a scale per output channel)",
+    "fp8_block": "fp8 (blocks of 128 x 128)",
+    "int8_channel": "int8 (a scale per output channel)",
+    "int4_group": "4 bits (in groups)",
+}
+_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A type for some projections of some layers; ``layers`` None: of all."""
+
+    type: str
+    projections: frozenset[str]
+    layers: frozenset[int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What --quant_type and --quant_cfg ask for, by the names of ``TYPES``.
+
+    Attributes:
+        type: None: as the checkpoint has them.
+        overrides: of several for the same layer the last one counts.
+    """
+
+    type: str | None = None
+    overrides: tuple[Override, ...] = ()
+
+    def of(self, name: str) -> str | None:
+        """Of a linear layer, by its name in the checkpoint."""
+        if (found := _LAYER.search(name)) is None:
+            return self.type
+        layer, projection = int(found[1]), found[2]
+        for override in reversed(self.overrides):
+            if projection in override.projections and (
+                override.layers is None or layer in override.layers
+            ):
+                return override.type
+        return self.type
+
+
+AS_STORED = Asked()
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a linear layer is served.
+
+    Attributes:
+        kind: of its weight; None: the type of activations.
+        form: the checkpoint's, where the weight is taken as it stands; None: it is made of what
+            the checkpoint's stands for.
+    """
+
+    kind: QuantKind | None = None
+    form: StoredForm | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Linear layers by what their weights became."""
+
+    served: dict[QuantKind, int] = field(default_factory=dict)
+    plain: int = 0
+    widened: list[str] = field(default_factory=list)  # that the shards did not let stay as stored
+
+    def add(self, kind: QuantKind | None, names: Iterable[str], *, widened: bool = False) -> None:
+        found = list(names)
+        if kind is None:
+            self.plain += len(found)
+            self.widened += found if widened else []
+        else:
+            self.served[kind] = self.served.get(kind, 0) + len(found)
+
+    def text(self, dtype: str) -> str:
+        """One line for the log."""
+        parts = [f"{num} in {KIND_NAMES[kind]}" for kind, num in self.served.items()]
+        parts += [f"{self.plain} in {dtype}"] if self.plain or not parts else []
+        return f"linear layers: {', '.join(parts)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """How the linear layers of a model are served.
+
+    Attributes:
+        stored: how the checkpoint holds those that are quantised.
+        tally: what became of the layers, filled while a model is made.
+    """
+
+    stored: StoredForm | None = None
+    asked: Asked = AS_STORED
+    tally: Tally = field(default_factory=Tally, compare=False)
+
+    def way(self, name: str) -> Way:
+        """Of a linear layer, by its name in the checkpoint, if shards do not cut its groups."""
+        form, asked = self.stored, self.asked.of(name)
+        packed = form is not None and name not in form.plain
+        if form is not None and not packed:
+            return Way()  # what a quantised checkpoint leaves as it is stays so
+        kind = TYPES[asked] if asked is not None else form.kind if form is not None else None
+        if kind is None:
+            return Way()
+        return Way(kind, form if form is not None and form.kind == kind else None)

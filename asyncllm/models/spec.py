@@ -12,7 +12,7 @@ from typing import Literal
 
 from asyncllm.errors import StartupError
 from asyncllm.models.numbers import count, number, truth
-from asyncllm.models.quant_config import kv_format, weight_block
+from asyncllm.models.quant_config import StoredForm, kv_format, stored_form
 from asyncllm.models.registry import family
 from asyncllm.models.rope import ConfigDict as ConfigDict
 from asyncllm.models.rope import Rope, reach, read_rope
@@ -164,8 +164,7 @@ class ModelSpec:
     tie_embeddings: bool
     dtype: str  # of the checkpoint: fp32, bf16 or fp16; auto: config.json leaves it to the weights
     eos_ids: tuple[int, ...]
-    # of the checkpoint's 8-bit weights: rows and columns that share a scale; None: there are none
-    weight_block: tuple[int, int] | None = None
+    stored: StoredForm | None = None  # how the checkpoint holds linear layers; None: plainly
     kv_format: str | None = None  # of K/V, that the checkpoint asks for
     qkv_bias: bool = False
     out_bias: bool = False
@@ -250,7 +249,7 @@ class ModelSpec:
             tie_embeddings=truth(hf, "tie_word_embeddings"),
             dtype=_DTYPE_NAMES[plain],
             eos_ids=_eos(hf, generation),
-            weight_block=weight_block(quantization),
+            stored=stored_form(quantization),
             kv_format=kv_format(quantization),
             qkv_bias=bias,
             out_bias=bias,

@@ -15,10 +15,19 @@ from torch import Tensor
 
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import Checkpoint
-from asyncllm.models.tensors import FLOATS, FP8, BlockScaled, Index, OpenFiles, Source
+from asyncllm.models.packed import Nibbles, QuantSource, Scaled
+from asyncllm.models.quant_config import StoredForm
+from asyncllm.models.quantization import BLOCK, INT4_ZERO, QuantWeight
+from asyncllm.models.quantize import quantize_blocks, quantize_rows
+from asyncllm.models.tensors import FLOATS, FP8, Index, OpenFiles, Source
 
-SCALE = "_scale_inv"  # what the name of a block-quantised weight's scales ends with
 _CHUNK = 1 << 24  # elements that are read at a time
+_QUANTISED = 1 << 22  # elements that are quantised at a time, of which float32 copies exist
+
+
+class NotAsSaid(ValueError):
+    """A tensor is not what config.json says; the text lacks its name."""
+
 
 SliceSpan = tuple[int, int, int]  # (start in the checkpoint tensor, start in the parameter, length)
 
@@ -55,6 +64,10 @@ class Target:
                 end = min(row + step, num_rows)
                 yield (slice(first + row, first + end), *index[1:]), place[row:end]
 
+    def fill(self, source: Source) -> None:
+        for index, place in self.pieces():
+            place.copy_(source.read(index, place.device))
+
 
 def whole(param: Tensor) -> Target:
     """The checkpoint tensor as it is."""
@@ -62,21 +75,160 @@ def whole(param: Tensor) -> Target:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantTarget:
+    """Where a checkpoint's matrix goes in one of few bits: spans along ``dim``, as of ``Target``.
+
+    Attributes:
+        form: of the checkpoint, whose codes and scales are taken; None: ours are made, of each row
+            (block) as this rank has it.
+        order: gets the columns in the order of their groups; they are stored so.
+        rows: of ``weight`` that belong to the matrix, padding included.
+    """
+
+    weight: QuantWeight
+    form: StoredForm | None
+    order: Tensor | None
+    dim: int
+    size: int
+    spans: tuple[SliceSpan, ...]
+    rows: slice
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the checkpoint's matrix."""
+        if self.dim == 0:
+            return self.size, self.weight.in_features
+        return self.weight.out_features, self.size
+
+    def fill(self, source: Source | QuantSource) -> None:
+        """Raises NotAsSaid: the source is not of the form that was expected."""
+        if self.form is None:
+            self._quantise(source)
+        elif isinstance(source, Scaled | Nibbles):
+            self._take(source)
+        else:
+            raise NotAsSaid("is not quantised, and config.json says that it is")
+
+    def _quantise(self, source: Source) -> None:
+        weight, device = self.weight, self.weight.data.device
+        first, end, _ = self.rows.indices(weight.out_features)
+        step = max(BLOCK, _QUANTISED // weight.in_features // BLOCK * BLOCK)
+        for begin in range(first, end, step):
+            stop = min(begin + step, end)
+            made = torch.zeros(stop - begin, weight.in_features, device=device)
+            for start, into, length in self.spans:
+                if self.dim == 1:
+                    index = (slice(begin, stop), slice(start, start + length))
+                    made[:, into : into + length] = source.read(index, device)
+                    continue
+                low, high = max(begin, into), min(stop, into + length)
+                if low < high:
+                    index = (
+                        slice(low - into + start, high - into + start),
+                        slice(0, self.shape[1]),
+                    )
+                    made[low - begin : high - begin] = source.read(index, device)
+            rows = slice(begin, stop)
+            if weight.kind == "fp8_block":
+                blocks = slice(begin // BLOCK, -(-stop // BLOCK))
+                weight.data[rows], weight.scales[blocks] = quantize_blocks(made)
+            else:
+                weight.data[rows], scales = quantize_rows(made, weight.data.dtype)
+                weight.scales[rows] = scales[:, 0]
+
+    def _take(self, source: QuantSource) -> None:
+        """Codes, scales and zeros of the spans."""
+        weight, device, order = self.weight, self.weight.data.device, source.order
+        scales, zeros = source.scales(device), source.zeros(device)
+        if zeros is not None and weight.zeros is None and bool((zeros != INT4_ZERO).any()):
+            raise NotAsSaid(f"has zeros other than {INT4_ZERO}: config.json says it is symmetric")
+        if self.order is not None and order is not None:
+            self.order.copy_(order)
+        for start, into, length in self.spans:
+            here = slice(into, into + length)
+            if self.dim == 0:
+                rows, columns = here, slice(0, weight.in_features)
+                offset = start - into, 0
+            else:
+                rows, columns = slice(0, weight.out_features), here
+                offset = 0, start - into
+            self._copy_codes(source, rows, columns, offset, order)
+            for made, given in ((_scales(weight), scales), (_zeros(weight), zeros)):
+                if made is None or given is None:
+                    continue
+                ours = _block_of(weight)
+                at = [
+                    torch.arange(cut.start // by, -(-cut.stop // by), device=device)
+                    for cut, by in zip((rows, columns), ours, strict=True)
+                ]
+                found = given
+                for dim in (0, 1):
+                    of = (at[dim] * ours[dim] + offset[dim]) // source.block[dim]
+                    found = found.index_select(dim, of)
+                made[at[0][0] : at[0][-1] + 1, at[1][0] : at[1][-1] + 1] = found
+
+    def _copy_codes(
+        self,
+        source: QuantSource,
+        rows: slice,
+        columns: slice,
+        offset: tuple[int, int],
+        order: Tensor | None,
+    ) -> None:
+        weight, device = self.weight, self.weight.data.device
+        cut = slice(columns.start + offset[1], columns.stop + offset[1])
+        step = max(1, _CHUNK // max(1, weight.in_features))
+        for begin in range(rows.start, rows.stop, step):
+            stop = min(begin + step, rows.stop)
+            codes = source.codes(slice(begin + offset[0], stop + offset[0]), cut, device)
+            if order is not None:
+                codes = codes[:, order.to(device)]
+            if weight.kind == "int4_group":
+                packed = codes[:, ::2] | codes[:, 1::2] << 4
+                weight.data[begin:stop, columns.start // 2 : columns.stop // 2] = packed
+            else:
+                weight.data[begin:stop, columns] = codes
+
+
+def _block_of(weight: QuantWeight) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    return (BLOCK, BLOCK) if weight.kind == "fp8_block" else (1, weight.group)
+
+
+def _scales(weight: QuantWeight) -> Tensor:
+    """As rows and columns of blocks."""
+    match weight.kind:
+        case "fp8_block":
+            return weight.scales
+        case "int4_group":
+            return weight.scales.t()
+        case _:
+            return weight.scales.unsqueeze(1)
+
+
+def _zeros(weight: QuantWeight) -> Tensor | None:
+    return None if weight.zeros is None else weight.zeros.t()
+
+
+AnyTarget = Target | QuantTarget
+
+
+@dataclass(frozen=True, slots=True)
 class _Load:
     """What is to be loaded from where."""
 
     checkpoint: Checkpoint
-    wanted: dict[str, list[Target]]
-    block: tuple[int, int] | None
+    wanted: dict[str, list[AnyTarget]]
+    form: StoredForm | None
 
 
 def load(
     checkpoint: Checkpoint,
-    targets: Iterable[tuple[str, Target]],
+    targets: Iterable[tuple[str, AnyTarget]],
     ignores: Callable[[str], bool],
     progress: Callable[[int, int], None],
     *,
-    block: tuple[int, int] | None = None,
+    form: StoredForm | None = None,
     num_threads: int = 4,
 ) -> None:
     """Fill every target from the files of ``checkpoint``.
@@ -86,23 +238,23 @@ def load(
 
     Args:
         progress: told (bytes done, bytes in all) after each file.
-        block: rows and columns that share a scale; 8-bit weights become the parameter's dtype.
-            None: the checkpoint is not quantised.
+        form: how its quantised weights are stored. A plain target gets what they stand for. None:
+            the checkpoint is not quantised.
 
     Raises:
         StartupError: a damaged file, a tensor of unexpected shape or type, a scale that is missing
             or too many, a parameter that no file fills, or a tensor that nobody wants.
     """
-    wanted: dict[str, list[Target]] = {}
+    wanted: dict[str, list[AnyTarget]] = {}
     for name, target in targets:
         wanted.setdefault(name, []).append(target)
-    _check_names(checkpoint, wanted, ignores, block is not None)
+    _check_names(checkpoint, wanted, ignores, form)
     groups: dict[tuple[Path, ...], list[str]] = {files: [] for files in checkpoint.groups}
     of = {path: files for files in groups for path in files}
     for name in sorted(wanted):
-        groups[of[checkpoint.tensors[name].files[0]]].append(name)
+        groups[of[checkpoint.tensors[_main(checkpoint, name, form)].files[0]]].append(name)
     sizes = {files: sum(f.stat().st_size for f in files) for files in groups}
-    work, done = _Load(checkpoint, wanted, block), 0
+    work, done = _Load(checkpoint, wanted, form), 0
     # pickles come from one process, and those that cannot be mapped are whole in its memory
     mapped = all(path.suffix == ".safetensors" for path in of)
     with ThreadPoolExecutor(num_threads if mapped else 1) as pool:
@@ -111,20 +263,36 @@ def load(
             progress(done, sum(sizes.values()))
 
 
+def _main(checkpoint: Checkpoint, name: str, form: StoredForm | None) -> str:
+    """The tensor of the checkpoint that has the values of ``name``."""
+    if form is None or form.method == "scaled" or name in checkpoint.tensors:
+        return name
+    return name.removesuffix("weight") + form.main if name.endswith(".weight") else name
+
+
 def _check_names(
     checkpoint: Checkpoint,
-    wanted: dict[str, list[Target]],
+    wanted: dict[str, list[AnyTarget]],
     ignores: Callable[[str], bool],
-    scaled: bool,
+    form: StoredForm | None,
 ) -> None:
     found = checkpoint.tensors.keys()
-    if missing := sorted(wanted.keys() - found):
+    needed = {_main(checkpoint, name, form) for name in wanted}
+    if missing := sorted(needed - found):
         where = checkpoint.placed.get(missing[0], checkpoint.folder)
         raise StartupError(f"{where} lacks {len(missing)} tensors, the first: {missing[0]}")
 
     def known(name: str) -> bool:
-        of = name.removesuffix(SCALE)
-        return ignores(name) or (scaled and of != name and (of in wanted or ignores(of)))
+        if ignores(name):
+            return True
+        if form is None:
+            return False
+        if form.method == "scaled":  # some name their weights otherwise
+            of = name.removesuffix(form.suffix)
+        else:
+            layer, _, end = name.rpartition(".")
+            of = f"{layer}.weight" if end in form.parts else name
+        return of != name and (of in wanted or ignores(of))
 
     if strangers := sorted(n for n in found - wanted.keys() if not known(n)):
         where = checkpoint.placed[strangers[0]]
@@ -150,26 +318,27 @@ def _load_files(work: _Load, files: tuple[Path, ...], names: list[str]) -> tuple
 
 def _source(work: _Load, opened: OpenFiles, name: str, label: str) -> Source:
     """The tensor ``name`` in numbers that can be copied, by its scales where it has some."""
-    tensors = work.checkpoint.tensors
+    tensors, form = work.checkpoint.tensors, work.form
+    main = _main(work.checkpoint, name, form)
+    if form is not None and main != name:
+        layer = name.removesuffix("weight")
+        beside = {end: f"{layer}{end}" for end in form.parts if f"{layer}{end}" in tensors}
+        found = {end: opened.tensor(tensors[each]) for end, each in beside.items()}
+        return Nibbles(label, form, found)
     source = opened.tensor(tensors[name])
-    scale_name = f"{name}{SCALE}"
-    scaled = work.block is not None and scale_name in tensors
-    if source.kind == FP8 and work.block is not None:
-        if not scaled:
-            raise StartupError(f"{label} has type {FP8}, and there are no scales ({scale_name})")
-        if len(source.shape) < 2:
-            raise StartupError(f"{label} has type {FP8} and one dimension: blocks need two")
-        scales = opened.tensor(tensors[scale_name])
-        made = BlockScaled(source, scales, work.block)
-        if scales.shape != made.scale_shape or scales.kind not in FLOATS:
+    if form is not None and form.method == "scaled":
+        scale_name = f"{name}{form.suffix}"
+        scaled = scale_name in tensors
+        if source.kind == form.element:
+            if not scaled:
+                raise StartupError(
+                    f"{label} has type {source.kind}, and there are no scales ({scale_name})"
+                )
+            return Scaled(label, form, source, opened.tensor(tensors[scale_name]))
+        if scaled:
             raise StartupError(
-                f"{label}{SCALE} has type {scales.kind} and shape {list(scales.shape)}; blocks of "
-                f"{work.block[0]} x {work.block[1]} of {list(source.shape)} want float32 and "
-                f"{list(made.scale_shape)}"
+                f"{label} has scales ({scale_name}), and type {source.kind}, not {form.element}"
             )
-        return made
-    if scaled:
-        raise StartupError(f"{label} has scales ({scale_name}), and type {source.kind}, not {FP8}")
     if source.kind == FP8:
         raise StartupError(
             f"{label} has type {FP8}, and config.json has no quantization_config that says how it "
@@ -183,10 +352,12 @@ def _source(work: _Load, opened: OpenFiles, name: str, label: str) -> Source:
 
 
 @torch.no_grad()
-def _copy(label: str, source: Source, target: Target) -> None:
+def _copy(label: str, source: Source, target: AnyTarget) -> None:
     if source.shape != target.shape:
         raise StartupError(
             f"{label} has shape {list(source.shape)}, config.json wants {list(target.shape)}"
         )
-    for index, place in target.pieces():
-        place.copy_(source.read(index, place.device))
+    try:
+        target.fill(source)
+    except NotAsSaid as error:
+        raise StartupError(f"{label} {error}") from None

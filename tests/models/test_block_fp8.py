@@ -15,8 +15,8 @@ from asyncllm.engine.build import build_model
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import INDEX, read_checkpoint
 from asyncllm.models.model import Model
-from asyncllm.models.quant_config import weight_block
-from asyncllm.models.weights import SCALE, Target, load, whole
+from asyncllm.models.quant_config import StoredForm, stored_form
+from asyncllm.models.weights import Target, load, whole
 from tests.models.harness import Together, read_spec
 from tests.models.test_deepseek import VARIANTS
 from tests.models.test_deepseek import make_checkpoint as make_deepseek
@@ -31,6 +31,7 @@ DEEPSEEK = {
 BLOCK = (128, 128)
 FP8 = torch.float8_e4m3fn
 FILE = "model.safetensors"
+SCALE = "_scale_inv"
 
 
 def quantised(shape: list[int], block: tuple[int, int] = BLOCK) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,8 @@ def save(folder: Path, **tensors: Tensor) -> None:
 
 
 def read(folder: Path, targets: list[tuple[str, Target]], block: tuple[int, int] | None) -> None:
-    load(read_checkpoint(folder), targets, lambda name: False, lambda *_: None, block=block)
+    form = None if block is None else StoredForm("scaled", None, block, suffix=SCALE)
+    load(read_checkpoint(folder), targets, lambda name: False, lambda *_: None, form=form)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -207,15 +209,20 @@ def test_scales_and_types_must_fit(
 
 
 def test_which_quantisations_are_read() -> None:
-    assert weight_block(None) is None
-    assert weight_block(DEEPSEEK) == (128, 128)
-    assert weight_block(DEEPSEEK | {"scale_fmt": "ue8m0"}) == (128, 128)
+    assert stored_form(None) is None
+    form = stored_form(DEEPSEEK)
+    assert form is not None
+    assert (form.kind, form.block, form.suffix) == ("fp8_block", (128, 128), SCALE)
+    assert stored_form(DEEPSEEK | {"scale_fmt": "ue8m0"}) == form
+    other = stored_form(DEEPSEEK | {"weight_block_size": [64, 128]})
+    assert other is not None
+    assert other.kind is None, "dequantised: there are no products with such blocks"
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, r"quantised weights \(gptq\) are not available yet"),
+        ({"quant_method": "hqq", "bits": 4}, r"quantised weights \(hqq\) are not available yet"),
         ({"bits": 4}, r"quantised weights \(\?\) are not"),
         (DEEPSEEK | {"fmt": "e5m2"}, r"\(fp8\) with fmt 'e5m2' are not"),
         (DEEPSEEK | {"activation_scheme": "static"}, r"activation_scheme 'static' are not"),
@@ -225,4 +232,4 @@ def test_which_quantisations_are_read() -> None:
 )
 def test_other_quantisations_end_the_start(config: dict[str, object], message: str) -> None:
     with pytest.raises(StartupError, match=message):
-        weight_block(config)
+        stored_form(config)

@@ -104,7 +104,7 @@ MODELOPT = {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo
 def test_what_a_checkpoint_asks_for(said: dict[str, Any] | None, wanted: str | None) -> None:
     hf = make_config().to_dict()
     spec = ModelSpec.from_hf(hf | {"quantization_config": said}, {})
-    assert (spec.kv_format, spec.weight_block) == (wanted, None)
+    assert (spec.kv_format, spec.stored) == (wanted, None)
     assert ModelSpec.from_hf(hf | {"compression_config": said}, {}).kv_format == wanted
 
 
@@ -116,7 +116,7 @@ def test_what_a_checkpoint_asks_for(said: dict[str, Any] | None, wanted: str | N
         (ONLY_KV | {"kv_cache_scheme": SCHEME | {"strategy": "channel"}}, "'strategy': 'channel'"),
         (ONLY_KV | {"kv_cache_scheme": "static"}, "with kv_cache_scheme 'static', which is not"),
         (MODELOPT | {"kv_cache_quant_algo": "NVFP4"}, "with kv_cache_quant_algo 'NVFP4', which is"),
-        (ONLY_KV | {"config_groups": {"group_0": {}}}, r"weights \(compressed-tensors\) are not"),
+        (ONLY_KV | {"config_groups": {"group_0": {}}}, r"\(compressed-tensors, group_0\) with"),
         (MODELOPT | {"quant_algo": "FP8"}, r"weights \(modelopt\) are not"),
     ],
 )

@@ -469,7 +469,7 @@ def test_both_files_count(tmp_path: Path) -> None:
         ({"partial_rotary_factor": 0.01}, "partial_rotary_factor 0.01 of heads of 16 gives no"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not available yet"),
         ({"torch_dtype": "int8"}, "checkpoint dtype 'int8' is not available yet"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"quantised weights \(awq\) are not"),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"quantised weights \(hqq\) are not"),
         ({"hidden_size": "many"}, "hidden_size is 'many': not a positive integer"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None: not a positive integer"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0: not a positive integer"),

@@ -1,0 +1,293 @@
+"""Linear layers sharded over ranks, with weights in the type of activations or in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from asyncllm.models.model import Site
+from asyncllm.models.ops import Linear
+from asyncllm.models.quantization import BLOCK, QuantWeight, Way
+from asyncllm.models.weights import AnyTarget, QuantTarget, SliceSpan, Target, whole
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPart:
+    """A linear layer of the checkpoint, of which ours holds some spans.
+
+    Attributes:
+        name: below the prefix that ``targets`` is given.
+        size: of the sharded dimension in the checkpoint.
+        spans: what this rank holds of it; the rest of ours is padding, and zero.
+        local: of the sharded dimension here, padding included. Parts follow each other.
+    """
+
+    name: str
+    size: int
+    spans: tuple[SliceSpan, ...]
+    local: int
+
+
+class _Biased:
+    """What linear layers have in common: their parts and the bias.
+
+    Args:
+        shape: [out, in] on this rank.
+        parts: the checkpoint's layers; sharded by inputs (``dim`` 1) there is one.
+        dim: the sharded dimension, 0 for outputs. The bias of a sum is added by rank 0 only.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        shape: tuple[int, int],
+        parts: Sequence[LinearPart],
+        *,
+        dim: int,
+        bias: bool,
+    ) -> None:
+        self._site, self._parts, self._dim = site, parts, dim
+        self.bias = site.empty(shape[0]) if bias else None
+
+    def _bias_targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        if self.bias is None:
+            return
+        for part in self._parts:
+            spans, size = part.spans, part.size
+            if self._dim == 1:
+                spans = whole(self.bias).spans if self._site.comm.rank == 0 else ()
+                size = len(self.bias)
+            yield f"{prefix}{part.name}.bias", Target(self.bias, 0, size, spans)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the bias."""
+        return 0 if self.bias is None else self.bias.nbytes
+
+
+class DenseLinear(_Biased):
+    """A weight in the model's dtype."""
+
+    def __init__(
+        self,
+        site: Site,
+        shape: tuple[int, int],
+        parts: Sequence[LinearPart],
+        *,
+        dim: int,
+        bias: bool,
+    ) -> None:
+        super().__init__(site, shape, parts, dim=dim, bias=bias)
+        self.weight = site.empty(*shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + super().nbytes
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._site.ops.linear(x, self.weight, self.bias, out)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        for part in self._parts:
+            target = Target(self.weight, self._dim, part.size, part.spans)
+            yield f"{prefix}{part.name}.weight", target
+        yield from self._bias_targets(prefix)
+
+    def pack(self) -> None:
+        self.weight = self._site.ops.pack(self.weight)
+
+
+class QuantLinear(_Biased):
+    """A weight in few bits: as the checkpoint has it, or made of it while it is read.
+
+    With ``way.form.ordered`` the columns of the weight are in the order of their groups, and those
+    of the activations are brought into it.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        shape: tuple[int, int],
+        parts: Sequence[LinearPart],
+        way: Way,
+        *,
+        dim: int,
+        bias: bool,
+    ) -> None:
+        super().__init__(site, shape, parts, dim=dim, bias=bias)
+        self._way, form = way, way.form
+        self.weight = _empty_weight(site, shape, way)
+        self._order: Tensor | None = None
+        if form is not None and form.ordered:
+            self._order = site.empty(shape[1], dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        order = 0 if self._order is None else self._order.nbytes
+        return self.weight.nbytes + order + super().nbytes
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._order is not None:
+            x = x.index_select(1, self._order)
+        return self._site.ops.quant_linear(x, self.weight, self.bias, out)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
+        begin = 0
+        for part in self._parts:
+            rows = slice(begin, begin + part.local) if self._dim == 0 else slice(0, None)
+            yield (
+                f"{prefix}{part.name}.weight",
+                QuantTarget(
+                    self.weight, self._way.form, self._order, self._dim, part.size, part.spans, rows
+                ),
+            )
+            begin += part.local
+        yield from self._bias_targets(prefix)
+
+    def pack(self) -> None:
+        self.weight = self._site.ops.pack_quant(self.weight)
+
+
+def _empty_weight(site: Site, shape: tuple[int, int], way: Way) -> QuantWeight:
+    """Zeros, or anything where all of it will be filled."""
+    kind, (rows, columns), form = way.kind, shape, way.form
+    assert kind is not None
+    if kind == "int4_group":
+        assert form is not None
+        group = form.block[1] or columns
+        data = site.empty(rows, columns // 2, dtype=torch.uint8)
+        scales = site.empty(columns // group, rows)
+        zeros = None if form.symmetric else site.empty(columns // group, rows)
+        return QuantWeight(kind, data, scales, zeros, group, rows, columns)
+    element = torch.int8 if kind == "int8_channel" else torch.float8_e4m3fn
+    data = site.empty(rows, columns, dtype=element)
+    if kind == "fp8_block":
+        scales = site.empty(-(-rows // BLOCK), -(-columns // BLOCK), dtype=torch.float32)
+        return QuantWeight(kind, data, scales, None, BLOCK, rows, columns)
+    scales = site.empty(rows, dtype=torch.float32)
+    return QuantWeight(kind, data, scales, None, columns, rows, columns)
+
+
+class SideBySide:
+    """Linear layers of the same input whose weights cannot be one: their outputs follow each
+    other."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self._linears = linears
+
+    @property
+    def nbytes(self) -> int:
+        return sum(linear.nbytes for linear in self._linears)
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        made = [linear(x) for linear in self._linears]
+        return torch.cat(made, 1) if out is None else torch.cat(made, 1, out=out)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
+        for linear in self._linears:
+            yield from linear.targets(prefix)
+
+    def pack(self) -> None:
+        for linear in self._linears:
+            linear.pack()
+
+
+def by_outputs(
+    site: Site, shape: tuple[int, int], parts: Sequence[LinearPart], bias: bool
+) -> Linear:
+    """A linear layer whose outputs are split over the ranks (column-parallel).
+
+    Parts are one weight where they are served in the same way and blocks of scales lie in one of
+    them each.
+    """
+    ways = [site.quantisation.way(site.path + part.name) for part in parts]
+    together = len(set(ways)) == 1 and (len(parts) == 1 or not _ordered(ways[0]))
+    if together and _lines_up(ways[0], parts, 0):
+        return _make(site, shape, parts, ways[0], dim=0, bias=bias)
+    begins = accumulate((part.local for part in parts), initial=0)
+    alone = [_moved(part, begin) for part, begin in zip(parts, begins, strict=False)]
+    made = []
+    for part, way in zip(alone, ways, strict=True):
+        kept = way if _lines_up(way, [part], 0) else Way()
+        shape = part.local, shape[1]
+        linear = _make(site, shape, [part], kept, dim=0, bias=bias, widened=kept != way)
+        made.append(linear)
+    return made[0] if len(made) == 1 else SideBySide(made)
+
+
+def by_inputs(site: Site, shape: tuple[int, int], part: LinearPart, bias: bool) -> Linear:
+    """A linear layer whose inputs are split over the ranks (row-parallel); results must be
+    summed."""
+    way = site.quantisation.way(site.path + part.name)
+    kept = way if _lines_up(way, [part], 1) else Way()
+    return _make(site, shape, [part], kept, dim=1, bias=bias, widened=kept != way)
+
+
+def _make(
+    site: Site,
+    shape: tuple[int, int],
+    parts: Sequence[LinearPart],
+    way: Way,
+    *,
+    dim: int,
+    bias: bool,
+    widened: bool = False,
+) -> Linear:
+    names = [site.path + part.name for part in parts]
+    site.quantisation.tally.add(way.kind, names, widened=widened)
+    if way.kind is None:
+        return DenseLinear(site, shape, parts, dim=dim, bias=bias)
+    return QuantLinear(site, shape, parts, way, dim=dim, bias=bias)
+
+
+def _ordered(way: Way) -> bool:
+    return way.form is not None and way.form.ordered
+
+
+def _moved(part: LinearPart, begin: int) -> LinearPart:
+    """``part`` at the beginning of a weight of its own."""
+    spans = tuple((source, into - begin, length) for source, into, length in part.spans)
+    return replace(part, spans=spans)
+
+
+def _lines_up(way: Way, parts: Sequence[LinearPart], dim: int) -> bool:
+    """Whether no block of scales of ours is part of several of the checkpoint's, or of layers."""
+    if way.kind == "fp8_block" and way.form is None:  # made here
+        begins = accumulate((part.local for part in parts), initial=0)
+        return all(begin % BLOCK == 0 for begin, _ in zip(begins, parts, strict=False))
+    spans = [span for part in parts for span in part.spans]
+    match way.kind:
+        case "fp8_block":
+            step = BLOCK
+        case "int4_group" if dim == 1:
+            assert way.form is not None
+            step = way.form.block[1]
+            if way.form.ordered:
+                return all(span == (0, 0, part.size) for part in parts for span in part.spans)
+            if step == 0:  # whole rows share a scale: so do their slices
+                return all(length % 2 == 0 for _, _, length in spans)
+            if any(size % step for size in (parts[0].local, *(span[2] for span in spans))):
+                return False
+        case _:
+            return True
+    return all(source % step == 0 and into % step == 0 for source, into, _ in spans)
+
+
+def share(total: int, site: Site) -> SliceSpan:
+    """This rank's equal slice of ``total``, as a span to the beginning of a parameter."""
+    local = -(-total // site.comm.size)
+    first = site.comm.rank * local
+    return first, 0, max(0, min(local, total - first))
+
+
+def fused(name: str, parts: Sequence[LinearPart]) -> LinearPart:
+    """``parts`` as one tensor of the checkpoint, in which they follow each other."""
+    spans, begin = [], 0
+    for part in parts:
+        spans += [(begin + source, into, length) for source, into, length in part.spans]
+        begin += part.size
+    return LinearPart(name, begin, tuple(spans), sum(part.local for part in parts))
