@@ -17,7 +17,7 @@ import uvloop
 from asyncllm import log
 from asyncllm.actors.pulse import Pulse
 from asyncllm.api.common.defaults import read_defaults
-from asyncllm.config import Config, Resolved, resolve_limits, roles
+from asyncllm.config import Config, Resolved, quantisation, resolve_limits, roles
 from asyncllm.constrain.llguidance_backend import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
 from asyncllm.errors import StartupError
@@ -196,7 +196,12 @@ def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None 
         kv_format=spec.kv_format,
     )
     used = {} if config.generation_config == "none" else generation_config(model_dir)
-    return replace(resolved, generation_config=read_defaults(used))
+    resolved = replace(resolved, generation_config=read_defaults(used))
+    if config.run_mode == roles.MASTER:
+        return resolved
+    asked = quantisation.asked(config, spec)
+    said = (*resolved.notes, *quantisation.notes(asked, spec))
+    return replace(resolved, quant=quantisation.to_text(asked), notes=said)
 
 
 def main() -> int:

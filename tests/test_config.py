@@ -94,6 +94,8 @@ OURS: dict[str, Any] = {
     "served_model_name": (),
     "device": "auto",
     "data_type": "auto",
+    "quant_type": "none",
+    "quant_cfg": None,
     "chunked_prefill_size": None,
     "disable_dynamic_prompt_cache": False,
     "constraint_time_limit": 5.0,

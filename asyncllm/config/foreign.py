@@ -33,7 +33,7 @@ class Foreign:
 # reason -> names; "name=" takes a value, "name=+" several, "name=a|b" is refused but for a and b
 _REFUSED = {
     "the chat template is the model folder's": "chat_template=",
-    "weights are in the type of --data_type": "expert_dtype= quant_cfg= quant_type=none",
+    "weights are in the type of --data_type": "expert_dtype=",
     "each token's K/V in 8 bits have scales of their own (--mode), none are calibrated": "kv_quant_calibration_config_path=",
     "it computes on CUDA or the CPU": "hardware_platform=cuda",
     "there is one tier of K/V, in the device's memory": "enable_cpu_cache enable_disk_cache",

@@ -39,6 +39,7 @@ class Resolved:
         generation_config: values of the model's file that are defaults for requests.
         max_body_size: bytes of a request body.
         kv_mode: format of K/V and decode kernel, by the names of --mode; those that count.
+        quant: what is asked of weights, as ``quantisation.to_text`` gives it.
         num_slots: KV slots, 0 until ``with_slots``.
     """
 
@@ -59,6 +60,7 @@ class Resolved:
     max_body_size: int = MIN_BODY_SIZE
     max_req_input_len: int | None = None
     kv_mode: tuple[str, ...] = ()
+    quant: str = ""
 
     def __post_init__(self) -> None:
         most, total = self.max_req_input_len, self.max_req_total_len

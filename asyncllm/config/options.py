@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from asyncllm.api.parsing import reasoning, tools
-from asyncllm.config import roles
+from asyncllm.config import quantisation, roles
 from asyncllm.config.flag import (
     Flag,
     Needs,
@@ -208,6 +208,9 @@ class Config:
         "auto", group=MODEL, choices=("auto", *DTYPES.values(), *DTYPES),
         help="type of weights and KV; auto: the checkpoint's",
     )  # fmt: skip
+    quant_type: str = flag("none", group=MODEL, metavar="TYPE", check=quantisation.complaint,
+        help=quantisation.HELP)  # fmt: skip
+    quant_cfg: str | None = flag(None, group=MODEL, metavar="FILE", help=quantisation.FILE_HELP)
 
     # --- memory and batches
     max_total_token_num: int | None = flag(

@@ -57,7 +57,7 @@ _OF_CONFIG_SERVER = (
 # options that only computing roles use
 _UNUSED = (
     "max_total_token_num", "mem_fraction", "batch_max_tokens", "chunked_prefill_size", "device",
-    "data_type", "load_way", "disable_cudagraph", "disable_dynamic_prompt_cache", "diverse_mode",
+    "data_type", "quant_type", "quant_cfg", "load_way", "disable_cudagraph", "disable_dynamic_prompt_cache", "diverse_mode",
 )  # fmt: skip
 
 

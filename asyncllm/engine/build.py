@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model, Site
 from asyncllm.models.ops import Ops
-from asyncllm.models.quantization import AS_STORED, Asked, Quantisation
+from asyncllm.models.quantization import AS_STORED, Quantisation, Tally, WeightTypes
 from asyncllm.models.registry import MODELS
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import load
@@ -50,7 +50,7 @@ def build_model(
     kv: KvMode = PLAIN,
     whole_experts: bool = False,
     load_way: str = "HF",
-    asked: Asked = AS_STORED,
+    asked: WeightTypes = AS_STORED,
     world: AnyWorld | None = None,
     symmetric: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -100,7 +100,7 @@ def make_model(
     where: torch.device,
     kv: KvMode = PLAIN,
     whole_experts: bool = False,
-    asked: Asked = AS_STORED,
+    asked: WeightTypes = AS_STORED,
 ) -> Model:
     """One rank's model, its weights not loaded yet.
 
@@ -190,6 +190,7 @@ class MemoryPlan:
     work: int  # activations, logits, lane tables
     num: PerSpace  # slots; equal numbers: one space
     division: Division
+    linears: Tally = field(default_factory=Tally)  # what became of the linear layers
 
     @property
     def window(self) -> Window | None:
@@ -241,7 +242,7 @@ class Sizes:
     batch_max_tokens: int
     mem_fraction: float
     max_total_token_num: int | None
-    asked: Asked = AS_STORED  # of linear layers
+    asked: WeightTypes = AS_STORED  # of linear layers
     moving: int = 0  # tokens that K/V pages in transit between servers hold
 
 
@@ -302,7 +303,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
             f"{work / 2**30:.2f} GiB of --mem_fraction {sizes.mem_fraction} (lower "
             f"--batch_max_tokens or --running_max_req_size, or use a higher --tp)"
         )
-    return MemoryPlan(weights, work, num, division)
+    return MemoryPlan(weights, work, num, division, model.site.quantisation.tally)
 
 
 def num_parameters(spec: ModelSpec, device: torch.device) -> int:
@@ -321,7 +322,7 @@ def _on_paper(
     kv: KvMode = PLAIN,
     whole_experts: bool = False,
     world: int | None = None,
-    asked: Asked = AS_STORED,
+    asked: WeightTypes = AS_STORED,
 ) -> Model:
     """A rank's model on the meta device."""
     return make_model(

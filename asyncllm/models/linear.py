@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Linear
-from asyncllm.models.quantization import BLOCK, QuantWeight, Way
+from asyncllm.models.quantization import BLOCK, QuantWeight, Served
 from asyncllm.models.weights import AnyTarget, QuantTarget, SliceSpan, Target, whole
 
 
@@ -113,7 +113,7 @@ class QuantLinear(_Biased):
         site: Site,
         shape: tuple[int, int],
         parts: Sequence[LinearPart],
-        way: Way,
+        way: Served,
         *,
         dim: int,
         bias: bool,
@@ -152,7 +152,7 @@ class QuantLinear(_Biased):
         self.weight = self._site.ops.pack_quant(self.weight)
 
 
-def _empty_weight(site: Site, shape: tuple[int, int], way: Way) -> QuantWeight:
+def _empty_weight(site: Site, shape: tuple[int, int], way: Served) -> QuantWeight:
     """Zeros, or anything where all of it will be filled."""
     kind, (rows, columns), form = way.kind, shape, way.form
     assert kind is not None
@@ -212,7 +212,7 @@ def by_outputs(
     alone = [_moved(part, begin) for part, begin in zip(parts, begins, strict=False)]
     made = []
     for part, way in zip(alone, ways, strict=True):
-        kept = way if _lines_up(way, [part], 0) else Way()
+        kept = way if _lines_up(way, [part], 0) else Served()
         shape = part.local, shape[1]
         linear = _make(site, shape, [part], kept, dim=0, bias=bias, widened=kept != way)
         made.append(linear)
@@ -223,7 +223,7 @@ def by_inputs(site: Site, shape: tuple[int, int], part: LinearPart, bias: bool) 
     """A linear layer whose inputs are split over the ranks (row-parallel); results must be
     summed."""
     way = site.quantisation.way(site.path + part.name)
-    kept = way if _lines_up(way, [part], 1) else Way()
+    kept = way if _lines_up(way, [part], 1) else Served()
     return _make(site, shape, [part], kept, dim=1, bias=bias, widened=kept != way)
 
 
@@ -231,7 +231,7 @@ def _make(
     site: Site,
     shape: tuple[int, int],
     parts: Sequence[LinearPart],
-    way: Way,
+    way: Served,
     *,
     dim: int,
     bias: bool,
@@ -244,7 +244,7 @@ def _make(
     return QuantLinear(site, shape, parts, way, dim=dim, bias=bias)
 
 
-def _ordered(way: Way) -> bool:
+def _ordered(way: Served) -> bool:
     return way.form is not None and way.form.ordered
 
 
@@ -254,27 +254,27 @@ def _moved(part: LinearPart, begin: int) -> LinearPart:
     return replace(part, spans=spans)
 
 
-def _lines_up(way: Way, parts: Sequence[LinearPart], dim: int) -> bool:
-    """Whether no block of scales of ours is part of several of the checkpoint's, or of layers."""
-    if way.kind == "fp8_block" and way.form is None:  # made here
-        begins = accumulate((part.local for part in parts), initial=0)
-        return all(begin % BLOCK == 0 for begin, _ in zip(begins, parts, strict=False))
-    spans = [span for part in parts for span in part.spans]
+def _lines_up(way: Served, parts: Sequence[LinearPart], dim: int) -> bool:
+    """Whether no block of scales of ours is part of several of the checkpoint's, or of layers.
+
+    The same on every rank: what one has begins at a multiple of what each has.
+    """
     match way.kind:
         case "fp8_block":
             step = BLOCK
+            if way.form is None:  # made here
+                begins = accumulate((part.local for part in parts), initial=0)
+                return all(begin % BLOCK == 0 for begin, _ in zip(begins, parts, strict=False))
         case "int4_group" if dim == 1:
             assert way.form is not None
-            step = way.form.block[1]
             if way.form.ordered:
-                return all(span == (0, 0, part.size) for part in parts for span in part.spans)
-            if step == 0:  # whole rows share a scale: so do their slices
-                return all(length % 2 == 0 for _, _, length in spans)
-            if any(size % step for size in (parts[0].local, *(span[2] for span in spans))):
-                return False
+                return all(part.local == part.size for part in parts)
+            step = way.form.block[1] or 2  # whole rows share a scale: so do their slices
         case _:
             return True
-    return all(source % step == 0 and into % step == 0 for source, into, _ in spans)
+    if any(part.local % step for part in parts if part.local != part.size):
+        return False
+    return all(n % step == 0 for part in parts for span in part.spans for n in span[:2])
 
 
 def share(total: int, site: Site) -> SliceSpan:

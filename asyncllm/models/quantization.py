@@ -90,7 +90,7 @@ class Override:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class WeightTypes:
     """What --quant_type and --quant_cfg ask for, by the names of ``TYPES``.
 
     Attributes:
@@ -114,11 +114,11 @@ class Asked:
         return self.type
 
 
-AS_STORED = Asked()
+AS_STORED = WeightTypes()
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Served:
     """How a linear layer is served.
 
     Attributes:
@@ -153,6 +153,15 @@ class Tally:
         parts += [f"{self.plain} in {dtype}"] if self.plain or not parts else []
         return f"linear layers: {', '.join(parts)}"
 
+    def warnings(self, dtype: str) -> list[str]:
+        """A line if layers have become more than was asked for."""
+        if not self.widened:
+            return []
+        return [
+            f"{len(self.widened)} linear layers are widened to {dtype}, since this --tp cuts their "
+            f"blocks or groups; the first: {self.widened[0]}"
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
@@ -164,16 +173,16 @@ class Quantisation:
     """
 
     stored: StoredForm | None = None
-    asked: Asked = AS_STORED
+    asked: WeightTypes = AS_STORED
     tally: Tally = field(default_factory=Tally, compare=False)
 
-    def way(self, name: str) -> Way:
+    def way(self, name: str) -> Served:
         """Of a linear layer, by its name in the checkpoint, if shards do not cut its groups."""
         form, asked = self.stored, self.asked.of(name)
         packed = form is not None and name not in form.plain
         if form is not None and not packed:
-            return Way()  # what a quantised checkpoint leaves as it is stays so
+            return Served()  # what a quantised checkpoint leaves as it is stays so
         kind = TYPES[asked] if asked is not None else form.kind if form is not None else None
         if kind is None:
-            return Way()
-        return Way(kind, form if form is not None and form.kind == kind else None)
+            return Served()
+        return Served(kind, form if form is not None and form.kind == kind else None)

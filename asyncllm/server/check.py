@@ -43,6 +43,8 @@ def check(boot: Boot, spec: ModelSpec, text: Text) -> None:
         about += [
             f"device: {resolved.device}, {kinds}, {_ranks(boot)}; {serving}",
             plan.text(resolved.max_req_total_len),
+            plan.linears.text(resolved.dtype),
+            *(f"warning: {line}" for line in plan.linears.warnings(resolved.dtype)),
         ]
     else:
         about.append(f"device: none; {serving}")

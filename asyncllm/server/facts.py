@@ -32,6 +32,7 @@ def facts(config: Config, resolved: Resolved, model_dir: Path) -> Facts:
         *model_facts(config, model_dir),
         ("device", resolved.device),
         *kv_facts(resolved),
+        ("--quant_type and --quant_cfg", resolved.quant),
         ("max_req_total_len", str(resolved.max_req_total_len)),
         ("batch_max_tokens", str(resolved.batch_max_tokens)),
         ("chunked_prefill_size", str(resolved.chunked_prefill_size)),

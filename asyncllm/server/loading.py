@@ -18,7 +18,7 @@ from asyncllm.actors.kv_taker import Door
 from asyncllm.api.common.chat_template import USED
 from asyncllm.api.parsing import reasoning, tools
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
-from asyncllm.config import Config
+from asyncllm.config import Config, quantisation
 from asyncllm.constrain.factory import Constraints, unconstrained
 from asyncllm.constrain.llguidance_backend import Grammars
 from asyncllm.constrain.reasoning import ReasoningMarks
@@ -74,6 +74,7 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
         ranks=len(boot.topology.ranks),
         whole_experts=config.enable_ep_moe,
         kv=KvMode.named(resolved.kv_mode),
+        asked=quantisation.from_text(resolved.quant),
         dtype=resolved.dtype,
         max_len=resolved.max_req_total_len,
         num_lanes=resolved.running_max_req_size,
@@ -157,6 +158,9 @@ def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Load
         for note in rope_notes(spec, resolved.max_req_total_len):
             logger.info("%s", note)
         logger.info("%s", plan.text(resolved.max_req_total_len))
+        logger.info("%s", plan.linears.text(resolved.dtype))
+        for line in plan.linears.warnings(resolved.dtype):
+            logger.warning("%s", line)
     boot = replace(boot, resolved=resolved)
     device = _load_device(boot, spec, ranks, where, plan)
     return replace(
@@ -254,6 +258,7 @@ def _load_device(
             load_way=load_way,
             whole_experts=boot.config.enable_ep_moe,
             kv=KvMode.named(resolved.kv_mode),
+            asked=quantisation.from_text(resolved.quant),
             world=None if ranks is None else ranks.world,
             symmetric=not boot.config.disable_symm_mem_allreduce and _share_memory(boot),
             progress=lambda done, _: bar.advance(done - bar.done_bytes),

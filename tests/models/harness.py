@@ -22,7 +22,7 @@ from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model
 from asyncllm.models.ops import Product
-from asyncllm.models.quantization import AS_STORED, Asked
+from asyncllm.models.quantization import AS_STORED, WeightTypes
 from asyncllm.models.spec import ModelSpec
 from asyncllm.records import Opened
 
@@ -182,7 +182,7 @@ class Ranks:
     def __init__(
         self, model_dir: Path, size: int, kv: KvMode = PLAIN, *, dtype: str = "fp32",
         max_len: int = 4096, groups: int = 1, driven: int = 0, whole_experts: bool = False,
-        asked: Asked = AS_STORED,
+        asked: WeightTypes = AS_STORED,
     ) -> None:  # fmt: skip
         num, self.driven = size * groups, driven
         everybody = threading.Barrier(num, timeout=60), [None] * num

@@ -6,11 +6,15 @@ Checkpoints and expected logits are in tests/data/quantised, with the script tha
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asyncllm.core.request import SamplingParams
@@ -21,12 +25,13 @@ from asyncllm.engine.parallel import SingleRank
 from asyncllm.engine.quant_torch import dequantize
 from asyncllm.models.linear import QuantLinear, SideBySide
 from asyncllm.models.model import Model
-from asyncllm.models.quantization import AS_STORED, Asked
-from tests.models.harness import Driver, Ranks, Sequence, read_spec
+from asyncllm.models.quantization import AS_STORED, Override, WeightTypes
+from asyncllm.models.quantize import quantize_blocks
+from tests.models.harness import Driver, Ranks, Sequence, Together, read_spec
 
 DATA = Path(__file__).parents[1] / "data" / "quantised"
 CPU = torch.device("cpu")
-NONE = Asked("none")
+NONE = WeightTypes("none")
 NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
 KINDS = {
     "awq": "int4_group", "gptq": "int4_group", "gptq-ordered": "int4_group", "ct-int8": "int8_channel",
@@ -35,13 +40,13 @@ KINDS = {
 }  # fmt: skip
 
 
-def build(folder: Path, asked: Asked = AS_STORED, dtype: str = "fp32") -> Model:
+def build(folder: Path, asked: WeightTypes = AS_STORED, dtype: str = "fp32") -> Model:
     return build_model(
         folder, read_spec(folder), SingleRank(), dtype=dtype, device=CPU, max_len=256, asked=asked
     )
 
 
-def scores(folder: Path, asked: Asked = AS_STORED, size: int = 1) -> tuple[Tensor, Tensor]:
+def scores(folder: Path, asked: WeightTypes = AS_STORED, size: int = 1) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the expected ids but the first, and what they are to be."""
     expected = load_file(folder / "expected.safetensors")
     ids, want = expected["ids"], expected.get("rounded", expected["plain"])
@@ -107,3 +112,152 @@ def test_weights_stay_in_few_bits(name: str) -> None:
     assert model.site.quantisation.tally.plain == leaves
     assert sum(model.site.quantisation.tally.served.values()) == 7 - leaves
     assert model.nbytes < 0.7 * wide.nbytes
+
+
+# -- weights that are quantised while they are read --------------------------------------------
+
+SIZES = {"hidden_size": 160, "intermediate_size": 224}  # no multiples of 128
+TYPES = {"fp8w8a8": 0.04, "fp8w8a8-b128": 0.04, "w8a8": 0.015}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in float32 with biases, whose heads and slices do not divide by 128."""
+    folder = tmp_path_factory.mktemp("plain")
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=96, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=5,
+        attention_bias=True, initializer_range=0.08, max_position_embeddings=256, **SIZES,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+def linears(model: Model) -> Iterator[Any]:
+    """All linear layers, those beside each other one by one."""
+    for block in model.blocks:
+        for linear in (block.attention.qkv, block.attention.out, block.mlp.gate_up, block.mlp.down):
+            yield from linear._linears if isinstance(linear, SideBySide) else [linear]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_layer_is_near_its_weights(plain: Path, kind: str, size: int) -> None:
+    """Whatever the shards; a weight is never off by more than half a step of its row or block."""
+    served: dict[str, list[Tensor]] = {"wide": [], "quantised": []}
+    for rank in range(size):
+        for name, asked in (("wide", NONE), ("quantised", WeightTypes(kind))):
+            group = Together(rank, threading.Barrier(1), [None] * size)
+            model = build_model(
+                plain, read_spec(plain), group, dtype="fp32", device=CPU, max_len=64, asked=asked
+            )
+            for linear in linears(model):
+                quantised = isinstance(linear, QuantLinear)
+                assert quantised == (name == "quantised")
+                served[name].append(dequantize(linear.weight) if quantised else linear.weight)
+        # q, k and v lie beside each other where blocks of 128 rows would be of two of them
+        parts = len(served["quantised"]) // (rank + 1)
+        assert parts == {"fp8w8a8-b128": 2 * 7, "fp8w8a8": 8, "w8a8": 8}[kind]
+    wide, quantised = (torch.cat([w.flatten() for w in served[n]]) for n in ("wide", "quantised"))
+    most = wide.abs().max()
+    assert (wide - quantised).abs().max() < most / (250 if kind == "w8a8" else 26)
+    error = (wide - quantised).norm() / wide.norm()
+    assert 1e-3 < error < (0.01 if kind == "w8a8" else 0.03)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", TYPES)
+def test_answers_are_near_those_of_the_weights(plain: Path, kind: str, size: int) -> None:
+    ids = torch.randint(3, 96, (24,), generator=torch.Generator().manual_seed(1))
+    model = transformers.LlamaForCausalLM.from_pretrained(plain).eval()
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0].contiguous()
+    save_file({"ids": ids, "plain": logits}, plain / "expected.safetensors")
+    exact, want = scores(plain, NONE, size)
+    torch.testing.assert_close(exact, want, atol=1e-4, rtol=0)
+    (got, _), noise = scores(plain, WeightTypes(kind), size), want.std()
+    assert 1e-4 < (got - want).square().mean().sqrt() < 8 * TYPES[kind] * noise
+
+
+def test_overrides_choose_layer_by_layer(plain: Path) -> None:
+    """Different types in one fused projection, and in one layer of two."""
+    asked = WeightTypes(
+        "fp8w8a8",
+        (
+            Override("none", frozenset({"k_proj"}), frozenset({1})),
+            Override("w8a8", frozenset({"down_proj"}), None),
+        ),
+    )
+    model = build(plain, asked)
+    kinds = [
+        linear.weight.kind if isinstance(linear, QuantLinear) else None for linear in linears(model)
+    ]
+    fp8, int8 = "fp8_channel", "int8_channel"
+    assert kinds == [fp8, fp8, fp8, int8, fp8, None, fp8, fp8, fp8, int8]
+    tally = model.site.quantisation.tally
+    assert tally.text("bf16") == (
+        "linear layers: 11 in fp8 (a scale per output channel), 2 in int8 (a scale per output "
+        "channel), 1 in bf16"
+    )
+
+
+def test_no_more_memory_than_the_plan_and_a_piece(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While weights are quantised: of no layer is there more than a piece in another type."""
+    monkeypatch.setattr("asyncllm.models.weights._QUANTISED", 128 * 160)
+    seen: list[int] = []
+    zeros = torch.zeros
+
+    def noted(*size: Any, **how: Any) -> Tensor:
+        made = zeros(*size, **how)
+        seen.append(made.numel())
+        return made
+
+    monkeypatch.setattr("asyncllm.models.weights.torch.zeros", noted)
+    model = build(plain, WeightTypes("fp8w8a8"))
+    planned = sum(linear.nbytes for linear in linears(model))
+    widest = 128 * 224
+    assert max(seen) <= widest
+    weights = 2 * (4 * 160 * 160 + 3 * 160 * 224)
+    assert planned < 1.1 * weights + 4 * 2 * 4 * 160 * 2, "a byte each, scales, biases"
+
+
+def test_blocks_that_shards_cut_are_widened(tmp_path: Path) -> None:
+    """Blocks of 128 x 128 stay where they lie in one rank; elsewhere they become what they are."""
+    folder = tmp_path / "model"
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=256, intermediate_size=384, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name], tensors[f"{name}_scale_inv"] = quantize_blocks(tensors[name])
+    save_file(tensors, folder / "model.safetensors")
+    said = json.loads((folder / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(said))
+    wide, whole = build(folder, NONE), build(folder)
+    for dense, linear in zip(linears(wide), linears(whole), strict=True):
+        assert linear.weight.kind == "fp8_block"
+        assert torch.equal(dequantize(linear.weight), dense.weight)
+    for rank in range(2):
+        shards = []
+        for asked in (NONE, AS_STORED):
+            group = Together(rank, threading.Barrier(1), [None, None])
+            model = build_model(
+                folder, read_spec(folder), group, dtype="fp32", device=CPU, max_len=64, asked=asked
+            )
+            shards.append(model.blocks[0].attention.qkv)
+        tally = model.site.quantisation.tally
+        # a rank has 64 rows of k and v, and 192 of the inner channels
+        cut = [name.rpartition(".")[2] for name in tally.widened]
+        assert cut == ["k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+        assert tally.served == {"fp8_block": 2}
+        (line,) = tally.warnings("bf16")
+        assert line.startswith("5 linear layers are widened to bf16, since this --tp cuts")
+        rows = [dequantize(each.weight) if isinstance(each, QuantLinear) else each.weight
+                for each in shards[1]._linears]  # fmt: skip
+        assert torch.equal(torch.cat(rows), shards[0].weight)
