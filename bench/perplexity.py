@@ -1,10 +1,12 @@
-"""What K/V in 8 bits cost: nats per token of a text, and how long greedy answers stay the same.
+"""What K/V or weights in 8 bits cost: nats per token of a text, and how long greedy answers stay the
+same.
 
     python bench/perplexity.py --model_dir /models/x --text book.txt
     python bench/perplexity.py --modes none triton_int8kv triton_fp8kv+triton_gqa_attention
+    python bench/perplexity.py --quant_types none fp8w8a8 fp8w8a8-b128 w8a8
 
-Each of ``--modes`` is what --mode may be given, joined by "+", and runs in a process of its own; all
-are compared with the first. Other options are asyncllm's. Without ``--text`` it is the chapters of
+Each of ``--modes`` is what --mode may be given, joined by "+", each of ``--quant_types`` what --quant_type
+may be. Each runs in a process of its own; all are compared with the first. Other options are asyncllm's. Without ``--text`` it is the chapters of
 Python's language reference that come with every Python.
 
 The text is cut into windows. The first half of one is computed in chunks, the second half behind a hit
@@ -73,6 +75,7 @@ QUESTIONS = (
     "Why is exercise good for health?",
     "Tell me a fact about the moon.",
 )
+WEIGHTS = "quant_type="  # begins what a child is told of --quant_types
 MODES = ("none", "triton_int8kv", "ppl_int8kv", "triton_fp8kv")
 Figures = dict[str, Any]
 
@@ -201,7 +204,7 @@ def python_reference() -> str:
 
 
 def measure(a: argparse.Namespace, loaded: Loaded) -> Figures:
-    """The figures of one mode."""
+    """The figures of one variant."""
     assert loaded.text is not None
     text = python_reference() if a.text is None else a.text.read_text()
     head = list(loaded.text.encode("", add_special_tokens=True))
@@ -213,12 +216,14 @@ def measure(a: argparse.Namespace, loaded: Loaded) -> Figures:
     found = [value for window in windows for value in score(feed, window, a.chunk)]
     spent = time.perf_counter() - begin
     outputs, decode = answer(feed, questions(loaded.text), a.out, a.chunk)
+    plan = memory_plan(loaded.boot, loaded.spec)
     return {
         "nats": -sum(found) / len(found),
         "tokens": len(found),
         "prefill": len(found) / spent,
         "decode": decode,
-        "slot": sum(memory_plan(loaded.boot, loaded.spec).division.slot),
+        "slot": sum(plan.division.slot),
+        "weights": plan.weights,
         "outputs": outputs,
     }
 
@@ -235,33 +240,37 @@ def table(found: dict[str, Figures], num: int) -> str:
     lines = [
         f"{first['tokens']:,} tokens; greedy answers that keep their first {num} tokens, "
         f"of {len(first['outputs'])}; tokens a second",
-        "| K/V | nats per token | difference | perplexity | greedy | bytes a token | slots | prefill | "
-        "decode |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | nats per token | difference | perplexity | greedy | bytes a token | slots | prefill | decode | "
+        "weights, MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for mode, now in found.items():
+    for name, now in found.items():
         off = now["nats"] - first["nats"]
         lines.append(
-            f"| {mode} | {now['nats']:.4f} | {off:+.4f} | {100 * math.expm1(off):+.2f} % | "
+            f"| {name} | {now['nats']:.4f} | {off:+.4f} | {100 * math.expm1(off):+.2f} % | "
             f"{kept(first, now, num)} | {now['slot']:,} | x {first['slot'] / now['slot']:.2f} | "
-            f"{now['prefill']:.0f} | {now['decode']:.0f} |"
+            f"{now['prefill']:.0f} | {now['decode']:.0f} | {now['weights'] / 2**20:.1f} |"
         )
     return "\n".join(lines)
 
 
-def in_a_child(mode: str, argv: Sequence[str]) -> Figures:
+def in_a_child(name: str, argv: Sequence[str]) -> Figures:
     """``measure`` in a process of its own, which gives all memory back."""
     done = subprocess.run(
-        [sys.executable, __file__, *argv, "--child", mode], stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, *argv, "--child", name], stdout=subprocess.PIPE, text=True
     )
     if done.returncode:
-        raise StartupError(f"{mode} has failed with exit code {done.returncode}")
+        raise StartupError(f"{name} has failed with exit code {done.returncode}")
     figures: Figures = json.loads(done.stdout)
     return figures
 
 
 def child(a: argparse.Namespace, rest: Sequence[str]) -> Figures:
-    names = [] if a.child == "none" else ["--mode", *a.child.split("+")]
+    kind = a.child.removeprefix(WEIGHTS)
+    if kind != a.child:
+        names = ["--quant_type", kind]
+    else:
+        names = [] if kind == "none" else ["--mode", *kind.split("+")]
     limits = {
         "--max_total_token_num": 2 * a.window + len(QUESTIONS) * (LONGEST + a.out),
         "--max_req_total_len": a.window + LONGEST + a.out,
@@ -283,6 +292,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--modes", nargs="+", default=MODES, metavar="MODE", help="the first is the base"
     )
+    p.add_argument(
+        "--quant_types",
+        nargs="+",
+        metavar="TYPE",
+        help="in the place of modes; the first is the base",
+    )
     p.add_argument("--text", type=Path, metavar="FILE", help="default: Python's language reference")
     p.add_argument("--window", type=int, default=1024, help="tokens of a window")
     p.add_argument("--windows", type=int, default=8, help="as many of them, from the beginning")
@@ -300,7 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if a.child:
             print(json.dumps(child(a, rest)))
             return 0
-        found = {mode: in_a_child(mode, given) for mode in a.modes}
+        names = [WEIGHTS + kind for kind in a.quant_types] if a.quant_types else a.modes
+        found = {name.removeprefix(WEIGHTS): in_a_child(name, given) for name in names}
     except StartupError as error:
         sys.stderr.write(f"perplexity.py: {error}\n")
         return 2

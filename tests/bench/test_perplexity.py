@@ -53,6 +53,9 @@ def test_a_mode_is_compared_with_the_first_one(tiny_dir: Path) -> None:
     assert [row[0] for row in rows] == ["| none", "| ppl_int8kv"]
     assert [row[4] for row in rows] == ["30", str(kept(first, other, 3))]
     assert [row[6] for row in rows] == ["x 1.00", "x 3.20"]
+    weights = child(asked("quant_type=fp8w8a8"), rest)
+    assert weights["weights"] < 0.9 * first["weights"]
+    assert 0 < abs(first["nats"] - weights["nats"]) < 0.2
     with pytest.raises(StartupError, match=r"fewer than 9 windows"):
         child(asked("none", window=1000, windows=9), rest)
 
