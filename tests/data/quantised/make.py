@@ -44,7 +44,10 @@ def logits(made: LlamaForCausalLM) -> torch.Tensor:
 def save(name: str, made: LlamaForCausalLM, tensors: dict, said: dict, **expected) -> None:
     folder = HERE / name
     folder.mkdir(exist_ok=True)
-    config = made.config.to_dict() | {"quantization_config": said, "dtype": str(made.config.dtype)[6:]}
+    config = made.config.to_dict() | {
+        "quantization_config": said,
+        "dtype": str(made.config.dtype)[6:],
+    }
     config["architectures"] = ["LlamaForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
@@ -188,9 +191,21 @@ def gptq(sources: Path, name: str, *, ordered: bool, symmetric: bool) -> None:
 
 def main(awq_sources: str, gptq_sources: str) -> None:
     fp8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-    token = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
+    token = {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "dynamic": True,
+        "strategy": "token",
+    }
     int8 = {**fp8, "type": "int"}
-    four = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "dynamic": False}
+    four = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": GROUP,
+        "dynamic": False,
+    }
     left = ["model.layers.0.self_attn.k_proj"]
     compressed("ct-fp8-channel", fp8 | {"strategy": "channel"}, token, "float-quantized", left)
     compressed("ct-fp8-tensor", fp8 | {"strategy": "tensor"}, token, "float-quantized", [])
