@@ -209,7 +209,7 @@ def running(plan: Plan, logs: Path, timeout_s: float) -> Iterator[float]:
             started.append((part, process))
         wait_ready(started, logs, begin + timeout_s)
         if plan.joined:
-            wait_joined(plan, begin + timeout_s)
+            wait_joined(plan, started, logs, begin + timeout_s)
         yield time.perf_counter() - begin
 
 
@@ -228,14 +228,24 @@ def wait_ready(
                 raise serve.BenchError(f"{late} did not become ready in time; logs: {logs}")
             for key, _ in events:
                 if b"ready" not in os.read(key.fd, 1 << 16):  # its one line, or its end
-                    tail = (logs / key.data.name).read_text(errors="replace")[-TAIL:]
-                    raise serve.BenchError(f"{key.data.name} ended before it was ready:\n{tail}")
+                    raise ended(key.data, logs)
                 selector.unregister(key.fileobj)
 
 
-def wait_joined(plan: Plan, deadline: float) -> None:
+def ended(part: Part, logs: Path) -> serve.BenchError:
+    """It was to serve."""
+    tail = (logs / part.name).read_text(errors="replace")[-TAIL:]
+    return serve.BenchError(f"{part.name} ended before it was ready:\n{tail}")
+
+
+def wait_joined(
+    plan: Plan, started: Sequence[tuple[Part, subprocess.Popen[bytes]]], logs: Path, deadline: float
+) -> None:
     """Until the pd_master gives requests to all of its nodes."""
     while time.perf_counter() < deadline:
+        for part, process in started:
+            if process.poll() is not None:
+                raise ended(part, logs)
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{plan.url}/pd_nodes") as reply:
             if sum(node["state"] == "serving" for node in json.load(reply)) == plan.joined:
                 return

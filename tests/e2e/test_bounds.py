@@ -26,12 +26,12 @@ async def post(session: aiohttp.ClientSession, path: str, **body: Any) -> tuple[
 
 
 def test_ambiguous_grammars(server: Server) -> None:
-    ambiguous(server, 16)
+    ambiguous(server, 6)
 
 
 def test_ambiguous_grammars_on_two_ranks(demo_dir: Path, tmp_path: Path) -> None:
     with Server(demo_dir, tmp_path / "log", "--tp", "2") as server:
-        ambiguous(server, 4)
+        ambiguous(server, 2)
 
 
 def ambiguous(server: Server, choices: int) -> None:

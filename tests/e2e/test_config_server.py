@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.e2e.answers import ready
 from tests.e2e.process import START_S, Server, free_port, stream_text, wait_until
 
 COMMON = ("--device", "cpu", "--running_max_req_size", "8", "--max_req_total_len", "512")
@@ -230,6 +231,7 @@ def test_a_config_server_that_dies_is_missed_by_nobody_and_learns_all_anew(site:
         assert wait_until(lambda: not told(site.two), SOON_S)
         assert site.one.tokens(IDS, 2)
         site.server = site.start_config_server()
+        assert wait_until(lambda: ready(site.server), START_S), site.text()
         there = {address(site.one), address(site.two)}
         assert wait_until(lambda: site.masters() == there, SOON_S), site.text()
 
