@@ -232,7 +232,7 @@ def render(template: ChatTemplate, controls: ControlTokens | None, content: byte
     named = None
     if controls is not None:
         chat["messages"] = controls.hide_in(chat["messages"])
-        chat["tools"] = controls.within(chat["tools"])
+        chat["tools"] = controls.within(chat.get("tools"))
     text = template.render(chat)
     if controls is not None:
         text, named = controls.reveal(text)
