@@ -288,7 +288,7 @@ async def measure(a: argparse.Namespace, loaded: Loaded) -> list[Figures]:
             for kind, some in texts(loaded.boot.config, a).items():
                 if kind not in a.kinds:
                     continue
-                num = max(conc, min(len(some), TEXTS_A_ROW * conc))
+                num = max(conc, len(some) if a.own else min(len(some), TEXTS_A_ROW * conc))
                 asked = [some[i % len(some)] for i in range(num)]
                 for guesses in (False, True) * a.rounds:
                     if len(out) < 2:
@@ -333,10 +333,11 @@ def summary(runs: Sequence[Figures]) -> tuple[str, bool]:
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     p.add_argument(
-        "--n", type=int, default=50, help="texts of each kind, 8 for each request at a time"
+        "--n", type=int, default=32,
+        help="texts of each kind; without --own 8 at most for each request at a time",
     )
-    p.add_argument("--out", type=int, default=512, help="tokens of an answer at most")
-    p.add_argument("--conc", type=int, nargs="+", default=[1, 8], help="requests at a time")
+    p.add_argument("--out", type=int, default=256, help="tokens of an answer at most")
+    p.add_argument("--conc", type=int, nargs="+", default=[1, 8, 64], help="requests at a time")
     p.add_argument("--kinds", nargs="+", default=["edits", "other"], choices=("edits", "other"))
     p.add_argument("--rounds", type=int, default=1, help="times without and with, in turns")
     p.add_argument("--own", action="store_true", help="the model's own answers")
