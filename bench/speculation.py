@@ -333,7 +333,9 @@ def summary(runs: Sequence[Figures]) -> tuple[str, bool]:
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     p.add_argument(
-        "--n", type=int, default=32,
+        "--n",
+        type=int,
+        default=32,
         help="texts of each kind; without --own 8 at most for each request at a time",
     )
     p.add_argument("--out", type=int, default=256, help="tokens of an answer at most")
