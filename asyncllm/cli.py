@@ -7,6 +7,7 @@ to serve, so that help and refusals answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import re
 import sys
@@ -19,9 +20,10 @@ from typing import Any, NoReturn
 from asyncllm import __version__, log
 from asyncllm.config import FLAGS, GROUPS, OPERATION, Config, Flag, roles
 from asyncllm.config.foreign import FOREIGN, Foreign
-from asyncllm.environment import quiet_libraries
+from asyncllm.environment import has_cuda, quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.server import signals
+from asyncllm.server.ahead import Ahead
 
 NUMBER = re.compile(r"[-+]?[0-9.eE+-]*|[-+]?(inf|nan)", re.ASCII)
 ALIASES = {
@@ -75,11 +77,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if config.make_cluster_key is not None:
             return _make_cluster_key(config.make_cluster_key)
-        from asyncllm.rank import serve
+        with contextlib.ExitStack() as stack:
+            ahead = stack.enter_context(Ahead()) if _compiles(config) else None
+            with log.phase("import"):
+                from asyncllm.rank import serve
 
-        return serve(config)
+            return serve(config, ahead)
     except StartupError as error:
         return _refuse(error)
+
+
+def _compiles(config: Config) -> bool:
+    """Whether there are kernels to compile ahead, as far as can be told without torch."""
+    return (
+        has_cuda()
+        and config.device != "cpu"
+        and config.run_mode not in roles.LISTEN
+        and not config.check
+    )
 
 
 def _make_cluster_key(name: str) -> int:

@@ -33,6 +33,13 @@ def cuda_visible() -> str | None:
     return os.environ.get(CUDA_VISIBLE)
 
 
+def has_cuda() -> bool:
+    """Whether a driver for CUDA devices is installed; they may be hidden, or there may be none."""
+    return any(
+        Path(path).exists() for path in ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg")
+    )
+
+
 def cpu_count() -> int:
     """Cores this process may use, at least 1; an affinity mask (taskset, cpuset) counts."""
     if hasattr(os, "sched_getaffinity"):

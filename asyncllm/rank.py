@@ -22,11 +22,14 @@ from asyncllm.constrain.llguidance_backend import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
 from asyncllm.errors import StartupError
 from asyncllm.hub import names_of, resolve_model_dir
+from asyncllm.kernels.autotune import device_facts
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec, generation_config
 from asyncllm.server import config_server
+from asyncllm.server.ahead import Ahead
 from asyncllm.server.check import check
 from asyncllm.server.cluster import open_channel
+from asyncllm.server.compile_kernels import job
 from asyncllm.server.keys import with_all_keys
 from asyncllm.server.launch import (
     Boot,
@@ -47,8 +50,11 @@ from asyncllm.topology import HTTP, Topology
 logger = logging.getLogger(__name__)
 
 
-def serve(config: Config) -> int:
+def serve(config: Config, ahead: Ahead | None = None) -> int:
     """Run a whole server from rank 0 until it is told to stop; the exit code.
+
+    Args:
+        ahead: what compiles kernels meanwhile.
 
     Raises:
         StartupError: it cannot start as configured.
@@ -96,7 +102,11 @@ def serve(config: Config) -> int:
             check(boot, spec, text)
             if config.nnodes == 1:
                 return 0
-        ground = Ground(seat.wires, seat.lifeline, None if serves else sock, channel)
+        if ahead is not None:
+            cuda = resolved.device == "cuda"
+            ahead.give(job(boot, device_facts(torch.device("cuda", 0))) if cuda else "")
+        status = None if serves else sock
+        ground = Ground(seat.wires, seat.lifeline, status, channel, ahead)
         return uvloop.run(Server(boot, spec, text, ground, watch).run())
 
 

@@ -12,6 +12,7 @@ from asyncllm.kernels.attention.decode import decode_attention
 from asyncllm.kernels.attention.decode_plan import DecodePlan, plan_decode
 from asyncllm.kernels.attention.kv_write import rope_kv
 from asyncllm.kernels.attention.prefill import prefill_attention
+from asyncllm.kernels.autotune import device_facts, is_assumed
 from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
     Batch,
@@ -151,4 +152,4 @@ def _scales(kv: LayerKv) -> Tensor | None:
 
 def _knows_fp8(device: torch.device) -> bool:
     """Without such a device there is nothing to object."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 9)
+    return not (is_assumed() or torch.cuda.is_available()) or device_facts(device).capability >= 89

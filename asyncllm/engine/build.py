@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from asyncllm import log
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.windows import Division, PerSpace, Window
+from asyncllm.engine.ahead import DryDevice
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import AnyWorld, Group, SingleRank
@@ -26,7 +29,7 @@ from asyncllm.models.attention import AttentionBackend
 from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model, Site
-from asyncllm.models.ops import Ops
+from asyncllm.models.ops import Ops, Product
 from asyncllm.models.quantization import AS_STORED, Quantisation, Tally, WeightTypes
 from asyncllm.models.registry import MODELS
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
@@ -260,23 +263,8 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
             f"--running_max_req_size {sizes.num_lanes:,} times --max_req_total_len "
             f"{sizes.max_len:,} is more than 2^31 positions; lower one of them"
         )
-    model = _on_paper(
-        spec,
-        sizes.tp,
-        sizes.dtype,
-        device,
-        sizes.max_len,
-        kv=sizes.kv,
-        whole_experts=sizes.whole_experts,
-        world=sizes.world,
-        asked=sizes.asked,
-    )
-    windows = [layer.window or 0 for layer in within(spec, sizes.max_len).layers]
-    division = Division(
-        slot=model.site.attention.layout.bytes_per_slot(),
-        window=Window(max(windows)) if any(windows) else None,
-        max_len=sizes.max_len,
-    )
+    model = model_on_paper(spec, sizes, device)
+    division = division_of(spec, sizes.max_len, model)
     weights = model.nbytes
     work = _work_bytes(model, sizes, device.type == "cuda") + sizes.moving * division.slot.full
     if device.type == "cuda":
@@ -306,6 +294,31 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     return MemoryPlan(weights, work, num, division, model.site.quantisation.tally)
 
 
+def division_of(spec: ModelSpec, max_len: int, model: Model) -> Division:
+    """How K/V memory is divided among the slot spaces that ``model`` needs."""
+    windows = [layer.window or 0 for layer in within(spec, max_len).layers]
+    return Division(
+        slot=model.site.attention.layout.bytes_per_slot(),
+        window=Window(max(windows)) if any(windows) else None,
+        max_len=max_len,
+    )
+
+
+def model_on_paper(spec: ModelSpec, sizes: Sizes, device: torch.device) -> Model:
+    """A rank's model for ``device``, with tensors that have no memory."""
+    return _on_paper(
+        spec,
+        sizes.tp,
+        sizes.dtype,
+        device,
+        sizes.max_len,
+        kv=sizes.kv,
+        whole_experts=sizes.whole_experts,
+        world=sizes.world,
+        asked=sizes.asked,
+    )
+
+
 def num_parameters(spec: ModelSpec, device: torch.device) -> int:
     """Of the whole model, what is tied once."""
     plain = replace(spec, stored=None)
@@ -328,7 +341,7 @@ def _on_paper(
     return make_model(
         spec,
         _Unmet(tp),
-        world=_Unmet(world or tp),
+        world=_Unmet(world or tp, (world or tp) // tp),
         dtype=dtype,
         device=device,
         max_len=max_len,
@@ -340,10 +353,26 @@ def _on_paper(
 
 
 class _Unmet(SingleRank):
-    """Rank 0 of a group that is not connected: enough to measure its share."""
+    """Rank 0 of a group that is not connected: enough to measure its share, and the shapes of
+    what it would gather.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Args:
+        num_groups: of which the ranks consist.
+    """
+
+    def __init__(self, size: int, num_groups: int = 1) -> None:
+        self.size, self._num_groups = size, num_groups
+
+    def gather_last(self, x: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], x.shape[-1] * self.size)
+
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        return x.new_empty(self._num_groups * len(x), *x.shape[1:])
+
+    gather_flags = gather_tokens
+
+    def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
+        return product(x)[: len(x) // self._num_groups]
 
 
 def _work_bytes(model: Model, sizes: Sizes, cuda: bool) -> int:
@@ -366,7 +395,7 @@ def make_device(engine: Engine, num_threads: int) -> CpuDevice | CudaDevice:
 
 
 def warm_up(
-    device: CpuDevice | CudaDevice,
+    device: CpuDevice | CudaDevice | DryDevice,
     num_tokens: int,
     *,
     max_len: int,
@@ -385,19 +414,20 @@ def warm_up(
         graphs: False: every step is launched kernel by kernel (--disable_cudagraph).
         num_sliding: slots of the second space; 0: there is one space.
     """
-    _try_steps(device, num_tokens, max_len, num_sliding)
-    if isinstance(device, CudaDevice) and graphs:
+    with log.phase("warm-up steps"):
+        _try_steps(device, num_tokens, max_len, num_sliding)
+    if graphs and not isinstance(device, CpuDevice):
         # with the decode rows that may come beside a chunk; the GPU takes longer for a larger step
         # than its launch takes
-        device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
-        _try_steps(
-            device, 16, max_len, num_sliding
-        )  # what only a replay needs is loaded at its first use
+        with log.phase("capture graphs"):
+            device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
+        with log.phase("steps by graphs"):  # what only a replay needs is loaded at its first use
+            _try_steps(device, 16, max_len, num_sliding)
     gc.collect()
 
 
 def _try_steps(
-    device: CpuDevice | CudaDevice, num_tokens: int, max_len: int, num_sliding: int
+    device: CpuDevice | CudaDevice | DryDevice, num_tokens: int, max_len: int, num_sliding: int
 ) -> None:
     greedy = SamplingParams(temperature=0.0)
     drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1)

@@ -117,7 +117,7 @@ class Engine:
             num_rows=self.num_rows,
             dump_slot=room.full if layout.bytes_per_slot().full else room.sliding,
             dump_sliding=room.sliding if self._two_spaces else None,
-            fixed=device.type == "cuda",
+            fixed=device.type != "cpu",
         )
 
     def capture(self, capture: Capture, most_tokens: int) -> None:
@@ -318,7 +318,7 @@ def _known(plan: StepPlan, max_len: int) -> Scatter[HostColumn] | None:
 def _step_ops(model: Model) -> tuple[Callable[..., Tensor], Sampler]:
     """The kernels before the model, :func:`asyncllm.kernels.embedding.stage`, and after it."""
     # imported here: without a GPU there may be no Triton
-    if model.site.device.type == "cuda":
+    if model.site.device.type != "cpu":
         from asyncllm.engine.sampling_cuda import TritonSampler
         from asyncllm.kernels.embedding import stage
 

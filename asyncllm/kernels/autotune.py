@@ -6,6 +6,7 @@ writes the files). A kernel's literal table serves shapes and devices that have 
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,51 @@ import torch
 Entry = dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What kernels are chosen by, of a GPU."""
+
+    name: str
+    num_sms: int
+    capability: int  # 90 for 9.0
+
+
+_assumed: list[DeviceFacts] = []
+
+
+def assume(facts: DeviceFacts) -> None:
+    """Take every device but a CPU for such a GPU from now on, in this process."""
+    _assumed[:] = [facts]
+
+
+def is_assumed() -> bool:
+    """Whether :func:`assume` has been called: then there may be no GPU."""
+    return bool(_assumed)
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Of ``device``, a GPU or what is taken for one."""
+    return _assumed[0] if _assumed else _facts(device)
+
+
+@functools.cache
+def _facts(device: torch.device) -> DeviceFacts:
+    found = torch.cuda.get_device_properties(device)
+    return DeviceFacts(found.name, found.multi_processor_count, 10 * found.major + found.minor)
+
+
 def tuned(device: torch.device, kernel: str, key: str) -> Entry | None:
     """Fields of the configuration tuned for ``kernel`` and shape ``key`` on this kind of device."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return None
-    return _read(torch.cuda.get_device_name(device)).get(kernel, {}).get(key)
+    return _read(device_facts(device).name).get(kernel, {}).get(key)
 
 
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a device; 2 where kernels are only interpreted."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return device_facts(device).num_sms
 
 
 def config_path(device_name: str) -> Path:

@@ -25,17 +25,20 @@ from asyncllm.constrain.reasoning import ReasoningMarks
 from asyncllm.constrain.vocabulary import Vocabulary
 from asyncllm.core.speculation import step_rows
 from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
+from asyncllm.engine.ahead import DryDevice
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.parallel import Ranks, SingleRank
+from asyncllm.engine.parallel import Group, Ranks, SingleRank
 from asyncllm.environment import cpu_count
 from asyncllm.errors import StartupError
 from asyncllm.models import rope
 from asyncllm.models.checkpoint import weight_files
 from asyncllm.models.kv_format import KvMode
+from asyncllm.models.model import Model
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server import preflight, transfer
+from asyncllm.server.ahead import Ahead
 from asyncllm.server.launch import Boot
 from asyncllm.templates import Chats
 from asyncllm.text import Mode, Text, load_tokenizer, with_controls
@@ -67,8 +70,13 @@ class Loaded:
 
 
 def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
+    return plan_memory(spec, sizes_of(boot), torch_device(boot))
+
+
+def sizes_of(boot: Boot) -> Sizes:
+    """What memory is planned by."""
     config, resolved = boot.config, boot.resolved
-    sizes = Sizes(
+    return Sizes(
         tp=len(boot.group),
         world=len(boot.topology.ranks) if boot.topology.in_step else None,
         ranks=len(boot.topology.ranks),
@@ -84,7 +92,6 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
         max_total_token_num=config.max_total_token_num,
         moving=config.pd_kv_page_num * config.pd_kv_page_size if MOVER in boot.me.roles else 0,
     )
-    return plan_memory(spec, sizes, torch_device(boot))
 
 
 def most_rows(boot: Boot) -> int:
@@ -118,13 +125,16 @@ def num_threads(boot: Boot) -> int:
     return max(1, cpu_count() // max(1, len(ours)))
 
 
-def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Loaded:
+def load_endpoint(
+    boot: Boot, spec: ModelSpec, text: Text | None = None, ahead: Ahead | None = None
+) -> Loaded:
     """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks.
 
     Everything that may refuse the start is checked before the weights, which take long.
 
     Args:
         text: the tokenizer, if it is loaded already.
+        ahead: what compiles this node's kernels.
     """
     config = boot.config
     leads = boot.me.device is not None and boot.topology.leads(boot.endpoint)
@@ -144,7 +154,8 @@ def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Load
     if len(boot.topology.ranks) > 1:
         with log.phase("meet the other ranks"):
             ranks = preflight.join_ranks(boot, where)
-    plan = memory_plan(boot, spec)
+    with log.phase("plan memory"):
+        plan = memory_plan(boot, spec)
     door = None
     if MOVER in boot.me.roles:
         transfer.refuse(boot, plan.window)
@@ -162,7 +173,7 @@ def load_endpoint(boot: Boot, spec: ModelSpec, text: Text | None = None) -> Load
         for line in plan.linears.warnings(resolved.dtype):
             logger.warning("%s", line)
     boot = replace(boot, resolved=resolved)
-    device = _load_device(boot, spec, ranks, where, plan)
+    device = _load_device(boot, spec, ranks, where, plan, ahead)
     return replace(
         loaded,
         boot=boot,
@@ -240,7 +251,12 @@ def _share_memory(boot: Boot) -> bool:
 
 
 def _load_device(
-    boot: Boot, spec: ModelSpec, ranks: Ranks | None, where: torch.device, plan: MemoryPlan
+    boot: Boot,
+    spec: ModelSpec,
+    ranks: Ranks | None,
+    where: torch.device,
+    plan: MemoryPlan,
+    ahead: Ahead | None,
 ) -> CpuDevice | CudaDevice:
     resolved = boot.resolved
     group = SingleRank() if ranks is None else ranks.group
@@ -264,27 +280,42 @@ def _load_device(
             progress=lambda done, _: bar.advance(done - bar.done_bytes),
         )
     with log.phase("allocate KV"):
-        engine = Engine(
-            model,
-            group,
-            num_slots=plan.num.full,
-            num_sliding=None if plan.window is None else plan.num.sliding,
-            num_lanes=resolved.running_max_req_size,
-            num_rows=most_rows(boot),
-            max_len=resolved.max_req_total_len,
-            eos_ids=resolved.eos_ids,
-        )
-        device = make_device(engine, num_threads(boot))
+        device = make_device(engine_of(boot, model, group, plan.num), num_threads(boot))
+    if ahead is not None:
+        with log.phase("wait for kernels"):
+            ahead.wait()
+    if ranks is not None:
+        ranks.minimum(0)  # nobody compiles what is being compiled ahead
     with log.phase("warm up"):
-        chunk = min(resolved.chunked_prefill_size, resolved.max_req_total_len // 2)
-        warm_up(
-            device,
-            chunk,
-            max_len=resolved.max_req_total_len,
-            graphs=not boot.config.disable_cudagraph,
-            num_sliding=0 if plan.window is None else plan.num.sliding,
-        )
+        warm(boot, device, plan.num)
     return device
+
+
+def engine_of(boot: Boot, model: Model, group: Group, num: PerSpace) -> Engine:
+    """The engine of a rank; ``num``: its slots."""
+    resolved = boot.resolved
+    return Engine(
+        model,
+        group,
+        num_slots=num.full,
+        num_sliding=None if num.full == num.sliding else num.sliding,
+        num_lanes=resolved.running_max_req_size,
+        num_rows=most_rows(boot),
+        max_len=resolved.max_req_total_len,
+        eos_ids=resolved.eos_ids,
+    )
+
+
+def warm(boot: Boot, device: CpuDevice | CudaDevice | DryDevice, num: PerSpace) -> None:
+    """Warm a rank's device up; ``num``: its slots."""
+    resolved = boot.resolved
+    warm_up(
+        device,
+        min(resolved.chunked_prefill_size, resolved.max_req_total_len // 2),
+        max_len=resolved.max_req_total_len,
+        graphs=not boot.config.disable_cudagraph,
+        num_sliding=0 if num.full == num.sliding else num.sliding,
+    )
 
 
 def load_grammars(

@@ -29,6 +29,7 @@ from asyncllm.core.metrics import Process, ServerMetrics, State
 from asyncllm.errors import FatalError, Mismatch, PeerLost, StartupError
 from asyncllm.messages import Drain, GroupLost, Replaced
 from asyncllm.models.spec import ModelSpec
+from asyncllm.server.ahead import Ahead
 from asyncllm.server.assembly import place
 from asyncllm.server.cluster import introduce
 from asyncllm.server.launch import (
@@ -67,12 +68,14 @@ class Ground:
         lifeline: to the other nodes; None: there are none.
         status: bound socket for /health and /metrics of a node that serves no requests.
         channel: to other servers of a cluster; None: it belongs to none.
+        ahead: what compiles this node's kernels; None: nothing does before their first use.
     """
 
     wires: ZmqAddresses | NodeWires | None = None
     lifeline: Lifeline | None = None
     status: socket | None = None
     channel: Channel | None = None
+    ahead: Ahead | None = None
 
 
 class Server:
@@ -85,6 +88,7 @@ class Server:
         self._wires, self._lifeline, self._watch = ground.wires, ground.lifeline, watch
         self._status: Status | None = None
         self._status_socket, self._channel = ground.status, ground.channel
+        self._ahead = ground.ahead
         self._system: ActorSystem
         self._children: Children | None = None
         self._leaving = threading.Lock()
@@ -217,7 +221,7 @@ class Server:
 
     async def _load(self) -> Loaded:
         loop = asyncio.get_running_loop()
-        loaded = self._boot, self._spec, self._text
+        loaded = self._boot, self._spec, self._text, self._ahead
         try:
             return await loop.run_in_executor(None, load_endpoint, *loaded)
         except (torch.OutOfMemoryError, MemoryError) as error:

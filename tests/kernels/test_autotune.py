@@ -14,6 +14,7 @@ from asyncllm.kernels import autotune
 from asyncllm.kernels.attention.decode_plan import DecodeConfig, decode_config
 from asyncllm.kernels.attention.kv8 import KIND_NAMES
 from asyncllm.kernels.attention.prefill import PrefillConfig, block_pairs, prefill_config
+from asyncllm.kernels.autotune import DeviceFacts
 from asyncllm.kernels.latent.plan import AttendConfig
 from asyncllm.kernels.latent.prefill import LatentPrefillConfig
 from asyncllm.kernels.moe.experts import ExpertsConfig
@@ -55,9 +56,7 @@ def tuned_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.devic
     path = tmp_path / "some.json"
     path.write_text(json.dumps(entries))
     monkeypatch.setattr(autotune, "config_path", lambda name: path if name == "Some GPU" else None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(autotune, "num_sms", lambda device: 100)
-    monkeypatch.setattr("asyncllm.kernels.attention.decode_plan.num_sms", lambda device: 100)
+    monkeypatch.setattr(autotune, "_assumed", [DeviceFacts("Some GPU", 100, 90)])
     autotune._read.cache_clear()
     return torch.device("cuda")
 
@@ -79,7 +78,7 @@ def test_the_tuned_configuration_is_taken_where_there_is_one(tuned_device: torch
 
 
 def test_a_device_without_a_file_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "No Such GPU")
+    monkeypatch.setattr(autotune, "_assumed", [DeviceFacts("No Such GPU", 100, 90)])
     assert autotune.tuned(torch.device("cuda"), "decode", "128 few") is None
     assert autotune.tuned(CPU, "decode", "128 few") is None
 

@@ -1,0 +1,78 @@
+"""Compiles the kernels that a start needs, in a process beside rank 0: see ``server/ahead.py``.
+
+The job comes on standard input. The model is built without memory and warmed up as rank 0 will do
+it, so what is compiled is what the warm-up launches; nothing here touches the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from asyncllm import log
+from asyncllm.engine.ahead import DryDevice, Variant, compile_noted, noted
+from asyncllm.engine.build import division_of, model_on_paper
+from asyncllm.engine.parallel import SingleRank
+from asyncllm.environment import cpu_count
+from asyncllm.kernels.autotune import DeviceFacts
+from asyncllm.models.checkpoint import as_stored, read_checkpoint
+from asyncllm.models.spec import ModelSpec
+from asyncllm.server import nodes as nodes  # all messages of rank 0: a ``Boot`` names their version
+from asyncllm.server.launch import Boot, die_with_parent
+from asyncllm.server.loading import engine_of, sizes_of, warm
+from asyncllm.server.signals import end, leave_to_leader
+
+KV_BYTES = 64 << 30  # kernels are the same for any number of slots
+
+
+def job(boot: Boot, facts: DeviceFacts) -> str:
+    """What the helper reads."""
+    return json.dumps({"boot": boot.to_json(), "facts": asdict(facts)})
+
+
+def variants(boot: Boot, spec: ModelSpec, facts: DeviceFacts) -> list[Variant]:
+    """The kernels, each for the types and values it is launched with, that a rank's warm-up
+    launches; Triton is changed by this for good, see :func:`noted`."""
+    spec, sizes = distinct(spec), sizes_of(boot)
+    with noted(facts) as found:
+        model = model_on_paper(spec, sizes, torch.device("cuda"))
+        num = division_of(spec, sizes.max_len, model).fit(KV_BYTES, None)
+        warm(boot, DryDevice(engine_of(boot, model, SingleRank(), num)), num)
+    return found
+
+
+def distinct(spec: ModelSpec) -> ModelSpec:
+    """The first layers of ``spec``, as many as it takes to have one of each kind."""
+    kinds = list(zip(spec.layers, spec.mlps, strict=True))
+    num = max(kinds.index(kind) for kind in kinds) + 1
+    return replace(spec, layers=spec.layers[:num], mlps=spec.mlps[:num])
+
+
+def main() -> int:
+    """Entry of the helper; its only argument is the parent's pid."""
+    die_with_parent(int(sys.argv[1]))
+    leave_to_leader()
+    if not (text := sys.stdin.read()):
+        return 0
+    given = json.loads(text)
+    boot = Boot.from_json(given["boot"])
+    log.setup(boot.config.log_level, boot.config.log_json, "compiler")
+    model_dir = Path(boot.model_dir)
+    spec = ModelSpec.from_dir(model_dir)
+    with read_checkpoint(model_dir, boot.config.load_way, spec) as checkpoint:
+        spec = as_stored(spec, checkpoint)
+    with log.phase("find out which kernels are needed"):
+        found = variants(boot, spec, DeviceFacts(**given["facts"]))
+    with log.phase(f"compile {len(found)} kernels, or see that they are cached"):
+        compile_noted(found, cpu_count(), partial(die_with_parent, os.getpid()))
+    return 0
+
+
+if __name__ == "__main__":
+    end(main())

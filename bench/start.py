@@ -1,0 +1,145 @@
+"""How long a server takes to start, and with what: once with an empty Triton cache, then with a warm one.
+
+    python bench/mkmodel.py llama31_8b /tmp/m8b
+    python bench/start.py --model_dir /tmp/m8b --json start.json
+    python bench/start.py --model_dir DIR --options "--device cpu" --runs 1
+
+The clock begins with the command and ends with the first 200 from /health. Phases are those of the
+server's log; each has its length and when it ended. The checkpoint is read once before, so that it
+lies in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+READY_S, STOP_S, POLL_S = 300.0, 60.0, 0.02
+PHASE = re.compile(
+    r"(\d\d):(\d\d):(\d\d\.\d+) INFO (\S+) (?:start|asyncllm.start): (.+): ([\d.]+) s$"
+)
+
+
+@dataclass(slots=True)
+class Phase:
+    """One line of the log."""
+
+    who: str
+    name: str
+    seconds: float
+    ended: float  # after the command
+
+
+@dataclass(slots=True)
+class Start:
+    """One start of a server; seconds."""
+
+    cache: str
+    ready: float = 0.0
+    phases: list[Phase] = field(default_factory=list)
+
+
+def start_once(words: Sequence[str], cache: str, folder: str, log: Path) -> Start:
+    """Start a server, wait for it and stop it.
+
+    Raises:
+        SystemExit: it ended, or was not ready in time; its log is printed.
+    """
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [sys.executable, "-m", "asyncllm", *words, "--port", str(port)]
+    env = {**os.environ, "TRITON_CACHE_DIR": folder}
+    day = time.localtime()
+    midnight = time.time() - (day.tm_hour * 3600 + day.tm_min * 60 + day.tm_sec + time.time() % 1)
+    with log.open("w") as out:
+        begin = time.time()
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
+        try:
+            while not healthy(port):
+                if process.poll() is not None or time.time() - begin > READY_S:
+                    raise SystemExit(f"the server is not ready:\n{log.read_text()[-4000:]}")
+                time.sleep(POLL_S)
+            done = Start(cache, time.time() - begin)
+        finally:
+            process.terminate()
+            process.wait(STOP_S)
+    done.phases = list(phases(log.read_text(), begin - midnight))
+    return done
+
+
+def healthy(port: int) -> bool:
+    """Whether /health answers 200."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def phases(text: str, begin: float) -> list[Phase]:
+    """Those of a log, by their ends; ``begin``: of the command, in seconds of its day."""
+    found = []
+    for line in text.splitlines():
+        if match := PHASE.match(line):
+            hours, minutes, seconds, who, name, took = match.groups()
+            at = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+            found.append(Phase(who, name, float(took), (at - begin) % 86400))
+    return found
+
+
+def table(starts: Sequence[Start]) -> str:
+    """All starts, one after the other."""
+    lines = []
+    for start in starts:
+        lines += ["", f"Triton cache {start.cache}: ready after {start.ready:.1f} s", ""]
+        lines += ["| who | phase | takes, s | ends at, s |", "|---|---|---|---|"]
+        lines += [f"| {p.who} | {p.name} | {p.seconds:.1f} | {p.ended:.1f} |" for p in start.phases]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model_dir", type=Path, required=True)
+    parser.add_argument("--options", default="", help="more options of the server")
+    parser.add_argument("--runs", type=int, default=2, help="starts with a warm cache")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--log", type=Path, help="keep the logs in this folder")
+    args = parser.parse_args(argv)
+    for path in args.model_dir.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(1 << 26):
+                    pass
+    words = ["--model_dir", str(args.model_dir), *shlex.split(args.options)]
+    with tempfile.TemporaryDirectory(prefix="start.") as temp:
+        logs = args.log or Path(temp)
+        logs.mkdir(parents=True, exist_ok=True)
+        caches = ["empty", *["warm"] * args.runs]
+        starts = [
+            start_once(words, cache, f"{temp}/triton", logs / f"start{i}.log")
+            for i, cache in enumerate(caches)
+        ]
+    print(table(starts))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(start) for start in starts], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
