@@ -1,13 +1,14 @@
 """Time of products with quantised weights on a CUDA device, beside what the device can do.
 
-    python bench/kernels_quant.py [--quick] [--only KIND] [--out FOLDER]
+    python bench/kernels_quant.py [--quick] [--only KIND] [--config FILE] [--out FOLDER]
     python bench/kernels_quant.py --tune [--only KIND] [--seconds S] [--config FILE] [--out FOLDER]
 
 The four products of a layer of Llama-3.1-8B, each in a CUDA graph that goes through several weights,
 so that no cache helps. No number is printed while a kernel disagrees with its reference. Ceilings
 are those of the same run: bytes of the weights by the speed of a copy, or operations by the speed
-of a large product in 16 bits. The last table has the sum of the four products for each number of
-rows; ``--out`` gets every number as JSON. ``--tune`` tries configurations of the kernels of a kind
+of a large product in 16 bits. The last tables have a layer without its attention, norms and activation
+included, and the sum of the four products, for each number of rows; ``--out`` gets every number as
+JSON, and ``--config`` up to how many rows which kernel is the fastest. ``--tune`` tries configurations of the kernels of a kind
 instead, class by class, the likeliest first; the best go into ``--config``, a file of the form of
 asyncllm/kernels/configs/.
 """
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ from triton.runtime.errors import OutOfResources
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from asyncllm.engine import quant_torch
+from asyncllm.engine.ops_cuda import TritonOps
 from asyncllm.engine.quant_cuda import QuantWays, pack_quant, quant_linear, ways_of
+from asyncllm.kernels import autotune
+from asyncllm.kernels.gated import gated
 from asyncllm.kernels.quant import four_bits as bits
 from asyncllm.kernels.quant import product as own
 from asyncllm.kernels.quant import wide as widened
@@ -47,6 +51,7 @@ from asyncllm.kernels.quant.rows import (
     rmsnorm_rows,
     rmsnorm_rows_ref,
 )
+from asyncllm.kernels.rmsnorm import add_rmsnorm
 from asyncllm.models.quantization import QuantKind, QuantWeight
 from bench.kernels import BOUND, Ceiling, measure_ceiling, merge_into, randn
 
@@ -59,9 +64,11 @@ PRODUCTS = {
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
 KINDS: tuple[QuantKind, ...] = ("fp8_channel", "int4_group", "int8_channel", "fp8_block")
 FAR_BYTES = 150_000_000  # of weights that a graph goes through: three times the L2 cache
+CHAIN_ROWS = (1, 8, 16, 64, 128, 256)
 THREADS = 12
 EXACT = 1 << 30
 Call = Callable[[], object]
+WITHOUT_LIBRARY: set[str] = set()
 
 
 def make_weight(kind: QuantKind, n: int, k: int) -> QuantWeight:
@@ -105,6 +112,24 @@ def distance(want: Tensor, got: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+def without_library(kinds: Iterable[QuantKind]) -> set[str]:
+    """Kinds whose product torch should have, and has not here or not the same."""
+    missing = set()
+    for kind in kinds:
+        held, x = make_weight(kind, 512, 1024), randn(64, 1024)
+        want = quant_torch.quant_linear(x.float(), held)
+        try:
+            error = distance(want, quant_linear(x, pack_quant(held), ways=QuantWays(0, 0)))
+        except (RuntimeError, ValueError) as refused:
+            print(f"{kind}: not by the library: {str(refused)[:200]}")
+            missing.add(str(kind))
+        else:
+            if not error <= BOUND:
+                print(f"{kind}: the library's product is {error:.1e} away")
+                missing.add(str(kind))
+    return missing
+
+
 def wrong_kernels(kinds: Iterable[QuantKind]) -> list[str]:
     """Names of kernels that differ from their reference, with the error. Prints how far results are
     from products with the weights as they are, in float64."""
@@ -133,12 +158,12 @@ def wrong_kernels(kinds: Iterable[QuantKind]) -> list[str]:
     for kind in kinds:
         shown = []
         for num_rows in (1, 8, 13, 30, 60, 120, 250, 700):
-            held = make_weight(kind, 1100, 1408)  # whole blocks of 16 only
+            held = make_weight(kind, 1100, 1536)  # whole blocks of 16 only
             held = dataclasses.replace(held, out_features=1088, data=held.data[:1088])
             held = dataclasses.replace(held, scales=_rows_of(held, 1088))
             if held.zeros is not None:
                 held = dataclasses.replace(held, zeros=held.zeros[:, :1088].contiguous())
-            x = randn(num_rows, 1408)
+            x = randn(num_rows, 1536)
             packed = pack_quant(held)
             exact = x.double() @ quant_torch.dequantize(held).double().t()
             rounded = quant_torch.quant_linear(x.float(), held)
@@ -147,7 +172,8 @@ def wrong_kernels(kinds: Iterable[QuantKind]) -> list[str]:
                 ("library", QuantWays(0, 0)),
                 ("wide", QuantWays(EXACT, EXACT)),
             ):
-                if kind == "int4_group" and name == "wide":
+                unknown = name == "library" and kind in WITHOUT_LIBRARY
+                if (kind == "int4_group" and name == "wide") or unknown:
                     continue
                 made = quant_linear(x, packed, ways=ways)
                 want = exact if name == "wide" else rounded
@@ -232,7 +258,8 @@ def ways_for(kind: str, num_rows: int) -> dict[str, QuantWays]:
     found = {"own": QuantWays(0, EXACT)}
     if num_rows <= 32:
         found["wide"] = QuantWays(EXACT, EXACT)
-    if kind == "fp8_channel" and num_rows >= 64:
+    library = kind in ("fp8_channel", "fp8_block") and kind not in WITHOUT_LIBRARY
+    if library and num_rows >= 64:
         found["library"] = QuantWays(0, 0)
     return found
 
@@ -285,6 +312,69 @@ def measure(kinds: Iterable[QuantKind], quick: bool) -> dict[str, dict[str, dict
     return found
 
 
+def chain_calls(layer: Layer, num_rows: int, ways: QuantWays | None, turn: int) -> list[Call]:
+    """A layer of the model without its attention."""
+    x, residual, weight = randn(num_rows, 4096), randn(num_rows, 4096), randn(4096)
+    made = {name: randn(num_rows, n) for name, (n, _) in PRODUCTS.items()}
+    normed, inner = torch.empty_like(x), randn(num_rows, 14336)
+
+    def times(name: str, given: Tensor) -> Call:
+        held = layer.weights[name]
+        if layer.kind == "bf16":
+            linear = TritonOps().linear
+            return partial(linear, given, held[turn % len(held)], None, made[name])
+        return partial(quant_linear, given, held[turn % len(held)], out=made[name], ways=ways)
+
+    return [
+        partial(add_rmsnorm, x, residual, weight, 1e-5, normed),
+        times("qkv", normed),
+        times("out", made["qkv"][:, :4096]),
+        partial(add_rmsnorm, made["out"], residual, weight, 1e-5, normed),
+        times("gate_up", normed),
+        partial(gated, made["gate_up"], "silu", inner),
+        times("down", inner),
+    ]
+
+
+def measure_chains(kinds: Iterable[QuantKind], quick: bool) -> dict[str, dict[str, float]]:
+    """ "kind way" -> number of rows -> microseconds of a layer without its attention."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in (None, *kinds):
+        layer = make_layer(kind)
+        for num_rows in CHAIN_ROWS:
+            ways = {"": None} if kind is None else {"as served": None, **ways_for(kind, num_rows)}
+            for way, each in ways.items():
+                calls = [c for turn in range(6) for c in chain_calls(layer, num_rows, each, turn)]
+                us = median_us(calls, quick) * len(calls) / 6
+                found.setdefault(f"{layer.kind} {way}", {})[str(num_rows)] = round(us, 1)
+        del layer
+        torch.cuda.empty_cache()
+    print("\nus of a layer without attention, by rows " + " ".join(f"{n:>9}" for n in CHAIN_ROWS))
+    for key, times in found.items():
+        cells = [times.get(str(num_rows)) for num_rows in CHAIN_ROWS]
+        print(f"{key:40}" + " ".join(" " * 9 if us is None else f"{us:9.1f}" for us in cells))
+    return found
+
+
+def best_ways(kind: QuantKind, found: dict[str, dict[str, dict[str, float]]]) -> dict[str, int]:
+    """Up to how many rows each way is the fastest of those that come after it."""
+
+    def us(way: str, num_rows: int) -> float:
+        times = found.get(f"{kind} {way}", {}).get(str(num_rows))
+        return float("inf") if times is None else sum(times.values())
+
+    order = ("wide", "own", "library")
+    most = dict.fromkeys(order, 0)
+    for way, later in (("wide", order[1:]), ("own", order[2:])):
+        for num_rows in ROWS:
+            if us(way, num_rows) > min(us(each, num_rows) for each in later):
+                break
+            most[way] = num_rows
+    if most["own"] == ROWS[-1]:
+        most["own"] = EXACT
+    return {"wide": most["wide"], "own": max(most["own"], most["wide"])}
+
+
 def show(found: dict[str, dict[str, dict[str, float]]], ceiling: Ceiling) -> None:
     """Sums of the four products, and the share of the bytes' or the operations' ceiling."""
     per_weight = {"bf16": 2.0, "int4_group": 0.5 + 4 / 128}
@@ -331,74 +421,93 @@ def small_steps(quick: bool) -> dict[str, float]:
 
 # -- tuning ------------------------------------------------------------------------------------
 
-# rows, block_n, block_k, warps, stages, per_sm, copy
-PRODUCT_CHOICES = {
+# rows, block_n, block_k, warps, stages, per_sm, copy, early
+PRODUCT_CHOICES: dict[str, list[tuple[Any, ...]]] = {
     "8": [
-        *[(8, 64, 128, 4, 6, 3, False), (8, 64, 256, 4, 4, 3, False), (8, 64, 128, 4, 6, 3, True)],
-        *[(8, 32, 256, 2, 4, 6, False), (8, 64, 256, 4, 4, 2, True), (8, 128, 128, 4, 5, 2, False)],
-        *[(8, 16, 512, 1, 4, 8, False), (8, 64, 128, 4, 8, 2, False), (8, 32, 256, 4, 4, 4, False)],
-        *[(8, 64, 256, 4, 4, 1, False), (8, 64, 512, 4, 3, 2, False), (8, 128, 256, 8, 3, 2, True)],
+        *[(16, 64, 256, 4, 4, 1, False, early) for early in (0, 512, 2048)],
+        *[(8, 64, 256, 4, 4, 1, False, early) for early in (0, 2048)],
+        *[(8, 128, 256, 8, 4, 1, False, 2048), (16, 128, 256, 8, 3, 1, False, 2048)],
+        *[(16, 64, 256, 4, 4, 1, True, 2048), (16, 64, 256, 4, 4, 2, False, 2048)],
+        *[(16, 64, 512, 4, 3, 1, False, 2048), (8, 64, 512, 8, 3, 1, False, 2048)],
+        *[(8, 32, 512, 4, 4, 2, False, 2048), (16, 64, 128, 4, 8, 1, False, 2048)],
     ],
     "16": [
-        *[(16, 64, 128, 4, 6, 3, False), (16, 64, 256, 4, 4, 3, False)],
-        *[(16, 64, 128, 4, 6, 3, True), (16, 64, 256, 4, 4, 2, True)],
-        *[(16, 128, 128, 4, 5, 2, False), (16, 64, 256, 4, 4, 1, False)],
+        *[(16, 64, 256, 4, 4, 1, False, early) for early in (0, 512, 2048)],
+        *[(16, 128, 256, 8, 3, 1, False, 2048), (16, 64, 256, 4, 4, 1, True, 2048)],
+        *[(16, 64, 512, 4, 3, 1, False, 2048), (16, 64, 256, 4, 4, 2, False, 2048)],
     ],
     "32": [
-        *[(32, 64, 128, 4, 5, 3, False), (32, 64, 256, 4, 4, 2, False)],
-        *[(32, 64, 128, 4, 5, 3, True), (32, 64, 256, 4, 4, 2, True)],
-        *[(32, 128, 128, 4, 4, 2, False), (32, 128, 128, 4, 5, 2, True)],
+        *[(32, 64, 256, 4, 4, 1, False, early) for early in (0, 512, 2048)],
+        *[(32, 64, 256, 4, 4, 1, True, 2048), (32, 64, 256, 4, 4, 2, False, 2048)],
+        *[(32, 128, 256, 8, 3, 1, False, 2048), (32, 128, 256, 8, 3, 1, True, 2048)],
     ],
     "64": [
-        *[(64, 64, 128, 4, 5, 2, False), (64, 64, 256, 4, 3, 2, False)],
-        *[(64, 64, 128, 4, 5, 2, True), (64, 128, 128, 4, 4, 2, False)],
-        *[(64, 128, 128, 8, 4, 1, True), (64, 64, 256, 4, 4, 1, True)],
+        *[(64, 64, 256, 4, 4, 1, True, early) for early in (0, 2048)],
+        *[(64, 64, 256, 4, 3, 2, False, 2048), (64, 128, 256, 8, 3, 1, True, 2048)],
+        *[(64, 64, 256, 4, 4, 1, False, 2048), (64, 128, 128, 8, 4, 1, False, 2048)],
     ],
     "128": [
-        *[(128, 64, 128, 4, 4, 2, False), (128, 64, 128, 4, 4, 2, True)],
-        *[(128, 128, 128, 8, 4, 1, False), (128, 128, 128, 8, 4, 1, True)],
-        *[(64, 128, 128, 4, 4, 2, True), (128, 64, 256, 4, 3, 1, True)],
+        *[(128, 64, 128, 4, 4, 2, True, early) for early in (0, 2048)],
+        *[(128, 128, 128, 8, 4, 1, True, 2048), (64, 128, 128, 4, 4, 2, True, 2048)],
+        *[(128, 64, 256, 8, 3, 1, True, 2048), (128, 64, 128, 8, 4, 2, True, 2048)],
     ],
     "256": [
-        *[(128, 128, 128, 8, 4, 1, False), (128, 128, 128, 8, 4, 1, True)],
-        *[(256, 64, 128, 4, 3, 1, True), (256, 128, 128, 8, 3, 1, True)],
-        *[(128, 64, 128, 4, 4, 2, True), (64, 128, 128, 4, 4, 2, True)],
-        *[(128, 128, 128, 4, 3, 1, True), (256, 64, 128, 8, 4, 1, True)],
+        *[(128, 64, 128, 4, 4, 2, True, early) for early in (0, 2048)],
+        *[(128, 128, 128, 8, 4, 1, True, 2048), (128, 256, 128, 8, 3, 1, True, 2048)],
+        *[(128, 128, 128, 8, 4, 0, True, 0), (128, 64, 128, 4, 4, 0, True, 0)],
     ],
     "many": [
-        *[(128, 128, 128, 8, 4, 0, False), (128, 128, 128, 8, 4, 0, True)],
-        *[(256, 128, 128, 8, 3, 0, True), (128, 256, 128, 8, 3, 0, True)],
-        *[(256, 64, 128, 4, 4, 0, True), (256, 128, 128, 8, 4, 0, True)],
+        *[(128, 256, 128, 8, 3, 0, True, 0), (128, 128, 128, 8, 4, 0, True, 0)],
+        *[(256, 128, 128, 8, 3, 0, True, 0), (128, 128, 128, 8, 3, 0, True, 0)],
+        *[(128, 128, 128, 4, 3, 0, True, 0), (128, 64, 128, 4, 4, 0, True, 0)],
     ],
 }
-# rows, block_n, block_k, warps, stages, per_sm
-WIDE_CHOICES = {
+# rows, block_n, block_k, warps, stages, per_sm, early
+WIDE_CHOICES: dict[str, list[tuple[Any, ...]]] = {
     "8": [
-        *[(8, 64, 128, 4, 5, 3), (8, 64, 256, 4, 4, 3), (8, 32, 256, 2, 4, 6)],
-        *[(8, 16, 512, 1, 4, 8), (8, 64, 128, 4, 8, 2), (8, 32, 256, 4, 4, 4)],
-        *[(8, 128, 128, 8, 4, 2), (8, 64, 256, 4, 4, 2), (8, 64, 256, 4, 4, 1)],
-        *[(8, 32, 128, 2, 6, 6), (8, 64, 128, 4, 6, 4), (8, 16, 256, 1, 6, 12)],
+        *[(8, 64, 128, 4, 5, 3, early) for early in (0, 2048)],
+        *[(8, 64, 256, 4, 4, 1, early) for early in (0, 2048)],
+        *[(8, 128, 128, 8, 4, 2, 2048), (8, 128, 128, 8, 6, 1, 2048), (8, 128, 256, 8, 4, 1, 2048)],
+        *[(8, 64, 256, 8, 4, 1, 2048), (8, 64, 128, 4, 8, 1, 2048), (8, 256, 128, 8, 4, 1, 2048)],
+        *[(16, 64, 256, 4, 4, 1, early) for early in (0, 2048)],
+        *[(16, 128, 128, 8, 4, 2, 2048), (16, 128, 256, 8, 3, 1, 2048)],
     ],
     "16": [
-        *[(16, 64, 128, 4, 5, 3), (16, 64, 256, 4, 4, 2), (16, 128, 128, 4, 4, 2)],
-        *[(16, 32, 256, 2, 4, 6), (16, 32, 128, 2, 6, 4)],
+        *[(16, 64, 256, 4, 4, 1, early) for early in (0, 2048)],
+        *[(16, 64, 256, 4, 4, 2, 2048), (16, 128, 128, 8, 4, 2, 2048)],
+        *[(16, 128, 256, 8, 3, 1, 2048), (16, 128, 128, 8, 5, 1, 2048)],
     ],
-    "many": [(32, 64, 128, 4, 4, 3), (32, 64, 256, 4, 3, 2), (32, 128, 128, 4, 4, 2)],
+    "many": [
+        *[(32, 64, 256, 4, 3, 2, early) for early in (0, 2048)],
+        *[(32, 128, 128, 8, 4, 2, 2048), (32, 128, 256, 8, 3, 1, 2048), (32, 64, 256, 4, 4, 1, 0)],
+    ],
 }
-# rows, block_n, warps, stages, per_sm
-BITS_CHOICES = {
+# rows, block_n, warps, stages, per_sm, early
+BITS_CHOICES: dict[str, list[tuple[Any, ...]]] = {
     "8": [
-        *[(8, 64, 4, 4, 4), (8, 32, 2, 4, 8), (8, 64, 4, 6, 3), (8, 16, 1, 5, 12)],
-        *[(8, 128, 4, 4, 2), (8, 64, 4, 4, 2), (8, 32, 4, 4, 6), (8, 32, 2, 6, 6)],
-        *[(8, 64, 4, 3, 6), (8, 128, 8, 4, 2), (8, 64, 2, 4, 4)],
+        *[(8, 128, 8, 4, 2, early) for early in (0, 512, 1024)],
+        *[(8, 64, 4, 4, 4, early) for early in (0, 1024)],
+        *[(8, 128, 8, 6, 1, 1024), (8, 128, 4, 4, 2, 1024), (8, 256, 8, 3, 1, 1024)],
+        *[(8, 64, 4, 6, 2, 1024), (8, 32, 2, 4, 6, 1024), (8, 128, 8, 4, 1, 1024)],
+        *[(16, 64, 4, 4, 3, 1024), (16, 128, 8, 4, 1, 1024), (8, 128, 4, 5, 3, 1024)],
     ],
     "16": [
-        *[(16, 64, 4, 4, 3), (16, 64, 4, 4, 2), (16, 32, 2, 4, 6), (16, 128, 8, 3, 2)],
-        *[(16, 64, 4, 3, 4)],
+        *[(16, 64, 4, 3, 4, early) for early in (0, 1024)],
+        *[(16, 128, 8, 4, 1, 1024), (16, 128, 8, 3, 2, 1024), (16, 64, 4, 4, 2, 1024)],
     ],
-    "32": [(32, 64, 4, 4, 3), (32, 64, 4, 3, 2), (32, 128, 8, 3, 2), (32, 128, 4, 3, 2)],
-    "64": [(64, 64, 4, 3, 2), (64, 128, 8, 3, 1), (64, 64, 4, 2, 2), (64, 128, 4, 3, 1)],
-    "many": [(128, 128, 8, 2, 1), (64, 128, 8, 3, 1), (64, 128, 4, 3, 2), (128, 64, 4, 2, 2)],
+    "32": [
+        *[(32, 64, 4, 3, 2, early) for early in (0, 1024)],
+        *[(32, 128, 8, 3, 1, 1024), (32, 128, 8, 3, 2, 1024), (32, 256, 8, 2, 1, 1024)],
+        *[(16, 128, 8, 3, 2, 1024)],
+    ],
+    "64": [
+        *[(64, 64, 4, 3, 2, early) for early in (0, 1024)],
+        *[(64, 128, 8, 3, 1, 1024), (32, 128, 8, 3, 2, 1024), (64, 256, 8, 2, 1, 1024)],
+    ],
+    "many": [
+        *[(128, 128, 8, 2, 1, early) for early in (0, 1024)],
+        *[(64, 128, 8, 3, 1, 0), (64, 256, 8, 2, 1, 0), (128, 256, 8, 2, 0, 0)],
+    ],
 }
 AT = {"8": (1, 8), "16": (16,), "32": (32,), "64": (64,), "128": (128,), "256": (256,)}
 Trial = tuple[str, type[Any], list[tuple[Any, ...]], tuple[int, ...]]
@@ -417,19 +526,20 @@ def trials(kind: QuantKind) -> Iterator[Trial]:
         yield f"wide {name} {size}", widened.WideConfig, wide_choices, AT.get(size, (32,))
     for size, choices in PRODUCT_CHOICES.items():
         if kind == "fp8_block":
-            choices = [c for c in choices if c[2] == 128 and c[1] <= 128]
+            choices = [c for c in choices if c[2] == 128 and c[1] <= 128] or [
+                (choices[0][0], 64, 128, *choices[0][3:])
+            ]
         yield f"{name} {size}", own.ProductConfig, choices, AT.get(size, (512, 2048))
 
 
-def tuned_calls(layer: Layer, name: str, x: Tensor, config: Any) -> list[Call]:
-    """Of the kernel that ``config`` is of, without what brings rows to 8 bits."""
+def tuned_calls(layer: Layer, name: str, x: Tensor, config: Any) -> tuple[list[Call], Tensor]:
+    """Of the kernel that ``config`` is of, without what brings rows to 8 bits; and where they write
+    to: all the same, since the weights are copies."""
     out = torch.empty(len(x), PRODUCTS[name][0], dtype=x.dtype, device=x.device)
     calls: list[Call] = []
     for w in layer.weights[name]:
         if isinstance(config, bits.FourBitsConfig):
-            calls.append(
-                partial(bits.four_bits, x, w.data, w.scales, w.zeros, out=out, config=config)
-            )
+            calls.append(partial(bits.four_bits, x, w.data, w.scales, out=out, config=config))
         elif isinstance(config, widened.WideConfig):
             calls.append(partial(widened.wide, x, w.data, w.scales, out=out, config=config))
         else:
@@ -437,7 +547,49 @@ def tuned_calls(layer: Layer, name: str, x: Tensor, config: Any) -> list[Call]:
             calls.append(
                 partial(own.product, values, scales, w.data, w.scales, out=out, config=config)
             )
-    return calls
+    return calls, out
+
+
+@dataclass
+class Class:
+    """A class of numbers of rows whose configurations are tried.
+
+    Attributes:
+        at: the numbers of rows.
+        rows: of x, by their number and width.
+        wanted: results by number of rows and product: those of the first configuration.
+    """
+
+    layer: Layer
+    at: tuple[int, ...]
+    rows: dict[tuple[int, int], Tensor]
+    wanted: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def build(self, config: Any) -> Any:
+        """``config``, compiled, or why it is none."""
+        torch.cuda.set_device(0)
+        try:
+            for name, (_, k) in PRODUCTS.items():
+                tuned_calls(self.layer, name, self.rows[self.at[0], k], config)[0][0]()
+        except (OutOfResources, triton.CompilationError, ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {str(error)[:80]}"
+        return config
+
+    def timed(self, config: Any) -> list[float]:
+        """Microseconds of the four products for each number of rows; infinite where a result is
+        wrong."""
+        times = []
+        for num_rows in self.at:
+            us = 0.0
+            for name, (_, k) in PRODUCTS.items():
+                calls, out = tuned_calls(self.layer, name, self.rows[num_rows, k], config)
+                us += median_us(calls, True)
+                want = self.wanted.setdefault((num_rows, name), out)
+                if not distance(want, out) <= BOUND:
+                    print(f"{config}: {name} is wrong")
+                    us = float("inf")
+            times.append(us)
+        return times
 
 
 def tune(kinds: Sequence[QuantKind], seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -453,35 +605,15 @@ def tune(kinds: Sequence[QuantKind], seconds: float) -> tuple[dict[str, Any], di
                 print(f"{key}: not tried, time is over")
                 continue
             rows = {(m, k): x[:m, :k].contiguous() for m in at for _, k in PRODUCTS.values()}
-
-            def timed(
-                config: Any, rows: Any = rows, at: Any = at, layer: Any = layer
-            ) -> list[float]:
-                return [
-                    sum(
-                        median_us(tuned_calls(layer, name, rows[m, k], config), True)
-                        for name, (_, k) in PRODUCTS.items()
-                    )
-                    for m in at
-                ]
-
-            def build(config: Any, rows: Any = rows, at: Any = at, layer: Any = layer) -> Any:
-                torch.cuda.set_device(0)
-                try:
-                    for name in PRODUCTS:
-                        tuned_calls(layer, name, rows[at[0], PRODUCTS[name][1]], config)[0]()
-                except (OutOfResources, triton.CompilationError, ValueError) as error:
-                    return f"{type(error).__name__}: {str(error)[:80]}"
-                return config
-
+            tried_class = Class(layer, at, rows)
             with ThreadPoolExecutor(THREADS) as pool:
-                built = list(pool.map(build, [make(*choice) for choice in choices]))
+                built = list(pool.map(tried_class.build, [make(*choice) for choice in choices]))
             times: dict[Any, list[float]] = {}
             for choice, config in zip(choices, built, strict=True):
                 if isinstance(config, str):
                     print(f"{key} {choice}: {config}")
                     continue
-                times[config] = timed(config)
+                times[config] = tried_class.timed(config)
                 shown = "  ".join(f"{us:8.1f}" for us in times[config])
                 print(f"{key:16} {choice!s:36} us at {at}: {shown}", flush=True)
                 tried[f"{key} {choice}"] = times[config]
@@ -503,6 +635,9 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true", help="try configurations")
     parser.add_argument("--seconds", type=float, default=300, help="how long to tune")
     parser.add_argument("--config", type=Path, help="JSON file that tuning updates")
+    parser.add_argument(
+        "--early", action="store_true", help="norms and activations are launched early, too"
+    )
     parser.add_argument("--out", type=Path, help="folder for all numbers as JSON")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -510,7 +645,12 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     kinds: Sequence[QuantKind] = options.only or KINDS
+    if options.early:
+        small = autotune.config_path(torch.cuda.get_device_name())
+        autotune._read(torch.cuda.get_device_name())["launch"] = {"early": {"on": True}}
+        print(f"small kernels are launched early, whatever {small.name} says")
     begin = time.monotonic()
+    WITHOUT_LIBRARY.update(without_library(kinds))
     if wrong := wrong_kernels(kinds):
         print("no numbers, results are wrong:\n  " + "\n  ".join(wrong), file=sys.stderr)
         return 1
@@ -532,8 +672,14 @@ def main() -> int:
             print(f"ways of {kind}: {ways_of(kind, torch.device('cuda', 0))}")
         steps = small_steps(options.quick)
         found = measure(kinds, options.quick)
+        ways = {kind: best_ways(kind, found) for kind in kinds}
+        chains = measure_chains(kinds, options.quick)
         numbers = {"ceiling": dataclasses.asdict(ceiling), "us": found, "steps": steps}
+        numbers |= {"layer": chains, "ways": ways}
         show(found, ceiling)
+        print(f"fastest: {ways}")
+        if options.config:
+            merge_into(options.config, "quant ways", ways)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         name = "quant_tune.json" if options.tune else "quant.json"

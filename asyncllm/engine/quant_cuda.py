@@ -14,11 +14,11 @@ from torch import Tensor
 
 from asyncllm.engine import quant_torch
 from asyncllm.kernels.autotune import tuned
-from asyncllm.kernels.quant.four_bits import SPANS, four_bits, pack, widen
+from asyncllm.kernels.quant.four_bits import HALVES, SPANS, four_bits, pack, pack_scales, widen
 from asyncllm.kernels.quant.product import product
 from asyncllm.kernels.quant.rows import quantize_rows
 from asyncllm.kernels.quant.wide import fits_wide, wide
-from asyncllm.models.quantization import QuantKind, QuantWeight
+from asyncllm.models.quantization import BLOCK, QuantKind, QuantWeight
 
 WIDENED = 1 << 25  # numbers of 4 bits that exist in 16 at a time
 # one row number of each class of each kernel: what serving may meet
@@ -40,10 +40,10 @@ class QuantWays:
 
 _ALL = 1 << 30
 _WAYS: dict[QuantKind, QuantWays] = {
-    "fp8_channel": QuantWays(8, 256),
-    "fp8_block": QuantWays(8, _ALL),
-    "int8_channel": QuantWays(8, _ALL),
-    "int4_group": QuantWays(256, 256),
+    "fp8_channel": QuantWays(32, 64),
+    "fp8_block": QuantWays(16, _ALL),
+    "int8_channel": QuantWays(32, _ALL),
+    "int4_group": QuantWays(512, 512),
 }
 
 
@@ -55,13 +55,14 @@ def ways_of(kind: QuantKind, device: torch.device) -> QuantWays:
 
 def pack_quant(weight: QuantWeight) -> QuantWeight:
     """As ``quant_linear`` reads it: 4 bits in the layout of ``four_bits``; others as they are."""
-    if weight.kind != "int4_group" or weight.group % SPANS[-1]:
+    known = weight.group % SPANS[-1] == 0 and weight.scales.dtype in HALVES
+    if weight.kind != "int4_group" or not known:
         return weight
     return QuantWeight(
         weight.kind,
         pack(weight.data, weight.group),
-        weight.scales,
-        weight.zeros,
+        pack_scales(weight.scales, weight.zeros),
+        None,
         weight.group,
         weight.out_features,
         weight.in_features,
@@ -104,37 +105,42 @@ def quant_linear(
 def _of_four_bits(
     x: Tensor, weight: QuantWeight, bias: Tensor | None, out: Tensor, ways: QuantWays
 ) -> Tensor:
-    data, scales, zeros = weight.data, weight.scales, weight.zeros
+    data, scales = weight.data, weight.scales
     if data.dtype != torch.int16:  # groups that the kernel does not know
         return quant_torch.quant_linear(x, weight, bias, out)
     if len(x) <= ways.own:
-        return four_bits(x, data, scales, zeros, bias, out=out)
+        return four_bits(x, data, scales, bias, out=out)
     step = min(weight.out_features, max(1, WIDENED // weight.in_features))
     space = torch.empty((step, weight.in_features), dtype=x.dtype, device=x.device)
     for first in range(0, weight.out_features, step):
         made = out[:, first : first + step]
-        part = widen(data, scales, zeros, first, space[: made.shape[1]])
+        part = widen(data, scales, first, space[: made.shape[1]])
         torch.mm(x, part.t(), out=made)
     return out if bias is None else out.add_(bias)
 
 
 def _fits_library(weight: QuantWeight, out: Tensor) -> bool:
     """Whether ``torch._scaled_mm`` has this product."""
-    sizes = weight.out_features % 16 == 0 and weight.in_features % 16 == 0
-    return weight.kind == "fp8_channel" and sizes and out.dtype == torch.bfloat16
+    if out.dtype != torch.bfloat16 or weight.out_features % 16 or weight.in_features % 16:
+        return False
+    if weight.kind == "fp8_block":
+        return len(out) % 4 == 0 and weight.in_features % (4 * BLOCK) == 0
+    return weight.kind == "fp8_channel"
 
 
 def _library(
     values: Tensor, x_scales: Tensor, weight: QuantWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor:
+    scales = (x_scales[:, None], weight.scales[None, :])
+    if weight.kind == "fp8_block":
+        scales = (x_scales.t(), weight.scales.t())
     made = torch._scaled_mm(
         values,
         weight.data.t(),
-        x_scales[:, None],
-        weight.scales[None, :],
+        *scales,
         bias,
         out_dtype=out.dtype,
-        use_fast_accum=True,
+        use_fast_accum=weight.kind == "fp8_channel",
         out=out if out.is_contiguous() else None,
     )
     return out if out.is_contiguous() else out.copy_(made)

@@ -55,6 +55,13 @@ def tuned(device: torch.device, kernel: str, key: str) -> Entry | None:
     return _read(device_facts(device).name).get(kernel, {}).get(key)
 
 
+def launches_early(device: torch.device) -> bool:
+    """Whether small kernels here begin while the one before still runs, and let the next one begin
+    (programmatic dependent launch, from compute capability 9.0 on): where it was measured to pay.
+    """
+    return tuned(device, "launch", "early") == {"on": True}
+
+
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a device; 2 where kernels are only interpreted."""
     if device.type == "cpu":

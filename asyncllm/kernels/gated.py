@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import gelu, silu
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from asyncllm.kernels.autotune import launches_early
 
 _BLOCK = 1024
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,7 +47,11 @@ def _gated_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     GELU: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < WIDTH
@@ -79,6 +86,7 @@ def gated(x: Tensor, activation: str = "silu", out: Tensor | None = None) -> Ten
     elif out.shape != (num_tokens, width) or out.dtype != x.dtype or out.stride(1) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit x {tuple(x.shape)}")
     if num_tokens and width:
+        early = launches_early(x.device)
         grid = (num_tokens, triton.cdiv(width, _BLOCK))
         _gated_kernel[grid](
             x,
@@ -88,7 +96,9 @@ def gated(x: Tensor, activation: str = "silu", out: Tensor | None = None) -> Ten
             WIDTH=width,
             BLOCK=_BLOCK,
             GELU=activation == "gelu_tanh",
+            EARLY=early,
             num_warps=4,
+            **({"launch_pdl": True} if early else {}),
         )
     return out
 

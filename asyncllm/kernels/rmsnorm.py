@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from asyncllm.kernels.autotune import launches_early
 
 
 @triton.jit
@@ -24,7 +27,11 @@ def _rmsnorm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     mask = col < HIDDEN
@@ -117,6 +124,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
     if num_tokens == 0:
         return
     block = triton.next_power_of_2(hidden)
+    early = launches_early(x.device)
     _rmsnorm_kernel[(num_tokens,)](
         x,
         x if residual is None else residual,
@@ -129,5 +137,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
         HIDDEN=hidden,
         BLOCK=block,
         ADD=residual is not None,
+        EARLY=early,
         num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+        **({"launch_pdl": True} if early else {}),
     )

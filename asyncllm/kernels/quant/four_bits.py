@@ -4,7 +4,7 @@ Owns the layout in which four columns of a weight share 16 bits (``pack``), so t
 pairs of operands of it, and the columns of an operand are neighbours. Does not know who quantised.
 """
 
-# mypy: allow-incomplete-defs
+# mypy: allow-incomplete-defs, disable-error-code="possibly-undefined"
 
 from __future__ import annotations
 
@@ -16,21 +16,30 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncllm.kernels.autotune import Entry, tuned
-from asyncllm.kernels.quant.parts import gathered, num_parts, space
+from asyncllm.kernels.quant.parts import (
+    begun_early,
+    gathered,
+    launched_early,
+    num_parts,
+    space,
+)
 
+HALVES = {torch.float16: 1024.0, torch.bfloat16: 128.0}  # exponents that numbers stand behind
 SPANS = (64, 32)  # columns of an operand, which share 16 bits with three times as many
 
 
 @dataclass(frozen=True, slots=True)
 class FourBitsConfig:
     """How a product is built and divided: rows of x and outputs of a tile; inputs are divided until
-    there are ``per_sm`` programs to a multiprocessor (0: never)."""
+    there are ``per_sm`` programs to a multiprocessor (0: never); ``early`` bytes of each weight's
+    row are asked for while the kernel before still runs."""
 
     rows: int
     block_n: int
     num_warps: int
     num_stages: int
     per_sm: int = 0
+    early: int = 0
 
     @classmethod
     def of(cls, entry: Entry) -> FourBitsConfig:
@@ -56,9 +65,10 @@ def _shifted(quarter, rest):
 
 
 @triton.jit
-def _quarter(packed, zero, QUARTER: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
-    """(nibble QUARTER of each of int16 ``packed``) - ``zero``, as ``dtype``, exactly."""
-    # the bits of a number behind the exponent of 2^7 or 2^10, less that and the zero
+def _quarter(packed, less, QUARTER: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
+    """(nibble QUARTER of each of int16 ``packed``) + (128 or 1024) + ``less``, as ``dtype``,
+    exactly: 128 with bfloat16."""
+    # the bits of a number behind the exponent of 2^7 or 2^10
     if ASM and dtype == tl.bfloat16:
         wide = tl.inline_asm_elementwise(
             _shifted(
@@ -66,7 +76,7 @@ def _quarter(packed, zero, QUARTER: tl.constexpr, ASM: tl.constexpr, dtype: tl.c
                 "lop3.b32 a, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, a, one, $2;",
             ),
             "=r,r,r",
-            [packed, (-128.0 - zero).to(dtype)],
+            [packed, less],
             dtype=tl.bfloat16,
             is_pure=True,
             pack=2,
@@ -75,14 +85,25 @@ def _quarter(packed, zero, QUARTER: tl.constexpr, ASM: tl.constexpr, dtype: tl.c
         wide = tl.inline_asm_elementwise(
             _shifted(QUARTER, "lop3.b32 a, t, 0x000f000f, 0x64006400, 0xea; add.f16x2 $0, a, $2;"),
             "=r,r,r",
-            [packed, (-1024.0 - zero).to(dtype)],
+            [packed, less],
             dtype=tl.float16,
             is_pure=True,
             pack=2,
         )
     else:
-        wide = (((packed >> (4 * QUARTER)) & 15).to(tl.float32) - zero).to(dtype)
+        offset: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+        number = ((packed >> (4 * QUARTER)) & 15).to(tl.float32) + offset
+        wide = (number + less.to(tl.float32)).to(dtype)
     return wide
+
+
+@triton.jit
+def _scale_of(scales_ptr, group, n_at, n_size, dtype: tl.constexpr):
+    """(float32 scale, what is to be added to a number behind its exponent) of outputs in a group:
+    both are in 32 bits."""
+    both = tl.load(scales_ptr + group.to(tl.int64) * n_size + n_at)
+    scale = both.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return scale, (both >> 16).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -90,7 +111,6 @@ def _four_bits_kernel(
     x_ptr,
     weight_ptr,
     scales_ptr,
-    zeros_ptr,
     bias_ptr,
     out_ptr,
     partial_ptr,
@@ -102,7 +122,7 @@ def _four_bits_kernel(
     out_row,
     SPAN: tl.constexpr,
     SCALED: tl.constexpr,
-    ZEROS: tl.constexpr,
+    RUN: tl.constexpr,
     BIAS: tl.constexpr,
     WHOLE: tl.constexpr,
     ASM: tl.constexpr,
@@ -110,9 +130,10 @@ def _four_bits_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Rows [ROWS] of x times a tile of weights [BLOCK_N, k_size], or a part of its inputs. A scale
-    is that of SCALED columns."""
+    is that of SCALED columns, the same in RUN spans of a step."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row_tiles = tl.cdiv(num_rows, ROWS)
     tile = tl.program_id(0) // row_tiles  # neighbours share a tile of weights
@@ -120,30 +141,36 @@ def _four_bits_kernel(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     used, kept = row < num_rows, n < n_size
     span = tl.arange(0, SPAN)
-    x_at = x_ptr + tl.minimum(row, num_rows - 1).to(tl.int64)[None, :] * x_row + span[:, None]
+    x_at = x_ptr + row.to(tl.int64)[None, :] * x_row + span[:, None]
     steps = tl.cdiv(k_size, 4 * SPAN)
     # outputs past the last are computed like it and not stored
     n_at = tl.minimum(n, n_size - 1)
-    w_at = weight_ptr + n_at.to(tl.int64)[:, None] * (steps * SPAN) + span[None, :]
+    w_row = weight_ptr + n_at.to(tl.int64) * (steps * SPAN)
+    w_at = w_row[:, None] + span[None, :]
     part, parts = tl.program_id(1), tl.num_programs(1)
+    begin, end = steps * part // parts, steps * (part + 1) // parts
+    if EARLY:
+        begun_early(w_row + begin * SPAN, (end - begin) * (2 * SPAN), EARLY)
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for step in tl.range(steps * part // parts, steps * (part + 1) // parts, num_stages=STAGES):
+    for step in tl.range(begin, end, num_stages=STAGES):
         packed = tl.load(w_at + step * SPAN)
         for quarter in tl.static_range(4):
             first = (step * 4 + quarter) * SPAN
             if WHOLE:
-                x = tl.load(x_at + first)
-                group = first // SCALED
+                x = tl.load(x_at + first, mask=used[None, :], other=0.0)
             else:  # columns past the last may be anything, x there is zero
-                x = tl.load(x_at + first, mask=(first + span < k_size)[:, None], other=0.0)
+                live = used[None, :] & (first + span < k_size)[:, None]
+                x = tl.load(x_at + first, mask=live, other=0.0)
+            if quarter % RUN == 0:
                 group = tl.minimum(first, k_size - 1) // SCALED
-            scale = tl.load(scales_ptr + group.to(tl.int64) * n_size + n_at).to(tl.float32)
-            if ZEROS:
-                zero = tl.load(zeros_ptr + group.to(tl.int64) * n_size + n_at).to(tl.float32)
+                scale, less = _scale_of(scales_ptr, group, n_at, n_size, dtype)
+            weight = _quarter(packed, less[:, None], quarter, ASM, dtype)
+            if quarter % RUN == 0:
+                made = tl.dot(weight, x)
             else:
-                zero = tl.full([BLOCK_N], 8.0, tl.float32)
-            weight = _quarter(packed, zero[:, None], quarter, ASM, dtype)
-            acc += tl.dot(weight, x, input_precision="ieee") * scale[:, None]
+                made = tl.dot(weight, x, made)
+            if quarter % RUN == RUN - 1:
+                acc += made * scale[:, None]
     if SPLIT:
         acc, last = gathered(acc, partial_ptr, counters_ptr)
     else:
@@ -159,7 +186,6 @@ def _four_bits_kernel(
 def _widen_kernel(
     weight_ptr,
     scales_ptr,
-    zeros_ptr,
     out_ptr,
     first_row,
     last_row,
@@ -167,10 +193,11 @@ def _widen_kernel(
     k_size,
     SPAN: tl.constexpr,
     SCALED: tl.constexpr,
-    ZEROS: tl.constexpr,
+    ASM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Rows of the matrix from ``first_row`` to before ``last_row``, of one run of four spans."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     made = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = first_row + made
     kept = n < last_row
@@ -182,22 +209,17 @@ def _widen_kernel(
     for quarter in tl.static_range(4):
         first = (step * 4 + quarter) * SPAN
         group = tl.minimum(first, k_size - 1) // SCALED
-        scale = tl.load(scales_ptr + group.to(tl.int64) * n_size + n_at).to(tl.float32)
-        if ZEROS:
-            zero = tl.load(zeros_ptr + group.to(tl.int64) * n_size + n_at).to(tl.float32)
-        else:
-            zero = tl.full([BLOCK_N], 8.0, tl.float32)
-        wide = (((packed >> (4 * quarter)) & 15).to(tl.float32) - zero[:, None]) * scale[:, None]
+        scale, less = _scale_of(scales_ptr, group, n_at, n_size, dtype)
+        wide = _quarter(packed, less[:, None], quarter, ASM, dtype).to(tl.float32) * scale[:, None]
         at = out_ptr + made.to(tl.int64)[:, None] * k_size + (first + span)[None, :]
         live = kept[:, None] & (first + span < k_size)[None, :]
-        tl.store(at, wide.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(at, wide.to(dtype), mask=live)
 
 
 def four_bits(
     x: Tensor,
     weight: Tensor,
     scales: Tensor,
-    zeros: Tensor | None = None,
     bias: Tensor | None = None,
     *,
     out: Tensor,
@@ -206,10 +228,10 @@ def four_bits(
     """x times a matrix in 4 bits, plus ``bias``.
 
     Args:
-        x: [num_rows, in]; rows may be strided.
+        x: [num_rows, in], 16-bit floats; rows may be strided.
         weight: what ``pack`` gives, [out, steps * span] int16.
-        scales: [in / group, out] in the dtype of x, contiguous; a group is whole spans.
-        zeros: like scales, whole numbers from 0 to 16; None: 8.
+        scales: what ``pack_scales`` gives of those in the dtype of x, [in / group, out] int32; a
+            group is whole spans.
         bias: [out] in the dtype of x.
         out: where to write, [num_rows, out] in the dtype of x; rows may be strided.
         config: instead of the tuned or built-in one.
@@ -225,20 +247,21 @@ def four_bits(
     Reference: ``four_bits_ref``. Does not synchronise; safe in CUDA graphs. Products of a device
     must not run at the same time.
     """
-    num_rows, n, k, span = _check(x, weight, scales, zeros, bias, out)
+    num_rows, n, k, span = _check(x, weight, scales, bias, out)
     if num_rows == 0 or n == 0:
         return out
-    c = config or four_bits_config(num_rows, x.element_size(), x.device)
+    c = config or four_bits_config(num_rows, x.device)
     tiles = triton.cdiv(n, c.block_n)
     most = triton.cdiv(most_of_class(num_rows), c.rows)
     steps = weight.shape[1] // span
     parts = num_parts(tiles * most, c.block_n * c.rows, steps, c.per_sm, x.device)
     partial, counters = space(x.device) if parts > 1 else (None, None)
+    scaled, early = k // len(scales), c.early if x.is_cuda else 0
+    aligned = scaled % (4 * span) == 0 or (4 * span) % scaled == 0
     _four_bits_kernel[(tiles * triton.cdiv(num_rows, c.rows), parts)](
         x,
         weight,
         scales,
-        zeros,
         bias,
         out,
         partial,
@@ -249,21 +272,23 @@ def four_bits(
         x.stride(0),
         out.stride(0),
         SPAN=span,
-        SCALED=k // len(scales),
-        ZEROS=zeros is not None,
+        SCALED=scaled,
+        RUN=min(4, scaled // span) if aligned else 1,
         BIAS=bias is not None,
         WHOLE=k % (4 * span) == 0,
-        ASM=x.element_size() == 2 and x.is_cuda,
+        ASM=x.is_cuda,
         ROWS=c.rows,
         BLOCK_N=c.block_n,
         STAGES=c.num_stages,
         SPLIT=parts > 1,
+        EARLY=early,
         num_warps=c.num_warps,
+        **launched_early(early, x),
     )
     return out
 
 
-def widen(weight: Tensor, scales: Tensor, zeros: Tensor | None, first: int, out: Tensor) -> Tensor:
+def widen(weight: Tensor, scales: Tensor, first: int, out: Tensor) -> Tensor:
     """Rows of the matrix from ``first`` on, as many as fit into ``out`` [n, in], contiguous, which
     is returned; rounded once to its dtype. The rest as ``four_bits`` takes it.
 
@@ -275,7 +300,6 @@ def widen(weight: Tensor, scales: Tensor, zeros: Tensor | None, first: int, out:
     _widen_kernel[(triton.cdiv(len(out), block_n), weight.shape[1] // span)](
         weight,
         scales,
-        zeros,
         out,
         first,
         min(n, first + len(out)),
@@ -283,7 +307,7 @@ def widen(weight: Tensor, scales: Tensor, zeros: Tensor | None, first: int, out:
         k,
         SPAN=span,
         SCALED=k // len(scales),
-        ZEROS=zeros is not None,
+        ASM=out.is_cuda,
         BLOCK_N=block_n,
         num_warps=4,
     )
@@ -310,6 +334,23 @@ def pack(nibbles: Tensor, group: int) -> Tensor:
     return whole.to(torch.int16).flatten(1)
 
 
+def pack_scales(scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Scales and zeros in 32 bits each, so that they are read together; start-up only.
+
+    Args:
+        scales: [in / group, out], float16 or bfloat16.
+        zeros: like scales, whole numbers from 0 to 16; None: 8.
+
+    Returns:
+        int32 [in / group, out]: the scale's bits below, those of minus (128 or, with float16, 1024,
+        plus the zero) above.
+    """
+    zeros = torch.full_like(scales, 8) if zeros is None else zeros
+    less = (-HALVES[scales.dtype] - zeros.float()).to(scales.dtype)
+    low, high = (x.contiguous().view(torch.int16).to(torch.int32) for x in (scales, less))
+    return (low & 0xFFFF) | (high << 16)
+
+
 def best_span(columns: int, group: int) -> int:
     """The width of operands of a matrix of so many columns, in groups.
 
@@ -322,27 +363,21 @@ def best_span(columns: int, group: int) -> int:
     raise ValueError(f"groups of {group} columns: a multiple of {SPANS[-1]} expected")
 
 
-def widen_ref(weight: Tensor, scales: Tensor, zeros: Tensor | None, columns: int) -> Tensor:
-    """The whole matrix [out, columns] in float32, in plain torch."""
+def widen_ref(weight: Tensor, scales: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The whole matrix [out, columns] in float32, in plain torch; scales are in ``dtype``."""
     group = columns // len(scales)
     span = _span(weight.shape[1], columns, group)
     parts = [(weight.to(torch.int32) >> (4 * quarter)) & 15 for quarter in range(4)]
     numbers = torch.stack([part.view(len(weight), -1, span) for part in parts], 2)
     wide = numbers.flatten(1)[:, :columns].float()
-    zero = torch.full_like(scales, 8) if zeros is None else zeros
+    low, high = (x.to(torch.int16).view(dtype).float() for x in (scales, scales >> 16))
     of = torch.arange(columns, device=weight.device) // group
-    return (wide - zero.float()[of].t()) * scales.float()[of].t()
+    return (wide + (HALVES[dtype] + high)[of].t()) * low[of].t()
 
 
-def four_bits_ref(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def four_bits_ref(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """``four_bits`` in plain torch, products and sums in float32."""
-    out = x.float() @ widen_ref(weight, scales, zeros, x.shape[1]).t()
+    out = x.float() @ widen_ref(weight, scales, x.shape[1], x.dtype).t()
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
@@ -357,14 +392,11 @@ def most_of_class(num_rows: int) -> int:
     return num_rows if size == "many" else int(size)
 
 
-def four_bits_config(num_rows: int, element_size: int, device: torch.device) -> FourBitsConfig:
+def four_bits_config(num_rows: int, device: torch.device) -> FourBitsConfig:
     """The configuration for so many rows: the device's tuned one or that of the table."""
     size = row_class(num_rows)
     entry = tuned(device, "quant", f"int4 {size}")
-    found = _CONFIGS[size] if entry is None else FourBitsConfig.of(entry)
-    if element_size <= 2:
-        return found
-    return FourBitsConfig(min(found.rows, 32), 32, 4, 2, found.per_sm)
+    return _CONFIGS[size] if entry is None else FourBitsConfig.of(entry)
 
 
 def _span(words: int, columns: int, group: int) -> int:
@@ -375,27 +407,18 @@ def _span(words: int, columns: int, group: int) -> int:
 
 
 def _check(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
 ) -> tuple[int, int, int, int]:
-    if x.dim() != 2 or x.stride(1) != 1 or not x.is_floating_point():
-        raise ValueError(f"x must be rows: {tuple(x.shape)} {x.dtype}")
+    if x.dim() != 2 or x.stride(1) != 1 or x.dtype not in HALVES:
+        raise ValueError(f"x must be rows in 16 bits: {tuple(x.shape)} {x.dtype}")
     num_rows, k = x.shape
     n = len(weight)
     if weight.dim() != 2 or weight.dtype != torch.int16 or not weight.is_contiguous():
         raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype} is not packed")
     if scales.dim() != 2 or scales.shape[1] != n or len(scales) == 0 or k % len(scales):
         raise ValueError(f"scales {tuple(scales.shape)} do not fit {n} x {k}")
-    for name, tensor in (("scales", scales), ("zeros", zeros)):
-        if tensor is None:
-            continue
-        fits = tensor.shape == scales.shape and tensor.is_contiguous()
-        if not fits or tensor.dtype != x.dtype:
-            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} do not fit")
+    if scales.dtype != torch.int32 or not scales.is_contiguous():
+        raise ValueError(f"scales {scales.dtype} are not packed")
     span = _span(weight.shape[1], k, k // len(scales))
     if bias is not None and (
         bias.shape != (n,) or bias.dtype != x.dtype or not bias.is_contiguous()

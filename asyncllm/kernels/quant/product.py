@@ -19,7 +19,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from asyncllm.kernels.autotune import Entry, tuned
-from asyncllm.kernels.quant.parts import gathered, num_parts, space
+from asyncllm.kernels.quant.parts import (
+    begun_early,
+    gathered,
+    launched_early,
+    num_parts,
+    space,
+)
 
 BLOCK = 128  # inputs, and outputs of a weight, that share a scale where they do
 _GROUP = 8  # tiles of rows that are gone through together
@@ -36,6 +42,7 @@ class ProductConfig:
         block_k: inputs of a step.
         per_sm: inputs are divided until there are so many programs to a multiprocessor; 0: never.
         copy: weights come by the tensor copy engine.
+        early: bytes of each weight's row that are asked for while the kernel before still runs.
     """
 
     rows: int
@@ -45,6 +52,7 @@ class ProductConfig:
     num_stages: int
     per_sm: int = 0
     copy: bool = False
+    early: int = 0
 
     @classmethod
     def of(cls, entry: Entry) -> ProductConfig:
@@ -92,6 +100,7 @@ def _eight_bits_kernel(
     COPY: tl.constexpr,
     WHOLE: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Rows [ROWS] of x times a tile of weights [BLOCK_N, k_size], or a part of its inputs."""
     # neighbours share a tile of weights, and a run of GROUP tiles of rows stays in the cache
@@ -105,12 +114,15 @@ def _eight_bits_kernel(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     used, kept = row < num_rows, n < n_size
     k = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + tl.minimum(row, num_rows - 1).to(tl.int64)[None, :] * x_row + k[:, None]
+    x_at = x_ptr + row.to(tl.int64)[None, :] * x_row + k[:, None]
     # outputs past the last are computed like it and not stored
     w_at = weight_ptr + tl.minimum(n, n_size - 1).to(tl.int64)[:, None] * k_size + k[None, :]
     steps = tl.cdiv(k_size, BLOCK_K)
     part, parts = tl.program_id(1), tl.num_programs(1)
     begin, end = steps * part // parts, steps * (part + 1) // parts
+    if EARLY:
+        rows_at = weight_ptr + tl.minimum(n, n_size - 1).to(tl.int64) * k_size + begin * BLOCK_K
+        begun_early(rows_at, (end - begin) * BLOCK_K, EARLY)
     if x_ptr.dtype.element_ty == tl.int8:
         acc = tl.zeros([BLOCK_N, ROWS], tl.int32)
     else:
@@ -118,9 +130,9 @@ def _eight_bits_kernel(
     for step in tl.range(begin, end, num_stages=STAGES):
         at = step * BLOCK_K
         if WHOLE:
-            x = tl.load(x_at + at)
+            x = tl.load(x_at + at, mask=used[None, :], other=0.0)
         else:
-            x = tl.load(x_at + at, mask=(at + k < k_size)[:, None], other=0.0)
+            x = tl.load(x_at + at, mask=used[None, :] & (at + k < k_size)[:, None], other=0.0)
         if COPY:  # past the last input it gives zeros
             weight = weight_desc.load([tile * BLOCK_N, at])
         elif WHOLE:
@@ -200,6 +212,7 @@ def product(
     parts = num_parts(tiles * most, c.block_n * c.rows, steps, c.per_sm, x.device)
     partial, counters = space(x.device) if parts > 1 else (None, None)
     copy = c.copy and k % 16 == 0 and weight.data_ptr() % 16 == 0
+    early = c.early if x.is_cuda and k % c.block_k == 0 else 0
     desc = TensorDescriptor.from_tensor(weight, [c.block_n, c.block_k]) if copy else None
     _eight_bits_kernel[(tiles * triton.cdiv(num_rows, c.rows), parts)](
         x,
@@ -228,7 +241,9 @@ def product(
         COPY=copy,
         WHOLE=k % c.block_k == 0,
         GROUP=_GROUP,
+        EARLY=early,
         num_warps=c.num_warps,
+        **launched_early(early, x),
     )
     return out
 

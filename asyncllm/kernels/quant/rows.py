@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from asyncllm.kernels.attention.kv8 import quantized
+from asyncllm.kernels.autotune import launches_early
 from asyncllm.kernels.gated import activated, gated_ref
 from asyncllm.kernels.rmsnorm import add_rmsnorm_ref, rmsnorm_ref
 
@@ -54,8 +56,12 @@ def _rows_kernel(
     GELU: tl.constexpr,
     KIND: tl.constexpr,
     BLOCKED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One row, [GROUPS, SIZE] with what is missing after its WIDTH columns."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, GROUPS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     live = column < WIDTH
@@ -215,6 +221,7 @@ def _launch(
     shape = (triton.cdiv(width, GROUP), num_rows) if blocked else (num_rows,)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(max(width, GROUP))
+    early = launches_early(x.device)
     if num_rows:
         _rows_kernel[(num_rows,)](
             x,
@@ -233,6 +240,8 @@ def _launch(
             GELU=gelu,
             KIND=1 if kind == torch.int8 else 2,
             BLOCKED=blocked,
+            EARLY=early,
             num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+            **({"launch_pdl": True} if early else {}),
         )
     return values, scales

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from asyncllm.kernels.attention.kv8 import halves
 from asyncllm.kernels.autotune import Entry, tuned
-from asyncllm.kernels.quant.parts import gathered, num_parts, space
+from asyncllm.kernels.quant.parts import (
+    begun_early,
+    gathered,
+    launched_early,
+    num_parts,
+    space,
+)
 
 BLOCK = 128  # inputs, and outputs, that share a scale where they do
 _KINDS = {torch.int8: (1, "int8"), torch.float8_e4m3fn: (2, "fp8")}
@@ -26,7 +32,8 @@ _KINDS = {torch.int8: (1, "int8"), torch.float8_e4m3fn: (2, "fp8")}
 @dataclass(frozen=True, slots=True)
 class WideConfig:
     """How a product is built and divided: rows of x and outputs of a tile, inputs of a step; inputs
-    are divided until there are ``per_sm`` programs to a multiprocessor (0: never)."""
+    are divided until there are ``per_sm`` programs to a multiprocessor (0: never); ``early`` bytes
+    of each weight's row are asked for while the kernel before still runs."""
 
     rows: int
     block_n: int
@@ -34,6 +41,7 @@ class WideConfig:
     num_warps: int
     num_stages: int
     per_sm: int = 0
+    early: int = 0
 
     @classmethod
     def of(cls, entry: Entry) -> WideConfig:
@@ -73,6 +81,7 @@ def _wide_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Rows [ROWS] of x times a tile of weights [BLOCK_N, k_size], or a part of its inputs. x and
     weights are read as pairs of neighbours; k_size and x_row count these."""
@@ -84,21 +93,25 @@ def _wide_kernel(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     used, kept = row < num_rows, n < n_size
     k = tl.arange(0, PAIRS)
-    x_at = x_ptr + tl.minimum(row, num_rows - 1).to(tl.int64)[None, :] * x_row + k[:, None]
+    x_at = x_ptr + row.to(tl.int64)[None, :] * x_row + k[:, None]
     # outputs past the last are computed like it and not stored
     n_at = tl.minimum(n, n_size - 1)
     w_at = weight_ptr + n_at.to(tl.int64)[:, None] * k_size + k[None, :]
     steps = tl.cdiv(k_size, PAIRS)
     part, parts = tl.program_id(1), tl.num_programs(1)
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for step in tl.range(steps * part // parts, steps * (part + 1) // parts, num_stages=STAGES):
+    begin, end = steps * part // parts, steps * (part + 1) // parts
+    if EARLY:
+        rows_at = weight_ptr + n_at.to(tl.int64) * k_size + begin * PAIRS
+        begun_early(rows_at, (end - begin) * BLOCK_K, EARLY)
+    for step in tl.range(begin, end, num_stages=STAGES):
         at = step * PAIRS
         if WHOLE:
             packed = tl.load(w_at + at)
-            x = tl.load(x_at + at)
+            x = tl.load(x_at + at, mask=used[None, :], other=0)
         else:
             packed = tl.load(w_at + at, mask=(at + k < k_size)[None, :], other=0)
-            x = tl.load(x_at + at, mask=(at + k < k_size)[:, None], other=0)
+            x = tl.load(x_at + at, mask=used[None, :] & (at + k < k_size)[:, None], other=0)
         even, odd = halves(packed, KIND, ASM, dtype)
         x_even = x.to(tl.int16).to(dtype, bitcast=True)
         x_odd = (x >> 16).to(tl.int16).to(dtype, bitcast=True)
@@ -165,6 +178,7 @@ def wide(
     steps = triton.cdiv(k, c.block_k)
     parts = num_parts(tiles * most, c.block_n * c.rows, steps, c.per_sm, x.device)
     partial, counters = space(x.device) if parts > 1 else (None, None)
+    early = c.early if x.is_cuda and k % c.block_k == 0 else 0
     _wide_kernel[(tiles * triton.cdiv(num_rows, c.rows), parts)](
         x.view(torch.int32),
         weight.view(torch.int16),
@@ -188,7 +202,9 @@ def wide(
         BLOCK_K=c.block_k,
         STAGES=c.num_stages,
         SPLIT=parts > 1,
+        EARLY=early,
         num_warps=c.num_warps,
+        **launched_early(early, x),
     )
     return out
 
