@@ -105,6 +105,11 @@ def asked(config: Config, spec: ModelSpec) -> WeightTypes:
 
 def notes(asked: WeightTypes, spec: ModelSpec) -> Iterator[str]:
     """A line for each thing about the weights that nobody would guess."""
+    if spec.gguf and asked.type is None:
+        yield (
+            "weights in few bits of a GGUF file stay so on a CPU, and are widened to --data_type "
+            "on a GPU (--quant_type none: on both)"
+        )
     if spec.stored is None:
         return
     if spec.has_experts:

@@ -142,7 +142,7 @@ def make_model(
         attention=attention,
         dtype=kind,
         device=where,
-        quantisation=Quantisation(spec.stored, asked),
+        quantisation=Quantisation(spec.stored, asked, dict(spec.gguf) if ops.packed else {}),
     )
     return MODELS[spec.architecture].make(spec, site)
 
@@ -321,7 +321,7 @@ def model_on_paper(spec: ModelSpec, sizes: Sizes, device: torch.device) -> Model
 
 def num_parameters(spec: ModelSpec, device: torch.device) -> int:
     """Of the whole model, what is tied once."""
-    plain = replace(spec, stored=None)
+    plain = replace(spec, stored=None, gguf=())
     return _on_paper(plain, 1, "fp32", device, 1).nbytes // torch.float32.itemsize
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
 from asyncllm.engine import experts_cpu, quant_torch
+from asyncllm.engine.int4_cpu import TorchPackedOps
 from asyncllm.models.ops import Held
 from asyncllm.models.quantization import QuantWeight
 from asyncllm.models.spec import Activation, ExpertsSpec
@@ -39,6 +40,8 @@ def stage(
 
 class TorchOps:
     """Implements :class:`asyncllm.models.ops.Ops`."""
+
+    packed = TorchPackedOps()
 
     def pack(self, weight: Tensor) -> Tensor:
         """oneDNN's packed layout for bfloat16: halves the time of products with few rows."""

@@ -23,6 +23,8 @@ GEMV_OUT = 65536  # up to this many outputs our one-row kernel is faster than cu
 class TritonOps:
     """Implements :class:`asyncllm.models.ops.Ops`."""
 
+    packed = None
+
     def pack(self, weight: Tensor) -> Tensor:
         return weight
 

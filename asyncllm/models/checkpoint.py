@@ -16,6 +16,7 @@ import torch
 
 from asyncllm.errors import StartupError
 from asyncllm.models import deepspeed
+from asyncllm.models.gguf_tensors import PACKED, GgufTensor
 from asyncllm.models.spec import ModelSpec
 from asyncllm.models.tensors import OpenFiles, Stored
 from asyncllm.models.unpickle import Pickles
@@ -210,6 +211,8 @@ def as_stored(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
             and f"{layer}.{form.main}" not in checkpoint.tensors
         )
         spec = replace(spec, stored=replace(form, plain=plain))
+    if any(path.suffix == ".gguf" for path in checkpoint.placed.values()):
+        spec = replace(spec, gguf=_gguf_types(checkpoint))
     for head in _HEADS:
         if f"{head}.weight" in checkpoint.tensors:
             spec = replace(spec, head=head)
@@ -223,6 +226,16 @@ def as_stored(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
         if not spec.tie_embeddings or embed is None or matrix is None:
             return spec
         return spec if _equal(opened, embed, matrix) else replace(spec, tie_embeddings=False)
+
+
+def _gguf_types(checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:
+    with checkpoint.open() as opened:
+        tensors = ((name, opened.tensor(stored)) for name, stored in checkpoint.tensors.items())
+        return tuple(
+            (name, tensor.type)
+            for name, tensor in sorted(tensors, key=lambda item: item[0])
+            if isinstance(tensor, GgufTensor) and tensor.type in PACKED and len(tensor.shape) == 2
+        )
 
 
 def _index(path: Path) -> dict[Path, frozenset[str]]:

@@ -13,6 +13,8 @@ from asyncllm.models.gguf import GgufFile, TensorPlace, read_gguf
 from asyncllm.models.gguf_arch import arch_of, hf_name, is_weight
 from asyncllm.models.gguf_types import Groups, floats, groups, is_float
 
+# types that CPUs take as they are: all in groups
+PACKED = frozenset({"Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"})
 _CHUNK = 1 << 22  # elements that are decoded at a time
 
 

@@ -30,6 +30,12 @@ class Groups:
     shifts: Tensor | None
     size: int
 
+    def columns(self, part: slice) -> Groups:
+        """Some columns; ``part`` begins and ends between groups."""
+        of = slice(part.start // self.size, part.stop // self.size)
+        shifts = None if self.shifts is None else self.shifts[:, of]
+        return Groups(self.values[:, part], self.scales[:, of], shifts, self.size)
+
     def widened(self) -> Tensor:
         """float32 [rows, columns]."""
         made: Tensor = (

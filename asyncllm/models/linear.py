@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from asyncllm.models.gguf_packed import GROUP, PackedMatrix, PackedTarget
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Linear
 from asyncllm.models.quantization import BLOCK, QuantWeight, Served
@@ -156,6 +157,7 @@ def _empty_weight(site: Site, shape: tuple[int, int], way: Served) -> QuantWeigh
     """Zeros, or anything where all of it will be filled."""
     kind, (rows, columns), form = way.kind, shape, way.form
     assert kind is not None
+    assert kind != "gguf"
     if kind == "int4_group":
         assert form is not None
         group = form.block[1] or columns
@@ -170,6 +172,43 @@ def _empty_weight(site: Site, shape: tuple[int, int], way: Served) -> QuantWeigh
         return QuantWeight(kind, data, scales, None, BLOCK, rows, columns)
     scales = site.empty(rows, dtype=torch.float32)
     return QuantWeight(kind, data, scales, None, columns, rows, columns)
+
+
+class PackedLinear(_Biased):
+    """A weight of a GGUF file in its own bits."""
+
+    def __init__(
+        self,
+        site: Site,
+        shape: tuple[int, int],
+        parts: Sequence[LinearPart],
+        way: Served,
+        *,
+        dim: int,
+        bias: bool,
+    ) -> None:
+        super().__init__(site, shape, parts, dim=dim, bias=bias)
+        self.weight = PackedMatrix(site, shape, way.type)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + super().nbytes
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        packed = self._site.ops.packed
+        assert packed is not None
+        return packed.linear(x, self.weight, self.bias, out)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
+        for part in self._parts:
+            target = PackedTarget(self.weight, self._dim, part.size, part.spans)
+            yield f"{prefix}{part.name}.weight", target
+        yield from self._bias_targets(prefix)
+
+    def pack(self) -> None:
+        packed = self._site.ops.packed
+        assert packed is not None
+        packed.pack(self.weight)
 
 
 class SideBySide:
@@ -241,6 +280,8 @@ def _make(
     site.quantisation.tally.add(way.kind, names, widened=widened)
     if way.kind is None:
         return DenseLinear(site, shape, parts, dim=dim, bias=bias)
+    if way.kind == "gguf":
+        return PackedLinear(site, shape, parts, way, dim=dim, bias=bias)
     return QuantLinear(site, shape, parts, way, dim=dim, bias=bias)
 
 
@@ -260,6 +301,8 @@ def _lines_up(way: Served, parts: Sequence[LinearPart], dim: int) -> bool:
     The same on every rank: what one has begins at a multiple of what each has.
     """
     match way.kind:
+        case "gguf" if dim == 1:
+            step = GROUP
         case "fp8_block":
             step = BLOCK
             if way.form is None:  # made here

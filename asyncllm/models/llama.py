@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from asyncllm.models.attention import AttentionPlan, Batch, GrownQueries, LayerKv
+from asyncllm.models.embedding import Embedding
 from asyncllm.models.experts import Experts
 from asyncllm.models.layers import Attention, AttentionPart, GatedMLP, MlpPart, Norm
-from asyncllm.models.linear import share
 from asyncllm.models.mla import LatentAttention
 from asyncllm.models.model import Site
 from asyncllm.models.spec import AttentionSpec, ExpertsSpec, ModelSpec
-from asyncllm.models.weights import AnyTarget, Target
+from asyncllm.models.weights import AnyTarget
 
 KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")  # how names of calibrated scales of K/V end
 
@@ -95,35 +95,25 @@ class Block:
 
 
 class Decoder:
-    """Implements :class:`asyncllm.models.model.Model`.
-
-    The embedding is held whole; the output matrix is split by vocabulary (a view of the embedding
-    where the two are tied).
-    """
+    """Implements :class:`asyncllm.models.model.Model`."""
 
     def __init__(self, spec: ModelSpec, site: Site) -> None:
         self.spec, self.site = spec, site
         self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
-        local = -(-spec.vocab_size // site.comm.size)
-        self.embed = site.empty(local * site.comm.size, spec.hidden_size)
+        self.embedding = Embedding(site, spec)
         self.blocks = [
             Block(site.below(f"{spec.prefix}layers.{layer}."), spec, layer)
             for layer in range(len(spec.layers))
         ]
         self.norm = Norm(site, spec, spec.hidden_size)
-        tied = self.embed.narrow(0, site.comm.rank * local, local)
-        self.lm_head = tied if spec.tie_embeddings else site.empty(local, spec.hidden_size)
-        # rounded as the embeddings are
-        self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=site.dtype))
         # layers with equal attention share a plan
         self._kinds = list(dict.fromkeys(block.attention.spec for block in self.blocks))
         self._kind_of = [self._kinds.index(block.attention.spec) for block in self.blocks]
 
     @property
     def nbytes(self) -> int:
-        lm_head = 0 if self.spec.tie_embeddings else self.lm_head.nbytes
         blocks = sum(block.nbytes for block in self.blocks)
-        return self.embed.nbytes + blocks + self.norm.nbytes + lm_head
+        return self.embedding.nbytes + blocks + self.norm.nbytes
 
     def work_bytes(self, num_tokens: int) -> int:
         dtype, attention = self.site.dtype, self.site.attention
@@ -142,7 +132,7 @@ class Decoder:
         for block in self.blocks:
             block.pack()
         self.norm.pack()
-        self.lm_head = self.site.ops.pack(self.lm_head)
+        self.embedding.pack()
 
     def forward(self, batch: Batch, kv: Sequence[LayerKv]) -> Tensor:
         norms = [*(block.attn_norm for block in self.blocks), self.norm]
@@ -150,9 +140,7 @@ class Decoder:
         if live is not None:
             live = self.site.world.gather_flags(live)
         plans = [self._plan(spec, batch) for spec in self._kinds]
-        x, residual = self.site.ops.embed_rmsnorm(
-            batch.tokens, self.embed, norms[0].weight, self.spec.rms_eps, self._embed_scale
-        )
+        x, residual = self.embedding.embed(batch.tokens, norms[0].weight)
         for i, block in enumerate(self.blocks):
             x, residual = block(x, residual, plans[self._kind_of[i]], kv[i], norms[i + 1], live)
         return x
@@ -167,18 +155,15 @@ class Decoder:
         return GrownQueries(plan, factors[:, None].to(self.site.dtype), width)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        gathered = self.site.comm.gather_last(self.site.ops.logits(hidden, self.lm_head))
+        gathered = self.site.comm.gather_last(self.embedding.logits(hidden))
         if (cap := self.spec.logit_softcap) is not None:
             gathered.div_(cap).tanh_().mul_(cap)
         return gathered[:, : self.vocab_size]
 
     def targets(self) -> Iterator[tuple[str, AnyTarget]]:
-        vocab, prefix = self.vocab_size, self.spec.prefix
-        yield f"{prefix}embed_tokens.weight", Target(self.embed, 0, vocab, ((0, 0, vocab),))
+        prefix = self.spec.prefix
+        yield from self.embedding.targets()
         yield from self.norm.targets(f"{prefix}norm")
-        if not self.spec.tie_embeddings:
-            kept = share(vocab, self.site)
-            yield f"{self.spec.head}.weight", Target(self.lm_head, 0, vocab, (kept,))
         for i, block in enumerate(self.blocks):
             yield from block.targets(f"{prefix}layers.{i}.")
 

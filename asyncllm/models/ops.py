@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from asyncllm.models.quantization import QuantWeight
 from asyncllm.models.spec import Activation, ExpertsSpec
 from asyncllm.models.weights import AnyTarget
+
+if TYPE_CHECKING:
+    from asyncllm.models.gguf_packed import PackedMatrix
 
 Stack = Tensor | list[Tensor]  # the same matrix of all of a rank's experts
 
@@ -35,8 +38,33 @@ class Held:
     activation: Activation
 
 
+class PackedOps(Protocol):
+    """Operators on matrices of GGUF files in their own bits."""
+
+    def pack(self, matrix: PackedMatrix) -> None:
+        """Bring it into the form that the others read; start-up only."""
+
+    def linear(
+        self, x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """x @ matrix.T + bias."""
+
+    def rows(self, tokens: Tensor, matrix: PackedMatrix) -> Tensor:
+        """Rows of the matrix, [num_tokens, columns]."""
+
+    def logits(self, x: Tensor, matrix: PackedMatrix) -> Tensor:
+        """x @ matrix.T as float32, never rounded to the dtype of x."""
+
+
 class Ops(Protocol):
-    """The operators that a decoder uses, on one device."""
+    """The operators that a decoder uses, on one device.
+
+    Attributes:
+        packed: None: matrices of GGUF files are widened on this device.
+    """
+
+    @property
+    def packed(self) -> PackedOps | None: ...
 
     def pack(self, weight: Tensor) -> Tensor:
         """``weight`` [out, in] in the form that :meth:`linear` reads fastest; start-up only."""

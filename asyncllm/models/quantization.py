@@ -6,7 +6,7 @@ Does not import torch: processes that serve only HTTP read what a checkpoint is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from asyncllm.models.quant_config import StoredForm
 
 QuantKind = Literal["fp8_channel", "fp8_block", "int8_channel", "int4_group"]
+ServedKind = QuantKind | Literal["gguf"]  # the last one: a ``PackedMatrix``, on CPUs
 
 BLOCK = 128  # rows and columns of fp8_block that share a scale; columns of its activations
 FP8_MAX = 448.0  # largest value of e4m3
@@ -71,11 +72,12 @@ TYPES: dict[str, QuantKind | None] = {
     "w8a8": "int8_channel",
     "awq": "int4_group",
 }
-KIND_NAMES = {
+KIND_NAMES: dict[ServedKind, str] = {
     "fp8_channel": "fp8 (a scale per output channel)",
     "fp8_block": "fp8 (blocks of 128 x 128)",
     "int8_channel": "int8 (a scale per output channel)",
     "int4_group": "4 bits (in groups)",
+    "gguf": "the bits of the GGUF file",
 }
 _LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)")
 
@@ -125,21 +127,23 @@ class Served:
         kind: of its weight; None: the type of activations.
         form: the checkpoint's, where the weight is taken as it stands; None: it is made of what
             the checkpoint's stands for.
+        type: of kind "gguf", the type in the file.
     """
 
-    kind: QuantKind | None = None
+    kind: ServedKind | None = None
     form: StoredForm | None = None
+    type: str = ""
 
 
 @dataclass(slots=True)
 class Tally:
     """Linear layers by what their weights became."""
 
-    served: dict[QuantKind, int] = field(default_factory=dict)
+    served: dict[ServedKind, int] = field(default_factory=dict)
     plain: int = 0
     widened: list[str] = field(default_factory=list)  # that the shards did not let stay as stored
 
-    def add(self, kind: QuantKind | None, names: Iterable[str], *, widened: bool = False) -> None:
+    def add(self, kind: ServedKind | None, names: Iterable[str], *, widened: bool = False) -> None:
         found = list(names)
         if kind is None:
             self.plain += len(found)
@@ -169,16 +173,20 @@ class Quantisation:
 
     Attributes:
         stored: how the checkpoint holds those that are quantised.
+        gguf: types of a GGUF file's matrices by their names, of those that may stay as they are.
         tally: what became of the layers, filled while a model is made.
     """
 
     stored: StoredForm | None = None
     asked: WeightTypes = AS_STORED
+    gguf: Mapping[str, str] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally, compare=False)
 
     def way(self, name: str) -> Served:
         """Of a linear layer, by its name in the checkpoint, if shards do not cut its groups."""
         form, asked = self.stored, self.asked.of(name)
+        if asked is None and (type_ := self.gguf.get(f"{name}.weight")) is not None:
+            return Served("gguf", type=type_)
         packed = form is not None and name not in form.plain
         if form is not None and not packed:
             return Served()  # what a quantised checkpoint leaves as it is stays so

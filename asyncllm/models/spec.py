@@ -165,6 +165,8 @@ class ModelSpec:
     dtype: str  # of the checkpoint: fp32, bf16 or fp16; auto: config.json leaves it to the weights
     eos_ids: tuple[int, ...]
     stored: StoredForm | None = None  # how the checkpoint holds linear layers; None: plainly
+    # types of matrices of a GGUF file by their names, of those in few bits
+    gguf: tuple[tuple[str, str], ...] = ()
     kv_format: str | None = None  # of K/V, that the checkpoint asks for
     qkv_bias: bool = False
     out_bias: bool = False

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -210,7 +211,18 @@ def _zeros(weight: QuantWeight) -> Tensor | None:
     return None if weight.zeros is None else weight.zeros.t()
 
 
-AnyTarget = Target | QuantTarget
+class MadeTarget(Protocol):
+    """Where a tensor goes that fills its place in its own way."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the checkpoint's tensor."""
+
+    def fill(self, source: Source) -> None:
+        """Raises NotAsSaid: the source is not of the form that was expected."""
+
+
+AnyTarget = Target | QuantTarget | MadeTarget
 
 
 @dataclass(frozen=True, slots=True)

@@ -298,7 +298,7 @@ def quick_difference(reference: Reference, device: CpuDevice | CudaDevice | Rank
 
 # what does not change numbers: names for users, limits, what is read before the weights
 SAID = frozenset(
-    {"architecture", "max_position", "longest", "dtype", "eos_ids", "stored", "ignored"}
+    {"architecture", "max_position", "longest", "dtype", "eos_ids", "stored", "ignored", "gguf"}
 )
 # for what is None
 GIVEN: dict[str, Any] = {

@@ -191,7 +191,7 @@ def test_logits_are_never_rounded_to_the_weights_dtype(
     spec = ModelSpec.from_dir(tmp_path)
     model = build_model(tmp_path, spec, SingleRank(), dtype=dtype, device=device, max_len=64)
     assert isinstance(model, Decoder)
-    head = model.lm_head
+    head = model.embedding.head
     matrix = head.to_dense() if head.is_mkldnn else head
     for rows in (1, 5):
         hidden = torch.randn(rows, 96, device=device).to(model.site.dtype)

@@ -300,7 +300,7 @@ def test_a_tied_model_with_another_output_matrix_uses_it(tmp_path: Path, shards:
     if shards:
         split(tmp_path, *SHARDS)
     model = load(tmp_path)
-    assert torch.equal(model.lm_head, head)
+    assert torch.equal(model.embedding.head, head)
     assert not model.spec.tie_embeddings
 
 
@@ -310,7 +310,7 @@ def test_a_tied_model_may_hold_its_embedding_twice(tmp_path: Path) -> None:
     change(tmp_path, lm_head__weight=embed.clone())
     model = load(tmp_path)
     assert model.spec.tie_embeddings
-    assert model.lm_head.data_ptr() == model.embed.data_ptr()
+    assert model.embedding.head.data_ptr() == model.embedding.table.data_ptr()
 
 
 def test_another_output_matrix_is_told_once(tmp_path: Path) -> None:
