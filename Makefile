@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -q --timeout=300
 
 # suites of others, each in an environment of its own below ACCEPT; docs/compatibility.md has results
 SUITES := openai anthropic llm js lm-eval guidellm schemathesis langchain tokenizers codex claude-code \
-  text-generation huggingface-hub
+  text-generation huggingface-hub openai-agents instructor litellm pydantic-ai llama-index lazyllm
 ACCEPT := .accept
 RUN = OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/accept/run.py $(@:accept-%=$(ACCEPT)/%)
 
@@ -114,6 +114,25 @@ accept-text-generation: $(STAMP) $(ACCEPT)/text-generation/.installed
 accept-huggingface-hub: $(STAMP) $(ACCEPT)/huggingface-hub/.installed
 	@$(RUN) --data_type fp32 --use_tgi_api -- \
 	  env HF_HUB_OFFLINE=0 $(ACCEPT)/huggingface-hub/bin/python tests/accept/hub_client.py
+
+accept-openai-agents: $(STAMP) $(ACCEPT)/openai-agents/.installed
+	@$(RUN) --data_type fp32 -- $(ACCEPT)/openai-agents/bin/python tests/accept/agents_client.py
+
+accept-instructor: $(STAMP) $(ACCEPT)/instructor/.installed
+	@$(RUN) --data_type fp32 -- $(ACCEPT)/instructor/bin/python tests/accept/instructor_client.py
+
+accept-litellm: $(STAMP) $(ACCEPT)/litellm/.installed
+	@$(RUN) --data_type fp32 -- $(ACCEPT)/litellm/bin/python tests/accept/litellm_client.py
+
+accept-pydantic-ai: $(STAMP) $(ACCEPT)/pydantic-ai/.installed
+	@$(RUN) --data_type fp32 -- $(ACCEPT)/pydantic-ai/bin/python tests/accept/pydantic_ai_client.py
+
+accept-llama-index: $(STAMP) $(ACCEPT)/llama-index/.installed
+	@$(RUN) --data_type fp32 -- $(ACCEPT)/llama-index/bin/python tests/accept/llama_index_client.py
+
+accept-lazyllm: $(STAMP) $(ACCEPT)/lazyllm/.installed
+	@$(RUN) --data_type fp32 --long_truncation_mode head --max_req_input_len 4096 -- \
+	  $(ACCEPT)/lazyllm/bin/python tests/accept/lazyllm_client.py $(abspath $(BIN))/python
 
 # coding agents on a model that calls their shell once and then answers; its context is smaller than
 # the output that Claude Code asks for, which it then shortens

@@ -8,6 +8,12 @@ from collections.abc import Callable
 from typing import NoReturn
 
 
+def agree(one: object, other: object) -> None:
+    """Raises ValueError where they are not equal."""
+    if one != other:
+        raise ValueError(f"{one!r} is not {other!r}")
+
+
 def run_all(checks: dict[str, Callable[[], object]]) -> NoReturn:
     """Run every check, then exit: 1 if one raised, else 0."""
     failed = 0

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from checks import run_all
+from checks import agree, run_all
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -31,11 +31,6 @@ FUNCTION = {
     },
 }
 TOOLS = [{"type": "function", "function": FUNCTION}]
-
-
-def agree(one: object, other: object) -> None:
-    if one != other:
-        raise ValueError(f"{one!r} is not {other!r}")
 
 
 def generated() -> str:

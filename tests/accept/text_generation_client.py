@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from checks import run_all
+from checks import agree, run_all
 from text_generation import AsyncClient, Client
 from text_generation.errors import ValidationError
 from text_generation.types import Grammar, GrammarType
@@ -24,11 +24,6 @@ SCHEMA = {
     "required": ["ok"],
     "additionalProperties": False,
 }
-
-
-def agree(one: object, other: object) -> None:
-    if one != other:
-        raise ValueError(f"{one!r} is not {other!r}")
 
 
 def whole() -> str:
