@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
 
 from asyncllm.api.common.request import ServedModel
 
 
-def models(served: ServedModel) -> dict[str, Any]:
+def models(served: ServedModel) -> dict[str, object]:
     """/v1/models: one page with all of them."""
     listed = [model(served, name) for name in served.listed]
     ends = {"first_id": served.listed[0], "last_id": served.listed[-1]}
     return {"data": listed, "has_more": False, **ends}
 
 
-def model(served: ServedModel, name: str) -> dict[str, Any]:
+def model(served: ServedModel, name: str) -> dict[str, object]:
     """/v1/models/{name}. Raises ModelNotFound (404)."""
     served.check_name(name)
     created = datetime.fromtimestamp(served.created, UTC)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 from asyncllm.api.common.validation import preview, reject
 
@@ -32,7 +32,7 @@ def most_values(max_len: int) -> int:
     return max(MIN_VALUES, 2 * max_len)
 
 
-def load(raw: bytes, max_values: int = MIN_VALUES) -> dict[str, Any]:
+def load(raw: bytes, max_values: int = MIN_VALUES) -> dict[str, object]:
     """The JSON object of a request body.
 
     Args:

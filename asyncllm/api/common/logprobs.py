@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from asyncllm.api.common.answer import Choice, Vocab
 
 
 def scored(
     vocab: Vocab, choice: Choice, first: int = 0, *, name: Callable[[int], str] | None = None
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """The generated tokens from ``first`` on with their log-probabilities.
 
     ``name``: what a token is called; None: its text.
     """
     name = name or vocab.text
 
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+    def entry(token: int, logprob: float | None) -> dict[str, object]:
         raw = list(vocab.piece(token))
         return {"token": name(token), "logprob": logprob, "bytes": raw}
 

@@ -77,7 +77,7 @@ class NativeReply:
         """The answer in one piece; lists where n > 1, scalars otherwise."""
         answer = self.answer
         choices, prompt = answer.choices, answer.prompts[0]
-        out: dict[str, Any] = {
+        out: dict[str, object] = {
             "generated_text": [c.text for c in choices],
             "count_output_tokens": _each([c.num_tokens for c in choices]),
             "finish_reason": _each([REASONS[c.reason] for c in choices if c.reason is not None]),
@@ -90,7 +90,7 @@ class NativeReply:
         out["logprobs"] = _each([self.scored(c) for c in choices])
         return sse.body(out)
 
-    def tokens(self, choice: Choice) -> list[dict[str, Any]]:
+    def tokens(self, choice: Choice) -> list[dict[str, object]]:
         """Every token of a choice, for its details."""
         vocab, total, out = self.answer.vocab, 0.0, []
         for i, token in enumerate(choice.tokens.ids):
@@ -110,17 +110,17 @@ class NativeReply:
             )
         return out
 
-    def scored(self, choice: Choice) -> list[dict[str, Any]]:
+    def scored(self, choice: Choice) -> list[dict[str, object]]:
         """``{id: {logprob, rank, decoded_token}}`` of every token of a choice."""
         pairs = zip(choice.tokens.ids, choice.tokens.logprobs.chosen, strict=True)
         return [{str(token): self._entry(token, finite(x), None)} for token, x in pairs]
 
-    def prompt_scores(self, choice: Choice) -> dict[str, Any]:
+    def prompt_scores(self, choice: Choice) -> dict[str, object]:
         """Ids and log-probabilities of the prompt's tokens, null for the first; {} if not asked."""
         if self.answer.generation.params.prompt_logprobs < 0:
             return {}
         scores, prompt = choice.scores, self.answer.prompts[choice.prompt_idx]
-        out: list[dict[str, Any] | None] = [None]
+        out: list[dict[str, object] | None] = [None]
         for i, token in enumerate(prompt[1:]):
             best = [(t, logprob, at + 1) for at, (t, logprob) in enumerate(scores.top(i))]
             some = [(token, scores.logprob(i), None), *best]
@@ -164,7 +164,7 @@ class NativeReply:
         name = sse.escaped(vocab.text(token))
         return self._template.fill(*own, b'"%d"' % token, score, name)
 
-    def _value(self, choice: Choice, own: Sequence[Any], scored: Any) -> dict[str, Any]:
+    def _value(self, choice: Choice, own: Sequence[Any], scored: Any) -> dict[str, object]:
         """The JSON of an event; ``own`` are the values of TOKEN."""
         prompt_len = len(self.answer.prompts[choice.prompt_idx])
         token = dict(zip(TOKEN, own, strict=True))
@@ -177,7 +177,7 @@ class NativeReply:
             "input_usage": _usage(prompt_len),
         }
 
-    def _entry(self, token: int, logprob: float | None, rank: int | None) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None, rank: int | None) -> dict[str, object]:
         name = self.answer.vocab.text(token)
         return {"logprob": logprob, "rank": rank, "decoded_token": name}
 
@@ -186,6 +186,6 @@ def _usage(prompt_len: int) -> dict[str, int]:
     return {"input_text_tokens": prompt_len, "input_audio_tokens": 0, "input_image_tokens": 0}
 
 
-def _each(values: list[Any]) -> Any:
+def _each(values: list[object]) -> Any:
     """A list, or its only element."""
     return values[0] if len(values) == 1 else values

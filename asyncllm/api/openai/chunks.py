@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice
@@ -36,13 +36,13 @@ class OpenAIReply:
         """An error event."""
         return sse.error_event(error)
 
-    def _logprobs(self, choice: Choice, first: int) -> dict[str, Any]:
+    def _logprobs(self, choice: Choice, first: int) -> dict[str, object]:
         """Of the tokens generated from ``first`` on."""
         raise NotImplementedError
 
-    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, Any]:
+    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, object]:
         """What a chunk says about the tokens of a piece, if that is wanted."""
-        more: dict[str, Any] = {}
+        more: dict[str, object] = {}
         if self._wants_logprobs:
             more["logprobs"] = self._logprobs(choice, choice.num_tokens - len(piece.ids))
         if self._wants_ids:
@@ -54,7 +54,7 @@ class OpenAIReply:
         as_id = self.answer.generation.tokens_as_ids
         return f"token_id:{token}" if as_id else self.answer.vocab.text(token)
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self) -> dict[str, object]:
         answer = self.answer
         return {
             "id": answer.id,
@@ -63,9 +63,9 @@ class OpenAIReply:
             "model": answer.model,
         } | ({"system_fingerprint": answer.fingerprint} if answer.fingerprint else {})
 
-    def _chunk(self, choice: Choice, body: dict[str, Any]) -> dict[str, Any]:
+    def _chunk(self, choice: Choice, body: Mapping[str, object]) -> dict[str, object]:
         """One chunk's JSON; ``usage`` is null where only the last chunk has it."""
-        out = self._head() | {"choices": [{"index": choice.index} | body]}
+        out = self._head() | {"choices": [{"index": choice.index, **body}]}
         if self._continuous:
             out["usage"] = self.answer.usage(choice)
         elif self.answer.generation.include_usage:
@@ -73,10 +73,13 @@ class OpenAIReply:
         return out
 
     def _whole(
-        self, kind: str, choices: list[dict[str, Any]], more: dict[str, Any] | None = None
+        self,
+        kind: str,
+        choices: Sequence[Mapping[str, object]],
+        more: Mapping[str, object] | None = None,
     ) -> bytes:
         out = {"object": kind, "choices": choices, "usage": self.answer.usage()}
-        return sse.body(self._head() | out | (more or {}))
+        return sse.body(self._head() | out | dict(more or {}))
 
 
 def finish_reason(choice: Choice) -> str | None:

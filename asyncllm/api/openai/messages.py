@@ -176,7 +176,7 @@ def conversation(given: Sequence[ChatMessage], roles: Collection[str]) -> Messag
     return [_turn(message, roles) for message in given]
 
 
-def template_kwargs(given: dict[str, Any]) -> dict[str, Any]:
+def template_kwargs(given: dict[str, object]) -> dict[str, object]:
     """Extra variables of the chat template; see :func:`prepare.check_variables`."""
     kwargs = dict(given)
     # two families of templates, two names of one switch
@@ -186,7 +186,7 @@ def template_kwargs(given: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _turn(message: ChatMessage, roles: Collection[str]) -> dict[str, Any]:
+def _turn(message: ChatMessage, roles: Collection[str]) -> dict[str, object]:
     role = message.role
     if role not in roles:
         role = OTHER_NAMES.get(role, role)
@@ -196,7 +196,7 @@ def _turn(message: ChatMessage, roles: Collection[str]) -> dict[str, Any]:
         thoughts = [part for part in content if isinstance(part, ThinkingPart)]
         if thoughts:
             content = [part for part in content if not isinstance(part, ThinkingPart)]
-    turn: dict[str, Any] = {"role": role, "content": text_of(content)}
+    turn: dict[str, object] = {"role": role, "content": text_of(content)}
     for key in ("name", "tool_call_id"):
         if (said := getattr(message, key)) is not None:
             turn[key] = said
@@ -212,7 +212,7 @@ def _turn(message: ChatMessage, roles: Collection[str]) -> dict[str, Any]:
     return turn
 
 
-def _call(function: CalledFunction, key: str | None = None) -> dict[str, Any]:
+def _call(function: CalledFunction, key: str | None = None) -> dict[str, object]:
     told = {"name": function["name"], "arguments": function.get("arguments", {})}
-    call: dict[str, Any] = {"type": "function", "function": told}
+    call: dict[str, object] = {"type": "function", "function": told}
     return call if key is None else call | {"id": key}

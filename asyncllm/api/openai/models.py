@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from asyncllm.api.common import sse
 from asyncllm.api.common.request import ServedModel
 
@@ -13,7 +11,7 @@ def models(served: ServedModel) -> bytes:
     return sse.body({"object": "list", "data": [model(served, name) for name in served.listed]})
 
 
-def model(served: ServedModel, name: str) -> dict[str, Any]:
+def model(served: ServedModel, name: str) -> dict[str, object]:
     """/v1/models/{name}. Raises ModelNotFound (404)."""
     served.check_name(name)
     return {

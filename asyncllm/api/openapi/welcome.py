@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from html import escape
-from typing import Any, Final
+from typing import Final
 
 from asyncllm import __version__
 from asyncllm.api.common.request import ServedModel
@@ -83,7 +83,7 @@ def plain(served: ServedModel, url: str, *, secured: bool) -> str:
     )
 
 
-def facts(served: ServedModel) -> dict[str, Any]:
+def facts(served: ServedModel) -> dict[str, object]:
     """The same for a program."""
     return {
         "server": "asyncllm",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from annotated_types import MinLen
 from pydantic import WithJsonSchema
@@ -220,7 +220,7 @@ def input_of(arguments: str) -> str:
     return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
-def echoed(given: dict[str, Any]) -> dict[str, Any]:
+def echoed(given: dict[str, object]) -> dict[str, object]:
     """A tool of a checked request as the answer repeats it."""
     if given["type"] != "function":
         return given

@@ -6,7 +6,7 @@ Knows the JSON shapes; knows neither sockets nor request bodies.
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Final
 
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, finite
@@ -37,7 +37,7 @@ class TgiReply(NativeReply):
         """The choice of the best mean log-probability."""
         choices, generation = self.answer.choices, self._asked.generation
         best = max(choices, key=_mean_logprob)
-        out: dict[str, Any] = {"generated_text": self._text(best)}
+        out: dict[str, object] = {"generated_text": self._text(best)}
         if generation.details:
             out["details"] = details = self._details(best)
             details["prompt_tokens"] = len(self.answer.prompts[0])
@@ -53,14 +53,14 @@ class TgiReply(NativeReply):
         return sse.body([out] if self._listed else out)
 
     def _event(self, choice: Choice, i: int | None, text: str) -> bytes:
-        token: dict[str, Any] = {"id": NO_TOKEN, "text": text, "logprob": NO_LOGPROB}
+        token: dict[str, object] = {"id": NO_TOKEN, "text": text, "logprob": NO_LOGPROB}
         count = choice.num_tokens if i is None else i + 1
         if i is None:
             token |= {"special": not text, "count_output_tokens": count}
         else:
             token = self._token(choice.tokens.ids[i], choice.tokens.logprob(i), text)
             token["count_output_tokens"] = count
-        out: dict[str, Any] = {"index": count, "token": token}
+        out: dict[str, object] = {"index": count, "token": token}
         if i is not None and choice.tokens.num_top:
             out["top_tokens"] = self._top(choice, i)
         if self._asked.prompt_scores and not self._told_prompt:
@@ -85,7 +85,7 @@ class TgiReply(NativeReply):
     def _text(self, choice: Choice) -> str:
         return (self.answer.prompt_text(0) if self._asked.full_text else "") + choice.text
 
-    def _sequence(self, choice: Choice) -> dict[str, Any]:
+    def _sequence(self, choice: Choice) -> dict[str, object]:
         """One of LightLLM's ``beam_sequences``."""
         return {
             "generated_text": self._text(choice),
@@ -94,7 +94,7 @@ class TgiReply(NativeReply):
             "logprob": finite(math.fsum(choice.tokens.logprobs.chosen)),
         }
 
-    def _details(self, choice: Choice) -> dict[str, Any]:
+    def _details(self, choice: Choice) -> dict[str, object]:
         out = {
             "finish_reason": self._reason(choice),
             "generated_tokens": choice.num_tokens,
@@ -106,7 +106,7 @@ class TgiReply(NativeReply):
             out["top_tokens"] = [self._top(choice, i) for i in range(len(choice.tokens.ids))]
         return out
 
-    def _prefill(self) -> list[dict[str, Any]]:
+    def _prefill(self) -> list[dict[str, object]]:
         scores, prompt = self.answer.choices[0].scores, self.answer.prompts[0]
         logprobs = [None, *(scores.logprob(i) for i in range(len(prompt) - 1))]
         text = self.answer.vocab.text
@@ -115,12 +115,12 @@ class TgiReply(NativeReply):
             for token, logprob in zip(prompt, logprobs, strict=True)
         ]
 
-    def _top(self, choice: Choice, i: int) -> list[dict[str, Any]]:
+    def _top(self, choice: Choice, i: int) -> list[dict[str, object]]:
         vocab = self.answer.vocab
         best = choice.tokens.top(i)
         return [self._token(token, logprob, vocab.text(token)) for token, logprob in best]
 
-    def _token(self, token: int, logprob: float | None, text: str) -> dict[str, Any]:
+    def _token(self, token: int, logprob: float | None, text: str) -> dict[str, object]:
         special = token in self.answer.vocab.special
         return {"id": token, "text": text, "logprob": logprob, "special": special}
 
@@ -139,7 +139,7 @@ class TgiReply(NativeReply):
         return "eos_token"
 
 
-def error_body(error: RequestError) -> dict[str, Any]:
+def error_body(error: RequestError) -> dict[str, object]:
     """``{"error": text, "error_type": ...}``."""
     kind = "validation"
     if error.status == 429:

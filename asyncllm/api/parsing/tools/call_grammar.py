@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.tools import deepseek
@@ -132,7 +132,7 @@ def spelling(format_name: str, template: str = "") -> str:
     return format_name
 
 
-def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any] | str]]) -> str:
+def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, object] | str]]) -> str:
     """Calls as a model writes them that uses this format.
 
     Args:
@@ -148,7 +148,7 @@ def written(spelling_name: str, calls: Sequence[tuple[str, dict[str, Any] | str]
 _encode: Final = json.JSONEncoder(ensure_ascii=False).encode  # dumps makes one for each value
 
 
-def _arguments(style: Style, values: dict[str, Any] | str) -> str:
+def _arguments(style: Style, values: dict[str, object] | str) -> str:
     if isinstance(values, str):
         return values
     if style == "json":
