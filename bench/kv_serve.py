@@ -1,9 +1,11 @@
-"""K/V formats beside each other on one machine: slots, by the plan and by filling them, and loads.
+"""K/V formats, or types of weights, beside each other on one machine: slots, by the plan and by filling
+them, and loads.
 
     python bench/mkmodel.py llama31_8b /tmp/m8b
     python bench/kv_serve.py --server "--model_dir /tmp/m8b"
+    python bench/kv_serve.py --server "--model_dir /tmp/m8b" --quant_types none fp8w8a8 --fill 0
 
-For each of ``--modes`` one server is started (none: without --mode). Each load of ``bench/serve.py``
+For each of ``--modes`` one server is started (none: without --mode), or for each of ``--quant_types``. Each load of ``bench/serve.py``
 runs once in every server, with the same requests. Then the K/V are filled with prompts that share
 nothing, one token each, until ``--fill`` of the slots are taken; the same prompts again must be found
 in the prefix cache, all but their last token: what was filled is really there. All is compared with
@@ -56,6 +58,8 @@ def measure(a: argparse.Namespace, mode: str, port: int) -> Figures:
     """The figures of one server."""
     url = f"http://127.0.0.1:{port}"
     named = "" if mode == "none" else f" --mode {mode.replace('+', ' ')}"
+    if a.quant_types:
+        named = f" --quant_type {mode}"
     with serve.server(f"{a.server}{named}", url) as ready_s:
         found: Figures = {
             "ready_s": round(ready_s, 1),
@@ -93,9 +97,15 @@ def _ratio(value: float, base: float) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    p.add_argument("--server", required=True, metavar="OPTIONS", help="asyncllm's, but --mode")
+    p.add_argument("--server", required=True, metavar="OPTIONS", help="asyncllm's, but these")
     p.add_argument(
         "--modes", nargs="+", default=MODES, metavar="MODE", help="the first is the base"
+    )
+    p.add_argument(
+        "--quant_types",
+        nargs="+",
+        metavar="TYPE",
+        help="in the place of modes; the first is the base",
     )
     p.add_argument("--loads", nargs="*", choices=LOADS, default=USUAL)
     p.add_argument("--fill", type=float, default=0.97, help="share of the slots; 0: not at all")
@@ -111,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     a, found = parser().parse_args(argv), dict[str, Figures]()
     try:
-        for mode in a.modes:
+        for mode in a.quant_types or a.modes:
             found[mode] = measure(a, mode, free_port())
             sys.stderr.write(f"{mode}: {json.dumps(found[mode])}\n")
             if a.json:

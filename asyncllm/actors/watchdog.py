@@ -110,6 +110,7 @@ class WatchdogConfig:
         contract: what this process must have in common with the others.
         model_name: label in the metrics.
         max_len: most tokens of a request, for the metrics' buckets.
+        linears: how many linear layers have weights of which kind, for the metrics.
         step_timeout_s: a launched step, or the loop, that takes longer ends the process. 0: never.
         busy_since: perf_counter time at which the oldest unfinished step was launched, or None.
         in_flight: what the unfinished steps are. It and busy_since are called in a thread.
@@ -127,6 +128,7 @@ class WatchdogConfig:
     heartbeat_s: float = 1.0
     dead_after_s: float = 10.0
     log_every_s: float = 10.0
+    linears: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +175,7 @@ class Watchdog(Actor[Inbox]):
         self._due = self._beat_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lags: deque[float] = deque(maxlen=100)
-        self._metrics = ServerMetrics(duty.model_name, duty.max_len)
+        self._metrics = ServerMetrics(duty.model_name, duty.max_len, duty.linears)
         # drain: who still has work, and when to stop waiting
         self._busy: set[tuple[str, int]] | None = None
         self._deadline, self._aborting = 0.0, False

@@ -318,12 +318,15 @@ class ServerMetrics:
     Args:
         model_name: label of the ``lightllm_`` series.
         max_len: most tokens of a request; spaces the buckets of ``lightllm_`` lengths.
+        linears: how many linear layers have weights of which kind.
     """
 
-    def __init__(self, model_name: str, max_len: int = 16384) -> None:
+    def __init__(
+        self, model_name: str, max_len: int = 16384, linears: Sequence[tuple[str, int]] = ()
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
-        self._held = _Held(model_name)
+        self._held = _Held(model_name, linears)
         self._registry.register(self._held)
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -403,8 +406,8 @@ class ServerMetrics:
 class _Held(Collector):
     """Series whose values are counted elsewhere: read, not incremented."""
 
-    def __init__(self, model_name: str) -> None:
-        self._model_name = model_name
+    def __init__(self, model_name: str, linears: Sequence[tuple[str, int]]) -> None:
+        self._model_name, self._linears = model_name, linears
         self.state, self.process = State(), Process()
 
     def collect(self) -> Iterator[Metric]:
@@ -432,6 +435,12 @@ class _Held(Collector):
             gauge = GaugeMetricFamily(f"lightllm_{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], attrgetter(path)(self.state))
             yield gauge
+        layers = GaugeMetricFamily(
+            "asyncllm_linear_layers", "Linear layers by the kind of their weights", labels=["kind"]
+        )
+        for kind, num in self._linears:
+            layers.add_metric([kind], num)
+        yield layers
         yield from _of_process(self.process)
 
 

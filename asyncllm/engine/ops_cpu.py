@@ -59,7 +59,7 @@ class TorchOps:
             made = linear(x, weight, bias)
         return made if out is None else out.copy_(made)
 
-    def pack_quant(self, weight: QuantWeight) -> QuantWeight:
+    def pack_quant(self, weight: QuantWeight, dtype: torch.dtype) -> QuantWeight:
         return weight
 
     def quant_linear(

@@ -25,6 +25,9 @@ class TritonOps:
 
     packed = None
 
+    def __init__(self) -> None:
+        self._prepared: set[tuple[str, int, int, int, torch.dtype]] = set()
+
     def pack(self, weight: Tensor) -> Tensor:
         return weight
 
@@ -38,8 +41,13 @@ class TritonOps:
         torch.mm(x, weight.t(), out=out)
         return out if bias is None else out.add_(bias)
 
-    def pack_quant(self, weight: QuantWeight) -> QuantWeight:
-        return quant_cuda.pack_quant(weight)
+    def pack_quant(self, weight: QuantWeight, dtype: torch.dtype) -> QuantWeight:
+        packed = quant_cuda.pack_quant(weight)
+        shape = weight.kind, weight.out_features, weight.in_features, weight.group, dtype
+        if shape not in self._prepared:
+            self._prepared.add(shape)
+            quant_cuda.prepare(packed, dtype)
+        return packed
 
     def quant_linear(
         self,

@@ -150,7 +150,7 @@ class QuantLinear(_Biased):
         yield from self._bias_targets(prefix)
 
     def pack(self) -> None:
-        self.weight = self._site.ops.pack_quant(self.weight)
+        self.weight = self._site.ops.pack_quant(self.weight, self._site.dtype)
 
 
 def _empty_weight(site: Site, shape: tuple[int, int], way: Served) -> QuantWeight:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from asyncllm.models.quantization import QuantWeight
@@ -74,9 +75,9 @@ class Ops(Protocol):
     ) -> Tensor:
         """x @ weight.T + bias."""
 
-    def pack_quant(self, weight: QuantWeight) -> QuantWeight:
+    def pack_quant(self, weight: QuantWeight, dtype: torch.dtype) -> QuantWeight:
         """``weight``, as its docstring has it, in the form that :meth:`quant_linear` reads fastest;
-        start-up only."""
+        prepares what products with activations of ``dtype`` take. Start-up only."""
 
     def quant_linear(
         self,

@@ -151,6 +151,11 @@ class Tally:
         else:
             self.served[kind] = self.served.get(kind, 0) + len(found)
 
+    def counts(self, dtype: str) -> tuple[tuple[str, int], ...]:
+        """(kind or ``dtype``, layers) of those that there are."""
+        plain = ((dtype, self.plain),) if self.plain else ()
+        return (*self.served.items(), *plain)
+
     def text(self, dtype: str) -> str:
         """One line for the log."""
         parts = [f"{num} in {KIND_NAMES[kind]}" for kind, num in self.served.items()]

@@ -311,6 +311,7 @@ def place(
         step_timeout_s=config.step_timeout,
         dead_after_s=config.dead_after,
         heartbeat_s=min(1.0, config.dead_after / 4),
+        linears=loaded.linears,
     )
     if isinstance(runner, Runner):
         duty = replace(duty, busy_since=runner.busy_since, in_flight=runner.in_flight)

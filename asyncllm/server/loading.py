@@ -63,6 +63,7 @@ class Loaded:
     # of a leader and of a master, unless constrained output is off
     grammars: Grammars | None = None
     constraints: Constraints | None = None  # of a leader
+    linears: tuple[tuple[str, int], ...] = ()  # of a rank, by the kind of their weights
     door: Door | None = None  # of a rank that takes K/V from other servers
 
 
@@ -181,6 +182,7 @@ def load_endpoint(
         ranks=ranks,
         num_slots=plan.num,
         window=plan.window,
+        linears=plan.linears.counts(resolved.dtype),
         door=door,
     )
 

@@ -56,6 +56,12 @@ def test_every_name_is_there_from_the_start() -> None:
     assert not [n for n in names if n.endswith("_created")]
 
 
+def test_kinds_of_weights() -> None:
+    got = samples(ServerMetrics("m", linears=[("fp8_channel", 28), ("bf16", 2)]))
+    assert got["asyncllm_linear_layers{kind=fp8_channel}"] == 28
+    assert got["asyncllm_linear_layers{kind=bf16}"] == 2
+
+
 def test_two_servers_in_one_process_do_not_share_series() -> None:
     first, second = ServerMetrics("a"), ServerMetrics("b")
     first.observe(ANSWER)

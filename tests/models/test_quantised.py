@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.build import build_model
-from asyncllm.engine.device import CpuDevice
+from asyncllm.engine.build import build_model, make_device
+from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import SingleRank
 from asyncllm.engine.quant_torch import dequantize
@@ -40,22 +40,30 @@ KINDS = {
 }  # fmt: skip
 
 
-def build(folder: Path, asked: WeightTypes = AS_STORED, dtype: str = "fp32") -> Model:
+def build(
+    folder: Path, asked: WeightTypes = AS_STORED, dtype: str = "fp32", where: torch.device = CPU
+) -> Model:
     return build_model(
-        folder, read_spec(folder), SingleRank(), dtype=dtype, device=CPU, max_len=256, asked=asked
+        folder, read_spec(folder), SingleRank(), dtype=dtype, device=where, max_len=256, asked=asked
     )
 
 
-def scores(folder: Path, asked: WeightTypes = AS_STORED, size: int = 1) -> tuple[Tensor, Tensor]:
+def scores(
+    folder: Path,
+    asked: WeightTypes = AS_STORED,
+    size: int = 1,
+    dtype: str = "fp32",
+    where: torch.device = CPU,
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the expected ids but the first, and what they are to be."""
     expected = load_file(folder / "expected.safetensors")
     ids, want = expected["ids"], expected.get("rounded", expected["plain"])
     if asked == NONE:
         want = expected["plain"]
     if size == 1:
-        model = build(folder, asked)
+        model = build(folder, asked, dtype, where)
         engine = Engine(model, SingleRank(), num_slots=64, num_lanes=8, max_len=256, eos_ids=())
-        device: CpuDevice | Ranks = CpuDevice(engine, 1)
+        device: CpuDevice | CudaDevice | Ranks = make_device(engine, 1)
     else:
         device = Ranks(folder, size, asked=asked, max_len=256)
     seq = Sequence(0, list(map(int, ids)), SamplingParams(temperature=0.0, prompt_logprobs=0))
@@ -261,3 +269,26 @@ def test_blocks_that_shards_cut_are_widened(tmp_path: Path) -> None:
         rows = [dequantize(each.weight) if isinstance(each, QuantLinear) else each.weight
                 for each in shards[1]._linears]  # fmt: skip
         assert torch.equal(torch.cat(rows), shards[0].weight)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_are_as_near_as_the_cpu(name: str) -> None:
+    """In bfloat16, whose rounding decides."""
+    cpu, want = scores(DATA / name, dtype="bf16")
+    cuda, _ = scores(DATA / name, dtype="bf16", where=torch.device("cuda"))
+    far, near = ((got - want).square().mean().sqrt() for got in (cuda, cpu))
+    assert far < 2 * near + 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", TYPES)
+def test_weights_are_quantised_alike_on_a_gpu(plain: Path, kind: str) -> None:
+    models = [build(plain, WeightTypes(kind), "bf16", torch.device(d)) for d in ("cpu", "cuda")]
+    for cpu, cuda in zip(*map(linears, models), strict=True):
+        assert torch.equal(cpu.weight.scales, cuda.weight.scales.cpu())
+        off = (dequantize(cpu.weight) - dequantize(cuda.weight).cpu()).abs()
+        assert (off > 0).float().mean() < 1e-3, "but for what lies between two values"
