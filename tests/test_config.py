@@ -367,6 +367,7 @@ def test_the_format_of_the_checkpoint_counts_where_none_is_asked_for() -> None:
         ("disable_symm_mem_allreduce", True, "--tp above 1"),
         ("enable_ep_moe", True, "--tp above 1"),
         ("diverse_mode", True, "the prompt cache"),
+        ("speculative_tokens", 4, "--speculative ngram"),
         ("trust_forwarded_for", ("10.0.0.1",), "without API keys"),
     ],
 )

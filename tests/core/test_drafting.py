@@ -50,3 +50,43 @@ def test_random_lives_with_drafts_have_the_tokens_of_those_without(seed: int) ->
     speculation = world.core.speculation
     assert told <= speculation.accepted <= speculation.drafted == sum(map(drafts, plans))
     assert speculation.trying == 0
+
+
+def test_a_text_that_does_not_repeat_itself_costs_no_step() -> None:
+    """Nothing is tried, and the next step is planned while one runs, as without."""
+    steps = []
+    for most in (0, 8):
+        world = World(vocab=5000, drafts=most, num_slots=200)
+        world.submit(1, list(range(20)), max_new_tokens=60)
+        world.settle("scheduler", "allocator", "runner")
+        depths = set()
+        while world.pending:
+            depths.add(len(world.pending))
+            world.turn(("device", 0))
+            world.settle("scheduler", "allocator", "runner")
+        world.run()
+        world.check_end()
+        assert 2 in depths
+        assert not any(map(drafts, world.device.plans))
+        steps.append(len(world.device.plans))
+    assert steps[0] == steps[1]
+
+
+def test_a_draft_that_finds_no_slot_is_left_out_and_preempts_nobody() -> None:
+    world = World(vocab=2, drafts=8, num_slots=60, headroom=0)
+    world.submit(1, [0, 1] * 12, max_new_tokens=36)
+    world.run()
+    world.check_end()
+    assert sum(map(drafts, world.device.plans)) > 8
+    assert world.core.preemptions == 0
+
+
+def test_tokens_behind_the_end_of_an_accepted_run_are_dropped() -> None:
+    """The end comes from the detokenizer, or is a token in the midst of right guesses."""
+    world = World(vocab=2, drafts=8, num_slots=400)
+    for rid in range(8):
+        world.submit(rid, [0, 1] * 12, max_new_tokens=36, seed=rid)
+        world.stop_after[rid] = 5 + rid
+    world.run()
+    world.check_end()
+    assert all(end.num_tokens == 5 + rid for rid, end in world.finished.items())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -66,3 +69,13 @@ def test_a_check_tells_a_nodes_own_ports_and_waits_for_the_others(
         rank.serve(config)
     with pytest.raises(StartupError, match="--make_cluster_key"):
         rank.serve(Config(model_dir=str(tiny_dir), nccl_host="203.0.113.7", check=True, **options))  # type: ignore[arg-type]
+
+
+def test_groups_that_share_experts_refuse_to_guess_tokens() -> None:
+    """A step with guesses is held up, and theirs are the steps of all."""
+    spec: Any = SimpleNamespace(shares_experts=True, architecture="DeepseekV2ForCausalLM")
+    none: Any = None
+    config = Config(tp=2, dp=2, speculative="ngram")
+    with contextlib.ExitStack() as stack, pytest.raises(StartupError) as caught:
+        rank._seat(config, spec, none, Path(), stack)
+    assert str(caught.value).startswith("--speculative ngram with --dp 2: ")

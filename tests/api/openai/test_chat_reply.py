@@ -188,6 +188,17 @@ def test_tokens_of_reasoning_are_counted_however_they_come(together: bool) -> No
     assert usage["completion_tokens_details"] == {"reasoning_tokens": 4}
 
 
+def test_guessed_tokens_are_in_the_usage_of_all_choices() -> None:
+    made = reply("", "think", head="<think>")
+    (choice,) = made.answer.choices
+    choice.end(Reason.STOP, 1, "", (5, 3))
+    assert made.answer.usage()["completion_tokens_details"] == {
+        "reasoning_tokens": 0,
+        "accepted_prediction_tokens": 3,
+        "rejected_prediction_tokens": 2,
+    }
+
+
 @pytest.mark.parametrize("flows", [True, False])
 def test_reasoning_in_one_piece(flows: bool) -> None:
     text = "<think>one two</think>Yes"
