@@ -110,7 +110,9 @@ def streamed(server: Server, name: str) -> list[dict[str, Any]]:
                     parts = texts.setdefault(choice["index"], ["", None])
                     delta = choice.get("delta", {})
                     parts[0] += choice.get("text") or delta.get("content") or ""
-                    parts[0] += json.dumps(delta["tool_calls"]) if delta.get("tool_calls") else ""
+                    for call in delta.get("tool_calls") or ():  # however many tokens are in a piece
+                        told = call["function"]
+                        parts[0] += f"{told.get('name') or ''}{told.get('arguments') or ''}"
                     parts[1] = choice["finish_reason"] or parts[1]
     return [dict(zip(("text", "reason"), texts[i], strict=True)) for i in sorted(texts)]
 
