@@ -256,7 +256,7 @@ def four_bits(
     steps = weight.shape[1] // span
     parts = num_parts(tiles * most, c.block_n * c.rows, steps, c.per_sm, x.device)
     partial, counters = space(x.device) if parts > 1 else (None, None)
-    scaled, early = k // len(scales), c.early if x.is_cuda else 0
+    scaled, early = k // len(scales), c.early if x.device.type != "cpu" else 0
     aligned = scaled % (4 * span) == 0 or (4 * span) % scaled == 0
     _four_bits_kernel[(tiles * triton.cdiv(num_rows, c.rows), parts)](
         x,
@@ -276,7 +276,7 @@ def four_bits(
         RUN=min(4, scaled // span) if aligned else 1,
         BIAS=bias is not None,
         WHOLE=k % (4 * span) == 0,
-        ASM=x.is_cuda,
+        ASM=x.device.type != "cpu",
         ROWS=c.rows,
         BLOCK_N=c.block_n,
         STAGES=c.num_stages,
@@ -307,7 +307,7 @@ def widen(weight: Tensor, scales: Tensor, first: int, out: Tensor) -> Tensor:
         k,
         SPAN=span,
         SCALED=k // len(scales),
-        ASM=out.is_cuda,
+        ASM=out.device.type != "cpu",
         BLOCK_N=block_n,
         num_warps=4,
     )

@@ -75,7 +75,7 @@ def num_parts(tiles: int, tile_size: int, steps: int, per_sm: int, device: torch
 
 def launched_early(early: int, x: Tensor) -> dict[str, bool]:
     """Options of a launch of a kernel with ``begun_early``."""
-    return {"launch_pdl": True} if early and x.is_cuda else {}
+    return {"launch_pdl": True} if early and x.device.type != "cpu" else {}
 
 
 @functools.cache

@@ -212,7 +212,7 @@ def product(
     parts = num_parts(tiles * most, c.block_n * c.rows, steps, c.per_sm, x.device)
     partial, counters = space(x.device) if parts > 1 else (None, None)
     copy = c.copy and k % 16 == 0 and weight.data_ptr() % 16 == 0
-    early = c.early if x.is_cuda and k % c.block_k == 0 else 0
+    early = c.early if x.device.type != "cpu" and k % c.block_k == 0 else 0
     desc = TensorDescriptor.from_tensor(weight, [c.block_n, c.block_k]) if copy else None
     _eight_bits_kernel[(tiles * triton.cdiv(num_rows, c.rows), parts)](
         x,

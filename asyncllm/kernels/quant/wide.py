@@ -178,7 +178,7 @@ def wide(
     steps = triton.cdiv(k, c.block_k)
     parts = num_parts(tiles * most, c.block_n * c.rows, steps, c.per_sm, x.device)
     partial, counters = space(x.device) if parts > 1 else (None, None)
-    early = c.early if x.is_cuda and k % c.block_k == 0 else 0
+    early = c.early if x.device.type != "cpu" and k % c.block_k == 0 else 0
     _wide_kernel[(tiles * triton.cdiv(num_rows, c.rows), parts)](
         x.view(torch.int32),
         weight.view(torch.int16),
@@ -196,7 +196,7 @@ def wide(
         BLOCKED=blocked,
         BIAS=bias is not None,
         WHOLE=k % c.block_k == 0,
-        ASM=x.is_cuda,
+        ASM=x.device.type != "cpu",
         ROWS=c.rows,
         BLOCK_N=c.block_n,
         BLOCK_K=c.block_k,
