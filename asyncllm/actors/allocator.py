@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
+from asyncllm.core.siblings import Siblings
 from asyncllm.core.slots import Ledger
 from asyncllm.core.window_slots import WindowLedger
 from asyncllm.core.windows import PerSpace, Window
@@ -22,6 +23,7 @@ class Allocator(Actor[Reserve | Release | Probe]):
         use_tree: False: no prefix cache (--disable_dynamic_prompt_cache).
         window: of layers that have a slot space of their own, if there are any.
         num_sliding: slots of that space.
+        siblings: say with each grant which lanes share their first slots.
     """
 
     orders = frozenset({Probe})
@@ -33,12 +35,14 @@ class Allocator(Actor[Reserve | Release | Probe]):
         use_tree: bool = True,
         window: Window | None = None,
         num_sliding: int = 0,
+        siblings: bool = False,
     ) -> None:
         super().__init__("allocator")
-        self.ledger = Ledger(num_slots, use_tree=use_tree)
+        known = Siblings() if siblings else None
+        self.ledger = Ledger(num_slots, use_tree=use_tree, siblings=known)
         if window is not None:
             num = PerSpace(num_slots, num_sliding)
-            self.ledger = WindowLedger(num, window, use_tree=use_tree)
+            self.ledger = WindowLedger(num, window, use_tree=use_tree, siblings=known)
 
     def started(self) -> None:
         self._scheduler = self.system.ref("scheduler")

@@ -16,12 +16,14 @@ class RadixNode:
     """A run of tokens that follows its parent's. The KV of ``key[i]`` is in ``slots[i]``.
 
     ``locks`` counts the holders of this node and of all nodes below it: a lock covers the whole
-    path to the root, so an unlocked node has no locked descendant. ``sliding``, ``ends``,
-    ``readers``, ``seen`` are for trees with sliding windows (``core/window_radix.py``).
+    path to the root, so an unlocked node has no locked descendant. ``member`` is a lane whose slots
+    are these and those of all nodes above; -1: there is none, or nobody wants to know
+    (``core/siblings.py``). ``sliding``, ``ends``, ``readers``, ``seen`` are for trees with sliding
+    windows (``core/window_radix.py``).
     """
 
     __slots__ = (
-        *("children", "key", "locks", "parent", "serial", "slots", "tick"),
+        *("children", "key", "locks", "member", "parent", "serial", "slots", "tick"),
         *("ends", "readers", "seen", "sliding"),
     )
 
@@ -29,6 +31,7 @@ class RadixNode:
         self.key, self.slots, self.parent = key, slots, parent
         self.children: dict[int, RadixNode] = {}  # by the first token of their keys
         self.locks = 0
+        self.member = -1
         self.tick = 0  # when it was last unlocked
         self.serial = next(_SERIALS)
         self.sliding = array("i")
@@ -180,7 +183,7 @@ class RadixTree:
         """
         assert node.parent is not None
         upper = RadixNode(node.key[:at], node.slots[:at], node.parent)
-        upper.locks, upper.tick = node.locks, node.tick
+        upper.locks, upper.tick, upper.member = node.locks, node.tick, node.member
         node.parent.children[node.key[0]] = upper
         del node.key[:at], node.slots[:at]
         upper.children[node.key[0]] = node

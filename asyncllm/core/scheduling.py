@@ -370,6 +370,8 @@ class Core(Drafting):
             slots=granted.slots,
             sliding=granted.sliding,
             samples=bytearray(b"\1" * num),
+            siblings=granted.siblings,
+            commons=granted.commons,
         )
         step = Step(plan, rows)
         if self.speculation is None:
@@ -401,7 +403,13 @@ class Core(Drafting):
                 (singles if count == 1 else others).append((row, hit, count, part))
         if not singles and not others:
             return None
-        step = Step(StepPlan(step=self.steps + 1, num_decode=len(singles)), [])
+        plan = StepPlan(
+            step=self.steps + 1,
+            num_decode=len(singles),
+            siblings=granted.siblings,
+            commons=granted.commons,
+        )
+        step = Step(plan, [])
         for row, hit, count, part in singles + others:
             (req, lane, _), slots = row, granted.slots[part]
             if req.leaves_at < MAX_COUNT:

@@ -9,6 +9,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from asyncllm.core.radix import RadixNode, RadixTree
+from asyncllm.core.siblings import NOBODY, Siblings
 from asyncllm.messages import Granted
 
 
@@ -45,13 +46,15 @@ class Holding:
         [launched, len)      granted, not in the tree yet
 
     ``duplicates`` are the lane's own slots for tokens that another lane put into the tree first:
-    this lane keeps reading its own, the tree has the other's.
+    this lane keeps reading its own, the tree has the other's. The first ``same`` slots are those
+    of the tree.
     """
 
     ids: array[int]
     slots: array[int]
     node: RadixNode | None  # None: neither uses nor adds prefix cache entries
     shared: int
+    same: int
     duplicates: array[int] = field(default_factory=lambda: array("i"))
 
 
@@ -61,13 +64,21 @@ class Ledger:
     Args:
         total: slots in the pool.
         use_tree: False: no prefix cache.
+        siblings: where to say which lanes have the same first slots; None: nowhere.
     """
 
-    def __init__(self, total: int, *, use_tree: bool = True, tree: RadixTree | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        *,
+        use_tree: bool = True,
+        tree: RadixTree | None = None,
+        siblings: Siblings | None = None,
+    ) -> None:
         self.pool = SlotPool(total)
         self.tree = tree or RadixTree()
         self.lanes: dict[int, Holding] = {}
-        self._use_tree = use_tree
+        self._use_tree, self._siblings = use_tree, siblings
         self.hit_tokens = self.looked_up_tokens = self.evicted_tokens = 0
 
     @property
@@ -119,7 +130,10 @@ class Ledger:
             hits.append(row[0])
             granted.append(len(row[1]) - row[0])
             out.extend(row[1])
-        return Granted(hits, granted, out, available=self.available)
+        order, commons = NOBODY if self._siblings is None else self._siblings.columns()
+        return Granted(
+            hits, granted, out, available=self.available, siblings=order, commons=commons
+        )
 
     def trim(self, lane: int, num: int) -> None:
         """Take back the last slots of a lane, which nobody reads; none of them is in the tree."""
@@ -149,6 +163,8 @@ class Ledger:
         self.pool.give(held.duplicates)
         self.pool.give(held.slots[held.shared :])
         if held.node is not None:
+            if self._siblings is not None:
+                self._siblings.leave(lane, held.node, held.shared)
             self.tree.unlock(held.node)
 
     def _num_singles(
@@ -209,7 +225,9 @@ class Ledger:
             self.hit_tokens += hit
             self.looked_up_tokens += len(ids)
         slots.extend(self._take(count))
-        self.lanes[lane] = Holding(ids, slots[:], node, hit)
+        self.lanes[lane] = Holding(ids, slots[:], node, hit, hit)
+        if node is not None and self._siblings is not None:
+            self._siblings.join(lane, node, hit)
         return hit, slots
 
     def _fitting(self, count: int) -> int:
@@ -230,5 +248,16 @@ class Ledger:
             return
         start = held.shared
         held.node, known = self.tree.extend(held.node, ids, start, end, held.slots)
+        self._shared(lane, held, known, end)
+
+    def _shared(self, lane: int, held: Holding, known: int, end: int) -> None:
+        """What a lane holds is in the tree up to ``end``; for the first ``known`` new tokens the
+        tree has other slots."""
+        assert held.node is not None
+        start = held.shared
         held.duplicates.extend(held.slots[start : start + known])
         held.shared = end
+        if held.same == start and not known:
+            held.same = end
+            if self._siblings is not None:
+                held.node.member = lane  # nobody else's slots are these

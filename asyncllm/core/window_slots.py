@@ -9,6 +9,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 
 from asyncllm.core.radix import RadixNode
+from asyncllm.core.siblings import Siblings
 from asyncllm.core.slots import Holding, Ledger, SlotPool
 from asyncllm.core.window_radix import WindowTree
 from asyncllm.core.windows import PerSpace, Window
@@ -43,12 +44,19 @@ class WindowLedger(Ledger):
 
     Args:
         num: slots of both spaces; the sliding ones are at least ``window.most + 1``.
-        use_tree: False: no prefix cache.
+        use_tree, siblings: as in ``Ledger``; siblings share slots of the full space.
     """
 
-    def __init__(self, num: PerSpace, window: Window, *, use_tree: bool = True) -> None:
+    def __init__(
+        self,
+        num: PerSpace,
+        window: Window,
+        *,
+        use_tree: bool = True,
+        siblings: Siblings | None = None,
+    ) -> None:
         self._tree, self._window = WindowTree(window), window
-        super().__init__(num.full, use_tree=use_tree, tree=self._tree)
+        super().__init__(num.full, use_tree=use_tree, tree=self._tree, siblings=siblings)
         self.sliding = SlotPool(num.sliding)
         self.views: dict[int, View] = {}
         self.evicted_sliding = 0
@@ -191,6 +199,5 @@ class WindowLedger(Ledger):
         held.node, known, own, view.kept = self._tree.insert(
             held.node, ids, (start, end), held.slots, view.slots, view.kept
         )
-        held.duplicates.extend(held.slots[start : start + known])
         view.own += own
-        held.shared = end
+        self._shared(lane, held, known, end)

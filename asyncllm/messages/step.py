@@ -43,6 +43,8 @@ class Granted(Message):
     # tokens that nobody sees any more have a slot there that nobody reads
     sliding: array[int] = field(default_factory=int32s)
     sliding_available: int = 0
+    siblings: array[int] = field(default_factory=int32s)  # as in StepPlan, of all open lanes
+    commons: array[int] = field(default_factory=int32s)
 
 
 @message(12)
@@ -91,6 +93,10 @@ class StepPlan(Message):
     mixed: bool = False
     sliding: array[int] = field(default_factory=int32s)  # as many as slots, those of layers with a
     # window; none: these use ``slots`` as all others do
+    # lanes, of this step or not, in an order in which those with the same first slots follow one
+    # another, and how many each has in common with the one before (core/siblings.py)
+    siblings: array[int] = field(default_factory=int32s)
+    commons: array[int] = field(default_factory=int32s)
 
     def valid(self) -> bool:
         rows = len(self.lanes)
@@ -99,7 +105,8 @@ class StepPlan(Message):
             and are_natural(
                 self.lanes, self.starts, self.counts, self.cached_counts, self.slots, self.masked
             )
-            and are_natural(self.sliding)
+            and are_natural(self.sliding, self.siblings, self.commons)
+            and len(self.siblings) == len(self.commons)
             and len(self.starts) == len(self.counts) == len(self.cached_counts) == rows
             and len(self.samples) == rows
             and 0 <= self.num_decode <= rows

@@ -25,6 +25,7 @@ from asyncllm.constrain.factory import Constraints
 from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.radix import RadixNode, RadixTree
 from asyncllm.core.request import SamplingParams
+from asyncllm.core.siblings import Siblings
 from asyncllm.core.slots import Ledger
 from asyncllm.core.speculation import Speculation, step_rows
 from asyncllm.core.steps import Step
@@ -249,6 +250,7 @@ class FakeDevice:
                 prompt.append((row, Logprobs(1, values, tops, values)))
         assert not slots
         assert not fed
+        self._check_siblings(plan)
         if self.window:
             for lane, start in zip(plan.lanes, plan.starts, strict=True):
                 self._read_window(self.lanes[lane], start, self.window)
@@ -258,6 +260,20 @@ class FakeDevice:
         if gate is not None:
             self.gates.append(gate)
         return FakePending(StepDone(plan.step, ids, columns, tuple(prompt), self.step_ms), gate)
+
+    def _check_siblings(self, plan: StepPlan) -> None:
+        """Rows have in common what the plan says, written by earlier steps."""
+        starts = dict(zip(plan.lanes, plan.starts, strict=True))
+        assert len(set(plan.siblings)) == len(plan.siblings)
+        before, common = None, 0
+        for lane, with_last in zip(plan.siblings, plan.commons, strict=True):
+            common = min(common, with_last)
+            if lane in starts:
+                if before is not None and common:
+                    assert common <= min(starts[lane], starts[before])
+                    left, right = (self.lanes[some].slots[:common] for some in (before, lane))
+                    assert left == right
+                before, common = lane, 1 << 30
 
     def _read(self, table: LaneTable, end: int) -> int:
         """The state at ``end``, after checking that the slots hold one unbroken sequence."""
@@ -331,6 +347,22 @@ def check_ledger(ledger: Ledger) -> None:
     assert (ledger.tree.size, ledger.tree.locked) == (len(tree), locked)
     assert ledger.used == locked + len(private)
     assert ledger.used + ledger.cached + ledger.free == ledger.total
+    if ledger._siblings is not None:
+        check_siblings(ledger, ledger._siblings)
+
+
+def check_siblings(ledger: Ledger, siblings: Siblings) -> None:
+    """Any two lanes have in common what their slots say, and nobody else is named."""
+    order, commons = list(siblings.order), list(siblings.commons)
+    assert sorted(order) == sorted(lane for lane, held in ledger.lanes.items() if held.node)
+    for i, lane in enumerate(order):
+        common = 1 << 30
+        for j in range(i - 1, -1, -1):
+            common = min(common, commons[j + 1])
+            left, right = ledger.lanes[lane].slots, ledger.lanes[order[j]].slots
+            assert left[:common] == right[:common], (lane, order[j], order)
+            end = max(common + 1, siblings.least)
+            assert left[:end] != right[:end] or min(len(left), len(right)) < end
 
 
 def check_windows(ledger: WindowLedger) -> None:
@@ -458,7 +490,9 @@ class World:
         if window is not None:
             slides = {"window": Window(window), "num_sliding": num_sliding}
         self.pending: deque[FakePending] = deque()
-        self.allocator = Allocator(num_slots, use_tree=use_tree, **slides)
+        self.allocator = Allocator(num_slots, use_tree=use_tree, siblings=True, **slides)
+        assert self.ledger._siblings is not None
+        self.ledger._siblings.least = 1
         self.scheduler = Scheduler(
             num_lanes=num_lanes,
             num_slots=num_slots,
