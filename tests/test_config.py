@@ -103,6 +103,7 @@ OURS: dict[str, Any] = {
     "disable_symm_mem_allreduce": False,
     "enable_ep_moe": False,
     "max_waiting": 1024,
+    "disable_shared_prefix_attention": False,
     "reasoning_parser": None,
     "check": False,
     "drain_timeout": 30.0,

@@ -58,6 +58,7 @@ class Runner(Actor[StepPlan | Probe]):
         reports: tell the scheduler, which lives here too, what came out (the group's first rank).
         transfers: tell ``kv_transfer``, which lives here too, which steps are over.
         jit_after_warmup: counts kernels that were compiled while serving.
+        kv_reads_saved: counts tokens whose K/V rows have read together.
     """
 
     remote = frozenset({StepPlan})
@@ -70,10 +71,11 @@ class Runner(Actor[StepPlan | Probe]):
         reports: bool,
         transfers: bool = False,
         jit_after_warmup: Callable[[], int] = lambda: 0,
+        kv_reads_saved: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__("runner")
         self.device, self.reports, self.transfers = device, reports, transfers
-        self._jit_after_warmup = jit_after_warmup
+        self._jit_after_warmup, self._kv_reads_saved = jit_after_warmup, kv_reads_saved
         self._step = 0
         self._step_ms, self._launch_ms, self._gap_ms = (_recent() for _ in range(3))
         self._unfinished: deque[tuple[float, StepPlan]] = deque()  # with the time of launch
@@ -138,6 +140,7 @@ class Runner(Actor[StepPlan | Probe]):
             launch_ms=_median(self._launch_ms),
             gap_ms=_median(self._gap_ms),
             jit_after_warmup=self._jit_after_warmup(),
+            kv_reads_saved=self._kv_reads_saved(),
         )
 
     def _wait_forever(self) -> None:

@@ -291,6 +291,11 @@ class Config:
     disable_dynamic_prompt_cache: bool = flag(
         False, group=MEMORY, help="do not reuse the KV of equal prompt beginnings"
     )
+    disable_shared_prefix_attention: bool = flag(
+        False, group=MEMORY, needs=CACHED,
+        help="each running request reads all of its KV by itself; without it, decode steps on CUDA "
+        "read a common beginning once for all that share it, where that saves more than it costs",
+    )  # fmt: skip
     diverse_mode: bool = flag(
         False, group=MEMORY, needs=CACHED,
         help="compute the prompt of a request with n above 1 once: one choice begins, the others "

@@ -227,6 +227,11 @@ _STATE = {
         True,
     ),
     "runner.jit_after_warmup": ("jit_after_warmup", "Kernels compiled while serving", True),
+    "runner.kv_reads_saved": (
+        "kv_reads_saved",
+        "Tokens whose K/V a layer has not read again, since decode steps read shared prefixes once",
+        True,
+    ),
     "transfer.sent_bytes": ("kv_sent_bytes", "K/V of first ranks that went elsewhere", True),
     "transfer.taken_bytes": ("kv_taken_bytes", "K/V of first ranks that came", True),
     "transfer.sent_pages": ("kv_sent_pages", "Pages in which they went", True),

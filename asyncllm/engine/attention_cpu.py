@@ -76,6 +76,9 @@ class TorchAttention:
         widened = 12 if dtype.itemsize < 4 else 8  # float32: turned, its product, the sum's other
         return dtype.itemsize * (turned + spec.num_kv_heads * spec.v_dim) + widened * turned
 
+    def sharing(self) -> None:
+        """Each row reads all that is its own."""
+
     def plan(self, spec: AttentionSpec, batch: Batch) -> TorchPlan:
         return TorchPlan(self.layout, spec, batch, self.angles[spec.rope])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from asyncllm.kernels.attention.decode import decode_attention
 from asyncllm.kernels.attention.decode_plan import DecodePlan, plan_decode
 from asyncllm.kernels.attention.kv_write import rope_kv
 from asyncllm.kernels.attention.prefill import prefill_attention
+from asyncllm.kernels.attention.shared_rows import SharingCosts
 from asyncllm.kernels.autotune import device_facts, is_assumed
 from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
@@ -74,7 +75,20 @@ class TritonAttention:
         q, kv = spec.num_q_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         return dtype.itemsize * 2 * (q + kv)
 
+    def sharing(self) -> SharingCosts | None:
+        specs = [spec for spec in self.layout.layers if self._shares(spec)]
+        if not specs:
+            return None
+        spec = specs[0]
+        token = KvPairs([spec], self.layout.dtype, self.layout.format).bytes_per_slot().full
+        return SharingCosts.of(spec.num_q_heads, spec.num_kv_heads, spec.head_dim, token)
+
+    def _shares(self, spec: AttentionSpec) -> bool:
+        return spec.window is None and self.kernel.split and self.kernel.grouped
+
     def plan(self, spec: AttentionSpec, batch: Batch) -> TritonPlan:
+        if batch.shared is not None and not self._shares(spec):
+            batch = replace(batch, shared=None)
         return TritonPlan(self.layout, spec, batch, self.angles[spec.rope], self.kernel)
 
 
@@ -105,7 +119,13 @@ class TritonPlan:
         lanes, lens = batch.decode_lanes, batch.decode_lens
         if self.divided is None and kernel.split:
             self.divided = plan_decode(
-                lanes, lens, q.shape[1], k_cache, window=spec.window, grouped=kernel.grouped
+                lanes,
+                lens,
+                q.shape[1],
+                k_cache,
+                window=spec.window,
+                grouped=kernel.grouped,
+                shared=batch.shared,
             )
         decode_attention(
             q,

@@ -22,6 +22,7 @@ from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import AnyWorld, Group, SingleRank
 from asyncllm.engine.sampling import PENALTY_ROWS
+from asyncllm.engine.sharing import LEAST_ROWS
 from asyncllm.environment import memory_available
 from asyncllm.errors import StartupError
 from asyncllm.messages import StepPlan
@@ -423,7 +424,32 @@ def warm_up(
             device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
         with log.phase("steps by graphs"):  # what only a replay needs is loaded at its first use
             _try_steps(device, 16, max_len, num_sliding)
+    elif device.engine.sharing.costs is not None:
+        _try_shared(device, max_len)  # captured with the graphs where these are
+    device.engine.sharing.saved = 0
     gc.collect()
+
+
+def _try_shared(device: CpuDevice | CudaDevice | DryDevice, max_len: int) -> None:
+    """Steps of rows that have all tokens but one in common, as far as that would save anything."""
+    most = device.engine.num_lanes
+    for num in sorted({min(num, most) for num in (LEAST_ROWS, 4 * LEAST_ROWS, most)}):
+        lanes = i32(range(num))
+        plan = StepPlan(
+            step=0,
+            num_decode=num,
+            lanes=lanes,
+            starts=i32([max_len - 1] * num),
+            counts=i32([1] * num),
+            cached_counts=i32([0] * num),
+            slots=i32([0] * num),
+            tokens=i32([0] * num),
+            samples=bytearray(num),
+            siblings=lanes,
+            commons=i32([0] + [max_len - 1] * (num - 1)),
+            sliding=i32([0] * num) if device.engine.sliding_table is not None else i32([]),
+        )
+        device.launch(plan).wait()
 
 
 def _try_steps(

@@ -20,19 +20,21 @@ from asyncllm.engine.parallel import Group
 from asyncllm.engine.sampler_graphs import Ended, SamplerGraphs, SamplerVariant
 from asyncllm.engine.sampling import Sampler, SamplingTensors, TorchSampler, put_given, raise_ends
 from asyncllm.engine.sampling_table import SamplingBatch, SamplingTable, Scored
+from asyncllm.engine.sharing import Sharing
 from asyncllm.engine.step_inputs import (
     Bucket,
     Extras,
     HostColumn,
     Penalties,
-    RowColumns,
     Rows,
     SamplingColumns,
     Scatter,
+    SharedRowColumns,
     StepColumns,
     Targets,
     unpack,
 )
+from asyncllm.kernels.attention.shared_rows import SharedRows
 from asyncllm.messages import StepPlan
 from asyncllm.models.attention import Batch, HostRows, zeros
 from asyncllm.models.model import Model
@@ -76,6 +78,7 @@ class Engine:
         num_rows: most rows that sample in one step; None: one of each request.
         max_len: longest sequence.
         eos_ids: end tokens of the model, for min_new_tokens and length penalties.
+        shares_prefixes: decode rows read once what they share, where attention can.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Engine:
         eos_ids: tuple[int, ...],
         num_sliding: int | None = None,
         num_rows: int | None = None,
+        shares_prefixes: bool = False,
     ) -> None:
         self.model, self.group, self.max_len, self.num_slots = model, group, max_len, num_slots
         self.device = device = model.site.device
@@ -111,6 +115,7 @@ class Engine:
         self.graphs: tuple[DecoderGraphs, SamplerGraphs] | None = None
         self._no_top = torch.empty(self.num_rows, 0, device=device)
         self._stage, self.sampler = _step_ops(model)
+        self.sharing = Sharing(model.site.attention.sharing() if shares_prefixes else None)
         self._uploader = Uploader(
             device,
             num_lanes=num_lanes,
@@ -118,6 +123,7 @@ class Engine:
             dump_slot=room.full if layout.bytes_per_slot().full else room.sliding,
             dump_sliding=room.sliding if self._two_spaces else None,
             fixed=device.type != "cpu",
+            shares=self.sharing.costs is not None,
         )
 
     def capture(self, capture: Capture, most_tokens: int) -> None:
@@ -140,6 +146,7 @@ class Engine:
         """Read ``plan``; host work only. Plans must come in order: lanes are opened here."""
         self.lanes.open(plan)
         rows = unpack(plan, self.max_len, two_spaces=self._two_spaces)
+        rows.shared = self.sharing.of(plan)
         masks = bitmask_of(plan, rows)
         batch = self.lanes.batch(rows, masked=masks is not None)
         scored = self.lanes.scores(rows)
@@ -183,7 +190,7 @@ class Engine:
             assert self.graphs is not None
             hidden = self.graphs[0].replay(work.bucket)
         else:
-            hidden = self._forward(given.rows, work.rows.shape, work.rows)
+            hidden = self._forward(given, work.rows.shape, work.rows)
         scored = self._score(hidden, work.scored, extras.targets)
         if not num_sampled:
             return Outputs(None, None, scored)
@@ -202,20 +209,22 @@ class Engine:
         return Outputs(tokens, (scores, none.int(), none), scored)
 
     def _forward(
-        self, given: RowColumns[Tensor], shape: Bucket, rows: Rows | None = None
+        self, given: StepColumns[Tensor], shape: Bucket, rows: Rows | None = None
     ) -> Tensor:
         """The decoder on a step's columns; captured in graphs, so it makes no decisions on the
         host."""
         host, max_count = None, shape.num_tokens
         if rows is not None:
             max_count = int(rows.counts[rows.num_decode :].max(initial=0))
-            columns = (rows.lanes, rows.starts, rows.counts)
-            host = HostRows(*(list(map(int, column)) for column in columns))
+            host = HostRows(*(list(map(int, c)) for c in (rows.lanes, rows.starts, rows.counts)))
         # tokens, lanes, positions, slots; the columns of Batch begin with the last two
-        sliding = self.sliding_table, given.sliding_slots
-        tokens = self._stage(*given[:4], self.last_token, self.table, self.history, *sliding)
+        columns = given.rows
+        sliding = self.sliding_table, columns.sliding_slots
+        tokens = self._stage(*columns[:4], self.last_token, self.table, self.history, *sliding)
         batch = Batch(
-            tokens, self.table, *given[2:-1], max_count, host, *sliding, lanes=given.token_lanes
+            *(tokens, self.table, *columns[2:-1], max_count, host, *sliding),
+            lanes=columns.token_lanes,
+            shared=_shared(given.shared),
         )
         return self.model.forward(batch, self.kv)
 
@@ -304,6 +313,13 @@ class Engine:
             chosen, ids, top = (torch.cat(column) for column in zip(*pieces, strict=True))
             found.append((row, chosen, ids, top))
         return found
+
+
+def _shared(columns: SharedRowColumns[Tensor] | None) -> SharedRows | None:
+    """What decode rows of a step read together."""
+    if columns is None:
+        return None
+    return SharedRows(columns.groups.view(4, -1), *columns[:-1])
 
 
 def _known(plan: StepPlan, max_len: int) -> Scatter[HostColumn] | None:

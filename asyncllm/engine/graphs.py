@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.engine.h2d import Uploader
-from asyncllm.engine.step_inputs import Bucket, RowColumns, Rows
+from asyncllm.engine.step_inputs import Bucket, Rows, StepColumns
 
 MAX_PREFILL_ROWS = 32
 MAX_DECODE_ROWS = 1024  # of a decode step
@@ -112,12 +112,11 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
         self,
         capture: Capture,
         uploader: Uploader,
-        run: Callable[[RowColumns[Tensor], Bucket], Tensor],
+        run: Callable[[StepColumns[Tensor], Bucket], Tensor],
     ) -> None:
         """Capture the decoder for all buckets."""
         for bucket in self.all():
-            rows = uploader.captured(bucket).rows
-            self.add(bucket, capture, partial(run, rows, bucket))
+            self.add(bucket, capture, partial(run, uploader.captured(bucket), bucket))
 
     def size(self, num_tokens: int, *, mixed: bool) -> int:
         """Tokens of the smallest bucket that fits; ``num_tokens`` itself if none does.

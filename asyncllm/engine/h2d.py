@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.engine.sampling_table import SamplingBatch
+from asyncllm.engine.sharing import LEAST_ROWS, SharedColumns
 from asyncllm.engine.step_inputs import (
     Bucket,
     Extras,
@@ -23,8 +24,10 @@ from asyncllm.engine.step_inputs import (
     RowColumns,
     Rows,
     SamplingColumns,
+    SharedRowColumns,
     StepColumns,
 )
+from asyncllm.kernels.attention.shared_rows import MAX_GROUPS
 
 C = TypeVar("C", HostColumn, Tensor)
 RING = 4  # buffers: more than steps in flight on any rank
@@ -41,14 +44,23 @@ class Layout:
     Args:
         fixed: with penalties of all rows.
         two_spaces: with slots of the second one.
+        shares: with what decode rows read together.
     """
 
-    def __init__(self, num_rows: int, shape: Bucket, *, fixed: bool, two_spaces: bool) -> None:
-        sizes = num_rows, num_rows, shape.num_tokens, shape.num_decode, shape.num_prefill + 1
-        counts = NUM_SAMPLING, NUM_PENALTIES if fixed else 0, 4 + two_spaces, 2, 3
+    def __init__(
+        self, num_rows: int, shape: Bucket, *, fixed: bool, two_spaces: bool, shares: bool
+    ) -> None:
+        blocks = (
+            (num_rows, NUM_SAMPLING),
+            (num_rows, NUM_PENALTIES if fixed else 0),
+            (shape.num_tokens, 4 + two_spaces),
+            (shape.num_decode, 2 + 3 * shares),
+            (shape.num_prefill + 1, 3),
+            (4 * MAX_GROUPS, int(shares)),
+        )
         self._blocks: list[tuple[slice, int, int]] = []  # words, columns, entries in each
         self.words = 0
-        for count, size in zip(counts, sizes, strict=True):
+        for size, count in blocks:
             begin, self.words = self.words, self.words + count * _padded(size)
             self._blocks.append((slice(begin, self.words), count, size))
 
@@ -58,14 +70,15 @@ class Layout:
         for words, count, size in self._blocks:
             columns = buffer[words].reshape(count, -1) if count else ()
             blocks.append([column[:size] for column in columns])
-        sampling, penalties, tokens, decode, prefill = blocks
+        sampling, penalties, tokens, decode, prefill, groups = blocks
         sampling[:4] = map(as_float, sampling[:4])
         penalties[4:7] = map(as_float, penalties[4:7])
         prefill[1:] = [column[:-1] for column in prefill[1:]]  # shorter than the prefix sums
         return StepColumns(
             SamplingColumns(*sampling),
             Penalties(*penalties) if penalties else None,
-            RowColumns(*tokens[:4], *decode, *prefill, *tokens[4:]),
+            RowColumns(*tokens[:4], *decode[:2], *prefill, *tokens[4:]),
+            SharedRowColumns(*decode[2:], *groups) if groups else None,
         )
 
 
@@ -85,6 +98,17 @@ def _fill(column: HostColumn, values: HostColumn, padding: float) -> None:
     column[: len(values)] = values
     if len(values) < len(column):
         column[len(values) :] = padding
+
+
+def _fill_shared(columns: SharedRowColumns[HostColumn], shared: SharedColumns | None) -> None:
+    columns.groups[:] = 0
+    if shared is None:
+        columns.order[:], columns.places[:], columns.owns[:] = 0, -1, 0
+        return
+    columns.groups.reshape(4, -1)[:, : shared.groups.shape[1]] = shared.groups
+    _fill(columns.order, shared.order, 0)
+    _fill(columns.places, shared.places, -1)
+    _fill(columns.owns, shared.owns, 0)
 
 
 @dataclass(slots=True)
@@ -111,6 +135,7 @@ class Uploader:
         num_lanes: padding uses lane ``num_lanes`` and slot ``dump_slot``.
         num_rows: most rows that sample in one step; None: one of each request.
         dump_sliding: that of the second slot space; None: there is none.
+        shares: decode rows may read together what they share.
     """
 
     def __init__(
@@ -122,11 +147,12 @@ class Uploader:
         fixed: bool,
         dump_sliding: int | None = None,
         num_rows: int | None = None,
+        shares: bool = False,
     ) -> None:
         self._device, self._cuda, self._fixed = device, device.type == "cuda", fixed
         self._dump_lane, self._dump_slot = num_lanes, dump_slot
         self._num_rows = num_rows or num_lanes
-        self._dump_sliding = dump_sliding
+        self._dump_sliding, self._shares = dump_sliding, shares
         self._place = torch.empty(FIXED_WORDS if fixed else 0, dtype=torch.int32, device=device)
         self._buffers = [torch.empty(0, dtype=torch.int32) for _ in range(RING)]
         self._events: list[torch.cuda.Event | None] = [None] * RING
@@ -149,7 +175,9 @@ class Uploader:
         """
         graphs = bool(self._captured)
         num_rows = self._num_rows if graphs else len(batch.lanes)
-        layout = self._layout(num_rows, bucket or shape or rows.shape, fixed=graphs)
+        given = bucket or shape or rows.shape
+        shares = rows.shared is not None if bucket is None else self._may_share(bucket)
+        layout = self._layout(num_rows, given, fixed=graphs, shares=shares)
         behind: list[HostColumn] = []
         extras.map(behind.append)
         words = layout.words + sum(_padded(column.size) for column in behind)
@@ -163,7 +191,7 @@ class Uploader:
         return Staged(host[:words], layout, columns, extras, bucket)
 
     def _write(self, columns: StepColumns[HostColumn], rows: Rows, batch: SamplingBatch) -> None:
-        s, p, r = columns
+        s, p, r, shared = columns
         # padding rows are greedy
         _fill(s.temperature, batch.temperature, 0)
         _fill(s.top_p, batch.top_p, 1)
@@ -189,6 +217,8 @@ class Uploader:
         _fill(r.prefill_cu, rows.cu[decode:], rows.cu[-1])
         _fill(r.prefill_lanes, rows.lanes[decode:], dump)
         _fill(r.prefill_starts, rows.starts[decode:], 0)
+        if shared is not None:
+            _fill_shared(shared, rows.shared)
 
     def upload(self, staged: Staged) -> tuple[StepColumns[Tensor], Extras[Tensor]]:
         """The step's inputs on the device."""
@@ -201,11 +231,12 @@ class Uploader:
             return _float_tensor(part) if column.dtype == np.float32 else part
 
         if not self._fixed:
-            device, (sampling, _, rows) = staged.host, staged.columns
+            device, (sampling, _, rows, shared) = staged.host, staged.columns
             columns = StepColumns(
                 SamplingColumns(*map(torch.from_numpy, sampling)),
                 None,
                 RowColumns(*(torch.from_numpy(c) for c in rows if c is not None)),
+                None if shared is None else SharedRowColumns(*map(torch.from_numpy, shared)),
             )
         else:
             device = self._to_device(staged.host)
@@ -221,13 +252,20 @@ class Uploader:
         They hold zeros: rows without tokens, and tokens that write to lane 0 and slot 0.
         """
         assert self._fixed
-        layout = self._layout(self._num_rows, bucket, fixed=True)
+        shares = self._may_share(bucket)
+        layout = self._layout(self._num_rows, bucket, fixed=True, shares=shares)
         columns = self._captured[bucket] = layout.columns(self._place, _float_tensor)
         self._place.zero_()
         return columns
 
-    def _layout(self, num_rows: int, shape: Bucket, *, fixed: bool) -> Layout:
-        return Layout(num_rows, shape, fixed=fixed, two_spaces=self._dump_sliding is not None)
+    def _may_share(self, bucket: Bucket) -> bool:
+        """Whether a graph's decode rows can be put into groups: the few of small ones gain less
+        than all their steps would pay."""
+        return self._shares and bucket.num_decode >= LEAST_ROWS
+
+    def _layout(self, num_rows: int, shape: Bucket, *, fixed: bool, shares: bool) -> Layout:
+        two_spaces = self._dump_sliding is not None
+        return Layout(num_rows, shape, fixed=fixed, two_spaces=two_spaces, shares=shares)
 
     def _to_device(self, host: Tensor) -> Tensor:
         if len(host) <= FIXED_WORDS:

@@ -80,6 +80,9 @@ class TorchLatent:
         widened = 12 * heads * spec.head_dim  # float32: turned, its product, the sum's other
         return dtype.itemsize * (2 * q + absorbed) + widened
 
+    def sharing(self) -> None:
+        """Each row reads all that is its own."""
+
     def plan(self, spec: AttentionSpec, batch: Batch) -> TorchLatentPlan:
         least = decompressed_from(spec) if self._least is None else self._least
         assert spec.rope is not None

@@ -94,6 +94,9 @@ class TritonLatent:
         num = spec.num_q_heads
         return dtype.itemsize * num * (spec.head_dim + spec.v_dim + 2 * spec.kv_rank)
 
+    def sharing(self) -> None:
+        """Each row reads all that is its own."""
+
     def plan(self, spec: AttentionSpec, batch: Batch) -> TritonLatentPlan:
         assert spec.rope is not None
         least = decompressed_from(spec) if self._least is None else self._least

@@ -12,6 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncllm.engine.sharing import SharedColumns
 from asyncllm.messages import StepPlan
 
 I32 = NDArray[np.int32]
@@ -38,6 +39,7 @@ class Rows:
     cached_sliding: Scatter[HostColumn] | None
     cu: I32  # [num_rows + 1] prefix sums of counts
     samples: NDArray[np.bool_]  # [num_rows]
+    shared: SharedColumns | None = None  # what decode rows read together
 
     @property
     def sampled_lens(self) -> I32:
@@ -128,6 +130,15 @@ class Penalties(NamedTuple, Generic[A]):
     penalize_prompt: A  # 0 or 1
 
 
+class SharedRowColumns(NamedTuple, Generic[A]):
+    """What decode rows read together, int32; see ``SharedRows``."""
+
+    order: A  # [num_decode]
+    places: A
+    owns: A
+    groups: A  # [4 * MAX_GROUPS]
+
+
 class RowColumns(NamedTuple, Generic[A]):
     """What the decoder needs, int32; see :class:`asyncllm.models.attention.Batch`."""
 
@@ -148,11 +159,13 @@ class StepColumns(NamedTuple, Generic[A]):
 
     Attributes:
         penalties: of all rows that sample, where there are graphs.
+        shared: what decode rows read together, where they may.
     """
 
     sampling: SamplingColumns[A]
     penalties: Penalties[A] | None
     rows: RowColumns[A]
+    shared: SharedRowColumns[A] | None = None
 
 
 class Scatter(NamedTuple, Generic[A]):

@@ -194,3 +194,4 @@ class RunnerStats(Message):
     launch_ms: float = 0.0
     gap_ms: float = 0.0  # device idle between two steps that were both launched; 0: not measured
     jit_after_warmup: int = 0
+    kv_reads_saved: int = 0  # tokens, in each layer that sees all of them

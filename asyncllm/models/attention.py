@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.core.windows import PerSpace
+from asyncllm.kernels.attention.shared_rows import SharedRows, SharingCosts
 from asyncllm.models.kv_format import Element, KvFormat
 from asyncllm.models.spec import AttentionSpec
 
@@ -50,6 +51,7 @@ class Batch:
     sliding_table: Tensor | None = None
     sliding_slots: Tensor | None = None
     lanes: Tensor | None = None  # [num_tokens] of padding the table's last; None: there is none
+    shared: SharedRows | None = None  # what decode rows may read together in layers without windows
 
     def live(self) -> Tensor | None:
         """[num_tokens] int32: 1 for tokens, 0 for padding; None: all are tokens."""
@@ -143,6 +145,10 @@ class AttentionBackend(Protocol):
 
     def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:
         """Of work space per token of a step while a plan runs, qkv and the result included."""
+
+    def sharing(self) -> SharingCosts | None:
+        """What it costs to read once what decode rows share (``Batch.shared``); None: each row
+        reads all that is its own."""
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> AttentionPlan:
         """What all layers with ``spec`` share in a step; once per step and spec."""

@@ -62,6 +62,7 @@ def make_allocator(p: Loaded) -> AnyActor:
         use_tree=not p.boot.config.disable_dynamic_prompt_cache,
         window=p.window,
         num_sliding=p.num_slots.sliding,
+        siblings=p.device is not None and p.device.engine.sharing.costs is not None,
     )
 
 
@@ -110,7 +111,7 @@ def make_balancer(p: Loaded) -> AnyActor:
 
 def make_runner(p: Loaded) -> AnyActor:
     assert p.device is not None
-    monitor = JitMonitor()
+    monitor, sharing = JitMonitor(), p.device.engine.sharing
     if p.boot.resolved.device == "cuda":
         monitor.arm()
     leads = p.boot.topology.leads(p.boot.endpoint)
@@ -118,6 +119,7 @@ def make_runner(p: Loaded) -> AnyActor:
         p.device,
         reports=leads,
         jit_after_warmup=lambda: monitor.count,
+        kv_reads_saved=lambda: sharing.saved,
         transfers=p.boot.config.run_mode == roles.PREFILL,
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+from array import array
 from dataclasses import dataclass, field, replace
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,7 @@ class Driver:
             seq.computed += count
             samples.append(int(seq.computed >= len(seq.prompt)))
         self.step += 1
+        siblings, commons = relations([seq for seq, _, _ in rows])
         done = self.device.launch(
             StepPlan(
                 step=self.step,
@@ -88,6 +91,8 @@ class Driver:
                 tokens=i32(tokens),
                 samples=bytearray(samples),
                 opened=opened,
+                siblings=siblings,
+                commons=commons,
                 masked=i32(i for i, (s, _, _) in enumerate(rows) if s.lane in (masks or {})),
                 masks=bytearray().join((masks or {}).get(s.lane, b"") for s, _, _ in rows),
             )
@@ -111,6 +116,16 @@ class Driver:
                 seq.logprobs.append(value)
         for row, logprobs in done.prompt:
             rows[row][0].prompt_logprobs += logprobs.chosen
+
+
+def relations(sequences: list[Sequence]) -> tuple[array[int], array[int]]:
+    """``siblings`` and ``commons`` of a plan, from the slots."""
+    order = sorted(sequences, key=lambda seq: seq.slots)
+    commons = [0]
+    for left, right in pairwise(order):
+        same = (a == b for a, b in zip(left.slots, right.slots, strict=False))
+        commons.append(sum(takewhile(bool, same)))
+    return i32(seq.lane for seq in order), i32(commons)
 
 
 def _penalised(p: SamplingParams) -> bool:
@@ -254,7 +269,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
 def make_device(
     model_dir: Path, dtype: str, device: str, *, num_slots: int = 8192, num_lanes: int = 32,
     max_len: int = 4096, eos_ids: tuple[int, ...] = (), kv: KvMode = PLAIN,
-    spec: ModelSpec | None = None,
+    spec: ModelSpec | None = None, shares_prefixes: bool = False,
 ) -> CpuDevice | CudaDevice:  # fmt: skip
     """A device with the model of ``model_dir``, as ``spec`` or its config.json describes it."""
     spec = spec or read_spec(model_dir)
@@ -267,6 +282,7 @@ def make_device(
         num_lanes=num_lanes,
         max_len=max_len,
         eos_ids=eos_ids,
+        shares_prefixes=shares_prefixes,
     )
     return CudaDevice(engine) if device == "cuda" else CpuDevice(engine, 2)
 

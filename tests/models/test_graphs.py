@@ -34,6 +34,7 @@ from asyncllm.engine.sampler_graphs import (
     sampler_sizes,
 )
 from asyncllm.engine.sampling_table import SamplingBatch, SamplingTable
+from asyncllm.engine.sharing import LEAST_ROWS, Sharing
 from asyncllm.engine.step_inputs import (
     Bucket,
     Extras,
@@ -42,6 +43,7 @@ from asyncllm.engine.step_inputs import (
     RowColumns,
     Rows,
     Scatter,
+    SharedRowColumns,
     StepColumns,
     unpack,
 )
@@ -53,6 +55,7 @@ from tests.models.families import CASES, make
 from tests.models.families import VOCAB as FAMILY_VOCAB
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 from tests.models.test_llama import VOCAB, make_checkpoint
+from tests.models.test_sharing import FREE
 
 R = TypeVar("R")
 
@@ -175,10 +178,10 @@ def test_ends_in_graphs_choose_what_eager_ones_choose(
     assert {t.scored for t in used} == {False, True}
 
 
-def fixed(num_lanes: int, *, two_spaces: bool = False) -> Uploader:
+def fixed(num_lanes: int, *, two_spaces: bool = False, shares: bool = False) -> Uploader:
     return Uploader(
         torch.device("cpu"), num_lanes=num_lanes, dump_slot=9999, fixed=True,
-        dump_sliding=777 if two_spaces else None,
+        dump_sliding=777 if two_spaces else None, shares=shares,
     )  # fmt: skip
 
 
@@ -192,7 +195,8 @@ def step(num_decode: int, prefills: list[int], choices: list[int]) -> StepPlan:
         counts=i32(counts), cached_counts=i32([0] * num), slots=i32(range(100, 100 + total)),
         tokens=i32(range(200, 200 + total)), samples=bytearray(1 for _ in counts),
         opened=[Opened(lane, 3, p, i32([])) for lane, p in enumerate(params)],
-        sliding=i32(range(500, 500 + total)),
+        sliding=i32(range(500, 500 + total)), siblings=i32(range(num)),
+        commons=i32([0 if lane % 9 == 0 else 6 for lane in range(num)]),
     )  # fmt: skip
 
 
@@ -208,16 +212,17 @@ def start_of(tensor: torch.Tensor) -> int:
     return tensor.storage_offset()
 
 
-@pytest.mark.parametrize("two_spaces", [False, True])
+@pytest.mark.parametrize(("two_spaces", "shares"), [(False, False), (True, True), (False, True)])
 def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
-    two_spaces: bool,
+    two_spaces: bool, shares: bool
 ) -> None:
     """Whatever the bucket and the sampler's variant; and there lies the step, padded."""
-    uploader, graphs = fixed(LANES, two_spaces=two_spaces), DecoderGraphs(LANES, 300)
+    uploader = fixed(LANES, two_spaces=two_spaces, shares=shares)
+    graphs, sharing = DecoderGraphs(LANES, 300), Sharing(FREE)
     samplers = SamplerGraphs(torch.zeros(LANES, 4))
     given: dict[object, Any] = {}
 
-    def captured(columns: RowColumns[torch.Tensor], bucket: Bucket) -> torch.Tensor:
+    def captured(columns: StepColumns[torch.Tensor], bucket: Bucket) -> torch.Tensor:
         given[bucket] = columns
         return torch.zeros(1)
 
@@ -234,6 +239,7 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
         table = SamplingTable(LANES, VOCAB, ())
         table.open(plan)
         rows = unpack(plan, 512, two_spaces=two_spaces)
+        rows.shared = sharing.of(plan) if shares else None
         batch = table.batch(rows)
         mixed = rows.num_decode < len(rows.lanes)
         bucket, kind = graphs.pick(rows, len(rows.tokens), mixed=mixed), samplers.pick(batch)
@@ -241,9 +247,12 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
         assert kind is not None
         seen |= {bucket, kind}
         columns, _ = uploader.upload(uploader.write(rows, batch, Extras(), bucket))
-        for ours, theirs in ((columns.rows, given[bucket]), (columns.sampling, given[kind].sampling),
-                             (columns.penalties, given[kind].penalties)):  # fmt: skip
-            for name in ours._fields:
+        assert (columns.shared is None) == (not shares or bucket.num_decode < LEAST_ROWS)
+        for ours, theirs in ((columns.rows, given[bucket].rows),
+                             (columns.sampling, given[kind].sampling),
+                             (columns.penalties, given[kind].penalties),
+                             (columns.shared or (), given[bucket].shared)):  # fmt: skip
+            for name in getattr(ours, "_fields", ()):
                 mine, other = getattr(ours, name), getattr(theirs, name)
                 if name == "sliding_slots" and not two_spaces:
                     assert mine is other is None
@@ -253,10 +262,31 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
                 assert (start_of(mine), mine.dtype, mine.shape) == (
                     start_of(other), other.dtype, other.shape,
                 ), name  # fmt: skip
-        check_rows(given[bucket], rows)
+        check_rows(given[bucket].rows, rows)
+        if columns.shared is not None:
+            check_shared(columns.shared, rows)
         check_sampling(given[kind], batch, kind.penalized)
     assert len(seen) > 20
     assert {(k.greedy, k.truncates, k.penalized) for k in seen if isinstance(k, SamplerVariant)} == set(KINDS)  # fmt: skip
+
+
+def check_shared(columns: SharedRowColumns[torch.Tensor], rows: Rows) -> None:
+    """Groups and their rows, and padding that is in none."""
+    groups, found = columns.groups.view(4, -1), rows.shared
+    if found is None:
+        assert not groups.any()
+        assert (columns.places == -1).all()
+        assert not columns.owns.any()
+        return
+    num, count = found.groups.shape[1], rows.num_decode
+    np.testing.assert_array_equal(groups[:, :num], found.groups)
+    assert not groups[:, num:].any()
+    for column, values, padding in (
+        (columns.order, found.order, 0), (columns.places, found.places, -1),
+        (columns.owns, found.owns, 0),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(column[: len(values)], values)
+        assert (column[max(len(values), count) :] == padding).all()
 
 
 def test_groups_that_step_together_have_graphs_of_one_size() -> None:

@@ -1,7 +1,10 @@
-"""Which rows of a decode step have the same first slots, as attention is told on the device.
+"""Which rows of a decode step have the same first slots, as attention is told on the device, and
+what it costs.
 
 Plain torch: what a step is made of is known where there is no Triton.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -9,6 +12,11 @@ from torch import Tensor
 
 MAX_GROUPS = 32  # of a step; a power of 2, since kernels look at all of them at once
 MEMBERS = 2  # times the rows of a step: members of all groups at most
+# as measured on an H100 (bench/kernels_shared.py)
+STEP_BYTES = 15e6  # of K/V in one layer: what is read while the groups' part starts and ends
+PIECE_BYTES = 8  # an element of a partial result is written and read
+PIECES = 4  # that a row gets of a group
+FLOPS_PER_BYTE = 150  # products made while a byte is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +39,41 @@ class SharedRows:
     order: Tensor  # [num_rows] the members; behind them anything that is a row
     places: Tensor  # [num_rows] where a row is in ``order``; -1: in no group
     owns: Tensor  # [num_rows] the first token that no group of the row has; 0 where in none
+
+
+@dataclass(frozen=True, slots=True)
+class SharingCosts:
+    """What groups cost in a layer, in tokens whose K/V are read in that time.
+
+    Attributes:
+        rows: that are computed together; a group's last block costs as much as a full one.
+        block: per block of rows and token of the group.
+        row: per member.
+        step: once for all groups of a step.
+    """
+
+    rows: int
+    block: float
+    row: float
+    step: float
+
+    @classmethod
+    def of(
+        cls, num_q_heads: int, num_kv_heads: int, head_dim: int, token_bytes: int
+    ) -> SharingCosts:
+        """Of a layer on one rank, in which a token has ``token_bytes`` of K and V."""
+        pairs = max(64, num_q_heads // num_kv_heads)
+        rows = pairs // (num_q_heads // num_kv_heads)
+        flops = 4 * pairs * num_kv_heads * head_dim
+        piece = PIECE_BYTES * num_q_heads * head_dim
+        return cls(
+            rows=rows,
+            block=flops / FLOPS_PER_BYTE / token_bytes,
+            row=PIECES * piece / token_bytes,
+            step=STEP_BYTES / token_bytes,
+        )
+
+    def gain(self, length: int, count: int) -> float:
+        """Of ``count`` rows with ``length`` tokens in common."""
+        blocks = -(-count // self.rows)
+        return length * (count - 1 - blocks * self.block) - count * self.row
