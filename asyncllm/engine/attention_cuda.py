@@ -80,8 +80,7 @@ class TritonAttention:
         if not specs:
             return None
         spec = specs[0]
-        token = KvPairs([spec], self.layout.dtype, self.layout.format).bytes_per_slot().full
-        return SharingCosts.of(spec.num_q_heads, spec.num_kv_heads, spec.head_dim, token)
+        return SharingCosts.of(spec.num_q_heads, spec.num_kv_heads, spec.head_dim)
 
     def _shares(self, spec: AttentionSpec) -> bool:
         return spec.window is None and self.kernel.split and self.kernel.grouped

@@ -432,7 +432,7 @@ def warm_up(
 
 def _try_shared(device: CpuDevice | CudaDevice | DryDevice, max_len: int) -> None:
     """Steps of rows that have all tokens but one in common, as far as that would save anything."""
-    most = device.engine.num_lanes
+    most = len(device.engine.table) - 1
     for num in sorted({min(num, most) for num in (LEAST_ROWS, 4 * LEAST_ROWS, most)}):
         lanes = i32(range(num))
         plan = StepPlan(

@@ -123,7 +123,6 @@ class Engine:
             dump_slot=room.full if layout.bytes_per_slot().full else room.sliding,
             dump_sliding=room.sliding if self._two_spaces else None,
             fixed=device.type != "cpu",
-            shares=self.sharing.costs is not None,
         )
 
     def capture(self, capture: Capture, most_tokens: int) -> None:
@@ -132,7 +131,8 @@ class Engine:
         Every rank must call this at the same time, while no step is in flight.
         """
         hidden = zeros((self.num_rows, self.model.hidden_size), self.model.site.dtype, self.device)
-        decoder, sampler = DecoderGraphs(self.num_rows, most_tokens), SamplerGraphs(hidden)
+        decoder = DecoderGraphs(self.num_rows, most_tokens, shares=self.sharing.costs is not None)
+        sampler = SamplerGraphs(hidden)
         decoder.capture(capture, self._uploader, self._forward)
         sampler.capture(capture, self._uploader, self._end)
         self.graphs = decoder, sampler
@@ -146,7 +146,7 @@ class Engine:
         """Read ``plan``; host work only. Plans must come in order: lanes are opened here."""
         self.lanes.open(plan)
         rows = unpack(plan, self.max_len, two_spaces=self._two_spaces)
-        rows.shared = self.sharing.of(plan)
+        rows.shared = None if plan.common else self.sharing.of(plan)
         masks = bitmask_of(plan, rows)
         batch = self.lanes.batch(rows, masked=masks is not None)
         scored = self.lanes.scores(rows)

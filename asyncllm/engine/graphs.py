@@ -23,6 +23,7 @@ from asyncllm.engine.step_inputs import Bucket, Rows, StepColumns
 MAX_PREFILL_ROWS = 32
 MAX_DECODE_ROWS = 1024  # of a decode step
 MIXED_DECODE_ROWS = 512  # of a mixed step
+SHARED_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768)  # of decode steps with groups of rows
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
@@ -94,19 +95,25 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
     Args:
         most_rows: decode rows that can come in one step.
         most_tokens: tokens of the largest mixed step that is worth a graph.
+        shares: decode rows may read together what they share. Decode steps without groups have
+            graphs of their own then, since the kernels for groups take time without any; in mixed
+            steps that is nothing.
     """
 
-    def __init__(self, most_rows: int, most_tokens: int) -> None:
+    def __init__(self, most_rows: int, most_tokens: int, *, shares: bool = False) -> None:
         super().__init__()
         self._decode = [Bucket(n, n, 0) for n in decode_sizes(most_rows)]
+        last = self._decode[-1].num_tokens
+        sizes = sorted({*(n for n in SHARED_SIZES if n < last), last}) if shares else []
+        self._shared = [Bucket(n, n, 0, True) for n in sizes]
         self._mixed = [
-            Bucket(n, min(n, most_rows, MIXED_DECODE_ROWS), MAX_PREFILL_ROWS)
+            Bucket(n, min(n, most_rows, MIXED_DECODE_ROWS), MAX_PREFILL_ROWS, shares)
             for n in mixed_sizes(most_tokens)
         ]
 
     def all(self) -> list[Bucket]:
         """The sizes to capture, largest first."""
-        return sorted([*self._decode, *self._mixed], reverse=True)
+        return sorted([*self._decode, *self._shared, *self._mixed], reverse=True)
 
     def capture(
         self,
@@ -132,13 +139,13 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
 
         ``num_tokens`` beyond those of ``rows`` come from other groups that step in lockstep.
         """
-        bucket = self._smallest(num_tokens, mixed=mixed)
+        bucket = self._smallest(num_tokens, mixed=mixed, shares=rows.shared is not None)
         num_prefill = len(rows.lanes) - rows.num_decode
         if bucket is None or num_prefill > MAX_PREFILL_ROWS:
             return None
         return bucket if rows.num_decode <= bucket.num_decode else None
 
-    def _smallest(self, num_tokens: int, *, mixed: bool) -> Bucket | None:
-        buckets = self._mixed if mixed else self._decode
+    def _smallest(self, num_tokens: int, *, mixed: bool, shares: bool = False) -> Bucket | None:
+        buckets = self._mixed if mixed else self._shared if shares else self._decode
         at = bisect_left(buckets, num_tokens, key=lambda b: b.num_tokens)
         return buckets[at] if at < len(buckets) else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.engine.sampling_table import SamplingBatch
-from asyncllm.engine.sharing import LEAST_ROWS, SharedColumns
+from asyncllm.engine.sharing import SharedColumns
 from asyncllm.engine.step_inputs import (
     Bucket,
     Extras,
@@ -135,7 +135,6 @@ class Uploader:
         num_lanes: padding uses lane ``num_lanes`` and slot ``dump_slot``.
         num_rows: most rows that sample in one step; None: one of each request.
         dump_sliding: that of the second slot space; None: there is none.
-        shares: decode rows may read together what they share.
     """
 
     def __init__(
@@ -147,12 +146,11 @@ class Uploader:
         fixed: bool,
         dump_sliding: int | None = None,
         num_rows: int | None = None,
-        shares: bool = False,
     ) -> None:
         self._device, self._cuda, self._fixed = device, device.type == "cuda", fixed
         self._dump_lane, self._dump_slot = num_lanes, dump_slot
         self._num_rows = num_rows or num_lanes
-        self._dump_sliding, self._shares = dump_sliding, shares
+        self._dump_sliding = dump_sliding
         self._place = torch.empty(FIXED_WORDS if fixed else 0, dtype=torch.int32, device=device)
         self._buffers = [torch.empty(0, dtype=torch.int32) for _ in range(RING)]
         self._events: list[torch.cuda.Event | None] = [None] * RING
@@ -176,7 +174,7 @@ class Uploader:
         graphs = bool(self._captured)
         num_rows = self._num_rows if graphs else len(batch.lanes)
         given = bucket or shape or rows.shape
-        shares = rows.shared is not None if bucket is None else self._may_share(bucket)
+        shares = rows.shared is not None if bucket is None else bucket.shares
         layout = self._layout(num_rows, given, fixed=graphs, shares=shares)
         behind: list[HostColumn] = []
         extras.map(behind.append)
@@ -252,16 +250,10 @@ class Uploader:
         They hold zeros: rows without tokens, and tokens that write to lane 0 and slot 0.
         """
         assert self._fixed
-        shares = self._may_share(bucket)
-        layout = self._layout(self._num_rows, bucket, fixed=True, shares=shares)
+        layout = self._layout(self._num_rows, bucket, fixed=True, shares=bucket.shares)
         columns = self._captured[bucket] = layout.columns(self._place, _float_tensor)
         self._place.zero_()
         return columns
-
-    def _may_share(self, bucket: Bucket) -> bool:
-        """Whether a graph's decode rows can be put into groups: the few of small ones gain less
-        than all their steps would pay."""
-        return self._shares and bucket.num_decode >= LEAST_ROWS
 
     def _layout(self, num_rows: int, shape: Bucket, *, fixed: bool, shares: bool) -> Layout:
         two_spaces = self._dump_sliding is not None

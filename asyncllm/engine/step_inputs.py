@@ -103,6 +103,7 @@ class Bucket:
     num_tokens: int
     num_decode: int  # rows of one token, which come first
     num_prefill: int  # other rows
+    shares: bool = False  # decode rows may read together
 
 
 class SamplingColumns(NamedTuple, Generic[A]):

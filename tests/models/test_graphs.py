@@ -34,7 +34,7 @@ from asyncllm.engine.sampler_graphs import (
     sampler_sizes,
 )
 from asyncllm.engine.sampling_table import SamplingBatch, SamplingTable
-from asyncllm.engine.sharing import LEAST_ROWS, Sharing
+from asyncllm.engine.sharing import Sharing
 from asyncllm.engine.step_inputs import (
     Bucket,
     Extras,
@@ -178,10 +178,10 @@ def test_ends_in_graphs_choose_what_eager_ones_choose(
     assert {t.scored for t in used} == {False, True}
 
 
-def fixed(num_lanes: int, *, two_spaces: bool = False, shares: bool = False) -> Uploader:
+def fixed(num_lanes: int, *, two_spaces: bool = False) -> Uploader:
     return Uploader(
         torch.device("cpu"), num_lanes=num_lanes, dump_slot=9999, fixed=True,
-        dump_sliding=777 if two_spaces else None, shares=shares,
+        dump_sliding=777 if two_spaces else None,
     )  # fmt: skip
 
 
@@ -217,8 +217,8 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
     two_spaces: bool, shares: bool
 ) -> None:
     """Whatever the bucket and the sampler's variant; and there lies the step, padded."""
-    uploader = fixed(LANES, two_spaces=two_spaces, shares=shares)
-    graphs, sharing = DecoderGraphs(LANES, 300), Sharing(FREE)
+    uploader = fixed(LANES, two_spaces=two_spaces)
+    graphs, sharing = DecoderGraphs(LANES, 300, shares=shares), Sharing(FREE)
     samplers = SamplerGraphs(torch.zeros(LANES, 4))
     given: dict[object, Any] = {}
 
@@ -247,7 +247,8 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
         assert kind is not None
         seen |= {bucket, kind}
         columns, _ = uploader.upload(uploader.write(rows, batch, Extras(), bucket))
-        assert (columns.shared is None) == (not shares or bucket.num_decode < LEAST_ROWS)
+        assert (columns.shared is None) == (not bucket.shares)
+        assert not rows.shared or bucket.shares
         for ours, theirs in ((columns.rows, given[bucket].rows),
                              (columns.sampling, given[kind].sampling),
                              (columns.penalties, given[kind].penalties),

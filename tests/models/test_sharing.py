@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from array import array
 from pathlib import Path
 
 import numpy as np
@@ -142,12 +141,12 @@ def test_the_groups_of_an_unchanged_step_are_those_of_the_last_and_count_again()
 
 def test_costs_follow_the_shape() -> None:
     """Llama-3.1-8B in bf16, and a quarter of its heads, whose bytes a step's fixed part outweighs."""
-    whole, part = (SharingCosts.of(32 // n, 8 // n, 128, 4096 // n) for n in (1, 4))
+    whole, part = (SharingCosts.of(32 // n, 8 // n, 128) for n in (1, 4))
     assert (whole.rows, part.rows) == (16, 16)
-    assert whole.gain(1536, 128) > 0.9 * 1536 * 127
-    assert whole.gain(64, 2) < 0 < whole.gain(1024, 2)
-    assert part.step == 4 * whole.step
-    assert array("d", [part.block, part.row]) == array("d", [whole.block, whole.row])
+    assert 0.7 < whole.gain(1536, 128) / (1536 * 127) < 0.9
+    assert whole.gain(1024, 2) < 0 < whole.gain(1024, 8)
+    assert part.step == pytest.approx(4 * whole.step)
+    assert (part.block, part.row) == pytest.approx((whole.block, whole.row))
 
 
 def rows_that_share(driver: Driver, vocab: int = VOCAB) -> list[Sequence]:
