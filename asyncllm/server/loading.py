@@ -306,8 +306,7 @@ def engine_of(boot: Boot, model: Model, group: Group, num: PerSpace) -> Engine:
         max_len=resolved.max_req_total_len,
         eos_ids=resolved.eos_ids,
         shares_prefixes=not (
-            boot.config.disable_shared_prefix_attention
-            or boot.config.disable_dynamic_prompt_cache
+            boot.config.disable_shared_prefix_attention or boot.config.disable_dynamic_prompt_cache
         ),
     )
 
