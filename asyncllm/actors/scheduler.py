@@ -87,6 +87,7 @@ class Scheduler(Actor[Inbox]):
         num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom,
             share_prompts, constraint_s, window, num_sliding, speculation: see ``Core``.
         runners: endpoints of the group's runners.
+        prefill_share: see ``Pacer``.
         depth: steps on the device at a time.
         constrain: see ``Constraints.of``; None: nothing is ever constrained.
         workers: threads for what constraints have to work out.
@@ -112,6 +113,7 @@ class Scheduler(Actor[Inbox]):
         runners: Sequence[int],
         depth: int = 2,
         headroom: int = 8,
+        prefill_share: float = 1.0,
         share_prompts: bool = False,
         constraint_s: float = 5.0,
         window: Window | None = None,
@@ -152,7 +154,8 @@ class Scheduler(Actor[Inbox]):
         self._offered: Step | None = None  # planned, and not yet agreed by all groups
         self._joins = 0  # the last step that another group wants
         self._inflight: deque[Step] = deque()
-        self._pacer = Pacer()
+        self._pacer = Pacer(prefill_share)
+        self.core.prompt_room = self._pacer.prompt_room
         self._masks_until, self._due_at = 0.0, inf  # a step waits for masks so long; the next Due
         self._asked = False  # a reservation is open
         # nothing fits until a launched step is done or a request comes or goes
@@ -301,12 +304,12 @@ class Scheduler(Actor[Inbox]):
         return self._waits_for_newcomers(now)
 
     def _waits_for_newcomers(self, now: float) -> bool:
-        """While the device is busy with a step that decodes, and nobody waits."""
-        if not self._inflight or self.core.waiting or not self._inflight[-1].decodes:
+        """While the device is busy, and nobody waits."""
+        if len(self._inflight) != 1 or self.core.waiting:
             return False
         if self._in_step:  # which takes a round trip: none is too early
             return False
-        pause = self._pacer.pause(now)
+        pause = self._pacer.pause(now, self._inflight[-1].size)
         if pause:
             self._wake(now, now + pause)
         return pause > 0
@@ -355,8 +358,9 @@ class Scheduler(Actor[Inbox]):
         self._start(step)
 
     def _start(self, step: Step) -> None:
-        self._inflight.append(step)  # lengths have advanced at planning, not at commit
         step.launched_at = perf_counter()
+        self._pacer.launched(step.launched_at, idle=not self._inflight)
+        self._inflight.append(step)  # lengths have advanced at planning, not at commit
         plan = step.plan
         for i, runner in enumerate(self._runners):
             if i == 1 and plan.masks:
@@ -397,9 +401,8 @@ class Scheduler(Actor[Inbox]):
         self._stalled = False
         step = self._inflight.popleft()
         assert step.plan.step == done.step, (step.plan.step, done.step)
-        num_decode = len(step.rows) if step.decodes else 0
         now = perf_counter()
-        self._pacer.over(now, done.device_ms, num_decode)
+        self._pacer.over(now, done.device_ms, step.size)
         if self.core.speculation is not None:
             self.core.speculation.over(step, now)
         scores = [scored for got in done.prompt if (scored := self._score(step, *got)) is not None]

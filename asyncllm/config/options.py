@@ -231,6 +231,12 @@ class Config:
         None, group=MEMORY, check=at_least(1),
         help="new tokens of one request in one step; default: 4096 on CUDA, 256 on CPU",
     )  # fmt: skip
+    prefill_share: float = flag(
+        1.0, group=MEMORY, check=unit_interval,
+        help="share of a step's time that prompts may take while other requests decode: 0.5 lets a "
+        "step take twice as long as without them; less means smoother streams, slower first "
+        "tokens; 1: only --chunked_prefill_size bounds it",
+    )  # fmt: skip
     running_max_req_size: int = flag(
         1000, group=MEMORY, check=between(1, 65536),
         help="requests that run at the same time (LightLLM's default is now 256)",

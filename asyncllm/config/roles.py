@@ -56,8 +56,8 @@ _OF_CONFIG_SERVER = (
 )  # fmt: skip
 # options that only computing roles use
 _UNUSED = (
-    "max_total_token_num", "mem_fraction", "batch_max_tokens", "chunked_prefill_size", "device",
-    "data_type", "quant_type", "quant_cfg", "load_way", "disable_cudagraph", "disable_dynamic_prompt_cache", "diverse_mode",
+    "max_total_token_num", "mem_fraction", "batch_max_tokens", "chunked_prefill_size", "prefill_share",
+    "device", "data_type", "quant_type", "quant_cfg", "load_way", "disable_cudagraph", "disable_dynamic_prompt_cache", "diverse_mode",
 )  # fmt: skip
 
 

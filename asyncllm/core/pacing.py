@@ -1,14 +1,83 @@
-"""When to launch the next step: early enough for the device, late enough for new requests.
+"""When to launch the next step, and how many prompt tokens it may have: by how long steps take.
 
-Knows times; does not know the contents of steps.
+Knows times and counts of tokens; does not know the contents of steps.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 MARGIN_S = 0.0025  # lead before the running step ends: one launch plus a timer's millisecond
-SHARE = 0.25  # safety margin as a share of the last step, since this one may be shorter
+LEAST_SHARE, MOST_SHARE = 0.05, 0.25  # safety margin as a share of the running step
+ERRORS = 3.0  # that share, in mean errors of recent predictions
 ROW_S = 30e-6  # publishing cost per row, which keeps the loop busy
 LEAST_S = 0.001  # shorter waits are not worth a timer
+LEAST_ROOM = 64  # tokens that prompts get in any step, however little of it they may take
+KNOWN = 8  # steps of a kind after which its times are foretold
+FORGETS = 0.998  # weight of what was known, after each step of a kind
+PRIOR = 1e6  # of the coefficients: variance, in ms by the units below
+UNIT_TOKENS, UNIT_READ = 1e3, 1e5
+OUTLIER = 2.0  # a step that takes so many times what was foretold, or less than the inverse ...
+STUBBORN = 3  # ... is left out, unless so many come one after the other
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """What a step's time depends on."""
+
+    num_tokens: int
+    num_read: int  # K/V read: tokens that its rows attend to
+    num_rows: int
+    decodes: bool  # every row has one token
+
+
+class StepTimes:
+    """Milliseconds of steps of one kind: a + b * tokens + c * K/V read, by recursive least squares
+    of relative errors, with forgetting. A few microseconds a step."""
+
+    def __init__(self) -> None:
+        self.num_seen = 0
+        self.error = 0.0  # mean relative error of recent predictions
+        self._coefficients = [0.0, 0.0, 0.0]
+        self._covariance = [[PRIOR * (i == j) for j in range(3)] for i in range(3)]
+        self._outliers = 0
+
+    def predict(self, num_tokens: int, num_read: int) -> float:
+        """0: not known yet."""
+        if self.num_seen < KNOWN:
+            return 0.0
+        a, b, c = self._coefficients
+        return max(a + b * num_tokens / UNIT_TOKENS + c * num_read / UNIT_READ, 0.0)
+
+    def tokens_within(self, ms: float, num_read: int) -> int | None:
+        """Most tokens of a step that takes ``ms``; None: not known."""
+        a, b, c = self._coefficients
+        if self.num_seen < KNOWN or b <= 0:
+            return None
+        return int((ms - a - c * num_read / UNIT_READ) / b * UNIT_TOKENS)
+
+    def learn(self, num_tokens: int, num_read: int, ms: float) -> None:
+        """A step took ``ms`` > 0."""
+        if foretold := self.predict(num_tokens, num_read):
+            off = foretold > OUTLIER * ms or ms > OUTLIER * foretold
+            self._outliers = self._outliers + 1 if off else 0
+            if off and self._outliers < STUBBORN:
+                return
+            self.error += 0.05 * (min(abs(ms / foretold - 1), 1.0) - self.error)
+        x = [1 / ms, num_tokens / UNIT_TOKENS / ms, num_read / UNIT_READ / ms]
+        p = self._covariance
+        px = [sum(row[j] * x[j] for j in range(3)) for row in p]
+        gain = [v / (FORGETS + sum(map(float.__mul__, x, px))) for v in px]
+        missed = 1.0 - sum(map(float.__mul__, x, self._coefficients))
+        for i in range(3):
+            self._coefficients[i] += gain[i] * missed
+            for j in range(3):
+                # what steps say nothing of must not be forgotten without bound
+                p[i][j] = (p[i][j] - gain[i] * px[j]) / FORGETS
+        if max(p[i][i] for i in range(3)) > PRIOR:
+            scale = PRIOR / max(p[i][i] for i in range(3))
+            self._covariance = [[v * scale for v in row] for row in p]
+        self.num_seen += 1
 
 
 class Pacer:
@@ -17,27 +86,52 @@ class Pacer:
     A launched step can no longer take in requests. If it were launched as soon as there is room in
     the pipeline, it would sit in the device's queue for the length of a step, and requests that
     arrive meanwhile would wait for it too. So while no request waits, it is launched shortly before
-    the running step ends.
+    the running step ends. If that ends earlier than foretold, the next one is launched at once: a
+    wrong prediction leaves the device idle for one launch at most.
+
+    Args:
+        prefill_share: of the time of a step that decodes too, for prompts; 1: all of it.
     """
 
-    def __init__(self) -> None:
-        self._began = 0.0  # when the step in flight began, approximately
-        self._takes = 0.0  # duration of the last one; 0: not a decode step, or not measured
-        self._margin = 0.0
+    def __init__(self, prefill_share: float = 1.0) -> None:
+        self._prefill_share = prefill_share
+        self._began = 0.0  # when the running step began, approximately
+        self._decode, self._mixed = StepTimes(), StepTimes()
 
-    def over(self, now: float, device_ms: float, num_decode: int) -> None:
+    def launched(self, now: float, *, idle: bool) -> None:
+        """A step is on its way; ``idle``: the device had nothing to do."""
+        if idle:
+            self._began = now
+
+    def over(self, now: float, device_ms: float, size: StepSize) -> None:
         """A step is over.
 
         Args:
             now: seconds, of any clock that does not go back.
             device_ms: its time on the device, without gaps; 0: unknown.
-            num_decode: rows of a decode-only step; 0: any other step.
         """
         self._began = now
-        self._takes = device_ms / 1e3 if num_decode else 0.0
-        self._margin = max(MARGIN_S, SHARE * self._takes) + ROW_S * num_decode
+        if device_ms > 0 and size.num_tokens:
+            self._times(size).learn(size.num_tokens, size.num_read, device_ms)
 
-    def pause(self, now: float) -> float:
-        """Seconds until the step after the running decode step must be launched; 0: now."""
-        due = self._began + self._takes - self._margin
+    def pause(self, now: float, running: StepSize) -> float:
+        """Seconds until the step after ``running`` must be launched; 0: now."""
+        times = self._times(running)
+        takes = times.predict(running.num_tokens, running.num_read) / 1e3
+        share = min(max(LEAST_SHARE, ERRORS * times.error), MOST_SHARE)
+        margin = max(MARGIN_S, share * takes) + ROW_S * running.num_rows
+        due = self._began + takes - margin
         return due - now if due - now >= LEAST_S else 0.0
+
+    def prompt_room(self, num_rows: int, num_read: int) -> int | None:
+        """Prompt tokens that a step with ``num_rows`` decode rows may have; None: any number."""
+        if self._prefill_share >= 1:
+            return None
+        alone = self._decode.predict(num_rows, num_read)
+        most = self._mixed.tokens_within(alone / (1 - self._prefill_share), num_read)
+        if not alone or most is None:
+            return None
+        return max(most - num_rows, LEAST_ROOM)
+
+    def _times(self, size: StepSize) -> StepTimes:
+        return self._decode if size.decodes else self._mixed

@@ -7,7 +7,7 @@ contents nor tensors, actors, text.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from asyncllm.codec import INT32
 from asyncllm.constrain.protocol import ResampleToken, Verdict
@@ -77,6 +77,8 @@ class Core(Drafting):
         self.window, self.sliding_available = window, num_sliding
         self.steps = self.prompt_tokens = self.generated_tokens = 0
         self._proposal: list[Row] = []
+        # (decode rows, K/V they read) -> prompt tokens beside them at most; None: any number
+        self.prompt_room: Callable[[int, int], int | None] = lambda num_rows, num_read: None
 
     # a step
 
@@ -111,6 +113,10 @@ class Core(Drafting):
         if rows:
             # a decode waits for one chunk at most
             budget = min(budget, self.chunk)
+            if filling or self.waiting:
+                num_read = sum(lane.planned + 1 for _, lane, _ in rows)
+                if (room := self.prompt_room(len(rows), num_read)) is not None:
+                    budget = min(budget, room)
         for req in filling:
             if not budget:
                 break

@@ -19,6 +19,7 @@ from itertools import takewhile
 from asyncllm.codec import INT32, INT64
 from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.lookup import Lookup
+from asyncllm.core.pacing import StepSize
 from asyncllm.core.request import SamplingParams
 from asyncllm.messages import MAX_COUNT, StepDone, StepPlan
 
@@ -167,6 +168,13 @@ class Step:
     def decodes(self) -> bool:
         """Every row has one token."""
         return self.plan.num_decode == len(self.rows)
+
+    @property
+    def size(self) -> StepSize:
+        """What its time is foretold by."""
+        num_tokens = len(self.plan.tokens)
+        num_read = sum(self.plan.starts) + num_tokens
+        return StepSize(num_tokens, num_read, len(self.rows), self.decodes)
 
     def constrain(self, row: int, req: Request) -> None:
         """Mask row ``row`` by the tokens allowed next, as far as they are known."""

@@ -75,6 +75,7 @@ def make_scheduler(p: Loaded) -> AnyActor:
         batch_max_tokens=resolved.batch_max_tokens,
         chunked_prefill_size=resolved.chunked_prefill_size,
         eos_ids=resolved.eos_ids,
+        prefill_share=p.boot.config.prefill_share,
         runners=[rank.id for rank in p.boot.group],
         vocab_size=p.spec.vocab_size,
         max_len=resolved.max_req_total_len,

@@ -1,52 +1,119 @@
-"""A step behind another is launched shortly before its turn, and at once where that is not known."""
+"""How long steps take is learned; by it the next one is launched late, and prompts get a share."""
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from asyncllm.core.pacing import MARGIN_S, ROW_S, SHARE, Pacer
+from asyncllm.core.pacing import (
+    KNOWN,
+    LEAST_ROOM,
+    MARGIN_S,
+    ROW_S,
+    STUBBORN,
+    Pacer,
+    StepSize,
+    StepTimes,
+)
 
 
-def test_nothing_is_known_before_the_first_step() -> None:
-    assert Pacer().pause(100.0) == 0
+def ms(num_tokens: int, num_read: int) -> float:
+    return 6.0 + 0.02 * num_tokens + 3e-5 * num_read
+
+
+def learned(times: StepTimes, num: int = 200, noise: float = 0.0) -> StepTimes:
+    draw = random.Random(7)
+    for _ in range(num):
+        size = draw.randrange(1, 256), draw.randrange(100, 300_000)
+        times.learn(*size, ms(*size) * (1 + draw.uniform(-noise, noise)))
+    return times
+
+
+@pytest.mark.parametrize(("noise", "off"), [(0.0, 0.001), (0.05, 0.03)])
+def test_times_are_learned_beyond_the_sizes_seen(noise: float, off: float) -> None:
+    times = learned(StepTimes(), noise=noise)
+    for size in ((1, 100), (100, 100_000), (400, 400_000)):
+        assert times.predict(*size) == pytest.approx(ms(*size), rel=off)
+    assert times.error <= noise
+    assert times.tokens_within(ms(150, 50_000), 50_000) == pytest.approx(150, abs=15)
+
+
+def test_nothing_is_foretold_from_few_steps() -> None:
+    times = StepTimes()
+    for _ in range(KNOWN - 1):
+        times.learn(1, 100, 6.0)
+    assert times.predict(1, 100) == 0
+    assert times.tokens_within(100.0, 100) is None
+
+
+def test_many_steps_of_one_size_forget_no_others_and_stay_finite() -> None:
+    times = learned(StepTimes())
+    for _ in range(20_000):
+        times.learn(8, 4000, ms(8, 4000))
+    assert times.predict(8, 4000) == pytest.approx(ms(8, 4000), rel=0.001)
+    assert times.predict(200, 200_000) == pytest.approx(ms(200, 200_000), rel=0.1)
+
+
+def test_a_step_out_of_line_is_left_out_and_a_new_pace_is_not() -> None:
+    times = learned(StepTimes())
+    before = times.predict(50, 50_000)
+    times.learn(50, 50_000, 900.0)
+    assert times.predict(50, 50_000) == before
+    for _ in range(2000):  # the GPU is slower from here on
+        times.learn(50, 50_000, 3 * before)
+    assert times.predict(50, 50_000) == pytest.approx(3 * before, rel=0.05)
+    assert STUBBORN < 2000
+
+
+def paced(share: float = 1.0) -> Pacer:
+    """Knows steps that decode (6 ms and a little) and others (2 ms, 25 us a token)."""
+    pacer, draw = Pacer(share), random.Random(3)
+    for _ in range(100):
+        rows = draw.randrange(1, 100)
+        pacer.over(0.0, 6.0 + 0.01 * rows, StepSize(rows, 100 * rows, rows, decodes=True))
+        tokens = draw.randrange(100, 2000)
+        pacer.over(0.0, 2.0 + 0.025 * tokens, StepSize(tokens, 3 * tokens, 9, decodes=False))
+    return pacer
 
 
 @pytest.mark.parametrize(
-    ("device_ms", "rows", "margin"),
-    [
-        (6.0, 1, MARGIN_S + ROW_S),
-        (40.0, 1, SHARE * 0.040 + ROW_S),
-        (20.0, 256, 0.005 + 256 * ROW_S),
-    ],
+    ("running", "takes"),
+    [(StepSize(1, 100, 1, True), 6.01e-3), (StepSize(1000, 3000, 5, False), 27e-3)],
 )
 def test_a_step_is_held_back_until_a_margin_before_the_end_of_the_one_in_front(
-    device_ms: float, rows: int, margin: float
+    running: StepSize, takes: float
 ) -> None:
-    pacer = Pacer()
-    pacer.over(100.0, device_ms, rows)
-    pause = pacer.pause(100.0)
-    assert pause == pytest.approx(device_ms / 1e3 - margin)
-    assert pacer.pause(100.001) == pytest.approx(pause - 0.001)
-    assert pacer.pause(100.0 + pause) == 0
-    assert pacer.pause(200.0) == 0
+    pacer = paced()
+    pacer.launched(100.0, idle=True)
+    pacer.launched(100.001, idle=False)  # behind another it has not begun
+    margin = max(MARGIN_S, 0.05 * takes) + ROW_S * running.num_rows
+    pause = pacer.pause(100.0, running)
+    assert pause == pytest.approx(takes - margin, rel=0.01)
+    assert pacer.pause(100.001, running) == pytest.approx(pause - 0.001)
+    assert pacer.pause(100.0 + pause, running) == 0
+    assert pacer.pause(200.0, running) == 0
 
 
-@pytest.mark.parametrize(("device_ms", "rows"), [(6.0, 0), (0.0, 1), (3.4, 1), (9.4, 256)])
-def test_behind_what_cannot_be_foretold_or_is_short_it_is_launched_at_once(
-    device_ms: float, rows: int
-) -> None:
-    pacer = Pacer()
-    pacer.over(100.0, 6.0, 1)
-    pacer.over(100.0, device_ms, rows)
-    assert pacer.pause(100.0) == 0
+def test_behind_what_is_not_known_it_is_launched_at_once() -> None:
+    assert Pacer().pause(0.0, StepSize(1000, 1000, 1, decodes=False)) == 0
 
 
 def test_a_late_launch_does_not_make_the_next_one_later() -> None:
     """What counts is the time on the device; a gap before a step is not part of it."""
-    pacer, now = Pacer(), 100.0
+    pacer, now, size = paced(), 100.0, StepSize(1, 100, 1, decodes=True)
     pauses = []
     for late in (0.0, 0.004, 0.004, 0.004):
         now += 0.006 + late
-        pacer.over(now, 6.0, 1)
-        pauses.append(pacer.pause(now))
-    assert pauses == pytest.approx([pauses[0]] * 4)
+        pacer.over(now, 6.01, size)
+        pauses.append(pacer.pause(now, size))
+    assert pauses == pytest.approx([pauses[0]] * 4, rel=0.001)
+
+
+def test_prompts_take_their_share_of_a_step() -> None:
+    assert Pacer(0.5).prompt_room(8, 800) is None  # not known yet
+    assert paced(1.0).prompt_room(8, 800) is None
+    # 6.08 ms alone, so 12.16 with prompts: 406 tokens, of which 8 decode
+    assert paced(0.5).prompt_room(8, 800) == pytest.approx(398, abs=8)
+    assert paced(0.8).prompt_room(8, 800) == pytest.approx(1128, abs=12)
+    assert paced(0.01).prompt_room(400, 40_000) == LEAST_ROOM
