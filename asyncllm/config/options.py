@@ -26,6 +26,7 @@ from asyncllm.config.flag import (
     network,
     not_empty,
     origin,
+    share,
     unit_interval,
 )
 from asyncllm.core import balancing, choosing
@@ -232,7 +233,7 @@ class Config:
         help="new tokens of one request in one step; default: 4096 on CUDA, 256 on CPU",
     )  # fmt: skip
     prefill_share: float = flag(
-        1.0, group=MEMORY, check=unit_interval,
+        1.0, group=MEMORY, check=share,
         help="share of a step's time that prompts may take while other requests decode: 0.5 lets a "
         "step take twice as long as without them; less means smoother streams, slower first "
         "tokens; 1: only --chunked_prefill_size bounds it",
