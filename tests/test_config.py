@@ -97,6 +97,7 @@ OURS: dict[str, Any] = {
     "quant_type": "none",
     "quant_cfg": None,
     "chunked_prefill_size": None,
+    "prefill_share": 1.0,
     "disable_dynamic_prompt_cache": False,
     "constraint_time_limit": 5.0,
     "disable_cudagraph": False,

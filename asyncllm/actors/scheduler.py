@@ -149,21 +149,19 @@ class Scheduler(Actor[Inbox]):
         self._workers = self._free = workers
         self._ranks, self._depth, self._constrain = runners, depth, constrain
         self._vocab_size, self._max_len = vocab_size, max_len
-        self._balanced, self._in_step = balanced, in_step
-        self._reader, self._moving_ranks = reader, transfers
+        self._balanced, self._in_step, self._moving_ranks = balanced, in_step, transfers
+        self._reader = reader
         self._offered: Step | None = None  # planned, and not yet agreed by all groups
         self._joins = 0  # the last step that another group wants
         self._inflight: deque[Step] = deque()
         self._pacer = Pacer(prefill_share)
-        self.core.prompt_room = self._pacer.prompt_room
         self._masks_until, self._due_at = 0.0, inf  # a step waits for masks so long; the next Due
         self._asked = False  # a reservation is open
         # nothing fits until a launched step is done or a request comes or goes
-        self._stalled = False
+        self._stalled = self._draining = self._drained = False
         self._unpublished: list[tuple[Emitted, list[PromptScores]]] = []
         self._readers: dict[int, Ref] = {}
         self._gone: set[int] = set()  # endpoints whose processes have ended
-        self._draining = self._drained = False
 
     def started(self) -> None:
         self._allocator = self.system.ref("allocator")
@@ -288,7 +286,7 @@ class Scheduler(Actor[Inbox]):
         joins = self._joins > self.core.steps  # the other groups wait for this one
         if not joins and (self._stalled or self._pauses()):
             return
-        proposal = None if self._stalled else self.core.propose()
+        proposal = None if self._stalled else self.core.propose(self._pacer.prompt_room)
         if proposal is not None:
             self._asked = True
             self._allocator.tell(proposal)

@@ -89,10 +89,6 @@ def unit_interval(value: float) -> str | None:
     return None if 0 < value < 1 else "must be above 0 and below 1"
 
 
-def share(value: float) -> str | None:
-    return None if 0 < value <= 1 else "must be above 0 and at most 1"
-
-
 def not_empty(value: str) -> str | None:
     return None if value.strip() else "must not be empty"
 

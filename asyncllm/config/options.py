@@ -1,8 +1,4 @@
-"""Every option: names, types, defaults and checks.
-
-Knows neither argparse (``cli`` builds the parser from ``FLAGS``), torch nor any model; names of K/V
-formats and decode kernels are those of ``models.kv_format``, which knows neither.
-"""
+"""Every option: names, types, defaults, checks. Knows neither argparse, torch nor any model."""
 
 from __future__ import annotations
 
@@ -26,7 +22,6 @@ from asyncllm.config.flag import (
     network,
     not_empty,
     origin,
-    share,
     unit_interval,
 )
 from asyncllm.core import balancing, choosing
@@ -233,10 +228,8 @@ class Config:
         help="new tokens of one request in one step; default: 4096 on CUDA, 256 on CPU",
     )  # fmt: skip
     prefill_share: float = flag(
-        1.0, group=MEMORY, check=share,
-        help="share of a step's time that prompts may take while other requests decode: 0.5 lets a "
-        "step take twice as long as without them; less means smoother streams, slower first "
-        "tokens; 1: only --chunked_prefill_size bounds it",
+        1.0, group=MEMORY, check=lambda x: None if 0 < x <= 1 else "must be above 0 and at most 1",
+        help="of a step's time, what prompts may take while others decode; 1: as much as they need",
     )  # fmt: skip
     running_max_req_size: int = flag(
         1000, group=MEMORY, check=between(1, 65536),

@@ -31,7 +31,7 @@ class StepSize:
     decodes: bool  # every row has one token
 
 
-class StepTimes:
+class TimeFit:
     """Milliseconds of steps of one kind: a + b * tokens + c * K/V read, by recursive least squares
     of relative errors, with forgetting. A few microseconds a step."""
 
@@ -96,7 +96,8 @@ class Pacer:
     def __init__(self, prefill_share: float = 1.0) -> None:
         self._prefill_share = prefill_share
         self._began = 0.0  # when the running step began, approximately
-        self._decode, self._mixed = StepTimes(), StepTimes()
+        self._decode, self._mixed = TimeFit(), TimeFit()
+        self._last = 0.0  # milliseconds of the last step that decoded
 
     def launched(self, now: float, *, idle: bool) -> None:
         """A step is on its way; ``idle``: the device had nothing to do."""
@@ -113,12 +114,16 @@ class Pacer:
         self._began = now
         if device_ms > 0 and size.num_tokens:
             self._times(size).learn(size.num_tokens, size.num_read, device_ms)
+            if size.decodes:
+                self._last = device_ms
 
     def pause(self, now: float, running: StepSize) -> float:
         """Seconds until the step after ``running`` must be launched; 0: now."""
         times = self._times(running)
-        takes = times.predict(running.num_tokens, running.num_read) / 1e3
         share = min(max(LEAST_SHARE, ERRORS * times.error), MOST_SHARE)
+        takes = times.predict(running.num_tokens, running.num_read) / 1e3
+        if not takes and running.decodes:  # the first ones
+            takes, share = self._last / 1e3, MOST_SHARE
         margin = max(MARGIN_S, share * takes) + ROW_S * running.num_rows
         due = self._began + takes - margin
         return due - now if due - now >= LEAST_S else 0.0
@@ -133,5 +138,5 @@ class Pacer:
             return None
         return max(most - num_rows, LEAST_ROOM)
 
-    def _times(self, size: StepSize) -> StepTimes:
+    def _times(self, size: StepSize) -> TimeFit:
         return self._decode if size.decodes else self._mixed

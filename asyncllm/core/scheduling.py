@@ -77,14 +77,14 @@ class Core(Drafting):
         self.window, self.sliding_available = window, num_sliding
         self.steps = self.prompt_tokens = self.generated_tokens = 0
         self._proposal: list[Row] = []
-        # (decode rows, K/V they read) -> prompt tokens beside them at most; None: any number
-        self.prompt_room: Callable[[int, int], int | None] = lambda num_rows, num_read: None
 
     # a step
 
-    def propose(self) -> Reserve | None:
+    def propose(
+        self, prompt_room: Callable[[int, int], int | None] = lambda num_rows, num_read: None
+    ) -> Reserve | None:
         """The rows of the next step, before it is known whether they fit; None: nothing to do, or
-        not before the running step is over."""
+        not before the running step is over. ``prompt_room``: see ``Pacer``."""
         assert not self._proposal, "a proposal is open"
         speculation = self.speculation
         if speculation is not None and self._awaits_drafts(speculation):
@@ -115,8 +115,8 @@ class Core(Drafting):
             budget = min(budget, self.chunk)
             if filling or self.waiting:
                 num_read = sum(lane.planned + 1 for _, lane, _ in rows)
-                if (room := self.prompt_room(len(rows), num_read)) is not None:
-                    budget = min(budget, room)
+                room = prompt_room(len(rows), num_read)
+                budget = budget if room is None else min(budget, room)
         for req in filling:
             if not budget:
                 break
