@@ -167,7 +167,7 @@ async def test_tools_of_a_template_without_them_in_every_protocol(server: Server
         prompt = json.loads(asked.chat)
         assert prompt["tools"] is None
         assert prompt["messages"][0]["role"] == "system"
-        assert '{"name": "weather"' in prompt["messages"][0]["content"]
+        assert '{"name": "weather"' in prompt["messages"][0]["listed"]
         assert asked.shown == ("<tool_call>", "</tool_call>")
     # the results go back as text too
     script(server, "", "warm")
