@@ -23,14 +23,19 @@ def test_a_file_answers_chats_and_a_damaged_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ASYNCLLM_CACHE", str(tmp_path / "cache"))
-    shape = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 258, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "vocab_size": 260,
+        "num_attention_heads": 4,
+    }
     case = replace(CASES["llama"], changes=CASES["llama"].changes | shape)
     make(case, tmp_path / "hf", spread=0.5)
     said = {
-        "tokenizer.ggml.tokens": [*byte_characters().values(), *SPECIAL],
-        "tokenizer.ggml.token_type": [*[1] * 256, 3, 3],
-        "tokenizer.ggml.merges": ["h i"],
-        "tokenizer.ggml.eos_token_id": 257,
+        "tokenizer.ggml.tokens": [*byte_characters().values(), "hi", "ho", *SPECIAL],
+        "tokenizer.ggml.token_type": [*[1] * 258, 3, 3],
+        "tokenizer.ggml.merges": ["h i", "h o"],
+        "tokenizer.ggml.eos_token_id": 259,
         "tokenizer.chat_template": TEMPLATE,
     }
     file = tmp_path / "tiny-chat.gguf"
