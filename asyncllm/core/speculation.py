@@ -14,7 +14,7 @@ from asyncllm.core.steps import Lane, Step
 
 MOST_ROWS = 256  # of a step, drafts included, unless more requests than that may run
 READ_TOKENS = 4096  # of prompts are read for a step: about a millisecond
-LEAST_GAIN = 1.02  # tokens per second with drafts over those without, by which they must pay
+LEAST_GAIN = 1.1  # tokens per second with drafts over those without, by which they must pay
 GAP_S = 0.001  # the device waits for the host before a step with drafts, until it is measured
 FRESH = 4096  # steps for which a measured time counts
 SLOWER, FASTER = 0.1, 0.5  # weights of a time that is longer or shorter than those before

@@ -402,6 +402,7 @@ def warm_up(
     max_len: int,
     graphs: bool = True,
     num_sliding: int = 0,
+    in_step: bool = False,
 ) -> None:
     """Warm-up: run each kind of step once, so that no request waits for compilation; capture
     graphs.
@@ -414,16 +415,18 @@ def warm_up(
         max_len: of a sequence; steps that do not fit are shorter, or left out.
         graphs: False: every step is launched kernel by kernel (--disable_cudagraph).
         num_sliding: slots of the second space; 0: there is one space.
+        in_step: groups step together; their plans say how large the step is, which makes other
+            shapes, and so other kernels.
     """
     with log.phase("warm-up steps"):
-        _try_steps(device, num_tokens, max_len, num_sliding)
+        _try_steps(device, num_tokens, max_len, num_sliding, in_step)
     if graphs and not isinstance(device, CpuDevice):
         # with the decode rows that may come beside a chunk; the GPU takes longer for a larger step
         # than its launch takes
         with log.phase("capture graphs"):
             device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
         with log.phase("steps by graphs"):  # what only a replay needs is loaded at its first use
-            _try_steps(device, 16, max_len, num_sliding)
+            _try_steps(device, 16, max_len, num_sliding, in_step)
     elif device.engine.sharing.costs is not None:
         _try_shared(device, max_len)  # captured with the graphs where these are
     device.engine.sharing.saved = 0
@@ -453,7 +456,11 @@ def _try_shared(device: CpuDevice | CudaDevice | DryDevice, max_len: int) -> Non
 
 
 def _try_steps(
-    device: CpuDevice | CudaDevice | DryDevice, num_tokens: int, max_len: int, num_sliding: int
+    device: CpuDevice | CudaDevice | DryDevice,
+    num_tokens: int,
+    max_len: int,
+    num_sliding: int,
+    in_step: bool,
 ) -> None:
     greedy = SamplingParams(temperature=0.0)
     drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1)
@@ -477,6 +484,8 @@ def _try_steps(
                 tokens=i32([0] * size),
                 samples=bytearray(b"\x01"),
                 opened=[Opened(0, size, params, i32([]))] if start == 0 else [],
+                common=size if in_step else 0,
+                mixed=in_step and size > 1,
                 sliding=i32(i % num_sliding for i in range(start, start + size) if num_sliding),
             )
             device.launch(plan).wait()

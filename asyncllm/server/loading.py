@@ -320,6 +320,7 @@ def warm(boot: Boot, device: CpuDevice | CudaDevice | DryDevice, num: PerSpace) 
         max_len=resolved.max_req_total_len,
         graphs=not boot.config.disable_cudagraph,
         num_sliding=0 if num.full == num.sliding else num.sliding,
+        in_step=boot.topology.in_step,
     )
 
 

@@ -124,4 +124,6 @@ def test_model_shapes_in_a_cuda_graph(kind: QuantKind, group: int, num_rows: int
     exact = (fresh.float() @ quant_torch.dequantize(weight).t()).bfloat16()
     assert_close("out", exact, out, 0.04 if kind != "int4_group" else 8e-3)
     if num_rows > quant_cuda.ways_of(kind, x.device).wide:
-        assert_close("rounded", quant_torch.quant_linear(fresh, weight), out, 1e-2)
+        # the library's sums of products of e4m3 have 14 bits
+        bound = 2e-2 if kind == "fp8_channel" else 1e-2
+        assert_close("rounded", quant_torch.quant_linear(fresh, weight), out, bound)

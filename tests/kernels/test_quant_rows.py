@@ -27,7 +27,7 @@ def assert_same(want: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor], most: i
     assert want[0].dtype == got[0].dtype
     away = values[0] != values[1]
     assert int(away.sum()) * 1000 <= most * away.numel()
-    assert_close("values", *values, 1e-3 if most else 0.0)
+    assert_close("values", *values, 1e-2 if most else 0.0)  # a neighbour in e4m3 is 6 to 12 % away
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (3, 1536), (5, 200)], ids=str)
@@ -108,4 +108,5 @@ def test_model_shapes_in_a_cuda_graph(kind: torch.dtype, blocked: bool) -> None:
 
         replayed(call, before=lambda: x.copy_(fresh))  # noqa: B023
         assert_same(quantize_rows_ref(fresh[:, :width], kind, blocked=blocked), made[0])
-        assert_same(gated_rows_ref(fresh, "silu", kind, blocked=blocked), made[1], 5)
+        # where a row's largest is another number in bf16, all of the row may be
+        assert_same(gated_rows_ref(fresh, "silu", kind, blocked=blocked), made[1], 20)

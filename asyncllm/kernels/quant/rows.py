@@ -167,7 +167,9 @@ def quantize_rows_ref(
     wide = x.float()
     if blocked:
         wide = torch.nn.functional.pad(wide, (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
-    scales = (wide.abs().amax(-1) / LARGEST[kind]).clamp_min(LEAST)
+    most = wide.abs().amax(-1)
+    # by a tensor: CUDA multiplies by the reciprocal of a number, which may be off by a bit
+    scales = (most / torch.full_like(most, LARGEST[kind])).clamp_min(LEAST)
     divided = wide / scales.unsqueeze(-1)
     if kind == torch.int8:
         divided = divided.round()
