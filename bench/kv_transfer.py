@@ -40,6 +40,7 @@ from asyncllm.messages import Arrived, Computed, Export, Forget, Import, Lapsed,
 from asyncllm.models.attention import KvPairs
 from asyncllm.models.spec import AttentionSpec
 from asyncllm.records import Destination, KvWire
+from asyncllm.server import signals
 from bench.serve import BenchError
 
 NODE = "bench"
@@ -220,3 +221,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    signals.end(0)  # NCCL does not outlive the interpreter's end
