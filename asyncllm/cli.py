@@ -79,8 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             return _make_cluster_key(config.make_cluster_key)
         with contextlib.ExitStack() as stack:
             ahead = stack.enter_context(Ahead()) if _compiles(config) else None
-            with log.phase("import"):
-                from asyncllm.rank import serve
+            from asyncllm.rank import serve  # takes seconds: torch
 
             return serve(config, ahead)
     except StartupError as error:

@@ -5,11 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from asyncllm.engine.quant_cuda import QuantWays
 from asyncllm.kernels import autotune
 from asyncllm.kernels.attention.decode_plan import DecodeConfig, decode_config
 from asyncllm.kernels.attention.kv8 import KIND_NAMES
@@ -18,11 +19,16 @@ from asyncllm.kernels.autotune import DeviceFacts
 from asyncllm.kernels.latent.plan import AttendConfig
 from asyncllm.kernels.latent.prefill import LatentPrefillConfig
 from asyncllm.kernels.moe.experts import ExpertsConfig
+from asyncllm.kernels.quant.four_bits import FourBitsConfig
+from asyncllm.kernels.quant.product import ProductConfig
+from asyncllm.kernels.quant.wide import WideConfig
+from asyncllm.models.quantization import QuantKind
 
 CPU = torch.device("cpu")
 SHAPES, WAYS = {"64", "128", "256"}, ("", " lone", " whole", " whole lone")
 PAIRS = {f"{dim} {size}" for dim in SHAPES for size in ("few", "some", "many")}
 BLOCKS = {f"{dim} {size}" for dim in SHAPES for size in ("16", "64", "128")}
+WEIGHTS = ("fp8", "int8", "int4", "fp8 block")
 KINDS = ("", *KIND_NAMES.values())
 KEYS = {
     "decode": {key + kind + way for key in PAIRS for kind in KINDS for way in WAYS},
@@ -30,6 +36,15 @@ KEYS = {
     "latent": {f"{pairs} {size}" for pairs in (16, 64) for size in ("few", "many")},
     "latent prefill": {"all"},
     "experts": {"few", "8", "32", "128", "many"},
+    "quant": {
+        *(
+            f"{kind} {rows}"
+            for kind in WEIGHTS
+            for rows in ("8", "16", "32", "64", "128", "256", "many")
+        ),
+        *(f"wide {kind} {rows}" for kind in WEIGHTS for rows in ("8", "16", "many")),
+    },
+    "quant ways": set(get_args(QuantKind)),
 }
 READ: dict[str, Callable[[dict[str, Any]], object]] = {
     "decode": lambda entry: DecodeConfig(**entry),
@@ -37,7 +52,21 @@ READ: dict[str, Callable[[dict[str, Any]], object]] = {
     "latent": lambda entry: AttendConfig(**entry),
     "latent prefill": lambda entry: LatentPrefillConfig(**entry),
     "experts": ExpertsConfig.of,
+    "quant": lambda entry: quant_config(entry),
+    "quant ways": lambda entry: QuantWays(**entry),
 }
+
+
+def quant_config(entry: dict[str, Any]) -> object:
+    """Of the kernel that has such fields."""
+    configs = ProductConfig, WideConfig, FourBitsConfig
+    return next(c for c in configs if fits(c, set(entry)))(**entry)
+
+
+def fits(config: Any, names: set[str]) -> bool:
+    fields = dataclasses.fields(config)
+    needed = {f.name for f in fields if f.default is dataclasses.MISSING}
+    return needed <= names <= {f.name for f in fields}
 
 
 def cache(dim: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
