@@ -9,19 +9,20 @@ pairs of operands of it, and the columns of an operand are neighbours. Does not 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.autotune import Entry, tuned
+from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.quant.parts import (
     begun_early,
+    divided,
     gathered,
     launched_early,
-    num_parts,
-    space,
+    row_class_of,
 )
 
 HALVES = {torch.float16: 1024.0, torch.bfloat16: 128.0}  # exponents that numbers stand behind
@@ -41,11 +42,6 @@ class FourBitsConfig:
     per_sm: int = 0
     early: int = 0
 
-    @classmethod
-    def of(cls, entry: Entry) -> FourBitsConfig:
-        """From what ``dataclasses.asdict`` made of one."""
-        return cls(**entry)
-
 
 # up to so many rows -> configuration; one class more: many
 _CONFIGS = {
@@ -55,6 +51,7 @@ _CONFIGS = {
     "64": FourBitsConfig(64, 64, 4, 3, 2),
     "many": FourBitsConfig(128, 128, 8, 2, 1),
 }
+row_class = partial(row_class_of, _CONFIGS)
 
 
 @triton.constexpr_function
@@ -251,20 +248,17 @@ def four_bits(
     if num_rows == 0 or n == 0:
         return out
     c = config or four_bits_config(num_rows, x.device)
-    tiles = triton.cdiv(n, c.block_n)
-    most = triton.cdiv(most_of_class(num_rows), c.rows)
     steps = weight.shape[1] // span
-    parts = num_parts(tiles * most, c.block_n * c.rows, steps, c.per_sm, x.device)
-    partial, counters = space(x.device) if parts > 1 else (None, None)
+    grid, added, counters = divided(num_rows, n, steps, c, row_class(num_rows), x.device)
     scaled, early = k // len(scales), c.early if x.device.type != "cpu" else 0
     aligned = scaled % (4 * span) == 0 or (4 * span) % scaled == 0
-    _four_bits_kernel[(tiles * triton.cdiv(num_rows, c.rows), parts)](
+    _four_bits_kernel[grid](
         x,
         weight,
         scales,
         bias,
         out,
-        partial,
+        added,
         counters,
         num_rows,
         n,
@@ -280,7 +274,7 @@ def four_bits(
         ROWS=c.rows,
         BLOCK_N=c.block_n,
         STAGES=c.num_stages,
-        SPLIT=parts > 1,
+        SPLIT=added is not None,
         EARLY=early,
         num_warps=c.num_warps,
         **launched_early(early, x),
@@ -381,22 +375,11 @@ def four_bits_ref(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
-def row_class(num_rows: int) -> str:
-    """Up to 8, 16, 32, 64 rows, or many."""
-    return next((key for key in _CONFIGS if key != "many" and num_rows <= int(key)), "many")
-
-
-def most_of_class(num_rows: int) -> int:
-    """Of rows; inputs are divided alike for all of a class."""
-    size = row_class(num_rows)
-    return num_rows if size == "many" else int(size)
-
-
 def four_bits_config(num_rows: int, device: torch.device) -> FourBitsConfig:
     """The configuration for so many rows: the device's tuned one or that of the table."""
     size = row_class(num_rows)
     entry = tuned(device, "quant", f"int4 {size}")
-    return _CONFIGS[size] if entry is None else FourBitsConfig.of(entry)
+    return _CONFIGS[size] if entry is None else FourBitsConfig(**entry)
 
 
 def _span(words: int, columns: int, group: int) -> int:

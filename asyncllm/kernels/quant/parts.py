@@ -11,6 +11,8 @@ other. The order of the sum is that of the parts, whoever comes last.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import triton
@@ -23,6 +25,20 @@ from asyncllm.kernels.autotune import num_sms
 _PARTIAL = 2**22  # float32 numbers
 _COUNTERS = 2**14
 _MOST = 16  # parts
+
+
+class TileConfig(Protocol):
+    """What the configurations of products have in common: rows of x and outputs of a tile; inputs
+    are divided until there are ``per_sm`` programs to a multiprocessor (0: never)."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def block_n(self) -> int: ...
+
+    @property
+    def per_sm(self) -> int: ...
 
 
 @triton.jit
@@ -71,6 +87,28 @@ def num_parts(tiles: int, tile_size: int, steps: int, per_sm: int, device: torch
         return 1
     wanted = per_sm * num_sms(device) // tiles
     return max(1, min(wanted, fit))
+
+
+def row_class_of(configs: Mapping[str, object], num_rows: int) -> str:
+    """The class of a number of rows: the first key of ``configs`` that is not below it, or many."""
+    return next((key for key in configs if key != "many" and num_rows <= int(key)), "many")
+
+
+def divided(
+    num_rows: int, n: int, steps: int, config: TileConfig, size: str, device: torch.device
+) -> tuple[tuple[int, int], Tensor | None, Tensor | None]:
+    """The grid of a product with ``n`` outputs, and the ``space`` of its parts; None: there is one.
+
+    Args:
+        steps: of a tile's inputs.
+        size: the class of ``num_rows``; inputs are divided alike for all of a class.
+    """
+    tiles, most = triton.cdiv(n, config.block_n), num_rows if size == "many" else int(size)
+    tile_size = config.block_n * config.rows
+    num_tiles = tiles * triton.cdiv(most, config.rows)
+    parts = num_parts(num_tiles, tile_size, steps, config.per_sm, device)
+    added, counters = space(device) if parts > 1 else (None, None)
+    return (tiles * triton.cdiv(num_rows, config.rows), parts), added, counters
 
 
 def launched_early(early: int, x: Tensor) -> dict[str, bool]:

@@ -11,6 +11,7 @@ know how numbers were quantised.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -18,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from asyncllm.kernels.autotune import Entry, tuned
+from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.quant.parts import (
     begun_early,
+    divided,
     gathered,
     launched_early,
-    num_parts,
-    space,
+    row_class_of,
 )
 
 BLOCK = 128  # inputs, and outputs of a weight, that share a scale where they do
@@ -54,11 +55,6 @@ class ProductConfig:
     copy: bool = False
     early: int = 0
 
-    @classmethod
-    def of(cls, entry: Entry) -> ProductConfig:
-        """From what ``dataclasses.asdict`` made of one."""
-        return cls(**entry)
-
 
 # up to so many rows -> configuration; one class more: many
 _CONFIGS = {
@@ -70,6 +66,7 @@ _CONFIGS = {
     "256": ProductConfig(128, 128, 128, 8, 4, 1),
     "many": ProductConfig(128, 128, 128, 8, 4),
 }
+row_class = partial(row_class_of, _CONFIGS)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "scale_row"])
@@ -206,15 +203,12 @@ def product(
     c = config or product_config(num_rows, x.dtype, blocked, x.device)
     if blocked and (c.block_k != BLOCK or BLOCK % c.block_n):
         raise ValueError(f"{c} does not fit blocks of {BLOCK}")
-    tiles = triton.cdiv(n, c.block_n)
-    most = triton.cdiv(most_of_class(num_rows), c.rows)
     steps = triton.cdiv(k, c.block_k)
-    parts = num_parts(tiles * most, c.block_n * c.rows, steps, c.per_sm, x.device)
-    partial, counters = space(x.device) if parts > 1 else (None, None)
+    grid, added, counters = divided(num_rows, n, steps, c, row_class(num_rows), x.device)
     copy = c.copy and k % 16 == 0 and weight.data_ptr() % 16 == 0
     early = c.early if x.device.type != "cpu" and k % c.block_k == 0 else 0
     desc = TensorDescriptor.from_tensor(weight, [c.block_n, c.block_k]) if copy else None
-    _eight_bits_kernel[(tiles * triton.cdiv(num_rows, c.rows), parts)](
+    _eight_bits_kernel[grid](
         x,
         x_scales,
         weight,
@@ -222,10 +216,10 @@ def product(
         scales,
         bias,
         out,
-        partial,
+        added,
         counters,
         num_rows,
-        tiles,
+        triton.cdiv(n, c.block_n),
         n,
         k,
         x.stride(0),
@@ -235,7 +229,7 @@ def product(
         BLOCK_N=c.block_n,
         BLOCK_K=c.block_k,
         STAGES=c.num_stages,
-        SPLIT=parts > 1,
+        SPLIT=added is not None,
         BLOCKED=blocked,
         BIAS=bias is not None,
         COPY=copy,
@@ -264,24 +258,13 @@ def product_ref(
     return (out if bias is None else out + bias.double()).float()
 
 
-def row_class(num_rows: int) -> str:
-    """Up to 8, 16, 32, 64, 128, 256 rows, or many."""
-    return next((key for key in _CONFIGS if key != "many" and num_rows <= int(key)), "many")
-
-
-def most_of_class(num_rows: int) -> int:
-    """Of rows; inputs are divided alike for all of a class."""
-    size = row_class(num_rows)
-    return num_rows if size == "many" else int(size)
-
-
 def product_config(
     num_rows: int, kind: torch.dtype, blocked: bool, device: torch.device
 ) -> ProductConfig:
     """The configuration for so many rows: the device's tuned one or that of the table."""
     size = row_class(num_rows)
     entry = tuned(device, "quant", f"{_NAMES[kind]}{' block' if blocked else ''} {size}")
-    return _CONFIGS[size] if entry is None else ProductConfig.of(entry)
+    return _CONFIGS[size] if entry is None else ProductConfig(**entry)
 
 
 def _check(

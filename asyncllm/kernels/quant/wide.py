@@ -9,6 +9,7 @@ know how weights were quantised.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -16,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncllm.kernels.attention.kv8 import halves
-from asyncllm.kernels.autotune import Entry, tuned
+from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.quant.parts import (
     begun_early,
+    divided,
     gathered,
     launched_early,
-    num_parts,
-    space,
+    row_class_of,
 )
 
 BLOCK = 128  # inputs, and outputs, that share a scale where they do
@@ -43,11 +44,6 @@ class WideConfig:
     per_sm: int = 0
     early: int = 0
 
-    @classmethod
-    def of(cls, entry: Entry) -> WideConfig:
-        """From what ``dataclasses.asdict`` made of one."""
-        return cls(**entry)
-
 
 # up to so many rows -> configuration; one class more: many
 _CONFIGS = {
@@ -55,6 +51,7 @@ _CONFIGS = {
     "16": WideConfig(16, 64, 128, 4, 5, 3),
     "many": WideConfig(32, 64, 128, 4, 4, 3),
 }
+row_class = partial(row_class_of, _CONFIGS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -173,19 +170,16 @@ def wide(
     c = config or wide_config(num_rows, weight.dtype, blocked, x.device)
     if blocked and (c.block_k != BLOCK or BLOCK % c.block_n):
         raise ValueError(f"{c} does not fit blocks of {BLOCK}")
-    tiles = triton.cdiv(n, c.block_n)
-    most = triton.cdiv(most_of_class(num_rows), c.rows)
     steps = triton.cdiv(k, c.block_k)
-    parts = num_parts(tiles * most, c.block_n * c.rows, steps, c.per_sm, x.device)
-    partial, counters = space(x.device) if parts > 1 else (None, None)
+    grid, added, counters = divided(num_rows, n, steps, c, row_class(num_rows), x.device)
     early = c.early if x.device.type != "cpu" and k % c.block_k == 0 else 0
-    _wide_kernel[(tiles * triton.cdiv(num_rows, c.rows), parts)](
+    _wide_kernel[grid](
         x.view(torch.int32),
         weight.view(torch.int16),
         scales,
         bias,
         out,
-        partial,
+        added,
         counters,
         num_rows,
         n,
@@ -201,7 +195,7 @@ def wide(
         BLOCK_N=c.block_n,
         BLOCK_K=c.block_k,
         STAGES=c.num_stages,
-        SPLIT=parts > 1,
+        SPLIT=added is not None,
         EARLY=early,
         num_warps=c.num_warps,
         **launched_early(early, x),
@@ -228,17 +222,6 @@ def wide_ref(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = No
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
-def row_class(num_rows: int) -> str:
-    """Up to 8 or 16 rows, or many."""
-    return next((key for key in _CONFIGS if key != "many" and num_rows <= int(key)), "many")
-
-
-def most_of_class(num_rows: int) -> int:
-    """Of rows; inputs are divided alike for all of a class."""
-    size = row_class(num_rows)
-    return num_rows if size == "many" else int(size)
-
-
 def wide_config(
     num_rows: int, kind: torch.dtype, blocked: bool, device: torch.device
 ) -> WideConfig:
@@ -246,7 +229,7 @@ def wide_config(
     size = row_class(num_rows)
     name = f"wide {_KINDS[kind][1]}{' block' if blocked else ''} {size}"
     entry = tuned(device, "quant", name)
-    return _CONFIGS[size] if entry is None else WideConfig.of(entry)
+    return _CONFIGS[size] if entry is None else WideConfig(**entry)
 
 
 def _check(
