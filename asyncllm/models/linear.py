@@ -33,26 +33,29 @@ class LinearPart:
     local: int
 
 
-class _Biased:
-    """What linear layers have in common: their parts and the bias.
+@dataclass(frozen=True, slots=True)
+class LinearShard:
+    """What a rank has of a linear layer.
 
-    Args:
+    Attributes:
         shape: [out, in] on this rank.
         parts: the checkpoint's layers; sharded by inputs (``dim`` 1) there is one.
         dim: the sharded dimension, 0 for outputs. The bias of a sum is added by rank 0 only.
+        bias: it has one.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        shape: tuple[int, int],
-        parts: Sequence[LinearPart],
-        *,
-        dim: int,
-        bias: bool,
-    ) -> None:
-        self._site, self._parts, self._dim = site, parts, dim
-        self.bias = site.empty(shape[0]) if bias else None
+    shape: tuple[int, int]
+    parts: Sequence[LinearPart]
+    dim: int
+    bias: bool
+
+
+class _Biased:
+    """What linear layers have in common: their parts and the bias."""
+
+    def __init__(self, site: Site, shard: LinearShard) -> None:
+        self._site, self._parts, self._dim = site, shard.parts, shard.dim
+        self.bias = site.empty(shard.shape[0]) if shard.bias else None
 
     def _bias_targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         if self.bias is None:
@@ -73,17 +76,9 @@ class _Biased:
 class DenseLinear(_Biased):
     """A weight in the model's dtype."""
 
-    def __init__(
-        self,
-        site: Site,
-        shape: tuple[int, int],
-        parts: Sequence[LinearPart],
-        *,
-        dim: int,
-        bias: bool,
-    ) -> None:
-        super().__init__(site, shape, parts, dim=dim, bias=bias)
-        self.weight = site.empty(*shape)
+    def __init__(self, site: Site, shard: LinearShard) -> None:
+        super().__init__(site, shard)
+        self.weight = site.empty(*shard.shape)
 
     @property
     def nbytes(self) -> int:
@@ -109,22 +104,13 @@ class QuantLinear(_Biased):
     of the activations are brought into it.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        shape: tuple[int, int],
-        parts: Sequence[LinearPart],
-        way: Served,
-        *,
-        dim: int,
-        bias: bool,
-    ) -> None:
-        super().__init__(site, shape, parts, dim=dim, bias=bias)
+    def __init__(self, site: Site, shard: LinearShard, way: Served) -> None:
+        super().__init__(site, shard)
         self._way, form = way, way.form
-        self.weight = _empty_weight(site, shape, way)
+        self.weight = _empty_weight(site, shard.shape, way)
         self._order: Tensor | None = None
         if form is not None and form.ordered:
-            self._order = site.empty(shape[1], dtype=torch.int64)
+            self._order = site.empty(shard.shape[1], dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -177,18 +163,9 @@ def _empty_weight(site: Site, shape: tuple[int, int], way: Served) -> QuantWeigh
 class PackedLinear(_Biased):
     """A weight of a GGUF file in its own bits."""
 
-    def __init__(
-        self,
-        site: Site,
-        shape: tuple[int, int],
-        parts: Sequence[LinearPart],
-        way: Served,
-        *,
-        dim: int,
-        bias: bool,
-    ) -> None:
-        super().__init__(site, shape, parts, dim=dim, bias=bias)
-        self.weight = PackedMatrix(site, shape, way.type)
+    def __init__(self, site: Site, shard: LinearShard, way: Served) -> None:
+        super().__init__(site, shard)
+        self.weight = PackedMatrix(site, shard.shape, way.type)
 
     @property
     def nbytes(self) -> int:
@@ -246,15 +223,14 @@ def by_outputs(
     ways = [site.quantisation.way(site.path + part.name) for part in parts]
     together = len(set(ways)) == 1 and (len(parts) == 1 or not _ordered(ways[0]))
     if together and _lines_up(ways[0], parts, 0):
-        return _make(site, shape, parts, ways[0], dim=0, bias=bias)
+        return _make(site, LinearShard(shape, parts, 0, bias), ways[0])
     begins = accumulate((part.local for part in parts), initial=0)
     alone = [_moved(part, begin) for part, begin in zip(parts, begins, strict=False)]
     made = []
     for part, way in zip(alone, ways, strict=True):
         kept = way if _lines_up(way, [part], 0) else Served()
-        shape = part.local, shape[1]
-        linear = _make(site, shape, [part], kept, dim=0, bias=bias, widened=kept != way)
-        made.append(linear)
+        shard = LinearShard((part.local, shape[1]), [part], 0, bias)
+        made.append(_make(site, shard, kept, widened=kept != way))
     return made[0] if len(made) == 1 else SideBySide(made)
 
 
@@ -263,26 +239,17 @@ def by_inputs(site: Site, shape: tuple[int, int], part: LinearPart, bias: bool) 
     summed."""
     way = site.quantisation.way(site.path + part.name)
     kept = way if _lines_up(way, [part], 1) else Served()
-    return _make(site, shape, [part], kept, dim=1, bias=bias, widened=kept != way)
+    return _make(site, LinearShard(shape, [part], 1, bias), kept, widened=kept != way)
 
 
-def _make(
-    site: Site,
-    shape: tuple[int, int],
-    parts: Sequence[LinearPart],
-    way: Served,
-    *,
-    dim: int,
-    bias: bool,
-    widened: bool = False,
-) -> Linear:
-    names = [site.path + part.name for part in parts]
+def _make(site: Site, shard: LinearShard, way: Served, *, widened: bool = False) -> Linear:
+    names = [site.path + part.name for part in shard.parts]
     site.quantisation.tally.add(way.kind, names, widened=widened)
     if way.kind is None:
-        return DenseLinear(site, shape, parts, dim=dim, bias=bias)
+        return DenseLinear(site, shard)
     if way.kind == "gguf":
-        return PackedLinear(site, shape, parts, way, dim=dim, bias=bias)
-    return QuantLinear(site, shape, parts, way, dim=dim, bias=bias)
+        return PackedLinear(site, shard, way)
+    return QuantLinear(site, shard, way)
 
 
 def _ordered(way: Served) -> bool:
