@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Final, NoReturn
+from typing import ClassVar, Final, NoReturn
 
 from asyncllm.constrain.grammars.regex import ALL, Reader, class_at, escape_at, literal
 from asyncllm.constrain.grammars.rules import (
@@ -48,21 +48,33 @@ def to_lark(source: str) -> str:
     return written(rules, "root")
 
 
-class _Reader(Reader):
-    counts = _COUNT
+class NotationReader(Reader):
+    """Reads a grammar of several lines.
+
+    Attributes:
+        notation: its name, for errors.
+        skipped: what means nothing between two items.
+    """
+
+    notation: ClassVar[str]
+    skipped: ClassVar[re.Pattern[str]]
+
+    def fail(self, why: str) -> NoReturn:
+        line = self.source.count("\n", 0, self.at) + 1
+        raise RequestError(f"the {self.notation} grammar {why} in line {line}")
+
+    def peek(self) -> str:
+        found = self.skipped.match(self.source, self.at)
+        self.at = found.end() if found else self.at
+        return super().peek()
+
+
+class _Reader(NotationReader):
+    counts, notation, skipped = _COUNT, "EBNF", _SKIP
 
     def __init__(self, source: str) -> None:
         super().__init__(source)
         self.refs: list[tuple[str, int]] = []  # rules that are used, and where
-
-    def fail(self, why: str) -> NoReturn:
-        line = self.source.count("\n", 0, self.at) + 1
-        raise RequestError(f"the EBNF grammar {why} in line {line}")
-
-    def peek(self) -> str:
-        found = _SKIP.match(self.source, self.at)
-        self.at = found.end() if found else self.at
-        return super().peek()
 
     def rules(self) -> Rules:
         found: Rules = {}

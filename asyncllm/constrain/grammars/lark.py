@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final, NoReturn
+from typing import Final
 
 from asyncllm.constrain.grammars import regex
-from asyncllm.constrain.grammars.regex import ALL, ANY, MAX_COUNT, Reader, code_text, literal
+from asyncllm.constrain.grammars.ebnf import NotationReader
+from asyncllm.constrain.grammars.regex import ALL, ANY, MAX_COUNT, code_text, literal
 from asyncllm.constrain.grammars.rules import (
     EMPTY,
     Alt,
@@ -71,22 +72,15 @@ def read(source: str, name: str, spell: Callable[[Expr], Expr]) -> tuple[Rules, 
     return kept, RuleRef(f"{name}start")
 
 
-class _Reader(Reader):
+class _Reader(NotationReader):
     """Collects rules and terminals; texts and expressions in rules are terminals without a name."""
+
+    notation, skipped = "Lark", _SKIP
 
     def __init__(self, source: str) -> None:
         super().__init__(source)
         self.defined: Rules = {}
         self.ignored: list[Expr] = []
-
-    def fail(self, why: str) -> NoReturn:
-        line = self.source.count("\n", 0, self.at) + 1
-        raise RequestError(f"the Lark grammar {why} in line {line}")
-
-    def peek(self) -> str:
-        found = _SKIP.match(self.source, self.at)
-        self.at = found.end() if found else self.at
-        return super().peek()
 
     def statements(self) -> None:
         """Read all of them. Raises RequestError."""
