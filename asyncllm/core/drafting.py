@@ -7,7 +7,6 @@ The part of the scheduler's state that knows of speculation; what pays is decide
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection
 
 from asyncllm.core.lives import Lives
 from asyncllm.core.lookup import Lookup
@@ -25,30 +24,11 @@ class Drafting(Lives):
     accepted with the probability that the model gives it, and what replaces it is distributed as
     the model's other tokens are.
 
-    Args:
-        speculation: None: nothing is guessed. The others: see ``scheduling.Core``.
+    Attributes:
+        speculation: None: nothing is guessed.
     """
 
-    def __init__(
-        self,
-        *,
-        num_lanes: int,
-        num_slots: int,
-        eos_ids: Collection[int],
-        share_prompts: bool,
-        constraint_s: float,
-        num_ranks: int,
-        speculation: Speculation | None,
-    ) -> None:
-        super().__init__(
-            num_lanes=num_lanes,
-            num_slots=num_slots,
-            eos_ids=eos_ids,
-            share_prompts=share_prompts,
-            constraint_s=constraint_s,
-            num_ranks=num_ranks,
-        )
-        self.speculation = speculation
+    speculation: Speculation | None
 
     def _awaits_drafts(self, speculation: Speculation) -> bool:
         """Whether nothing is to be planned before the running step is over."""

@@ -69,8 +69,8 @@ class Core(Drafting):
             share_prompts=share_prompts,
             constraint_s=constraint_s,
             num_ranks=num_ranks,
-            speculation=speculation,
         )
+        self.speculation = speculation
         self.headroom = headroom
         self.batch_max_tokens, self.chunk = batch_max_tokens, chunked_prefill_size
         self.available = num_slots  # as of the last grant
