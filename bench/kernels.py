@@ -14,9 +14,10 @@ import argparse
 import dataclasses
 import itertools
 import json
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -191,6 +192,27 @@ def median_us(call: Callable[[], object], quick: bool) -> float:
         call()
     rep = 30 if quick else 200
     return 1e3 * triton.testing.do_bench(graph.replay, warmup=10, rep=rep, return_mode="median")
+
+
+def in_turn_us(calls: Sequence[Callable[[], object]], quick: bool, turns: int = 1) -> float:
+    """Median time per call of a graph that runs all ``calls`` in turn, ``turns`` times over; they
+    see to it that no cache helps."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in [*calls] * turns:
+            call()
+    times = []
+    for _ in range(8 if quick else 20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times[2:]) / (turns * len(calls))
 
 
 def measure_ceiling(quick: bool) -> Ceiling:

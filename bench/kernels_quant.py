@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,7 +52,7 @@ from asyncllm.kernels.quant.rows import (
 )
 from asyncllm.kernels.rmsnorm import add_rmsnorm
 from asyncllm.models.quantization import QuantKind, QuantWeight
-from bench.kernels import BOUND, Ceiling, measure_ceiling, merge_into, randn
+from bench.kernels import BOUND, Ceiling, in_turn_us, measure_ceiling, merge_into, randn
 
 PRODUCTS = {
     "qkv": (6144, 4096),
@@ -87,25 +86,8 @@ def make_weight(kind: QuantKind, n: int, k: int) -> QuantWeight:
 
 
 def median_us(calls: Sequence[Call], quick: bool) -> float:
-    """Median time per call of a graph that runs all ``calls`` in turn, several times over."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    turns = max(1, 12 // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(turns):
-            for call in calls:
-                call()
-    times = []
-    for _ in range(6 if quick else 20):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times[1:]) / (turns * len(calls))
+    """Median time per call, in graphs that are long enough."""
+    return in_turn_us(calls, quick, max(1, 12 // len(calls)))
 
 
 def distance(want: Tensor, got: Tensor) -> float:

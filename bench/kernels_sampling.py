@@ -9,9 +9,8 @@ times are medians. Weights of the linear layer rotate over more memory than the 
 
 import argparse
 import itertools
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from asyncllm.kernels.linear import LinearConfig, linear, linear_ref
 from asyncllm.kernels.log_probs import log_probs, log_probs_ref
 from asyncllm.kernels.penalties import add_bias, penalize, penalize_ref, penalty_counts
 from asyncllm.kernels.sampling.sample import kept_ref, sample
-from bench.kernels import measure_ceiling
+from bench.kernels import in_turn_us, measure_ceiling
 
 VOCAB, HIDDEN = 128256, 4096
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
@@ -71,25 +70,6 @@ def plain_sample(logits: Tensor, args: Sequence[Tensor]) -> Tensor:
     """Without truncation torch needs no sort: exponential race."""
     probs = (logits.float() / args[0][:, None]).softmax(dim=-1)
     return probs.div_(torch.empty_like(probs).exponential_()).argmax(dim=-1)
-
-
-def median_us(calls: Sequence[Callable[[], object]], quick: bool) -> float:
-    """Median time per call of a graph that runs all ``calls`` in turn."""
-    for call in calls:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(8 if quick else 20):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times[2:]) / len(calls)
 
 
 def wrong_draws(logits: Tensor, args: Sequence[Tensor], got: Tensor) -> int:
@@ -193,18 +173,18 @@ def bench_sampling(quick: bool, copy: float) -> None:
             greedy = partial(sample, logits, *args, greedy=True, truncates=False)
             theirs = partial(torch.argmax, logits, dim=-1)
             moved = logits.nbytes
-            us = median_us([greedy] * 8, quick)
-            show("greedy", shape, us, moved, copy, median_us([theirs] * 8, quick))
+            us = in_turn_us([greedy] * 8, quick)
+            show("greedy", shape, us, moved, copy, in_turn_us([theirs] * 8, quick))
             for name, knobs in CASES.items():
                 args = columns(num, knobs)
                 cuts = name != "plain"
                 mine = partial(sample, logits, *args, greedy=False, truncates=cuts)
                 theirs = partial(sorted_sample if cuts else plain_sample, logits, args)
-                us, other = median_us([mine] * 4, quick), median_us([theirs], quick)
+                us, other = in_turn_us([mine] * 4, quick), in_turn_us([theirs], quick)
                 show(name, shape, us, moved, copy, other)
             tokens = logits.argmax(dim=-1)
-            us = median_us([partial(log_probs, logits, tokens)] * 4, quick)
-            other = median_us([partial(log_probs_ref, logits, tokens)], quick)
+            us = in_turn_us([partial(log_probs, logits, tokens)] * 4, quick)
+            other = in_turn_us([partial(log_probs_ref, logits, tokens)], quick)
             show("log_probs", shape, us, moved, copy, other)
 
 
@@ -214,29 +194,29 @@ def bench_linear(quick: bool, copy: float) -> None:
         x = weights(1, k)
         calls = [partial(linear, x, weight) for weight in stack]
         theirs = [partial(torch.nn.functional.linear, x, weight) for weight in stack]
-        us, other = median_us(calls, quick), median_us(theirs, quick)
+        us, other = in_turn_us(calls, quick), in_turn_us(theirs, quick)
         show("linear", f"{n} x {k}", us, stack[0].nbytes, copy, other)
 
 
 def bench_rest(quick: bool, copy: float) -> None:
     for num, length in ((1, 1000), (8, 8000), (64, 1000)):
         logits, args = torch.randn((num, VOCAB), device="cuda"), penalty_case(num, length)
-        us = median_us([partial(penalize, logits, *args)] * 4, quick)
+        us = in_turn_us([partial(penalize, logits, *args)] * 4, quick)
         show("penalize", f"{num} x {length} tokens", us, num * length * 24, copy)
     logits = torch.randn((256, VOCAB), device="cuda")
     rows = torch.arange(1280, dtype=torch.int32, device="cuda") % 256
     values = torch.full((1280,), -1.0, device="cuda")
-    us = median_us([partial(add_bias, logits, rows, rows, values)] * 4, quick)
+    us = in_turn_us([partial(add_bias, logits, rows, rows, values)] * 4, quick)
     show("add_bias", "1280 entries", us, 1280 * 20, copy)
     table, norm = weights(VOCAB, HIDDEN), weights(1, HIDDEN)[0]
     for num in (1, 256, 4096):
         case = step_case(num)
-        us = median_us([partial(stage, *case)] * 8, quick)
+        us = in_turn_us([partial(stage, *case)] * 8, quick)
         show("stage", f"{num} tokens", us, num * 40, copy)
         tokens = case[0].clamp(min=0)
-        us = median_us([partial(embed_rmsnorm, tokens, table, norm, 1e-5)] * 8, quick)
+        us = in_turn_us([partial(embed_rmsnorm, tokens, table, norm, 1e-5)] * 8, quick)
         theirs = partial(embed_rmsnorm_ref, tokens, table, norm, 1e-5)
-        other = median_us([theirs] * 8, quick)
+        other = in_turn_us([theirs] * 8, quick)
         show("embed_rmsnorm", f"{num} x {HIDDEN}", us, num * HIDDEN * 6, copy, other)
 
 
@@ -252,7 +232,7 @@ def tune() -> None:
         try:
             for stack in stacks:
                 x = weights(1, stack[0].shape[1])
-                us = median_us([partial(linear, x, w, config=config) for w in stack], True)
+                us = in_turn_us([partial(linear, x, w, config=config) for w in stack], True)
                 rates.append(stack[0].nbytes / us / 1e6)
         except OutOfResources:
             continue
