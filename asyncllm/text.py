@@ -173,10 +173,11 @@ def with_controls(text: Text) -> Text:
         return controls and ids[token] in plain.encode(token, add_special_tokens=False).ids
 
     controls = ControlTokens({token: made(token) for token in ids})
-    for token in added.values():
-        name = controls.names.get(token.content, token.content)
-        plain.add_tokens([_renamed(token, name)])
-    plain.add_tokens([AddedToken(controls.cut, normalized=False)])
+    # all at once: each call builds the tokenizer's automaton anew
+    named = [
+        _renamed(each, controls.names.get(each.content, each.content)) for each in added.values()
+    ]
+    plain.add_tokens([*named, AddedToken(controls.cut, normalized=False)])
     known = {plain.token_to_id(name): ids[token] for token, name in controls.names.items()}
     known |= {
         plain.token_to_id(token.content): i

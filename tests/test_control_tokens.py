@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -265,3 +266,10 @@ def test_a_tokenizer_that_cannot_is_refused(tmp_path: Path) -> None:
     text = saved(tmp_path, byte_level(["<" + "s" * 400 + ">"]), REAL[0])
     with pytest.raises(StartupError, match="added tokens of up to 402 characters, at most"):
         with_controls(text)
+
+
+def test_many_added_tokens_are_taken_at_once(tmp_path: Path) -> None:
+    text = saved(tmp_path, byte_level([f"<|reserved_{i}|>" for i in range(16_000)]), REAL[0])
+    begin = time.process_time()
+    with_controls(text)
+    assert time.process_time() - begin < 10  # 0.4 s; each for itself took 30
