@@ -1,4 +1,4 @@
-"""``python -m asyncllm`` is the ``asyncllm`` command, from its first moments on."""
+"""``python -m asyncllm``: the ``asyncllm`` command; handles signals from the first moment on."""
 
 from typing import NoReturn
 
@@ -6,7 +6,7 @@ from asyncllm.server import signals
 
 
 def main() -> int:
-    """Run the command; the exit code. It can be stopped while it is still being imported."""
+    """Run the command and return its exit code. Signals are handled even during the imports."""
     signals.end_when_stopped()
     from asyncllm import cli
 
@@ -14,7 +14,7 @@ def main() -> int:
 
 
 def run() -> NoReturn:
-    """The command as users start it."""
+    """Entry point of the installed command."""
     signals.end(main())
 
 

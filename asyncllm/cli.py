@@ -1,7 +1,7 @@
-"""The ``asyncllm`` command: argv -> Config -> serve; help and docs/cli.md from the same fields.
+"""The ``asyncllm`` command: parses argv into a ``Config``, prints help and docs/cli.md, serves.
 
-Owns spellings and the one error line; knows nothing of models or devices, which it imports only
-to serve, so that help and refusals answer at once.
+Defines how options are spelled and the one-line errors. It imports models and devices only in order
+to serve, so that help and errors come at once.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ ALIASES = {
     alias.replace("-", "_"): name for name, option in FLAGS.items() for alias in option.aliases
 }
 REFUSED_TITLE = """\
-## Options of LightLLM that end the start
+## Options of LightLLM that are refused
 
-They would change answers, capacity or who may ask, and are not available.
+They would change answers, capacity or access, and are not available.
 """
 IGNORED_TITLE = """\
-## Options of LightLLM that are left out with a warning
+## Options of LightLLM that are ignored with a warning
 
-They cannot matter here.
+They make no difference here.
 """
 INTRO = """\
 # Command line
 
 <!-- made by `python -m asyncllm.cli > docs/cli.md`; edit asyncllm/config/options.py instead -->
 
-`asyncllm [--option value ...]`, the same as `python -m asyncllm`. Every option may be written
-with hyphens too: `--model-dir` is `--model_dir`. A wrong option or value ends the start with one
-line on stderr and exit code 2; so does one that would change answers, capacity or who may ask, and
-cannot be honoured. An option that cannot matter in the chosen mode is one warning in the log.
+`asyncllm [--option value ...]`, the same as `python -m asyncllm`. Every option may also be written
+with hyphens: `--model-dir` is `--model_dir`. With an unknown option or an invalid value the command
+prints one line to stderr and exits with code 2; so it does if an option that would change answers,
+capacity or access cannot be honoured. An option without effect in the chosen mode is a warning in
+the log.
 """
 
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the arguments without the program's name; default: those of this process.
+        argv: the arguments without the program name; default: those of this process.
 
     Returns:
         The exit code: 2 after one line on stderr if the server cannot start as configured.
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(sys.argv[1:] if argv is None else argv)
     except StartupError as error:
         return _refuse(error)
-    except SystemExit as done:  # --help and --version have answered
+    except SystemExit as done:  # --help and --version have printed
         return 0 if done.code is None else int(done.code)
     first_rank = config.node_rank * config.tp // config.nnodes
     apart = config.run_mode in roles.LISTEN
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compiles(config: Config) -> bool:
-    """Whether there are kernels to compile ahead, as far as can be told without torch."""
+    """Whether there are kernels to compile ahead of time, as far as this is known without torch."""
     return (
         has_cuda()
         and config.device != "cpu"
@@ -105,11 +106,11 @@ def _make_cluster_key(name: str) -> int:
 
 
 def parse(argv: list[str]) -> Config:
-    """The configuration that ``argv`` asks for.
+    """The configuration given by ``argv``.
 
     Raises:
         StartupError: an unknown option, or a value that ``Config`` refuses.
-        SystemExit: --help or --version, answered on stdout.
+        SystemExit: --help or --version, printed to stdout.
     """
     words, warnings = _ours(argv)
     given = vars(_parser().parse_args(words))
@@ -118,7 +119,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def markdown() -> str:
-    """The text of docs/cli.md."""
+    """Return the text of docs/cli.md."""
     parts = [INTRO]
     for group in GROUPS:
         parts.append(
@@ -138,7 +139,7 @@ def markdown() -> str:
 
 
 def _foreign(reason: str) -> list[str]:
-    """LightLLM's options with this reason."""
+    """The rows for LightLLM's options that have this reason."""
     found = []
     for name, option in FOREIGN.items():
         if option.reason == reason:
@@ -148,7 +149,7 @@ def _foreign(reason: str) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours."""
+    """An argument parser that raises ``StartupError`` instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise StartupError(
@@ -157,7 +158,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Help whose option names are never broken at a hyphen, so that they can be searched."""
+    """Help that never breaks option names at a hyphen, so that they can be searched."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_on_hyphens=False)
@@ -187,7 +188,7 @@ def _parser() -> _Parser:
 
 
 def _argument(option: Flag) -> dict[str, Any]:
-    """Keywords for ``add_argument``; without a default, so that only given options are set."""
+    """Keywords for ``add_argument``. No default, so that only the given options are set."""
     text = option.help
     if option.default not in (None, False, ()):
         text += f" (default: {option.default})"
@@ -208,13 +209,13 @@ def _argument(option: Flag) -> dict[str, Any]:
 
 
 def _reader(option: Flag) -> Callable[[str], object]:
-    """Text -> value of the option's type."""
+    """Return a function that converts text to the option's type."""
     noun = {int: "a whole number", float: "a number", str: "text"}[option.kind]
 
     def read(text: str) -> object:
         try:
             if option.kind is not str and not NUMBER.fullmatch(text):
-                raise ValueError(text)  # Python reads more: 1_0, digits of any script, spaces
+                raise ValueError(text)  # Python accepts more: 1_0, digits of any script, spaces
             return option.kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"needs {noun}, not {text!r}") from None
@@ -223,10 +224,10 @@ def _reader(option: Flag) -> Callable[[str], object]:
 
 
 def _ours(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The words for argparse, and a warning for each of LightLLM's options that is left out.
+    """Split argv into the words for argparse and a warning for each ignored LightLLM option.
 
     Raises:
-        StartupError: an option that does not exist here, or that would change what is served.
+        StartupError: an unknown option, or a LightLLM option that would change what is served.
     """
     words, warnings, at = [], [], 0
     while at < len(argv):
@@ -255,13 +256,13 @@ def _ours(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _values(rest: list[str], foreign: Foreign) -> list[str]:
-    """Those of ``rest`` that belong to an option before it."""
+    """The leading words of ``rest`` that are values of the preceding option."""
     most = {"none": 0, "one": 1, "many": len(rest)}[foreign.values]
     return list(takewhile(lambda word: not word.startswith("--"), rest[:most]))
 
 
 def _unknown(typed: str, name: str) -> str:
-    """The error for an option that does not exist, with the nearest one that does."""
+    """The error for an unknown option; suggests the most similar known one."""
     spellings = [*FLAGS, *ALIASES, "help", "version"]
     near = difflib.get_close_matches(name.lower(), spellings, n=1)
     hint = f"did you mean --{near[0]}?" if near else "see --help"

@@ -1,8 +1,8 @@
-"""Control tokens that users and tools only spell, told apart from those that are meant.
+"""Tells control tokens that users and tools merely spell from those that are meant as such.
 
-While a chat template runs, what is only spelled stands in the conversation as marks that nobody
-else can write. Afterwards it is text again, and what the template and the assistant wrote has names
-that only the tokenizer knows. Text alone: knows neither templates nor tokenizers.
+While a chat template runs, spelled control tokens are replaced by marks that nobody else can write.
+Afterwards the marks become text again, and control tokens that the template and the assistant wrote
+get names that only the tokenizer knows. Works on text only: knows neither templates nor tokenizers.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from typing import Final
 
 from asyncllm.plain import Json, JsonObject
 
-# whose words keep their control tokens: they come from the application, or from the model
+# roles whose control tokens are kept: their text comes from the application or from the model
 TRUSTED: Final = frozenset({"system", "developer", "assistant"})
-OF_TOOLS: Final = ("tools", "listed")  # keys of their turns under which tools are described
-MOST: Final = 60_000  # control tokens; each has a character of its own
-LONGEST: Final = 400  # characters of one
-_FIRST: Final = 0x100000  # of a private plane of Unicode
-_SECRET: Final = range(0xF0000, 0xFFFFD)  # the other one
+OF_TOOLS: Final = ("tools", "listed")  # keys of a message that describe tools
+MOST: Final = 60_000  # control tokens; each gets a character of its own
+LONGEST: Final = 400  # characters per control token
+_FIRST: Final = 0x100000  # in a private plane of Unicode
+_SECRET: Final = range(0xF0000, 0xFFFFD)  # the other private plane
 
 
 class _Trie(dict[str, "_Trie"]):
-    """By their next character, the texts that go on; "" where one ends."""
+    """Texts by their next character; the key "" marks the end of one."""
 
 
 class ControlTokens:
-    """The control tokens of one vocabulary, and two secret alphabets for them.
+    """The control tokens of one vocabulary, with two secret alphabets for them.
 
     Args:
-        spelled: by the text of each token, how it is spelled as plain text: with ``cut`` inside
-            where the vocabulary would make the token of it all the same.
-        hidden, meant: what marks and names begin with; "": drawn.
+        spelled: for each token's text, whether its plain spelling must be split by ``cut``, because
+            the vocabulary would otherwise make the token out of it.
+        hidden, meant: prefixes of marks and names; "": drawn at random.
 
     Attributes:
-        cut: a name that is no token: the text before and behind it are encoded apart.
+        cut: a name that is not a token: the texts before and after it are encoded separately.
     """
 
     def __init__(self, spelled: Mapping[str, bool], hidden: str = "", meant: str = "") -> None:
@@ -54,10 +54,10 @@ class ControlTokens:
         self._longest = max(map(len, spelled), default=0)
 
     def hide(self, text: str) -> str:
-        """``text`` with a mark for each control token that it spells.
+        """Replace each control token spelled in ``text`` by a mark.
 
-        Where it begins or ends with a part of one there is a mark too, so that none comes about
-        where texts meet.
+        If ``text`` begins or ends with a part of one, that part gets a mark too, so that none can
+        form where texts are joined.
         """
         text = self._any.sub(lambda found: self._marks[found[0]], text)
         sizes = range(1, min(len(text), self._longest) + 1)
@@ -66,8 +66,8 @@ class ControlTokens:
         return before + text + behind
 
     def hide_in(self, messages: list[JsonObject]) -> list[JsonObject]:
-        """A conversation in template form, with marks in what users and tools say, and in what is
-        told of tools."""
+        """A conversation in template form, with marks in what users and tools write and in the
+        descriptions of tools."""
         return [
             {
                 key: value
@@ -79,11 +79,11 @@ class ControlTokens:
         ]
 
     def reveal(self, prompt: str) -> tuple[str, str | None]:
-        """What a template has made of such a conversation.
+        """Undo the marks in a prompt that a template rendered from such a conversation.
 
         Returns:
-            The prompt's text, and the same with names for the control tokens that are meant; None:
-            all that it spells are.
+            The prompt's text, and the same text with names for the control tokens that are meant;
+            None if all spelled control tokens are meant.
         """
         if self.hidden not in prompt:
             return prompt, None
@@ -96,18 +96,18 @@ class ControlTokens:
         return self._any.sub(lambda found: self.names[found[0]], text)
 
     def _plain(self, mark: str) -> str:
-        """The text that a mark stands for."""
+        """The text that a mark stands for, split where needed."""
         token = self._of_mark.get(mark, "")
         return token[:1] + self.cut + token[1:] if self.spelled.get(token) else token
 
     def within(self, value: Json) -> Json:
-        """A value with marks in all its strings."""
+        """The value with marks in all its strings."""
         if isinstance(value, str):
             return self.hide(value)
         if isinstance(value, list):
             return [self.within(each) for each in value]
         if isinstance(value, dict):
-            # a key that only begins like one must stay, since templates ask for it
+            # a key that merely begins like one must stay, since templates look it up
             return {
                 self.hide(key) if self._any.search(key) else key: self.within(each)
                 for key, each in value.items()
@@ -120,8 +120,8 @@ def _secret() -> str:
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """A regular expression for the longest of ``texts``, whose time does not depend on how many
-    they are."""
+    """A regular expression that matches the longest of ``texts``, in time independent of their
+    number."""
     root = _Trie()
     for text in texts:
         node = root

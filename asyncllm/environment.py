@@ -1,6 +1,6 @@
-"""Environment variables, cores and memory of the machine.
+"""Reads environment variables, and the machine's cores and memory.
 
-The only module that reads environment variables. It knows no option of the command line.
+The only module that reads environment variables. Knows no command-line options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ API_KEY = "ASYNCLLM_API_KEY"
 
 
 def take_api_key() -> str | None:
-    """What ASYNCLLM_API_KEY says; None: it is not set. Children will not inherit it."""
+    """Remove ASYNCLLM_API_KEY, so that children do not inherit it. None: not set."""
     return os.environ.pop(API_KEY, None)
 
 
@@ -29,29 +29,30 @@ CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def cuda_visible() -> str | None:
-    """What CUDA_VISIBLE_DEVICES says; None: it is not set, all are visible."""
+    """The value of CUDA_VISIBLE_DEVICES; None: not set, all are visible."""
     return os.environ.get(CUDA_VISIBLE)
 
 
 def has_cuda() -> bool:
-    """Whether a driver for CUDA devices is installed; they may be hidden, or there may be none."""
+    """Whether a CUDA driver is installed; devices may still be hidden or absent."""
     return any(
         Path(path).exists() for path in ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg")
     )
 
 
 def cpu_count() -> int:
-    """Cores this process may use, at least 1; an affinity mask (taskset, cpuset) counts."""
+    """Cores this process may use, at least 1; respects affinity masks (taskset, cpuset)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
 
 
 def memory_available(root: Path = Path("/")) -> int:
-    """Bytes of main memory this process may still take without swapping.
+    """Bytes of main memory this process may still use without swapping.
 
-    The least of what the machine has left (MemAvailable) and what a container's limit leaves
-    (cgroup 2 or 1; its file cache counts as free, since it gives way). ``root`` is for tests.
+    The smaller of the machine's available memory (MemAvailable) and what is left of a container's
+    limit (cgroup 2 or 1; its file cache counts as free, since it is reclaimable). ``root`` is for
+    tests.
     """
     lines = _read(root / "proc/meminfo").splitlines()
     left = [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
@@ -79,17 +80,17 @@ def child_environment(**extra: str) -> dict[str, str]:
     return {**os.environ, **extra}
 
 
-# where programs and libraries are looked for
+# search paths for programs and libraries
 _SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TMPDIR")
 
 
 def bare_environment(**extra: str) -> dict[str, str]:
-    """An environment for a child that is to know no secrets, with ``extra`` on top."""
+    """An environment without secrets for a child, with ``extra`` on top."""
     return {name: os.environ[name] for name in _SEARCHED if name in os.environ} | extra
 
 
 def use_interface(name: str) -> None:
-    """Have NCCL and gloo talk over this network interface, here and in children.
+    """Make NCCL and gloo use this network interface, here and in children.
 
     The user's own setting of these variables wins.
     """
@@ -98,7 +99,7 @@ def use_interface(name: str) -> None:
 
 
 def interface(*, cuda: bool) -> tuple[str, str]:
-    """(variable, its value) that says over which network interface NCCL, or gloo, talks."""
+    """(variable, value) that sets the network interface of NCCL, or of gloo."""
     name = "NCCL_SOCKET_IFNAME" if cuda else "GLOO_SOCKET_IFNAME"
     return name, os.environ.get(name, "").removeprefix("=")
 

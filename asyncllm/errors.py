@@ -1,15 +1,15 @@
-"""Every exception that asyncllm raises on purpose, and the HTTP status of those a client causes.
+"""All exceptions that asyncllm raises on purpose, and the HTTP status of client errors.
 
 AsyncllmError
-├── RequestError            the client's fault: one 4xx answer, nobody else notices
+├── RequestError            the client's fault: a 4xx answer to this request only
 │   ├── PromptTooLong       400 context_length_exceeded
 │   ├── ModelNotFound       404 model_not_found
 │   └── ServerBusy          429 rate_limit_exceeded, with Retry-After
-├── StartupError            bad flag, missing file, memory that does not fit: one line, exit 2
-│   └── Mismatch            processes that cannot belong to one server
-└── FatalError              this rank cannot go on: exit 1
+├── StartupError            bad flag, missing file, not enough memory: one line, exit code 2
+│   └── Mismatch            processes that cannot belong to the same server
+└── FatalError              this rank cannot continue: exit code 1
     ├── ActorCrashed        a vital actor raised
-    ├── PeerLost            another rank stopped reading or died
+        ├── PeerLost            another rank died or stopped reading
     └── PlanOutOfOrder      a step plan went missing on its way to a follower
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class AsyncllmError(Exception):
-    """Root of the tree."""
+    """Base of all exceptions of asyncllm."""
 
 
 class RequestError(AsyncllmError):
@@ -30,15 +30,15 @@ class RequestError(AsyncllmError):
 
     Args:
         message: what is wrong, with the value, the limit and the flag that changes the limit.
-        param: the request field at fault, or None.
+        param: the request's field at fault, or None.
         code: OpenAI's string code, or None.
     """
 
     status = 400
     type = "invalid_request_error"
     code: str | None = None
-    overflow: Overflow | None = None  # of a prompt that is too long
-    details: dict[str, object] | None = None  # for programs, of Anthropic's error object
+    overflow: Overflow | None = None  # sizes, if the prompt is too long
+    details: dict[str, object] | None = None  # machine-readable details in Anthropic's error object
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -71,11 +71,11 @@ class StartupError(AsyncllmError):
 
 
 class Mismatch(StartupError):
-    """Two processes cannot belong to one server; each of them says so and ends."""
+    """Two processes cannot belong to one server; both report it and exit."""
 
 
 class FatalError(AsyncllmError):
-    """This rank cannot go on."""
+    """This rank cannot continue."""
 
 
 class ActorCrashed(FatalError):
@@ -83,7 +83,7 @@ class ActorCrashed(FatalError):
 
 
 class PeerLost(FatalError):
-    """Another rank stopped reading or died; continuing would lose a message."""
+    """Another rank died or stopped reading; continuing would lose a message."""
 
 
 class PlanOutOfOrder(FatalError):

@@ -1,6 +1,6 @@
-"""A GGUF file as a model folder: what it says of itself in files of transformers, and a link to it.
+"""Makes a model folder from a GGUF file: its metadata as transformers' files, and a link to it.
 
-Nothing behind it treats such a folder differently; its weights are read where they are.
+The rest of the server treats it like any other folder; weights are read from the original file.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ from asyncllm.models.checkpoint import GGUF
 from asyncllm.models.gguf import read_gguf
 from asyncllm.models.gguf_arch import read_config
 
-_FORMAT = (
-    1  # part of the path: raise it when other files are written, so that old ones are not used
-)
+_FORMAT = 1  # part of the path: raise it when the written files change, to leave old ones unused
 
 
 def gguf_folder(file: Path, cache_dir: Path) -> Path:
-    """The folder of ``file``, made at its first use (a second, and no more room than a tokenizer).
+    """The folder for ``file``, made at first use (takes a second; as large as the tokenizer).
 
-    It is named as the file; one for each path and header.
+    Its name is the file's; there is one for each path and header.
 
     Raises:
-        StartupError: the file cannot be read, is not of a model that is served, or the cache cannot
-            be written.
+        StartupError: the file cannot be read, its model is not supported, or the cache cannot be
+            written.
     """
     file = file.expanduser().absolute()
     found = read_gguf(file)
@@ -49,12 +47,12 @@ def gguf_folder(file: Path, cache_dir: Path) -> Path:
                 text = json.dumps(content, ensure_ascii=False, indent=1)
                 (work / name).write_text(text + "\n", encoding="utf-8")
             (work / GGUF).symlink_to(file)
-            if target.exists():  # the file has been at another place
+            if target.exists():  # the file was moved
                 shutil.rmtree(target)
             try:
                 work.rename(target)
             except OSError:
-                if not (target / GGUF).exists():  # else another process was faster
+                if not (target / GGUF).exists():  # otherwise another process was faster
                     raise
     except OSError as error:
         raise StartupError(

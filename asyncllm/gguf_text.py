@@ -1,6 +1,6 @@
-"""The tokenizer of a GGUF file in the files of a Hugging Face folder.
+"""Converts the tokenizer of a GGUF file into the files of a Hugging Face folder.
 
-Knows what GGUF files say of tokens; knows no weights.
+Reads the tokenizer's metadata only, no weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T", str, int, float)
 
 _UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6  # kinds of tokens
 _NAMES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-# what ends an answer in chat formats, besides the token that the file names
+# end tokens of chat formats, besides the one that the file names
 _ENDS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>",
 })  # fmt: skip
@@ -38,7 +38,7 @@ def _cased(digits: str, short: str = "") -> str:
     )
 
 
-# tokenizer.ggml.pre -> how text is split before byte pairs are joined; "": as GPT-2 does
+# tokenizer.ggml.pre -> how text is split before byte pairs are merged; "": GPT-2's way
 _SPLITS = {
     "gpt-2": "",
     "smollm": "digits",
@@ -51,15 +51,15 @@ _SPLITS = {
     "tekken": _cased(""),
     "gpt-4o": _cased("{1,3}", f"{_SHORT}?"),
 }
-_WHOLE = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})  # words that are tokens stay so
-_WITH_BOS = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})  # if nothing is said
+_WHOLE = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})  # keep words that are tokens
+_WITH_BOS = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})  # if the file does not say
 
 
 def tokenizer_files(file: GgufFile) -> dict[str, FileContent]:
     """Contents of tokenizer.json, tokenizer_config.json and generation_config.json.
 
     Raises:
-        StartupError: the file has no tokenizer, or one of a kind that is not read.
+                StartupError: the file has no tokenizer, or an unsupported kind.
     """
     meta = file.meta
     tokens, kinds = _tokens(file)
@@ -71,8 +71,8 @@ def tokenizer_files(file: GgufFile) -> dict[str, FileContent]:
         made, with_bos = _sentencepiece(file, tokens, kinds), True
     else:
         raise StartupError(
-            f"{file.path}: tokenizer.ggml.model {str(model)[:100]!r} is not read; "
-            f"gpt2 and llama are"
+            f"{file.path}: tokenizer.ggml.model {str(model)[:100]!r} is not supported; "
+            f"only gpt2 and llama"
         )
     made["added_tokens"] = [
         _added(token, text, special=kind == _CONTROL)
@@ -81,7 +81,7 @@ def tokenizer_files(file: GgufFile) -> dict[str, FileContent]:
     ]
     ids = {name: _id(file, key, len(tokens)) for name, key in _NAMES.items()}
     config: FileContent = {
-        # not a class of transformers: those rebuild parts of the file
+        # no model-specific class of transformers: those rebuild parts of the file
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
         "add_bos_token": bool(meta.get("tokenizer.ggml.add_bos_token", with_bos)),
@@ -104,7 +104,7 @@ def tokenizer_files(file: GgufFile) -> dict[str, FileContent]:
 
 
 def _templates(meta: Meta) -> list[FileContent]:
-    """The usual chat template and those with names, as tokenizer_config.json lists them."""
+    """The default and the named chat templates, as tokenizer_config.json lists them."""
     key = "tokenizer.chat_template"
     found = {"default": meta.get(key)}
     found |= {n.removeprefix(f"{key}."): t for n, t in meta.items() if n.startswith(f"{key}.")}
@@ -122,7 +122,7 @@ def _tokens(file: GgufFile) -> tuple[list[str], list[int]]:
 
 
 def _list(file: GgufFile, key: str, kind: type[T]) -> list[T]:
-    """Empty: there is none, or it has values of another type."""
+    """The list at ``key``; empty if it is missing or has values of another type."""
     found = file.meta.get(f"tokenizer.ggml.{key}")
     if isinstance(found, list) and all(type(each) is kind for each in found):
         return found
@@ -170,11 +170,11 @@ def _model(tokens: Sequence[str], merges: Sequence[str], **options: object) -> F
 
 
 def _byte_pairs(file: GgufFile, tokens: list[str]) -> FileContent:
-    """Byte-level BPE; digits of "smollm" are split one by one before anything else."""
+    """Byte-level BPE; "smollm" first splits digits one by one."""
     pre = file.meta.get("tokenizer.ggml.pre")
     if pre not in _SPLITS:
         raise StartupError(
-            f"{file.path}: tokenizer.ggml.pre {str(pre)[:100]!r} is not read; "
+            f"{file.path}: tokenizer.ggml.pre {str(pre)[:100]!r} is not supported; "
             f"{', '.join(_SPLITS)} are"
         )
     if not (merges := _list(file, "merges", str)):
@@ -199,7 +199,7 @@ def _byte_pairs(file: GgufFile, tokens: list[str]) -> FileContent:
 
 
 def _sentencepiece(file: GgufFile, tokens: list[str], kinds: list[int]) -> FileContent:
-    """BPE of SentencePiece, whose merges follow from the scores of its tokens."""
+    """SentencePiece's BPE, whose merges are derived from the scores of its tokens."""
     scores = _list(file, "scores", float)
     if len(scores) != len(tokens):
         raise StartupError(f"{file.path}: tokenizer.ggml.scores do not fit the tokens")
@@ -227,7 +227,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str], kinds: list[int]) -> FileC
 
 
 def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> Iterator[tuple[str, str]]:
-    """Pairs of tokens that make a token, the best token first."""
+    """Pairs of tokens that merge into a token, the best-scored token first."""
     ids = {text: i for i, text in enumerate(tokens) if kinds[i] not in (_CONTROL, _BYTE, _UNKNOWN)}
     for text in sorted(ids, key=lambda text: (-scores[ids[text]], ids[text])):
         cuts = ((text[:at], text[at:]) for at in range(1, len(text)))

@@ -1,8 +1,6 @@
-"""From ``--model_dir`` to a folder with a model in it: a path, a GGUF file, a hub id or the
-embedded model.
+"""Resolves ``--model_dir`` to a model folder: a path, a GGUF file, a hub id, or the embedded model.
 
-Owns the decision and the check that the folder can be served at all; knows nothing of what the
-files contain.
+Also checks that the folder can be served; does not read what the files contain.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # what a server reads: config, tokenizer, template and safetensors
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "tokeniz*.py"]
-# the same weights once more under another name or for another runtime
+# copies of the same weights under another name or for another runtime
 _UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 
 
@@ -39,14 +37,14 @@ def resolve_model_dir(
     Args:
         model_dir: a folder, a GGUF file, a hub id ``org/name``, or None for the embedded model. A
             folder wins over a hub id of the same spelling.
-        cache_dir: where the embedded model is kept, and what GGUF files say of themselves; hub
-            models go to huggingface_hub's own cache.
+        cache_dir: where the embedded model and the folders for GGUF files are kept; hub models go
+            to huggingface_hub's own cache.
         bar: draws the progress of the embedded model; huggingface_hub has bars of its own.
-        load_way: "HF" or "DS", the format of the weights; the hub gives safetensors only. None:
-            none are wanted.
+        load_way: "HF" or "DS", the format of the weights; the hub has safetensors only. None: no
+            weights are needed.
 
     Raises:
-        StartupError: nothing there, not a servable folder, or the hub did not give it.
+        StartupError: nothing found, a folder that cannot be served, or a failed download.
     """
     if model_dir is None:
         return ensure_demo_model(cache_dir, bar)
@@ -75,8 +73,8 @@ def _of_file(file: Path, cache_dir: Path, load_way: str | None) -> Path:
 
 
 def names_of(folder: Path) -> tuple[str, ...]:
-    """What the model in ``folder`` is called: as the folder, whatever path leads there, or as its
-    repository where it lies in the hub's cache, with and without the owner. Empty: it has no name.
+    """The names of the model in ``folder``: the folder's own name (links resolved), or for a folder
+    in the hub's cache that of its repository, with and without owner. May be empty.
     """
     parts = Path(os.path.abspath(folder)).parts[1:]
     if parts[-2:-1] == ("snapshots",):
@@ -92,7 +90,7 @@ def names_of(folder: Path) -> tuple[str, ...]:
 
 
 def check_model_dir(folder: Path, load_way: str | None = "HF") -> None:
-    """Refuse a folder that cannot be served, naming what it lacks.
+    """Refuse a folder that cannot be served, and say what it lacks.
 
     Raises:
         StartupError: no ``config.json``, no weights in the format of ``load_way``, or shards that
@@ -101,26 +99,26 @@ def check_model_dir(folder: Path, load_way: str | None = "HF") -> None:
     if not (folder / "config.json").is_file():
         if load_way is not None and (found := sorted(folder.glob("*.gguf"))):
             raise StartupError(
-                f"{folder} is no Hugging Face model folder, and holds GGUF files: give one of them "
-                f"(--model_dir {found[0]})"
+                f"{folder} is not a Hugging Face model folder, but has GGUF files: name one "
+                f"of them (--model_dir {found[0]})"
             )
         own = " but params.json, Mistral's own format" if (folder / "params.json").is_file() else ""
-        raise StartupError(f"{folder} holds no config.json{own}: not a Hugging Face model folder")
+        raise StartupError(f"{folder} has no config.json{own}: not a Hugging Face model folder")
     if load_way is None:
         return
     if set(weight_files(folder, load_way)) == {folder / SINGLE} and (folder / INDEX).is_file():
-        _log.info("%s: all weights are taken from %s", folder, SINGLE)
+        _log.info("%s: all weights are read from %s", folder, SINGLE)
 
 
-class _TerminalBar(tqdm):  # type: ignore[misc]  # it has no types
-    """The hub client's bars, on a terminal only and whatever quietens its other bars."""
+class _TerminalBar(tqdm):  # type: ignore[misc]  # tqdm has no types
+    """The hub client's progress bar: on terminals only, even if its other bars are off."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **{**options, "disable": None})
 
 
 def _download(repo: str, *, weights: bool) -> Path:
-    # imported here: a local folder needs none of it
+    # imported here: a local folder does not need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
 
@@ -136,7 +134,7 @@ def _download(repo: str, *, weights: bool) -> Path:
         )
     except (OSError, ValueError, HTTPError) as err:
         raise StartupError(
-            f"--model_dir {repo}: no such folder, and not to be had from the Hugging Face hub: "
+            f"--model_dir {repo}: no such folder, and not available from the Hugging Face hub: "
             f"{_reason(err)}. Give a local folder with config.json and *.safetensors instead"
         ) from err
 
@@ -150,7 +148,7 @@ def _reason(err: Exception) -> str:
 
     match err:
         case GatedRepoError():
-            return "its terms must be accepted on its hub page first, then HF_TOKEN set"
+            return "its licence must be accepted on its hub page, and HF_TOKEN set"
         case RepositoryNotFoundError():
             return "there is no such model, or it is private and HF_TOKEN is not set"
         case LocalEntryNotFoundError() if hub_offline():

@@ -1,4 +1,4 @@
-"""Logging and progress on stderr: one set-up for every process of a server.
+"""Logging and progress bars on stderr, set up the same way in every process of a server.
 
 Owns the format of a line and the live bar below it; knows nothing of what is logged.
 """
@@ -29,7 +29,7 @@ def setup(level: str = "info", json: bool = False, who: str = "rank0") -> None:
     """Log to stderr from now on; calling again replaces the earlier set-up.
 
     Args:
-        level: least severity, a name such as "info".
+        level: lowest severity to log, a name such as "info".
         json: one JSON object per line instead of ``HH:MM:SS.mmm LEVEL who module: message``.
         who: this process, e.g. "rank0" or "http1".
     """
@@ -47,7 +47,7 @@ def setup(level: str = "info", json: bool = False, who: str = "rank0") -> None:
 
 
 class Seldom:
-    """Log lines of which there may be very many: at most one a minute, with a count.
+    """Rate-limited warnings: at most one a minute, with a count of those suppressed.
 
     Args:
         logger: where they go, as warnings.
@@ -59,7 +59,7 @@ class Seldom:
         self._next, self._kept_back = -math.inf, 0
 
     def warning(self, text: str, *args: object) -> None:
-        """As ``Logger.warning``; what is kept back is counted in the next line."""
+        """As ``Logger.warning``; the next line counts what was suppressed."""
         if (now := self._clock()) < self._next:
             self._kept_back += 1
             return
@@ -77,15 +77,15 @@ def phase(name: str) -> Iterator[None]:
 
 
 class ProgressBar:
-    """How far a download or a load has come; use it as a context manager, from one thread.
+    """Progress of a download or a load; a context manager, for one thread.
 
-    On a terminal it is a bar that is redrawn in place; elsewhere (a file, CI, --log_json) one
+    On a terminal it is a bar that is redrawn in place; elsewhere (a file, CI, --log_json) it is one
     log line per quarter or 5 s, whichever comes first. The end is always shown.
 
     Args:
         label: what is being done, e.g. "download SmolLM2".
         total_bytes: expected size; 0 if unknown.
-        stream: where the bar goes; default: stderr of the moment.
+        stream: where the bar is drawn; default: the current sys.stderr.
         clock: seconds, for tests.
     """
 
@@ -111,7 +111,7 @@ class ProgressBar:
         return self
 
     def advance(self, num_bytes: int) -> None:
-        """``num_bytes`` more are done."""
+        """Add ``num_bytes`` to the progress."""
         self.done_bytes += num_bytes
         waited = self._clock() - self._shown
         if self.live:
@@ -119,7 +119,7 @@ class ProgressBar:
                 self.draw()
             return
         quarter = 4 * self.done_bytes // self.total_bytes if self.total_bytes else 0
-        # the last quarter is said by the end line
+        # the final line reports the last quarter
         if self._quarter < quarter < 4 or (waited >= LINE_S and quarter < 4):
             self._quarter, self._shown = max(quarter, self._quarter), self._clock()
             _log.info("%s", self.text())
@@ -155,12 +155,12 @@ class ProgressBar:
         self._stream.flush()
 
     def clear(self) -> None:
-        """Remove the bar, to make place for a log line."""
+        """Remove the bar, to make room for a log line."""
         self._stream.write("\r\x1b[K")
 
 
 class StderrHandler(logging.Handler):
-    """Writes to stderr of the moment (it may be replaced) and keeps a live bar below the lines."""
+    """Writes to the current sys.stderr (it may be replaced); keeps a live bar below the lines."""
 
     bar: ProgressBar | None = None
 

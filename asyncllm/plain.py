@@ -1,6 +1,6 @@
-"""JSON values as a type, for what is read from files, bodies and schemas.
+"""JSON values as a type, for values read from files, request bodies and schemas.
 
-Knows nothing of what they mean: who reads one asks for its type before using it.
+Carries no meaning: readers must check a value's type before using it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import TypeAlias, TypeVar
 
-# Decimal: of readers that keep numbers exact
+# Decimal: from readers that keep numbers exact
 Json: TypeAlias = bool | int | float | Decimal | str | list["Json"] | dict[str, "Json"] | None
 JsonObject: TypeAlias = dict[str, Json]
 
@@ -18,5 +18,5 @@ T = TypeVar("T")
 def typed(value: Json, kind: type[T]) -> T:
     """``value``, which must be of this type. Raises TypeError."""
     if not isinstance(value, kind):
-        raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
+        raise TypeError(f"{str(value)[:40]!r} is not {kind.__name__}")
     return value

@@ -1,4 +1,4 @@
-"""Entry point of every server process: rank 0 prepares and serves, children are told what to be."""
+"""Entry point of every server process: rank 0 prepares and serves; children get their role."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ logger = logging.getLogger(__name__)
 
 
 def serve(config: Config, ahead: Ahead | None = None) -> int:
-    """Run a whole server from rank 0 until it is told to stop; the exit code.
+    """Run a whole server as rank 0 until it is told to stop; returns the exit code.
 
     Args:
-        ahead: what compiles kernels meanwhile.
+        ahead: the helper that compiles kernels meanwhile.
 
     Raises:
-        StartupError: it cannot start as configured.
+        StartupError: the server cannot start as configured.
     """
     config = with_all_keys(config)
     for line in config.warnings:
@@ -117,7 +117,7 @@ def _seat(
     model_dir: Path,
     stack: contextlib.ExitStack,
 ) -> Seat:
-    """The place of this process; waits for other nodes."""
+    """Join the other nodes, waiting for them, and return this process's endpoint."""
     if config.run_mode == roles.MASTER:
         if not config.check:
             hold_draining()
@@ -135,26 +135,26 @@ def _seat(
     if config.speculative != "none" and topology.in_step:
         raise StartupError(
             f"--speculative {config.speculative} with --dp {config.dp}: the groups of "
-            f"{spec.architecture} share experts and take the same steps, which none may hold up"
+            f"{spec.architecture} share experts and take the same steps, which drafts would delay"
         )
     if config.run_mode in roles.NODES:
         topology = topology.as_node()
     if roles.asks_config_server(config):
         topology = topology.guided()
-    # alone, --check meets nobody
+    # --check on a single node contacts nobody
     meets = config.nnodes > 1 or not config.check
     first_node = take_lease(config, stack) if meets else None
     if config.nnodes > 1:
         seat = find_seat(config, resolved, model_dir, topology, first_node, stack)
-        hold_draining()  # while it waited there was nothing to be told
+        hold_draining()  # while it waited there was nothing to drain
         return seat
     if not config.check:
-        hold_draining()  # from here on there is a folder to be removed
+        hold_draining()  # from here on there is a folder to clean up
     return take_seat(config, topology, stack)
 
 
 def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
-    """The model as its checkpoint has it, and its tokenizer; a master looks at no weights."""
+    """The checkpoint's model spec and its tokenizer; a master does not look at weights."""
     config_spec = ModelSpec.from_dir(model_dir)
     if config.run_mode == roles.MASTER:
         return config_spec, load_text(config, str(model_dir), config_spec)
@@ -163,8 +163,8 @@ def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
         spec = as_stored(config_spec, checkpoint)
     if spec.tie_embeddings != config_spec.tie_embeddings:
         logger.warning(
-            "config.json ties the output matrix to the embedding, but %s is another matrix: "
-            "it is used",
+            "config.json ties the output matrix to the embedding, but %s is a different matrix: "
+            "using it",
             f"{spec.head}.weight",
         )
     return spec, text
@@ -176,8 +176,8 @@ def _leave(wires: ZmqAddresses | NodeWires, code: int) -> NoReturn:
 
 
 def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None = None) -> Resolved:
-    """What the options mean for the model and this machine; ``text``: None:
-    no tokenizer is read."""
+    """Derive the limits from the options, the model and this machine. Without ``text`` no
+    tokenizer is read."""
     cuda = config.run_mode != roles.MASTER and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise StartupError("--device cuda: torch finds no CUDA device (--device cpu)")
@@ -215,15 +215,15 @@ def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None 
 
 
 def main() -> int:
-    """Entry of a child process: its ``Boot`` comes on standard input."""
+    """Entry of a child process: reads its ``Boot`` from standard input."""
     if not (text := sys.stdin.read()):
-        return 1  # rank 0 has gone already
+        return 1  # rank 0 is already gone
     try:
         boot = Boot.from_json(text)
     except StartupError as error:
         sys.stderr.write(f"asyncllm: {error}\n")
         return EXIT_STARTUP
-    if not boot.me.replaceable:  # an HTTP worker has something to say before it ends
+    if not boot.me.replaceable:  # an HTTP worker ends its requests first
         die_with_parent(boot.parent)
     leave_to_leader()
     log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))

@@ -1,6 +1,6 @@
-"""Values that travel together, as fields of messages: log-probabilities, failures, parameters.
+"""Records carried in messages: log-probabilities, failures, load, parameters of K/V transfer.
 
-Knows nothing of who sends them.
+Values only; they do not depend on the sender.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ record(SamplingParams)
 
 
 def int32s() -> array[int]:
-    """An empty column."""
+    """An empty int32 column."""
     return array(INT32)
 
 
 def int64s() -> array[int]:
-    """An empty column of wide numbers."""
+    """An empty int64 column."""
     return array(INT64)
 
 
@@ -46,17 +46,17 @@ class Logprobs:
 
     @property
     def whole(self) -> bool:
-        """Every token has all its alternatives."""
+        """Whether every token has all its alternatives."""
         wide = len(self) * self.num_top
         return self.num_top >= 0 and len(self.top_ids) == len(self.top) == wide
 
     def slice(self, start: int, stop: int | None = None) -> Logprobs:
-        """Those of tokens ``[start:stop]``."""
+        """The part for tokens ``[start:stop]``."""
         wide = slice(start * self.num_top, None if stop is None else stop * self.num_top)
         return Logprobs(self.num_top, self.chosen[start:stop], self.top_ids[wide], self.top[wide])
 
     def pick(self, tokens: Sequence[int]) -> Logprobs:
-        """Those of the tokens with these indices, in this order."""
+        """The part for the tokens with these indices, in this order."""
         picked = Logprobs(self.num_top)
         for i in tokens:
             picked.extend(self.slice(i, i + 1))
@@ -64,14 +64,14 @@ class Logprobs:
 
     @staticmethod
     def join(blocks: Sequence[Logprobs]) -> Logprobs:
-        """All of them; a step has as many alternatives as the request that wants most."""
+        """Concatenate ``blocks``, with as many alternatives as the block that has fewest."""
         joined = Logprobs(min(block.num_top for block in blocks))
         for block in blocks:
             joined.extend(block)
         return joined
 
     def extend(self, more: Logprobs) -> None:
-        """Append those of further tokens; of theirs that have more alternatives the best ones."""
+        """Append those of further tokens, keeping the best ``num_top`` alternatives of each."""
         self.chosen.extend(more.chosen)
         if more.num_top == self.num_top:
             self.top_ids.extend(more.top_ids)
@@ -86,12 +86,12 @@ class Logprobs:
 @record
 @dataclass(frozen=True, slots=True)
 class Overflow:
-    """What does not fit into the context, in tokens."""
+    """Sizes, in tokens, of a request that exceeds the context."""
 
-    prompt_len: int  # at least
-    max_tokens: int  # that are to be generated; 0: the prompt alone is too long
+    prompt_len: int  # a lower bound
+    max_tokens: int  # to generate; 0: the prompt alone is too long
     limit: int
-    flag: str  # that changes the limit
+    flag: str  # the option that changes the limit
 
 
 @record
@@ -110,44 +110,44 @@ class Failure:
 
     @classmethod
     def of(cls, error: RequestError) -> Failure:
-        """What travels of an error."""
+        """The record for an error."""
         return cls(error.message, error.code or "", error.status, error.overflow)
 
 
 @record
 @dataclass(frozen=True, slots=True)
 class ConstraintDone:
-    """One piece of a constraint's work that a thread brings back."""
+    """The result of one slice of a constraint's work in a thread."""
 
     rid: int
     verdict: Verdict
     cpu_s: float = 0.0
-    failure: Failure | None = None  # of a refusal
-    num: int = 1  # tokens that the constraint has taken, where it was told several
+    failure: Failure | None = None  # if it was refused
+    num: int = 1  # tokens that the constraint accepted, if it was given several
 
 
 @record
 @dataclass(slots=True)
 class Opened:
-    """A lane that the runners have not seen: the request's way through the device begins."""
+    """A lane that is new to the runners: a request begins or returns after a preemption."""
 
     lane: int
     prompt_len: int
     params: SamplingParams
-    known: array[int]  # the prompt, and tokens made before a preemption; empty unless needed
+    known: array[int]  # the prompt, and tokens generated before a preemption; empty unless needed
 
 
 @record
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One HTTP request that has been answered.
+    """Statistics of one answered HTTP request.
 
     Args:
-        route: the path as registered, not as asked for; "other" where none is.
-        reason: why generation ended; "refused" when it was not begun; "" when the request was not
-            about generation.
-        ttft_s: seconds to the first token; < 0: none came.
-        tpot_s: seconds per token after the first; < 0: fewer than two came.
+        route: the path as registered, not as requested; "other" if there is none.
+        reason: why generation ended; "refused" if it never began; "" if the request did not ask
+            for generation.
+        ttft_s: seconds to the first token; < 0: there was none.
+        tpot_s: seconds per token after the first; < 0: fewer than two.
     """
 
     route: str
@@ -163,14 +163,14 @@ class Answered:
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What a group has to do.
+    """The load of a group.
 
     Args:
         used: KV slots held by requests.
         expected: held and promised: prompt + max_new_tokens of running and waiting requests.
-        total: KV slots there are.
-        sliding_used, sliding_total: those of layers with a window, where these have their own.
-        cached: KV slots that are kept for their prefix only.
+        total: all KV slots.
+        sliding_used, sliding_total: the same for layers with a window, if these have their own.
+        cached: KV slots kept only for their prefix.
         running, waiting: requests.
     """
 
@@ -187,15 +187,15 @@ class Load:
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvMoved:
-    """What a node has sent to others and taken from them, since its start.
+    """K/V that a node has sent to and received from others since its start.
 
     Args:
-        sent_bytes: of K/V.
-        tokens: whose K/V have come, of requests that have come as a whole.
-        transfers: these requests.
-        ms: they took together, from the first sign of the sender to the last byte.
-        lapses: transfers that have failed.
-        waiting: now: portions that could travel and wait for a page.
+        sent_bytes: bytes of K/V sent.
+        tokens: tokens received, of completed transfers.
+        transfers: completed transfers.
+        ms: total time of these transfers, from the sender's first frame to the last byte.
+        lapses: failed transfers.
+        waiting: portions that are ready now and wait for a page.
     """
 
     sent_bytes: int = 0
@@ -214,18 +214,18 @@ class KvMoved:
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvWire:
-    """What K/V of one server look like to another.
+    """The layout of one server's K/V on the wire.
 
-    Two servers understand each other if all is equal but ``tp``.
+    Two servers can exchange K/V if all fields but ``tp`` are equal.
 
     Args:
-        format: names of the formats that they are kept in, see docs/kv-formats.md.
+        format: names of the formats that K/V are kept in, see docs/kv-formats.md.
         dtype: of the model's activations, and of K/V that are not quantised.
         num_layers: layers that have K/V.
-        num_heads: K/V heads of the whole model; 1 of latents.
-        head_bytes: of a head of a token in one layer, K and V and their scales together.
-        latent: they are latents, the same on every rank.
-        tp: ranks that heads are divided among, or repeated on.
+        num_heads: K/V heads of the whole model; 1 for latents.
+        head_bytes: bytes per head, token and layer: K, V and their scales together.
+        latent: whether they are latents, the same on every rank.
+        tp: ranks that heads are divided among, or replicated on.
     """
 
     format: str
@@ -241,7 +241,7 @@ class KvWire:
         return min(self.num_layers, self.num_heads, self.head_bytes, self.tp) > 0
 
     def difference(self, other: KvWire) -> str:
-        """What the two would not understand of each other; "": nothing."""
+        """What makes the two incompatible; "": nothing."""
         for name, ours in asdict(self).items():
             if name != "tp" and ours != (theirs := asdict(other)[name]):
                 return f"{name} is {ours} here and {theirs} there"
@@ -251,12 +251,12 @@ class KvWire:
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """Where K/V of a request are wanted.
+    """Where to send the K/V of a request.
 
     Args:
-        node: the id of the server, which no other and no later one has.
-        epoch: the request's rid there; what is labelled so, and nothing else, is taken for it.
-        hit, length: K/V of positions [hit, length) are wanted.
+        node: the server's id, which is never reused.
+        epoch: the request's rid there; only data labelled with it is accepted.
+        hit, length: the positions [hit, length) are needed.
         addresses: of kv_transfer on each rank of the group, by rank.
     """
 
@@ -277,5 +277,5 @@ class Destination:
         )
 
     def reaches(self, length: int) -> bool:
-        """It wants K/V of as many tokens."""
+        """Whether it is valid and needs K/V of exactly ``length`` tokens."""
         return self.valid and self.length == length

@@ -1,7 +1,7 @@
-"""A tokenizer.model of SentencePiece as a tokenizer, which needs the extra of that name.
+"""Loads SentencePiece's tokenizer.model as a fast tokenizer; needs the extra ``sentencepiece``.
 
-The file is converted by what it says itself: classes of transformers for single families take
-settings for granted that are in the file.
+The conversion uses the settings in the file itself: the model-specific classes of transformers
+assume some of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("asyncllm.text")
 
-# texts that a conversion is tried with
+# texts that the conversion is checked with
 _PROBES = (
     "Hello world",
     " The  quick\tbrown\n\nfox, 12345 times.",
@@ -32,10 +32,10 @@ _PROBES = (
 def read_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str]]:
     """The tokenizer of a tokenizer.model, and the text of its named special tokens.
 
-    A conversion that splits a text otherwise than sentencepiece does is a warning.
+        If the conversion splits a text differently from sentencepiece, a warning is logged.
 
     Raises:
-        StartupError: a library is missing, or the file is not one.
+        StartupError: a library is missing, or the file is not a SentencePiece model.
     """
     if lacking := [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]:
         raise StartupError(
@@ -68,8 +68,8 @@ def _compare(file: Path, made: Tokenizer, model: SentencePieceProcessor) -> None
         got, wanted = made.encode(text, add_special_tokens=False).ids, model.encode(text)
         if got != wanted:
             _log.warning(
-                "%s: its conversion splits %r into %s, sentencepiece into %s; a tokenizer.json "
-                "beside it would be used instead",
+                "%s: its conversion splits %r into %s, sentencepiece into %s; put a "
+                "tokenizer.json beside it to use that instead",
                 *(file, text, got, wanted),
             )
             return
@@ -78,5 +78,5 @@ def _compare(file: Path, made: Tokenizer, model: SentencePieceProcessor) -> None
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # a package above it
+    except ModuleNotFoundError:  # its parent package is missing
         return False

@@ -1,6 +1,6 @@
-"""Mistral's tekken.json as a tokenizer: ranked byte strings, of which each is a merge.
+"""Loads Mistral's tekken.json as a fast tokenizer: ranked byte strings, each of them a merge.
 
-Knows the file; special tokens of files that name none are those of their time.
+Files that list no special tokens get those of their time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from asyncllm.errors import StartupError
 
 NAMED: Final = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-# of files of before special_tokens was a part of them, in order
+# for files older than the field special_tokens, in order
 _FIRST_SPECIAL: Final = (
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
     "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] "
@@ -25,10 +25,10 @@ _FIRST_SPECIAL: Final = (
 
 
 def read_tekken(file: Path) -> Tokenizer:
-    """The tokenizer of a tekken.json; its special tokens have the first ids.
+    """The tokenizer of a tekken.json; special tokens come first.
 
     Raises:
-        StartupError: the file is not one.
+        StartupError: not such a file.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -57,7 +57,7 @@ def byte_characters() -> dict[int, str]:
 
 
 def _special(listed: list[dict[str, object]] | None, num: int) -> list[str]:
-    """All special tokens; ranks without a name have one by their number."""
+    """All special tokens; unnamed ranks get a name made of their number."""
     if listed is None:
         named = dict(enumerate(_FIRST_SPECIAL.split()))
     else:

@@ -1,16 +1,15 @@
-"""The process in which chat templates run, and how to start one.
+"""The helper process that compiles and renders chat templates, and how to start it.
 
-Jinja gives no bound to what a template computes, so that none is ever compiled or rendered in a
-process of the server: a helper does it, which can be killed. It holds no model and no secret, may
-use MEMORY bytes, and dies with its parent.
+Jinja does not bound what a template computes, so no process of the server compiles or renders one:
+a helper does, and it can be killed. It holds no model and no secret, may use MEMORY bytes of
+memory, and dies with its parent.
 
     parent -> helper: msgpack [templates, special_tokens, control tokens, calls, thoughts], once;
         then chats as JSON
     helper -> parent: msgpack [True, dialect's fields, variables, roles, mixes] once; then
-        [True, prompt, head, named] for each chat; [False, message, param] instead for what cannot
-        be done
+        [True, prompt, head, named] for each chat; or [False, message, param] if it failed
 
-A frame is its length in four bytes and its content. Run as ``python -m asyncllm.templates``.
+A frame is a length of four bytes and the content. Run as ``python -m asyncllm.templates``.
 """
 
 from __future__ import annotations
@@ -42,22 +41,22 @@ from asyncllm.plain import Json, JsonObject
 
 START_S = 10.0  # for the helper to start and to read the templates
 MEMORY = 1 << 30
-MAX_PROMPT = 16 << 20  # bytes that a template may make of a chat
+MAX_PROMPT = 16 << 20  # bytes of a rendered chat
 MAX_FRAME = MAX_PROMPT + (1 << 16)
-HEAD_CHARS = 256  # of a chat's prompt that is told apart: more than any mark at its end
+HEAD_CHARS = 256  # at the prompt's end that are searched for marks: more than any mark
 PR_SET_PDEATHSIG = 1
 
-HelperReply = list[Any]  # what the helper says, as above
+HelperReply = list[Any]  # a reply of the helper, as above
 
 
 @dataclass(frozen=True, slots=True)
 class Chats:
-    """What a model's chats are rendered by.
+    """The chat templates of a model and what is needed to render them.
 
     Attributes:
-        templates, special_tokens: as ``ChatTemplate`` takes them.
-        controls: what is told apart where users and tools only spell it; None: nothing is.
-        fault: why none can be rendered; "": they can.
+        templates, special_tokens: as for ``ChatTemplate``.
+        controls: control tokens to tell from merely spelled ones; None: not told apart.
+        fault: why chats cannot be rendered; "": they can.
     """
 
     templates: Mapping[str, str]
@@ -84,7 +83,7 @@ class Helper:
         told = (dict(chats.templates), dict(chats.special_tokens), secret, *known)
         self.first = frame(msgpack.packb(told, unicode_errors="surrogatepass"))
         with theirs:
-            # a session of its own: a terminal's Ctrl-C is for rank 0 alone
+            # its own session: a terminal's Ctrl-C is for rank 0 only
             self.process: subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, "-m", "asyncllm.templates"],
                 stdin=theirs.fileno(),
@@ -94,7 +93,7 @@ class Helper:
             )
 
     def kill(self) -> None:
-        """End it at once; it is a zombie until ``process.wait()``."""
+        """Kill it; it stays a zombie until ``process.wait()``."""
         self.process.kill()
         self.sock.close()
 
@@ -106,14 +105,14 @@ def read_dialect(
     *,
     seconds: float = START_S,
 ) -> tuple[Dialect, bool]:
-    """How a model writes, from its chat templates, and whether these mix up control tokens that are
-    meant with those that are only spelled. Blocks.
+    """Detect the output format of a model from its chat templates, and whether these mix up real
+    and merely spelled control tokens. Blocks.
 
     Args:
         as for ``Helper``.
 
     Raises:
-        StartupError: they cannot be compiled, or not within ``seconds``.
+        StartupError: they do not compile, or take longer than ``seconds``.
     """
     helper = Helper(chats, calls, thoughts)
     try:
@@ -126,7 +125,7 @@ def read_dialect(
         ) from None
     except (EOFError, ConnectionError):
         raise StartupError(
-            "the model's chat template cannot be compiled: the process that tried ended with"
+            "the model's chat template cannot be compiled: the helper process exited with"
             f" {helper.process.wait()}"
         ) from None
     finally:
@@ -140,12 +139,12 @@ def read_dialect(
 
 
 def frame(content: bytes) -> bytes:
-    """As it goes over the connection."""
+    """The bytes to send for ``content``."""
     return len(content).to_bytes(4, "little") + content
 
 
 def unpack(content: bytes) -> HelperReply:
-    """What a frame of the helper says."""
+    """Decode the content of a frame."""
     reply: HelperReply = msgpack.unpackb(content, unicode_errors="surrogatepass")
     return reply
 
@@ -176,8 +175,8 @@ def _describe(
 
 
 def marked_roles(template: ChatTemplate, controls: ControlTokens) -> list[str]:
-    """Roles whose mark is a control token of the vocabulary, where the template makes the marks of
-    turns of whatever role it is given (``<|observation|>``)."""
+    """Roles that a template would turn into a control token of the vocabulary, because it builds
+    the marks of a turn from any role it is given (``<|observation|>``)."""
     role = "zq"
     try:
         text = template.render({"messages": [{"role": role, "content": ""}]})
@@ -189,8 +188,8 @@ def marked_roles(template: ChatTemplate, controls: ControlTokens) -> list[str]:
 
 
 def mixes(template: ChatTemplate, controls: ControlTokens) -> bool:
-    """Whether what users or tools say, or what is told of tools, comes out of the template so that
-    marks in it are lost."""
+    """Whether the template alters what users or tools say, or tool descriptions, such that marks
+    in them are lost."""
     usual, hidden = "so be it", controls.hide(f"so {next(iter(controls.spelled), '')} it")
     for plain, marked in zip(_chats_of(usual), _chats_of(hidden), strict=True):
         try:
@@ -224,8 +223,8 @@ def _chats_of(said: str) -> list[JsonObject]:
 
 
 def render(template: ChatTemplate, controls: ControlTokens | None, content: bytes) -> HelperReply:
-    """The prompt of a chat in JSON, the head of its end, and whether the prompt is one with names
-    for control tokens. Raises RequestError."""
+    """Render a chat given as JSON: the prompt, the text at its end that opens the answer, and
+    whether the prompt has names for control tokens. Raises RequestError."""
     chat = json.loads(content)
     going_on = chat["kwargs"].get("continue_final_message")
     continued = chat["messages"][-1]["content"] if going_on else ""
@@ -239,7 +238,7 @@ def render(template: ChatTemplate, controls: ControlTokens | None, content: byte
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_PROMPT:
         raise RequestError(
-            f"the chat template makes {size:,} bytes of these messages, limit {MAX_PROMPT:,}",
+            f"the chat template renders these messages to {size:,} bytes, limit {MAX_PROMPT:,}",
             param="messages",
         )
     head = text.removesuffix(continued)[-HEAD_CHARS:]
@@ -247,7 +246,7 @@ def render(template: ChatTemplate, controls: ControlTokens | None, content: byte
 
 
 def answer(work: Callable[[], HelperReply]) -> bytes:
-    """The content of a frame: what ``work`` gives, or why it gives nothing."""
+    """The reply frame: the result of ``work``, or why it failed."""
     try:
         reply = [True, *work()]
     except MemoryError:
@@ -267,7 +266,7 @@ def answer(work: Callable[[], HelperReply]) -> bytes:
 def main() -> None:
     """Serve the parent on standard input until it closes it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a whole service is told to stop; we end with it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the whole service; we end with our parent
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sock = socket.socket(fileno=0)

@@ -1,6 +1,6 @@
-"""The model's tokenizer: text to ids, ids to text, chat templates.
+"""The model's tokenizer: encodes, decodes, and reads its files and chat templates.
 
-The only place that knows the file formats of tokenizers and transformers; knows no requests.
+The only module that knows the tokenizer's file formats and transformers; knows no requests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger("asyncllm.text")
-_ONLY_FAST = "--tokenizer_mode slow: the model has only a fast tokenizer, it is used"
+_ONLY_FAST = "--tokenizer_mode slow: the model only has a fast tokenizer; using that"
 
 Mode = Literal["fast", "slow", "auto"]
 
@@ -41,15 +41,15 @@ class Text:
 
     Attributes:
         tokenizer: the fast tokenizer, or None where only a slow one exists.
-        pieces: bytes of each id as it appears in text; b"" for ids without a token.
-        table: how pieces join; None: the decoder is of another kind, and windows are decoded.
+        pieces: bytes that each id contributes to the text; b"" for ids without a token.
+        table: how pieces are joined; None: an unknown decoder, so windows are decoded instead.
         special: ids of special tokens, hidden by ``skip_special_tokens``.
         templates: chat templates by name; "default" is the usual one. Empty: not a chat model.
         special_tokens: text of bos_token, eos_token, ... as templates use them.
-        bos_id, eos_id: None where the folder names no such token.
+        bos_id, eos_id: None if the folder does not name one.
         vocab_size: highest id + 1; the model's own may be larger (padding).
         max_piece_chars: length of the longest token in characters.
-        controls: tokens that are told apart from text that spells them; None: none are.
+        controls: control tokens to tell from merely spelled ones; None: not told apart.
     """
 
     tokenizer: Tokenizer | None
@@ -73,23 +73,23 @@ class Text:
         Raises:
             UnicodeEncodeError: ``text`` has a lone surrogate.
         """
-        text.encode()  # the library answers a lone surrogate with a TypeError about its input type
+        text.encode()  # the library raises a misleading TypeError for a lone surrogate
         return array("i", self._encode(text, add_special_tokens))
 
     def encode_named(self, text: str) -> array[int]:
-        """Ids of a text in which control tokens stand by ``controls.names``, and are text where
-        they are spelled. Raises UnicodeEncodeError."""
+        """Ids of a text in which real control tokens are written by ``controls.names`` and
+        spelled ones are ordinary text. Raises UnicodeEncodeError."""
         assert self._encode_named is not None
         text.encode()
         return array("i", self._encode_named(text))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of all ``ids`` at once; ids without a token give nothing."""
+        """Text of all ``ids`` at once; ids without a token add nothing."""
         return self._decode(list(ids), skip_special_tokens)
 
     def spell(self, ids: Sequence[int]) -> list[str]:
-        """What each of ``ids`` adds to their text, special tokens shown; "":
-        a part of a character."""
+        """The text that each of ``ids`` adds, special tokens shown; "": an incomplete
+        character."""
         stream = self.stream((), False)
         out = [stream.push(i) for i in ids]
         if rest := stream.flush():
@@ -109,15 +109,14 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     vocab_size: int = MOST_TOKENS,
 ) -> Text:
-    """The tokenizer of a model folder. ``fast`` and ``auto`` are the same.
+    """Load the tokenizer of a model folder. ``fast`` and ``auto`` are the same.
 
-    It is tokenizer.json; without it tokenizer.model of SentencePiece, then tekken.json.
-    transformers is imported only where there is neither tokenizer.json nor tekken.json, or for
-    ``slow``: it takes seconds, and some of its classes rebuild parts of the file that they should
-    take as they are.
+    Uses tokenizer.json, or else SentencePiece's tokenizer.model, or else tekken.json. transformers
+    is only imported for ``slow`` or if none of these exists: the import takes seconds, and some of
+    its classes rebuild parts of the file that must be used as they are.
 
     Args:
-        vocab_size: the model's; tokens that tokenizer_config.json or added_tokens.json put beyond
+        vocab_size: the model's; tokens that tokenizer_config.json or added_tokens.json place beyond
             it are not added.
 
     Raises:
@@ -133,7 +132,7 @@ def load_tokenizer(
     if (found := _read(folder, mode, "auto_map" in config)) is not None:
         tokenizer, names = found
         if names:
-            # where nothing is said of bos, as transformers' classes for such files did before 5.0
+            # default of transformers' classes for such files before 5.0
             config.setdefault("add_bos_token", True)
             special = {**names, **special}
         named = [*special.values(), *more_special]
@@ -147,28 +146,28 @@ def load_tokenizer(
 
 
 def with_controls(text: Text) -> Text:
-    """``text`` that tells control tokens apart from text that spells them.
+    """``text`` with control tokens told apart from text that merely spells them.
 
-    All added tokens count but those of white space. Another tokenizer shares vocabulary and rules,
-    and knows them by names that nobody spells.
+    Applies to all added tokens but those made of white space. A second tokenizer shares vocabulary
+    and rules, and knows these tokens by names that nobody can spell.
 
     Raises:
-        StartupError: the tokenizer cannot do so.
+        StartupError: the tokenizer does not support it.
     """
     if text.tokenizer is None:
-        raise StartupError("a tokenizer in Python takes control tokens wherever they are spelled")
+        raise StartupError("a slow tokenizer cannot tell control tokens from text that spells them")
     added = text.tokenizer.get_added_tokens_decoder()
     ids = {token.content: i for i, token in added.items() if token.content.strip()}
     if len(ids) > MOST or max(map(len, ids), default=0) > LONGEST:
         raise StartupError(
-            f"the tokenizer has {len(ids)} added tokens of up to {max(map(len, ids))} characters, "
-            f"at most {MOST} of {LONGEST} are told apart"
+            f"the tokenizer has {len(ids)} added tokens of up to {max(map(len, ids))} characters; "
+            f"at most {MOST} of {LONGEST} can be told apart"
         )
     plain = _alike(text.tokenizer)
     source = "".join(text.templates.values())
 
     def made(token: str) -> bool:
-        """Whether the vocabulary has one that begins or ends turns as an ordinary token too."""
+        """Whether the vocabulary also has this control token as an ordinary token."""
         controls = ids[token] in text.special or token in source
         return controls and ids[token] in plain.encode(token, add_special_tokens=False).ids
 
@@ -194,8 +193,8 @@ def with_controls(text: Text) -> Text:
 
 
 def _alike(tokenizer: Tokenizer) -> Tokenizer:
-    """One with the same vocabulary and rules, without added tokens."""
-    made = Tokenizer(tokenizer.model)  # which they share
+    """A tokenizer with the same vocabulary and rules but no added tokens."""
+    made = Tokenizer(tokenizer.model)  # shared
     if tokenizer.normalizer is not None:
         made.normalizer = tokenizer.normalizer
     if tokenizer.pre_tokenizer is not None:
@@ -215,9 +214,9 @@ def _renamed(token: AddedToken, name: str) -> AddedToken:
 
 
 def _read(folder: Path, mode: Mode, own_code: bool) -> tuple[Tokenizer, dict[str, str]] | None:
-    """The tokenizer of a folder's file, and special tokens that the file itself names.
+    """Read the tokenizer from the folder's own file, and the special tokens named in that file.
 
-    None: transformers has to find one.
+    None: there is no such file; use transformers.
     """
     file, sentences, tekken = (folder / name for name in ("tokenizer.json", SENTENCEPIECE, TEKKEN))
     if file.is_file():
@@ -240,9 +239,9 @@ def _fast(
     special: dict[str, str],
     templates: dict[str, str],
 ) -> Text:
-    tokenizer.no_truncation()  # a file may carry the settings of its training
+    tokenizer.no_truncation()  # a file may contain the settings of its training
     tokenizer.no_padding()
-    # named special tokens are special even where the file lists them as ordinary ones
+    # named special tokens are special even if the file lists them as ordinary tokens
     tokenizer.add_special_tokens(
         [
             AddedToken(content, special=True, normalized=False)
@@ -258,8 +257,8 @@ def _fast(
     bos = _bos_to_prepend(tokenizer, config, ids.get("bos_token"))
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
-        # encode() holds the GIL, the batches do not; this one keeps no offsets, which take ten
-        # times the text's size
+        # encode() holds the GIL, the batch methods do not; this one keeps no offsets, which would
+        # take ten times the text's size
         (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return [*bos, *found.ids] if add_special_tokens else found.ids
 
@@ -292,11 +291,11 @@ def _add_tokens(
     special: Sequence[str],
     vocab_size: int,
 ) -> None:
-    """What the folder's other files add to tokenizer.json, at the ids that they give.
+    """Add the tokens of the folder's other files to tokenizer.json's, at the ids they specify.
 
-    Ids that nobody names become placeholders, as the library numbers tokens in the order in which
-    they are added. A token that the file has already keeps its id; what is special becomes so.
-    Special tokens without an id get the next ones.
+    The library numbers tokens in the order in which they are added, so unnamed ids in between
+    become placeholders. A token that the file already has keeps its id; special ones become
+    special. Special tokens without an id get the next ids.
     """
     added = tokenizer.get_added_tokens_decoder()
     present = {repr(token) for token in added.values()}
@@ -331,7 +330,7 @@ def _add_tokens(
 
 
 def _bos_to_prepend(tokenizer: Tokenizer, config: JsonObject, bos: int | None) -> list[int]:
-    """[bos] where the configuration wants one that the file's post-processor does not add."""
+    """[bos] if the configuration wants one and the file's post-processor does not add it."""
     if bos is None or not config.get("add_bos_token"):
         return []
     return [] if tokenizer.encode("", add_special_tokens=True).ids[:1] == [bos] else [bos]
@@ -379,7 +378,7 @@ def _table(
 
 
 def _flat(decoder: JsonObject | None) -> list[JsonObject]:
-    """The decoder's steps, nested sequences opened."""
+    """The decoder's steps, with nested sequences flattened."""
     if decoder is None:
         return []
     if decoder["type"] == "Sequence":
@@ -390,7 +389,7 @@ def _flat(decoder: JsonObject | None) -> list[JsonObject]:
 def _byte_level(tokens: list[str]) -> list[bytes]:
     """Bytes of byte-level BPE tokens: each of 256 characters stands for one byte.
 
-    A token with any other character is one that was added, and is meant literally.
+    A token with any other character was added later and is meant literally.
     """
     byte_of = {ord(character): byte for byte, character in byte_characters().items()}
     alphabet = frozenset(map(chr, byte_of))
@@ -421,14 +420,14 @@ def _by_transformers(
     special: dict[str, str],
     templates: dict[str, str],
 ) -> Text | None:
-    """None: a slow one is asked for, and there is a fast one only."""
+    """Load with transformers. None: a slow one was requested, but only a fast one exists."""
     if not folder.is_dir():
         raise StartupError(f"{folder} is not a folder")
-    # here: the import takes seconds and is rarely needed
+    # imported here: it takes seconds and is rarely needed
     from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
     try:
-        try:  # the folder's code for its configuration is never run
+        try:  # the folder's own code for its configuration is never run
             model = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         except (ValueError, OSError):
             model = PreTrainedConfig()
@@ -441,7 +440,7 @@ def _by_transformers(
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         why = " ".join(str(error).split())
         if "trust_remote_code" in why and not trust_remote_code:
-            why = "it has code of its own, which only --trust_remote_code runs"
+            why = "it needs the folder's own code (--trust_remote_code)"
         raise StartupError(f"{folder} has no tokenizer that can be loaded: {why}") from error
     special = {**special, **{k: str(v) for k, v in slow.special_tokens_map.items() if v}}
     if isinstance(slow.chat_template, str):
@@ -456,7 +455,7 @@ def _by_transformers(
 def _slow(
     slow: PreTrainedTokenizerBase, special: dict[str, str], templates: dict[str, str]
 ) -> Text:
-    """A transformers tokenizer in Python: its decoder is not known, so windows are decoded."""
+    """A slow transformers tokenizer: its decoder is unknown, so windows are decoded."""
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
         return list(slow.encode(text, add_special_tokens=add_special_tokens))
@@ -517,8 +516,8 @@ def _special_tokens(folder: Path, config: JsonObject) -> dict[str, str]:
 def _added_tokens(
     folder: Path, config: JsonObject, special: Sequence[str]
 ) -> dict[int, AddedToken]:
-    """Tokens by id that tokenizer_config.json adds,
-    or before there were such, added_tokens.json."""
+    """Added tokens by id, from tokenizer_config.json or, in older folders, from
+    added_tokens.json."""
     try:
         if (listed := config.get("added_tokens_decoder")) is not None:
             return {int(i): _added_token(token) for i, token in typed(listed, dict).items()}
@@ -550,7 +549,7 @@ def _more_special(config: JsonObject) -> list[str]:
 
 
 def _templates(folder: Path, config: JsonObject) -> dict[str, str]:
-    """Chat templates by name. A .jinja file wins over chat_template.json, that over the config."""
+    """Chat templates by name. Precedence: .jinja files, chat_template.json, the config."""
     found: dict[str, str] = {}
     for holder in (config, _json(folder / "chat_template.json")):
         value = holder.get("chat_template")

@@ -1,7 +1,6 @@
-"""Which processes a server has, what each of them is, and which actors live there: data.
+"""Which processes a server has, their roles, and which actors each of them runs: plain data.
 
-Everybody who asks where an actor lives, or who is in a tensor-parallel group, asks here. Nothing is
-started here.
+The single source for where an actor lives and who is in a tensor-parallel group. Starts nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 from asyncllm.codec import record
 
-# In order of start; they stop in reverse, so that the frontend's last answers still find the
+# In start order; they stop in reverse order, so that the frontend's last answers still reach the
 # others.
 ACTORS = (
     "allocator", "grammar", "kv_transfer", "scheduler", "balancer", "lockstep", "runner",
@@ -21,13 +20,13 @@ ACTORS = (
 )  # fmt: skip
 
 LEADER, FOLLOWER, HTTP, BALANCER, LOCKSTEP = "leader", "follower", "http", "balancer", "lockstep"
-MASTER, NODE = "master", "node"  # of servers that share out prefill and decode
-MOVER = "mover"  # of ranks whose K/V come from or go to other servers
+MASTER, NODE = "master", "node"  # of servers with prefill/decode disaggregation
+MOVER = "mover"  # of ranks that exchange K/V with other servers
 GUIDE = "guide"  # of masters and nodes that belong to a config_server
 REGISTRY = "registry"  # of a config_server
-WHOLE = (LEADER, HTTP)  # the roles of a process that is a server by itself
+WHOLE = (LEADER, HTTP)  # the roles of a process that is a complete server
 
-# A row for each role; an endpoint with several roles has the actors of all of them, each once.
+# One row per role; an endpoint with several roles has the union of their actors.
 PLACEMENT: Mapping[str, frozenset[str]] = {
     LEADER: frozenset({"allocator", "grammar", "scheduler", "runner", "watchdog"}),
     FOLLOWER: frozenset({"runner", "watchdog"}),
@@ -41,9 +40,9 @@ PLACEMENT: Mapping[str, frozenset[str]] = {
     REGISTRY: frozenset({"registry"}),
 }
 
-# What a leader's watchdog asks for numbers. Followers do what their leader does, and are not asked.
+# Actors that a leader's watchdog asks for metrics. Followers mirror their leader: not asked.
 REPORTERS = ("scheduler", "allocator", "runner", "kv_transfer", "director")
-WORKERS = ("scheduler", "director", "agent", "frontend")  # a drain waits for what they have
+WORKERS = ("scheduler", "director", "agent", "frontend")  # a drain waits for their requests
 
 
 @record
@@ -52,13 +51,13 @@ class Endpoint:
     """One process of a server.
 
     Args:
-        id: its number; never given twice. It is what messages and request ids name.
+        id: its number, never reused; messages and request ids refer to it.
         node: the machine that it runs on.
-        address: where it is reached; "" until it has bound a socket and told where.
+        address: where it can be reached; "" until it has bound a socket and reported it.
         roles: rows of ``PLACEMENT``.
-        device: index of its accelerator on its node; None: it computes nothing.
-        group: its tensor-parallel group; without a device it has none of its own.
-        group_rank: place in the group; -1 without a device.
+        device: index of its accelerator on its node; None: it has none.
+        group: its tensor-parallel group; meaningless without a device.
+        group_rank: its rank in the group; -1 without a device.
     """
 
     id: int
@@ -71,13 +70,13 @@ class Endpoint:
 
     @property
     def actors(self) -> tuple[str, ...]:
-        """Names of the actors that live here, in order of start."""
+        """Names of the actors that live here, in start order."""
         names = frozenset[str]().union(*(PLACEMENT[role] for role in self.roles))
         return tuple(name for name in ACTORS if name in names)
 
     @property
     def replaceable(self) -> bool:
-        """It owns nothing that others need, so that another may take its place."""
+        """Whether another process may replace it: it owns no state that others need."""
         return self.roles == (HTTP,)
 
 
@@ -87,9 +86,9 @@ class Contract:
     """What all processes of one server must have in common.
 
     Args:
-        protocol: version of the messages, see ``codec.protocol``.
+        protocol: hash of the messages, see ``codec.protocol``.
         options: hash of the options that they share, see ``Config.digest``.
-        shared: these options, (name, value), to tell in which of them two processes differ.
+        shared: these options as (name, value), to name the one in which two processes differ.
     """
 
     protocol: str
@@ -97,7 +96,7 @@ class Contract:
     shared: tuple[tuple[str, str], ...] = ()
 
     def breach(self, other: Contract) -> tuple[str, str, str] | None:
-        """(name, our value, theirs) of what ``other`` has not in common with us."""
+        """The first difference from ``other`` as (name, our value, theirs), or None."""
         if self.protocol != other.protocol:
             return "protocol", self.protocol, other.protocol
         if self.options == other.options:
@@ -115,8 +114,8 @@ class Topology:
     """The endpoints of one server; the first of them coordinates it and is never replaced.
 
     Args:
-        lost: groups that the server has gone on without. Their endpoints keep their numbers and
-            names; nobody talks to them.
+        lost: groups that the server continues without. Their endpoints keep their numbers and
+            names; no messages are sent to them.
     """
 
     endpoints: tuple[Endpoint, ...]
@@ -126,7 +125,7 @@ class Topology:
     def on_one_node(tp: int = 1, http: int = 1, dp: int = 1, *, in_step: bool = False) -> Topology:
         """``tp`` ranks in ``dp`` groups; ``http`` processes serve HTTP, rank 0 among them.
 
-        ``in_step``: several groups take each step together.
+        ``in_step``: the groups run each step together.
         """
         return Topology.on_nodes(1, tp, http, dp, in_step=in_step)
 
@@ -134,7 +133,7 @@ class Topology:
     def on_nodes(
         nnodes: int, tp: int = 1, http: int = 1, dp: int = 1, *, in_step: bool = False
     ) -> Topology:
-        """The same on several nodes with as many ranks each; HTTP is served by the first one."""
+        """The same on several nodes with equally many ranks; the first one serves HTTP."""
         per_node = tp // nnodes
         ranks = [
             Endpoint(
@@ -153,7 +152,7 @@ class Topology:
 
     @staticmethod
     def of_master(http: int = 1) -> Topology:
-        """A server that computes nothing: it gives its requests to prefill and decode nodes."""
+        """A server without a model: it passes its requests to prefill and decode nodes."""
         master = replace(http_worker(0), roles=(HTTP, MASTER))
         return Topology((master, *(http_worker(i) for i in range(1, http))))
 
@@ -177,7 +176,7 @@ class Topology:
 
     @property
     def coordinator(self) -> Endpoint:
-        """Whose watchdog waits for all, drains the server and answers scrapes."""
+        """The endpoint whose watchdog waits for all, drains the server and answers scrapes."""
         return self.endpoints[0]
 
     @property
@@ -186,48 +185,48 @@ class Topology:
         return tuple(sorted({e.node for e in self.endpoints}))
 
     def on(self, node: int) -> tuple[Endpoint, ...]:
-        """The endpoints of a node. The first is the process that the user has started there: it
-        starts the others."""
+        """The endpoints of a node. The first is the process that the user started there; it starts
+        the others."""
         return tuple(e for e in self.endpoints if e.node == node)
 
     def watched(self, number: int) -> frozenset[int]:
-        """Whose signs of life one looks at: the first process of a node at those of the others
-        there, and they at its."""
+        """Endpoints whose heartbeats this one watches: the first process of a node watches the
+        others there, and they watch it."""
         first, *others = (e.id for e in self.on(self[number].node))
         others = [each for each in others if self.lives(each)]
         return frozenset(others) if number == first else frozenset({first})
 
     @property
     def ranks(self) -> tuple[Endpoint, ...]:
-        """Those with a device, group by group; their places here are torch.distributed's ranks."""
+        """Endpoints with a device, group by group; their indices are torch.distributed's ranks."""
         found = (e for e in self.endpoints if e.device is not None)
         return tuple(sorted(found, key=lambda e: (e.group, e.group_rank)))
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Numbers of the tensor-parallel groups, without those that are lost."""
+        """Numbers of the tensor-parallel groups, without lost ones."""
         return tuple(sorted({e.group for e in self.ranks}.difference(self.lost)))
 
     @property
     def balanced(self) -> bool:
-        """There have been several groups: a balancer gives each request to one."""
+        """Whether there were several groups, so that a balancer assigns requests to them."""
         return any(BALANCER in e.roles for e in self.endpoints)
 
     def expendable(self, group: int) -> bool:
-        """Whether the server can go on without a group: others serve, and do not wait for it.
+        """Whether the server can continue without a group: others serve, independently of it.
 
-        A node of a cluster cannot: its master has given it requests as a whole.
+        A node of a cluster cannot: its master sends requests to the node as a whole.
         """
         needed = self.in_step or any(NODE in e.roles for e in self.endpoints)
         return group in self.groups and group != self.coordinator.group and not needed
 
     def lives(self, number: int) -> bool:
-        """Whether an endpoint is in no lost group."""
+        """Whether an endpoint is not in a lost group."""
         return self[number].group not in self.lost
 
     @property
     def in_step(self) -> bool:
-        """The groups take each step together: experts are divided among the ranks of all."""
+        """Whether the groups run each step together, because all ranks share the experts."""
         return any(LOCKSTEP in e.roles for e in self.endpoints)
 
     def __contains__(self, number: object) -> bool:
@@ -253,10 +252,10 @@ class Topology:
         return self[number].group_rank == 0
 
     def intake(self, actor: str) -> tuple[str, int]:
-        """(actor, endpoint) to which one says what is for ``actor`` on the leader of a request.
+        """(actor, endpoint) to send to for ``actor`` on the leader of a request.
 
-        That actor itself where there is one group, else the balancer, which passes it on. Where
-        there is none, the director stands for all schedulers.
+        That actor itself if there is one group, otherwise the balancer, which forwards. On a
+        master, the director stands in for all schedulers.
         """
         if not self.groups:
             return "director" if actor == "scheduler" else actor, self.coordinator.id
@@ -269,7 +268,7 @@ class Topology:
         return tuple(e.id for e in self.endpoints if actor in e.actors and self.lives(e.id))
 
     def reporters(self) -> frozenset[tuple[str, int]]:
-        """(actor, endpoint) of those who answer the coordinator's probes."""
+        """(actor, endpoint) of the actors that answer the coordinator's probes."""
         return frozenset(
             (actor, e.id)
             for e in self.endpoints
@@ -279,19 +278,19 @@ class Topology:
         )
 
     def peers(self, number: int) -> tuple[Endpoint, ...]:
-        """The other endpoints that one may have something to send to."""
+        """The other endpoints that this one may send to."""
         me = self[number]
         near = set(self.endpoints) if me == self.coordinator else {self.coordinator}
         if self.leads(number):
             near |= {e for e in self.endpoints if e.group == me.group or HTTP in e.roles}
-        elif MOVER in me.roles:  # its leader waits for what it has moved
+        elif MOVER in me.roles:  # its leader waits for its transfers
             near.add(self.leader(me.group))
         return tuple(e for e in self.endpoints if e in near and e.id != number and self.lives(e.id))
 
     def served_here(self, number: int) -> tuple[str, ...]:
-        """Actors of an endpoint to which only actors of the same endpoint have something to say.
+        """Actors of an endpoint that only actors of the same endpoint may send to.
 
-        A message to one of them from another process is not ours.
+        A message to one of them from another process is foreign.
         """
         if not self.leads(number):
             return ()
@@ -302,7 +301,7 @@ class Topology:
         return ("runner", "scheduler", "grammar")
 
     def name(self, number: int) -> str:
-        """How logs and errors call an endpoint: "rank 1", "HTTP worker 1" for those after them."""
+        """Name of an endpoint in logs and errors: "rank 1", or "HTTP worker 1" after the ranks."""
         ranks = self.ranks
         if self[number] in ranks:
             return f"rank {number}"
@@ -311,21 +310,21 @@ class Topology:
         return f"HTTP worker {number - max(len(ranks), 1) + 1}"
 
     def at(self, number: int, address: str) -> Topology:
-        """The same with the address of one endpoint known."""
+        """A copy with the address of one endpoint set."""
         return self.replaced_by(replace(self[number], address=address))
 
     def replaced_by(self, changed: Endpoint) -> Topology:
-        """The same with another description of the endpoint of this number."""
+        """A copy with ``changed`` in place of the endpoint of the same number."""
         endpoints = (changed if e.id == changed.id else e for e in self.endpoints)
         return replace(self, endpoints=tuple(endpoints))
 
     def replaced(self, number: int, by: Endpoint | None) -> Topology:
-        """The same without one endpoint, and with another, if there is one."""
+        """A copy without one endpoint, and with ``by`` if given."""
         left = tuple(e for e in self.endpoints if e.id != number)
         return replace(self, endpoints=left if by is None else (*left, by))
 
     def without(self, group: int) -> Topology:
-        """The same with one group lost."""
+        """A copy with one group lost."""
         return replace(self, lost=(*self.lost, group))
 
     def to_plain(self) -> dict[str, object]:
@@ -340,5 +339,5 @@ class Topology:
 
 
 def http_worker(number: int) -> Endpoint:
-    """An endpoint that serves HTTP, and nothing else."""
+    """An endpoint that only serves HTTP."""
     return Endpoint(id=number, roles=(HTTP,), device=None, group=-1, group_rank=-1)

@@ -86,7 +86,7 @@ def test_only_registered_types_are_encoded() -> None:
 
 
 def test_what_could_not_be_encoded_leaves_nothing_behind() -> None:
-    with pytest.raises(TypeError, match="object is not a type of fields"):
+    with pytest.raises(TypeError, match="object cannot be a field"):
         encode(Finished(1, Reason.STOP, object()))  # type: ignore[arg-type]
     assert decode(encode(Gone(2))) == Gone(2)
 

@@ -93,9 +93,9 @@ def test_no_model_dir_is_the_embedded_model(demo_dir: Path) -> None:
 
 def test_a_folder_without_config_is_refused(model: Path, tmp_path: Path) -> None:
     (model / "config.json").unlink()
-    assert "holds no config.json: not a" in refusal(str(model), tmp_path)
+    assert "has no config.json: not a" in refusal(str(model), tmp_path)
     (model / "params.json").write_text("{}")
-    assert "holds no config.json but params.json, Mistral's own" in refusal(str(model), tmp_path)
+    assert "has no config.json but params.json, Mistral's own" in refusal(str(model), tmp_path)
 
 
 def test_a_folder_without_safetensors_is_refused(model: Path, tmp_path: Path) -> None:

@@ -419,7 +419,7 @@ def test_of_a_folders_code_only_the_tokenizers_may_run(
     (folder / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": own}))
     told = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_x.Own", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
-    with pytest.raises(StartupError, match="has code of its own, which only --trust_remote_code"):
+    with pytest.raises(StartupError, match=r"needs the folder.s own code \(--trust_remote_code"):
         load_tokenizer(str(folder))
     assert [path.exists() for path in ran.values()] == [False, False]
     text = load_tokenizer(str(folder), trust_remote_code=True)
@@ -448,7 +448,7 @@ def test_slow_mode_without_a_slow_tokenizer_is_a_warning_and_the_fast_one(
     assert text.pieces == load_tokenizer(str(tmp_path), "fast").pieces
     assert text.tokenizer is not None
     (line,) = [r.getMessage() for r in caplog.records if r.name == "asyncllm.text"]
-    assert line == "--tokenizer_mode slow: the model has only a fast tokenizer, it is used"
+    assert line == "--tokenizer_mode slow: the model only has a fast tokenizer; using that"
 
 
 # -- the embedded model --------------------------------------------------------------------------

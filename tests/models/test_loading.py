@@ -328,7 +328,7 @@ def test_another_output_matrix_is_told_once(tmp_path: Path) -> None:
         ran = subprocess.run(
             [*command, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
         )
-        told.append((ran.stderr.count("lm_head.weight is another matrix"), ran.stdout))
+        told.append((ran.stderr.count("lm_head.weight is a different matrix"), ran.stdout))
     assert [count for count, _ in told] == [0, 1]
     assert "by default: temperature 0.6, top_k 20 (generation_config.json)" in told[0][1]
     weights = [int(t.split(" weights")[0].split()[-1].replace(",", "")) for _, t in told]
