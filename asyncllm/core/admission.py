@@ -39,7 +39,7 @@ class Shares:
         return self._held.get(client, 0)
 
     def alone(self, client: int) -> bool:
-        """Nobody else waits."""
+        """Whether nobody else waits."""
         return len(self._held) == (client in self._held)
 
     def room(self, client: int, extra: int = 0) -> int:

@@ -1,8 +1,8 @@
-"""What a master does with its requests: attempts on prefill and decode nodes, and their repair.
+"""A master's requests: starts attempts on prefill and decode nodes, and retries failed ones.
 
-An attempt is one prefill node and, unless that goes the whole way, one decode node. Whatever goes
-wrong with it is mended by one thing: another attempt that goes on from the tokens that the client
-has been sent. Knows nodes by the numbers of their connections; knows neither connections nor text.
+An attempt uses one prefill node and, unless that generates the whole answer, one decode node. Every
+failure is handled the same way: by another attempt that continues from the tokens that the client
+has received. Knows nodes by their connection numbers; knows neither connections nor text.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from asyncllm.messages import (
 from asyncllm.records import Destination, Failure, Logprobs, int32s, int64s
 
 MOST_RETRIES = 3  # attempts after the first one
-WITHIN_S = 10.0  # of what happens to a node, its requests go on elsewhere or have ended
-SILENT_S = 0.4 * WITHIN_S  # by then it is found out at the latest, if it has fallen silent
-# From the first failure since a token came: later ones are not mended. The rest is for timers.
+WITHIN_S = 10.0  # after a node fails, its requests have moved elsewhere or ended within this time
+SILENT_S = 0.4 * WITHIN_S  # by then a silent node has been detected
+# Since the first failure after a token: later failures are not retried. The rest is for timers.
 RETRY_S = 0.45 * WITHIN_S
-NO_NODES, FAILED = "no_nodes", "nodes_failed"  # codes of failures
-# codes with which a node ends an attempt that may well go on elsewhere
+NO_NODES, FAILED = "no_nodes", "nodes_failed"  # failure codes
+# codes with which a node ends an attempt that may succeed elsewhere
 TRANSFER_FAILED, SHUTTING_DOWN, GROUP_LOST = "transfer_failed", "shutting_down", "group_lost"
 PASSING = (TRANSFER_FAILED, SHUTTING_DOWN, GROUP_LOST)
 
@@ -43,15 +43,15 @@ PASSING = (TRANSFER_FAILED, SHUTTING_DOWN, GROUP_LOST)
 class Phase(IntEnum):
     """How far an attempt has come."""
 
-    RESERVE = 0  # the decode node finds room
+    RESERVE = 0  # the decode node allocates slots
     PREFILL = 1  # the prefill node computes
-    HANDED = 2  # the decode node has the first token, and waits for the rest of the K/V
+    HANDED = 2  # the decode node has the first token and waits for the remaining K/V
     DECODE = 3  # tokens come from the decode node
 
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """``decode`` is None where the prefill node goes the whole way."""
+    """One try to serve a request; ``decode`` is None if the prefill node serves all of it."""
 
     ticket: int
     request: DirectedRequest
@@ -59,19 +59,19 @@ class Attempt:
     decode: Node | None
     since: float  # when its phase began
     phase: Phase = Phase.RESERVE
-    given: dict[int, int] = field(default_factory=dict)  # by node: what it was given, see Node.give
-    scored: int = 0  # prompt tokens whose log-probabilities have come in this attempt
+    given: dict[int, int] = field(default_factory=dict)  # by node: the result of Node.give
+    scored: int = 0  # prompt tokens whose log-probabilities have arrived in this attempt
 
     @property
     def speaker(self) -> Node | None:
-        """Whose tokens are the request's now."""
+        """The node whose tokens currently count."""
         if self.phase is Phase.RESERVE:
             return None
         return self.prefill if self.phase is Phase.PREFILL else self.decode
 
     @property
     def matters(self) -> tuple[Node, ...]:
-        """Nodes without which it cannot go on."""
+        """Nodes that it needs to continue."""
         if self.decode is None:
             return (self.prefill,)
         return (self.decode,) if self.phase is Phase.DECODE else (self.prefill, self.decode)
@@ -79,25 +79,25 @@ class Attempt:
 
 @dataclass(slots=True, eq=False)
 class DirectedRequest:
-    """One request of a client, from its Submit to its one end."""
+    """One request of a client, from its Submit to its only Finished."""
 
     msg: Submit
     spans: list[Span]  # of its prompt, if it may use prefix caches
-    sent: array[int] = field(default_factory=int32s)  # tokens that the client has
+    sent: array[int] = field(default_factory=int32s)  # tokens that the client has received
     attempt: Attempt | None = None
     retries: int = 0
-    failed_at: float | None = None  # the first failure since a token came
+    failed_at: float | None = None  # the first failure since the last token
     why: str = ""  # of the last failure
     blamed: set[int] = field(default_factory=set)  # nodes that have failed it
-    wanted: tuple[int, int] = (-1, -1)  # nodes that should have its prompt
-    cached: int = -1  # prompt tokens from the prefix cache of its first prefill, once it is known
-    scored: int = 0  # prompt tokens whose log-probabilities the client has
-    drafted: int = 0  # tokens guessed and tried, by all attempts
-    accepted: int = 0  # those that were right
-    stopped: bool = False  # the client wants no more tokens, the end of the prefill is awaited
-    over: bool = False  # the token that ends it has come
+    wanted: tuple[int, int] = (-1, -1)  # nodes that should have its prompt cached
+    cached: int = -1  # prompt tokens from the prefix cache of its first prefill, once known
+    scored: int = 0  # prompt tokens whose log-probabilities the client has received
+    drafted: int = 0  # draft tokens of all attempts
+    accepted: int = 0  # draft tokens accepted
+    stopped: bool = False  # the client wants no more tokens; waiting for the end of the prefill
+    over: bool = False  # its last token has arrived
     opened: bool = False  # its prompt is in the caches of its nodes
-    held: list[DirectedRequest] = field(default_factory=list)  # others for this prompt, until then
+    held: list[DirectedRequest] = field(default_factory=list)  # others that wait for its prompt
 
     @property
     def rid(self) -> int:
@@ -105,22 +105,22 @@ class DirectedRequest:
 
     @property
     def left(self) -> int:
-        """Tokens that may still come."""
+        """Tokens that may still be generated."""
         assert self.msg.params.max_new_tokens is not None
         return self.msg.params.max_new_tokens - len(self.sent)
 
 
 @dataclass(slots=True)
 class Counts:
-    """Since the start."""
+    """Counters since the start."""
 
     attempts: int = 0
-    retries: int = 0  # attempts after the first one of a request
-    failed: int = 0  # requests that ended for want of nodes
+    retries: int = 0  # attempts after a request's first one
+    failed: int = 0  # requests that ended for lack of nodes
     lost_nodes: int = 0
-    handovers: int = 0  # requests that decode nodes have gone on with
-    reserve_s: float = 0.0  # until a decode node has found room
-    handover_s: float = 0.0  # from the first token to the next one, which is of another node
+    handovers: int = 0  # requests that decode nodes have continued
+    reserve_s: float = 0.0  # time until a decode node had allocated slots
+    handover_s: float = 0.0  # from the prefill node's token to the decode node's first one
 
 
 @dataclass(slots=True)
@@ -130,11 +130,11 @@ class _Emitted:
     rids: array[int] = field(default_factory=int64s)
     tokens: array[int] = field(default_factory=int32s)
     ends: bytearray = field(default_factory=bytearray)
-    rows: list[int] = field(default_factory=list)  # of the node's message
+    rows: list[int] = field(default_factory=list)  # row indices in the node's message
     prompt: list[tuple[int, Logprobs]] = field(default_factory=list)
 
     def message(self, of: Tokens) -> Tokens:
-        """As a scheduler says it."""
+        """The message as a scheduler would send it."""
         logprobs = of.logprobs
         if logprobs is not None and len(self.rows) != len(of.rids):
             logprobs = logprobs.pick(self.rows)
@@ -149,17 +149,17 @@ class _Emitted:
 
 
 class RequestDirector:
-    """Gives requests to nodes and takes what comes of them. Each request ends once.
+    """Assigns requests to nodes and collects their results. Each request ends exactly once.
 
     Attributes:
-        now: seconds of a clock that only goes forward. The shell sets it before it calls.
-        orders: (node's number, message) not told yet. The shell takes and clears it, as the two
-            below.
+        now: seconds of a monotonic clock. The shell sets it before each call.
+        orders: (node's number, message) still to be sent. The shell takes and clears it, and the
+            next two as well.
         emitted: (endpoint, tokens) for clients.
-        ended: ends, each after all tokens of its request.
-        requests: those that have not ended, by rid.
-        nodes: those that are there.
-        counts: what has been.
+        ended: Finished messages, each after all tokens of its request.
+        requests: unfinished requests, by rid.
+        nodes: the connected nodes.
+        counts: counters.
     """
 
     def __init__(self, nodes: Nodes) -> None:
@@ -169,19 +169,19 @@ class RequestDirector:
         self.emitted: list[tuple[int, Tokens]] = []
         self.ended: list[Finished] = []
         self._attempts: dict[int, Attempt] = {}  # by ticket
-        self._parked: dict[int, DirectedRequest] = {}  # there is no node for their next attempt
+        self._parked: dict[int, DirectedRequest] = {}  # waiting for a node for their next attempt
         self._last_ticket = 0
 
     @property
     def lacks(self) -> str:
-        """Which role is missing, "": none."""
+        """A text that names the missing roles; "": none is missing."""
         missing = [role for role in (PREFILL, DECODE) if not self.nodes.of(role)]
         return f"there is no {' and no '.join(missing)} node" if missing else ""
 
     # -- clients --------------------------------------------------------------------------------
 
     def submit(self, msg: Submit) -> None:
-        """A new request."""
+        """Start a new request."""
         shares = msg.params.shares_prefix
         request = self.requests[msg.rid] = DirectedRequest(
             msg, spans_of(msg.prompt) if shares else []
@@ -203,7 +203,7 @@ class RequestDirector:
 
     def abort_all(self) -> None:
         for request in [*self.requests.values()]:
-            request.held.clear()  # none of them is to begin
+            request.held.clear()  # none of them must begin
             self._end(request, Reason.ABORT)
 
     def stop(self, rid: int, num_tokens: int) -> None:
@@ -212,43 +212,43 @@ class RequestDirector:
             return
         attempt = request.attempt
         if attempt is not None and attempt.phase is Phase.PREFILL and request.cached < 0:
-            request.stopped = True  # its node is to say how much of the prompt it had
+            request.stopped = True  # its node still reports how much of the prompt was cached
             self._tell(attempt.prefill, StopHit(attempt.ticket, num_tokens))
         else:
             self._end(request, Reason.STOP)
 
     def forget(self, endpoint: int) -> None:
-        """A process that took requests has ended, and its requests with it, untold."""
+        """A process that submitted requests has ended; drop its requests without an answer."""
         for request in [r for r in self.requests.values() if r.rid >> FRONTEND_SHIFT == endpoint]:
-            request.held.clear()  # they are of that process as well
+            request.held.clear()  # they belong to that process too
             self._close(request)
 
     # -- nodes ----------------------------------------------------------------------------------
 
     def joined(self, node: Node) -> None:
-        """A node takes requests from now on."""
+        """A node has connected and accepts requests."""
         self.nodes.add(node)
         self._unpark()
 
     def left(self, peer: int, why: str) -> None:
-        """A node has gone, and with it all that it held."""
+        """A node has gone, with everything it held."""
         if (node := self.nodes.get(peer)) is None:
             return
         self.counts.lost_nodes += 1
         self.nodes.remove(peer)
         for attempt in [a for a in self._attempts.values() if node in a.matters]:
-            if attempt.ticket in self._attempts:  # nor has the end of another one ended it
+            if attempt.ticket in self._attempts:  # not ended by the end of another one
                 self._mend(attempt, f"{node} is lost: {why}", peer)
 
     def reserved(self, peer: int, ticket: int, to: Destination) -> None:
-        """A decode node has room for the K/V of an attempt."""
+        """A decode node has allocated slots for the K/V of an attempt."""
         attempt = self._attempts.get(ticket)
         if attempt is not None and attempt.phase is Phase.RESERVE and _is(attempt.decode, peer):
             self.counts.reserve_s += self.now - attempt.since
             self._prefill(attempt, to)
 
     def tokens(self, peer: int, msg: Tokens) -> None:
-        """What a step of a node gave; ``rids`` are tickets."""
+        """Tokens of a node's step; ``rids`` are tickets."""
         out: dict[int, _Emitted] = {}
         for row, (ticket, token) in enumerate(zip(msg.rids, msg.tokens, strict=True)):
             attempt = self._attempts.get(ticket)
@@ -291,7 +291,7 @@ class RequestDirector:
         elif failure is not None and failure.code not in PASSING:
             self._end(request, Reason.ERROR, failure)
         elif failure is not None or msg.reason is Reason.ABORT or not speaks:
-            detail = "it has ended the request" if failure is None else failure.detail
+            detail = "it ended the request" if failure is None else failure.detail
             self._broken(attempt, peer, detail, failure)
         elif msg.reason is Reason.MOVED and attempt.decode is not None and request.sent:
             self._hand_over(attempt, attempt.decode)
@@ -299,7 +299,7 @@ class RequestDirector:
             self._end(request, msg.reason)
 
     def tick(self) -> None:
-        """Called now and then: what has waited too long for a node ends."""
+        """Called periodically: end requests that have waited too long for a node."""
         self._unpark()
         for request in [*self._parked.values()]:
             if self.now > (request.failed_at or 0.0) + RETRY_S:
@@ -308,7 +308,7 @@ class RequestDirector:
     # -- an attempt -----------------------------------------------------------------------------
 
     def _begin(self, request: DirectedRequest) -> None:
-        """The next attempt; it waits for a node where there is none."""
+        """Start the next attempt, or park the request if there is no node."""
         msg, length = request.msg, len(request.msg.prompt) + len(request.sent)
         alone = bool(msg.healed) or request.left <= 1
         wanted, then = request.wanted
@@ -369,13 +369,13 @@ class RequestDirector:
         )
 
     def _hand_over(self, attempt: Attempt, decode: Node) -> None:
-        """The prefill node has given its token: the decode node goes on."""
+        """The prefill node has sent its token: the decode node continues."""
         attempt.phase, attempt.since = Phase.HANDED, self.now
         _free(attempt, attempt.prefill)
         self._tell(decode, Begin(attempt.ticket, attempt.request.sent[-1]))
 
     def _moved(self, attempt: Attempt) -> None:
-        """The first token of the decode node: it has all K/V."""
+        """The decode node has sent its first token: it has all K/V."""
         attempt.phase = Phase.DECODE
         self.counts.handovers += 1
         self.counts.handover_s += self.now - attempt.since
@@ -385,14 +385,14 @@ class RequestDirector:
     def _broken(
         self, attempt: Attempt, peer: int, detail: str, failure: Failure | None = None
     ) -> None:
-        """A node says that its part has failed."""
+        """A node reports that its part has failed."""
         transfer = failure is not None and failure.code == TRANSFER_FAILED
         if transfer and attempt.decode is not None:
             self.nodes.avoid(attempt.prefill.peer, attempt.decode.peer, self.now)
         self._mend(attempt, f"{self.nodes.get(peer)}: {detail}", None if transfer else peer)
 
     def _mend(self, attempt: Attempt, why: str, blamed: int | None) -> None:
-        """Give up an attempt; another one goes on from the tokens that the client has."""
+        """Abandon an attempt; start another from the tokens that the client has received."""
         request = attempt.request
         self._drop(attempt)
         request.why = why
@@ -412,7 +412,7 @@ class RequestDirector:
             self._begin(request)
 
     def _drop(self, attempt: Attempt) -> None:
-        """Nothing of an attempt is wanted any more: its nodes free what it holds."""
+        """Cancel an attempt: its nodes free what it holds."""
         attempt.request.attempt = None
         del self._attempts[attempt.ticket]
         for node in attempt.matters:
@@ -448,7 +448,7 @@ class RequestDirector:
         self._end(request, Reason.ERROR, Failure(detail, code, 503))
 
     def _close(self, request: DirectedRequest) -> None:
-        """It is no request any more; those that it has held up begin."""
+        """Forget an ended request; start those that waited for its prompt."""
         del self.requests[request.rid]
         self._parked.pop(request.rid, None)
         places = (-1, -1)
@@ -458,7 +458,7 @@ class RequestDirector:
         self._open(request, places)
 
     def _open(self, request: DirectedRequest, places: tuple[int, int]) -> None:
-        """Its prompt is where it can be: others for it go there as well."""
+        """Its prompt is cached on its nodes: others with the same prompt go there too."""
         request.opened = True
         held, request.held = request.held, []
         for each in held:
@@ -479,7 +479,7 @@ def _places(attempt: Attempt) -> tuple[int, int]:
 
 
 def _free(attempt: Attempt, node: Node) -> None:
-    """The node is not charged for the attempt any more."""
+    """Stop charging the node for the attempt."""
     if (given := attempt.given.pop(node.peer, None)) is not None:
         node.take(given)
 

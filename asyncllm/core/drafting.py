@@ -1,7 +1,7 @@
-"""Gives a step rows of guessed tokens, and takes back those that were wrong.
+"""Adds rows of draft tokens to a step, and takes back the wrong ones.
 
-The part of the scheduler's state that knows of speculation; what pays is decided in
-:mod:`asyncllm.core.speculation`, guesses come from :mod:`asyncllm.core.lookup`.
+The part of the scheduler's state that knows of speculation; :mod:`asyncllm.core.speculation`
+decides what pays off, :mod:`asyncllm.core.lookup` makes the guesses.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from asyncllm.core.steps import NO_TOKEN, Lane, Request, Row, Step
 
 
 class Drafting(Lives):
-    """Lives whose next tokens may be guessed.
+    """Requests whose next tokens may be guessed.
 
-    The token behind a draft is sampled as it would be without: with the same uniform number, which
-    depends on seed and position only, and with penalties over the same tokens. So it is enough to
-    keep what was sampled behind tokens that have turned out right, and outputs are the same with
-    and without drafts. For a guess that is certain of itself this is rejection sampling: a draft is
-    accepted with the probability that the model gives it, and what replaces it is distributed as
-    the model's other tokens are.
+    The token after a draft is sampled exactly as it would be without it: with the same uniform
+    number, which depends only on seed and position, and with penalties over the same tokens. So it
+    is enough to keep the tokens sampled after correct ones, and outputs are the same with and
+    without drafts. For a deterministic guess this is rejection sampling: a draft is accepted with
+    the probability that the model gives it, and its replacement follows the model's distribution.
 
     Attributes:
-        speculation: None: nothing is guessed.
+        speculation: None: no drafts.
     """
 
     speculation: Speculation | None
 
     def _awaits_drafts(self, speculation: Speculation) -> bool:
-        """Whether nothing is to be planned before the running step is over."""
+        """Whether to plan nothing until the running step is over."""
         if speculation.trying:
             return True
         self._read_texts()
@@ -47,7 +46,7 @@ class Drafting(Lives):
         return busy and speculation.waits(chances, num_rows)
 
     def _draft(self, speculation: Speculation, rows: list[Row], room: int) -> list[Row]:
-        """The rows, which have one token each, and behind them those of drafts; at most ``room``
+        """The rows, which have one token each, followed by those of drafts; at most ``room``
         more."""
         chances = [
             self._chances(req, lane, speculation.most) if not req.ahead(lane) else []
@@ -68,24 +67,24 @@ class Drafting(Lives):
         return out
 
     def _chances(self, req: Request, lane: Lane, most: int) -> list[float]:
-        """Of drafts of the request's next row."""
+        """Acceptance probabilities of the drafts after the request's next row."""
         lookup, ahead = req.lookup, req.ahead(lane)
         if lookup is None or not lookup.guesses:
             return []
-        most = min(most, req.final_len - lane.planned - 1)  # no token is sampled beyond the last
+        most = min(most, req.final_len - lane.planned - 1)  # no token is sampled after the last
         if most <= 0 or not self._is_free(req, ahead + most):
             return []
         return lookup.chances(most, ahead)
 
     @staticmethod
     def _is_free(req: Request, ahead: int) -> bool:
-        """As many tokens may come without a mask."""
+        """Whether that many tokens may follow without a mask."""
         if (constraint := req.constraint) is None:
             return True
         return not req.todo and constraint.mask_is_stable_for(ahead) and not constraint.mask()
 
     def _read_texts(self) -> None:
-        """Go on reading what has not been read, a bounded number of tokens."""
+        """Index a bounded number of the tokens not indexed yet."""
         left = READ_TOKENS
         for req in self.running.values():
             if (lookup := req.lookup) is None:
@@ -95,8 +94,8 @@ class Drafting(Lives):
                 left -= lookup.read(left)
 
     def _input(self, step: Step, req: Request, lane: Lane, start: int) -> int:
-        """The token at ``start``, behind those that the lane was opened with, for the next row of
-        ``step``; the device may not know it as the lane's last one where drafts were tried."""
+        """The token at ``start``, after those that the lane was opened with, for the next row of
+        ``step``; if drafts were tried, the device may not have it as the lane's last token."""
         if req.lookup is None:
             return NO_TOKEN
         at = start - req.known_len
@@ -109,14 +108,14 @@ class Drafting(Lives):
         return lane.drafts[at]
 
     def _take_wrong(self) -> tuple[tuple[int, int], ...]:
-        """(lane, number) of slots to be given back."""
+        """(lane, number of slots to free) for wrong drafts."""
         if self.speculation is None:
             return ()
         wrong, self.speculation.wrong = self.speculation.wrong, []
         return tuple((lane.number, num) for lane, num in wrong if not lane.over)
 
     def _settle(self, step: Step, tokens: array[int]) -> array[int]:
-        """``tokens`` of a step with drafts, without those behind wrong ones, whose positions are
+        """``tokens`` of a step with drafts, without those after wrong drafts, whose positions are
         computed again."""
         kept, right = tokens[:], True
         wrong: dict[int, tuple[Lane, int]] = {}

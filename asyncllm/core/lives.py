@@ -52,7 +52,7 @@ class Lives:
         self.num_lanes, self.num_slots = num_lanes, num_slots
         self.eos_ids = frozenset(eos_ids)
         self.requests: dict[int, Request] = {}
-        self.waiting: FairQueue[Request] = FairQueue()  # returning ones first, then in turn
+        self.waiting: FairQueue[Request] = FairQueue()  # returning ones first, then round-robin
         self.held: dict[int, list[Request]] = {}  # held until this rid's prompt is computed
         self.share_prompts = share_prompts
         self.running: dict[int, Request] = {}  # oldest first

@@ -1,4 +1,4 @@
-"""Guesses how a text goes on: where its last tokens have been before, it may repeat itself.
+"""Guesses how a text continues by finding an earlier occurrence of its last tokens (n-gram lookup).
 
 Knows token ids of one text; knows neither requests nor steps.
 """
@@ -9,35 +9,35 @@ from array import array
 
 from asyncllm.codec import INT32
 
-GRAM = 3  # tokens that must agree before a place is found by them alone
-DEPTH = 8  # earlier places that are compared, the latest first
-LONGEST = 32  # tokens that two places are compared by
-NEAR = 48  # tokens behind a lost place in which the text may join it again
+GRAM = 3  # tokens that must match to find a position
+DEPTH = 8  # earlier positions that are compared, the latest first
+LONGEST = 32  # tokens compared per position
+NEAR = 48  # after a mismatch: tokens ahead of the position within which it may be resumed
 LOST = 64  # tokens after which it is given up
 MOST_HEADS = 1 << 16  # bounds the memory of a long text's index: 256 KiB
-CLASSES = 7  # of agreement, see ``_class_of``
-# how often a guess of each class is right before a text has shown it, and what that weighs
+CLASSES = 7  # of match lengths, see ``_class_of``
+# prior acceptance rate of each class, and the weight of that prior in observations
 PRIOR = (0.0, 0.25, 0.6, 0.7, 0.85, 0.9, 0.92)
 WEIGHT = 4.0
-FADE = 0.96  # what a guess counts for less with each later one of its class
+FADE = 0.96  # decay of an observation with each later one of its class
 
 
 def _class_of(agreed: int) -> int:
-    """Of a place that agrees with the text's end in that many tokens: 1, 2-3, 4-7, ..., 32-."""
+    """Class of a match of that many tokens: 1, 2-3, 4-7, ..., 32 and more."""
     return min(agreed.bit_length(), CLASSES - 1)
 
 
 class Lookup:
-    """The tokens of one text, and the place in it that it may be repeating.
+    """The tokens of one text, and the position in it whose continuation it may be repeating.
 
-    Every token that is added is held against the guess for it, whether or not anybody has used the
-    guess, so it is always known how good they are here. A place is held on to for as long as it is
-    right. Adding a token takes a microsecond, 10 where the text departs from what it repeats.
+    Every added token is compared with the guess for it, whether or not anybody used the guess, so
+    the hit rate of guesses in this text is always known. A position is kept while it predicts
+    correctly. Adding a token takes a microsecond, or 10 if the text departs from what it repeats.
 
     Args:
-        ids: the tokens so far. They are read by :meth:`read`, in pieces, since a prompt may be
-            long; nothing is guessed before all of them are.
-        most: tokens that may come to be in it.
+        ids: the tokens so far. :meth:`read` indexes them in pieces, since a prompt may be long;
+            there are no guesses before all of them are indexed.
+        most: upper bound of the text's length in tokens.
     """
 
     __slots__ = ("_agreed", "_heads", "_hits", "_lost", "_mask", "_place", "_prev", "_tries", "_waits", "ids")  # fmt: skip
@@ -45,16 +45,16 @@ class Lookup:
     def __init__(self, ids: array[int], most: int) -> None:
         self.ids = ids[:]
         num_heads = min(1 << max(most, 255).bit_length(), MOST_HEADS)
-        self._heads = array(INT32, b"\xff" * (4 * num_heads))  # by hash: the last place behind it
+        self._heads = array(INT32, b"\xff" * (4 * num_heads))  # by hash: the last position after it
         self._mask = num_heads - 1
-        self._prev = array(INT32)  # of each token: the place before it with the same hash
-        self._place = self._lost = -1  # of the next token; where the last one was given up
+        self._prev = array(INT32)  # per token: the previous position with the same hash
+        self._place = self._lost = -1  # of the next token; where the last match broke off
         self._waits = self._agreed = 0
         self._hits = [rate * WEIGHT for rate in PRIOR]
         self._tries = [WEIGHT] * CLASSES
 
     def read(self, most: int) -> int:
-        """Read up to ``most`` of the tokens that have not been read; returns how many."""
+        """Index up to ``most`` of the tokens not indexed yet; returns how many."""
         begin = len(self._prev)
         end = min(len(self.ids), begin + most)
         if begin == end:
@@ -73,7 +73,7 @@ class Lookup:
 
     @property
     def unread(self) -> bool:
-        """Some of the tokens have not been read."""
+        """Whether some tokens have not been indexed."""
         return len(self._prev) < len(self.ids)
 
     def push(self, token: int) -> None:
@@ -81,7 +81,7 @@ class Lookup:
         ids, place = self.ids, self._place
         ids.append(token)
         if len(self._prev) < len(ids) - 1:
-            return  # it is read with the others
+            return  # it is indexed with the others
         if place >= 0:
             kind = _class_of(self._agreed)
             right = ids[place] == token
@@ -100,14 +100,14 @@ class Lookup:
 
     @property
     def guesses(self) -> bool:
-        """There is a guess for the next token."""
+        """Whether there is a guess for the next token."""
         return self._place >= 0
 
     def chances(self, most: int, ahead: int = 0) -> list[float]:
-        """How likely the next guesses are right together with all before them, up to ``most``.
+        """Probabilities that the next guess is right, the next two, and so on, up to ``most``.
 
         Args:
-            ahead: the first ones, which are not listed: tokens that exist but are not known yet.
+            ahead: number of leading guesses to leave out: tokens that exist but are not known yet.
         """
         out: list[float] = []
         if self._place < 0:
@@ -121,11 +121,11 @@ class Lookup:
         return out
 
     def guess(self, num: int) -> array[int]:
-        """The next tokens, if the text goes on as it did at its place."""
+        """The next tokens, if the text continues as it did at the matched position."""
         ids, place = self.ids, self._place
         out = ids[place : place + num]
         period = len(ids) - place
-        while len(out) < num:  # what is repeated runs into the repetition
+        while len(out) < num:  # the repeated text overlaps its repetition
             out.append(out[-period])
         return out
 
@@ -135,7 +135,7 @@ class Lookup:
         return (first * 0x9E3B1 + second * 0x85EB5 + ids[-1] * 0xC2B2B) & self._mask
 
     def _find(self) -> None:
-        """The place that agrees best with the end of the text, if there is one."""
+        """Find the position that matches the end of the text best, if there is one."""
         ids, end = self.ids, len(self.ids)
         best, place = 0, self._prev[end - 1] if end else -1
         for _ in range(DEPTH):
@@ -159,7 +159,7 @@ class Lookup:
         self._place, self._agreed = place, self._agreement(place)
 
     def _agreement(self, place: int) -> int:
-        """How many tokens before ``place`` are those at the end of the text."""
+        """How many tokens before ``place`` equal those at the end of the text."""
         ids, end = self.ids, len(self.ids)
         most = min(place, LONGEST)
         for i in range(most):

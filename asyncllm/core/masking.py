@@ -1,7 +1,7 @@
 """Schedules the work of constraints on threads, and bounds its CPU time.
 
-Owns the line and its budgets. Knows neither threads nor the device; :func:`work` is what a thread
-does.
+Owns the queue of that work and its budgets. Knows neither threads nor the device; :func:`work` is
+what a thread runs.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class State:
 
     @property
     def moved(self) -> KvMoved:
-        """For masters."""
+        """The K/V transfer counters that masters get."""
         of = self.transfer
         return KvMoved(
             sent_bytes=of.sent_bytes,
@@ -87,7 +87,7 @@ class State:
 
     @property
     def loads(self) -> tuple[Load, ...]:
-        """Per group, full if it is lost; on a master, that of its decode nodes together."""
+        """Per group (a lost one counts as full); on a master, of all its decode nodes together."""
         if nodes := self.director.total:
             used = self.director.used
             return (Load(used=used, expected=used, total=nodes),)
@@ -136,7 +136,7 @@ def _merged(kind: type[S], reports: Collection[Stats]) -> S:
 
 
 def describe_slots(slots: AllocatorStats) -> str:
-    """How full the KV is, for the log."""
+    """The usage of KV slots, for the log."""
     text = f"KV {_shares(slots.used, slots.cached, slots.total)}"
     if slots.sliding_total:
         sliding = _shares(slots.sliding_used, slots.sliding_cached, slots.sliding_total)
@@ -151,11 +151,11 @@ def _shares(used: int, cached: int, total: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What one process counts; ``actors`` is (name, waiting, busy seconds, longest callback)."""
+    """Counters of one process; ``actors``: (name, waiting, busy seconds, longest callback)."""
 
     actors: Sequence[tuple[str, int, float, float]] = ()
     dead_letters: int = 0
-    foreign_frames: int = 0  # of all processes of its node, whoever owns them
+    foreign_frames: int = 0  # of all processes of its node
     strangers: int = 0
     lag_ms: float = 0.0  # median lateness of its loop
 
@@ -163,19 +163,23 @@ class Process:
 # field of State -> (name without prefix, help, is a counter)
 _STATE = {
     "allocator.used": ("kv_slots_used", "KV slots held by requests", False),
-    "allocator.cached": ("kv_slots_cached", "KV slots of the prefix cache alone", False),
-    "allocator.total": ("kv_slots_total", "KV slots there are", False),
+    "allocator.cached": ("kv_slots_cached", "KV slots used only by the prefix cache", False),
+    "allocator.total": ("kv_slots_total", "KV slots in total", False),
     "allocator.sliding_used": (
         "kv_sliding_slots_used",
-        "KV slots held by requests in layers with a window, where these have their own",
+        "KV slots held by requests in layers with a window, if these have their own",
         False,
     ),
     "allocator.sliding_cached": (
         "kv_sliding_slots_cached",
-        "Those of the prefix cache alone",
+        "KV slots in layers with a window used only by the prefix cache",
         False,
     ),
-    "allocator.sliding_total": ("kv_sliding_slots_total", "Those there are", False),
+    "allocator.sliding_total": (
+        "kv_sliding_slots_total",
+        "Sliding-window KV slots in total",
+        False,
+    ),
     "scheduler.running": ("requests_running", "Requests in the batch", False),
     "scheduler.waiting": ("requests_waiting", "Requests queued for the batch", False),
     "scheduler.inflight_steps": ("inflight_steps", "Steps launched and not committed", False),
@@ -185,108 +189,96 @@ _STATE = {
     "scheduler.steps": ("steps", "Steps launched", True),
     "scheduler.preemptions": (
         "preemptions",
-        "Requests taken out of the batch for want of KV",
+        "Requests preempted because the KV cache was full",
         True,
     ),
     "scheduler.prompt_tokens": (
         "prompt_tokens_computed",
-        "Prompt tokens computed: none from the prefix cache, those of a preempted request again",
+        "Prompt tokens computed: without prefix hits, with recomputation after preemption",
         True,
     ),
     "scheduler.generated_tokens": ("generated_tokens", "Tokens sampled", True),
-    "scheduler.drafted_tokens": (
-        "draft_tokens",
-        "Tokens guessed and tried (--speculative)",
-        True,
-    ),
-    "scheduler.accepted_tokens": (
-        "accepted_draft_tokens",
-        "Those of them that were right",
-        True,
-    ),
+    "scheduler.drafted_tokens": ("draft_tokens", "Draft tokens tried (--speculative)", True),
+    "scheduler.accepted_tokens": ("accepted_draft_tokens", "Draft tokens accepted", True),
     "scheduler.importing": (
         "requests_importing",
-        "Requests that have slots and wait for K/V of another server, or for its token",
+        "Requests with slots that wait for K/V or a token from another server",
         False,
     ),
-    "scheduler.imports": ("kv_imports", "Requests whose K/V have come from there", True),
-    "scheduler.imported_tokens": ("kv_imported_tokens", "Tokens whose K/V have come", True),
-    "scheduler.lapses": ("kv_lapses", "Requests whose K/V have not come though wanted", True),
-    "scheduler.exports": ("kv_exports", "Requests whose K/V have gone to another server", True),
-    "scheduler.exported_tokens": ("kv_exported_tokens", "Tokens whose K/V have gone", True),
+    "scheduler.imports": ("kv_imports", "Requests with K/V from another server", True),
+    "scheduler.imported_tokens": ("kv_imported_tokens", "Tokens whose K/V have arrived", True),
+    "scheduler.lapses": ("kv_lapses", "Requests whose K/V failed to arrive", True),
+    "scheduler.exports": ("kv_exports", "Requests with K/V sent elsewhere", True),
+    "scheduler.exported_tokens": ("kv_exported_tokens", "Tokens whose K/V have been sent", True),
     "allocator.hit_tokens": (
         "prefix_hit_tokens",
         "Prompt tokens taken from the prefix cache",
         True,
     ),
-    "allocator.looked_up_tokens": ("prefix_lookup_tokens", "Prompt tokens looked up in it", True),
-    "allocator.evicted_tokens": ("evicted_tokens", "Tokens evicted from it", True),
+    "allocator.looked_up_tokens": ("prefix_lookup_tokens", "Prompt tokens looked up", True),
+    "allocator.evicted_tokens": ("evicted_tokens", "Tokens evicted from the prefix cache", True),
     "allocator.evicted_sliding": (
         "evicted_sliding_tokens",
-        "Tokens of it that lost their KV in layers with a window alone",
+        "Prefix cache tokens that lost only their KV in layers with a window",
         True,
     ),
     "runner.jit_after_warmup": ("jit_after_warmup", "Kernels compiled while serving", True),
     "runner.kv_reads_saved": (
         "kv_reads_saved",
-        "Tokens whose K/V a layer has not read again, since decode steps read shared prefixes once",
+        "Tokens whose K/V a layer did not reread, thanks to shared prefixes in decode steps",
         True,
     ),
-    "transfer.sent_bytes": ("kv_sent_bytes", "K/V of first ranks that went elsewhere", True),
-    "transfer.taken_bytes": ("kv_taken_bytes", "K/V of first ranks that came", True),
-    "transfer.sent_pages": ("kv_sent_pages", "Pages in which they went", True),
-    "transfer.taken_pages": ("kv_taken_pages", "Pages in which they came", True),
-    "transfer.transfers": ("kv_transfers", "Requests whose K/V a first rank has had", True),
-    "transfer.taken_tokens": ("kv_transferred_tokens", "Tokens of these", True),
+    "transfer.sent_bytes": ("kv_sent_bytes", "Bytes of K/V that first ranks have sent", True),
+    "transfer.taken_bytes": ("kv_taken_bytes", "Bytes of K/V that first ranks have received", True),
+    "transfer.sent_pages": ("kv_sent_pages", "Pages of K/V sent", True),
+    "transfer.taken_pages": ("kv_taken_pages", "Pages of K/V received", True),
+    "transfer.transfers": ("kv_transfers", "Requests whose K/V a first rank has received", True),
+    "transfer.taken_tokens": ("kv_transferred_tokens", "Tokens of these requests", True),
     "transfer.transfer_ms": (
         "kv_transfer_ms",
-        "Milliseconds of these, from the first sign of the sender to the last byte",
+        "Total milliseconds of these transfers, from the sender's first frame to the last byte",
         True,
     ),
     "transfer.lapsed": ("kv_transfer_lapses", "Transfers that failed at this end", True),
     "transfer.waiting": (
         "kv_pages_waiting",
-        "Pages that could travel and wait for one that is free",
+        "Pages ready to be sent that wait for a free page",
         False,
     ),
-    "transfer.refused": (
-        "kv_peers_refused",
-        "Connections that were ended for what came on them",
-        True,
-    ),
-    "director.requests": ("pd_requests", "Requests that a pd_master holds", False),
-    "director.prefill_nodes": ("pd_prefill_nodes", "Prefill nodes that take requests", False),
-    "director.decode_nodes": ("pd_decode_nodes", "Decode nodes that take requests", False),
+    "transfer.refused": ("kv_peers_refused", "Connections closed because of invalid data", True),
+    "director.requests": ("pd_requests", "Requests in progress on a pd_master", False),
+    "director.prefill_nodes": ("pd_prefill_nodes", "Prefill nodes that accept requests", False),
+    "director.decode_nodes": ("pd_decode_nodes", "Decode nodes that accept requests", False),
     "director.used": ("pd_kv_slots_used", "KV slots of decode nodes, held by requests", False),
     "director.total": ("pd_kv_slots_total", "KV slots of decode nodes", False),
     "director.attempts": ("pd_attempts", "Attempts to serve a request on nodes", True),
-    "director.retries": ("pd_retries", "Those of them after the first of a request", True),
-    "director.failed": ("pd_failed", "Requests that ended for want of nodes", True),
-    "director.lost_nodes": ("pd_lost_nodes", "Nodes whose connection has ended", True),
-    "director.handovers": ("pd_handovers", "Requests that a decode node went on with", True),
+    "director.retries": ("pd_retries", "Attempts after the first one of a request", True),
+    "director.failed": ("pd_failed", "Requests that failed for lack of nodes", True),
+    "director.lost_nodes": ("pd_lost_nodes", "Nodes whose connection was lost", True),
+    "director.handovers": ("pd_handovers", "Requests that a decode node has continued", True),
     "director.reserve_ms": (
         "pd_reserve_ms",
-        "Milliseconds until decode nodes had found room, of all attempts",
+        "Total milliseconds until decode nodes had allocated slots, over all attempts",
         True,
     ),
     "director.handover_ms": (
         "pd_handover_ms",
-        "Milliseconds from the token of the prefill node to the next one, of all handovers",
+        "Total milliseconds from the prefill node's token to the next one, over all handovers",
         True,
     ),
     "director.kv_sent_bytes": ("pd_kv_sent_bytes", "Bytes of K/V that nodes have sent", True),
-    "director.kv_tokens": ("pd_kv_tokens", "Tokens whose K/V decode nodes have taken", True),
-    "director.kv_transfers": ("pd_kv_transfers", "Requests whose K/V have come as a whole", True),
-    "director.kv_ms": ("pd_kv_transfer_ms", "Milliseconds that they took together", True),
+    "director.kv_tokens": ("pd_kv_tokens", "Tokens whose K/V decode nodes have received", True),
+    "director.kv_transfers": ("pd_kv_transfers", "Requests whose K/V have all arrived", True),
+    "director.kv_ms": ("pd_kv_transfer_ms", "Total milliseconds of these transfers", True),
     "director.kv_lapses": ("pd_kv_lapses", "Transfers of K/V that have failed", True),
-    "director.kv_waiting": ("pd_kv_waiting", "Portions of K/V that wait for a page", False),
+    "director.kv_waiting": ("pd_kv_waiting", "Portions of K/V waiting for a page", False),
     "silent_reporters": (
         "silent_reporters",
-        "Actors whose numbers here are older, since they have not answered within a second",
+        "Actors with outdated numbers here, since they did not answer within a second",
         False,
     ),
 }
-_UNNAMED = {"query", "endpoint", "expected_slots"}  # the last one is for /token_load alone
+_UNNAMED = {"query", "endpoint", "expected_slots"}  # expected_slots is for /token_load only
 assert set(_STATE) - {"silent_reporters"} == {
     f"{of.name}.{count.name}"
     for of in fields(State)[:5]
@@ -318,12 +310,12 @@ _LIGHTLLM = {
 
 
 class ServerMetrics:
-    """Every series of one server, in a registry of its own.
+    """Every series of one server, in its own registry.
 
     Args:
         model_name: label of the ``lightllm_`` series.
-        max_len: most tokens of a request; spaces the buckets of ``lightllm_`` lengths.
-        linears: how many linear layers have weights of which kind.
+        max_len: maximum tokens of a request; spaces the buckets of ``lightllm_`` lengths.
+        linears: (kind of weights, number of linear layers).
     """
 
     def __init__(
@@ -337,7 +329,7 @@ class ServerMetrics:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"asyncllm_{name}", text, registry=self._registry, buckets=buckets)
 
-        of = "of a request that was taken in"
+        of = "of an accepted request"
         self._first = histogram(
             "time_to_first_token_seconds",
             f"From the arrival {of} to its first token",
@@ -353,7 +345,7 @@ class ServerMetrics:
         self._num_tokens = histogram("request_generated_tokens", f"New tokens {of}", LENGTH_BUCKETS)
         self._prompt_tokens = Counter(
             "asyncllm_prompt_tokens",
-            "Prompt tokens of requests that were taken in, cached ones too, counted at their end",
+            "Prompt tokens of accepted requests, including cached ones, counted at their end",
             registry=self._registry,
         )
         self._lag = Histogram(
@@ -365,13 +357,13 @@ class ServerMetrics:
         )
         self._http = Counter(
             "asyncllm_http_requests",
-            "Answers; status 499: the client left, route other: there is nothing at the path",
+            "HTTP answers; status 499: the client disconnected; route other: unknown path",
             ["route", "status"],
             registry=self._registry,
         )
         self._finished = Counter(
             "asyncllm_request_finished",
-            "Requests that were taken in and have ended",
+            "Accepted requests that have ended",
             ["reason"],
             registry=self._registry,
         )
@@ -409,7 +401,7 @@ class ServerMetrics:
 
 
 class _Held(Collector):
-    """Series whose values are counted elsewhere: read, not incremented."""
+    """Series whose values are counted elsewhere, and only read here."""
 
     def __init__(self, model_name: str, linears: Sequence[tuple[str, int]]) -> None:
         self._model_name, self._linears = model_name, linears
@@ -423,7 +415,7 @@ class _Held(Collector):
         groups = self.state.groups if len(self.state.groups) > 1 or lost else {}
         if groups:
             alive = GaugeMetricFamily(
-                "asyncllm_group_up", "1: the group serves, 0: it is lost", labels=["group"]
+                "asyncllm_group_up", "1: the group serves; 0: it is lost", labels=["group"]
             )
             for group in sorted({*groups, *lost}):
                 alive.add_metric([str(group)], float(group not in lost))
@@ -431,7 +423,7 @@ class _Held(Collector):
         for path in _OF_GROUP if groups else ():
             name, text, is_counter = _STATE[path]
             family = CounterMetricFamily if is_counter else GaugeMetricFamily
-            series = family(f"asyncllm_group_{name}", f"{text}, of one group", labels=["group"])
+            series = family(f"asyncllm_group_{name}", f"{text}, per group", labels=["group"])
             for group, state in groups.items():
                 series.add_metric([str(group)], attrgetter(path)(state))
             yield series
@@ -441,7 +433,7 @@ class _Held(Collector):
             gauge.add_metric([self._model_name], attrgetter(path)(self.state))
             yield gauge
         layers = GaugeMetricFamily(
-            "asyncllm_linear_layers", "Linear layers by the kind of their weights", labels=["kind"]
+            "asyncllm_linear_layers", "Linear layers by kind of weights", labels=["kind"]
         )
         for kind, num in self._linears:
             layers.add_metric([kind], num)
@@ -475,12 +467,12 @@ def _of_process(process: Process) -> Iterator[Metric]:
     )
     yield CounterMetricFamily(
         "asyncllm_foreign_frames",
-        "Frames that were not ours, of all processes of this node",
+        "Foreign frames received by all processes of this node",
         value=process.foreign_frames,
     )
     yield CounterMetricFamily(
         "asyncllm_strangers",
-        "Connections to ports for our own processes that did not show that they know the key",
+        "Connections to internal ports that failed authentication",
         value=process.strangers,
     )
 
@@ -490,10 +482,10 @@ class Registered(Collector):
     """Series of a config_server.
 
     Args:
-        present, gone: by role, those who are there, and those who have left since the start.
-        ports: at which ranks of a server meet.
-        denied: requests for a port that was another's, or could not be used.
-        process: its only one.
+        present, gone: number of connected servers, and of those that left since the start, by role.
+        ports: number of rendezvous ports in use.
+        denied: refused requests for a port that another server held or that could not be used.
+        process: the only process.
     """
 
     present: Mapping[str, int]
@@ -507,18 +499,18 @@ class Registered(Collector):
             "asyncllm_members", "Servers that are connected", labels=["role"]
         )
         left = CounterMetricFamily(
-            "asyncllm_members_left", "Servers that were and have gone", labels=["role"]
+            "asyncllm_members_left", "Servers that have disconnected", labels=["role"]
         )
         for family, counts in ((members, self.present), (left, self.gone)):
             for role, count in sorted(counts.items()):
                 family.add_metric([role], count)
             yield family
         yield GaugeMetricFamily(
-            "asyncllm_nccl_ports", "Ports at which ranks of a server meet", value=self.ports
+            "asyncllm_nccl_ports", "Rendezvous ports leased to servers", value=self.ports
         )
         yield CounterMetricFamily(
             "asyncllm_nccl_ports_denied",
-            "Requests for such a port that was another server's or could not be used",
+            "Refused requests for a rendezvous port (taken by another server, or unusable)",
             value=self.denied,
         )
         yield from _of_process(self.process)
@@ -545,12 +537,12 @@ class _LightLlm:
             )
             return made.labels(model_name)
 
-        self._count = counter("request_count", "Requests for text, refused ones too")
-        self._success = counter("request_success", "Those of them that were answered in full")
-        self._failure = counter("request_failure", "Those refused, failed, or left by their client")
+        self._count = counter("request_count", "Generation requests, including refused ones")
+        self._success = counter("request_success", "Generation requests answered completely")
+        self._failure = counter("request_failure", "Those refused, failed or abandoned")
         self._prompt_tokens = counter("prompt_tokens", "The same as asyncllm_prompt_tokens")
         self._generation_tokens = counter(
-            "generation_tokens", "Tokens of the answers to requests that were taken in"
+            "generation_tokens", "Generated tokens of accepted requests"
         )
         self._duration = histogram("request_duration", "request_duration_seconds", LIGHTLLM_BUCKETS)
         self._first = histogram(

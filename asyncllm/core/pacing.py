@@ -1,4 +1,4 @@
-"""When to launch the next step, and how many prompt tokens it may have: by how long steps take.
+"""Decides when to launch the next step and its number of prompt tokens, by predicted step times.
 
 Knows times and counts of tokens; does not know the contents of steps.
 """
@@ -12,13 +12,13 @@ LEAST_SHARE, MOST_SHARE = 0.05, 0.25  # safety margin as a share of the running 
 ERRORS = 3.0  # that share, in mean errors of recent predictions
 ROW_S = 30e-6  # publishing cost per row, which keeps the loop busy
 LEAST_S = 0.001  # shorter waits are not worth a timer
-LEAST_ROOM = 64  # tokens that prompts get in any step, however little of it they may take
-KNOWN = 8  # steps of a kind after which its times are foretold
-FORGETS = 0.998  # weight of what was known, after each step of a kind
-PRIOR = 1e6  # of the coefficients: variance, in ms by the units below
+LEAST_ROOM = 64  # prompt tokens allowed in any step, whatever the share
+KNOWN = 8  # steps of a kind after which its times are predicted
+FORGETS = 0.998  # forgetting factor per step of a kind
+PRIOR = 1e6  # prior variance of the coefficients, in ms by the units below
 UNIT_TOKENS, UNIT_READ = 1e3, 1e5
-OUTLIER = 2.0  # a step that takes so many times what was foretold, or less than the inverse ...
-STUBBORN = 3  # ... is left out, unless so many come one after the other
+OUTLIER = 2.0  # a step that takes more than this times its prediction, or less than the inverse ...
+STUBBORN = 3  # ... is ignored, unless this many follow one another
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class StepSize:
 
 
 class TimeFit:
-    """Milliseconds of steps of one kind: a + b * tokens + c * K/V read, by recursive least squares
-    of relative errors, with forgetting. A few microseconds a step."""
+    """Predicts the milliseconds of steps of one kind as a + b * tokens + c * K/V read. Fitted by
+    recursive least squares of relative errors, with forgetting. Takes microseconds per step."""
 
     def __init__(self) -> None:
         self.num_seen = 0
@@ -43,21 +43,21 @@ class TimeFit:
         self._outliers = 0
 
     def predict(self, num_tokens: int, num_read: int) -> float:
-        """0: not known yet."""
+        """Predicted milliseconds; 0: not known yet."""
         if self.num_seen < KNOWN:
             return 0.0
         a, b, c = self._coefficients
         return max(a + b * num_tokens / UNIT_TOKENS + c * num_read / UNIT_READ, 0.0)
 
     def tokens_within(self, ms: float, num_read: int) -> int | None:
-        """Most tokens of a step that takes ``ms``; None: not known."""
+        """The most tokens that a step of ``ms`` can have; None: not known."""
         a, b, c = self._coefficients
         if self.num_seen < KNOWN or b <= 0:
             return None
         return int((ms - a - c * num_read / UNIT_READ) / b * UNIT_TOKENS)
 
     def learn(self, num_tokens: int, num_read: int, ms: float) -> None:
-        """A step took ``ms`` > 0."""
+        """Learn that a step took ``ms`` > 0."""
         if foretold := self.predict(num_tokens, num_read):
             off = foretold > OUTLIER * ms or ms > OUTLIER * foretold
             self._outliers = self._outliers + 1 if off else 0
@@ -72,7 +72,7 @@ class TimeFit:
         for i in range(3):
             self._coefficients[i] += gain[i] * missed
             for j in range(3):
-                # what steps say nothing of must not be forgotten without bound
+                # forget without bound only what steps provide information about
                 p[i][j] = (p[i][j] - gain[i] * px[j]) / FORGETS
         if max(p[i][i] for i in range(3)) > PRIOR:
             scale = PRIOR / max(p[i][i] for i in range(3))
@@ -86,21 +86,21 @@ class Pacer:
     A launched step can no longer take in requests. If it were launched as soon as there is room in
     the pipeline, it would sit in the device's queue for the length of a step, and requests that
     arrive meanwhile would wait for it too. So while no request waits, it is launched shortly before
-    the running step ends. If that ends earlier than foretold, the next one is launched at once: a
+    the running step ends. If that ends earlier than predicted, the next one is launched at once: a
     wrong prediction leaves the device idle for one launch at most.
 
     Args:
-        prefill_share: of the time of a step that decodes too, for prompts; 1: all of it.
+        prefill_share: share of the time of a mixed step that prompts may take; 1: all of it.
     """
 
     def __init__(self, prefill_share: float = 1.0) -> None:
         self._prefill_share = prefill_share
         self._began = 0.0  # when the running step began, approximately
         self._decode, self._mixed = TimeFit(), TimeFit()
-        self._last = 0.0  # milliseconds of the last step that decoded
+        self._last = 0.0  # milliseconds of the last step with decode rows
 
     def launched(self, now: float, *, idle: bool) -> None:
-        """A step is on its way; ``idle``: the device had nothing to do."""
+        """A step has been launched; ``idle``: the device had nothing to do."""
         if idle:
             self._began = now
 
@@ -108,7 +108,7 @@ class Pacer:
         """A step is over.
 
         Args:
-            now: seconds, of any clock that does not go back.
+            now: seconds, of any monotonic clock.
             device_ms: its time on the device, without gaps; 0: unknown.
         """
         self._began = now

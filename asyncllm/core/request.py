@@ -49,16 +49,16 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # cut from the text
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # of ids, each at least two; cut from the text
     logprobs: int = -1  # -1: none; 0: of the chosen token; N: of the N best too
-    logprob_ids: tuple[int, ...] = ()  # of these instead of the best ones, of which logprobs is the
-    # number; each once
+    logprob_ids: tuple[int, ...] = ()  # of these ids instead of the best ones; each once, and
+    # logprobs is their number
     prompt_logprobs: int = -1  # the same for prompt tokens; such a request takes no prefix hit
     skip_special_tokens: bool = True
     print_eos: bool = False  # show the text of the eos or stop token that ended the request
     include_stop: bool = False  # show what ended it, unless it is a special token that is not shown
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     use_cache: bool = True  # use and add prefix cache entries
-    grammar: tuple[str, str] | None = None  # (kind, text): the output's form; kinds in GRAMMARS
-    length_penalty: tuple[int, float] | None = None  # (start, factor > 1): eos ones come likelier,
+    grammar: tuple[str, str] | None = None  # (kind, text) to match; kinds in GRAMMARS
+    length_penalty: tuple[int, float] | None = None  # (start, factor > 1): raises eos logits to
     # logit + |logit| * (factor ** (generated - start) - 1) after start tokens (transformers'
     # ExponentialDecayLengthPenalty)
     allowed_token_ids: tuple[int, ...] = ()  # only these and eos tokens are allowed; (): all
@@ -100,12 +100,12 @@ class SamplingParams:
         )
 
 
-# kinds of SamplingParams.grammar: any JSON object (without a text), a JSON schema, a regular
-# expression, rules in EBNF from ``root`` on, a JSON array of texts one of which is the output,
-# calls among free text: the mark that begins one, a line break, and a JSON array of what may follow
-# it, each {"begin", "schema", "style", "end"}
+# kinds of SamplingParams.grammar: any JSON object (no text), a JSON schema, a regular expression,
+# EBNF rules starting at ``root``, a JSON array of texts to choose from, calls within free text: the
+# mark that begins one, a line break, and a JSON array of what may follow it, each {"begin",
+# "schema", "style", "end"}
 GRAMMARS = ("json", "schema", "regex", "ebnf", "choice", "calls")
-# a key of a string's schema: the string is a text of this grammar in Lark's notation
+# a key in a string's schema: the string must match this grammar in Lark's notation
 LARK = "\ue000lark"
 
 

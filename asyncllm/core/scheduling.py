@@ -22,11 +22,11 @@ from asyncllm.errors import RequestError
 from asyncllm.messages import MAX_COUNT, Granted, Reserve, StepPlan
 from asyncllm.records import ConstraintDone, Failure, Opened
 
-UNFIT = Failure("the tokens so far do not fit what constrains them", status=500)
+UNFIT = Failure("the tokens so far violate the constraint", status=500)
 
 
 class Core(Drafting):
-    """Pure scheduler state. At most one proposal is open: propose, plan, and so on.
+    """Pure scheduler state. At most one proposal is open: propose and plan alternate.
 
     Args:
         num_lanes: most requests on the device at a time.
@@ -40,8 +40,8 @@ class Core(Drafting):
         num_sliding: size of that space in slots.
         share_prompts: of several requests with the same prompt, all but the first are held until
             its prompt has been launched, so that it is computed once.
-        num_ranks: of the group, where K/V move in or out.
-        speculation: what decides about guessed tokens; None: there are none.
+        num_ranks: of the group, if K/V are transferred in or out.
+        speculation: decides about draft tokens; None: there are none.
         constraint_s: limit of CPU seconds spent in threads on a request's constraint.
 
     """
@@ -337,7 +337,7 @@ class Core(Drafting):
             room -= wanted
             sliding -= seen
             req.lane = Lane(self._free_lanes.pop(), known, imports=req.imports)
-            budget -= 0 if req.imports else count  # others compute it
+            budget -= 0 if req.imports else count  # computed by another server
             rows.append((req, req.lane, count))
             req.lane.inflight += 1
             ids = req.prompt + req.outputs if req.outputs else req.prompt

@@ -46,8 +46,8 @@ class Holding:
         [launched, len)      granted, not in the tree yet
 
     ``duplicates`` are the lane's own slots for tokens that another lane put into the tree first:
-    this lane keeps reading its own, the tree has the other's. The first ``same`` slots are those
-    of the tree.
+    this lane keeps reading its own, the tree has the other's. The first ``same`` slots are the
+    tree's.
     """
 
     ids: array[int]
@@ -64,7 +64,7 @@ class Ledger:
     Args:
         total: slots in the pool.
         use_tree: False: no prefix cache.
-        siblings: where to say which lanes have the same first slots; None: nowhere.
+        siblings: tracks which lanes share their first slots; None: not tracked.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Ledger:
 
     @property
     def cached(self) -> int:
-        """Slots that only the prefix cache keeps."""
+        """Slots used only by the prefix cache."""
         return self.tree.size - self.tree.locked
 
     @property
@@ -136,9 +136,9 @@ class Ledger:
         )
 
     def trim(self, lane: int, num: int) -> None:
-        """Take back the last slots of a lane, which nobody reads; none of them is in the tree."""
+        """Free the last slots of a lane, which nobody reads and which are not in the tree."""
         held = self.lanes[lane]
-        assert len(held.slots) - num >= max(held.shared, len(held.ids)), "those are not guessed"
+        assert len(held.slots) - num >= max(held.shared, len(held.ids)), "not slots of drafts"
         self.pool.give(held.slots[-num:])
         del held.slots[-num:]
 
@@ -242,7 +242,7 @@ class Ledger:
         self.tree.unlock(node)
 
     def _share(self, lane: int, held: Holding, ids: array[int], end: int) -> None:
-        """Put ``ids[:end]`` into the tree as far as they are not."""
+        """Put those of ``ids[:end]`` into the tree that are not in it yet."""
         assert held.node is not None
         if end <= held.shared:
             return
@@ -251,8 +251,8 @@ class Ledger:
         self._shared(lane, held, known, end)
 
     def _shared(self, lane: int, held: Holding, known: int, end: int) -> None:
-        """What a lane holds is in the tree up to ``end``; for the first ``known`` new tokens the
-        tree has other slots."""
+        """Everything the lane holds up to ``end`` is in the tree now; for the first ``known`` new
+        tokens the tree has other slots."""
         assert held.node is not None
         start = held.shared
         held.duplicates.extend(held.slots[start : start + known])
@@ -260,4 +260,4 @@ class Ledger:
         if held.same == start and not known:
             held.same = end
             if self._siblings is not None:
-                held.node.member = lane  # nobody else's slots are these
+                held.node.member = lane  # no other lane has these slots

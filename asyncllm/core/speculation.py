@@ -1,8 +1,8 @@
-"""Speculation: which rows of the next step try tokens that are only guessed, and whether it pays.
+"""Decides which rows of the next step try draft tokens, and whether speculation pays off.
 
-A guessed token (a draft) is a row of its own in the step, behind the one that it follows: its
-lane's next position. All of them are sampled; one whose input turns out to be wrong is dropped.
-Knows chances and times of steps; knows neither where guesses come from nor tensors.
+A draft is a row of its own in the step, after the row that it follows, at its lane's next position.
+All rows are sampled; a token sampled after a wrong draft is dropped. Knows probabilities and step
+times; knows neither where guesses come from nor tensors.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from itertools import chain
 
 from asyncllm.core.steps import Lane, Step
 
-MOST_ROWS = 256  # of a step, drafts included, unless more requests than that may run
-READ_TOKENS = 4096  # of prompts are read for a step: about a millisecond
-LEAST_GAIN = 1.1  # tokens per second with drafts over those without, by which they must pay
-GAP_S = 0.001  # the device waits for the host before a step with drafts, until it is measured
-FRESH = 4096  # steps for which a measured time counts
-SLOWER, FASTER = 0.1, 0.5  # weights of a time that is longer or shorter than those before
+MOST_ROWS = 256  # per step, including drafts, unless more requests than that may run
+READ_TOKENS = 4096  # prompt tokens indexed per step: takes about a millisecond
+LEAST_GAIN = 1.1  # required ratio of tokens per second with drafts to those without
+GAP_S = 0.001  # initial estimate of the device's idle time before a step with drafts
+FRESH = 4096  # steps for which a measurement is valid
+SLOWER, FASTER = 0.1, 0.5  # weights of a new time that is longer or shorter than the average
 
 
 def step_rows(num_lanes: int, most: int) -> int:
-    """Most rows of one token in a step of up to ``num_lanes`` requests and ``most`` drafts each."""
+    """Maximum one-token rows in a step of ``num_lanes`` requests with ``most`` drafts each."""
     return max(num_lanes, min(num_lanes * (1 + most), MOST_ROWS))
 
 
 class StepTimes:
-    """How long steps take by their number of rows, and how long the device waits between two.
+    """Measured step times by number of rows, and the device's idle time between two steps.
 
-    Rows are counted in powers of two. Of a time that is not known, or was measured long ago, the
-    next one below that is known is taken: what has not been tried seems to cost nothing.
+    Rows are counted in powers of two. If a time is unknown or outdated, the next smaller known one
+    is used, so that untried sizes seem to cost nothing.
     """
 
     def __init__(self) -> None:
         self.gap_s = GAP_S
-        self.known: dict[int, tuple[float, int]] = {}  # by class: seconds, the step of the last
+        self.known: dict[int, tuple[float, int]] = {}  # by class: seconds, step measured last
         self._steps = 0
 
     def measured(self, num_rows: int, took_s: float, gap_s: float | None) -> None:
-        """A step of as many rows is over.
+        """Record a finished step with that many rows.
 
         Args:
-            gap_s: the device has waited for so long before it; None: not, or not for the host.
+            gap_s: how long the device was idle before it; None: it was not, or not due to the host.
         """
         self._steps += 1
         kind = _class_of(num_rows)
@@ -51,7 +51,7 @@ class StepTimes:
             self.gap_s = _mixed(self.gap_s, gap_s)
 
     def of(self, num_rows: int) -> float:
-        """Seconds; 0: nothing is known."""
+        """Expected seconds; 0: unknown."""
         for kind in range(_class_of(num_rows), -1, -1):
             took_s, at = self.known.get(kind, (0.0, 0))
             if took_s and self._steps - at < FRESH:
@@ -68,21 +68,21 @@ def _mixed(old: float, new: float) -> float:
 
 
 class Speculation:
-    """Decides for all requests together, since all wait for a step that takes longer.
+    """Decides for all requests together, since all of them wait for a longer step.
 
-    A step with drafts cannot be planned before the one in front of it is over, nor the one behind
-    it: the device waits for the host twice, where it otherwise does not. So drafts are for steps
-    in which they are worth that to the whole batch.
+    A step with drafts cannot be planned before the previous step is over, nor can the step after
+    it: the device waits for the host twice, which it otherwise does not. So drafts are only used in
+    steps where they are worth that to the whole batch.
 
     Args:
-        most: drafts of one request in one step.
-        most_rows: of one step, see :func:`step_rows`.
+        most: drafts per request and step.
+        most_rows: rows per step, see :func:`step_rows`.
 
     Attributes:
-        drafted: tokens that have been guessed and tried, of all requests.
-        accepted: those of them that were right.
+        drafted: draft tokens tried, over all requests.
+        accepted: draft tokens that were right.
         trying: drafts in launched steps.
-        wrong: lanes and how many slots they have too many, for drafts that were wrong.
+        wrong: (lane, surplus slots) of wrong drafts.
     """
 
     def __init__(self, most: int, most_rows: int) -> None:
@@ -90,17 +90,17 @@ class Speculation:
         self.times = StepTimes()
         self.drafted = self.accepted = self.trying = 0
         self.wrong: list[tuple[Lane, int]] = []
-        self._over_at = 0.0  # when the last step was
+        self._over_at = 0.0  # when the last step ended
 
     def settled(self, wrong: list[tuple[Lane, int]], num: int) -> None:
-        """The results of a step with ``num`` drafts are there."""
+        """The results of a step with ``num`` drafts have arrived."""
         self.wrong += wrong
         self.trying -= num
         self.drafted += num
         self.accepted += num - sum(rows for _, rows in wrong)
 
     def over(self, step: Step, now: float) -> None:
-        """A launched step is over.
+        """A launched step has finished.
 
         Args:
             now: seconds, of the clock of ``step.launched_at``.
@@ -112,20 +112,20 @@ class Speculation:
         self._over_at = now
 
     def waits(self, chances: Sequence[Sequence[float]], num_rows: int) -> bool:
-        """Whether to plan nothing before the running step is over: the next is to have drafts.
+        """Whether to plan nothing before the running step is over, since the next has drafts.
 
         Args:
-            chances: by request, of its drafts once it is over, in order.
-            num_rows: of the next step without drafts.
+            chances: per request, of its drafts after that step, in order.
+            num_rows: rows of the next step without drafts.
         """
         return bool(chances) and self._best(chances, num_rows, self.most_rows) > 0
 
     def choose(self, chances: Sequence[Sequence[float]], num_rows: int, room: int) -> list[int]:
-        """How many drafts of each request are tried.
+        """The number of drafts to try for each request.
 
         Args:
-            chances: by request, that the n-th draft is right and all before it, falling with n.
-            room: most drafts in all.
+            chances: per request: probability that the first n drafts are all right, for each n.
+            room: maximum drafts in all.
         """
         least = self._best(chances, num_rows, room)
         taken = []
@@ -139,19 +139,19 @@ class Speculation:
         return taken
 
     def _best(self, chances: Sequence[Sequence[float]], num_rows: int, room: int) -> float:
-        """The least chance that a draft must have; 0: none is tried."""
+        """The lowest probability a draft must have; 0: no drafts."""
         room = min(room, self.most_rows - num_rows)
         if room <= 0 or not num_rows:
             return 0.0
         falling = sorted(chain.from_iterable(chances), reverse=True)[:room]
         if not (plain_s := self.times.of(num_rows)):
-            return 0.0  # it is measured first
+            return 0.0  # measure it first
         best, least, gained = LEAST_GAIN * num_rows / plain_s, 0.0, 0.0
         for i, chance in enumerate(falling, 1):
             gained += chance
             rows = num_rows + i
             if rows & (rows - 1) and i < len(falling):
-                continue  # the next one costs nothing more
+                continue  # the next one is free
             speed = (num_rows + gained) / (self.times.of(rows) + self.times.gap_s)
             if speed > best:
                 best, least = speed, chance

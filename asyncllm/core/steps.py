@@ -32,7 +32,7 @@ class Lane:
 
     number: int
     fill_len: int  # tokens known when it was opened; rows carry token ids up to here
-    late: int = 0  # the last ones of these, which the allocator has not been sent
+    late: int = 0  # the last ones of these, not sent to the allocator yet
     planned: int = 0
     inflight: int = 0  # rows of launched steps and of the open reservation
     opened: bool = False  # the allocator knows it
@@ -40,10 +40,10 @@ class Lane:
     over: bool = False  # its results are discarded; released when nothing is in flight
     leaves: array[int] = field(default_factory=lambda: array(INT32))  # when over: for the cache
     drafts: array[int] = field(default_factory=lambda: array(INT32))  # of the open proposal
-    # where K/V move, see core.moving
-    imports: bool = False  # its slots are filled by others
+    # for K/V transfers, see core.moving
+    imports: bool = False  # its slots are filled by transfers
     imported: array[int] = field(default_factory=lambda: array(INT32))  # not in any step yet
-    touches: int = 0  # by others, of its slots
+    touches: int = 0  # transfers that may still access its slots
 
 
 @dataclass(slots=True, eq=False)
@@ -75,10 +75,10 @@ class Request:
     imports: bool = False  # K/V of its tokens are imported from another server
     lacks: bool = False  # the token that follows them has not arrived yet
     after: int = -1  # the rid whose prompt it waits for
-    client: int = 0  # waiting clients are served in turn
-    lookup: Lookup | None = None  # of prompt and outputs, where tokens are guessed
-    drafted: int = 0  # guessed tokens that have been tried
-    accepted: int = 0  # those that are among the outputs
+    client: int = 0  # waiting clients are served round-robin
+    lookup: Lookup | None = None  # over prompt and outputs, if tokens are guessed
+    drafted: int = 0  # draft tokens tried
+    accepted: int = 0  # draft tokens accepted
 
     @classmethod
     def of(
@@ -96,7 +96,7 @@ class Request:
         if params.prompt_logprobs >= 0 and (outputs or imports):
             params = replace(params, prompt_logprobs=-1)  # sent with the first of the outputs
         max_new = params.max_new_tokens
-        assert max_new is not None, f"request {rid}: max_new_tokens is open"
+        assert max_new is not None, f"request {rid}: max_new_tokens is unset"
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= eos_ids
@@ -159,19 +159,19 @@ class Step:
     plan: StepPlan
     rows: list[Row]
     result: StepDone | None = None  # for the shell: see Emitted
-    # rows whose input is only guessed: each is right if the row before it, of the same lane, gives
-    # that token and is right itself
+    # rows whose input is a draft: a draft is right if the previous row, of the same lane, yields
+    # that token and is itself right
     drafts: set[int] = field(default_factory=set)
     launched_at: float = 0.0  # for the shell: seconds
 
     @property
     def decodes(self) -> bool:
-        """Every row has one token."""
+        """Whether every row has one token."""
         return self.plan.num_decode == len(self.rows)
 
     @property
     def size(self) -> StepSize:
-        """What its time is foretold by."""
+        """The inputs for predicting its time."""
         num_tokens = len(self.plan.tokens)
         num_read = sum(self.plan.starts) + num_tokens
         return StepSize(num_tokens, num_read, len(self.rows), self.decodes)

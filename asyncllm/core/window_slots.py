@@ -65,7 +65,7 @@ class WindowLedger(Ledger):
 
     @property
     def sliding_cached(self) -> int:
-        """Sliding slots that only the prefix cache keeps."""
+        """Sliding slots used only by the prefix cache."""
         return self._tree.live - self._tree.read
 
     @property
@@ -149,7 +149,7 @@ class WindowLedger(Ledger):
         return self.sliding.take(num)
 
     def _see(self, view: View, count: int) -> None:
-        """Slots for ``count`` new tokens."""
+        """Add slots for ``count`` new tokens."""
         slots = self._take_sliding(count)
         view.slots.extend(slots)
         self._column.extend(slots)
@@ -168,7 +168,7 @@ class WindowLedger(Ledger):
         if row is not None:
             hit, slots = row
             self.views[lane] = view
-            self._column.extend(array("i", [self.sliding.total]) * view.first)  # nobody's slot
+            self._column.extend(array("i", [self.sliding.total]) * view.first)  # the padding slot
             self._column.extend(view.slots)
             self._see(view, len(slots) - hit)
         return row
