@@ -17,6 +17,13 @@ def cache_dir() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "asyncllm"
 
 
+def triton_cache() -> Path:
+    """Where Triton keeps compiled kernels."""
+    home = os.environ.get("TRITON_HOME") or "~"
+    given = os.environ.get("TRITON_CACHE_DIR")
+    return Path(given or Path(home) / ".triton" / "cache").expanduser()
+
+
 API_KEY = "ASYNCLLM_API_KEY"
 
 

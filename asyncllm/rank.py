@@ -29,7 +29,7 @@ from asyncllm.server import config_server
 from asyncllm.server.ahead import Ahead
 from asyncllm.server.check import check
 from asyncllm.server.cluster import open_channel
-from asyncllm.server.compile_kernels import job
+from asyncllm.server.compile_kernels import job, job_name
 from asyncllm.server.keys import with_all_keys
 from asyncllm.server.launch import (
     Boot,
@@ -103,8 +103,7 @@ def serve(config: Config, ahead: Ahead | None = None) -> int:
             if config.nnodes == 1:
                 return 0
         if ahead is not None:
-            cuda = resolved.device == "cuda"
-            ahead.give(job(boot, device_facts(torch.device("cuda", 0))) if cuda else "")
+            _compile(ahead, boot, spec)
         status = None if serves else sock
         ground = Ground(seat.wires, seat.lifeline, status, channel, ahead)
         return uvloop.run(Server(boot, spec, text, ground, watch).run())
@@ -168,6 +167,15 @@ def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
             f"{spec.head}.weight",
         )
     return spec, text
+
+
+def _compile(ahead: Ahead, boot: Boot, spec: ModelSpec) -> None:
+    """Have the kernels compiled that a rank of ``boot`` will launch."""
+    if boot.resolved.device != "cuda":
+        ahead.give("", "")
+        return
+    facts = device_facts(torch.device("cuda", 0))
+    ahead.give(job(boot, facts), job_name(boot, spec, facts))
 
 
 def _leave(wires: ZmqAddresses | NodeWires, code: int) -> NoReturn:

@@ -6,20 +6,25 @@ it, so what is compiled is what the warm-up launches; nothing here touches the G
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from asyncllm import log
+from asyncllm.config import FLAGS
+from asyncllm.config.options import OF_ONE_NODE
 from asyncllm.engine.ahead import DryDevice, Variant, compile_noted, noted
 from asyncllm.engine.build import division_of, model_on_paper
 from asyncllm.engine.parallel import SingleRank
 from asyncllm.environment import cpu_count
+from asyncllm.kernels import autotune
 from asyncllm.kernels.autotune import DeviceFacts
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec
@@ -34,6 +39,31 @@ KV_BYTES = 64 << 30  # kernels are the same for any number of slots
 def job(boot: Boot, facts: DeviceFacts) -> str:
     """What the helper reads."""
     return json.dumps({"boot": boot.to_json(), "facts": asdict(facts)})
+
+
+def job_name(boot: Boot, spec: ModelSpec, facts: DeviceFacts) -> str:
+    """Another one for each model, set of options, kind of GPU and version of what compiles."""
+    options = [
+        (name, getattr(boot.config, name))
+        for name, flag in FLAGS.items()
+        if name not in OF_ONE_NODE and not flag.secret
+    ]
+    kernels = Path(autotune.__file__).parent
+    sources = [
+        (path.name, (at := path.stat()).st_mtime_ns, at.st_size)
+        for path in sorted(kernels.rglob("*"))
+        if path.suffix in {".py", ".json"}
+    ]
+    versions = sys.version, torch.__version__, version("triton")
+    resolved = replace(boot.resolved, notes=(), warnings=(), served_names=(), model_name="")
+    shapes = asdict(resolved), asdict(spec), asdict(facts)
+    text = json.dumps((options, shapes, versions, sources), default=_in_order)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _in_order(value: object) -> object:
+    """For what JSON has no form of: sets have another order in each process."""
+    return sorted(value) if isinstance(value, frozenset) else repr(value)
 
 
 def variants(boot: Boot, spec: ModelSpec, facts: DeviceFacts) -> list[Variant]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,10 @@ import pytest
 from asyncllm import rank  # noqa: F401  # with all of a server's messages
 from asyncllm.config import Config, resolve_limits
 from asyncllm.environment import child_environment
+from asyncllm.kernels.autotune import DeviceFacts
+from asyncllm.models.spec import ModelSpec
 from asyncllm.server.ahead import Ahead
+from asyncllm.server.compile_kernels import job_name
 from asyncllm.server.launch import Boot
 from asyncllm.topology import Topology
 
@@ -71,7 +76,9 @@ def test_what_a_warm_up_launches_is_found_and_compiled_without_a_gpu(tmp_path: P
 
 
 def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> Path:
-    """Has the helper be a shell that does this, and writes what it read into a file."""
+    """Has the helper be a shell that does this, and writes what it read into a file; Triton's cache
+    is empty."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     script = tmp_path / "helper"
     script.write_text(f"#!/bin/sh\ncat > {tmp_path}/job\n{does}\n")
     script.chmod(0o755)
@@ -82,7 +89,7 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> Path:
 def test_the_start_waits_for_the_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = helper(tmp_path, monkeypatch, "exit 0")
     with Ahead() as ahead:
-        ahead.give("a job")
+        ahead.give("a job", "its-name")
         ahead.wait()
         assert read.read_text() == "a job"
 
@@ -92,9 +99,48 @@ def test_a_helper_that_fails_costs_only_time(
 ) -> None:
     helper(tmp_path, monkeypatch, "exit 3")
     with Ahead() as ahead:
-        ahead.give("a job")
+        ahead.give("a job", "its-name")
         ahead.wait()
     assert "not compiled ahead (exit code 3)" in caplog.text
+    with Ahead() as again:
+        assert again.pid is not None, "what failed is tried again"
+
+
+def test_what_has_been_compiled_is_not_waited_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = helper(tmp_path, monkeypatch, "exit 0")
+
+    def start(job: str) -> bool:
+        """Whether a start with this job had it compiled."""
+        read.unlink(missing_ok=True)
+        with Ahead() as ahead:
+            ahead.give(job, f"name-of-{job}")
+            ahead.wait()
+            assert read.exists() == (ahead.pid is not None)
+        return read.exists() and read.read_text() == job
+
+    assert start("first")
+    assert not start("first")
+    assert start("second"), "with other kernels the helper starts late"
+    assert not start("second")
+    assert not start("first")
+    shutil.rmtree(tmp_path / "triton")
+    assert start("first")
+
+
+def test_a_stamp_is_for_one_model_one_gpu_and_one_set_of_options() -> None:
+    spec, gpu = ModelSpec.from_hf(LLAMA, {}), DeviceFacts("NVIDIA H100 80GB HBM3", 132, 90)
+    other = replace(boot(), config=replace(boot().config, disable_cudagraph=True))
+    moved = replace(boot(), config=replace(boot().config, port=9000))
+    names = [
+        job_name(boot(), spec, gpu),
+        job_name(other, spec, gpu),
+        job_name(boot(), replace(spec, hidden_size=512), gpu),
+        job_name(boot(), spec, replace(gpu, num_sms=114)),
+    ]
+    assert len({*names}) == 4
+    assert job_name(moved, spec, gpu) == names[0]
 
 
 def test_a_start_that_ends_leaves_no_helper(
@@ -103,6 +149,7 @@ def test_a_start_that_ends_leaves_no_helper(
     helper(tmp_path, monkeypatch, "sleep 600")
     with Ahead() as ahead:
         pid = ahead.pid
+        assert pid is not None
         os.kill(pid, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
