@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asyncllm import __version__, log
-from asyncllm.config import FLAGS, GROUPS, OPERATION, Config, Flag, roles
+from asyncllm.config import FLAGS, OPERATION, TOPICS, Config, Flag, roles
 from asyncllm.config.foreign import FOREIGN, Foreign
 from asyncllm.environment import has_cuda, quiet_libraries
 from asyncllm.errors import StartupError
@@ -121,7 +121,7 @@ def parse(argv: list[str]) -> Config:
 def markdown() -> str:
     """Return the text of docs/cli.md."""
     parts = [INTRO]
-    for group in GROUPS:
+    for group in TOPICS:
         parts.append(
             f"## {group}\n\n| option | default | meaning | availability |\n|---|---|---|---|"
         )
@@ -174,7 +174,7 @@ def _parser() -> _Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    for group in GROUPS:
+    for group in TOPICS:
         chapter = parser.add_argument_group(group)
         for option in FLAGS.values():
             if option.group == group:

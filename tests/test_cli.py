@@ -304,7 +304,7 @@ def test_help_has_every_flag_in_its_chapter(capsys: pytest.CaptureFixture[str]) 
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     position = 0
-    for group in config.GROUPS:
+    for group in config.TOPICS:
         position = text.index(f"\n{group}:\n", position)
     for name in (*FLAGS, "help", "version"):
         assert re.search(rf"^  (-h, )?--{name}\b", text, re.M), name

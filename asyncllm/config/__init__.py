@@ -3,12 +3,12 @@
 from asyncllm.config import roles
 from asyncllm.config.flag import Flag
 from asyncllm.config.limits import Resolved, resolve_limits
-from asyncllm.config.options import FLAGS, GROUPS, OPERATION, Config
+from asyncllm.config.options import FLAGS, OPERATION, TOPICS, Config
 
 __all__ = [
     "FLAGS",
-    "GROUPS",
     "OPERATION",
+    "TOPICS",
     "Config",
     "Flag",
     "Resolved",

@@ -42,7 +42,6 @@ class Flag:
 
     default: object
     help: str
-    group: str
     choices: tuple[str, ...] = ()
     check: Check | None = None
     nargs: Literal["+"] | None = None
@@ -51,6 +50,7 @@ class Flag:
     needs: Needs | None = None
     secret: bool = False
     name: str = ""
+    group: str = ""
     kind: type = str
 
     def complaint(self, value: Single | tuple[Single, ...]) -> str | None:
@@ -65,9 +65,9 @@ class Flag:
         return None
 
 
-def flag(default: T, *, help: str, group: str, **more: Any) -> T:  # noqa: A002
+def flag(default: T, *, help: str, **more: Any) -> T:  # noqa: A002
     """A field of ``Config`` that is also an option; the keywords are the fields of ``Flag``."""
-    made = Flag(default, help, group, **more)
+    made = Flag(default, help, **more)
     return field(default=default, repr=not made.secret, metadata={"flag": made})
 
 

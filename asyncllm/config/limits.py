@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from asyncllm.config.options import DTYPES, Config
+from asyncllm.config.model import DTYPES
+from asyncllm.config.options import Config
 from asyncllm.errors import StartupError
 from asyncllm.models.kv_format import KvMode
 

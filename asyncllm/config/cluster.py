@@ -1,0 +1,162 @@
+"""Options of what lies on several GPUs, machines and servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asyncllm.config import roles
+from asyncllm.config.flag import Needs, above_zero, at_least, between, flag, not_empty
+from asyncllm.core import balancing, choosing
+
+PORT = between(1, roles.MOST_PORT)
+PD_NODE = Needs("--run_mode prefill or decode", lambda c: c.run_mode in roles.NODES)
+PD_DECODE = Needs("--run_mode decode", lambda c: c.run_mode == roles.DECODE)
+PD_MASTER = Needs("--run_mode pd_master", lambda c: c.run_mode == roles.MASTER)
+PD_LISTENS = Needs("--run_mode pd_master or config_server", lambda c: c.run_mode in roles.LISTEN)
+PD_MODES = Needs(
+    "--run_mode prefill, decode, pd_master or config_server, or --use_config_server_to_init_nccl",
+    lambda c: c.run_mode != roles.NORMAL or c.use_config_server_to_init_nccl,
+)
+NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1)
+SERVERS = Needs(
+    "--nnodes above 1, --use_config_server_to_init_nccl, or --run_mode other than normal",
+    lambda c: c.nnodes > 1 or c.use_config_server_to_init_nccl or c.run_mode != roles.NORMAL,
+)
+A_NODE = Needs("--nnodes above 1", lambda c: c.nnodes > 1, vital=True)
+RANKS = Needs("--tp above 1", lambda c: c.tp > 1)
+DP_GROUPS = Needs("--dp above 1", lambda c: c.dp > 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparationOptions:
+    """Prefill and decode nodes, their masters, and the server that knows these."""
+
+    pd_master_ip: str = flag(
+        "0.0.0.0", check=not_empty, needs=PD_NODE,
+        help="address of the pd_master that this node registers with; 0.0.0.0: this machine",
+    )  # fmt: skip
+    pd_master_port: int = flag(
+        1212, check=PORT, needs=PD_NODE, help="HTTP port (--port) of that pd_master"
+    )
+    cluster_port: int | None = flag(
+        None, check=PORT, needs=PD_LISTENS,
+        help="port on which prefill and decode nodes reach this pd_master, and on which they and "
+        "pd_masters reach this config_server; default: --port + 1",
+    )  # fmt: skip
+    pd_master_mode: str = flag(
+        roles.ELASTIC, check=roles.fixed_or_elastic, needs=PD_MASTER, metavar="MODE",
+        help="elastic: nodes come and go, ready with one of each role; <P>p<D>d, such as 2p1d: "
+        "ready with so many prefill and decode nodes, and no more are taken",
+    )  # fmt: skip
+    select_p_d_node_strategy: str = flag(
+        choosing.CACHE_AWARE, choices=choosing.STRATEGIES, needs=PD_MASTER,
+        help="which nodes get a request; cache_aware: the prefill node that knows most of its "
+        "prompt, then the one with the least load, and the decode node with most free K/V; "
+        "round_robin: in turn; adaptive_load: by chance, the likelier the more K/V is free; random",
+    )  # fmt: skip
+    pd_decode_rpyc_port: int = flag(
+        42000, check=PORT, needs=PD_DECODE,
+        help="port on which the first rank of a decode node takes K/V; the others take the ones "
+        "behind it. If the default is busy a free one is taken, a given one must be free "
+        "(LightLLM has dropped this option)",
+    )  # fmt: skip
+    pd_trans_mode: str = flag(
+        "auto", choices=("auto", "nccl", "p2p", "tcp"), needs=PD_NODE,
+        help="how K/V travel; tcp: through host memory and encrypted sockets; p2p: a decode node "
+        "reads the pages of prefill nodes of the same machine; nccl: from GPU to GPU, not "
+        "encrypted; auto: the first of p2p, nccl, tcp that both sides have (on a CPU tcp)",
+    )  # fmt: skip
+    pd_kv_page_num: int = flag(
+        16, check=between(2, 4096), needs=PD_NODE,
+        help="pages through which K/V travel, on each rank; more are in nobody's memory",
+    )  # fmt: skip
+    pd_kv_page_size: int = flag(
+        256, check=between(1, 65536), needs=PD_NODE,
+        help="tokens whose K/V a page holds (LightLLM: 1024)",
+    )  # fmt: skip
+    config_server_host: str | None = flag(
+        None, check=not_empty, needs=PD_MODES,
+        help="address of the config_server that knows all pd_masters: these register there, nodes "
+        "take their list from there, instead of --pd_master_ip. On the config_server itself the same "
+        "as --host",
+    )  # fmt: skip
+    config_server_port: int | None = flag(
+        None, check=PORT, needs=PD_MODES,
+        help="HTTP port of that config_server; on the config_server itself the same as --port",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """Nodes and ranks of one server, and how they meet."""
+
+    nnodes: int = flag(
+        1, check=between(1, 1024),
+        help="machines (nodes) of this server; each has as many of the --tp ranks, and is started "
+        "with the same options but those that are its own",
+    )  # fmt: skip
+    node_rank: int = flag(
+        0, check=at_least(0), needs=A_NODE,
+        help="number of this machine; 0 serves HTTP and schedules, the others answer /health and "
+        "/metrics only",
+    )  # fmt: skip
+    multinode_httpmanager_port: int = flag(
+        12345, check=PORT, needs=NODES,
+        help="port of --nccl_host at which the nodes meet node 0",
+    )  # fmt: skip
+    multinode_router_gloo_port: int = flag(
+        20001, check=PORT, needs=NODES,
+        help="port on which rank 0 takes messages; rank r listens on the r-th port after it",
+    )  # fmt: skip
+    node_timeout: float = flag(
+        300.0, check=above_zero, metavar="SECONDS", needs=NODES,
+        help="time for all nodes to come; one that is missing ends the start everywhere",
+    )  # fmt: skip
+    advertise_host: str | None = flag(
+        None, check=not_empty, metavar="HOST", needs=SERVERS,
+        help="name or address by which other nodes reach this one; default: --nccl_host on node 0, "
+        "elsewhere the address from which it reaches that, or its pd_master",
+    )  # fmt: skip
+    tp: int = flag(
+        1, check=between(1, 1024), aliases=("tensor-parallel-size",),
+        help="ranks, one process and one GPU each, among which the model is divided (with --dp: "
+        "the ranks of all groups together)",
+    )  # fmt: skip
+    dp: int = flag(
+        1, check=between(1, 1024),
+        help="data-parallel groups among which the --tp ranks are divided, each with requests, "
+        "K/V and scheduling of its own; --tp must be a multiple of it. --max_total_token_num, "
+        "--running_max_req_size and --batch_max_tokens count for each group",
+    )  # fmt: skip
+    dp_balancer: str = flag(
+        "cache_aware", choices=balancing.POLICIES, needs=DP_GROUPS,
+        help="which group gets a request; cache_aware: the one that knows most of its prompt, "
+        "then the one with the least load; bs_balancer: the one with fewest requests; round_robin: in turn "
+        "(LightLLM's default is bs_balancer)",
+    )  # fmt: skip
+    nccl_host: str = flag(
+        "127.0.0.1", check=not_empty, needs=RANKS,
+        help="address at which the ranks of torch.distributed meet (NCCL, gloo on CPU), with "
+        "--nnodes that of node 0; they listen there only, and talk over the network interface that "
+        "leads there",
+    )  # fmt: skip
+    nccl_port: int = flag(
+        28765, check=PORT, needs=RANKS,
+        help="port at which they meet; if the default is busy a free one is taken, a given one "
+        "must be free (LightLLM's default is now a free port)",
+    )  # fmt: skip
+    use_config_server_to_init_nccl: bool = flag(
+        False, needs=RANKS,
+        help="the ranks meet at the config_server, which listens for them on --nccl_port; "
+        "--nccl_host must be --config_server_host. A port at which those of another server meet is "
+        "refused, and their server named",
+    )  # fmt: skip
+    enable_ep_moe: bool = flag(
+        False, needs=RANKS,
+        help="models of mixed experts: each rank has some experts whole, as many as the others or "
+        "one more, instead of a slice of every one",
+    )  # fmt: skip
+    disable_symm_mem_allreduce: bool = flag(
+        False, needs=RANKS,
+        help="add up the ranks' shares through NCCL only, not through memory that they all map",
+    )  # fmt: skip
