@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from time import monotonic
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from asyncllm.actors.peers import Beat, Bye, Card, Greeting, PeerJoined, PeerLeft, PeerRefused
 from asyncllm.actors.transport import (
     DRAIN_LIMIT,
     LINGER_MS,
     Keys,
+    Monitor,
     Outbox,
     OutboxFull,
     Socket,
@@ -122,8 +122,7 @@ class _Call(_Link):
     ) -> None:
         super().__init__(loop)
         self.sock, self._gone = sock, False
-        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-        self._monitor = sock.get_monitor_socket(events)
+        self._monitor = Monitor(sock, zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         sock.setsockopt(zmq.ROUTING_ID, b"p" + secrets.token_bytes(12))
         sock.setsockopt(zmq.RECONNECT_IVL, -1)
         _bounds(sock, address)
@@ -137,14 +136,12 @@ class _Call(_Link):
 
     def gone(self) -> bool:
         """Whether it never came, or has been closed."""
-        while not self._gone and self._monitor.poll(0):
-            recv_monitor_message(self._monitor)
-            self._gone = True
+        self._gone = self._gone or self._monitor.take() != 0
         return self._gone
 
     def close(self) -> None:
         super().close()
-        self._monitor.close(0)
+        self._monitor.close()
         self.sock.close(LINGER_MS)
 
 

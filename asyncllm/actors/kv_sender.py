@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from asyncllm.actors.kv_loop import IDLE_MS, PIECE, SOON_MS, Mover, Share, Times, bounds
-from asyncllm.actors.transport import Keys, Socket, ipv6, known_to
+from asyncllm.actors.transport import Keys, Monitor, Socket, ipv6, known_to
 from asyncllm.codec import CodecError, Message, decode, encode
 from asyncllm.core.kv_sending import Lot, OpenExport, PageOutbox, Portion
 from asyncllm.engine.kv_pages import Copied, Pages
@@ -91,7 +90,7 @@ class _Line:
     strips: Strips
     heard: float
     sock: Socket | None = None
-    monitor: Socket | None = None
+    monitor: Monitor | None = None
     attempts: int = 0
     again: float = 0.0
     said: float = 0.0
@@ -242,7 +241,7 @@ class Sender(Mover):
 
     def _connect(self, line: _Line) -> None:
         sock = self.ctx.socket(zmq.DEALER)
-        line.monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+        line.monitor = Monitor(sock, zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         sock.setsockopt(zmq.RECONNECT_IVL, -1)  # another connection would be another peer
         bounds(sock)
         sock.setsockopt(zmq.IPV6, ipv6(line.address))
@@ -274,7 +273,7 @@ class Sender(Mover):
 
     def _disconnect(self, line: _Line) -> None:
         if line.monitor is not None:
-            line.monitor.close(0)
+            line.monitor.close()
         if line.sock is not None:
             self.poller.unregister(line.sock)
             line.sock.close(0)
@@ -310,8 +309,7 @@ class Sender(Mover):
                 continue
             if line.sock in events:
                 self._read(line)
-            if line.monitor is not None and line.monitor.poll(0):
-                recv_monitor_message(line.monitor)
+            if line.monitor is not None and line.monitor.take():
                 self._gone(line)
 
     def _gone(self, line: _Line) -> None:

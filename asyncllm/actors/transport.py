@@ -110,6 +110,33 @@ def known_to(sock: Socket, server: Keys, own: Keys | None = None) -> None:
     sock.setsockopt_string(zmq.CURVE_SECRETKEY, own.secret)
 
 
+class Monitor:
+    """What ZeroMQ tells of the connections of a socket that is not bound or connected yet.
+
+    ZeroMQ's thread waits for whoever reads this, and it is the one thread of all sockets of a
+    context. So events never fill up, and it tells nothing more before nobody reads it.
+    """
+
+    def __init__(self, sock: Socket, events: int) -> None:
+        self._of, where = sock, f"inproc://monitor-{sock.FD}"
+        sock.monitor(where, events)
+        self._events: Socket = sock.context.socket(zmq.PAIR)
+        self._events.setsockopt(zmq.RCVHWM, 0)
+        self._events.connect(where)
+        self.fileno = self._events.fileno()
+
+    def take(self) -> int:
+        """The next event; 0: there is none."""
+        if self._events.closed or not self._events.poll(0):
+            return 0
+        return int(recv_monitor_message(self._events)["event"])
+
+    def close(self) -> None:
+        """Before the socket is closed: with LINGER it has a connection for some time after that."""
+        self._of.disable_monitor()
+        self._events.close(0)
+
+
 class Strangers:
     """Counts connections to a listening socket that did not show that they know its key.
 
@@ -126,19 +153,14 @@ class Strangers:
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         )
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | failed
-        self._clock, where = clock, f"inproc://strangers-{sock.FD}"
-        sock.monitor(where, events)
-        self._monitor: Socket = sock.context.socket(zmq.PAIR)
-        self._monitor.setsockopt(zmq.RCVHWM, 0)  # a full one would stop ZeroMQ's thread
-        self._monitor.connect(where)
+        self._clock, self._monitor = clock, Monitor(sock, events)
         self._accepted: deque[float] = deque()  # when: those that may still show it
         self._count = 0
 
     def count(self) -> int:
         """Since the start."""
         now = self._clock()
-        while not self._monitor.closed and self._monitor.poll(0):
-            event = int(recv_monitor_message(self._monitor)["event"])
+        while event := self._monitor.take():
             if event == zmq.EVENT_ACCEPTED:
                 self._accepted.append(now)
             elif self._accepted:  # which one it was is not told
@@ -151,14 +173,14 @@ class Strangers:
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Count as they come, so that nothing piles up."""
-        loop.add_reader(self._monitor.fileno(), self.count)
+        loop.add_reader(self._monitor.fileno, self.count)
         loop.call_soon(self.count)
 
     def close(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Before the socket is closed; ``loop``: that of :meth:`watch`."""
         if loop is not None:
-            loop.remove_reader(self._monitor.fileno())
-        self._monitor.close(0)
+            loop.remove_reader(self._monitor.fileno)
+        self._monitor.close()
 
 
 class Transport:

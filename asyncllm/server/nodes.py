@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
-from asyncllm.actors.transport import Keys, ipv6, known_to, protected, tcp
+from asyncllm.actors.transport import Keys, Monitor, ipv6, known_to, protected, tcp
 from asyncllm.codec import CodecError, Message, decode, encode, message, protocol
 from asyncllm.errors import Mismatch, StartupError
 from asyncllm.log import Seldom
@@ -478,7 +477,7 @@ class _Way:
         self._connected = False
         # not IMMEDIATE, which throws away what came in just before the other side hung up
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        self._monitor = sock.get_monitor_socket(events)
+        self._monitor = Monitor(sock, events)
         sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
         sock.setsockopt(zmq.ROUTING_ID, ident)
         sock.setsockopt(zmq.IPV6, ipv6(address))
@@ -487,8 +486,7 @@ class _Way:
 
     def send(self, frames: list[bytes]) -> bool:
         """False: there is no connection."""
-        while self._monitor.poll(0):
-            event = int(recv_monitor_message(self._monitor)["event"])
+        while event := self._monitor.take():
             self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
         if self._connected:
             with contextlib.suppress(zmq.Again):  # it does not read
@@ -497,7 +495,7 @@ class _Way:
 
     def close(self) -> None:
         """Without what waits."""
-        self._monitor.close(0)
+        self._monitor.close()
         self.sock.close(0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -339,6 +340,25 @@ def test_a_server_that_comes_back_is_found_again_and_is_another_peer() -> None:
                 two.channel.forget(two.owner.joined[1].dialled)
                 await until(lambda: len(two.owner.left) == 2 and again.owner.left)
                 assert not two.channel.peers
+
+    run(go())
+
+
+def test_a_call_that_is_cut_off_while_it_ends_does_not_keep_the_next_one_from_getting_in() -> None:
+    async def go() -> None:
+        one, two = hub(), End(a_card())
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as mute:
+            mute.setblocking(False)
+            where = two.channel.dial("127.0.0.1", mute.getsockname()[1])
+            async with running(one, two):
+                async with asyncio.timeout(WAIT_S):
+                    taken, _ = await loop.sock_accept(mute)
+                await until(lambda: two.channel._dials[where].call is not None)
+                two.channel.forget(where)  # its greeting waits still: the socket lingers
+                taken.close()
+                two.channel.dial("127.0.0.1", one.channel.port)
+                await until(lambda: two.owner.joined)
 
     run(go())
 
