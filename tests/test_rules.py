@@ -303,6 +303,15 @@ def sync_calls(module: Module) -> Iterator[str]:
             yield f"line {call.lineno}, {where}: .{attr}() waits for the device"
 
 
+def stand_ins(module: Module) -> Iterator[str]:
+    """Tensors without memory stand for those of a GPU where kernels are compiled ahead, so what is
+    launched must not differ between the two."""
+    if module.layer in TIDY:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute) and node.attr == "is_cuda":
+                yield f'line {node.lineno}: .is_cuda; compare device.type with "cpu"'
+
+
 def references(module: Module) -> Iterator[str]:
     """Every kernel file has a plain version of what it computes."""
     if not _is_kernel(module):
@@ -371,6 +380,7 @@ RULES: list[Callable[[Module], Iterator[str]]] = [
     banned_calls,
     environment,
     sync_calls,
+    stand_ins,
     references,
     broad_excepts,
     known_objects,
@@ -636,6 +646,7 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
     (banned_calls, "models/unpickle.py", "def tensors_of():\n    torch.load(f, weights_only=no)"),
     (banned_calls, "core/x.py", "import yaml\nyaml.load('f')"),
     (banned_calls, "engine/x.py", "import torch\ntorch.cuda.synchronize()"),
+    (stand_ins, "kernels/x.py", "def f(q):\n    return q.is_cuda"),
     (environment, "rank.py", "import os\nos.environ['A']"),
     (environment, "rank.py", "from os import getenv\ngetenv('A')"),
     (environment, "config/options.py", "import os\nos.getenv('A')"),

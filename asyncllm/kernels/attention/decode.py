@@ -447,7 +447,7 @@ def decode_attention(
         "CAPPED": softcap is not None,
         "SCALES": per_head,
         "KIND": KINDS.get(k_cache.dtype, 0),
-        "ASM": q.is_cuda and q.element_size() == 2,  # the interpreter knows no assembly
+        "ASM": q.device.type != "cpu" and q.element_size() == 2,  # the interpreter knows none
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,

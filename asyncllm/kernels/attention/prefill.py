@@ -354,7 +354,7 @@ def prefill_attention(
         SCALES=per_head,
         STAGES=config.num_stages,
         GATHER_STAGES=config.gather_stages,
-        SETTLE=q.is_cuda,  # the interpreter knows no assembly
+        SETTLE=q.device.type != "cpu",  # the interpreter knows no assembly
         num_warps=config.num_warps,
     )
     return out

@@ -278,7 +278,7 @@ def attend_shared(
         CAPPED=factors[1] != 0.0,
         SCALES=per_head,
         STAGES=config.num_stages,
-        SETTLE=q.is_cuda,  # the interpreter knows no assembly
+        SETTLE=q.device.type != "cpu",  # the interpreter knows no assembly
         num_warps=config.num_warps,
     )
 
