@@ -36,10 +36,10 @@ def test_an_empty_source_ends_the_start(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also beside keys from elsewhere: whoever named the source relies on it."""
-    with pytest.raises(StartupError, match=r"--api_key_file .*keys holds no key"):
+    with pytest.raises(StartupError, match=r"--api_key_file .*keys has no key"):
         rank.serve(Config(api_key=("sk-line",), api_key_file=key_file(tmp_path, text)))
     monkeypatch.setenv("ASYNCLLM_API_KEY", text.replace("# only a comment", ""))
-    with pytest.raises(StartupError, match="ASYNCLLM_API_KEY holds no key"):
+    with pytest.raises(StartupError, match="ASYNCLLM_API_KEY has no key"):
         rank.serve(Config())
 
 

@@ -1,10 +1,10 @@
 """Every message that crosses an actor boundary, with its tag.
 
-Commands are imperative, events are past. Columns are arrays of int32 unless a comment says
-otherwise; nobody changes a column once it has been sent. ``rid`` is ``endpoint << 40 | counter`` of
-the frontend that took the request; a *lane* is a request's place in the device tables; a *slot* the
-KV of one token. Tags are never reused. ``coordinator`` is the watchdog of the server's coordinator,
-``@leader`` an actor of the group's leader (see ``topology``).
+Commands are imperative, events are in the past tense. Columns are arrays of int32 unless a comment
+says otherwise, and must not be modified once sent. ``rid`` is ``endpoint << 40 | counter`` of the
+frontend that accepted the request; a *lane* is a request's row in the device tables; a *slot* is
+the KV of one token. Tags are never reused. ``coordinator`` is the watchdog of the server's
+coordinator, ``@leader`` an actor of the group's leader (see ``topology``).
 """
 
 from asyncllm.messages.checks import FRONTEND_SHIFT as FRONTEND_SHIFT

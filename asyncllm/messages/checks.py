@@ -1,4 +1,4 @@
-"""What the checks of several messages have in common."""
+"""Validation helpers shared by several messages."""
 
 from __future__ import annotations
 

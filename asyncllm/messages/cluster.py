@@ -1,4 +1,4 @@
-"""What a master and its nodes tell each of their own processes about the cluster."""
+"""Messages about the cluster between the processes of a master or of a node."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from asyncllm.messages.checks import are_counts
 
 @message(90)
 class AskServing(Message):
-    """frontend -> director, or agent: tell me with ``Serving``, now and whenever it changes."""
+    """frontend -> director or agent: send me ``Serving``, now and whenever it changes."""
 
     endpoint: int
 
@@ -18,14 +18,14 @@ class AskServing(Message):
 
 @message(91)
 class Serving(Message):
-    """director, or agent -> frontend: whether requests can be served."""
+    """director or agent -> frontend: whether requests can be served."""
 
-    lacks: str  # what is missing for that, "": nothing
+    lacks: str  # what is missing; "": nothing
 
 
 @message(92)
 class AskNodes(Message):
-    """frontend -> director: which nodes are there?"""
+    """frontend -> director: which nodes are connected?"""
 
     query: int
     endpoint: int
@@ -36,7 +36,7 @@ class AskNodes(Message):
 
 @message(93)
 class NodesTold(Message):
-    """director -> frontend."""
+    """director -> frontend: the answer to ``AskNodes``."""
 
     query: int
     body: bytes  # JSON
@@ -44,23 +44,23 @@ class NodesTold(Message):
 
 @message(94)
 class DirectorStats(Message):
-    """director -> coordinator."""
+    """director -> coordinator: its counters."""
 
     query: int = 0
     endpoint: int = 0
-    requests: int = 0  # that have not ended
+    requests: int = 0  # unfinished
     prefill_nodes: int = 0
     decode_nodes: int = 0
     used: int = 0  # K/V slots of decode nodes that requests hold
-    total: int = 0  # those there are
-    attempts: int = 0  # since the start, as those below
+    total: int = 0  # K/V slots of decode nodes in total
+    attempts: int = 0  # since the start, like those below
     retries: int = 0
     failed: int = 0
     lost_nodes: int = 0
     handovers: int = 0
     reserve_ms: int = 0
     handover_ms: int = 0
-    # of all nodes, those that have gone included; see ``KvMoved``
+    # of all nodes, including those that have left; see ``KvMoved``
     kv_sent_bytes: int = 0
     kv_tokens: int = 0
     kv_transfers: int = 0

@@ -1,9 +1,9 @@
-"""Requests that move between servers: their K/V inside a server, and a master and its nodes.
+"""Messages for requests that move between servers: within a node, and between master and nodes.
 
-A request that moves is two requests, one on the prefill node and one on the decode node, each with
-a rid of its own there; ``epoch`` is that of the decode node. A *ticket* is the master's number of
-an attempt, never given twice; a node maps it to its rids. Between master and node ``Begin``,
-``Abort``, ``StopHit``, ``Tokens`` and ``Finished`` travel too, with the ticket in the rid's place.
+Such a request is two requests, one on the prefill node and one on the decode node, each with its
+own rid there; ``epoch`` is that of the decode node. A *ticket* is the master's number of an
+attempt, never reused; a node maps it to its rids. ``Begin``, ``Abort``, ``StopHit``, ``Tokens`` and
+``Finished`` are also sent between master and node, with the ticket in place of the rid.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from asyncllm.records import Destination, KvMoved
 
 @message(70)
 class Placed(Message):
-    """scheduler -> agent: a request that imports has its slots; K/V may come."""
+    """scheduler -> agent: an importing request has its slots; K/V may be sent."""
 
     rid: int
-    leader: int  # the endpoint whose group it is in
-    hit: int  # tokens whose K/V the prefix cache has: those of [hit, length) are to come
+    leader: int  # the endpoint that leads its group
+    hit: int  # tokens in the prefix cache; K/V of positions [hit, length) are needed
     length: int  # prompt and outputs
 
     def valid(self) -> bool:
@@ -35,9 +35,9 @@ class Placed(Message):
 
 @message(71)
 class Begin(Message):
-    """agent -> scheduler, urgent, on the way of ``Submit``: the first token is there, go on by it.
+    """agent -> scheduler, urgent, by ``Submit``'s route: continue from this first token.
 
-    It comes before or after the K/V. Master -> decode node: the same, with the ticket as rid.
+    It may arrive before or after the K/V. Master -> decode node: the same, with the ticket as rid.
     """
 
     rid: int
@@ -49,17 +49,17 @@ class Begin(Message):
 
 @message(72)
 class Import(Message):
-    """scheduler -> kv_transfer of every rank of the group: K/V of this request will come.
+    """scheduler -> kv_transfer of every rank of the group: K/V of this request will arrive.
 
-    From now on kv_transfer may write into these slots, if what comes is of this epoch (the rid).
-    Each rank answers exactly once: ``Arrived`` when it has all, ``Lapsed`` when it will have
-    nothing more, of its own accord or told by ``Forget``. With its answer it writes no more.
+    From now on kv_transfer may write data of this epoch (the rid), and nothing else, to these
+    slots. Each rank answers exactly once: ``Arrived`` when it has everything, ``Lapsed`` when it
+    will get no more, because of a failure or of ``Forget``. After its answer it writes no more.
     """
 
     rid: int
-    hit: int  # the first position to come
-    length: int  # the position behind the last one
-    slots: array[int]  # those of positions [hit, length)
+    hit: int  # the first position needed
+    length: int  # the end position
+    slots: array[int]  # of positions [hit, length)
 
     def valid(self) -> bool:
         return (
@@ -72,10 +72,10 @@ class Import(Message):
 
 @message(73)
 class Export(Message):
-    """scheduler -> kv_transfer of every rank of the group: this request's K/V go there.
+    """scheduler -> kv_transfer of every rank of the group: send this request's K/V there.
 
-    It comes when the request does, before anything is computed, so that a way there can be found.
-    Over when positions [to.hit, to.length) have been sent, or by ``Forget``.
+    Sent when the request arrives, before anything is computed, so that a connection can be made.
+    It is over when positions [to.hit, to.length) have been sent, or on ``Forget``.
     """
 
     rid: int
@@ -87,12 +87,12 @@ class Export(Message):
 
 @message(74)
 class Computed(Message):
-    """scheduler -> kv_transfer of every rank of the group: these K/V are to be sent.
+    """scheduler -> kv_transfer of every rank of the group: send these K/V.
 
-    They are ready when the runner of the process has said ``StepOver`` of ``step`` or of a later
-    one, which may have been long ago (cached ones carry the last step that was launched then). The
-    slots stay as they are until every rank has answered ``Sent``. Positions ascend without a gap
-    from ``to.hit`` on, over preemptions too. An unknown rid is answered at once.
+    They are ready when the runner of the process has sent ``StepOver`` of ``step`` or of a later
+    one, which may have been long ago (prefix hits carry the last step that was launched then). The
+    slots must not change until every rank has answered ``Sent``. Positions ascend without gaps from
+    ``to.hit`` on, across preemptions too. An unknown rid is answered at once.
     """
 
     rid: int
@@ -112,10 +112,10 @@ class Computed(Message):
 
 @message(75)
 class Forget(Message):
-    """scheduler -> kv_transfer of every rank of the group, urgent: this import or export is over.
+    """scheduler -> kv_transfer of every rank of the group, urgent: cancel this import or export.
 
-    An import that has not been answered yet is answered by ``Lapsed``, every open ``Computed`` by
-    ``Sent``, as soon as nothing touches the slots any more. Unknown rids are ignored.
+    An unanswered import is answered by ``Lapsed``, every open ``Computed`` by ``Sent``, as soon as
+    nothing touches the slots any more. Unknown rids are ignored.
     """
 
     rid: int
@@ -126,8 +126,8 @@ class Forget(Message):
 
 @message(76)
 class Arrived(Message):
-    """kv_transfer -> scheduler@leader: this rank has all K/V of an import, where any later step
-    reads them. It writes no more."""
+    """kv_transfer -> scheduler@leader: this rank has all K/V of an import, visible to any later
+    step. It writes no more."""
 
     rid: int
     rank: int  # in the group
@@ -138,12 +138,12 @@ class Arrived(Message):
 
 @message(77)
 class Lapsed(Message):
-    """kv_transfer -> scheduler@leader: this rank will not have all K/V of an import, and writes
+    """kv_transfer -> scheduler@leader: this rank will not get all K/V of an import, and writes
     no more."""
 
     rid: int
     rank: int
-    why: str = ""  # "": it was told to forget
+    why: str = ""  # "": after ``Forget``
 
     def valid(self) -> bool:
         return is_rid(self.rid) and are_counts(self.rank)
@@ -151,8 +151,8 @@ class Lapsed(Message):
 
 @message(78)
 class Sent(Message):
-    """kv_transfer -> scheduler@leader: this rank, and who reads from it, are done with the slots of
-    a ``Computed``, whether they have been sent or not."""
+    """kv_transfer -> scheduler@leader: this rank and its receivers are done with the slots of a
+    ``Computed``, whether or not they were sent."""
 
     rid: int
     rank: int
@@ -174,14 +174,14 @@ class StepOver(Message):
 
 @message(80)
 class Decode(Message):
-    """master -> decode node: take a request in whose K/V and next token come later.
+    """master -> decode node: accept a request whose K/V and next token follow later.
 
     The node answers with ``Reserved`` or ``Finished``.
     """
 
     ticket: int
     prompt: array[int]
-    outputs: array[int]  # tokens that the client has been sent by earlier attempts
+    outputs: array[int]  # tokens that the client received in earlier attempts
     params: SamplingParams
     thoughts: str = ""  # this and the next two as in Submit
     healed: tuple[bytes, ...] = ()
@@ -197,13 +197,13 @@ class Decode(Message):
 
     @property
     def length(self) -> int:
-        """Tokens whose K/V are wanted."""
+        """Number of tokens whose K/V are needed."""
         return len(self.prompt) + len(self.outputs)
 
 
 @message(81)
 class Reserved(Message):
-    """decode node -> master: it waits for the K/V of this attempt, there."""
+    """decode node -> master: it expects the K/V of this attempt at this destination."""
 
     ticket: int
     to: Destination
@@ -214,10 +214,10 @@ class Reserved(Message):
 
 @message(82)
 class Prefill(Message):
-    """master -> prefill node: compute a prompt and one token; send K/V where they are wanted.
+    """master -> prefill node: compute a prompt and one token; send the K/V to ``to``.
 
-    Tokens and Finished come back under the ticket. With ``to``, ``Finished`` with reason MOVED says
-    that the request goes on there; without, the request is answered here to its end.
+    Tokens and Finished come back under the ticket. With ``to``, ``Finished`` with reason MOVED
+    means that the request continues there; without, this node serves the request to its end.
     """
 
     ticket: int
@@ -229,7 +229,7 @@ class Prefill(Message):
     client: int = 0
     after: int = (
         -1
-    )  # the ticket of the first attempt for this prompt at this node, if this is another
+    )  # the ticket of this node's first attempt for this prompt, if this is a later one
     request_id: str = ""  # as in Decode
     to: Destination | None = None
 
@@ -244,14 +244,14 @@ class Prefill(Message):
 
 @message(83)
 class NodeState(Message):
-    """node -> master, twice a second: what it has to do."""
+    """node -> master, twice a second: its load."""
 
-    used: int  # K/V slots held by requests; of all groups, as those below
+    used: int  # K/V slots held by requests; of all groups, like those below
     cached: int  # slots kept for their prefix only
     total: int
     running: int
     waiting: int
-    draining: bool = False  # it takes no new requests
+    draining: bool = False  # it accepts no new requests
     moved: KvMoved = field(default_factory=KvMoved)
 
     def valid(self) -> bool:

@@ -1,4 +1,4 @@
-"""What masters, nodes and groups of ranks say to a config_server, and it to them."""
+"""Messages between a config_server and masters, nodes, and servers that lease ports."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class MasterAt:
     """A pd_master that has registered.
 
     Args:
-        id: another one after each start of its process.
-        address: of its HTTP, such as "10.0.0.1:8000".
+        id: different after each start of its process.
+        address: of its HTTP server, such as "10.0.0.1:8000".
         host, port: where nodes reach its channel.
-        since: when it has registered, in seconds since 1970.
+        since: when it registered, in seconds since 1970.
     """
 
     id: str
@@ -33,7 +33,7 @@ class MasterAt:
 
 @message(120)
 class Announce(Message):
-    """guide of a master -> registry: nodes reach me there."""
+    """guide of a master -> registry: nodes can reach me there."""
 
     host: str
     port: int
@@ -44,10 +44,10 @@ class Announce(Message):
 
 @message(121)
 class Masters(Message):
-    """registry -> guide, whenever it changes; guide -> agent, and frontends: all that there are."""
+    """registry -> guide, on every change; guide -> agent and frontends: all registered masters."""
 
     masters: tuple[MasterAt, ...]
-    away: bool = False  # the config_server is: this is what it said last
+    away: bool = False  # the config_server is unreachable: this is its last list
 
     def valid(self) -> bool:
         return all(each.host and _is_port(each.port) for each in self.masters)
@@ -55,7 +55,7 @@ class Masters(Message):
 
 @message(122)
 class AskMasters(Message):
-    """frontend -> guide: tell me with ``Masters``, now and whenever they change."""
+    """frontend -> guide: send me ``Masters``, now and on every change."""
 
     endpoint: int
 
@@ -65,12 +65,12 @@ class AskMasters(Message):
 
 @message(123)
 class Claim(Message):
-    """tenant -> registry: our ranks meet at this port of yours, which is to be nobody else's."""
+    """tenant -> registry: lease this port to us as our rendezvous."""
 
     port: int
-    host: str  # by which the ranks reach you
-    meets: str = ""  # where the other nodes of this server find its first one; "": there are none
-    again: bool = False  # the ranks have met already; they only keep others away
+    host: str  # by which the ranks reach the registry
+    meets: str = ""  # where the server's other nodes find its first one; "": no other nodes
+    again: bool = False  # the ranks have already met; the port just stays reserved
 
     def valid(self) -> bool:
         return _is_port(self.port) and bool(self.host)
@@ -78,14 +78,14 @@ class Claim(Message):
 
 @message(124)
 class Claimed(Message):
-    """registry -> tenant: it is yours until you go."""
+    """registry -> tenant: the port is leased until you disconnect."""
 
     port: int
 
 
 @message(125)
 class Denied(Message):
-    """registry -> tenant: it is not, or nobody can listen there."""
+    """registry -> tenant: the port is taken or cannot be listened on."""
 
     port: int
     why: str
@@ -93,7 +93,7 @@ class Denied(Message):
 
 @message(126)
 class Seek(Message):
-    """tenant of another node -> registry: where is the first node of the server of this port?"""
+    """tenant on another node -> registry: where is the first node of this port's server?"""
 
     port: int
 
@@ -103,7 +103,7 @@ class Seek(Message):
 
 @message(127)
 class Sought(Message):
-    """registry -> tenant, as soon as it is known."""
+    """registry -> tenant: the answer to ``Seek``, as soon as it is known."""
 
     port: int
     meets: str

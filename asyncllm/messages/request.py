@@ -1,4 +1,4 @@
-"""A request's way in, to the scheduler, and the way of its tokens out."""
+"""Messages of a request: from the frontend to the scheduler, and its tokens back."""
 
 from __future__ import annotations
 
@@ -27,49 +27,47 @@ class Tokenize(Message):
     chat: bytes | None  # JSON: {"messages": [...], "tools": [...] | null, "kwargs": {...}}
     add_special_tokens: bool  # for text only; chat templates bring their own
     params: SamplingParams
-    shown: tuple[str, ...] = ()  # special tokens that are in the text whatever the params say
-    reasoning: str = ""  # the format of reasoning in the answers to a chat, "": none
-    continued: str = ""  # of a chat: the end of the prompt that is the beginning of the answer
+    shown: tuple[str, ...] = ()  # special tokens shown in the text regardless of params
+    reasoning: str = ""  # the format of reasoning in answers to a chat; "": none
+    continued: str = ""  # of a chat: the end of the prompt that begins the answer
     truncate: int = 0  # keep only that many of the prompt's last tokens; 0: all
-    client: int = 0  # stands for an API key or an address; clients that wait are served in turn
-    request_id: str = (
-        ""  # the client's X-Request-Id, for the logs of other servers; "": it has none
-    )
-    usual_max: int = 0  # tokens to generate at most where params leave it open; 0: no other limit
+    client: int = 0  # stands for an API key or an address; waiting clients are served round-robin
+    request_id: str = ""  # the client's X-Request-Id, for logs of other servers; "": none
+    usual_max: int = 0  # default of max_new_tokens if params do not set it; 0: none
 
 
 @message(2)
 class Accepted(Message):
-    """tokenizer -> frontend (same process): the prompt is valid and on its way."""
+    """tokenizer -> frontend (same process): the prompt is valid and has been passed on."""
 
     rid: int
     prompt: array[int]
     thoughts: str = ""  # as in Submit
-    cut: bool = False  # tokens of the prompt as it was sent are not in ``prompt``
+    cut: bool = False  # ``prompt`` was truncated
 
 
 @message(3)
 class Submit(Message):
-    """tokenizer or agent -> scheduler, by the balancer where there are several groups.
+    """tokenizer or agent -> scheduler, through the balancer if there are several groups.
 
-    With ``outputs`` the request goes on behind tokens that have been generated already: they count,
-    and only what comes behind them is told.
+    With ``outputs`` the request resumes after tokens that were generated earlier: they count, but
+    only later ones are published.
     """
 
     rid: int
     prompt: array[int]
     params: SamplingParams  # max_new_tokens is an int here
-    thoughts: str = ""  # where the answer begins: "open", "closed" or "none" (inside reasoning,
-    # behind it, neither), "": reasoning is content
-    after: int = -1  # the rid of the first request for this prompt, if this is another
-    # texts of tokens taken off the end of the prompt, with which the output begins
+    thoughts: str = ""  # the answer starts "open", "closed" or "none" (inside reasoning, after
+    # it, neither); "": reasoning is content
+    after: int = -1  # the rid of the first request for this prompt, if this is a later one
+    # texts of tokens removed from the end of the prompt; the output must begin with them
     healed: tuple[bytes, ...] = ()
     client: int = 0  # this and the next one as in Tokenize
     request_id: str = ""
     outputs: array[int] = field(default_factory=int32s)
-    # K/V of prompt and outputs, and the token behind them (``Begin``), come from another server
+    # K/V of prompt and outputs, and the token after them (``Begin``), come from another server
     imports: bool = False
-    # it ends with reason MOVED behind one new token; K/V of prompt and outputs go there
+    # it ends with reason MOVED after one new token; K/V of prompt and outputs are sent there
     exports: Destination | None = None
 
     def valid(self) -> bool:
@@ -82,11 +80,11 @@ class Submit(Message):
 
     @property
     def length(self) -> int:
-        """Tokens that are known."""
+        """Number of known tokens."""
         return len(self.prompt) + len(self.outputs)
 
     def fits(self, vocab_size: int, max_len: int) -> bool:
-        """Whether it is within the limits that its tokenizer has held it against."""
+        """Whether it is within the limits that its tokenizer has checked."""
         params, known = self.params, self.prompt + self.outputs
         if len(known) > max_len:
             return False
@@ -98,9 +96,9 @@ class Submit(Message):
 
 @message(4)
 class Abort(Message):
-    """frontend -> tokenizer -> scheduler, urgent, on the way of what begins the request, behind it.
+    """frontend -> tokenizer -> scheduler, urgent, by the route of the message that started it.
 
-    The tokenizer passes it on unless the request is still there; unknown and ended ids are ignored.
+    The tokenizer forwards it unless the request is still there; unknown and ended ids are ignored.
     """
 
     rid: int
@@ -111,19 +109,19 @@ class Abort(Message):
 
 @message(9)
 class Cancel(Message):
-    """frontend -> coordinator -> every frontend: end requests early,
-    each with what it has so far."""
+    """frontend -> coordinator -> every frontend: end requests early, each with its output so
+    far."""
 
     request_id: str  # the client's X-Request-Id or the answer's id; "": all requests
 
 
 @message(5)
 class OpenTextStream(Message):
-    """tokenizer -> detokenizer (same process), before Submit:
-    how to turn this request's ids to text."""
+    """tokenizer -> detokenizer (same process), before Submit: how to turn this request's ids into
+    text."""
 
     rid: int
-    prompt_tail: array[int]  # the last few prompt ids, where decoding depends on what came before
+    prompt_tail: array[int]  # the last few prompt ids, if decoding depends on preceding ids
     stop: tuple[str, ...]
     skip_special_tokens: bool
     print_eos: bool
@@ -135,41 +133,41 @@ class OpenTextStream(Message):
 
 @message(6)
 class Count(Message):
-    """frontend -> tokenizer (same process): how many tokens is this text?"""
+    """frontend -> tokenizer (same process): count the tokens of this text."""
 
     query: int
     text: str
     add_special_tokens: bool
-    chat: bytes | None = None  # instead of the text, as in Tokenize
+    chat: bytes | None = None  # in place of the text, as in Tokenize
     client: int = 0  # as in Tokenize
 
 
 @message(7)
 class Counted(Message):
-    """tokenizer -> frontend."""
+    """tokenizer -> frontend: the answer to ``Count``."""
 
     query: int
     ids: array[int] = field(default_factory=int32s)
-    failure: Failure | None = None  # why they were not counted
+    failure: Failure | None = None  # why counting failed
 
 
 @message(8)
 class Prepared(Message):
-    """tokenizer -> itself: what a thread of its pool answered, or that the time was up."""
+    """tokenizer -> itself: the result of a pool thread, or a timeout."""
 
     job: int
     ids: array[int] = field(default_factory=int32s)
     failure: Failure | None = None
-    frees: bool = True  # the thread is free again; False: the answer is late, the thread still busy
-    head: str = ""  # of a chat: the end of the prompt's text, without a message to be continued
+    frees: bool = True  # the thread is free again; False: it timed out and is still busy
+    head: str = ""  # of a chat: the end of the prompt's text, without a message to continue
     cut: bool = False  # as in Accepted
 
 
 @message(26)
 class Compile(Message):
-    """tokenizer -> grammar@leader: make this grammar ready; the answer is ``Compiled``.
+    """tokenizer -> grammar@leader: compile this grammar; the answer is ``Compiled``.
 
-    Where there are several groups the balancer tells all leaders, and each of them answers.
+    With several groups the balancer sends it to all leaders, and each of them answers.
     """
 
     endpoint: int  # where the tokenizer is
@@ -196,7 +194,7 @@ class Compiled(Message):
 
 @message(28)
 class GrammarBuilt(Message):
-    """grammar@leader -> itself: what a thread of its pool answered."""
+    """grammar@leader -> itself: the result of a pool thread."""
 
     kind: str
     text: str
@@ -205,19 +203,19 @@ class GrammarBuilt(Message):
 
 @message(29)
 class Worked(Message):
-    """scheduler -> itself: what a thread has done for constraints."""
+    """scheduler -> itself: a thread's results for constraints."""
 
     done: tuple[ConstraintDone, ...]
 
 
 @message(20)
 class Tokens(Message):
-    """scheduler -> detokenizer of one frontend's process: what a step gave to its requests."""
+    """scheduler -> detokenizer of one frontend's process: a step's tokens for its requests."""
 
     step: int
     rids: array[int]  # int64
     tokens: array[int]
-    ends: bytes  # uint8: 1 where the token is the eos or stop token that ended the request
+    ends: bytes  # uint8: 1: this token is the eos or stop token that ended the request
     logprobs: Logprobs | None
     prompt: tuple[tuple[int, Logprobs], ...]  # as in StepDone, with the rid
     endpoint: int = 0  # of the leader
@@ -234,22 +232,22 @@ class Tokens(Message):
 
 @message(21)
 class Delta(Message):
-    """detokenizer -> frontend (same process): new text of one request,
-    possibly of several tokens."""
+    """detokenizer -> frontend (same process): new text of one request, possibly for several
+    tokens."""
 
     rid: int
-    text: str  # may be empty: bytes of an unfinished character, a possible stop string
+    text: str  # may be empty: an unfinished character or a possible stop string is held back
     ids: array[int]
-    pieces: tuple[str, ...]  # text of each token alone, as the detokenizer shows it ("" for hidden)
+    pieces: tuple[str, ...]  # text of each token by itself, as shown ("" if hidden)
     logprobs: Logprobs | None
-    prompt: Logprobs | None  # prompt log-probabilities, once they are there
+    prompt: Logprobs | None  # prompt log-probabilities, once available
 
 
 @message(22)
 class StopHit(Message):
-    """detokenizer -> scheduler, urgent, on the way of ``Submit``.
+    """detokenizer -> scheduler, urgent, by ``Submit``'s route.
 
-    A stop string or a stop sequence ended ``num_tokens``.
+    A stop string or a stop sequence was found after ``num_tokens``.
     """
 
     rid: int
@@ -269,9 +267,9 @@ class Finished(Message):
     cached_len: int = 0  # prompt tokens that came from the prefix cache
     num_tokens: int = 0  # generated tokens
     stop: str = ""  # for STOP: the stop string that was found
-    endpoint: int = -1  # of the leader, where there are several
-    drafted: int = 0  # tokens that were guessed and tried
-    accepted: int = 0  # those that were right
+    endpoint: int = -1  # of the leader, if there are several
+    drafted: int = 0  # draft tokens tried
+    accepted: int = 0  # draft tokens accepted
 
     def valid(self) -> bool:
         return (
@@ -286,9 +284,9 @@ class Finished(Message):
 
 @message(50)
 class Orphaned(Message):
-    """balancer -> detokenizer of one frontend's process: these requests were a lost group's.
+    """balancer -> detokenizer of one frontend's process: these requests were on a lost group.
 
-    Those of which no token has come are to be begun again, the others end.
+    Those without any token so far are restarted; the others end.
     """
 
     rids: array[int]  # int64
@@ -299,7 +297,7 @@ class Orphaned(Message):
 class Again(Message):
     """detokenizer -> balancer: the answer to ``Orphaned``."""
 
-    rids: array[int]  # int64; to be begun again
+    rids: array[int]  # int64; to be restarted
     over: array[int]  # int64; the others
 
     def valid(self) -> bool:
@@ -308,4 +306,4 @@ class Again(Message):
 
 @message(24)
 class Flush(Message):
-    """detokenizer -> itself: go on with the streams that have new tokens."""
+    """detokenizer -> itself: continue with the streams that have new tokens."""

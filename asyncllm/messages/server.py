@@ -1,4 +1,4 @@
-"""The server itself: who is there, who drains, what everybody counts."""
+"""Messages about the server itself: start, drain, failures and metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asyncllm.topology import Contract, Endpoint, Topology
 
 @message(36)
 class Hello(Message):
-    """every other watchdog -> coordinator: loaded, and this is who I am."""
+    """every other watchdog -> coordinator: loading is done; introduces itself."""
 
     endpoint: int
     contract: Contract
@@ -30,7 +30,7 @@ class Drain(Message):
 
 @message(33)
 class Drained(Message):
-    """scheduler or a frontend -> coordinator: nothing is left here."""
+    """scheduler or a frontend -> coordinator: no requests are left here."""
 
     who: str  # "scheduler" or "frontend"
     endpoint: int
@@ -43,20 +43,20 @@ class Halt(Message):
 
 @message(35)
 class Started(Message):
-    """coordinator -> every frontend, and the agent: warm and complete; open the doors."""
+    """coordinator -> every frontend, and the agent: all are there and warmed up; start serving."""
 
 
 @message(37)
 class Lost(Message):
-    """coordinator -> another watchdog: the server fails, or goes on without its group; end what
-    runs with an error."""
+    """coordinator -> another watchdog: the server fails, or continues without the receiver's group;
+    end running requests with an error."""
 
     why: str = "the server has failed"
 
 
 @message(48)
 class GroupLost(Message):
-    """the process that starts the others of a node -> coordinator: a group cannot go on."""
+    """the process that starts the others of a node -> coordinator: a group has failed."""
 
     group: int
     why: str
@@ -64,8 +64,8 @@ class GroupLost(Message):
 
 @message(49)
 class GroupGone(Message):
-    """coordinator -> balancer, and every tokenizer, detokenizer and frontend: the server goes on
-    without a group. What its leader may still say does not count."""
+    """coordinator -> balancer, and every tokenizer, detokenizer and frontend: the server continues
+    without a group. Later messages of its leader are ignored."""
 
     group: int
     endpoint: int  # of its leader
@@ -74,7 +74,7 @@ class GroupGone(Message):
 
 @message(47)
 class Welcome(Message):
-    """coordinator -> every other one: all are there, or one of them does not belong."""
+    """coordinator -> every other one: all are there, or one of them does not match."""
 
     contract: Contract
     topology: Topology
@@ -100,16 +100,16 @@ class Replaced(Message):
 
 @message(40)
 class Scrape(Message):
-    """frontend, or agent -> coordinator: state of the whole server, please."""
+    """frontend or agent -> coordinator: report the state of the whole server."""
 
     query: int
     endpoint: int
-    asks: str = "frontend"  # an agent wants the loads only
+    asks: str = "frontend"  # an agent only wants the loads
 
 
 @message(41)
 class Scraped(Message):
-    """coordinator -> who has asked."""
+    """coordinator -> whoever sent ``Scrape``."""
 
     query: int
     exposition: bytes  # Prometheus text
@@ -119,50 +119,50 @@ class Scraped(Message):
 
 @message(42)
 class Probe(Message):
-    """coordinator -> ``Topology.reporters``: report what you hold."""
+    """coordinator -> ``Topology.reporters``: report your counters."""
 
     query: int
 
 
 @message(43)
 class SchedulerStats(Message):
-    """scheduler -> coordinator."""
+    """scheduler -> coordinator: its counters."""
 
     query: int = 0
     endpoint: int = 0
     running: int = 0
     waiting: int = 0
     inflight_steps: int = 0
-    steps: int = 0  # since the start, as those below
+    steps: int = 0  # since the start, like those below
     preemptions: int = 0
-    prompt_tokens: int = 0  # computed: without those from the prefix cache, twice if preempted
+    prompt_tokens: int = 0  # computed: without prefix hits, again after a preemption
     generated_tokens: int = 0
-    expected_slots: int = 0  # held and promised now
-    # where K/V move between servers: requests that have slots and wait for K/V; since the start,
-    # requests and tokens whose K/V have come, not come, and left
+    expected_slots: int = 0  # currently held and promised
+    # K/V transfers between servers: requests that have slots and wait for K/V; since the start,
+    # requests and tokens whose K/V arrived, failed to arrive, and were sent
     importing: int = 0
     imports: int = 0
     imported_tokens: int = 0
     lapses: int = 0
     exports: int = 0
     exported_tokens: int = 0
-    drafted_tokens: int = 0  # guessed and tried, since the start
-    accepted_tokens: int = 0  # those of them that were right
+    drafted_tokens: int = 0  # draft tokens tried, since the start
+    accepted_tokens: int = 0  # draft tokens accepted
 
 
 @message(44)
 class AllocatorStats(Message):
-    """allocator -> coordinator."""
+    """allocator -> coordinator: its counters."""
 
     query: int = 0
     endpoint: int = 0
     used: int = 0  # slots held by requests
     cached: int = 0
     total: int = 0
-    hit_tokens: int = 0  # since the start, as those below
+    hit_tokens: int = 0  # since the start, like those below
     looked_up_tokens: int = 0
     evicted_tokens: int = 0
-    # of the space of layers with a window, where there is one
+    # of the slot space of layers with a window, if there is one
     sliding_used: int = 0
     sliding_cached: int = 0
     sliding_total: int = 0
@@ -186,7 +186,7 @@ class RequestServed(Message):
 
 @message(46)
 class RunnerStats(Message):
-    """runner -> coordinator: medians of the last steps."""
+    """runner -> coordinator: medians over the last steps, and counters."""
 
     query: int = 0
     endpoint: int = 0

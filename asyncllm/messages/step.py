@@ -1,4 +1,4 @@
-"""A step: slots for its rows, the plan, what came of it."""
+"""Messages of a step: reserving slots for its rows, the plan, the result."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class Reserve(Message):
     counts: array[int]
     opened: tuple[tuple[int, array[int], bool], ...]  # (lane, prompt ids, may use the prefix cache)
     launched: array[int]
-    # (lane, number): it gives back its last slots, those of guessed tokens that were wrong
+    # (lane, number): it frees its last slots, those of wrong drafts
     trimmed: tuple[tuple[int, int], ...] = ()
 
 
 @message(11)
 class Granted(Message):
-    """allocator -> scheduler: the first ``len(counts)`` rows of the reservation have their slots.
+    """allocator -> scheduler: slots for the first ``len(counts)`` rows of the reservation.
 
-    Row i brings ``hits[i]`` cached tokens (0 unless it was opened) and room for ``counts[i]`` new
-    ones (fewer than asked where the hit leaves less to compute).
+    Row i has ``hits[i]`` cached tokens (0 unless it was opened) and room for ``counts[i]`` new
+    ones (fewer than requested if the hit leaves less to compute).
     """
 
     hits: array[int]
     counts: array[int]
     slots: array[int]  # int32[sum(hits + counts)], row by row: cached slots, then new ones
     available: int  # free slots plus evictable ones, after this grant
-    # where layers with a window have a slot space of their own: the same of that space; cached
-    # tokens that nobody sees any more have a slot there that nobody reads
+    # if layers with a window have a slot space of their own: the same for that space; cached tokens
+    # outside every window have a dummy slot there that nobody reads
     sliding: array[int] = field(default_factory=int32s)
     sliding_available: int = 0
     siblings: array[int] = field(default_factory=int32s)  # as in StepPlan, of all open lanes
@@ -63,15 +63,14 @@ class Release(Message):
 class StepPlan(Message):
     """scheduler -> runner of every tp rank. Rows with one new token come first.
 
-    A lane may have several of these, at positions that follow each other: all but the first have
-    guessed tokens.
+    A lane may have several of these at consecutive positions: all but the first are draft tokens.
 
     Row i computes tokens at positions [starts[i], starts[i] + counts[i]) of lane i. Its slots are
     written to the lane's table from position starts[i] - cached_counts[i] on.
     """
 
     step: int  # 1, 2, 3, ... without a gap
-    num_decode: int  # the first rows have counts == 1
+    num_decode: int  # this many leading rows have counts == 1
     lanes: array[int] = field(default_factory=int32s)
     starts: array[int] = field(default_factory=int32s)
     counts: array[int] = field(default_factory=int32s)
@@ -79,22 +78,22 @@ class StepPlan(Message):
     cached_counts: array[int] = field(default_factory=int32s)
     slots: array[int] = field(default_factory=int32s)  # sum(cached_counts + counts)
     tokens: array[int] = field(default_factory=int32s)  # sum(counts); -1: the lane's last token
-    samples: bytearray = field(default_factory=bytearray)  # 1 where the row ends the known tokens,
-    # so that a token comes out
+    samples: bytearray = field(default_factory=bytearray)  # 1 if the row reaches the last known
+    # token, so that a token is sampled
     opened: list[Opened] = field(default_factory=list)
-    masked: array[int] = field(default_factory=int32s)  # rows whose token is constrained
+    masked: array[int] = field(default_factory=int32s)  # rows with a constrained token
     masks: bytearray = field(
         default_factory=bytearray
     )  # int32[len(masked), ceil(vocab_size / 32)]:
-    # bit t % 32 of word t // 32 is 1 where token t may come; empty on ranks that do not sample
-    # where groups step together: the most tokens that one of them brings, this one included, and
-    # whether one brings rows of several tokens
+    # bit t % 32 of word t // 32 is 1 if token t is allowed; empty on ranks that do not sample
+    # if groups step together: the largest number of tokens of any group, including this one, and
+    # whether any group has rows of several tokens
     common: int = 0
     mixed: bool = False
-    sliding: array[int] = field(default_factory=int32s)  # as many as slots, those of layers with a
-    # window; none: these use ``slots`` as all others do
-    # lanes, of this step or not, in an order in which those with the same first slots follow one
-    # another, and how many each has in common with the one before (core/siblings.py)
+    sliding: array[int] = field(default_factory=int32s)  # parallel to slots, for layers with a
+    # window; empty: these use ``slots`` like all others
+    # lanes, of this step or not, ordered so that those with the same first slots are adjacent, and
+    # the length that each shares with the previous one (core/siblings.py)
     siblings: array[int] = field(default_factory=int32s)
     commons: array[int] = field(default_factory=int32s)
 
@@ -129,33 +128,33 @@ class StepDone(Message):
     """runner@leader -> scheduler: a launched step has finished on the device."""
 
     step: int
-    tokens: array[int]  # int32[num_rows], -1 where the row yields none
-    logprobs: Logprobs | None  # one per row; None when no row asks
-    prompt: tuple[tuple[int, Logprobs], ...] = ()  # row, those of its prompt tokens starts + 1 ..
+    tokens: array[int]  # int32[num_rows], -1 if the row has none
+    logprobs: Logprobs | None  # one per row; None if no row wants any
+    prompt: tuple[tuple[int, Logprobs], ...] = ()  # (row, those of its prompt tokens starts + 1 ..)
     device_ms: float = 0.0  # between its first and last operation; 0: not measured
 
 
 @message(15)
 class LaunchDue(Message):
-    """scheduler -> itself: the step that was held back is to be launched."""
+    """scheduler -> itself: launch the delayed step."""
 
 
 @message(16)
 class Progress(Message):
-    """scheduler -> balancer, if there is one: what has changed about its requests."""
+    """scheduler -> balancer, if there is one: requests that have begun or ended."""
 
     endpoint: int  # of the leader
-    begun: array[int] = field(default_factory=int64s)  # rids that have been given a place
+    begun: array[int] = field(default_factory=int64s)  # rids that have been placed on a lane
     ended: array[int] = field(default_factory=int64s)
 
 
 @message(17)
 class Offer(Message):
-    """scheduler -> lockstep, where groups step together: what the group brings to its next step."""
+    """scheduler -> lockstep, if groups step together: the size of the group's next step."""
 
     endpoint: int
     step: int
-    num_tokens: int  # 0: nothing, another group wants the step
+    num_tokens: int  # 0: none, but another group needs the step
     mixed: bool  # some rows have more than one token
 
     def valid(self) -> bool:
@@ -164,7 +163,7 @@ class Offer(Message):
 
 @message(18)
 class JoinStep(Message):
-    """lockstep -> scheduler: another group takes this step; offer it as well, if without rows."""
+    """lockstep -> scheduler: another group needs this step; offer it too, even if without rows."""
 
     step: int
 
@@ -174,5 +173,5 @@ class Agreed(Message):
     """lockstep -> every scheduler: every group has offered this step; launch it."""
 
     step: int
-    num_tokens: int  # the most that a group brings
+    num_tokens: int  # the most of any group
     mixed: bool

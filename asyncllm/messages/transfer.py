@@ -1,9 +1,9 @@
-"""K/V on their way from a rank of a prefill node, the sender, to one of a decode node, the taker.
+"""Messages between two ranks that transfer K/V: a prefill rank (sender), a decode rank (taker).
 
-Two ranks are connected for as long as requests move between them. The sender connects and says
-``Caller``; what it has is announced in portions (``Ready``), and travels when the taker has room
-for it (``Pull``). So nothing that either side holds for the other grows with what it asks for. A
-portion's number is the sender's, never given twice in a connection.
+Two ranks stay connected for as long as they transfer. The sender connects and sends ``Caller``; it
+announces its data in portions (``Ready``), and sends each when the taker has room and asks for it
+(``Pull``). So neither side can make the other buffer an unbounded amount. Portions are numbered by
+the sender; numbers are never reused in a connection.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MOST_TEXT = 4096  # characters of a host's name, a reason, a key
 
 @message(100)
 class Caller(Message):
-    """sender -> taker, first: who calls whom."""
+    """sender -> taker, first: identifies both sides."""
 
-    node: str  # the id of the server that is wanted
-    name: str  # how the caller is called in logs
+    node: str  # the id of the intended server
+    name: str  # the caller's name in logs
     wire: KvWire
     rank: int  # the caller's, in its group
-    ways: tuple[str, ...]  # of moving the bytes, those it likes best first
-    machine: str  # the same for all processes of one machine, and for no others
+    ways: tuple[str, ...]  # transports, the preferred first
+    machine: str  # identifies the machine: equal for all its processes only
     memory: str = ""  # where processes of the same machine find its pages
 
     def valid(self) -> bool:
@@ -40,10 +40,10 @@ class Caller(Message):
 
 @message(101)
 class Admitted(Message):
-    """taker -> sender: so it goes."""
+    """taker -> sender: the connection is accepted, with these settings."""
 
     way: str
-    tokens: int  # that a portion has at most
+    tokens: int  # maximum per portion
 
     def valid(self) -> bool:
         return are_counts(self.tokens) and self.tokens > 0
@@ -51,7 +51,7 @@ class Admitted(Message):
 
 @message(102)
 class Sending(Message):
-    """sender -> taker: K/V of this epoch will come on this connection, or ``Over``."""
+    """sender -> taker: K/V of this epoch, or ``Over``, will follow on this connection."""
 
     epoch: int
 
@@ -84,7 +84,7 @@ class Pull(Message):
 
 @message(105)
 class Filled(Message):
-    """sender -> taker: the portion is in this page of the sender's; it comes, or can be fetched."""
+    """sender -> taker: the portion is in this page of the sender's; it follows or is fetched."""
 
     number: int
     page: int
@@ -96,7 +96,7 @@ class Filled(Message):
 
 @message(106)
 class Piece(Message):
-    """sender -> taker, way tcp: bytes of a portion, in the frame behind this one."""
+    """sender -> taker, transport tcp: bytes of a portion, in the next frame."""
 
     number: int
     offset: int
@@ -107,7 +107,7 @@ class Piece(Message):
 
 @message(107)
 class Taken(Message):
-    """taker -> sender: it has the bytes of this portion, or has had them; the page is free."""
+    """taker -> sender: this portion was received or is not needed; its page is free."""
 
     number: int
 
@@ -117,7 +117,7 @@ class Taken(Message):
 
 @message(108)
 class Kept(Message):
-    """sender -> taker, where pages are fetched: until ``Taken`` the page was this portion's."""
+    """sender -> taker, if pages are fetched: the page held this portion until ``Taken``."""
 
     number: int
 
@@ -127,10 +127,10 @@ class Kept(Message):
 
 @message(109)
 class Over(Message):
-    """Either -> the other: nothing more of this epoch."""
+    """Both directions: nothing more of this epoch follows."""
 
     epoch: int
-    why: str = ""  # "": all has been taken
+    why: str = ""  # "": everything was received
 
     def valid(self) -> bool:
         return is_rid(self.epoch) and len(self.why) <= MOST_TEXT
@@ -138,12 +138,12 @@ class Over(Message):
 
 @message(110)
 class Alive(Message):
-    """Either -> the other, often: it is there."""
+    """Both directions, periodically: heartbeat."""
 
 
 @message(111)
 class Refused(Message):
-    """Either -> the other, last: it does not listen any more."""
+    """Both directions, last: the connection is refused and closed."""
 
     why: str
 
@@ -153,7 +153,7 @@ class Refused(Message):
 
 @message(112)
 class Known(Message):
-    """Either -> the other, way nccl: what a communicator asks about."""
+    """Both directions, transport nccl: a key of the communicator's store."""
 
     key: str
     value: bytes
@@ -164,7 +164,7 @@ class Known(Message):
 
 @message(113)
 class Listening(Message):
-    """kv_transfer -> agent@coordinator: where this rank of a decode node takes K/V."""
+    """kv_transfer -> agent@coordinator: where this rank of a decode node receives K/V."""
 
     endpoint: int
     address: str
@@ -176,7 +176,7 @@ class Listening(Message):
 
 @message(114)
 class TransferStats(Message):
-    """kv_transfer -> coordinator: of this rank, since the start."""
+    """kv_transfer -> coordinator: counters of this rank, since the start."""
 
     query: int = 0
     endpoint: int = 0
@@ -184,9 +184,9 @@ class TransferStats(Message):
     taken_bytes: int = 0
     sent_pages: int = 0
     taken_pages: int = 0
-    taken_tokens: int = 0  # positions of requests that have come as a whole
+    taken_tokens: int = 0  # positions of completely received requests
     transfers: int = 0  # of these requests
-    transfer_ms: int = 0  # of these, from the first sign of the sender to the last byte
-    lapsed: int = 0  # transfers that have failed, at this end
-    waiting: int = 0  # now: portions that could travel and wait for a page
-    refused: int = 0  # connections that were ended for what came on them
+    transfer_ms: int = 0  # of these, from the sender's first frame to the last byte
+    lapsed: int = 0  # transfers that have failed at this end
+    waiting: int = 0  # now: portions ready to be sent that wait for a page
+    refused: int = 0  # connections closed because of invalid data

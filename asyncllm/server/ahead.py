@@ -1,7 +1,7 @@
-"""Has a helper process compile this node's kernels while rank 0 imports, reads and allocates.
+"""Starts a helper process that compiles this node's kernels while rank 0 imports and loads.
 
-Knows how the helper starts and ends; what it does is :mod:`asyncllm.server.compile_kernels`.
-Imports no torch, so that the helper can start before rank 0 has imported it.
+Manages the helper only; its work is in :mod:`asyncllm.server.compile_kernels`. Does not import
+torch, so that the helper can start before rank 0 imports it.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ logger = logging.getLogger(__name__)
 
 
 class Ahead:
-    """The helper. A context manager: at the end of the block it is gone, whatever it was doing.
+    """The helper, as a context manager: leaving the block kills it if it is still running.
 
-    A stamp in Triton's cache says for which job a helper has ended well, so that no start waits for
-    that again. It is a hint: where the cache has been cleaned in part, the warm-up compiles what is
-    gone. With a stamp of any job in the cache the helper starts only once it is known to be needed,
+    A stamp in Triton's cache records each job that a helper has completed, so that later starts do
+    not wait for it again. It is a hint: if parts of the cache were removed, the warm-up compiles
+    them. If the cache has a stamp of any job, the helper only starts once it is known to be needed,
     since its imports slow down those of rank 0.
     """
 
     def __init__(self) -> None:
         self._stamps = triton_cache() / STAMPS
-        self._stamp: Path | None = None  # of the job that has been given
+        self._stamp: Path | None = None  # of the current job
         self._process: subprocess.Popen[bytes] | None = None
         if not _has_any(self._stamps):
             self._start()
 
     @property
     def pid(self) -> int | None:
-        """Of the helper; None: it has not been started."""
+        """The helper's process id; None: not started."""
         return None if self._process is None else self._process.pid
 
     def __enter__(self) -> Self:
@@ -59,11 +59,11 @@ class Ahead:
             process.wait()
 
     def give(self, job: str, name: str) -> None:
-        """Say what is to be compiled, once.
+        """Send the job, once.
 
         Args:
-            job: "": nothing is.
-            name: of the job: another one for all that makes other kernels. May be a file's name.
+            job: "": there is nothing to compile.
+            name: of the job: different whenever its kernels differ. Used as a file name.
         """
         stamp = self._stamps / name
         if job and not stamp.exists():
@@ -76,7 +76,7 @@ class Ahead:
             self._say(self._process, job)
 
     def wait(self) -> None:
-        """Until the helper has ended. Without it the warm-up compiles, one kernel at a time."""
+        """Wait until the helper has ended. Without it the warm-up compiles kernels one by one."""
         if self._process is None:
             return
         if code := self._process.wait():
@@ -84,7 +84,7 @@ class Ahead:
                 "kernels were not compiled ahead (exit code %d): the start takes longer", code
             )
         elif self._stamp is not None:
-            with contextlib.suppress(OSError):  # a cache that cannot be written to
+            with contextlib.suppress(OSError):  # the cache is not writable
                 self._stamps.mkdir(parents=True, exist_ok=True)
                 self._stamp.touch()
 
@@ -101,7 +101,7 @@ class Ahead:
         pipe = process.stdin
         assert pipe is not None
         if not pipe.closed:
-            with contextlib.suppress(BrokenPipeError), pipe:  # its end is seen in ``wait``
+            with contextlib.suppress(BrokenPipeError), pipe:  # ``wait`` notices that it has ended
                 pipe.write(job.encode())
 
 

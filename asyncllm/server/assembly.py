@@ -1,4 +1,4 @@
-"""Makes the actors of a process from what it has loaded."""
+"""Creates the actors of a process from what it has loaded."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ MOST_MASK_THREADS = 4  # one is enough for usual loads; a model on a CPU needs t
 
 
 def _reader(boot: Boot) -> str:
-    """The actor to which a leader sends its output."""
+    """The actor that gets a leader's output."""
     return "agent" if boot.config.run_mode in roles.NODES else "detokenizer"
 
 
 def _asks(boot: Boot) -> str:
-    """The actor for whom grammars are compiled."""
+    """The actor that requests grammars."""
     return "agent" if boot.config.run_mode in roles.NODES else "tokenizer"
 
 
@@ -181,7 +181,7 @@ def make_guide(p: Loaded, channel: Channel) -> AnyActor:
 
 
 def _place_of(boot: Boot) -> Place:
-    """What the frontend needs to know about this server's cluster."""
+    """What the frontend needs to know about the cluster."""
     config = boot.config
     guided = roles.asks_config_server(config)
     if config.run_mode == roles.MASTER:
@@ -266,7 +266,7 @@ def _info(p: Loaded) -> dict[str, object]:
 def _makers(
     on_open: Callable[[], None], channel: Channel | None
 ) -> dict[str, Callable[[Loaded], AnyActor]]:
-    """What makes an actor, by its name."""
+    """The factory of each actor, by its name."""
     makers: dict[str, Callable[[Loaded], AnyActor]] = {
         "allocator": make_allocator,
         "grammar": lambda p: GrammarKeeper(p.grammars, asks=_asks(p.boot)),
@@ -291,12 +291,12 @@ def _makers(
 def place(
     loaded: Loaded, means: WatchdogHooks, on_open: Callable[[], None], channel: Channel | None
 ) -> list[AnyActor]:
-    """The actors of this process, in order of start.
+    """Create the actors of this process, in start order.
 
     Args:
         means: how the watchdog ends the process.
-        on_open: called when this process has begun to serve HTTP.
-        channel: to other servers, of a process that has one.
+        on_open: called when this process starts serving HTTP.
+        channel: to other servers, if the process has one.
     """
     boot = loaded.boot
     config, resolved = boot.config, boot.resolved

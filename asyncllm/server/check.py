@@ -1,4 +1,4 @@
-"""``--check``: what would be started, without starting it."""
+"""``--check``: prints what would be started, without starting it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from asyncllm.text import Text
 
 
 def check(boot: Boot, spec: ModelSpec, text: Text) -> None:
-    """``--check``: what would be started, on standard output.
+    """Print what would be started to standard output.
 
     Raises:
-        StartupError: what a start would refuse before reading weights.
+        StartupError: anything that a start would refuse before reading weights.
     """
     config = boot.config
     load_forms(with_chats(Loaded(boot, spec, None, None, None, None, None), text))

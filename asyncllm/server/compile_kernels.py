@@ -1,7 +1,7 @@
-"""Compiles the kernels that a start needs, in a process beside rank 0: see ``server/ahead.py``.
+"""The helper process that compiles the kernels needed at start; see ``server/ahead.py``.
 
-The job comes on standard input. The model is built without memory and warmed up as rank 0 will do
-it, so what is compiled is what the warm-up launches; nothing here touches the GPU.
+Reads its job from standard input. It builds the model without allocating memory and runs the same
+warm-up as rank 0 will, so it compiles what the warm-up launches; it never touches the GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from asyncllm.kernels import autotune
 from asyncllm.kernels.autotune import DeviceFacts
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec
-from asyncllm.server import nodes as nodes  # all messages of rank 0: a ``Boot`` names their version
+from asyncllm.server import nodes as nodes  # registers rank 0's messages: a ``Boot`` has their hash
 from asyncllm.server.launch import Boot, die_with_parent
 from asyncllm.server.loading import engine_of, sizes_of, warm
 from asyncllm.server.signals import end, leave_to_leader
@@ -37,7 +37,7 @@ KV_BYTES = 64 << 30  # kernels are the same for any number of slots
 
 
 def job(boot: Boot, facts: DeviceFacts) -> str:
-    """What the helper reads."""
+    """The job as text for the helper's standard input."""
     return json.dumps({"boot": boot.to_json(), "facts": asdict(facts)})
 
 
@@ -67,8 +67,8 @@ def _in_order(value: object) -> object:
 
 
 def variants(boot: Boot, spec: ModelSpec, facts: DeviceFacts) -> list[Variant]:
-    """The kernels, each for the types and values it is launched with, that a rank's warm-up
-    launches; Triton is changed by this for good, see :func:`noted`."""
+    """The kernels that a rank's warm-up launches, with the types and values they are specialised
+    for. Modifies Triton permanently, see :func:`noted`."""
     spec, sizes = distinct(spec), sizes_of(boot)
     with noted(facts) as found:
         model = model_on_paper(spec, sizes, torch.device("cuda"))
@@ -78,7 +78,7 @@ def variants(boot: Boot, spec: ModelSpec, facts: DeviceFacts) -> list[Variant]:
 
 
 def distinct(spec: ModelSpec) -> ModelSpec:
-    """The first layers of ``spec``, as many as it takes to have one of each kind."""
+    """``spec`` cut to the first layers that include every kind of layer."""
     kinds = list(zip(spec.layers, spec.mlps, strict=True))
     num = max(kinds.index(kind) for kind in kinds) + 1
     return replace(spec, layers=spec.layers[:num], mlps=spec.mlps[:num])
@@ -97,9 +97,9 @@ def main() -> int:
     spec = ModelSpec.from_dir(model_dir)
     with read_checkpoint(model_dir, boot.config.load_way, spec) as checkpoint:
         spec = as_stored(spec, checkpoint)
-    with log.phase("find out which kernels are needed"):
+    with log.phase("find the kernels needed"):
         found = variants(boot, spec, DeviceFacts(**given["facts"]))
-    with log.phase(f"compile {len(found)} kernels, or see that they are cached"):
+    with log.phase(f"compile {len(found)} kernels not cached yet"):
         compile_noted(found, cpu_count(), partial(die_with_parent, os.getpid()))
     return 0
 

@@ -1,4 +1,4 @@
-"""``--run_mode config_server``: one process without a model, from options to exit code."""
+"""``--run_mode config_server``: runs this single process, which has no model."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ log = logging.getLogger(__name__)
 
 
 def serve(config: Config) -> int:
-    """Run a config_server until it is told to stop; the exit code.
+    """Run a config_server until it is told to stop; returns the exit code.
 
     Args:
         config: its options, with all API keys.
 
     Raises:
-        StartupError: it cannot start as configured.
+        StartupError: the server cannot start as configured.
     """
     watch = Watch(roles.CONFIG_SERVER, leads=True)
     with contextlib.ExitStack() as stack:
@@ -80,7 +80,7 @@ async def _run(config: Config, sock: socket.socket, channel: Channel, watch: Wat
         "/registered_objects": lambda: (200, JSON, registry.objects()),
     }
     access = Access(keys=config.api_key, tls=tls_context(config))
-    status = Status(pages, access, "this is a config_server, requests go to a pd_master")
+    status = Status(pages, access, "this is a config_server; send requests to a pd_master")
     await status.open(sock)
     scheme = "https" if config.ssl_certfile else "http"
     host = ANY_ADDRESS.get(config.host, config.host)
@@ -99,19 +99,19 @@ async def _run(config: Config, sock: socket.socket, channel: Channel, watch: Wat
 
 
 def json_page(body: bytes) -> Page:
-    """One that is always the same."""
+    """A page with a constant body."""
     return lambda: (200, JSON, body)
 
 
 def open_store(own_host: str, host: str, port: int) -> object:
-    """A store of torch.distributed that listens on one address until nothing refers to it.
+    """A torch.distributed store that listens on one address until it is garbage-collected.
 
     Args:
-        own_host: of the config_server; where it is every address, ``host`` is listened to.
-        host, port: where the ranks look for it.
+        own_host: the config_server's --host; if that means every address, ``host`` is used.
+        host, port: where the ranks look for the store.
 
     Raises:
-        StartupError: nobody can listen there.
+        StartupError: that address cannot be listened on.
     """
     sock = listen_at(host if own_host in ANY_ADDRESS else own_host, port)
     address = str(sock.getsockname()[0])

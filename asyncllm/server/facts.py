@@ -1,4 +1,4 @@
-"""Files and devices that must be the same on all nodes of a server, or in a cluster."""
+"""Collects facts (file hashes, devices) that must match across nodes or within a cluster."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def facts(config: Config, resolved: Resolved, model_dir: Path) -> Facts:
 
 
 def text_facts(model_dir: Path) -> Facts:
-    """Hashes of what processes must share that only handle the model's text.
+    """Hashes that must match between processes that only handle the model's text.
 
     Raises:
         StartupError: a file cannot be read.
@@ -56,8 +56,8 @@ def text_facts(model_dir: Path) -> Facts:
 
 
 def model_facts(config: Config, model_dir: Path) -> Facts:
-    """Hashes of a model: of config.json, the index of its weight files (else their headers), and
-    all tokenizer files.
+    """Hashes of a model: config.json with the weight files' index (or their headers), and all
+    tokenizer files.
 
     Raises:
         StartupError: a file cannot be read.

@@ -18,8 +18,8 @@ def with_all_keys(config: Config) -> Config:
     """``config`` whose ``api_key`` also has the keys of --api_key_file and ASYNCLLM_API_KEY.
 
     Raises:
-        StartupError: a source that is named but holds no key, which would leave the server open;
-            a file that cannot be read; a malformed key, which is not shown.
+        StartupError: a given source has no key, which would leave the server open; a file cannot be
+            read; a key is malformed (it is not shown).
     """
     keys = list(config.api_key)
     if config.api_key_file is not None:
@@ -38,14 +38,14 @@ def _from_file(path: Path) -> list[str]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise StartupError(f"{source}: {reason}") from None
     if stat.S_ISREG(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        log.warning("%s may be read by others (mode %03o); chmod 600", source, mode & 0o777)
+        log.warning("%s is readable by others (mode %03o); chmod 600", source, mode & 0o777)
     lines = (line.strip() for line in text.splitlines())
     return _checked([line for line in lines if line and not line.startswith("#")], source)
 
 
 def _checked(keys: list[str], source: str) -> list[str]:
     if not keys:
-        raise StartupError(f"{source} holds no key: the server would be open to everybody")
+        raise StartupError(f"{source} has no key: the server would be open to everybody")
     if (wrong := FLAGS["api_key"].complaint(tuple(keys))) is not None:
         raise StartupError(f"{source}: a key {wrong}")
     return keys

@@ -1,7 +1,7 @@
-"""The processes of one server: what a child is given, how it starts and how it ends.
+"""Starts and ends the processes of one server, and holds what each of them is given.
 
-Rank 0 starts the others and watches them, and a child does not outlive it. Knows processes, ports
-and folders; does not know actors.
+Rank 0 starts the others and watches them; no child outlives it. Knows processes, ports and folders;
+does not know actors.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class Boot:
     """Everything an endpoint needs to start; rank 0 makes one for each child."""
 
     endpoint: int
-    topology: Topology  # with the known addresses; its own is where it must listen
+    topology: Topology  # with the addresses known so far; its own is where it must listen
     keys: tuple[str, str] = field(repr=False)  # see ``Keys``
     config: Config
     resolved: Resolved
     model_dir: str
     rendezvous: tuple[str, int] | None  # address and port of torch.distributed; None for one rank
-    listen_fd: int  # the HTTP socket, bound but not listening; -1 where there is no frontend
+    listen_fd: int  # the HTTP socket, bound but not listening; -1 if there is no frontend
     parent: int  # pid; 0 for rank 0
     store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
-    pulse_fd: int = -1  # see ``Pulse``; -1: alone
-    advertised: str = ""  # host at which other nodes reach this one; "": there are none
-    cluster_host: str = ""  # host at which other servers of its cluster reach it; "": none do
-    incarnation: str = ""  # the id of this server in its cluster; another one after each start
+    pulse_fd: int = -1  # see ``Pulse``; -1: no other processes
+    advertised: str = ""  # host at which other nodes reach this one; "": no other nodes
+    cluster_host: str = ""  # host for other servers of the cluster; "": not in a cluster
+    incarnation: str = ""  # the id of this server in its cluster; different after each start
 
     @property
     def name(self) -> str:
@@ -72,7 +72,7 @@ class Boot:
 
     @property
     def coordinates(self) -> bool:
-        """Whether it is the server's first process, which waits for all others and ends them."""
+        """Whether it is the server's first process, which waits for the others and ends them."""
         return self.me == self.topology.coordinator
 
     @property
@@ -87,7 +87,7 @@ class Boot:
 
     @property
     def contract(self) -> Contract:
-        """What it must have in common with the other processes."""
+        """What must be equal in all processes of the server."""
         config = self.config
         return Contract(protocol=protocol(), options=config.digest(), shared=config.shared())
 
@@ -100,12 +100,12 @@ class Boot:
 
     @classmethod
     def from_json(cls, text: str) -> Boot:
-        """The inverse of ``to_json``. Raises StartupError for what another version has written."""
+        """The inverse of ``to_json``. Raises StartupError if another version wrote it."""
         try:
             fields = json.loads(text)
             if (theirs := fields.pop("protocol")) != protocol():
                 raise Mismatch(
-                    "rank 0 is of another version than this process: "
+                    "rank 0 has a different version from this process: "
                     f"its protocol is {theirs}, here it is {protocol()}"
                 )
             fields["topology"] = Topology.from_plain(fields["topology"])
@@ -113,9 +113,7 @@ class Boot:
             fields["resolved"] = Resolved(**{k: _tuple(v) for k, v in fields["resolved"].items()})
             return cls(**{k: _tuple(v) for k, v in fields.items()})
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise StartupError(
-                f"what rank 0 has written is not what this version reads: {error!r}"
-            ) from error
+            raise StartupError(f"this version cannot read what rank 0 wrote: {error!r}") from error
 
 
 def _tuple(value: Any) -> Any:
@@ -148,7 +146,7 @@ class Children:
                 env=child_environment(OMP_NUM_THREADS=str(num_threads)),
             )
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is seen below
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is noticed below
             process.stdin.write(boot.to_json().encode())
         pidfd = os.pidfd_open(process.pid)
         self._running[pidfd] = boot, process
@@ -170,17 +168,17 @@ class Children:
         self._leaving = True
         await self.wait(grace_s)
         for boot, _ in self._running.values():
-            log.warning("%s did not end by itself and is killed", boot.name)
+            log.warning("%s did not end by itself; killing it", boot.name)
         self.kill()
 
     async def wait(self, seconds: float) -> None:
-        """Until all have ended, at most ``seconds``."""
+        """Wait until all have ended, at most ``seconds``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._empty.wait()
 
     def signal(self, number: int) -> None:
-        """Send a signal to every child. From any thread."""
+        """Send a signal to every child. Thread-safe."""
         for _, process in [*self._running.values()]:
             process.send_signal(number)
 
@@ -191,7 +189,7 @@ class Children:
                 process.kill()
 
     def kill(self) -> None:
-        """End every child at once. Any thread may call it, whatever the loop does."""
+        """Kill every child. Thread-safe; works even if the loop hangs."""
         self._leaving = True
         processes = [process for _, process in self._running.values()]
         for process in processes:
@@ -202,7 +200,7 @@ class Children:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when ``parent`` is gone."""
+    """Ask the kernel to kill this process when ``parent`` dies."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -211,9 +209,9 @@ def die_with_parent(parent: int) -> None:
 
 
 def watch_parent(parent: int, orphaned: Callable[[], object]) -> None:
-    """Call ``orphaned``, in a thread, when ``parent`` is gone.
+    """Call ``orphaned``, in a thread, when ``parent`` has died.
 
-    Replaces :func:`die_with_parent` where something must be reported before the end.
+    Replaces :func:`die_with_parent` in processes that must still report something.
     """
 
     def wait() -> None:
@@ -253,16 +251,16 @@ def bound(host: str, port: int, flags: int = 0) -> socket.socket:
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
-    """What --ssl_certfile and --ssl_keyfile ask for; None: plain HTTP.
+    """The TLS context for --ssl_certfile and --ssl_keyfile; None: plain HTTP.
 
     Raises:
-        StartupError: a file cannot be read, or the two do not fit.
+        StartupError: a file cannot be read, or the two do not match.
     """
     if config.ssl_certfile is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # the password keeps OpenSSL from asking for one on the terminal
+        # the password keeps OpenSSL from prompting for one on the terminal
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -274,7 +272,7 @@ def _sweep(parent: Path) -> None:
     """Remove folders left over by servers that were killed."""
     for folder in parent.glob("asyncllm-*-*"):
         pid = folder.name.split("-")[1]
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # removed meanwhile
             ours = folder.stat().st_uid == os.getuid()
             if ours and pid.isdigit() and not Path(f"/proc/{pid}").exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -284,8 +282,8 @@ class ZmqAddresses:
     """Where the endpoints listen for messages: sockets in a private folder, or loopback ports.
 
     Args:
-        zmq_mode: as the option.
-        alone: there is only one process; nobody listens.
+        zmq_mode: the option's value.
+        alone: there is only one process, so nobody listens.
     """
 
     def __init__(self, zmq_mode: str, *, alone: bool) -> None:
@@ -297,8 +295,8 @@ class ZmqAddresses:
         self._folder = tempfile.mkdtemp(prefix=f"asyncllm-{os.getpid()}-", dir=FOLDERS)
 
     def address(self, endpoint: int) -> str:
-        """What an endpoint binds; "" when it is alone. A port is chosen only then:
-        none is guessed."""
+        """The address an endpoint binds; "" if it is alone. The endpoint itself picks a free port:
+        none is guessed here."""
         if self._alone:
             return ""
         return f"ipc://{self._folder}/{endpoint}" if self._folder else "tcp://127.0.0.1:*"
@@ -311,12 +309,12 @@ class ZmqAddresses:
 
 @dataclass(frozen=True, slots=True)
 class NodeWires:
-    """Where the endpoints of one of several nodes listen: ranks on known ports, others on any.
+    """Where the endpoints of one of several nodes listen: ranks on fixed ports, others on any.
 
     Args:
         host: address of this node.
-        port: of rank 0.
-        ranks: how many all nodes have; their numbers are 0 to ``ranks`` - 1.
+        port: rank 0's port.
+        ranks: number of ranks on all nodes, 0 to ``ranks`` - 1.
     """
 
     host: str
@@ -324,7 +322,7 @@ class NodeWires:
     ranks: int
 
     def address(self, endpoint: int) -> str:
-        """What an endpoint binds."""
+        """The address an endpoint binds."""
         return tcp(self.host, self.port + endpoint if endpoint < self.ranks else "*")
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""A port of the config_server at which the ranks of this server meet (torch.distributed's store).
+"""Leases a port of the config_server as the rendezvous of this server's ranks.
 
-It is needed before anything is loaded and held until the process ends, so its connection has a
-thread of its own. The actors of the server know nothing of it.
+The lease is needed before anything is loaded and held until the process ends, so its connection has
+a thread of its own. The actors of the server know nothing of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from asyncllm.server import meeting
 from asyncllm.server.cluster import config_server_of, silence_s
 from asyncllm.server.secret import CHANNEL, cluster_keys
 
-ANSWER_S = 60.0  # for the config_server to come, and to answer
+ANSWER_S = 60.0  # for the config_server to appear and answer
 CLOSE_S = 3.0
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ class Lease:
 
     Args:
         channel: to the config_server.
-        server: its host and HTTP port.
-        asks: for the port, or on another node for where the first one is.
+        server: the config_server's host and HTTP port.
+        asks: Claim the port, or on the other nodes Seek the address of the first node.
     """
 
     def __init__(self, channel: Channel, server: tuple[str, int], asks: Claim | Seek) -> None:
@@ -52,10 +52,10 @@ class Lease:
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def take(self, seconds: float = ANSWER_S) -> str:
-        """Where the first node of this server is, as it has said ("": on this one). Blocks.
+        """Block until the lease is granted; returns the first node's address ("": this one).
 
         Raises:
-            StartupError: the port is not for us, or nobody answers.
+            StartupError: the port was denied, or nobody answers.
         """
         self._thread.start()
         try:
@@ -70,8 +70,8 @@ class Lease:
             ) from None
 
     def close(self) -> None:
-        """The port is free from now on."""
-        with contextlib.suppress(RuntimeError):  # it has ended already
+        """Release the port."""
+        with contextlib.suppress(RuntimeError):  # already closed
             self._loop.call_soon_threadsafe(self._over.set)
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
@@ -107,7 +107,7 @@ class Lease:
     def _told(self, peer: int, name: str, urgent: bool, msg: Message) -> str | None:
         match msg:
             case Claimed():
-                # whoever comes later must not meet those who have met
+                # servers that come later must not join this rendezvous
                 assert isinstance(self._asks, Claim)
                 self._asks = Claim(
                     port=self._asks.port, host=self._asks.host, meets=self._asks.meets, again=True
@@ -129,7 +129,7 @@ class Lease:
             self._answer.set_result(meets)
 
     def _fail(self, why: str) -> None:
-        """The ranks of a server that runs have met, and go on."""
+        """Fail the start; once the ranks have met, this no longer matters."""
         if self._answer.done():
             log.error("%s", why)
         else:
@@ -137,16 +137,16 @@ class Lease:
 
 
 def take_lease(config: Config, stack: contextlib.ExitStack) -> str | None:
-    """Have the port of --nccl_port at the config_server for the ranks of this server. Blocks.
+    """Lease --nccl_port at the config_server for the ranks of this server. Blocks.
 
     Args:
-        stack: gives it back.
+        stack: releases the port.
 
     Returns:
-        the address at which the nodes of this server meet; None: ranks do not meet there.
+        The address at which this server's nodes meet; None: ranks do not meet at the config_server.
 
     Raises:
-        StartupError: the port is another server's, or nobody answers.
+        StartupError: another server holds the port, or nobody answers.
     """
     if not roles.meets_at_config_server(config):
         return None

@@ -1,6 +1,6 @@
 """Loads what a process needs before its actors start: tokenizer, weights, KV, grammars.
 
-Knows no actor.
+Knows no actors.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ class Loaded:
 
     boot: Boot
     spec: ModelSpec
-    text: Text | None  # of a leader and of a process that serves HTTP, and so are the next two
+    text: Text | None  # on leaders and processes that serve HTTP, as are the next two
     dialect: Dialect | None
     chats: Chats | None
     device: CpuDevice | CudaDevice | None
     ranks: Ranks | None  # None: there is only one
     num_slots: PerSpace = NO_SLOTS
     window: Window | None = None  # for layers with a separate slot space
-    # of a leader and of a master, unless constrained output is off
+    # on leaders and masters, unless constrained output is off
     grammars: Grammars | None = None
-    constraints: Constraints | None = None  # of a leader
-    linears: tuple[tuple[str, int], ...] = ()  # of a rank, by the kind of their weights
-    door: Door | None = None  # of a rank that takes K/V from other servers
+    constraints: Constraints | None = None  # on leaders
+    linears: tuple[tuple[str, int], ...] = ()  # on ranks: (kind of weights, number)
+    door: Door | None = None  # on ranks that receive K/V from other servers
 
 
 # -- start ---------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def memory_plan(boot: Boot, spec: ModelSpec) -> MemoryPlan:
 
 
 def sizes_of(boot: Boot) -> Sizes:
-    """What memory is planned by."""
+    """The sizes that the memory plan is based on."""
     config, resolved = boot.config, boot.resolved
     return Sizes(
         tp=len(boot.group),
@@ -96,7 +96,7 @@ def sizes_of(boot: Boot) -> Sizes:
 
 
 def most_rows(boot: Boot) -> int:
-    """Rows of one token that may come in a step: of requests, and of what is guessed."""
+    """Maximum one-token rows of a step: one per request, plus drafts."""
     config, num_lanes = boot.config, boot.resolved.running_max_req_size
     if config.speculative == "none":
         return num_lanes
@@ -104,7 +104,7 @@ def most_rows(boot: Boot) -> int:
 
 
 def rope_notes(spec: ModelSpec, max_len: int) -> list[str]:
-    """The position settings that follow from the longest request."""
+    """Notes on RoPE settings that follow from the longest request."""
     return rope.notes((layer.rope for layer in spec.layers), max_len)
 
 
@@ -121,7 +121,7 @@ def torch_device(boot: Boot) -> torch.device:
 
 
 def num_threads(boot: Boot) -> int:
-    """Of a rank's computations on the CPU: the node's ranks share its cores."""
+    """Threads for a rank's CPU computations: the node's ranks share its cores."""
     ours = [rank for rank in boot.topology.ranks if rank.node == boot.me.node]
     return max(1, cpu_count() // max(1, len(ours)))
 
@@ -131,11 +131,11 @@ def load_endpoint(
 ) -> Loaded:
     """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks.
 
-    Everything that may refuse the start is checked before the weights, which take long.
+    Everything that may refuse the start is checked before loading weights, which takes long.
 
     Args:
         text: the tokenizer, if it is loaded already.
-        ahead: what compiles this node's kernels.
+        ahead: the helper that compiles this node's kernels.
     """
     config = boot.config
     leads = boot.me.device is not None and boot.topology.leads(boot.endpoint)
@@ -150,7 +150,7 @@ def load_endpoint(
         return loaded
     where = torch_device(boot)
     if where.type == "cuda":
-        torch.cuda.set_device(where)  # what is launched from this thread goes to our device
+        torch.cuda.set_device(where)  # this thread launches on our device
     ranks: Ranks | None = None
     if len(boot.topology.ranks) > 1:
         with log.phase("meet the other ranks"):
@@ -161,7 +161,7 @@ def load_endpoint(
     if MOVER in boot.me.roles:
         transfer.refuse(boot, plan.window)
         door = transfer.open_door(boot)
-    if ranks is not None:  # the same in every group: any of them may get any request
+    if ranks is not None:  # equal in all groups: any of them may get any request
         plan = replace(plan, num=PerSpace(*map(ranks.minimum, plan.num)))
     resolved = boot.resolved.with_slots(plan.num.full)
     if boot.coordinates:
@@ -188,7 +188,7 @@ def load_endpoint(
 
 
 def load_forms(loaded: Loaded) -> None:
-    """The constrained-decoding backend. Raises StartupError."""
+    """Load the constrained-decoding backend. Raises StartupError."""
     assert loaded.text is not None
     assert loaded.dialect is not None
     config, eos_ids = loaded.boot.config, loaded.boot.resolved.eos_ids
@@ -202,7 +202,7 @@ def load_forms(loaded: Loaded) -> None:
 
 
 def with_chats(loaded: Loaded, text: Text) -> Loaded:
-    """``loaded`` with the tokenizer, how the model writes, and what renders its chats.
+    """``loaded`` with the tokenizer, the model's output format and its chat renderer.
 
     A template that does not compile disables chats only.
 
@@ -287,7 +287,7 @@ def _load_device(
         with log.phase("wait for kernels"):
             ahead.wait()
     if ranks is not None:
-        ranks.minimum(0)  # nobody compiles what is being compiled ahead
+        ranks.minimum(0)  # no rank compiles what the helper is still compiling
     with log.phase("warm up"):
         warm(boot, device, plan.num)
     return device
@@ -341,7 +341,7 @@ def load_constraints(
     grammars: Grammars | None,
     heals: bool,
 ) -> Constraints:
-    """What makes the constraints of requests.
+    """The factory of requests' constraints.
 
     Args:
         grammars: None: constrained output is off.

@@ -26,9 +26,9 @@ from asyncllm.topology import Contract, Topology
 
 BEAT_S = 0.3  # between two heartbeats, less with a small --dead_after
 BEATS = 20  # of --dead_after, at least
-MISSED = 2  # unsent heartbeats on a closed connection after which the node counts as failed
+MISSED = 2  # heartbeats unsent on a closed connection before the node counts as failed
 FRAME_LIMIT = 1 << 20  # bytes
-DRAIN_LIMIT = 256  # frames a turn
+DRAIN_LIMIT = 256  # frames per iteration
 LINGER_MS = 500
 CLOSE_S = 1.0
 LATER_S = 3.0  # a node that has met node 0 waits longer: node 0 can name the one that is missing
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 
 @message(60)
 class Join(Message):
-    """node -> node 0: who I am, and what I have."""
+    """node -> node 0: introduces itself."""
 
     node: int
     host: str  # where others reach its processes
     contract: Contract
-    facts: tuple[tuple[str, str], ...]  # what follows from its files and its devices, by name
+    facts: tuple[tuple[str, str], ...]  # facts about its files and devices, by name
 
 
 @message(61)
@@ -58,7 +58,7 @@ class Joined(Message):
 
 @message(62)
 class JoinRefused(Message):
-    """node 0 -> node: it cannot belong to this server."""
+    """node 0 -> node: the node cannot belong to this server."""
 
     why: str
 
@@ -72,7 +72,7 @@ class NodeAlive(Message):
 class Ends(Message):
     """Each node <-> node 0: the server fails."""
 
-    code: int  # of the exit
+    code: int  # exit code
     why: str
 
 
@@ -100,13 +100,13 @@ class Lifeline:
 
     def __init__(self, dead_after_s: float) -> None:
         self._beat_s = min(BEAT_S, dead_after_s / BEATS)
-        self._limit_s = dead_after_s / 2  # the rest is for the others to hear of it, and to end
+        self._limit_s = dead_after_s / 2  # the rest is for notifying the others and ending
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._protocol = protocol().encode()
         self._spared: frozenset[int] = frozenset()
         self._on_spared: Callable[[int, str], None] = lambda _node, _why: None
-        self._found: tuple[int, str] | None = None  # exit code and reason, of the others
-        self._said: tuple[int, str] | None = None  # the same, to be told
+        self._found: tuple[int, str] | None = None  # exit code and reason, from the others
+        self._said: tuple[int, str] | None = None  # the same, to be sent
         self._due = self._last = monotonic()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -188,7 +188,7 @@ class Lifeline:
         peer.heard += late
         peer.missed = 0 if sent else peer.missed + 1
         if peer.missed >= MISSED:
-            self._gone(peer, 1, f"{peer.name} has gone: its connection is closed")
+            self._gone(peer, 1, f"{peer.name} has gone: its connection was closed")
         elif now - peer.heard > self._limit_s:
             silent = now - peer.heard
             self._gone(peer, 1, f"{peer.name} has been silent for {silent:.1f} s (--dead_after)")
@@ -213,10 +213,10 @@ class Meeting(Lifeline):
     """Node 0's end: all nodes meet here.
 
     Args:
-        own: of node 0, with which the others are compared.
+        own: node 0's own values, which the others are compared with.
         bind: host (an address of this machine) and port.
-        keys: of the cluster; others must know them.
-        nnodes: how many nodes there are with this one.
+        keys: of the cluster; the other nodes must have them.
+        nnodes: number of nodes, including this one.
 
     Raises:
         StartupError: the port cannot be used.
@@ -259,7 +259,7 @@ class Meeting(Lifeline):
                 here = {peer.join.node for peer in self._peers.values()}
                 missing = " and ".join(str(n) for n in range(1, self._nnodes) if n not in here)
                 self._lost(
-                    2, f"node {missing} did not come within {timeout_s:g} s (--node_timeout)"
+                    2, f"node {missing} did not join within {timeout_s:g} s (--node_timeout)"
                 )
         if self._found is not None:
             self.close()
@@ -292,15 +292,15 @@ class Meeting(Lifeline):
             msg = decode(body)
         except ValueError as error:  # CodecError, or another number of frames
             self.foreign_frames += 1
-            self._log.warning("what is no message of nodes is dropped: %s", error)
+            self._log.warning("dropped an invalid message: %s", error)
             if peer is not None:
-                self._gone(peer, 1, f"{peer.name} sends what is no message")
+                self._gone(peer, 1, f"{peer.name} sends invalid messages")
             return
         if peer is None:
             if isinstance(msg, Join):
                 self._admit(ident, msg)
             elif isinstance(msg, NodeAlive):  # it was silent for too long
-                self._send(ident, Ends(1, "the server goes on without this node"))
+                self._send(ident, Ends(1, "the server continues without this node"))
             return
         peer.heard = monotonic()
         if isinstance(msg, Ends):
@@ -310,7 +310,7 @@ class Meeting(Lifeline):
         """A process that knows the secret wants to be a node of this server."""
         name = f"node {join.node} ({join.host})"
         if self._complete:
-            why = f"this server has all its nodes: {name} cannot join"
+            why = f"this server already has all its nodes: {name} cannot join"
             log.warning("%s", why)
             self._send(ident, JoinRefused(why))
             return
@@ -321,14 +321,14 @@ class Meeting(Lifeline):
         self._peers[ident] = _Peer(join, monotonic())
         if twins or not 0 < join.node < self._nnodes:
             others = ", ".join(peer.join.host for peer in twins) or self._own.host
-            self._lost(2, f"--node_rank {join.node} is that of two nodes: {others}, {join.host}")
+            self._lost(2, f"two nodes have --node_rank {join.node}: {others}, {join.host}")
         else:
-            log.info("%s is there", name)
+            log.info("%s has joined", name)
             self._send(ident, NodeAlive())
 
     def _refuse(self, ident: bytes, name: str, breach: tuple[str, str, str]) -> None:
         label, ours, theirs = breach
-        why = f"{name} cannot belong to this server: its {label} is {theirs}, that of node 0 {ours}"
+        why = f"{name} cannot belong to this server: its {label} is {theirs}, node 0's is {ours}"
         self._send(ident, JoinRefused(why))
         if self._complete:
             log.warning("%s", why)
@@ -349,7 +349,7 @@ class Meeting(Lifeline):
                 self._send(ident, Ends(*self._said))
 
     def _send(self, ident: bytes, msg: Message) -> bool:
-        """False: there is no connection to it."""
+        """Returns False if there is no connection to it."""
         try:
             self._sock.send_multipart([ident, *self._frames(msg)], zmq.NOBLOCK)
         except zmq.Again:  # it does not read
@@ -365,9 +365,9 @@ class Member(Lifeline):
     """The end of any other node.
 
     Args:
-        own: what is told.
+        own: what this node sends.
         host, port: where node 0 is.
-        keys: of each secret; node 0 has one of them.
+        keys: one pair per secret; node 0 uses one of them.
     """
 
     def __init__(
@@ -383,7 +383,7 @@ class Member(Lifeline):
         self._peer = _Peer(Join(0, host, own.contract, ()), 0.0)
 
     def join(self, timeout_s: float) -> Joined:
-        """The answer of node 0 once all nodes have joined. Blocks.
+        """Block until all nodes have joined; returns node 0's answer.
 
         Raises:
             StartupError: it does not answer in time, refuses, or has left again.
@@ -401,10 +401,10 @@ class Member(Lifeline):
 
     def _not_in_time(self, timeout_s: float) -> str:
         if self._leader is not None:
-            return f"not all nodes have come within {timeout_s:g} s (--node_timeout)"
+            return f"not all nodes joined within {timeout_s:g} s (--node_timeout)"
         return (
             f"node 0 does not answer at {self._where} within {timeout_s:g} s (--node_timeout, "
-            "--nccl_host, --multinode_httpmanager_port; or its --cluster_key_file is another)"
+            "--nccl_host, --multinode_httpmanager_port; or its --cluster_key_file differs)"
         )
 
     def _listen(self, wait_s: float) -> None:
@@ -432,15 +432,15 @@ class Member(Lifeline):
             theirs, body = frames
             if theirs != self._protocol:
                 raise Mismatch(
-                    f"node 0 is of another version: its protocol is "
-                    f"{theirs.decode('ascii', 'replace')}, that of this node {protocol()}"
+                    f"node 0 has a different version: its protocol is "
+                    f"{theirs.decode('ascii', 'replace')}, this node's is {protocol()}"
                 )
             msg = decode(body)
         except Mismatch as error:
             self._lost(2, str(error))
             return
         except CodecError as error:
-            self._lost(1, f"{self._leader.name} sends what is no message: {error}")
+            self._lost(1, f"{self._leader.name} sends an invalid message: {error}")
             return
         match msg:
             case Joined():
@@ -475,7 +475,7 @@ class _Way:
     ) -> None:
         self.sock = sock = ctx.socket(zmq.DEALER)
         self._connected = False
-        # not IMMEDIATE, which throws away what came in just before the other side hung up
+        # not IMMEDIATE, which discards frames received just before the other side disconnects
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         self._monitor = Monitor(sock, events)
         sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
@@ -485,7 +485,7 @@ class _Way:
         sock.connect(address)
 
     def send(self, frames: list[bytes]) -> bool:
-        """False: there is no connection."""
+        """Returns False if there is no connection."""
         while event := self._monitor.take():
             self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
         if self._connected:
@@ -494,13 +494,13 @@ class _Way:
         return self._connected
 
     def close(self) -> None:
-        """Without what waits."""
+        """Disconnect; drops unsent frames."""
         self._monitor.close()
         self.sock.close(0)
 
 
 def difference(ours: Join, theirs: Join) -> tuple[str, str, str] | None:
-    """(name, our value, theirs) for everything in which two nodes differ."""
+    """(name, our value, theirs) of a value in which two nodes differ, or None."""
     if breach := ours.contract.breach(theirs.contract):
         return breach
     mine, other = dict(ours.facts), dict(theirs.facts)

@@ -1,4 +1,4 @@
-"""Checks that nodes can reach each other before weights are loaded, which may take minutes."""
+"""Checks that nodes can reach each other before loading weights, which may take minutes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way between processes that works."""
+    """A connection between two processes that was tested and works."""
 
     of: str
     to: str
@@ -39,13 +39,13 @@ class Way:
 
 
 def join_ranks(boot: Boot, where: torch.device, ways: list[Way] | None = None) -> Ranks:
-    """The ranks of the server, once all have joined. Blocks.
+    """Block until all ranks of the server have joined, and return them.
 
     Args:
-        ways: gets those that were tried.
+        ways: collects the connections that were tested.
 
     Raises:
-        StartupError: several nodes, of which one does not reach another.
+        StartupError: a node does not reach another one.
     """
     assert boot.rendezvous is not None
     ways = [] if ways is None else ways
@@ -58,7 +58,7 @@ def join_ranks(boot: Boot, where: torch.device, ways: list[Way] | None = None) -
     store = meet(topology, boot.me, boot.rendezvous, listen_fd)
     if len(topology.nodes) == 1:
         return Ranks(topology, boot.me, store, where)
-    for peer in topology.peers(boot.endpoint):  # they are there now, and listen
+    for peer in topology.peers(boot.endpoint):  # they exist now, and listen
         if peer.node != boot.me.node and peer.device is not None:
             host, port = peer.address.removeprefix("tcp://").rsplit(":", 1)
             other = f"{topology.name(peer.id)} of node {peer.node}"
@@ -77,7 +77,7 @@ def join_ranks(boot: Boot, where: torch.device, ways: list[Way] | None = None) -
     variable, name = interface(cuda=where.type == "cuda")
     begin = monotonic()
     ranks = within(
-        SUM_S, joined, f"{boot.name} cannot add up with the others over {name} ({variable})"
+        SUM_S, joined, f"{boot.name} cannot all-reduce with the others over {name} ({variable})"
     )
     if ranks.group.size > 1:
         group = f"a sum of {ranks.group.size} ranks"
@@ -86,15 +86,15 @@ def join_ranks(boot: Boot, where: torch.device, ways: list[Way] | None = None) -
 
 
 def try_ways(boot: Boot, where: torch.device) -> str:
-    """For --check: a table of the ways between all processes, on each. Blocks.
+    """For --check: a table of the connections between all processes. Blocks.
 
     Raises:
-        StartupError: one does not work.
+        StartupError: one of them does not work.
     """
     mine: list[Way] = []
     ranks = join_ranks(boot, where, mine)
     said = ranks.exchange(json.dumps([astuple(way) for way in mine]))
-    leaving = threading.Thread(target=ranks.close, daemon=True)  # NCCL's wait for each other
+    leaving = threading.Thread(target=ranks.close, daemon=True)  # NCCL ranks wait for each other
     leaving.start()
     leaving.join(LEAVING_S)
     found = [Way(*way) for text in said for way in json.loads(text)]
@@ -102,18 +102,20 @@ def try_ways(boot: Boot, where: torch.device) -> str:
     rows += [(way.of, way.to, way.at, way.over, f"{way.ms:.1f}") for way in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[f"{text:<{width}}" for text, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join(["ways between nodes:", *(f"  {'  '.join(row)}".rstrip() for row in cells)])
+    return "\n".join(
+        ["connections between nodes:", *(f"  {'  '.join(row)}".rstrip() for row in cells)]
+    )
 
 
 def reach(name: str, other: str, host: str, port: int, option: str) -> Way:
-    """Connect to a port of another node that is open now, or soon.
+    """Connect to a port of another node that is open now or will be soon.
 
     Args:
-        name, other: from which process to which one.
-        option: that says which port it is.
+        name, other: names of the two processes.
+        option: the option that sets the port.
 
     Raises:
-        StartupError: there is no way within ``PORTS_S``.
+        StartupError: no connection within ``PORTS_S``.
     """
     begin = monotonic()
     deadline = begin + PORTS_S
@@ -138,7 +140,7 @@ def within(seconds: float, work: Callable[[], T], what: str) -> T:
     """The result of ``work``, which runs in a thread that is abandoned on timeout.
 
     Raises:
-        StartupError: it takes longer, or fails with a RuntimeError; ``what`` is what that means.
+        StartupError: it takes longer, or raises RuntimeError; ``what`` begins the message.
     """
     done: list[T] = []
     failed: list[str] = []

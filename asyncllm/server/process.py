@@ -51,9 +51,9 @@ from asyncllm.topology import HTTP, Endpoint, Topology
 EXIT_STARTUP = 2
 CULPRIT_S = 1.0
 FAIL_S = 3.0  # from a failure to the end: final logs of all processes, and noticing the failed one
-LEAVING_S = 2.0  # for the group of ranks; the process ends all the same
+LEAVING_S = 2.0  # for the process group to shut down; then the process ends anyway
 MINUTE_S = 60.0
-MOST_REPLACED = 3  # HTTP workers in a minute
+MOST_REPLACED = 3  # HTTP workers per minute
 SWITCH_INTERVAL_S = 0.0005  # a helper thread that needs the GIL must not hold the loop for 5 ms
 
 logger = logging.getLogger(__name__)
@@ -61,14 +61,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What only the process that the user has started on a node has.
+    """State that only the process that the user started on a node has.
 
     Args:
         wires: where it and its children listen.
         lifeline: to the other nodes; None: there are none.
         status: bound socket for /health and /metrics of a node that serves no requests.
         channel: to other servers of a cluster; None: it belongs to none.
-        ahead: what compiles this node's kernels; None: nothing does before their first use.
+        ahead: the helper that compiles this node's kernels; None: kernels compile at first use.
     """
 
     wires: ZmqAddresses | NodeWires | None = None
@@ -92,19 +92,19 @@ class Server:
         self._system: ActorSystem
         self._children: Children | None = None
         self._leaving = threading.Lock()
-        # actors run; HTTP is served; it is to end; it fails
+        # actors run; HTTP is served; it drains; it fails
         self._acting = self._open = self._drains = self._failing = False
-        self._code = 1  # of the exit, if the server fails
-        self._lost = asyncio.Event()  # another node has
+        self._code = 1  # exit code if the server fails
+        self._lost = asyncio.Event()  # another node has failed
         self._heard_of_it = threading.Event()  # the same, for threads
-        self._checked = False  # --check has found what it wanted to know
+        self._checked = False  # --check has finished its tests
         self._pulse: Pulse | None = None
         self._lost_groups: set[int] = set()  # that had processes on this node
         self._next_endpoint = len(boot.topology.endpoints)  # numbers are never reused
         self._replaced: deque[float] = deque()  # recent restarts of HTTP workers
 
     async def run(self) -> int:
-        """Load, run the actors until they stop; the exit code."""
+        """Load, run the actors until they stop, and return the exit code."""
         boot = self._boot
         if boot.heads:
             self._lead()
@@ -132,7 +132,7 @@ class Server:
             self._abandon(self._code)
         except Mismatch:
             if self._children:
-                await self._children.close(CULPRIT_S)  # the other one finds and reports the same
+                await self._children.close(CULPRIT_S)  # the child finds and reports the same
             raise
         except StartupError as error:
             self._tell_nodes(EXIT_STARTUP, str(error))
@@ -162,8 +162,8 @@ class Server:
         return 0
 
     def _lead(self) -> None:
-        """The process that the user has started handles signals, starts the others of its node and
-        monitors other nodes."""
+        """In the process that the user started: handle signals, start the other processes of the
+        node and monitor other nodes."""
         handle_draining(asyncio.get_running_loop(), self._signalled)
         self._children = children = Children(self._child_died)
         self._watch.leave = self._abandon
@@ -172,7 +172,7 @@ class Server:
             loop = asyncio.get_running_loop()
 
             def ends(code: int, why: str) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended already
+                with contextlib.suppress(RuntimeError):  # the loop has already ended
                     loop.call_soon_threadsafe(self._node_lost, code, why)
                     if not self._heard_of_it.wait(FAIL_S):  # the loop hangs, or has just ended
                         self._abandon(code)
@@ -194,7 +194,7 @@ class Server:
         return 503, JSON, b'{"message":"Error"}'
 
     def _exposition(self) -> tuple[int, str, bytes]:
-        """Numbers of this process; those of the server are node 0's."""
+        """Metrics of this process; node 0 has those of the server."""
         system, resolved = self._system, self._boot.resolved
         metrics = ServerMetrics(resolved.served_names[0], resolved.max_req_total_len)
         actors = [(a.name, a.depth, a.busy_s, a.take_longest()) for a in system.actors]
@@ -203,7 +203,7 @@ class Server:
         return 200, TEXT, metrics.exposition()
 
     def _others(self) -> tuple[int, int]:
-        """What the other processes of this node, and the place where nodes meet, count."""
+        """Foreign frames counted by this node's other processes and by the meeting of the nodes."""
         foreign = strangers = 0
         if self._pulse is not None:
             foreign, strangers = self._pulse.noted(self._next_endpoint, self._boot.endpoint)
@@ -266,7 +266,7 @@ class Server:
         self._children.start(boot, num_threads(boot))
 
     def _assemble(self, loaded: Loaded) -> None:
-        """The actors, ready to run."""
+        """Create the actors, ready to run."""
         system, loop = self._system, asyncio.get_running_loop()
         means = WatchdogHooks(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
         if self._children:
@@ -282,10 +282,12 @@ class Server:
         self._acting = True
         self._watch.state = system.state
         if self._boot.heads and not self._boot.coordinates:
-            sys.stdout.write(f"asyncllm is ready: node {self._boot.me.node} works for node 0\n")
+            sys.stdout.write(
+                f"asyncllm is ready: node {self._boot.me.node} belongs to node 0's server\n"
+            )
             sys.stdout.flush()
         gc.collect()
-        gc.freeze()  # a full collection over what start-up made would stop the loop for 100 ms
+        gc.freeze()  # a full collection over the start-up objects would stop the loop for 100 ms
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     def _opened(self) -> None:
@@ -306,13 +308,13 @@ class Server:
         ]
 
         def gone(node: int, why: str) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended already
+            with contextlib.suppress(RuntimeError):  # the loop has already ended
                 loop.call_soon_threadsafe(self._node_gone, node, why)
 
         self._lifeline.spare(nodes, gone)
 
     def _node_gone(self, node: int, why: str) -> None:
-        if not self._system.over:  # else all of them were told to end
+        if not self._system.over:  # otherwise all were told to end
             for group in sorted({rank.group for rank in self._boot.topology.on(node)}):
                 self._system.ref("watchdog").tell(GroupLost(group, why), urgent=True)
 
@@ -408,7 +410,7 @@ class Server:
             self._next_endpoint += 1
             topology = self._system.topology.replaced(dead.id, by)
             self._start_child(by, topology)
-            logger.error("%s: %s takes its place", what, topology.name(by.id))
+            logger.error("%s: %s replaces it", what, topology.name(by.id))
         self._system.ref("watchdog").tell(Replaced(dead.id, by), urgent=True)
 
     def _fail(self, code: int, reason: str) -> None:
@@ -423,8 +425,8 @@ class Server:
     def _fail_from_thread(
         self, loop: asyncio.AbstractEventLoop, code: int, reason: str
     ) -> NoReturn:
-        """The same from another thread, whatever the loop does."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended already
+        """The same from another thread, even if the loop hangs."""
+        with contextlib.suppress(RuntimeError):  # the loop has already ended
             loop.call_soon_threadsafe(self._fail, code, reason)
         threading.Event().wait(FAIL_S)
         self._abandon(code)
@@ -437,7 +439,7 @@ class Server:
         timer.start()
 
     def _abandon(self, code: int) -> NoReturn:
-        """Leave at once: other threads may hang in a collective or on a device. From any thread."""
+        """Exit at once: other threads may hang in a collective or on a device. Thread-safe."""
         self._leaving.acquire()  # never released: the first reason counts
         self._stop_children()
         if self._lifeline is not None:

@@ -1,4 +1,4 @@
-"""Determines which endpoint of which server this process is, after meeting the other nodes."""
+"""Determines this process's endpoint and the server's topology, after meeting the other nodes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class Seat:
-    """The place of the process that the user has started.
+    """The position in the server of the process that the user started.
 
     Attributes:
         endpoint: its number.
-        topology: with the addresses that are known; its own is where it is to listen.
+        topology: with the addresses known so far; its own is where it must listen.
         keys: the server's.
         wires: where it and its children listen.
-        rendezvous: where the ranks of torch.distributed meet; None for one rank.
-        store_fd: of rank 0: the socket that listens there; -1 elsewhere.
+        rendezvous: where torch.distributed's ranks meet; None for one rank.
+        store_fd: on rank 0 the listening socket of the rendezvous; -1 elsewhere.
         lifeline: to the other nodes; None: there are none.
         advertised: host by which they reach this one.
     """
@@ -51,7 +51,7 @@ class Seat:
 
 
 def take_seat(config: Config, topology: Topology, stack: contextlib.ExitStack) -> Seat:
-    """On the only node.
+    """The seat on a server with one node.
 
     Args:
         stack: closes what must be closed.
@@ -77,7 +77,7 @@ def find_seat(
     first_node: str | None,
     stack: contextlib.ExitStack,
 ) -> Seat:
-    """On one of several nodes: meet the others. Blocks until all are there.
+    """The seat on one of several nodes: meets the others. Blocks until all are there.
 
     Args:
         topology: of the whole server.
@@ -131,7 +131,7 @@ def find_seat(
 
 
 def _take(seat: Seat, joined: Joined, config: Config, host: str) -> None:
-    """What node 0, which is at ``host``, has said."""
+    """Apply the values that node 0, at ``host``, has sent."""
     seat.keys = Keys(joined.public, joined.secret)
     seat.rendezvous = config.nccl_host, joined.store_port
     leader = joined.topology.coordinator.id
@@ -140,16 +140,16 @@ def _take(seat: Seat, joined: Joined, config: Config, host: str) -> None:
 
 
 def _reached_at(topology: Topology, join: Join, port: int) -> Topology:
-    """With the addresses of a node's ranks; ``port``: of rank 0."""
+    """``topology`` with the addresses of a node's ranks; ``port``: rank 0's."""
     for rank in topology.on(join.node):
         topology = topology.at(rank.id, tcp(join.host, port + rank.id))
     return topology
 
 
 def _towards(config: Config) -> str:
-    """The host to which the network interface of the nodes leads.
+    """The host used to find the network interface of the nodes.
 
-    That is node 0, but on node 0 where --nccl_host stands for all of its addresses.
+    That is node 0; on node 0 itself, if --nccl_host means all of its addresses, the advertised one.
     """
     found = _address(config.nccl_host) if config.node_rank == 0 and config.nnodes > 1 else ""
     if found and _stands_for_all(found) and config.advertise_host:
@@ -158,7 +158,7 @@ def _towards(config: Config) -> str:
 
 
 def _address(host: str) -> str:
-    """A host as an address."""
+    """Resolve a host to an address."""
     try:
         found = socket.getaddrinfo(host, 1, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -176,14 +176,14 @@ def _own_address(config: Config) -> str:
     address = _address(host)
     if _stands_for_all(address) and not config.advertise_host:
         raise StartupError(
-            f"--nccl_host {host} stands for every address of this machine: say by which one the "
+            f"--nccl_host {host} means every address of this machine: specify the one by which the "
             "other nodes reach it (--advertise_host)"
         )
     return address
 
 
 def _open_rendezvous(config: Config, seat: Seat, stack: contextlib.ExitStack) -> None:
-    """Where the ranks meet: here, or at the config_server, which listens already."""
+    """Open the rendezvous of the ranks: here, or at the config_server, which already listens."""
     if roles.meets_at_config_server(config):
         seat.rendezvous = config.nccl_host, config.nccl_port
         use_interface(meeting.interface_to(config.nccl_host))

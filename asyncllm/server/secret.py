@@ -24,7 +24,7 @@ from asyncllm.errors import StartupError
 
 SECRET_BYTES = 32
 MOST_SECRETS = 2  # while one is being replaced by another
-NO_SECRET = bytes(SECRET_BYTES)  # on the loopback interface: whoever may use it may join
+NO_SECRET = bytes(SECRET_BYTES)  # on the loopback interface: anyone on the machine may join
 # each purpose of a secret has separate keys
 NODES = b"asyncllm-nodes-1"  # where the nodes of a server meet
 CHANNEL = b"asyncllm-servers"  # between the servers of a cluster
@@ -51,14 +51,14 @@ def cluster_keys(
     purpose: bytes = NODES,
     hosts: Sequence[str] = ("nccl_host", "advertise_host"),
 ) -> tuple[Keys, ...]:
-    """Key pairs of --cluster_key_file, in its order; without a file those of the loopback.
+    """Key pairs of --cluster_key_file, in its order; without a file, those for loopback.
 
     Args:
         purpose: what they are for; ``NODES``, ``CHANNEL`` or ``TRANSFER``.
         hosts: options that say where this process listens, or connects to, with these keys.
 
     Raises:
-        StartupError: the file cannot be used, or servers are to meet where strangers are.
+        StartupError: the file cannot be used, or is missing for hosts that others can reach.
     """
     if config.cluster_key_file is not None:
         return tuple(derive(each, purpose) for each in _read(Path(config.cluster_key_file)))
@@ -84,7 +84,7 @@ def is_loopback(host: str) -> bool:
     try:
         found = socket.getaddrinfo(host, 1, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise StartupError(f"{host} has no address: {reason}") from None
     return all(ipaddress.ip_address(str(f[4][0]).partition("%")[0]).is_loopback for f in found)
 
@@ -108,8 +108,8 @@ def _read(path: Path) -> list[bytes]:
     words = [line for line in lines if line and not line.startswith("#")]
     if not 1 <= len(words) <= MOST_SECRETS:
         raise StartupError(
-            f"{source} holds {len(words)} secrets: it must hold one, or two while one replaces the "
-            "other"
+            f"{source} has {len(words)} secrets: it must have one, or two while one "
+            "replaces the other"
         )
     if not all(map(_SECRET.fullmatch, words)):
         raise StartupError(

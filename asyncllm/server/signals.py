@@ -23,7 +23,7 @@ DRAIN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHOW = signal.SIGUSR1
 # for whole groups of processes: a terminal's Ctrl-C, Ctrl-\ and hang-up, systemd's stop
 _GROUP = (*DRAIN, signal.SIGQUIT)
-# these do not end a process by default, or they report a crash
+# these do not end a process by default, or report a crash
 _OTHERS = {
     signal.SIGKILL, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT,
     signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGSEGV,
@@ -40,10 +40,10 @@ def _deadly() -> set[int]:
 
 
 def end(code: int) -> NoReturn:
-    """End this process, whose work is done, with ``code``.
+    """End this process with ``code`` after its work is done.
 
-    The interpreter is not torn down: what CUDA and NCCL have loaded is then destroyed in no order,
-    beside threads of theirs that still run, and has ended servers with SIGSEGV that had drained.
+    Skips the interpreter's shutdown: it destroys what CUDA and NCCL have loaded in arbitrary order,
+    while their threads still run, and has crashed drained servers with SIGSEGV.
     """
     sys.stdout.flush()
     logging.shutdown()
@@ -88,7 +88,7 @@ class Watch:
                 self.leave(128 + number)
 
     def show(self) -> None:
-        """Stacks and state, whatever the log level: somebody asked."""
+        """Log stacks and state, whatever the log level: somebody asked."""
         level = max(logging.INFO, log.getEffectiveLevel())
         log.log(level, "%s: stacks of all threads", self._name)
         faulthandler.dump_traceback(STDERR)
@@ -106,7 +106,7 @@ def _name(number: int) -> str:
 
 @contextmanager
 def for_child() -> Iterator[None]:
-    """What is started inside has signals to groups of processes wait until it ignores them."""
+    """Block signals to process groups for children started inside, until they ignore them."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_GROUP, SHOW})
     try:
         yield
@@ -126,14 +126,13 @@ def leave_to_leader() -> None:
 
 
 def end_when_stopped(*, code: int | None = 0) -> None:
-    """Until :func:`handle_draining`, signals that drain a server end this process with a line.
+    """Until :func:`handle_draining`, let draining signals end this process with a log line.
 
-    Nothing else ends the first process of a container: there the kernel ignores what nobody
-    handles.
+    This matters for the first process of a container: there the kernel ignores signals without
+    handlers.
 
     Args:
-        code: the exit code; None: 128 and the signal's number, since something was asked for that
-            has not been done.
+        code: the exit code; None: 128 plus the signal's number, since the command has not finished.
     """
 
     def end(number: int, _: object) -> None:
@@ -150,7 +149,7 @@ def hold_draining() -> None:
 
 
 def handle_draining(loop: asyncio.AbstractEventLoop, drain: Callable[[], object]) -> None:
-    """Have ``drain`` called on the loop from now on."""
+    """Call ``drain`` on the loop from now on."""
     for number in draining():
         loop.add_signal_handler(number, drain)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, DRAIN)

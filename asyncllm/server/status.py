@@ -1,4 +1,4 @@
-"""HTTP of a process that serves no requests: a few pages.
+"""Serves a few HTTP pages in processes that serve no requests.
 
 Knows neither actors nor the server; it is given the answers.
 """
@@ -26,9 +26,9 @@ class Status:
     """Serves a socket until it is closed.
 
     Args:
-        pages: by path.
-        access: who may ask for them.
-        elsewhere: where the rest is.
+        pages: page by path.
+        access: who may read them.
+        elsewhere: says where to send other requests.
     """
 
     def __init__(self, pages: Mapping[str, Page], access: Access, elsewhere: str) -> None:
@@ -40,7 +40,7 @@ class Status:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
 
     async def open(self, sock: socket.socket) -> None:
-        """Listen, and answer from now on."""
+        """Start listening and answering."""
         await self._runner.setup()
         await web.SockSite(self._runner, sock, ssl_context=self._tls).start()
 

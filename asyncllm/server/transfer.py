@@ -1,6 +1,6 @@
-"""What a rank of a prefill or decode node needs to move K/V: socket, pages and actor.
+"""Sets up K/V transfer on a rank of a prefill or decode node: socket, pages and actor.
 
-Knows options; what moves them is in ``actors/kv_transfer.py``.
+Knows options; the transfer itself is in ``actors/kv_transfer.py``.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_topologies_are_started_and_measured(
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["tiny", "tp=2,nnodes=2"]
     assert lines[1].split()[3] == "1.000"
-    assert "node 1 (127.0.0.1) is there" in (tmp_path / "0-tp=2,nnodes=2" / "node0").read_text()
+    assert "node 1 (127.0.0.1) has joined" in (tmp_path / "0-tp=2,nnodes=2" / "node0").read_text()
 
 
 def test_a_load_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

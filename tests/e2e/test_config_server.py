@@ -133,7 +133,7 @@ def test_a_config_server_needs_no_model_and_tells_who_is_there(site: Site) -> No
     assert 'asyncllm_members{role="pd_master"} 2.0' in site.server.get("/metrics")
     status, message = error_of(site.server, "/v1/models")
     assert (status, message) == (
-        404, "there is nothing at /v1/models: this is a config_server, requests go to a pd_master"
+        404, "there is nothing at /v1/models: this is a config_server; send requests to a pd_master"
     )  # fmt: skip
     told = site.objects()
     one = next(m for m in told["pd_masters"] if m["address"] == address(site.one))
@@ -217,7 +217,7 @@ def test_two_nodes_meet_at_the_config_server_and_a_port_is_one_servers(
         assert first.tokens(IDS, 12) == site.one.tokens(IDS, 12)
         first.process.kill()
         assert second.process.wait(10) == 1
-        assert "node 0 (127.0.0.1) has gone: its connection is closed" in second.text()
+        assert "node 0 (127.0.0.1) has gone: its connection was closed" in second.text()
     assert wait_until(lambda: len(site.objects()["groups"]) == 1, SOON_S)
 
 

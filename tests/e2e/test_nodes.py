@@ -124,7 +124,7 @@ def test_options_that_differ_end_every_node_with_one_line(
         assert [node.process.wait(60) for node in nodes] == [2, 2], nodes[0].text()
         line = (
             f"asyncllm: node 1 ({net.hosts[1]}) cannot belong to this server: its "
-            "--max_req_total_len is 1025, that of node 0 1024\n"
+            "--max_req_total_len is 1025, node 0's is 1024\n"
         )
         for node in nodes:
             assert line in node.text()
@@ -144,7 +144,7 @@ def test_an_interface_that_does_not_lead_there_is_named_before_weights_are_read(
         for node in nodes:
             stack.enter_context(node.failing())
         assert [node.process.wait(60) for node in nodes] == [2, 2], nodes[0].text()
-        said = "cannot add up with the others over lo (GLOO_SOCKET_IFNAME): "
+        said = "cannot all-reduce with the others over lo (GLOO_SOCKET_IFNAME): "
         assert any(said in node.text() for node in nodes)
         assert not any("load weights" in node.text() for node in nodes)
 
@@ -190,7 +190,7 @@ def test_a_check_tries_all_ways_and_tells_them_on_every_node(
             assert node.process.stdout is not None
             said = node.process.stdout.read().decode()
             assert f"messages {messages + 2 * node.node}, {messages + 2 * node.node + 1}" in said
-            table = said.partition("ways between nodes:\n")[2].splitlines()
+            table = said.partition("connections between nodes:\n")[2].splitlines()
             rows = {tuple(re.split(r"\s{2,}", line.strip())[:3]) for line in table[1:]}
             assert rows == {
                 ("rank 0", "rank 2 of node 1", f"{second}:{messages + 2}"),
@@ -278,7 +278,7 @@ def test_a_killed_node_costs_all_groups_that_it_has_and_nobody_elses(
 @pytest.mark.parametrize(
     ("event", "victim", "said"),
     [
-        (kill, 1, "has gone: its connection is closed"),
+        (kill, 1, "has gone: its connection was closed"),
         (cut, 1, "has been silent for"),
     ],
 )

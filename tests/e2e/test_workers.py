@@ -110,7 +110,7 @@ def test_a_dead_or_hung_worker_is_replaced_a_few_times(demo_dir: Path, tmp_path:
         words = "HTTP worker 2 has been silent for "
         assert wait_until(lambda: words in server.text() and not alive(second), 15)
         for i in (3, 4):
-            words = f"HTTP worker {i} takes its place"
+            words = f"HTTP worker {i} replaces it"
             assert wait_until(lambda: words in server.text(), 5), server.text()  # noqa: B023
             (child,) = server.children()
             os.kill(child, signal.SIGKILL)

@@ -119,7 +119,7 @@ def test_either_of_two_secrets_is_heard_and_no_other() -> None:
         w.add("stranger", a_node(1), derive(b"x" * 32))
         w.settle()
         assert w.said["stranger"].startswith("node 0 does not answer at 127.0.0.1:")
-        assert w.said[0] == "node 1 did not come within 1.5 s (--node_timeout)"
+        assert w.said[0] == "node 1 did not join within 1.5 s (--node_timeout)"
     with world(2) as w:
         w.add(1, a_node(1), derive(b"x" * 32), KEYS)
         w.settle()
@@ -132,17 +132,17 @@ def test_either_of_two_secrets_is_heard_and_no_other() -> None:
     [
         (
             a_node(2, facts=(FACTS[0], ("max_req_total_len", "4096"))),
-            "node 2 (10.0.0.2) cannot belong to this server: its max_req_total_len is 4096, that of "
-            "node 0 2048",
+            "node 2 (10.0.0.2) cannot belong to this server: its max_req_total_len is 4096, "
+            "node 0's is 2048",
         ),
         (
             a_node(2, contract=Contract(protocol="p", options="p",
                                         shared=(("nnodes", "2"), ("tp", "6")))),
-            "node 2 (10.0.0.2) cannot belong to this server: its --nnodes is 2, that of node 0 3",
+            "node 2 (10.0.0.2) cannot belong to this server: its --nnodes is 2, node 0's is 3",
         ),
-        (a_node(1, host="10.0.0.9"), "--node_rank 1 is that of two nodes: 10.0.0.1, 10.0.0.9"),
-        (a_node(0, host="10.0.0.9"), "--node_rank 0 is that of two nodes: 10.0.0.0, 10.0.0.9"),
-        (None, "node 2 did not come within 1.5 s (--node_timeout)"),
+        (a_node(1, host="10.0.0.9"), "two nodes have --node_rank 1: 10.0.0.1, 10.0.0.9"),
+        (a_node(0, host="10.0.0.9"), "two nodes have --node_rank 0: 10.0.0.0, 10.0.0.9"),
+        (None, "node 2 did not join within 1.5 s (--node_timeout)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_the_same_line_on_every_node(join: Join | None, line: str) -> None:
@@ -166,7 +166,7 @@ def test_a_late_comer_is_refused_and_nobody_else_notices() -> None:
         w.add("late", a_node(1, host="10.0.0.9"))
         w.add("other", a_node(1, facts=()))
         w.settle()
-        refused = "this server has all its nodes: node 1 (10.0.0.9) cannot join"
+        refused = "this server already has all its nodes: node 1 (10.0.0.9) cannot join"
         assert w.said["late"] == refused
         assert w.said["other"] == refused.replace("10.0.0.9", "10.0.0.1")
         assert w.ended == {}
@@ -211,7 +211,7 @@ def test_a_node_that_can_be_spared_is_missed_and_nobody_else_notices() -> None:
         assert gone[1] == (2, "node 2 (10.0.0.2): it hangs")
         w.lines[3].close()
         assert wait_until(lambda: len(gone) == 3, 5)
-        assert gone[2] == (3, "node 3 (10.0.0.3) has gone: its connection is closed")
+        assert gone[2] == (3, "node 3 (10.0.0.3) has gone: its connection was closed")
         assert 0 not in w.ended
 
 
@@ -232,7 +232,7 @@ def test_noise_harms_nobody_with_the_key_or_without() -> None:
                 wait_until(lambda: sock.poll(0), 1.0 if keys is KEYS else 0.1)
         w.add("late", a_node(1))  # it is still answered
         w.settle()
-        assert w.said["late"].startswith("this server has all its nodes")
+        assert w.said["late"].startswith("this server already has all its nodes")
         assert w.ended == {}
         assert wait_until(lambda: w.meeting.strangers, 5)
         assert w.meeting.foreign_frames > 100

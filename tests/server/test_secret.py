@@ -46,8 +46,8 @@ def test_two_secrets_count_in_their_order_and_0400_will_do(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "mode", "said"),
     [
-        ("", 0o600, "holds 0 secrets"),
-        (f"{'ab' * 32}\n" * 3, 0o600, "holds 3 secrets"),
+        ("", 0o600, "has 0 secrets"),
+        (f"{'ab' * 32}\n" * 3, 0o600, "has 3 secrets"),
         ("ab" * 31, 0o600, "64 digits"),
         ("AB" * 32, 0o600, "64 digits"),
         ("ab" * 32, 0o640, "mode 640"),
