@@ -7,6 +7,7 @@ warm-up as rank 0 will, so it compiles what the warm-up launches; it never touch
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -33,6 +34,16 @@ from asyncllm.server.launch import Boot, die_with_parent
 from asyncllm.server.loading import engine_of, sizes_of, warm
 from asyncllm.server.signals import end, leave_to_leader
 
+# imported at their first use in steps, those of torch by operators on tensors without memory
+USED_IN_STEPS = (
+    "asyncllm.engine.attention_cuda",
+    "asyncllm.engine.latent_cuda",
+    "asyncllm.engine.ops_cuda",
+    "asyncllm.engine.sampling_cuda",
+    "torch._dynamo",
+    "torch._refs",
+    "torch.fx.experimental.symbolic_shapes",
+)
 KV_BYTES = 64 << 30  # kernels are the same for any number of slots
 
 
@@ -72,6 +83,7 @@ def variants(boot: Boot, spec: ModelSpec, facts: DeviceFacts) -> list[Variant]:
     spec, sizes = distinct(spec), sizes_of(boot)
     with noted(facts) as found:
         model = model_on_paper(spec, sizes, torch.device("cuda"))
+        model.pack()  # which prepares products
         num = division_of(spec, sizes.max_len, model).fit(KV_BYTES, None)
         warm(boot, DryDevice(engine_of(boot, model, SingleRank(), num)), num)
     return found
@@ -88,6 +100,8 @@ def main() -> int:
     """Entry of the helper; its only argument is the parent's pid."""
     die_with_parent(int(sys.argv[1]))
     leave_to_leader()
+    for name in USED_IN_STEPS:  # rank 0 still imports what it needs itself
+        importlib.import_module(name)
     if not (text := sys.stdin.read()):
         return 0
     given = json.loads(text)

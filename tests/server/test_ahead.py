@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from asyncllm import rank  # noqa: F401  # with all of a server's messages
-from asyncllm.config import Config, resolve_limits
+from asyncllm.config import Config, quantisation, resolve_limits
 from asyncllm.environment import child_environment
 from asyncllm.kernels.autotune import DeviceFacts
 from asyncllm.models.spec import ModelSpec
@@ -25,6 +25,7 @@ from asyncllm.topology import Topology
 # in a process of its own: Triton decides at its import whether kernels are interpreted
 FIND = """
 import json, sys
+from dataclasses import replace
 from asyncllm.engine.ahead import compile_noted
 from asyncllm.kernels.autotune import DeviceFacts
 from asyncllm.models.spec import ModelSpec
@@ -32,10 +33,13 @@ from asyncllm.server.compile_kernels import variants
 from asyncllm.server.launch import Boot
 boot = Boot.from_json(sys.stdin.read())
 spec = ModelSpec.from_hf(json.loads(sys.argv[1]), {})
-found = variants(boot, spec, DeviceFacts("NVIDIA H100 80GB HBM3", 132, 90))
+facts = DeviceFacts("NVIDIA H100 80GB HBM3", 132, 90)
+found = variants(boot, spec, facts)
 [first] = [v for v in found if v.name == "_stage_kernel"]
 compile_noted([first, first], 2)
-print(json.dumps([v.name for v in found]))
+eight_bits = replace(boot, resolved=replace(boot.resolved, quant=sys.argv[2]))
+more = variants(eight_bits, spec, facts)
+print(json.dumps([[v.name for v in some] for some in (found, more)]))
 """
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "hidden_size": 256,
@@ -58,8 +62,11 @@ def boot() -> Boot:
 
 
 def test_what_a_warm_up_launches_is_found_and_compiled_without_a_gpu(tmp_path: Path) -> None:
+    quant = quantisation.to_text(
+        quantisation.asked(Config(quant_type="fp8w8a8"), ModelSpec.from_hf(LLAMA, {}))
+    )
     found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FIND, json.dumps(LLAMA)],
+        [sys.executable, "-W", "ignore", "-c", FIND, json.dumps(LLAMA), quant],
         input=boot().to_json(),
         env=child_environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)),
         capture_output=True,
@@ -67,11 +74,13 @@ def test_what_a_warm_up_launches_is_found_and_compiled_without_a_gpu(tmp_path: P
         timeout=240,
     )
     assert found.returncode == 0, found.stderr
-    names = json.loads(found.stdout)
+    names, more = json.loads(found.stdout)
     # a step of prompts, of decoding, by graphs and without; each way to choose a token
     assert {"_stage_kernel", "_prefill_kernel", "_decode_kernel", "_rope_kv_kernel"} <= {*names}
     assert {"best_kernel", "draw_kernel", "_log_prob_kernel", "_bias_kernel"} <= {*names}
     assert len(names) > 20
+    # the first, of products that no step need launch, are prepared with the weights
+    assert {"_eight_bits_kernel", "_rows_kernel"} <= {*more}
     assert [path.name for path in tmp_path.rglob("*.cubin")] == ["_stage_kernel.cubin"]
 
 
