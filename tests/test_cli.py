@@ -150,8 +150,8 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--run_mode", "pd_master", "--tp", "2"], "--tp 2 with --run_mode pd_master: it computes"),
-        (["--run_mode", "config_server", "--tp", "2"], "--run_mode config_server: it computes no"),
+        (["--run_mode", "pd_master", "--tp", "2"], "--tp 2 with --run_mode pd_master: it runs"),
+        (["--run_mode", "config_server", "--tp", "2"], "--run_mode config_server: it runs no"),
         (
             ["--run_mode", "config_server", "--port", "1", "--config_server_port", "2"],
             "--port 1 and --config_server_port 2: with --run_mode config_server they mean the same",
@@ -162,7 +162,7 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
         ),
         (
             ["--run_mode", "config_server", "--use_config_server_to_init_nccl"],
-            "--use_config_server_to_init_nccl with --run_mode config_server: it is where",
+            "--use_config_server_to_init_nccl with --run_mode config_server: it hosts",
         ),
         (
             ["--run_mode", "decode", "--config_server_host", "::1"],
@@ -195,10 +195,10 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
                 "--config_server_port",
                 "1",
             ],
-            "it has no ranks that would meet",
+            "it has no ranks",
         ),
         (["--nnodes", "2"], "--tp 1 ranks cannot be divided among --nnodes 2 nodes"),
-        (["--node-rank", "1"], "it counts with --nnodes above 1"),
+        (["--node-rank", "1"], "it only applies with --nnodes above 1"),
         (
             ["--nnodes", "2", "--tp", "2", "--node-rank", "2"],
             "--node_rank 2 must be below --nnodes",
@@ -229,7 +229,7 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
             ],
             "--nccl_host 127.0.0.1 must be --config_server_host 10.0.0.1",
         ),
-        (["--ssl_keyfile", "key.pem"], "it counts with --ssl_certfile"),
+        (["--ssl_keyfile", "key.pem"], "it only applies with --ssl_certfile"),
         (["--quant_type", "fp8w8a8-pt"], "nearest to this is fp8w8a8 "),
         (["--quant_type=ao-int4wo-128"], "nearest to this is a checkpoint of AWQ"),
         (["--sampling_backend"], "--sampling_backend: expected one argument"),
@@ -337,7 +337,7 @@ def test_page_is_fresh_and_complete() -> None:
     [
         (["--nnodes", "2"], "and must be a multiple of --nnodes"),
         (["--prot", "1"], "did you mean --port?"),
-        (["--chat_template", "x"], "the chat template is the model folder's"),
+        (["--chat_template", "x"], "the chat template comes from the model folder"),
     ],
 )
 def test_refusals_of_a_real_process(argv: list[str], part: str) -> None:

@@ -261,7 +261,7 @@ def test_what_a_role_cannot_honour_ends_the_start(role: str, name: str, value: A
 def test_what_a_master_never_looks_at_is_one_warning() -> None:
     config = Config(run_mode="pd_master", max_total_token_num=100, httpserver_workers=2)
     (line,) = config.warnings
-    assert line == "--max_total_token_num has no effect: --run_mode pd_master computes nothing"
+    assert line == "--max_total_token_num has no effect: --run_mode pd_master runs no model"
 
 
 @pytest.mark.parametrize("mode", ["0p1d", "1p", "p1d1", "1p1d ", "elastical", "1p12345d"])
@@ -278,7 +278,7 @@ def test_ranks_that_cannot_be_divided_among_the_groups_end_the_start(tp: int, dp
         Config(tp=tp, dp=dp)
     assert Config(tp=4, dp=2).warnings == ()
     (line,) = Config(dp_balancer="round_robin").warnings
-    assert line == "--dp_balancer round_robin has no effect: it counts with --dp above 1"
+    assert line == "--dp_balancer round_robin has no effect: it only applies with --dp above 1"
 
 
 def test_host_and_port_of_a_config_server_have_two_names() -> None:
@@ -321,7 +321,7 @@ def test_a_kernel_by_name_is_a_warning_on_a_cpu(device: str) -> None:
         return
     assert resolved.kv_mode == ("triton_int8kv",)
     assert resolved.warnings == (
-        "--mode triton_flashdecoding has no effect: it names a kernel of GPUs, and this is the CPU",
+        "--mode triton_flashdecoding has no effect: it names a GPU kernel, and this is the CPU",
     )
 
 
@@ -330,7 +330,9 @@ def test_the_format_of_the_checkpoint_counts_where_none_is_asked_for() -> None:
     resolved = resolve(Config(mode=("triton_gqa_attention",)), **wants)
     assert resolved.kv_mode == ("triton_fp8kv", "triton_gqa_attention")
     (note,) = (line for line in resolved.notes if "checkpoint" in line)
-    assert note.startswith("K/V are in triton_fp8kv, as the checkpoint asks; scales are each token")
+    assert note.startswith(
+        "K/V are in triton_fp8kv, as the checkpoint specifies; scales are per token"
+    )
     config = Config(mode=("ppl_fp16",))
     with pytest.raises(StartupError, match=r"^--mode ppl_fp16 does not read triton_fp8kv, the"):
         resolve(config, **wants)
@@ -341,7 +343,7 @@ def test_the_format_of_the_checkpoint_counts_where_none_is_asked_for() -> None:
     ):
         resolved = resolve(config, **wants)
         assert resolved.kv_mode == ((kept,) if kept else ())
-        said = f"the checkpoint asks for K/V in triton_fp8kv, they are in {kept or 'its own type'}"
+        said = f"the checkpoint specifies K/V in triton_fp8kv; they are in {kept or 'its own type'}"
         assert said in resolved.notes
     assert resolve(Config(llm_kv_type="fp8kv"), **wants).kv_mode == ("triton_fp8kv",)
 
@@ -380,7 +382,7 @@ def test_options_of_another_mode_are_one_warning(name: str, value: Any, where: s
     config = Config(**{name: value}, **others.get(name, {}))
     (line,) = config.warnings
     shown = "" if value is True else f" {value[0] if isinstance(value, tuple) else value}"
-    assert line.startswith(f"--{name}{shown} has no effect: it counts with ")
+    assert line.startswith(f"--{name}{shown} has no effect: it only applies with ")
     assert where in line
     assert Config.from_json(config.to_json()).warnings == (line,)
 
@@ -560,7 +562,7 @@ def test_gpu_options_are_a_warning_on_cpu(name: str) -> None:
     assert resolve(config, device="cuda").device == "cuda"
     assert resolve(config, device="cuda").warnings == ()
     (line,) = resolve(config, device="cpu").warnings
-    assert line == f"--{name} has no effect: it counts on GPUs, and this is the CPU"
+    assert line == f"--{name} has no effect: it only applies to GPUs, and this is the CPU"
 
 
 def test_cpu_count_is_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:

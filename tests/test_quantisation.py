@@ -110,19 +110,19 @@ def test_files_in_json_and_without_a_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "line"),
     [
-        ("[1, 2]", "quant.yaml holds no object"), ("a: [", "is neither JSON nor YAML: while"),
-        ("", "holds no object"), ({"bits": 8}, "has 'bits'; known are mix_bits, quant_type"),
+        ("[1, 2]", "quant.yaml is not an object"), ("a: [", "is neither JSON nor YAML: while"),
+        ("", "is not an object"), ({"bits": 8}, "has 'bits'; known are mix_bits, quant_type"),
         ({"quant_type": "fp8w8a8-pt"}, "quant.yaml: quant_type must be none, .*, not 'fp8w8a8-pt'"),
-        ({"quant_type": 8}, "quant_type 8 is no name"), ({"mix_bits": {}}, None),
-        ({"mix_bits": {"a": 1}}, "mix_bits is no list"), ({"mix_bits": [1]}, "mix_bits 1 is no obj"),
+        ({"quant_type": 8}, "quant_type 8 is not a name"), ({"mix_bits": {}}, None),
+        ({"mix_bits": {"a": 1}}, "mix_bits is not a list"), ({"mix_bits": [1]}, "mix_bits 1 is not an obj"),
         ({"mix_bits": [DOWN_13 | {"bits": 1}]}, "mix_bits 1 has 'bits'; known are layer_name"),
         ({"mix_bits": [DOWN_13 | {"layer_name": "down"}]}, "layer_name 'down' is none of .*down_proj\\?"),
         ({"mix_bits": [DOWN_13 | {"layer_name": "lm_head"}]}, "layer_name 'lm_head' is none of"),
         ({"mix_bits": [DOWN_13 | {"layer_name": "fused_moe"}]}, "layer_name 'fused_moe' is none of"),
         ({"mix_bits": [DOWN_13 | {"layer_nums": [4]}]}, "layer_nums has 4; layers are 0 to 3"),
         ({"mix_bits": [DOWN_13 | {"layer_nums": [True]}]}, "layer_nums has True; layers are"),
-        ({"mix_bits": [DOWN_13 | {"layer_nums": "1"}]}, "layer_nums '1' is no list"),
-        ({"mix_bits": [DOWN_13, {"layer_name": "o_proj"}]}, "mix_bits 2: quant_type None is no name"),
+        ({"mix_bits": [DOWN_13 | {"layer_nums": "1"}]}, "layer_nums '1' is not a list"),
+        ({"mix_bits": [DOWN_13, {"layer_name": "o_proj"}]}, "mix_bits 2: quant_type None is not a name"),
     ],
 )  # fmt: skip
 def test_what_a_file_may_not_say(tmp_path: Path, said: object, line: str | None) -> None:
@@ -148,9 +148,7 @@ def test_awq_is_for_its_checkpoints() -> None:
     for name in ("awq", "awq_marlin"):
         found = quantisation.asked(Config(quant_type=name), spec(quantization_config=stored))
         assert found == WeightTypes("awq")
-        with pytest.raises(
-            StartupError, match="is for checkpoints of AWQ, and this one is not quan"
-        ):
+        with pytest.raises(StartupError, match="is for AWQ checkpoints, and this one is not quan"):
             quantisation.asked(Config(quant_type=name), spec())
     other = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     with pytest.raises(StartupError, match=r"quantised in another way \(gptq\)"):
@@ -166,4 +164,4 @@ def test_experts_are_left_by_name_only(tmp_path: Path) -> None:
     stored = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     lines = list(quantisation.notes(WeightTypes(), spec(**MOE, quantization_config=stored)))
     assert len(lines) == 1
-    assert lines[0].startswith("experts are served in the type of --data_type")
+    assert lines[0].startswith("experts use the type of --data_type")

@@ -1,4 +1,4 @@
-"""Options of what lies on several GPUs, machines and servers."""
+"""Options for several GPUs, machines and servers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DP_GROUPS = Needs("--dp above 1", lambda c: c.dp > 1)
 
 @dataclass(frozen=True, kw_only=True)
 class SeparationOptions:
-    """Prefill and decode nodes, their masters, and the server that knows these."""
+    """Prefill and decode nodes, their masters, and the config_server."""
 
     pd_master_ip: str = flag(
         "0.0.0.0", check=not_empty, needs=PD_NODE,
@@ -40,45 +40,45 @@ class SeparationOptions:
     )
     cluster_port: int | None = flag(
         None, check=PORT, needs=PD_LISTENS,
-        help="port on which prefill and decode nodes reach this pd_master, and on which they and "
-        "pd_masters reach this config_server; default: --port + 1",
+        help="port for other servers: on a pd_master for prefill and decode nodes, on a "
+        "config_server for these and pd_masters; default: --port + 1",
     )  # fmt: skip
     pd_master_mode: str = flag(
         roles.ELASTIC, check=roles.fixed_or_elastic, needs=PD_MASTER, metavar="MODE",
-        help="elastic: nodes come and go, ready with one of each role; <P>p<D>d, such as 2p1d: "
-        "ready with so many prefill and decode nodes, and no more are taken",
+        help="elastic: nodes may join and leave; ready with one of each role; <P>p<D>d, such as "
+        "2p1d: ready with exactly so many prefill and decode nodes; no more are accepted",
     )  # fmt: skip
     select_p_d_node_strategy: str = flag(
         choosing.CACHE_AWARE, choices=choosing.STRATEGIES, needs=PD_MASTER,
-        help="which nodes get a request; cache_aware: the prefill node that knows most of its "
-        "prompt, then the one with the least load, and the decode node with most free K/V; "
-        "round_robin: in turn; adaptive_load: by chance, the likelier the more K/V is free; random",
+        help="how nodes are chosen for a request; cache_aware: the prefill node that has most of "
+        "its prompt cached, then the least loaded one, and the decode node with most free K/V; "
+        "round_robin: in turn; adaptive_load: at random, weighted by free K/V; random",
     )  # fmt: skip
     pd_decode_rpyc_port: int = flag(
         42000, check=PORT, needs=PD_DECODE,
-        help="port on which the first rank of a decode node takes K/V; the others take the ones "
-        "behind it. If the default is busy a free one is taken, a given one must be free "
+        help="port on which the first rank of a decode node receives K/V; the other ranks use the "
+        "following ones. A busy default is replaced by a free port; a given port must be free "
         "(LightLLM has dropped this option)",
     )  # fmt: skip
     pd_trans_mode: str = flag(
         "auto", choices=("auto", "nccl", "p2p", "tcp"), needs=PD_NODE,
-        help="how K/V travel; tcp: through host memory and encrypted sockets; p2p: a decode node "
-        "reads the pages of prefill nodes of the same machine; nccl: from GPU to GPU, not "
-        "encrypted; auto: the first of p2p, nccl, tcp that both sides have (on a CPU tcp)",
+        help="how K/V are transferred; tcp: through host memory and encrypted sockets; p2p: a "
+        "decode node reads the pages of prefill nodes on the same machine; nccl: from GPU to GPU, "
+        "not encrypted; auto: the first of p2p, nccl, tcp that both sides support (on a CPU: tcp)",
     )  # fmt: skip
     pd_kv_page_num: int = flag(
         16, check=between(2, 4096), needs=PD_NODE,
-        help="pages through which K/V travel, on each rank; more are in nobody's memory",
+        help="buffer pages for K/V transfers on each rank; bounds the memory used",
     )  # fmt: skip
     pd_kv_page_size: int = flag(
         256, check=between(1, 65536), needs=PD_NODE,
-        help="tokens whose K/V a page holds (LightLLM: 1024)",
+        help="tokens per page (LightLLM: 1024)",
     )  # fmt: skip
     config_server_host: str | None = flag(
         None, check=not_empty, needs=PD_MODES,
-        help="address of the config_server that knows all pd_masters: these register there, nodes "
-        "take their list from there, instead of --pd_master_ip. On the config_server itself the same "
-        "as --host",
+        help="address of the config_server that knows all pd_masters: pd_masters register there, "
+        "and nodes get their list there, instead of by --pd_master_ip. On the config_server "
+        "itself the same as --host",
     )  # fmt: skip
     config_server_port: int | None = flag(
         None, check=PORT, needs=PD_MODES,
@@ -88,75 +88,75 @@ class SeparationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
-    """Nodes and ranks of one server, and how they meet."""
+    """Nodes and ranks of one server, and their rendezvous."""
 
     nnodes: int = flag(
         1, check=between(1, 1024),
-        help="machines (nodes) of this server; each has as many of the --tp ranks, and is started "
-        "with the same options but those that are its own",
+        help="number of machines (nodes) of this server; each runs the same number of the --tp "
+        "ranks and is started with the same options except its own",
     )  # fmt: skip
     node_rank: int = flag(
         0, check=at_least(0), needs=A_NODE,
-        help="number of this machine; 0 serves HTTP and schedules, the others answer /health and "
-        "/metrics only",
+        help="number of this machine; node 0 serves HTTP and schedules, the others only answer "
+        "/health and /metrics",
     )  # fmt: skip
     multinode_httpmanager_port: int = flag(
         12345, check=PORT, needs=NODES,
-        help="port of --nccl_host at which the nodes meet node 0",
+        help="port of --nccl_host at which the other nodes connect to node 0",
     )  # fmt: skip
     multinode_router_gloo_port: int = flag(
         20001, check=PORT, needs=NODES,
-        help="port on which rank 0 takes messages; rank r listens on the r-th port after it",
+        help="port on which rank 0 receives messages; rank r listens on the r-th port after it",
     )  # fmt: skip
     node_timeout: float = flag(
         300.0, check=above_zero, metavar="SECONDS", needs=NODES,
-        help="time for all nodes to come; one that is missing ends the start everywhere",
+        help="time limit for all nodes to join; if one is missing, the start fails on all nodes",
     )  # fmt: skip
     advertise_host: str | None = flag(
         None, check=not_empty, metavar="HOST", needs=SERVERS,
-        help="name or address by which other nodes reach this one; default: --nccl_host on node 0, "
-        "elsewhere the address from which it reaches that, or its pd_master",
+        help="host name or address by which other nodes reach this one; default: --nccl_host on "
+        "node 0, elsewhere this machine's address on the route to it, or to its pd_master",
     )  # fmt: skip
     tp: int = flag(
         1, check=between(1, 1024), aliases=("tensor-parallel-size",),
-        help="ranks, one process and one GPU each, among which the model is divided (with --dp: "
-        "the ranks of all groups together)",
+        help="number of ranks, with one process and one GPU each, among which the model is divided "
+        "(with --dp: the ranks of all groups together)",
     )  # fmt: skip
     dp: int = flag(
         1, check=between(1, 1024),
-        help="data-parallel groups among which the --tp ranks are divided, each with requests, "
-        "K/V and scheduling of its own; --tp must be a multiple of it. --max_total_token_num, "
-        "--running_max_req_size and --batch_max_tokens count for each group",
+        help="number of data-parallel groups into which the --tp ranks are divided, each with "
+        "its own requests, K/V and scheduling; --tp must be a multiple of it. "
+        "--max_total_token_num, --running_max_req_size and --batch_max_tokens apply to each group",
     )  # fmt: skip
     dp_balancer: str = flag(
         "cache_aware", choices=balancing.POLICIES, needs=DP_GROUPS,
-        help="which group gets a request; cache_aware: the one that knows most of its prompt, "
-        "then the one with the least load; bs_balancer: the one with fewest requests; round_robin: in turn "
-        "(LightLLM's default is bs_balancer)",
+        help="how a request's group is chosen; cache_aware: the one that has most of its prompt "
+        "cached, then the least loaded one; bs_balancer: the one with the fewest requests; "
+        "round_robin: in turn (LightLLM's default is bs_balancer)",
     )  # fmt: skip
     nccl_host: str = flag(
         "127.0.0.1", check=not_empty, needs=RANKS,
-        help="address at which the ranks of torch.distributed meet (NCCL, gloo on CPU), with "
-        "--nnodes that of node 0; they listen there only, and talk over the network interface that "
-        "leads there",
+        help="address of the torch.distributed rendezvous (NCCL, gloo on CPU), with --nnodes "
+        "that of node 0; the ranks only listen there, and use the network interface that leads "
+        "there",
     )  # fmt: skip
     nccl_port: int = flag(
         28765, check=PORT, needs=RANKS,
-        help="port at which they meet; if the default is busy a free one is taken, a given one "
+        help="port of that rendezvous; a busy default is replaced by a free port, a given port "
         "must be free (LightLLM's default is now a free port)",
     )  # fmt: skip
     use_config_server_to_init_nccl: bool = flag(
         False, needs=RANKS,
-        help="the ranks meet at the config_server, which listens for them on --nccl_port; "
-        "--nccl_host must be --config_server_host. A port at which those of another server meet is "
-        "refused, and their server named",
+        help="use a rendezvous at the config_server, which listens on --nccl_port for it; "
+        "--nccl_host must be --config_server_host. A port in use by another server is refused, "
+        "with that server's name",
     )  # fmt: skip
     enable_ep_moe: bool = flag(
         False, needs=RANKS,
-        help="models of mixed experts: each rank has some experts whole, as many as the others or "
-        "one more, instead of a slice of every one",
+        help="for mixture-of-experts models: each rank holds whole experts (their numbers differ "
+        "by at most one) instead of a slice of each expert",
     )  # fmt: skip
     disable_symm_mem_allreduce: bool = flag(
         False, needs=RANKS,
-        help="add up the ranks' shares through NCCL only, not through memory that they all map",
+        help="use NCCL for all all-reduces, never symmetric memory",
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Declares a command-line option: default, help, checks, and which processes it concerns.
+"""Declares command-line options: default, help, checks, and where they apply.
 
-Does not know any option by name.
+Knows no option by name.
 """
 
 from __future__ import annotations

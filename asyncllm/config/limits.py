@@ -1,6 +1,6 @@
 """Resolves the options for one model on one device.
 
-Does not use torch: what depends on the model or the device is passed in.
+Does not use torch: values that depend on the model or the device are passed in.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from asyncllm.models.kv_format import KvMode
 
 DEFAULT_CHUNK = {"cuda": 4096, "cpu": 256}
 DEFAULT_BATCH = {"cuda": 16384, "cpu": 1024}
-# English is 4 bytes a token, Russian written as \uXXXX 18; up to 170,000 tokens the least size is
-# the limit, for which the time of parsing is tested
+# English takes 4 bytes per token, Russian written as \uXXXX 18; up to 170,000 tokens the minimum
+# size is the limit; parsing times are tested for it
 BODY_BYTES_PER_TOKEN = 24
 MIN_BODY_SIZE = 4 << 20
 GPU_ONLY = ("disable_cudagraph", "disable_symm_mem_allreduce")
@@ -28,20 +28,20 @@ DeviceName = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """What the options mean for one model on one device;
-    ``notes`` and ``warnings`` are for the log.
+    """What the options mean for one model on one device; ``notes`` and ``warnings`` are for the
+    log.
 
     Attributes:
         max_req_total_len: prompt plus output tokens of one request.
-        max_req_input_len: prompt tokens of one request; None: only the former applies.
+        max_req_input_len: prompt tokens of one request; None: only max_req_total_len applies.
         eos_ids: token ids that end an answer, possibly none.
         model_name: the answer of /get_model_name.
         served_names: names that requests may use; the first is the id in /v1/models.
         generation_config: values of the model's file that are defaults for requests.
         max_body_size: bytes of a request body.
-        kv_mode: format of K/V and decode kernel, by the names of --mode; those that count.
-        quant: what is asked of weights, as ``quantisation.to_text`` gives it.
-        num_slots: KV slots, 0 until ``with_slots``.
+        kv_mode: effective K/V format and decode kernel, by the names of --mode.
+        quant: the requested types of weights, as from ``quantisation.to_text``.
+        num_slots: KV slots, 0 until ``with_slots`` is called.
     """
 
     device: DeviceName
@@ -71,10 +71,10 @@ class Resolved:
             )
 
     def with_slots(self, num_slots: int) -> Resolved:
-        """The same for a KV cache of ``num_slots`` tokens: no request may be longer than it.
+        """A copy for a KV cache of ``num_slots`` tokens: no request may be longer than that.
 
         Raises:
-            StartupError: no slot at all, or fewer than an explicit --max_req_total_len.
+            StartupError: no slots at all, or fewer than an explicit --max_req_total_len.
         """
         raises_it = "raise --max_total_token_num or --mem_fraction"
         if num_slots < 2:
@@ -106,16 +106,16 @@ def resolve_limits(
     has_experts: bool,
     kv_format: str | None,
 ) -> Resolved:
-    """Fill in what depends on the model and the device.
+    """Determine the values that depend on the model and the device.
 
     Args:
         device: the device chosen for ``config.device``.
         checkpoint_dtype: as in the checkpoint's config.json, e.g. "bfloat16".
-        model_limit: positions the model was made for.
+        model_limit: positions the model supports.
         model_eos: end-of-answer ids named by the model.
-        model_dir_names: names of the model by its folder or hub id, the usual one first.
-        has_experts: it is a mixture-of-experts model.
-        kv_format: K/V format that the checkpoint asks for, if any.
+        model_dir_names: names of the model from its folder or hub id, the preferred one first.
+        has_experts: whether it is a mixture-of-experts model.
+        kv_format: K/V format that the checkpoint specifies, if any.
 
     Raises:
         StartupError: an explicit value contradicts the model or another explicit value.
@@ -159,7 +159,7 @@ def resolve_limits(
 def _kv_mode(
     config: Config, device: DeviceName, wanted: str | None
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The effective format and kernel, and a note about the one that the checkpoint asks for."""
+    """The effective format and kernel, and notes about the one that the checkpoint specifies."""
     mode, notes = KvMode.named(config.mode, config.llm_kv_type), list[str]()
     fmt = None if mode.format is None else mode.format.name
     if wanted is not None and wanted != fmt:
@@ -167,31 +167,29 @@ def _kv_mode(
             fmt = wanted
             if mode.kernel is not None and mode.kernel.halves:
                 raise StartupError(
-                    f"--mode {mode.kernel.name} does not read {wanted}, the format of K/V that "
-                    "the checkpoint asks for; --llm_kv_type None keeps them in 16 bits"
+                    f"--mode {mode.kernel.name} does not read {wanted}, the K/V format that the "
+                    "checkpoint specifies; --llm_kv_type None keeps K/V in 16 bits"
                 )
             notes.append(
-                f"K/V are in {wanted}, as the checkpoint asks; scales are each token's own, not "
+                f"K/V are in {wanted}, as the checkpoint specifies; scales are per token, not "
                 "those of the checkpoint (--llm_kv_type None: not in 8 bits)"
             )
         else:
             notes.append(
-                f"the checkpoint asks for K/V in {wanted}, they are in {fmt or 'its own type'}"
+                f"the checkpoint specifies K/V in {wanted}; they are in {fmt or 'its own type'}"
             )
     kernel = mode.kernel.name if mode.kernel is not None and device == "cuda" else None
     return tuple(name for name in (fmt, kernel) if name), notes
 
 
 def _without_effect(config: Config, device: DeviceName, has_experts: bool) -> Iterator[str]:
-    """A line for each option that has no meaning for this device or model."""
+    """A line for each option without effect for this device or model."""
     for name in GPU_ONLY:
         if device == "cpu" and getattr(config, name):
-            yield f"--{name} has no effect: it counts on GPUs, and this is the CPU"
+            yield f"--{name} has no effect: it only applies to GPUs, and this is the CPU"
     kernel = KvMode.named(config.mode).kernel
     if device == "cpu" and kernel is not None:
-        yield (
-            f"--mode {kernel.name} has no effect: it names a kernel of GPUs, and this is the CPU"
-        )
+        yield (f"--mode {kernel.name} has no effect: it names a GPU kernel, and this is the CPU")
     if config.enable_ep_moe and not has_experts:
         yield "--enable_ep_moe has no effect: the model has no experts"
 
@@ -199,7 +197,7 @@ def _without_effect(config: Config, device: DeviceName, has_experts: bool) -> It
 def _renamed(config: Config) -> Iterator[str]:
     """A line for each value that is an alias of another."""
     if config.output_constraint_mode == "xgrammar":
-        yield "--output_constraint_mode xgrammar: it is llguidance that constrains outputs"
+        yield "--output_constraint_mode xgrammar: llguidance constrains outputs instead"
 
 
 def _budgets(config: Config, device: DeviceName) -> tuple[int, int]:
@@ -221,5 +219,5 @@ def _dtype(wanted: str, checkpoint: str) -> Dtype:
             return dtype
         case _:
             raise StartupError(
-                f"checkpoint type {checkpoint} is not served; choose --data_type bf16, fp16 or fp32"
+                f"checkpoint type {checkpoint} is not supported; use --data_type bf16, fp16 or fp32"
             )

@@ -1,4 +1,4 @@
-"""Options of the model: where it lies, how it is read, stored and computed."""
+"""Options for the model: where it is, and how it is read, stored and computed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, under which names, with which types and device."""
+    """The model, its names, types and device."""
 
     model_name: str = flag(
         "default_model_name", check=not_empty,
-        help="name that /get_model_name answers and requests may use",
+        help="name returned by /get_model_name; requests may use it",
     )  # fmt: skip
     served_model_name: tuple[str, ...] = flag(
         (), nargs="+", check=not_empty, metavar="NAME",
-        help="further names that requests may use; the first is the id in /v1/models",
+        help="more names that requests may use; the first is the id in /v1/models",
     )  # fmt: skip
     model_dir: str | None = flag(
         None, check=not_empty, aliases=("model-path", "model"), metavar="DIR",
@@ -30,28 +30,28 @@ class ModelOptions:
     )  # fmt: skip
     tokenizer_mode: str = flag(
         "fast", choices=("slow", "fast", "auto"),
-        help="slow: the Python tokenizer, with a warning the Rust one where the model has no other; "
-        "fast: the Rust one; auto: fast, else slow",
+        help="slow: the Python tokenizer, or with a warning the Rust one if the model has no "
+        "other; fast: the Rust one; auto: fast, else slow",
     )  # fmt: skip
     control_tokens_in_content: str = flag(
         "text", choices=("text", "token"),
-        help="what becomes of added tokens, such as those that begin a turn, that users and tools spell in a "
-        "chat; text: they are encoded as plain text, so that nobody forges a turn; token: they are "
-        "these tokens, as in other servers",
+        help="how to treat added tokens (such as those that begin a turn) spelled by users and "
+        "tools in a chat; text: encode them as plain text, so that nobody can forge a turn; "
+        "token: as these tokens, like other servers do",
     )  # fmt: skip
     load_way: str = flag(
         "HF", choices=("HF", "DS"),
         help="format of the weights; HF: *.safetensors, else *.bin; DS: layer_XX-model_YY*.pt of "
-        "DeepSpeed, Llama only (LightLLM has dropped it)",
+        "DeepSpeed, Llama only (LightLLM has dropped this option)",
     )  # fmt: skip
     trust_remote_code: bool = flag(
         False,
-        help="run the model folder's own Python code for the tokenizer, and no other: its model and "
-        "configuration files are never run, so that the architecture must be one that is served",
+        help="run the model folder's own Python code for the tokenizer only: its model and "
+        "configuration files are never run, so the architecture must be a supported one",
     )  # fmt: skip
     device: str = flag(
         "auto", choices=("auto", "cpu", "cuda"),
-        help="where to compute; auto: cuda where there is a GPU",
+        help="device; auto: cuda if there is a GPU",
     )  # fmt: skip
     data_type: str = flag(
         "auto", choices=("auto", *DTYPES.values(), *DTYPES),
@@ -64,22 +64,21 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """The format of K/V, and what computes with them."""
+    """The format of K/V, and the decode kernel."""
 
     mode: tuple[str, ...] = flag(
         (), nargs="+", metavar="MODE", choices=(*FORMATS, *DECODE_KERNELS),
-        help="one format of K/V, one decode kernel, or both; triton_int8kv: whole numbers of 8 "
-        "bits, a scale for each token and head; ppl_int8kv: a scale for each 8 channels; "
-        "triton_fp8kv: floats of 8 bits (e4m3), a scale for each token and head; ppl_fp16: one "
-        "pass over K/V in 16 bits, the only kernel that does not read 8; "
-        "triton_flashdecoding: keys of a row divided; triton_gqa_attention: the query heads of a "
-        "KV head together; triton_gqa_flashdecoding: both. Default: K/V in the type of "
-        "--data_type, or as the checkpoint's kv_cache_scheme says, and the fastest kernel "
-        "(LightLLM has dropped this option)",
+        help="a K/V format, a decode kernel, or both; triton_int8kv: int8, one scale per token and "
+        "head; ppl_int8kv: int8, one scale per 8 channels; triton_fp8kv: fp8 (e4m3), one scale per "
+        "token and head; ppl_fp16: one pass over 16-bit K/V, the only kernel that does not read "
+        "8-bit K/V; triton_flashdecoding: splits the keys of a row; triton_gqa_attention: "
+        "processes the query heads of a KV head together; triton_gqa_flashdecoding: both. Default: "
+        "K/V in the type of --data_type, or as the checkpoint's kv_cache_scheme says, and the "
+        "fastest kernel (LightLLM has dropped this option)",
     )  # fmt: skip
     llm_kv_type: str = flag(
         "None", choices=tuple(KV_TYPES),
-        help="format of K/V by its newer name: int8kv is --mode triton_int8kv, fp8kv --mode "
+        help="the K/V format by its newer name: int8kv is --mode triton_int8kv, fp8kv is --mode "
         "triton_fp8kv; None, if given, is the type of --data_type whatever the checkpoint says",
     )  # fmt: skip
     disable_cudagraph: bool = flag(

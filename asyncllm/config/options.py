@@ -1,6 +1,6 @@
-"""Every option: those of the process here, the others by topic; what holds between them.
+"""All options: those of the process itself here, the others by topic; and checks across options.
 
-Knows neither argparse, torch nor any model.
+Knows neither argparse, torch nor models.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from asyncllm.config.model import AttentionOptions, ModelOptions
 from asyncllm.errors import StartupError
 from asyncllm.models.kv_format import KvMode
 
-# what may differ between the nodes of one server; the rest decides what it answers
+# options that may differ between the nodes of one server; the others determine its answers
 OF_ONE_NODE = frozenset(
     {"host", "port", "node_rank", "api_key_file", "ssl_certfile", "ssl_keyfile", "check",
      "log_level", "log_json", "model_dir", "nccl_host", "nccl_port", "advertise_host",
@@ -38,29 +38,29 @@ OF_ONE_NODE = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class BasicOptions:
-    """What the process is, and where it listens."""
+    """The kind of process, and where it listens."""
 
     run_mode: str = flag(
         "normal", choices=roles.ROLES,
-        help="what this process is; normal: a whole server by itself; pd_master: the HTTP API in "
-        "front of prefill and decode nodes, which it gives its requests; prefill: computes prompts "
-        "and pushes their K/V to decode nodes; decode: goes on from there; config_server: knows all "
-        "pd_masters and tells nodes of them; it needs no model",
+        help="kind of process; normal: a whole server by itself; pd_master: the HTTP API in "
+        "front of prefill and decode nodes; prefill: computes prompts and sends their K/V to "
+        "decode nodes; decode: generates the remaining tokens; config_server: registers all "
+        "pd_masters and tells nodes about them; it needs no model",
     )  # fmt: skip
     host: str = flag("127.0.0.1", help="address to listen on", check=not_empty)
     port: int = flag(8000, help="port to listen on", check=PORT)
     httpserver_workers: int = flag(
         1, check=between(1, 256),
-        help="processes that serve HTTP, rank 0 included; they share one port",
+        help="number of processes that serve HTTP, including rank 0; they share one port",
     )  # fmt: skip
     zmq_mode: str = flag(
         "ipc:///tmp/", choices=("tcp://", "ipc:///tmp/"),
-        help="how processes of this server talk: TCP on loopback, or sockets in a private folder "
-        "(mode 0700, one per server) under /tmp",
+        help="how processes of this server communicate: TCP on loopback, or sockets in a private "
+        "folder (mode 0700, one per server) under /tmp",
     )  # fmt: skip
     use_tgi_api: bool = flag(
         False,
-        help="/generate, /generate_stream and / speak text-generation-inference's protocol",
+        help="/generate, /generate_stream and / use text-generation-inference's protocol",
     )  # fmt: skip
 
 
@@ -70,25 +70,26 @@ class OperationOptions:
 
     check: bool = flag(
         False,
-        help="print resolved configuration, memory plan and ports, then exit 0; with --nnodes on all "
-        "nodes at once: try the ways between them as well",
+        help="print the resolved configuration, memory plan and ports, then exit with code 0; with "
+        "--nnodes on all nodes at once: also test the connections between them",
     )  # fmt: skip
     drain_timeout: float = flag(
         30.0, check=at_least(0), metavar="SECONDS",
-        help="time that running requests get after SIGTERM; a second SIGTERM ends at once",
+        help="time for running requests to finish after SIGTERM; a second SIGTERM ends the "
+        "server at once",
     )  # fmt: skip
     step_timeout: float = flag(
         120.0, check=above_zero, metavar="SECONDS",
-        help="a step that takes longer is a hang: stacks are dumped, exit code 70",
+        help="a step that takes longer counts as a hang: stacks are dumped, exit code 70",
     )  # fmt: skip
     dead_after: float = flag(
         10.0, check=at_least(0.5), metavar="SECONDS",
-        help="a process of this server that is silent for longer is lost: a rank ends the server, or "
-        "only its group (--dp), an HTTP worker is replaced",
+        help="a process of this server that is silent for longer counts as dead: for a rank the "
+        "server ends, or only its group (--dp); an HTTP worker is replaced",
     )  # fmt: skip
     log_level: str = flag(
         "info", choices=("debug", "info", "warning", "error"),
-        help="least severity that is logged",
+        help="lowest severity to log",
     )  # fmt: skip
     log_json: bool = flag(False, help="log one JSON object per line")
 
@@ -120,13 +121,13 @@ class Config(
 ):
     """All options of one server, checked; equal in each of its processes.
 
-    Its fields come in the order of ``TOPICS``: those of the last base are the first.
+    The fields are in the order of ``TOPICS``: those of the last base class come first.
 
     Raises:
         StartupError: a value out of range, or one that cannot be honoured in this mode.
     """
 
-    # not flags: names of the options that were given, and a line about each that cannot matter
+    # not flags: names of the options that were given, and a line about each that has no effect
     explicit: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
@@ -153,11 +154,11 @@ class Config(
         object.__setattr__(self, "warnings", tuple(dict.fromkeys((*self.warnings, *warnings))))
 
     def _moot(self, name: str, value: Single | tuple[Single, ...]) -> Iterator[str]:
-        """A line if this option cannot matter. Raises StartupError where it cannot be honoured."""
+        """A line if this option has no effect. Raises StartupError if it cannot be honoured."""
         option, given = FLAGS[name], _as_typed(name, value)
         needs = option.needs
         if needs is not None and not needs.met(self):
-            line = f"{given} has no effect: it counts with {needs.text}"
+            line = f"{given} has no effect: it only applies with {needs.text}"
             if needs.vital:
                 raise StartupError(line)
             yield line
@@ -168,7 +169,7 @@ class Config(
         return _hash(shared)[:12]
 
     def shared(self) -> tuple[tuple[str, str], ...]:
-        """(name, value) of those options; a secret value is shortened so that it cannot be
+        """(name, value) of those options; a secret value is hashed to a short digest that cannot be
         guessed."""
         values = {name: getattr(self, name) for name in FLAGS if name not in OF_ONE_NODE}
         return tuple(
@@ -196,14 +197,14 @@ def _hash(value: object) -> str:
 
 
 def _as_typed(name: str, value: object) -> str:
-    """``--tp 2``, ``--mode a b``, ``--check``: the option as one would type it."""
+    """``--tp 2``, ``--mode a b``, ``--check``: the option as typed on the command line."""
     if value is True:
         return f"--{name}"
     return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _flags() -> dict[str, Flag]:
-    """The options by field name, each with its chapter, name and element type filled in."""
+    """The options by field name, each with chapter, name and element type filled in."""
     kinds = {"int": int, "float": float, "str": str, "bool": bool}
     found = {}
     for title, topic in TOPICS.items():

@@ -1,4 +1,4 @@
-"""What --quant_type and --quant_cfg ask for: LightLLM's names, its file, and what a model has.
+"""Interprets --quant_type and --quant_cfg for a model; knows LightLLM's names and file format.
 
 Does not use torch.
 """
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from asyncllm.config.options import Config
 
 HELP = (
-    "weights of linear layers in 8 bits: fp8w8a8: e4m3, a scale for each output channel, "
-    "activations in e4m3 with a scale for each token; fp8w8a8-b128: e4m3 in blocks of 128 x 128, "
-    "activations by tokens and 128 channels; w8a8: int8 with scales as fp8w8a8; awq: the "
-    "checkpoint's 4 bits. Not given: as the checkpoint has them; none, if given: in the type of "
-    "--data_type whatever it has. LightLLM's other names are in docs/models.md"
+    "8-bit weights of linear layers; fp8w8a8: e4m3, one scale per output channel, activations in "
+    "e4m3 with one scale per token; fp8w8a8-b128: e4m3 in blocks of 128 x 128, activations per "
+    "token and 128 channels; w8a8: int8 with scales as in fp8w8a8; awq: the checkpoint's 4 bits. "
+    "Default: as in the checkpoint; none, if given: the type of --data_type whatever the "
+    "checkpoint has. LightLLM's other names are in docs/models.md"
 )
 FILE_HELP = (
-    "YAML or JSON: a quant_type, and under mix_bits others for some layer_name and layer_nums"
+    "YAML or JSON file: a quant_type, and in mix_bits other types by layer_name and layer_nums"
 )
-# LightLLM's other names, current and former, for what is the same here: they name kernels, too
+# LightLLM's other names, current and former, for the same types here: some also name a kernel
 ALIASES = {
     "no_quant": "none",
     "w8a8-vllm": "w8a8",
@@ -44,12 +44,12 @@ ALIASES = {
     "deepgemm-fp8w8a8-b128": "fp8w8a8-b128",
     "awq_marlin": "awq",
 }
-# those that are not served, by their beginnings -> what is nearest to them
+# unsupported names, by prefix -> the nearest supported type
 _NEAR = {
-    "fp8w8a8-pt": "fp8w8a8 (a scale for each channel rather than one for all)",
-    "triton-fp8w8a8-pt": "fp8w8a8 (a scale for each channel rather than one for all)",
-    "fp8w8a8g": "fp8w8a8 (activations by tokens) or fp8w8a8-b128 (weights in blocks)",
-    "triton-fp8w8a8g": "fp8w8a8 (activations by tokens) or fp8w8a8-b128 (weights in blocks)",
+    "fp8w8a8-pt": "fp8w8a8 (one scale per channel rather than one for all)",
+    "triton-fp8w8a8-pt": "fp8w8a8 (one scale per channel rather than one for all)",
+    "fp8w8a8g": "fp8w8a8 (activations per token) or fp8w8a8-b128 (weights in blocks)",
+    "triton-fp8w8a8g": "fp8w8a8 (activations per token) or fp8w8a8-b128 (weights in blocks)",
     "fp4fp8": "fp8w8a8-b128",
     "ppl-w4a16": "a checkpoint of AWQ, GPTQ or compressed-tensors in 4 bits",
     "flashllm-w6a16": "w8a8 or fp8w8a8",
@@ -57,7 +57,7 @@ _NEAR = {
     "ao-": "w8a8 or fp8w8a8",
     "gptq": "no --quant_type: a checkpoint of GPTQ is served as it is",
 }
-# LightLLM's names of several projections together -> the checkpoints'
+# LightLLM's names for fused projections -> the checkpoints'
 _TOGETHER = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "kv_proj": ("k_proj", "v_proj"),
@@ -69,7 +69,7 @@ _ENTRY_KEYS = frozenset({"layer_name", "quant_type", "layer_nums"})
 
 
 def complaint(name: str) -> str | None:
-    """Why a name of a type is wrong; None: it is not."""
+    """Why a type's name is wrong, or None."""
     if name in TYPES or name in ALIASES:
         return None
     known = f"must be {', '.join(list(TYPES)[:-1])} or {list(TYPES)[-1]}"
@@ -81,11 +81,11 @@ def complaint(name: str) -> str | None:
 
 
 def asked(config: Config, spec: ModelSpec) -> WeightTypes:
-    """What the options ask for, of a model of ``spec``.
+    """The weight types that the options request for a model of ``spec``.
 
     Raises:
-        StartupError: a file that cannot be read or says what is not known; a type that the
-            model's layers cannot have.
+        StartupError: a file that cannot be read or has unknown contents; a type that the model's
+            layers do not support.
     """
     given = "quant_type" in config.explicit
     found = WeightTypes(ALIASES.get(config.quant_type, config.quant_type) if given else None)
@@ -96,31 +96,31 @@ def asked(config: Config, spec: ModelSpec) -> WeightTypes:
         if name == "awq" and stored != "awq":
             has = "not quantised" if stored is None else f"quantised in another way ({stored})"
             raise StartupError(
-                f"--quant_type awq is for checkpoints of AWQ, and this one is {has}; "
-                f"4 bits cannot be made at the start"
+                f"--quant_type awq is for AWQ checkpoints, and this one is {has}; 4-bit weights "
+                f"cannot be made at start"
             )
     _check_experts(found, spec)
     return found
 
 
 def notes(asked: WeightTypes, spec: ModelSpec) -> Iterator[str]:
-    """A line for each thing about the weights that nobody would guess."""
+    """Lines for the log about surprising choices of weight types."""
     if spec.gguf and asked.type is None:
         yield (
-            "weights in few bits of a GGUF file stay so on a CPU, and are widened to --data_type "
-            "on a GPU (--quant_type none: on both)"
+            "low-bit weights of a GGUF file are kept on a CPU, and converted to --data_type on a "
+            "GPU (--quant_type none: on both)"
         )
     if spec.stored is None:
         return
     if spec.has_experts:
         yield (
-            "experts are served in the type of --data_type: the checkpoint's, of fewer bits, are "
-            "widened at the start"
+            "experts use the type of --data_type: the checkpoint's low-bit experts are converted "
+            "at start"
         )
     if spec.stored.kind is None and asked.type is None:
         yield (
-            "the checkpoint's quantised weights are widened to the type of --data_type: there are "
-            "no products with weights of its kind"
+            "the checkpoint's quantised weights are converted to the type of --data_type: there "
+            "are no kernels for their kind"
         )
 
 
@@ -172,7 +172,7 @@ def _with_file(asked: WeightTypes, path: Path, spec: ModelSpec) -> WeightTypes:
         asked = replace(asked, type=kind)
     entries = found.get("mix_bits") or []
     if not isinstance(entries, list):
-        raise StartupError(f"{label}: mix_bits is no list")
+        raise StartupError(f"{label}: mix_bits is not a list")
     places = (f"{label}, mix_bits {number}" for number, _ in enumerate(entries, 1))
     overrides = tuple(_override(at, entry, spec) for at, entry in zip(places, entries, strict=True))
     return replace(asked, overrides=overrides)
@@ -180,7 +180,7 @@ def _with_file(asked: WeightTypes, path: Path, spec: ModelSpec) -> WeightTypes:
 
 def _type(label: str, name: object) -> str:
     if not isinstance(name, str):
-        raise StartupError(f"{label}: quant_type {name!r} is no name")
+        raise StartupError(f"{label}: quant_type {name!r} is not a name")
     if (wrong := complaint(name)) is not None:
         raise StartupError(f"{label}: quant_type {wrong}, not {name!r}")
     return ALIASES.get(name, name)
@@ -188,7 +188,7 @@ def _type(label: str, name: object) -> str:
 
 def _override(label: str, entry: object, spec: ModelSpec) -> Override:
     if not isinstance(entry, Mapping):
-        raise StartupError(f"{label} is no object with layer_name and quant_type")
+        raise StartupError(f"{label} is not an object with layer_name and quant_type")
     if unknown := sorted(map(str, entry.keys() - _ENTRY_KEYS)):
         keys = ", ".join(sorted(_ENTRY_KEYS))
         raise StartupError(f"{label} has {unknown[0]!r}; known are {keys}")
@@ -209,7 +209,7 @@ def _layers(label: str, entry: Mapping[str, object], spec: ModelSpec) -> frozens
         return None
     num = len(spec.layers)
     if not isinstance(given, list) or not given:
-        raise StartupError(f"{label}: layer_nums {given!r} is no list of numbers")
+        raise StartupError(f"{label}: layer_nums {given!r} is not a list of numbers")
     for layer in given:
         if type(layer) is not int or not 0 <= layer < num:
             raise StartupError(f"{label}: layer_nums has {layer!r}; layers are 0 to {num - 1}")
@@ -242,7 +242,7 @@ def _read(path: Path) -> Mapping[str, object]:
     except RecursionError:
         found = None
     if not isinstance(found, Mapping):
-        raise StartupError(f"--quant_cfg {path} holds no object with quant_type and mix_bits")
+        raise StartupError(f"--quant_cfg {path} is not an object with quant_type and mix_bits")
     return found
 
 

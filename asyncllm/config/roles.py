@@ -1,4 +1,4 @@
-"""What a process of a cluster can be (``--run_mode``), and which options work in which role.
+"""Roles of a process in a cluster (``--run_mode``), and which options work in which role.
 
 ``docs/cluster.md`` has the same as a table. Knows only names and values of options.
 """
@@ -16,8 +16,8 @@ NORMAL, PREFILL, DECODE, MASTER = "normal", "prefill", "decode", "pd_master"
 CONFIG_SERVER = "config_server"
 ROLES = (NORMAL, PREFILL, DECODE, MASTER, CONFIG_SERVER)
 NODES = (PREFILL, DECODE)
-GENERATE = (NORMAL, DECODE)  # more than a first token
-LISTEN = (MASTER, CONFIG_SERVER)  # to whom other servers come
+GENERATE = (NORMAL, DECODE)  # those that generate more than a first token
+LISTEN = (MASTER, CONFIG_SERVER)  # those that other servers connect to
 
 MOST_PORT = 65535
 ELASTIC = "elastic"
@@ -26,28 +26,28 @@ _FIXED = re.compile(r"([1-9]\d{0,3})p([1-9]\d{0,3})d")
 # role -> options that it cannot honour, each with the reason
 _REFUSED = {
     CONFIG_SERVER: {
-        "nnodes": "it is one process",
-        "tp": "it computes nothing: --tp belongs to the prefill and decode nodes",
-        "dp": "it computes nothing: --dp belongs to the prefill and decode nodes",
-        "use_config_server_to_init_nccl": "it is where the ranks of others meet",
+        "nnodes": "it is a single process",
+        "tp": "it runs no model: --tp belongs to the prefill and decode nodes",
+        "dp": "it runs no model: --dp belongs to the prefill and decode nodes",
+        "use_config_server_to_init_nccl": "it hosts the rendezvous of other servers",
     },
     MASTER: {
-        "nnodes": "it is one machine: prefill and decode nodes come to it by themselves",
-        "tp": "it computes nothing: --tp belongs to the prefill and decode nodes",
-        "dp": "it computes nothing: --dp belongs to the prefill and decode nodes",
+        "nnodes": "it runs on one machine; prefill and decode nodes connect to it",
+        "tp": "it runs no model: --tp belongs to the prefill and decode nodes",
+        "dp": "it runs no model: --dp belongs to the prefill and decode nodes",
         "mode": "it holds no K/V: --mode belongs to the prefill and decode nodes",
         "llm_kv_type": "it holds no K/V: --llm_kv_type belongs to the prefill and decode nodes",
-        "use_config_server_to_init_nccl": "it has no ranks that would meet",
+        "use_config_server_to_init_nccl": "it has no ranks",
     },
     **{
         role: {
-            "nnodes": "a prefill or decode node is one machine; start several, each with its "
+            "nnodes": "a prefill or decode node runs on one machine; start several, each with its "
             "--tp and --dp",
         }
         for role in NODES
     },
 }
-# what a config_server looks at; the rest belongs to those who register there
+# options used by a config_server; the others belong to the servers that register there
 _OF_CONFIG_SERVER = (
     "run_mode", "host", "port", "config_server_host", "config_server_port", "cluster_port",
     "advertise_host", "api_key", "api_key_file", "ssl_certfile", "ssl_keyfile", "cluster_key_file",
@@ -75,8 +75,8 @@ def indivisible(config: Config) -> str | None:
         return f"--node_rank {config.node_rank} must be below --nnodes {nnodes}"
     if tp % nnodes:
         return (
-            f"--tp {tp} ranks cannot be divided among --nnodes {nnodes} nodes: --tp counts those "
-            "of all nodes, and must be a multiple of --nnodes"
+            f"--tp {tp} ranks cannot be divided among --nnodes {nnodes} nodes: --tp counts the "
+            "ranks of all nodes, and must be a multiple of --nnodes"
         )
     last = config.multinode_router_gloo_port + tp - 1
     if last > MOST_PORT:
@@ -99,7 +99,7 @@ def refusal(config: Config) -> str | None:
 
 
 def second_names(config: Config) -> Iterator[tuple[str, str | int]]:
-    """(option, value) of what a config_server was told by the name that it has for others."""
+    """(option, value) given to a config_server under the name that other servers use."""
     if config.run_mode == CONFIG_SERVER:
         for name in ("host", "port"):
             if (value := getattr(config, f"config_server_{name}")) is not None:
@@ -107,7 +107,7 @@ def second_names(config: Config) -> Iterator[tuple[str, str | int]]:
 
 
 def _towards(config: Config) -> str | None:
-    """Why these options do not lead to a config_server."""
+    """Why these options do not specify a config_server, or None."""
     host, port = config.config_server_host, config.config_server_port
     counts = config.run_mode != NORMAL or config.use_config_server_to_init_nccl
     if counts and (host is None) != (port is None):
@@ -131,7 +131,7 @@ def _towards(config: Config) -> str | None:
         if host != config.nccl_host:
             return (
                 f"--use_config_server_to_init_nccl: --nccl_host {config.nccl_host} must be "
-                f"--config_server_host {host}: the ranks meet there"
+                f"--config_server_host {host}: the rendezvous is there"
             )
     return None
 
@@ -142,7 +142,7 @@ def asks_config_server(config: Config) -> bool:
 
 
 def meets_at_config_server(config: Config) -> bool:
-    """Whether its ranks meet at a config_server."""
+    """Whether its rendezvous is at a config_server."""
     return config.use_config_server_to_init_nccl and config.tp > 1
 
 
@@ -153,11 +153,11 @@ def unused(config: Config) -> Iterator[str]:
             yield f"--{name} has no effect: --run_mode {CONFIG_SERVER} serves no model"
     if config.run_mode == MASTER:
         for name in sorted(config.explicit.intersection(_UNUSED)):
-            yield f"--{name} has no effect: --run_mode {MASTER} computes nothing"
+            yield f"--{name} has no effect: --run_mode {MASTER} runs no model"
 
 
 def counts(mode: str) -> tuple[int, int] | None:
-    """(prefill nodes, decode nodes) that --pd_master_mode asks for; None: any."""
+    """(prefill nodes, decode nodes) that --pd_master_mode requires; None: any."""
     if mode == ELASTIC:
         return None
     found = _FIXED.fullmatch(mode)

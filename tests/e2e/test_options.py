@@ -315,7 +315,7 @@ def keeps(slot: str, kernel: str) -> Callable[[Server], None]:
 
     def check(server: Server) -> None:
         assert f" slots of {slot} KiB" in server.text()
-        assert server.text().count(f"--mode {kernel} has no effect: it names a kernel of GPUs") == 1
+        assert server.text().count(f"--mode {kernel} has no effect: it names a GPU kernel") == 1
         assert says(server, "a", 2) == ("bc", "length")
 
     return check
