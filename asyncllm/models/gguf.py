@@ -55,6 +55,10 @@ KINDS = {
     14: ("Q6_K", 256, 210),
 }
 
+# number -> name of types that are not read, for the error
+_IQ = ("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS")
+_OTHERS = {10: "Q2_K", 11: "Q3_K", 29: "IQ1_M", 39: "MXFP4", **dict(enumerate(_IQ, 16))}
+
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
@@ -133,6 +137,11 @@ def _read(path: Path, size: int, changed: int) -> GgufFile:
         raise
 
 
+def forget() -> None:
+    """Let go of all files that have been read; who still holds one may go on."""
+    _read.cache_clear()
+
+
 class _Reader:
     """Reads a header from its beginning to its end."""
 
@@ -195,9 +204,9 @@ class _Reader:
         number, start = self._number("I"), self._number("Q")
         if number not in KINDS:
             served = ", ".join(kind for kind, _, _ in KINDS.values())
+            kind = _OTHERS.get(number, str(number))
             raise self._fault(
-                f"tensor {_said(name)} has type {_kind_name(number)}, which is not read; {served} "
-                f"are"
+                f"tensor {_said(name)} has type {kind}, which is not read; {served} are"
             )
         kind, block, block_bytes = KINDS[number]
         count = 1
@@ -254,15 +263,6 @@ class _Reader:
 
     def _fault(self, what: str) -> StartupError:
         return StartupError(f"{os.fspath(self._path)} is not a GGUF file that can be read: {what}")
-
-
-def _kind_name(number: int) -> str:
-    from gguf import GGMLQuantizationType  # here: only an error needs it
-
-    try:
-        return str(GGMLQuantizationType(number).name)
-    except ValueError:
-        return str(number)
 
 
 def _said(name: str) -> str:

@@ -70,6 +70,7 @@ class GgufTensor:
         self._file, self._place, self._heads, self._offset = file, place, heads, offset
         self.shape = place.shape
         self.type = place.kind
+        self.nbytes = place.nbytes
         self.kind = place.kind if is_float(place.kind) else "F32"
 
     def read(self, index: tuple[slice, ...], device: torch.device) -> Tensor:
