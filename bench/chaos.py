@@ -1,13 +1,14 @@
 """Kills, stops and restarts of masters, nodes and the config_server at random, under load.
 
-    python bench/mkmodel.py llama31_8b /tmp/m8b            # or any other model
-    python bench/chaos.py --model_dir DIR --seconds 1800 --options "--device cpu"
+    python bench/chaos.py --seconds 1800                   # a tiny random model, on the CPU
+    python bench/chaos.py --seconds 1800 --model_dir DIR --options "--data_type bf16"
 
 A config_server, ``--masters``, ``--prefill`` and ``--decode`` nodes on the loopback interface. Clients
 stream greedy completions through any master and leave some of them early. Each request must end once:
 with its answer, which is the same every time, with an error that has a name, or with a broken
-connection if its master was hit. At the end everybody runs, and no node may hold a slot. Exit code 1
-and the reasons if that is not so; the logs stay in --logs.
+connection if its master was hit. At the end everybody runs, and no node may hold a slot. One line
+tells what was done and seen; exit code 1, with the reasons in it, if that is not so. The logs stay in
+--logs. Runs with other seeds may go side by side.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import random
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,11 +31,23 @@ from pathlib import Path
 
 import aiohttp
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from bench import mkmodel
+
 ANSWER_S = 60.0  # no request takes longer
 READY_S = 180.0
 SETTLE_S = 30.0
 HITS = ("kill", "stop", "end")  # SIGKILL, SIGSTOP for a while, SIGTERM
 SAFE_PORTS = 20000, 32000  # below those that the kernel gives to connections
+TINY_OPTIONS = (
+    "--device cpu --max_total_token_num 4000 --max_req_total_len 512 --running_max_req_size 16"
+)
+
+
+class Stuck(Exception):
+    """A process does not come to serve, or says nothing any more."""
 
 
 @dataclass(slots=True)
@@ -85,9 +99,10 @@ class Chaos:
 
     def __init__(self, a: argparse.Namespace, logs: Path) -> None:
         self.random, self.seconds, self.clients = random.Random(a.seed), a.seconds, a.clients
-        self.every_s = a.every
-        ports = iter(self.random.sample(range(*SAFE_PORTS, 2), 64))  # each has the next one too
-        model = ["--model_dir", a.model_dir, *shlex.split(a.options)]
+        self.every_s, self.seed = a.every, a.seed
+        sample = self.random.sample(range(*SAFE_PORTS, 2), 256)
+        ports = (port for port in sample if free(port) and free(port + 1))
+        model = ["--model_dir", a.model_dir, *shlex.split(a.options or "")]
         at = next(ports)
         there = ["--config_server_host", "127.0.0.1", "--config_server_port", str(at)]
 
@@ -113,7 +128,7 @@ class Chaos:
         self.waiting: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
-        """Start, do harm, and look at the end."""
+        """Start, do harm, and look at the end. Raises Stuck."""
         for process in self.all:
             process.start()
         async with aiohttp.ClientSession() as session:
@@ -162,7 +177,7 @@ class Chaos:
         for process in self.all:
             while not await self._ready(session, process):
                 if time.monotonic() > deadline:
-                    raise SystemExit(f"{process.name} is not ready; its log is {process.log}")
+                    raise Stuck(f"{process.name} is not ready; its log is {process.log}")
                 await asyncio.sleep(0.1)
 
     async def _ready(
@@ -176,7 +191,7 @@ class Chaos:
 
     async def _client(self, session: aiohttp.ClientSession, number: int) -> None:
         """One request after another."""
-        rng = random.Random(number)
+        rng = random.Random(f"{self.seed}, {number}")
         while not self.over:
             which, leaves = rng.randrange(40), rng.random() < 0.2
             master = rng.choice(self.masters)
@@ -187,6 +202,9 @@ class Chaos:
                 how = "no end"
             except aiohttp.ClientError:
                 how = "broken"
+            except (ValueError, KeyError, IndexError) as error:
+                how = "error without a name"
+                self.faults.append(f"{master.name} answers what is no answer: {error!r}")
             if how in ("no end", "broken", "cut off"):
                 if master.hit_since(begin - 1.0):
                     how += ", its master was hit"
@@ -229,19 +247,33 @@ class Chaos:
             await asyncio.sleep(0.5)
             held = {}
             for node in self.nodes:
-                async with session.get(f"{node.url}/metrics") as reply:
-                    for line in (await reply.text()).splitlines():
-                        if line.startswith("asyncllm_kv_slots_used "):
-                            held[node.name] = float(line.split()[1])
+                try:
+                    async with session.get(f"{node.url}/metrics") as reply:
+                        lines = (await reply.text()).splitlines()
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    raise Stuck(f"{node.name} has no metrics at the end: {error!r}") from None
+                for line in lines:
+                    if line.startswith("asyncllm_kv_slots_used "):
+                        held[node.name] = float(line.split()[1])
         if any(held.values()) or len(held) < len(self.nodes):
             self.faults.append(f"slots are held at the end: {held}")
+
+
+def free(port: int) -> bool:
+    """Whether nobody listens there."""
+    with contextlib.suppress(OSError), socket.socket() as sock:
+        sock.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def main() -> int:
     """0: all was as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model_dir", required=True)
-    parser.add_argument("--options", default="", help="of all masters and nodes")
+    parser.add_argument("--model_dir", help="default: a tiny one, with random weights")
+    parser.add_argument(
+        "--options", help=f"of all masters and nodes; of the tiny one {TINY_OPTIONS}"
+    )
     parser.add_argument("--seconds", type=float, default=1800.0)
     parser.add_argument("--every", type=float, default=3.0, help="seconds between two hits, about")
     parser.add_argument("--clients", type=int, default=8)
@@ -251,17 +283,28 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="default: a new folder")
     a = parser.parse_args()
     logs = a.logs or Path(tempfile.mkdtemp(prefix="chaos-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    if a.model_dir is None:
+        a.model_dir, a.options = str(logs / "model"), a.options or TINY_OPTIONS
+        mkmodel.write_model(mkmodel.SHAPES["tiny"], logs / "model")
     chaos = Chaos(a, logs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends too
     try:
         asyncio.run(chaos.run())
+    except Stuck as error:
+        chaos.faults.append(str(error))
     finally:
         for process in chaos.all:
             process.end()
-    lines = {"hits": dict(chaos.hits), "requests": dict(chaos.seen), "faults": chaos.faults[:20]}
-    sys.stdout.write(
-        json.dumps({**lines, "num_faults": len(chaos.faults), "logs": str(logs)}) + "\n"
-    )
+    lines = {
+        "seed": a.seed,
+        "seconds": a.seconds,
+        "hits": dict(chaos.hits),
+        "requests": dict(chaos.seen),
+        "faults": chaos.faults[:20],
+    }
+    lines |= {"num_faults": len(chaos.faults), "logs": str(logs)}
+    sys.stdout.write(json.dumps(lines) + "\n")
     return 1 if chaos.faults else 0
 
 

@@ -150,7 +150,25 @@ _DEEPSEEK_V2_LITE: dict[str, Any] = {
 }
 
 
+_TINY: dict[str, Any] = {
+    **_LLAMA3,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "float32",
+    "bos_token_id": 500,
+    "eos_token_id": 501,
+}
+
+
 SHAPES = {
+    "tiny": _TINY,  # 0.2 M weights, for what is not about speed
     "llama31_8b": _llama3(4096, 14336, 32, 128, 8.0),
     "llama32_1b": _llama3(2048, 8192, 16, 64, 32.0),
     "qwen3_8b": _QWEN3_8B,
