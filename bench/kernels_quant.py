@@ -51,7 +51,7 @@ from asyncllm.kernels.quant.rows import (
     rmsnorm_rows_ref,
 )
 from asyncllm.kernels.rmsnorm import add_rmsnorm
-from asyncllm.models.quantization import QuantKind, QuantWeight
+from asyncllm.models.quantization import ROW_FORMS, QuantKind, QuantWeight
 from bench.kernels import BOUND, Ceiling, in_turn_us, measure_ceiling, merge_into, randn
 
 PRODUCTS = {
@@ -294,6 +294,35 @@ def measure(kinds: Iterable[QuantKind], quick: bool) -> dict[str, dict[str, dict
     return found
 
 
+def fused_calls(layer: Layer, num_rows: int, ways: QuantWays | None, turn: int) -> list[Call]:
+    """A layer of the model without its attention, whose norms and activation give 8 bits."""
+    ops, x, residual = TritonOps(), randn(num_rows, 4096), randn(num_rows, 4096)
+    weight, form = randn(4096), ROW_FORMS[layer.kind]
+    made = {name: randn(num_rows, n) for name, (n, _) in PRODUCTS.items()}
+    given: dict[str, Any] = {"out": made["qkv"][:, :4096]}
+
+    def norm(name: str, added: Tensor) -> None:
+        given[name], _ = ops.add_rmsnorm_rows(added, residual, weight, 1e-5, form)
+
+    def activation() -> None:
+        given["down"] = ops.gated_rows(made["gate_up"], "silu", form)
+
+    def times(name: str) -> Call:
+        held = layer.weights[name]
+        held = held[turn % len(held)]
+        return lambda: quant_linear(given[name], held, out=made[name], ways=ways)
+
+    return [
+        partial(norm, "qkv", x),
+        times("qkv"),
+        times("out"),
+        partial(norm, "gate_up", made["out"]),
+        times("gate_up"),
+        activation,
+        times("down"),
+    ]
+
+
 def chain_calls(layer: Layer, num_rows: int, ways: QuantWays | None, turn: int) -> list[Call]:
     """A layer of the model without its attention."""
     x, residual, weight = randn(num_rows, 4096), randn(num_rows, 4096), randn(4096)
@@ -324,9 +353,12 @@ def measure_chains(kinds: Iterable[QuantKind], quick: bool) -> dict[str, dict[st
     for kind in (None, *kinds):
         layer = make_layer(kind)
         for num_rows in CHAIN_ROWS:
-            ways = {"": None} if kind is None else {"as served": None, **ways_for(kind, num_rows)}
+            ways = {"": None} if kind is None else {"by passes": None, **ways_for(kind, num_rows)}
+            if kind in ROW_FORMS:
+                ways["in 8 bits"] = None
             for way, each in ways.items():
-                calls = [c for turn in range(6) for c in chain_calls(layer, num_rows, each, turn)]
+                make = fused_calls if way == "in 8 bits" else chain_calls
+                calls = [c for turn in range(6) for c in make(layer, num_rows, each, turn)]
                 us = median_us(calls, quick) * len(calls) / 6
                 found.setdefault(f"{layer.kind} {way}", {})[str(num_rows)] = round(us, 1)
         del layer

@@ -43,6 +43,14 @@ class TorchPackedOps:
             return out.copy_(made)
         return made.contiguous()
 
+    def linear_bytes(self, matrix: PackedMatrix, num_rows: int, itemsize: int) -> int:
+        # rows as they meet nibbles and the runs of which they are made; the result before it is cut
+        # and a bias is added; a part of the matrix, from bytes to numbers
+        met = 2 * matrix.nibbles if matrix.planes.width else matrix.nibbles
+        part = max(ROWS * matrix.nibbles, _WIDENED)
+        rows = num_rows * (met + 2 * len(matrix.data))
+        return (rows + 2 * part) * itemsize + 4 * part
+
     def rows(self, tokens: Tensor, matrix: PackedMatrix) -> Tensor:
         half, run = _layout()
         block, inside = tokens // (2 * half), tokens % (2 * half)

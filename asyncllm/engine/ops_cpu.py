@@ -8,8 +8,8 @@ from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
 from asyncllm.engine import experts_cpu, quant_torch
 from asyncllm.engine.int4_cpu import TorchPackedOps
-from asyncllm.models.ops import Held
-from asyncllm.models.quantization import QuantWeight
+from asyncllm.models.ops import Activations, Held
+from asyncllm.models.quantization import ROW_FORMS, QuantRows, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 
 WIDENED_ROWS = 8192  # of the output matrix, whose float32 copies exist at a time
@@ -62,14 +62,20 @@ class TorchOps:
     def pack_quant(self, weight: QuantWeight, dtype: torch.dtype) -> QuantWeight:
         return weight
 
+    def row_form(self, weight: QuantWeight, num_rows: int) -> RowForm | None:
+        return ROW_FORMS.get(weight.kind)
+
     def quant_linear(
         self,
-        x: Tensor,
+        x: Activations,
         weight: QuantWeight,
         bias: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         return quant_torch.quant_linear(x, weight, bias, out)
+
+    def quant_bytes(self, weight: QuantWeight, num_rows: int, itemsize: int) -> int:
+        return quant_torch.quant_bytes(weight, num_rows)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """Accurate to 2**-16 where the weight is packed, by computing the product twice.
@@ -108,6 +114,15 @@ class TorchOps:
         residual = residual + x
         return self.rmsnorm(residual, weight, eps), residual
 
+    def rmsnorm_rows(self, x: Tensor, weight: Tensor, eps: float, form: RowForm) -> QuantRows:
+        return quant_torch.in_8_bits(self.rmsnorm(x, weight, eps), form)
+
+    def add_rmsnorm_rows(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: RowForm
+    ) -> tuple[QuantRows, Tensor]:
+        normed, total = self.add_rmsnorm(x, residual, weight, eps)
+        return quant_torch.in_8_bits(normed, form), total
+
     def qk_rmsnorm(
         self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
     ) -> None:
@@ -119,6 +134,9 @@ class TorchOps:
         gate, up = x.chunk(2, dim=-1)
         active = silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")
         return active.mul_(up)
+
+    def gated_rows(self, x: Tensor, activation: Activation, form: RowForm) -> QuantRows:
+        return quant_torch.in_8_bits(self.gated(x, activation), form)
 
     def pack_experts(self, held: Held, spec: ExpertsSpec) -> None:
         held.gate_up = [self.pack(weight) for weight in held.gate_up]

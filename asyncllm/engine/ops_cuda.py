@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from asyncllm.engine import quant_cuda
+from asyncllm.engine.quant_cuda import EIGHT_BITS
 from asyncllm.kernels.embedding import embed_rmsnorm
 from asyncllm.kernels.gated import gated
 from asyncllm.kernels.linear import linear
 from asyncllm.kernels.moe.experts import experts, prepare
 from asyncllm.kernels.moe.route import route
 from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm
+from asyncllm.kernels.quant.rows import gated_rows, rmsnorm_rows
 from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
-from asyncllm.models.ops import Held
-from asyncllm.models.quantization import QuantWeight
+from asyncllm.models.ops import Activations, Held
+from asyncllm.models.quantization import QuantRows, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 
 GEMV_OUT = 65536  # up to this many outputs our one-row kernel is faster than cuBLAS
@@ -49,14 +51,20 @@ class TritonOps:
             quant_cuda.prepare(packed, dtype)
         return packed
 
+    def row_form(self, weight: QuantWeight, num_rows: int) -> RowForm | None:
+        return quant_cuda.row_form(weight, num_rows)
+
     def quant_linear(
         self,
-        x: Tensor,
+        x: Activations,
         weight: QuantWeight,
         bias: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         return quant_cuda.quant_linear(x, weight, bias, out)
+
+    def quant_bytes(self, weight: QuantWeight, num_rows: int, itemsize: int) -> int:
+        return quant_cuda.quant_bytes(weight, num_rows, itemsize)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -78,6 +86,17 @@ class TritonOps:
     ) -> tuple[Tensor, Tensor]:
         return add_rmsnorm(x, residual, weight, eps)
 
+    def rmsnorm_rows(self, x: Tensor, weight: Tensor, eps: float, form: RowForm) -> QuantRows:
+        made = rmsnorm_rows(x, weight, eps, EIGHT_BITS[form], blocked=form == "fp8_block")
+        return QuantRows(form, *made, x.dtype)
+
+    def add_rmsnorm_rows(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: RowForm
+    ) -> tuple[QuantRows, Tensor]:
+        kind, blocked = EIGHT_BITS[form], form == "fp8_block"
+        made = rmsnorm_rows(x, weight, eps, kind, residual=residual, blocked=blocked)
+        return QuantRows(form, *made, x.dtype), residual
+
     def qk_rmsnorm(
         self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
     ) -> None:
@@ -85,6 +104,10 @@ class TritonOps:
 
     def gated(self, x: Tensor, activation: Activation) -> Tensor:
         return gated(x, activation)
+
+    def gated_rows(self, x: Tensor, activation: Activation, form: RowForm) -> QuantRows:
+        made = gated_rows(x, activation, EIGHT_BITS[form], blocked=form == "fp8_block")
+        return QuantRows(form, *made, x.dtype)
 
     def pack_experts(self, held: Held, spec: ExpertsSpec) -> None:
         prepare(*_stacks(held), held.numbers, spec.top_k, held.activation)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from asyncllm.models.ops import Product
+from asyncllm.models.ops import Activations, Product
 from asyncllm.topology import Endpoint, Topology
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
@@ -29,7 +29,7 @@ class SingleRank:
 
     rank, size = 0, 1
 
-    def linear_reduce(self, linear: Product, x: Tensor) -> Tensor:
+    def linear_reduce(self, linear: Product, x: Activations) -> Tensor:
         return linear(x)
 
     def gather_last(self, x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class TensorParallel:
         self._group, self.rank, self.size, self.device = group, rank, size, device
         self.symmetric: SymmetricSum | None = None  # for sums of not too many rows
 
-    def linear_reduce(self, linear: Product, x: Tensor) -> Tensor:
+    def linear_reduce(self, linear: Product, x: Activations) -> Tensor:
         """``linear(x)`` summed over ranks; valid until the call after the next one."""
         if self.symmetric is not None and len(x) <= SYMMETRIC_ROWS:
             return self.symmetric.linear(linear, x)
@@ -327,7 +327,7 @@ class SymmetricSum:
             self._buffers.append(buffer)
         self._turn = 0
 
-    def linear(self, linear: Product, x: Tensor) -> Tensor:
+    def linear(self, linear: Product, x: Activations) -> Tensor:
         """``linear(x)`` summed over ranks: [n, hidden] in one of the buffers."""
         self._turn ^= 1
         return self._sum(linear(x, self._buffers[self._turn][: len(x)]))

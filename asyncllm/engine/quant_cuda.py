@@ -18,11 +18,26 @@ from asyncllm.kernels.quant.four_bits import HALVES, SPANS, four_bits, pack, pac
 from asyncllm.kernels.quant.product import product
 from asyncllm.kernels.quant.rows import quantize_rows
 from asyncllm.kernels.quant.wide import fits_wide, wide
-from asyncllm.models.quantization import BLOCK, QuantKind, QuantWeight
+from asyncllm.models.ops import Activations
+from asyncllm.models.quantization import (
+    BLOCK,
+    ROW_FORMS,
+    QuantKind,
+    QuantRows,
+    QuantWeight,
+    RowForm,
+)
 
 WIDENED = 1 << 25  # numbers of 4 bits that exist in 16 at a time
 # one row number of each class of each kernel: what serving may meet
 _CLASSES = (1, 9, 17, 33, 65, 129, 257, 2048)
+
+
+EIGHT_BITS: dict[RowForm, torch.dtype] = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_block": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +47,13 @@ class QuantWays:
     Attributes:
         wide: as they are, weights widened in registers.
         own: our product; above it is the library's.
+        plain: as they are even where a kernel before it could give them in 8 bits without a pass
+            of their own; no more than ``wide``.
     """
 
     wide: int
     own: int
+    plain: int = 0
 
 
 _ALL = 1 << 30
@@ -55,8 +73,7 @@ def ways_of(kind: QuantKind, device: torch.device) -> QuantWays:
 
 def pack_quant(weight: QuantWeight) -> QuantWeight:
     """As ``quant_linear`` reads it: 4 bits in the layout of ``four_bits``; others as they are."""
-    known = weight.group % SPANS[-1] == 0 and weight.scales.dtype in HALVES
-    if weight.kind != "int4_group" or not known:
+    if weight.kind != "int4_group" or not _fits_four_bits(weight):
         return weight
     return QuantWeight(
         weight.kind,
@@ -75,10 +92,38 @@ def prepare(weight: QuantWeight, dtype: torch.dtype) -> None:
     x = torch.zeros(_CLASSES[-1], weight.in_features, dtype=dtype, device=weight.data.device)
     for num_rows in _CLASSES:
         quant_linear(x[:num_rows], weight)
+        if (form := row_form(weight, num_rows)) is not None:
+            quant_linear(in_8_bits(x[:num_rows], form), weight)
+
+
+def row_form(weight: QuantWeight, num_rows: int) -> RowForm | None:
+    """:meth:`asyncllm.models.ops.Ops.row_form`."""
+    form = ROW_FORMS.get(weight.kind)
+    if form is None or num_rows <= ways_of(weight.kind, weight.data.device).plain:
+        return None
+    return form
+
+
+def quant_bytes(weight: QuantWeight, num_rows: int, itemsize: int) -> int:
+    """:meth:`asyncllm.models.ops.Ops.quant_bytes`: rows in 8 bits, or a part of the weight in the
+    dtype of activations."""
+    width = weight.in_features
+    if weight.kind != "int4_group":
+        groups = -(-width // BLOCK) if weight.kind == "fp8_block" else 1
+        return num_rows * (width + 4 * groups)
+    if _is_packed(weight) or _fits_four_bits(weight):
+        return min(weight.out_features * width, max(WIDENED, width)) * itemsize
+    return quant_torch.quant_bytes(weight, num_rows)
+
+
+def in_8_bits(x: Tensor, form: RowForm) -> QuantRows:
+    """Rows in ``form``, by a pass of their own."""
+    made = quantize_rows(x, EIGHT_BITS[form], blocked=form == "fp8_block")
+    return QuantRows(form, *made, x.dtype)
 
 
 def quant_linear(
-    x: Tensor,
+    x: Activations,
     weight: QuantWeight,
     bias: Tensor | None = None,
     out: Tensor | None = None,
@@ -89,24 +134,27 @@ def quant_linear(
     ``ways``: instead of the device's, to measure others. Does not synchronise; safe in CUDA graphs.
     """
     if out is None:
-        out = torch.empty((len(x), weight.out_features), dtype=x.dtype, device=x.device)
-    ways = ways or ways_of(weight.kind, x.device)
-    if weight.kind == "int4_group":
-        return _of_four_bits(x, weight, bias, out, ways)
-    data, scales = weight.data, weight.scales
-    if len(x) <= ways.wide and fits_wide(x):
-        return wide(x, data, scales, bias, out=out)
-    values, x_scales = quantize_rows(x, data.dtype, blocked=weight.kind == "fp8_block")
+        shape = len(x), weight.out_features
+        out = torch.empty(shape, dtype=x.dtype, device=weight.data.device)
+    ways = ways or ways_of(weight.kind, weight.data.device)
+    form, data, scales = ROW_FORMS.get(weight.kind), weight.data, weight.scales
+    if isinstance(x, Tensor):
+        if form is None:
+            return _of_four_bits(x, weight, bias, out, ways)
+        if len(x) <= ways.wide and fits_wide(x):
+            return wide(x, data, scales, bias, out=out)
+        x = in_8_bits(x, form)
+    assert x.form == form, f"rows in {x.form} for weights of kind {weight.kind}"
     if len(x) <= ways.own or not _fits_library(weight, out):
-        return product(values, x_scales, data, scales, bias, out=out)
-    return _library(values, x_scales, weight, bias, out)
+        return product(x.values, x.scales, data, scales, bias, out=out)
+    return _library(x, weight, bias, out)
 
 
 def _of_four_bits(
     x: Tensor, weight: QuantWeight, bias: Tensor | None, out: Tensor, ways: QuantWays
 ) -> Tensor:
     data, scales = weight.data, weight.scales
-    if data.dtype != torch.int16:  # groups that the kernel does not know
+    if not _is_packed(weight):  # groups that the kernel does not know
         return quant_torch.quant_linear(x, weight, bias, out)
     if len(x) <= ways.own:
         return four_bits(x, data, scales, bias, out=out)
@@ -119,6 +167,15 @@ def _of_four_bits(
     return out if bias is None else out.add_(bias)
 
 
+def _fits_four_bits(weight: QuantWeight) -> bool:
+    """Whether the kernel knows such groups."""
+    return weight.group % SPANS[-1] == 0 and weight.scales.dtype in HALVES
+
+
+def _is_packed(weight: QuantWeight) -> bool:
+    return weight.data.dtype == torch.int16
+
+
 def _fits_library(weight: QuantWeight, out: Tensor) -> bool:
     """Whether ``torch._scaled_mm`` has this product."""
     if out.dtype != torch.bfloat16 or weight.out_features % 16 or weight.in_features % 16:
@@ -128,14 +185,12 @@ def _fits_library(weight: QuantWeight, out: Tensor) -> bool:
     return weight.kind == "fp8_channel"
 
 
-def _library(
-    values: Tensor, x_scales: Tensor, weight: QuantWeight, bias: Tensor | None, out: Tensor
-) -> Tensor:
-    scales = (x_scales[:, None], weight.scales[None, :])
+def _library(x: QuantRows, weight: QuantWeight, bias: Tensor | None, out: Tensor) -> Tensor:
+    scales = (x.scales[:, None], weight.scales[None, :])
     if weight.kind == "fp8_block":
-        scales = (x_scales.t(), weight.scales.t())
+        scales = (x.scales.t(), weight.scales.t())
     made = torch._scaled_mm(
-        values,
+        x.values,
         weight.data.t(),
         *scales,
         bias,

@@ -9,25 +9,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyncllm.models.quantization import BLOCK, INT4_ZERO, QuantWeight
+from asyncllm.models.ops import Activations
+from asyncllm.models.quantization import (
+    BLOCK,
+    INT4_ZERO,
+    ROW_FORMS,
+    QuantRows,
+    QuantWeight,
+    RowForm,
+)
 from asyncllm.models.quantize import quantize_rows as quantize_rows
 
 WIDENED = 1 << 22  # elements of a weight that exist as float32 at a time
 
 
-def rounded(x: Tensor, weight: QuantWeight) -> Tensor:
+def in_8_bits(x: Tensor, form: RowForm) -> QuantRows:
+    """x [T, width] in ``form``."""
+    if form == "fp8_block":
+        width = x.shape[-1]
+        groups = torch.nn.functional.pad(x, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+        values, scales = quantize_rows(groups, torch.float8_e4m3fn)
+        made = values.flatten(-2)[:, :width].contiguous()
+        return QuantRows(form, made, scales.squeeze(-1).t().contiguous(), x.dtype)
+    kind = torch.int8 if form == "int8" else torch.float8_e4m3fn
+    values, scales = quantize_rows(x, kind)
+    return QuantRows(form, values, scales.squeeze(-1), x.dtype)
+
+
+def rounded(x: Activations, weight: QuantWeight) -> Tensor:
     """x [T, in] in float32 as ``weight`` sees it: by way of fp8 or int8, or as it is."""
-    match weight.kind:
-        case "int4_group":
+    form = ROW_FORMS.get(weight.kind)
+    if isinstance(x, Tensor):
+        if form is None:
             return x.float()
-        case "fp8_block":
-            short = -x.shape[-1] % BLOCK
-            groups = torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, BLOCK))
-            values, scales = quantize_rows(groups, torch.float8_e4m3fn)
-            return (values.float() * scales).flatten(-2)[:, : x.shape[-1]]
-        case "fp8_channel" | "int8_channel":
-            values, scales = quantize_rows(x, weight.data.dtype)
-            return values.float() * scales
+        x = in_8_bits(x, form)
+    assert x.form == form, f"rows in {x.form} for weights of kind {weight.kind}"
+    scales = x.scales.unsqueeze(-1)
+    if form == "fp8_block":
+        scales = x.scales.t().repeat_interleave(BLOCK, 1)[:, : weight.in_features]
+    return x.values.float().mul_(scales)
 
 
 def dequantize(weight: QuantWeight, rows: slice = slice(None)) -> Tensor:
@@ -52,12 +72,21 @@ def dequantize(weight: QuantWeight, rows: slice = slice(None)) -> Tensor:
             return data.float().mul_(weight.scales[first:end, None])
 
 
+def quant_bytes(weight: QuantWeight, num_rows: int) -> int:
+    """:meth:`asyncllm.models.ops.Ops.quant_bytes`: rows in float32 while they come to 8 bits and
+    from there, a part of the weight and the result of it."""
+    width, step = weight.in_features, max(1, WIDENED // weight.in_features)
+    rows = num_rows * (13 * (width + BLOCK) + 4 * min(step, weight.out_features))
+    return rows + 10 * min(step, weight.out_features) * width
+
+
 def quant_linear(
-    x: Tensor, weight: QuantWeight, bias: Tensor | None = None, out: Tensor | None = None
+    x: Activations, weight: QuantWeight, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """:meth:`asyncllm.models.ops.Ops.quant_linear`."""
     if out is None:
-        out = x.new_empty(len(x), weight.out_features)
+        shape = len(x), weight.out_features
+        out = torch.empty(shape, dtype=x.dtype, device=weight.data.device)
     seen, step = rounded(x, weight), max(1, WIDENED // weight.in_features)
     for first in range(0, weight.out_features, step):
         part = slice(first, first + step)

@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from asyncllm.models.layers import Linears
-from asyncllm.models.linear import LinearPart, by_inputs, by_outputs
+from asyncllm.models.layers import Linears, gated
+from asyncllm.models.linear import LinearPart, by_inputs, by_outputs, plain
 from asyncllm.models.model import Site
-from asyncllm.models.ops import Held
+from asyncllm.models.ops import Activations, Held
+from asyncllm.models.quantization import RowForm
 from asyncllm.models.spec import ExpertsSpec
 from asyncllm.models.weights import AnyTarget, SliceSpan, Target, whole
 
@@ -66,13 +67,20 @@ class Experts:
         if groups > 1:  # their tokens and the sums of these, too
             self.width = groups * (self.width + 2 * hidden)
 
-    def __call__(self, x: Tensor, live: Tensor | None = None) -> Tensor:
-        world = self._site.world
-        return world.sum_tokens(partial(self._mixed, live), world.gather_tokens(x))
+    def row_form(self, num_tokens: int) -> RowForm | None:
+        return None
 
-    def _mixed(self, live: Tensor | None, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def product_bytes(self, num_tokens: int) -> int:
+        groups = self._site.world.size // self._site.comm.size
+        return 0 if self._shared is None else self._shared.product_bytes(groups * num_tokens)
+
+    def __call__(self, x: Activations, live: Tensor | None = None) -> Tensor:
+        world = self._site.world
+        return world.sum_tokens(partial(self._mixed, live), world.gather_tokens(plain(x)))
+
+    def _mixed(self, live: Tensor | None, given: Activations, out: Tensor | None = None) -> Tensor:
         """This rank's part of the sum over the experts and the shared MLP."""
-        ops = self._site.ops
+        ops, x = self._site.ops, plain(given)
         routed = ops.route(ops.logits(x, self._router), self._bias, self._spec, live)
         shared: tuple[Tensor, Tensor | None] | None = None
         if self._shared is not None:
@@ -129,7 +137,7 @@ class _Shared(Linears):
         self._ops, self._activation = site.ops, spec.activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._down(self._ops.gated(self._gate_up(x), self._activation))
+        return self._down(gated(self._ops, self._gate_up(x), self._activation, self._down))
 
 
 def _slice(total: int, local: int, rank: int) -> SliceSpan:

@@ -11,8 +11,9 @@ from torch import Tensor
 from asyncllm.models.attention import AttentionPlan, LayerKv
 from asyncllm.models.linear import LinearPart, by_inputs, by_outputs, fused, share
 from asyncllm.models.model import Site
-from asyncllm.models.ops import Linear
-from asyncllm.models.spec import AttentionSpec, MlpSpec, ModelSpec, shard_heads
+from asyncllm.models.ops import Activations, Linear, Ops
+from asyncllm.models.quantization import RowForm
+from asyncllm.models.spec import Activation, AttentionSpec, MlpSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import AnyTarget, SliceSpan, whole
 
 
@@ -25,6 +26,10 @@ class Linears:
     @property
     def nbytes(self) -> int:
         return sum(linear.nbytes for linear in self._linears)
+
+    def product_bytes(self, num_tokens: int) -> int:
+        """Of work space of the product that takes most."""
+        return max(linear.work_bytes(num_tokens) for linear in self._linears)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         for linear in self._linears:
@@ -54,23 +59,42 @@ class Norm:
         self.weight.add_(self._offset)
 
 
-class MlpPart(Protocol):
-    """The part of a block that follows attention."""
+def normed(ops: Ops, x: Tensor, weight: Tensor, eps: float, form: RowForm | None) -> Activations:
+    """The norm of ``x`` in the form that its reader asked for."""
+    if form is None:
+        return ops.rmsnorm(x, weight, eps)
+    return ops.rmsnorm_rows(x, weight, eps, form)
+
+
+def add_normed(
+    ops: Ops, x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: RowForm | None
+) -> tuple[Activations, Tensor]:
+    """(norm of ``residual + x`` in the form that its reader asked for, ``residual + x``)."""
+    if form is None:
+        return ops.add_rmsnorm(x, residual, weight, eps)
+    return ops.add_rmsnorm_rows(x, residual, weight, eps, form)
+
+
+def gated(ops: Ops, x: Tensor, activation: Activation, down: Linear) -> Activations:
+    """The inner activation of a gated MLP in the form in which ``down`` reads it."""
+    form = down.row_form(len(x))
+    if form is None:
+        return ops.gated(x, activation)
+    return ops.gated_rows(x, activation, form)
+
+
+class BlockPart(Protocol):
+    """What the parts of a block have in common."""
 
     @property
     def nbytes(self) -> int:
         """Of its tensors on this rank."""
 
-    @property
-    def width(self) -> int:
-        """Elements of the model's dtype that a token takes inside, at most."""
+    def product_bytes(self, num_tokens: int) -> int:
+        """Of work space of the product that takes most."""
 
-    def __call__(self, x: Tensor, live: Tensor | None = None) -> Tensor:
-        """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says.
-
-        ``live``: of the tokens that ``World.gather_tokens`` gives: 0 for padding, whose result does
-        not matter; None: no padding.
-        """
+    def row_form(self, num_tokens: int) -> RowForm | None:
+        """The form in which it reads its input; None: as it is, which it takes in any case."""
 
     def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         """Checkpoint name -> where its values go; names begin with ``prefix``."""
@@ -79,7 +103,22 @@ class MlpPart(Protocol):
         """Repack weights into the operators' preferred layout."""
 
 
-class AttentionPart(Protocol):
+class MlpPart(BlockPart, Protocol):
+    """The part of a block that follows attention."""
+
+    @property
+    def width(self) -> int:
+        """Elements of the model's dtype that a token takes inside, at most."""
+
+    def __call__(self, x: Activations, live: Tensor | None = None) -> Tensor:
+        """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says.
+
+        ``live``: of the tokens that ``World.gather_tokens`` gives: 0 for padding, whose result does
+        not matter; None: no padding.
+        """
+
+
+class AttentionPart(BlockPart, Protocol):
     """A block's attention with its projections."""
 
     @property
@@ -87,21 +126,11 @@ class AttentionPart(Protocol):
         """This rank's share; parts with equal ones share the plan of a step."""
 
     @property
-    def nbytes(self) -> int:
-        """Of its tensors on this rank."""
-
-    @property
     def width(self) -> int:
         """Elements that a token takes inside beyond what the backend's ``token_bytes`` says."""
 
-    def __call__(self, x: Tensor, plan: AttentionPlan, kv: LayerKv) -> Tensor:
+    def __call__(self, x: Activations, plan: AttentionPlan, kv: LayerKv) -> Tensor:
         """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says."""
-
-    def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
-        """Checkpoint name -> where its values go; names begin with ``prefix``."""
-
-    def pack(self) -> None:
-        """Repack weights into the operators' preferred layout."""
 
 
 class Attention(Linears):
@@ -134,7 +163,10 @@ class Attention(Linears):
         if spec.qk_norm:
             self._norms = {name: Norm(site, spec, dim) for name in ("q_norm", "k_norm")}
 
-    def __call__(self, x: Tensor, plan: AttentionPlan, kv: LayerKv) -> Tensor:
+    def row_form(self, num_tokens: int) -> RowForm | None:
+        return self.qkv.row_form(num_tokens)
+
+    def __call__(self, x: Activations, plan: AttentionPlan, kv: LayerKv) -> Tensor:
         qkv, spec = self.qkv(x), self.spec
         if self._norms:
             q, k = (norm.weight for norm in self._norms.values())
@@ -179,8 +211,11 @@ class GatedMLP(Linears):
         self.width = 3 * local
         self._site, self._activation = site, mlp.activation
 
-    def __call__(self, x: Tensor, live: Tensor | None = None) -> Tensor:
-        inner = self._site.ops.gated(self.gate_up(x), self._activation)
+    def row_form(self, num_tokens: int) -> RowForm | None:
+        return self.gate_up.row_form(num_tokens)
+
+    def __call__(self, x: Activations, live: Tensor | None = None) -> Tensor:
+        inner = gated(self._site.ops, self.gate_up(x), self._activation, self.down)
         return self._site.comm.linear_reduce(self.down, inner)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from asyncllm.models.gguf_packed import GROUP, PackedMatrix, PackedTarget
 from asyncllm.models.model import Site
-from asyncllm.models.ops import Linear
-from asyncllm.models.quantization import BLOCK, QuantWeight, Served
+from asyncllm.models.ops import Activations, Linear
+from asyncllm.models.quantization import BLOCK, QuantWeight, RowForm, Served
 from asyncllm.models.weights import AnyTarget, QuantTarget, SliceSpan, Target, whole
 
 
@@ -67,10 +67,19 @@ class _Biased:
                 size = len(self.bias)
             yield f"{prefix}{part.name}.bias", Target(self.bias, 0, size, spans)
 
+    def row_form(self, num_rows: int) -> RowForm | None:
+        return None
+
     @property
     def nbytes(self) -> int:
         """Of the bias."""
         return 0 if self.bias is None else self.bias.nbytes
+
+
+def plain(x: Activations) -> Tensor:
+    """Rows that were asked for as they are."""
+    assert isinstance(x, Tensor), "rows in 8 bits where nobody asked for them"
+    return x
 
 
 class DenseLinear(_Biased):
@@ -84,8 +93,11 @@ class DenseLinear(_Biased):
     def nbytes(self) -> int:
         return self.weight.nbytes + super().nbytes
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self._site.ops.linear(x, self.weight, self.bias, out)
+    def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
+        return self._site.ops.linear(plain(x), self.weight, self.bias, out)
+
+    def work_bytes(self, num_rows: int) -> int:
+        return 0
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         for part in self._parts:
@@ -117,10 +129,19 @@ class QuantLinear(_Biased):
         order = 0 if self._order is None else self._order.nbytes
         return self.weight.nbytes + order + super().nbytes
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def row_form(self, num_rows: int) -> RowForm | None:
+        return self._site.ops.row_form(self.weight, num_rows)
+
+    def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
         if self._order is not None:
-            x = x.index_select(1, self._order)
+            x = plain(x).index_select(1, self._order)
         return self._site.ops.quant_linear(x, self.weight, self.bias, out)
+
+    def work_bytes(self, num_rows: int) -> int:
+        itemsize, ordered = self._site.dtype.itemsize, 0
+        if self._order is not None:
+            ordered = num_rows * self.weight.in_features * itemsize
+        return ordered + self._site.ops.quant_bytes(self.weight, num_rows, itemsize)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         begin = 0
@@ -171,10 +192,15 @@ class PackedLinear(_Biased):
     def nbytes(self) -> int:
         return self.weight.nbytes + super().nbytes
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
         packed = self._site.ops.packed
         assert packed is not None
-        return packed.linear(x, self.weight, self.bias, out)
+        return packed.linear(plain(x), self.weight, self.bias, out)
+
+    def work_bytes(self, num_rows: int) -> int:
+        packed = self._site.ops.packed
+        assert packed is not None
+        return packed.linear_bytes(self.weight, num_rows, self._site.dtype.itemsize)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         for part in self._parts:
@@ -192,14 +218,22 @@ class SideBySide:
     """Linear layers of the same input whose weights cannot be one: their outputs follow each
     other."""
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
-        self._linears = linears
+    def __init__(self, linears: Sequence[Linear], width: int, itemsize: int) -> None:
+        self._linears, self._width, self._itemsize = linears, width, itemsize
 
     @property
     def nbytes(self) -> int:
         return sum(linear.nbytes for linear in self._linears)
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def row_form(self, num_rows: int) -> RowForm | None:
+        return common_form(self._linears, num_rows)
+
+    def work_bytes(self, num_rows: int) -> int:
+        # of the one that runs, and all results before they are brought together
+        made = num_rows * self._width * self._itemsize
+        return made + max(linear.work_bytes(num_rows) for linear in self._linears)
+
+    def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
         made = [linear(x) for linear in self._linears]
         return torch.cat(made, 1) if out is None else torch.cat(made, 1, out=out)
 
@@ -231,7 +265,13 @@ def by_outputs(
         kept = way if _lines_up(way, [part], 0) else Served()
         shard = LinearShard((part.local, shape[1]), [part], 0, bias)
         made.append(_make(site, shard, kept, widened=kept != way))
-    return made[0] if len(made) == 1 else SideBySide(made)
+    return made[0] if len(made) == 1 else SideBySide(made, shape[0], site.dtype.itemsize)
+
+
+def common_form(linears: Sequence[Linear], num_rows: int) -> RowForm | None:
+    """The form that all of these like best for the same rows; None if they differ."""
+    forms = {linear.row_form(num_rows) for linear in linears}
+    return forms.pop() if len(forms) == 1 else None
 
 
 def by_inputs(site: Site, shape: tuple[int, int], part: LinearPart, bias: bool) -> Linear:

@@ -7,6 +7,7 @@ Knows the block structure and the checkpoint's names; knows neither files nor ho
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +15,12 @@ from torch import Tensor
 from asyncllm.models.attention import AttentionPlan, Batch, GrownQueries, LayerKv
 from asyncllm.models.embedding import Embedding
 from asyncllm.models.experts import Experts
-from asyncllm.models.layers import Attention, AttentionPart, GatedMLP, MlpPart, Norm
+from asyncllm.models.layers import Attention, AttentionPart, GatedMLP, MlpPart, Norm, add_normed
+from asyncllm.models.linear import plain
 from asyncllm.models.mla import LatentAttention
 from asyncllm.models.model import Site
+from asyncllm.models.ops import Activations
+from asyncllm.models.quantization import RowForm
 from asyncllm.models.spec import AttentionSpec, ExpertsSpec, ModelSpec
 from asyncllm.models.weights import AnyTarget
 
@@ -38,6 +42,14 @@ def mlp_part(site: Site, spec: ModelSpec, layer: int) -> MlpPart:
     return GatedMLP(site, spec, mlp)
 
 
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """What reads a block's result: a norm, and behind it something that wants it in ``form``."""
+
+    norm: Norm
+    form: RowForm | None
+
+
 class Block:
     """Attention, then MLP, each preceded by a norm and added to the residual stream.
 
@@ -49,32 +61,35 @@ class Block:
         self._ops, self._eps, self._mlp_name = site.ops, spec.rms_eps, spec.mlp_name
         self.attention = attention_part(site.below("self_attn."), spec, layer)
         self.mlp = mlp_part(site.below(f"{spec.mlp_name}."), spec, layer)
-        before_mlp, behind = "post_attention_layernorm", []
+        before_mlp, sandwich = "post_attention_layernorm", []
         if spec.sandwich_norms:
             before_mlp = "pre_feedforward_layernorm"
-            behind = ["post_attention_layernorm", "post_feedforward_layernorm"]
-        names = ["input_layernorm", before_mlp, *behind]
+            sandwich = ["post_attention_layernorm", "post_feedforward_layernorm"]
+        names = ["input_layernorm", before_mlp, *sandwich]
         self._norms = {name: Norm(site, spec, spec.hidden_size) for name in names}
-        self.attn_norm, self.mlp_norm, *self._behind = self._norms.values()
+        self.attn_norm, self.mlp_norm, *self._sandwich = self._norms.values()
 
     def __call__(
         self,
-        x: Tensor,
+        x: Activations,
         residual: Tensor,
         plan: AttentionPlan,
         kv: LayerKv,
-        next_norm: Norm,
+        behind: Behind,
         live: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Activations, Tensor]:
         """(normed input of the next block, residual stream); ``live``: as for ``MlpPart``."""
-        x = self.attention(x, plan, kv)
-        if self._behind:
-            x = self._ops.rmsnorm(x, self._behind[0].weight, self._eps)
-        x, residual = self._ops.add_rmsnorm(x, residual, self.mlp_norm.weight, self._eps)
-        x = self.mlp(x, live)
-        if self._behind:
-            x = self._ops.rmsnorm(x, self._behind[1].weight, self._eps)
-        return self._ops.add_rmsnorm(x, residual, next_norm.weight, self._eps)
+        before_mlp = Behind(self.mlp_norm, self.mlp.row_form(len(x)))
+        x, residual = self._added(self.attention(x, plan, kv), residual, 0, before_mlp)
+        return self._added(self.mlp(x, live), residual, 1, behind)
+
+    def _added(
+        self, x: Tensor, residual: Tensor, part: int, behind: Behind
+    ) -> tuple[Activations, Tensor]:
+        """What ``part`` has made, added and normed for what is ``behind``."""
+        if self._sandwich:
+            x = self._ops.rmsnorm(x, self._sandwich[part].weight, self._eps)
+        return add_normed(self._ops, x, residual, behind.norm.weight, self._eps, behind.form)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +141,12 @@ class Decoder:
         angles = 8 * max(spec.head_dim for spec in self._kinds)
         # residual stream and normed, before and after a block
         stream = 4 * dtype.itemsize * self.hidden_size
-        return num_tokens * (stream + max(inside) + angles + 64)
+        products = [
+            part.product_bytes(num_tokens)
+            for block in self.blocks
+            for part in (block.attention, block.mlp)
+        ]
+        return num_tokens * (stream + max(inside) + angles + 64) + max(products)
 
     def pack(self) -> None:
         for block in self.blocks:
@@ -135,15 +155,20 @@ class Decoder:
         self.embedding.pack()
 
     def forward(self, batch: Batch, kv: Sequence[LayerKv]) -> Tensor:
-        norms = [*(block.attn_norm for block in self.blocks), self.norm]
+        num_tokens = len(batch.tokens)
+        behind = [
+            *(Behind(b.attn_norm, b.attention.row_form(num_tokens)) for b in self.blocks[1:]),
+            Behind(self.norm, None),
+        ]
         live = batch.live() if self.spec.has_experts else None
         if live is not None:
             live = self.site.world.gather_flags(live)
         plans = [self._plan(spec, batch) for spec in self._kinds]
-        x, residual = self.embedding.embed(batch.tokens, norms[0].weight)
+        x: Activations
+        x, residual = self.embedding.embed(batch.tokens, self.blocks[0].attn_norm.weight)
         for i, block in enumerate(self.blocks):
-            x, residual = block(x, residual, plans[self._kind_of[i]], kv[i], norms[i + 1], live)
-        return x
+            x, residual = block(x, residual, plans[self._kind_of[i]], kv[i], behind[i], live)
+        return plain(x)
 
     def _plan(self, spec: AttentionSpec, batch: Batch) -> AttentionPlan:
         plan = self.site.attention.plan(spec, batch.of(spec))

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from asyncllm.errors import StartupError
 from asyncllm.models.attention import AttentionPlan, Latent, LayerKv
-from asyncllm.models.layers import Linears, Norm, head_spans
-from asyncllm.models.linear import LinearPart, by_inputs, by_outputs
+from asyncllm.models.layers import Linears, Norm, head_spans, normed
+from asyncllm.models.linear import LinearPart, by_inputs, by_outputs, common_form
 from asyncllm.models.model import Site
-from asyncllm.models.ops import Linear
+from asyncllm.models.ops import Activations, Linear
+from asyncllm.models.quantization import RowForm
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import AnyTarget, Target
 
@@ -68,7 +69,13 @@ class LatentAttention(Linears):
         self.width = self._raw + 2 * (q_rank or 0)
         self._site = site
 
-    def __call__(self, x: Tensor, plan: AttentionPlan, kv: LayerKv) -> Tensor:
+    def row_form(self, num_tokens: int) -> RowForm | None:
+        readers = [self._down]
+        if self._query is not None and self._q_norm is None:
+            readers.append(self._query)
+        return common_form(readers, num_tokens)
+
+    def __call__(self, x: Activations, plan: AttentionPlan, kv: LayerKv) -> Tensor:
         ops, both = self._site.ops, self._down(x)
         beside, raw = both[:, : -self._raw], both[:, -self._raw :]
         if self._query is None:
@@ -76,7 +83,8 @@ class LatentAttention(Linears):
         elif self._q_norm is None:
             q = self._query(x)
         else:
-            q = self._query(ops.rmsnorm(beside, self._q_norm.weight, EPS))
+            form = self._query.row_form(len(x))
+            q = self._query(normed(ops, beside, self._q_norm.weight, EPS, form))
         latent = Latent(raw, self._norm.weight, EPS, self._up)
         return self._site.comm.linear_reduce(self._out, plan.run(q, kv, latent))
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from asyncllm.models.quantization import QuantWeight
+from asyncllm.models.quantization import QuantRows, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 from asyncllm.models.weights import AnyTarget
 
 if TYPE_CHECKING:
     from asyncllm.models.gguf_packed import PackedMatrix
 
+Activations = Tensor | QuantRows  # [T, width]
 Stack = Tensor | list[Tensor]  # the same matrix of all of a rank's experts
 
 
@@ -50,6 +51,10 @@ class PackedOps(Protocol):
     ) -> Tensor:
         """x @ matrix.T + bias."""
 
+    def linear_bytes(self, matrix: PackedMatrix, num_rows: int, itemsize: int) -> int:
+        """Of work space of :meth:`linear` beside x and the result, at most; ``itemsize``: of the
+        dtype of x."""
+
     def rows(self, tokens: Tensor, matrix: PackedMatrix) -> Tensor:
         """Rows of the matrix, [num_tokens, columns]."""
 
@@ -79,14 +84,23 @@ class Ops(Protocol):
         """``weight``, as its docstring has it, in the form that :meth:`quant_linear` reads fastest;
         prepares what products with activations of ``dtype`` take. Start-up only."""
 
+    def row_form(self, weight: QuantWeight, num_rows: int) -> RowForm | None:
+        """In which form :meth:`quant_linear` best reads so many rows, if what makes them can give
+        it; None: as they are, which it reads in any case."""
+
     def quant_linear(
         self,
-        x: Tensor,
+        x: Activations,
         weight: QuantWeight,
         bias: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x [T, in] times the matrix, plus ``bias``, in the dtype of x: [T, out]."""
+        """x [T, in] times the matrix, plus ``bias``, in the dtype of x: [T, out]. Rows in the form
+        of the weight's kind give what those that they are made of give."""
+
+    def quant_bytes(self, weight: QuantWeight, num_rows: int, itemsize: int) -> int:
+        """Of work space of :meth:`quant_linear` beside x and the result, at most; ``itemsize``: of
+        the dtype of x."""
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """x @ weight.T as float32, never rounded to the dtype of the two."""
@@ -104,6 +118,14 @@ class Ops(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(norm(residual + x), residual + x)."""
 
+    def rmsnorm_rows(self, x: Tensor, weight: Tensor, eps: float, form: RowForm) -> QuantRows:
+        """:meth:`rmsnorm` in 8 bits."""
+
+    def add_rmsnorm_rows(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: RowForm
+    ) -> tuple[QuantRows, Tensor]:
+        """:meth:`add_rmsnorm`, the norm in 8 bits."""
+
     def qk_rmsnorm(
         self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
     ) -> None:
@@ -111,6 +133,9 @@ class Ops(Protocol):
 
     def gated(self, x: Tensor, activation: Activation) -> Tensor:
         """[T, 2 * I] -> [T, I]: ``activation`` of the first half times the second."""
+
+    def gated_rows(self, x: Tensor, activation: Activation, form: RowForm) -> QuantRows:
+        """:meth:`gated` in 8 bits."""
 
     def pack_experts(self, held: Held, spec: ExpertsSpec) -> None:
         """Bring ``held`` into the form that :meth:`experts` reads fastest, and prepare what
@@ -147,13 +172,19 @@ class Ops(Protocol):
 class Product(Protocol):
     """What gives this rank's part of a sum over ranks."""
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
         """[n, in] -> [n, out]."""
 
 
 class Linear(Product, Protocol):
     """x @ weight.T + bias, whatever the weight is made of. Sharded by inputs, a call gives this
-    rank's part of a sum."""
+    rank's part of a sum. Any linear takes rows as they are."""
+
+    def row_form(self, num_rows: int) -> RowForm | None:
+        """In which form it best reads so many rows, and takes them; None: as they are."""
+
+    def work_bytes(self, num_rows: int) -> int:
+        """Of work space beside its input and its result, at most."""
 
     @property
     def nbytes(self) -> int:
@@ -172,7 +203,7 @@ class Comm(Protocol):
     rank: int
     size: int
 
-    def linear_reduce(self, linear: Product, x: Tensor) -> Tensor:
+    def linear_reduce(self, linear: Product, x: Activations) -> Tensor:
         """``linear(x)`` summed over ranks; valid until the call after the next one."""
 
     def gather_last(self, x: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from asyncllm.models.quant_config import StoredForm
 
 QuantKind = Literal["fp8_channel", "fp8_block", "int8_channel", "int4_group"]
+RowForm = Literal["fp8", "fp8_block", "int8"]  # of activations in 8 bits
 ServedKind = QuantKind | Literal["gguf"]  # the last one: a ``PackedMatrix``, on CPUs
 
 BLOCK = 128  # rows and columns of fp8_block that share a scale; columns of its activations
@@ -62,6 +64,34 @@ class QuantWeight:
     def nbytes(self) -> int:
         zeros = 0 if self.zeros is None else self.zeros.nbytes
         return self.data.nbytes + self.scales.nbytes + zeros
+
+
+# kinds of weights that meet activations in 8 bits
+ROW_FORMS: dict[QuantKind, RowForm] = {
+    "fp8_channel": "fp8",
+    "fp8_block": "fp8_block",
+    "int8_channel": "int8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantRows:
+    """Activations [T, width] in 8 bits, made once for all products that read them.
+
+    Attributes:
+        form: what they are made for.
+        values: [T, width], float8_e4m3fn or int8, contiguous.
+        scales: float32 [T], or of each 128 columns [ceil(width / 128), T] of form "fp8_block".
+        dtype: of the activations that they stand for, and of what is made of them.
+    """
+
+    form: RowForm
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
 # names of --quant_type -> what weights become; None: they stay in the type of activations

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from asyncllm.engine import quant_cuda, quant_torch
 from asyncllm.engine.quant_cuda import QuantWays
-from asyncllm.models.quantization import QuantKind, QuantWeight
+from asyncllm.models.quantization import QuantKind, QuantRows, QuantWeight
 from tests.kernels.harness import DEVICE, assert_close, randn, replayed
 
 KINDS: list[tuple[QuantKind, int]] = [
@@ -98,15 +98,19 @@ def test_preparing_meets_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    for name in ("four_bits", "product", "wide", "_library"):
+    def library(x: QuantRows, *args: object) -> None:
+        seen.append(("_library", len(x)))
+
+    for name in ("four_bits", "product", "wide"):
         monkeypatch.setattr(quant_cuda, name, spied(name))
+    monkeypatch.setattr(quant_cuda, "_library", library)
     monkeypatch.setattr(quant_cuda, "quantize_rows", lambda x, *a, **k: (x, x))
     for kind, group in KINDS[:4]:
         weight = make_weight(kind, group, (32, 256), torch.float16)
         quant_cuda.prepare(quant_cuda.pack_quant(weight), torch.float16)
     rows = {name: [n for used, n in seen if used == name] for name in ("four_bits", "product")}
     wide_rows = [n for used, n in seen if used == "wide"]
-    assert {product.row_class(n) for n in rows["product"]} == {*["32", "64", "128", "256", "many"]}
+    assert {product.row_class(n) for n in rows["product"]} == {*product._CONFIGS}
     assert {four_bits.row_class(n) for n in rows["four_bits"]} == {*["8", "16", "32", "64", "many"]}
     assert {wide.row_class(n) for n in wide_rows} == {"8", "16", "many"}
 

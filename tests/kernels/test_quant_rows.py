@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from asyncllm.kernels.gated import gated
+from asyncllm.kernels.quant import rows
 from asyncllm.kernels.quant.rows import (
     gated_rows,
     gated_rows_ref,
@@ -14,7 +16,8 @@ from asyncllm.kernels.quant.rows import (
     rmsnorm_rows,
     rmsnorm_rows_ref,
 )
-from tests.kernels.harness import DTYPES, assert_close, no_sync, randn, replayed
+from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
+from tests.kernels.harness import DEVICE, DTYPES, assert_close, no_sync, randn, replayed
 
 KINDS = [(torch.float8_e4m3fn, False), (torch.int8, False), (torch.float8_e4m3fn, True)]
 
@@ -66,6 +69,31 @@ def test_behind_an_activation(kind: torch.dtype, blocked: bool, activation: str)
     assert_same(want, gated_rows(x, activation, kind, blocked=blocked), 5)
 
 
+@pytest.mark.parametrize("piece", [128, 2048])
+@pytest.mark.parametrize(("kind", "blocked"), KINDS, ids=str)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_in_one_pass_as_in_two(
+    kind: torch.dtype, blocked: bool, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit where sums have one order; a row of activations by one program or by several."""
+    monkeypatch.setattr(rows, "_PIECE", piece)
+    x, weight = randn(1, 2 * 200, dtype=torch.float16), randn(400, dtype=torch.float16, seed=1)
+    residual = randn(1, 400, dtype=torch.float16, seed=2)
+    normed, _ = add_rmsnorm(x, residual.clone(), weight, 1e-5)
+    pairs = [
+        (gated(x), gated_rows(x, "silu", kind, blocked=blocked)),
+        (rmsnorm(x, weight, 1e-5), rmsnorm_rows(x, weight, 1e-5, kind, blocked=blocked)),
+        (normed, rmsnorm_rows(x, weight, 1e-5, kind, residual=residual, blocked=blocked)),
+    ]
+    for plain, (values, scales) in pairs:
+        want = quantize_rows(plain, kind, blocked=blocked)
+        if DEVICE == "cpu":
+            assert torch.equal(scales, want[1])
+            assert torch.equal(values.view(torch.uint8), want[0].view(torch.uint8))
+        else:
+            assert_same(want, (values, scales), 5)
+
+
 def test_halves_go_to_even_and_large_numbers_fit() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, -2.5], [6e4, -6e4, 1.0, 0.0]], dtype=torch.float16)
     values, scales = quantize_rows(x.to(randn(1, dtype=torch.float32).device), torch.int8)
@@ -96,8 +124,8 @@ def test_refuses_what_does_not_fit() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kind", "blocked"), KINDS, ids=str)
 def test_model_shapes_in_a_cuda_graph(kind: torch.dtype, blocked: bool) -> None:
-    for rows, width in ((1, 4096), (130, 14336)):
-        x, fresh = (randn(rows, 2 * width, dtype=torch.bfloat16, seed=i) for i in range(2))
+    for num_rows, width in ((1, 4096), (130, 14336)):
+        x, fresh = (randn(num_rows, 2 * width, dtype=torch.bfloat16, seed=i) for i in range(2))
         made: list[tuple[Tensor, Tensor]] = []
 
         def call() -> None:

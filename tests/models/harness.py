@@ -23,7 +23,7 @@ from asyncllm.messages import StepDone, StepPlan
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
 from asyncllm.models.model import Model
-from asyncllm.models.ops import Product
+from asyncllm.models.ops import Activations, Product
 from asyncllm.models.quantization import AS_STORED, WeightTypes
 from asyncllm.models.spec import ModelSpec
 from asyncllm.records import Opened
@@ -157,7 +157,7 @@ class Together(SingleRank):
         self._barrier.wait()
         return found
 
-    def linear_reduce(self, linear: Product, x: Tensor) -> Tensor:
+    def linear_reduce(self, linear: Product, x: Activations) -> Tensor:
         return torch.stack(self._all(linear(x))).sum(0)
 
     def gather_last(self, x: Tensor) -> Tensor:

@@ -15,20 +15,21 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from asyncllm.kernels.attention.kv8 import quantized
-from asyncllm.kernels.autotune import launches_early
+from asyncllm.kernels.autotune import launches_early, num_sms
 from asyncllm.kernels.gated import activated, gated_ref
 from asyncllm.kernels.rmsnorm import add_rmsnorm_ref, rmsnorm_ref
 
 GROUP = 128  # columns that share a scale where a row has several
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 LEAST = 1e-12  # scale; that of zeros may be anything
+_PIECE = 2048  # columns of an activation that a program makes of few rows
 
 
 @triton.jit
-def _in_8_bits(x, KIND: tl.constexpr):
-    """(values, scales) of float32 rows [GROUPS, SIZE], each with one scale."""
+def _in_8_bits(x, most, KIND: tl.constexpr):
+    """(values, scales) of float32 rows [GROUPS, SIZE], each with one scale, whose largest
+    magnitudes are ``most``."""
     largest: tl.constexpr = 127.0 if KIND == 1 else 448.0
-    most = tl.max(tl.abs(x), axis=1)
     scale = tl.maximum(tl.div_rn(most, tl.full(most.shape, largest, tl.float32)), 1e-12)
     if KIND == 1:
         divided = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
@@ -56,14 +57,17 @@ def _rows_kernel(
     GELU: tl.constexpr,
     KIND: tl.constexpr,
     BLOCKED: tl.constexpr,
+    ROW: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One row, [GROUPS, SIZE] with what is missing after its WIDTH columns."""
+    """A piece of a row, [GROUPS, SIZE] with what is missing after its WIDTH columns. Pieces of an
+    activation with one scale need the largest of ROW columns, that is all: each finds it itself."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, GROUPS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    first = tl.program_id(1) * GROUPS
+    column = (first + tl.arange(0, GROUPS))[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     live = column < WIDTH
     x_at = x_ptr + row * x_row + column
     x = tl.load(x_at, mask=live, other=0.0)
@@ -82,15 +86,23 @@ def _rows_kernel(
         # rounded as a norm of its own rounds
         normed = (wide * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
         wide = normed.to(x_ptr.dtype.element_ty).to(tl.float32)
-    values, scales = _in_8_bits(wide, KIND)
+    if ROW > GROUPS * SIZE and not BLOCKED:
+        every = tl.arange(0, ROW)
+        gate = tl.load(x_ptr + row * x_row + every, mask=every < WIDTH, other=0.0)
+        up = tl.load(x_ptr + row * x_row + WIDTH + every, mask=every < WIDTH, other=0.0)
+        largest = tl.max(tl.abs(activated(gate, up, GELU).to(tl.float32)), axis=0)
+        most = tl.full([GROUPS], 0.0, tl.float32) + largest
+    else:
+        most = tl.max(tl.abs(wide), axis=1)
+    values, scales = _in_8_bits(wide, most, KIND)
     tl.store(values_ptr + row * WIDTH + column, values, mask=live)
-    group = tl.arange(0, GROUPS)
+    group = first + tl.arange(0, GROUPS)
     if BLOCKED:
         tl.store(
             scales_ptr + group.to(tl.int64) * num_rows + row, scales, mask=group * SIZE < WIDTH
         )
     else:
-        tl.store(scales_ptr + row + group, scales)
+        tl.store(scales_ptr + row + group, scales, mask=group == 0)
 
 
 def quantize_rows(x: Tensor, kind: torch.dtype, *, blocked: bool = False) -> tuple[Tensor, Tensor]:
@@ -222,10 +234,15 @@ def _launch(
     values = torch.empty((num_rows, width), dtype=kind, device=x.device)
     shape = (triton.cdiv(width, GROUP), num_rows) if blocked else (num_rows,)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(max(width, GROUP))
+    block = piece = triton.next_power_of_2(max(width, GROUP))
+    pieces = triton.cdiv(width, _PIECE)
+    # one program to a row is bound by its instructions; several find the largest each
+    if before == "gated" and (blocked or num_rows * pieces <= 2 * num_sms(x.device)):
+        piece = min(block, _PIECE)
+    warps = block if piece < block and not blocked else piece
     early = launches_early(x.device)
     if num_rows:
-        _rows_kernel[(num_rows,)](
+        _rows_kernel[(num_rows, triton.cdiv(width, piece))](
             x,
             residual,
             weight,
@@ -236,14 +253,15 @@ def _launch(
             0 if residual is None else residual.stride(0),
             eps,
             WIDTH=width,
-            GROUPS=block // GROUP if blocked else 1,
-            SIZE=GROUP if blocked else block,
+            GROUPS=piece // GROUP if blocked else 1,
+            SIZE=GROUP if blocked else piece,
             BEFORE=before,
             GELU=gelu,
             KIND=1 if kind == torch.int8 else 2,
             BLOCKED=blocked,
+            ROW=block,
             EARLY=early,
-            num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+            num_warps=4 if warps <= 2048 else 8 if warps <= 8192 else 16,
             **({"launch_pdl": True} if early else {}),
         )
     return values, scales
