@@ -1,31 +1,36 @@
 """K/V from one process to another: GB/s of each way, beside what a plain copy reaches.
 
-    python bench/kv_transfer.py                        # on the CPU: tcp, p2p, nccl (over gloo)
     python bench/kv_transfer.py --device cuda          # from GPU 0 to GPU 1, or to another process
+    python bench/kv_transfer.py                        # on the CPU: tcp, p2p, nccl (over gloo)
 
-Two ranks of a model of ``--layers``, ``--kv_heads`` and ``--head_dim`` in bf16, one in this process,
-one in a child. ``--tokens`` are sent as chunks of ``--chunk`` whose steps are all over; the time is
-from the first word to the taker's ``Arrived``, the best of ``--runs`` after one to warm up. A way
-whose bytes did not all come right has no number.
+Two ranks of a model of ``--layers``, ``--kv_heads`` and ``--head_dim`` in bf16 (Llama-3.1-8B's on a
+GPU), one in this process, one in a child. Prompts of ``--tokens`` are sent as chunks of ``--chunk``
+whose steps are all over; the time is from the first word to the taker's ``Arrived``, the best and
+the median of ``--runs`` (of fewer where they take long) after one to warm up. The share is of what one copy of a gigabyte
+between the same two devices reaches in this run. A way whose bytes did not all come right has no
+number. The last columns are the CPU time of each process, in ms per gigabyte.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import statistics
 import subprocess
 import sys
 import threading
 from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
 import torch
+from torch import Tensor
 
 from asyncllm.actors.kv_loop import Mover, Share
 from asyncllm.actors.kv_sender import Sender
@@ -33,7 +38,7 @@ from asyncllm.actors.kv_taker import Door, Taker
 from asyncllm.actors.transport import Keys
 from asyncllm.codec import Message
 from asyncllm.core.windows import PerSpace
-from asyncllm.engine.kv_pages import KvBytes, as_bytes
+from asyncllm.engine.kv_pages import KvBytes, as_bytes, warm_up
 from asyncllm.engine.kv_pair import gloo_pair, nccl_pair
 from asyncllm.engine.kv_ways import NCCL, P2P, TCP, make_ways
 from asyncllm.messages import Arrived, Computed, Export, Forget, Import, Lapsed, StepOver
@@ -44,136 +49,186 @@ from asyncllm.server import signals
 from bench.serve import BenchError
 
 NODE = "bench"
-WAIT_S = 120.0
-Told = dict[str, threading.Event]
+WAIT_S = 240.0
+LONG_S = 2.0  # no size is repeated beyond that
+SIZES = {"cpu": (16, 1024, 4096), "cuda": (32, 1024, 8192, 32768)}  # layers; tokens
 
 
 class Side:
-    """One rank, its K/V, and what moves them."""
+    """One rank and its K/V."""
 
-    def __init__(self, args: argparse.Namespace, way: str, keys: Keys, *, sends: bool) -> None:
+    def __init__(self, args: argparse.Namespace, *, sends: bool) -> None:
         index = 0 if sends or torch.cuda.device_count() < 2 else 1
-        cuda = args.device == "cuda"
-        self.device = torch.device("cuda", index) if cuda else torch.device("cpu")
-        if cuda:
+        self.cuda = args.device == "cuda"
+        self.device = torch.device("cuda", index) if self.cuda else torch.device("cpu")
+        if self.cuda:
             torch.cuda.set_device(self.device)
         spec = AttentionSpec(
             kind="gqa", num_q_heads=args.kv_heads, num_kv_heads=args.kv_heads,
             head_dim=args.head_dim, v_dim=args.head_dim, scale=1.0, rope=None,
         )  # fmt: skip
         layout = KvPairs([spec] * args.layers, torch.bfloat16)
-        self.kv = layout.allocate(PerSpace(args.tokens, 0), self.device)
-        for x in (as_bytes(x) for layer in self.kv if sends for x in layer):
+        tokens = max(args.tokens)
+        kv = layout.allocate(PerSpace(tokens, 0), self.device)
+        self.tensors = [as_bytes(x) for layer in kv for x in layer]
+        for x in self.tensors if sends else ():
             x.random_(256)
-        kv = KvBytes(self.kv, layout)
-        self.nbytes = args.tokens * kv.slot_bytes
         heads = (tuple(range(args.kv_heads)),)
         self.wire = KvWire(
             format="", dtype="bf16", num_layers=args.layers, num_heads=args.kv_heads,
             head_bytes=4 * args.head_dim,
         )  # fmt: skip
-        share = Share("bench", 0, self.wire, kv, lambda tp: (heads,) * args.layers)
-        mode = P2P if way == P2P else TCP
-        size = args.page_size * kv.slot_bytes
-        pages, ways = make_ways(mode, args.pages, size, self.device)
-        ways = replace(ways, names=(way,), backend=nccl_pair if cuda else gloo_pair)
-        self.mover: Mover
-        self.port = 0
-        if sends:
-            self.mover = Sender(share, pages, ways, keys=[keys])
-        else:
-            door = Door(keys, "127.0.0.1", 0)
-            self.mover, self.port = Taker(share, pages, ways, node=NODE, door=door), door.port
+        self.kv, self.tokens = KvBytes(kv, layout), tokens
+        held = (heads,) * args.layers
+        self.share = Share("bench", 0, self.wire, self.kv, lambda tp: held)
 
-    def digest(self) -> str:
-        """Of all K/V."""
-        total = hashlib.sha256()
-        for x in (x for layer in self.kv for x in layer):
-            total.update(as_bytes(x).cpu().numpy().data)
-        return total.hexdigest()
+    def mover(self, way: str, pages: tuple[int, int], keys: Keys, *, sends: bool) -> Mover:
+        """What moves them by one way, through so many pages of so many tokens."""
+        num, size = pages
+        mode = P2P if way == P2P else TCP
+        made, ways = make_ways(mode, num, size * self.kv.slot_bytes, self.device)
+        ways = replace(ways, names=(way,), backend=nccl_pair if self.cuda else gloo_pair)
+        warm_up(made, self.kv, self.tokens - 1)
+        if sends:
+            return Sender(self.share, made, ways, keys=[keys])
+        door = Door(keys, "127.0.0.1", 0)
+        return Taker(self.share, made, ways, node=NODE, door=door)
+
+    def digest(self) -> list[int]:
+        """Of each tensor; other bytes, or the same ones elsewhere, have another one."""
+        return [_digest(x.view(torch.int32).view(-1)) for x in self.tensors]
+
+    def clear(self) -> None:
+        """Nothing that has come before is taken for what comes next."""
+        for x in self.tensors:
+            x.zero_()
+
+
+def _digest(x: Tensor) -> int:
+    weights = torch.arange(len(x), device=x.device) * 2_654_435_761 % 2_147_483_647
+    return int((weights * x).sum())
+
+
+def answer(line: str) -> None:
+    """To the parent."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def say(batch: list[Message]) -> None:
+    for msg in batch:
+        if isinstance(msg, Arrived | Lapsed):
+            answer(f"{type(msg).__name__} {msg.rid} {process_time()}")
 
 
 def take(args: argparse.Namespace) -> None:
     """The child: told lines of JSON, it answers in lines."""
-    way, public, secret = json.loads(sys.stdin.readline())
-    side = Side(args, way, Keys(public, secret), sends=False)
-
-    def say(batch: list[Message]) -> None:
-        for msg in batch:
-            if isinstance(msg, Arrived | Lapsed):
-                answer(f"{type(msg).__name__} {msg.rid}")
-
-    def answer(line: str) -> None:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-
-    side.mover.start(say, lambda error: answer(f"failed {error!r}"))
-    answer(f"port {side.port}")
-    slots = array("i", range(args.tokens))
+    side, mover = Side(args, sends=False), None
     for line in sys.stdin:
-        if line.strip() == "digest":
-            answer(side.digest())
-        else:
-            side.mover.put([Import(int(line), 0, args.tokens, slots)])
-            answer("waits")
+        match json.loads(line):
+            case [way, pages, public, secret]:
+                if mover is not None:
+                    mover.close()
+                side.clear()
+                mover = side.mover(way, tuple(pages), Keys(public, secret), sends=False)
+                assert isinstance(mover, Taker)
+                mover.start(say, lambda error: answer(f"failed {error!r}"))
+                answer(f"port {mover.port}")
+            case [epoch, tokens] if mover is not None:
+                mover.put([Import(epoch, 0, tokens, array("i", range(tokens)))])
+                answer(f"waits {process_time()}")
+            case "digest":
+                answer(json.dumps(side.digest()))
 
 
-def measure(args: argparse.Namespace, way: str) -> float:
-    """GB/s of one way. Raises BenchError: not all bytes came right."""
-    keys = Keys.make()
-    command = [sys.executable, __file__, "--child", *sys.argv[1:]]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    side: Side | None = None
-    watch = threading.Timer(WAIT_S, child.kill)
+class Child:
+    """The other process."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, __file__, "--child", *sys.argv[1:]]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def tell(self, what: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self, word: str) -> str:
+        """The rest of its next line. Raises BenchError: it begins otherwise."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line.startswith(word):
+            raise BenchError(line or "the other process has ended")
+        return line[len(word) :].strip()
+
+
+@contextmanager
+def other_process() -> Iterator[Child]:
+    child = Child()
+    watch = threading.Timer(WAIT_S, child.process.kill)
     watch.start()
     try:
-        child.stdin.write(json.dumps([way, keys.public, keys.secret]) + "\n")
-        child.stdin.flush()
-        side = Side(args, way, keys, sends=True)
-        side.mover.start(lambda batch: None, lambda error: child.kill())
-        address = f"tcp://127.0.0.1:{child.stdout.readline().split()[1]}"
-        best = 0.0
-        for epoch in range(1, args.runs + 2):
-            child.stdin.write(f"{epoch}\n")
-            child.stdin.flush()
-            child.stdout.readline()
-            to = Destination(
-                node=NODE, epoch=epoch, hit=0, length=args.tokens, addresses=(address,),
-                wire=side.wire,
-            )  # fmt: skip
-            begin = perf_counter()
-            side.mover.put([Export(epoch, to), *chunks(args, epoch), StepOver(1)])
-            if (said := child.stdout.readline().split()) != ["Arrived", str(epoch)]:
-                raise BenchError(f"{way}: {said}")
-            took = perf_counter() - begin
-            side.mover.put([Forget(epoch)])
-            best = max(best, side.nbytes / took / 1e9) if epoch > 1 else best
-        child.stdin.write("digest\n")
-        child.stdin.flush()
-        if child.stdout.readline().strip() != side.digest():
-            raise BenchError(f"{way}: other bytes have come than were sent")
-        return best
+        yield child
     finally:
         watch.cancel()
-        child.kill()
-        child.communicate()
-        if side is not None:
-            side.mover.close()
+        child.process.kill()
+        child.process.communicate()
 
 
-def chunks(args: argparse.Namespace, rid: int) -> list[Computed]:
+def measure(
+    args: argparse.Namespace, way: str, pages: tuple[int, int], side: Side, child: Child
+) -> Iterator[tuple[int, list[float], float, float]]:
+    """Of one way: tokens, seconds of each run, and the CPU seconds of all of them at both ends.
+
+    Raises:
+        BenchError: not all bytes came right.
+    """
+    keys = Keys.make()
+    child.tell([way, pages, keys.public, keys.secret])
+    mover = side.mover(way, pages, keys, sends=True)
+    mover.start(lambda batch: None, lambda error: child.process.kill())
+    address = f"tcp://127.0.0.1:{child.hear('port')}"
+    epoch, pause = 0, threading.Event()
+    try:
+        for tokens in args.tokens:
+            took, cpu, cpu_there = [], 0.0, 0.0
+            while len(took) < args.runs + 1 and sum(took[1:]) < LONG_S:
+                epoch += 1
+                child.tell([epoch, tokens])
+                there = float(child.hear("waits"))
+                pause.wait(0.01)  # whatever the run before has left to do
+                here, begin = process_time(), perf_counter()
+                to = Destination(
+                    node=NODE, epoch=epoch, hit=0, length=tokens, addresses=(address,),
+                    wire=side.wire,
+                )  # fmt: skip
+                mover.put([Export(epoch, to), *chunks(args, epoch, tokens), StepOver(1)])
+                ended = child.hear(f"Arrived {epoch}")
+                took.append(perf_counter() - begin)
+                cpu, cpu_there = cpu + process_time() - here, cpu_there + float(ended) - there
+                mover.put([Forget(epoch)])
+            yield tokens, took[1:], cpu / len(took), cpu_there / len(took)
+        child.tell("digest")
+        if json.loads(child.hear("")) != side.digest():
+            raise BenchError(f"{way}: other bytes have come than were sent")
+    finally:
+        mover.close()
+
+
+def chunks(args: argparse.Namespace, rid: int, tokens: int) -> list[Computed]:
     """The whole prompt."""
-    slots = array("i", range(args.tokens))
+    slots = array("i", range(tokens))
     return [
         Computed(rid=rid, seq=i, step=1, start=start, slots=slots[start : start + args.chunk])
-        for i, start in enumerate(range(0, args.tokens, args.chunk))
+        for i, start in enumerate(range(0, tokens, args.chunk))
     ]
 
 
-def copies(args: argparse.Namespace, nbytes: int = 1 << 28) -> dict[str, float]:
-    """GB/s of plain copies of the same machine."""
+def copies(args: argparse.Namespace) -> dict[str, float]:
+    """GB/s of plain copies of the same machine; the last one is between the two ranks."""
+    nbytes = 1 << (30 if args.device == "cuda" else 28)
     host = [torch.ones(nbytes, dtype=torch.uint8) for _ in range(2)]
     found = {"memcpy": _rate(lambda: host[1].copy_(host[0]), nbytes)}
     if args.device != "cuda":
@@ -187,8 +242,7 @@ def copies(args: argparse.Namespace, nbytes: int = 1 << 28) -> dict[str, float]:
     return found
 
 
-def _rate(copy: object, nbytes: int) -> float:
-    assert callable(copy)
+def _rate(copy: Callable[[], object], nbytes: int) -> float:
     copy()
     best = 0.0
     for _ in range(5):
@@ -198,27 +252,54 @@ def _rate(copy: object, nbytes: int) -> float:
     return best
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (
-        ("layers", 16), ("kv_heads", 8), ("head_dim", 128), ("tokens", 4096), ("chunk", 1024),
-        ("pages", 16), ("page_size", 256), ("runs", 3),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ways", nargs="+", default=[TCP, P2P, NCCL])
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    for name, default in (("kv_heads", 8), ("head_dim", 128), ("chunk", 8192), ("runs", 5)):
+        add(f"--{name}", type=int, default=default)
+    add("--layers", type=int)
+    add("--tokens", type=int, nargs="+")
+    add("--pages", nargs="+", default=["16x256"], help="how many, of how many tokens")
+    add("--ways", nargs="+", default=[P2P, NCCL, TCP])
+    add("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    layers, *tokens = SIZES[args.device]
+    args.layers, args.tokens = args.layers or layers, args.tokens or tokens
+    return args
+
+
+def main() -> int:
+    args = parsed()
     if args.child:
         take(args)
-        return
-    for name, rate in copies(args).items():
-        sys.stdout.write(f"{name:>16} {rate:7.2f} GB/s\n")
-    for way in args.ways:
-        sys.stdout.write(f"{way:>16} {measure(args, way):7.2f} GB/s\n")
-        sys.stdout.flush()
+        return 0
+    failed, out = 0, sys.stdout
+    with other_process() as child:
+        link = 0.0
+        for name, link in copies(args).items():
+            out.write(f"{name:>16} {link:7.2f} GB/s\n")
+        side = Side(args, sends=True)
+        heads = ("way", "pages", "tokens", "ms", "median", "GB/s", "of link", "CPU", "there")
+        out.write("".join(f"{head:>9}" for head in heads) + "\n")
+        for way in args.ways:
+            for pages in args.pages:
+                num, size = map(int, pages.split("x"))
+                try:
+                    for tokens, took, cpu, there in measure(args, way, (num, size), side, child):
+                        best, middle = min(took), statistics.median(took)
+                        gb = tokens * side.kv.slot_bytes / 1e9
+                        out.write(
+                            f"{way:>9}{pages:>9}{tokens:>9}{1e3 * best:>9.2f}{1e3 * middle:>9.2f}"
+                            f"{gb / best:>9.1f}{gb / best / link:>9.1%}{1e3 * cpu / gb:>9.2f}"
+                            f"{1e3 * there / gb:>9.2f}\n"
+                        )
+                        out.flush()
+                except BenchError as error:
+                    out.write(f"{way:>9}{pages:>9} failed: {error}\n")
+                    failed += 1
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
-    signals.end(0)  # NCCL does not outlive the interpreter's end
+    signals.end(main())  # NCCL does not outlive the interpreter's end

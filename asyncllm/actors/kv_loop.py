@@ -21,7 +21,7 @@ from asyncllm.actors.transport import Socket
 from asyncllm.codec import Message
 from asyncllm.core.kv_clock import LocalClock, PagePool
 from asyncllm.core.kv_parts import HeldHeads, Part, part
-from asyncllm.engine.kv_pages import KvBytes, Pages
+from asyncllm.engine.kv_pages import KvBytes, Pages, Waiter
 from asyncllm.engine.kv_strips import Strips
 from asyncllm.records import KvWire
 
@@ -108,6 +108,24 @@ class Times:
     early_s: float = EARLY_S
 
 
+class _Bell:
+    """Wakes the thread, from any other one; may be rung when it is gone."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+
+    def ring(self) -> None:
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
+
+    def close(self) -> None:
+        with self._lock:
+            os.close(self.fd)
+            self.fd = -1
+
+
 class Mover(ABC):
     """A thread with a mailbox.
 
@@ -124,8 +142,9 @@ class Mover(ABC):
         self.clock = LocalClock(5e-3 * IDLE_MS)
         self.pool = PagePool(pages.num)
         self.poller = zmq.Poller()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.poller.register(self._wake, zmq.POLLIN)
+        self.bell = _Bell()
+        self.poller.register(self.bell.fd, zmq.POLLIN)
+        self.copies = Waiter(self.bell.ring)
         self._inbox: deque[Message] = deque()
         self._closing = False
         self._tick_at = 0.0
@@ -148,18 +167,19 @@ class Mover(ABC):
     def put(self, batch: list[Message]) -> None:
         """Hand over messages, in order; never waits."""
         self._inbox.extend(batch)
-        os.eventfd_write(self._wake, 1)
+        self.bell.ring()
 
     def close(self) -> None:
         """End the thread and close all sockets; what is under way is left alone."""
         self._closing = True
         if self._thread.ident is not None:
-            os.eventfd_write(self._wake, 1)
+            self.bell.ring()
             self._thread.join(JOIN_S)
         if not self._thread.is_alive():
             self.shut()
+            self.copies.close(JOIN_S)
             self.ctx.destroy(0)
-            os.close(self._wake)
+            self.bell.close()
 
     # -- the thread --------------------------------------------------------------------------------
 
@@ -170,11 +190,6 @@ class Mover(ABC):
     @abstractmethod
     def look(self, events: dict[Socket, int]) -> None:
         """Read what has come in."""
-
-    @property
-    @abstractmethod
-    def copying(self) -> int:
-        """Copies between slots and pages that are under way."""
 
     @abstractmethod
     def work(self) -> int:
@@ -195,12 +210,14 @@ class Mover(ABC):
     def turn(self, wait_ms: int) -> int:
         """One turn of the thread; gives how many milliseconds the next one may wait."""
         events = dict(self.poller.poll(wait_ms))
-        if events.pop(self._wake, 0):
-            os.eventfd_read(self._wake)
+        if events.pop(self.bell.fd, 0):
+            os.eventfd_read(self.bell.fd)
         self.clock.look()
         while self._inbox:
             self.take(self._inbox.popleft())
         self.look(events)
+        for then in self.copies.over():
+            then()
         wait_ms = self.work()
         if self.clock.now >= self._tick_at:
             self._tick_at = self.clock.now + TICK_S
@@ -208,7 +225,7 @@ class Mover(ABC):
         if self._out:
             out, self._out = self._out, []
             self.post(out)
-        return wait_ms
+        return wait_ms if self.copies.idle else 0
 
     def _run(self) -> None:
         wait_ms = IDLE_MS

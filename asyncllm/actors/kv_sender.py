@@ -11,14 +11,15 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import zmq
 
-from asyncllm.actors.kv_loop import IDLE_MS, PIECE, SOON_MS, Mover, Share, Times, bounds
+from asyncllm.actors.kv_loop import IDLE_MS, PIECE, Mover, Share, Times, bounds
 from asyncllm.actors.transport import Keys, Monitor, Socket, ipv6, known_to
 from asyncllm.codec import CodecError, Message, decode, encode
 from asyncllm.core.kv_sending import Lot, OpenExport, PageOutbox, Portion
-from asyncllm.engine.kv_pages import Copied, Pages
+from asyncllm.engine.kv_pages import Pages
 from asyncllm.engine.kv_pair import Pair
 from asyncllm.engine.kv_strips import Strips
 from asyncllm.engine.kv_ways import NCCL, P2P, TCP, Ways
@@ -129,7 +130,6 @@ class Sender(Mover):
         self._outbox = PageOutbox()
         self._lines: dict[tuple[str, str], _Line] = {}
         self._to: dict[int, list[_Line]] = {}  # by rid
-        self._filling: deque[tuple[Copied, _Line, int, _Cargo]] = deque()
         self._partners: dict[int, tuple[int, ...]] = {}  # by the others' tp
         self._ending: list[_Line] = []  # whose pages may still be read
 
@@ -341,7 +341,7 @@ class Sender(Mover):
                 line.way, line.tokens = way, tokens
                 line.tokens = min(tokens, max(1, self.pages.size // max(1, line.strips.width)))
                 if way == NCCL:
-                    line.pair = self._ways.pair(0)
+                    line.pair = self._ways.pair(0, self.bell.ring)
                 lots, line.lots = line.lots, []
                 for lot in lots:
                     self._announce(line, lot)
@@ -384,21 +384,15 @@ class Sender(Mover):
 
     # -- what goes out -----------------------------------------------------------------------------
 
-    @property
-    def copying(self) -> int:
-        return len(self._filling)
-
     def work(self) -> int:
-        if self._filling:
-            self._finish_one()
-        wait_ms, waiting = IDLE_MS, 0
+        waiting = 0
         for line in [line for line in self._ending if line.pair and line.pair.closed]:
             self._ending.remove(line)
             for cargo in line.leaving.values():
                 self._free(line, cargo)
         for line in [*self._lines.values()]:
-            if line.sock is not None and line.pair is not None and self._step(line):
-                wait_ms = SOON_MS
+            if line.sock is not None and line.pair is not None:
+                self._step(line, line.pair)
         self._fill()  # pages that have become free above
         for line in [*self._lines.values()]:
             if line.sock is None:
@@ -412,7 +406,7 @@ class Sender(Mover):
             self.drained.clear()
         else:
             self.drained.set()
-        return 0 if self._filling else wait_ms
+        return IDLE_MS
 
     def _fill(self) -> None:
         """Copy what has been pulled into pages, one of each taker in turn."""
@@ -433,11 +427,9 @@ class Sender(Mover):
                 portion.lot.copying += 1
                 copied = self.pages.fill(page, line.strips, portion.slots, host=line.way == TCP)
                 cargo.page, cargo.busy = page, True
-                self._filling.append((copied, line, number, cargo))
+                self.copies.watch(copied, partial(self._filled, line, number, cargo))
 
-    def _finish_one(self) -> None:
-        copied, line, number, cargo = self._filling.popleft()
-        copied.wait()
+    def _filled(self, line: _Line, number: int, cargo: _Cargo) -> None:
         cargo.busy, cargo.copied = False, True
         self._copied(cargo.portion)
         assert cargo.page is not None
@@ -453,19 +445,16 @@ class Sender(Mover):
             cargo.busy, line.leaving[number] = True, cargo
             line.pair.send(number, self.pages.device(cargo.page)[: cargo.nbytes])
 
-    def _step(self, line: _Line) -> bool:
-        """Go on with what a communicator does; gives whether it is at work."""
-        assert line.pair is not None
-        for key, value in line.pair.to_tell():
+    def _step(self, line: _Line, pair: Pair) -> None:
+        """Go on with what a communicator does."""
+        for key, value in pair.to_tell():
             self._tell(line, Known(key, value))
-        for number in line.pair.done():
+        for number in pair.done(self.clock.now):
             cargo = line.leaving.pop(number)
             cargo.busy = False
             self._free(line, cargo)
-        if line.pair.failed:
-            self._hang_up(line, line.pair.failed)
-            return False
-        return line.pair.busy
+        if pair.failed:
+            self._hang_up(line, pair.failed)
 
     def _flush(self, line: _Line) -> bool:
         """Give the socket what it takes; gives whether there is more."""

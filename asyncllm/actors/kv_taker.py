@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 
 import torch
 import zmq
@@ -22,7 +22,7 @@ from asyncllm.actors.kv_loop import IDLE_MS, SOON_MS, Mover, Share, Times, bound
 from asyncllm.actors.transport import Keys, Socket, ipv6, protected, tcp
 from asyncllm.codec import CodecError, Message, decode, encode
 from asyncllm.core.kv_taking import Impossible, Inbox, OpenImport
-from asyncllm.engine.kv_pages import Copied, Pages
+from asyncllm.engine.kv_pages import Pages
 from asyncllm.engine.kv_pair import Pair
 from asyncllm.engine.kv_strips import Strips
 from asyncllm.engine.kv_ways import NCCL, P2P, TCP, PeerWindow, Ways
@@ -181,7 +181,6 @@ class Taker(Mover):
         self.inbox = Inbox(cache(lambda tp: share.partners(tp, sent=False)))
         self.guests: dict[bytes, _Guest] = {}
         self._strips: dict[tuple[int, int], Strips] = {}
-        self._copies: deque[tuple[Copied, _Guest, int, _Portion]] = deque()
         self._ending: list[tuple[_Guest, Pair]] = []  # whose pages may still be written
         self._log = Seldom(log)
         self.door, self._strangers, self.port = door.sock, door.strangers, door.port
@@ -354,7 +353,7 @@ class Taker(Mover):
             return
         guest.way, guest.window = way, window
         if way == NCCL:
-            guest.pair = self._ways.pair(1)
+            guest.pair = self._ways.pair(1, self.bell.ring)
         log.info("K/V of %s come by %s", guest.name, way)
         self._tell(guest, Admitted(way, max(1, self.pages.size // guest.strips.width)))
 
@@ -403,22 +402,19 @@ class Taker(Mover):
             if not guest.window.has(msg.page, len(here)):
                 raise Impossible(f"page {msg.page} with {len(here)} bytes, which it has not")
             portion.state = _State.FETCHING
-            self._copies.append((guest.window.fetch(msg.page, here), guest, number, portion))
+            fetched = partial(self._fetched, guest, number, portion)
+            self.copies.watch(guest.window.fetch(msg.page, here), fetched)
         elif guest.pair is not None:
             portion.state = _State.FETCHING
             guest.pair.receive(number, here)
 
     # -- from pages into slots ---------------------------------------------------------------------
 
-    @property
-    def copying(self) -> int:
-        return len(self._copies)
-
     def work(self) -> int:
-        if self._copies:
-            self._finish_one()
         guests = [*self.guests.values()]
-        at_work = [self._step(guest, guest.pair) for guest in guests if guest.pair is not None]
+        for guest in guests:
+            if guest.pair is not None:
+                self._step(guest, guest.pair)
         self._pull()  # into pages that have become free above
         more = [self._flush(guest) and not guest.over for guest in guests]
         for guest, pair in [entry for entry in self._ending if entry[1].closed]:
@@ -426,8 +422,7 @@ class Taker(Mover):
             for number, portion in [*guest.portions.items()]:
                 if portion.state is _State.FETCHING:
                     self._free(guest, guest.portions.pop(number))
-        # looked at last: what a communicator has brought is being written by now
-        return 0 if self._copies else SOON_MS if any(at_work) or any(more) else IDLE_MS
+        return SOON_MS if any(more) else IDLE_MS
 
     def _pull(self) -> None:
         """Ask for what there is room for, one portion of each sender in turn."""
@@ -459,7 +454,7 @@ class Taker(Mover):
             return
         portion.state = _State.WRITING
         copied = self.pages.empty(portion.page, guest.strips, slots, host=guest.way == TCP)
-        self._copies.append((copied, guest, number, portion))
+        self.copies.watch(copied, partial(self._written, guest, number, portion))
 
     def _done(self, guest: _Guest, number: int, portion: _Portion) -> None:
         """A portion needs its page no more."""
@@ -468,12 +463,7 @@ class Taker(Mover):
         if guest.way != P2P:  # there it was said when the bytes had been fetched
             self._tell(guest, Taken(number))
 
-    def _finish_one(self) -> None:
-        copied, guest, number, portion = self._copies.popleft()
-        copied.wait()
-        if portion.state is _State.FETCHING:
-            self._fetched(guest, number, portion)
-            return
+    def _written(self, guest: _Guest, number: int, portion: _Portion) -> None:
         self.counts.taken_bytes += guest.nbytes(portion)
         self.counts.taken_pages += 1
         self._done(guest, number, portion)
@@ -492,16 +482,15 @@ class Taker(Mover):
         else:
             self._write(guest, number, portion)
 
-    def _step(self, guest: _Guest, pair: Pair) -> bool:
-        """Go on with what a communicator does; gives whether it is at work."""
+    def _step(self, guest: _Guest, pair: Pair) -> None:
+        """Go on with what a communicator does."""
         for key, value in pair.to_tell():
             self._tell(guest, Known(key, value))
-        for number in pair.done():
+        for number in pair.done(self.clock.now):
             if (portion := guest.portions.get(number)) is not None:
                 self._fetched(guest, number, portion)
         if pair.failed and not guest.over:
             self._refuse(guest, pair.failed)
-        return pair.busy
 
     # -- connections and time ----------------------------------------------------------------------
 

@@ -7,8 +7,11 @@ the stream of their copies; knows neither sockets nor whose the slots are.
 
 from __future__ import annotations
 
+import queue
+import threading
 from array import array
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,6 +109,64 @@ class Done:
         pass
 
 
+Then = Callable[[], object]
+
+
+class Waiter:
+    """A thread that waits for copies in the order in which they were queued, so that whoever queues
+    them goes on meanwhile.
+
+    Args:
+        wake: called in the thread when there is something in :meth:`over`.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._queued: queue.SimpleQueue[tuple[Copied, Then] | None] = queue.SimpleQueue()
+        self._over: deque[Then] = deque()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def watch(self, copied: Copied, then: Then) -> None:
+        """``then`` is given back by :meth:`over` when the copy is done."""
+        if isinstance(copied, Done):
+            self._over.append(then)
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="kv waiter", daemon=True)
+            self._thread.start()
+        self._queued.put((copied, then))
+
+    @property
+    def idle(self) -> bool:
+        """:meth:`over` has nothing to give now."""
+        return not self._over and self._error is None
+
+    def over(self) -> Iterator[Then]:
+        """What belongs to copies that are done. Raises what the device raised."""
+        for _ in range(len(self._over)):
+            yield self._over.popleft()
+        if self._error is not None:
+            raise self._error
+
+    def close(self, seconds: float | None = None) -> None:
+        """End the thread when all that was queued is done; wait for that, at most so long."""
+        if self._thread is not None:
+            self._queued.put(None)
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        while (entry := self._queued.get()) is not None:
+            copied, then = entry
+            try:
+                copied.wait()
+            except RuntimeError as error:  # all of torch's are
+                self._error = error
+            else:
+                self._over.append(then)
+            self._wake()
+
+
 class CpuPages:
     """Pages in main memory; copies are made at once.
 
@@ -137,11 +198,11 @@ class CudaCopied:
     """A copy on a stream.
 
     Attributes:
-        kept: what it reads on the host, which must stay until it is done.
+        kept: memory that must stay until it is done.
     """
 
     event: torch.cuda.Event
-    kept: Tensor
+    kept: Tensor | None
 
     def wait(self) -> None:
         self.event.synchronize()
@@ -170,26 +231,27 @@ class CudaPages:
         self._kernels = kv_rows
         self.num, self.size, self._device = num, size, device
         self._stream = torch.cuda.Stream(device)
+        self._columns: dict[int, tuple[Tensor, Tensor]] = {}  # of each page, pinned and there
         self.all = torch.zeros(num, size, dtype=torch.uint8, device=device)
         self._host: Tensor | None = None
 
     def fill(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> CudaCopied:
-        column, size = _column(slots).pin_memory(), len(slots) * strips.width
+        size = len(slots) * strips.width
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            there = column.to(self._device, non_blocking=True)
+            there = self._there(page, slots)
             self._kernels.rows_to_page(strips.table, strips.word, there, self.all[page])
             if host:
                 self._pinned[page, :size].copy_(self.all[page, :size], non_blocking=True)
-            return self._recorded(column)
+            return recorded(self._stream)
 
     def empty(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> CudaCopied:
-        column, size = _column(slots).pin_memory(), len(slots) * strips.width
+        size = len(slots) * strips.width
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            there = column.to(self._device, non_blocking=True)
+            there = self._there(page, slots)
             if host:
                 self.all[page, :size].copy_(self._pinned[page, :size], non_blocking=True)
             self._kernels.page_to_rows(strips.table, strips.word, there, self.all[page])
-            return self._recorded(column)
+            return recorded(self._stream)
 
     def host(self, page: int) -> memoryview:
         return self._pinned[page].numpy().data
@@ -204,10 +266,24 @@ class CudaPages:
             self._host = torch.empty(self.num, self.size, dtype=torch.uint8, pin_memory=True)
         return self._host
 
-    def _recorded(self, kept: Tensor) -> CudaCopied:
-        event = torch.cuda.Event(blocking=True)
-        event.record(self._stream)
-        return CudaCopied(event, kept)
+    def _there(self, page: int, slots: array[int]) -> Tensor:
+        """On the device, by way of pinned memory that is the page's: neither is used for another
+        copy before the page is."""
+        num = len(slots)
+        if page not in self._columns or len(self._columns[page][0]) < num:
+            size = 1 << max(num - 1, 1).bit_length()
+            pinned = torch.empty(size, dtype=torch.int32, pin_memory=True)
+            self._columns[page] = pinned, torch.empty_like(pinned, device=self._device)
+        pinned, there = (column[:num] for column in self._columns[page])
+        pinned.copy_(_column(slots))
+        return there.copy_(pinned, non_blocking=True)
+
+
+def recorded(stream: torch.cuda.Stream, kept: Tensor | None = None) -> CudaCopied:
+    """What has been queued on ``stream`` until now."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return CudaCopied(event, kept)
 
 
 def _column(slots: array[int]) -> Tensor:

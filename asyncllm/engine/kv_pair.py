@@ -11,8 +11,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
-from time import monotonic
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -20,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo, Store, Work
 
-POLL_S = 0.0005
+from asyncllm.engine.kv_pages import Copied, Waiter, recorded
+
 NEVER = timedelta(days=365)  # the clocks of torch end the process; ours end the pair
 
 
@@ -43,9 +45,9 @@ class PairMeeting(Store):
     What is set here is to be told to the other side, and what is asked for here comes from there.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, wake: Callable[[], None]) -> None:
         super().__init__()
-        self._timeout_s, self._over = timeout_s, False
+        self._timeout_s, self._wake, self._over = timeout_s, wake, False
         self._values: dict[str, bytes] = {}
         self._changed = threading.Condition()
         self.outbox: deque[tuple[str, bytes]] = deque()
@@ -68,6 +70,7 @@ class PairMeeting(Store):
         raw = value.encode() if isinstance(value, str) else bytes(value)
         self.known(key, raw)
         self.outbox.append((key, raw))
+        self._wake()
 
     def get(self, key: str) -> bytes:
         self.wait([key])
@@ -91,9 +94,10 @@ class Pair:
 
     Args:
         make: the communicator, as soon as both are there; blocks.
-        finish: wait for a work of it, at most some seconds. Raises RuntimeError: it failed.
+        queued: what can be waited for of a work of it.
         abort: have works that hang end.
         timeout_s: for the meeting, and for a page.
+        wake: called in threads of this pair when there is something to look at.
 
     Attributes:
         ready: pages can go.
@@ -104,17 +108,20 @@ class Pair:
     def __init__(
         self,
         make: Callable[[PairMeeting], Communicator],
-        finish: Callable[[Work, float], None],
+        queued: Callable[[Work], Copied],
         abort: Callable[[Communicator], None],
         timeout_s: float,
+        wake: Callable[[], None],
     ) -> None:
-        self._make, self._finish, self._abort, self._timeout_s = make, finish, abort, timeout_s
+        self._make, self._queued, self._abort = make, queued, abort
+        self._timeout_s, self._wake = timeout_s, wake
         self.ready = self.closed = False
         self.failed = ""
         self._over = False
-        self._meeting = PairMeeting(timeout_s)
+        self._meeting = PairMeeting(timeout_s, wake)
+        self._waiter = Waiter(wake)
         self._jobs: queue.SimpleQueue[tuple[int, Tensor, bool] | None] = queue.SimpleQueue()
-        self._under_way = 0
+        self._under_way, self._moved = 0, 0.0
         self._done: deque[int] = deque()
         self._group: Communicator | None = None
         threading.Thread(target=self._run, name="kv pair", daemon=True).start()
@@ -138,16 +145,24 @@ class Pair:
         self._under_way += 1
         self._jobs.put((number, page, False))
 
-    def done(self) -> Iterable[int]:
+    def done(self, now: float) -> Iterable[int]:
         """The numbers of pages that have gone or come since this was last asked."""
+        try:
+            for then in self._waiter.over():
+                then()
+        except RuntimeError as error:
+            self._fail(error)
+        if self._done or not self._under_way:
+            self._moved = now
+        elif now - self._moved > self._timeout_s:
+            self._fail(RuntimeError(f"a page has not gone in {self._timeout_s:g} s"))
         while self._done:
             self._under_way -= 1
             yield self._done.popleft()
 
-    @property
-    def busy(self) -> bool:
-        """Something is under way that makes no noise when it is done."""
-        return not self.failed and (not self.ready or self._under_way > 0)
+    def _fail(self, error: RuntimeError) -> None:
+        if not self._over:
+            self.failed = self.failed or f"its communicator failed: {error}".splitlines()[0]
 
     def close(self) -> None:
         """End it, without waiting; ``closed`` is set when it has ended."""
@@ -161,34 +176,36 @@ class Pair:
 
     def _run(self) -> None:
         try:
-            self._group = self._make(self._meeting)
+            self._group = group = self._make(self._meeting)
             self.ready = True
-            self._serve(self._group)
+            self._wake()
+            while (job := self._jobs.get()) is not None and not self._over:
+                number, page, sends = job
+                work = group.send([page], 1, 0) if sends else group.recv([page], 0, 0)
+                self._waiter.watch(self._queued(work), partial(self._done.append, number))
         except RuntimeError as error:  # all of torch's are
-            if not self._over:
-                self.failed = f"its communicator failed: {error}".splitlines()[0]
+            self._fail(error)
         finally:
+            self._waiter.close()
             self._group = None  # its end may take a while, and is nobody else's to wait for
             self.closed = True
-
-    def _serve(self, group: Communicator) -> None:
-        works: deque[tuple[int, Work]] = deque()
-        while not self._over:
-            try:
-                job = self._jobs.get(block=not works)
-            except queue.Empty:
-                number, work = works.popleft()
-                self._finish(work, self._timeout_s)
-                self._done.append(number)
-                continue
-            if job is None:
-                return
-            number, page, sends = job
-            work = group.send([page], 1, 0) if sends else group.recv([page], 0, 0)
-            works.append((number, work))
+            self._wake()
 
 
-def nccl_pair(place: int, device: torch.device, timeout_s: float) -> Pair:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One that the host waits for."""
+
+    work: Work
+    timeout: timedelta
+
+    def wait(self) -> None:
+        self.work.wait(self.timeout)
+
+
+def nccl_pair(
+    place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]
+) -> Pair:
     """Over NCCL, on a stream of its own."""
     stream = torch.cuda.Stream(device)
 
@@ -199,17 +216,16 @@ def nccl_pair(place: int, device: torch.device, timeout_s: float) -> Pair:
         options._timeout = NEVER
         return cast("Communicator", dist.ProcessGroupNCCL(meeting, place, 2, options))
 
-    def finish(work: Work, seconds: float) -> None:
-        pause, end = threading.Event(), monotonic() + seconds
-        while not work.is_completed():
-            if monotonic() > end:
-                raise RuntimeError(f"a page has not gone in {seconds:g} s")
-            pause.wait(POLL_S)
+    def queued(work: Work) -> Copied:
+        work.wait()  # the stream does
+        return recorded(stream)
 
-    return Pair(make, finish, lambda group: group.abort(), timeout_s)
+    return Pair(make, queued, lambda group: group.abort(), timeout_s, wake)
 
 
-def gloo_pair(place: int, device: torch.device, timeout_s: float) -> Pair:
+def gloo_pair(
+    place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]
+) -> Pair:
     """Over gloo on the loopback interface: the same on a CPU, for tests."""
 
     def make(meeting: PairMeeting) -> Communicator:
@@ -218,7 +234,7 @@ def gloo_pair(place: int, device: torch.device, timeout_s: float) -> Pair:
         options._timeout = timedelta(seconds=timeout_s)
         return cast("Communicator", ProcessGroupGloo(meeting, place, 2, options))
 
-    def finish(work: Work, seconds: float) -> None:
-        work.wait(timedelta(seconds=seconds))
+    def queued(work: Work) -> Copied:
+        return _Work(work, timedelta(seconds=timeout_s))
 
-    return Pair(make, finish, lambda group: None, timeout_s)
+    return Pair(make, queued, lambda group: None, timeout_s, wake)

@@ -13,7 +13,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-WORDS = (4, 2, 1)  # bytes that the device copies at once
+WORDS = (8, 4, 2, 1)  # bytes that the device copies at once
 KINDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # that the CPU does
 
 

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.engine.kv_pages import Copied, CpuPages, CudaCopied, CudaPages, Done
+from asyncllm.engine.kv_pages import Copied, CpuPages, CudaCopied, CudaPages, Done, recorded
 from asyncllm.engine.kv_pair import Pair, nccl_pair
 from asyncllm.errors import StartupError
 
 TCP, NCCL, P2P, AUTO = "tcp", "nccl", "p2p", "auto"
 MODES = (AUTO, NCCL, P2P, TCP)
 log = logging.getLogger(__name__)
+ALIGNED = 16  # bytes, of which each page has a multiple
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MEMORY = re.compile(r"cpu:(\d{1,9}):(\d{1,6}):(\d{1,19}):(\d{1,9}):(\d{1,18})")
 
@@ -77,7 +78,7 @@ class Ways:
     memory: str = ""
     machine: str = ""
     timeout_s: float = 4.0
-    backend: Callable[[int, torch.device, float], Pair] = nccl_pair
+    backend: Callable[[int, torch.device, float, Callable[[], None]], Pair] = nccl_pair
 
     def choose(
         self, theirs: Sequence[str], machine: str, memory: str
@@ -102,9 +103,10 @@ class Ways:
             "(--pd_trans_mode; p2p is for processes of one machine that see each other's memory)"
         )
 
-    def pair(self, place: int) -> Pair:
-        """A communicator with one other rank; nobody waits for it here."""
-        return self.backend(place, self.device, self.timeout_s)
+    def pair(self, place: int, wake: Callable[[], None]) -> Pair:
+        """A communicator with one other rank; nobody waits for it here. ``wake`` is called in
+        threads of its own when there is something to look at."""
+        return self.backend(place, self.device, self.timeout_s, wake)
 
 
 def refuse(mode: str, device: torch.device) -> None:
@@ -129,6 +131,7 @@ def make_ways(
         StartupError: this machine has not got it.
     """
     refuse(mode, device)
+    size += -size % ALIGNED
     if device.type == "cuda":
         pages = CudaPages(num, size, device)
         names: tuple[str, ...] = (P2P, NCCL, TCP) if mode == AUTO else (mode,)
@@ -266,9 +269,7 @@ class CudaWindow:
         source = self._pages[page, : len(here)]
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             here.copy_(source, non_blocking=True)
-            event = torch.cuda.Event(blocking=True)
-            event.record(self._stream)
-        return CudaCopied(event, source)  # who holds the source keeps the memory mapped
+            return recorded(self._stream, source)  # who holds the source keeps the memory mapped
 
     def close(self) -> None:
         """The memory is let go of with the last copy that reads it."""

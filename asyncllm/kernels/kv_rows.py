@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TOKENS, _WORDS = 32, 128
-_KINDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_KINDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 @triton.jit(do_not_specialize=["num"], do_not_specialize_on_alignment=["slots_ptr", "page_ptr"])
@@ -51,7 +51,7 @@ def rows_to_page(table: Tensor, word: int, slots: Tensor, page: Tensor) -> None:
     Args:
         table: [num, 5] int64, a row for each tensor: address of its first row, words of a row, the
             first word that is meant, how many, and how many all tensors before it have.
-        word: 4, 2 or 1 bytes, which divides all addresses.
+        word: 8, 4, 2 or 1 bytes, which divides all addresses.
         slots: [n] int32, in range.
         page: uint8, contiguous; [tensor][slot][word] in it. What is behind stays.
 

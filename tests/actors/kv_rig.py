@@ -159,7 +159,7 @@ class Rig:
         for _ in range(num):
             for mover in movers if movers is not None else self.movers:
                 wait_ms = mover.turn(1)
-                assert wait_ms == 0 or not mover.copying, "a copy would wait for the next noise"
+                assert wait_ms == 0 or mover.copies.idle, "a copy would wait for the next noise"
 
     def arrived(self, epoch: int) -> bool:
         return all(Arrived(epoch, rank.rank) in rank.told for rank in self.takers)

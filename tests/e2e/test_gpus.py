@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 
 import pytest
 import torch
 
 from tests.e2e.cluster import Cluster
 from tests.e2e.conftest import Reference
-from tests.e2e.process import Server
+from tests.e2e.process import Server, wait_until
 from tests.models.harness import random_ids
 
 MARGIN = 0.05  # Triton's float32 products are tf32
@@ -70,6 +72,8 @@ def check_groups(model_dir: Path, log: Path, *more: str) -> None:
 
 
 OWN, SAME = ("0", "1", "2"), ("0", "0", "0")  # GPUs of a prefill node and two decode nodes
+DEAD_AFTER = "6"  # seconds; a server that says nothing for half of it is lost
+IN_TIME_S = 10.0
 
 
 @pytest.mark.multigpu
@@ -84,8 +88,8 @@ def test_k_and_v_between_gpus(
     """A decode node that is new, or lost, while others move K/V, disturbs nobody."""
     second = torch.cuda.device_count() > 2 or gpus is SAME
     reference = Reference(tiny_dir)
-    on_gpus = GpuCluster(tiny_dir, tmp_path, way, gpus[: 2 + second], monkeypatch)
-    with on_gpus as cluster:
+    takers = gpus[1 : 2 + second]
+    with GpuCluster(tiny_dir, tmp_path, way, (gpus[:1], takers), monkeypatch) as cluster:
 
         def check(size: int) -> None:
             prompt = random_ids(size, 256, size)
@@ -106,15 +110,71 @@ def test_k_and_v_between_gpus(
             assert server.stop() == 0, server.text()
 
 
+@pytest.mark.multigpu
+@pytest.mark.parametrize(
+    ("role", "moved", "gpus"),
+    [
+        ("prefill", "asyncllm_kv_sent_pages_total", (("0", "0"), ("1",))),
+        ("decode", "asyncllm_kv_taken_pages_total", (("0",), ("1", "1"))),
+    ],
+    ids=["prefill", "decode"],
+)
+def test_a_node_that_is_stopped_while_nccl_moves_k_and_v(
+    role: str,
+    moved: str,
+    gpus: tuple[tuple[str, ...], tuple[str, ...]],
+    tiny_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Others do its requests within 10 s; when it wakes it writes into nothing of theirs."""
+    reference = Reference(tiny_dir)
+    small = ("--pd_kv_page_num", "2", "--pd_kv_page_size", "16")  # something is always on its way
+    with GpuCluster(tiny_dir, tmp_path, "nccl", gpus, monkeypatch, *small) as cluster:
+        stopped = {"prefill": cluster.prefill, "decode": cluster.decode}[role][0]
+
+        def check(size: int) -> float:
+            begun, prompt = monotonic(), random_ids(size, 256, size)
+            reference.check_greedy(prompt, cluster.master.tokens(prompt, 8, ignore_eos=True), MARGIN)
+            return monotonic() - begun
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(check, range(100, 116)))  # all communicators have been made
+            before = stopped.metric(moved)
+            assert before > 0
+            answers = [pool.submit(check, size) for size in range(600, 640)]
+            assert wait_until(lambda: stopped.metric(moved) > before + 20, 30)
+            stopped.process.send_signal(signal.SIGSTOP)
+            try:
+                assert max(answer.result(60) for answer in answers) < IN_TIME_S
+            finally:
+                stopped.process.send_signal(signal.SIGCONT)
+            cluster.wait_for(len(gpus[0]), len(gpus[1]))
+            list(pool.map(check, range(700, 716)))
+        cluster.free(*cluster.prefill, *cluster.decode)
+        for server in (*cluster.prefill, *cluster.decode):
+            assert server.stop() == 0, server.text()
+
+
 class GpuCluster(Cluster):
-    """One prefill node on the first of ``gpus``, a decode node on each of the others."""
+    """A prefill node on each of the first of ``gpus``, a decode node on each of the second."""
 
     def __init__(
-        self, model_dir: Path, logs: Path, way: str, gpus: tuple[str, ...], env: pytest.MonkeyPatch
+        self,
+        model_dir: Path,
+        logs: Path,
+        way: str,
+        gpus: tuple[tuple[str, ...], tuple[str, ...]],
+        env: pytest.MonkeyPatch,
+        *more: str,
     ) -> None:
-        self.gpus, self.env = iter(gpus), env
-        more = ("--device", "cuda", "--data_type", "fp32", "--pd_trans_mode", way)
-        super().__init__(model_dir, logs, decode=[()] * (len(gpus) - 1), node=more)
+        self.gpus, self.env = iter(gpus[0] + gpus[1]), env
+        node = ("--device", "cuda", "--data_type", "fp32", "--pd_trans_mode", way, *more)
+        prefill, decode = ([()] * len(some) for some in gpus)
+        super().__init__(
+            model_dir, logs, prefill=prefill, decode=decode, node=node,
+            master=("--dead_after", DEAD_AFTER),
+        )  # fmt: skip
 
     def start_node(self, role: str, *args: str) -> Server:
         self.env.setenv("CUDA_VISIBLE_DEVICES", next(self.gpus))
