@@ -9,7 +9,8 @@ runs in it with the same requests; the table compares their medians with those o
 topology is ``name=number,...``: tp, dp, nnodes as the options of asyncllm; ``p=1,d=2`` a pd_master
 with so many prefill and decode nodes, ``p=1,d=2@round_robin`` one that chooses among them so;
 ``servers=2`` plain ones whose requests come in turn. These
-two have ``tp`` ranks each. "Nodes" are processes on
+two have ``tp`` ranks each. Of p and d the table tells how long K/V take beyond the last step of a
+prompt, in ms, until all has been taken. "Nodes" are processes on
 the loopback interface; each sees its own GPUs only, as machines do. NCCL then goes through memory
 of the host; with ``--visible all`` each sees the others' behind its own, and NCCL may use NVLink.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import selectors
 import shlex
@@ -73,11 +75,13 @@ class Plan:
     Attributes:
         url: of the server, or of several, with commas.
         joined: nodes that the pd_master there must know before it can serve.
+        senders: addresses of those that send K/V to others.
     """
 
     parts: list[Part]
     url: str
     joined: int = 0
+    senders: tuple[str, ...] = ()
 
 
 def nodes(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible: str) -> Plan:
@@ -123,17 +127,19 @@ def separated(shape: Shape, common: Sequence[str], gpus: Sequence[str], visible:
     tp, port = shape.get("tp", 1), free_port()
     master = ["--pd_master_ip", "127.0.0.1", "--pd_master_port", str(port)]
     roles = ["prefill"] * shape.get("p", 1) + ["decode"] * shape.get("d", 1)
-    parts = []
+    parts, senders = [], []
     for i, role in enumerate(roles):
         words = [*common, "--run_mode", role, *master, "--tp", str(tp)]
-        words += ["--port", str(free_port()), "--nccl_port", str(free_port())]
+        words += ["--port", str(own := free_port()), "--nccl_port", str(free_port())]
+        senders += [f"http://127.0.0.1:{own}"] if role == "prefill" else []
         words += ["--pd_decode_rpyc_port", str(free_ports(tp))] if role == "decode" else []
         sees = seeing(gpus[i * tp : (i + 1) * tp], gpus, visible)
         parts.append(Part(f"{role}{i}", words, sees))
     words = [*common[:WHAT_IS_SERVED], "--run_mode", "pd_master", "--port", str(port)]
     words += ["--cluster_port", str(free_port())]
     master_part = Part("master", words, seeing([], gpus, "own"))
-    return Plan([master_part, *parts], f"http://127.0.0.1:{port}", joined=len(roles))
+    url = f"http://127.0.0.1:{port}"
+    return Plan([master_part, *parts], url, joined=len(roles), senders=tuple(senders))
 
 
 def seeing(mine: Sequence[str], gpus: Sequence[str], visible: str) -> dict[str, str]:
@@ -279,12 +285,27 @@ def measure(text: str, a: argparse.Namespace, seed: int, logs: Path) -> Figures:
     found = plan(text, common, gpus(), a.visible)
     figures: Figures = {}
     with running(found, logs, a.start_timeout) as ready_s:
-        for name, options in a.loads.items():
+        for i, (name, options) in enumerate(a.loads.items()):
+            before = tails(found)
             try:
-                figures[name] = loads.run(found.url, options, seed)
+                # of its own, so that no load finds prompts of another one in the prefix cache
+                figures[name] = loads.run(found.url, options, 10_000 * seed + 10 * i)
             except serve.BenchError as error:
                 raise serve.BenchError(f"{text}, {name}: {error}") from None
+            sent, tail_ms = (now - then for now, then in zip(tails(found), before, strict=True))
+            figures[name]["kv_tail_ms"] = round(tail_ms / sent, 2) if sent else math.nan
     return {**figures, "start_s": round(ready_s, 1)}
+
+
+def tails(plan: Plan) -> tuple[float, float]:
+    """Requests whose K/V have been sent, and the milliseconds that took beyond their prefill."""
+    found = [0.0, 0.0]
+    for url in plan.senders:
+        with urllib.request.urlopen(f"{url}/metrics") as reply:
+            lines = dict(line.rpartition(" ")[::2] for line in reply.read().decode().splitlines())
+        for i, name in enumerate(("kv_requests_sent", "kv_tail_ms")):
+            found[i] += float(lines[f"asyncllm_{name}_total"])
+    return found[0], found[1]
 
 
 def gpus() -> list[str]:
@@ -310,16 +331,23 @@ def median(rounds: Sequence[Figures], load: str, *names: str) -> float:
 def table(results: Mapping[str, Sequence[Figures]], loads: Sequence[str]) -> str:
     """Medians of the rounds; ratios to the first topology."""
     lines = [
-        f"{'load':<12}{'topology':<24}{'tok/s':>10}{'ratio':>8}{'TTFT p50':>10}{'TPOT p50':>10}"
+        f"{'load':<12}{'topology':<24}{'tok/s':>10}{'ratio':>8}{'TTFT p50':>10}{'p99':>8}"
+        f"{'TPOT p50':>10}{'p99':>7}{'/ p50':>7}{'K/V tail':>10}"
     ]
     for load in loads:
         first = median(next(iter(results.values())), load, "out_tok_s")
         for text, rounds in results.items():
             rate = median(rounds, load, "out_tok_s")
-            ttft, tpot = (median(rounds, load, name, "p50") for name in ("ttft_ms", "tpot_ms"))
+            (ttft, ttft99), (tpot, tpot99) = (
+                [median(rounds, load, name, share) for share in ("p50", "p99")]
+                for name in ("ttft_ms", "tpot_ms")
+            )
+            tail = median(rounds, load, "kv_tail_ms")
             ratio = rate / first if first else float("nan")
             lines.append(
-                f"{load:<12}{text:<24}{rate:>10.1f}{ratio:>8.3f}{ttft:>10.1f}{tpot:>10.2f}"
+                f"{load:<12}{text:<24}{rate:>10.1f}{ratio:>8.3f}{ttft:>10.1f}{ttft99:>8.1f}"
+                f"{tpot:>10.2f}{tpot99:>7.2f}{tpot99 / tpot if tpot else math.nan:>7.3f}"
+                f"{tail:>10.2f}"
             )
     return "\n".join(lines)
 

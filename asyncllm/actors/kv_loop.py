@@ -93,6 +93,8 @@ class TransferCounts:
     taken_tokens: int = 0  # positions of whole requests
     transfers: int = 0  # that have come to their end
     transfer_ms: float = 0.0  # of these, from the first sign of the sender to the last byte
+    sent: int = 0  # whole requests, to all takers
+    tail_ms: float = 0.0  # of these, from the end of the last step until all has been taken
     lapses: int = 0
     waiting: int = 0  # portions that could travel and do not yet
     refused: int = 0  # connections that were ended for what came on them

@@ -170,6 +170,9 @@ class Sender(Mover):
         if lot.is_over():
             self.say(Sent(lot.rid, self.share.rank, lot.seq))
             return
+        export = self._outbox.exports[lot.rid]
+        if lot.end == export.length:
+            export.computed = self.clock.now
         for line in self._to[lot.rid]:
             if line.way:
                 self._announce(line, lot)
@@ -224,8 +227,12 @@ class Sender(Mover):
             if cargo.portion.epoch == epoch:
                 self._taken(line, number)
         left = self._to[rid] = [other for other in self._to[rid] if other is not line]
-        self._outbox.exports[rid].takers = tuple(other.rank for other in left)
+        export = self._outbox.exports[rid]
+        export.takers = tuple(other.rank for other in left)
         if not left:
+            if export.computed is not None:
+                self.counts.sent += 1
+                self.counts.tail_ms += 1e3 * (self.clock.now - export.computed)
             self._drop(rid, "")
 
     # -- connections -------------------------------------------------------------------------------

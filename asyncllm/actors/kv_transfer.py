@@ -112,6 +112,8 @@ class KvTransfer(Actor[TransferInbox]):
             taken_tokens=counts.taken_tokens,
             transfers=counts.transfers,
             transfer_ms=round(counts.transfer_ms),
+            sent=counts.sent,
+            tail_ms=round(counts.tail_ms),
             lapsed=counts.lapses,
             waiting=counts.waiting,
             refused=counts.refused,

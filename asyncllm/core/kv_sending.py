@@ -66,6 +66,7 @@ class OpenExport:
         hit, length: the positions that are.
         takers: ranks there that still get something from this one.
         lots: by their numbers, those whose slots are not free yet.
+        computed: when the last of them could be sent; None: not yet.
     """
 
     rid: int
@@ -74,6 +75,7 @@ class OpenExport:
     length: int
     takers: tuple[int, ...]
     lots: dict[int, Lot] = field(default_factory=dict)
+    computed: float | None = None
 
 
 class PageOutbox:

@@ -239,6 +239,12 @@ _STATE = {
         "Total milliseconds of these transfers, from the sender's first frame to the last byte",
         True,
     ),
+    "transfer.sent": ("kv_requests_sent", "Requests whose K/V a first rank has sent", True),
+    "transfer.tail_ms": (
+        "kv_tail_ms",
+        "Total milliseconds from the end of prefill of these until all K/V had been received",
+        True,
+    ),
     "transfer.lapsed": ("kv_transfer_lapses", "Transfers that failed at this end", True),
     "transfer.waiting": (
         "kv_pages_waiting",

@@ -187,6 +187,8 @@ class TransferStats(Message):
     taken_tokens: int = 0  # positions of completely received requests
     transfers: int = 0  # of these requests
     transfer_ms: int = 0  # of these, from the sender's first frame to the last byte
+    sent: int = 0  # requests whose K/V have been sent completely
+    tail_ms: int = 0  # of these, from the end of the last step until all had been received
     lapsed: int = 0  # transfers that have failed at this end
     waiting: int = 0  # now: portions ready to be sent that wait for a page
     refused: int = 0  # connections closed because of invalid data

@@ -88,6 +88,7 @@ def test_topologies_are_started_and_measured(
     assert cluster.main([*words, *topologies]) == 0, capsys.readouterr().err
     found = json.loads(out.read_text())
     assert [found[text][0]["tiny"]["ok"] for text in topologies] == [6, 6, 6]
+    assert found["p=1,d=1"][0]["tiny"]["kv_tail_ms"] > 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["tiny", "tp=2,nnodes=2"]
     assert lines[1].split()[3] == "1.000"
