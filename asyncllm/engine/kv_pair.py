@@ -203,9 +203,7 @@ class _Work:
         self.work.wait(self.timeout)
 
 
-def nccl_pair(
-    place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]
-) -> Pair:
+def nccl_pair(place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]) -> Pair:
     """Over NCCL, on a stream of its own."""
     stream = torch.cuda.Stream(device)
 
@@ -223,9 +221,7 @@ def nccl_pair(
     return Pair(make, queued, lambda group: group.abort(), timeout_s, wake)
 
 
-def gloo_pair(
-    place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]
-) -> Pair:
+def gloo_pair(place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]) -> Pair:
     """Over gloo on the loopback interface: the same on a CPU, for tests."""
 
     def make(meeting: PairMeeting) -> Communicator:

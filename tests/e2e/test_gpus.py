@@ -135,7 +135,9 @@ def test_a_node_that_is_stopped_while_nccl_moves_k_and_v(
 
         def check(size: int) -> float:
             begun, prompt = monotonic(), random_ids(size, 256, size)
-            reference.check_greedy(prompt, cluster.master.tokens(prompt, 8, ignore_eos=True), MARGIN)
+            reference.check_greedy(
+                prompt, cluster.master.tokens(prompt, 8, ignore_eos=True), MARGIN
+            )
             return monotonic() - begun
 
         with ThreadPoolExecutor(8) as pool:
