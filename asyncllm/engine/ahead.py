@@ -1,8 +1,8 @@
-"""Compiles kernels ahead of their first launch, several at a time, into Triton's cache.
+"""Compiles kernels before their first launch, several at a time, into Triton's cache.
 
-Steps run on tensors without memory (:class:`DryDevice`), so that launches are only noted
-(:func:`noted`); what they need is then compiled by :func:`compile_noted`. A process that does this
-needs no GPU of its own and never initialises CUDA.
+Steps run on tensors without memory (:class:`DryDevice`), so launches are only recorded
+(:func:`noted`); :func:`compile_noted` then compiles what they need. A process that does this needs
+no GPU of its own and never initialises CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from asyncllm.engine.engine import Engine
 from asyncllm.kernels.autotune import DeviceFacts, assume
 from asyncllm.messages import StepDone, StepPlan
 
-if TYPE_CHECKING:  # where there is no GPU there may be no Triton
+if TYPE_CHECKING:  # without a GPU there may be no Triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
 
@@ -31,14 +31,14 @@ _scaled_on_paper = torch.library.Library("aten", "IMPL")  # of products that tor
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A kernel, for the types and values of one launch."""
+    """A kernel, specialised for the types and values of one launch."""
 
     name: str
     compile: Callable[[], CompiledKernel]
 
 
 class DryPending:
-    """A step of which nothing will come."""
+    """A step without a result."""
 
     gap_ms: float | None = None
 
@@ -50,7 +50,7 @@ class DryPending:
 
 
 class DryDevice:
-    """Goes through the motions of steps, on tensors without memory.
+    """Runs steps on tensors without memory, to record their launches.
 
     Args:
         engine: of a model on the meta device.
@@ -64,13 +64,13 @@ class DryDevice:
         return DryPending(plan.step)
 
     def capture(self, most_tokens: int) -> None:
-        """Run once what would be captured."""
+        """Run what would be captured once."""
         self.engine.capture(lambda run: (lambda: None, run()), most_tokens)
 
 
 @dataclass(slots=True)
 class _Pointer:
-    """What a kernel is specialised on of a tensor without memory."""
+    """The properties of a tensor without memory that kernels are specialised on."""
 
     dtype: torch.dtype
     offset: int  # bytes; storages are aligned
@@ -80,7 +80,7 @@ class _Pointer:
 
 
 class _Driver:
-    """Of a GPU that is not here: what Triton asks for before it compiles."""
+    """Stands in for the driver of an absent GPU: answers what Triton asks before compiling."""
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -99,12 +99,12 @@ class _Driver:
 
 @contextlib.contextmanager
 def noted(facts: DeviceFacts) -> Iterator[list[Variant]]:
-    """Tensors made here have no memory, and kernels launched on them are noted, each variant once.
+    """Inside, new tensors have no memory, and kernel launches are only recorded, each variant once.
 
-    Changes Triton for the whole process and for good.
+    Modifies Triton permanently for the whole process.
 
     Args:
-        facts: of the GPU that the kernels are for.
+        facts: of the target GPU.
     """
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -124,7 +124,7 @@ def noted(facts: DeviceFacts) -> Iterator[list[Variant]]:
     ) -> object:
         make = partial(compile_one, self, key, signature, device, *rest)
         found.append(Variant(self.fn.__name__, make))
-        self.device_caches[device][0][key] = found  # anything: the variant is known
+        self.device_caches[device][0][key] = found  # any value: marks the variant as known
         return found
 
     _scaled_on_paper.impl("_scaled_mm.out", lambda *_, out, **__: out, "Meta")
@@ -144,9 +144,9 @@ def _pointer(arg: object) -> object:
 def compile_noted(
     variants: list[Variant], num_processes: int, begin: Callable[[], None] = lambda: None
 ) -> None:
-    """Compile what is not in Triton's cache yet.
+    """Compile the variants that are not in Triton's cache yet.
 
-    Forks, so no other thread may run. A variant that does not compile is left to its first launch.
+    Forks, so no other thread may run. A variant that fails to compile is left to its first launch.
 
     Args:
         begin: called first in each process.
@@ -173,14 +173,14 @@ def compile_noted(
 
 
 def _load_utils() -> None:
-    """What Triton builds in C for itself, at its first launch."""
+    """Build the C helpers that Triton otherwise builds at its first launch."""
     from triton.backends.nvidia.driver import CudaUtils
 
     CudaUtils()
 
 
 def _prepare(variant: Variant) -> None:
-    """Compile a kernel and what launches it, which some versions of Triton build in C for each."""
+    """Compile a kernel and its launcher, which some versions of Triton build in C per kernel."""
     from triton.backends.nvidia.driver import CudaLauncher
 
     kernel = variant.compile()

@@ -21,15 +21,15 @@ from asyncllm.models.attention import (
 )
 from asyncllm.models.spec import AttentionSpec
 
-WINDOW_QUERIES = 256  # of a sliding window: attended to at a time, or as many as a window has
-SCORES = 1 << 22  # of capped ones exist at a time, or those of a token
+WINDOW_QUERIES = 256  # queries per piece of a sliding-window layer, or the window's size if larger
+SCORES = 1 << 22  # maximum soft-capped scores in memory, or those of one token
 
 
 class TorchPairs(KvPairs):
-    """Pairs that torch writes and reads."""
+    """K/V pairs written and read by torch."""
 
     def write(self, kv: LayerKv, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """k, v [T, Hk, D] to ``slots`` [T] int64."""
+        """Write k, v [T, Hk, D] to ``slots`` [T] int64."""
         if self.format is None:
             for cache, values in zip(kv, (k, v), strict=True):
                 cache.index_copy_(0, slots, values)
@@ -40,7 +40,7 @@ class TorchPairs(KvPairs):
             _raw(cache).index_copy_(0, slots, _raw(values))
 
     def read(self, kv: LayerKv, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [T, Hk, D] of ``slots`` [T] int64, in the type that the model computes in."""
+        """k, v [T, Hk, D] of ``slots`` [T] int64, in the model's compute dtype."""
         k, v, *rest = (_raw(x).flatten(1).index_select(0, slots).view(-1, *x.shape[1:]) for x in kv)
         if not rest:
             return k, v
@@ -73,11 +73,11 @@ class TorchAttention:
 
     def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:
         turned = (spec.num_q_heads + spec.num_kv_heads) * spec.head_dim
-        widened = 12 if dtype.itemsize < 4 else 8  # float32: turned, its product, the sum's other
+        widened = 12 if dtype.itemsize < 4 else 8  # float32: rotated, product, summand
         return dtype.itemsize * (turned + spec.num_kv_heads * spec.v_dim) + widened * turned
 
     def sharing(self) -> None:
-        """Each row reads all that is its own."""
+        """None: each row reads all of its K/V by itself."""
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> TorchPlan:
         return TorchPlan(self.layout, spec, batch, self.angles[spec.rope])
@@ -88,13 +88,13 @@ class Extend:
     """Some new tokens of a row, and the tokens they attend to."""
 
     queries: slice  # of the step's tokens
-    prefix: Tensor  # slots of what the row had before this step
-    new: slice  # of the step's tokens: those of the row, up to the last query
+    prefix: Tensor  # slots of the row's tokens before this step
+    new: slice  # the row's tokens in the step, up to the last query
     mask: Tensor | None  # [1, 1, queries, prefix and new]; None: causal
 
 
 class TorchPlan:
-    """What is the same in all layers of a step; slots are int64."""
+    """What all layers of a step share; slots are int64."""
 
     def __init__(
         self, layout: TorchPairs, spec: AttentionSpec, batch: Batch, cos_sin: Tensor
@@ -116,20 +116,20 @@ class TorchPlan:
             token += host.counts[row]
 
     def _decode_rows(self, batch: Batch, longest: int) -> tuple[Tensor, Tensor | None]:
-        """Slots [num_decode * width] for rows of one token, and a mask of those they see
+        """Slots [num_decode * width] for rows of one token, and the mask of visible ones
         [num_decode, 1, 1, width]; None: all."""
         width, lens = min(longest, self._spec.window or longest), batch.decode_lens[:, None]
         position = (lens - width).clamp_min(0) + torch.arange(width)
         slots = batch.table[batch.decode_lanes.long()].gather(1, position.long()).long()
         if self._num_decode == 1:
             return slots.flatten(), None
-        seen = position < lens  # elsewhere the table may hold anything
+        seen = position < lens  # other table entries may hold anything
         return slots.masked_fill_(~seen, 0).flatten(), seen[:, None, None]
 
     def _pieces(self, slots: Tensor, token: int, start: int, count: int) -> Iterator[Extend]:
         """Splits a row of ``count`` tokens from ``token`` on, the first at position ``start`` of
-        ``slots``, so that the tokens of a piece see mostly the same ones and have not too many
-        scores."""
+        ``slots``, so that the tokens of a piece see mostly the same tokens and the scores of a
+        piece are bounded."""
         spec, size = self._spec, count
         if spec.window is not None:
             size = min(size, max(spec.window, WINDOW_QUERIES))

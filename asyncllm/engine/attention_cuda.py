@@ -31,7 +31,7 @@ FASTEST = DECODE_KERNELS["triton_gqa_flashdecoding"]
 
 
 class TritonPairs(KvPairs):
-    """Pairs that our kernels write."""
+    """K/V pairs written by our kernels."""
 
     def rope_write(self, kv: LayerKv, qkv: Tensor, cos_sin: Tensor, batch: Batch) -> Tensor:
         """Rotated q [T, Hq, D], a view of ``qkv``; rotated k, and v, go to the batch's slots."""
@@ -108,7 +108,7 @@ class TritonPlan:
         out = q.new_empty(q.shape)
         if num := self.batch.decode_lanes.shape[0]:
             self._decode(q[:num], out[:num], kv)
-        if self.batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may lie over these
+        if self.batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may overlap these
             self._prefill(q, out, kv, qkv)
         return out.flatten(1)
 
@@ -165,10 +165,10 @@ class TritonPlan:
 
 
 def _scales(kv: LayerKv) -> Tensor | None:
-    """Of K/V in 8 bits."""
+    """The scales of 8-bit K/V, or None."""
     return kv[2] if len(kv) > 2 else None
 
 
 def _knows_fp8(device: torch.device) -> bool:
-    """Without such a device there is nothing to object."""
+    """Whether the device supports fp8; True if it is not a CUDA device."""
     return not (is_assumed() or torch.cuda.is_available()) or device_facts(device).capability >= 89

@@ -40,7 +40,7 @@ from asyncllm.records import Opened
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_KV_BYTES = 4 << 30  # default limit of the K/V cache on a CPU
 GRAPH_CHUNK, GRAPH_DECODE_ROWS = 2048, 256
-CUDA_RESERVE = 2 << 30  # context, cuBLAS work space, graphs, fragmentation
+CUDA_RESERVE = 2 << 30  # context, cuBLAS workspace, graphs, fragmentation
 
 
 def build_model(
@@ -66,8 +66,8 @@ def build_model(
         whole_experts: each rank has whole experts rather than a slice of each (expert parallelism).
         world: ranks among which experts are divided; None: those of ``group``.
         load_way: "HF" or "DS", the format of the checkpoint.
-        asked: what linear layers are to be quantised to.
-        symmetric: sums over ranks may go through symmetric memory.
+        asked: the requested quantisation of linear layers.
+        symmetric: all-reduces may use symmetric memory.
 
     Raises:
         StartupError: the checkpoint does not fit ``spec``, or nothing here can run it.
@@ -113,10 +113,10 @@ def make_model(
         world: ranks that share the experts; None: those of ``comm``.
         device: where it will run.
         max_len: positions for which rotary angles are computed.
-        where: device of its tensors; ``meta`` only to measure what it would take.
+        where: device of its tensors; ``meta`` only to measure its size.
         kv: K/V format, and decode kernel (CUDA only).
         whole_experts: each rank has whole experts rather than a slice of each (expert parallelism).
-        asked: what linear layers are to be quantised to.
+        asked: the requested quantisation of linear layers.
 
     Raises:
         StartupError: the device's attention cannot run a layer.
@@ -128,13 +128,13 @@ def make_model(
         raise StartupError(reason)
     if any(layer.kind == "mla" for layer in layers) and kv.kernel is not None:
         raise StartupError(
-            f"--mode {kv.kernel.name} is for attention with keys of their own, not for the latents "
-            f"of {spec.architecture}"
+            f"--mode {kv.kernel.name} is for attention with separate keys and values, not for the "
+            f"latents of {spec.architecture}"
         )
     ops, attention = _operators(layers, kv, kind, device, max_len, where)
     for layer in dict.fromkeys(layers):
         if reason := attention.refuse(layer, attention.layout, device):
-            raise StartupError(f"attention of {spec.architecture} that {reason} is not served")
+            raise StartupError(f"attention of {spec.architecture} that {reason} is not supported")
     site = Site(
         comm=comm,
         world=world or comm,
@@ -158,7 +158,7 @@ def _operators(
 ) -> tuple[Ops, AttentionBackend]:
     """The operators for ``device``, with tables on ``where``."""
     latent, fmt = any(layer.kind == "mla" for layer in layers), kv.format
-    if device.type == "cuda":  # imported here: Triton need not exist where there is no GPU
+    if device.type == "cuda":  # imported here: without a GPU there may be no Triton
         from asyncllm.engine.attention_cuda import TritonAttention, TritonPairs
         from asyncllm.engine.latent_cuda import TritonLatent, TritonLatents
         from asyncllm.engine.ops_cuda import TritonOps
@@ -188,29 +188,29 @@ def within(spec: ModelSpec, max_len: int) -> ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What the device memory of one rank is for; bytes."""
+    """How the device memory of one rank is divided, in bytes."""
 
     weights: int
     work: int  # activations, logits, lane tables
     num: PerSpace  # slots; equal numbers: one space
     division: Division
-    linears: Tally = field(default_factory=Tally)  # what became of the linear layers
+    linears: Tally = field(default_factory=Tally)  # kinds of the linear layers
 
     @property
     def window(self) -> Window | None:
-        """Of the sliding layers, where they have a slot space of their own."""
+        """The window of the sliding layers, if they have their own slot space."""
         return None if self.num.full == self.num.sliding else self.division.window
 
     @property
     def kv(self) -> int:
-        """Of all slots, and of one for padding."""
+        """Bytes of all slots and one for padding."""
         return self.division.nbytes(self.num)
 
     def text(self, max_req_total_len: int) -> str:
-        """One line for the log and for --check."""
+        """The plan as a line for the log and for --check."""
         gib = 1 << 30
         return (
-            f"memory per rank: weights {self.weights / gib:.2f} GiB, work space "
+            f"memory per rank: weights {self.weights / gib:.2f} GiB, workspace "
             f"{self.work / gib:.2f} GiB, KV {self.kv / gib:.2f} GiB = {self._slots()}; "
             f"{self.num.full / max_req_total_len:.1f} requests of {max_req_total_len:,} tokens fit "
             "at once"
@@ -234,24 +234,24 @@ class MemoryPlan:
 class Sizes:
     """What the memory plan depends on besides the model."""
 
-    tp: int  # ranks among which the model is divided
-    world: int | None = None  # among which its experts are; None: the same
+    tp: int  # ranks that share the model
+    world: int | None = None  # that share the experts; None: the same ranks
     ranks: int  # ranks that share this machine's memory on a CPU
-    whole_experts: bool = False  # each rank has some, not a slice of every one
+    whole_experts: bool = False  # each rank has some whole experts, not a slice of each
     kv: KvMode = PLAIN
     dtype: str
     max_len: int
     num_lanes: int
-    num_rows: int | None = None  # that may sample in one step; None: one of each request
+    num_rows: int | None = None  # maximum sampled rows per step; None: one per request
     batch_max_tokens: int
     mem_fraction: float
     max_total_token_num: int | None
-    asked: WeightTypes = AS_STORED  # of linear layers
-    moving: int = 0  # tokens that K/V pages in transit between servers hold
+    asked: WeightTypes = AS_STORED  # requested for linear layers
+    moving: int = 0  # tokens held in K/V pages in transit between servers
 
 
 def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPlan:
-    """The slots that fit into ``mem_fraction`` of the memory besides weights and work space.
+    """Compute how many slots fit into ``mem_fraction`` of the memory besides weights and workspace.
 
     Weights are measured on a meta model, so this works before they are loaded.
 
@@ -283,12 +283,12 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         raise StartupError(
             f"--max_total_token_num {wanted:,} needs {needed / 2**30:.2f} GiB of KV, but "
             f"{max(budget, 0) / 2**30:.2f} GiB = {fits:,} slots are left of --mem_fraction "
-            f"{sizes.mem_fraction} after weights ({weights / 2**30:.2f} GiB) and work space "
+            f"{sizes.mem_fraction} after weights ({weights / 2**30:.2f} GiB) and workspace "
             f"({work / 2**30:.2f} GiB)"
         )
     if fits < 1:
         raise StartupError(
-            f"no memory is left for KV: weights take {weights / 2**30:.2f} GiB, work space "
+            f"no memory is left for KV: weights take {weights / 2**30:.2f} GiB, workspace "
             f"{work / 2**30:.2f} GiB of --mem_fraction {sizes.mem_fraction} (lower "
             f"--batch_max_tokens or --running_max_req_size, or use a higher --tp)"
         )
@@ -306,7 +306,7 @@ def division_of(spec: ModelSpec, max_len: int, model: Model) -> Division:
 
 
 def model_on_paper(spec: ModelSpec, sizes: Sizes, device: torch.device) -> Model:
-    """A rank's model for ``device``, with tensors that have no memory."""
+    """A rank's model for ``device``, with tensors without memory."""
     return _on_paper(
         spec,
         sizes.tp,
@@ -321,7 +321,7 @@ def model_on_paper(spec: ModelSpec, sizes: Sizes, device: torch.device) -> Model
 
 
 def num_parameters(spec: ModelSpec, device: torch.device) -> int:
-    """Of the whole model, what is tied once."""
+    """Parameters of the whole model, tied ones counted once."""
     plain = replace(spec, stored=None, gguf=())
     return _on_paper(plain, 1, "fp32", device, 1).nbytes // torch.float32.itemsize
 
@@ -354,11 +354,11 @@ def _on_paper(
 
 
 class _Unmet(SingleRank):
-    """Rank 0 of a group that is not connected: enough to measure its share, and the shapes of
-    what it would gather.
+    """Rank 0 of a group that is not connected: enough to measure its share of the weights and the
+    shapes that it would gather.
 
     Args:
-        num_groups: of which the ranks consist.
+        num_groups: number of groups.
     """
 
     def __init__(self, size: int, num_groups: int = 1) -> None:
@@ -404,37 +404,37 @@ def warm_up(
     num_sliding: int = 0,
     in_step: bool = False,
 ) -> None:
-    """Warm-up: run each kind of step once, so that no request waits for compilation; capture
+    """Run each kind of step once, so that no request waits for compilation, and capture the CUDA
     graphs.
 
-    Every rank must call this at the same time. Lane 0 and the first slots are used; they hold
-    nothing yet.
+    Every rank must call this at the same time. Uses lane 0 and the first slots, which are still
+    empty.
 
     Args:
         num_tokens: of the longest chunk.
-        max_len: of a sequence; steps that do not fit are shorter, or left out.
+        max_len: of a sequence; steps that do not fit are shortened or skipped.
         graphs: False: every step is launched kernel by kernel (--disable_cudagraph).
         num_sliding: slots of the second space; 0: there is one space.
-        in_step: groups step together; their plans say how large the step is, which makes other
-            shapes, and so other kernels.
+        in_step: groups step together; their plans carry the common step size, which leads to other
+            shapes and so to other kernels.
     """
     with log.phase("warm-up steps"):
         _try_steps(device, num_tokens, max_len, num_sliding, in_step)
     if graphs and not isinstance(device, CpuDevice):
-        # with the decode rows that may come beside a chunk; the GPU takes longer for a larger step
-        # than its launch takes
+        # including decode rows beside a chunk; a larger step takes longer on the GPU than its
+        # launch on the host
         with log.phase("capture graphs"):
             device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
-        with log.phase("steps by graphs"):  # what only a replay needs is loaded at its first use
+        with log.phase("steps by graphs"):  # replays load some modules at their first use
             _try_steps(device, 16, max_len, num_sliding, in_step)
     elif device.engine.sharing.costs is not None:
-        _try_shared(device, max_len)  # captured with the graphs where these are
+        _try_shared(device, max_len)  # captured with the graphs if there are any
     device.engine.sharing.saved = 0
     gc.collect()
 
 
 def _try_shared(device: CpuDevice | CudaDevice | DryDevice, max_len: int) -> None:
-    """Steps of rows that have all tokens but one in common, as far as that would save anything."""
+    """Run steps whose rows share all tokens but one, in sizes where sharing saves time."""
     most = len(device.engine.table) - 1
     for num in sorted({min(num, most) for num in (LEAST_ROWS, 4 * LEAST_ROWS, most)}):
         lanes = i32(range(num))
@@ -470,7 +470,7 @@ def _try_steps(
     for params, sizes in steps.items():
         start = 0
         for i, wanted in enumerate(sizes, 1):
-            size = min(wanted, max_len - start - (len(sizes) - i))  # there is a token for the rest
+            size = min(wanted, max_len - start - (len(sizes) - i))  # leaves tokens for the rest
             if size < 1:
                 continue
             plan = StepPlan(

@@ -82,7 +82,7 @@ class CpuPending:
 
 
 class CpuDevice:
-    """Steps run in order on one thread, so that the event loop stays free."""
+    """Runs steps in order on one thread, so that the event loop stays free."""
 
     def __init__(self, engine: Engine, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -104,8 +104,8 @@ class CudaPending:
     """A step on the stream, and the pinned memory its results will be in.
 
     Attributes:
-        gap_ms: after :meth:`wait`, idle time of the device before this step; None where it was idle
-            when the step was launched.
+        gap_ms: after :meth:`wait`, idle time before this step; None if it was already idle when
+            the step was launched.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class StepSpan:
 
 
 class CudaDevice:
-    """Steps are queued on one stream; nothing here waits for the device."""
+    """Queues steps on one stream; never waits for the device."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

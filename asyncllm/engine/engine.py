@@ -51,8 +51,8 @@ class Work:
 
     step: int
     rows: Rows
-    bucket: Bucket | None  # the graph that runs it; None: eager
-    variant: SamplerVariant | None  # the graph that runs its end; None: eager
+    bucket: Bucket | None  # the graph that runs the step; None: eager
+    variant: SamplerVariant | None  # the graph that runs its end (sampling); None: eager
     batch: SamplingBatch
     scored: list[Scored]
     staged: Staged
@@ -73,12 +73,12 @@ class Engine:
     Args:
         model: this rank's share of the weights, loaded.
         num_slots: KV slots; slot ``num_slots`` is an extra one that padding writes to.
-        num_sliding: the same of layers with a window; None: these use the slots of all others.
-        num_lanes: most requests at a time.
-        num_rows: most rows that sample in one step; None: one of each request.
+        num_sliding: the same for layers with a window; None: they share the others' slots.
+        num_lanes: maximum concurrent requests.
+        num_rows: maximum sampled rows per step; None: one per request.
         max_len: longest sequence.
         eos_ids: end tokens of the model, for min_new_tokens and length penalties.
-        shares_prefixes: decode rows read once what they share, where attention can.
+        shares_prefixes: decode rows read shared prefixes once, if the attention backend can.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Engine:
         return self.model.forward(batch, self.kv)
 
     def _end(self, hidden: Tensor, given: StepColumns[Tensor], variant: SamplerVariant) -> Ended:
-        """From hidden states of the sampled rows to their tokens; captured in graphs."""
+        """Compute tokens from the hidden states of the sampled rows; captured in graphs."""
         logits = changed = self.model.logits(hidden)
         if variant.penalized and not self.group.rank:
             assert given.penalties is not None
@@ -246,7 +246,7 @@ class Engine:
     def _sample(
         self, logits: Tensor, given: SamplingColumns[Tensor], *, greedy: bool, truncates: bool
     ) -> Tensor:
-        """Tokens [n] int64 of logits [n, vocab_size], the same on every rank; lanes keep them."""
+        """Tokens [n] int64 of logits [n, vocab_size], the same on every rank; updates the lanes."""
         num = len(logits)
         if self.group.rank:
             chosen = torch.empty(num, dtype=torch.int64, device=logits.device)
@@ -316,7 +316,7 @@ class Engine:
 
 
 def _shared(columns: SharedRowColumns[Tensor] | None) -> SharedRows | None:
-    """What decode rows of a step read together."""
+    """What the decode rows of a step read only once."""
     if columns is None:
         return None
     return SharedRows(columns.groups.view(4, -1), *columns[:-1])

@@ -15,7 +15,7 @@ from asyncllm.models.spec import ExpertsSpec
 def route(
     logits: Tensor, bias: Tensor | None, spec: ExpertsSpec, live: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:meth:`asyncllm.models.ops.Ops.route`."""
+    """See :meth:`asyncllm.models.ops.Ops.route`."""
     scores = logits.sigmoid() if spec.scoring == "sigmoid" else logits.softmax(-1)
     choice = scores if bias is None else scores + bias
     if spec.groups > 1:
@@ -43,7 +43,7 @@ def add_experts(
     """Add the outputs of the experts ``held`` for their tokens to ``total`` [T, hidden] float32.
 
     Args:
-        mlp: (place in ``held``, rows of ``x``) -> the expert's result.
+        mlp: (index in ``held``, rows of ``x``) -> the expert's output.
         routed: experts of each token and their weights, [T, top_k] each.
     """
     ids, weights = (tensor.flatten() for tensor in routed)
@@ -59,6 +59,6 @@ def add_experts(
 
 
 def work_bytes(spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
-    """Per token: the sum, scores, and an expert that gets all tokens."""
+    """Workspace per token: the sum, scores, and one expert that gets all tokens."""
     one = itemsize * (2 * hidden + 3 * inner) + 4 * hidden
     return 4 * hidden + 16 * spec.num_experts + 40 * spec.top_k + one

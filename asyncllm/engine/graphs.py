@@ -1,9 +1,9 @@
-"""CUDA graphs: how they are captured and replayed, and those of the decoder.
+"""Captures and replays CUDA graphs, in particular those of the decoder.
 
 Launching a step of an 8B model takes the event loop 14 ms eagerly and about 10 us as a graph. There
 is one graph per bucket of tokens, for decode steps and for mixed steps; it reads its columns at a
 fixed address on the device and writes hidden states to a fixed buffer. The work before it (rare
-table writes) is in no graph, the work after it (logits, sampling) in those of
+table writes) is in no graph; the work after it (logits, sampling) is in the graphs of
 :mod:`asyncllm.engine.sampler_graphs`.
 """
 
@@ -21,23 +21,23 @@ from asyncllm.engine.h2d import Uploader
 from asyncllm.engine.step_inputs import Bucket, Rows, StepColumns
 
 MAX_PREFILL_ROWS = 32
-MAX_DECODE_ROWS = 1024  # of a decode step
-MIXED_DECODE_ROWS = 512  # of a mixed step
-SHARED_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768)  # of decode steps with groups of rows
+MAX_DECODE_ROWS = 1024  # per decode step
+MIXED_DECODE_ROWS = 512  # per mixed step
+SHARED_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768)  # decode steps with shared prefixes
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
 
 
 class Capture(Protocol):
-    """Makes graphs."""
+    """Captures a graph."""
 
     def __call__(self, run: Callable[[], R]) -> tuple[Callable[[], None], R]:
-        """The first replays what ``run`` did; its result is then in the second."""
+        """Returns a function that replays what ``run`` did, and the tensors with its results."""
 
 
 def cuda_capture(stream: torch.cuda.Stream) -> Capture:
-    """Graphs on ``stream`` that share their memory, so capture the largest first."""
+    """Captures graphs on ``stream`` that share their memory, so capture the largest first."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Callable[[], R]) -> tuple[Callable[[], None], R]:
@@ -51,7 +51,7 @@ def cuda_capture(stream: torch.cuda.Stream) -> Capture:
 
 
 class GraphSet(Generic[K, R]):
-    """Graphs by what they do."""
+    """Graphs by key."""
 
     def __init__(self) -> None:
         self._captured: dict[K, tuple[Callable[[], None], R]] = {}
@@ -76,7 +76,7 @@ class GraphSet(Generic[K, R]):
 
 
 def decode_sizes(most: int) -> list[int]:
-    """Rows of the decode buckets: dense where padding costs relatively most."""
+    """Rows of the decode buckets: denser where padding costs relatively more."""
     sizes = [1, 2, 4, 8, 16, 24, 32, 48, *range(64, 128, 16), *range(128, 256, 32)]
     sizes += [*range(256, 512, 64), *range(512, MAX_DECODE_ROWS + 1, 128)]
     last = min(most, MAX_DECODE_ROWS)
@@ -84,7 +84,7 @@ def decode_sizes(most: int) -> list[int]:
 
 
 def mixed_sizes(most: int) -> list[int]:
-    """Tokens of the mixed buckets, up to a whole chunk and the decode rows beside it."""
+    """Tokens of the mixed buckets, up to a full chunk plus decode rows."""
     sizes = [*range(64, 1280, 64), *range(1280, 1 << 16, 128)]
     return [s for s in sizes if s < most] + [most]
 
@@ -93,11 +93,11 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
     """Hidden states [num_tokens, hidden], by bucket.
 
     Args:
-        most_rows: decode rows that can come in one step.
+        most_rows: maximum decode rows per step.
         most_tokens: tokens of the largest mixed step that is worth a graph.
-        shares: decode rows may read together what they share. Decode steps without groups have
-            graphs of their own then, since the kernels for groups take time without any; in mixed
-            steps that is nothing.
+        shares: decode rows may share prefix reads. Decode steps without groups then have graphs of
+            their own, since the kernels for groups take time even if there are none; in mixed steps
+            that is negligible.
     """
 
     def __init__(self, most_rows: int, most_tokens: int, *, shares: bool = False) -> None:

@@ -31,7 +31,7 @@ from asyncllm.kernels.attention.shared_rows import MAX_GROUPS
 
 C = TypeVar("C", HostColumn, Tensor)
 RING = 4  # buffers: more than steps in flight on any rank
-FIXED_WORDS = 1 << 20  # int32 words of the place on the device
+FIXED_WORDS = 1 << 20  # int32 words of the fixed buffer on the device
 NUM_SAMPLING, NUM_PENALTIES = 7, 8  # columns
 
 
@@ -42,9 +42,9 @@ class Layout:
     offsets depend only on the number of rows, not on the shape of the step.
 
     Args:
-        fixed: with penalties of all rows.
-        two_spaces: with slots of the second one.
-        shares: with what decode rows read together.
+        fixed: includes penalties of all rows.
+        two_spaces: includes slots of the second space.
+        shares: includes the shared prefixes of decode rows.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Staged:
     host: Tensor
     layout: Layout
     columns: StepColumns[HostColumn]
-    extras: Extras[HostColumn]  # written behind the columns
+    extras: Extras[HostColumn]  # written after the columns
     bucket: Bucket | None  # whose graph reads the columns
 
 
@@ -133,8 +133,8 @@ class Uploader:
 
     Args:
         num_lanes: padding uses lane ``num_lanes`` and slot ``dump_slot``.
-        num_rows: most rows that sample in one step; None: one of each request.
-        dump_sliding: that of the second slot space; None: there is none.
+        num_rows: maximum sampled rows per step; None: one per request.
+        dump_sliding: the same in the second slot space; None: there is none.
     """
 
     def __init__(
@@ -165,11 +165,11 @@ class Uploader:
         bucket: Bucket | None = None,
         shape: Bucket | None = None,
     ) -> Staged:
-        """Put a step into the next buffer; penalties that are not extras go to the columns.
+        """Write a step into the next buffer; penalties that are not extras go into the columns.
 
         Args:
-            bucket: whose graph reads the columns, which are padded to it.
-            shape: to which they are padded where no graph does; None: they are not.
+            bucket: the graph that reads the columns, which are padded to its size.
+            shape: what to pad them to if there is no graph; None: no padding.
         """
         graphs = bool(self._captured)
         num_rows = self._num_rows if graphs else len(batch.lanes)

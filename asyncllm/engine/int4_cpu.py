@@ -1,8 +1,8 @@
-"""Products with matrices of GGUF files on the CPU, in plain torch.
+"""Matrix products with the low-bit weights of GGUF files on the CPU, in plain torch.
 
-Few rows go through torch's own product with 4-bit weights; many are multiplied by parts of the
-matrix that are widened one after the other, as is everything in other types than bfloat16, of which
-torch has no fast product.
+Few rows use torch's own product with 4-bit weights. For many rows, and for all dtypes other than
+bfloat16 (for which torch has no fast product), the matrix is dequantised and multiplied part by
+part.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from asyncllm.models.gguf_packed import GROUP, ROWS, PackedMatrix
 
-FEW = 24  # rows up to which widening costs more than it saves
-FEW_LOGITS = 4  # of logits, which take two products each
-_WIDENED = 1 << 20  # nibbles that are widened at a time, so that they stay in the cache
-_PACKED_ROWS = 1024  # of a matrix, that are repacked at a time
+FEW = 24  # up to this many rows dequantising costs more than it saves
+FEW_LOGITS = 4  # the same for logits, which take two products each
+_WIDENED = 1 << 20  # nibbles dequantised at a time, so that they stay in the CPU cache
+_PACKED_ROWS = 1024  # rows of a matrix repacked at a time
 
 
 class TorchPackedOps:
@@ -71,8 +71,8 @@ class TorchPackedOps:
     def logits(self, x: Tensor, matrix: PackedMatrix) -> Tensor:
         """Never rounded to bfloat16: a second product has the first one's result subtracted.
 
-        Torch's product rounds its results, but adds up before; in the spare group each output has a
-        shift of its own, with which an activation of 1 is multiplied.
+        Torch's product rounds its results but not its sums; in the spare group each output has a
+        shift of its own, which is multiplied by an activation of 1.
         """
         met = self._met(x, matrix)
         if len(x) > FEW_LOGITS or x.dtype != torch.bfloat16 or not matrix.spare:
@@ -91,7 +91,7 @@ class TorchPackedOps:
         return out
 
     def _met(self, x: Tensor, matrix: PackedMatrix) -> Tensor:
-        """Activations as they meet nibbles."""
+        """Activations in the order of the nibbles."""
         planes = matrix.planes
         if not planes.width:
             return x.contiguous()
@@ -115,7 +115,7 @@ def _by_parts(x: Tensor, matrix: PackedMatrix) -> Tensor:
 
 
 def _widened(matrix: PackedMatrix, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Some rows as columns: [nibbles, rows]."""
+    """Dequantise some rows, as columns: [nibbles, rows]."""
     half, run = _layout()
     data = matrix.data[rows].reshape(-1, matrix.data.shape[1] * 2, half)[:, : matrix.nibbles]
     num = (rows.stop - rows.start) // (2 * half)

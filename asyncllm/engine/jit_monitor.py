@@ -1,4 +1,4 @@
-"""Kernels compiled while serving: each stalls for seconds, so they are counted and logged."""
+"""Counts and logs kernels compiled while serving: each of them stalls steps for seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ log = logging.getLogger(__name__)
 
 
 class JitMonitor:
-    """Counts Triton compilations from :meth:`arm` on; before it they are part of the start-up."""
+    """Counts Triton compilations from :meth:`arm` on; earlier ones are part of the start-up."""
 
     def __init__(self) -> None:
         self.count = 0

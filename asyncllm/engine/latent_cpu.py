@@ -1,4 +1,4 @@
-"""Attention over latents on the CPU, in plain torch."""
+"""Multi-head latent attention (MLA) on the CPU, in plain torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from asyncllm.models.attention import (
 )
 from asyncllm.models.spec import AttentionSpec
 
-SCORES = 1 << 22  # exist at a time, or those of a token
+SCORES = 1 << 22  # maximum scores in memory, or those of one token
 
 
 class TorchLatents(KvLatents):
-    """Latents that torch writes and reads."""
+    """Latents written and read by torch."""
 
     def write(self, kv: LayerKv, slots: Tensor, rows: Tensor) -> None:
-        """rows [T, width] to ``slots`` [T] int64."""
+        """Write rows [T, width] to ``slots`` [T] int64."""
         if self.format is None:
             kv[0].index_copy_(0, slots, rows)
             return
@@ -37,7 +37,7 @@ class TorchLatents(KvLatents):
         kv[1].index_copy_(0, slots, scales[:, 0].float())
 
     def read(self, kv: LayerKv, slots: Tensor) -> Tensor:
-        """[T, width] of ``slots`` [T] int64, in the type that the model computes in."""
+        """Read [T, width] from ``slots`` [T] int64, in the model's compute dtype."""
         if self.format is None:
             return kv[0].index_select(0, slots)
         # torch does not index 8-bit floats
@@ -49,7 +49,7 @@ class TorchLatent:
     """Implements :class:`asyncllm.models.attention.AttentionBackend`.
 
     Args:
-        least: instead of ``decompressed_from``.
+        least: overrides ``decompressed_from``.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TorchLatent:
         self.layout, self.angles = layout, rope_tables(layers, max_len, where)
         self._least = least
         tables = sum(table.nbytes for table in self.angles.values())
-        # the latents of a sequence and what is made of them, in float32 at worst
+        # the latents of a sequence and their decompressed keys and values, in float32 at worst
         heads = max(spec.num_q_heads * (spec.head_dim + spec.v_dim) for spec in layers)
         self.nbytes = tables + 4 * max_len * (2 * heads + max(spec.kv_rank for spec in layers))
 
@@ -77,11 +77,11 @@ class TorchLatent:
     def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:
         heads, q = spec.num_q_heads, spec.num_q_heads * (spec.head_dim + spec.v_dim)
         absorbed = 3 * heads * (spec.kv_rank + spec.head_dim)
-        widened = 12 * heads * spec.head_dim  # float32: turned, its product, the sum's other
+        widened = 12 * heads * spec.head_dim  # float32: rotated, its product, the other summand
         return dtype.itemsize * (2 * q + absorbed) + widened
 
     def sharing(self) -> None:
-        """Each row reads all that is its own."""
+        """None: each row reads all of its K/V by itself."""
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> TorchLatentPlan:
         least = decompressed_from(spec) if self._least is None else self._least
@@ -106,7 +106,7 @@ class TorchLatentPlan:
         self._layout, self._spec, self._num_decode, self._least = layout, spec, decode, least
         self._turned, self._interleaved = spec.rope.dim, spec.rope.interleaved
         cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
-        # [T, 1, rope.dim] float32: both elements of a pair alike, but the sine of the first negated
+        # [T, 1, rope.dim] float32: equal for both elements of a pair; the first's sine negated
         if spec.rope.interleaved:
             self._cos = cos.repeat_interleave(2, dim=-1)
             self._sin = torch.stack([-sin, sin], dim=-1).flatten(-2)
@@ -119,7 +119,7 @@ class TorchLatentPlan:
         # unseen entries of the table may hold anything
         self._decode_slots = slots.masked_fill_(~seen, 0)
         self._decode_mask = None if decode == 1 else seen[:, None, None]
-        # first new token, position of it, new tokens, slots of all
+        # (first new token, its position, number of new tokens, slots of all tokens)
         self._chunks: list[tuple[int, int, int, Tensor]] = []
         token = decode
         for row in range(decode, len(host.lanes)):
@@ -137,7 +137,7 @@ class TorchLatentPlan:
         normed = rms_norm(latent.raw[:, :rank].float(), (rank,), eps=latent.eps).to(qkv.dtype)
         key = self._turn(latent.raw[:, None, rank:])[:, 0]
         self._layout.write(kv, self._slots, torch.cat([normed * latent.norm, key], dim=1))
-        out = q.new_zeros(len(q), spec.num_q_heads, spec.v_dim)  # tokens may be of no row
+        out = q.new_zeros(len(q), spec.num_q_heads, spec.v_dim)  # some tokens may belong to no row
         if num_decode:
             rows = self._layout.read(kv, self._decode_slots.flatten())
             rows = rows.view(num_decode, 1, -1, rank + self._turned)
@@ -161,13 +161,13 @@ class TorchLatentPlan:
         return (wide * self._cos).add_(other.mul_(self._sin)).to(x.dtype)
 
     def _absorb(self, q: Tensor, up: Tensor) -> Tensor:
-        """q [T, H, D] as queries for latents, [T, H, rank + rope.dim]."""
+        """Transform q [T, H, D] to queries for latents, [T, H, rank + rope.dim]."""
         plain = q.shape[2] - self._turned
         wide = torch.einsum("thd,hdr->thr", q[..., :plain], up[:, :plain])
         return torch.cat([wide, q[..., plain:]], dim=-1)
 
     def _values(self, summed: Tensor, up: Tensor) -> Tensor:
-        """Values [T, H, Dv] of sums of latents [T, H, rank]."""
+        """Values [T, H, Dv] from weighted sums of latents [T, H, rank]."""
         plain = self._spec.head_dim - self._turned
         return torch.einsum("thr,hdr->thd", summed, up[:, plain:])
 
@@ -184,7 +184,7 @@ class TorchLatentPlan:
         return self._causal(q.transpose(0, 1), keys, made[..., plain:], start).transpose(0, 1)
 
     def _causal(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-        """q [H, T, D] at positions from ``start`` over keys, values [H or 1, n, ..], in pieces."""
+        """Attend causally: q [H, T, D] from position ``start`` to [H or 1, n, ..], in pieces."""
         (heads, num, _), (own, total, _) = q.shape, keys.shape
         size = max(1, SCORES // (heads * total))
         found = []

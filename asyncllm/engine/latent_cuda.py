@@ -1,9 +1,9 @@
-"""Attention over latents on a CUDA device, by Triton kernels.
+"""Multi-head latent attention (MLA) on a CUDA device, by Triton kernels.
 
-Decode rows attend to latents as they are (absorbed). For other rows the device decides in each step
-whose keys and values are decompressed first: those where that is cheaper (``decompressed_from``),
-while the buffer has room. Heads are processed in groups, so that the buffer fits all keys of a long
-row.
+Decode rows attend to the latents directly (absorbed). For other rows the device decides in each
+step which ones have their keys and values decompressed first: those where that is cheaper
+(``decompressed_from``), while the buffer has room. Heads are processed in groups, so that the
+buffer fits all keys of a long row.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from asyncllm.models.attention import (
 )
 from asyncllm.models.spec import AttentionSpec
 
-MAX_RANK, MAX_PART = 512, 256  # of a latent; of what of a head turns, does not turn, is a value
-SPACE = 1 << 30  # bytes of decompressed keys and values at most
-LEAST_TOKENS = 8192  # that they are of, if a group of heads can be small enough
-GROUP = 32  # heads of a group at most
+MAX_RANK, MAX_PART = 512, 256  # of a latent; of a head's rotary part, non-rotary part and values
+SPACE = 1 << 30  # maximum bytes of decompressed keys and values
+LEAST_TOKENS = 8192  # tokens they should cover, if a group of heads can be small enough
+GROUP = 32  # maximum heads per group
 
 
 class TritonLatents(KvLatents):
-    """Latents that our kernels write."""
+    """Latents written by our kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class TritonLatent:
     """Implements :class:`asyncllm.models.attention.AttentionBackend`.
 
     Args:
-        least: instead of ``decompressed_from``.
+        least: overrides ``decompressed_from``.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class TritonLatent:
         return dtype.itemsize * num * (spec.head_dim + spec.v_dim + 2 * spec.kv_rank)
 
     def sharing(self) -> None:
-        """Each row reads all that is its own."""
+        """None: each row reads all of its K/V by itself."""
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> TritonLatentPlan:
         assert spec.rope is not None
@@ -140,18 +140,18 @@ class TritonLatentPlan:
                 rank = self.spec.kv_rank
                 self.decode = plan_attend(lanes, lens, q.shape[1], cache, rank)
             self._absorbed(q[:num], kv, latent.up, self.decode, batch.decode_lens, out[:num])
-        if batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may lie over these
+        if batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may overlap these
             for first in range(0, q.shape[1], self.space.group):
                 some = slice(first, first + self.space.group)
                 self._chunked(q[:, some], kv, latent.up[some], out[:, some])
-        elif num < len(q):  # tokens of no row: later operators need finite values
+        elif num < len(q):  # tokens that belong to no row: later operators need finite values
             out[num:].zero_()
         return out.flatten(1)
 
     def _absorbed(
         self, q: Tensor, kv: LayerKv, up: Tensor, plan: AttendPlan, state: Tensor, out: Tensor
     ) -> None:
-        """Tokens whose ``state`` is positive; those with 0 get zeros."""
+        """Attend for tokens whose ``state`` is positive; those with 0 get zeros."""
         plain = q.shape[2] - self.cos_sin.shape[1]
         wide, summed = (q.new_empty(*q.shape[:2], self.spec.kv_rank) for _ in range(2))
         heads(q[..., :plain], up[:, :plain], state, wide)
@@ -161,7 +161,7 @@ class TritonLatentPlan:
         heads(summed, up[:, plain:].transpose(1, 2), state, out)
 
     def _chunked(self, q: Tensor, kv: LayerKv, up: Tensor, out: Tensor) -> None:
-        """Rows of several new tokens, for a group of heads."""
+        """Attend for rows of several new tokens, in groups of heads."""
         batch, made, keys = self.batch, self.space.made, self.space.keys
         lanes, starts, cu = batch.prefill_lanes, batch.prefill_starts, batch.prefill_cu
         if self.chunks is None:
@@ -185,7 +185,7 @@ class TritonLatentPlan:
 
 
 def _space(spec: AttentionSpec, max_len: int, dtype: torch.dtype, where: torch.device) -> Space:
-    """For all keys of the longest sequence, if a group of heads can be small enough."""
+    """The buffer: for all keys of the longest sequence, if a group of heads can be small enough."""
     assert spec.rope is not None
     made, num, wanted = spec.head_dim - spec.rope.dim + spec.v_dim, spec.num_q_heads, max_len
     wanted = max(wanted, LEAST_TOKENS)

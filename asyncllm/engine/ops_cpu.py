@@ -12,7 +12,7 @@ from asyncllm.models.ops import Activations, Held
 from asyncllm.models.quantization import ROW_FORMS, QuantRows, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 
-WIDENED_ROWS = 8192  # of the output matrix, whose float32 copies exist at a time
+WIDENED_ROWS = 8192  # rows of the output matrix converted to float32 at a time
 
 
 def stage(
@@ -26,7 +26,7 @@ def stage(
     sliding_table: Tensor | None = None,
     sliding_slots: Tensor | None = None,
 ) -> Tensor:
-    """:func:`asyncllm.kernels.embedding.stage` in torch."""
+    """See :func:`asyncllm.kernels.embedding.stage`."""
     lanes = token_lanes.long()
     where = lanes * table.shape[1] + positions.long()
     table.view(-1).index_copy_(0, where, slots)

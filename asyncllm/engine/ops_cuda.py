@@ -150,7 +150,7 @@ class TritonOps:
         )
 
     def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
-        # logits, choice and weights; each pair's row between the products and behind them
+        # logits, choice and weights; each pair's row between and after the products
         return 4 * spec.num_experts + spec.top_k * (20 + itemsize * (inner + hidden))
 
 

@@ -40,11 +40,11 @@ class SingleRank:
         return x
 
     def gather_tokens(self, x: Tensor) -> Tensor:
-        """[n, h] of each group -> [groups * n, h], group by group: there is but this one."""
+        """[n, h] of each group -> [groups * n, h], group by group: there is only this one."""
         return x
 
     def gather_flags(self, x: Tensor) -> Tensor:
-        """[n] of each group -> [groups * n], group by group: there is but this one."""
+        """[n] of each group -> [groups * n], group by group: there is only this one."""
         return x
 
     def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
@@ -62,13 +62,13 @@ class SingleRank:
 def meet(
     topology: Topology, me: Endpoint, address: tuple[str, int], listen_fd: int | None = None
 ) -> TCPStore:
-    """The store that all ranks share, once all have joined. Blocks.
+    """Block until all ranks have joined; returns the store that they share.
 
     Args:
         topology, me: the ranks of the server, and this one.
-        address: host and port of the rendezvous, which the first rank serves, or a config_server.
-        listen_fd: of the first rank, if it serves it: a socket that listens there, which the store
-            takes over; on its own the store would listen on every address of this machine.
+        address: host and port of the rendezvous, served by the first rank or a config_server.
+        listen_fd: if the first rank serves it: the listening socket, which the store takes over; by
+            itself the store would listen on every address of this machine.
     """
     ranks = topology.ranks
     store = TCPStore(
@@ -129,7 +129,7 @@ class Ranks:
             self.world = self._spread(topology, me, device)
 
     def _spread(self, topology: Topology, me: Endpoint, device: torch.device) -> Spread:
-        """With a process group for each place in a group: the ranks of that place in all groups."""
+        """Create a process group per rank index: the ranks with that index in all groups."""
         ranks, groups = topology.ranks, topology.groups
         cuda = device.type == "cuda"
         columns = []
@@ -148,7 +148,7 @@ class Ranks:
     def minimum(self, value: int) -> int:
         """Smallest of all ranks' values; start-up only, it waits for all.
 
-        No collective: ranks of several groups need no communicator in common.
+        Uses no collective: ranks of several groups need no common communicator.
         """
         self._asked += 1
         keys = [f"minimum/{self._asked}/{rank}" for rank in range(self._size)]
@@ -171,7 +171,7 @@ class Ranks:
         return texts
 
     def close(self) -> None:
-        """Leave; call after CUDA graphs that hold collectives have been freed."""
+        """Leave the process groups; call after freeing CUDA graphs that contain collectives."""
         self.group = self.world = SingleRank()
         dist.destroy_process_group()
 
@@ -181,7 +181,7 @@ class TensorParallel:
 
     Args:
         group: the process group.
-        rank, size: place in it, and how many there are.
+        rank, size: this rank's index in it, and its size.
         device: where this rank computes.
     """
 
@@ -207,11 +207,11 @@ class TensorParallel:
         return out.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def gather_tokens(self, x: Tensor) -> Tensor:
-        """[n, h] of each group -> [groups * n, h], group by group: there is but this one."""
+        """[n, h] of each group -> [groups * n, h], group by group: there is only this one."""
         return x
 
     def gather_flags(self, x: Tensor) -> Tensor:
-        """[n] of each group -> [groups * n], group by group: there is but this one."""
+        """[n] of each group -> [groups * n], group by group: there is only this one."""
         return x
 
     def sum_tokens(self, product: Product, x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class TensorParallel:
         return int(box.item())
 
     def use_symmetric_memory(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """Sum through peer-mapped memory where that works; every rank must call this.
+        """Use peer-mapped memory for all-reduces if it works; every rank must call this.
 
         Two H200 on NVLink: 6.0 / 13 / 32 us at 1 / 256 / 1024 rows of 4096 bf16, NCCL 17 / 38 / 56.
         """
@@ -246,18 +246,18 @@ class TensorParallel:
             found = SymmetricSum(self._group, hidden_size, dtype, self.device)
             works = found.check()
         except (RuntimeError, AttributeError, ImportError) as error:
-            log.info("no symmetric memory, sums go through NCCL: %s", error)
+            log.info("no symmetric memory, all-reduces use NCCL: %s", error)
             works = False
         # all ranks or none: a single rank in a collective would wait forever
         if self.minimum(int(works)):
             self.symmetric = found
-            log.info("sums of up to %d rows go through symmetric memory", SYMMETRIC_ROWS)
+            log.info("all-reduces of up to %d rows use symmetric memory", SYMMETRIC_ROWS)
 
 
 class Spread:
-    """All ranks of several groups in lockstep, among which experts are divided.
+    """All ranks of several groups in lockstep, which share the experts.
 
-    A token is known to all ranks of its group. A column is the ranks of one place in all groups.
+    All ranks of a group know its tokens. A column is the ranks of equal index in all groups.
 
     Args:
         group: this rank's.
@@ -333,10 +333,10 @@ class SymmetricSum:
         return self._sum(linear(x, self._buffers[self._turn][: len(x)]))
 
     def gather(self, x: Tensor | None, first: int, num_rows: int) -> Tensor:
-        """[num_rows, hidden] in one of the buffers, of which each row is one rank's.
+        """All-gather into [num_rows, hidden] in one of the buffers; each row comes from one rank.
 
         Args:
-            x: the rows from ``first`` on; None: this rank brings none.
+            x: the rows from ``first`` on; None: this rank contributes none.
         """
         self._turn ^= 1
         ours = self._buffers[self._turn][:num_rows].zero_()
@@ -351,7 +351,7 @@ class SymmetricSum:
     def check(self) -> bool:
         """Compare with NCCL on a few sizes; a wrong sum must never serve.
 
-        Every rank runs all of it whatever it finds, because the others wait for it.
+        Every rank runs all of it whatever the result, because the others wait for it.
         """
         worst = 0.0
         noise = torch.Generator(self._buffers[0].device).manual_seed(self._group.rank())
@@ -365,7 +365,7 @@ class SymmetricSum:
             worst = max(worst, ((got - want).norm() / want.norm()).item())
             dist.barrier(self._group)  # a peer may still be reading our part of this buffer
         if worst >= CHECK_TOLERANCE:
-            log.warning("symmetric memory sums are off by %g: not used", worst)
+            log.warning("symmetric memory sums differ from NCCL's by %g: not used", worst)
         return worst < CHECK_TOLERANCE
 
 

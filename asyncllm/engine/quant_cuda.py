@@ -1,8 +1,9 @@
-"""Products with quantised weights on a CUDA device: which kernel serves how many rows.
+"""Matrix products with quantised weights on a CUDA device; chooses the kernel by number of rows.
 
-Few rows stay as they are and weights are widened in registers, which costs no pass over the rows;
-more come to 8 bits themselves, for the matrix units; many 4-bit weights are widened in memory, for
-the library's product. Each changes at a measured number of rows.
+For few rows, activations stay unquantised and weights are dequantised in registers, which saves a
+pass over the activations. For more rows, activations are quantised to 8 bits too, for tensor cores.
+For many rows, 4-bit weights are dequantised in memory for the library's matmul. The thresholds
+between these are measured.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from asyncllm.models.quantization import (
     RowForm,
 )
 
-WIDENED = 1 << 25  # numbers of 4 bits that exist in 16 at a time
-# one row number of each class of each kernel: what serving may meet
+WIDENED = 1 << 25  # 4-bit weights dequantised to 16 bits at a time
+# one number of rows of each class of each kernel, to cover all that serving may need
 _CLASSES = (1, 9, 17, 33, 65, 129, 257, 2048)
 
 
@@ -42,13 +43,13 @@ EIGHT_BITS: dict[RowForm, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class QuantWays:
-    """Up to how many rows a kernel serves.
+    """Up to how many rows each kernel is used.
 
     Attributes:
-        wide: as they are, weights widened in registers.
-        own: our product; above it is the library's.
-        plain: as they are even where a kernel before it could give them in 8 bits without a pass
-            of their own; no more than ``wide``.
+        wide: kernel with unquantised activations and weights dequantised in registers.
+        own: our 8-bit product; beyond it the library's.
+        plain: unquantised activations, even if the preceding kernel could output 8 bits without an
+            extra pass; at most ``wide``.
     """
 
     wide: int
@@ -66,13 +67,13 @@ _WAYS: dict[QuantKind, QuantWays] = {
 
 
 def ways_of(kind: QuantKind, device: torch.device) -> QuantWays:
-    """The device's measured ones or those of the table."""
+    """The thresholds measured on the device, or those of the table."""
     entry = tuned(device, "quant ways", kind)
     return _WAYS[kind] if entry is None else QuantWays(**entry)
 
 
 def pack_quant(weight: QuantWeight) -> QuantWeight:
-    """As ``quant_linear`` reads it: 4 bits in the layout of ``four_bits``; others as they are."""
+    """Convert to the layout of ``quant_linear``: 4-bit weights to that of ``four_bits``."""
     if weight.kind != "int4_group" or not _fits_four_bits(weight):
         return weight
     return QuantWeight(
@@ -87,8 +88,8 @@ def pack_quant(weight: QuantWeight) -> QuantWeight:
 
 
 def prepare(weight: QuantWeight, dtype: torch.dtype) -> None:
-    """Builds what ``quant_linear`` will use for any number of rows: not all of it turns up in the
-    first steps."""
+    """Build everything that ``quant_linear`` will use for any number of rows, since the first steps
+    do not use all of it."""
     x = torch.zeros(_CLASSES[-1], weight.in_features, dtype=dtype, device=weight.data.device)
     for num_rows in _CLASSES:
         quant_linear(x[:num_rows], weight)
@@ -129,9 +130,10 @@ def quant_linear(
     out: Tensor | None = None,
     ways: QuantWays | None = None,
 ) -> Tensor:
-    """:meth:`asyncllm.models.ops.Ops.quant_linear` of a weight that went through ``pack_quant``.
+    """:meth:`asyncllm.models.ops.Ops.quant_linear` for a weight converted by ``pack_quant``.
 
-    ``ways``: instead of the device's, to measure others. Does not synchronise; safe in CUDA graphs.
+    ``ways`` overrides the device's thresholds, to measure others. Does not synchronise; safe in
+    CUDA graphs.
     """
     if out is None:
         shape = len(x), weight.out_features
@@ -177,7 +179,7 @@ def _is_packed(weight: QuantWeight) -> bool:
 
 
 def _fits_library(weight: QuantWeight, out: Tensor) -> bool:
-    """Whether ``torch._scaled_mm`` has this product."""
+    """Whether ``torch._scaled_mm`` supports this product."""
     if out.dtype != torch.bfloat16 or weight.out_features % 16 or weight.in_features % 16:
         return False
     if weight.kind == "fp8_block":

@@ -1,7 +1,7 @@
-"""Products with quantised weights in plain torch.
+"""Matrix products with quantised weights in plain torch.
 
-What :class:`asyncllm.models.quantization.QuantWeight` says, with a part of the weight widened at a
-time: the products of the CPU, and the reference of kernels.
+Computes what :class:`asyncllm.models.quantization.QuantWeight` defines, dequantising a part of the
+weight at a time; used on the CPU, and as the reference of kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from asyncllm.models.quantization import (
 )
 from asyncllm.models.quantize import quantize_rows as quantize_rows
 
-WIDENED = 1 << 22  # elements of a weight that exist as float32 at a time
+WIDENED = 1 << 22  # elements of a weight dequantised to float32 at a time
 
 
 def in_8_bits(x: Tensor, form: RowForm) -> QuantRows:
@@ -51,7 +51,7 @@ def rounded(x: Activations, weight: QuantWeight) -> Tensor:
 
 
 def dequantize(weight: QuantWeight, rows: slice = slice(None)) -> Tensor:
-    """Some rows of the matrix, in float32."""
+    """Dequantise some rows of the matrix to float32."""
     first, end, _ = rows.indices(weight.out_features)
     data = weight.data[first:end]
     match weight.kind:

@@ -1,7 +1,7 @@
 """CUDA graphs of the sampler: from hidden states of the sampled rows to their tokens.
 
-What only some steps need (biases, masks, length penalties, top log-probabilities) is not captured:
-the sampler of such a step is launched kernel by kernel.
+Features of only some steps (biases, masks, length penalties, top log-probabilities) are not
+captured: the sampler of such a step is launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SamplerVariant:
         greedy: every row takes its best token.
         truncates: some row has top_k, top_p or min_p.
         penalized: some row has penalties.
-        scored: with the log-probabilities of the tokens.
+        scored: computes the log-probabilities of the tokens.
     """
 
     num_rows: int
@@ -52,10 +52,10 @@ def sampler_sizes(most: int) -> list[int]:
 
 
 class SamplerGraphs(GraphSet[SamplerVariant, Ended]):
-    """Tokens and log-probabilities, by number of rows and kind of choice.
+    """Tokens and log-probabilities, by number of rows and kind of sampling.
 
     Args:
-        hidden: [num_lanes, hidden] where the rows' hidden states are put.
+        hidden: [num_lanes, hidden] buffer for the rows' hidden states.
     """
 
     def __init__(self, hidden: Tensor) -> None:
@@ -63,7 +63,7 @@ class SamplerGraphs(GraphSet[SamplerVariant, Ended]):
         self._hidden, self._sizes = hidden, sampler_sizes(len(hidden))
 
     def all(self) -> list[SamplerVariant]:
-        """What there are graphs for, the largest first."""
+        """All variants that have graphs, the largest first."""
         return [
             SamplerVariant(size, *kind, scored)
             for size in reversed(self._sizes)
@@ -101,7 +101,7 @@ class SamplerGraphs(GraphSet[SamplerVariant, Ended]):
         """Queue the graph for ``hidden[rows]`` (None: the first ones).
 
         Returns:
-            Of ``num_rows`` rows; valid until the next replay.
+            The results of ``num_rows`` rows; valid until the next replay.
         """
         place = self._hidden[:num_rows]
         if rows is None:

@@ -19,7 +19,7 @@ PENALTY_ROWS = 64  # rows with dense token counts at a time: bounds the memory
 
 @dataclass(slots=True)
 class SamplingTensors:
-    """How n rows choose their tokens, on the device; float32 or int32."""
+    """Sampling parameters of n rows on the device; float32 or int32."""
 
     temperature: Tensor
     top_k: Tensor
@@ -31,7 +31,7 @@ class SamplingTensors:
 
 
 class Sampler(Protocol):
-    """The operators that follow the logits (float32) on one device; none waits for the device."""
+    """Operators applied to the float32 logits on one device; none waits for the device."""
 
     def sample(self, logits: Tensor, given: SamplingTensors) -> Tensor:
         """One token per row of ``logits`` [n, vocab_size]: [n] int64.
@@ -58,7 +58,7 @@ class Sampler(Protocol):
     def log_probs(
         self, logits: Tensor, tokens: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of ``logits`` [n, vocab_size]: log-probability of ``tokens`` [n], best ``num_top``.
+        """From ``logits`` [n, vocab_size]: log-probabilities of ``tokens`` [n], and the top ones.
 
         Returns:
             [n] float32, [n, num_top] int32 ids, [n, num_top] float32.
@@ -104,10 +104,10 @@ def put_given(
     columns: Tensor,
     tokens: Tensor,
 ) -> None:
-    """Put ``tokens`` [m] in the place of the best ones at ``rows`` and ``columns``.
+    """Replace the top tokens at ``rows`` and ``columns`` by ``tokens`` [m].
 
     Args:
-        found: of :meth:`Sampler.log_probs` of ``chosen``, which is changed.
+        found: the result of :meth:`Sampler.log_probs` for ``chosen``; modified in place.
     """
     scores, ids, values = found
     rows, columns, wanted = rows.long(), columns.long(), tokens.long()
@@ -156,7 +156,7 @@ def _penalize_rows(logits: Tensor, history: Tensor, p: Penalties[Tensor], max_le
     valid = position < p.lens[:, None]
     made = valid & (position >= p.prompt_lens[:, None])
     seen = made | (valid & (p.penalize_prompt[:, None] > 0))
-    # counts per token; column vocab_size collects what does not count
+    # counts per token; column vocab_size collects tokens that do not count
     zeros = torch.zeros(len(rows), vocab_size + 1, device=logits.device)
     ones = torch.ones((), device=logits.device).expand(tokens.shape)
     counts = zeros.scatter_add(1, tokens.masked_fill(~made, vocab_size), ones)[:, :vocab_size]

@@ -1,4 +1,4 @@
-"""Sampling parameters of every lane on the host, and the batch of those that a step needs.
+"""Sampling parameters of all lanes on the host, and the batch that a step needs.
 
 Knows SamplingParams and numpy; does not know tensors.
 """
@@ -23,13 +23,13 @@ from asyncllm.engine.step_inputs import (
 )
 from asyncllm.messages import StepPlan
 
-MOST_SCALE = 1e30  # of a length penalty: its product with a logit is finite
-BAN = -1e30  # below every logit, yet above -inf, since a constraint may allow nothing else
+MOST_SCALE = 1e30  # bound of a length penalty, so that its product with a logit is finite
+BAN = -1e30  # below every logit but above -inf, since a constraint may allow nothing else
 
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """How the sampled rows of one step choose their tokens; n rows."""
+    """Sampling parameters of the n sampled rows of a step."""
 
     logit_rows: I32  # [n] the last token of the row, in the step
     lanes: I32
@@ -43,13 +43,13 @@ class SamplingBatch:
     bias: Bias[HostColumn] | None
     penalties: Penalties[HostColumn] | None
     lengths: Lengths[HostColumn] | None
-    num_top: int  # most alternatives that a row asks for; -1: no log-probabilities
+    num_top: int  # most alternatives of any row; -1: no log-probabilities
     given: GivenTokens[HostColumn] | None
     masked: bool  # some row has a mask
 
     @property
     def changes(self) -> bool:
-        """Some row's logits are changed before the choice, not only by penalties."""
+        """Whether some row's logits are modified before sampling by more than penalties."""
         return self.masked or self.bias is not None or self.lengths is not None
 
 
@@ -76,7 +76,7 @@ class SamplingTable:
     """Sampling parameters of every lane; written when a plan opens the lane.
 
     Args:
-        eos_ids: banned while a request is below its min_new_tokens.
+        eos_ids: banned until a request reaches its min_new_tokens.
     """
 
     def __init__(self, num_lanes: int, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
@@ -181,7 +181,7 @@ class SamplingTable:
         )
 
     def _bias(self, lanes: I32, ends: I32) -> Bias[HostColumn] | None:
-        """Of logit_bias, and of end tokens below min_new_tokens."""
+        """Biases of logit_bias, and bans of end tokens before min_new_tokens."""
         banned = ends - self.prompt_len[lanes] < self.least[lanes]
         entries = [
             (row, token, value)
@@ -197,7 +197,7 @@ class SamplingTable:
         )
 
     def _given(self, lanes: I32) -> GivenTokens[HostColumn] | None:
-        """Tokens whose log-probabilities are asked for by id."""
+        """Tokens whose log-probabilities are requested by id."""
         entries = [
             (row, column, token)
             for row in map(int, np.flatnonzero(self.names_tokens[lanes]))
@@ -215,7 +215,7 @@ class SamplingTable:
         return pairs
 
     def scores(self, rows: Rows) -> list[Scored]:
-        """Prompt log-probabilities that this step can give."""
+        """Prompt log-probabilities that this step can yield."""
         out = []
         for row in np.flatnonzero(self.scored[rows.lanes]):
             lane = self.lanes[int(rows.lanes[row])]

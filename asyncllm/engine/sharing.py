@@ -1,6 +1,6 @@
-"""Groups of a step's rows whose shared K/V are read once: those that save more than they cost.
+"""Groups a step's rows to read shared K/V only once, where this saves more than it costs.
 
-Knows plans and numpy. What the kernels are told is :mod:`asyncllm.kernels.attention.shared_rows`.
+Knows plans and numpy. The kernels' inputs are in :mod:`asyncllm.kernels.attention.shared_rows`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, MEMBERS, SharingC
 from asyncllm.messages import StepPlan
 
 I32 = NDArray[np.int32]
-LEAST_ROWS = 4  # decode rows of a step, or of a graph, that may have groups
+LEAST_ROWS = 4  # minimum decode rows of a step or graph with groups
 
 
 class SharedColumns(NamedTuple):
-    """The groups of a step, as :class:`SharedRows` describes them, on the host; of decode rows."""
+    """The groups of a step's decode rows on the host, as :class:`SharedRows` describes them."""
 
     groups: I32  # [4, num_groups]
     order: I32
     places: I32
     owns: I32
-    saved: int  # tokens whose K/V are not read again, in a layer
+    saved: int  # tokens per layer whose K/V are not reread
 
 
 class Sharing:
-    """Makes the groups of steps; the last ones are kept, since most steps change nothing.
+    """Forms the groups of steps; caches the last ones, since most steps change nothing.
 
     Attributes:
-        saved: tokens whose K/V no layer with groups has read again, of all steps.
+        saved: tokens whose K/V no layer had to reread, over all steps.
     """
 
     def __init__(self, costs: SharingCosts | None) -> None:
@@ -42,7 +42,7 @@ class Sharing:
         self._found: SharedColumns | None = None
 
     def of(self, plan: StepPlan) -> SharedColumns | None:
-        """None: nothing is worth it. About 2 us where nothing has changed, else 30."""
+        """None: no group pays off. Takes about 2 us if nothing has changed, else 30."""
         if self.costs is None or not plan.siblings or plan.num_decode < LEAST_ROWS:
             return None
         lanes = plan.lanes[: plan.num_decode]
@@ -59,7 +59,7 @@ class Sharing:
 def shared_columns(
     siblings: I32, commons: I32, lanes: I32, costs: SharingCosts
 ) -> SharedColumns | None:
-    """Groups of the rows of ``lanes``, which ``siblings`` puts in order; both columns as in
+    """Groups of the rows of ``lanes``, ordered by ``siblings``; both columns as in
     ``StepPlan``."""
     row_of = np.full(int(max(siblings.max(), lanes.max())) + 1, -1, np.int32)
     row_of[lanes] = np.arange(len(lanes), dtype=np.int32)
@@ -67,7 +67,7 @@ def shared_columns(
     kept = np.flatnonzero(rows >= 0)
     if len(kept) < 2:
         return None
-    # with the row before it: the least of all between the two
+    # common with the previous row: the minimum over the lanes in between
     common = np.minimum.reduceat(commons[: kept[-1] + 1], kept[:-1] + 1)
     common[common < costs.row] = 0
     chosen = _choose(_runs(common), costs, 0.0, MEMBERS * len(lanes))
@@ -78,7 +78,7 @@ def shared_columns(
         return None
     order = rows[kept]
     places, owns = np.full(len(lanes), -1, np.int32), np.zeros(len(lanes), np.int32)
-    for _, stop, first, count, _ in chosen:  # inner ones after those around them
+    for _, stop, first, count, _ in chosen:  # inner groups after outer ones
         members = order[first : first + count]
         places[members] = np.arange(first, first + count, dtype=np.int32)
         owns[members] = stop
@@ -87,14 +87,14 @@ def shared_columns(
     return SharedColumns(groups, order, places, owns, saved)
 
 
-Stretch = tuple[int, int, int]  # first and last of neighbours that have at least so many in common
-Candidate = tuple[int, int, int, int, float]  # begin, stop; first member, how many; gain
+Stretch = tuple[int, int, int]  # first and last of adjacent rows, and the length they share
+Candidate = tuple[int, int, int, int, float]  # begin, stop; first member, number of members; gain
 
 
 def _runs(common: I32) -> list[Stretch]:
     """The longest runs of neighbours for each number of common tokens, outer ones first.
 
-    ``common[i]``: what neighbours i and i + 1 have in common.
+    ``common[i]``: the length that rows i and i + 1 share.
     """
     found: list[Stretch] = []
     open_: list[tuple[int, int]] = []  # first, common
@@ -112,7 +112,7 @@ def _runs(common: I32) -> list[Stretch]:
 def _choose(
     runs: Sequence[Stretch], costs: SharingCosts, least: float, members: int
 ) -> list[Candidate]:
-    """Groups that gain more than ``least``: each begins where the one around it ends, and there
+    """Groups that gain more than ``least``. A nested group begins where its outer one ends. There
     are at most ``members`` memberships."""
     found: list[Candidate] = []
     around: list[Candidate] = []

@@ -1,4 +1,4 @@
-"""The inputs of a step, by name, and the rows of a step plan on the host.
+"""The inputs of a step as named columns, and the rows of a step plan on the host.
 
 Knows plans and numpy. The columns that CUDA graphs read are separate from optional ones.
 """
@@ -39,7 +39,7 @@ class Rows:
     cached_sliding: Scatter[HostColumn] | None
     cu: I32  # [num_rows + 1] prefix sums of counts
     samples: NDArray[np.bool_]  # [num_rows]
-    shared: SharedColumns | None = None  # what decode rows read together
+    shared: SharedColumns | None = None  # shared prefixes of decode rows
 
     @property
     def sampled_lens(self) -> I32:
@@ -56,7 +56,7 @@ class Rows:
 def unpack(plan: StepPlan, max_len: int, *, two_spaces: bool = False) -> Rows:
     """Spread the columns of ``plan`` over its tokens; ~50 us at 256 rows.
 
-    Without ``two_spaces`` all layers use one column of slots: that of windows, if present.
+    Without ``two_spaces`` all layers use one column of slots: the sliding one, if present.
     """
     first = plan.slots if two_spaces else plan.sliding or plan.slots
     columns = plan.lanes, plan.starts, plan.counts, plan.cached_counts, first, plan.tokens
@@ -103,11 +103,11 @@ class Bucket:
     num_tokens: int
     num_decode: int  # rows of one token, which come first
     num_prefill: int  # other rows
-    shares: bool = False  # decode rows may read together
+    shares: bool = False  # decode rows may share prefix reads
 
 
 class SamplingColumns(NamedTuple, Generic[A]):
-    """Of the rows that sample, [num_rows] each."""
+    """Sampling parameters of the sampled rows, [num_rows] each."""
 
     temperature: A  # float32
     top_p: A
@@ -132,7 +132,7 @@ class Penalties(NamedTuple, Generic[A]):
 
 
 class SharedRowColumns(NamedTuple, Generic[A]):
-    """What decode rows read together, int32; see ``SharedRows``."""
+    """Shared prefixes of decode rows, int32; see ``SharedRows``."""
 
     order: A  # [num_decode]
     places: A
@@ -141,7 +141,7 @@ class SharedRowColumns(NamedTuple, Generic[A]):
 
 
 class RowColumns(NamedTuple, Generic[A]):
-    """What the decoder needs, int32; see :class:`asyncllm.models.attention.Batch`."""
+    """Inputs of the decoder, int32; see :class:`asyncllm.models.attention.Batch`."""
 
     tokens: A  # [num_tokens], -1: the lane's last one
     token_lanes: A
@@ -152,15 +152,15 @@ class RowColumns(NamedTuple, Generic[A]):
     prefill_cu: A  # [num_prefill + 1]
     prefill_lanes: A  # [num_prefill]
     prefill_starts: A
-    sliding_slots: A | None = None  # [num_tokens] where there are two slot spaces
+    sliding_slots: A | None = None  # [num_tokens] if there are two slot spaces
 
 
 class StepColumns(NamedTuple, Generic[A]):
     """The inputs that every step has and CUDA graphs read.
 
     Attributes:
-        penalties: of all rows that sample, where there are graphs.
-        shared: what decode rows read together, where they may.
+        penalties: of all sampled rows, if there are graphs.
+        shared: shared prefixes of decode rows, if enabled.
     """
 
     sampling: SamplingColumns[A]
@@ -170,7 +170,7 @@ class StepColumns(NamedTuple, Generic[A]):
 
 
 class Scatter(NamedTuple, Generic[A]):
-    """Values for places of a flattened table."""
+    """Values for positions of a flattened table."""
 
     where: A
     values: A
@@ -185,7 +185,7 @@ class Bias(NamedTuple, Generic[A]):
 
 
 class GivenTokens(NamedTuple, Generic[A]):
-    """Tokens that requests name: of log-probabilities ``ids[rows, columns]`` are ``tokens``."""
+    """Tokens named by requests: in the log-probabilities, ``ids[rows, columns]`` are ``tokens``."""
 
     rows: A
     columns: A
@@ -208,7 +208,7 @@ class Bitmask(NamedTuple, Generic[A]):
 
 
 class Targets(NamedTuple, Generic[A]):
-    """Prompt tokens whose log-probabilities are asked for, of all such rows."""
+    """Prompt tokens whose log-probabilities are requested, over all rows."""
 
     tokens: A
 
@@ -219,9 +219,9 @@ class Extras(Generic[A]):
 
     known: Scatter[A] | None = None  # tokens for the history
     cached: Scatter[A] | None = None  # slots for the table
-    cached_sliding: Scatter[A] | None = None  # for that of the second space
+    cached_sliding: Scatter[A] | None = None  # for the table of the second space
     bias: Bias[A] | None = None
-    penalties: Penalties[A] | None = None  # of the rows that have them, where no graph penalises
+    penalties: Penalties[A] | None = None  # of rows that have any, if no graph applies them
     lengths: Lengths[A] | None = None
     given: GivenTokens[A] | None = None
     masks: Bitmask[A] | None = None

@@ -1,4 +1,4 @@
-"""Cosines and sines of rotary embeddings, in every variant.
+"""Computes the cosines and sines of rotary embeddings, for every variant.
 
 The arithmetic is that of transformers, in float32, so that values agree at any position.
 """
@@ -20,7 +20,7 @@ def rope_tables(
 ) -> dict[Rope | None, Tensor]:
     """The :func:`rope_table` of every rope of ``specs``."""
     ropes = dict.fromkeys(spec.rope for spec in specs)
-    if device.type == "meta":  # asked for sizes only
+    if device.type == "meta":  # only sizes are needed
         return {rope: torch.empty(max_len, rope.dim, device=device) for rope in ropes if rope}
     return {rope: rope_table(rope, max_len).to(device) for rope in ropes if rope}
 
@@ -34,10 +34,10 @@ def rope_table(rope: Rope, max_len: int) -> Tensor:
 
 
 def inverse_frequencies(rope: Rope, max_len: int) -> Tensor:
-    """Radians a position, [rope.dim / 2] float32 (RoFormer, Su et al., 2021, §3.4.2).
+    """Radians per position, [rope.dim / 2] float32 (RoFormer, Su et al., 2021, §3.4.2).
 
     Args:
-        max_len: of the sequences that will come. Dynamic and longrope angles depend on it, and on
+        max_len: of the sequences served. Dynamic and longrope angles depend on it, and on
             nothing else: K in the cache must fit any query.
     """
     steps = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
@@ -72,7 +72,7 @@ def _yarn(rope: Rope, scaling: Yarn, wavelen: Tensor) -> Tensor:
     """YaRN (Peng et al., 2023), §3.2; its attention factor is the rope's."""
 
     def border(turns: float) -> float:
-        """The dimension that turns so often within the trained positions."""
+        """The dimension that makes this many rotations within the trained positions."""
         return (rope.dim * math.log(scaling.trained / (turns * 2 * math.pi))) / (
             2 * math.log(rope.theta)
         )

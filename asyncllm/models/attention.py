@@ -1,6 +1,6 @@
 """One step's batch, the K/V that attention reads and writes, and the attention interface.
 
-A model plans each distinct attention of its layers once a step and runs the plan in every layer;
+A model plans each distinct attention of its layers once per step and runs the plan in every layer;
 only the layout knows how K and V are stored. The engine implements backends per device.
 """
 
@@ -23,7 +23,7 @@ from asyncllm.models.spec import AttentionSpec
 
 ELEMENTS: dict[Element, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
-LayerKv = tuple[Tensor, ...]  # of one layer, as its layout made them; dimension 0 is the slot
+LayerKv = tuple[Tensor, ...]  # of one layer, made by its layout; dimension 0 is the slot
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Batch:
     tokens: Tensor  # [num_tokens] int64, all known
     table: Tensor  # [num_lanes + 1, max_len] slot of every position of every lane
     positions: Tensor  # [num_tokens]
-    slots: Tensor  # [num_tokens] where the new tokens' K and V go
+    slots: Tensor  # [num_tokens] where the new tokens' K and V are written
     decode_lanes: Tensor  # [num_decode] rows of one new token: row i is token i
     decode_lens: Tensor  # [num_decode] tokens a row attends to, the new one included
     prefill_cu: Tensor  # [num_prefill + 1] the other rows: row i is tokens [cu[i], cu[i + 1])
@@ -50,8 +50,8 @@ class Batch:
     # slots that have been reassigned
     sliding_table: Tensor | None = None
     sliding_slots: Tensor | None = None
-    lanes: Tensor | None = None  # [num_tokens] of padding the table's last; None: there is none
-    shared: SharedRows | None = None  # what decode rows may read together in layers without windows
+    lanes: Tensor | None = None  # [num_tokens], the last lane for padding; None: no padding
+    shared: SharedRows | None = None  # prefixes that decode rows share, for layers without windows
 
     def live(self) -> Tensor | None:
         """[num_tokens] int32: 1 for tokens, 0 for padding; None: all are tokens."""
@@ -81,24 +81,24 @@ class KvLayout(Protocol):
 
     @property
     def layers(self) -> Sequence[AttentionSpec]:
-        """This rank's share of each."""
+        """This rank's share of the specs of its layers."""
 
     def heads(self, layer: AttentionSpec) -> int:
         """Number of equal, consecutive parts into which dimensions 1 and later of each of a layer's
         tensors divide: the rank's KV heads. 1: they are not divided."""
 
     def bytes_per_slot(self) -> PerSpace:
-        """Of one token, over all layers of a space: those without a window, those with one."""
+        """Bytes of one token over all layers of each space (without a window, with one)."""
 
     def allocate(self, num_slots: PerSpace, device: torch.device) -> list[LayerKv]:
-        """Zeroed tensors of every layer, for as many tokens as its space has."""
+        """Allocate zeroed tensors of every layer, with as many slots as its space has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latent:
     """The source of new tokens' keys and values in a layer of kind "mla"."""
 
-    raw: Tensor  # [T, kv_rank + rope.dim] latent and rotary part of keys; not yet normed or rotated
+    raw: Tensor  # [T, kv_rank + rope.dim] latent and rotary part of keys; before norm and rotation
     norm: Tensor  # [kv_rank], weight of the latent's norm
     eps: float
     up: Tensor  # [Hq, D - rope.dim + Dv, kv_rank]: the rest of each head's key, and its value
@@ -111,13 +111,13 @@ class AttentionPlan(Protocol):
         """Rotate q and k of ``qkv`` [T, (Hq + Hk) * D + Hk * Dv], write k and v to the batch's
         slots, and let each row attend causally to its lane's: [T, Hq * Dv]. May change qkv.
 
-        Of kind "mla", ``qkv`` is q alone, whose heads end with what turns, and ``latent`` says
-        the rest."""
+        For kind "mla", ``qkv`` is q only, whose heads end with the rotary part, and ``latent`` has
+        the keys and values."""
 
 
 @dataclass(slots=True)
 class GrownQueries:
-    """A plan whose queries are multiplied by a factor of each token first."""
+    """A plan that first multiplies the queries by a factor per token."""
 
     plan: AttentionPlan
     factors: Tensor  # [T, 1] in the dtype of q
@@ -133,32 +133,32 @@ class AttentionBackend(Protocol):
 
     @property
     def layout(self) -> KvLayout:
-        """How the K/V lie that it reads and writes."""
+        """The layout of the K/V that it reads and writes."""
 
     @property
     def nbytes(self) -> int:
-        """Of tables that it holds beside the K/V."""
+        """Bytes of its tables besides the K/V."""
 
     @staticmethod
     def refuse(spec: AttentionSpec, layout: KvLayout, device: torch.device) -> str | None:
         """Why ``spec`` cannot run here, as the end of a sentence about it; None: it can."""
 
     def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:
-        """Of work space per token of a step while a plan runs, qkv and the result included."""
+        """Bytes of workspace per token while a plan runs, including qkv and the result."""
 
     def sharing(self) -> SharingCosts | None:
-        """What it costs to read once what decode rows share (``Batch.shared``); None: each row
-        reads all that is its own."""
+        """The costs of reading shared prefixes of decode rows once (``Batch.shared``); None: each
+        row reads all of its K/V by itself."""
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> AttentionPlan:
-        """What all layers with ``spec`` share in a step; once per step and spec."""
+        """Compute what all layers with ``spec`` share in a step; called once per step and spec."""
 
 
 class KvPairs:
     """K and V as tensors [num_slots, num_kv_heads, head_dim] in ``dtype``.
 
-    In a format of 8 bits a third tensor has the scales of both, [num_slots, num_kv_heads, 2,
-    num_scales] bfloat16: one after the other, since who reads K of a token reads its V.
+    In an 8-bit format a third tensor has the scales of both, [num_slots, num_kv_heads, 2,
+    num_scales] bfloat16: adjacent, since whoever reads a token's K also reads its V.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class KvPairs:
 
     @property
     def element(self) -> torch.dtype:
-        """Of K and V as they lie in memory."""
+        """Dtype of K and V in memory."""
         return self.dtype if self.format is None else ELEMENTS[self.format.element]
 
     def bytes_per_slot(self) -> PerSpace:
@@ -194,7 +194,7 @@ class KvPairs:
         return k, v, zeros(shape, torch.bfloat16, device)
 
     def refuse(self, spec: AttentionSpec) -> str | None:
-        """Why ``spec`` cannot have its K/V so, as the end of a sentence about it."""
+        """Why ``spec`` cannot use this layout, as the end of a sentence about it; None: it can."""
         if self.format is None or self.format.group is None:
             return None
         halves = spec.head_dim // 2, (spec.rope.dim if spec.rope else 0) // 2
@@ -225,7 +225,7 @@ class KvLatents:
 
     @property
     def element(self) -> torch.dtype:
-        """Of latents as they lie in memory."""
+        """Dtype of latents in memory."""
         return self.dtype if self.format is None else ELEMENTS[self.format.element]
 
     def bytes_per_slot(self) -> PerSpace:

@@ -26,7 +26,7 @@ SINGLE = "model.safetensors"
 GGUF = "model.gguf"
 _PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 _HEADS = ("language_model.lm_head", "lm_head")
-_DTYPES = {"BF16": "bf16", "F16": "fp16"}  # by the type of the embedding; else fp32
+_DTYPES = {"BF16": "bf16", "F16": "fp16"}  # by the dtype of the embedding; else fp32
 
 _NUMBERED = re.compile(r"(.*-)(\d{1,5})(-of-(\d{1,5})\.(?:safetensors|bin))")
 _COMPARED_ROWS = 8192
@@ -34,7 +34,7 @@ _COMPARED_ROWS = 8192
 
 @dataclass(frozen=True, slots=True)
 class _Style:
-    """File names of a format."""
+    """File names of a checkpoint format."""
 
     index: str
     single: str
@@ -60,9 +60,9 @@ class Checkpoint:
 
     Attributes:
         folder: where they are.
-        groups: all files; those that hold shards of the same tensors are grouped.
-        tensors: by name, those that are there.
-        placed: by tensor, the file that has it, or should according to the index.
+        groups: all files; files with shards of the same tensors are grouped.
+        tensors: all tensors, by name.
+        placed: by tensor, the file that has it, or should have it according to the index.
     """
 
     folder: Path
@@ -78,19 +78,19 @@ class Checkpoint:
         self.pickles.close()
 
     def open(self) -> OpenFiles:
-        """Its files, to read in one thread."""
+        """Open its files, for reading in one thread."""
         return OpenFiles(self.pickles)
 
 
 def weight_files(folder: Path, load_way: str = "HF") -> dict[Path, frozenset[str] | None]:
-    """Files to read, and the tensors to take from each; None: all that it has.
+    """Files to read, and the tensors to take from each; None: all of them.
 
-    Safetensors are preferred to pickles. With an index, it decides. Without one, or where files
-    that it names are gone, it is ``model.safetensors``; without that either, every other file that
-    may hold a model.
+    Safetensors are preferred to pickles. If there is an index, it decides. Otherwise, or if files
+    that it names are missing, ``model.safetensors`` is read; if that is missing too, every other
+    file that may hold a model.
 
     Raises:
-        StartupError: there are none, some are missing, or the index cannot be read or names files
+        StartupError: no files, missing files, an index that cannot be read or that names files
             outside the folder.
     """
     if load_way == "DS":
@@ -107,7 +107,7 @@ def weight_files(folder: Path, load_way: str = "HF") -> dict[Path, frozenset[str
 
 
 def _files_of(folder: Path, style: _Style, aside: list[str]) -> dict[Path, frozenset[str] | None]:
-    """Empty: there are none; ``aside`` gets the names of files that do not count."""
+    """The files of one style, possibly none; ``aside`` collects the names of ignored files."""
     single = folder / style.single
     if (folder / style.index).is_file():
         named = _index(folder / style.index)
@@ -150,7 +150,7 @@ def read_checkpoint(
 
 
 def _names(path: Path, pickles: Pickles) -> frozenset[str]:
-    with OpenFiles(pickles) as opened:  # one at a time: what cannot be mapped is whole in memory
+    with OpenFiles(pickles) as opened:  # one at a time: unmapped files are loaded whole
         return opened.names(path)
 
 
@@ -191,11 +191,11 @@ def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles) -> Checkpoint:
 
 
 def as_stored(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
-    """``spec`` as the checkpoint has it: its names, its dtype where config.json leaves it to the
-    weights, the layers that are not quantised, and untied if it has an output matrix.
+    """``spec`` adjusted to the checkpoint: tensor names, the dtype if config.json leaves it open,
+    the layers that are not quantised, and untied if it has a separate output matrix.
 
-    The text part of a model that sees goes by one of two prefixes. A tied checkpoint may hold the
-    embedding a second time, as ``lm_head``. Where that is another matrix, it is the one that was
+    The text part of a multimodal model has one of two prefixes. A tied checkpoint may contain the
+    embedding a second time, as ``lm_head``; if the two differ, ``lm_head`` is the one that was
     trained.
     """
     for prefix in _PREFIXES:
@@ -239,7 +239,7 @@ def _gguf_types(checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:
 
 
 def _index(path: Path) -> dict[Path, frozenset[str]]:
-    """By file that the index names, the tensors that it should hold."""
+    """The tensors that each file should hold according to the index."""
     try:
         placed = json.loads(path.read_bytes())["weight_map"]
         pairs = [(str(name), path.parent / file) for name, file in placed.items()]
@@ -256,7 +256,7 @@ def _index(path: Path) -> dict[Path, frozenset[str]]:
 
 
 def _numbered(files: list[Path]) -> Iterator[Path]:
-    """All files of the sets, such as model-00001-of-00003.safetensors, of which some are there."""
+    """All files of numbered sets (model-00001-of-00003.safetensors) that have any file present."""
     matches = (_NUMBERED.fullmatch(path.name) for path in files)
     sets = {(m[1], len(m[2]), m[3], int(m[4])) for m in matches if m}
     for head, width, tail, total in sorted(sets):

@@ -1,4 +1,4 @@
-"""DeepSeek-V2, V2-Lite and V3 (R1 too): what their config.json says beyond the common names."""
+"""DeepSeek-V2, V2-Lite and V3 (R1 too): reads what is specific in their config.json."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def read2(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     method = hf.get("topk_method") or "greedy"
     _known("topk_method", method, ("greedy", "group_limited_greedy"), spec)
     _known("scoring_func", hf.get("scoring_func") or "softmax", ("softmax",), spec)
-    # published code divides by the sum instead of scaling, that of transformers scales only
+    # the published code divides by the sum instead of scaling; transformers only scales
     _known("norm_topk_prob", truth(hf, "norm_topk_prob"), (False,), spec)
-    _known("mlp_bias", spec.mlps[0].bias, (False,), spec)  # shared experts would have one, too
+    _known("mlp_bias", spec.mlps[0].bias, (False,), spec)  # shared experts would have one too
     spec = replace(spec, layers=(_attention(hf, interleaved=True),) * len(spec.layers))
     if not hf.get("n_routed_experts"):
         return spec
@@ -80,7 +80,7 @@ def read2(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
 
 
 def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """Routing by sigmoid with a bias for the choice; layers that predict further tokens follow."""
+    """Routing by sigmoid with a selection bias; multi-token-prediction layers follow."""
     _known("topk_method", hf.get("topk_method") or "noaux_tc", ("noaux_tc",), spec)
     _known("scoring_func", hf.get("scoring_func") or "sigmoid", ("sigmoid",), spec)
     _known("mlp_bias", spec.mlps[0].bias, (False,), spec)
@@ -117,7 +117,7 @@ def _attention(hf: ConfigDict, *, interleaved: bool) -> AttentionSpec:
 
 
 def _yarn(hf: ConfigDict) -> float:
-    """What queries and keys are multiplied by where the context is extended."""
+    """The factor of queries and keys if the context is extended."""
     given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = given.get("rope_type") or given.get("type") or "default"
     every = given.get("mscale_all_dim") or 0

@@ -1,7 +1,7 @@
-"""Names of files and tensors of a Llama checkpoint as DeepSpeed's pipeline writes it.
+"""Names of files and tensors in a Llama checkpoint written by DeepSpeed's pipeline.
 
-Layer 1 is the embedding, 3 and on are the blocks, behind which come the last norm and the output
-matrix, each with a layer without weights before it. Opens no file.
+Layer 1 is the embedding; layers 3 and up are the blocks, followed by the last norm and the output
+matrix, each after a layer without weights. Opens no files.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from asyncllm.errors import StartupError
 
-ARCHITECTURES = ("LlamaForCausalLM",)  # those whose layers are so
+ARCHITECTURES = ("LlamaForCausalLM",)  # architectures with these layers
 USUAL = "layer_XX-model_YY-model_states.pt"
 EMBED_LAYER, FIRST_BLOCK = 1, 3
 
 _FILE = re.compile(r"layer_(\d{1,5})(?:-model_(\d{1,5}))?(?:-\w*)*\.pt")
-# along which dimension the shards of a block's weight are joined; what is not here, all have
+# the dimension along which shards of a block's weight are joined; others are replicated
 _DIMS = {
     "self_attn.q_proj": 0,
     "self_attn.k_proj": 0,
@@ -54,7 +54,7 @@ def layer_files(folder: Path) -> dict[int, tuple[Path, ...]]:
 def place(layer: int, num_layers: int, keys: frozenset[str]) -> dict[str, tuple[str, int | None]]:
     """Hugging Face's name of each tensor of a layer -> its key, and the dimension of its shards.
 
-    None: all shards have the same. Tensors of layers that should have none are called by layer.
+    None: all shards are equal. Unexpected tensors are named by their layer.
 
     Args:
         keys: the tensors in each file of the layer.
@@ -83,4 +83,4 @@ def place(layer: int, num_layers: int, keys: frozenset[str]) -> dict[str, tuple[
 def _dim(key: str) -> int | None:
     module, _, kind = key.rpartition(".")
     dim = _DIMS.get(module)
-    return None if kind == "bias" and dim == 1 else dim  # biases of sums are whole everywhere
+    return None if kind == "bias" and dim == 1 else dim  # row-parallel biases are replicated

@@ -1,4 +1,4 @@
-"""The embedding and the output matrix, which may be one: whole, and split by vocabulary."""
+"""The embedding and the output matrix, which may be tied: replicated, and split by vocabulary."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from asyncllm.models.weights import AnyTarget, Target
 
 
 class Embedding:
-    """Ids to the first residual stream, and normed hidden states to logits.
+    """Maps ids to the first residual stream, and normed hidden states to logits.
 
-    The embedding is held whole; the output matrix is split by vocabulary, a view of the embedding
-    where the two are tied. Of a GGUF file either may be in its own bits.
+    The embedding is replicated; the output matrix is split by vocabulary, as a view of the
+    embedding if the two are tied. For a GGUF file either may stay in its own format.
     """
 
     def __init__(self, site: Site, spec: ModelSpec) -> None:
@@ -37,7 +37,7 @@ class Embedding:
             self.head = self._make((local, spec.hidden_size), kinds[1], True)
         elif isinstance(self.table, Tensor):
             self.head = self.table.narrow(0, site.comm.rank * local, local)
-        # rounded as the embeddings are
+        # rounded like the embeddings
         self._scale = float(torch.tensor(spec.embed_scale, dtype=site.dtype))
 
     def _make(self, shape: tuple[int, int], kind: str | None, spare: bool) -> Tensor | PackedMatrix:
@@ -65,7 +65,7 @@ class Embedding:
                 packed.pack(matrix)
 
     def embed(self, tokens: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of the embeddings, these), [num_tokens, hidden] each."""
+        """(norm of the embeddings, the embeddings), [num_tokens, hidden] each."""
         ops, eps = self._site.ops, self._spec.rms_eps
         if isinstance(self.table, Tensor):
             return ops.embed_rmsnorm(tokens, self.table, norm, eps, self._scale)
@@ -74,7 +74,7 @@ class Embedding:
         return ops.rmsnorm(residual, norm, eps), residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """This rank's part, float32."""
+        """Logits of this rank's part of the vocabulary, float32."""
         if isinstance(self.head, Tensor):
             return self._site.ops.logits(hidden, self.head)
         assert self._site.ops.packed is not None

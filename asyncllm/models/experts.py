@@ -23,15 +23,15 @@ from asyncllm.models.weights import AnyTarget, SliceSpan, Target, whole
 
 class Experts:
     """Called with the normed tokens of a step, like :class:`asyncllm.models.layers.GatedMLP`.
+    Experts are sliced equally by their inner size over the ranks of ``site.world``, or each rank
+    has some whole experts (``site.whole_experts``); the shared MLP is always sliced. Every rank
+    routes all tokens and adds the results of its experts, so there is one all-reduce, and no shape
+    depends on how many tokens an expert gets.
+        shape depends on how many tokens an expert gets.
 
-    Experts are cut by their inner size, in equal slices over the ranks of ``site.world``, or each
-    rank has some of them whole (``site.whole_experts``); the shared MLP is always cut. Every rank
-    routes all tokens and adds the results of its experts, so there is one sum over ranks, and no
-    shape depends on how many tokens an expert gets.
-
-    Attributes:
-        width: elements that a token takes inside, at most.
-        nbytes: of the tensors on this rank.
+        Attributes:
+            width: maximum elements of workspace per token.
+            nbytes: bytes of the tensors on this rank.
     """
 
     def __init__(self, site: Site, hidden: int, spec: ExpertsSpec) -> None:
@@ -50,7 +50,7 @@ class Experts:
         self._router = site.empty(spec.num_experts, hidden)
         self._bias: Tensor | None = None
         if spec.bias:
-            self._bias = site.empty(spec.num_experts, dtype=torch.float32)  # as the scores are
+            self._bias = site.empty(spec.num_experts, dtype=torch.float32)  # like the scores
         self._shared: _Shared | None = None
         if spec.shared_inner:
             self._shared = _Shared(site.below(f"{spec.names.shared}."), hidden, spec)
@@ -64,7 +64,7 @@ class Experts:
             self.nbytes += self._shared.nbytes
             self.width += self._shared.width
         groups = size // site.comm.size
-        if groups > 1:  # their tokens and the sums of these, too
+        if groups > 1:  # also the tokens of all groups and their sums
             self.width = groups * (self.width + 2 * hidden)
 
     def row_form(self, num_tokens: int) -> RowForm | None:
@@ -79,7 +79,7 @@ class Experts:
         return world.sum_tokens(partial(self._mixed, live), world.gather_tokens(plain(x)))
 
     def _mixed(self, live: Tensor | None, given: Activations, out: Tensor | None = None) -> Tensor:
-        """This rank's part of the sum over the experts and the shared MLP."""
+        """This rank's partial sum over the experts and the shared MLP."""
         ops, x = self._site.ops, plain(given)
         routed = ops.route(ops.logits(x, self._router), self._bias, self._spec, live)
         shared: tuple[Tensor, Tensor | None] | None = None
@@ -102,7 +102,7 @@ class Experts:
     def _expert(self, expert: int, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         held, names, inner = self._held, self._spec.names, self._spec.inner
         ours = expert in held.numbers
-        place = held.numbers.index(expert) if ours else 0  # of the others nothing is kept
+        place = held.numbers.index(expert) if ours else 0  # nothing is kept of other ranks' experts
         gate_up, down = held.gate_up[place], held.down[place]
         start, _, size = self._span
         gate: tuple[SliceSpan, ...] = (self._span,) if ours else ()

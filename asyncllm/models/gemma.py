@@ -44,7 +44,7 @@ def config3(hf: ConfigDict) -> ConfigDict:
     if "linear" in (
         full.get("rope_type"),
         full.get("type"),
-    ):  # max_position_embeddings counts the stretched ones
+    ):  # max_position_embeddings counts scaled positions
         full.setdefault("original_max_position_embeddings", count(hf, "max_position_embeddings"))
     near = {"rope_theta": hf.get("rope_local_base_freq", 1e4)}
     near |= told.get("sliding_attention") or {}
@@ -58,7 +58,7 @@ def config_text(hf: ConfigDict) -> ConfigDict:
 
 
 def _with_windows(hf: ConfigDict, period: int) -> ConfigDict:
-    """``hf`` with the type of each layer: the last of ``period`` sees everything."""
+    """``hf`` with the type of each layer: every ``period``-th layer has full attention."""
     types = [
         "sliding_attention" if (layer + 1) % period else "full_attention"
         for layer in range(count(hf, "num_hidden_layers"))
@@ -67,7 +67,7 @@ def _with_windows(hf: ConfigDict, period: int) -> ConfigDict:
 
 
 def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """What config.json says beyond the common names."""
+    """Reads what is specific in config.json."""
     scale = count(hf, "query_pre_attn_scalar") ** -0.5
     return replace(
         spec,
@@ -79,10 +79,10 @@ def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
 
 
 def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """What config.json says beyond Gemma 2."""
+    """Reads what differs from Gemma 2 in config.json."""
     return replace(read(spec, hf), qk_norm=True)
 
 
 def read_text(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """What the text part of config.json says beyond Gemma 2."""
+    """Reads what differs from Gemma 2 in the text part of config.json."""
     return replace(read3(spec, hf), ignored=VISION)

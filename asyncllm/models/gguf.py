@@ -1,7 +1,7 @@
-"""Reads a GGUF file: what it says of itself, and where its tensors are.
+"""Reads the header of a GGUF file: its metadata, and where its tensors are.
 
-Knows the format only: neither models nor torch. Nothing is allocated by a number of the file that
-has not been held against the file's size.
+Knows only the format: neither models nor torch. Nothing is allocated by a number in the file that
+has not been checked against the file's size.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 from asyncllm.errors import StartupError
 
-Meta = Mapping[str, Any]  # what a file says of itself
+Meta = Mapping[str, Any]  # the metadata of a file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
-_MOST_ENTRIES = 1 << 22  # of an array, or tensors, or values: no vocabulary has as many
+_MOST_ENTRIES = 1 << 22  # per array, and of tensors or values: more than any vocabulary
 _MOST_DIMS = 4
 _SPLIT = re.compile(r".*-\d{5}-of-(\d{5})\.gguf")
 _SCALARS = {
@@ -40,7 +40,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
-# number -> (name, elements of a block, bytes of a block); what is not here is not read
+# number -> (name, elements of a block, bytes of a block); others are not supported
 KINDS = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -66,7 +66,7 @@ class TensorPlace:
 
     Attributes:
         kind: name of its type.
-        shape: the last dimension is contiguous; blocks are in it.
+        shape: the last dimension is contiguous; blocks are along it.
         block: elements of a block.
         start, nbytes: where it is in the file.
     """
@@ -81,10 +81,10 @@ class TensorPlace:
 @dataclass(frozen=True, slots=True)
 class GgufFile:
     """Attributes:
-    meta: by name, numbers, truths, strings and lists of these.
+    meta: by name: numbers, booleans, strings and lists of these.
     tensors: by name.
     data: the whole file.
-    header: bytes of what is before the tensors.
+    header: bytes before the tensors.
     """
 
     path: Path
@@ -108,7 +108,7 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The file ``path``, which stays mapped.
+    """Open the file ``path``, which stays memory-mapped.
 
     Raises:
         StartupError: it is not a GGUF file, damaged, one of several, or has a tensor of a type that
@@ -143,7 +143,7 @@ def forget() -> None:
 
 
 class _Reader:
-    """Reads a header from its beginning to its end."""
+    """Reads a header sequentially."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._at = path, data, 0
@@ -157,7 +157,7 @@ class _Reader:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
             more = " (its bytes are in the other order)" if swapped else ""
             raise self._fault(f"version {version} is not read{more}, 2 and 3 are")
-        num_tensors = self._count("tensors", 24)  # bytes that each takes at least
+        num_tensors = self._count("tensors", 24)  # minimum bytes of each
         num_values = self._count("values", 12)
         meta: dict[str, object] = {}
         for _ in range(num_values):
@@ -195,7 +195,7 @@ class _Reader:
             end, last = place.start + place.nbytes, name
 
     def _tensor(self) -> tuple[str, TensorPlace]:
-        """With ``start`` counted from where tensors begin."""
+        """With ``start`` relative to where the tensors begin."""
         name = self._string()
         num_dims = self._number("I")
         if not 0 < num_dims <= _MOST_DIMS:
@@ -232,7 +232,7 @@ class _Reader:
         return self._numbers(self._count("numbers", struct.calcsize(code)), code)
 
     def _count(self, what: str, least: int) -> int:
-        """A number of things that take at least so many bytes each."""
+        """Read a count of items that each take at least this many bytes."""
         count = self._number("Q")
         if count > min(_MOST_ENTRIES, (len(self._data) - self._at) // least):
             raise self._fault(
@@ -266,5 +266,5 @@ class _Reader:
 
 
 def _said(name: str) -> str:
-    """A name of a stranger's making, for one line on a terminal."""
+    """An untrusted name, made safe for one line on a terminal."""
     return (name if name.isprintable() else ascii(name))[:200]

@@ -1,6 +1,6 @@
-"""What a GGUF file says of a model, in the words of config.json; names of its tensors.
+"""Translates a GGUF file's metadata to config.json, and the names of its tensors.
 
-Does not import torch: processes that serve only HTTP read what a model is.
+Does not import torch: processes that only serve HTTP read model specs too.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _SANDWICH = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _LLAMA = _ATTENTION | _MLP
-# small tensors that config.json takes up: divisors of rotary frequencies
+# small tensors that become part of config.json: divisors of rotary frequencies
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# what changes the computation, and is in no model of these architectures
+# keys that change the computation, and that no model of these architectures has
 _UNSERVED = (
     "attention.clamp_kqv",
     "attention.scale",
@@ -52,7 +52,7 @@ _UNSERVED = (
 _WHOLE_DTYPES = {
     "F32": "float32",
     "F16": "float16",
-}  # of a model without other types; else bfloat16
+}  # if a model has no other types; else bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,10 @@ class Arch:
 
     Attributes:
         hf: its name in config.json.
-        names: parts of layers -> what transformers calls them.
-        config: gives what config.json needs beyond the common names.
+        names: parts of layers -> transformers' names.
+        config: returns what is specific in config.json.
         pairs_apart: rows of q and k alternate between the halves of a rotary pair.
-        norm_offset: is in the weights of norms already.
+        norm_offset: already included in the weights of norms.
     """
 
     hf: str
@@ -76,7 +76,7 @@ class Arch:
 
 
 def arch_of(file: GgufFile) -> Arch:
-    """Raises StartupError: the architecture is not served."""
+    """Raises StartupError: the architecture is not supported."""
     name = file.meta.get("general.architecture")
     if name not in ARCHS:
         served = ", ".join(ARCHS)
@@ -88,7 +88,7 @@ def arch_of(file: GgufFile) -> Arch:
 
 
 def hf_name(arch: Arch, name: str) -> str | None:
-    """transformers' name of a tensor; None: it is not a weight that the model has.
+    """transformers' name of a tensor; None: it is not a weight of the model.
 
     ``blk.3.attn_q.weight`` is ``model.layers.3.self_attn.q_proj.weight``.
     """
@@ -102,16 +102,15 @@ def hf_name(arch: Arch, name: str) -> str | None:
 
 
 def is_weight(name: str) -> bool:
-    """Whether the decoder must know a tensor; others are in its config.json."""
+    """Whether a tensor is needed by the decoder rather than by config.json."""
     return name not in _ROPE_TENSORS
 
 
 def read_config(file: GgufFile) -> ConfigDict:
-    """config.json of the model.
+    """Build the model's config.json.
 
     Raises:
-        StartupError: the architecture is not served, or something is missing, or asks for what is
-            not there.
+        StartupError: the architecture is not supported, or something is missing or unsupported.
     """
     arch, name = arch_of(file), file.meta["general.architecture"]
     said = {
@@ -158,7 +157,7 @@ def read_config(file: GgufFile) -> ConfigDict:
 
 
 def _short(value: object) -> object:
-    """A float32 as it was meant: the float32 nearest to 1e-5 is 1e-5."""
+    """The intended decimal value of a float32: the float32 nearest to 1e-5 becomes 1e-5."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
@@ -237,7 +236,7 @@ def _phi3(config: ConfigDict, said: Meta) -> ConfigDict:
 
 
 def _gemma2(config: ConfigDict, said: Meta) -> ConfigDict:
-    # llama.cpp knows the largest model by its layers; in the others a head's size is the scale
+    # llama.cpp detects the largest model by its layers; for the others the scale is head_dim
     large = config["num_hidden_layers"] == 46
     return {
         **_window(config, said),

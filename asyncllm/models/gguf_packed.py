@@ -1,6 +1,6 @@
-"""Matrices of GGUF files in their own few bits, as products on a CPU read them.
+"""Matrices of GGUF files in their own low-bit formats, laid out for products on a CPU.
 
-Knows how they lie in memory and how they are filled; the products are in ``engine/int4_cpu.py``.
+Knows their memory layout and how they are filled; the products are in ``engine/int4_cpu.py``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from asyncllm.models.model import Site
 from asyncllm.models.tensors import Source
 from asyncllm.models.weights import NotAsSaid, SliceSpan
 
-ROWS = 64  # the number of rows is filled up to a multiple of these
+ROWS = 64  # the number of rows is padded to a multiple of this
 GROUP = 32  # columns of nibbles that share a scale
-_CHUNK = 1 << 21  # weights that are filled at a time
+_CHUNK = 1 << 21  # weights filled at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """How numbers of a type become nibbles v, of which w = (v - 8) * scale + shift.
+    """How numbers of a type become nibbles v, with w = (v - 8) * scale + shift.
 
     Attributes:
-        width: 0: a number is a nibble; else each run of so many numbers is followed by the same
-            run of their high parts, which meets activations times ``factor``.
+        width: 0: a number is a nibble; otherwise each run of this many numbers is followed by an
+            equal run of their high parts, which multiply activations times ``factor``.
         shifted: shifts may be other than 0.
     """
 
@@ -73,7 +73,7 @@ class PackedMatrix:
         data: uint8 [rows filled up, bytes]; until it is packed, the low nibble of byte b is column
             2 * b of the nibbles.
         scales: [nibbles / 32, rows filled up, 2] scales and shifts, in the type of activations.
-        spare: a group of nibbles more, of zeros: products use it for their own ends.
+        spare: an extra group of zero nibbles, for use by products.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class PackedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class PackedTarget:
-    """Where a matrix of a GGUF file goes: spans along ``dim``, as of ``Target``."""
+    """Destination of a GGUF matrix: spans along ``dim``, as in ``Target``."""
 
     matrix: PackedMatrix
     dim: int
@@ -105,7 +105,7 @@ class PackedTarget:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the file's matrix."""
+        """Shape of the file's matrix."""
         if self.dim == 0:
             return self.size, self.matrix.columns
         return self.matrix.rows, self.size

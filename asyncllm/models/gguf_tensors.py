@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file as transformers has them: names, order of rows, offsets of norms."""
+"""Presents GGUF tensors in transformers' conventions: names, order of rows, offsets of norms."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from asyncllm.models.gguf_types import Groups, floats, groups, is_float
 
 # types that CPUs take as they are: all in groups
 PACKED = frozenset({"Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"})
-_CHUNK = 1 << 22  # elements that are decoded at a time
+_CHUNK = 1 << 22  # elements decoded at a time
 
 
 class GgufTensors:
-    """A file, read by transformers' names. What has none there keeps its own.
+    """A file, read by transformers' names; tensors without one keep their own.
 
     Raises:
         StartupError: it cannot be read, or its architecture is not served.
@@ -58,12 +58,12 @@ class GgufTensors:
 
 
 class GgufTensor:
-    """Implements :class:`asyncllm.models.tensors.Source`, with values widened from few bits.
+    """Implements :class:`asyncllm.models.tensors.Source`, with dequantised values.
 
     Args:
         heads: in each of which rows alternate between two halves that transformers keeps apart;
             0: rows are as transformers has them.
-        offset: is subtracted.
+        offset: subtracted from the values.
     """
 
     def __init__(self, file: GgufFile, place: TensorPlace, heads: int, offset: float) -> None:
@@ -92,7 +92,7 @@ class GgufTensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def groups(self, rows: slice) -> Groups:
-        """Some rows of a matrix in few bits."""
+        """Some rows of a matrix in its low-bit format."""
         return groups(self.type, self._raw(rows))
 
     def _raw(self, rows: slice, whole: bool = False) -> Tensor:
@@ -107,7 +107,7 @@ class GgufTensor:
         return torch.from_numpy(table[rows].copy())
 
     def _order(self, rows: slice) -> Tensor:
-        """Where the file has ``rows`` of transformers."""
+        """The positions in the file of transformers' ``rows``."""
         half = self.shape[0] // self._heads // 2
         wanted = torch.arange(rows.start, rows.stop)
         head, inner = wanted // (2 * half), wanted % (2 * half)

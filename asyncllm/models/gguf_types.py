@@ -1,4 +1,4 @@
-"""Tensors of GGUF files in numbers: whole ones with the scale of their group, or floats.
+"""Decodes tensors of GGUF files to integers with the scale of their group, or to floats.
 
 Knows the types of blocks; knows neither models nor parameters.
 """
@@ -52,15 +52,15 @@ def is_float(kind: str) -> bool:
 
 
 def floats(kind: str, raw: Tensor) -> Tensor:
-    """uint8 [rows, bytes] of a float type -> [rows, columns]."""
+    """Decode uint8 [rows, bytes] of a float type to [rows, columns]."""
     values: Tensor = raw.view(_FLOATS[kind])
     return values
 
 
 def groups(kind: str, raw: Tensor) -> Groups:
-    """uint8 [rows, bytes] of any other type, contiguous -> the numbers in it.
+    """Decode contiguous uint8 [rows, bytes] of any other type.
 
-    Products of scales are rounded to float32, as those of the ``gguf`` package are.
+    Products of scales are rounded to float32, as in the ``gguf`` package.
     """
     block_bytes, decode = _DECODERS[kind]
     return decode(raw.view(len(raw), -1, block_bytes))
@@ -114,7 +114,7 @@ def _q8_0(raw: Tensor) -> Groups:
 
 
 def _six_bits(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """12 bytes -> 8 scales and 8 shifts of 6 bits."""
+    """Decode 12 bytes to 8 scales and 8 shifts of 6 bits."""
     scale, shift, rest = raw.unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat((scale & 63, rest & 15 | scale >> 2 & 48), -1)
     shifts = torch.cat((shift & 63, rest >> 4 | shift >> 2 & 48), -1)

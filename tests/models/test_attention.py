@@ -193,7 +193,7 @@ def test_one_layer_that_cannot_run_ends_the_start() -> None:
             odd, SingleRank(), dtype="fp32", device=CPU, max_len=64, where=torch.device("meta")
         )
     assert str(error.value) == (
-        "attention of LlamaForCausalLM that has attention sinks is not served"
+        "attention of LlamaForCausalLM that has attention sinks is not supported"
     )
 
 

@@ -186,7 +186,7 @@ def test_what_does_not_go_with_latents_is_refused_by_name(tmp_path: Path) -> Non
     make_checkpoint(tmp_path, *VARIANTS["v2"])
     with pytest.raises(
         StartupError,
-        match="that has its latents in ppl_int8kv instead of triton_fp8kv is not served",
+        match="that has its latents in ppl_int8kv instead of triton_fp8kv is not supported",
     ):
         make_device(tmp_path, "fp32", "cpu", kv=KvMode.named(["ppl_int8kv"]))
     with pytest.raises(StartupError, match=r"^--mode triton_gqa_attention is for attention with"):
