@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KvFormat:
-    """K and V in 8 bits, times scales.
+    """An 8-bit format of K and V with scales.
 
     Attributes:
         element: whole numbers, or floats with 4 bits of exponent and 3 of mantissa (e4m3).
@@ -31,7 +31,7 @@ class KvFormat:
     group: int | None = None
 
     def num_scales(self, dim: int) -> int:
-        """Of ``dim`` channels of one head of one token."""
+        """Number of scales of ``dim`` channels of one head of one token."""
         return 1 if self.group is None else dim // self.group
 
     def row_bytes(self, dim: int) -> int:
@@ -44,9 +44,9 @@ class DecodeKernel:
     """How attention of rows of one new token is divided among programs.
 
     Attributes:
-        split: the keys of a row may be divided among several.
-        grouped: one attends with all query heads of a KV head, so that K and V are read once.
-        halves: K/V in 16 bits are all that it reads.
+        split: the keys of a row may be split over several programs.
+        grouped: a program handles all query heads of a KV head, so that K and V are read once.
+        halves: it only reads 16-bit K/V.
     """
 
     name: str
@@ -77,7 +77,7 @@ KV_TYPES = {"None": None, "int8kv": "triton_int8kv", "fp8kv": "triton_fp8kv"}
 
 @dataclass(frozen=True, slots=True)
 class KvMode:
-    """What a server was asked for.
+    """The requested K/V format and decode kernel.
 
     Attributes:
         format: of K/V; None: the model's own type.
@@ -89,10 +89,10 @@ class KvMode:
 
     @classmethod
     def named(cls, modes: Sequence[str], kv_type: str = "None") -> KvMode:
-        """What ``--mode`` and ``--llm_kv_type`` ask for: one format with one kernel that reads it.
+        """From ``--mode`` and ``--llm_kv_type``: one format and one kernel that reads it.
 
         Raises:
-            StartupError: an unknown name, or two that do not go together.
+            StartupError: an unknown name, or two that are incompatible.
         """
         asked = {f"--mode {name}": name for name in modes}
         if kv_type not in KV_TYPES:
@@ -122,7 +122,7 @@ class KvMode:
 
 
 def _one(asked: dict[str, str], table: dict[str, T], what: str) -> T | None:
-    """The entry of ``table`` that is asked for, by whatever spelling; two are refused."""
+    """The requested entry of ``table`` under any of its names; two are refused."""
     first: str | None = None
     for said, name in asked.items():
         if name not in table:

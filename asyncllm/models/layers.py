@@ -18,7 +18,7 @@ from asyncllm.models.weights import AnyTarget, SliceSpan, whole
 
 
 class Linears:
-    """Linear layers that together are one part of a block."""
+    """Linear layers that form one part of a block."""
 
     def __init__(self, *linears: Linear) -> None:
         self._linears = linears
@@ -88,7 +88,7 @@ class BlockPart(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of its tensors on this rank."""
+        """Bytes of its tensors on this rank."""
 
     def product_bytes(self, num_tokens: int) -> int:
         """Of work space of the product that takes most."""
@@ -108,7 +108,7 @@ class MlpPart(BlockPart, Protocol):
 
     @property
     def width(self) -> int:
-        """Elements of the model's dtype that a token takes inside, at most."""
+        """Maximum workspace per token, in elements of the model's dtype."""
 
     def __call__(self, x: Activations, live: Tensor | None = None) -> Tensor:
         """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says.
@@ -123,11 +123,11 @@ class AttentionPart(BlockPart, Protocol):
 
     @property
     def spec(self) -> AttentionSpec:
-        """This rank's share; parts with equal ones share the plan of a step."""
+        """This rank's share; parts with equal specs share the plan of a step."""
 
     @property
     def width(self) -> int:
-        """Elements that a token takes inside beyond what the backend's ``token_bytes`` says."""
+        """Workspace per token, in elements, besides the backend's ``token_bytes``."""
 
     def __call__(self, x: Activations, plan: AttentionPlan, kv: LayerKv) -> Tensor:
         """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says."""
@@ -192,7 +192,7 @@ class GatedMLP(Linears):
     """down(activation(gate(x)) * up(x)), in equal slices.
 
     Attributes:
-        width: elements that a token takes inside, at most.
+        width: maximum workspace per token, in elements.
     """
 
     def __init__(self, site: Site, spec: ModelSpec, mlp: MlpSpec) -> None:

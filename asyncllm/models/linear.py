@@ -1,4 +1,4 @@
-"""Linear layers sharded over ranks, with weights in the type of activations or in few bits."""
+"""Linear layers sharded over ranks, with weights in the activations' dtype or quantised."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from asyncllm.models.weights import AnyTarget, QuantTarget, SliceSpan, Target, w
 
 @dataclass(frozen=True, slots=True)
 class LinearPart:
-    """A linear layer of the checkpoint, of which ours holds some spans.
+    """A linear layer of the checkpoint, of which this rank holds some spans.
 
     Attributes:
         name: below the prefix that ``targets`` is given.
-        size: of the sharded dimension in the checkpoint.
-        spans: what this rank holds of it; the rest of ours is padding, and zero.
-        local: of the sharded dimension here, padding included. Parts follow each other.
+        size: size of the sharded dimension in the checkpoint.
+        spans: what this rank holds of it; the rest of the local weight is zero padding.
+        local: local size of the sharded dimension, including padding. Parts are concatenated.
     """
 
     name: str
@@ -35,13 +35,13 @@ class LinearPart:
 
 @dataclass(frozen=True, slots=True)
 class LinearShard:
-    """What a rank has of a linear layer.
+    """A rank's share of a linear layer.
 
     Attributes:
         shape: [out, in] on this rank.
-        parts: the checkpoint's layers; sharded by inputs (``dim`` 1) there is one.
-        dim: the sharded dimension, 0 for outputs. The bias of a sum is added by rank 0 only.
-        bias: it has one.
+        parts: the checkpoint's layers; just one if it is sharded by inputs (``dim`` 1).
+        dim: the sharded dimension, 0 for outputs. If results are summed, only rank 0 adds the bias.
+        bias: whether it has one.
     """
 
     shape: tuple[int, int]
@@ -51,7 +51,7 @@ class LinearShard:
 
 
 class _Biased:
-    """What linear layers have in common: their parts and the bias."""
+    """Base of linear layers: their parts and the bias."""
 
     def __init__(self, site: Site, shard: LinearShard) -> None:
         self._site, self._parts, self._dim = site, shard.parts, shard.dim
@@ -72,7 +72,7 @@ class _Biased:
 
     @property
     def nbytes(self) -> int:
-        """Of the bias."""
+        """Bytes of the bias."""
         return 0 if self.bias is None else self.bias.nbytes
 
 
@@ -110,10 +110,10 @@ class DenseLinear(_Biased):
 
 
 class QuantLinear(_Biased):
-    """A weight in few bits: as the checkpoint has it, or made of it while it is read.
+    """A quantised weight: taken from the checkpoint, or quantised while it is read.
 
-    With ``way.form.ordered`` the columns of the weight are in the order of their groups, and those
-    of the activations are brought into it.
+    With ``way.form.ordered`` the columns of the weight are sorted by group, and those of the
+    activations are reordered to match.
     """
 
     def __init__(self, site: Site, shard: LinearShard, way: Served) -> None:
@@ -161,7 +161,7 @@ class QuantLinear(_Biased):
 
 
 def _empty_weight(site: Site, shape: tuple[int, int], way: Served) -> QuantWeight:
-    """Zeros, or anything where all of it will be filled."""
+    """Zeros, or uninitialised if all of it will be filled."""
     kind, (rows, columns), form = way.kind, shape, way.form
     assert kind is not None
     assert kind != "gguf"
@@ -182,7 +182,7 @@ def _empty_weight(site: Site, shape: tuple[int, int], way: Served) -> QuantWeigh
 
 
 class PackedLinear(_Biased):
-    """A weight of a GGUF file in its own bits."""
+    """A weight of a GGUF file in its own format."""
 
     def __init__(self, site: Site, shard: LinearShard, way: Served) -> None:
         super().__init__(site, shard)
@@ -215,8 +215,8 @@ class PackedLinear(_Biased):
 
 
 class SideBySide:
-    """Linear layers of the same input whose weights cannot be one: their outputs follow each
-    other."""
+    """Linear layers with the same input whose weights cannot be merged: their outputs are
+    concatenated."""
 
     def __init__(self, linears: Sequence[Linear], width: int, itemsize: int) -> None:
         self._linears, self._width, self._itemsize = linears, width, itemsize
@@ -251,8 +251,8 @@ def by_outputs(
 ) -> Linear:
     """A linear layer whose outputs are split over the ranks (column-parallel).
 
-    Parts are one weight where they are served in the same way and blocks of scales lie in one of
-    them each.
+    Parts are merged into one weight if they are served in the same way and no block of scales
+    spans two of them.
     """
     ways = [site.quantisation.way(site.path + part.name) for part in parts]
     together = len(set(ways)) == 1 and (len(parts) == 1 or not _ordered(ways[0]))
@@ -297,22 +297,22 @@ def _ordered(way: Served) -> bool:
 
 
 def _moved(part: LinearPart, begin: int) -> LinearPart:
-    """``part`` at the beginning of a weight of its own."""
+    """``part`` as a separate weight."""
     spans = tuple((source, into - begin, length) for source, into, length in part.spans)
     return replace(part, spans=spans)
 
 
 def _lines_up(way: Served, parts: Sequence[LinearPart], dim: int) -> bool:
-    """Whether no block of scales of ours is part of several of the checkpoint's, or of layers.
+    """Whether no block of scales on this rank spans several blocks or layers of the checkpoint.
 
-    The same on every rank: what one has begins at a multiple of what each has.
+    The result is the same on every rank: a rank's part begins at a multiple of its size.
     """
     match way.kind:
         case "gguf" if dim == 1:
             step = GROUP
         case "fp8_block":
             step = BLOCK
-            if way.form is None:  # made here
+            if way.form is None:  # quantised here
                 begins = accumulate((part.local for part in parts), initial=0)
                 return all(begin % BLOCK == 0 for begin, _ in zip(begins, parts, strict=False))
         case "int4_group" if dim == 1:
@@ -328,14 +328,14 @@ def _lines_up(way: Served, parts: Sequence[LinearPart], dim: int) -> bool:
 
 
 def share(total: int, site: Site) -> SliceSpan:
-    """This rank's equal slice of ``total``, as a span to the beginning of a parameter."""
+    """This rank's equal slice of ``total``, as a span at the start of a parameter."""
     local = -(-total // site.comm.size)
     first = site.comm.rank * local
     return first, 0, max(0, min(local, total - first))
 
 
 def fused(name: str, parts: Sequence[LinearPart]) -> LinearPart:
-    """``parts`` as one tensor of the checkpoint, in which they follow each other."""
+    """``parts`` as one tensor of the checkpoint that concatenates them."""
     spans, begin = [], 0
     for part in parts:
         spans += [(begin + source, into, length) for source, into, length in part.spans]

@@ -24,18 +24,18 @@ from asyncllm.models.quantization import RowForm
 from asyncllm.models.spec import AttentionSpec, ExpertsSpec, ModelSpec
 from asyncllm.models.weights import AnyTarget
 
-KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")  # how names of calibrated scales of K/V end
+KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")  # suffixes of calibrated K/V scales
 
 
 def attention_part(site: Site, spec: ModelSpec, layer: int) -> AttentionPart:
-    """What ``spec.layers[layer]`` asks for."""
+    """Create the attention for ``spec.layers[layer]``."""
     if spec.layers[layer].kind == "mla":
         return LatentAttention(site, spec, spec.layers[layer])
     return Attention(site, spec, spec.layers[layer])
 
 
 def mlp_part(site: Site, spec: ModelSpec, layer: int) -> MlpPart:
-    """What ``spec.mlps[layer]`` asks for."""
+    """Create the MLP for ``spec.mlps[layer]``."""
     mlp = spec.mlps[layer]
     if isinstance(mlp, ExpertsSpec):
         return Experts(site, spec.hidden_size, mlp)
@@ -53,7 +53,7 @@ class Behind:
 class Block:
     """Attention, then MLP, each preceded by a norm and added to the residual stream.
 
-    The norm after the MLP is that of the next block: one pass adds and normalises. With
+    The norm after the MLP belongs to the next block: one kernel adds and normalises. With
     ``spec.sandwich_norms`` the outputs of attention and MLP are normed before they are added.
     """
 

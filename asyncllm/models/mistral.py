@@ -34,7 +34,7 @@ _DEFAULTS3: ConfigDict = {
 
 
 def config(hf: ConfigDict) -> ConfigDict:
-    """config.json of Mistral and Ministral: all layers have the window, if no types say which."""
+    """config.json of Mistral and Ministral: without layer types all have the window."""
     return with_windows(_DEFAULTS | hf)
 
 
@@ -65,7 +65,7 @@ def with_windows(hf: ConfigDict) -> ConfigDict:
 
 
 def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """What config.json says beyond the common names: how queries grow."""
+    """Reads what is specific in config.json: how queries are scaled."""
     if not (beta := hf.get("llama_4_scaling_beta")):
         return spec
     trained = count(hf["rope_parameters"], "original_max_position_embeddings")
@@ -75,6 +75,6 @@ def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
 
 
 def read_text(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """What the text part of config.json says beyond the common names."""
+    """Reads what is specific in the text part of config.json."""
     spec = read3(spec, hf) if hf.get("model_type") == "ministral3" else spec
     return replace(spec, ignored=VISION)

@@ -24,7 +24,7 @@ def config(hf: ConfigDict) -> ConfigDict:
 
 
 def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """What config.json says beyond the common names."""
+    """Reads what is specific in config.json."""
 
     def experts(plain: MlpSpec | ExpertsSpec) -> ExpertsSpec:
         return ExpertsSpec(

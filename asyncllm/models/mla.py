@@ -21,15 +21,15 @@ from asyncllm.models.quantization import RowForm
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import AnyTarget, Target
 
-EPS = 1e-6  # of the latents' norms, whatever the other norms have
+EPS = 1e-6  # of the latents' norms, whatever the epsilon of other norms
 
 
 class LatentAttention(Linears):
-    """Heads are split over the ranks; each computes all latents. A head that is padding has zero
+    """Heads are split over the ranks; each computes all latents. Padding heads have zero
     weights and adds nothing.
 
     Attributes:
-        width: elements that a token takes inside beyond what the backend says.
+        width: workspace per token, in elements, besides the backend's.
     """
 
     def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:

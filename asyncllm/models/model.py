@@ -17,15 +17,15 @@ from asyncllm.models.weights import AnyTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Where a model runs: its rank, and the operators there.
+    """Where a model runs: its rank, device and operators.
 
     Attributes:
         comm: the rank's tensor-parallel group, which splits everything except experts.
         world: the ranks that split experts: the same, except with several groups in lockstep.
-        whole_experts: each of these has whole experts rather than a slice of each.
-        device: of the parameters; ``meta`` only to measure what it would take.
-        quantisation: which linear layers are in few bits.
-        path: what the checkpoint's names of the part that is made here begin with.
+        whole_experts: each of these ranks has whole experts rather than a slice of each.
+        device: of the parameters; ``meta`` only to measure its size.
+        quantisation: which linear layers are quantised.
+        path: prefix of the checkpoint's names of the part being built.
     """
 
     comm: Comm
@@ -39,11 +39,11 @@ class Site:
     path: str = ""
 
     def below(self, path: str) -> Site:
-        """The site of a part whose names have ``path`` next."""
+        """The site of a sub-part, with ``path`` appended to the prefix."""
         return replace(self, path=f"{self.path}{path}")
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A parameter; zero where heads or slices may be padding (filled only in part)."""
+        """Allocate a parameter; zeroed if it may be filled only in part (padding)."""
         make = torch.zeros if max(self.comm.size, self.world.size) > 1 else torch.empty
         return make(*shape, dtype=dtype or self.dtype, device=self.device)
 
@@ -57,10 +57,10 @@ class Model(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of its parameters."""
+        """Bytes of its parameters."""
 
     def work_bytes(self, num_tokens: int) -> int:
-        """Upper bound of what a step of ``num_tokens`` needs besides parameters, K/V and logits."""
+        """Upper bound of a step's bytes besides parameters, K/V and logits."""
 
     def targets(self) -> Iterator[tuple[str, AnyTarget]]:
         """Checkpoint name -> where its values go on this rank."""

@@ -1,6 +1,6 @@
-"""Reads values of a config.json; an implausible one is refused with one line that names it.
+"""Reads numbers from a config.json; refuses implausible ones with a line that names them.
 
-Sizes are bounded: larger ones overflow, or take long to say that memory is short.
+Sizes are bounded: larger ones overflow, or take long to fail for lack of memory.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from asyncllm.errors import StartupError
 
-MOST = 1 << 22  # of a size
-# by name, for all whose products with sizes count, or that are lengths
+MOST = 1 << 22  # of any size
+# by name, for values that are multiplied with sizes, or that are lengths
 _MOST = {
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1 << 12),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 12),

@@ -1,6 +1,6 @@
-"""What a model is run with: operators, linear layers and the rank's tensor-parallel group.
+"""Interfaces of operators, linear layers and a rank's groups, which models are run with.
 
-Interfaces only; the engine implements them for CPU (torch) and CUDA (Triton).
+The engine implements them for CPU (torch) and CUDA (Triton).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Held:
     """The experts of a rank.
 
     Attributes:
-        numbers: which they are, of all that the layer has.
-        gate_up: [E, 2 * I, hidden], theirs first; the rest is not used.
+        numbers: their numbers among the layer's experts.
+        gate_up: [E, 2 * I, hidden], the first rows are used.
         down: [E, hidden, I].
     """
 
@@ -41,10 +41,10 @@ class Held:
 
 
 class PackedOps(Protocol):
-    """Operators on matrices of GGUF files in their own bits."""
+    """Operators on matrices of GGUF files in their own formats."""
 
     def pack(self, matrix: PackedMatrix) -> None:
-        """Bring it into the form that the others read; start-up only."""
+        """Convert it to the layout that the others read; start-up only."""
 
     def linear(
         self, x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, out: Tensor | None = None
@@ -66,7 +66,7 @@ class Ops(Protocol):
     """The operators that a decoder uses, on one device.
 
     Attributes:
-        packed: None: matrices of GGUF files are widened on this device.
+        packed: None: matrices of GGUF files are dequantised on this device.
     """
 
     @property
@@ -108,7 +108,7 @@ class Ops(Protocol):
     def embed_rmsnorm(
         self, tokens: Tensor, table: Tensor, weight: Tensor, eps: float, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """(norm of the embeddings times ``scale``, these), [num_tokens, hidden] each."""
+        """(norm of the embeddings times ``scale``, the embeddings), [num_tokens, hidden] each."""
 
     def rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Norm of each row, rounded to the weight's dtype, times the weight, in the dtype of x."""
@@ -170,7 +170,7 @@ class Ops(Protocol):
 
 
 class Product(Protocol):
-    """What gives this rank's part of a sum over ranks."""
+    """Computes this rank's part of a sum over ranks."""
 
     def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
         """[n, in] -> [n, out]."""
@@ -188,13 +188,13 @@ class Linear(Product, Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of its tensors on this rank."""
+        """Bytes of its tensors on this rank."""
 
     def targets(self, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
         """Checkpoint name -> where its values go; names begin with ``prefix``."""
 
     def pack(self) -> None:
-        """Lay out the loaded weight as the operators like it best."""
+        """Repack the loaded weight into the operators' preferred layout."""
 
 
 class Comm(Protocol):
@@ -211,9 +211,9 @@ class Comm(Protocol):
 
 
 class World(Protocol):
-    """All ranks among which the experts of a model are divided: those of all groups.
+    """All ranks that share the experts of a model: those of all groups.
 
-    Each group attends to its own tokens; the experts see those of all groups, of each as many.
+    Each group attends to its own tokens; the experts see those of all groups, equally many of each.
     With one group it is the group itself.
     """
 

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint holds in 8 or 4 bits: as what they stand for, or as they are.
+"""Reads 8-bit and 4-bit weights of checkpoints, dequantised or as stored.
 
 Knows the layouts of :class:`asyncllm.models.quant_config.StoredForm`; knows no parameters.
 """
@@ -14,17 +14,17 @@ from asyncllm.errors import StartupError
 from asyncllm.models.quant_config import StoredForm
 from asyncllm.models.tensors import FLOATS, BlockScaled, Index, Source
 
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 neighbours the nibbles of a word are
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the order of 8 neighbours in the nibbles of a word
 _NIBBLES = 8  # in a word of 32 bits
 _WORD = "I32"
 
 
 class QuantSource(Source, Protocol):
-    """A matrix in few bits; ``read`` gives what it stands for, in float32.
+    """A quantised matrix; ``read`` dequantises it to float32.
 
     Attributes:
         block: rows and columns that share a scale.
-        order: columns in the order of their groups; None: as they stand.
+        order: columns sorted by group; None: already in order.
     """
 
     @property
@@ -40,11 +40,11 @@ class QuantSource(Source, Protocol):
         """Values without their scales: 8 bits, or uint8 from 0 to 15."""
 
     def scales(self, device: torch.device) -> Tensor:
-        """All of them, float32 [rows / block, columns / block], rounded up."""
+        """All scales, float32 [rows / block, columns / block], rounded up."""
 
     def zeros(self, device: torch.device) -> Tensor | None:
-        """What stands for 0 in the codes, float32, of the shape of scales; None: their own 0, or
-        8 in 4 bits."""
+        """Zero points, float32, of the shape of scales; None: the natural zero, or 8 for 4-bit
+        codes."""
 
 
 def _all(source: Source, device: torch.device) -> Tensor:
@@ -52,7 +52,7 @@ def _all(source: Source, device: torch.device) -> Tensor:
 
 
 class Scaled:
-    """Values of 8 bits times the scale of their block."""
+    """8-bit values times the scale of their block."""
 
     order: Tensor | None = None
 
@@ -104,11 +104,11 @@ class _Shaped:
 
 
 class Nibbles:
-    """Values of 4 bits, eight in a word: compressed-tensors', AutoAWQ's and GPTQ's.
+    """4-bit values, eight per word: compressed-tensors', AutoAWQ's and GPTQ's.
 
     Args:
         label: of the tensor ``X.weight``, for errors.
-        found: the layer's tensors by the ends of their names.
+        found: the layer's tensors by name suffix.
     """
 
     kind = "U4"
@@ -210,7 +210,7 @@ class Nibbles:
             )
 
     def _columns(self, packed: int) -> int:
-        """What ``weight_shape`` says, since the last word of a row may not be full."""
+        """The number of columns in ``weight_shape``, since a row's last word may not be full."""
         if (found := self._found.get("weight_shape")) is None:
             return packed
         said = _all(found, torch.device("cpu")).flatten().long()
@@ -243,7 +243,7 @@ class Nibbles:
 
 
 def _words(part: slice) -> tuple[slice, int]:
-    """The words that hold a slice, and the place of its first element in them."""
+    """The words that contain a slice, and the offset of its first element in them."""
     first = part.start // _NIBBLES
     return slice(first, -(-part.stop // _NIBBLES)), part.start - first * _NIBBLES
 
@@ -255,5 +255,5 @@ def _unpack(words: Tensor) -> Tensor:
 
 
 def _places(device: torch.device) -> Tensor:
-    """Nibbles of AutoAWQ in the order of what they are."""
+    """Reorder AutoAWQ's nibbles to column order."""
     return torch.tensor(_AWQ_ORDER, device=device).argsort()

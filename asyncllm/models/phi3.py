@@ -16,7 +16,7 @@ _DEFAULTS: ConfigDict = {
 
 
 def config(hf: ConfigDict) -> ConfigDict:
-    """config.json of Phi-3, in whose first files longrope has other names."""
+    """config.json of Phi-3, whose first versions name longrope differently."""
     hf = with_windows(_DEFAULTS | hf)
     if scaling := hf.get("rope_scaling"):
         if (scaling.get("rope_type") or scaling.get("type")) in {"su", "yarn"}:
@@ -27,5 +27,5 @@ def config(hf: ConfigDict) -> ConfigDict:
 
 
 def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """What config.json says beyond the common names."""
+    """Reads what is specific in config.json."""
     return replace(spec, fused_projections=True)

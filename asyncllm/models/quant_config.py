@@ -12,9 +12,9 @@ from asyncllm.models.quantization import BLOCK, QuantKind
 Method = Literal["scaled", "packed", "awq", "gptq"]
 Said = Mapping[str, object]
 
-# methods by which K/V alone may be quantised -> what says how weights are
+# methods that may quantise K/V only -> the key that describes weights
 _OF_WEIGHTS = {"compressed-tensors": "config_groups", "modelopt": "quant_algo"}
-# what a kv_cache_scheme may say, beside its type: our scales are no coarser than these
+# accepted values in a kv_cache_scheme: our scales are at least as fine as these
 _SCHEME = {
     "num_bits": (8,),
     "strategy": ("tensor", "token", "attn_head", None),
@@ -22,7 +22,7 @@ _SCHEME = {
 }
 _FORMATS = {"float": "triton_fp8kv", "int": "triton_int8kv"}
 _ALGORITHMS = {"FP8": "triton_fp8kv", "INT8": "triton_int8kv"}
-# what the keys of a quantization_config may say, by its method
+# accepted values in a quantization_config, by method
 _FP8 = {"fmt": ("e4m3", None), "activation_scheme": ("dynamic", None)}
 _AWQ = {
     "bits": (4,),
@@ -57,14 +57,14 @@ class StoredForm:
     gptq: ``X.qweight`` int32 [in / 8, out], ``X.qzeros`` and ``X.scales`` as these, ``X.g_idx``.
 
     Attributes:
-        kind: of the weights as they stand; None: they are served in the type of activations.
+        kind: of the stored weights; None: they are served in the activations' dtype.
         block: rows and columns that share a scale; 0: all of them.
         element: type of scaled values, as safetensors calls it.
         suffix: of the name of their scales.
-        shift: added to zeros.
+        shift: added to stored zeros.
         symmetric: zeros are all 8, whether stored or not.
-        ordered: columns belong to groups in any order, which a tensor of the layer says.
-        plain: layers that are not quantised. Empty until the checkpoint has been looked at.
+        ordered: columns belong to groups in an arbitrary order, given by a tensor of the layer.
+        plain: layers that are not quantised. Empty until the checkpoint has been read.
     """
 
     method: Method
@@ -79,13 +79,13 @@ class StoredForm:
 
     @property
     def main(self) -> str:
-        """Behind the name of a layer, the name of the tensor that tells that it is quantised."""
+        """Suffix of the tensor that marks a layer as quantised."""
         names = {"packed": "weight_packed", "awq": "qweight", "gptq": "qweight"}
         return names.get(self.method, f"weight{self.suffix}")
 
     @property
     def parts(self) -> frozenset[str]:
-        """All tensors of a quantised layer by the ends of their names."""
+        """The name suffixes of all tensors of a quantised layer."""
         match self.method:
             case "scaled":
                 return frozenset({"weight", f"weight{self.suffix}"})
@@ -103,7 +103,7 @@ def stored_form(quantization: Said | None) -> StoredForm | None:
         quantization: ``quantization_config`` of config.json.
 
     Raises:
-        StartupError: in a way that is not read.
+        StartupError: in an unsupported way.
     """
     if not quantization:
         return None
@@ -182,7 +182,7 @@ def _gptq(config: Said) -> StoredForm:
 
 
 def _compressed(config: Said) -> StoredForm:
-    """Of compressed-tensors: one way for all layers that are quantised."""
+    """compressed-tensors: one form for all quantised layers."""
     method = "compressed-tensors"
     _known(method, config, _COMPRESSED)
     sparsity = config.get("sparsity_config") or {}
@@ -266,15 +266,15 @@ def _inputs(inputs: object, weights: object) -> str:
 
 
 def kv_format(quantization: Said | None) -> str | None:
-    """Name of the format of K/V that a checkpoint asks for; None: it asks for none.
+    """Name of the K/V format that a checkpoint specifies, or None.
 
-    Whether its scales are fixed or made of what is written: ours are each token's and head's.
+    Whether its scales are static or dynamic does not matter: ours are per token and head.
 
     Args:
         quantization: ``quantization_config`` of config.json.
 
     Raises:
-        StartupError: K/V are quantised in another way.
+        StartupError: an unsupported quantisation of K/V.
     """
     said = quantization or {}
     for key, read in (("kv_cache_scheme", _by_scheme), ("kv_cache_quant_algo", _by_algorithm)):

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: what kinds there are, how they lie in memory, how activations meet them.
+"""Kinds of 8-bit and 4-bit weights: memory layouts and how activations are multiplied.
 
 Does not import torch: processes that serve only HTTP read what a checkpoint is.
 """
@@ -28,7 +28,7 @@ INT4_ZERO = 8  # the value that stands for 0 where there are no zeros
 
 @dataclass(frozen=True, slots=True)
 class QuantWeight:
-    """A matrix W [out_features, in_features] in few bits.
+    """A quantised matrix W [out_features, in_features].
 
     ``x`` [T, in_features] is multiplied in this way, sums in float32, the result in the dtype of x:
 
@@ -94,7 +94,7 @@ class QuantRows:
         return len(self.values)
 
 
-# names of --quant_type -> what weights become; None: they stay in the type of activations
+# names of --quant_type -> kind of weights; None: they stay in the activations' dtype
 TYPES: dict[str, QuantKind | None] = {
     "none": None,
     "fp8w8a8": "fp8_channel",
@@ -114,7 +114,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)")
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """A type for some projections of some layers; ``layers`` None: of all."""
+    """A type for some projections of some layers; ``layers`` None: all of them."""
 
     type: str
     projections: frozenset[str]
@@ -123,18 +123,18 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class WeightTypes:
-    """What --quant_type and --quant_cfg ask for, by the names of ``TYPES``.
+    """The requests of --quant_type and --quant_cfg, by the names of ``TYPES``.
 
-    Attributes:
-        type: None: as the checkpoint has them.
-        overrides: of several for the same layer the last one counts.
+    form: the checkpoint's, if the weight is used as stored; None: it is made from the
+        dequantised weight.
+        overrides: the last one for a layer wins.
     """
 
     type: str | None = None
     overrides: tuple[Override, ...] = ()
 
     def of(self, name: str) -> str | None:
-        """Of a linear layer, by its name in the checkpoint."""
+        """The type of a linear layer, by its name in the checkpoint."""
         if (found := _LAYER.search(name)) is None:
             return self.type
         layer, projection = int(found[1]), found[2]
@@ -154,7 +154,7 @@ class Served:
     """How a linear layer is served.
 
     Attributes:
-        kind: of its weight; None: the type of activations.
+        kind: of its weight; None: the activations' dtype.
         form: the checkpoint's, where the weight is taken as it stands; None: it is made of what
             the checkpoint's stands for.
         type: of kind "gguf", the type in the file.
@@ -167,11 +167,11 @@ class Served:
 
 @dataclass(slots=True)
 class Tally:
-    """Linear layers by what their weights became."""
+    """Counts linear layers by the kind of their weights."""
 
     served: dict[ServedKind, int] = field(default_factory=dict)
     plain: int = 0
-    widened: list[str] = field(default_factory=list)  # that the shards did not let stay as stored
+    widened: list[str] = field(default_factory=list)  # dequantised because of the shards
 
     def add(self, kind: ServedKind | None, names: Iterable[str], *, widened: bool = False) -> None:
         found = list(names)
@@ -182,7 +182,7 @@ class Tally:
             self.served[kind] = self.served.get(kind, 0) + len(found)
 
     def counts(self, dtype: str) -> tuple[tuple[str, int], ...]:
-        """(kind or ``dtype``, layers) of those that there are."""
+        """(kind or ``dtype``, number of layers) of those that occur."""
         plain = ((dtype, self.plain),) if self.plain else ()
         return (*self.served.items(), *plain)
 
@@ -193,7 +193,7 @@ class Tally:
         return f"linear layers: {', '.join(parts)}"
 
     def warnings(self, dtype: str) -> list[str]:
-        """A line if layers have become more than was asked for."""
+        """A line if layers had to be dequantised."""
         if not self.widened:
             return []
         return [
@@ -207,9 +207,9 @@ class Quantisation:
     """How the linear layers of a model are served.
 
     Attributes:
-        stored: how the checkpoint holds those that are quantised.
-        gguf: types of a GGUF file's matrices by their names, of those that may stay as they are.
-        tally: what became of the layers, filled while a model is made.
+        stored: how the checkpoint stores quantised layers.
+        gguf: types of a GGUF file's matrices that can be used as stored, by name.
+        tally: statistics of the layers, filled while a model is built.
     """
 
     stored: StoredForm | None = None
@@ -218,13 +218,13 @@ class Quantisation:
     tally: Tally = field(default_factory=Tally, compare=False)
 
     def way(self, name: str) -> Served:
-        """Of a linear layer, by its name in the checkpoint, if shards do not cut its groups."""
+        """How to serve a linear layer, by its checkpoint name, if shards keep groups whole."""
         form, asked = self.stored, self.asked.of(name)
         if asked is None and (type_ := self.gguf.get(f"{name}.weight")) is not None:
             return Served("gguf", type=type_)
         packed = form is not None and name not in form.plain
         if form is not None and not packed:
-            return Served()  # what a quantised checkpoint leaves as it is stays so
+            return Served()  # layers that a quantised checkpoint leaves unquantised stay so
         kind = TYPES[asked] if asked is not None else form.kind if form is not None else None
         if kind is None:
             return Served()

@@ -1,4 +1,4 @@
-"""Makes values of 8 bits and their scales."""
+"""Quantises tensors to 8-bit values and scales."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from asyncllm.models.quantization import BLOCK, FP8_MAX, INT8_MAX
 
-_TINY = 1e-12  # least scale: of zeros, which may have any
+_TINY = 1e-12  # minimum scale, for rows of zeros
 
 
 def quantize_rows(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3: sliding windows if they are turned on; biases on q, k and v, or norms
+"""Qwen2, Qwen2.5 and Qwen3: sliding windows if enabled; biases on q, k and v, or norms
 of q and k."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def config3(hf: ConfigDict) -> ConfigDict:
 
 
 def with_windows(hf: ConfigDict) -> ConfigDict:
-    """``hf`` with the type of each layer: those from ``max_window_layers`` on slide, if any do."""
+    """``hf`` with the type of each layer: those from ``max_window_layers`` on slide, if any."""
     window = hf.get("sliding_window", 4096) if truth(hf, "use_sliding_window") else None
     slides = count(hf, "max_window_layers", 28, least=0) if window is not None else 1 << 30
     types = [
@@ -33,7 +33,7 @@ def with_windows(hf: ConfigDict) -> ConfigDict:
 
 
 def read2(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """What config.json says beyond the common names."""
+    """Reads what is specific in config.json."""
     return replace(spec, qkv_bias=True, out_bias=False)
 
 

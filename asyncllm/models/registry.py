@@ -1,4 +1,4 @@
-"""Architecture that a config.json names -> the code that reads and runs it, imported when used."""
+"""Maps a config.json's architecture to the code that reads and runs it, imported on use."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What serves an architecture, as ``module:name``.
+    """The code for an architecture, as ``module:name``.
 
     Attributes:
-        decoder: called with (spec, site), gives a :class:`asyncllm.models.model.Model`.
+        decoder: called with (spec, site), returns a :class:`asyncllm.models.model.Model`.
         reader: called with the spec by the common names of config.json and with config.json, gives
             the architecture's spec. "": the common names say it all.
         opener: called with config.json before anything is read, gives what of it describes the
@@ -82,7 +82,7 @@ MODELS = {
     "Qwen2MoeForCausalLM": _common("qwen_moe", "read2", "config2"),
     "Qwen3MoeForCausalLM": _common("qwen_moe", "read3", "config3"),
 }
-# what a file that names no architecture is by its model_type
+# the architecture by model_type, for files that name none
 _BY_TYPE = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -104,7 +104,7 @@ _BY_TYPE = {
 
 
 def family(architectures: object, model_type: object = None) -> tuple[str, Family]:
-    """The architecture that a config.json names, and what serves it.
+    """The architecture that a config.json names, and its code.
 
     Of several names the first that is served counts, however its letters are spelled
     (``LLaMAForCausalLM``). Where there are none ``model_type`` decides.

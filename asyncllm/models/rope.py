@@ -1,4 +1,4 @@
-"""Rotary position embedding: what a config.json says about it.
+"""Reads the parameters of rotary position embeddings from a config.json.
 
 Does not know tensors; the angles are computed in ``models/angles.py``.
 """
@@ -13,8 +13,8 @@ from typing import Any
 from asyncllm.errors import StartupError
 from asyncllm.models.numbers import count, number
 
-ConfigDict = dict[str, Any]  # what a file holds
-_POSITIONS = 2048  # where a file names none
+ConfigDict = dict[str, Any]  # contents of a file
+_POSITIONS = 2048  # if a file names none
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class LinearScaling:
     """Every frequency is divided by ``factor`` (position interpolation)."""
 
     factor: float
-    longest: int  # positions that it is good for
+    longest: int  # positions that it supports
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Rope:
 
 
 def notes(ropes: Iterable[Rope | None], max_len: int) -> list[str]:
-    """A line for each kind of angles that ``max_len`` decides."""
+    """A line for the log about each kind of angles that depends on ``max_len``."""
     lines = []
     for scaling in dict.fromkeys(rope.scaling for rope in ropes if rope):
         if not isinstance(scaling, Dynamic | LongRope):
@@ -101,8 +101,8 @@ def notes(ropes: Iterable[Rope | None], max_len: int) -> list[str]:
 
 
 def reach(ropes: Iterable[Rope | None], said: int) -> int:
-    """Positions that angles are good for: ``max_position_embeddings``, or what their scaling makes
-    of the positions before it.
+    """Positions that the angles support: ``max_position_embeddings``, or the result of scaling the
+    original positions.
 
     Files for YaRN and linear ones often keep the former, and the base of dynamic ones begins to
     grow there.
@@ -113,18 +113,18 @@ def reach(ropes: Iterable[Rope | None], said: int) -> int:
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """By how much YaRN scales queries and keys (Peng et al., 2023, §3.4), as DeepSeek weighs it."""
+    """YaRN's scale of queries and keys (Peng et al., 2023, §3.4), with DeepSeek's weight."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def read_rope(hf: ConfigDict, head_dim: int, layer_type: str | None = None) -> Rope:
-    """The rotary embedding of a config.json, of layers of ``layer_type`` if it tells them apart.
+    """The rotary embedding of a config.json, for layers of ``layer_type`` if it distinguishes them.
 
     Knows ``rope_parameters`` of transformers 5 and ``rope_theta``, ``rope_scaling`` and
     ``partial_rotary_factor`` of transformers 4.
 
     Raises:
-        StartupError: it asks for a variant that is not there, or misses what its variant needs.
+        StartupError: an unsupported variant, or missing parameters of the variant.
     """
     given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if layer_type is not None and layer_type in given:
@@ -163,7 +163,7 @@ def _default(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | Non
 def _linear(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
     factor = _positive("factor", given["factor"])
     longest = count(hf, "max_position_embeddings", _POSITIONS)
-    if given.get(_TRAINED) is None:  # else the former counts the stretched ones
+    if given.get(_TRAINED) is None:  # otherwise the former counts scaled positions
         longest = int(longest * factor)
     return LinearScaling(factor, longest), 1.0
 
@@ -218,7 +218,7 @@ def _longrope(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | No
 
 
 def _trained(given: ConfigDict, hf: ConfigDict) -> int:
-    """Positions before the scaling; beside the parameters, as in Phi-3's file, they win."""
+    """Positions before the scaling; a value beside the parameters, as in Phi-3's file, wins."""
     for place in (hf, given):
         if place.get("original_max_position_embeddings") is not None:
             return count(place, "original_max_position_embeddings")
@@ -226,7 +226,7 @@ def _trained(given: ConfigDict, hf: ConfigDict) -> int:
 
 
 def _factor(given: ConfigDict, hf: ConfigDict, trained: int) -> float:
-    """By how much positions have been stretched."""
+    """The factor by which positions were extended."""
     if (found := given.get("factor")) is None:
         return count(hf, "max_position_embeddings") / trained
     return _positive("factor", found)
@@ -236,12 +236,12 @@ def _positive(name: str, value: object) -> float:
     return number(f"{name} of the rotary embedding", value)
 
 
-# of any kind; the last two say what stands elsewhere in the file, or how the weights came about
+# for any kind; the last two repeat other keys or describe the training
 _KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _KEYS |= {"max_position_embeddings", "finetuned"}
 _TRAINED = "original_max_position_embeddings"
 _LONGROPE = f"short_factor long_factor factor attention_factor {_TRAINED}"
-# what reads a kind, and the keys that it knows
+# the reader of each kind, and its keys
 _READERS = {
     "default": (_default, ""),
     "linear": (_linear, f"factor {_TRAINED}"),

@@ -1,4 +1,4 @@
-"""What a checkpoint is: shapes, rotary embedding, special ids.
+"""Describes a checkpoint: shapes, attention, rotary embedding, special ids.
 
 The only code that reads Hugging Face attribute names. Does not know tensors.
 """
@@ -26,7 +26,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-# what changes the computation, and the value with which it does not
+# unsupported keys that change the computation, and the value with which they do not
 _UNSERVED = {
     "clip_qkv": None,
     "full_attn_mod": 1,
@@ -47,7 +47,7 @@ _DTYPE_NAMES = {
 }
 
 
-# what the names of tensors of models that see begin with, besides those of their text part
+# prefixes of multimodal models' tensors outside the text part
 VISION = (
     "vision_tower.",
     "multi_modal_projector.",
@@ -75,17 +75,17 @@ class AttentionSpec:
     v_dim: int  # of values
     scale: float  # multiplies q·k
     rope: Rope | None
-    window: int | None = None  # tokens that a token sees, itself included; None: all before it
+    window: int | None = None  # tokens that a token sees, including itself; None: all previous ones
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
-    sinks: bool = False  # each head has a learned score that takes weight and gives no value
-    query_growth: QueryGrowth | None = None  # which the decoder applies, not the backend
-    # mla: of the latent that keys and values are made of (which turn only in a part that all heads
-    # share), and of the one that queries are made of, if they are
+    sinks: bool = False  # each head has a learned score that absorbs weight but has no value
+    query_growth: QueryGrowth | None = None  # applied by the decoder, not by the backend
+    # mla: ranks of the latent that keys and values are computed from (rotary only in a part that
+    # all heads share), and of the one for queries, if there is one
     kv_rank: int = 0
     q_rank: int | None = None
 
     def on(self, heads: HeadShard) -> AttentionSpec:
-        """The share of a rank that has ``heads``."""
+        """The spec of a rank that has ``heads``."""
         return replace(self, num_q_heads=len(heads.q_heads), num_kv_heads=len(heads.kv_heads))
 
 
@@ -100,7 +100,7 @@ class MlpSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertNames:
-    """What the checkpoint calls the linear layers of an expert, and the shared MLP."""
+    """The checkpoint's names for the linear layers of an expert, and for the shared MLP."""
 
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -110,7 +110,7 @@ class ExpertNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsSpec:
-    """A layer's mixture of experts: gated MLPs of which each token passes through a few.
+    """A layer's mixture of experts: gated MLPs, a few of which process each token.
 
     A token's experts are the ``top_k`` of best score among those of the best groups; their weights
     are their scores without the bias.
@@ -120,14 +120,14 @@ class ExpertsSpec:
     top_k: int
     inner: int  # size of an expert
     scoring: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits, over all experts
-    bias: bool = False  # each expert has a learned one that is added to its score for the choice
-    groups: int = 1  # equal runs of neighbouring experts
-    top_groups: int = 1  # of which so many are chosen from
+    bias: bool = False  # each expert's score gets a learned bias for the selection only
+    groups: int = 1  # equal groups of adjacent experts
+    top_groups: int = 1  # number of groups that experts are chosen from
     group_score: Literal["max", "top2"] = "max"  # its best expert's score, or the sum of two
     renormalise: bool = False  # weights are divided by their sum
     scale: float = 1.0  # multiplies the weights
-    shared_inner: int = 0  # size of the MLP that every token passes through; 0: there is none
-    shared_gate: bool = False  # whose result is multiplied by a learned sigmoid of the token
+    shared_inner: int = 0  # size of the MLP that processes every token; 0: none
+    shared_gate: bool = False  # its result is multiplied by a learned sigmoid gate
     activation: Activation = "silu"
     names: ExpertNames = ExpertNames()
 
@@ -160,37 +160,37 @@ class ModelSpec:
     layers: tuple[AttentionSpec, ...]
     mlps: tuple[MlpSpec | ExpertsSpec, ...]  # of each layer
     rms_eps: float
-    max_position: int  # of the longest sequence, by what config.json says of positions
+    max_position: int  # longest sequence, according to config.json
     tie_embeddings: bool
     dtype: str  # of the checkpoint: fp32, bf16 or fp16; auto: config.json leaves it to the weights
     eos_ids: tuple[int, ...]
-    stored: StoredForm | None = None  # how the checkpoint holds linear layers; None: plainly
+    stored: StoredForm | None = None  # of quantised linear layers; None: unquantised
     # types of matrices of a GGUF file by their names, of those in few bits
     gguf: tuple[tuple[str, str], ...] = ()
-    kv_format: str | None = None  # of K/V, that the checkpoint asks for
+    kv_format: str | None = None  # K/V format that the checkpoint specifies
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False  # q and k of each head are normed before they are turned
+    qk_norm: bool = False  # q and k of each head are normed before rotation
     norm_offset: float = 0.0  # norms multiply by this plus their weight
     sandwich_norms: bool = False  # outputs of attention and MLP are normed before they are added
     embed_scale: float = 1.0  # multiplies embeddings
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
-    mlp_name: str = "mlp"  # of a layer's part in the checkpoint
-    fused_projections: bool = False  # the checkpoint holds q, k, v, and gate, up, as one tensor
+    mlp_name: str = "mlp"  # of a layer's MLP in the checkpoint
+    fused_projections: bool = False  # the checkpoint fuses q, k, v, and gate, up
     prefix: str = "model."  # of the checkpoint's names
     head: str = "lm_head"  # its name for the output matrix
-    ignored: tuple[str, ...] = ()  # what names begin with that are not for the decoder
+    ignored: tuple[str, ...] = ()  # name prefixes that are not for the decoder
 
     @property
     def has_experts(self) -> bool:
-        """Some layers are mixtures of experts."""
+        """Whether some layers are mixtures of experts."""
         return any(isinstance(mlp, ExpertsSpec) for mlp in self.mlps)
 
     @property
     def shares_experts(self) -> bool:
-        """Groups of --dp divide one set of experts; other models are there once for each group.
+        """Whether the groups of --dp share one set of experts; other models are replicated.
 
-        Attention over latents has no heads of K/V to divide among ranks, experts can be divided.
+        MLA has no K/V heads to divide among ranks, but experts can be divided.
         """
         return self.has_experts and any(layer.kind == "mla" for layer in self.layers)
 
@@ -223,7 +223,7 @@ class ModelSpec:
 
     @classmethod
     def from_hf(cls, hf: ConfigDict, generation: ConfigDict) -> ModelSpec:
-        """From what config.json and generation_config.json hold (transformers 4 and 5 styles)."""
+        """From the contents of config.json and generation_config.json (transformers 4 and 5)."""
         architecture, served = family(hf.get("architectures"), hf.get("model_type"))
         hf = served.config(hf)
         for name, harmless in _UNSERVED.items():
@@ -271,7 +271,7 @@ class HeadShard:
 
 
 def shard_heads(spec: AttentionSpec, tp: int, rank: int) -> HeadShard:
-    """Give whole GQA groups to ranks.
+    """Assign whole GQA groups to ranks.
 
     KV heads are replicated where tp is a multiple of them and the query heads of a group divide;
     otherwise the groups are padded with zero groups to a multiple of tp, so that any head count
@@ -294,7 +294,7 @@ def shard_heads(spec: AttentionSpec, tp: int, rank: int) -> HeadShard:
 
 
 def text_part(hf: ConfigDict, tied: bool) -> ConfigDict:
-    """What of the config.json of a model that sees describes its text.
+    """The part of a multimodal model's config.json that describes its text model.
 
     Args:
         tied: whether embedding and output matrix are the same if nothing is said.
@@ -309,7 +309,7 @@ def text_part(hf: ConfigDict, tied: bool) -> ConfigDict:
 
 
 def _layers(hf: ConfigDict) -> tuple[AttentionSpec, ...]:
-    """By the types of layers; what names none is all of one type."""
+    """The type of each layer; without layer_types all are of one type."""
     num_layers = count(hf, "num_hidden_layers")
     types = hf.get("layer_types") or ["full_attention"] * num_layers
     if len(types) != num_layers:
@@ -356,7 +356,7 @@ def _activation(hf: ConfigDict) -> Activation:
 
 
 def generation_config(model_dir: Path) -> ConfigDict:
-    """What generation_config.json holds; {} where there is none. Raises StartupError."""
+    """The contents of generation_config.json; {} if there is none. Raises StartupError."""
     path = model_dir / "generation_config.json"
     return _read(path) if path.exists() else {}
 
@@ -378,7 +378,7 @@ def _quantization(hf: ConfigDict) -> ConfigDict | None:
 def _eos(hf: ConfigDict, generation: ConfigDict) -> tuple[int, ...]:
     """End tokens of both files: chat models name the turn's end only in generation_config.json.
 
-    One beyond the vocabulary cannot come, and is left out.
+    Ids beyond the vocabulary cannot occur and are left out.
     """
     found: list[int] = []
     for value in (hf.get("eos_token_id"), generation.get("eos_token_id")):

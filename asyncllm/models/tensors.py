@@ -1,6 +1,6 @@
-"""Tensors of weight files, read slice by slice: of one file, or put together from several tensors.
+"""Reads tensors of weight files slice by slice, from one file or assembled from several.
 
-Knows formats of files; knows no parameters.
+Knows file formats; knows no parameters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Source(Protocol):
     def kind(self) -> str: ...
 
     def read(self, index: Index, device: torch.device) -> Tensor:
-        """Its slice ``index``; on ``device`` if there is something to compute, else anywhere."""
+        """Read its slice ``index``; computations, if any, run on ``device``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Stored:
 
 
 class OpenFiles:
-    """Weight files, each opened when something of it is asked for.
+    """Weight files, each opened on first use.
 
     A context manager; of one thread.
     """
@@ -171,7 +171,7 @@ class _PickledTensor:
 
 
 class JoinedShards:
-    """Shards of a tensor, as the one that they are of."""
+    """The shards of a tensor, presented as the whole tensor."""
 
     def __init__(self, stored: Stored, shards: Sequence[Source]) -> None:
         self._shards, self._dim, self.kind = shards, stored.dim, shards[0].kind
@@ -223,7 +223,7 @@ class BlockScaled:
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        """That the scales must have."""
+        """The shape that the scales must have."""
         *first, rows, columns = self.shape
         return (*first, -(-rows // self._block[0]), -(-columns // self._block[1]))
 

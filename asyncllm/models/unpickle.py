@@ -49,9 +49,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MEMORY = 256 << 20  # that the process may take besides its libraries and twice the file
+MEMORY = 256 << 20  # allowed besides its libraries and twice the file's size
 MAX_LINE = 64 << 20  # bytes of an answer
-WRAPPED = ("module", "model", "state_dict")  # under one of these the tensors may be, one level down
+WRAPPED = ("module", "model", "state_dict")  # keys under which the tensors may be nested
 PR_SET_PDEATHSIG = 1
 
 FoundTensors = dict[str, tuple[str, tuple[int, ...]]]  # by name: kind and shape
@@ -156,7 +156,7 @@ class Pickles:
 
 
 class _Refused(Exception):
-    """What is wrong with a file, as the end of a sentence that begins with its name."""
+    """A fault of a file, as the end of a sentence that begins with its name."""
 
 
 def tensors_of(path: str) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def tensors_of(path: str) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except MemoryError:
         raise _Refused(f"wants more memory than twice its size and {MEMORY >> 20} MiB") from None
-    except Exception as error:  # whatever a stranger's file makes torch raise
+    except Exception as error:  # an untrusted file may make torch raise anything
         raise _Refused(_why(error)) from None
     return _named(found)
 
@@ -207,7 +207,7 @@ def _checked(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """It has each of its elements in the file's memory, as it is."""
+    """Whether all its elements are directly in the file's memory."""
     strange = tensor.is_nested or tensor.is_quantized or tensor.is_neg()
     if strange or tensor.layout != torch.strided or tensor.device.type != "cpu":
         return False
@@ -246,7 +246,7 @@ class _Served:
 def main() -> None:
     """Serve the parent until it closes the connection."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a whole service is told to stop; we end with it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the whole service; we end with our parent
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing can be written to a file
     if os.getppid() != int(sys.argv[2]):

@@ -1,6 +1,6 @@
-"""Checkpoint tensors to parameters: streamed file by file, only this rank's share of each tensor.
+"""Loads checkpoint tensors into parameters, file by file, only this rank's share of each.
 
-Knows names and spans; knows neither models nor formats of files.
+Knows names and spans; knows neither models nor file formats.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from asyncllm.models.quantization import BLOCK, INT4_ZERO, QuantWeight
 from asyncllm.models.quantize import quantize_blocks, quantize_rows
 from asyncllm.models.tensors import FLOATS, FP8, Index, OpenFiles, Source
 
-_CHUNK = 1 << 24  # elements that are read at a time
-_QUANTISED = 1 << 22  # elements that are quantised at a time, of which float32 copies exist
+_CHUNK = 1 << 24  # elements read at a time
+_QUANTISED = 1 << 22  # elements quantised at a time, as float32 copies
 
 
 class NotAsSaid(ValueError):
@@ -48,13 +48,13 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the checkpoint tensor."""
+        """Shape of the checkpoint tensor."""
         wanted = list(self.param.shape)
         wanted[self.dim] = self.size
         return tuple(wanted)
 
     def pieces(self) -> Iterator[tuple[Index, Tensor]]:
-        """Slices of the checkpoint tensor, each with its place; none has too many elements."""
+        """Slices of the checkpoint tensor of bounded size, each with its destination."""
         for start, into, length in self.spans:
             place = self.param.narrow(self.dim, into, length)
             index = [slice(0, size) for size in self.shape]
@@ -71,7 +71,7 @@ class Target:
 
 
 def whole(param: Tensor) -> Target:
-    """The checkpoint tensor as it is."""
+    """The checkpoint tensor unchanged."""
     return Target(param, 0, param.shape[0], ((0, 0, param.shape[0]),))
 
 
@@ -212,7 +212,7 @@ def _zeros(weight: QuantWeight) -> Tensor | None:
 
 
 class MadeTarget(Protocol):
-    """Where a tensor goes that fills its place in its own way."""
+    """A destination that copies the tensor in its own way."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -227,7 +227,7 @@ AnyTarget = Target | QuantTarget | MadeTarget
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What is to be loaded from where."""
+    """What to load from where."""
 
     checkpoint: Checkpoint
     wanted: dict[str, list[AnyTarget]]
@@ -314,7 +314,7 @@ def _check_names(
 
 
 def _said(name: str) -> str:
-    """A name of a stranger's making, for one line on a terminal."""
+    """An untrusted name, made safe for one line on a terminal."""
     return (name if name.isprintable() else ascii(name))[:200]
 
 
@@ -329,7 +329,7 @@ def _load_files(work: _Load, files: tuple[Path, ...], names: list[str]) -> tuple
 
 
 def _source(work: _Load, opened: OpenFiles, name: str, label: str) -> Source:
-    """The tensor ``name`` in numbers that can be copied, by its scales where it has some."""
+    """The tensor ``name``, dequantised if it has scales."""
     tensors, form = work.checkpoint.tensors, work.form
     main = _main(work.checkpoint, name, form)
     if form is not None and main != name:
