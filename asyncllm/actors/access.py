@@ -1,4 +1,4 @@
-"""API keys and CORS: who may ask, and from which web pages.
+"""API keys and CORS: who may use the API, and from which web pages.
 
 Knows headers and raw request targets; knows neither routes nor bodies.
 """
@@ -27,13 +27,13 @@ EXPOSED: Final = "X-Request-Id, request-id, X-Omitted-Tools, Retry-After"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """What a client must bring, and how it may come.
+    """What clients must present, and where requests may come from.
 
     Args:
-        keys: any one of them opens; none: everything is open.
+        keys: any one of them gives access; none: everything is open.
         origins: web origins whose pages may send requests and read answers; "*": all.
         tls: of the listening sockets; None: plain HTTP.
-        proxies: addresses or networks of proxies that tell whose requests they pass on.
+        proxies: addresses or networks of trusted proxies that report their clients' addresses.
     """
 
     keys: tuple[str, ...] = field(default=(), repr=False)
@@ -43,7 +43,7 @@ class Access:
 
 
 class AccessControl:
-    """Checks every request before anything of it is looked at."""
+    """Checks every request before anything else is done with it."""
 
     def __init__(self, access: Access) -> None:
         # digests have one length, so that a comparison's time says nothing about a key
@@ -85,7 +85,7 @@ class AccessControl:
             raise ForeignOrigin(f"a page of {page} may not send this (--cors_allow_origins)")
 
     def client(self, request: web.Request) -> int:
-        """Who a checked request comes from: 64 bits that stand for its key, else for its address.
+        """The client of a checked request: a 64-bit hash of its key, or else of its address.
 
         The same in every process. Of IPv6 the first half counts: a host has the other to itself.
         """
@@ -96,7 +96,7 @@ class AccessControl:
         return int.from_bytes(blake2b(name, digest_size=8).digest())
 
     def _address(self, request: web.Request) -> IPv4Address | IPv6Address | None:
-        """The peer's, or what trusted proxies say; None: it has none that can be read.
+        """The peer's address, or the one reported by trusted proxies; None: unknown.
 
         A client can send the headers as well. What it wrote stands left of what the proxies have
         added, so they are read from the right, up to the first that no trusted proxy has written.
@@ -138,7 +138,7 @@ class AccessControl:
         return web.Response(status=204, headers=headers)
 
     def mark(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Let the asking page read the answer, if its origin may."""
+        """Let the requesting page read the answer, if its origin is allowed."""
         if not self._origins:
             return
         everyone = "*" in self._origins

@@ -1,7 +1,7 @@
-"""Agent: on a prefill or decode node, what masters ask becomes requests of its own, and back.
+"""Agent: submits masters' requests on a prefill or decode node, and returns the results.
 
-Owns which request is which master's, and the way to the masters. Knows neither text nor what the
-scheduler makes of a request.
+Owns the mapping from requests to masters, and the connections to masters. Knows neither text nor
+how the scheduler handles a request.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from asyncllm.messages import (
 )
 from asyncllm.records import Destination, Failure
 
-STATE_S = 0.5  # between two states told to masters
+STATE_S = 0.5  # between two states sent to masters
 WHAT = "the pd_master (--pd_master_ip, --pd_master_port)"
 
 log = logging.getLogger(__name__)
@@ -76,13 +76,13 @@ Inbox = (
 
 @dataclass(slots=True, eq=False)
 class _Task:
-    """One master's request here."""
+    """One master's request on this node."""
 
     rid: int
     peer: int
     msg: Asked
     compiling: int = 0  # groups whose grammar is not ready
-    over: bool = False  # it has ended, but for its K/V, which are still being sent
+    over: bool = False  # it has ended, but its K/V are still being sent
 
 
 class Agent(Actor[Inbox]):
@@ -91,7 +91,7 @@ class Agent(Actor[Inbox]):
     Args:
         channel: to the masters.
         masters: host and HTTP port of each; (): the guide tells them.
-        vocab_size, max_len: what requests of masters are held against.
+        vocab_size, max_len: limits that requests of masters are checked against.
     """
 
     capacity = 65536
@@ -110,16 +110,16 @@ class Agent(Actor[Inbox]):
         self._channel = channel
         self._vocab_size, self._max_len = vocab_size, max_len
         self._searches = [Search(channel, master, WHAT, self.spawn) for master in masters]
-        self._listed: frozenset[tuple[str, int]] = frozenset()  # channels that the guide tells of
-        self._dialled: set[str] = set()  # those among them that we look for
-        self._refusing: set[str] = set()  # who does not take us
-        self._peers: dict[int, str] = {}  # masters that are there -> where they were dialled
+        self._listed: frozenset[tuple[str, int]] = frozenset()  # channels listed by the guide
+        self._dialled: set[str] = set()  # those of them that we connect to
+        self._refusing: set[str] = set()  # masters that refuse us
+        self._peers: dict[int, str] = {}  # connected masters -> where they were dialled
         self._complete = self._looking = self._joined_once = False
         self._tasks: dict[int, _Task] = {}  # by rid
         self._tickets: dict[tuple[int, int], _Task] = {}  # by master and ticket
         self._counter = 0
         self._doors: dict[int, Listening] = {}  # of kv_transfer, by rank's endpoint
-        self._asking: set[int] = set()  # endpoints that want to know whether there is a master
+        self._asking: set[int] = set()  # endpoints that asked whether there is a master
         self._draining = self._drained = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -175,7 +175,7 @@ class Agent(Actor[Inbox]):
                     self._say_serving(endpoint)
                 case Drain():
                     self._draining = True
-                    self._ask_state()  # masters are to know at once
+                    self._ask_state()  # tell masters at once
                 case _:
                     assert_never(msg)
         if self._draining and not (self._drained or self._tasks):
@@ -183,7 +183,7 @@ class Agent(Actor[Inbox]):
             self._watchdog.tell(Drained("agent", self.system.endpoint))
 
     def possible(self, msg: Inbox) -> bool:
-        """Whether a master's request is within the limits that it was checked against there."""
+        """Whether a master's request is within the limits that the master has checked."""
         if isinstance(msg, Received) and isinstance(msg.msg, Prefill | Decode):
             return self._submit_of(0, msg.msg).fits(self._vocab_size, self._max_len)
         return True
@@ -217,7 +217,7 @@ class Agent(Actor[Inbox]):
         self._ask_state()
 
     def _left(self, peer: int) -> None:
-        """Its requests go with it."""
+        """A master has gone: drop its requests."""
         self._peers.pop(peer, None)
         for task in [task for task in self._tasks.values() if task.peer == peer]:
             self._abort(task)
@@ -227,7 +227,7 @@ class Agent(Actor[Inbox]):
         self._say_serving(*self._asking)
 
     def _refused(self, where: str, why: str) -> None:
-        """Raises StartupError if no master has ever let us in, and none is left that might."""
+        """Raises StartupError if no master has ever accepted us, and none is left that might."""
         places = {search.where for search in self._searches} | self._dialled
         if where not in places:
             return
@@ -278,7 +278,7 @@ class Agent(Actor[Inbox]):
 
     def _told(self, peer: int, told: Message) -> None:
         if peer not in self._peers:
-            return  # what it had sent before it left
+            return  # sent before it left
         match told:
             case Prefill() | Decode():
                 self._take(peer, told)
@@ -318,7 +318,7 @@ class Agent(Actor[Inbox]):
             self._submit(task)
             return
         kind, text = msg.params.grammar
-        task.compiling = self._num_grammars  # the request may come to any of them
+        task.compiling = self._num_grammars  # any group may get the request
         self._grammar.tell(
             Compile(endpoint=self.system.endpoint, job=rid, kind=kind, text=text, client=msg.client)
         )
@@ -350,7 +350,7 @@ class Agent(Actor[Inbox]):
         )
 
     def _placed(self, msg: Placed) -> None:
-        """The request has its slots: its K/V may come to the ranks of its group."""
+        """The request has its slots: its K/V may be sent to the ranks of its group."""
         if (task := self._tasks.get(msg.rid)) is None:
             return
         topology = self.system.topology
@@ -416,7 +416,7 @@ class Agent(Actor[Inbox]):
         if (task := self._tasks.get(msg.rid)) is None:
             return
         if msg.reason is Reason.MOVED:
-            task.over = True  # the master says when its K/V have been taken
+            task.over = True  # the master reports when its K/V have been received
         else:
             self._forget(task)
         self._to_master(task.peer, replace(msg, rid=task.msg.ticket))

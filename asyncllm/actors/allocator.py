@@ -23,7 +23,7 @@ class Allocator(Actor[Reserve | Release | Probe]):
         use_tree: False: no prefix cache (--disable_dynamic_prompt_cache).
         window: of layers that have a slot space of their own, if there are any.
         num_sliding: slots of that space.
-        siblings: say with each grant which lanes share their first slots.
+        siblings: report with each grant which lanes share their first slots.
     """
 
     orders = frozenset({Probe})

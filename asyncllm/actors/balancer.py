@@ -1,7 +1,7 @@
 """Balancer: assigns each request to a group, and forwards later messages about it there.
 
-Owns which request is where; knows neither queues nor slots. Where there is one group there is none:
-what it would pass on goes straight to the leader.
+Owns which group has which request; knows neither queues nor slots. With a single group there is no
+balancer: messages go straight to the leader.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Inbox = Submit | Abort | StopHit | Begin | Compile | Progress | Gone | GroupGone
 
 
 class Balancer(Actor[Inbox]):
-    """One per server, on the coordinator, between those who take requests and the leaders.
+    """One per server, on the coordinator, between the tokenizers and the leaders.
 
-    All that is said about a request comes this way, so it reaches the leader in order. The requests
-    of a group that is lost are orphans: the detokenizers say of which no token has come, and those
-    are given to other groups.
+    All messages about a request take this route, so they reach the leader in order. The requests of
+    a lost group are orphans: the detokenizers report which of them have no token yet, and those go
+    to other groups.
 
     Args:
         policy, num_slots, together: see ``core.balancing.Balancer``.
@@ -85,7 +85,7 @@ class Balancer(Actor[Inbox]):
                     elif isinstance(msg, Abort) and msg.rid in self._orphans:
                         del self._orphans[msg.rid]
                         self._detokenizer(msg.rid).tell(Finished(msg.rid, Reason.ABORT))
-                case Compile():  # a request with it may come to any group
+                case Compile():  # any group may get a request with it
                     for leader in self._group_of:
                         self.system.ref("grammar", leader).tell(msg)
                 case Progress(leader, begun, ended):
@@ -94,7 +94,7 @@ class Balancer(Actor[Inbox]):
                         self._ended(ended)
                 case Gone(endpoint):
                     self._gone.add(endpoint)
-                    # the schedulers are told by the watchdog, and tell nobody
+                    # the watchdog tells the schedulers, which do not report it
                     theirs = [*self.core.rids, *self._orphans]
                     self._ended([rid for rid in theirs if rid >> FRONTEND_SHIFT == endpoint])
                 case GroupGone(_, endpoint, why):

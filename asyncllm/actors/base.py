@@ -1,6 +1,6 @@
 """Actor, mailbox and Ref: everything an actor author needs.
 
-Knows how messages wait and are handed over; knows neither sockets nor what any message means.
+Knows how messages are queued and delivered; knows neither sockets nor messages' meaning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARK_S = 0.001  # how old a reading of the thread's CPU time may be
 
 
 class MailboxFull(Exception):
-    """The receiver is behind; the sender sheds, waits or fails, but never drops silently."""
+    """The receiver is overloaded; the sender sheds load, waits or fails, never drops silently."""
 
 
 class Ref:
@@ -47,17 +47,17 @@ class Ref:
 
 
 class Actor(Generic[M]):
-    """Single owner of one piece of state; ``M``: the messages that it takes.
+    """Single owner of one piece of state; ``M``: the messages that it accepts.
 
     ``receive`` is synchronous on purpose: it runs to the end before any other handler of this
     process does, so no lock and no half-done state exists. Work that must wait is started with
     ``spawn`` and comes back as a message.
 
     Attributes:
-        remote: types of messages that it takes from other processes; others are dropped there.
-        orders: types that only the coordinator's process sends: where that is another one, they are
-            taken as well.
-        foreign: types that it takes from other servers of the cluster, as ``Received`` by peer.
+        remote: message types that it accepts from other processes; others are dropped.
+        orders: types that are accepted from the coordinator's process only, in addition to
+            ``remote``.
+        foreign: types that it accepts from other servers of the cluster, as ``Received``.
         busy_s: seconds spent inside ``receive`` so far.
     """
 
@@ -88,22 +88,21 @@ class Actor(Generic[M]):
         raise NotImplementedError
 
     def possible(self, msg: M) -> bool:
-        """Whether a message of another process is one that it can have meant; if not,
-        it is dropped.
+        """Whether a message from another process is plausible; otherwise it is dropped.
 
-        Asked of those in ``remote``, and of ``Received`` from other servers, whose fields have been
-        checked; here is what only the receiver knows.
+        Called for types in ``remote``, and for ``Received`` from other servers, after their fields
+        have been checked; this is for checks that need the receiver's state.
         """
         return True
 
     async def closing(self) -> None:
-        """Finish what must be waited for; at most 5 s, on an orderly stop only, before stopped().
+        """Clean up what must be awaited; at most 5 s, only on an orderly stop, before stopped().
 
         Called in reverse order of registration, when no handler runs any more.
         """
 
     async def failing(self) -> None:
-        """Tell those outside that it is over; at most 1 s, after a failure only, before stopped().
+        """Notify clients of the failure; at most 1 s, only after a failure, before stopped().
 
         Other actors may be in any state, and no handler runs any more.
         """
@@ -113,7 +112,7 @@ class Actor(Generic[M]):
         also after a crash (of ``started`` too)."""
 
     def holds(self) -> str:
-        """What it works on, for whoever looks into a running process. From any thread."""
+        """What it is working on, for diagnostics. Thread-safe."""
         return ""
 
     def spawn(self, work: Coroutine[None, None, Message | None]) -> None:
@@ -130,7 +129,7 @@ class Actor(Generic[M]):
         return longest
 
     def open(self) -> None:
-        """Called by the system: start, then hand over what came in early."""
+        """Called by the system: start, then deliver messages that arrived early."""
         self.started()
         self.system.loop.call_soon(self._deliver)
 
@@ -160,11 +159,11 @@ class Actor(Generic[M]):
         self.busy_s += self._clock.end(begin)
 
 
-AnyActor = Actor[Never]  # whatever it takes
+AnyActor = Actor[Never]  # whatever it accepts
 
 
 class _Clock:
-    """Wall time of the turns that one actor has on the loop, and CPU time of the longest.
+    """Wall time of one actor's callbacks on the loop, and CPU time of the longest.
 
     The kernel is asked for the thread's CPU time (a sixth of what a small message costs) only when
     a turn took longer, in wall time, than the longest so far. It is held against a reading that was
@@ -179,7 +178,7 @@ class _Clock:
         self._cpu_s = self._fresh_until = 0.0
 
     def begin(self) -> float:
-        """A turn begins; gives what :meth:`end` wants."""
+        """A callback begins; returns the argument of :meth:`end`."""
         now = perf_counter()
         if now > self._fresh_until:
             self._cpu_s, self._fresh_until = thread_time(), now + MARK_S
@@ -194,7 +193,7 @@ class _Clock:
 
 
 class _Timed(Generator[object, None, T], Awaitable[T]):
-    """Passes on what is sent and thrown, and times each turn."""
+    """Wraps a coroutine and times each of its callbacks."""
 
     def __init__(self, work: Generator[object, None, T], clock: _Clock) -> None:
         self._work, self._clock = work, clock

@@ -22,8 +22,8 @@ else:
 from asyncllm.api.common.errors import BodyTooLarge, BodyTooSlow, UnknownEncoding
 from asyncllm.errors import RequestError
 
-PIECE: Final = 256 << 10  # decompressed in one turn of the loop: a millisecond or so
-# memory that a sender may have zstd take: 8 MiB, as browsers allow
+PIECE: Final = 256 << 10  # decompressed per loop iteration: about a millisecond
+# zstd window that a sender may use: 8 MiB, as browsers allow
 WINDOW: Final = {int(zstd.DecompressionParameter.window_log_max): 23}
 
 
@@ -32,10 +32,10 @@ async def read_body(request: web.Request, most: int, limit_s: float) -> bytes:
 
     Args:
         most: bytes, both as sent and decompressed.
-        limit_s: seconds for all of it to come.
+        limit_s: time limit for receiving all of it.
 
     Raises:
-        RequestError: 400, it is not what its headers say. BodyTooLarge: 413. BodyTooSlow: 408.
+        RequestError: 400, it contradicts its headers. BodyTooLarge: 413. BodyTooSlow: 408.
         UnknownEncoding: 415. ConnectionError: the client has left.
     """
     encoding = request.headers.get("Content-Encoding", "").strip().lower()
@@ -64,7 +64,7 @@ async def read_body(request: web.Request, most: int, limit_s: float) -> bytes:
 
 
 async def _limited(request: web.Request, most: int) -> AsyncIterator[bytes]:
-    """The body as it comes."""
+    """The body as it arrives."""
     size = 0
     while chunk := await request.content.readany():
         size += len(chunk)
@@ -74,7 +74,7 @@ async def _limited(request: web.Request, most: int) -> AsyncIterator[bytes]:
 
 
 async def _unpacked(packed: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
-    """The same decompressed; other work gets a turn after every PIECE, however little came in."""
+    """The same decompressed; yields to the loop after every PIECE."""
     unpacker: _Unpacker | None = None
     async for chunk in packed:
         unpacker = unpacker or UNPACKERS[encoding](chunk)
@@ -88,10 +88,10 @@ async def _unpacked(packed: AsyncIterator[bytes], encoding: str) -> AsyncIterato
 
 
 class _Unpacker(Protocol):
-    """Decompresses a body chunk by chunk; made with the first one, which it does not consume."""
+    """Decompresses a body chunk by chunk; created from the first one, without consuming it."""
 
     def pieces(self, chunk: bytes) -> Iterator[bytes]:
-        """What a chunk gives, at most PIECE bytes at a time. Raises _BROKEN."""
+        """Decompress a chunk, at most PIECE bytes at a time. Raises _BROKEN."""
 
     @property
     def ended(self) -> bool: ...

@@ -1,8 +1,8 @@
-"""The channel between the servers of a cluster: who is there, and frames from one to another.
+"""The channel between the servers of a cluster: connects them and carries their frames.
 
-Each server has one end of it in one of its processes. It listens, connects to others, or both; two
-ends that are connected are peers, and know each other's :class:`Card`. Knows frames and peers;
-knows neither actors nor what servers tell each other.
+Each server has one end, in one of its processes. It listens, connects to others, or both; two
+connected ends are peers, and know each other's :class:`Card`. Knows frames and peers; knows neither
+actors nor the contents of messages.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from asyncllm.codec import CodecError, Message, decode, encode, protocol
 from asyncllm.errors import StartupError
 from asyncllm.log import Seldom
 
-FIRST_PEER = 1 << 23  # beyond the endpoints of a server, whose numbers are in request ids
+FIRST_PEER = 1 << 23  # above all endpoint numbers of a server, which are part of request ids
 MOST_PEERS = 1024
-BEAT_S = 0.3  # between two signs of life, less with a small --dead_after
+BEAT_S = 0.3  # between two heartbeats, less with a small --dead_after
 BEATS = 20  # of --dead_after, at least
 FRAME_LIMIT = 1 << 26  # bytes
-QUEUE = 128  # frames that ZeroMQ holds for a peer, and for us
-OUTBOX = 65536, 1 << 28  # frames and bytes that wait for a peer beyond these
-ATTEMPT_S = 3.0  # to be connected, and known to the other side
-PING_S = 5.0  # of ZeroMQ's own
+QUEUE = 128  # frames that ZeroMQ buffers per peer, in each direction
+OUTBOX = 65536, 1 << 28  # frames and bytes queued for a peer besides these
+ATTEMPT_S = 3.0  # to connect and be accepted by the other side
+PING_S = 5.0  # ZeroMQ's own heartbeat
 AGAIN_S = (0.5, 5.0)  # first and longest wait between two attempts
-CONTROL = "#"  # begins the name in frames of the channel's own, whose protocol follows
+CONTROL = "#"  # prefix of the name in the channel's own frames; the protocol hash follows
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Who is told what goes on.
+    """Callbacks for the channel's events.
 
     Args:
-        owner: told who comes and goes.
-        message: told (peer, actor name, urgent, message); gives the reason, if no peer can have
-            meant that.
+        owner: told which peers join and leave.
+        message: called with (peer, actor name, urgent, message); returns a reason if no peer can
+            have sent that.
     """
 
     owner: Callable[[PeerJoined | PeerLeft | PeerRefused], None]
@@ -70,14 +70,14 @@ class Listener:
 
 
 class _Gone(Exception):
-    """There is no connection any more."""
+    """The connection no longer exists."""
 
 
 class _Link(ABC):
-    """A connection that another end has, or may come to have.
+    """A connection to another end, established or in progress.
 
     Attributes:
-        peer: its number; 0: it has not said who it is.
+        peer: its number; 0: not identified yet.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -90,12 +90,12 @@ class _Link(ABC):
         """Hand a frame to the socket. Raises zmq.Again, or _Gone."""
 
     def close(self) -> None:
-        """Nothing is sent or heard any more."""
+        """Stop sending and receiving."""
         self.box.stop(flush=False)
 
 
 class _Guest(_Link):
-    """One that has connected to us."""
+    """A connection from another end to us."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: Socket, ident: bytes) -> None:
         super().__init__(loop)
@@ -111,10 +111,10 @@ class _Guest(_Link):
 
 
 class _Call(_Link):
-    """One attempt to connect to another end, and what comes of it.
+    """One attempt to connect to another end, and the resulting connection.
 
-    ZeroMQ would connect again by itself, to whoever is there then, without a word about what was
-    lost: so it may not, and each attempt has a socket of its own.
+    ZeroMQ would reconnect by itself, to whoever is there then, without reporting lost frames: so
+    reconnecting is disabled, and each attempt has its own socket.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class _Call(_Link):
         self.sock.send(frame, zmq.NOBLOCK)
 
     def gone(self) -> bool:
-        """Whether it never came, or has been closed."""
+        """Whether it was never established, or has been closed."""
         self._gone = self._gone or self._monitor.take() != 0
         return self._gone
 
@@ -147,7 +147,7 @@ class _Call(_Link):
 
 @dataclass(slots=True)
 class _Dial:
-    """An end that we look for, at each of its addresses, with each of our secrets."""
+    """An end that we try to connect to, at each of its addresses, with each of our secrets."""
 
     host: str
     port: int
@@ -160,17 +160,17 @@ class _Dial:
 
 
 class Channel:
-    """One server's end.
+    """One server's end of the channel.
 
     Args:
-        card: what is told to others.
-        keys: pairs of the cluster's secrets: it listens with the first, and looks for others with
+        card: how this server identifies itself.
+        keys: pairs of the cluster's secrets: it listens with the first, and connects with
             each in turn.
-        dead_after_s: half of that may pass without a sign of life of a peer.
+        dead_after_s: a peer may be silent for half of that.
 
     Attributes:
-        admit: asked about each one that connects to us; gives the reason if it is not let in.
-        foreign_frames: frames of those who have not said who they are; dropped.
+        admit: called for each new peer; returns the reason if it is refused.
+        foreign_frames: frames from unidentified ends; dropped.
         port: where it listens; 0: it does not.
     """
 
@@ -213,10 +213,10 @@ class Channel:
         self.port = int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     def dial(self, host: str, port: int) -> str:
-        """Look for the server there until :meth:`forget`, also after it has gone.
+        """Keep connecting to the server there until :meth:`forget`, even after it has gone.
 
         Returns:
-            what messages about it call that place.
+            the name of that address in messages about it.
         """
         where = tcp(host, port).removeprefix("tcp://")
         if where not in self._dials:
@@ -226,7 +226,7 @@ class Channel:
         return where
 
     def forget(self, where: str) -> None:
-        """Look no more there; a peer that was found there is hung up on."""
+        """Stop connecting there; disconnect a peer that was found there."""
         if (dial := self._dials.pop(where, None)) is not None:
             if dial.looking is not None:
                 dial.looking.cancel()
@@ -234,28 +234,28 @@ class Channel:
                 self._end(dial.call, "it is not wanted any more", Bye("not wanted any more", False))
 
     def drop(self, peer: int, why: str) -> None:
-        """Hang up on a peer, which is told why."""
+        """Disconnect a peer, telling it why."""
         if (link := self._peers.get(peer)) is not None:
             self._end(link, why, Bye(why, False))
 
     @property
     def peers(self) -> Mapping[int, Card]:
-        """Those who are connected."""
+        """The connected peers."""
         return {peer: link.card for peer, link in self._peers.items()}
 
     def waiting(self, peer: int) -> int:
-        """Bytes that wait here until a peer reads; 0 for one that has left."""
+        """Bytes queued for a peer; 0 if it has left."""
         return link.box.size if (link := self._peers.get(peer)) else 0
 
     @property
     def strangers(self) -> int:
-        """Connections that did not show that they know the secret."""
+        """Connections that failed to authenticate."""
         return self._strangers.count() if self._strangers else 0
 
     # -- for the system ----------------------------------------------------------------------------
 
     def start(self, listener: Listener) -> None:
-        """From now on, on the running loop."""
+        """Start, on the running loop."""
         self._listener, self._loop = listener, asyncio.get_running_loop()
         if self._door is not None:
             assert self._strangers is not None
@@ -270,8 +270,7 @@ class Channel:
         return peer in self._peers
 
     def send(self, peer: int, name: str, urgent: bool, body: bytes) -> None:
-        """Queue one encoded message for a peer that is connected; one that does not read is
-        dropped."""
+        """Queue one encoded message for a connected peer; a peer that does not read is dropped."""
         self._push(self._peers[peer], frame_head(name, urgent) + body)
 
     def close(self) -> None:
@@ -300,7 +299,7 @@ class Channel:
     # -- frames ------------------------------------------------------------------------------------
 
     def _pump_soon(self) -> None:
-        """Sending, too, takes the mark from a descriptor that something has come in."""
+        """Sending also clears the readable state of a descriptor (it is edge-triggered)."""
         if not self._pumping:
             self._pumping = True
             self._loop.call_soon(self._pump)
@@ -356,7 +355,7 @@ class Channel:
             return
         self.foreign_frames += 1
         self._log.warning("frame of nobody that is known is dropped: %s", complaint)
-        self._say(link, Bye(complaint, False))  # perhaps it takes itself for a peer
+        self._say(link, Bye(complaint, False))  # it may believe it is a peer
 
     def _control(self, link: _Link, name: str, body: memoryview) -> None:
         if (theirs := name.removeprefix(CONTROL)) != protocol():
@@ -373,7 +372,7 @@ class Channel:
                 raise CodecError(f"{type(other).__name__}, which is not expected")
 
     def _unlike(self, link: _Link, what: str) -> None:
-        """The other one cannot belong to our cluster, or we to its."""
+        """The other end and we cannot belong to the same cluster."""
         if isinstance(link, _Call):
             self._end(link, what, None, refused=what)
         else:
@@ -410,7 +409,7 @@ class Channel:
         self._tell(PeerJoined(link.peer, card, link.dialled))
 
     def _say(self, link: _Link, msg: Message) -> None:
-        """One message of the channel's own; lost if the other one does not read."""
+        """Send one of the channel's own messages; lost if the other end does not read."""
         with contextlib.suppress(zmq.Again, _Gone):
             link.put(frame_head(CONTROL + protocol(), True) + encode(msg))
             self._pump_soon()
@@ -425,7 +424,7 @@ class Channel:
             self._end(link, str(error), None)
 
     def _end(self, link: _Link, why: str, bye: Bye | None, refused: str = "") -> None:
-        """Of a connection, and of the peer there, if there was one."""
+        """End a connection, and the peer on it, if there was one."""
         if bye is not None:
             self._say(link, bye)
         self._hang_up(link)
@@ -456,9 +455,9 @@ class Channel:
     # -- time --------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        """Signs of life, both ways, and attempts to connect."""
+        """Heartbeats, both ways, and attempts to connect."""
         now = monotonic()
-        # perhaps it was this process that was stopped: nobody else is to blame for that time
+        # this process itself may have been stopped: do not blame others for that time
         late = max(0.0, now - self._due - self._beat_s)
         self._due = now + self._beat_s
         self._timer = self._loop.call_later(self._beat_s, self._tick)
@@ -488,7 +487,7 @@ class Channel:
         dial.looking = self._loop.create_task(self._connect(where, dial))
 
     async def _connect(self, where: str, dial: _Dial) -> None:
-        """One attempt: the next of our keys at the next of its addresses."""
+        """Make one attempt: the next of our keys at the next of its addresses."""
         number, dial.attempts = dial.attempts, dial.attempts + 1
         try:
             turn, key = divmod(number, len(self._keys))
@@ -513,6 +512,6 @@ def _bounds(sock: Socket, address: str) -> None:
     sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
     sock.setsockopt(zmq.SNDHWM, QUEUE)
     sock.setsockopt(zmq.RCVHWM, QUEUE)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, int(1e3 * PING_S))  # who is cut off is closed at last
+    sock.setsockopt(zmq.HEARTBEAT_IVL, int(1e3 * PING_S))  # closes connections that were cut off
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(4e3 * PING_S))
     sock.setsockopt(zmq.IPV6, ipv6(address))

@@ -1,4 +1,4 @@
-"""HTTP connections: bytes that are not HTTP, clients that leave, running out of descriptors.
+"""HTTP connections: invalid HTTP, disconnecting clients, running out of descriptors.
 
 Knows aiohttp's connections; knows neither routes nor bodies.
 """
@@ -22,8 +22,8 @@ from asyncllm.api.common.errors import HeaderTooLarge, ServerFault
 from asyncllm.errors import RequestError
 
 BACKLOG: Final = 2048  # connections that wait to be accepted
-LINGER_S: Final = 2.0  # for the rest of a body behind its answer, so that the answer can be read
-LOOK_S: Final = 0.5  # between two looks at the connections
+LINGER_S: Final = 2.0  # to drain a body after the answer, so that the client can read the answer
+LOOK_S: Final = 0.5  # between two checks of the connections
 COMPLAIN_S: Final = 60.0  # between two lines of the log about descriptors
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Connection(web.RequestHandler):
     """One client's connection.
 
     Args:
-        answer: makes the response to what never became a request.
+        answer: makes the response if parsing the request failed.
     """
 
     __slots__ = ("_answer",)
@@ -74,7 +74,7 @@ class Connection(web.RequestHandler):
         return response
 
     def log_exception(self, *args: object, **kw: object) -> None:
-        """Handles what clients cause: it is answered, or nobody is left to answer."""
+        """Handles errors caused by clients: answers them, unless the client has gone."""
         harmless = HttpProcessingError, web.RequestPayloadError, ConnectionError
         if not isinstance(kw.get("exc_info"), harmless):
             super().log_exception(*args, **kw)
@@ -86,10 +86,10 @@ class Doors:
     Args:
         app: its routes; a client that leaves cancels its handler.
         guard: called with every request and the application's own handler.
-        answer: makes the response to what never became a request.
-        lookout: looks at the connections while the doors are open.
+        answer: makes the response if parsing the request failed.
+        lookout: checks the connections while serving.
         shutdown_s: seconds for open connections at the end.
-        options: of aiohttp's connections: timeouts and limits of headers.
+        options: for aiohttp's connections: timeouts and limits of headers.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class Doors:
         self._lookout = lookout
 
     async def open(self, sockets: Sequence[socket], tls: ssl.SSLContext | None) -> None:
-        """Serve. The sockets are bound; they are listened to from now on."""
+        """Start serving: listen on the bound sockets."""
         await self._runner.setup()
         server, loop = self._runner.server, asyncio.get_running_loop()
         assert server is not None
-        # around the whole application, not a middleware in it: what a client expects (Expect) is
+        # wraps the whole application instead of being middleware: Expect headers are
         # answered before those
         server.request_handler = partial(self._guard, server.request_handler)
 
@@ -134,7 +134,7 @@ class Doors:
         self._lookout.start()
 
     async def close(self) -> None:
-        """Listen no more, and let the connections end."""
+        """Stop listening, and let the connections end."""
         self._lookout.stop()
         for server in self._listening:
             server.close()
@@ -142,13 +142,13 @@ class Doors:
 
 
 class Lookout:
-    """Looks at the connections now and then.
+    """Checks the connections periodically.
 
-    A connection is not read while too much is waiting to be handled: requests that were sent ahead
-    (pipelined), or the body of the next one. Nor is its end seen then, behind all that the client
-    sent before it left, and its request would run on. So a connection that is still not read at
-    the second look, while a request of it runs, is read to its end: what comes is dropped, and it
-    is closed behind the answer.
+    A connection is not read while too much is waiting to be handled: pipelined requests, or the
+    body of the next one. Then its end is not noticed either, since it comes after everything that
+    the client sent before, and its request would keep running. So a connection that is still not
+    read at the second check, while a request of it runs, is read to its end: the data is dropped,
+    and the connection is closed after the answer.
     """
 
     def __init__(self) -> None:
@@ -157,11 +157,11 @@ class Lookout:
         self._complained_at = -COMPLAIN_S
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start checking."""
         self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -186,7 +186,7 @@ class Lookout:
         self.start()
 
     def _look_for_descriptors(self) -> None:
-        """libuv closes connections for which there is no descriptor, and tells nobody."""
+        """libuv silently closes connections for which there is no descriptor; log it."""
         try:
             os.close(os.dup(0))
         except OSError as error:

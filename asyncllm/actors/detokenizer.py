@@ -1,4 +1,4 @@
-"""Detokenizer: turns token ids into text for every stream of one frontend, in short turns.
+"""Detokenizer: turns token ids into text for every stream of one frontend, in short slices.
 
 Owns the text position of each request: unfinished characters, what may become a stop string or a
 stop sequence, tokens not yet passed on. Knows neither HTTP nor why a token was chosen.
@@ -31,18 +31,18 @@ from asyncllm.messages import (
 from asyncllm.records import Failure, Logprobs
 from asyncllm.text import Text
 
-BUDGET_S = 0.0005  # one turn, so that a launch never waits longer for the loop
-LOOK_EVERY = 4  # streams between two looks at the clock
+BUDGET_S = 0.0005  # per slice, so that a launch never waits longer for the loop
+LOOK_EVERY = 4  # streams between two checks of the clock
 
 Inbox = OpenTextStream | Tokens | Finished | Flush | GroupGone | Orphaned
 
 
 class Detokenizer(Actor[Inbox]):
-    """Tokens only join a stream's buffer; turns of at most ``budget_s`` pass them on.
+    """Arriving tokens are only buffered; slices of at most ``budget_s`` process them.
 
-    A turn goes round the streams with news, makes one Delta of all that a stream has, and posts
-    the rest to itself, so that other actors come in between. A stream's Finished follows its last
-    Delta.
+    A slice goes round the streams with new tokens, makes one Delta of everything that a stream has,
+    and posts the rest to itself, so that other actors run in between. A stream's Finished follows
+    its last Delta.
     """
 
     remote = frozenset({Tokens, Finished})
@@ -54,7 +54,7 @@ class Detokenizer(Actor[Inbox]):
         self._streams: dict[int, _Stream] = {}
         self._news: deque[_Stream] = deque()
         self._posted = False  # a Flush is on its way
-        self._lost = set[int]()  # leaders of lost groups; what they still say does not count
+        self._lost = set[int]()  # leaders of lost groups; their messages are ignored
         self._special = {text.decode([i]): i for i in text.special}
 
     @property
@@ -97,7 +97,7 @@ class Detokenizer(Actor[Inbox]):
             self._mark(stream)
 
     def _orphaned(self, rids: array[int], why: str) -> None:
-        """Of those that can be begun again nobody has seen anything."""
+        """Restart orphaned requests without any output; end the others."""
         again, over = array(INT64), array(INT64)
         for rid in rids:
             if (stream := self._streams.get(rid)) is None or stream.has_begun:
@@ -163,7 +163,7 @@ class Detokenizer(Actor[Inbox]):
 
 
 class _Stream:
-    """One request's way from ids to text."""
+    """Converts one request's ids to text."""
 
     __slots__ = (
         "begun",
@@ -194,9 +194,9 @@ class _Stream:
         self, follow: OpenTextStream, text: Text, special: Mapping[str, int], shown: frozenset[int]
     ) -> None:
         self.rid, self.pieces = follow.rid, text.pieces
-        self.healed = follow.healed  # text of the prompt that is to be said again
+        self.healed = follow.healed  # text of the prompt that must be generated again
         self.covered = len(follow.healed.decode())  # characters of it
-        self.begun = False  # some of it has been said again
+        self.begun = False  # some of it has been generated again
         self.print_eos, self.shown = follow.print_eos, shown
         self.include_end = follow.print_eos or follow.include_stop
         self.text: TextStream = text.stream(follow.prompt_tail, follow.skip_special_tokens)
@@ -218,11 +218,11 @@ class _Stream:
 
     @property
     def has_begun(self) -> bool:
-        """Something of an answer has come."""
+        """Whether any part of the answer has arrived."""
         return bool(self.begun or self.num_tokens or self.ids or self.prompt or self.finished)
 
     def repeats(self, token: int) -> bool:
-        """The token says only what the prompt says already: it counts for nothing."""
+        """Whether the token only repeats text of the prompt, and so does not count."""
         size, left = len(self.pieces[token]), len(self.healed)
         self.healed, self.begun = self.healed[size:], True
         if size <= left:
@@ -230,13 +230,13 @@ class _Stream:
         return size <= left
 
     def _uncovered(self, piece: str) -> str:
-        """What of the next text is not in the prompt."""
+        """The part of the next text that is not in the prompt."""
         cut = min(len(piece), self.covered)
         self.covered -= cut
         return piece[cut:]
 
     def take(self) -> Delta | None:
-        """All that has come in since the last time; None: nothing to tell."""
+        """Everything that has arrived since the last call; None: nothing to report."""
         if (
             len(self.ids) == 1
             and self.simple
@@ -285,8 +285,8 @@ class _Stream:
         )
 
     def _take_one(self) -> Delta:
-        """``take`` as it mostly is, in half the time: a token,
-        and nothing that could stop the text."""
+        """Fast path of ``take``, in half the time: one token, and nothing that could stop the
+        text."""
         token, ends = self.ids[0], self.ends[0]
         piece = ""
         if self.include_end or not ends:
@@ -310,7 +310,7 @@ class _Stream:
         return len(self.ids) - (self.sequences.held if self.finished is None else 0), 0
 
     def ending(self, finished: Finished) -> Finished:
-        """What the frontend is told at the end; a stop string came before anything else."""
+        """The final message for the frontend; a stop string overrides any other reason."""
         if self.stopped_at < 0:
             return finished
         found = self.stops.found if self.stops is not None else ""
@@ -331,7 +331,7 @@ class _Stream:
         return self.stops.push(piece, self.pieces[token].decode(errors="replace") if hidden else "")
 
     def _rest(self, pieces: list[str]) -> str:
-        """Text held back, now that the stream has ended; it belongs to the last piece here."""
+        """Text that was held back until the stream ended; it becomes part of the last piece."""
         if self.stops is not None and self.stops.hit:
             return ""
         rest = self._uncovered(self.text.flush())

@@ -1,6 +1,6 @@
-"""Director: the shell of ``core.directing``, in the place of a scheduler on a master.
+"""Director: runs ``core.directing`` on a master, in place of a scheduler.
 
-Owns the connections to prefill and decode nodes and tells all HTTP processes whether there are
+Owns the connections to prefill and decode nodes; tells all HTTP processes whether there are
 enough of them. Knows neither text nor what nodes compute.
 """
 
@@ -68,9 +68,9 @@ class Director(Actor[Inbox]):
     Args:
         channel: to the nodes.
         strategy: see ``core.choosing.Nodes``.
-        counts: (prefill nodes, decode nodes) that there are to be, no more; None: any number, at
-            least one of each.
-        vocab_size: what tokens of nodes are held against.
+        counts: required (prefill nodes, decode nodes), and no more; None: any number, at least one
+            of each.
+        vocab_size: limit of token ids from nodes.
     """
 
     # each step of each node is a message, and each end another
@@ -89,10 +89,10 @@ class Director(Actor[Inbox]):
         super().__init__("director")
         self.core = directing.RequestDirector(Nodes(strategy))
         self._channel, self._counts, self._vocab_size = channel, counts, vocab_size
-        self._cards: dict[int, Card] = {}  # of those who are there, perhaps without a state yet
-        self._moved: dict[int, KvMoved] = {}  # K/V, as each node has said last
-        self._moved_before = KvMoved()  # those of nodes that have gone
-        self._asking: set[int] = set()  # endpoints that want to know whether requests are served
+        self._cards: dict[int, Card] = {}  # of connected nodes, perhaps without a state yet
+        self._moved: dict[int, KvMoved] = {}  # K/V counters, as last reported by each node
+        self._moved_before = KvMoved()  # those of nodes that have left
+        self._asking: set[int] = set()  # endpoints that asked whether requests can be served
         self._told = ""
         self._gone: set[int] = set()  # endpoints whose processes have ended
         self._draining = self._drained = False
@@ -130,7 +130,7 @@ class Director(Actor[Inbox]):
                 case PeerLeft(peer, card, why):
                     self._left(peer, card, why)
                 case PeerRefused():
-                    pass  # a master looks for nobody
+                    pass  # a master connects to nobody
                 case AskServing(endpoint):
                     self._asking.add(endpoint)
                     self.system.ref("frontend", endpoint).tell(Serving(self.lacks), urgent=True)
@@ -170,13 +170,13 @@ class Director(Actor[Inbox]):
     # -- nodes ----------------------------------------------------------------------------------
 
     def _complaint(self, card: Card) -> str | None:
-        """Why a server that has connected is not let in. One that has started anew takes the place
-        of what it was."""
+        """Why a connecting server is refused, or None. One that has restarted replaces its former
+        self."""
         if card.role not in ROLES:
             return f"it is no prefill or decode node, but {card.role!r}"
         for peer, other in [*self._cards.items()]:
             if other.name == card.name and other.incarnation != card.incarnation:
-                self._channel.drop(peer, "another process has its address")
+                self._channel.drop(peer, "replaced by another process with its address")
                 self._cards.pop(peer, None)
         for other in self._cards.values():
             if found := card.difference(other):
@@ -263,7 +263,7 @@ class Director(Actor[Inbox]):
             self.core.abort_all()
 
     def _flush(self) -> None:
-        """Tell nodes and clients what has come of it."""
+        """Send the resulting messages to nodes and clients."""
         core = self.core
         orders, core.orders = core.orders, []
         for peer, order in orders:

@@ -26,12 +26,12 @@ class ChunkedWriter:
 
     @property
     def gone(self) -> bool:
-        """The client has left."""
+        """Whether the client has disconnected."""
         return self._transport.is_closing()
 
     @property
     def unsent(self) -> int:
-        """Bytes that the client has not taken yet."""
+        """Bytes that the client has not received yet."""
         return self._transport.get_write_buffer_size()
 
     def write(self, data: bytes) -> None:
@@ -41,29 +41,29 @@ class ChunkedWriter:
         self._transport.write(data)
 
     def abort(self) -> None:
-        """Drop the connection with what is unsent."""
+        """Drop the connection and unsent data."""
         self._transport.abort()
 
 
 class Exchange:
-    """One HTTP request for text, from admission to its last byte.
+    """One generation request over HTTP, from admission to its last byte.
 
     Attributes:
         accepted: resolved when every prompt is accepted or the request has failed.
         done: resolved when the answer is complete (and, streamed, handed to the socket) or failed.
         error: why it failed, if it did.
         live: rids that have not ended.
-        pending: event bytes that are not written yet.
+        pending: event bytes not written yet.
         queued: in the frontend's list of streams to write.
         request_id: X-Request-Id.
-        named: the client has chosen it.
-        client: whose it is, see ``AccessControl.client``.
+        named: whether the client chose it.
+        client: the client's number, see ``AccessControl.client``.
         rids: of all choices, in order.
         cancelled: asked to end early.
         committed: headers of a stream are out or about to be: errors become events.
         ended: nothing more will be rendered.
         written_at: when the stream was last written to.
-        watch: the timer that looks whether the stream is silent.
+        watch: the timer that checks whether the stream is silent.
     """
 
     __slots__ = (
@@ -117,11 +117,11 @@ class Exchange:
 
     @property
     def streams(self) -> bool:
-        """The answer goes out as it comes."""
+        """Whether the answer is streamed."""
         return self.answer.generation.stream
 
     def end(self) -> None:
-        """Nothing more will be rendered; a stream is done once it is written."""
+        """Mark the end: nothing more will be rendered; a stream is done once it is written."""
         self.ended = True
         resolve(self.accepted)
         if not self.streams or not self.committed:

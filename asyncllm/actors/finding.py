@@ -1,4 +1,4 @@
-"""The way to another server that is known by its HTTP port, which tells where its channel is."""
+"""Finds the channel of another server by asking its HTTP port."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import aiohttp
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.transport import netloc
 
-AGAIN_S = (0.2, 2.0)  # first and longest wait before it is asked again
+AGAIN_S = (0.2, 2.0)  # first and longest wait before asking again
 ASK_S = 3.0  # for its answer
-MOST_ANSWER = 1 << 10  # bytes of it
-JOIN_S = 5.0  # for a connection; then it is asked again where its channel is
+MOST_ANSWER = 1 << 10  # bytes of the answer
+JOIN_S = 5.0  # for a connection; then the HTTP port is asked again
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 async def find_channel(host: str, port: int, what: str) -> int:
     """The port of a server's channel, as soon as the server answers on its HTTP port.
 
-    What it says is not trusted: whoever is there must know the secret of the cluster.
+    The answer is not trusted: whoever listens there must know the cluster's secret.
 
     Args:
-        what: it is, and which options say where, for the log.
+        what: name of the server and the options for its address, for the log.
     """
     there = netloc(host, port)
     wait_s, said = AGAIN_S[0], False
@@ -37,28 +37,28 @@ async def find_channel(host: str, port: int, what: str) -> int:
             with suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError):
                 return await _ask(f"{scheme}://{there}/cluster")
         if not said:
-            log.info("nobody answers at %s yet: %s", there, what)
+            log.info("no answer from %s yet: %s", there, what)
             said = True
         await asyncio.sleep(wait_s)
         wait_s = min(2 * wait_s, AGAIN_S[1])
 
 
 class Search:
-    """For another server, for as long as this process lives.
+    """Keeps a connection to another server for as long as this process lives.
 
-    Its owner passes on what the channel says, and asks it to :meth:`look` when it begins. Whenever
-    the server does not come, or has gone, its HTTP port is asked again: it may have started anew,
-    with its channel at another port.
+    Its owner forwards the channel's events, and calls :meth:`look` at the start. Whenever the
+    server does not connect, or has left, its HTTP port is asked again: it may have restarted with
+    its channel at another port.
 
     Args:
         channel: of this process.
         server: host and HTTP port of the other one.
         what: see :func:`find_channel`.
-        spawn: runs what it is given beside the caller.
+        spawn: starts a coroutine beside the caller.
 
     Attributes:
-        where: its channel is dialled; "": it is not known.
-        peer: its number, while it is there; else 0.
+        where: address of its channel; "": not known.
+        peer: its peer number while it is connected; else 0.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Search:
         self.where = ""
 
     def joined(self, peer: int, where: str) -> bool:
-        """A peer has come; gives whether it is this one."""
+        """A peer has connected; returns whether it is this one."""
         if where != self.where or not where:
             return False
         self.peer = peer
@@ -103,7 +103,7 @@ class Search:
         return True
 
     def left(self, peer: int) -> bool:
-        """A peer has gone; gives whether it is this one, which is looked for again."""
+        """A peer has left; returns whether it is this one, and if so looks for it again."""
         if peer != self.peer or not peer:
             return False
         self.peer = 0

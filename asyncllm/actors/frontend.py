@@ -61,11 +61,11 @@ from asyncllm.records import Answered
 
 log = logging.getLogger(__name__)
 
-Reported = Counted | Scraped | NodesTold  # in reply to a question of this actor
+Reported = Counted | Scraped | NodesTold  # answers to this actor's queries
 Changes = Started | Drain | Cancel | Serving | Masters | GroupGone
 Inbox = Accepted | Delta | Finished | Reported | Changes
 
-LOOK_EVERY = 4  # streams written between two looks at the clock
+LOOK_EVERY = 4  # streams written between two checks of the clock
 
 
 class Frontend(Actor[Inbox]):
@@ -74,10 +74,10 @@ class Frontend(Actor[Inbox]):
     Args:
         served: model names and limits.
         vocab: texts of token ids.
-        sockets: bound sockets; they are listened to when ``Started`` arrives.
+        sockets: bound sockets; listening starts when ``Started`` arrives.
         limits: see :class:`Limits`.
         access: see :class:`Access`.
-        info: the server's options, as /get_server_info tells them.
+        info: the server's options, for /get_server_info.
         place: see :class:`Place`.
         on_open: called once the sockets are served, so that a ready line is true when it is read.
     """
@@ -116,11 +116,11 @@ class Frontend(Actor[Inbox]):
         self._admission = Admission(
             max_running=self.limits.max_running, max_waiting=self.limits.max_waiting
         )
-        self._to_tell: list[Answered] = []  # not told yet
+        self._to_tell: list[Answered] = []  # not reported yet
         self._doors: Doors | None = None
 
     def started(self) -> None:
-        """Refs of those this actor talks to."""
+        """Refs of the actors that this one sends to."""
         self._tokenizer = self.system.ref("tokenizer")
         self._watchdog = self.system.at_coordinator("watchdog")
         self._place = self.system.at_coordinator(self.place.asks)
@@ -167,7 +167,7 @@ class Frontend(Actor[Inbox]):
         await self._end(NotServing("the server is shutting down", code="shutting_down"))
 
     async def failing(self) -> None:
-        """The same, for clients to know that it was not their turn to end."""
+        """The same after a failure, so that streams end with an error."""
         await self._end(NotServing("the server has failed and ends", code="server_failed"))
 
     async def _end(self, error: RequestError) -> None:
@@ -182,7 +182,7 @@ class Frontend(Actor[Inbox]):
             await self._doors.close()
 
     def stopped(self) -> None:
-        """The listening sockets go; connections go with the loop."""
+        """Close the listening sockets; connections are closed with the loop."""
         for sock in self._sockets:
             sock.close()
 
@@ -206,9 +206,9 @@ class Frontend(Actor[Inbox]):
 
         Args:
             name: the answer's id.
-            request_id: the client's, or the one made for it.
-            client: whose turn the request takes where several wait.
-            named: ``request_id`` is the client's.
+            request_id: the client's X-Request-Id, or a generated one.
+            client: the client's number, for fairness among waiting requests.
+            named: whether the client chose ``request_id``.
 
         Raises:
             RequestError: 400, more choices than can ever wait. ServerBusy: 429, too much is going
@@ -253,7 +253,7 @@ class Frontend(Actor[Inbox]):
         return exchange
 
     def stream(self, exchange: Exchange, pipe: ChunkedWriter) -> None:
-        """The headers are out: write what there is, and everything to come."""
+        """The headers have been sent: write pending events, and all later ones."""
         exchange.pipe = pipe
         exchange.written_at = monotonic()
         self._write(exchange)
@@ -262,13 +262,13 @@ class Frontend(Actor[Inbox]):
             self._watch(exchange, self.limits.keep_alive_s)
 
     def close(self, exchange: Exchange, route: str, status: int) -> None:
-        """The handler is over, whatever the reason: abort what still lives, and count."""
+        """The handler has ended, for whatever reason: abort unfinished choices, and count."""
         self._forget(exchange)
         self._count_exchange(route, status, exchange)
         self._say_drained()
 
     def count(self, route: str, status: int, reason: str = "") -> None:
-        """Tell the watchdog of an answer that generated nothing; ``reason``: as in ``Answered``."""
+        """Report an answer without generation to the watchdog; ``reason``: as in ``Answered``."""
         self._tell_answered(Answered(route, status, 0, 0, reason, -1.0, -1.0, 0.0))
 
     def _count_exchange(self, route: str, status: int, exchange: Exchange) -> None:
@@ -291,7 +291,7 @@ class Frontend(Actor[Inbox]):
         )
 
     def _tell_answered(self, answered: Answered) -> None:
-        """With what else is answered in this turn of the loop: no flood fills the mailbox."""
+        """Batched with other answers of this loop iteration, so that no flood fills the mailbox."""
         if not self._to_tell:
             self.system.loop.call_soon(self._flush_answered)
         self._to_tell.append(answered)
@@ -302,13 +302,13 @@ class Frontend(Actor[Inbox]):
             self._watchdog.tell(RequestServed(tuple(answers)))
 
     def retry_after_s(self) -> int:
-        """When a refused client may try again: when those that wait now have been served."""
+        """When a refused client may retry: once the currently waiting requests have been served."""
         return self._admission.retry_after_s()
 
     async def num_tokens(
         self, text: str, add_special_tokens: bool, chat: bytes | None = None, client: int = 0
     ) -> int:
-        """How many tokens a text has, or a chat's prompt; raises as :meth:`token_ids`."""
+        """Number of tokens of a text or a chat's prompt; raises as :meth:`token_ids`."""
         return len(await self.token_ids(text, add_special_tokens, chat, client))
 
     async def token_ids(
@@ -335,15 +335,15 @@ class Frontend(Actor[Inbox]):
         return counted.ids
 
     def cancel(self, request_id: str) -> None:
-        """End requests by the client's id or the answer's; "": all of them. On every frontend, and
-        on all masters where there are several. Raises NotServing (503): these are not reached."""
+        """Abort requests by the client's id or the answer's; "": all of them. On every frontend,
+        and on all masters if there are several. Raises NotServing (503): these are unreachable."""
         self._watchdog.tell(Cancel(request_id), urgent=True)
         if self.place.mark:
             self._guide.tell(Cancel(request_id), urgent=True)
             self.others.check_told()
 
     async def scrape(self) -> Scraped:
-        """State of the whole server. Raises NotServing (503) when it does not come in time."""
+        """State of the whole server. Raises NotServing (503) on timeout."""
         query, future = self._query()
         self._watchdog.tell(Scrape(query, self.system.endpoint))
         answer = await self._wait(query, future, "the watchdog")
@@ -351,7 +351,7 @@ class Frontend(Actor[Inbox]):
         return answer
 
     async def nodes(self) -> bytes:
-        """A master's nodes, as JSON. Raises NotServing (503) when they do not come in time."""
+        """A master's nodes, as JSON. Raises NotServing (503) on timeout."""
         query, future = self._query()
         self._place.tell(AskNodes(query, self.system.endpoint))
         answer = await self._wait(query, future, "the director")
@@ -360,13 +360,13 @@ class Frontend(Actor[Inbox]):
 
     @property
     def ready(self) -> bool:
-        """Whether a request that came now would be served."""
+        """Whether a request arriving now would be served."""
         return self.serving and not self.draining and not self.lacks
 
     # -- inside ------------------------------------------------------------------------------
 
     def _lose(self, group: int) -> None:
-        """There is room for fewer requests, now that a group is lost."""
+        """Reduce the number of running requests after a group is lost."""
         if group not in self.lost_groups:
             self.lost_groups.append(group)
         topology = self.system.topology
@@ -375,7 +375,7 @@ class Frontend(Actor[Inbox]):
         self._admission.max_running = self.limits.max_running * left // every
 
     def _give_rids(self, exchange: Exchange) -> None:
-        """One for each choice, in order."""
+        """Parameters of each choice, in order."""
         choices = exchange.answer.choices
         first = (self.system.endpoint << FRONTEND_SHIFT) + self._counter
         self._counter += len(choices)
@@ -461,7 +461,7 @@ class Frontend(Actor[Inbox]):
             exchange.end()
 
     def _cancel(self, request_id: str) -> None:
-        """Their ends come like any other, with the reason ABORT."""
+        """Abort these choices; they end as usual, with the reason ABORT."""
         for exchange in self._exchanges:
             if request_id in ("", exchange.request_id, exchange.answer.id):
                 exchange.cancelled = True
@@ -478,7 +478,7 @@ class Frontend(Actor[Inbox]):
         exchange.end()
 
     def _abort(self, exchange: Exchange) -> None:
-        """End every choice that still lives."""
+        """End every unfinished choice."""
         for rid, choice in exchange.live.items():
             del self._by_rid[rid]
             self._admission.leave(exchange.client, begun=choice.num_tokens > 0, served=False)
@@ -505,7 +505,7 @@ class Frontend(Actor[Inbox]):
             self._dirty.append(exchange)
 
     def _flush(self) -> None:
-        """Write stream by stream; when the budget is spent, others first, then the rest.
+        """Write stream by stream; when the budget is spent, yield, then continue with the rest.
 
         Text that arrives meanwhile for a waiting stream goes out with the same write.
         """
@@ -523,7 +523,7 @@ class Frontend(Actor[Inbox]):
                 return
 
     def _write(self, exchange: Exchange) -> None:
-        """One write of all that is pending; drops a client that does not read."""
+        """Write all pending events at once; drop a client that does not read."""
         exchange.queued = False
         pipe = exchange.pipe
         if pipe is None or pipe.gone:
@@ -545,7 +545,7 @@ class Frontend(Actor[Inbox]):
             resolve(exchange.done)
 
     def _watch(self, exchange: Exchange, delay_s: float) -> None:
-        """Look at a stream again when it may have been silent for long enough."""
+        """Check a stream again when it may have been silent for long enough."""
         exchange.watch = self.system.loop.call_later(delay_s, self._send_keep_alive, exchange)
 
     def _send_keep_alive(self, exchange: Exchange) -> None:
@@ -554,7 +554,7 @@ class Frontend(Actor[Inbox]):
             return
         rest = exchange.written_at + most - monotonic()
         if rest <= 0:
-            if not pipe.unsent:  # what the client has not taken yet keeps the connection busy
+            if not pipe.unsent:  # unsent data keeps the connection busy
                 pipe.write(sse.KEEP_ALIVE)
             exchange.written_at = monotonic()
             rest = most
@@ -581,13 +581,13 @@ class Frontend(Actor[Inbox]):
         return future.result()
 
     async def _serve(self) -> None:
-        """Open the doors."""
+        """Start serving HTTP."""
         self._doors = Routes(self).doors()
         await self._doors.open(self._sockets, self.access.tls)
         self.serving = True
         self._on_open()
 
     def _say_drained(self) -> None:
-        """Once, when the server drains and no request is left."""
+        """Report, once, that the server drains and no request is left."""
         if self.draining and not self._exchanges and not self.system.over:
             self._watchdog.tell(Drained("frontend", self.system.endpoint))

@@ -1,6 +1,6 @@
 """Grammar compiler: compiles a grammar before a request that needs it is submitted.
 
-Owns the threads that compile and the questions that wait for them. Knows neither requests nor
+Owns the threads that compile and the pending Compile messages. Knows neither requests nor
 what a grammar means.
 """
 
@@ -26,13 +26,13 @@ class Builder(Protocol):
     """Grammars of one vocabulary."""
 
     def __contains__(self, key: Key) -> bool:
-        """Whether it is kept."""
+        """Whether it is cached."""
 
     def build(self, kind: str, text: str) -> Any:
         """Compile, in a thread. Raises RequestError."""
 
     def keep(self, kind: str, text: str, compiled: Any) -> None:
-        """Remember what has been built."""
+        """Cache a compiled grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class GrammarKeeper(Actor[Inbox]):
     """Every Compile is answered by one Compiled.
 
     Args:
-        builder: None: constrained output is off. What it may cost to build one is bounded.
-        asks: the actor whom it answers.
+        builder: None: constrained output is off. The cost of building a grammar is bounded.
+        asks: the actor that it answers.
         workers: threads that compile.
         max_queue: grammars that may wait for a thread, half of them one client's while others wait.
     """
@@ -66,7 +66,7 @@ class GrammarKeeper(Actor[Inbox]):
         self._builder, self._asks = builder, asks
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="grammar")
         self._free = workers
-        self._asking: dict[Key, list[Compile]] = {}  # being compiled or in line
+        self._asking: dict[Key, list[Compile]] = {}  # being compiled or queued
         self._line: FairQueue[_Waiting] = FairQueue()
         self._places = Shares(max_queue)
         self._last = 0

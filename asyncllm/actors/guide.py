@@ -1,7 +1,7 @@
-"""Guide: on a master or a node, the way to the config_server, and what masters it knows.
+"""Guide: connects a master or node to the config_server, and keeps its list of masters.
 
-Owns that connection. Nobody here waits for the config_server: while it is away everybody goes on
-with what it said last.
+Owns that connection. Nobody here waits for the config_server: while it is unreachable, its last
+list stays in use.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Guide(Actor[Inbox]):
     """One per master or node that belongs to a config_server, on its coordinator.
 
     Args:
-        channel: to other servers; the config_server's is connected to from here.
+        channel: to other servers; it connects to the config_server's.
         server: host and HTTP port of the config_server.
-        announces: what a master says when it is there; None: this is a node.
+        announces: what a master registers; None: this is a node.
     """
 
     remote = frozenset({AskMasters, Cancel})
@@ -44,7 +44,7 @@ class Guide(Actor[Inbox]):
         self._search = Search(channel, server, WHAT, self.spawn)
         self._announces, self._joined_once = announces, False
         self._masters: tuple[MasterAt, ...] = ()
-        self._asking: set[int] = set()  # endpoints that want to know the masters
+        self._asking: set[int] = set()  # endpoints that asked for the masters
 
     def started(self) -> None:
         self._search.look()
@@ -89,7 +89,7 @@ class Guide(Actor[Inbox]):
         self._say(*self._asking)
 
     def _refused(self, where: str, why: str) -> None:
-        """Raises StartupError if it has never let us in."""
+        """Raises StartupError if it has never accepted us."""
         if not self._joined_once:
             raise StartupError(f"the config_server at {where} does not take this server: {why}")
         log.error("the config_server at %s does not take this server: %s", where, why)

@@ -55,11 +55,11 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 CLIENT: Final = web.RequestKey("client", int)
-COUNTED: Final = web.RequestKey("counted", bool)  # by its route
+COUNTED: Final = web.RequestKey("counted", bool)  # already counted by its route
 MAX_REQUEST_ID: Final = 128
-CLIENT_GONE: Final = 499  # nobody reads it; for the counters
+CLIENT_GONE: Final = 499  # never sent; for the counters
 NO_ROUTE: Final = "other"  # for the counters
-BIG_BODY: Final = 64 << 10  # bytes; what is done with it is spread over turns of the loop
+BIG_BODY: Final = 64 << 10  # bytes; larger bodies are processed over several loop iterations
 ANTHROPIC: Final = "/v1/messages"  # errors here have Anthropic's shape
 NATIVE: Final = ("/", "/generate", "/generate_stream")
 SWAGGER: Final = Path(__file__).parents[1] / "swagger"
@@ -73,14 +73,14 @@ PAGE_HEADERS: Final = {
     "frame-ancestors 'none'",
     "Vary": "Accept",
 }
-PLAIN_HOST: Final = re.compile(r"[A-Za-z0-9._:\[\]-]+")  # what may stand in a command for a shell
+PLAIN_HOST: Final = re.compile(r"[A-Za-z0-9._:\[\]-]+")  # safe in a shell command
 STREAM_HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
 
-# what a body asks for, and what makes its reply
+# the request in a body, and the factory of its reply
 Parsed = tuple[GenerationRequest, Callable[[Answer], Reply]]
 
 
@@ -155,7 +155,7 @@ class Routes:
         add.add_post("/abort_request", self._abort_request)
         add.add_get("/v1/responses/{id}", self._response)
         add.add_delete("/v1/responses/{id}", self._delete_response)
-        for route in list(add.routes()):  # clients put a slash behind their base address
+        for route in list(add.routes()):  # clients append a slash to their base address
             path = "" if route.resource is None else route.resource.canonical
             if path not in ("/", "/docs", "/docs/{file}", "/v1/models/{name}"):
                 add.add_route(route.method, f"{path}/", route.handler)
@@ -176,7 +176,7 @@ class Routes:
         return await self._generate(request, parse, "chatcmpl-")
 
     async def _invocations(self, request: web.Request) -> web.StreamResponse:
-        """SageMaker's one path: a conversation or a text, as the body says."""
+        """SageMaker's only path: a chat or a completion, depending on the body."""
         served = self._front.served
 
         def parse(body: validation.Body) -> tuple[GenerationRequest, Callable[[Answer], Reply]]:
@@ -200,7 +200,7 @@ class Routes:
         return await self._generate(request, parse, "msg_")
 
     async def _native(self, request: web.Request) -> web.StreamResponse:
-        """/generate, /generate_stream, and / where the body says which of them."""
+        """/generate, /generate_stream, and /, for which the body decides between them."""
         served, path = self._front.served, _path(request)
 
         def parse(body: validation.Body) -> Parsed:
@@ -215,7 +215,7 @@ class Routes:
     async def _generate(
         self, request: web.Request, parse: Callable[[validation.Body], Parsed], prefix: str
     ) -> web.StreamResponse:
-        """The one way from a request to text: admit, wait, answer; abort however it ends."""
+        """Handles all generation requests: admit, wait, answer; cleans up however it ends."""
         front, exchange, status = self._front, None, CLIENT_GONE
         request[COUNTED] = True
         try:
@@ -260,7 +260,7 @@ class Routes:
             _log_end(request, status, exchange)
 
     async def _stream(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
-        """Headers, then the frontend writes; this only waits for the end."""
+        """Send headers, let the frontend write, and wait for the end."""
         exchange.committed = True
         response = web.StreamResponse(headers=STREAM_HEADERS)
         chunked = request.version >= HttpVersion11
@@ -336,7 +336,7 @@ class Routes:
         return _json(sse.body(own(self._front.served, name.rstrip("/") or name)))
 
     async def _welcome(self, request: web.Request) -> web.StreamResponse:
-        """A page for browsers, lines for terminals, JSON for who asks for it."""
+        """The start page: HTML for browsers, plain text for terminals, JSON on request."""
         served, secured = self._front.served, bool(self._front.access.keys)
         accepted = request.headers.get("Accept", "")
         if "text/html" not in accepted and "application/json" in accepted:
@@ -360,21 +360,21 @@ class Routes:
         return self._told("message", "Ok", "Error", front.serving and not front.draining)
 
     def _told(self, name: str, good: str, bad: str, ok: bool) -> web.Response:
-        """With the groups that are lost, if any."""
+        """The health status, with the lost groups, if any."""
         body: JsonObject = {name: good if ok else bad}
         if lost := self._front.lost_groups:
             body["lost_groups"] = [*sorted(lost)]
         return _json(sse.body(body), 200 if ok else 503)
 
     async def _cluster(self, request: web.Request) -> web.StreamResponse:
-        """Where nodes connect; whoever asks may know, since only those with the secret get in."""
+        """Where nodes connect. Needs no key: connecting requires the cluster's secret."""
         return _json(sse.body({"port": self._front.place.cluster_port}))
 
     async def _pd_nodes(self, request: web.Request) -> web.StreamResponse:
         return _json(await self._front.nodes())
 
     async def _token_load(self, request: web.Request) -> web.StreamResponse:
-        """As LightLLM: numbers, or with several groups lists of one for each."""
+        """As LightLLM: numbers, or lists with one number per group."""
         loads = (await self._front.scrape()).loads
         used = [load.used / max(load.total, 1) for load in loads]
         expected = [load.expected / max(load.total, 1) for load in loads]
@@ -387,7 +387,7 @@ class Routes:
             shares["sliding_load"] = [
                 load.sliding_used / max(load.sliding_total, 1) for load in loads
             ]
-            # the fuller space says how much more can come
+            # the fuller space limits further requests
             shares["current_load"] = list(map(max, used, shares["sliding_load"]))
         if len(loads) == 1:
             return _json(sse.body({name: share[0] for name, share in shares.items()}))
@@ -452,7 +452,7 @@ class Routes:
 
     @web.middleware
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Keys and origins, once it is known whose route it is."""
+        """Check keys and origins, once the route is known."""
         if (answer := self._access.preflight(request)) is not None:
             return answer
         self._access.check_origin(request)
@@ -461,7 +461,7 @@ class Routes:
         return await handler(request)
 
     def _mark(self, request: web.Request, response: web.StreamResponse) -> None:
-        """The headers that every answer has."""
+        """Add the headers that every answer has."""
         response.headers["X-Request-Id"] = request[REQUEST_ID]
         if _is_anthropics(request):
             response.headers["request-id"] = request[REQUEST_ID]
@@ -477,7 +477,7 @@ class Routes:
         raw = await read_body(request, limits.max_body, limits.body_s)
         body = json_body.load(raw, self._max_values)
         if len(raw) > BIG_BODY:
-            await asyncio.sleep(0)  # what the protocol makes of it is a turn of its own
+            await asyncio.sleep(0)  # parsing the request gets its own loop iteration
         return body
 
     def _error(self, request: web.Request, error: RequestError) -> web.Response:
@@ -491,7 +491,7 @@ class Routes:
             response.headers["Retry-After"] = str(self._front.retry_after_s())
         if error.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
-        if error.status in (408, 413, 415, 417):  # the rest of the body may still come
+        if error.status in (408, 413, 415, 417):  # the rest of the body may still arrive
             _close_after(response)
         return response
 
@@ -504,18 +504,18 @@ class Routes:
 
 
 def _route(request: web.Request) -> str:
-    """The path as registered: what clients may make up must not become a label."""
+    """The path as registered: paths invented by clients must not become labels."""
     resource = request.match_info.route.resource
     return NO_ROUTE if resource is None else resource.canonical.rstrip("/") or "/"
 
 
 def _path(request: web.Request) -> str:
-    """The path without a slash behind it."""
+    """The path without a trailing slash."""
     return request.path.rstrip("/") or "/"
 
 
 def _is_anthropics(request: web.Request) -> bool:
-    """Whether the client speaks Anthropic's protocol, of whose routes one is OpenAI's too."""
+    """Whether the client speaks Anthropic's protocol, which shares a route with OpenAI's."""
     models = request.path.startswith("/v1/models") and "anthropic-version" in request.headers
     return models or request.path.startswith(ANTHROPIC)
 
@@ -525,19 +525,19 @@ def _json(body: bytes, status: int = 200) -> web.Response:
 
 
 def _say_omitted(response: web.StreamResponse, generation: GenerationRequest) -> None:
-    """Name the tools of the request that the model has not been told of."""
+    """Name in a header the tools of the request that the model is not offered."""
     if generation.omitted_tools:
         response.headers["X-Omitted-Tools"] = ", ".join(generation.omitted_tools)
 
 
 def _close_after(response: web.StreamResponse) -> None:
-    """The connection ends with this response."""
+    """Close the connection after this response."""
     response.force_close()
     response.headers["Connection"] = "close"
 
 
 def _log_end(request: web.Request, status: int, exchange: Exchange | None) -> None:
-    """One line for a request whose client named it, or which failed here; others with debug."""
+    """Log a line for requests with a client's id or an error; others at debug level."""
     level = logging.INFO if "X-Request-Id" in request.headers or status >= 500 else logging.DEBUG
     name = "refused" if exchange is None else exchange.answer.id
     log.log(level, "request %s: %s %d %s", request[REQUEST_ID], request.path, status, name)

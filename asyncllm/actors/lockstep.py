@@ -1,6 +1,6 @@
 """Lockstep: makes the schedulers of several groups take each step together, in a common size.
 
-Owns which step is due and who has said what it brings; knows neither requests nor devices.
+Owns which step is due and which groups have offered it; knows neither requests nor devices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from asyncllm.messages import Agreed, JoinStep, Offer
 class Lockstep(Actor[Offer]):
     """One per server whose groups share experts, on the coordinator.
 
-    It answers while the step before runs: schedulers plan two deep, so no device waits for it.
+    It answers while the previous step runs: schedulers plan two steps ahead, so no device idles.
     """
 
     remote = frozenset({Offer})
@@ -40,7 +40,7 @@ class Lockstep(Actor[Offer]):
                     assert_never(msg)
 
     def possible(self, msg: Offer) -> bool:
-        """Whether it comes from a leader."""
+        """Whether it is from a leader."""
         return msg.endpoint in self._group_of
 
     def _offer(self, msg: Offer) -> None:

@@ -1,4 +1,4 @@
-"""Whether a process is a part of a server."""
+"""Checks that a process belongs to a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from asyncllm.topology import Contract, Topology
 def check_member(
     topology: Topology, endpoint: int, node: int, ours: Contract, theirs: Contract
 ) -> None:
-    """Whether a process is the endpoint of the server that it claims to be; both sides ask.
+    """Check that a process is the endpoint that it claims to be; both sides do.
 
     Args:
         topology, ours: as the coordinator has them.

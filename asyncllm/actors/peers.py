@@ -1,4 +1,4 @@
-"""What the servers of a cluster say about themselves, and what actors are told of each other's."""
+"""Records and messages by which the servers of a cluster identify and notify each other."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from asyncllm.codec import Message, message, record
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What one end says about its server.
+    """How a server identifies itself to others.
 
     Args:
-        role: what it is in the cluster, e.g. "prefill".
-        name: how others call it in logs and answers, e.g. "10.0.0.2:8000".
-        facts: (name, value) of what those must have in common who name it.
-        incarnation: another one after each start of the process.
+        role: its role in the cluster, e.g. "prefill".
+        name: its name in others' logs and answers, e.g. "10.0.0.2:8000".
+        facts: (name, value) of facts that must be equal on both sides if both have them.
+        incarnation: different after each start of the process.
     """
 
     role: str
@@ -29,7 +29,7 @@ class Card:
         return f"{self.role} {self.name}"
 
     def difference(self, other: Card) -> tuple[str, str, str] | None:
-        """(name, our value, theirs) of a fact that both name and that is not the same."""
+        """(name, our value, theirs) of a fact in which both differ, or None."""
         theirs = dict(other.facts)
         for name, value in self.facts:
             if theirs.get(name, value) != value:
@@ -39,14 +39,14 @@ class Card:
 
 @message(65)
 class Greeting(Message):
-    """The first message each way: who I am."""
+    """Both directions, first: identifies the sender."""
 
     card: Card
 
 
 @message(66)
 class Bye(Message):
-    """The last one: I hang up, or do not let you in."""
+    """Both directions, last: disconnects, or refuses the other end."""
 
     why: str
     refused: bool
@@ -54,14 +54,14 @@ class Bye(Message):
 
 @message(67)
 class Beat(Message):
-    """Each way, all the time."""
+    """Both directions, periodically: heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerJoined(Message):
-    """channel -> its owner: from now on this one can be told something.
+    """channel -> its owner: a peer has joined and can be sent messages.
 
-    Never on the wire, as the three below. ``dialled``: where we have found it; "": it has found us.
+    Never sent, like the next three. ``dialled``: where we connected; "": it connected to us.
     """
 
     peer: int
@@ -71,7 +71,7 @@ class PeerJoined(Message):
 
 @dataclass(frozen=True, slots=True)
 class PeerLeft(Message):
-    """channel -> its owner: it hung up, died, or was dropped; what is told to it is a dead letter.
+    """channel -> its owner: it disconnected, died, or was dropped; messages to it are dead letters.
 
     The same process may come back, as another peer.
     """
@@ -83,7 +83,7 @@ class PeerLeft(Message):
 
 @dataclass(frozen=True, slots=True)
 class PeerRefused(Message):
-    """channel -> its owner: the one that was dialled does not let us in. We try again."""
+    """channel -> its owner: the server that was dialled refuses us. We try again."""
 
     dialled: str
     why: str
@@ -91,7 +91,7 @@ class PeerRefused(Message):
 
 @dataclass(frozen=True, slots=True)
 class Received(Message):
-    """channel -> the actor whom a peer has told ``msg``."""
+    """channel -> the actor that a peer has sent ``msg``."""
 
     peer: int
     msg: Message

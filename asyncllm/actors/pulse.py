@@ -1,8 +1,8 @@
 """Heartbeats and counters of a node's processes, in memory that all of them share.
 
-Each writes the time into a place of its own, from a thread, so that a busy event loop is no
-silence; to look takes no message, so that nothing is missed while one's own loop is busy. Knows no
-actor.
+Each process writes the time into its own entry from a thread, so that a busy event loop does not
+look dead; reading takes no message, so nothing is missed while one's own loop is busy. Knows no
+actors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 
-PLACES = 1 << 16  # numbers of endpoints repeat after so many; only pages that are used are memory
+PLACES = 1 << 16  # endpoint numbers wrap around; only used pages take memory
 TABLES = 3  # times, foreign frames, strangers
 SIZE = 8 * PLACES * TABLES
 
@@ -25,21 +25,21 @@ class Pulse:
 
     @staticmethod
     def create() -> int:
-        """New memory, in which nobody lives yet."""
+        """Create the memory; no heartbeats in it yet."""
         fd = os.memfd_create("asyncllm-pulse")
         os.ftruncate(fd, SIZE)
         return fd
 
     def beat(self, endpoint: int, now: float) -> None:
-        """``endpoint`` lives at ``now``, of a clock that all processes share. From any thread."""
+        """Record a heartbeat of ``endpoint`` at ``now``, of a clock shared by all processes."""
         self._times[endpoint % PLACES] = now
 
     def last(self, endpoint: int) -> float:
-        """When ``endpoint`` has last given a sign of life; 0.0: it has not yet."""
+        """Time of ``endpoint``'s last heartbeat; 0.0: none yet."""
         return self._times[endpoint % PLACES]
 
     def note(self, endpoint: int, foreign_frames: int, strangers: int) -> None:
-        """What ``endpoint`` has counted at its doors since its start."""
+        """Record the foreign frames and strangers of ``endpoint`` since its start."""
         self._foreign[endpoint % PLACES] = foreign_frames
         self._strangers[endpoint % PLACES] = strangers
 

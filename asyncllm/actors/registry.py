@@ -1,8 +1,8 @@
 """Registry: the one actor of a config_server.
 
-Owns the list of masters, which it tells to all of them and to nodes, and the ports at which ranks
-of other servers meet. All of it lives as long as who has brought it is connected, so that after a
-restart those who come again say what there is. Knows neither models nor requests.
+Owns the list of masters, which it sends to all of them and to nodes, and the rendezvous ports of
+other servers' ranks. Entries live as long as their owner is connected; after a restart they are
+rebuilt when servers reconnect. Knows neither models nor requests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from asyncllm.messages import (
 )
 
 MASTER, TENANT = "pd_master", "group"
-GUIDED = (MASTER, "prefill", "decode")  # roles that want to know the masters
+GUIDED = (MASTER, "prefill", "decode")  # roles that get the list of masters
 
 Inbox = Received | PeerJoined | PeerLeft | PeerRefused
 
@@ -44,21 +44,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Port:
-    """A port at which the ranks of a server meet, or have met."""
+    """The rendezvous port of a server's ranks."""
 
     peer: int
     owner: str
     meets: str
     since: float
-    store: object  # listens as long as it exists; None: the ranks had met before we started
+    store: object  # listens as long as it exists; None: the ranks met before this process started
 
 
 class Registry(Actor[Inbox]):
     """One per config_server.
 
     Args:
-        channel: to masters, nodes and servers whose ranks meet here.
-        open_store: makes the store of torch.distributed that listens at (host, port) until nothing
+        channel: to masters, nodes and servers that lease ports.
+        open_store: creates the torch.distributed store that listens at (host, port) until nothing
             refers to it; raises StartupError.
     """
 
@@ -68,8 +68,8 @@ class Registry(Actor[Inbox]):
     def __init__(self, channel: Channel, open_store: Callable[[str, int], object]) -> None:
         super().__init__("registry")
         self._channel, self._open_store = channel, open_store
-        self._cards: dict[int, Card] = {}  # of all who are there
-        self._masters: dict[int, MasterAt] = {}  # those who have said where nodes reach them
+        self._cards: dict[int, Card] = {}  # of all connected servers
+        self._masters: dict[int, MasterAt] = {}  # masters that have registered
         self._ports: dict[int, _Port] = {}
         self._seeking: dict[int, int] = {}  # peer -> port
         self._gone = Counter(dict.fromkeys((*GUIDED, TENANT), 0))  # by role, since the start
@@ -79,7 +79,7 @@ class Registry(Actor[Inbox]):
         self._channel.admit = self._complaint
 
     def stopped(self) -> None:
-        self._ports.clear()  # nobody listens there any more
+        self._ports.clear()  # closes their stores
 
     def holds(self) -> str:
         return f"{len(self._masters)} masters, {len(self._cards)} peers, {len(self._ports)} ports"
@@ -97,7 +97,7 @@ class Registry(Actor[Inbox]):
                 case PeerLeft(peer, card, why):
                     self._left(peer, card, why)
                 case PeerRefused():
-                    pass  # it looks for nobody
+                    pass  # it connects to nobody
                 case _:
                     assert_never(msg)
 
@@ -140,7 +140,7 @@ class Registry(Actor[Inbox]):
         return json.dumps({"pd_masters": masters, "nodes": nodes, "groups": groups}).encode()
 
     def registered(self, process: Process) -> Registered:
-        """The same in numbers, beside those of the process."""
+        """The same as metrics, with those of the process."""
         present = dict.fromkeys((*GUIDED, TENANT), 0) | Counter(
             card.role for card in self._cards.values()
         )
@@ -149,8 +149,8 @@ class Registry(Actor[Inbox]):
     # -- who comes and goes -----------------------------------------------------------------------
 
     def _complaint(self, card: Card) -> str | None:
-        """Why one that has connected is not let in. One that has started anew takes the place of
-        what it was."""
+        """Why a connecting server is refused, or None. One that has restarted replaces its former
+        self."""
         if card.role not in (*GUIDED, TENANT):
             return f"a config_server takes no {card.role!r}"
         for peer, other in [*self._cards.items()]:
@@ -189,7 +189,7 @@ class Registry(Actor[Inbox]):
     # -- where ranks meet -------------------------------------------------------------------------
 
     def _claim(self, peer: int, msg: Claim) -> None:
-        """A port for one server, as long as it is there."""
+        """Lease a port to a server for as long as it is connected."""
         owner = self._cards[peer].name
         held = self._ports.get(msg.port)
         if held is not None and held.peer != peer:
@@ -215,7 +215,7 @@ class Registry(Actor[Inbox]):
         self.system.ref("tenant", peer).tell(Denied(port, why))
 
     def _say_where(self, port: int) -> None:
-        """Where the first node of a server is, to those of its nodes who have asked."""
+        """Send a server's first node's address to those of its nodes that have asked."""
         held = self._ports.get(port)
         for peer in [p for p, sought in self._seeking.items() if sought == port] if held else ():
             assert held is not None

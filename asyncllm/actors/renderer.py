@@ -15,7 +15,7 @@ from asyncllm.templates import MAX_FRAME, START_S, Chats, Helper, frame
 
 RENDER_S = 2.0
 MINUTE_S = 60.0
-MOST_DEATHS = 10  # of helpers that end by themselves, in a minute
+MOST_DEATHS = 10  # helpers that die by themselves, per minute
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ class Renderer:
     """One helper process, one chat at a time.
 
     Args:
-        chats: what they are rendered by.
-        render_s: for one chat. Beyond it the helper is replaced.
+        chats: the templates to render with.
+        render_s: time limit per chat; when exceeded, the helper is replaced.
     """
 
     def __init__(self, chats: Chats, *, render_s: float = RENDER_S) -> None:
@@ -37,7 +37,7 @@ class Renderer:
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
 
     def start(self) -> None:
-        """Have a helper ready for the first chat, if any can be rendered."""
+        """Start a helper for the first chat, if chats can be rendered."""
         if not self._chats.fault:
             self._helper, self._ready = Helper(self._chats), False
             self._helper.sock.setblocking(False)
@@ -50,11 +50,11 @@ class Renderer:
             self._helper = None
 
     async def render(self, chat: bytes) -> bytes:
-        """The helper's answer to a chat, for ``templates.unpack``.
+        """The helper's reply for a chat, to be decoded by ``templates.unpack``.
 
         Raises:
-            RequestError: there is no template that can be used; it takes too long or ends the
-                helper; 503: it does so all the time.
+            RequestError: no usable template; rendering takes too long or kills the helper; 503:
+                helpers keep dying.
         """
         if self._chats.fault:
             raise RequestError(
@@ -90,12 +90,12 @@ class Renderer:
                     "the process that rendered the chat template of these messages died",
                     param="messages",
                 ) from None
-            except asyncio.CancelledError:  # nobody takes the answer that comes
+            except asyncio.CancelledError:  # nobody will read the reply
                 self.stop()
                 raise
 
     async def _replace(self, helper: Helper) -> int:
-        """A new helper; the exit code of the old one."""
+        """Start a new helper; returns the exit code of the old one."""
         helper.kill()
         self._helper = None
         loop = asyncio.get_running_loop()
@@ -104,7 +104,7 @@ class Renderer:
         return code
 
     async def _ask(self, helper: Helper, content: bytes, seconds: float) -> bytes:
-        """Send a frame; the content of the one that answers it."""
+        """Send a frame and return the content of the reply."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(seconds):
             await loop.sock_sendall(helper.sock, content)

@@ -219,7 +219,7 @@ def test_nodes_must_fit_each_other_and_have_a_role() -> None:
             assert "no prefill or decode node" in (admit(card("pd_master", "x")) or "")
             assert office.channel.dropped == []
             assert admit(card("prefill", "p:1", model="a")) is None
-            assert office.channel.dropped == [(P, "another process has its address")]
+            assert office.channel.dropped == [(P, "replaced by another process with its address")]
 
         await while_running(office, go())
 
