@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import gelu, silu
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from asyncllm.kernels.autotune import launches_early
+from asyncllm.kernels.early import begun, launched_early
 
 _BLOCK = 1024
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -49,9 +49,7 @@ def _gated_kernel(
     GELU: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+    begun(EARLY)
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < WIDTH
@@ -98,7 +96,7 @@ def gated(x: Tensor, activation: str = "silu", out: Tensor | None = None) -> Ten
             GELU=activation == "gelu_tanh",
             EARLY=early,
             num_warps=4,
-            **({"launch_pdl": True} if early else {}),
+            **launched_early(early, x),
         )
     return out
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asyncllm.kernels.autotune import launches_early
+from asyncllm.kernels.early import begun, launched_early
 from asyncllm.kernels.rmsnorm import rmsnorm_ref
 
 
@@ -25,7 +27,9 @@ def _qk_rmsnorm_kernel(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begun(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dim = tl.arange(0, DIM_PAD)
@@ -71,6 +75,7 @@ def qk_rmsnorm(
         return
     dim_pad = triton.next_power_of_2(dim)
     heads = max(1, min(2048 // dim_pad, triton.next_power_of_2(num_q + num_k)))
+    early = launches_early(qkv.device)
     _qk_rmsnorm_kernel[(len(qkv), triton.cdiv(num_q + num_k, heads))](
         qkv,
         q_weight,
@@ -82,7 +87,9 @@ def qk_rmsnorm(
         DIM=dim,
         DIM_PAD=dim_pad,
         HEADS=heads,
+        EARLY=early,
         num_warps=4,
+        **launched_early(early, qkv),
     )
 
 

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from asyncllm.kernels.autotune import launches_early
+from asyncllm.kernels.early import begun, launched_early
 
 
 @triton.jit
@@ -29,9 +29,7 @@ def _rmsnorm_kernel(
     ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+    begun(EARLY)
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     mask = col < HIDDEN
@@ -139,5 +137,5 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
         ADD=residual is not None,
         EARLY=early,
         num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
-        **({"launch_pdl": True} if early else {}),
+        **launched_early(early, x),
     )

@@ -23,8 +23,11 @@ from asyncllm.kernels.attention.kv8 import KINDS, num_scales, packed_scales, rea
 from asyncllm.kernels.attention.scores import padded, to_log2
 from asyncllm.kernels.attention.shared import attend_shared
 from asyncllm.kernels.attention.shared_rows import SharedRows
+from asyncllm.kernels.autotune import launches_early
+from asyncllm.kernels.early import launched_early, let_next, waited
 
 _HEAD_PAD = 16  # least M of a matrix instruction; the query heads of a KV head are padded to it
+_SHORT = tl.constexpr(4)  # tiles of a program with few keys
 _MERGED = 4096  # elements of partial results that are merged at once
 
 
@@ -178,10 +181,12 @@ def _decode_kernel(
     STAGES: tl.constexpr,
     MERGE: tl.constexpr,
     SHARED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % HEADS
     index = program // HEADS
+    waited(EARLY)
     total, share = tl.load(meta_ptr), tl.load(meta_ptr + 1)
     # of a range without work these are undefined, and unused
     record = tl.load(first_ptr + index)
@@ -189,6 +194,7 @@ def _decode_kernel(
     start = tl.load(first_ptr + 5 * num_ranges + index)
     tile = index * share
     stop = tl.minimum(tile + share, total)
+    let_next(share <= _SHORT, EARLY)  # after many keys, what it asks for would be gone again
     dim, group = tl.arange(0, DIM_PAD), tl.arange(0, GROUP_PAD)
     heads = head * GROUP + group
     group_live = (group < GROUP)[:, None] & (dim < DIM)[None, :]
@@ -201,11 +207,8 @@ def _decode_kernel(
         next_row, next_lane, next_length, next_own = _record(
             records_ptr, num_rows, record, record < num_rows, SHARED
         )
-        q = tl.load(
-            q_ptr + row.to(tl.int64) * q_row + heads[:, None] * q_head + dim[None, :],
-            mask=group_live,
-            other=0.0,
-        )
+        q_at = q_ptr + row.to(tl.int64) * q_row + heads[:, None] * q_head + dim[None, :]
+        q = tl.load(q_at, mask=group_live, other=0.0)
         begin = first_tile(length, TILE, WINDOW) + skipped
         acc, best, norm = attend(
             q,
@@ -316,8 +319,10 @@ def _whole_kernel(
     KIND: tl.constexpr,
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program for each row and head, in a single pass."""
+    waited(EARLY)
     head = tl.program_id(0) % HEADS
     row = tl.program_id(0) // HEADS
     lane = tl.load(lanes_ptr + row).to(tl.int64)
@@ -435,6 +440,7 @@ def decode_attention(
     dim_pad = 2 * padded(head_dim // 2) if pairs else padded(head_dim)
     group_pow = triton.next_power_of_2(group)
     scale_log2, cap_log2 = to_log2(scale, softcap)
+    early = launches_early(q.device)
     sizes = {
         "HEADS": num_heads,
         "KV_HEADS": num_kv_heads,
@@ -452,6 +458,8 @@ def decode_attention(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "maxnreg": _registers(config),
+        "EARLY": early,
+        **launched_early(early, q),
     }
     strides = (*q.stride()[:2], *out.stride()[:2], table.stride(0))
     together = plan and plan.shared

@@ -20,6 +20,8 @@ from asyncllm.kernels.attention.kv8 import (
     whole_scale,
 )
 from asyncllm.kernels.attention.quantize import quantize_ref
+from asyncllm.kernels.autotune import launches_early
+from asyncllm.kernels.early import begun, launched_early
 
 
 @triton.jit
@@ -48,7 +50,9 @@ def _rope_kv_kernel(
     HEADS: tl.constexpr,
     KIND: tl.constexpr,
     SCALES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begun(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dim = tl.arange(0, HALF_PAD)
@@ -164,6 +168,7 @@ def rope_kv(
         half_pad = triton.next_power_of_2(half)
         # about 2048 elements a program: 16 a thread with four warps
         heads = max(1, min(1024 // half_pad, triton.next_power_of_2(num_q_heads)))
+        early = launches_early(qkv.device)
         grid = (num_tokens, triton.cdiv(num_q_heads + 2 * num_kv_heads, heads))
         _rope_kv_kernel[grid](
             qkv,
@@ -182,7 +187,9 @@ def rope_kv(
             HEADS=heads,
             KIND=KINDS.get(k_cache.dtype, 0),
             SCALES=per_head,
+            EARLY=early,
             num_warps=4,
+            **launched_early(early, qkv),
         )
     q: Tensor = qkv[:, : num_q_heads * head_dim].unflatten(1, (num_q_heads, head_dim))
     return q

@@ -17,13 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncllm.kernels.autotune import tuned
-from asyncllm.kernels.quant.parts import (
-    begun_early,
-    divided,
-    gathered,
-    launched_early,
-    row_class_of,
-)
+from asyncllm.kernels.early import begun_early, launched_early
+from asyncllm.kernels.quant.parts import divided, gathered, row_class_of
 
 HALVES = {torch.float16: 1024.0, torch.bfloat16: 128.0}  # exponents that numbers stand behind
 SPANS = (64, 32)  # columns of an operand, which share 16 bits with three times as many

@@ -1,6 +1,4 @@
-"""A tile of a product whose inputs are divided among programs, which may begin early.
-
-The parts of a tile are added by the last of its programs.
+"""A tile of a product whose inputs are divided among programs, the last of which adds the parts.
 
 Owns the space where parts wait, one for each device: products of one device run one after the
 other. The order of the sum is that of the parts, whoever comes last.
@@ -18,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from asyncllm.kernels.autotune import num_sms
 
@@ -39,23 +36,6 @@ class TileConfig(Protocol):
 
     @property
     def per_sm(self) -> int: ...
-
-
-@triton.jit
-def begun_early(rows_at, num_bytes, EARLY: tl.constexpr):
-    """For a kernel that is launched while the one before it still runs: the first EARLY bytes of
-    the weights' rows, of which a program needs ``num_bytes``, are on their way to the cache when
-    this returns, and all that was written before is there. The next kernel may begin likewise."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [rows_at.to(tl.int64), tl.minimum(num_bytes, EARLY)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    gdc_launch_dependents()
-    gdc_wait()
 
 
 @triton.jit
@@ -109,11 +89,6 @@ def divided(
     parts = num_parts(num_tiles, tile_size, steps, config.per_sm, device)
     added, counters = space(device) if parts > 1 else (None, None)
     return (tiles * triton.cdiv(num_rows, config.rows), parts), added, counters
-
-
-def launched_early(early: int, x: Tensor) -> dict[str, bool]:
-    """Options of a launch of a kernel with ``begun_early``."""
-    return {"launch_pdl": True} if early and x.device.type != "cpu" else {}
 
 
 @functools.cache

@@ -20,13 +20,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from asyncllm.kernels.autotune import tuned
-from asyncllm.kernels.quant.parts import (
-    begun_early,
-    divided,
-    gathered,
-    launched_early,
-    row_class_of,
-)
+from asyncllm.kernels.early import begun_early, launched_early
+from asyncllm.kernels.quant.parts import divided, gathered, row_class_of
 
 BLOCK = 128  # inputs, and outputs of a weight, that share a scale where they do
 _GROUP = 8  # tiles of rows that are gone through together

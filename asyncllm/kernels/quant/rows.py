@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from asyncllm.kernels.attention.kv8 import quantized
 from asyncllm.kernels.autotune import launches_early, num_sms
+from asyncllm.kernels.early import begun, launched_early
 from asyncllm.kernels.gated import activated, gated_ref
 from asyncllm.kernels.rmsnorm import add_rmsnorm_ref, rmsnorm_ref
 
@@ -62,9 +62,7 @@ def _rows_kernel(
 ):
     """A piece of a row, [GROUPS, SIZE] with what is missing after its WIDTH columns. Pieces of an
     activation with one scale need the largest of ROW columns, that is all: each finds it itself."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+    begun(EARLY)
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * GROUPS
     column = (first + tl.arange(0, GROUPS))[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
@@ -262,6 +260,6 @@ def _launch(
             ROW=block,
             EARLY=early,
             num_warps=4 if warps <= 2048 else 8 if warps <= 8192 else 16,
-            **({"launch_pdl": True} if early else {}),
+            **launched_early(early, x),
         )
     return values, scales

@@ -18,13 +18,8 @@ from torch import Tensor
 
 from asyncllm.kernels.attention.kv8 import halves
 from asyncllm.kernels.autotune import tuned
-from asyncllm.kernels.quant.parts import (
-    begun_early,
-    divided,
-    gathered,
-    launched_early,
-    row_class_of,
-)
+from asyncllm.kernels.early import begun_early, launched_early
+from asyncllm.kernels.quant.parts import divided, gathered, row_class_of
 
 BLOCK = 128  # inputs, and outputs, that share a scale where they do
 _KINDS = {torch.int8: (1, "int8"), torch.float8_e4m3fn: (2, "fp8")}
