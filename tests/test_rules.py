@@ -675,7 +675,9 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "path", "text"), BAD, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("rule", "path", "text"), BAD, ids=lambda v: v[:40] if isinstance(v, str) else v.__name__
+)
 def test_a_rule_catches(rule: Callable[[Module], Iterator[str]], path: str, text: str) -> None:
     assert list(rule(Module(path, text)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import islice
-from time import perf_counter
+from time import thread_time
 
 from asyncllm.core.fair_queue import FairQueue
 
@@ -97,10 +97,10 @@ def test_a_pick_costs_the_same_whatever_waits() -> None:
             queue.append(key % (num // 2), key, key)
         best = 1.0
         for _ in range(20):
-            begin = perf_counter()
+            begin = thread_time()
             for key in list(islice(queue, 100)):
                 queue.serve(key % (num // 2), key)
-            best = min(best, perf_counter() - begin)
+            best = min(best, thread_time() - begin)
         return best
 
     assert seconds(100_000) < 10 * seconds(4000)

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from itertools import product
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import aiohttp
@@ -64,15 +64,16 @@ def error_of(answer: bytes, status: int) -> dict[str, Any]:
 
 @asynccontextmanager
 async def longest_gap(most_s: float) -> AsyncIterator[None]:
-    """The loop gets its turns meanwhile."""
+    """The loop gets its turns meanwhile: between two of them all threads together compute for less
+    than ``most_s``. Seconds of a clock would be those of other processes too."""
     gaps = [0.0]
 
     async def tick() -> None:
-        last = perf_counter()
+        last = process_time()
         while True:
             await asyncio.sleep(0.002)
-            gaps.append(perf_counter() - last)
-            last = perf_counter()
+            gaps.append(process_time() - last)
+            last = process_time()
 
     ticking = asyncio.create_task(tick())
     yield
@@ -131,8 +132,8 @@ def test_encoded_bodies(encoding: str, pack: Any, chunked: bool) -> None:
     ("encoding", "data", "status", "said"),
     [
         ("gzip", b"no gzip", 400, "it is not gzip, as Content-Encoding says"),
-        ("gzip", gzip.compress(BODY)[:-1], 400, "its gzip data has no end"),
-        ("gzip", gzip.compress(BODY) + b"more", 400, "something follows the end"),
+        ("gzip", gzip.compress(BODY, mtime=0)[:-1], 400, "its gzip data has no end"),
+        ("gzip", gzip.compress(BODY, mtime=0) + b"more", 400, "something follows the end"),
         ("deflate", b"\xff\xff\xff", 400, "it is not deflate"),
         ("zstd", b"no zstd", 400, "it is not zstd, as Content-Encoding says"),
         ("zstd", zstd.compress(BODY)[:-1], 400, "its zstd data has no end"),
@@ -161,7 +162,7 @@ def test_wrong_encodings(encoding: str, data: bytes, status: int, said: str) -> 
 @live()
 async def test_a_bomb_is_not_unpacked(server: Server) -> None:
     packer = zlib.compressobj(wbits=31)
-    gzipped = b"".join(packer.compress(bytes(1 << 24)) for _ in range(64)) + packer.flush()
+    gzipped = b"".join(packer.compress(bytes(1 << 24)) for _ in range(16)) + packer.flush()
     bombs = {"gzip": gzipped, "zstd": zstd.compress(bytes(1 << 28)), "br": BROTLI_BOMB}
     assert max(map(len, bombs.values())) < 2 << 20
     async with longest_gap(0.2):

@@ -19,6 +19,8 @@ import pytest
 
 from asyncllm.codec import encode
 from asyncllm.messages import Drain, Halt
+from bench.mkmodel import write_model
+from tests.conftest import TINY
 from tests.e2e.process import Server, alive, free_port, wait_until
 from tests.raw import offer, raw
 
@@ -29,31 +31,39 @@ SMALL = ("--device", "cpu", "--max_total_token_num", "4096")
 
 
 @pytest.fixture(scope="module")
-def answers(demo_dir: Path, prose: list[int], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def uneven_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """9 query and 3 KV heads: half a rank is padding at 2, a whole one at 4."""
+    folder = tmp_path_factory.mktemp("model") / "uneven"
+    write_model({**TINY, "num_attention_heads": 9, "num_key_value_heads": 3}, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(uneven_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """What one rank says to two greedy prompts and a drawn one."""
     log = tmp_path_factory.mktemp("alone") / "log"
-    with Server(demo_dir, log, "--data_type", "fp32", *SMALL) as server:
-        return ask(server, prose)
+    with Server(uneven_dir, log, "--data_type", "fp32", *SMALL) as server:
+        return ask(server)
 
 
-def ask(server: Server, prose: list[int]) -> Answers:
-    greedy = [server.tokens(p, 8, ignore_eos=True) for p in (prose[:5], prose[100:180])]
-    return [*greedy, server.tokens(prose[:5], 8, ignore_eos=True, do_sample=True, seed=3)]
+def ask(server: Server) -> Answers:
+    short = [5, 3, 8, 1, 9]
+    greedy = [server.tokens(p, 8, ignore_eos=True) for p in (short, [*range(100, 180)])]
+    return [*greedy, server.tokens(short, 8, ignore_eos=True, do_sample=True, seed=3)]
 
 
-# 9 query and 3 KV heads: half a rank is padding at 2, a whole one at 4
 @pytest.mark.parametrize(("tp", "zmq_mode"), [(2, "ipc:///tmp/"), (4, "tcp://")])
 def test_tensor_parallel_ranks_give_the_tokens_of_one(
-    demo_dir: Path, tmp_path: Path, prose: list[int], answers: Answers, tp: int, zmq_mode: str
+    uneven_dir: Path, tmp_path: Path, answers: Answers, tp: int, zmq_mode: str
 ) -> None:
     args = (*TP2, "--tp", str(tp), "--zmq_mode", zmq_mode, "--nccl_host", f"127.0.0.{tp}")
-    with Server(demo_dir, tmp_path / "log", *args) as server:
+    with Server(uneven_dir, tmp_path / "log", *args) as server:
         children = server.children()
         assert len(children) == tp - 1
         send_as_stranger(server, Drain(0.0), Halt())
         hosts = {host for host, _ in server.listeners()}
         assert hosts == {"127.0.0.1", f"127.0.0.{tp}"}  # HTTP, gloo, ZMQ; where ranks meet
-        assert ask(server, prose) == answers
+        assert ask(server) == answers
         assert server.stop() == 0, server.text()
         assert not any(map(alive, children))
 

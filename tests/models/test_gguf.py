@@ -17,9 +17,11 @@ from asyncllm.errors import StartupError
 from asyncllm.gguf_folder import gguf_folder
 from asyncllm.models import gguf_types
 from asyncllm.models.gguf import KINDS, read_gguf
+from asyncllm.text import load_tokenizer
 from tests.models.families import CASES, Case, Reference, largest_difference, make
 from tests.models.gguf_files import TOKENIZER, convert, metadata, random_blocks, write
 from tests.models.harness import Ranks, make_device
+from tests.test_text import train
 
 CLOSE = 2e-4
 SERVED = {
@@ -72,8 +74,10 @@ def tiny(path: Path, said: dict[str, object], *, arch: str = "llama") -> Path:
         "rms_norm_eps": 1e-5, "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
     }  # fmt: skip
-    embedding = ("token_embd.weight", random_blocks("Q8_0", (211, 32), 0), "Q8_0")
-    write(path, arch, metadata(config, arch) | TOKENIZER | said, [embedding])
+    said = metadata(config, arch) | TOKENIZER | said
+    size = len(said["tokenizer.ggml.tokens"])
+    embedding = ("token_embd.weight", random_blocks("Q8_0", (size, 32), 0), "Q8_0")
+    write(path, arch, said, [embedding])
     return path
 
 
@@ -111,6 +115,61 @@ def test_an_architecture_or_type_that_is_not_served_is_named(tmp_path: Path) -> 
     (tmp_path / "m-00002-of-00003.gguf").write_bytes(b"GGUF")
     with pytest.raises(StartupError, match=r"one of 3 files of a model: join them first"):
         gguf_folder(tmp_path / "m-00002-of-00003.gguf", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"add_dummy_prefix": False}, {"user_defined_symbols": ["\n\n", "<b>"]}], ids=str
+)
+def test_a_sentencepiece_tokenizer_gives_the_ids_of_sentencepiece(
+    how: dict[str, object], tmp_path: Path
+) -> None:
+    """Of a file as llama.cpp's converter writes it: pieces, scores and kinds, but no merges."""
+    from sentencepiece import SentencePieceProcessor
+
+    model = train(tmp_path, **how) / "tokenizer.model"
+    known = SentencePieceProcessor(model_file=str(model))
+    ids, symbols = range(known.vocab_size()), how.get("user_defined_symbols", ())
+
+    def kind(i: int) -> int:
+        if known.is_unknown(i):
+            return 2
+        if known.is_control(i):
+            return 3
+        if known.is_byte(i):
+            return 6
+        return 4 if known.id_to_piece(i) in symbols else 1
+
+    said = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [known.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [known.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": [kind(i) for i in ids],
+        "tokenizer.ggml.bos_token_id": known.bos_id(),
+        "tokenizer.ggml.eos_token_id": known.eos_id(),
+        "tokenizer.ggml.add_space_prefix": how.get("add_dummy_prefix", True),
+    }
+    text = load_tokenizer(str(gguf_folder(tiny(tmp_path / "x.gguf", said), tmp_path)))
+    parts = ("the number 12 is a hello world", " hello", "  number 7", "é 日本 😀", "a\n\n", "b<b>")
+    for content in parts:
+        want = known.encode(content)
+        assert list(text.encode(content, False)) == want
+        assert list(text.encode(content, True)) == [known.bos_id(), *want]
+        assert text.decode(want) == known.decode(want)
+    if symbols:  # as llama.cpp: texts between symbols are texts of their own
+        whole = [token for content in parts[-2:] for token in known.encode(content)]
+        assert list(text.encode("".join(parts[-2:]), False)) == whole
+    assert text.eos_id == known.eos_id()
+
+
+@pytest.mark.parametrize(
+    ("scores", "named"), [([0.5], "scores do not fit the tokens"), ("x", "scores do not fit")]
+)
+def test_sentencepiece_without_its_scores_is_refused(
+    scores: object, named: str, tmp_path: Path
+) -> None:
+    said = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores}
+    with pytest.raises(StartupError, match=named):
+        gguf_folder(tiny(tmp_path / "x.gguf", said), tmp_path)
 
 
 def test_a_folder_follows_its_file(tmp_path: Path) -> None:

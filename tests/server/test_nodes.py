@@ -183,12 +183,12 @@ def test_a_node_that_is_silent_ends_the_others(gone: int) -> None:
         assert wait_until(lambda: left <= w.ended.keys(), TIMEOUT_S)
         host = "127.0.0.1" if gone == 0 else "10.0.0.1"
         for i in left:
-            said = re.match(
+            said = re.search(  # the first to see it tells the others, who name it
                 rf"node {gone} \({host}\) has been silent for ([\d.]+) s", w.ended[i][1]
             )
             assert said, w.ended[i]
             # a machine with other work to do looks late
-            assert DEAD_AFTER_S / 2 <= float(said[1]) < DEAD_AFTER_S
+            assert DEAD_AFTER_S / 2 <= float(said[1]) < 2 * DEAD_AFTER_S
 
 
 def test_a_node_that_can_be_spared_is_missed_and_nobody_else_notices() -> None:
