@@ -19,7 +19,7 @@ from asyncllm.messages import Probe, RunnerStats, StepDone, StepOver, StepPlan
 
 T = TypeVar("T")
 
-RECENT = 256  # steps that the times in the metrics are medians of
+RECENT = 256  # steps over which the metrics' median times are taken
 JOIN_S = 5.0  # a device that hangs must not hang the exit
 
 
@@ -28,7 +28,7 @@ class Pending(Protocol):
 
     Attributes:
         gap_ms: after :meth:`wait`, how long the device was idle before this step although it had
-            been launched in time; None where that was not measured.
+            been launched in time; None if that was not measured.
     """
 
     gap_ms: float | None
@@ -55,10 +55,10 @@ class Runner(Actor[StepPlan | Probe]):
 
     Args:
         device: where steps run.
-        reports: tell the scheduler, which lives here too, what came out (the group's first rank).
-        transfers: tell ``kv_transfer``, which lives here too, which steps are over.
+        reports: send results to the scheduler on this endpoint (the group's first rank).
+        transfers: tell ``kv_transfer`` on this endpoint which steps are over.
         jit_after_warmup: counts kernels that were compiled while serving.
-        kv_reads_saved: counts tokens whose K/V rows have read together.
+        kv_reads_saved: counts tokens whose K/V were read once for several rows.
     """
 
     remote = frozenset({StepPlan})
@@ -78,7 +78,7 @@ class Runner(Actor[StepPlan | Probe]):
         self._jit_after_warmup, self._kv_reads_saved = jit_after_warmup, kv_reads_saved
         self._step = 0
         self._step_ms, self._launch_ms, self._gap_ms = (_recent() for _ in range(3))
-        self._unfinished: deque[tuple[float, StepPlan]] = deque()  # with the time of launch
+        self._unfinished: deque[tuple[float, StepPlan]] = deque()  # with launch times
         self._waits: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait_forever, name="waiter", daemon=True)
         self._stopped = False
@@ -98,7 +98,7 @@ class Runner(Actor[StepPlan | Probe]):
                         raise PlanOutOfOrder(self._step, msg.step)
                     self._step = msg.step
                     begin = perf_counter()
-                    self._unfinished.append((begin, msg))  # a launch can hang as well
+                    self._unfinished.append((begin, msg))  # a launch can hang too
                     self._waits.put(self.device.launch(msg))
                     self._launch_ms.append((perf_counter() - begin) * 1e3)
                 case Probe(query):
@@ -107,7 +107,7 @@ class Runner(Actor[StepPlan | Probe]):
                     assert_never(msg)
 
     def stopped(self) -> None:
-        """Wait a while for the last step, then close the device; one that hangs is left alone."""
+        """Wait briefly for the last step, then close the device, unless it hangs."""
         self._stopped = True
         self._waits.put(None)
         if self._thread.ident is not None:
@@ -126,8 +126,7 @@ class Runner(Actor[StepPlan | Probe]):
         return f"in flight: {self.in_flight() or 'nothing'}"
 
     def in_flight(self) -> str:
-        """What the unfinished steps are, oldest first, for whoever looks into a hang.
-        Any thread."""
+        """Describes the unfinished steps, oldest first, for diagnosing a hang. Thread-safe."""
         now = perf_counter()
         steps = (f"{_describe(plan)}, {now - began:.1f} s" for began, plan in [*self._unfinished])
         return "; ".join(steps)
@@ -144,7 +143,7 @@ class Runner(Actor[StepPlan | Probe]):
         )
 
     def _wait_forever(self) -> None:
-        """The one waiter thread. Followers wait too, so that their hangs are seen."""
+        """The one waiter thread. Followers wait too, so that their hangs are noticed."""
         last = 0.0
         for pending in iter(self._waits.get, None):
             try:
@@ -154,7 +153,7 @@ class Runner(Actor[StepPlan | Probe]):
                 if pending.gap_ms is not None:
                     self._gap_ms.append(pending.gap_ms)
                 last = now
-            except BaseException as error:  # whatever it is, it ends the rank: on the loop
+            except BaseException as error:  # any error ends the rank; raised on the loop
                 self._post(self._fail, error)
                 return
             if self.reports or self.transfers:
@@ -163,7 +162,7 @@ class Runner(Actor[StepPlan | Probe]):
     def _post(self, callback: Callable[[T], None], value: T) -> None:
         try:
             self._loop.call_soon_threadsafe(callback, value)
-        except RuntimeError:  # the loop has been closed: nobody is left to tell
+        except RuntimeError:  # the loop is closed: nobody is left to notify
             if not self._loop.is_closed():
                 raise
 
@@ -185,7 +184,7 @@ def _recent() -> deque[float]:
 
 
 def _median(values: deque[float]) -> float:
-    """Of a deque that the waiter thread may be appending to; 0 if it is empty."""
+    """Median of a deque that the waiter thread may be appending to; 0 if it is empty."""
     return median(values.copy()) if values else 0.0
 
 

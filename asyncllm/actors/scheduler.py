@@ -1,6 +1,6 @@
 """Scheduler: keeps the device's pipeline full and publishes its results.
 
-Owns the queue, the step clock and what is in flight; knows neither slots' contents nor text.
+Owns the queue, the step clock and steps in flight; knows neither slots' contents nor text.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ from asyncllm.messages import (
 )
 from asyncllm.records import Failure, Logprobs
 
-MOST_JOBS = 16  # of constraints, for one trip of a thread
-MASKS_S = 0.005  # a step waits for cheap masks, from the end of the last one on: rows that want one
-# would come a step later, and in turns with each other
+MOST_JOBS = 16  # of constraints, per call of a thread
+MASKS_S = 0.005  # a step waits for cheap masks, counted from the end of the previous step:
+# otherwise rows with masks would run a step later, alternating with each other
 
 Inbox = (
     Submit
@@ -81,22 +81,22 @@ PromptScores = tuple[int, Logprobs]  # rid, log-probabilities of some of its pro
 
 
 class Scheduler(Actor[Inbox]):
-    """One per group of tp ranks, on the first of them, beside its allocator.
+    """One per tp group, on its first rank, beside the allocator.
 
     Args:
         num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom,
             share_prompts, constraint_s, window, num_sliding, speculation: see ``Core``.
         runners: endpoints of the group's runners.
         prefill_share: see ``Pacer``.
-        depth: steps on the device at a time.
-        constrain: see ``Constraints.of``; None: nothing is ever constrained.
-        workers: threads for what constraints have to work out.
-        vocab_size, max_len: what a request of another process is held against, as its own process
-            has done already.
-        balanced: a balancer wants to know when requests begin and end.
-        reader: the actor, on the endpoint of a request's rid, that reads its tokens and its end.
-        transfers: endpoints whose ``kv_transfer`` move K/V of this group, by rank; (): none do.
-        in_step: this group's steps are those of all groups, see ``core.lockstep``.
+        depth: steps in flight on the device.
+        constrain: see ``Constraints.of``; None: constraints are off.
+        workers: threads for the work of constraints.
+        vocab_size, max_len: limits that requests from other processes are checked against, as their
+            own process has already done.
+        balanced: report to a balancer when requests begin and end.
+        reader: the actor, on the endpoint of a request's rid, that receives its tokens and its end.
+        transfers: endpoints whose ``kv_transfer`` transfer K/V of this group, by rank; (): none.
+        in_step: the groups run each step together, see ``core.lockstep``.
     """
 
     remote = frozenset({Submit, Abort, StopHit, Begin, Arrived, Lapsed, Sent})
@@ -151,13 +151,13 @@ class Scheduler(Actor[Inbox]):
         self._vocab_size, self._max_len = vocab_size, max_len
         self._balanced, self._in_step, self._moving_ranks = balanced, in_step, transfers
         self._reader = reader
-        self._offered: Step | None = None  # planned, and not yet agreed by all groups
-        self._joins = 0  # the last step that another group wants
+        self._offered: Step | None = None  # planned, but not yet agreed by all groups
+        self._joins = 0  # the last step that another group needs
         self._inflight: deque[Step] = deque()
         self._pacer = Pacer(prefill_share)
-        self._masks_until, self._due_at = 0.0, inf  # a step waits for masks so long; the next Due
+        self._masks_until, self._due_at = 0.0, inf  # deadline for masks; time of the next LaunchDue
         self._asked = False  # a reservation is open
-        # nothing fits until a launched step is done or a request comes or goes
+        # nothing fits until a launched step is done or a request arrives or leaves
         self._stalled = self._draining = self._drained = False
         self._unpublished: list[tuple[Emitted, list[PromptScores]]] = []
         self._readers: dict[int, Ref] = {}
@@ -258,14 +258,14 @@ class Scheduler(Actor[Inbox]):
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def possible(self, msg: Inbox) -> bool:
-        """Whether what another process sends is within the limits that it was checked against."""
+        """Whether a message of another process is within the limits that it was checked against."""
         if not isinstance(msg, Submit):
             return True
         moves = msg.imports or msg.exports is not None
         return msg.fits(self._vocab_size, self._max_len) and (not moves or bool(self._transfers))
 
     def _forget(self, endpoint: int) -> None:
-        """Its requests end, untold; what it has sent before its end and comes later is ignored."""
+        """End the requests of a process without answers; ignore messages it sent before its end."""
         self._gone.add(endpoint)
         self._stalled = False
         rids = [*self.core.requests, *self.core.moves.outflows]
@@ -283,7 +283,7 @@ class Scheduler(Actor[Inbox]):
         self._flush()
         if self._asked or self._offered is not None or len(self._inflight) >= self._depth:
             return
-        joins = self._joins > self.core.steps  # the other groups wait for this one
+        joins = self._joins > self.core.steps  # the other groups are waiting for this one
         if not joins and (self._stalled or self._pauses()):
             return
         proposal = None if self._stalled else self.core.propose(self._pacer.prompt_room)
@@ -294,7 +294,7 @@ class Scheduler(Actor[Inbox]):
             self._offer(self.core.empty())
 
     def _pauses(self) -> bool:
-        """The next step can wait a little for more rows."""
+        """Delay the next step a little to let more requests join."""
         now = perf_counter()
         if now < self._masks_until and self.core.masks_come:
             self._wake(now, self._masks_until)
@@ -302,10 +302,10 @@ class Scheduler(Actor[Inbox]):
         return self._waits_for_newcomers(now)
 
     def _waits_for_newcomers(self, now: float) -> bool:
-        """While the device is busy, and nobody waits."""
+        """Whether to delay: the device is busy, and no request waits."""
         if len(self._inflight) != 1 or self.core.waiting:
             return False
-        if self._in_step:  # which takes a round trip: none is too early
+        if self._in_step:  # agreement takes a round trip: never delay
             return False
         pause = self._pacer.pause(now, self._inflight[-1].size)
         if pause:
@@ -320,15 +320,15 @@ class Scheduler(Actor[Inbox]):
     def _flush(self) -> None:
         if released := self.core.released:
             self.core.released = []
-            # nothing is launched while a reservation is open: then the allocator has granted more
+            # not while a reservation is open: the allocator would have granted more
             self._allocator.tell(Release(tuple(released), self.core.take_launched()))
 
     def _launch(self, granted: Granted) -> None:
         self._asked = False
         step = self.core.plan(granted)
-        self._tell_transfers()  # before they hear that the step is over
+        self._tell_transfers()  # before they learn that the step is over
         if step is None:
-            # steps that others wanted hold nothing of ours that could become free
+            # empty steps for other groups hold nothing that could become free
             self._stalled = self.core.relieve(any(step.rows for step in self._inflight))
         elif self._in_step:
             self._offer(step)
@@ -336,7 +336,7 @@ class Scheduler(Actor[Inbox]):
             self._start(step)
 
     def _offer(self, step: Step) -> None:
-        """Launch it when all groups know how large it is."""
+        """Launch the step once all groups have agreed on its size."""
         self._offered, plan = step, step.plan
         offer = Offer(
             endpoint=self.system.endpoint,
@@ -411,7 +411,7 @@ class Scheduler(Actor[Inbox]):
         self._masks_until = now + MASKS_S
 
     def _work(self) -> None:
-        """Hand threads what constraints have to work out."""
+        """Give threads the work of constraints."""
         while self._free:
             most = min(MOST_JOBS, -(-self.core.num_jobs // self._workers))
             if not (jobs := self.core.jobs(most, bool(self._inflight))):
@@ -446,7 +446,7 @@ class Scheduler(Actor[Inbox]):
                 told = replace(end, endpoint=self.system.endpoint) if self._balanced else end
                 self._read(endpoint).tell(told)
         if self._balanced and (begun or ended or left):
-            # an abort may still come for one whose K/V are on their way
+            # an abort may still arrive for one whose K/V are in transit
             over = [end.rid for end in ended if end.rid not in self.core.moves.outflows]
             rids = array(INT64, begun), array(INT64, over + left)
             self._balancer.tell(Progress(self.system.endpoint, *rids))
@@ -460,7 +460,7 @@ class Scheduler(Actor[Inbox]):
             self._watchdog.tell(Drained("scheduler", self.system.endpoint))
 
     def _read(self, endpoint: int) -> Ref:
-        """Who reads what comes of an endpoint's requests."""
+        """The actor that receives the output of an endpoint's requests."""
         if (ref := self._readers.get(endpoint)) is None:
             ref = self._readers[endpoint] = self.system.ref(self._reader, endpoint)
         return ref
@@ -492,7 +492,7 @@ class Scheduler(Actor[Inbox]):
 def pack_tokens(
     emitted: Emitted, scores: Sequence[PromptScores], leader: int = 0
 ) -> list[tuple[int, Tokens]]:
-    """A step's results as one message per frontend endpoint; ``leader``: whose they are."""
+    """A step's results as one message per frontend endpoint; ``leader``: the group's leader."""
     done = emitted.step.result
     assert done is not None
     endpoints = {rid >> FRONTEND_SHIFT for rid in emitted.rids}
@@ -514,7 +514,7 @@ def _pack(
     scores: tuple[PromptScores, ...],
     leader: int,
 ) -> Tokens:
-    """``mine`` indexes the emitted columns; a range: it is all of them."""
+    """``mine``: indices into the emitted columns; a range: all of them."""
     rids, tokens, ends = emitted.rids, emitted.tokens, bytes(emitted.ends)
     if not isinstance(mine, range):
         rids = array(INT64, [rids[i] for i in mine])

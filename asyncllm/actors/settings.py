@@ -1,4 +1,4 @@
-"""What a frontend is told about itself: what it takes on, and its place in a cluster."""
+"""Settings of a frontend: its limits, and its place in a cluster."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from asyncllm.messages import MasterAt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the frontend takes on.
+    """The limits of the frontend.
 
     Args:
         max_running: choices that may be generated at once.
-        max_waiting: choices that may wait beside them; more is 429 (see ``Admission``).
-        max_body: bytes of a request body; more is 413.
-        max_header: bytes of the request line, and of each header; more is 431.
-        max_headers: of one request; more is 431.
+        max_waiting: additional choices that may wait; more are answered 429 (see ``Admission``).
+        max_body: bytes of a request body; more are answered 413.
+        max_header: bytes of the request line, and of each header; more are answered 431.
+        max_headers: per request; more are answered 431.
         idle_s: seconds after which a connection without a request is closed.
-        body_s: seconds for a request body to come; longer is 408.
-        max_unsent: bytes waiting for a client that does not read; more drops it.
+        body_s: seconds for a request body to arrive; slower ones are answered 408.
+        max_unsent: bytes buffered for a slow client; it is dropped beyond that.
         keep_alive_s: seconds after which a silent stream gets a comment; 0: never.
-        native_keep_alive: one of LightLLM's own routes too, some of whose clients know no comments.
-        flush_s: seconds of writing to streams before other work gets a turn.
+        native_keep_alive: also on LightLLM's own routes; some of their clients know no comments.
+        flush_s: seconds of writing to streams before yielding to other work.
         query_s: seconds to wait for another actor's answer (metrics, token counts).
         shutdown_s: seconds for open connections when the server stops.
     """
@@ -46,15 +46,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """What this server is in a cluster.
+    """The place of this server in a cluster.
 
     Args:
-        asks: the actor at the coordinator that says whether requests can be served, see
+        asks: the actor at the coordinator that reports whether requests can be served, see
             ``Serving``; "": they always can.
-        elsewhere: why none are taken here, and who takes them; "": they are.
+        elsewhere: why requests are not accepted here, and where to send them; "": they are.
         cluster_port: where a master's nodes connect; 0: this is no master.
-        guided: the guide at the coordinator knows what masters there are.
-        mark: begins the ids of answers, so that other masters know whose they are, see
+        guided: the guide at the coordinator knows the other masters.
+        mark: prefix of the ids of answers, so that other masters know whose they are, see
             :func:`mark_of`; "": there are no others.
     """
 
@@ -66,38 +66,38 @@ class Place:
 
 
 def mark_of(address: str) -> str:
-    """What stands in the ids of answers for the HTTP address of their master."""
+    """The mark in the ids of answers that identifies their master's HTTP address."""
     return blake2b(address.encode(), digest_size=4).hexdigest()
 
 
 class Others:
-    """What a server with a config_server knows of the masters there are.
+    """The masters known to a server with a config_server.
 
     Attributes:
-        masters: as the config_server has told last.
-        away: it cannot be asked to pass something on.
+        masters: as last listed by the config_server.
+        away: it is unreachable, so it cannot forward anything.
     """
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self.masters: tuple[MasterAt, ...] = ()
-        self.away = place.guided  # until it is heard of
+        self.away = place.guided  # until it reports
 
     def who_serves(self) -> str:
-        """Why nothing is served here, and who serves it."""
+        """Why requests are not accepted here, and where to send them."""
         known = ", ".join(master.address for master in self.masters)
         return f"{self._place.elsewhere}: {known}" if known else self._place.elsewhere
 
     def owner_of(self, name: str) -> str:
-        """The other master that has given an answer this id, as text behind an error; "": none is
-        known."""
+        """The other master that gave an answer this id, as text to append to an error; "":
+        unknown."""
         own = self._place.mark
         mark = name.rpartition("_")[2][: len(own)]
         there = [each.address for each in self.masters if mark_of(each.address) == mark != own]
         return f"; it is for the pd_master at {there[0]} to know" if there else ""
 
     def check_told(self) -> None:
-        """Raises NotServing (503) if nothing can be passed on to the other masters."""
+        """Raises NotServing (503) if nothing can be forwarded to the other masters."""
         if self.away:
             raise NotServing(
                 "requests of this pd_master are aborted, those of others are not: the "

@@ -1,6 +1,6 @@
-"""The actors of one process: start, address, supervise, stop.
+"""Runs the actors of one process: starts, addresses, supervises and stops them.
 
-Knows names, endpoints and failures; knows no actor's work.
+Knows names, endpoints and failures; does not know what actors do.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class ActorSystem:
 
     Args:
         endpoint: number of this process.
-        wire: how it talks to others; None when it is alone.
-        topology: the server's endpoints, this one among them; None: this one is all of it.
-        encode_local: send local messages through the codec as well (tests switch it on).
+        wire: how it communicates with others; None if there are none.
+        topology: the server's endpoints, including this one; None: this is the only one.
+        encode_local: send local messages through the codec as well (enabled by tests).
 
     Attributes:
         topology: as far as it is known here, see :meth:`join`.
         dead_letters: messages for a name, or an endpoint, that is gone.
-        on_failure: called when the system fails, before anything else is done about it.
+        on_failure: called when the system fails, before anything else.
 
     Raises:
         StartupError: the own address cannot be bound.
@@ -74,17 +74,17 @@ class ActorSystem:
 
     @property
     def over(self) -> bool:
-        """Stopped or crashed: no handler runs any more."""
+        """Whether it has stopped or crashed: no handler runs any more."""
         return self._ended.done()
 
     @property
     def foreign_frames(self) -> int:
-        """Received frames that were not ours."""
+        """Number of foreign frames received."""
         return sum(way.foreign_frames for way in (self._wire, self._channel) if way)
 
     @property
     def strangers(self) -> int:
-        """Connections to our ports that did not show that they know the keys."""
+        """Connections to our ports that failed authentication."""
         return sum(way.strangers for way in (self._wire, self._channel) if way)
 
     def counted(self, others: tuple[int, int] = (0, 0)) -> tuple[int, int]:
@@ -92,7 +92,7 @@ class ActorSystem:
         return self.foreign_frames + others[0], self.strangers + others[1]
 
     def state(self) -> Iterator[str]:
-        """A line for each actor: its mailbox, its time, what it holds. From any thread."""
+        """A line per actor: its mailbox, busy time and work. Thread-safe."""
         for actor in [*self._actors.values()]:
             line = f"{actor.name}: {actor.depth} messages wait, busy for {actor.busy_s:.2f} s"
             holds = actor.holds()
@@ -100,24 +100,24 @@ class ActorSystem:
 
     @property
     def address(self) -> str:
-        """Where other endpoints reach this one; "" when it is alone."""
+        """Where other endpoints reach this one; "" if there are no others."""
         return self._wire.address if self._wire else ""
 
     def use_channel(
         self, channel: Channel, owner: str, owners: Mapping[str, str] | None = None
     ) -> None:
-        """Talk to other servers as well, as long as :meth:`run` runs; closes it.
+        """Also communicate with other servers while :meth:`run` runs; closes the channel.
 
         Args:
-            owner: the actor that is told who comes and goes.
-            owners: another one for servers of these roles. Who does not let us in has no role that
-                we know of: all of them are told.
+            owner: the actor that is told which peers join and leave.
+            owners: another one for servers of these roles. The role of a server that refuses us is
+                unknown: all owners are told.
         """
         self._channel, self._channel_owner = channel, owner
         self._channel_owners = owners or {}
 
     def join(self, topology: Topology) -> None:
-        """From now on these are the server's endpoints; messages to others are dead letters.
+        """Set the server's endpoints; messages to others are dead letters from now on.
 
         Raises:
             ValueError: the address of a peer is invalid; nothing has changed.
@@ -133,7 +133,7 @@ class ActorSystem:
         self.topology = topology
 
     def reject(self, msg: Message, why: str) -> None:
-        """Called by an actor that was sent what no sender of ours could have meant."""
+        """Called by an actor that got a message that no correct sender could have sent."""
         if self._wire:
             self._wire.reject(f"{type(msg).__name__}: {why}")
 
@@ -154,11 +154,11 @@ class ActorSystem:
         return Ref(self, endpoint, name)
 
     def at_coordinator(self, name: str) -> Ref:
-        """Address of ``name`` on the endpoint that coordinates the server."""
+        """Address of ``name`` on the server's coordinator."""
         return self.ref(name, self.topology.coordinator.id)
 
     def at_intake(self, name: str) -> Ref:
-        """Address for what is to reach ``name`` on a request's leader, see ``Topology.intake``."""
+        """Address for messages to ``name`` on a request's leader, see ``Topology.intake``."""
         return self.ref(*self.topology.intake(name))
 
     async def run(self) -> None:
@@ -166,7 +166,7 @@ class ActorSystem:
 
         Raises:
             FatalError: ActorCrashed with the cause chained, or the FatalError that was raised.
-            StartupError: that an actor raised.
+            StartupError: raised by an actor.
         """
         opened: list[AnyActor] = []
         orderly = False
@@ -196,7 +196,7 @@ class ActorSystem:
         self._fail(str(error), error)
 
     def close(self) -> None:
-        """Close the wire and the channel, which :meth:`run` does as well."""
+        """Close the wire and the channel; :meth:`run` does so too."""
         if self._channel:
             self._channel.close()
         if self._wire and not self._wire.closed:
@@ -207,7 +207,7 @@ class ActorSystem:
         if self.over or self._actors.get(actor.name) is not actor:
             log.error("%s@%d failed while stopping", actor.name, self.endpoint, exc_info=error)
             return
-        if not isinstance(error, StartupError):  # which is one line, and the caller's to say
+        if not isinstance(error, StartupError):  # which is one line, logged by the caller
             log.error("%s@%d crashed", actor.name, self.endpoint, exc_info=error)
         if actor.vital or isinstance(error, FatalError):
             self._fail(f"{actor.name}@{self.endpoint}: {error!r}", error)
@@ -272,12 +272,12 @@ class ActorSystem:
                 self.reject(msg, f"beyond the limits of {name}@{self.endpoint}")
             else:
                 actor.put(msg, urgent)
-        except MailboxFull as error:  # the sender cannot be told: an inner bound was broken
+        except MailboxFull as error:  # the sender cannot be told: an internal bound was violated
             log.error("%s@%d overrun by a peer", name, self.endpoint)
             self._fail(f"{name}@{self.endpoint}: {error!r}", error)
 
     def _arrive_from(self, peer: int, name: str, urgent: bool, msg: Message) -> str | None:
-        """What another server has sent; gives the reason if it cannot have meant it."""
+        """Deliver a message from another server; returns the reason if it is invalid."""
         if self.over or (actor := self._actors.get(name)) is None:
             self._dead_letter(name, msg)
             return None
@@ -305,7 +305,7 @@ class ActorSystem:
         self._dead_log.warning("dead letter for %s: %s", name, type(msg).__name__)
 
     def _fail(self, message: str, error: BaseException | None) -> None:
-        """End run() with ``error`` if its type tells the exit code, else with ActorCrashed."""
+        """End run() with ``error`` if its type determines the exit code, else with ActorCrashed."""
         if self.over:
             return
         if isinstance(error, StartupError):
@@ -322,10 +322,10 @@ class ActorSystem:
     def _loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Errors in plain callbacks reach no task: make them end the process, not a log line.
 
-        Except those of one client's connection, which the loop has closed already.
+        Except those of one client's connection, which the loop has already closed.
         """
         message, error = context["message"], context.get("exception")
-        if isinstance(error, FatalError):  # it says what has happened, and the end logs it
+        if isinstance(error, FatalError):  # it explains itself, and is logged at the end
             self._fail(str(error), error)
             return
         log.error("event loop: %s", message, exc_info=error)

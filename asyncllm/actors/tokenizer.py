@@ -1,6 +1,6 @@
 """Tokenizer: renders chats, encodes prompts, checks lengths, and submits requests.
 
-Owns the pool of threads that render and encode, and the requests that wait for it. Knows neither
+Owns the thread pool that renders and encodes, and the requests waiting for it. Knows neither
 HTTP nor steps.
 """
 
@@ -43,15 +43,15 @@ from asyncllm.messages import (
 from asyncllm.records import Failure, Overflow
 from asyncllm.text import Text
 
-MOST_HEALED = 2  # tokens taken off a prompt, as LightLLM does
+MOST_HEALED = 2  # tokens removed from a prompt's end, as in LightLLM
 TAIL_TOKENS = 8  # prompt ids that the detokenizer gets: more than any character needs
-MIN_CHARS_PER_TOKEN = 16  # where the longest token is shorter; also what /tokens may count
-# A prompt takes a place in the line for each of these, so that what waits in one line are 32 Mi
+MIN_CHARS_PER_TOKEN = 16  # minimum, if the longest token is shorter; also for /tokens
+# A prompt takes one place in its queue per PLACE_CHARS characters, so a queue holds up to 32 Mi
 # characters: 8 s of English for one thread on a slow core, 37 s of digits (1 token each). A prompt
-# of several places is long: at least one thread takes none, so that short ones do not wait for
-# them.
+# of several places is long: at least one thread takes no long prompts, so that short ones do not
+# wait for them.
 PLACE_CHARS = 32 << 10
-COUNT_S = 5.0  # what has waited longer to be counted has been given up (Limits.query_s)
+COUNT_S = 5.0  # requests to count that have waited longer were given up (Limits.query_s)
 LIMIT_FLAG = "--max_req_total_len"
 INPUT_FLAG = "--max_req_input_len"
 
@@ -60,19 +60,19 @@ Inbox = Tokenize | Abort | Count | Prepared | Compiled | GroupGone
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One prompt on its way; ``alive`` are those of its requests that nobody has aborted."""
+    """A prompt being processed; ``alive``: those of its requests that were not aborted."""
 
     msg: Tokenize | Count
     alive: list[int]
-    since: float  # the loop's time
+    since: float  # in the loop's time
     head: str = ""  # see Prepared
-    ids: array[int] = field(default_factory=lambda: array(INT32))  # once they are known
-    cut: bool = False  # there were more before some were left out
-    dropped: int = 0  # tokens at their end that the output spells again
+    ids: array[int] = field(default_factory=lambda: array(INT32))  # once known
+    cut: bool = False  # whether ids were left out
+    dropped: int = 0  # tokens at the end that the output regenerates
     compiling: set[int] = field(default_factory=set)  # leaders whose grammar is not ready
     params: SamplingParams = field(
         default_factory=SamplingParams
-    )  # with max_new_tokens, of a Tokenize
+    )  # with max_new_tokens resolved, of a Tokenize
 
 
 class ChatRenderer(Protocol):
@@ -87,7 +87,7 @@ class ChatRenderer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """Jobs that wait for a thread, by number, and the places they take."""
+    """Jobs waiting for a thread, by number, and the places they take."""
 
     jobs: FairQueue[int]
     places: Shares
@@ -98,16 +98,16 @@ class Tokenizer(Actor[Inbox]):
 
     Args:
         text: the model's tokenizer.
-        renderer: makes the text of chats.
+        renderer: renders chats to text.
         limit: prompt and generated tokens of one request (--max_req_total_len).
         input_limit: prompt tokens of one request (--max_req_input_len); None: ``limit``.
-        truncation: what happens to a longer prompt (--long_truncation_mode): "None", it is refused;
-            "head", its beginning is left out; "center", its middle is.
+        truncation: what to do with longer prompts (--long_truncation_mode): "None": refuse them;
+            "head": drop the beginning; "center": drop the middle.
         vocab_size: ids the model has rows for.
-        most_new: tokens to generate at most where a request does not say; None: what fits.
-        heals: the end of a text is spelled again (--token_healing_mode).
-        workers: threads that encode; as many prompts are worked on at a time.
-        time_limit_s: for encoding one; the thread stays taken until it is done.
+        most_new: default of max_new_tokens; None: as many as fit.
+        heals: the end of a text is regenerated (--token_healing_mode).
+        workers: number of encoding threads.
+        time_limit_s: for encoding a prompt; the thread stays busy until it is done.
         max_queue: prompts that may wait for a thread; a long one counts as several (PLACE_CHARS).
     """
 
@@ -135,7 +135,7 @@ class Tokenizer(Actor[Inbox]):
         self._heals, self._most_new = heals, most_new
         self._input_flag = LIMIT_FLAG if input_limit is None else INPUT_FLAG
         self._renderer = renderer
-        # no text of more characters can fit, so it need not be encoded to be refused
+        # a text with more characters cannot fit, so it is refused without encoding it
         self._chars_per_token = max(MIN_CHARS_PER_TOKEN, text.max_piece_chars)
         self._workers, self._time_limit_s = workers, time_limit_s
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
@@ -236,8 +236,8 @@ class Tokenizer(Actor[Inbox]):
                 self.spawn(self._run(number, msg))
 
     def _next(self) -> int:
-        """The job that a thread should take: whose turn it is among the short and the long;
-        else -1."""
+        """The next job for a thread, chosen fairly among short and long ones;
+        -1 if there is none."""
         short, long = (next(iter(line.jobs), -1) for line in self._lines)
         if long < 0 or sum(self._running.values()) >= max(self._workers - 1, 1):
             return short
@@ -260,7 +260,7 @@ class Tokenizer(Actor[Inbox]):
         self._refuse(job, Failure.of(NotServing(f"not counted within {COUNT_S:g} s")))
 
     def _leave_line(self, number: int, job: _Job) -> None:
-        """Without a turn, if it is in one."""
+        """Remove a job from its queue, if it is in one, without using up its client's turn."""
         client, line = job.msg.client, self._line(job.msg)
         if line.jobs.has(client, number):
             line.jobs.discard(client, number)
@@ -288,7 +288,7 @@ class Tokenizer(Actor[Inbox]):
     async def _late(
         self, number: int, work: asyncio.Future[tuple[array[int], str, bool]]
     ) -> Prepared:
-        """Frees the thread of a job that has been answered already."""
+        """Free the thread of a job that has already been answered."""
         with contextlib.suppress(RequestError):
             await work
         return Prepared(number)
@@ -316,7 +316,7 @@ class Tokenizer(Actor[Inbox]):
         self._refuse(job, msg.failure)
 
     def _compiled_at(self, leader: int, number: int, job: _Job) -> None:
-        """It may be submitted when all leaders are ready: it may come to any group."""
+        """Submit a request once all leaders are ready, since any group may get it."""
         if leader not in job.compiling:
             return
         job.compiling.discard(leader)
@@ -326,7 +326,7 @@ class Tokenizer(Actor[Inbox]):
             self._submit(job, job.msg)
 
     def _abort(self, msg: Abort) -> None:
-        """A request that has not been submitted ends here; any other is the scheduler's."""
+        """A request that has not been submitted ends here; others are left to the scheduler."""
         if (number := self._job_of.pop(msg.rid, None)) is None:
             self.scheduler.tell(msg, urgent=True)
             return
@@ -373,7 +373,7 @@ class Tokenizer(Actor[Inbox]):
     # -- how long prompts may be -------------------------------------------------------------------
 
     def _too_long(self, msg: Tokenize | Count) -> RequestError | None:
-        """What can be said before a thread is asked."""
+        """The checks that need no thread."""
         if isinstance(msg, Tokenize) and (msg.truncate or self._truncation != "None"):
             return None
         try:
@@ -400,9 +400,9 @@ class Tokenizer(Actor[Inbox]):
         )
 
     def _keeps(self, msg: Tokenize) -> list[tuple[int, int]]:
-        """(first, last) ids that a prompt is shortened to, one after the other.
+        """Numbers of (first, last) ids that a prompt is shortened to.
 
-        What is to be generated has room beside them (one token if that is open).
+        They leave room for the tokens to be generated (one token if that number is open).
         """
         keeps = [(0, msg.truncate)] if msg.truncate else []
         most = msg.params.max_new_tokens
@@ -416,7 +416,7 @@ class Tokenizer(Actor[Inbox]):
     # -- answers -----------------------------------------------------------------------------------
 
     def _answer(self, number: int, job: _Job, ids: array[int]) -> None:
-        """The ids are there; a grammar must be ready before its request is accepted."""
+        """The ids are ready; a grammar must be compiled before its request is accepted."""
         msg = job.msg
         if isinstance(msg, Count):
             self._forget(number, job)
@@ -489,13 +489,13 @@ class Tokenizer(Actor[Inbox]):
         self.frontend.tell(Accepted(msg.rids[0], ids, thoughts=thoughts, cut=job.cut))
 
     def _to_heal(self, ids: array[int], params: SamplingParams) -> int:
-        """How many tokens at the end of a text the output spells again."""
+        """The number of tokens at the end of a text that the output regenerates."""
         bound = params.grammar is not None or params.allowed_token_ids
         if not self._heals or bound or params.prompt_logprobs >= 0 or not params.max_new_tokens:
             return 0
         for num in range(min(MOST_HEALED, len(ids) - 1), 0, -1):
             pieces = self._pieces(ids[-num:])
-            # only whole characters, so that the output's text can be cut behind them
+            # only whole characters, so that the output's text can be cut after them
             if all(pieces) and b"".join(pieces).decode(errors="ignore").encode() == b"".join(
                 pieces
             ):
@@ -525,7 +525,7 @@ class Tokenizer(Actor[Inbox]):
         prompt_len, limit = len(tokens), self._limit
         if prompt_len > self._input_limit:
             raise self._too_long_prompt(str(prompt_len), prompt_len, self._input_limit)
-        # without a limit of its own the request wants at least one token
+        # without max_new_tokens the request needs at least one token
         if max_new_tokens != 0 and prompt_len == limit:
             raise self._too_long_prompt(str(prompt_len), prompt_len, limit - 1, LIMIT_FLAG)
         if max_new_tokens is None:
@@ -543,7 +543,7 @@ class Tokenizer(Actor[Inbox]):
     def _too_long_prompt(
         self, said: str, at_least: int, limit: int, flag: str = ""
     ) -> PromptTooLong:
-        """``said``: how many tokens it has; ``limit``: of the prompt."""
+        """``said``: a text with its number of tokens; ``limit``: of the prompt."""
         flag = flag or self._input_flag
         return PromptTooLong(
             f"This model's maximum context length is {self._limit} tokens. This prompt exceeds the"
@@ -561,7 +561,7 @@ class Tokenizer(Actor[Inbox]):
 
 
 def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], bool]:
-    """The ids shortened, and whether any were left out."""
+    """The shortened ids, and whether any were left out."""
     sent_len = len(ids)
     for head, tail in keeps:
         ids = shortened(ids, head, tail)
@@ -569,7 +569,7 @@ def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], 
 
 
 def _places(msg: Tokenize | Count) -> int:
-    """How much of the line it takes."""
+    """The number of places that it takes in the queue."""
     return 1 + len(msg.chat if msg.chat is not None else msg.text or "") // PLACE_CHARS
 
 

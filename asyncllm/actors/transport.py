@@ -24,12 +24,12 @@ from asyncllm.errors import PeerLost, StartupError
 from asyncllm.log import Seldom
 
 DRAIN_LIMIT = 256  # frames per wake, so that a flood cannot hold the loop
-HANDSHAKE_S = 5.0  # for a connection to show that it knows the keys
+HANDSHAKE_S = 5.0  # for a connection to authenticate
 OUTBOX_LIMIT = 65536
 HEAD_LIMIT = 256  # bytes; names are short
 FRAME_LIMIT = 1 << 30  # bytes; a foreign sender cannot make us allocate more
 LINGER_MS = 500
-RETRY_S = (0.001, 0.064)  # first and longest wait for a peer that does not take frames
+RETRY_S = (0.001, 0.064)  # first and longest wait for a peer that accepts no frames
 
 Socket = zmq.Socket[bytes]
 
@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 class Keys:
     """The CURVE key pair that all processes of one server share.
 
-    A socket answers only those who know its public key, and nobody but the server's own processes
-    is told it: it never travels in clear. So this is what makes a process one of us.
+    A socket only answers those who know its public key, and only the server's own processes get it:
+    it is never sent in clear. So knowing it identifies a process as one of the server's.
     """
 
     public: str
@@ -56,12 +56,12 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """How one endpoint talks to the others.
+    """How one endpoint communicates with the others.
 
     Args:
         address: where it listens: ``ipc://path``, or ``tcp://127.0.0.1:*`` for any free port.
         keys: the server's.
-        peers: addresses of endpoints that are known already.
+        peers: addresses of endpoints that are already known.
         advertised: host that others dial instead of the one in ``address``; "": that one.
     """
 
@@ -72,25 +72,25 @@ class Wire:
 
 
 def netloc(host: str, port: int | str) -> str:
-    """A port of a host, which is a name or an address of either kind."""
+    """A port of a host, given by name, IPv4 or IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def tcp(host: str, port: int | str) -> str:
-    """What ZeroMQ calls it."""
+    """ZeroMQ's name for it."""
     return f"tcp://{netloc(host, port)}"
 
 
 def ipv6(address: str) -> bool:
-    """Whether a socket must know IPv6 for this address: names may lead there, dotted ones never."""
+    """Whether a socket must know IPv6 for this address: names may resolve to it."""
     return address.startswith("tcp://") and not re.fullmatch(r"tcp://[\d.]+:[\d*]+", address)
 
 
 def protected(sock: Socket, keys: Keys) -> Strangers:
-    """Have a socket that is to listen answer only those who know its public key.
+    """Make a listening socket answer only those who know its public key.
 
     Returns:
-        what counts the others.
+        a counter of the others.
     """
     strangers = Strangers(sock)
     sock.setsockopt(zmq.CURVE_SERVER, 1)
@@ -99,7 +99,7 @@ def protected(sock: Socket, keys: Keys) -> Strangers:
 
 
 def known_to(sock: Socket, server: Keys, own: Keys | None = None) -> None:
-    """Have a socket that is to connect show that it knows the public key of the other side.
+    """Make a connecting socket authenticate with the public key of the other side.
 
     Args:
         own: its own pair; None: a new one.
@@ -111,7 +111,7 @@ def known_to(sock: Socket, server: Keys, own: Keys | None = None) -> None:
 
 
 class Monitor:
-    """What ZeroMQ tells of the connections of a socket that is not bound or connected yet.
+    """ZeroMQ's events about the connections of a socket; create it before bind or connect.
 
     ZeroMQ's thread waits for whoever reads this, and it is the one thread of all sockets of a
     context. So events never fill up, and it tells nothing more before nobody reads it.
@@ -126,19 +126,19 @@ class Monitor:
         self.fileno = self._events.fileno()
 
     def take(self) -> int:
-        """The next event; 0: there is none."""
+        """The next event; 0: none."""
         if self._events.closed or not self._events.poll(0):
             return 0
         return int(recv_monitor_message(self._events)["event"])
 
     def close(self) -> None:
-        """Before the socket is closed: with LINGER it has a connection for some time after that."""
+        """Call before closing the socket: with LINGER its connection outlives it for a while."""
         self._of.disable_monitor()
         self._events.close(0)
 
 
 class Strangers:
-    """Counts connections to a listening socket that did not show that they know its key.
+    """Counts connections to a listening socket that failed to authenticate.
 
     Only those that ZeroMQ calls failed are counted at once: of those that hang up, or send what is
     no handshake, it tells no more than that they were accepted. They count when the time for a
@@ -154,16 +154,16 @@ class Strangers:
         )
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | failed
         self._clock, self._monitor = clock, Monitor(sock, events)
-        self._accepted: deque[float] = deque()  # when: those that may still show it
+        self._accepted: deque[float] = deque()  # times of those that may still authenticate
         self._count = 0
 
     def count(self) -> int:
-        """Since the start."""
+        """The count since the start."""
         now = self._clock()
         while event := self._monitor.take():
             if event == zmq.EVENT_ACCEPTED:
                 self._accepted.append(now)
-            elif self._accepted:  # which one it was is not told
+            elif self._accepted:  # ZeroMQ does not say which one
                 self._accepted.popleft()
                 self._count += event != zmq.EVENT_HANDSHAKE_SUCCEEDED
         while self._accepted and self._accepted[0] < now - 2 * HANDSHAKE_S:
@@ -172,12 +172,12 @@ class Strangers:
         return self._count
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Count as they come, so that nothing piles up."""
+        """Count events as they arrive, so that nothing piles up."""
         loop.add_reader(self._monitor.fileno, self.count)
         loop.call_soon(self.count)
 
     def close(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Before the socket is closed; ``loop``: that of :meth:`watch`."""
+        """Call before closing the socket; ``loop``: that of :meth:`watch`."""
         if loop is not None:
             loop.remove_reader(self._monitor.fileno)
         self._monitor.close()
@@ -186,14 +186,14 @@ class Strangers:
 class Transport:
     """Frame = msgpack([name, urgent]) + message. FIFO per (sender, receiver) pair, no loss.
 
-    Everything is encrypted, and who does not know the server's keys is not heard.
+    Everything is encrypted; frames are only accepted from holders of the server's keys.
 
     Args:
         on_message: called with (actor name, urgent, message) for each frame that decodes.
 
     Attributes:
         address: where others reach this endpoint.
-        foreign_frames: received frames that are not ours; dropped.
+        foreign_frames: invalid received frames; dropped.
 
     Raises:
         StartupError: the own address cannot be bound.
@@ -227,7 +227,7 @@ class Transport:
             self.connect(peer, address)
 
     def connect(self, peer: int, address: str) -> None:
-        """From now on ``peer`` is there. Raises ValueError for an invalid address."""
+        """Connect to ``peer``. Raises ValueError for an invalid address."""
         sock = self._ctx.socket(zmq.PUSH)
         sock.setsockopt(zmq.LINGER, LINGER_MS)
         sock.setsockopt(zmq.IPV6, ipv6(address))
@@ -241,12 +241,12 @@ class Transport:
         self._outs[peer] = _Out(peer, sock, self._loop)
 
     def disconnect(self, peer: int) -> None:
-        """Forget ``peer`` and what it has not taken."""
+        """Forget ``peer`` and unsent frames to it."""
         if (out := self._outs.pop(peer, None)) is not None:
             out.drop()
 
     def knows(self, peer: int) -> bool:
-        """Whether ``peer`` is connected to."""
+        """Whether we are connected to ``peer``."""
         return peer in self._outs
 
     @property
@@ -255,7 +255,7 @@ class Transport:
         return self._in.closed
 
     def start(self) -> None:
-        """Deliver frames from now on, those that came in earlier first."""
+        """Start delivering frames, those that arrived earlier first."""
         self._reading = True
         self._loop.add_reader(self._fd, self._pump)
         self._loop.call_soon(self._pump)  # edge-triggered: look once before waiting
@@ -269,23 +269,23 @@ class Transport:
         self._outs[peer].push(frame_head(name, urgent) + body)
 
     def reject(self, why: str) -> None:
-        """Count a frame, or what was in it, as not ours."""
+        """Count a frame, or its content, as foreign."""
         self.foreign_frames += 1
         self._foreign_log.warning("foreign frame dropped: %s", why)
 
     @property
     def strangers(self) -> int:
-        """Connections that did not show that they know the keys."""
+        """Connections that failed to authenticate."""
         return self._strangers.count()
 
     def pause(self) -> None:
-        """Deliver nothing any more; sending goes on."""
+        """Stop delivering; sending continues."""
         if self._reading:
             self._reading = False
             self._loop.remove_reader(self._fd)
 
     def close(self) -> None:
-        """Close all sockets; what is queued has ``LINGER_MS`` to leave."""
+        """Close all sockets; queued frames have ``LINGER_MS`` to be sent."""
         self.pause()
         for out in self._outs.values():
             out.close()
@@ -312,15 +312,15 @@ class Transport:
 
 
 class OutboxFull(Exception):
-    """A peer does not read; the text says how much waits for it."""
+    """A peer does not read; the text says how much is queued for it."""
 
 
 class Outbox:
-    """The way to one peer: frames wait here while its socket takes none.
+    """The queue to one peer: frames wait here while its socket accepts none.
 
     Args:
-        send: hands one frame to the socket; raises zmq.Again if it takes none.
-        limit: the most frames, and the most bytes, that may wait.
+        send: passes one frame to the socket; raises zmq.Again if it is full.
+        limit: the maximum of queued frames and bytes.
     """
 
     def __init__(
@@ -333,7 +333,7 @@ class Outbox:
         self._box: deque[bytes] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._retry_s = RETRY_S[0]
-        self.size = 0  # bytes that wait
+        self.size = 0  # queued bytes
 
     def push(self, frame: bytes) -> None:
         """Send now, or as soon as possible. Raises OutboxFull."""
@@ -345,7 +345,7 @@ class Outbox:
             self._flush()
 
     def stop(self, *, flush: bool) -> None:
-        """Nothing is sent any more, but, if ``flush``, what the socket takes now."""
+        """Stop sending, after flushing what the socket accepts now if ``flush``."""
         if self._timer is not None:
             self._timer.cancel()
         if flush:
@@ -361,7 +361,7 @@ class Outbox:
             self._retry_s = min(self._retry_s * 2, RETRY_S[1])
 
     def _send_all(self) -> bool:
-        """False when the peer is not there yet or at its high-water mark."""
+        """Returns False if the peer is not connected yet or at its high-water mark."""
         while self._box:
             try:
                 self._send(self._box[0])
@@ -372,7 +372,7 @@ class Outbox:
 
 
 class _Out:
-    """The way to one endpoint, with a socket of its own."""
+    """The connection to one endpoint, with its own socket."""
 
     def __init__(self, peer: int, sock: Socket, loop: asyncio.AbstractEventLoop) -> None:
         self._peer, self._sock = peer, sock
@@ -390,14 +390,14 @@ class _Out:
         self._sock.close()
 
     def drop(self) -> None:
-        """Close, without what waits here."""
+        """Close; drops queued frames."""
         self._box.stop(flush=False)
-        self._sock.close()  # what it was handed has LINGER_MS
+        self._sock.close()  # frames passed to it have LINGER_MS
 
 
 @cache
 def frame_head(name: str, urgent: bool) -> bytes:
-    """What stands before a message on the wire."""
+    """The header of a message on the wire."""
     head: bytes = msgpack.packb((name, urgent))
     assert len(head) <= HEAD_LIMIT, name
     return head

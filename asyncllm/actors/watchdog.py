@@ -1,6 +1,6 @@
-"""Watchdog: starts and drains the server, notices endpoints that die or hang, gathers metrics.
+"""Watchdog: starts and drains the server, detects dead or hanging endpoints, gathers metrics.
 
-Knows liveness, drain and the numbers; knows neither requests nor what a step computes.
+Knows liveness, drain and metrics; knows neither requests nor what a step computes.
 One runs on every endpoint. The coordinator's leads: it waits for all, drains, and answers scrapes.
 """
 
@@ -53,8 +53,8 @@ STDERR = 2
 TICK_S = 0.1
 WATCH_S = 0.5
 LAST_RESORT_S = 5.0
-ABORT_S = 2.0  # for the answers to what a drain cut off
-PROBE_S = 1.0  # for the answers to a probe; the numbers of those who are silent are older
+ABORT_S = 2.0  # for the answers to requests that a drain aborted
+PROBE_S = 1.0  # for the answers to a probe; those who miss it are reported with older numbers
 
 Inbox = (
     Hello
@@ -86,15 +86,15 @@ log = logging.getLogger(__name__)
 
 
 def dump_stacks() -> None:
-    """Stacks of all threads to stderr."""
+    """Write the stacks of all threads to stderr."""
     faulthandler.dump_traceback(STDERR)
 
 
 def guard_loop(seconds: float) -> None:
-    """Dump stacks and end the process unless called again within ``seconds``; 0: no more.
+    """Dump stacks and end the process unless called again within ``seconds``; 0: disarm.
 
-    Works from a thread that needs no interpreter, so that it also ends a process in which foreign
-    code holds the interpreter's lock; everything else that hangs is seen earlier.
+    Works from a thread that does not need the GIL, so it also ends a process in which foreign code
+    holds the GIL; other hangs are detected earlier.
     """
     if seconds > 0:
         faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
@@ -104,17 +104,17 @@ def guard_loop(seconds: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchdogConfig:
-    """What one watchdog looks after.
+    """Configuration of one watchdog.
 
     Args:
-        contract: what this process must have in common with the others.
+        contract: what must be equal in all processes.
         model_name: label in the metrics.
-        max_len: most tokens of a request, for the metrics' buckets.
-        linears: how many linear layers have weights of which kind, for the metrics.
+        max_len: maximum tokens of a request, for the metrics' buckets.
+        linears: (kind of weights, number of linear layers), for the metrics.
         step_timeout_s: a launched step, or the loop, that takes longer ends the process. 0: never.
         busy_since: perf_counter time at which the oldest unfinished step was launched, or None.
-        in_flight: what the unfinished steps are. It and busy_since are called in a thread.
-        heartbeat_s: between two signs of life, and two looks at those of the others.
+        in_flight: describes the unfinished steps. Like busy_since, called in a thread.
+        heartbeat_s: between two heartbeats, and two checks of the others'.
         dead_after_s: an endpoint silent for this long is lost.
         log_every_s: between two lines about throughput.
     """
@@ -133,10 +133,10 @@ class WatchdogConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchdogHooks:
-    """How a watchdog reaches the world outside; tests put other functions here.
+    """How a watchdog acts on the outside world; tests replace these functions.
 
-    ``beat``, ``last_beat`` and ``note`` are those of a ``Pulse``; a process that is alone has none.
-    ``others`` gives foreign frames and strangers of the node's other processes.
+    ``beat``, ``last_beat`` and ``note`` are those of a ``Pulse``; unused with only one process.
+    ``others`` returns foreign frames and strangers of the node's other processes.
     """
 
     clock: Callable[[], float] = perf_counter  # on Linux the same in all processes
@@ -144,34 +144,36 @@ class WatchdogHooks:
     last_beat: Callable[[int], float] = lambda _: 0.0
     note: Callable[[int, int, int], None] = lambda _endpoint, _foreign, _strangers: None
     others: Callable[[], tuple[int, int]] = lambda: (0, 0)
-    exit: Callable[[int], None] = os._exit  # from any thread, whatever the loop does
+    exit: Callable[[int], None] = os._exit  # thread-safe; works even if the loop hangs
     kill: Callable[[int], None] = lambda _: None  # end an endpoint's process at once
     dump: Callable[[], None] = dump_stacks
     guard: Callable[[float], None] = guard_loop
     tick_s: float = TICK_S
-    watch_s: float = WATCH_S  # between two looks of the thread that watches steps and loop; 0: none
+    watch_s: float = (
+        WATCH_S  # between two checks by the thread that watches steps and loop; 0: none
+    )
 
 
 class Watchdog(Actor[Inbox]):
-    """Liveness, start, drain and numbers of the server.
+    """Start, liveness, drain and metrics of the server.
 
-    Which endpoints there are, and which actors on them have work or numbers, is the topology's to
-    say. ``Drain`` told to the coordinator's ends the server: frontends and schedulers are told, and
-    when they have drained, or the time is over and running requests have been aborted, every
-    endpoint stops. A second ``Drain`` stops them at once.
+    The topology defines the endpoints, and which of their actors have work or metrics. ``Drain``
+    sent to the coordinator's watchdog ends the server: it tells frontends and schedulers, and when
+    they have drained, or the time is over and running requests have been aborted, every endpoint
+    stops. A second ``Drain`` stops them at once.
 
     Raises:
         PeerLost: an endpoint that cannot be replaced has been silent for too long, or the server
             fails.
-        Mismatch: an endpoint and the coordinator cannot be one server.
+        Mismatch: an endpoint and the coordinator cannot belong to one server.
     """
 
     def __init__(self, duty: WatchdogConfig, means: WatchdogHooks | None = None) -> None:
         super().__init__("watchdog")
         self._duty, self._means = duty, means or WatchdogHooks()
         self._leads = self._open = False
-        self._absent: set[int] = set()  # not there yet
-        self._heard: dict[int, float] = {}  # from a peer's first sign of life on
+        self._absent: set[int] = set()  # not joined yet
+        self._heard: dict[int, float] = {}  # from a peer's first heartbeat on
         self._due = self._beat_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lags: deque[float] = deque(maxlen=100)
@@ -179,7 +181,7 @@ class Watchdog(Actor[Inbox]):
         # drain: who still has work, and when to stop waiting
         self._busy: set[tuple[str, int]] | None = None
         self._deadline, self._aborting = 0.0, False
-        # scrapes: at most one probe is out; who asks meanwhile gets the next one
+        # scrapes: at most one probe is pending; later requests get the next one
         self._probe: _Probe | None = None
         self._num_probes = 0
         self._reports: dict[tuple[str, int], Stats] = {}  # the last of each (actor, endpoint)
@@ -188,7 +190,7 @@ class Watchdog(Actor[Inbox]):
         self._log_wanted = False
         self._logged, self._logged_at, self._log_due = State(), 0.0, 0.0
         # A thread, since a launch on a full queue hangs the loop and the loop's timers with it. It
-        # also says that the process lives, which is another thing than that its loop comes round.
+        # also sends the heartbeat: the process may be alive while its loop is busy.
         self._watcher = threading.Thread(target=self._watch_forever, name="watch", daemon=True)
         self._ended = threading.Event()
 
@@ -196,8 +198,8 @@ class Watchdog(Actor[Inbox]):
         me, topology = self.system.endpoint, self.system.topology
         self._leads = me == topology.coordinator.id
         if self._leads:
-            several = REPORTER if len(topology.groups) > 1 else ()  # other leaders have numbers too
-            # a signal may come, and a group may be lost, on any node
+            several = REPORTER if len(topology.groups) > 1 else ()  # other leaders have metrics too
+            # any node may get a signal or lose a group
             nodes = (Drain, GroupLost) if len(topology.nodes) > 1 else ()
             self.remote = frozenset(
                 {Hello, Cancel, Drained, Scrape, RequestServed, *several, *nodes}
@@ -265,7 +267,7 @@ class Watchdog(Actor[Inbox]):
         self._ask()
 
     async def failing(self) -> None:
-        """The other processes that serve HTTP have a moment to end their streams with an error."""
+        """Give the other HTTP processes a moment to end their streams with an error."""
         for endpoint in self._heard if self._leads else ():
             if endpoint in self.system.topology.placed("frontend"):
                 self.system.ref("watchdog", endpoint).tell(Lost(), urgent=True)
@@ -277,7 +279,7 @@ class Watchdog(Actor[Inbox]):
         self._means.guard(0.0)
 
     def tick(self) -> None:
-        """Look at the clock: the loop's lateness, silent peers, what is due.
+        """Periodic checks: the loop's lateness, silent peers, due work.
 
         Raises:
             PeerLost: a peer is silent.
@@ -324,7 +326,7 @@ class Watchdog(Actor[Inbox]):
             ours = self._duty.contract
             check_member(topology, msg.endpoint, msg.node, ours, msg.contract)
         except Mismatch:
-            self._welcome(msg.endpoint)  # which will find the same
+            self._welcome(msg.endpoint)  # which will detect the same mismatch
             raise
         self._absent.discard(msg.endpoint)
         self._heard[msg.endpoint] = self._means.clock()
@@ -338,7 +340,7 @@ class Watchdog(Actor[Inbox]):
             self._open_doors()
 
     def _open_doors(self) -> None:
-        """Once: everybody is there."""
+        """Called once all endpoints have joined."""
         if self._absent:
             return
         self._open = True
@@ -353,7 +355,7 @@ class Watchdog(Actor[Inbox]):
             self.system.ref("watchdog", endpoint).tell(welcome, urgent=True)
 
     def _replaced(self, msg: Replaced) -> None:
-        """Nobody waits for the old one any more; the new one is expected."""
+        """An HTTP worker is replaced: stop waiting for the old one; expect the new one."""
         topology = self.system.topology.replaced(msg.endpoint, msg.by)
         self.system.join(topology)
         self._heard.pop(msg.endpoint, None)
@@ -366,10 +368,10 @@ class Watchdog(Actor[Inbox]):
         self._drained("frontend", msg.endpoint)
 
     def _lose(self, group: int, why: str) -> None:
-        """The server goes on without a group, or ends.
+        """Continue the server without a group, or end it.
 
         Raises:
-            PeerLost: it cannot go on.
+            PeerLost: it cannot continue.
         """
         topology = self.system.topology
         if group in topology.lost:
@@ -398,7 +400,7 @@ class Watchdog(Actor[Inbox]):
                 self.watch()
 
     def watch(self) -> None:
-        """End the process if a step, or the loop, takes too long. From any thread."""
+        """End the process if a step, or the loop, takes too long. Thread-safe."""
         now, limit = self._means.clock(), self._duty.step_timeout_s
         since = self._duty.busy_since()
         if since is not None and now - since > limit:
@@ -418,7 +420,7 @@ class Watchdog(Actor[Inbox]):
         for peer in watched & self._heard.keys() if self._leads else watched:
             if beat := self._means.last_beat(peer):
                 self._heard[peer] = max(self._heard.get(peer, 0.0), beat)
-        if late > self._duty.heartbeat_s:  # perhaps all of us were stopped
+        if late > self._duty.heartbeat_s:  # the whole machine may have been stopped
             self._heard = {peer: heard + late for peer, heard in self._heard.items()}
         if now < self._beat_at:
             return
@@ -476,7 +478,7 @@ class Watchdog(Actor[Inbox]):
     def _halt(self) -> None:
         for endpoint in self._heard:
             self.system.ref("watchdog", endpoint).tell(Halt(), urgent=True)
-        for endpoint in self._absent:  # it loads, and cannot be told
+        for endpoint in self._absent:  # still loading, cannot be told
             self._means.kill(endpoint)
         self.system.stop()
 
@@ -487,7 +489,7 @@ class Watchdog(Actor[Inbox]):
             self._metrics.observe(answer)
 
     def _ask(self) -> None:
-        """One probe for all who ask now; none while one is out, since its answers may be old."""
+        """Send one probe for all pending scrapes; none while one is pending."""
         if self._probe is not None or not (self._scrapes or self._log_wanted):
             return
         self._num_probes += 1
@@ -516,7 +518,7 @@ class Watchdog(Actor[Inbox]):
             self._report(probe)
 
     def _silence(self, probe: _Probe) -> None:
-        """The time is over: what has come must do, with older numbers of those who are silent."""
+        """Timeout: answer with what has arrived, and older numbers for the rest."""
         names = ", ".join(f"{name}@{endpoint}" for name, endpoint in sorted(probe.silent))
         self._silent_log.warning("no numbers from %s within %g s", names, PROBE_S)
         self._report(probe)
@@ -557,7 +559,7 @@ class Watchdog(Actor[Inbox]):
             system.ref(scrape.asks, scrape.endpoint).tell(answer, urgent=True)
 
     def _log(self, state: State) -> None:
-        """A line about the time since the last one, if anything went on."""
+        """Log throughput since the last line, if there was any activity."""
         last, now = self._logged, self._means.clock()
         span = now - self._logged_at
         self._logged, self._logged_at = state, now
@@ -581,7 +583,7 @@ class Watchdog(Actor[Inbox]):
 
 @dataclass(slots=True)
 class _Probe:
-    """One question to all who have numbers."""
+    """One probe of all actors that report metrics."""
 
     query: int
     scrapes: list[Scrape]
