@@ -155,13 +155,30 @@ def test_awq_is_for_its_checkpoints() -> None:
         quantisation.asked(Config(quant_type="awq"), spec(quantization_config=other))
 
 
-def test_experts_are_left_by_name_only(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="fp8w8a8: experts of Qwen3MoeForCausalLM cannot be qua"):
-        quantisation.asked(Config(quant_type="fp8w8a8"), spec(**MOE))
-    left = {"layer_name": "fused_moe", "quant_type": "none"}
-    found = asked(tmp_path, {"quant_type": "fp8w8a8", "mix_bits": [left]}, **MOE)
-    assert found.of("model.layers.1.self_attn.o_proj") == "fp8w8a8"
-    stored = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    lines = list(quantisation.notes(WeightTypes(), spec(**MOE, quantization_config=stored)))
-    assert len(lines) == 1
-    assert lines[0].startswith("experts use the type of --data_type")
+def test_experts_are_one_projection(tmp_path: Path) -> None:
+    """Whatever their layers are called; a shared MLP is none of them."""
+    other = {"layer_name": "fused_moe", "quant_type": "w8a8", "layer_nums": [1]}
+    found = asked(tmp_path, {"quant_type": "fp8w8a8", "mix_bits": [other]}, **MOE)
+    of = {
+        name: found.of(f"model.layers.{name}")
+        for name in (
+            "1.mlp.experts.3.down_proj",
+            "1.block_sparse_moe.experts.11.w1",
+            "3.mlp.experts.3.down_proj",
+            "1.mlp.shared_experts.down_proj",
+            "1.self_attn.o_proj",
+        )
+    }
+    assert list(of.values()) == ["w8a8", "w8a8", "fp8w8a8", "fp8w8a8", "fp8w8a8"]
+
+
+def test_what_becomes_of_stored_experts_is_said() -> None:
+    """8 bits stay, 4 bits are widened."""
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert not [*quantisation.notes(WeightTypes(), spec(**MOE, quantization_config=blocks))]
+    four = {"quant_method": "awq", "bits": 4, "group_size": 32}
+    for kind, num in ((None, 1), ("awq", 1), ("fp8w8a8", 0)):
+        lines = [*quantisation.notes(WeightTypes(kind), spec(**MOE, quantization_config=four))]
+        assert len(lines) == num
+        assert not lines or lines[0].startswith("experts use the type of --data_type")
+    assert not [*quantisation.notes(WeightTypes(), spec(quantization_config=four))]

@@ -87,6 +87,7 @@ KERNEL_PARTS = {
     "kernels/attention/shared_rows.py": "kernels/attention/decode.py",
     "kernels/latent/plan.py": "kernels/latent/attend.py",
     "kernels/early.py": "kernels/rmsnorm.py",
+    "kernels/moe/tiles.py": "kernels/moe/experts.py",
     "kernels/quant/parts.py": "kernels/quant/product.py",
     "kernels/sampling/tiles.py": "kernels/sampling/sample.py",
     "kernels/sampling/truncate.py": "kernels/sampling/sample.py",

@@ -99,7 +99,6 @@ def asked(config: Config, spec: ModelSpec) -> WeightTypes:
                 f"--quant_type awq is for AWQ checkpoints, and this one is {has}; 4-bit weights "
                 f"cannot be made at start"
             )
-    _check_experts(found, spec)
     return found
 
 
@@ -112,10 +111,14 @@ def notes(asked: WeightTypes, spec: ModelSpec) -> Iterator[str]:
         )
     if spec.stored is None:
         return
-    if spec.has_experts:
+    if spec.stored.kind == "int4_group" and any(
+        asked.of(f"layers.{layer}.experts") in (None, "awq")
+        for layer, mlp in enumerate(spec.mlps)
+        if not isinstance(mlp, MlpSpec)
+    ):
         yield (
-            "experts use the type of --data_type: the checkpoint's low-bit experts are converted "
-            "at start"
+            "experts use the type of --data_type: the checkpoint's 4-bit experts are converted at "
+            "start (--quant_type fp8w8a8 or w8a8: to 8 bits)"
         )
     if spec.stored.kind is None and asked.type is None:
         yield (
@@ -145,18 +148,6 @@ def from_text(text: str) -> WeightTypes:
             for name, projections, layers in overrides
         ),
     )
-
-
-def _check_experts(asked: WeightTypes, spec: ModelSpec) -> None:
-    for layer, mlp in enumerate(spec.mlps):
-        if isinstance(mlp, MlpSpec):
-            continue
-        kind = asked.of(f"layers.{layer}.experts")
-        if kind not in (None, "none"):
-            raise StartupError(
-                f"--quant_type {kind}: experts of {spec.architecture} cannot be quantised; a "
-                f"--quant_cfg that gives fused_moe the type none quantises the rest"
-            )
 
 
 def _with_file(asked: WeightTypes, path: Path, spec: ModelSpec) -> WeightTypes:

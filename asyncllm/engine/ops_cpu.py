@@ -9,7 +9,7 @@ from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 from asyncllm.engine import experts_cpu, quant_torch
 from asyncllm.engine.int4_cpu import TorchPackedOps
 from asyncllm.models.ops import Activations, Held
-from asyncllm.models.quantization import ROW_FORMS, QuantRows, QuantWeight, RowForm
+from asyncllm.models.quantization import ROW_FORMS, QuantRows, QuantStack, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 
 WIDENED_ROWS = 8192  # rows of the output matrix converted to float32 at a time
@@ -138,9 +138,11 @@ class TorchOps:
     def gated_rows(self, x: Tensor, activation: Activation, form: RowForm) -> QuantRows:
         return quant_torch.in_8_bits(self.gated(x, activation), form)
 
-    def pack_experts(self, held: Held, spec: ExpertsSpec) -> None:
-        held.gate_up = [self.pack(weight) for weight in held.gate_up]
-        held.down = [self.pack(weight) for weight in held.down]
+    def pack_experts(self, held: Held, spec: ExpertsSpec, dtype: torch.dtype) -> None:
+        if not isinstance(held.gate_up, QuantStack):
+            held.gate_up = [self.pack(weight) for weight in held.gate_up]
+        if not isinstance(held.down, QuantStack):
+            held.down = [self.pack(weight) for weight in held.down]
 
     def route(
         self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec, live: Tensor | None = None
@@ -156,8 +158,8 @@ class TorchOps:
         out: Tensor | None,
     ) -> Tensor:
         def mlp(expert: int, rows: Tensor) -> Tensor:
-            inner = self.gated(self.linear(rows, held.gate_up[expert]), held.activation)
-            return self.linear(inner, held.down[expert])
+            inner = self.gated(self._of_expert(rows, held.gate_up[expert]), held.activation)
+            return self._of_expert(inner, held.down[expert])
 
         total = torch.zeros(x.shape, dtype=torch.float32)
         experts_cpu.add_experts(total, mlp, x, routed, held.numbers)
@@ -166,5 +168,12 @@ class TorchOps:
             total += made if gate is None else made * gate.sigmoid()
         return total.to(x.dtype) if out is None else out.copy_(total)
 
-    def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
-        return experts_cpu.work_bytes(spec, hidden, inner, itemsize)
+    def _of_expert(self, x: Tensor, weight: Tensor | QuantWeight) -> Tensor:
+        if isinstance(weight, QuantWeight):
+            return self.quant_linear(x, weight)
+        return self.linear(x, weight)
+
+    def experts_bytes(
+        self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int, eight_bits: bool
+    ) -> int:
+        return experts_cpu.work_bytes(spec, hidden, inner, 4 if eight_bits else itemsize)

@@ -16,7 +16,7 @@ from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm
 from asyncllm.kernels.quant.rows import gated_rows, rmsnorm_rows
 from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from asyncllm.models.ops import Activations, Held
-from asyncllm.models.quantization import QuantRows, QuantWeight, RowForm
+from asyncllm.models.quantization import BLOCK, QuantRows, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 
 GEMV_OUT = 65536  # up to this many outputs our one-row kernel is faster than cuBLAS
@@ -109,8 +109,9 @@ class TritonOps:
         made = gated_rows(x, activation, EIGHT_BITS[form], blocked=form == "fp8_block")
         return QuantRows(form, *made, x.dtype)
 
-    def pack_experts(self, held: Held, spec: ExpertsSpec) -> None:
-        prepare(*_stacks(held), held.numbers, spec.top_k, held.activation)
+    def pack_experts(self, held: Held, spec: ExpertsSpec, dtype: torch.dtype) -> None:
+        stacks, scales = _stacks(held)
+        prepare(*stacks, scales, held.numbers, spec.top_k, held.activation, dtype)
 
     def route(
         self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec, live: Tensor | None = None
@@ -137,10 +138,12 @@ class TritonOps:
         out: Tensor | None,
     ) -> Tensor:
         added, gate = (None, None) if shared is None else shared
+        stacks, scales = _stacks(held)
         return experts(
             x,
-            *_stacks(held),
+            *stacks,
             *routed,
+            scales=scales,
             held=held.numbers,
             num_experts=held.num_experts,
             activation=held.activation,
@@ -149,13 +152,25 @@ class TritonOps:
             out=out,
         )
 
-    def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
+    def experts_bytes(
+        self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int, eight_bits: bool
+    ) -> int:
         # logits, choice and weights; each pair's row between and after the products
-        return 4 * spec.num_experts + spec.top_k * (20 + itemsize * (inner + hidden))
+        plain = 4 * spec.num_experts + spec.top_k * (20 + itemsize * (inner + hidden))
+        if not eight_bits:
+            return plain
+        rows = [hidden, *[inner] * spec.top_k]  # in 8 bits too, with scales by 128 columns at most
+        return plain + sum(width + 4 * (width // BLOCK + 1) for width in rows)
 
 
-def _stacks(held: Held) -> tuple[Tensor, Tensor]:
-    gate_up, down = held.gate_up, held.down
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
-    return gate_up, down
+def _stacks(held: Held) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """Matrices of both products, and their scales."""
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for stack in (held.gate_up, held.down):
+        assert not isinstance(stack, list)
+        if isinstance(stack, Tensor):
+            found.append((stack, None))
+        else:
+            found.append((stack.data, stack.scales))
+    (gate_up, gate_up_scales), (down, down_scales) = found
+    return (gate_up, down), (gate_up_scales, down_scales)

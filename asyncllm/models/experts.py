@@ -16,22 +16,37 @@ from asyncllm.models.layers import Linears, gated
 from asyncllm.models.linear import LinearPart, by_inputs, by_outputs, plain
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Activations, Held
-from asyncllm.models.quantization import RowForm
+from asyncllm.models.quantization import (
+    BLOCK,
+    QuantKind,
+    QuantStack,
+    QuantWeight,
+    RowForm,
+    Served,
+)
 from asyncllm.models.spec import ExpertsSpec
-from asyncllm.models.weights import AnyTarget, SliceSpan, Target, whole
+from asyncllm.models.weights import AnyTarget, QuantTarget, SliceSpan, Target, whole
+
+# kinds of the weights of experts in few bits -> type of an element
+ELEMENTS: dict[QuantKind, torch.dtype] = {
+    "fp8_channel": torch.float8_e4m3fn,
+    "fp8_block": torch.float8_e4m3fn,
+    "int8_channel": torch.int8,
+}
 
 
 class Experts:
     """Called with the normed tokens of a step, like :class:`asyncllm.models.layers.GatedMLP`.
-    Experts are sliced equally by their inner size over the ranks of ``site.world``, or each rank
-    has some whole experts (``site.whole_experts``); the shared MLP is always sliced. Every rank
-    routes all tokens and adds the results of its experts, so there is one all-reduce, and no shape
-    depends on how many tokens an expert gets.
-        shape depends on how many tokens an expert gets.
 
-        Attributes:
-            width: maximum elements of workspace per token.
-            nbytes: bytes of the tensors on this rank.
+    Experts are sliced equally by their inner size over the ranks of ``site.world`` (with scales of
+    blocks, as equally as whole blocks allow), or each rank has some whole experts
+    (``site.whole_experts``); the shared MLP is always sliced. Every rank routes all tokens and adds
+    the results of its experts, so there is one all-reduce, and no shape depends on how many tokens
+    an expert gets.
+
+    Attributes:
+        width: maximum elements of workspace per token.
+        nbytes: bytes of the tensors on this rank.
     """
 
     def __init__(self, site: Site, hidden: int, spec: ExpertsSpec) -> None:
@@ -39,13 +54,21 @@ class Experts:
         rank, size = site.world.rank, site.world.size
         if site.whole_experts:
             first, last = (r * spec.num_experts // size for r in (rank, rank + 1))
-            self._span: SliceSpan = (0, 0, spec.inner)
             num, inner = -(-spec.num_experts // size), spec.inner  # the same on every rank
         else:
             first, last = 0, spec.num_experts
             num, inner = spec.num_experts, -(-spec.inner // size)
-            self._span = _slice(spec.inner, inner, rank)
-        gate_up, down = site.empty(num, 2 * inner, hidden), site.empty(num, hidden, inner)
+        names = spec.names
+        self._ways = ways = _way(site, spec, names.gate, names.up), _way(site, spec, names.down)
+        if any(way.kind == "fp8_block" for way in ways):  # no block belongs to two
+            inner = -(-inner // BLOCK) * BLOCK
+        self._span = _slice(spec.inner, inner, 0 if site.whole_experts else rank)
+        self._inner = inner
+        gate_up = _empty_stack(site, (num, 2 * inner, hidden), ways[0])
+        down = _empty_stack(site, (num, hidden, inner), ways[1])
+        for stack in (gate_up, down):
+            if isinstance(stack, Tensor) and inner > spec.inner:  # what blocks leave over
+                stack.zero_()
         self._held = Held(range(first, last), spec.num_experts, gate_up, down, spec.activation)
         self._router = site.empty(spec.num_experts, hidden)
         self._bias: Tensor | None = None
@@ -58,7 +81,8 @@ class Experts:
         tensors = (self._router, self._bias, gate_up, down, self._shared_gate)
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         itemsize = site.dtype.itemsize
-        work = site.ops.experts_bytes(spec, hidden, inner, itemsize)
+        eight_bits = any(way.kind is not None for way in ways)
+        work = site.ops.experts_bytes(spec, hidden, inner, itemsize, eight_bits)
         self.width = -(-work // itemsize)
         if self._shared is not None:
             self.nbytes += self._shared.nbytes
@@ -100,19 +124,32 @@ class Experts:
             yield f"{prefix}{self._spec.names.shared}_gate.weight", whole(self._shared_gate)
 
     def _expert(self, expert: int, prefix: str) -> Iterator[tuple[str, AnyTarget]]:
-        held, names, inner = self._held, self._spec.names, self._spec.inner
+        held, names, local = self._held, self._spec.names, self._inner
         ours = expert in held.numbers
         place = held.numbers.index(expert) if ours else 0  # nothing is kept of other ranks' experts
         gate_up, down = held.gate_up[place], held.down[place]
         start, _, size = self._span
-        gate: tuple[SliceSpan, ...] = (self._span,) if ours else ()
-        up: tuple[SliceSpan, ...] = ((start, len(gate_up) // 2, size),) if ours else ()
-        yield f"{prefix}{names.gate}.weight", Target(gate_up, 0, inner, gate)
-        yield f"{prefix}{names.up}.weight", Target(gate_up, 0, inner, up)
-        yield f"{prefix}{names.down}.weight", Target(down, 1, inner, gate)
+        for name, weight, dim, begin in (
+            (names.gate, gate_up, 0, 0),
+            (names.up, gate_up, 0, local),
+            (names.down, down, 1, 0),
+        ):
+            spans = ((start, begin, size),) if ours else ()
+            yield f"{prefix}{name}.weight", self._target(weight, dim, spans)
+
+    def _target(
+        self, weight: Tensor | QuantWeight, dim: int, spans: tuple[SliceSpan, ...]
+    ) -> AnyTarget:
+        inner = self._spec.inner
+        if isinstance(weight, Tensor):
+            return Target(weight, dim, inner, spans)
+        rows = slice(0, 0)  # of another rank's
+        for _, begin, _ in spans:
+            rows = slice(begin, begin + self._inner) if dim == 0 else slice(0, None)
+        return QuantTarget(weight, self._ways[dim].form, None, dim, inner, spans, rows)
 
     def pack(self) -> None:
-        self._site.ops.pack_experts(self._held, self._spec)
+        self._site.ops.pack_experts(self._held, self._spec, self._site.dtype)
         if self._shared is not None:
             self._shared.pack()
 
@@ -138,6 +175,35 @@ class _Shared(Linears):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._down(gated(self._ops, self._gate_up(x), self._activation, self._down))
+
+
+def _way(site: Site, spec: ExpertsSpec, *names: str) -> Served:
+    """How these layers of all experts are served: in 8 bits if all are in the same way."""
+    below = [f"{site.path}experts.{expert}." for expert in range(spec.num_experts)]
+    ways = {site.quantisation.way(f"{path}{name}") for path in below for name in names}
+    way = ways.pop()
+    kept = way if not ways and _kind(way) is not None else Served()
+    site.quantisation.tally.add(kept.kind, [f"{site.path}experts.{name}" for name in names])
+    return kept
+
+
+def _empty_stack(site: Site, shape: tuple[int, int, int], way: Served) -> Tensor | QuantStack:
+    """Of what is not filled, each element is zero."""
+    num, rows, columns = shape
+    if (kind := _kind(way)) is None:
+        return site.empty(*shape)
+    data = site.empty(*shape, dtype=ELEMENTS[kind]).zero_()
+    if kind == "fp8_block":
+        blocks = -(-rows // BLOCK), -(-columns // BLOCK)
+        scales = site.empty(num, *blocks, dtype=torch.float32)
+        return QuantStack(kind, data, scales.zero_(), BLOCK)
+    scales = site.empty(num, rows, dtype=torch.float32)
+    return QuantStack(kind, data, scales.zero_(), columns)
+
+
+def _kind(way: Served) -> QuantKind | None:
+    """Of the weights of experts; None: the type of activations, which 4 bits are widened to."""
+    return next((kind for kind in ELEMENTS if kind == way.kind), None)
 
 
 def _slice(total: int, local: int, rank: int) -> SliceSpan:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from asyncllm.models.quantization import QuantRows, QuantWeight, RowForm
+from asyncllm.models.quantization import QuantRows, QuantStack, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 from asyncllm.models.weights import AnyTarget
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from asyncllm.models.gguf_packed import PackedMatrix
 
 Activations = Tensor | QuantRows  # [T, width]
-Stack = Tensor | list[Tensor]  # the same matrix of all of a rank's experts
+Stack = Tensor | list[Tensor] | QuantStack  # the same matrix of all of a rank's experts
 
 
 @dataclass
@@ -137,9 +137,9 @@ class Ops(Protocol):
     def gated_rows(self, x: Tensor, activation: Activation, form: RowForm) -> QuantRows:
         """:meth:`gated` in 8 bits."""
 
-    def pack_experts(self, held: Held, spec: ExpertsSpec) -> None:
+    def pack_experts(self, held: Held, spec: ExpertsSpec, dtype: torch.dtype) -> None:
         """Bring ``held`` into the form that :meth:`experts` reads fastest, and prepare what
-        running them takes; start-up only."""
+        running them with tokens of ``dtype`` takes; start-up only."""
 
     def route(
         self, logits: Tensor, bias: Tensor | None, spec: ExpertsSpec, live: Tensor | None = None
@@ -164,9 +164,11 @@ class Ops(Protocol):
                 multiplies it.
         """
 
-    def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
+    def experts_bytes(
+        self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int, eight_bits: bool
+    ) -> int:
         """Of work space per token of :meth:`route` and :meth:`experts`, at most; ``inner`` is what
-        this rank has of an expert."""
+        this rank has of an expert; ``eight_bits``: of weights in 8 bits."""
 
 
 class Product(Protocol):

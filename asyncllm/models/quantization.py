@@ -94,6 +94,25 @@ class QuantRows:
         return len(self.values)
 
 
+@dataclass(frozen=True, slots=True)
+class QuantStack:
+    """The same matrix of several experts in 8 bits: a :class:`QuantWeight` of each, whose ``data``
+    and ``scales`` have one dimension more here, in front."""
+
+    kind: QuantKind
+    data: Tensor
+    scales: Tensor
+    group: int
+
+    def __getitem__(self, place: int) -> QuantWeight:
+        data, scales = self.data[place], self.scales[place]
+        return QuantWeight(self.kind, data, scales, None, self.group, *data.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scales.nbytes
+
+
 # names of --quant_type -> kind of weights; None: they stay in the activations' dtype
 TYPES: dict[str, QuantKind | None] = {
     "none": None,
@@ -110,6 +129,7 @@ KIND_NAMES: dict[ServedKind, str] = {
     "gguf": "the bits of the GGUF file",
 }
 _LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)")
+_EXPERT = re.compile(r"(experts)\.\d+\.\w+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +154,8 @@ class WeightTypes:
     overrides: tuple[Override, ...] = ()
 
     def of(self, name: str) -> str | None:
-        """The type of a linear layer, by its name in the checkpoint."""
+        """The type of a linear layer, by its name in the checkpoint; "experts" are all of one."""
+        name = _EXPERT.sub(r"\1", name)
         if (found := _LAYER.search(name)) is None:
             return self.type
         layer, projection = int(found[1]), found[2]

@@ -139,6 +139,8 @@ class QuantTarget:
 
     def _take(self, source: QuantSource) -> None:
         """Codes, scales and zeros of the spans."""
+        if not any(length for _, _, length in self.spans):  # all of it is other ranks'
+            return
         weight, device, order = self.weight, self.weight.data.device, source.order
         scales, zeros = source.scales(device), source.zeros(device)
         if zeros is not None and weight.zeros is None and bool((zeros != INT4_ZERO).any()):

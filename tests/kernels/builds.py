@@ -1,4 +1,5 @@
-"""Triton's front end over every build of the attention kernels for an H100; needs no GPU.
+"""Triton's front end over every build of the attention kernels, and of those of experts in 8 bits,
+for an H100; needs no GPU.
 
 The interpreter, which the other tests run, sees no types. Run as a program, since Triton decides
 at its import whether it interprets. Says on its last line how many builds there were.
@@ -6,6 +7,7 @@ at its import whether it interprets. Says on its last line how many builds there
 
 import itertools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from asyncllm.kernels.attention.decode import decode_attention
 from asyncllm.kernels.attention.kv_write import rope_kv
 from asyncllm.kernels.attention.prefill import PrefillConfig, prefill_attention
 from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, SharedRows
+from asyncllm.kernels.moe.eight_bits import CONFIGS
+from asyncllm.kernels.moe.experts import experts
+from asyncllm.kernels.moe.tiles import ExpertsConfig
 from tests.kernels.harness import EIGHT_BITS, in_8_bits
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -35,7 +40,7 @@ def build(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None
     given = dict(zip(self.arg_names, args, strict=False))
     given |= {name: value for name, value in kwargs.items() if name in self.arg_names}
     if "ASM" in given:  # what a GPU has
-        given["ASM"] = given["q_ptr"].element_size() == 2
+        given["ASM"] = given.get("q_ptr", given["out_ptr"]).element_size() == 2
     if "SETTLE" in given:
         given["SETTLE"] = True
     options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
@@ -75,6 +80,26 @@ def case(dim: int, q: int, kv: int, dtype: torch.dtype, bits: Any) -> dict[str, 
     return in_8_bits(found, *bits) if bits else found
 
 
+def mixtures() -> None:
+    """Experts in 8 bits: each class, with and without what the copy engine brings."""
+    ids, weights = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+    for kind, blocked in (
+        (torch.float8_e4m3fn, False),
+        (torch.float8_e4m3fn, True),
+        (torch.int8, False),
+    ):
+        x, gate_up, down = (torch.zeros(size) for size in ((2, 160), (1, 256, 160), (1, 160, 128)))
+        shapes = ((1, 2, 2), (1, 2, 1)) if blocked else ((1, 256), (1, 160))
+        stacks = gate_up.to(kind), down.to(kind)
+        scales = tuple(torch.ones(shape) for shape in shapes)
+        for size, dtype in itertools.product(CONFIGS, (torch.bfloat16, torch.float32)):
+            for copy in (False, True):
+                found = CONFIGS[size]
+                up, low = (replace(tile, copy=copy) for tile in (found.up, found.down))
+                config = ExpertsConfig(found.block_m, up, low)
+                experts(x.to(dtype), *stacks, ids, weights, scales=scales, size=size, config=config)
+
+
 def main() -> int:
     JITFunction.run = build
     shapes: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
@@ -99,6 +124,7 @@ def main() -> int:
             prefill_attention(**rows, **limit, config=config, kv=qkv)
         cos, at = torch.zeros(4, dim), step["table"][0, :2]
         rope_kv(qkv, cos, at, at, step["k_cache"], step["v_cache"], q, step.get("scales"))
+    mixtures()
     sys.stdout.write(f"{len(built)}\n")
     return 0
 

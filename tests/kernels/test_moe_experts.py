@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 
 from asyncllm.kernels.moe.experts import (
-    ExpertsConfig,
-    Tile,
     experts,
     experts_config,
     experts_ref,
     prepare,
-    size_class,
 )
 from asyncllm.kernels.moe.route import route_ref
+from asyncllm.kernels.moe.tiles import ExpertsConfig, Tile, size_class
 from tests.kernels.harness import DTYPES, assert_close, no_sync, randn, replayed
 
 # tokens, experts, top_k, hidden, inner
@@ -104,13 +102,15 @@ def test_classes_of_shapes() -> None:
 def test_preparing_builds_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
     monkeypatch.setattr(
-        "asyncllm.kernels.moe.experts._product",
-        lambda x, w, p, o, num, per_row, config, act: (
-            seen.add(config) or x.new_zeros(num, w.shape[1] // (2 if act else 1))
+        "asyncllm.kernels.moe.experts._made",
+        lambda x, w, scales, sorted_, built, top_k, act: (
+            seen.add(built[1])
+            or x.new_zeros(len(x) * (top_k if act else 1), len(w[0]) // (2 if act else 1))
         ),
     )
     case = make_case(1, 4, 2, 32, 16, torch.float16)
-    prepare(case["gate_up"], case["down"], range(3), 2, "silu")
+    stacks = case["gate_up"], case["down"]
+    prepare(*stacks, (None, None), range(3), 2, "silu", torch.float16)
     cpu = torch.device("cpu")
     for num_pairs in (1, 30, 100, 500, 5000):
         assert experts_config(num_pairs, 4, 4096, 2, cpu) in seen

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     DeepseekV2Config,
@@ -27,11 +27,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
 from asyncllm.engine.ops_cpu import TorchOps
 from asyncllm.engine.parallel import SingleRank
+from asyncllm.engine.quant_torch import dequantize
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.experts import Experts
 from asyncllm.models.model import Site
 from asyncllm.models.ops import Product
+from asyncllm.models.quant_config import StoredForm
+from asyncllm.models.quantization import Quantisation, QuantStack, WeightTypes
+from asyncllm.models.quantize import quantize_blocks, quantize_rows
 from asyncllm.models.spec import ExpertNames, ExpertsSpec
 from asyncllm.models.weights import load
 
@@ -126,11 +130,18 @@ class Rank:
         return product(x, out)
 
 
-def make(spec: ExpertsSpec, rank: int = 0, size: int = 1, ep: bool = False) -> Experts:
+def make(
+    spec: ExpertsSpec,
+    rank: int = 0,
+    size: int = 1,
+    ep: bool = False,
+    quantisation: Quantisation | None = None,
+) -> Experts:
     site = Site(
         comm=SingleRank(), world=Rank(rank, size), whole_experts=ep, ops=TorchOps(),
         attention=TorchAttention([], TorchPairs([], torch.float32), 1, CPU),
-        dtype=torch.float32, device=CPU,
+        dtype=torch.float32, device=CPU, quantisation=quantisation or Quantisation(),
+        path="layers.0.mlp.",
     )  # fmt: skip
     return Experts(site, HIDDEN, spec)
 
@@ -158,7 +169,14 @@ def reference(name: str, folder: Path) -> nn.Module:
 
 
 def loaded(experts: Experts, folder: Path) -> Experts:
-    load(read_checkpoint(folder), experts.targets(""), lambda name: False, lambda done, total: None)
+    form = experts._site.quantisation.stored
+    load(
+        read_checkpoint(folder),
+        experts.targets(""),
+        lambda name: False,
+        lambda done, total: None,
+        form=form,
+    )
     experts.pack()
     return experts
 
@@ -176,6 +194,163 @@ def test_the_sum_over_ranks_is_what_transformers_computes(
     parts = [loaded(experts, tmp_path)(x[0]) for experts in ranks]
     torch.testing.assert_close(torch.stack(parts).sum(0), block(x)[0], rtol=1e-4, atol=1e-4)
     assert len({experts.nbytes for experts in ranks}) == 1, "the plan is that of rank 0"
+
+
+# -- in 8 bits -----------------------------------------------------------------------------------
+
+FORMS = {
+    "fp8w8a8": StoredForm("scaled", "fp8_channel", (1, 0)),
+    "fp8w8a8-b128": StoredForm("scaled", "fp8_block", (128, 128), suffix="_scale_inv"),
+    "w8a8": StoredForm("scaled", "int8_channel", (1, 0), element="I8"),
+}
+
+
+def quantised(name: str, kind: str, folder: Path) -> tuple[dict[str, Tensor], StoredForm]:
+    """A checkpoint whose experts are in 8 bits, beside ``folder``'s wide one, and what each of
+    their weights stands for."""
+    form, tensors, wide = FORMS[kind], load_file(folder / "model.safetensors"), {}
+    names, layers = CASES[name][1].names, set()
+    ends = tuple(f".{each}.weight" for each in (names.gate, names.up, names.down))
+    for key in [key for key in tensors if key.startswith("experts.") and key.endswith(ends)]:
+        layers.add(key.removesuffix(".weight"))
+        if form.kind == "fp8_block":
+            tensors[key], scales = quantize_blocks(tensors[key])
+            each = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            each = each[: len(tensors[key]), : tensors[key].shape[1]]
+        else:
+            element = torch.int8 if kind == "w8a8" else torch.float8_e4m3fn
+            tensors[key], scales = quantize_rows(tensors[key], element)
+            each = scales
+        tensors[f"{key}{form.suffix}"] = scales
+        wide[key] = tensors[key].float() * each
+    others = {key.removesuffix(".weight") for key in tensors} - layers
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return wide, replace(form, plain=frozenset(f"layers.0.mlp.{each}" for each in others))
+
+
+@pytest.mark.parametrize("shares", ["whole", "tp 3", "ep 3"])
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@torch.no_grad()
+def test_stored_in_8_bits(tmp_path: Path, name: str, kind: str, shares: str) -> None:
+    """Scales go with their weights; only rows are rounded, each by a scale of its own."""
+    block, spec = reference(name, tmp_path), CASES[name][1]
+    wide, form = quantised(name, kind, tmp_path)
+    state = block.state_dict()
+    for expert in range(spec.num_experts):
+        gate, up, down = (
+            wide[f"experts.{expert}.{each}.weight"]
+            for each in (spec.names.gate, spec.names.up, spec.names.down)
+        )
+        state["experts.gate_up_proj"][expert] = torch.cat((gate, up))
+        state["experts.down_proj"][expert] = down
+    size = 1 if shares == "whole" else 3
+    ranks = [make(spec, rank, size, shares == "ep 3", Quantisation(form)) for rank in range(size)]
+    x = torch.randn(1, 50, HIDDEN)
+    got = torch.stack([loaded(experts, tmp_path)(x[0]) for experts in ranks]).sum(0)
+    for experts in ranks:
+        for stack in (experts._held.gate_up, experts._held.down):
+            assert isinstance(stack, QuantStack)
+            assert stack.kind == form.kind
+    want = block(x)[0]
+    error = (got - want).norm() / want.norm()
+    assert 1e-4 < error < (0.015 if kind == "w8a8" else 0.05)
+    assert len({experts.nbytes for experts in ranks}) == 1, "the plan is that of rank 0"
+    parts = [experts._held for experts in ranks]
+    for expert in range(spec.num_experts):  # what ranks have is what the checkpoint stands for
+        mine = [held for held in parts if expert in held.numbers]
+        found = [dequantize(held.gate_up[held.numbers.index(expert)]) for held in mine]  # type: ignore[arg-type]
+        gates = torch.cat([each[: len(each) // 2] for each in found])[:INNER]
+        if shares == "tp 3" and form.kind != "fp8_block":
+            local = -(-INNER // 3)
+            gates = torch.cat([each[:local] for each in found])[:INNER]
+        torch.testing.assert_close(gates, wide[f"experts.{expert}.{spec.names.gate}.weight"])
+
+
+@pytest.mark.parametrize("shares", ["whole", "tp 3", "ep 3"])
+@pytest.mark.parametrize("kind", FORMS)
+@torch.no_grad()
+def test_made_at_load(tmp_path: Path, kind: str, shares: str) -> None:
+    """--quant_type: near the wide ones, a byte each; routers and shared gates stay as they are."""
+    block, spec = reference("qwen2", tmp_path), CASES["qwen2"][1]
+    asked = Quantisation(asked=WeightTypes(kind))
+    size = 1 if shares == "whole" else 3
+    ranks = [make(spec, rank, size, shares == "ep 3", asked) for rank in range(size)]
+    x = torch.randn(1, 50, HIDDEN)
+    got = torch.stack([loaded(experts, tmp_path)(x[0]) for experts in ranks]).sum(0)
+    want = block(x)[0]
+    error = (got - want).norm() / want.norm()
+    assert 1e-4 < error < (0.03 if kind == "w8a8" else 0.08)
+    assert {experts._router.dtype for experts in ranks} == {torch.float32}
+    elements = {
+        stack.data.element_size() for e in ranks for stack in (e._held.gate_up, e._held.down)
+    }  # type: ignore[union-attr]
+    assert elements == {1}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@torch.no_grad()
+def test_slices_of_blocks_are_whole_blocks(tmp_path: Path, size: int) -> None:
+    """Of 300 channels in blocks of 128, two ranks have 256 and 44, and of four one has none."""
+    spec = ExpertsSpec(num_experts=3, top_k=2, inner=300)
+    tensors, wide = {"gate.weight": torch.randn(3, HIDDEN)}, []
+    for expert in range(3):
+        for name, shape in (
+            ("gate", (300, HIDDEN)),
+            ("up", (300, HIDDEN)),
+            ("down", (HIDDEN, 300)),
+        ):
+            values, scales = quantize_blocks(torch.randn(shape) * torch.arange(1, 1 + shape[1]))
+            key = f"experts.{expert}.{name}_proj.weight"
+            tensors |= {key: values.contiguous(), f"{key}_scale_inv": scales.contiguous()}
+            each = scales.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)
+            wide.append(values.float() * each[:, : shape[1]])
+    save_file(tensors, tmp_path / "model.safetensors")
+    form = replace(FORMS["fp8w8a8-b128"], plain=frozenset({"layers.0.mlp.gate"}))
+    ranks = [
+        loaded(make(spec, rank, size, quantisation=Quantisation(form)), tmp_path)
+        for rank in range(size)
+    ]
+    for expert in range(3):
+        stacks = [
+            [dequantize(stack[expert]) for stack in (each._held.gate_up, each._held.down)]  # type: ignore[arg-type]
+            for each in ranks
+        ]
+        gates, ups = zip(*(gate_up.chunk(2) for gate_up, _ in stacks), strict=True)
+        assert torch.equal(torch.cat(gates)[:300], wide[3 * expert])
+        assert torch.equal(torch.cat(ups)[:300], wide[3 * expert + 1])
+        down = torch.cat([down for _, down in stacks], 1)
+        assert torch.equal(down[:, :300], wide[3 * expert + 2])
+        assert not torch.cat(gates)[300:].any()
+        assert not down[:, 300:].any()
+    assert len({each.nbytes for each in ranks}) == 1
+
+
+@torch.no_grad()
+def test_an_expert_that_is_left_out_widens_its_product(tmp_path: Path) -> None:
+    """modules_to_not_convert may name single ones: then the stack is what all stand for."""
+    reference("mixtral", tmp_path)
+    wide, form = quantised("mixtral", "fp8w8a8", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    left = "experts.2.w2.weight"
+    del tensors[f"{left}_scale"]
+    tensors[left] = wide[left]
+    save_file(tensors, tmp_path / "model.safetensors")
+    form = replace(form, plain=form.plain | {"layers.0.mlp.experts.2.w2"})
+    experts = loaded(make(CASES["mixtral"][1], quantisation=Quantisation(form)), tmp_path)
+    held = experts._held
+    assert isinstance(held.gate_up, QuantStack)
+    assert not isinstance(held.down, QuantStack)
+    for expert in range(5):
+        torch.testing.assert_close(held.down[expert], wide[f"experts.{expert}.w2.weight"])
+    assert experts(torch.randn(9, HIDDEN)).isfinite().all()
+
+
+def test_4_bits_are_widened() -> None:
+    form = StoredForm("awq", "int4_group", (1, 4))
+    experts = make(CASES["qwen3"][1], quantisation=Quantisation(form))
+    assert isinstance(experts._held.gate_up, Tensor)
 
 
 @torch.no_grad()

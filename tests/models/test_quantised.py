@@ -32,12 +32,13 @@ from tests.models.harness import Driver, Ranks, Sequence, Together, read_spec
 DATA = Path(__file__).parents[1] / "data" / "quantised"
 CPU = torch.device("cpu")
 NONE = WeightTypes("none")
-NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
+NAMES = sorted(path.name for path in DATA.iterdir() if (path / "config.json").exists())
 KINDS = {
     "awq": "int4_group", "gptq": "int4_group", "gptq-ordered": "int4_group", "ct-int8": "int8_channel",
     "ct-w4a16": "int4_group", "ct-w4a16-zeros": "int4_group", "ct-fp8-channel": "fp8_channel",
-    "ct-fp8-tensor": "fp8_channel",
+    "ct-fp8-tensor": "fp8_channel", "ct-moe-fp8": "fp8_channel",
 }  # fmt: skip
+MIXTURE = "ct-moe-fp8"
 
 
 def build(
@@ -54,6 +55,7 @@ def scores(
     size: int = 1,
     dtype: str = "fp32",
     where: torch.device = CPU,
+    whole_experts: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the expected ids but the first, and what they are to be."""
     expected = load_file(folder / "expected.safetensors")
@@ -65,7 +67,7 @@ def scores(
         engine = Engine(model, SingleRank(), num_slots=64, num_lanes=8, max_len=256, eos_ids=())
         device: CpuDevice | CudaDevice | Ranks = make_device(engine, 1)
     else:
-        device = Ranks(folder, size, asked=asked, max_len=256)
+        device = Ranks(folder, size, asked=asked, max_len=256, whole_experts=whole_experts)
     seq = Sequence(0, list(map(int, ids)), SamplingParams(temperature=0.0, prompt_logprobs=0))
     try:
         Driver(device, 64).generate([seq], 1)
@@ -95,7 +97,32 @@ def test_served_as_they_are(name: str, size: int) -> None:
     assert error < (exact if size == 1 or KINDS[name] == "int4_group" else 0.1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_experts_stay_in_few_bits() -> None:
+    """The same values as dequantised ones, but for rounding; the router as the checkpoint has it."""
+    model, wide = build(DATA / MIXTURE), build(DATA / MIXTURE, NONE)
+    (held, plain), (mlp, dense) = zip(
+        *((m.blocks[0].mlp._held, m.blocks[0].mlp) for m in (model, wide)), strict=True
+    )
+    for stack, values in ((held.gate_up, plain.gate_up), (held.down, plain.down)):
+        assert stack.kind == "fp8_channel"
+        for expert in range(4):
+            torch.testing.assert_close(
+                dequantize(stack[expert]), values[expert], rtol=1e-6, atol=1e-7
+            )
+    assert torch.equal(mlp._router, dense._router)
+    tally = model.site.quantisation.tally
+    assert (tally.served, tally.plain) == ({"fp8_channel": 3 + 3}, 1), "q, and k, v, o"
+    assert mlp.nbytes < 0.3 * dense.nbytes
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_of_ranks(whole: bool) -> None:
+    """Each with some, or a slice of every one."""
+    got, want = scores(DATA / MIXTURE, size=2, whole_experts=whole)
+    assert (got - want).square().mean().sqrt() < 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != MIXTURE])
 def test_weights_stay_in_few_bits(name: str) -> None:
     """Every layer but those that the checkpoint leaves; the same values as dequantised ones."""
     model, wide = build(DATA / name), build(DATA / name, NONE)

@@ -10,7 +10,6 @@ token's sum reads its pairs in their order, so that it does not depend on who ca
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,39 +17,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from asyncllm.kernels.autotune import Entry, num_sms, tuned
+from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.gated import activated, gated_ref
+from asyncllm.kernels.moe.eight_bits import (
+    BLOCK,
+    WIDE,
+    config_of,
+    eight_bits,
+    fits,
+    widened_ref,
+)
 from asyncllm.kernels.moe.order import CHUNKS, order
+from asyncllm.kernels.moe.tiles import ExpertsConfig, Tile, size_class
+from asyncllm.kernels.quant.rows import quantize_rows_ref
 
 _BLOCK = 1024  # columns of the sum per program
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How one product is built: outputs and inputs of a tile, warps, pipeline depth, blocks that
-    share a run of programs, and whether weights come by the tensor copy engine."""
-
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group: int = 1
-    copy: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsConfig:
-    """Pairs of a block, and both products: gate and up, of which a tile has ``block_n`` outputs
-    each, and down."""
-
-    block_m: int
-    up: Tile
-    down: Tile
-
-    @classmethod
-    def of(cls, entry: Entry) -> ExpertsConfig:
-        """From what ``dataclasses.asdict`` made of one."""
-        return cls(entry["block_m"], Tile(**entry["up"]), Tile(**entry["down"]))
+Scales = tuple[Tensor | None, Tensor | None]  # of both products' weights; None: these are plain
 
 
 # class of a shape (``size_class``) -> configuration
@@ -186,12 +168,14 @@ def experts(
     ids: Tensor,
     weights: Tensor,
     *,
+    scales: Scales = (None, None),
     held: range | None = None,
     num_experts: int | None = None,
     activation: str = "silu",
     shared: Tensor | None = None,
     shared_gate: Tensor | None = None,
     out: Tensor | None = None,
+    size: str | None = None,
     config: ExpertsConfig | None = None,
 ) -> Tensor:
     """Weighted sum of what each token's experts make of it:
@@ -199,23 +183,27 @@ def experts(
 
     Args:
         x: [num_tokens, hidden]; rows may be strided.
-        gate_up: [num_held or more, 2 * inner, hidden], contiguous, gate first; dtype of x.
-        down: [num_held or more, hidden, inner], contiguous; dtype of x.
+        gate_up: [num_held or more, 2 * inner, hidden], contiguous, gate first; in the dtype of x,
+            or in 8 bits: e4m3 or int8.
+        down: [num_held or more, hidden, inner], contiguous, likewise.
         ids: [num_tokens, top_k] int32, contiguous: numbers of each token's experts, no two the
             same.
         weights: [num_tokens, top_k] float32, contiguous.
+        scales: of ``gate_up`` and ``down`` in 8 bits, as ``eight_bits`` takes them.
         held: numbers of the experts whose matrices these are; others add nothing. None: from 0.
-        num_experts: that there are, here and elsewhere: selects the tiles, never the result. None:
-            those of ``held``.
+        num_experts: that there are, here and elsewhere: selects the tiles, and whether rows come to
+            8 bits for weights that are in 8 bits. None: those of ``held``.
         activation: silu or gelu_tanh.
         shared: [num_tokens, hidden], added to the sum; rows may be strided.
         shared_gate: [num_tokens, 1] float32: its sigmoid multiplies ``shared``.
         out: where to write, like the result; rows may be strided.
+        size: class of the shape, instead of its own.
         config: instead of the tuned or built-in one.
 
     Returns:
         [num_tokens, hidden]. Products are rounded where unfused torch code rounds them, the sum
-        once, in fp32 and in the order of ``ids`` with ``shared`` last.
+        once, in fp32 and in the order of ``ids`` with ``shared`` last. Rows that meet weights in 8
+        bits stay as they are in classes of ``WIDE``, and come to 8 bits in the others.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
@@ -223,17 +211,18 @@ def experts(
     Reference: ``experts_ref``. Does not synchronise; safe in CUDA graphs.
     """
     held = range(len(gate_up)) if held is None else held
-    _check(x, gate_up, down, ids, weights, held)
+    _check(x, gate_up, down, scales, ids, weights, held)
     out = _checked_out(x, shared, shared_gate, out)
     if len(x) == 0:
         return out
+    if size is None:
+        size = size_class(ids.numel(), num_experts or len(held), down.shape[2], x.device)
     if config is None:
-        num_all = num_experts or len(held)
-        config = experts_config(ids.numel(), num_all, down.shape[2], x.element_size(), x.device)
+        config = _config_of(size, x, (gate_up, down), scales)
     pairs, owners = order(ids, len(held), config.block_m, held.start)
     top_k = ids.shape[1]
-    inner = _product(x, gate_up, pairs, owners, ids.numel(), top_k, config, activation)
-    made = _product(inner, down, pairs, owners, ids.numel(), 1, config, None)
+    inner = _made(x, gate_up, scales[0], (pairs, owners), (size, config), top_k, activation)
+    made = _made(inner, down, scales[1], (pairs, owners), (size, config), top_k, None)
     _sum_kernel[(len(x), triton.cdiv(x.shape[1], _BLOCK))](
         made,
         ids,
@@ -256,22 +245,55 @@ def experts(
     return out
 
 
+def _made(
+    x: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    sorted_: tuple[Tensor, Tensor],
+    built: tuple[str, ExpertsConfig],
+    top_k: int,
+    activation: str | None,
+) -> Tensor:
+    """A product for each pair, [num_pairs, outputs]: that of tokens, gated, where there is an
+    activation; else that of pairs."""
+    (pairs, owners), (size, config) = sorted_, built
+    gated = activation is not None
+    tile, per_row = (config.up, top_k) if gated else (config.down, 1)
+    num_pairs = len(x) * per_row
+    n = weights.shape[1] // (2 if gated else 1)
+    out = torch.empty((num_pairs, n), dtype=x.dtype, device=x.device)
+    if len(owners) == 0:  # no experts here
+        return out
+    if scales is None:
+        return _product(x, weights, pairs, owners, out, per_row, config.block_m, tile, activation)
+    return eight_bits(
+        x,
+        weights,
+        scales,
+        pairs,
+        owners,
+        out,
+        pairs_per_row=per_row,
+        block_m=config.block_m,
+        tile=tile,
+        wide=size in WIDE,
+        activation=activation,
+    )
+
+
 def _product(
     x: Tensor,
     weights: Tensor,
     pairs: Tensor,
     owners: Tensor,
-    num_pairs: int,
+    out: Tensor,
     pairs_per_row: int,
-    config: ExpertsConfig,
+    block_m: int,
+    tile: Tile,
     activation: str | None,
 ) -> Tensor:
-    """[num_pairs, N] of ``_product_kernel``, gated where there is an activation."""
-    n, k = weights.shape[1] // (1 if activation is None else 2), weights.shape[2]
-    tile = config.down if activation is None else config.up
-    out = torch.empty((num_pairs, n), dtype=x.dtype, device=x.device)
-    if len(owners) == 0:  # no experts here
-        return out
+    """``out`` of ``_product_kernel``, gated where there is an activation."""
+    (num_pairs, n), k = out.shape, weights.shape[2]
     copy = tile.copy and k * x.element_size() % 16 == 0 and weights.data_ptr() % 16 == 0
     desc = None
     if copy:
@@ -292,7 +314,7 @@ def _product(
         GATED=activation is not None,
         GELU=activation == "gelu_tanh",
         COPY=copy,
-        BLOCK_M=config.block_m,
+        BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP=tile.group,
@@ -309,29 +331,40 @@ def experts_ref(
     ids: Tensor,
     weights: Tensor,
     *,
+    scales: Scales = (None, None),
     held: range | None = None,
     activation: str = "silu",
     shared: Tensor | None = None,
     shared_gate: Tensor | None = None,
+    wide: bool = True,
 ) -> Tensor:
-    """``experts`` in plain torch: one expert after the other, products and the sum in fp32."""
+    """``experts`` in plain torch: one expert after the other, products and the sum in fp32.
+
+    ``wide``: rows are multiplied as they are with weights in 8 bits, too."""
+    matrices = [
+        w if s is None else widened_ref(w, s) for w, s in zip((gate_up, down), scales, strict=True)
+    ]
+
+    def product(rows: Tensor, at: int, place: int) -> Tensor:
+        by, kind = scales[at], (gate_up, down)[at].dtype
+        seen = rows.float()
+        if by is not None and not wide:
+            values, each = quantize_rows_ref(rows, kind, blocked=by.dim() == 3)
+            if by.dim() == 3:
+                each = each.t().repeat_interleave(BLOCK, 1)[:, : rows.shape[1]]
+            else:
+                each = each[:, None]
+            seen = values.float() * each
+        return (seen @ matrices[at][place].float().T).to(x.dtype)
+
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for place, expert in enumerate(range(len(gate_up)) if held is None else held):
         token, k = (ids == expert).nonzero(as_tuple=True)
-        inner = gated_ref((x[token].float() @ gate_up[place].float().T).to(x.dtype), activation)
-        made = (inner.float() @ down[place].float().T).to(x.dtype)
+        made = product(gated_ref(product(x[token], 0, place), activation), 1, place)
         total[token] += made.float() * weights[token, k, None]
     if shared is not None:
         total += shared.float() * (1.0 if shared_gate is None else shared_gate.sigmoid())
     return total.to(x.dtype)
-
-
-def size_class(num_pairs: int, num_experts: int, inner: int, device: torch.device) -> str:
-    """Class of a shape by pairs per expert: up to 8, 32, 128, or many; few where there would not be
-    two tiles of 64 outputs for each multiprocessor."""
-    if num_pairs * triton.cdiv(inner, 64) < 2 * num_sms(device):
-        return "few"
-    return next((str(n) for n in (8, 32, 128) if num_pairs <= n * num_experts), "many")
 
 
 def experts_config(
@@ -340,10 +373,23 @@ def experts_config(
     """The configuration for a shape: the device's tuned one or that of the table, with small tiles
     for 4-byte elements."""
     size = size_class(num_pairs, num_experts, inner, device)
-    return _config_of(size, element_size, device)
+    return _plain_config(size, element_size, device)
 
 
-def _config_of(size: str, element_size: int, device: torch.device) -> ExpertsConfig:
+def _config_of(
+    size: str, x: Tensor, stacks: tuple[Tensor, Tensor], scales: Scales
+) -> ExpertsConfig:
+    """Of both products, each by its weights; blocks are those of the first one."""
+    up, down = (
+        _plain_config(size, x.element_size(), x.device)
+        if by is None
+        else config_of(size, stack, by)
+        for stack, by in zip(stacks, scales, strict=True)
+    )
+    return ExpertsConfig(up.block_m, up.up, down.down)
+
+
+def _plain_config(size: str, element_size: int, device: torch.device) -> ExpertsConfig:
     entry = tuned(device, "experts", size)
     found = _CONFIGS[size] if entry is None else ExpertsConfig.of(entry)
     if element_size <= 2:
@@ -352,22 +398,42 @@ def _config_of(size: str, element_size: int, device: torch.device) -> ExpertsCon
     return dataclasses.replace(found, block_m=min(found.block_m, 32), up=small, down=small)
 
 
-def prepare(gate_up: Tensor, down: Tensor, held: range, top_k: int, activation: str) -> None:
-    """Builds what ``experts`` will use for any number of tokens: not all of it turns up in the
-    first steps. Takes what ``experts`` takes."""
-    x = gate_up.new_zeros(1, gate_up.shape[2])
+def prepare(
+    gate_up: Tensor,
+    down: Tensor,
+    scales: Scales,
+    held: range,
+    top_k: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> None:
+    """Builds what ``experts`` will use for any number of tokens of ``dtype``: not all of it turns
+    up in the first steps. Takes what ``experts`` takes."""
+    x = torch.zeros(1, gate_up.shape[2], dtype=dtype, device=gate_up.device)
     # experts that are elsewhere
     ids = torch.full((CHUNKS[-1], top_k), -1, dtype=torch.int32, device=x.device)
     weights = torch.zeros((1, top_k), dtype=torch.float32, device=x.device)
     for size in _CONFIGS:
-        config = _config_of(size, x.element_size(), x.device)
+        config = _config_of(size, x, (gate_up, down), scales)
         for chunk in CHUNKS:
             order(ids[: max(1, chunk // top_k)], len(held), config.block_m)
-        experts(x, gate_up, down, ids[:1], weights, held=held, activation=activation, config=config)
+        experts(
+            *(x, gate_up, down, ids[:1], weights),
+            scales=scales,
+            held=held,
+            activation=activation,
+            size=size,
+        )
 
 
 def _check(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, held: range
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    scales: Scales,
+    ids: Tensor,
+    weights: Tensor,
+    held: range,
 ) -> None:
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError(f"x must be rows: {tuple(x.shape)}")
@@ -379,12 +445,15 @@ def _check(
         )
     if not (gate_up.is_contiguous() and down.is_contiguous()):
         raise ValueError("gate_up and down must be contiguous")
-    if not x.dtype == gate_up.dtype == down.dtype:
-        raise ValueError(f"x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}")
+    for name, stack, by in (("gate_up", gate_up, scales[0]), ("down", down, scales[1])):
+        if by is None and stack.dtype != x.dtype:
+            raise ValueError(f"x is {x.dtype}, {name} {stack.dtype}")
+        if by is not None and not fits(stack, by):
+            raise ValueError(f"scales {tuple(by.shape)} do not fit {name} {tuple(stack.shape)}")
     if num < len(held) or held.step != 1:
         raise ValueError(f"{held} does not fit {num} experts")
-    fits = ids.dim() == 2 and len(ids) == len(x) and ids.shape == weights.shape
-    if not fits or ids.dtype != torch.int32 or weights.dtype != torch.float32:
+    rows = ids.dim() == 2 and len(ids) == len(x) and ids.shape == weights.shape
+    if not rows or ids.dtype != torch.int32 or weights.dtype != torch.float32:
         raise ValueError(f"ids {tuple(ids.shape)} {ids.dtype}, weights {tuple(weights.shape)}")
     if not (ids.is_contiguous() and weights.is_contiguous()):
         raise ValueError("ids and weights must be contiguous")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 HERE = Path(__file__).parent
 GROUP = 32
@@ -31,6 +31,46 @@ def model(dtype: torch.dtype) -> LlamaForCausalLM:
         initializer_range=0.15, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().to(dtype)
+
+
+class Apart(torch.nn.ModuleList):
+    """Experts of transformers as a linear layer for each matrix, which is what checkpoints have."""
+
+    def __init__(self, stacked: torch.nn.Module) -> None:
+        super().__init__()
+        for gate_up, down in zip(stacked.gate_up_proj.data, stacked.down_proj.data, strict=True):
+            expert = torch.nn.Module()
+            gate, up = gate_up.chunk(2)
+            for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+                linear.weight.data = weight.clone()
+                expert.add_module(name, linear)
+            self.append(expert)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self):
+            token, place = (ids == number).nonzero(as_tuple=True)
+            if len(token):
+                rows = x[token][None]  # of two dimensions the tool keeps both
+                inner = torch.nn.functional.silu(expert.gate_proj(rows)) * expert.up_proj(rows)
+                made = expert.down_proj(inner)[0]
+                out.index_add_(0, token, made * weights[token, place, None])
+        return out
+
+
+def mixture(dtype: torch.dtype) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(7)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=1, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, num_experts=4,
+        num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+        initializer_range=0.15, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    made = Qwen3MoeForCausalLM(config).eval()
+    for layer in made.model.layers:
+        layer.mlp.experts = Apart(layer.mlp.experts)
+    return made.to(dtype)
 
 
 IDS = torch.randint(2, 64, (24,), generator=torch.Generator().manual_seed(3))
@@ -48,7 +88,7 @@ def save(name: str, made: LlamaForCausalLM, tensors: dict, said: dict, **expecte
         "quantization_config": said,
         "dtype": str(made.config.dtype)[6:],
     }
-    config["architectures"] = ["LlamaForCausalLM"]
+    config["architectures"] = [type(made).__name__]
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     save_file({"ids": IDS, **expected}, folder / "expected.safetensors")
@@ -57,7 +97,9 @@ def save(name: str, made: LlamaForCausalLM, tensors: dict, said: dict, **expecte
 # -- compressed-tensors
 
 
-def compressed(name: str, weights: dict, inputs: dict | None, form: str, ignore: list[str]) -> None:
+def compressed(
+    name: str, weights: dict, inputs: dict | None, form: str, ignore: list[str], model=model
+) -> None:
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -211,6 +253,9 @@ def main(awq_sources: str, gptq_sources: str) -> None:
     compressed("ct-fp8-tensor", fp8 | {"strategy": "tensor"}, token, "float-quantized", [])
     token8 = token | {"type": "int"}
     compressed("ct-int8", int8 | {"strategy": "channel"}, token8, "int-quantized", left)
+    routers = ["re:.*mlp.gate$", "model.layers.0.self_attn.q_proj"]
+    fp8s = fp8 | {"strategy": "channel"}
+    compressed("ct-moe-fp8", fp8s, token, "float-quantized", routers, mixture)
     compressed("ct-w4a16", four | {"symmetric": True}, None, "pack-quantized", left)
     compressed("ct-w4a16-zeros", four | {"symmetric": False}, None, "pack-quantized", [])
     awq(Path(awq_sources))

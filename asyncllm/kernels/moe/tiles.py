@@ -1,0 +1,46 @@
+"""How the two products of a mixture of experts are built, and the classes of their shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from asyncllm.kernels.autotune import Entry, num_sms
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one product is built: outputs and inputs of a tile, warps, pipeline depth, blocks that
+    share a run of programs, and whether weights come by the tensor copy engine."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 1
+    copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """Pairs of a block, and both products: gate and up, of which a tile has ``block_n`` outputs
+    each, and down."""
+
+    block_m: int
+    up: Tile
+    down: Tile
+
+    @classmethod
+    def of(cls, entry: Entry) -> ExpertsConfig:
+        """From what ``dataclasses.asdict`` made of one."""
+        return cls(entry["block_m"], Tile(**entry["up"]), Tile(**entry["down"]))
+
+
+def size_class(num_pairs: int, num_experts: int, inner: int, device: torch.device) -> str:
+    """Class of a shape by pairs per expert: up to 8, 32, 128, or many; few where there would not be
+    two tiles of 64 outputs for each multiprocessor."""
+    if num_pairs * triton.cdiv(inner, 64) < 2 * num_sms(device):
+        return "few"
+    return next((str(n) for n in (8, 32, 128) if num_pairs <= n * num_experts), "many")
