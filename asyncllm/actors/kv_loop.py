@@ -1,4 +1,4 @@
-"""The thread that moves K/V between servers, beside the event loop; what both ends have in common.
+"""The thread that transfers K/V between servers; base of the sender and the taker.
 
 Owns the thread, its sockets and its time. What a rank of a prefill node does in it is in
 ``kv_sender``, what one of a decode node does in ``kv_taker``.
@@ -25,13 +25,13 @@ from asyncllm.engine.kv_pages import KvBytes, Pages, Waiter
 from asyncllm.engine.kv_strips import Strips
 from asyncllm.records import KvWire
 
-ALIVE_S = 0.5  # between two signs of life
-LAPSE_S = 4.0  # without any, or without what was promised: a transfer has failed
-FIRST_S = 8.0  # for the first sign of an import's sender
-EARLY_S = 2.0  # by which a sender may be quicker than the word of our own scheduler
-TICK_S = 0.05  # between two looks at who is late, while much is going on
-IDLE_MS = 100  # between two looks at the time
-SOON_MS = 1  # between two looks at what makes no noise when it is done
+ALIVE_S = 0.5  # between two heartbeats
+LAPSE_S = 4.0  # without heartbeat, or without promised data: a transfer has failed
+FIRST_S = 8.0  # for the first frame of an import's sender
+EARLY_S = 2.0  # by which a sender may be ahead of our own scheduler's message
+TICK_S = 0.05  # between two checks for late peers, while busy
+IDLE_MS = 100  # between two checks of the time
+SOON_MS = 1  # between two polls of copies that do not signal completion
 PIECE = 1 << 18  # bytes of a frame: small enough that nobody waits for the GIL
 FRAME_LIMIT = PIECE + (1 << 16)
 QUEUE = 32  # frames that ZeroMQ holds for a peer, on either side
@@ -47,8 +47,8 @@ class Share:
     """This rank's K/V, and how they are divided.
 
     Args:
-        name: of this process, for the logs of others.
-        rank: in its group.
+        name: name of this process in others' logs.
+        rank: its rank in the group.
         wire: what all K/V of this server look like.
         kv: the bytes.
         held: heads of a server with so many ranks: of each layer, of each rank.
@@ -76,7 +76,7 @@ class Share:
         return self.kv.strips(self.parts(other_tp, other, sent=sent), sent=sent)
 
     def partners(self, other_tp: int, *, sent: bool) -> tuple[int, ...]:
-        """Ranks of another server to which something goes from here, or from which it comes."""
+        """Ranks of another server that this one sends something to, or receives from."""
         return tuple(
             other for other in range(other_tp) if any(self.parts(other_tp, other, sent=sent))
         )
@@ -84,19 +84,19 @@ class Share:
 
 @dataclass(slots=True)
 class TransferCounts:
-    """What a rank has moved since the start; read from any thread."""
+    """Counters of a rank since the start; read from any thread."""
 
     sent_bytes: int = 0
     taken_bytes: int = 0
     sent_pages: int = 0
     taken_pages: int = 0
     taken_tokens: int = 0  # positions of whole requests
-    transfers: int = 0  # that have come to their end
+    transfers: int = 0  # completed transfers
     transfer_ms: float = 0.0  # of these, from the first sign of the sender to the last byte
     sent: int = 0  # whole requests, to all takers
     tail_ms: float = 0.0  # of these, from the end of the last step until all has been taken
     lapses: int = 0
-    waiting: int = 0  # portions that could travel and do not yet
+    waiting: int = 0  # portions ready to be sent that wait
     refused: int = 0  # connections that were ended for what came on them
 
 
@@ -111,7 +111,7 @@ class Times:
 
 
 class _Bell:
-    """Wakes the thread, from any other one; may be rung when it is gone."""
+    """Wakes the thread. Thread-safe; may be called after the thread has ended."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -133,7 +133,7 @@ class Mover(ABC):
 
     Args:
         share: the rank's.
-        pages: where bytes wait for their way.
+        pages: buffers for the bytes in transit.
         times: of signs of life, and how long to wait for one; for tests.
         ctx: ZeroMQ's; it belongs to the thread from now on.
     """
@@ -150,7 +150,7 @@ class Mover(ABC):
         self._inbox: deque[Message] = deque()
         self._closing = False
         self._tick_at = 0.0
-        self.drained = threading.Event()  # nothing is on its way that would be lost at the end
+        self.drained = threading.Event()  # nothing in transit would be lost at the end
         self.drained.set()
         self._out: list[Message] = []
         self.post: Callable[[list[Message]], None] = lambda _: None
@@ -162,17 +162,17 @@ class Mover(ABC):
     def start(
         self, post: Callable[[list[Message]], None], failed: Callable[[BaseException], None]
     ) -> None:
-        """``post`` and ``failed`` are called in the thread, with what it says and what ends it."""
+        """Start; the thread calls ``post`` with its messages and ``failed`` with a fatal error."""
         self.post, self.failed = post, failed
         self._thread.start()
 
     def put(self, batch: list[Message]) -> None:
-        """Hand over messages, in order; never waits."""
+        """Queue messages, in order; never blocks."""
         self._inbox.extend(batch)
         self.bell.ring()
 
     def close(self) -> None:
-        """End the thread and close all sockets; what is under way is left alone."""
+        """End the thread and close all sockets; running copies are left alone."""
         self._closing = True
         if self._thread.ident is not None:
             self.bell.ring()
@@ -191,26 +191,26 @@ class Mover(ABC):
 
     @abstractmethod
     def look(self, events: dict[Socket, int]) -> None:
-        """Read what has come in."""
+        """Read incoming frames."""
 
     @abstractmethod
     def work(self) -> int:
-        """Go on with what is under way; gives how many milliseconds the next turn may wait."""
+        """Advance transfers; returns how many milliseconds the next iteration may wait."""
 
     @abstractmethod
     def tick(self) -> None:
-        """Time has passed."""
+        """Periodic checks."""
 
     @abstractmethod
     def shut(self) -> None:
-        """Close what is not the thread's own."""
+        """Close resources of subclasses."""
 
     def say(self, msg: Message) -> None:
-        """Tell this process's actor, soon."""
+        """Queue a message for this process's actor."""
         self._out.append(msg)
 
     def turn(self, wait_ms: int) -> int:
-        """One turn of the thread; gives how many milliseconds the next one may wait."""
+        """One iteration of the thread; returns how many milliseconds the next one may wait."""
         events = dict(self.poller.poll(wait_ms))
         if events.pop(self.bell.fd, 0):
             os.eventfd_read(self.bell.fd)
@@ -234,7 +234,7 @@ class Mover(ABC):
         try:
             while not self._closing:
                 wait_ms = self.turn(wait_ms)
-        except BaseException as error:  # whatever it is, it ends the rank: on the loop
+        except BaseException as error:  # any error ends the rank; raised on the loop
             self.failed(error)
 
 

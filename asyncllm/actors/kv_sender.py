@@ -1,7 +1,7 @@
-"""K/V from a rank of a prefill node to those who want them.
+"""Sends K/V from a rank of a prefill node to ranks of decode nodes.
 
-Owns one connection to each rank of each decode node, and what is on its way there. A taker that
-does not read keeps what it was promised, a few pages, and nothing of anybody else.
+Owns one connection to each rank of each decode node, and the data in transit. A taker that
+does not read only blocks a few pages that it was promised, and nothing of other takers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from asyncllm.messages.transfer import (
 from asyncllm.records import Destination
 
 AGAIN_S = 0.3  # between two attempts to connect
-MOST_FRAMES = 64  # are read in one turn from one taker
+MOST_FRAMES = 64  # read per iteration from one taker
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,10 @@ class _Cargo:
 
     Attributes:
         pulled: the taker has asked for it.
-        copied: its slots are not needed any more.
-        page: where its bytes lie; None: not yet, or not any more.
-        busy: the page is written or read by what cannot be stopped at once.
-        at: bytes that the socket has taken.
+        copied: its slots are no longer needed.
+        page: the page with its bytes; None: not yet, or no longer.
+        busy: the page is in use by an operation that cannot be cancelled.
+        at: bytes that the socket has accepted.
     """
 
     portion: Portion
@@ -70,18 +70,18 @@ class _Cargo:
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """The way to one rank of a decode node.
+    """The connection to one rank of a decode node.
 
     Attributes:
-        heard: when it last said something, or when we began to wait for it.
-        way: that was agreed on; "": it has not answered yet.
-        lots: what is to be announced when it has.
-        cargo: by number, what has been announced.
-        pulled: numbers that it has room for.
-        filled: numbers whose bytes are going out by the socket.
-        leaving: by number, what is going out by ``pair``.
+        heard: time of its last frame, or when we began to wait for it.
+        way: the agreed transport; "": it has not answered yet.
+        lots: what to announce after its answer.
+        cargo: announced portions, by number.
+        pulled: numbers of portions that it has requested.
+        filled: numbers of portions being sent through the socket.
+        leaving: portions being sent through ``pair``, by number.
         control: frames that wait for the socket.
-        epochs: what it has been told will come, with our own rids.
+        epochs: epochs that were announced to it, with our own rids.
     """
 
     node: str
@@ -113,7 +113,7 @@ class Sender(Mover):
 
     Args:
         keys: of the cluster's secrets, tried in turn.
-        ways: of moving bytes that this rank has.
+        ways: transports that this rank supports.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class Sender(Mover):
         self._outbox = PageOutbox()
         self._lines: dict[tuple[str, str], _Line] = {}
         self._to: dict[int, list[_Line]] = {}  # by rid
-        self._partners: dict[int, tuple[int, ...]] = {}  # by the others' tp
-        self._ending: list[_Line] = []  # whose pages may still be read
+        self._partners: dict[int, tuple[int, ...]] = {}  # by the other server's tp
+        self._ending: list[_Line] = []  # connections whose pages may still be read
 
     # -- from the scheduler ------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Sender(Mover):
                     self._ready(lot)
             case Forget(rid):
                 self._drop(rid, "its request has ended there")
-            case _:  # others are the other end's
+            case _:  # others are for the taker
                 raise TypeError(type(msg).__name__)
 
     def _export(self, rid: int, to: Destination) -> None:
@@ -155,7 +155,7 @@ class Sender(Mover):
         if tp not in self._partners:
             self._partners[tp] = self.share.partners(tp, sent=True)
         takers = self._partners[tp]
-        if not takers or rid in self._to:  # it has padding alone
+        if not takers or rid in self._to:  # it only has padding heads
             return
         self._outbox.export(OpenExport(rid, to.epoch, to.hit, to.length, takers))
         self._to[rid] = [self._line(to, rank) for rank in takers]
@@ -209,7 +209,7 @@ class Sender(Mover):
             self.say(Sent(rid, self.share.rank, lot.seq))
 
     def _unload(self, line: _Line, number: int) -> None:
-        """Forget a portion; its page is free as soon as nothing reads it."""
+        """Drop a portion; its page becomes free as soon as nothing reads it."""
         cargo = line.cargo.pop(number)
         if not cargo.busy:
             self._free(line, cargo)
@@ -220,7 +220,7 @@ class Sender(Mover):
             cargo.page = None
 
     def _complete(self, line: _Line, epoch: int) -> None:
-        """A taker has all it wants of a request."""
+        """A taker has everything it needs of a request."""
         if (rid := line.epochs.pop(epoch, None)) is None:
             return
         for number, cargo in [*line.cargo.items()]:
@@ -249,7 +249,7 @@ class Sender(Mover):
     def _connect(self, line: _Line) -> None:
         sock = self.ctx.socket(zmq.DEALER)
         line.monitor = Monitor(sock, zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
-        sock.setsockopt(zmq.RECONNECT_IVL, -1)  # another connection would be another peer
+        sock.setsockopt(zmq.RECONNECT_IVL, -1)  # a new connection would be a new peer
         bounds(sock)
         sock.setsockopt(zmq.IPV6, ipv6(line.address))
         known_to(sock, self._keys[line.attempts % len(self._keys)])
@@ -289,7 +289,7 @@ class Sender(Mover):
         line.again = self.clock.now + AGAIN_S
 
     def _hang_up(self, line: _Line, why: str) -> None:
-        """The other side is gone, or as good as that."""
+        """The other side is gone or unusable: disconnect."""
         if self._lines.pop((line.node, line.address), None) is None:
             return
         if line.epochs:
@@ -400,7 +400,7 @@ class Sender(Mover):
         for line in [*self._lines.values()]:
             if line.sock is not None and line.pair is not None:
                 self._step(line, line.pair)
-        self._fill()  # pages that have become free above
+        self._fill()  # pages freed above
         for line in [*self._lines.values()]:
             if line.sock is None:
                 continue
@@ -416,7 +416,7 @@ class Sender(Mover):
         return IDLE_MS
 
     def _fill(self) -> None:
-        """Copy what has been pulled into pages, one of each taker in turn."""
+        """Copy requested portions into pages, round-robin over the takers."""
         lines = [line for line in self._lines.values() if line.pulled]
         while lines:
             for line in [*lines]:
@@ -440,7 +440,7 @@ class Sender(Mover):
         cargo.busy, cargo.copied = False, True
         self._copied(cargo.portion)
         assert cargo.page is not None
-        if line.cargo.get(number) is not cargo:  # dropped meanwhile
+        if line.cargo.get(number) is not cargo:  # dropped in the meantime
             self._free(line, cargo)
             return
         self.counts.sent_bytes += cargo.nbytes
@@ -453,7 +453,7 @@ class Sender(Mover):
             line.pair.send(number, self.pages.device(cargo.page)[: cargo.nbytes])
 
     def _step(self, line: _Line, pair: Pair) -> None:
-        """Go on with what a communicator does."""
+        """Advance the operations of communicators."""
         for key, value in pair.to_tell():
             self._tell(line, Known(key, value))
         for number in pair.done(self.clock.now):
@@ -464,7 +464,7 @@ class Sender(Mover):
             self._hang_up(line, pair.failed)
 
     def _flush(self, line: _Line) -> bool:
-        """Give the socket what it takes; gives whether there is more."""
+        """Send what the socket accepts; returns whether there is more."""
         assert line.sock is not None
         try:
             while line.control:
@@ -512,4 +512,4 @@ class Sender(Mover):
 
 
 class _Nonsense(Exception):
-    """What no taker of ours could have meant."""
+    """A message that no correct taker could have sent."""

@@ -1,4 +1,4 @@
-"""K/V to a rank of a decode node from those who send them.
+"""Receives K/V on a rank of a decode node from ranks of prefill nodes.
 
 Owns the socket that they connect to, what each of them has announced, and what is on its way from
 there into a page, and from a page into slots. Nothing but this thread writes into slots of a
@@ -44,32 +44,32 @@ from asyncllm.messages.transfer import (
     Taken,
 )
 
-MOST_FRAMES = 256  # are read in one turn
+MOST_FRAMES = 256  # read per iteration
 MOST_READY = 1 << 16  # portions that a sender may have announced
 MOST_RANKS = 1024
-GONE_S = 30.0  # who was refused, and is silent for so long, is forgotten
+GONE_S = 30.0  # refused connections are forgotten after this much silence
 
 log = logging.getLogger(__name__)
 
 
 class _State(Enum):
-    """Where a portion is; its page may be used for another in those that say so."""
+    """The state of a portion; says whether its page may be reused."""
 
     READY = 0  # at its sender; it has no page
-    PULLED = 1  # it is waited for, or comes in pieces: the page may be given back
-    FETCHING = 2  # into the page, by what cannot be stopped at once
-    FETCHED = 3  # in the page, if it was kept at its sender: the page may be given back
-    WRITING = 4  # out of the page
+    PULLED = 1  # requested, or arriving in pieces: the page may be freed
+    FETCHING = 2  # being copied into the page, which cannot be cancelled
+    FETCHED = 3  # in the page, if its sender confirms: the page may be freed
+    WRITING = 4  # being copied out of the page
 
 
 @dataclass(slots=True, eq=False)
 class _Portion:
-    """What a sender has announced.
+    """A portion announced by a sender.
 
     Attributes:
-        page: where it is to come; -1: nowhere yet.
-        got: bytes that have come in pieces.
-        since: when something was last heard of it.
+        page: its page; -1: none yet.
+        got: bytes received in pieces.
+        since: time of the last progress.
     """
 
     epoch: int
@@ -82,22 +82,22 @@ class _Portion:
 
     @property
     def busy(self) -> bool:
-        """Its page is in use."""
+        """Whether its page is in use."""
         return self.state in (_State.FETCHING, _State.WRITING)
 
 
 @dataclass(slots=True, eq=False)
 class _Guest:
-    """A connection, and the rank that has opened it.
+    """A connection, and the rank at its other end.
 
     Attributes:
-        name: for the log; "": it has not said who it is.
-        out: frames for it that ZeroMQ has no room for yet.
-        moved: when ZeroMQ last took one, or when the first of ``out`` was put there.
-        over: nothing that it says is heard any more.
-        early: by epoch, since when, and what has been said of it.
-        ready: numbers of what it has announced and we have not pulled, in order.
-        portions: by number; those too that have been pulled.
+        name: for the log; "": not identified yet.
+        out: frames queued for it because ZeroMQ is full.
+        moved: when ZeroMQ last accepted one, or when the first of ``out`` was queued.
+        over: further frames from it are ignored.
+        early: by epoch: since when, and its announcements.
+        ready: numbers of announced portions not requested yet, in order.
+        portions: by number, including requested ones.
     """
 
     ident: bytes
@@ -123,7 +123,7 @@ class _Guest:
 
 
 class Door:
-    """Where a rank listens; made before anything is loaded, so that a busy port ends the start.
+    """The listening socket of a rank; created first, so that a busy port fails the start early.
 
     Args:
         keys: of the cluster.
@@ -152,7 +152,7 @@ class Door:
         self.port = int(self.sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     def close(self) -> None:
-        """Nobody is heard any more."""
+        """Stop listening."""
         self.strangers.close()
         self.ctx.destroy(0)
 
@@ -161,9 +161,9 @@ class Taker(Mover):
     """See the module.
 
     Args:
-        ways: of moving bytes that this rank has.
+        ways: transports that this rank supports.
         node: the id of this server.
-        door: where it listens; it belongs to the thread from now on.
+        door: its listening socket, owned by the thread from now on.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Taker(Mover):
         self.inbox = Inbox(cache(lambda tp: share.partners(tp, sent=False)))
         self.guests: dict[bytes, _Guest] = {}
         self._strips: dict[tuple[int, int], Strips] = {}
-        self._ending: list[tuple[_Guest, Pair]] = []  # whose pages may still be written
+        self._ending: list[tuple[_Guest, Pair]] = []  # connections whose pages may still be written
         self._log = Seldom(log)
         self.door, self._strangers, self.port = door.sock, door.strangers, door.port
         self.poller.register(self.door, zmq.POLLIN)
@@ -195,19 +195,19 @@ class Taker(Mover):
                 entry = OpenImport(msg.rid, msg.hit, msg.length, slots, since=self.clock.now)
                 self.inbox.expect(entry)
                 self._hear_early(msg.rid)
-                if not self.share.partners(self.share.wire.tp, sent=False):  # it has padding alone
+                if not self.share.partners(self.share.wire.tp, sent=False):  # only padding heads
                     self._end(self.inbox.drop(msg.rid, ""), arrived=True)
             case Forget(rid):
                 self._drop(rid, "")
-            case _:  # others are the other end's
+            case _:  # others are for the sender
                 raise TypeError(type(msg).__name__)
 
     def _drop(self, rid: int, why: str) -> None:
-        """Write nothing more of a request; ``why`` "": its scheduler says so."""
+        """Stop writing K/V of a request; ``why`` "": on its scheduler's request."""
         self._end(self.inbox.drop(rid, why))
 
     def _end(self, entry: OpenImport | None, *, arrived: bool = False) -> None:
-        """An import is over: say so here and to its senders, and free its pages."""
+        """End an import: notify the scheduler and its senders, and free its pages."""
         if entry is None:
             return
         arrived = arrived or entry.why is None
@@ -316,7 +316,7 @@ class Taker(Mover):
                 raise Impossible(f"a {type(msg).__name__} that it cannot have meant")
 
     def _keep(self, guest: _Guest, epoch: int, msg: Message) -> None:
-        """Its request has not been heard of here: our scheduler's word may still be on its way."""
+        """Its request is unknown here: our scheduler's message may still be on its way."""
         _, said = guest.early.setdefault(epoch, (self.clock.now, []))
         said.append(msg)
         guest.num_early += 1
@@ -384,7 +384,7 @@ class Taker(Mover):
             self._write(guest, msg.number, portion)
 
     def _filled(self, guest: _Guest, msg: Filled) -> None:
-        """The bytes lie in a page of the sender's."""
+        """The bytes are in a page of the sender's."""
         number, portion = msg.number, guest.portions.get(msg.number)
         if portion is None:
             # its request has ended here; what a communicator sends must be received all the same
@@ -415,7 +415,7 @@ class Taker(Mover):
         for guest in guests:
             if guest.pair is not None:
                 self._step(guest, guest.pair)
-        self._pull()  # into pages that have become free above
+        self._pull()  # into pages freed above
         more = [self._flush(guest) and not guest.over for guest in guests]
         for guest, pair in [entry for entry in self._ending if entry[1].closed]:
             self._ending.remove((guest, pair))
@@ -425,14 +425,14 @@ class Taker(Mover):
         return SOON_MS if any(more) else IDLE_MS
 
     def _pull(self) -> None:
-        """Ask for what there is room for, one portion of each sender in turn."""
+        """Request portions while there are free pages, round-robin over the senders."""
         guests = [g for g in self.guests.values() if g.ready and not g.over]
         self.counts.waiting = sum(len(guest.ready) for guest in guests)
         while guests:
             guests = [guest for guest in guests if self._pull_one(guest)]
 
     def _pull_one(self, guest: _Guest) -> bool:
-        """Gives whether there may be another one."""
+        """Request one portion of a sender; returns whether there may be another one."""
         while guest.ready and (portion := guest.portions.get(guest.ready[0])) is None:
             guest.ready.popleft()  # its request has ended
         if not guest.ready or (guest.pair is not None and not guest.pair.ready):
@@ -446,7 +446,7 @@ class Taker(Mover):
         return True
 
     def _write(self, guest: _Guest, number: int, portion: _Portion) -> None:
-        """All bytes are here: put them where they belong, if that is still theirs."""
+        """All bytes are here: copy them to their slots, if the request is still open."""
         place = portion.epoch, guest.rank, portion.first, portion.count
         slots = self.inbox.write(*place)
         if slots is None:
@@ -457,7 +457,7 @@ class Taker(Mover):
         self.copies.watch(copied, partial(self._written, guest, number, portion))
 
     def _done(self, guest: _Guest, number: int, portion: _Portion) -> None:
-        """A portion needs its page no more."""
+        """A portion no longer needs its page."""
         guest.portions.pop(number, None)
         self._free(guest, portion)
         if guest.way != P2P:  # there it was said when the bytes had been fetched
@@ -471,7 +471,7 @@ class Taker(Mover):
         self._end(self.inbox.written(*place))
 
     def _fetched(self, guest: _Guest, number: int, portion: _Portion) -> None:
-        """The bytes of a sender's page are in ours."""
+        """The bytes of a sender's page have been copied into ours."""
         portion.state, portion.since = _State.FETCHED, self.clock.now
         wanted = portion.epoch in self.inbox.imports
         if guest.portions.get(number) is not portion or not wanted:  # ended meanwhile
@@ -483,7 +483,7 @@ class Taker(Mover):
             self._write(guest, number, portion)
 
     def _step(self, guest: _Guest, pair: Pair) -> None:
-        """Go on with what a communicator does."""
+        """Advance the operations of communicators."""
         for key, value in pair.to_tell():
             self._tell(guest, Known(key, value))
         for number in pair.done(self.clock.now):
@@ -501,13 +501,13 @@ class Taker(Mover):
         guest.out.append(encode(msg))
 
     def _flush(self, guest: _Guest) -> bool:
-        """Give the socket what it takes; gives whether there is more."""
+        """Send what the socket accepts; returns whether there is more."""
         try:
             while guest.out:
                 self.door.send_multipart([guest.ident, guest.out[0]], zmq.NOBLOCK)
                 guest.out.popleft()
                 guest.moved = self.clock.now
-        except zmq.Again:  # many are said in a turn when many requests end
+        except zmq.Again:  # many frames are sent at once when many requests end
             return True
         except zmq.ZMQError:  # its connection is closed
             guest.out.clear()
@@ -515,9 +515,9 @@ class Taker(Mover):
         return False
 
     def _refuse(self, guest: _Guest, why: str) -> None:
-        """Hear nothing more of it; the others go on."""
+        """Ignore further frames from it; the others continue."""
         self._log.warning("K/V of %s are refused: %s", guest.name or "nobody we know", why)
-        guest.out.clear()  # it is to hear this at once, and no more
+        guest.out.clear()  # send only the refusal, at once
         self._tell(guest, Refused(why))
         self._end_guest(guest, why)
 
@@ -562,7 +562,7 @@ class Taker(Mover):
                 self._drop(entry.rid, why)
 
     def _late(self, entry: OpenImport) -> str:
-        """Why an import will not come to its end; "": it may."""
+        """Why an import cannot complete; "": it may."""
         now, times = self.clock.now, self.times
         if entry.tp == 0:
             late = now - entry.since > times.first_s

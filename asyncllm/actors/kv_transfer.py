@@ -1,6 +1,6 @@
-"""K/V transfer: what the scheduler says about requests that move, to the thread that moves them.
+"""K/V transfer: forwards the scheduler's messages to the thread that transfers K/V, and back.
 
-Owns that thread, and no state beside it: see ``kv_sender`` and ``kv_taker``.
+Owns that thread, and no other state: see ``kv_sender`` and ``kv_taker``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class KvTransfer(Actor[TransferInbox]):
 
     Args:
         mover: the thread, not started.
-        address: where others connect to it; "": nobody does, it sends.
+        address: where senders connect to it; "": it is a sender itself.
     """
 
     remote = frozenset({Import, Export, Computed, Forget})
@@ -72,7 +72,7 @@ class KvTransfer(Actor[TransferInbox]):
             self._mover.put(moving)
 
     async def closing(self) -> None:
-        """What is on its way to others arrives, unless they are gone."""
+        """Wait until data in transit to others has arrived, unless they are gone."""
         await asyncio.to_thread(self._mover.drained.wait, DRAINED_S)
 
     def stopped(self) -> None:
@@ -85,10 +85,10 @@ class KvTransfer(Actor[TransferInbox]):
         return f"{moved / 1e9:.2f} GB moved, {counts.waiting} pages wait"
 
     def _post(self, callback: Callable[[T], object], value: T) -> None:
-        """From the thread."""
+        """Called by the thread with its messages."""
         try:
             self.system.loop.call_soon_threadsafe(callback, value)
-        except RuntimeError:  # the loop has been closed: nobody is left to tell
+        except RuntimeError:  # the loop is closed: nobody is left to notify
             if not self.system.loop.is_closed():
                 raise
 

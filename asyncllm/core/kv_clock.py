@@ -1,4 +1,4 @@
-"""Time in which this process could have acted, and pages shared out among those who want them.
+"""A clock that excludes the time this process was stopped, and a fair pool of pages.
 
 Knows neither sockets nor what pages hold.
 """
@@ -10,12 +10,12 @@ from time import monotonic
 
 
 class LocalClock:
-    """Seconds, but for those in which this process was stopped or had no processor.
+    """Seconds, excluding time in which this process was stopped or did not run.
 
-    Whoever waits for others must not take its own absence for theirs.
+    A process that waits for others must not mistake its own absence for theirs.
 
     Args:
-        most_s: between two looks, at most so much passes; the owner looks more often.
+        most_s: maximum time counted between two looks; the owner looks more often.
     """
 
     def __init__(self, most_s: float, clock: Callable[[], float] = monotonic) -> None:
@@ -23,14 +23,14 @@ class LocalClock:
         self._last, self.now = clock(), 0.0
 
     def look(self) -> float:
-        """The time now; ``now`` stays at it until the next look."""
+        """Update and return ``now``, which stays the same until the next look."""
         last, self._last = self._last, self._clock()
         self.now += min(self._last - last, self._most_s)
         return self.now
 
 
 class PagePool:
-    """Which pages are free, and who holds how many.
+    """Free pages, and how many each peer holds.
 
     Who holds as many as are free gets no more: so one peer alone may hold half of them, and those
     that stand still never hold all before several others have had theirs.
@@ -43,11 +43,11 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """How many nobody holds."""
+        """Number of free pages."""
         return len(self._free)
 
     def take(self, who: Hashable) -> int | None:
-        """A page; None: there is none for ``who`` now."""
+        """Take a page; None: there is none for ``who`` now."""
         held = self._held.get(who, 0)
         if not self._free or held > len(self._free):
             return None
@@ -55,7 +55,7 @@ class PagePool:
         return self._free.pop()
 
     def give(self, who: Hashable, page: int) -> None:
-        """Give back one that ``who`` holds."""
+        """Free a page that ``who`` holds."""
         assert 0 <= page < self.num
         assert page not in self._free, f"page {page} given back twice"
         self._free.append(page)

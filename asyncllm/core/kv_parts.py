@@ -1,4 +1,4 @@
-"""Which rank of one server sends which heads of K and V to which rank of another.
+"""Decides which rank of one server sends which K/V heads to which rank of another.
 
 Heads are told by their numbers in the whole model, so the two may be divided in different ways.
 Knows heads; knows neither tensors nor who the ranks are.
@@ -16,15 +16,15 @@ HeldHeads = Sequence[
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Neighbouring heads, counted from the first one at each end."""
+    """Adjacent heads, with their local start index at each end."""
 
-    sent: int  # the first, as its sender counts
-    taken: int  # the first, as its receiver does
+    sent: int  # index of the first at the sender
+    taken: int  # index of the first at the receiver
     count: int
 
 
 def part(held: HeldHeads, wanted: HeldHeads, sender: int, receiver: int) -> Part | None:
-    """What ``sender`` of the ranks that hold K/V sends to ``receiver`` of those that want it.
+    """The heads that ``sender`` (of ``held``) sends to ``receiver`` (of ``wanted``).
 
     Every receiver gets each of its heads from one sender. Where several hold one, the receivers
     take turns among them. Padding does not travel. None: nothing does.

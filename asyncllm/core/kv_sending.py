@@ -1,4 +1,4 @@
-"""What of which request is still to be sent to whom, on one rank of a prefill node.
+"""Tracks which K/V one rank of a prefill node still has to send, and to whom.
 
 Knows positions and slots; knows neither sockets nor bytes nor when anything is sent.
 """
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, eq=False)
 class Lot:
-    """Computed K/V, whose slots stay as they are until all of it has been copied.
+    """Computed K/V, whose slots must not change until all of it has been copied.
 
     Attributes:
         first: the position of the first slot.
         left: portions, or takers for whom it is not divided yet, that still need the slots.
-        copying: copies of it that are under way.
-        dropped: nobody needs it any more.
-        said: it has been said that its slots are free.
+        copying: running copies of it.
+        dropped: nobody needs it any longer.
+        said: it was reported that its slots are free.
     """
 
     rid: int
@@ -33,7 +33,7 @@ class Lot:
 
     @property
     def end(self) -> int:
-        """The position behind the last one."""
+        """The end position."""
         return self.first + len(self.slots)
 
     def is_over(self) -> bool:
@@ -45,7 +45,7 @@ class Lot:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Portion:
-    """Neighbouring positions of a lot, for one taker: a page of bytes."""
+    """Adjacent positions of a lot, for one taker: a page of bytes."""
 
     lot: Lot
     epoch: int
@@ -60,12 +60,12 @@ class Portion:
 
 @dataclass(slots=True, eq=False)
 class OpenExport:
-    """A request whose K/V are wanted elsewhere.
+    """A request whose K/V are needed elsewhere.
 
     Attributes:
         hit, length: the positions that are.
         takers: ranks there that still get something from this one.
-        lots: by their numbers, those whose slots are not free yet.
+        lots: lots whose slots are not free yet, by number.
         computed: when the last of them could be sent; None: not yet.
     """
 
@@ -79,12 +79,12 @@ class OpenExport:
 
 
 class PageOutbox:
-    """The exports of one rank. Every lot is said to be over exactly once."""
+    """The exports of one rank. Every lot is reported as over exactly once."""
 
     def __init__(self) -> None:
         self.exports: dict[int, OpenExport] = {}
-        self._waiting: list[Lot] = []  # for the step that computes them
-        self._over = 0  # the last step that is
+        self._waiting: list[Lot] = []  # waiting for the step that computes them
+        self._over = 0  # the last finished step
 
     def export(self, export: OpenExport) -> None:
         """A request that will be sent. A second one of its rid is ignored."""
@@ -128,7 +128,7 @@ class PageOutbox:
         return [Portion(lot, export.epoch, at, min(tokens, lot.end - at)) for at in firsts]
 
     def copied(self, portion: Portion) -> bool:
-        """A copy that was under way is done. Gives whether the lot's slots are free now."""
+        """A copy is done; returns whether the lot's slots are free now."""
         lot = portion.lot
         lot.copying -= 1
         lot.left -= 1

@@ -1,6 +1,6 @@
-"""What of which request has come and what is still to come, on one rank of a decode node.
+"""Tracks which K/V one rank of a decode node has received and still expects.
 
-Only what is written here says which slots may be written: of an epoch that is not here, none. Knows
+The only authority on which slots may be written: none of an epoch that is not open here. Knows
 positions and slots; knows neither sockets nor bytes.
 """
 
@@ -16,20 +16,20 @@ MOST_ENDED = 1 << 16
 
 
 class Impossible(Exception):
-    """What no sender of ours could have meant."""
+    """A message that no correct sender could have sent."""
 
 
 @dataclass(slots=True, eq=False)
 class OpenImport:
-    """A request whose K/V come from elsewhere.
+    """A request whose K/V are received from elsewhere.
 
     Attributes:
-        hit, length: the positions that are to come.
+        hit, length: the positions to receive.
         since: when it was told of, or when its first sender was heard of.
         tp: ranks of the server that they come from; 0: none has been heard of.
-        had: by sender, what has been written of what it sends.
-        links: by sender, the connection it uses.
-        writing: copies into its slots that are under way.
+        had: written positions, by sender.
+        links: the connection of each sender.
+        writing: running copies into its slots.
         why: it is over, for this reason, as soon as no copy is under way; None: it is not.
     """
 
@@ -46,7 +46,7 @@ class OpenImport:
 
     @property
     def complete(self) -> bool:
-        """All has been written."""
+        """Whether everything has been written."""
         wanted = [(self.hit, self.length)]
         return self.tp > 0 and all(list(spans) == wanted for spans in self.had.values())
 
@@ -61,20 +61,20 @@ class Inbox:
     def __init__(self, senders: Callable[[int], tuple[int, ...]]) -> None:
         self._senders = senders
         self.imports: dict[int, OpenImport] = {}
-        self._ended: dict[int, None] = {}  # the last epochs that were here, or came in vain
+        self._ended: dict[int, None] = {}  # recently ended or rejected epochs
 
     def is_early(self, epoch: int) -> bool:
         """Whether it has never been here: its sender may have been quicker than our scheduler."""
         return epoch not in self.imports and epoch not in self._ended
 
     def end(self, epoch: int) -> None:
-        """It is not early any more, but unknown."""
+        """Mark an epoch as ended, so that it is no longer early."""
         self._ended[epoch] = None
         if len(self._ended) > MOST_ENDED:
             del self._ended[next(iter(self._ended))]
 
     def expect(self, entry: OpenImport) -> None:
-        """From now on K/V of this rid may be written."""
+        """Allow writing K/V of this rid."""
         self.imports[entry.rid] = entry
 
     def begin(self, epoch: int, tp: int, sender: int, link: Hashable, now: float) -> bool:
@@ -99,7 +99,7 @@ class Inbox:
         """Whether some of these positions are still to come from a rank.
 
         Raises:
-            Impossible: they are none of the request's.
+            Impossible: they do not belong to the request.
         """
         entry = self.imports.get(epoch)
         if entry is None or entry.why is not None or sender not in entry.links:

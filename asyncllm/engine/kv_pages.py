@@ -1,4 +1,4 @@
-"""K/V of some slots as pages of bytes, and back: what travels between servers.
+"""Packs K/V of slots into pages of bytes and back, for transfers between servers.
 
 A page is a share of this rank's K/V: of some tokens, in each layer's tensors, the bytes of some
 neighbouring heads. It has no gaps, and quantised K/V stay as they are. Owns the memory of pages and
@@ -28,7 +28,7 @@ class KvBytes:
 
     Args:
         kv: of each layer, with one slot space for all.
-        layout: that made them.
+        layout: that created them.
     """
 
     def __init__(self, kv: Sequence[LayerKv], layout: KvLayout) -> None:
@@ -40,7 +40,7 @@ class KvBytes:
 
     @property
     def slot_bytes(self) -> int:
-        """Of a token."""
+        """Bytes per token."""
         return sum(rows.shape[1] for _, tensors in self._layers for rows in tensors)
 
     def whole(self) -> Strips:
@@ -71,14 +71,14 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 class Copied(Protocol):
-    """A copy that is queued."""
+    """A queued copy."""
 
     def wait(self) -> None:
         """Block, without the GIL, until it is done. Raises what the device raised."""
 
 
 class Pages(Protocol):
-    """A number of pages, and what copies between them and slots.
+    """A number of pages, and copies between them and slots.
 
     Attributes:
         num: pages, from 0 on.
@@ -103,7 +103,7 @@ class Pages(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A copy that is over."""
+    """A finished copy."""
 
     def wait(self) -> None:
         pass
@@ -171,7 +171,7 @@ class CpuPages:
     """Pages in main memory; copies are made at once.
 
     Args:
-        memory: [num, size] bytes, e.g. shared with another process; None: of its own.
+        memory: [num, size] bytes, e.g. shared with another process; None: its own memory.
     """
 
     def __init__(self, num: int, size: int, memory: Tensor | None = None, shared: str = "") -> None:
@@ -261,7 +261,7 @@ class CudaPages:
 
     @property
     def _pinned(self) -> Tensor:
-        """Made when it is first asked for: not all ways between servers lead through the host."""
+        """Allocated on first use: not all transports go through the host."""
         if self._host is None:
             self._host = torch.empty(self.num, self.size, dtype=torch.uint8, pin_memory=True)
         return self._host

@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import ProcessGroupGloo, Store, Work
 
 from asyncllm.engine.kv_pages import Copied, Waiter, recorded
 
-NEVER = timedelta(days=365)  # the clocks of torch end the process; ours end the pair
+NEVER = timedelta(days=365)  # torch's timeouts end the process; ours end the pair
 
 
 class Communicator(Protocol):
@@ -36,11 +36,11 @@ class Communicator(Protocol):
         """Queue a tensor that comes from the other rank."""
 
     def abort(self) -> None:
-        """Have works that hang end."""
+        """Abort hanging operations."""
 
 
 class PairMeeting(Store):
-    """What two processes tell each other so that their communicators find each other.
+    """A store through which two processes exchange what their communicators need to connect.
 
     What is set here is to be told to the other side, and what is asked for here comes from there.
     """
@@ -53,13 +53,13 @@ class PairMeeting(Store):
         self.outbox: deque[tuple[str, bytes]] = deque()
 
     def known(self, key: str, value: bytes) -> None:
-        """The other side has set it."""
+        """Record a value that the other side has set."""
         with self._changed:
             self._values[key] = value
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Whoever waits for something waits no more."""
+        """Wake everyone who waits for a key."""
         with self._changed:
             self._over = True
             self._changed.notify_all()
@@ -100,9 +100,9 @@ class Pair:
         wake: called in threads of this pair when there is something to look at.
 
     Attributes:
-        ready: pages can go.
-        failed: why they cannot any more; "": they can, or will.
-        closed: nothing reads or writes any page any more.
+        ready: pages can be sent.
+        failed: why they no longer can; "": they can, or will.
+        closed: no page is read or written any longer.
     """
 
     def __init__(
@@ -127,12 +127,12 @@ class Pair:
         threading.Thread(target=self._run, name="kv pair", daemon=True).start()
 
     def to_tell(self) -> Iterable[tuple[str, bytes]]:
-        """What the other side is to be told."""
+        """Keys and values to send to the other side."""
         while self._meeting.outbox:
             yield self._meeting.outbox.popleft()
 
     def known(self, key: str, value: bytes) -> None:
-        """The other side has told this."""
+        """Record a key and value from the other side."""
         self._meeting.known(key, value)
 
     def send(self, number: int, page: Tensor) -> None:
@@ -141,12 +141,12 @@ class Pair:
         self._jobs.put((number, page, True))
 
     def receive(self, number: int, page: Tensor) -> None:
-        """Queue a page to come."""
+        """Queue receiving a page."""
         self._under_way += 1
         self._jobs.put((number, page, False))
 
     def done(self, now: float) -> Iterable[int]:
-        """The numbers of pages that have gone or come since this was last asked."""
+        """The numbers of pages sent or received since the last call."""
         try:
             for then in self._waiter.over():
                 then()

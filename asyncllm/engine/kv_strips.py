@@ -1,4 +1,4 @@
-"""Which bytes of which K/V tensors make up a page, and the copies on the CPU.
+"""Describes which bytes of which K/V tensors make up a page; does the copies on the CPU.
 
 Knows bytes of rows; knows neither pages' memory nor heads.
 """
@@ -19,7 +19,7 @@ KINDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # that the CPU doe
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Neighbouring bytes of each row of a tensor.
+    """A range of bytes in each row of a tensor.
 
     Attributes:
         rows: [num_slots, row_bytes] uint8, contiguous.
@@ -43,12 +43,12 @@ class Strips:
 
     @property
     def width(self) -> int:
-        """Bytes of a token, in all of them."""
+        """Bytes per token, over all strips."""
         return sum(strip.width for strip in self.strips)
 
     @cached_property
     def word(self) -> int:
-        """Bytes that divide all addresses."""
+        """The largest word size that divides all addresses."""
         sizes = [
             size
             for s in self.strips

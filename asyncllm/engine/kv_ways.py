@@ -37,7 +37,7 @@ _MEMORY = re.compile(r"cpu:(\d{1,9}):(\d{1,6}):(\d{1,19}):(\d{1,9}):(\d{1,18})")
 
 
 def machine_id() -> str:
-    """The same for all processes of a machine, another after its restart."""
+    """Identifies the machine; changes when it restarts."""
     return _BOOT_ID.read_text().strip()
 
 
@@ -50,24 +50,24 @@ class PeerWindow(Protocol):
         """Whether there is such a page, with so many bytes."""
 
     def fetch(self, page: int, here: Tensor) -> Copied:
-        """Queue a copy of the beginning of a page there to ``here``."""
+        """Queue a copy of the start of a remote page to ``here``."""
 
     def close(self) -> None:
-        """Look no more there."""
+        """Unmap the memory."""
 
 
 class Unreachable(Exception):
-    """The memory of another process cannot be seen from here."""
+    """The memory of another process is not accessible from here."""
 
 
 @dataclass(slots=True)
 class Ways:
-    """How a rank's pages can travel.
+    """The transports of a rank's pages.
 
     Attributes:
-        names: those it offers, best first.
+        names: the transports it offers, best first.
         machine: see :func:`machine_id`.
-        memory: where others find its pages; "": it only takes, or they cannot be seen.
+        memory: where others find its pages; "": it only receives, or they are not accessible.
         device: of its K/V.
         timeout_s: for a page to go through a communicator.
         backend: that makes communicators for a place (0 or 1) in a pair.
@@ -96,7 +96,7 @@ class Ways:
         return None, None
 
     def nothing_in_common(self, theirs: Sequence[str]) -> str:
-        """Why there is no way."""
+        """Why there is no common transport."""
         ours = ", ".join(self.names)
         return (
             f"K/V cannot travel between these two: one has {', '.join(theirs)}, the other {ours} "
@@ -121,7 +121,7 @@ def refuse(mode: str, device: torch.device) -> None:
 def make_ways(
     mode: str, num: int, size: int, device: torch.device
 ) -> tuple[CpuPages | CudaPages, Ways]:
-    """Pages, and how they can travel as ``--pd_trans_mode`` asks.
+    """Create the pages and their transports according to ``--pd_trans_mode``.
 
     Args:
         num, size: pages, and bytes of each.
