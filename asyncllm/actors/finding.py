@@ -13,6 +13,7 @@ import aiohttp
 
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.transport import netloc
+from asyncllm.config.roles import MOST_PORT
 
 AGAIN_S = (0.2, 2.0)  # first and longest wait before asking again
 ASK_S = 3.0  # for its answer
@@ -125,6 +126,6 @@ async def _ask(url: str) -> int:
     ):
         told = json.loads(await reply.content.read(MOST_ANSWER))
         port = told["port"] if isinstance(told, dict) else 0
-        if type(port) is not int or not 0 < port < 1 << 16:
+        if type(port) is not int or not 0 < port <= MOST_PORT:
             raise ValueError(f"{url} tells no port")
         return port

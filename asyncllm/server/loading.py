@@ -42,7 +42,7 @@ from asyncllm.server.ahead import Ahead
 from asyncllm.server.launch import Boot
 from asyncllm.templates import Chats
 from asyncllm.text import Mode, Text, load_tokenizer, with_controls
-from asyncllm.topology import MASTER, MOVER
+from asyncllm.topology import MASTER, MOVER, Topology
 
 logger = logging.getLogger(__name__)
 
@@ -246,9 +246,9 @@ def _about_chats(fault: str, reason: str) -> Iterator[str]:
         )
 
 
-def _share_memory(boot: Boot) -> bool:
-    """Whether all ranks that sum together are on one node."""
-    together = boot.topology.ranks if boot.topology.in_step else boot.group
+def share_memory(topology: Topology, group: int) -> bool:
+    """Whether all ranks that sum with those of a group are on one node."""
+    together = topology.ranks if topology.in_step else topology.group(group)
     return len({rank.node for rank in together}) == 1
 
 
@@ -278,7 +278,8 @@ def _load_device(
             kv=KvMode.named(resolved.kv_mode),
             asked=quantisation.from_text(resolved.quant),
             world=None if ranks is None else ranks.world,
-            symmetric=not boot.config.disable_symm_mem_allreduce and _share_memory(boot),
+            symmetric=not boot.config.disable_symm_mem_allreduce
+            and share_memory(boot.topology, boot.me.group),
             progress=lambda done, _: bar.advance(done - bar.done_bytes),
         )
     with log.phase("allocate KV"):

@@ -689,6 +689,15 @@ def test_more_free_room_is_likelier() -> None:
     assert 0 < chosen[1] < chosen[2] / 4
 
 
+def test_chance_knows_no_room() -> None:
+    world = served(PREFILL, PREFILL, DECODE, strategy="random")
+    full = world.core.nodes.get(1)
+    assert full is not None
+    full.used = 900
+    chosen = Counter(places(world, [[1] * 200] * 300))
+    assert min(chosen[1], chosen[2]) > 100
+
+
 def test_a_crowd_with_one_beginning_is_divided() -> None:
     world = served(PREFILL, PREFILL, DECODE)
     for rid in range(1, 31):

@@ -50,6 +50,7 @@ async def status(server: Server, path: str, **headers: str) -> int:
 async def test_every_route_but_health_wants_a_key(server: Server) -> None:
     for path in ("/health", "/healthz", "/liveness", "/readiness", "/health?x=1", "/health/"):
         assert await status(server, path) == 200
+    assert await status(server, "/cluster") == 404  # of servers that others connect to
     for path in ("/v1/models", "/metrics", "/token_load", "/tokens", "/get_model_name", "/",
                  "/generate", "/nope", "/HEALTH", "//health"):  # fmt: skip
         assert await status(server, path) == 401, path

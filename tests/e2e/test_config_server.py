@@ -17,10 +17,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.e2e.answers import ready
+from tests.e2e.answers import REQUESTS, alike, ready, whole
 from tests.e2e.process import START_S, Server, free_port, stream_text, wait_until
 
-COMMON = ("--device", "cpu", "--running_max_req_size", "8", "--max_req_total_len", "512")
+COMMON = ("--device", "cpu", "--running_max_req_size", "8", "--max_req_total_len", "1024")
 NODE = (*COMMON, "--max_total_token_num", "2048")
 IDS = [5, 6, 7, 8, 9]
 LONG = {"max_tokens": 400, "temperature": 0, "ignore_eos": True}
@@ -128,7 +128,9 @@ def streamed(server: Server, body: dict[str, Any], meanwhile: Callable[[], objec
 def test_a_config_server_needs_no_model_and_tells_who_is_there(site: Site) -> None:
     for path in ("/health", "/healthz", "/ping", "/liveness", "/readiness", "/version"):
         assert site.server.get(path)
-    port = json.loads(site.server.get("/cluster"))["port"]
+    told = json.loads(site.server.get("/cluster"))
+    assert [*told] == ["port"]
+    port = told["port"]
     assert ("127.0.0.9", port) in site.server.listeners()
     assert 'asyncllm_members{role="pd_master"} 2.0' in site.server.get("/metrics")
     status, message = error_of(site.server, "/v1/models")
@@ -155,6 +157,17 @@ def test_nodes_serve_all_masters_and_say_where_these_are(site: Site) -> None:
     assert status == 400
     assert address(site.one) in message
     assert address(site.two) in message
+
+
+@pytest.mark.cluster
+def test_both_masters_answer_as_one_server(site: Site, tmp_path: Path) -> None:
+    with Server(site.model_dir, tmp_path / "one", *NODE) as alone:
+        for name in REQUESTS:
+            wanted = whole(alone, name)
+            for master in (site.one, site.two):
+                got = whole(master, name)
+                assert alike(got, wanted), (name, got, wanted)
+    assert site.decode.metric("asyncllm_prompt_tokens_computed_total") == 0
 
 
 def test_a_stored_response_is_at_one_master_and_others_say_at_which(site: Site) -> None:

@@ -6,7 +6,9 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
+from asyncllm.server.loading import share_memory
 from asyncllm.topology import FOLLOWER, LEADER, LOCKSTEP, Endpoint, Topology
 
 # two groups of two ranks that step together; in the second the later endpoint is the first rank
@@ -96,3 +98,23 @@ def test_each_group_computes_by_itself_and_all_add_up_experts() -> None:
         [3, 4, every, [10.0, 110.0]],
         [2, 4, every, [10.0, 110.0]],
     ]
+
+
+def test_memory_is_shared_by_those_only_who_sum_on_one_node() -> None:
+    def placed(*nodes: int) -> Topology:
+        pairs = zip(TOPOLOGY.endpoints, nodes, strict=True)
+        return Topology(tuple(replace(each, node=node) for each, node in pairs))
+
+    def apart(topology: Topology) -> Topology:
+        """Groups that do not step together."""
+        roles = [tuple(r for r in each.roles if r != LOCKSTEP) for each in topology.endpoints]
+        pairs = zip(topology.endpoints, roles, strict=True)
+        return Topology(tuple(replace(each, roles=own) for each, own in pairs))
+
+    for topology, wanted in [
+        (placed(0, 0, 0, 0), (True, True)),
+        (placed(0, 0, 1, 1), (False, False)),  # experts are summed over all
+        (apart(placed(0, 0, 1, 1)), (True, True)),
+        (apart(placed(0, 1, 1, 1)), (False, True)),
+    ]:
+        assert tuple(share_memory(topology, group) for group in (0, 1)) == wanted
