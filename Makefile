@@ -1,11 +1,13 @@
 # The developer's commands; `make` alone lists them.
-# Variables: ARGS (more options for the command), PYTHON, VENV, TORCH (what to install as torch on
-# a machine without an NVIDIA driver), ASYNCLLM_CACHE (where the embedded model is kept).
+# Variables: ARGS (more options for the command), JOBS (processes of make test; 0: this one), PYTHON,
+# VENV, TORCH (what to install as torch on a machine without an NVIDIA driver), ASYNCLLM_CACHE (where
+# the embedded model is kept).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+JOBS ?= 2
 export ASYNCLLM_CACHE ?= $(CURDIR)/$(VENV)/asyncllm-cache
 
 BIN := $(VENV)/bin
@@ -56,7 +58,7 @@ serve: $(STAMP)
 	@exec $(BIN)/asyncllm $(PRECISE) $(ARGS)
 
 test: $(STAMP)
-	@$(TEST_ENV) TRITON_INTERPRET=1 $(PYTEST) $(ARGS)
+	@$(TEST_ENV) TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) $(ARGS)
 
 gpu: $(STAMP)
 	@$(TEST_ENV) $(PYTEST) -m 'gpu or multigpu' $(ARGS)

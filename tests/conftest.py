@@ -41,16 +41,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s)"))
 
 
+# of tests/e2e, those that compute much and look at no times
+EMBEDDED = ("test_model", "test_grammar", "test_constraints", "test_load")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Who runs what with -n: files stay whole, and one worker runs all that starts servers, so
-    that no two of these look at times at once."""
+    """Who runs what with -n: files stay whole, and one worker has all tests of servers but those
+    that ask the embedded model, so that no two tests that kill and time processes meet."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "tests/e2e" if file.startswith("tests/e2e/") else file
+            if not file.startswith("tests/e2e/"):
+                return file
+            return "embedded" if Path(file).stem in EMBEDDED else "servers"
 
     return Scheduling(config, log)
 

@@ -170,8 +170,10 @@ def test_names_that_a_schema_forces_come_back(name: str) -> None:
 
 
 def test_every_character_is_itself(grammars: Grammars) -> None:
-    """All of them, in texts of some thousands each."""
-    for first in range(0, 0x110000, 0x2000):
+    """All of the planes that have characters, and the ends of each of the others, in texts of some
+    thousands each."""
+    ends = [plane + end for plane in range(0x40000, 0x110000, 0x10000) for end in (0, 0xE000)]
+    for first in (*range(0, 0x40000, 0x2000), *ends):
         # two halves side by side would be one character in JSON
         apart = "-" if first in (0xC000, 0xE000) else ""
         text = apart.join(map(chr, range(first, first + 0x2000)))

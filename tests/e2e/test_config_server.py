@@ -41,7 +41,9 @@ class Site:
     def begin(self) -> None:
         """Start all, and wait until both masters have both nodes."""
         self.one, self.two = self.start_master("127.0.0.2"), self.start_master("127.0.0.3")
-        self.prefill = self.start_node("prefill", "--tp", "2", *self.meets)
+        self.prefill = self.start_node(
+            "prefill", "--tp", "2", *self.meets, "--nccl_port", str(free_port())
+        )
         self.decode = self.start_node("decode")
         both = {address(self.prefill), address(self.decode)}
         found = wait_until(lambda: nodes_of(self.one) == nodes_of(self.two) == both, START_S)

@@ -48,7 +48,8 @@ def thinker(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     for file in demo_dir.iterdir():
         (folder / file.name).symlink_to(file)
     config = json.loads((demo_dir / "tokenizer_config.json").read_text())
-    config["chat_template"] += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    (template,) = config["chat_template"]
+    template["template"] += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     more = ("--data_type", "fp32", "--reasoning_parser", "think")
