@@ -661,7 +661,8 @@ def main() -> int:
     kinds: Sequence[QuantKind] = options.only or KINDS
     if options.early:
         small = autotune.config_path(torch.cuda.get_device_name())
-        autotune._read(torch.cuda.get_device_name())["launch"] = {"early": {"on": True}}
+        everything = {kernel: {"early": True} for kernel in autotune.EARLY}
+        autotune._read(torch.cuda.get_device_name())["launch"] = everything
         print(f"small kernels are launched early, whatever {small.name} says")
     begin = time.monotonic()
     WITHOUT_LIBRARY.update(without_library(kinds))

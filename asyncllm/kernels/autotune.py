@@ -55,11 +55,15 @@ def tuned(device: torch.device, kernel: str, key: str) -> Entry | None:
     return _read(device_facts(device).name).get(kernel, {}).get(key)
 
 
-def launches_early(device: torch.device) -> bool:
-    """Whether small kernels here begin while the one before still runs, and let the next one begin
-    (programmatic dependent launch, from compute capability 9.0 on): where it was measured to pay.
-    """
-    return tuned(device, "launch", "early") == {"on": True}
+# kernels that can begin early; products with quantised weights have configurations of their own
+EARLY = ("norm", "activation", "rows in 8 bits", "rotation", "decode attention", "product of a row")
+
+
+def launches_early(device: torch.device, kernel: str) -> bool:
+    """Whether ``kernel``, one of ``EARLY``, begins here while the one before still runs, and lets
+    the next one begin (programmatic dependent launch, from compute capability 9.0 on): where it
+    was measured to pay."""
+    return tuned(device, "launch", kernel) == {"early": True}
 
 
 def num_sms(device: torch.device) -> int:

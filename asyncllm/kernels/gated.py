@@ -84,7 +84,7 @@ def gated(x: Tensor, activation: str = "silu", out: Tensor | None = None) -> Ten
     elif out.shape != (num_tokens, width) or out.dtype != x.dtype or out.stride(1) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit x {tuple(x.shape)}")
     if num_tokens and width:
-        early = launches_early(x.device)
+        early = launches_early(x.device, "activation")
         grid = (num_tokens, triton.cdiv(width, _BLOCK))
         _gated_kernel[grid](
             x,

@@ -122,7 +122,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
     if num_tokens == 0:
         return
     block = triton.next_power_of_2(hidden)
-    early = launches_early(x.device)
+    early = launches_early(x.device, "norm")
     _rmsnorm_kernel[(num_tokens,)](
         x,
         x if residual is None else residual,

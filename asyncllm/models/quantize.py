@@ -28,7 +28,8 @@ def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by(x: Tensor, largest: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     most = INT8_MAX if kind == torch.int8 else FP8_MAX
-    scales = (largest / most).clamp_min_(_TINY)
+    # by a tensor: CUDA multiplies by the reciprocal of a number, which may be off by a bit
+    scales = (largest / torch.full_like(largest, most)).clamp_min_(_TINY)
     scaled = x / scales
     if kind == torch.int8:
         scaled.round_()

@@ -45,6 +45,7 @@ KEYS = {
         *(f"wide {kind} {rows}" for kind in WEIGHTS for rows in ("8", "16", "many")),
     },
     "quant ways": set(get_args(QuantKind)),
+    "launch": set(autotune.EARLY),
 }
 READ: dict[str, Callable[[dict[str, Any]], object]] = {
     "decode": lambda entry: DecodeConfig(**entry),
@@ -54,6 +55,7 @@ READ: dict[str, Callable[[dict[str, Any]], object]] = {
     "experts": ExpertsConfig.of,
     "quant": lambda entry: quant_config(entry),
     "quant ways": lambda entry: QuantWays(**entry),
+    "launch": lambda entry: entry == {"early": True} or entry["late"],
 }
 
 

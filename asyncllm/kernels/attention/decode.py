@@ -440,7 +440,7 @@ def decode_attention(
     dim_pad = 2 * padded(head_dim // 2) if pairs else padded(head_dim)
     group_pow = triton.next_power_of_2(group)
     scale_log2, cap_log2 = to_log2(scale, softcap)
-    early = launches_early(q.device)
+    early = launches_early(q.device, "decode attention")
     sizes = {
         "HEADS": num_heads,
         "KV_HEADS": num_kv_heads,

@@ -168,7 +168,7 @@ def rope_kv(
         half_pad = triton.next_power_of_2(half)
         # about 2048 elements a program: 16 a thread with four warps
         heads = max(1, min(1024 // half_pad, triton.next_power_of_2(num_q_heads)))
-        early = launches_early(qkv.device)
+        early = launches_early(qkv.device, "rotation")
         grid = (num_tokens, triton.cdiv(num_q_heads + 2 * num_kv_heads, heads))
         _rope_kv_kernel[grid](
             qkv,

@@ -238,7 +238,7 @@ def _launch(
     if before == "gated" and (blocked or num_rows * pieces <= 2 * num_sms(x.device)):
         piece = min(block, _PIECE)
     warps = block if piece < block and not blocked else piece
-    early = launches_early(x.device)
+    early = launches_early(x.device, "rows in 8 bits")
     if num_rows:
         _rows_kernel[(num_rows, triton.cdiv(width, piece))](
             x,
