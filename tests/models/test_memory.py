@@ -22,6 +22,7 @@ from asyncllm.engine.build import (
     CPU_KV_BYTES,
     MemoryPlan,
     Sizes,
+    build_model,
     make_model,
     plan_memory,
     warm_up,
@@ -32,6 +33,7 @@ from asyncllm.engine.engine import Engine, Outputs, Work
 from asyncllm.engine.parallel import SingleRank
 from asyncllm.errors import StartupError
 from asyncllm.models.llama import Decoder
+from asyncllm.models.quantization import WeightTypes
 from asyncllm.models.spec import ExpertsSpec, ModelSpec
 from tests.conftest import TINY_EXPERTS
 from tests.models.families import CASES, WINDOW, make
@@ -229,6 +231,26 @@ def check_full_step(folder: Path, dtype: str, params: SamplingParams) -> None:
     watch_a_full_step(engine, plan, params)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", ["fp8w8a8", "fp8w8a8-b128", "w8a8"])
+def test_a_full_step_in_8_bits_takes_no_more_than_was_planned(
+    tmp_path: Path, kind: str, dtype: str
+) -> None:
+    """Rows in 8 bits and widened parts of weights included, which the plan without them lacks."""
+    make_checkpoint(tmp_path)
+    spec, asked = ModelSpec.from_dir(tmp_path), WeightTypes(kind)
+    plan = plan_memory(spec, sizes(dtype=dtype, asked=asked), CPU)
+    model = build_model(
+        tmp_path, spec, SingleRank(), dtype=dtype, device=CPU, max_len=256, asked=asked
+    )
+    assert isinstance(model, Decoder)
+    products = [part.product_bytes(512) for b in model.blocks for part in (b.attention, b.mlp)]
+    engine = Engine(
+        model, SingleRank(), num_slots=plan.num.full, num_lanes=8, max_len=256, eos_ids=()
+    )
+    watch_a_full_step(engine, plan, SamplingParams(temperature=0.0), max(products))
+
+
 @pytest.mark.parametrize("changes", [{}, {"moe_intermediate_size": 256}], ids=str)
 def test_a_full_step_of_experts_takes_no_more_than_was_planned(
     tmp_path: Path, changes: dict[str, int]
@@ -248,8 +270,11 @@ def test_a_full_step_of_experts_takes_no_more_than_was_planned(
     watch_a_full_step(engine, plan, SamplingParams(temperature=0.0))
 
 
-def watch_a_full_step(engine: Engine, plan: MemoryPlan, params: SamplingParams) -> None:
-    """A step takes no more than was planned, and not much less."""
+def watch_a_full_step(
+    engine: Engine, plan: MemoryPlan, params: SamplingParams, counted: int = 0
+) -> None:
+    """A step takes no more than was planned, and not much less; without the ``counted`` bytes the
+    plan would have been too small."""
     device, peak = CpuDevice(engine, 1), Peak()
     held = num_bytes((engine.table, engine.history, engine.last_token))
     held += engine.model.site.attention.nbytes
@@ -264,6 +289,8 @@ def watch_a_full_step(engine: Engine, plan: MemoryPlan, params: SamplingParams) 
     driver = Driver(device, plan.num.full)
     driver.run([(s, 64, 0) for s in seqs])
     assert plan.work / 4 < held + peak.most <= plan.work
+    if counted:
+        assert held + peak.most > plan.work - counted
     driver.run([(s, 1, 0) for s in seqs])
     assert held + peak.most <= plan.work
     device.close()

@@ -18,16 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asyncllm.core.request import SamplingParams
+from asyncllm.engine import quant_torch
 from asyncllm.engine.build import build_model, make_device
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
+from asyncllm.engine.ops_cpu import TorchOps
 from asyncllm.engine.parallel import SingleRank
 from asyncllm.engine.quant_torch import dequantize
 from asyncllm.models.linear import QuantLinear, SideBySide
 from asyncllm.models.model import Model
-from asyncllm.models.quantization import AS_STORED, Override, WeightTypes
+from asyncllm.models.quantization import AS_STORED, Override, QuantRows, RowForm, WeightTypes
 from asyncllm.models.quantize import quantize_blocks
-from tests.models.harness import Driver, Ranks, Sequence, Together, read_spec
+from tests.models.families import CASES, make
+from tests.models.harness import Driver, Ranks, Sequence, Together, random_ids, read_spec
 
 DATA = Path(__file__).parents[1] / "data" / "quantised"
 CPU = torch.device("cpu")
@@ -212,6 +215,39 @@ def test_answers_are_near_those_of_the_weights(plain: Path, kind: str, size: int
     torch.testing.assert_close(exact, want, atol=1e-4, rtol=0)
     (got, _), noise = scores(plain, WeightTypes(kind), size), want.std()
     assert 1e-4 < (got - want).square().mean().sqrt() < 8 * TYPES[kind] * noise
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek v2 lite", "deepseek v3"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_rows_in_8_bits_from_norms_change_no_number(
+    tmp_path: Path, kind: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what a pass of each product over the same rows would make of them."""
+    make(CASES[family], tmp_path)
+    ids, made, passes = random_ids(24, 90, 1), [], 0
+    quantised = quant_torch.in_8_bits
+
+    def counted(x: Tensor, form: RowForm) -> QuantRows:
+        nonlocal passes
+        passes += 1
+        return quantised(x, form)
+
+    monkeypatch.setattr(quant_torch, "in_8_bits", counted)
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(TorchOps, "row_form", lambda *_: None)
+        model = build(tmp_path, WeightTypes(kind))
+        engine = Engine(model, SingleRank(), num_slots=64, num_lanes=8, max_len=256, eos_ids=())
+        device, passes = make_device(engine, 1), 0
+        seq = Sequence(0, ids, SamplingParams(temperature=0.0, prompt_logprobs=0))
+        Driver(device, 64).generate([seq], 2)
+        device.close()
+        made.append((seq.prompt_logprobs, seq.outputs, passes))
+    assert made[0][:2] == made[1][:2]
+    # three products side by side, whose blocks are of one each, read the same rows
+    if kind == "fp8w8a8-b128" and family == "llama":
+        assert made[0][2] < made[1][2]
+    assert 0 < made[0][2] <= made[1][2]
 
 
 def test_overrides_choose_layer_by_layer(plain: Path) -> None:
