@@ -218,7 +218,7 @@ def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None 
     if config.run_mode == roles.MASTER:
         return resolved
     asked = quantisation.asked(config, spec)
-    said = (*resolved.notes, *quantisation.notes(asked, spec))
+    said = (*resolved.notes, *quantisation.notes(asked, spec, device))
     return replace(resolved, quant=quantisation.to_text(asked), notes=said)
 
 

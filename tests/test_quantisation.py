@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,20 @@ def test_experts_are_one_projection(tmp_path: Path) -> None:
 def test_what_becomes_of_stored_experts_is_said() -> None:
     """8 bits stay, 4 bits are widened."""
     blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    assert not [*quantisation.notes(WeightTypes(), spec(**MOE, quantization_config=blocks))]
+    assert not [*quantisation.notes(WeightTypes(), spec(**MOE, quantization_config=blocks), "cuda")]
     four = {"quant_method": "awq", "bits": 4, "group_size": 32}
     for kind, num in ((None, 1), ("awq", 1), ("fp8w8a8", 0)):
-        lines = [*quantisation.notes(WeightTypes(kind), spec(**MOE, quantization_config=four))]
+        lines = [
+            *quantisation.notes(WeightTypes(kind), spec(**MOE, quantization_config=four), "cuda")
+        ]
         assert len(lines) == num
         assert not lines or lines[0].startswith("experts use the type of --data_type")
-    assert not [*quantisation.notes(WeightTypes(), spec(quantization_config=four))]
+    assert not [*quantisation.notes(WeightTypes(), spec(quantization_config=four), "cuda")]
+
+
+@pytest.mark.parametrize(("device", "becomes"), [("cpu", "keep their"), ("cuda", "are converted")])
+def test_what_becomes_of_a_gguf_file_is_said_of_this_device(device: str, becomes: str) -> None:
+    file = replace(spec(), gguf=(("model.layers.0.mlp.up_proj.weight", "Q4_K"),))
+    (line,) = quantisation.notes(WeightTypes(), file, device)
+    assert line.startswith(f"low-bit weights of the GGUF file {becomes}")
+    assert not [*quantisation.notes(WeightTypes("fp8w8a8"), file, device)]

@@ -102,12 +102,15 @@ def asked(config: Config, spec: ModelSpec) -> WeightTypes:
     return found
 
 
-def notes(asked: WeightTypes, spec: ModelSpec) -> Iterator[str]:
+def notes(asked: WeightTypes, spec: ModelSpec, device: str) -> Iterator[str]:
     """Lines for the log about surprising choices of weight types."""
     if spec.gguf and asked.type is None:
         yield (
-            "low-bit weights of a GGUF file are kept on a CPU, and converted to --data_type on a "
-            "GPU (--quant_type none: on both)"
+            "low-bit weights of the GGUF file keep their bits (--quant_type none: converted to "
+            "--data_type)"
+            if device == "cpu"
+            else "low-bit weights of the GGUF file are converted to --data_type (--quant_type "
+            "fp8w8a8 or w8a8: to 8 bits)"
         )
     if spec.stored is None:
         return

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, dequantize
 
-from asyncllm.engine.build import make_model
+from asyncllm.engine import quant_torch
+from asyncllm.engine.build import build_model, make_model
 from asyncllm.engine.int4_cpu import FEW, FEW_LOGITS, TorchPackedOps
+from asyncllm.engine.ops_cpu import TorchOps
 from asyncllm.engine.parallel import SingleRank
 from asyncllm.gguf_folder import gguf_folder
 from asyncllm.models.gguf_packed import PLANES, PackedMatrix, PackedTarget
@@ -101,6 +104,54 @@ def test_a_model_is_that_of_the_widened_weights(kind: str, tmp_path: Path) -> No
         ranks = Ranks(folder, 2, max_len=1024)
         assert largest_difference(reference, ranks) < 1e-3
         ranks.close()
+
+
+@pytest.mark.parametrize("asked", [None, "fp8w8a8"])
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        *(("cpu", kind) for kind in ("Q4_K", "Q8_0")),
+        *(pytest.param("cuda", kind, marks=pytest.mark.gpu) for kind in sorted(PACKED)),
+    ],
+)
+def test_where_there_are_no_packed_products_weights_are_widened(
+    where: str, kind: str, asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU. Exactly, in float32; or to 8 bits, if these are asked for."""
+    case = replace(CASES["qwen2"], changes=CASES["qwen2"].changes | WIDE)
+    make(case, tmp_path / "hf", spread=0.5)
+    convert(tmp_path / "hf", "qwen2", tmp_path / "x.gguf", lambda name: kind)
+    folder = gguf_folder(tmp_path / "x.gguf", tmp_path)
+    spec, single = read_spec(folder), SingleRank()
+    options: dict[str, Any] = {"dtype": "fp32", "max_len": 64}
+    wide = build_model(folder, spec, single, device=CPU, asked=WeightTypes("none"), **options)
+    monkeypatch.setattr(TorchOps, "packed", None)
+    options |= {"device": torch.device(where), "asked": WeightTypes(asked)}
+    model = build_model(folder, spec, single, **options)
+    paper = make_model(spec, single, where=torch.device("meta"), **options)
+    assert paper.nbytes == model.nbytes
+    served = model.site.quantisation.tally.served
+    assert set(served) == ({"fp8_channel"} if asked else set())
+    mine, theirs = model.blocks[0].mlp.down, wide.blocks[0].mlp.down
+    if asked:
+        want = theirs.weight
+        error = (quant_torch.dequantize(mine.weight).cpu() - want).norm() / want.norm()
+        assert 1e-3 < error < 0.04
+    else:
+        assert torch.equal(mine.weight.cpu(), theirs.weight)
+        assert torch.equal(model.embedding.table.cpu(), wide.embedding.table)
+
+
+@pytest.mark.gpu
+def test_a_gpu_answers_as_transformers(tmp_path: Path) -> None:
+    case = replace(CASES["llama"], changes=CASES["llama"].changes | WIDE)
+    model = make(case, tmp_path / "hf", spread=0.5)
+    convert(tmp_path / "hf", "llama", tmp_path / "x.gguf", lambda name: MIXED.get(name, "Q8_0"))
+    loaded = type(model).from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    folder = gguf_folder(tmp_path / "x.gguf", tmp_path)
+    device = make_device(folder, "fp32", "cuda", num_slots=1024, max_len=1024)
+    assert largest_difference(Reference(loaded), device) < 1e-3
+    device.close()
 
 
 def test_the_plan_counts_what_is_allocated(tmp_path: Path) -> None:
