@@ -58,6 +58,7 @@ def build_model(
     world: AnyWorld | None = None,
     symmetric: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    begin: Callable[[Callable[[], None]], object] = lambda read: read(),
 ) -> Model:
     """The model of ``model_dir`` with this rank's weights on ``device``.
 
@@ -68,6 +69,7 @@ def build_model(
         load_way: "HF" or "DS", the format of the checkpoint.
         asked: the requested quantisation of linear layers.
         symmetric: all-reduces may use symmetric memory.
+        begin: is given the function that reads the weights, to call it then or later.
 
     Raises:
         StartupError: the checkpoint does not fit ``spec``, or nothing here can run it.
@@ -84,12 +86,17 @@ def build_model(
         whole_experts=whole_experts,
         asked=asked,
     )
-    with read_checkpoint(model_dir, load_way, spec) as checkpoint:
-        load(checkpoint, model.targets(), model.ignores, progress, form=spec.stored)
-    model.pack()
     if symmetric:
         for ranks in (group,) if world in (None, group) else (group, world):
             ranks.use_symmetric_memory(spec.hidden_size, TORCH_DTYPES[dtype])
+
+    @torch.no_grad()
+    def read() -> None:
+        with read_checkpoint(model_dir, load_way, spec) as checkpoint:
+            load(checkpoint, model.targets(), model.ignores, progress, form=spec.stored)
+        model.pack()
+
+    begin(read)
     return model
 
 

@@ -42,9 +42,14 @@ def cuda_capture(stream: torch.cuda.Stream) -> Capture:
 
     def capture(run: Callable[[], R]) -> tuple[Callable[[], None], R]:
         run()  # kernels are compiled and libraries choose their algorithms outside of the capture
+        # torch.cuda.graph would wait for the device and empty the allocator's cache each time
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = run()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                result = run()
+            finally:
+                graph.capture_end()
         return graph.replay, result
 
     return capture

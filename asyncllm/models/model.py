@@ -43,8 +43,10 @@ class Site:
         return replace(self, path=f"{self.path}{path}")
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Allocate a parameter; zeroed if it may be filled only in part (padding)."""
-        make = torch.zeros if max(self.comm.size, self.world.size) > 1 else torch.empty
+        """Allocate a parameter; zeroed if it may be filled only in part (padding), or if steps may
+        run while it is being read (CUDA)."""
+        padded = max(self.comm.size, self.world.size) > 1
+        make = torch.zeros if padded or self.device.type == "cuda" else torch.empty
         return make(*shape, dtype=dtype or self.dtype, device=self.device)
 
 

@@ -6,7 +6,8 @@ Knows no actors.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -265,7 +266,19 @@ def _load_device(
     torch.set_num_threads(num_threads(boot))
     load_way = boot.config.load_way
     total = sum(f.stat().st_size for f in weight_files(Path(boot.model_dir), load_way))
-    with log.phase("load weights"), log.ProgressBar("load weights", total) as bar:
+    bar = log.ProgressBar("load weights", total)
+
+    def load(read: Callable[[], None]) -> None:
+        with log.phase("load weights"), bar:
+            read()
+
+    def begin(read: Callable[[], None]) -> None:
+        reading.append(thread.submit(load, read))
+        if not _stays(spec, plan, where):
+            reading[0].result()
+
+    reading: list[Future[None]] = []
+    with ThreadPoolExecutor(1, "weights") as thread:
         model = build_model(
             Path(boot.model_dir),
             spec,
@@ -281,17 +294,25 @@ def _load_device(
             symmetric=not boot.config.disable_symm_mem_allreduce
             and share_memory(boot.topology, boot.me.group),
             progress=lambda done, _: bar.advance(done - bar.done_bytes),
+            begin=begin,
         )
-    with log.phase("allocate KV"):
-        device = make_device(engine_of(boot, model, group, plan.num), num_threads(boot))
-    if ahead is not None:
-        with log.phase("wait for kernels"):
-            ahead.wait()
-    if ranks is not None:
-        ranks.minimum(0)  # no rank compiles what the helper is still compiling
-    with log.phase("warm up"):
-        warm(boot, device, plan.num)
+        with log.phase("allocate KV"):
+            device = make_device(engine_of(boot, model, group, plan.num), num_threads(boot))
+        if ahead is not None:
+            with log.phase("wait for kernels"):
+                ahead.wait()
+        if ranks is not None:
+            ranks.minimum(0)  # no rank compiles what the helper is still compiling
+        with log.phase("warm up"):
+            warm(boot, device, plan.num)
+        reading[0].result()
     return device
+
+
+def _stays(spec: ModelSpec, plan: MemoryPlan, where: torch.device) -> bool:
+    """Whether weights stay where they are from the beginning, so that graphs can be captured while
+    they are read: on a GPU, if nothing is repacked or prepared for them."""
+    return where.type == "cuda" and not spec.has_experts and not plan.linears.served
 
 
 def engine_of(boot: Boot, model: Model, group: Group, num: PerSpace) -> Engine:
