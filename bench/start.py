@@ -24,6 +24,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,7 +91,10 @@ def compiled_after(moment: float, folder: Path) -> list[str]:
     """Kernels, and what launches them, that came into a Triton cache later than ``moment``."""
     made = [path for end in ("cubin", "so") for path in folder.rglob(f"*.{end}")]
     times = sorted((path.stat().st_mtime, path.name) for path in made)
-    return [f"{name} +{at - moment:.1f}" for at, name in times if at > moment]
+    before = Counter(name for at, name in times if at <= moment)
+    return [
+        f"{name} +{at - moment:.1f} ({before[name]} before)" for at, name in times if at > moment
+    ]
 
 
 def healthy(port: int) -> bool:

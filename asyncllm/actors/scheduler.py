@@ -22,6 +22,7 @@ from asyncllm.core.pacing import Pacer
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.scheduling import Core
 from asyncllm.core.speculation import Speculation
+from asyncllm.core.step_times import StepTimes
 from asyncllm.core.steps import Emitted, Step
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
@@ -87,7 +88,7 @@ class Scheduler(Actor[Inbox]):
         num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom,
             share_prompts, constraint_s, window, num_sliding, speculation: see ``Core``.
         runners: endpoints of the group's runners.
-        prefill_share: see ``Pacer``.
+        pacer: None: it knows nothing of steps yet.
         depth: steps in flight on the device.
         constrain: see ``Constraints.of``; None: constraints are off.
         workers: threads for the work of constraints.
@@ -113,11 +114,11 @@ class Scheduler(Actor[Inbox]):
         runners: Sequence[int],
         depth: int = 2,
         headroom: int = 8,
-        prefill_share: float = 1.0,
         share_prompts: bool = False,
         constraint_s: float = 5.0,
         window: Window | None = None,
         num_sliding: int = 0,
+        pacer: Pacer | None = None,
         speculation: Speculation | None = None,
         workers: int = 1,
         vocab_size: int = MAX_COUNT,
@@ -154,7 +155,7 @@ class Scheduler(Actor[Inbox]):
         self._offered: Step | None = None  # planned, but not yet agreed by all groups
         self._joins = 0  # the last step that another group needs
         self._inflight: deque[Step] = deque()
-        self._pacer = Pacer(prefill_share)
+        self._pacer = pacer or Pacer(StepTimes())
         self._masks_until, self._due_at = 0.0, inf  # deadline for masks; time of the next LaunchDue
         self._asked = False  # a reservation is open
         # nothing fits until a launched step is done or a request arrives or leaves
@@ -400,9 +401,11 @@ class Scheduler(Actor[Inbox]):
         step = self._inflight.popleft()
         assert step.plan.step == done.step, (step.plan.step, done.step)
         now = perf_counter()
-        self._pacer.over(now, done.device_ms, step.size)
-        if self.core.speculation is not None:
-            self.core.speculation.over(step, now)
+        self._pacer.over(now, done.device_ms)
+        drafts = bool(step.drafts)
+        self._pacer.times.over(now, step.launched_at, step.size, done.device_ms, drafts=drafts)
+        if self.core.speculation is not None and step.decodes:
+            self.core.speculation.over(drafts=drafts)
         scores = [scored for got in done.prompt if (scored := self._score(step, *got)) is not None]
         step.result = done
         emitted = self.core.commit(step, done.tokens)

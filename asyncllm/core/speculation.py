@@ -10,61 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from asyncllm.core.steps import Lane, Step
+from asyncllm.core.step_times import StepTimes
+from asyncllm.core.steps import Lane
 
 MOST_ROWS = 256  # per step, including drafts, unless more requests than that may run
 READ_TOKENS = 4096  # prompt tokens indexed per step: takes about a millisecond
 LEAST_GAIN = 1.1  # required ratio of tokens per second with drafts to those without
-GAP_S = 0.001  # initial estimate of the device's idle time before a step with drafts
-FRESH = 4096  # steps for which a measurement is valid
-SLOWER, FASTER = 0.1, 0.5  # weights of a new time that is longer or shorter than the average
+FRESH = 4096  # steps without drafts after which their cost is tried again
 
 
 def step_rows(num_lanes: int, most: int) -> int:
     """Maximum one-token rows in a step of ``num_lanes`` requests with ``most`` drafts each."""
     return max(num_lanes, min(num_lanes * (1 + most), MOST_ROWS))
-
-
-class StepTimes:
-    """Measured step times by number of rows, and the device's idle time between two steps.
-
-    Rows are counted in powers of two. If a time is unknown or outdated, the next smaller known one
-    is used, so that untried sizes seem to cost nothing.
-    """
-
-    def __init__(self) -> None:
-        self.gap_s = GAP_S
-        self.known: dict[int, tuple[float, int]] = {}  # by class: seconds, step measured last
-        self._steps = 0
-
-    def measured(self, num_rows: int, took_s: float, gap_s: float | None) -> None:
-        """Record a finished step with that many rows.
-
-        Args:
-            gap_s: how long the device was idle before it; None: it was not, or not due to the host.
-        """
-        self._steps += 1
-        kind = _class_of(num_rows)
-        before = self.known.get(kind, (took_s, 0))[0]
-        self.known[kind] = _mixed(before, took_s), self._steps
-        if gap_s is not None:
-            self.gap_s = _mixed(self.gap_s, gap_s)
-
-    def of(self, num_rows: int) -> float:
-        """Expected seconds; 0: unknown."""
-        for kind in range(_class_of(num_rows), -1, -1):
-            took_s, at = self.known.get(kind, (0.0, 0))
-            if took_s and self._steps - at < FRESH:
-                return took_s
-        return 0.0
-
-
-def _class_of(num_rows: int) -> int:
-    return (num_rows - 1).bit_length()
-
-
-def _mixed(old: float, new: float) -> float:
-    return old + (new - old) * (FASTER if new < old else SLOWER)
 
 
 class Speculation:
@@ -77,6 +34,8 @@ class Speculation:
     Args:
         most: drafts per request and step.
         most_rows: rows per step, see :func:`step_rows`.
+        times: of steps. What drafts cost is known only where some have been tried: until then, and
+            when the last ones were tried long ago, they are assumed to cost nothing.
 
     Attributes:
         drafted: draft tokens tried, over all requests.
@@ -85,12 +44,11 @@ class Speculation:
         wrong: (lane, surplus slots) of wrong drafts.
     """
 
-    def __init__(self, most: int, most_rows: int) -> None:
-        self.most, self.most_rows = most, most_rows
-        self.times = StepTimes()
+    def __init__(self, most: int, most_rows: int, times: StepTimes) -> None:
+        self.most, self.most_rows, self.times = most, most_rows, times
         self.drafted = self.accepted = self.trying = 0
         self.wrong: list[tuple[Lane, int]] = []
-        self._over_at = 0.0  # when the last step ended
+        self._without = FRESH  # steps that decoded since the last one with drafts
 
     def settled(self, wrong: list[tuple[Lane, int]], num: int) -> None:
         """The results of a step with ``num`` drafts have arrived."""
@@ -99,17 +57,9 @@ class Speculation:
         self.drafted += num
         self.accepted += num - sum(rows for _, rows in wrong)
 
-    def over(self, step: Step, now: float) -> None:
-        """A launched step has finished.
-
-        Args:
-            now: seconds, of the clock of ``step.launched_at``.
-        """
-        began = max(step.launched_at, self._over_at)
-        if step.decodes and step.rows:
-            gap_s = began - self._over_at if step.drafts else None
-            self.times.measured(len(step.rows), now - began, gap_s)
-        self._over_at = now
+    def over(self, *, drafts: bool) -> None:
+        """A step that decodes is over; ``drafts``: it had some."""
+        self._without = 0 if drafts else self._without + 1
 
     def waits(self, chances: Sequence[Sequence[float]], num_rows: int) -> bool:
         """Whether to plan nothing before the running step is over, since the next has drafts.
@@ -144,7 +94,7 @@ class Speculation:
         if room <= 0 or not num_rows:
             return 0.0
         falling = sorted(chain.from_iterable(chances), reverse=True)[:room]
-        if not (plain_s := self.times.of(num_rows)):
+        if not (plain_s := self.times.decoding(num_rows) / 1e3):
             return 0.0  # measure it first
         best, least, gained = LEAST_GAIN * num_rows / plain_s, 0.0, 0.0
         for i, chance in enumerate(falling, 1):
@@ -152,7 +102,10 @@ class Speculation:
             rows = num_rows + i
             if rows & (rows - 1) and i < len(falling):
                 continue  # the next one is free
-            speed = (num_rows + gained) / (self.times.of(rows) + self.times.gap_s)
+            takes_s = plain_s
+            if self._without < FRESH:
+                takes_s = max(takes_s, self.times.decoding(rows) / 1e3)
+            speed = (num_rows + gained) / (takes_s + self.times.gap_s)
             if speed > best:
                 best, least = speed, chance
         return least

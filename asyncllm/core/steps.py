@@ -19,8 +19,8 @@ from itertools import takewhile
 from asyncllm.codec import INT32, INT64
 from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.lookup import Lookup
-from asyncllm.core.pacing import StepSize
 from asyncllm.core.request import SamplingParams
+from asyncllm.core.step_times import StepSize
 from asyncllm.messages import MAX_COUNT, StepDone, StepPlan
 
 NO_TOKEN = -1  # in a plan: the lane's last sampled token; in a result: none came out

@@ -8,10 +8,12 @@ no GPU of its own and never initialises CUDA.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +24,13 @@ from asyncllm.kernels.autotune import DeviceFacts, assume
 from asyncllm.messages import StepDone, StepPlan
 
 if TYPE_CHECKING:  # without a GPU there may be no Triton
+    from multiprocessing.sharedctypes import Synchronized
+
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
 
 WARP_SIZE = 32
+logger = logging.getLogger(__name__)
 _scaled_on_paper = torch.library.Library("aten", "IMPL")  # of products that torch knows no shape of
 
 
@@ -34,7 +39,7 @@ class Variant:
     """A kernel, specialised for the types and values of one launch."""
 
     name: str
-    compile: Callable[[], CompiledKernel]
+    compile: Callable[[], CompiledKernel | None]
 
 
 class DryPending:
@@ -144,7 +149,7 @@ def _pointer(arg: object) -> object:
 def compile_noted(
     variants: list[Variant], num_processes: int, begin: Callable[[], None] = lambda: None
 ) -> None:
-    """Compile the variants that are not in Triton's cache yet.
+    """Compile the variants that are not in Triton's cache yet; what fails is tried once more.
 
     Forks, so no other thread may run. A variant that fails to compile is left to its first launch.
 
@@ -152,24 +157,51 @@ def compile_noted(
         begin: called first in each process.
     """
     context = multiprocessing.get_context("fork")
-    turn = context.Value("i", 0)
-    work = [_load_utils, *(partial(_prepare, variant) for variant in variants)]
+    work = [Variant("what launches", _load_utils), *variants]
+    compiled = context.Array("b", len(work))
 
-    def take_turns() -> None:
+    def take_turns(left: list[int], turn: Synchronized[int]) -> None:
         begin()
         while True:
             with turn.get_lock():
                 mine, turn.value = turn.value, turn.value + 1
-            if mine >= len(work):
+            if mine >= len(left):
                 return
-            with contextlib.suppress(Exception):
-                work[mine]()
+            with _Attempt(work[left[mine]].name):
+                _prepare(work[left[mine]])
+                compiled[left[mine]] = 1
 
-    workers = [context.Process(target=take_turns) for _ in range(min(num_processes, len(work)))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    for _ in range(2):
+        left = [i for i in range(len(work)) if not compiled[i]]
+        given = left, context.Value("i", 0)
+        workers = [
+            context.Process(target=take_turns, args=given)
+            for _ in range(min(num_processes, len(left)))
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+
+class _Attempt:
+    """A failure inside is logged."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if isinstance(error, Exception):
+            logger.warning("%s was not compiled ahead: %r", self._name, error)
+        return isinstance(error, Exception)
 
 
 def _load_utils() -> None:
@@ -183,5 +215,5 @@ def _prepare(variant: Variant) -> None:
     """Compile a kernel and its launcher, which some versions of Triton build in C per kernel."""
     from triton.backends.nvidia.driver import CudaLauncher
 
-    kernel = variant.compile()
-    CudaLauncher(kernel.src, kernel.metadata)
+    if (kernel := variant.compile()) is not None:
+        CudaLauncher(kernel.src, kernel.metadata)

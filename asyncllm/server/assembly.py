@@ -32,6 +32,7 @@ from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.defaults import Defaults
 from asyncllm.api.common.request import ServedModel
 from asyncllm.config import FLAGS, roles
+from asyncllm.core.pacing import Pacer
 from asyncllm.core.speculation import Speculation
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count
@@ -75,14 +76,14 @@ def make_scheduler(p: Loaded) -> AnyActor:
         batch_max_tokens=resolved.batch_max_tokens,
         chunked_prefill_size=resolved.chunked_prefill_size,
         eos_ids=resolved.eos_ids,
-        prefill_share=p.boot.config.prefill_share,
         runners=[rank.id for rank in p.boot.group],
         vocab_size=p.spec.vocab_size,
         max_len=resolved.max_req_total_len,
         share_prompts=p.boot.config.diverse_mode,
         window=p.window,
         num_sliding=p.num_slots.sliding,
-        speculation=_speculation(p.boot),
+        pacer=Pacer(p.times, p.boot.config.prefill_share),
+        speculation=_speculation(p),
         constraint_s=p.boot.config.constraint_time_limit,
         reader=_reader(p.boot),
         transfers=[rank.id for rank in p.boot.group if MOVER in rank.roles],
@@ -93,10 +94,10 @@ def make_scheduler(p: Loaded) -> AnyActor:
     )
 
 
-def _speculation(boot: Boot) -> Speculation | None:
-    if boot.config.speculative == "none":
+def _speculation(p: Loaded) -> Speculation | None:
+    if p.boot.config.speculative == "none":
         return None
-    return Speculation(boot.config.speculative_tokens, most_rows(boot))
+    return Speculation(p.boot.config.speculative_tokens, most_rows(p.boot), p.times)
 
 
 def make_balancer(p: Loaded) -> AnyActor:

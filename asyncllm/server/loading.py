@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -25,12 +25,14 @@ from asyncllm.constrain.llguidance_backend import Grammars
 from asyncllm.constrain.reasoning import ReasoningMarks
 from asyncllm.constrain.vocabulary import Vocabulary
 from asyncllm.core.speculation import step_rows
+from asyncllm.core.step_times import StepTimes
 from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.ahead import DryDevice
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import Group, Ranks, SingleRank
+from asyncllm.engine.timing import measure
 from asyncllm.environment import cpu_count
 from asyncllm.errors import StartupError
 from asyncllm.models import rope
@@ -65,6 +67,7 @@ class Loaded:
     grammars: Grammars | None = None
     constraints: Constraints | None = None  # on leaders
     linears: tuple[tuple[str, int], ...] = ()  # on ranks: (kind of weights, number)
+    times: StepTimes = field(default_factory=StepTimes)  # of a leader's steps
     door: Door | None = None  # on ranks that receive K/V from other servers
 
 
@@ -175,13 +178,14 @@ def load_endpoint(
         for line in plan.linears.warnings(resolved.dtype):
             logger.warning("%s", line)
     boot = replace(boot, resolved=resolved)
-    device = _load_device(boot, spec, ranks, where, plan, ahead)
+    device, times = _load_device(boot, spec, ranks, where, plan, ahead)
     return replace(
         loaded,
         boot=boot,
         device=device,
         ranks=ranks,
         num_slots=plan.num,
+        times=times,
         window=plan.window,
         linears=plan.linears.counts(resolved.dtype),
         door=door,
@@ -260,7 +264,8 @@ def _load_device(
     where: torch.device,
     plan: MemoryPlan,
     ahead: Ahead | None,
-) -> CpuDevice | CudaDevice:
+) -> tuple[CpuDevice | CudaDevice, StepTimes]:
+    """Ready for steps; with the times of some."""
     resolved = boot.resolved
     group = SingleRank() if ranks is None else ranks.group
     torch.set_num_threads(num_threads(boot))
@@ -268,36 +273,33 @@ def _load_device(
     total = sum(f.stat().st_size for f in weight_files(Path(boot.model_dir), load_way))
     bar = log.ProgressBar("load weights", total)
 
+    stays, later = _stays(spec, plan, where), list[Callable[[], None]]()
+
     def load(read: Callable[[], None]) -> None:
         with log.phase("load weights"), bar:
             read()
 
-    def begin(read: Callable[[], None]) -> None:
-        reading.append(thread.submit(load, read))
-        if not _stays(spec, plan, where):
-            reading[0].result()
-
-    reading: list[Future[None]] = []
+    model = build_model(
+        Path(boot.model_dir),
+        spec,
+        group,
+        dtype=resolved.dtype,
+        device=where,
+        max_len=resolved.max_req_total_len,
+        load_way=load_way,
+        whole_experts=boot.config.enable_ep_moe,
+        kv=KvMode.named(resolved.kv_mode),
+        asked=quantisation.from_text(resolved.quant),
+        world=None if ranks is None else ranks.world,
+        symmetric=not boot.config.disable_symm_mem_allreduce
+        and share_memory(boot.topology, boot.me.group),
+        progress=lambda done, _: bar.advance(done - bar.done_bytes),
+        begin=later.append if stays else load,
+    )
+    with log.phase("allocate KV"):
+        device = make_device(engine_of(boot, model, group, plan.num), num_threads(boot))
     with ThreadPoolExecutor(1, "weights") as thread:
-        model = build_model(
-            Path(boot.model_dir),
-            spec,
-            group,
-            dtype=resolved.dtype,
-            device=where,
-            max_len=resolved.max_req_total_len,
-            load_way=load_way,
-            whole_experts=boot.config.enable_ep_moe,
-            kv=KvMode.named(resolved.kv_mode),
-            asked=quantisation.from_text(resolved.quant),
-            world=None if ranks is None else ranks.world,
-            symmetric=not boot.config.disable_symm_mem_allreduce
-            and share_memory(boot.topology, boot.me.group),
-            progress=lambda done, _: bar.advance(done - bar.done_bytes),
-            begin=begin,
-        )
-        with log.phase("allocate KV"):
-            device = make_device(engine_of(boot, model, group, plan.num), num_threads(boot))
+        reading = [thread.submit(load, read) for read in later]
         if ahead is not None:
             with log.phase("wait for kernels"):
                 ahead.wait()
@@ -305,8 +307,11 @@ def _load_device(
             ranks.minimum(0)  # no rank compiles what the helper is still compiling
         with log.phase("warm up"):
             warm(boot, device, plan.num)
-        reading[0].result()
-    return device
+        for read in reading:
+            read.result()
+    with log.phase("measure steps"):
+        times = StepTimes([] if boot.topology.in_step else measure(device, *_longest(boot)))
+    return device, times
 
 
 def _stays(spec: ModelSpec, plan: MemoryPlan, where: torch.device) -> bool:
@@ -335,15 +340,22 @@ def engine_of(boot: Boot, model: Model, group: Group, num: PerSpace) -> Engine:
 
 def warm(boot: Boot, device: CpuDevice | CudaDevice | DryDevice, num: PerSpace) -> None:
     """Warm a rank's device up; ``num``: its slots."""
-    resolved = boot.resolved
+    num_tokens, max_len = _longest(boot)
     warm_up(
         device,
-        min(resolved.chunked_prefill_size, resolved.max_req_total_len // 2),
-        max_len=resolved.max_req_total_len,
+        num_tokens,
+        max_len=max_len,
         graphs=not boot.config.disable_cudagraph,
         num_sliding=0 if num.full == num.sliding else num.sliding,
         in_step=boot.topology.in_step,
     )
+
+
+def _longest(boot: Boot) -> tuple[int, int]:
+    """Tokens of a chunk and of a sequence in the warm-up."""
+    resolved = boot.resolved
+    max_len = resolved.max_req_total_len
+    return min(resolved.chunked_prefill_size, max_len // 2), max_len
 
 
 def load_grammars(

@@ -7,15 +7,12 @@ import random
 import pytest
 
 from asyncllm.core.pacing import (
-    KNOWN,
     LEAST_ROOM,
     MARGIN_S,
     ROW_S,
-    STUBBORN,
     Pacer,
-    StepSize,
-    TimeFit,
 )
+from asyncllm.core.step_times import KNOWN, STUBBORN, StepSize, StepTimes, TimeFit
 
 
 def ms(num_tokens: int, num_read: int) -> float:
@@ -39,12 +36,35 @@ def test_times_are_learned_beyond_the_sizes_seen(noise: float, off: float) -> No
     assert times.tokens_within(ms(150, 50_000), 50_000) == pytest.approx(150, abs=15)
 
 
-def test_nothing_is_foretold_from_few_steps() -> None:
-    times = TimeFit()
+def test_nothing_is_built_on_few_steps_of_mixed_kinds() -> None:
+    size, times = StepSize(100, 100, 1, decodes=False), StepTimes()
+    alike = StepSize(1, 100, 1, decodes=True)
     for _ in range(KNOWN - 1):
-        times.learn(1, 100, 6.0)
-    assert times.predict(1, 100) == 0
-    assert times.tokens_within(100.0, 100) is None
+        times.over(1.0, 0.0, size, 6.0, drafts=False)
+        times.over(1.0, 0.0, alike, 6.0, drafts=False)
+    assert times.predict(size) == 0
+    assert times.predict(alike) == pytest.approx(6.0)
+    assert times.error(alike) == 1.0
+    assert times.tokens_beside(1, 100, 0.5) is None
+    times.over(1.0, 0.0, size, 6.0, drafts=False)
+    assert times.predict(size) == pytest.approx(6.0)
+
+
+def test_where_the_device_measures_nothing_the_clock_does() -> None:
+    """From the launch, or from the end of the step before, whatever is later."""
+    times, size = StepTimes(), StepSize(1, 100, 1, decodes=True)
+    times.over(1.0, 0.0, size, 0.0, drafts=False)
+    assert times.decoding(1) == pytest.approx(1000)
+    times.over(3.0, 0.5, size, 0.0, drafts=False)
+    times.over(3.5, 3.3, size, 0.0, drafts=False)
+    assert 200 < times.decoding(1) < 2000
+
+
+def test_the_gap_is_that_before_steps_with_drafts() -> None:
+    times, size = StepTimes(), StepSize(1, 100, 1, decodes=True)
+    for at in range(1, 200):
+        times.over(2.0 * at, 0.0, size, 1000.0, drafts=at % 2 == 0)
+    assert times.gap_s == pytest.approx(1.0, rel=0.01)
 
 
 def test_many_steps_of_one_size_forget_no_others_and_stay_finite() -> None:
@@ -68,12 +88,13 @@ def test_a_step_out_of_line_is_left_out_and_a_new_pace_is_not() -> None:
 
 def paced(share: float = 1.0) -> Pacer:
     """Knows steps that decode (6 ms and a little) and others (2 ms, 25 us a token)."""
-    pacer, draw = Pacer(share), random.Random(3)
+    draw, steps = random.Random(3), []
     for _ in range(100):
-        rows = draw.randrange(1, 100)
-        pacer.over(0.0, 6.0 + 0.01 * rows, StepSize(rows, 100 * rows, rows, decodes=True))
-        tokens = draw.randrange(100, 2000)
-        pacer.over(0.0, 2.0 + 0.025 * tokens, StepSize(tokens, 3 * tokens, 9, decodes=False))
+        rows, tokens = draw.randrange(1, 100), draw.randrange(100, 2000)
+        steps.append((StepSize(rows, 100 * rows, rows, decodes=True), 6.0 + 0.01 * rows))
+        steps.append((StepSize(tokens, 3 * tokens, 9, decodes=False), 2.0 + 0.025 * tokens))
+    pacer = Pacer(StepTimes(steps), share)
+    pacer.over(0.0, 6.0)
     return pacer
 
 
@@ -96,7 +117,15 @@ def test_a_step_is_held_back_until_a_margin_before_the_end_of_the_one_in_front(
 
 
 def test_behind_what_is_not_known_it_is_launched_at_once() -> None:
-    assert Pacer().pause(0.0, StepSize(1000, 1000, 1, decodes=False)) == 0
+    pacer = paced()
+    pacer.times = StepTimes()
+    assert pacer.pause(0.0, StepSize(1000, 1000, 1, decodes=False)) == 0
+
+
+def test_a_device_that_measures_nothing_is_not_made_to_wait() -> None:
+    pacer = paced()
+    pacer.over(100.0, 0.0)
+    assert pacer.pause(100.0, StepSize(1, 100, 1, decodes=True)) == 0
 
 
 def test_a_late_launch_does_not_make_the_next_one_later() -> None:
@@ -105,13 +134,14 @@ def test_a_late_launch_does_not_make_the_next_one_later() -> None:
     pauses = []
     for late in (0.0, 0.004, 0.004, 0.004):
         now += 0.006 + late
-        pacer.over(now, 6.01, size)
+        pacer.over(now, 6.01)
+        pacer.times.over(now, now - 0.001, size, 6.01, drafts=False)
         pauses.append(pacer.pause(now, size))
     assert pauses == pytest.approx([pauses[0]] * 4, rel=0.001)
 
 
 def test_prompts_take_their_share_of_a_step() -> None:
-    assert Pacer(0.5).prompt_room(8, 800) is None  # not known yet
+    assert Pacer(StepTimes(), 0.5).prompt_room(8, 800) is None  # not known yet
     assert paced(1.0).prompt_room(8, 800) is None
     # 6.08 ms alone, so 12.16 with prompts: 406 tokens, of which 8 decode
     assert paced(0.5).prompt_room(8, 800) == pytest.approx(398, abs=8)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from asyncllm.core.step_times import StepTimes
 from asyncllm.engine.build import warm_up
+from asyncllm.engine.timing import measure, plans
 from tests.models.harness import make_device
 from tests.models.test_llama import make_checkpoint
 
@@ -41,4 +43,19 @@ def test_the_shortest_sequences_are_long_enough(tmp_path: Path, max_len: int) ->
     make_checkpoint(tmp_path)
     made = make_device(tmp_path, "fp32", "cpu", num_slots=max_len, num_lanes=1, max_len=max_len)
     warm_up(made, max_len // 2, max_len=max_len)
+    made.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_steps_that_are_measured_run_and_make_times_known(tmp_path: Path, device: str) -> None:
+    make_checkpoint(tmp_path)
+    made = make_device(tmp_path, "fp32", device, num_slots=300, num_lanes=8, max_len=256)
+    some = plans(8, 128, 256)
+    assert [plan.num_decode for plan in some] == [1, 2, 4, 8, 0]
+    for plan in some:
+        assert len(made.launch(plan).wait().tokens) == len(plan.lanes)
+    measured = measure(made, 128, 256)
+    assert bool(measured) == (device == "cuda"), "a CPU measures no steps"
+    times = StepTimes(measured)
+    assert bool(times.decoding(8)) == (device == "cuda")
     made.close()
