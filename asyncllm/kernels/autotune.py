@@ -56,7 +56,10 @@ def tuned(device: torch.device, kernel: str, key: str) -> Entry | None:
 
 
 # kernels that can begin early; products with quantised weights have configurations of their own
-EARLY = ("norm", "activation", "rows in 8 bits", "rotation", "decode attention", "product of a row")
+EARLY = (
+    *("norm", "norm of heads", "activation", "rows in 8 bits", "rotation", "decode attention"),
+    "product of a row",
+)
 
 
 def launches_early(device: torch.device, kernel: str) -> bool:

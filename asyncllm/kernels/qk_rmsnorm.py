@@ -75,7 +75,7 @@ def qk_rmsnorm(
         return
     dim_pad = triton.next_power_of_2(dim)
     heads = max(1, min(2048 // dim_pad, triton.next_power_of_2(num_q + num_k)))
-    early = launches_early(qkv.device, "norm")
+    early = launches_early(qkv.device, "norm of heads")
     _qk_rmsnorm_kernel[(len(qkv), triton.cdiv(num_q + num_k, heads))](
         qkv,
         q_weight,
