@@ -17,7 +17,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """What kernels are chosen by, of a GPU."""
+    """The properties of a GPU by which kernels are chosen."""
 
     name: str
     num_sms: int
@@ -28,7 +28,7 @@ _assumed: list[DeviceFacts] = []
 
 
 def assume(facts: DeviceFacts) -> None:
-    """Take every device but a CPU for such a GPU from now on, in this process."""
+    """Treat every device but a CPU as such a GPU from now on, in this process."""
     _assumed[:] = [facts]
 
 
@@ -38,7 +38,7 @@ def is_assumed() -> bool:
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Of ``device``, a GPU or what is taken for one."""
+    """The facts of ``device``, a GPU or a device treated as one."""
     return _assumed[0] if _assumed else _facts(device)
 
 
@@ -77,7 +77,7 @@ def num_sms(device: torch.device) -> int:
 
 
 def config_path(device_name: str) -> Path:
-    """Where the tuned configurations of a device lie."""
+    """The file with the tuned configurations of a device."""
     return Path(__file__).parent / "configs" / f"{device_name.replace(' ', '_')}.json"
 
 

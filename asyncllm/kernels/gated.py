@@ -1,6 +1,6 @@
 """Gated activation of an MLP: silu or gelu of gate, times up, over a fused [gate | up] row.
 
-Owns the rounding order of the activation; knows nothing of the projections around it.
+Owns the rounding order of the activation; does not know the projections around it.
 """
 
 # mypy: allow-incomplete-defs

@@ -1,4 +1,4 @@
-"""Parts of the rows of K/V slots, of many tensors, copied together into one place and back.
+"""Copies parts of the rows of K/V slots, from many tensors, into one page and back.
 
 Knows bytes at addresses; does not know what they mean.
 """

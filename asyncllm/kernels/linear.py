@@ -1,6 +1,6 @@
-"""Linear layer for one row: reads every weight once, at the speed of memory.
+"""Linear layer for one row: reads every weight once, at memory bandwidth.
 
-The row is multiplied on the ordinary units, straight from registers: a matrix product is a walk
+The row is multiplied on CUDA cores, straight from registers: a matrix product is a walk
 over the weights. Owns the tile shapes; does not know which layer it is.
 """
 
@@ -83,7 +83,7 @@ def linear(
         weight: [out_features, in_features], dtype of x; rows may be strided.
         bias: [out_features], dtype of x.
         out: [1, out_features], where to write, in the dtype of x or float32.
-        config: instead of the built-in one, to measure others.
+        config: overrides the built-in one, for measurements.
 
     Returns:
         [1, out_features]; sums in fp32, in a fixed order, rounded once.

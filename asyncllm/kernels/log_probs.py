@@ -1,6 +1,6 @@
-"""Log-probability of one token per row, by the per-tile sums that sampling uses.
+"""Computes the log-probability of one token per row, from the per-tile sums of sampling.
 
-Knows neither requests nor why somebody asks.
+Does not know requests.
 """
 
 # mypy: allow-incomplete-defs

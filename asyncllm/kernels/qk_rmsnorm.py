@@ -1,6 +1,6 @@
 """RMS norm of each head of q and of k in a packed qkv row, before the rotation.
 
-Owns the in-place norm of heads; knows nothing of what is done with them.
+Owns the in-place norm of heads; does not know how they are used.
 """
 
 # mypy: allow-incomplete-defs

@@ -1,6 +1,6 @@
 """RMS norm, alone and fused with the residual addition.
 
-Owns the rounding order of the norm; knows nothing of layers or models.
+Owns the rounding order of the norm; does not know layers or models.
 """
 
 # mypy: allow-incomplete-defs

@@ -1,6 +1,6 @@
 """Attention of one new token per row over K/V gathered by slot (decode).
 
-How the work is divided is `decode_plan.py`'s.
+`decode_plan.py` decides how the work is divided.
 """
 
 # mypy: allow-incomplete-defs
@@ -394,7 +394,7 @@ def decode_attention(
         lens: [num_rows] int32, tokens per row with the current one; 0 marks a padding row.
         scale: multiplies q·k, usually head_dim ** -0.5.
         scales: of caches in 8 bits, as ``rope_kv`` writes them.
-        window: tokens that a row attends to at most, its last ones; None: all. What the table
+        window: a row attends to at most this many of its last tokens; None: all. What the table
             says of positions before them is not used.
         softcap: scores become softcap * tanh(score / softcap).
         grouped: a program attends with all query heads of a KV head; else with one, and without

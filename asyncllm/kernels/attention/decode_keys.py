@@ -1,4 +1,4 @@
-"""The keys that one new token attends to: loops over tiles of a row's slots, with online softmax.
+"""Loops over the keys that one new token attends to, in tiles of slots, with online softmax.
 
 K and V are in the type of q, or in 8 bits: with one scale for a head of a token, which is
 multiplied to its score and to its weight, or with one for each 8 channels.

@@ -1,6 +1,6 @@
-"""The division of a decode step's attention among programs, made on the device.
+"""Divides a decode step's attention among programs, on the device.
 
-Owns how the work of a batch is divided among programs; knows neither requests nor layers.
+Knows lengths, tiles and ranges; knows neither requests nor layers.
 
 All rows' keys are cut into tiles of a fixed number of tokens. Tiles are numbered row by row, and
 each program takes an equal, contiguous range of numbers, in one head:

@@ -1,6 +1,6 @@
-"""K and V in 8 bits inside kernels: scales, and numbers from and to what products take.
+"""8-bit K and V inside kernels: scales, and conversion from and to the types of products.
 
-The same arithmetic in plain torch is ``quantize.py``'s. Scales are bfloat16 in memory; here they
+``quantize.py`` has the same arithmetic in plain torch. Scales are bfloat16 in memory; here they
 are handled as the upper halves of float32.
 """
 

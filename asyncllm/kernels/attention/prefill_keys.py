@@ -1,6 +1,6 @@
-"""The keys that a block of queries attends to: loops over tiles, with online softmax.
+"""Loops over the keys that a block of queries attends to, in tiles, with online softmax.
 
-What comes by slots may be in 8 bits (SCALES): it is widened tile by tile.
+K/V gathered by slot may be in 8 bits (SCALES): they are dequantised tile by tile.
 
 Source: online softmax over tiles as in FlashAttention-2 (Dao, 2023).
 """

@@ -1,4 +1,4 @@
-"""K and V in 8 bits and back, in plain torch: what the kernels do, and what the CPU uses.
+"""Quantises K and V to 8 bits and back, in plain torch: used on the CPU, and as reference.
 
 A scale is a bfloat16, whose range is that of float32, so that no K or V is too large for it. It is
 rounded up, and numbers are divided by what it was rounded to: none is beyond the largest one.

@@ -1,4 +1,4 @@
-"""Decode attention over tokens that several rows have in the same slots: read once for all of them.
+"""Decode attention over slots that several rows share: their K/V are read once for all rows.
 
 Owns the division of such work among programs, and its partial results, which decode attention
 merges with those of the rows' own tokens; knows neither requests nor layers.

@@ -1,7 +1,7 @@
-"""Which rows of a decode step have the same first slots, as attention is told on the device, and
-what it costs.
+"""Describes on the device which rows of a decode step have the same first slots, and
+the costs of sharing.
 
-Plain torch: what a step is made of is known where there is no Triton.
+Plain torch: also needed without Triton.
 """
 
 from __future__ import annotations

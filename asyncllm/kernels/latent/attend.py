@@ -1,8 +1,8 @@
 """Attention of a few tokens per item over latents gathered by slot: decode, and short chunks.
 
-Absorbed: queries have been multiplied by what would make keys of the latents, so that all heads
+Absorbed: queries have been multiplied by the up-projection of keys, so that all heads
 attend to one row of a token, whose first part is the value as well; it is loaded once. How the work
-is divided is `plan.py`'s.
+is divided is decided by `plan.py`.
 
 All (token, head) pairs of a block are rows of its matrix products. An item that lies in several
 ranges leaves a partial result in each; a kernel of its own merges them, since the pieces of one row
@@ -257,7 +257,7 @@ def attend(
     """Attention of the items of a plan over latents in token slots.
 
     Args:
-        q: [num_tokens, num_heads, rank]: queries, multiplied by what makes keys of the latents.
+        q: [num_tokens, num_heads, rank]: queries, multiplied by the up-projection of keys.
         turned: [num_tokens, num_heads, rope_dim]: the rotated part of the queries.
         cache: [num_slots + 1, rank + rope_dim], contiguous: latent, and rotated key; dtype of q, or
             8-bit floats.

@@ -1,6 +1,6 @@
-"""Keys and values of rows' latents, made before their chunks attend to them.
+"""Decompresses the keys and values of rows' latents, before their chunks attend to them.
 
-A product whose rows are gathered by slot: how many there are is known on the device only, so a
+A product whose rows are gathered by slot: their number is known on the device only, so a
 fixed number of programs walks over tiles.
 """
 

@@ -1,6 +1,6 @@
-"""A product of each head with a matrix of its own, of those tokens that want it.
+"""Multiplies each head of selected tokens by a matrix of its own.
 
-Makes queries for latents, and values of sums of latents; knows neither.
+Used to absorb queries and to compute values from sums of latents; knows neither.
 """
 
 # mypy: allow-incomplete-defs

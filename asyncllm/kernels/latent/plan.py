@@ -1,4 +1,4 @@
-"""What a step's attention over latents does, decided on the device from the rows' lengths.
+"""Plans a step's attention over latents on the device, from the rows' lengths.
 
 An item is some neighbouring tokens of one row, whose (token, head) pairs one block of the kernel
 takes: a decode row, or a few tokens of a chunk. Items' latents are cut into tiles, numbered item by

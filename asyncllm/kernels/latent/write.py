@@ -1,4 +1,4 @@
-"""What a token leaves in the latent cache, and the rotation of its queries.
+"""Writes tokens' latents to the cache, and rotates their queries.
 
 Owns the layout of a row of the cache: the normed latent, then the rotated key that all heads share;
 in 8-bit floats a scale for both lies apart. The scales are float32, since nothing smaller than four

@@ -1,4 +1,4 @@
-"""Products of tokens with the weights of their experts in 8 bits, grouped by expert.
+"""Products of tokens with their experts' 8-bit weights, grouped by expert.
 
 Few rows of an expert stay as they are, and weights are widened in registers; many come in 8 bits
 themselves, for the matrix units. A tile is weights times rows, so that few rows cost what they are.

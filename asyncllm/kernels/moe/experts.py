@@ -1,4 +1,4 @@
-"""Products of tokens with the weights of their experts, grouped by expert, and their weighted sum.
+"""Products of tokens with their experts' weights, grouped by expert, and the weighted sum.
 
 Owns the walk over blocks of (token, expert) pairs; does not know how experts were chosen. Rows are
 read through the sorted order and written by the pair's number, so nothing is moved to be sorted; a

@@ -1,4 +1,4 @@
-"""(token, expert) pairs sorted by expert, in blocks that belong to one expert each.
+"""Sorts (token, expert) pairs by expert, into blocks of one expert each.
 
 Owns the order; moves no tokens. A program to an expert: each counts all pairs, so that it knows
 where its expert's begin, and nobody waits for anybody.

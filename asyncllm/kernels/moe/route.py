@@ -1,4 +1,4 @@
-"""The experts of each token by the router's logits: scores, groups, the best few, their weights.
+"""Routes tokens to experts by the router's logits: scores, groups, top-k, weights.
 
 Owns the choice; does not know what experts are. One warp to a token, all of it in registers.
 """

@@ -1,4 +1,4 @@
-"""How the two products of a mixture of experts are built, and the classes of their shapes."""
+"""Kernel configurations of the two products of a mixture of experts, by class of shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of rows with 4-bit weights, which are widened in registers: at the speed of memory.
+"""Products of rows with 4-bit weights, dequantised in registers: limited by memory bandwidth.
 
 Owns the layout in which four columns of a weight share 16 bits (``pack``), so that masks alone make
 pairs of operands of it, and the columns of an operand are neighbours. Does not know who quantised.

@@ -1,4 +1,4 @@
-"""A tile of a product whose inputs are divided among programs, the last of which adds the parts.
+"""A tile of a split-K product: inputs are divided among programs, the last of which adds up.
 
 Owns the space where parts wait, one for each device: products of one device run one after the
 other. The order of the sum is that of the parts, whoever comes last.

@@ -1,4 +1,4 @@
-"""Products of 8-bit rows with 8-bit weights on the matrix units: at the speed of memory for few.
+"""Products of 8-bit rows with 8-bit weights on tensor cores; few rows run at memory bandwidth.
 
 A tile is weights times rows, not rows times weights: the side that must fill a matrix instruction
 is that of the weights, so that 8 rows cost what they are. Where there are fewer tiles than the

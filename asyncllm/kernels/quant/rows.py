@@ -1,4 +1,4 @@
-"""Rows of activations in 8 bits, each with a scale of its own, or with one for each 128 columns.
+"""Quantises rows of activations to 8 bits, with one scale per row, or per 128 columns.
 
 Owns how they are rounded, and that the norm or the activation before it needs no pass of its own;
 does not know what the rows are multiplied with.

@@ -1,4 +1,4 @@
-"""Products of rows as they are with 8-bit weights, which are widened in registers, for few rows.
+"""Products of few unquantised rows with 8-bit weights, which are dequantised in registers.
 
 At the speed of memory, and without a pass that brings the rows to 8 bits. Owns the tiles; does not
 know how weights were quantised.

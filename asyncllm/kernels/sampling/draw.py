@@ -1,4 +1,4 @@
-"""From kept weights to a token: the tile that holds the goal, then the token in it."""
+"""Draws a token from the kept weights: finds the tile of the target sum, then the token in it."""
 
 # mypy: allow-incomplete-defs
 

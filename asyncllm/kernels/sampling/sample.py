@@ -1,4 +1,4 @@
-"""Logits to tokens without a sort: split reductions, a bracket from a sample, a search by bits.
+"""Samples tokens from logits without sorting: split reductions, then a bracketed bit search.
 
 Owns the order of inversion and what happens to ties; knows neither requests nor seeds.
 

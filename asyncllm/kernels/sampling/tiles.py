@@ -1,4 +1,4 @@
-"""The tiles of a row of logits: best logit, its token and sum of weights of each and of all."""
+"""Reduces a row of logits by tiles: best logit, its token and the sum of weights."""
 
 # mypy: allow-incomplete-defs
 

@@ -1,4 +1,4 @@
-"""What top_k, top_p and min_p keep of a row: a bracket from a sample, then a search by bits."""
+"""Finds what top_k, top_p and min_p keep of a row: a sampled bracket, then a search by bits."""
 
 # mypy: allow-incomplete-defs
 
