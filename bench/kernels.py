@@ -411,6 +411,20 @@ def merge_into(path: Path, kernel: str, entries: dict[str, dict[str, Any]]) -> N
     path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
+def refuse(wrong_kernels: Callable[[], list[str]]) -> int:
+    """The exit code of a command that measures nothing, since there is no device or since kernels
+    disagree with their references; 0 after the device's name has been printed."""
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    if wrong := wrong_kernels():
+        print("no numbers, results are wrong:\n  " + "\n  ".join(wrong), file=sys.stderr)
+        return 1
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
@@ -419,15 +433,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file that tuning updates")
     parser.add_argument("--only", choices=("small", "decode", "prefill"), help="these kernels")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to measure", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    if wrong := wrong_kernels():
-        print("no numbers, results are wrong:\n  " + "\n  ".join(wrong), file=sys.stderr)
-        return 1
+    if code := refuse(wrong_kernels):
+        return code
     ceiling = measure_ceiling(options.quick)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print(
         f"copy {ceiling.bytes_per_s / 1e12:.2f} TB/s, "
         f"bf16 matrix product {ceiling.flops_per_s / 1e12:.0f} TFLOP/s; "

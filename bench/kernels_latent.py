@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -45,6 +44,7 @@ from bench.kernels import (
     median_us,
     merge_into,
     randn,
+    refuse,
     show,
     tried,
 )
@@ -311,14 +311,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=180, help="how long to tune")
     parser.add_argument("--out", type=Path, help="JSON file that tuning updates")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to measure", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    if wrong := wrong_kernels():
-        print("no numbers, results are wrong:\n  " + "\n  ".join(wrong), file=sys.stderr)
-        return 1
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    if code := refuse(wrong_kernels):
+        return code
     if options.tune:
         entries = tune(options.seconds)
         print(json.dumps(entries))

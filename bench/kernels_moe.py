@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -39,7 +38,7 @@ from asyncllm.kernels.moe.order import order, order_ref
 from asyncllm.kernels.moe.route import route, route_ref
 from asyncllm.kernels.moe.tiles import ExpertsConfig, Tile, size_class
 from asyncllm.models.quantize import quantize_blocks, quantize_rows
-from bench.kernels import BOUND, Ceiling, measure_ceiling, median_us, merge_into, randn
+from bench.kernels import BOUND, Ceiling, measure_ceiling, median_us, merge_into, randn, refuse
 
 
 @dataclass(frozen=True)
@@ -279,18 +278,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300, help="how long to tune")
     parser.add_argument("--out", type=Path, help="JSON file that tuning updates")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to measure", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    if wrong := wrong_kernels():
-        print("no numbers, results are wrong:\n  " + "\n  ".join(wrong), file=sys.stderr)
-        return 1
+    if code := refuse(wrong_kernels):
+        return code
     shapes = {
         name: dataclasses.replace(shape, inner=-(-shape.inner // options.tp))
         for name, shape in SHAPES.items()
     }
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     if options.tune:
         entries = {}
         for kind in options.kinds:

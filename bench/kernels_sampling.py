@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -26,7 +25,7 @@ from asyncllm.kernels.linear import LinearConfig, linear, linear_ref
 from asyncllm.kernels.log_probs import log_probs, log_probs_ref
 from asyncllm.kernels.penalties import add_bias, penalize, penalize_ref, penalty_counts
 from asyncllm.kernels.sampling.sample import kept_ref, sample
-from bench.kernels import in_turn_us, measure_ceiling
+from bench.kernels import in_turn_us, measure_ceiling, refuse
 
 VOCAB, HIDDEN = 128256, 4096
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
@@ -247,14 +246,8 @@ def main() -> int:
     parser.add_argument("--only", choices=("sampling", "linear", "rest"), help="one part")
     parser.add_argument("--tune", action="store_true", help="try linear configurations")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to measure", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    if wrong := wrong_kernels():
-        print("no numbers, results are wrong:\n  " + "\n  ".join(wrong), file=sys.stderr)
-        return 1
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    if code := refuse(wrong_kernels):
+        return code
     if options.tune:
         tune()
         return 0

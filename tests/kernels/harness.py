@@ -17,6 +17,9 @@ DTYPES = [
     torch.float16,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
 ]
+HALVES = DTYPES[1:]
+# of tests with many shapes: on a GPU what is served there
+HERE = [torch.bfloat16] if DEVICE == "cuda" else DTYPES
 RATIO = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 

@@ -13,8 +13,8 @@ from asyncllm.kernels.attention.decode_plan import (
 )
 from tests.kernels.harness import (
     DEVICE,
-    DTYPES,
     EIGHT_BITS,
+    HERE,
     assert_close,
     in_8_bits,
     ints,
@@ -25,7 +25,6 @@ from tests.kernels.harness import (
 )
 
 # each combination is a build on the card, and one of its types is enough there
-HERE = [torch.bfloat16] if DEVICE == "cuda" else DTYPES
 # lengths, query heads, KV heads, head_dim
 SHAPES = [
     ([1], 4, 4, 64),

@@ -12,8 +12,8 @@ from asyncllm.kernels.attention.prefill import (
 )
 from tests.kernels.harness import (
     DEVICE,
-    DTYPES,
     EIGHT_BITS,
+    HERE,
     assert_close,
     in_8_bits,
     ints,
@@ -24,7 +24,6 @@ from tests.kernels.harness import (
 )
 
 # each combination is a build on the card, and one of its types is enough there
-HERE = [torch.bfloat16] if DEVICE == "cuda" else DTYPES
 # (prefix, count) of each row, query heads, KV heads, head_dim
 SHAPES = [
     ([(0, 1)], 4, 4, 64),

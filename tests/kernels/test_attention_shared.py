@@ -12,8 +12,8 @@ from asyncllm.kernels.attention.shared import SharedConfig
 from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, SharedRows
 from tests.kernels.harness import (
     DEVICE,
-    DTYPES,
     EIGHT_BITS,
+    HERE,
     assert_close,
     in_8_bits,
     ints,
@@ -23,7 +23,6 @@ from tests.kernels.harness import (
     replayed,
 )
 
-HERE = [torch.bfloat16] if DEVICE == "cuda" else DTYPES
 Group = tuple[int, int, int, int]  # first token, token behind the last, first member, their number
 
 

@@ -17,9 +17,8 @@ from asyncllm.kernels.quant.four_bits import (
     widen,
     widen_ref,
 )
-from tests.kernels.harness import DEVICE, assert_close, no_sync, randn, replayed
+from tests.kernels.harness import DEVICE, HALVES, assert_close, no_sync, randn, replayed
 
-HALVES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 # rows, outputs, inputs, columns of a group
 SHAPES = [
     (1, 96, 512, 128),

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from asyncllm.kernels.quant.rows import quantize_rows_ref
 from asyncllm.kernels.quant.wide import WideConfig, fits_wide, row_class, wide, wide_ref
-from tests.kernels.harness import DEVICE, assert_close, no_sync, randn, replayed
+from tests.kernels.harness import DEVICE, HALVES, assert_close, no_sync, randn, replayed
 
 KINDS = [(torch.float8_e4m3fn, False), (torch.int8, False), (torch.float8_e4m3fn, True)]
-HALVES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 SHAPES = [(1, 96, 256), (3, 70, 80), (9, 200, 528), (40, 130, 128)]  # rows, outputs, inputs
 
 
