@@ -225,7 +225,7 @@ def test_two_nodes_meet_at_the_config_server_and_a_port_is_one_servers(
          *NODE, *more[:-4], "--nnodes", "1"],
         capture_output=True, text=True, timeout=START_S, check=False,
     )  # fmt: skip
-    assert other.returncode == 2
+    assert other.returncode == 2, f"{other.stderr}\n{site.text()}"
     assert f"port {free_port} of the config_server" in other.stderr
     assert f"the ranks of normal {address(first)} meet there (--nccl_port)" in other.stderr
     with first:
