@@ -74,7 +74,7 @@ def _added(
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks", "scale_row"])
-def _eight_bits_kernel(
+def _experts_eight_bits_kernel(
     x_ptr,
     x_scale_ptr,
     weight_ptr,
@@ -230,7 +230,7 @@ def eight_bits(
     desc = None
     if copy:
         desc = TensorDescriptor.from_tensor(weights.flatten(0, 1), [tile.block_n, tile.block_k])
-    _eight_bits_kernel[(len(owners) * triton.cdiv(n, tile.block_n),)](
+    _experts_eight_bits_kernel[(len(owners) * triton.cdiv(n, tile.block_n),)](
         values,
         x_scales,
         data,
