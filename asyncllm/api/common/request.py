@@ -50,6 +50,7 @@ class GenerationRequest:
     include_usage: bool = False  # a usage chunk ends the stream
     continuous_usage: bool = False  # every chunk says it too
     functions: bool = False  # OpenAI's chat: a call is sent as function_call
+    custom_tools: frozenset[str] = frozenset()  # OpenAI's chat: names of tools that take free text
     details: bool = False  # native: each token in the answer
     token_ids: bool = False  # OpenAI: ids of the prompt and of the tokens are in the answer
     tokens_as_ids: bool = False  # OpenAI: log-probabilities name tokens "token_id:ID"

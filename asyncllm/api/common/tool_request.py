@@ -119,18 +119,19 @@ def too_much(tools: Sequence[Tool]) -> str:
     )
 
 
-def as_offered(tools: Sequence[Tool], at: str = "") -> None:
+def as_offered(tools: Sequence[Tool], at: Sequence[str] = ()) -> None:
     """Refuse tools that are too many words together, or of which two have one name.
 
     Args:
-        at: where in a tool its name is.
+        at: for each tool, where in it its name is; (): at its top.
     """
     if why := too_much(tools):
         refuse(why)
     taken: set[str] = set()
     for i, tool in enumerate(tools):
         if tool.name in taken:
-            refuse(f"[{i}]: there is another tool {preview(tool.name)}", f"[{i}]{at}.name")
+            where = at[i] if at else ""
+            refuse(f"[{i}]: there is another tool {preview(tool.name)}", f"[{i}]{where}.name")
         taken.add(tool.name)
 
 

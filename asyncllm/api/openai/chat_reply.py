@@ -5,10 +5,12 @@ Knows the JSON shapes; :mod:`asyncllm.api.parsing.output_parser` finds reasoning
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice
+from asyncllm.api.common.custom_tool import input_of
 from asyncllm.api.common.logprobs import scored
 from asyncllm.api.openai.chunks import OpenAIReply, finish_reason
 from asyncllm.api.parsing.output_parser import OutputParser
@@ -119,17 +121,31 @@ class ParsedChatReply(ChatReply):
     def _events(self, choice: Choice, more: dict[str, Any]) -> bytes:
         out = b""
         for event in _output(choice).take_events():
+            if isinstance(event, CallEnd | Arguments) and (call := self._custom(choice, event)):
+                # free text comes at the call's end, out of the JSON that the model writes
+                if isinstance(event, CallEnd) and (text := input_of(call.arguments)):
+                    custom = {"index": event.index, "custom": {"input": text}}
+                    out += self._event(choice, {"tool_calls": [custom]}, more)
+                    more = {}
+                continue
             if isinstance(event, CallEnd):
                 continue
             if more or self._continuous or isinstance(event, CallStart):
-                text = None if isinstance(event, CallStart) else event.text
-                out += self._event(choice, self._delta(event, text), more)
+                told = None if isinstance(event, CallStart) else event.text
+                out += self._event(choice, self._delta(event, told), more)
                 more = {}
             else:
                 out += self._template(choice, event).text(event.text)
         if more:
             out += self._event(choice, {"content": ""}, more)
         return out
+
+    def _custom(self, choice: Choice, event: Arguments | CallEnd) -> Call | None:
+        """The call that an event is of, if it is one of a custom tool."""
+        if not (names := self.answer.generation.custom_tools):
+            return None
+        call = _output(choice).calls[event.index]
+        return call if call.name in names else None
 
     def _template(
         self, choice: Choice, event: Content | Reasoning | Arguments
@@ -153,13 +169,13 @@ class ParsedChatReply(ChatReply):
             thoughts = output.reasoning or None
             message |= {"reasoning": thoughts, "reasoning_content": thoughts}
         if output.calls:
-            told = [_call(call) for call in output.calls]
+            told = [_call(call, self.answer.generation.custom_tools) for call in output.calls]
             old = self.answer.generation.functions
             message |= {"function_call": told[0]["function"]} if old else {"tool_calls": told}
         return message
 
     def _delta(self, event: Event, text: str | None) -> ChatDelta:
-        delta = _delta(event, text)
+        delta = _delta(event, text, self.answer.generation.custom_tools)
         if self.answer.generation.functions and "tool_calls" in delta:
             return {"function_call": delta["tool_calls"][0]["function"]}
         return delta
@@ -177,20 +193,22 @@ def _output(choice: Choice) -> OutputParser:
     return choice.output
 
 
-def _delta(event: Event, text: str | None) -> ChatDelta:
+def _delta(event: Event, text: str | None, custom_tools: Collection[str]) -> ChatDelta:
     match event:
         case Reasoning():
             return {"reasoning": text, "reasoning_content": text}
         case CallStart():
-            function = {"name": event.name, "arguments": ""}
-            call = {"index": event.index, "id": event.id, "type": "function", "function": function}
-            return {"tool_calls": [call]}
+            begun = _call(Call(event.index, event.id, event.name), custom_tools)
+            return {"tool_calls": [{"index": event.index} | begun]}
         case Arguments():
             return {"tool_calls": [{"index": event.index, "function": {"arguments": text}}]}
         case _:
             return {"content": text}
 
 
-def _call(call: Call) -> dict[str, Any]:
+def _call(call: Call, custom_tools: Collection[str]) -> dict[str, object]:
+    if call.name in custom_tools:
+        custom = {"name": call.name, "input": input_of(call.arguments)}
+        return {"id": call.id, "type": "custom", "custom": custom}
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}

@@ -30,6 +30,7 @@ from asyncllm.api.common.conversation import (
     TextPart,
     text_of,
 )
+from asyncllm.api.common.custom_tool import INPUT
 from asyncllm.api.common.model import STRICT, Items, RequestModel, UnicodeStr, Variants, refuse
 from asyncllm.api.common.request import served_by
 from asyncllm.api.common.validation import preview
@@ -57,8 +58,9 @@ def in_any_case(roles: Sequence[str]) -> JsonSchemaValue:
 def _of_template(role: str, info: ValidationInfo) -> str:
     """A role that only the template knows, as it spells it."""
     known = served_by(info).dialect.roles
+    lower = role.lower()  # once: it may be as long as a body
     for each in (role, *sorted(known)):
-        if each in known and each.lower() == role.lower():
+        if each in known and each.lower() == lower:
             return each
     told = ", ".join(dict.fromkeys((*ROLES, *sorted(known))))
     refuse(f": {preview(role)} is not one of {told}")
@@ -78,17 +80,32 @@ class CalledFunction(TypedDict):
 
 
 @with_config(STRICT)
+class CalledCustom(TypedDict):
+    name: UnicodeStr
+    input: UnicodeStr
+
+
+@with_config(STRICT)
 class PastCall(TypedDict):
-    """A tool call of an earlier turn."""
+    """A tool call of an earlier turn: of a function, or of a custom tool."""
 
     id: NotRequired[UnicodeStr | None]
-    function: CalledFunction
+    function: NotRequired[CalledFunction]
+    custom: NotRequired[CalledCustom]
+
+
+def _of_some_tool(call: PastCall) -> PastCall:
+    if "function" not in call and "custom" not in call:
+        refuse(".function is missing", ".function")
+    return call
 
 
 class _ChatMessage(RequestModel):
     name: UnicodeStr | None = None
     tool_call_id: UnicodeStr | None = None
-    tool_calls: Items[PastCall] = Field(default_factory=list)
+    tool_calls: Items[Annotated[PastCall, AfterValidator(_of_some_tool)]] = Field(
+        default_factory=list
+    )
     function_call: CalledFunction | None = None
     reasoning_content: UnicodeStr = ""
     reasoning: UnicodeStr = ""
@@ -204,12 +221,18 @@ def _turn(message: ChatMessage, roles: Collection[str]) -> dict[str, object]:
     if thought := message.reasoning_content or message.reasoning or inside:
         turn["reasoning_content"] = thought
     if message.tool_calls:
-        turn["tool_calls"] = [
-            _call(call["function"], call.get("id")) for call in message.tool_calls
-        ]
+        turn["tool_calls"] = [_call(_called(call), call.get("id")) for call in message.tool_calls]
     elif message.function_call is not None:
         turn["tool_calls"] = [_call(message.function_call)]
     return turn
+
+
+def _called(call: PastCall) -> CalledFunction:
+    """A custom tool's call as that of a function, which it is to the model."""
+    if "function" in call:
+        return call["function"]
+    custom = call["custom"]
+    return {"name": custom["name"], "arguments": {INPUT: custom["input"]}}
 
 
 def _call(function: CalledFunction, key: str | None = None) -> dict[str, object]:

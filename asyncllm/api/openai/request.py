@@ -71,7 +71,14 @@ from asyncllm.api.common.validation import (
     valid_text,
 )
 from asyncllm.api.openai.messages import ChatMessages, conversation, template_kwargs
-from asyncllm.api.openai.tools import ChatChoice, ChatTools, FunctionCall, Functions, tool_choice
+from asyncllm.api.openai.tools import (
+    ChatChoice,
+    ChatCustomTool,
+    ChatTools,
+    FunctionCall,
+    Functions,
+    tool_choice,
+)
 from asyncllm.api.parsing.output_parser import OutputOptions
 from asyncllm.core.request import SamplingParams
 
@@ -281,13 +288,14 @@ class ChatRequest(CommonRequest):
     )
     tools: ChatTools = Field(
         default_factory=list,
-        description=f"functions the model may call, at most {MAX_TOOLS} and {MAX_TOOLS_CHARS} "
-        "characters of JSON",
+        description="what the model may call: {type: function, function: {name, description, "
+        "parameters, strict}}, or with free text {type: custom, custom: {name, description, "
+        f"format}}}}; at most {MAX_TOOLS} and {MAX_TOOLS_CHARS} characters of JSON",
     )
     tool_choice: ChatChoice | None = Field(
         None,
-        description="none, auto, required, {type: function, function: {name}}, or {type: "
-        "allowed_tools, allowed_tools: {mode, tools}}: a grammar forces required and named calls; "
+        description="none, auto, required, {type: function, function: {name}}, {type: custom, "
+        "custom: {name}}, or {type: allowed_tools, allowed_tools: {mode, tools}}: a grammar forces required and named calls; "
         "default: auto if there are tools",
     )
     parallel_tool_calls: bool = Field(
@@ -376,6 +384,9 @@ def chat(body: Body, served: ServedModel) -> GenerationRequest:
         add_special_tokens=False,
         output_options=made.output_options,
         functions=bool(request.functions),
+        custom_tools=frozenset(
+            each.custom.name for each in request.tools if isinstance(each, ChatCustomTool)
+        ),
     )
 
 
@@ -421,6 +432,7 @@ class _More(TypedDict, total=False):
     usual_max: int
     output_options: OutputOptions | None
     functions: bool
+    custom_tools: frozenset[str]
 
 
 def _generation(
@@ -483,7 +495,7 @@ def _tool_request(request: ChatRequest) -> ToolRequest:
     """Tools, or functions as they were called before."""
     choice, wanted = tool_choice(request.tool_choice), tool_choice(request.function_call)
     if not request.functions and (wanted is None or wanted.mode != "named"):
-        tools = [each.function.tool for each in request.tools]
+        tools = [each.tool for each in request.tools]
         return tool_request.resolve(tools, choice, request.parallel_tool_calls)
     if request.tools or choice is not None:
         reject("functions and tools exclude each other", "functions")

@@ -10,19 +10,53 @@ from typing import Annotated, Literal
 from annotated_types import MinLen
 from pydantic import AfterValidator, Field
 
+from asyncllm.api.common.custom_tool import InputGrammar, TextInput, as_function
 from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
 from asyncllm.api.common.tool_request import (
     MAX_TOOLS,
     ChoiceMode,
     FunctionTool,
     ToolChoice,
+    ToolName,
     as_offered,
 )
+from asyncllm.api.parsing.tools import Tool
 
 
 class ChatTool(RequestModel):
     type: Literal["function"]
     function: FunctionTool
+
+    @property
+    def tool(self) -> Tool:
+        return self.function.tool
+
+
+class InnerGrammarInput(RequestModel):
+    type: Literal["grammar"]
+    grammar: InputGrammar
+
+
+class CustomFunction(RequestModel):
+    """What the model may call with free text."""
+
+    name: ToolName
+    description: UnicodeStr = ""
+    format: Annotated[TextInput | InnerGrammarInput, Variants()] | None = None
+
+    @property
+    def tool(self) -> Tool:
+        grammar = self.format.grammar if isinstance(self.format, InnerGrammarInput) else None
+        return as_function(self.name, self.description, grammar)
+
+
+class ChatCustomTool(RequestModel):
+    type: Literal["custom"]
+    custom: CustomFunction
+
+    @property
+    def tool(self) -> Tool:
+        return self.custom.tool
 
 
 class OldFunction(FunctionTool):
@@ -37,10 +71,23 @@ class NamedFunction(RequestModel):
     type: Literal["function"] = "function"  # TGI's clients leave it out
     function: FunctionName
 
+    @property
+    def name(self) -> str:
+        return self.function.name
+
+
+class NamedCustom(RequestModel):
+    type: Literal["custom"]
+    custom: FunctionName
+
+    @property
+    def name(self) -> str:
+        return self.custom.name
+
 
 class AllowedTools(RequestModel):
     mode: Literal["auto", "required"]
-    tools: Annotated[Items[NamedFunction], MinLen(1)]
+    tools: Annotated[Items[Annotated[NamedFunction | NamedCustom, Variants()]], MinLen(1)]
 
 
 class AllowedChoice(RequestModel):
@@ -48,8 +95,8 @@ class AllowedChoice(RequestModel):
     allowed_tools: AllowedTools
 
 
-def _tools(tools: list[ChatTool]) -> list[ChatTool]:
-    as_offered([each.function.tool for each in tools], ".function")
+def _tools(tools: list[ChatTool | ChatCustomTool]) -> list[ChatTool | ChatCustomTool]:
+    as_offered([each.tool for each in tools], [f".{each.type}" for each in tools])
     return tools
 
 
@@ -60,13 +107,15 @@ def _functions(functions: list[OldFunction]) -> list[OldFunction]:
 
 _KNOWN = Variants(other="tools of type {} are not available")
 ChatTools = Annotated[
-    Items[Annotated[ChatTool, _KNOWN]], Field(max_length=MAX_TOOLS), AfterValidator(_tools)
+    Items[Annotated[ChatTool | ChatCustomTool, _KNOWN]],
+    Field(max_length=MAX_TOOLS),
+    AfterValidator(_tools),
 ]
 Functions = Annotated[
     Items[Annotated[OldFunction, _KNOWN]], Field(max_length=MAX_TOOLS), AfterValidator(_functions)
 ]
 ChatChoice = Annotated[
-    ChoiceMode | NamedFunction | AllowedChoice,
+    ChoiceMode | NamedFunction | NamedCustom | AllowedChoice,
     Variants("one of none, auto, required, or an object", other="{} is not available"),
 ]
 FunctionCall = Annotated[
@@ -75,19 +124,17 @@ FunctionCall = Annotated[
 
 
 def tool_choice(
-    given: ChoiceMode | NamedFunction | AllowedChoice | FunctionName | None,
+    given: ChoiceMode | NamedFunction | NamedCustom | AllowedChoice | FunctionName | None,
 ) -> ToolChoice | None:
     """What ``tool_choice`` or ``function_call`` asks for."""
     match given:
         case None:
             return None
-        case NamedFunction():
-            return ToolChoice("named", given.function.name)
-        case FunctionName():
+        case NamedFunction() | NamedCustom() | FunctionName():
             return ToolChoice("named", given.name)
         case AllowedChoice():
             allowed = given.allowed_tools
-            names = tuple(each.function.name for each in allowed.tools)
+            names = tuple(each.name for each in allowed.tools)
             return ToolChoice(allowed.mode, allowed=names)
         case mode:
             return ToolChoice(mode)

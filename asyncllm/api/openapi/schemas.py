@@ -56,9 +56,12 @@ _USAGE: Final[Schema] = made(
     total_tokens=INTEGER,
     prompt_tokens_details=made(cached_tokens=INTEGER),
 )
-_CALL: Final[Schema] = made(
-    id=STRING, type=one_of("function"), function=made(name=STRING, arguments=STRING)
-)
+_CALL: Final[Schema] = {
+    "anyOf": [
+        made(id=STRING, type=one_of("function"), function=made(name=STRING, arguments=STRING)),
+        made(id=STRING, type=one_of("custom"), custom=made(name=STRING, input=STRING)),
+    ]
+}
 _CHAT_MESSAGE: Final[Schema] = made(role=one_of("assistant"), content=MAYBE_STRING)
 _CHAT_MESSAGE["properties"] |= {
     "tool_calls": some(_CALL),

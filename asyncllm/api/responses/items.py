@@ -20,9 +20,9 @@ from asyncllm.api.common.conversation import (
     PastArguments,
     text_of,
 )
+from asyncllm.api.common.custom_tool import INPUT
 from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
 from asyncllm.api.common.validation import reject
-from asyncllm.api.responses.tools import INPUT
 
 
 class SpeakerItem(RequestModel):

@@ -12,11 +12,12 @@ from asyncllm.api.common import conversation, sse
 from asyncllm.api.common.answer import Answer, Choice
 from asyncllm.api.common.content_blocks import ContentBlock, ContentBlockReply
 from asyncllm.api.common.conversation import ConversationBuilder
+from asyncllm.api.common.custom_tool import input_of
 from asyncllm.api.common.logprobs import scored
 from asyncllm.api.parsing.tools import CallStart, Content, Reasoning
 from asyncllm.api.responses.request import ResponsesRequest
 from asyncllm.api.responses.store import Store, StoredResponse
-from asyncllm.api.responses.tools import Offered, input_of
+from asyncllm.api.responses.tools import Offered
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 from asyncllm.messages import Delta

@@ -6,7 +6,6 @@ cannot be. Knows the JSON of tools and of the choice between them; knows no othe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Final, Literal
@@ -15,9 +14,9 @@ from annotated_types import MinLen
 from pydantic import WithJsonSchema
 
 from asyncllm.api.common import tool_request
+from asyncllm.api.common.custom_tool import InputGrammar, TextInput, as_function
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
-from asyncllm.api.common.response_format import GrammarText
 from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolName
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.tools import Tool
@@ -27,8 +26,6 @@ HOSTED: Final = (
     "web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation",
     "computer", "computer_use_preview", "local_shell", "shell", "apply_patch", "mcp", "tool_search",
 )  # fmt: skip
-INPUT: Final = "input"  # the argument that holds a custom tool's free text
-_ADVICE: Final = "The value of `input` is handed to the tool as it is."
 
 
 def _undated(kind: str) -> str:
@@ -42,14 +39,8 @@ class FlatTool(FunctionTool):
     type: Literal["function"]
 
 
-class TextInput(RequestModel):
-    type: Literal["text"]
-
-
-class GrammarInput(RequestModel):
+class GrammarInput(InputGrammar):
     type: Literal["grammar"]
-    syntax: Literal["lark", "regex"]
-    definition: Annotated[GrammarText, MinLen(1)]
 
 
 class FreeTextTool(RequestModel):
@@ -60,23 +51,8 @@ class FreeTextTool(RequestModel):
 
     @property
     def tool(self) -> Tool:
-        """A function of one argument, which has the tool's form."""
-        lines, inner, lark = [self.description], {"type": "string"}, ""
-        strict = isinstance(self.format, GrammarInput)
-        if isinstance(self.format, GrammarInput):
-            if self.format.syntax == "regex":
-                inner["pattern"] = f"^(?:{self.format.definition})$"
-            else:
-                lark = self.format.definition
-                lines.append(f"`input` is a text of this grammar (Lark):\n{lark}")
-        schema = {
-            "type": "object",
-            "properties": {INPUT: inner},
-            "required": [INPUT],
-            "additionalProperties": False,
-        }
-        described = "\n".join(line for line in [*lines, _ADVICE] if line)
-        return Tool(self.name, schema, described, strict, lark)
+        grammar = self.format if isinstance(self.format, GrammarInput) else None
+        return as_function(self.name, self.description, grammar)
 
 
 class HostedTool(RequestModel):
@@ -208,16 +184,6 @@ def responses_choice(
             param="tools",
         )
     return choice
-
-
-def input_of(arguments: str) -> str:
-    """The free text in the arguments of a custom tool's call."""
-    try:
-        found = json.loads(arguments)
-    except ValueError:
-        return ""
-    given = found.get(INPUT, "") if isinstance(found, dict) else ""
-    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 def echoed(given: dict[str, object]) -> dict[str, object]:

@@ -188,7 +188,7 @@ def test_bad_tools_are_refused_by_name(body: dict[str, Any], param: str) -> None
     "body",
     [
         {"tools": [{"type": "web_search"}]},
-        {"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}},
+        {"tools": TOOLS, "tool_choice": {"type": "hosted", "hosted": {"name": "x"}}},
     ],
 )
 def test_tools_that_are_not_functions_are_not_available(body: dict[str, Any]) -> None:
