@@ -4,9 +4,10 @@ same.
     python bench/perplexity.py --model_dir /models/x --text book.txt
     python bench/perplexity.py --modes none triton_int8kv triton_fp8kv+triton_gqa_attention
     python bench/perplexity.py --quant_types none fp8w8a8 fp8w8a8-b128 w8a8
+    python bench/perplexity.py --model_dir model.gguf --quant_types none stored
 
 Each of ``--modes`` is what --mode may be given, joined by "+", each of ``--quant_types`` what --quant_type
-may be. Each runs in a process of its own; all are compared with the first. Other options are asyncllm's. Without ``--text`` it is the chapters of
+may be, or "stored": the bits that the checkpoint has. Each runs in a process of its own; all are compared with the first. Other options are asyncllm's. Without ``--text`` it is the chapters of
 Python's language reference that come with every Python.
 
 The text is cut into windows. The first half of one is computed in chunks, the second half behind a hit
@@ -40,6 +41,7 @@ from asyncllm.server.loading import Loaded, memory_plan
 from asyncllm.text import Text
 from bench.offline import engine_config, load
 
+STORED = "stored"  # no --quant_type
 SCORED = SamplingParams(temperature=0.0, prompt_logprobs=0)
 GREEDY = SamplingParams(temperature=0.0)
 LONGEST = 200  # tokens of the prompt of a question, at most
@@ -268,7 +270,7 @@ def in_a_child(name: str, argv: Sequence[str]) -> Figures:
 def child(a: argparse.Namespace, rest: Sequence[str]) -> Figures:
     kind = a.child.removeprefix(WEIGHTS)
     if kind != a.child:
-        names = ["--quant_type", kind]
+        names = [] if kind == STORED else ["--quant_type", kind]
     else:
         names = [] if kind == "none" else ["--mode", *kind.split("+")]
     limits = {
