@@ -207,18 +207,16 @@ def test_an_abort_reaches_its_request_behind_any_master(site: Site) -> None:
     assert asyncio.run(asyncio.wait_for(go(), 60)) == ["abort"]
 
 
-def test_two_nodes_meet_at_the_config_server_and_a_port_is_one_servers(
-    site: Site, free_port: int
-) -> None:
+def test_two_nodes_meet_at_the_config_server_and_a_port_is_one_servers(site: Site) -> None:
     """The first node is found there too; it need not be on the same machine. When it is killed the
     other one ends, and the port is free."""
-    more = ("--tp", "2", *site.meets, "--nccl_port", str(free_port), "--nnodes", "2")
-    ports = "--multinode_httpmanager_port", "--multinode_router_gloo_port"
-    for i, name in enumerate(ports):
-        more = (*more, name, str(free_port + 1 + 2 * i))
+    port, meeting, messages = free_port(), free_port(), free_port()
+    more = ("--tp", "2", *site.meets, "--nccl_port", str(port), "--nnodes", "2")
+    more += ("--multinode_httpmanager_port", str(meeting))
+    more += ("--multinode_router_gloo_port", str(messages))
     first, second = (site.start(*NODE, *more, "--node_rank", str(i)) for i in range(2))
     assert wait_until(lambda: len(site.objects()["groups"]) == 2, START_S), site.text()
-    owner = next(g["owner"] for g in site.objects()["groups"] if g["nccl_port"] == free_port)
+    owner = next(g["owner"] for g in site.objects()["groups"] if g["nccl_port"] == port)
     assert owner == f"normal {address(first)}"
     other = subprocess.run(
         [sys.executable, "-m", "asyncllm", "--port", "8999", "--model_dir", str(site.model_dir),
@@ -226,7 +224,7 @@ def test_two_nodes_meet_at_the_config_server_and_a_port_is_one_servers(
         capture_output=True, text=True, timeout=START_S, check=False,
     )  # fmt: skip
     assert other.returncode == 2, f"{other.stderr}\n{site.text()}"
-    assert f"port {free_port} of the config_server" in other.stderr
+    assert f"port {port} of the config_server" in other.stderr
     assert f"the ranks of normal {address(first)} meet there (--nccl_port)" in other.stderr
     with first:
         assert first.tokens(IDS, 12) == site.one.tokens(IDS, 12)
