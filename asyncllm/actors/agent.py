@@ -90,7 +90,7 @@ class Agent(Actor[Inbox]):
 
     Args:
         channel: to the masters.
-        masters: host and HTTP port of each; (): the guide tells them.
+        masters: host and HTTP port of each; (): the guide provides them.
         vocab_size, max_len: limits that requests of masters are checked against.
     """
 

@@ -115,7 +115,7 @@ class Search:
 
 
 async def _ask(url: str) -> int:
-    """The port that ``/cluster`` tells. Raises ClientError, TimeoutError, OSError, ValueError or
+    """The port that ``/cluster`` returns. Raises ClientError, TimeoutError, OSError, ValueError or
     KeyError."""
     unchecked = ssl.create_default_context()
     unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE

@@ -51,7 +51,7 @@ class Share:
         rank: its rank in the group.
         wire: what all K/V of this server look like.
         kv: the bytes.
-        held: heads of a server with so many ranks: of each layer, of each rank.
+        held: from a number of ranks to the heads per layer and rank.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Share:
     held: HeldOf
 
     def parts(self, other_tp: int, other: int, *, sent: bool) -> list[Part | None]:
-        """Of each layer, what travels from here to rank ``other`` of ``other_tp``, or, unless it is
+        """Per layer, the heads sent from here to rank ``other`` of ``other_tp``, or, unless it is
         ``sent``, from there to here."""
 
         @cache  # most layers are alike
@@ -134,7 +134,7 @@ class Mover(ABC):
     Args:
         share: the rank's.
         pages: buffers for the bytes in transit.
-        times: of signs of life, and how long to wait for one; for tests.
+        times: heartbeat intervals and timeouts; for tests.
         ctx: ZeroMQ's; it belongs to the thread from now on.
     """
 

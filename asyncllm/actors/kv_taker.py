@@ -1,6 +1,6 @@
 """Receives K/V on a rank of a decode node from ranks of prefill nodes.
 
-Owns the socket that they connect to, what each of them has announced, and what is on its way from
+Owns the socket that they connect to, what each of them has announced, and what is in transit from
 there into a page, and from a page into slots. Nothing but this thread writes into slots of a
 request that is to come, and only while its epoch is open here.
 """

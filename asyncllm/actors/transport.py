@@ -114,7 +114,7 @@ class Monitor:
     """ZeroMQ's events about the connections of a socket; create it before bind or connect.
 
     ZeroMQ's thread waits for whoever reads this, and it is the one thread of all sockets of a
-    context. So events never fill up, and it tells nothing more before nobody reads it.
+    context. So all events are read, and monitoring is stopped before reading stops.
     """
 
     def __init__(self, sock: Socket, events: int) -> None:
@@ -141,7 +141,7 @@ class Strangers:
     """Counts connections to a listening socket that failed to authenticate.
 
     Only those that ZeroMQ calls failed are counted at once: of those that hang up, or send what is
-    no handshake, it tells no more than that they were accepted. They count when the time for a
+    no handshake, it only reports that they were accepted. They count when the time for a
     handshake is over.
     """
 

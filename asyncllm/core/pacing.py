@@ -33,7 +33,7 @@ class Pacer:
         self.times = times
         self._prefill_share = prefill_share
         self._began = 0.0  # when the running step began, approximately
-        self._timed = False  # the device measures steps; a CPU does not, and is not held back
+        self._timed = False  # whether the device measures steps; a CPU does not, and is not paced
 
     def launched(self, now: float, *, idle: bool) -> None:
         """A step has been launched; ``idle``: the device had nothing to do."""
@@ -41,7 +41,7 @@ class Pacer:
             self._began = now
 
     def over(self, now: float, device_ms: float) -> None:
-        """A step is over.
+        """A step has finished.
 
         Args:
             now: seconds, of any monotonic clock.

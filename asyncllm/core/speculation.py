@@ -34,8 +34,8 @@ class Speculation:
     Args:
         most: drafts per request and step.
         most_rows: rows per step, see :func:`step_rows`.
-        times: of steps. What drafts cost is known only where some have been tried: until then, and
-            when the last ones were tried long ago, they are assumed to cost nothing.
+        times: step times. The cost of drafts is only known after some have been tried: until then,
+            and again long after the last ones, they are assumed to cost nothing.
 
     Attributes:
         drafted: draft tokens tried, over all requests.
@@ -48,7 +48,7 @@ class Speculation:
         self.most, self.most_rows, self.times = most, most_rows, times
         self.drafted = self.accepted = self.trying = 0
         self.wrong: list[tuple[Lane, int]] = []
-        self._without = FRESH  # steps that decoded since the last one with drafts
+        self._without = FRESH  # decode steps since the last one with drafts
 
     def settled(self, wrong: list[tuple[Lane, int]], num: int) -> None:
         """The results of a step with ``num`` drafts have arrived."""
@@ -58,7 +58,7 @@ class Speculation:
         self.accepted += num - sum(rows for _, rows in wrong)
 
     def over(self, *, drafts: bool) -> None:
-        """A step that decodes is over; ``drafts``: it had some."""
+        """A decode step has finished; ``drafts``: whether it had drafts."""
         self._without = 0 if drafts else self._without + 1
 
     def waits(self, chances: Sequence[Sequence[float]], num_rows: int) -> bool:

@@ -1,7 +1,7 @@
-"""How long steps take, learned from their tokens and K/V reads: fitted at warm-up, corrected while
+"""Learns how long steps take from their tokens and K/V reads: fitted at warm-up, corrected while
 serving.
 
-Knows times and sizes of steps; does not know their contents, nor what is decided by it.
+Knows times and sizes of steps; knows neither their contents nor what the predictions are used for.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-GAP_S = 0.001  # assumed wait of the device for the host before a step with drafts
-SLOWER, FASTER = 0.1, 0.5  # weights of a gap that is longer or shorter than those before
-KNOWN = 8  # steps of a kind after which its predictions have an error that is known
+GAP_S = 0.001  # assumed idle time of the device before a step with drafts
+SLOWER, FASTER = 0.1, 0.5  # weights of a new gap that is longer or shorter than the average
+KNOWN = 8  # steps of a kind after which the error of its predictions is known
 FORGETS = 0.998  # forgetting factor per step of a kind
-# variance of the coefficients, by the square of the first step's time: at first, and at most later
+# variance of the coefficients, relative to the squared time of the first step: initial, maximum
 PRIOR, MOST = 3e6, 3e4
 UNIT_TOKENS, UNIT_READ = 1e3, 1e5
 OUTLIER = 2.0  # a step that takes more than this times its prediction, or less than the inverse ...
@@ -27,7 +27,7 @@ class StepSize:
     num_tokens: int
     num_read: int  # K/V read: tokens that its rows attend to
     num_rows: int
-    decodes: bool  # every row has one token
+    decodes: bool  # whether every row has one token
 
 
 class TimeFit:
@@ -43,7 +43,7 @@ class TimeFit:
         self._outliers = 0
 
     def predict(self, num_tokens: int, num_read: int) -> float:
-        """Predicted milliseconds; 0: nothing is known."""
+        """Predicted milliseconds; 0: unknown."""
         if not self.num_seen:
             return 0.0
         a, b, c = self._coefficients
@@ -86,19 +86,19 @@ class TimeFit:
 
 
 class StepTimes:
-    """Milliseconds of a rank's steps, by two fits, one for steps that decode and one for others.
+    """Predicts a rank's step times by two fits, one for decode steps and one for the others.
 
     Args:
-        measured: steps of the warm-up, and how many milliseconds they took.
+        measured: steps of the warm-up and their times in milliseconds.
 
     Attributes:
-        gap_s: seconds that the device waits for the host before a step with drafts.
+        gap_s: idle seconds of the device before a step with drafts.
     """
 
     def __init__(self, measured: Iterable[tuple[StepSize, float]] = ()) -> None:
         self.gap_s = GAP_S
         self._decode, self._mixed = TimeFit(), TimeFit()
-        self._read = 0.0  # K/V that a row of the last step that decoded has read
+        self._read = 0.0  # K/V reads per row of the last decode step
         self._over_at = 0.0
         for size, ms in measured:
             self._learn(size, ms)
@@ -106,13 +106,13 @@ class StepTimes:
     def over(
         self, now: float, launched_at: float, size: StepSize, device_ms: float, *, drafts: bool
     ) -> None:
-        """A step is over.
+        """Record a finished step.
 
         Args:
             now: seconds, of the clock of ``launched_at``.
-            device_ms: its time on the device, without gaps; 0: not measured there, so all the time
-                since it was launched and the one before it was over is taken.
-            drafts: it had some.
+            device_ms: its time on the device, without gaps; 0: not measured, so the time since its
+                launch and the end of the previous step is used.
+            drafts: whether it had drafts.
         """
         before, self._over_at = self._over_at, now
         ms = device_ms or 1e3 * (now - max(launched_at, before))
@@ -123,7 +123,7 @@ class StepTimes:
                 self.gap_s += (gap_s - self.gap_s) * (FASTER if gap_s < self.gap_s else SLOWER)
 
     def predict(self, size: StepSize) -> float:
-        """0: unknown. Steps that decode are all alike, so few of them will do."""
+        """Predicted milliseconds; 0: unknown. Decode steps are alike, so few of them suffice."""
         fit = self._fit(size)
         if fit.num_seen < KNOWN and not size.decodes:
             return 0.0
@@ -135,14 +135,14 @@ class StepTimes:
         return fit.error if fit.num_seen >= KNOWN else 1.0
 
     def decoding(self, num_rows: int) -> float:
-        """Of a step with so many rows of one token, which read what rows do now; 0: unknown."""
+        """Predicted time of a decode step with this many rows that read as now; 0: unknown."""
         return self._decode.predict(num_rows, round(num_rows * self._read))
 
     def tokens_beside(self, num_rows: int, num_read: int, share: float) -> int | None:
-        """Tokens of a step in which rows that decode take but ``1 - share`` of the time.
+        """Tokens of a step in which decode rows take only ``1 - share`` of the time.
 
         Args:
-            num_rows: that decode; ``num_read``: what they read.
+            num_rows: decode rows; ``num_read``: their K/V reads.
 
         Returns:
             None: not known.

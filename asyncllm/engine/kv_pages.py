@@ -209,7 +209,7 @@ class CudaCopied:
 
 
 def warm_up(pages: Pages, kv: KvBytes, slot: int) -> None:
-    """Copy a slot that nobody reads into a page and back, so that no transfer waits for a compiler;
+    """Copy a slot that nobody reads into a page and back, so that no transfer waits to compile;
     start-up only."""
     strips, slots = kv.whole(), array("i", [slot])
     pages.fill(0, strips, slots, host=False).wait()
@@ -218,14 +218,14 @@ def warm_up(pages: Pages, kv: KvBytes, slot: int) -> None:
 
 class CudaPages:
     """Pages on the device, each with pinned memory on the host if that is asked for; copies go
-    through a stream of their own, beside the steps.
+    through a stream of their own, concurrent with steps.
 
     Attributes:
         all: [num, size] bytes.
     """
 
     def __init__(self, num: int, size: int, device: torch.device) -> None:
-        # imported here: Triton need not exist where there is no GPU
+        # imported here: without a GPU there may be no Triton
         from asyncllm.kernels import kv_rows
 
         self._kernels = kv_rows

@@ -42,7 +42,7 @@ class Communicator(Protocol):
 class PairMeeting(Store):
     """A store through which two processes exchange what their communicators need to connect.
 
-    What is set here is to be told to the other side, and what is asked for here comes from there.
+    Values set here must be sent to the other side, and values read here come from there.
     """
 
     def __init__(self, timeout_s: float, wake: Callable[[], None]) -> None:
@@ -187,7 +187,7 @@ class Pair:
             self._fail(error)
         finally:
             self._waiter.close()
-            self._group = None  # its end may take a while, and is nobody else's to wait for
+            self._group = None  # ending it may take a while, and nobody needs to wait for it
             self.closed = True
             self._wake()
 

@@ -47,7 +47,7 @@ class PeerWindow(Protocol):
     num: int
 
     def has(self, page: int, nbytes: int) -> bool:
-        """Whether there is such a page, with so many bytes."""
+        """Whether the page exists and has this many bytes."""
 
     def fetch(self, page: int, here: Tensor) -> Copied:
         """Queue a copy of the start of a remote page to ``here``."""
@@ -159,7 +159,7 @@ def make_ways(
 class SharedPages:
     """Main memory that other processes of this user may map, for as long as this one lives.
 
-    Its size cannot change, so that who has mapped it never reads beyond its end.
+    Its size cannot change, so that a process that has mapped it never reads beyond its end.
     """
 
     def __init__(self, num: int, size: int) -> None:

@@ -31,7 +31,7 @@ class SamplerVariant:
     """What one graph does, for up to ``num_rows`` rows.
 
     Attributes:
-        greedy: every row takes its best token.
+        greedy: all rows are greedy.
         truncates: some row has top_k, top_p or min_p.
         penalized: some row has penalties.
         scored: computes the log-probabilities of the tokens.

@@ -1,10 +1,10 @@
-"""Kernels that begin while the one before them still runs (programmatic dependent launch, from
-compute capability 9.0 on).
+"""Kernels that begin while the previous one still runs (programmatic dependent launch, from compute
+capability 9.0 on).
 
-A kernel with ``launch_pdl`` begins once all programs of the one before have let it, or have ended.
-Until it has waited it may touch nothing that was written before it in the stream, however long
-ago: the one before may have begun early too. Having waited, it sees all of it, since the one before
-ended after its own wait. Does not know which kernels do so: each asks ``launches_early``.
+A kernel with ``launch_pdl`` begins once all programs of the previous kernel have allowed it or have
+ended. Until it has waited, it must not access anything written earlier in the stream, however long
+ago: the previous kernel may have begun early too. After waiting it sees all of it, since the
+previous kernel ended after its own wait. Each kernel asks ``launches_early`` whether to do so.
 """
 
 # mypy: allow-incomplete-defs

@@ -202,7 +202,7 @@ def _empty_stack(site: Site, shape: tuple[int, int, int], way: Served) -> Tensor
 
 
 def _kind(way: Served) -> QuantKind | None:
-    """Of the weights of experts; None: the type of activations, which 4 bits are widened to."""
+    """The kind of experts' weights; None: the activations' dtype, also for 4-bit weights."""
     return next((kind for kind in ELEMENTS if kind == way.kind), None)
 
 

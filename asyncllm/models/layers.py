@@ -1,4 +1,4 @@
-"""Layers that families share: norms, attention of grouped heads, the gated MLP."""
+"""Layers shared by families: norms, attention of grouped heads, the gated MLP."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The process that reads pickled weights, and how to ask it for slices of their tensors.
 
-A pickle is a program. torch.load(weights_only=True) runs only what tensors are made of; lest a
-mistake in it reach the server, a process of its own does it: without secrets, with no leave to
-write files and a bound on its memory, and it dies with its parent. Files are memory-mapped where
-torch can.
+A pickle is a program. torch.load(weights_only=True) only runs code that makes tensors; to protect
+the server from a flaw in it, a separate process runs it: without secrets, without permission to
+write files, and with bounded memory; it dies with its parent. Files are memory-mapped if torch
+supports it.
 
     parent -> process: a line of JSON: ["open", path], ["read", path, key, [[start, stop], ..]] or
         ["close", path]

@@ -1,6 +1,6 @@
-"""How a server takes its place in a cluster: its channel to the others, and what it says of itself.
+"""Connects a server to its cluster: opens its channel, and identifies it to the other servers.
 
-Knows options and files; what the channel carries belongs to director and agent.
+Knows options and files; the messages on the channel belong to director and agent.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from asyncllm.server.facts import Facts, kv_facts, model_facts, text_facts
 from asyncllm.server.launch import Boot
 from asyncllm.server.secret import CHANNEL, cluster_keys, is_loopback
 
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # as one to connect to: this machine
-# options of masters and nodes that together decide what an answer is
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # as an address to connect to: this machine
+# options of masters and nodes that affect answers, so must be equal
 TOGETHER = (
     "output_constraint_mode", "token_healing_mode", "tool_call_parser", "reasoning_parser",
 )  # fmt: skip
 
 
 def open_channel(config: Config, stack: contextlib.ExitStack) -> tuple[Channel | None, str]:
-    """This server's end, and the host by which others reach it; (None, ""): it is in no cluster.
+    """This server's end of the channel and the host by which others reach it; (None, ""): none.
 
-    A master or config_server listens from now on.
+    A master or config_server starts listening.
 
     Args:
-        stack: closes what must be closed.
+        stack: closes the channel.
 
     Raises:
         StartupError: the secret or the port cannot be used, or there is no route to the master.
@@ -53,12 +53,12 @@ def open_channel(config: Config, stack: contextlib.ExitStack) -> tuple[Channel |
 
 
 def silence_s(config: Config) -> float:
-    """What a channel takes for ``dead_after_s``: of that it finds out in half the time."""
+    """The channel's ``dead_after_s``: it detects silence in half of that time."""
     return min(config.dead_after, 2 * SILENT_S)
 
 
 def meets_others(config: Config) -> tuple[str, ...]:
-    """Options that say where this server meets others of its cluster."""
+    """The options with the addresses of this server's cluster connections."""
     own = ("advertise_host",) if config.run_mode in roles.NODES else ("host", "advertise_host")
     if config.config_server_host is not None:
         return (*own, "config_server_host")
@@ -68,10 +68,10 @@ def meets_others(config: Config) -> tuple[str, ...]:
 
 
 def _own_host(config: Config) -> str:
-    """Where others reach this server, if nothing says it.
+    """The address by which others reach this server, if no option gives it.
 
     Raises:
-        StartupError: there is no route to where it belongs, or it is reached from nowhere else.
+        StartupError: no route to the other server, or only this machine can reach this one.
     """
     if config.run_mode in roles.NODES:
         return meeting.address_towards(config.config_server_host or master_of(config)[0])
@@ -89,7 +89,7 @@ def _own_host(config: Config) -> str:
 
 
 def config_server_of(config: Config) -> tuple[str, int]:
-    """Host and HTTP port of the config_server to which this server belongs."""
+    """Host and HTTP port of the config_server of this server."""
     assert config.config_server_host is not None
     assert config.config_server_port is not None
     return config.config_server_host, config.config_server_port
@@ -114,11 +114,10 @@ def master_of(config: Config) -> tuple[str, int]:
 
 
 def introduce(channel: Channel, boot: Boot) -> tuple[str, dict[str, str]]:
-    """Let the others know what this server is.
+    """Set how this server identifies itself to others.
 
     Returns:
-        the actor to whom the channel belongs, and those to whom it does as far as servers of
-        a role are concerned.
+        The actor that owns the channel, and other owners by the role of the peer.
 
     Raises:
         StartupError: a file cannot be read.
