@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import socket
 import subprocess
@@ -86,7 +87,7 @@ class Pacer(Actor[Any]):
         super().__init__("scheduler")
         self.num_streams, self.num_tokens, self.step_s = num_streams, num_tokens, step_s
         self.rids, self.num_ids = array("q"), num_ids
-        self.cpu_s = self.wall_s = 0.0
+        self.cpu_s = self.kernel_s = self.wall_s = 0.0
         self.aborted = 0
 
     def started(self) -> None:
@@ -104,6 +105,7 @@ class Pacer(Actor[Any]):
         rng = random.Random(0)
         await asyncio.sleep(0.5)  # every header has been sent
         self.cpu_s, self.wall_s = time.process_time(), time.perf_counter()
+        self.kernel_s = os.times().system
         due = self.system.loop.time()
         for step in range(self.num_tokens):
             ids = [rng.randrange(100, self.num_ids) for _ in self.rids]
@@ -142,6 +144,7 @@ async def streams(args: argparse.Namespace, text: Text) -> None:
     loop = asyncio.get_running_loop()
     told = await asyncio.gather(*(loop.run_in_executor(None, c.communicate) for c in clients))
     cpu, wall = time.process_time() - pacer.cpu_s, time.perf_counter() - pacer.wall_s
+    kernel = os.times().system - pacer.kernel_s
     chunks = sum(json.loads(out) for out, _ in told)
     system.stop()
     await running
@@ -152,6 +155,7 @@ async def streams(args: argparse.Namespace, text: Text) -> None:
         cpu / total * 1e6,
         "us",
     )
+    row("  of it in the kernel, most of it sending", kernel / total * 1e6, "us")
     row("  of it detokenizer", _busy(system, "detokenizer") / total * 1e6, "us")
     row("  chunks per token (merged when behind)", chunks / total, "")
     row("  share of one core", 100 * cpu / wall, "%")
