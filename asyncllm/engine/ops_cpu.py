@@ -173,7 +173,12 @@ class TorchOps:
             return self.quant_linear(x, weight)
         return self.linear(x, weight)
 
-    def experts_bytes(
-        self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int, eight_bits: bool
+    def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
+        return experts_cpu.work_bytes(spec, hidden, inner, itemsize)
+
+    def experts_quant_bytes(
+        self, held: Held, num_tokens: int, top_k: int, dtype: torch.dtype
     ) -> int:
-        return experts_cpu.work_bytes(spec, hidden, inner, 4 if eight_bits else itemsize)
+        """Each expert by itself, which may get all tokens."""
+        stacks = [each for each in (held.gate_up, held.down) if isinstance(each, QuantStack)]
+        return max((quant_torch.quant_bytes(each[0], num_tokens) for each in stacks), default=0)

@@ -16,7 +16,7 @@ from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm
 from asyncllm.kernels.quant.rows import gated_rows, rmsnorm_rows
 from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from asyncllm.models.ops import Activations, Held
-from asyncllm.models.quantization import BLOCK, QuantRows, QuantWeight, RowForm
+from asyncllm.models.quantization import QuantRows, QuantStack, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 
 GEMV_OUT = 65536  # up to this many outputs our one-row kernel is faster than cuBLAS
@@ -152,15 +152,21 @@ class TritonOps:
             out=out,
         )
 
-    def experts_bytes(
-        self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int, eight_bits: bool
-    ) -> int:
+    def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
         # logits, choice and weights; each pair's row between and after the products
-        plain = 4 * spec.num_experts + spec.top_k * (20 + itemsize * (inner + hidden))
-        if not eight_bits:
-            return plain
-        rows = [hidden, *[inner] * spec.top_k]  # in 8 bits too, with scales by 128 columns at most
-        return plain + sum(width + 4 * (width // BLOCK + 1) for width in rows)
+        return 4 * spec.num_experts + spec.top_k * (20 + itemsize * (inner + hidden))
+
+    def experts_quant_bytes(
+        self, held: Held, num_tokens: int, top_k: int, dtype: torch.dtype
+    ) -> int:
+        """Tokens in 8 bits, and then what the first product makes of each pair."""
+        rows = ((held.gate_up, num_tokens), (held.down, num_tokens * top_k))
+        found = (
+            quant_cuda.quant_bytes(stack[0], num_rows, dtype.itemsize)
+            for stack, num_rows in rows
+            if isinstance(stack, QuantStack)
+        )
+        return max(found, default=0)
 
 
 def _stacks(held: Held) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:

@@ -81,8 +81,7 @@ class Experts:
         tensors = (self._router, self._bias, gate_up, down, self._shared_gate)
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         itemsize = site.dtype.itemsize
-        eight_bits = any(way.kind is not None for way in ways)
-        work = site.ops.experts_bytes(spec, hidden, inner, itemsize, eight_bits)
+        work = site.ops.experts_bytes(spec, hidden, inner, itemsize)
         self.width = -(-work // itemsize)
         if self._shared is not None:
             self.nbytes += self._shared.nbytes
@@ -95,8 +94,11 @@ class Experts:
         return None
 
     def product_bytes(self, num_tokens: int) -> int:
-        groups = self._site.world.size // self._site.comm.size
-        return 0 if self._shared is None else self._shared.product_bytes(groups * num_tokens)
+        site, held = self._site, self._held
+        num = num_tokens * (site.world.size // site.comm.size)
+        found = [0 if self._shared is None else self._shared.product_bytes(num)]
+        found += [site.ops.experts_quant_bytes(held, num, self._spec.top_k, site.dtype)]
+        return max(found)
 
     def __call__(self, x: Activations, live: Tensor | None = None) -> Tensor:
         world = self._site.world

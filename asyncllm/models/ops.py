@@ -164,11 +164,15 @@ class Ops(Protocol):
                 multiplies it.
         """
 
-    def experts_bytes(
-        self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int, eight_bits: bool
-    ) -> int:
+    def experts_bytes(self, spec: ExpertsSpec, hidden: int, inner: int, itemsize: int) -> int:
         """Of work space per token of :meth:`route` and :meth:`experts`, at most; ``inner`` is what
-        this rank has of an expert; ``eight_bits``: of weights in 8 bits."""
+        this rank has of an expert."""
+
+    def experts_quant_bytes(
+        self, held: Held, num_tokens: int, top_k: int, dtype: torch.dtype
+    ) -> int:
+        """Of work space of :meth:`experts` for weights in 8 bits, beside that, at most; ``dtype``:
+        of the tokens."""
 
 
 class Product(Protocol):

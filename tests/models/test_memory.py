@@ -164,6 +164,26 @@ def test_groups_that_share_experts_plan_their_part_of_these(whole: bool) -> None
 
 @pytest.mark.parametrize("whole", [False, True], ids=["cut", "whole"])
 @pytest.mark.parametrize("tp", [1, 2, 3, 8])
+@pytest.mark.parametrize("kind", ["fp8w8a8", "fp8w8a8-b128"])
+def test_planned_experts_in_8_bits_are_what_every_rank_allocates(
+    tp: int, whole: bool, kind: str
+) -> None:
+    experts, asked = ExpertsSpec(num_experts=7, top_k=2, inner=300), WeightTypes(kind)
+    spec = ModelSpec.from_hf(make_config().to_dict(), {})
+    spec = replace(spec, mlps=(experts,) * len(spec.mlps))
+    options: dict[str, Any] = {"dtype": "bf16", "whole_experts": whole, "asked": asked}
+    plan = plan_memory(spec, sizes(tp=tp, ranks=tp, **options), CPU)
+    for rank in range(tp):
+        model = make_model(spec, Ranked(rank, tp), device=CPU, max_len=256, where=CPU, **options)
+        assert model.nbytes == plan.weights
+        for block in model.blocks:
+            stacks = block.mlp._held.gate_up, block.mlp._held.down
+            held = sum(tensor.nbytes for s in stacks for tensor in (s.data, s.scales))
+            assert 0 <= block.mlp.nbytes - held <= 2 * 7 * spec.hidden_size, "the router"
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["cut", "whole"])
+@pytest.mark.parametrize("tp", [1, 2, 3, 8])
 def test_planned_weights_of_experts_are_what_every_rank_allocates(tp: int, whole: bool) -> None:
     experts = ExpertsSpec(
         num_experts=7, top_k=2, inner=13, bias=True, shared_inner=9, shared_gate=True
@@ -251,14 +271,17 @@ def test_a_full_step_in_8_bits_takes_no_more_than_was_planned(
     watch_a_full_step(engine, plan, SamplingParams(temperature=0.0), max(products))
 
 
+@pytest.mark.parametrize("kind", [None, "fp8w8a8", "fp8w8a8-b128", "w8a8"])
 @pytest.mark.parametrize("changes", [{}, {"moe_intermediate_size": 256}], ids=str)
 def test_a_full_step_of_experts_takes_no_more_than_was_planned(
-    tmp_path: Path, changes: dict[str, int]
+    tmp_path: Path, changes: dict[str, int], kind: str | None
 ) -> None:
     make(replace(CASES["qwen2 moe"], changes={**CASES["qwen2 moe"].changes, **changes}), tmp_path)
-    spec = ModelSpec.from_dir(tmp_path)
-    plan = plan_memory(spec, sizes(), CPU)
-    model = build(tmp_path, spec, "fp32", CPU, 256)
+    spec, asked = ModelSpec.from_dir(tmp_path), WeightTypes(kind)
+    plan = plan_memory(spec, sizes(asked=asked), CPU)
+    model = build_model(
+        tmp_path, spec, SingleRank(), dtype="fp32", device=CPU, max_len=256, asked=asked
+    )
     assert isinstance(model, Decoder)
     for block in model.blocks:
         for tensor in tensors_of(block.mlp):
