@@ -18,11 +18,10 @@ from functools import cache
 import zmq
 
 from asyncllm.actors.transport import Socket
-from asyncllm.codec import Message
+from asyncllm.codec import Message, encode
 from asyncllm.core.kv_clock import LocalClock, PagePool
 from asyncllm.core.kv_parts import HeldHeads, Part, part
-from asyncllm.engine.kv_pages import KvBytes, Pages, Waiter
-from asyncllm.engine.kv_strips import Strips
+from asyncllm.engine.kv_pages import KvBytes, Pages, Strips, Waiter
 from asyncllm.records import KvWire
 
 ALIVE_S = 0.5  # between two heartbeats
@@ -34,6 +33,7 @@ IDLE_MS = 100  # between two checks of the time
 SOON_MS = 1  # between two polls of copies that do not signal completion
 PIECE = 1 << 18  # bytes of a frame: small enough that nobody waits for the GIL
 FRAME_LIMIT = PIECE + (1 << 16)
+MOST_WAITING = 1 << 16  # frames that wait for room in it
 QUEUE = 32  # frames that ZeroMQ holds for a peer, on either side
 JOIN_S = 5.0
 
@@ -126,6 +126,47 @@ class _Bell:
         with self._lock:
             os.close(self.fd)
             self.fd = -1
+
+
+class Outgoing:
+    """What a peer is to be told; what ZeroMQ has no room for yet waits here, up to a limit.
+
+    Attributes:
+        said: when something was last said.
+    """
+
+    def __init__(self) -> None:
+        self._frames: deque[bytes] = deque()
+        self._full, self._moved, self.said = False, 0.0, 0.0
+
+    def say(self, msg: Message, now: float) -> None:
+        """Send it as soon as there is room."""
+        self.said = now
+        if not self._frames:
+            self._moved = now
+        self._full |= len(self._frames) >= MOST_WAITING
+        if not self._full:
+            self._frames.append(encode(msg))
+
+    def flush(self, send: Callable[[bytes], object], now: float) -> None:
+        """Give ZeroMQ what it takes. Raises zmq.Again: there is more."""
+        while self._frames:
+            send(self._frames[0])
+            self._frames.popleft()
+            self._moved = now
+
+    def clear(self) -> None:
+        """Say nothing of it."""
+        self._frames.clear()
+        self._full = False
+
+    def stuck(self, now: float, lapse_s: float) -> str:
+        """Why its peer is given up; "": it is not."""
+        if self._full:
+            return f"has read none of {MOST_WAITING} messages"
+        if self._frames and now - self._moved > lapse_s:
+            return f"has read nothing for {lapse_s:g} s"
+        return ""
 
 
 class Mover(ABC):

@@ -15,13 +15,12 @@ from functools import partial
 
 import zmq
 
-from asyncllm.actors.kv_loop import IDLE_MS, PIECE, Mover, Share, Times, bounds
+from asyncllm.actors.kv_loop import IDLE_MS, PIECE, Mover, Outgoing, Share, Times, bounds
 from asyncllm.actors.transport import Keys, Monitor, Socket, ipv6, known_to
 from asyncllm.codec import CodecError, Message, decode, encode
-from asyncllm.core.kv_sending import Lot, OpenExport, PageOutbox, Portion
-from asyncllm.engine.kv_pages import Pages
+from asyncllm.core.kv_moving import Impossible, Lot, OpenExport, PageOutbox, Portion
+from asyncllm.engine.kv_pages import Pages, Strips
 from asyncllm.engine.kv_pair import Pair
-from asyncllm.engine.kv_strips import Strips
 from asyncllm.engine.kv_ways import NCCL, P2P, TCP, Ways
 from asyncllm.messages import Computed, Export, Forget, Sent, StepOver
 from asyncllm.messages.transfer import (
@@ -54,6 +53,7 @@ class _Cargo:
     Attributes:
         pulled: the taker has asked for it.
         copied: its slots are no longer needed.
+        unwanted: the taker already had it.
         page: the page with its bytes; None: not yet, or no longer.
         busy: the page is in use by an operation that cannot be cancelled.
         at: bytes that the socket has accepted.
@@ -63,6 +63,7 @@ class _Cargo:
     nbytes: int
     pulled: bool = False
     copied: bool = False
+    unwanted: bool = False
     page: int | None = None
     busy: bool = False
     at: int = 0
@@ -77,10 +78,10 @@ class _Line:
         way: the agreed transport; "": it has not answered yet.
         lots: what to announce after its answer.
         cargo: announced portions, by number.
-        pulled: numbers of portions that it has requested.
+        next_up: numbers of portions to copy into pages, in order.
         filled: numbers of portions being sent through the socket.
         leaving: portions being sent through ``pair``, by number.
-        control: frames that wait for the socket.
+        control: messages for it.
         epochs: epochs that were announced to it, with our own rids.
     """
 
@@ -94,17 +95,16 @@ class _Line:
     monitor: Monitor | None = None
     attempts: int = 0
     again: float = 0.0
-    said: float = 0.0
     way: str = ""
     tokens: int = 0
     next: int = 0
     pair: Pair | None = None
     lots: list[Lot] = field(default_factory=list)
     cargo: dict[int, _Cargo] = field(default_factory=dict)
-    pulled: deque[int] = field(default_factory=deque)
+    next_up: deque[int] = field(default_factory=deque)
     filled: deque[int] = field(default_factory=deque)
     leaving: dict[int, _Cargo] = field(default_factory=dict)
-    control: deque[bytes] = field(default_factory=deque)
+    control: Outgoing = field(default_factory=Outgoing)
     epochs: dict[int, int] = field(default_factory=dict)
 
 
@@ -183,6 +183,8 @@ class Sender(Mover):
         for portion in self._outbox.divide(lot, line.tokens):
             line.next += 1
             line.cargo[line.next] = _Cargo(portion, portion.count * line.strips.width)
+            if line.way != TCP:  # it lies ready by the time that there is room for it
+                line.next_up.append(line.next)
             self._tell(
                 line,
                 Ready(
@@ -260,7 +262,7 @@ class Sender(Mover):
             self._disconnect(line)
             sock.close()
             return
-        line.sock, line.attempts, line.said = sock, line.attempts + 1, self.clock.now
+        line.sock, line.attempts = sock, line.attempts + 1
         self.poller.register(sock, zmq.POLLIN)
         share = self.share
         self._tell(
@@ -305,8 +307,7 @@ class Sender(Mover):
             self._ending.append(line)
 
     def _tell(self, line: _Line, msg: Message) -> None:
-        line.control.append(encode(msg))
-        line.said = self.clock.now
+        line.control.say(msg, self.clock.now)
 
     # -- what comes in -----------------------------------------------------------------------------
 
@@ -337,7 +338,7 @@ class Sender(Mover):
                 msg = decode(raw)
                 line.heard = self.clock.now
                 self._hear(line, msg)
-            except (CodecError, _Nonsense) as error:
+            except (CodecError, Impossible) as error:
                 self.counts.refused += 1
                 self._hang_up(line, str(error))
                 return
@@ -355,9 +356,12 @@ class Sender(Mover):
             case Pull(number) if line.way:
                 if (cargo := line.cargo.get(number)) is not None:
                     if cargo.pulled:
-                        raise _Nonsense(f"portion {number} is pulled twice")
+                        raise Impossible(f"portion {number} is pulled twice")
                     cargo.pulled = True
-                    line.pulled.append(number)
+                    if line.way == TCP:
+                        line.next_up.append(number)
+                    elif cargo.copied:
+                        self._go(line, number, cargo)
             case Taken(number) if line.way:
                 self._taken(line, number)
             case Over(epoch, ""):
@@ -372,12 +376,15 @@ class Sender(Mover):
             case Refused(why):
                 self._hang_up(line, f"it refuses them: {why}")
             case _:
-                raise _Nonsense(f"a {type(msg).__name__} that it cannot have meant")
+                raise Impossible(f"a {type(msg).__name__} that it cannot have meant")
 
     def _taken(self, line: _Line, number: int) -> None:
         cargo = line.cargo.get(number)
-        if cargo is None or (cargo.busy and not cargo.copied):
-            return  # of a request that has been dropped, or it cannot have come there
+        if cargo is None:
+            return  # of a request that has been dropped
+        if cargo.busy and not cargo.copied:
+            cargo.unwanted = True
+            return
         if cargo.page is not None and line.way == P2P:
             self._tell(line, Kept(number))
         self._unload(line, number)
@@ -407,7 +414,7 @@ class Sender(Mover):
             more = self._flush(line)
             if line.sock is not None:
                 self.poller.modify(line.sock, zmq.POLLIN | (zmq.POLLOUT if more else 0))
-            waiting += len(line.pulled)
+            waiting += len(line.next_up)
         self.counts.waiting = waiting
         if any(line.cargo or line.lots for line in self._lines.values()):
             self.drained.clear()
@@ -416,20 +423,20 @@ class Sender(Mover):
         return IDLE_MS
 
     def _fill(self) -> None:
-        """Copy requested portions into pages, round-robin over the takers."""
-        lines = [line for line in self._lines.values() if line.pulled]
+        """Copy the next portions into pages, round-robin over the takers."""
+        lines = [line for line in self._lines.values() if line.next_up]
         while lines:
             for line in [*lines]:
-                if not line.pulled or (line.pair is not None and not line.pair.ready):
+                if not line.next_up or (line.pair is not None and not line.pair.ready):
                     lines.remove(line)
                     continue
-                if (cargo := line.cargo.get(line.pulled[0])) is None:
-                    line.pulled.popleft()
+                if (cargo := line.cargo.get(line.next_up[0])) is None:
+                    line.next_up.popleft()
                     continue
                 if (page := self.pool.take(line.address)) is None:
                     lines.remove(line)
                     continue
-                number = line.pulled.popleft()
+                number = line.next_up.popleft()
                 portion = cargo.portion
                 portion.lot.copying += 1
                 copied = self.pages.fill(page, line.strips, portion.slots, host=line.way == TCP)
@@ -442,7 +449,14 @@ class Sender(Mover):
         assert cargo.page is not None
         if line.cargo.get(number) is not cargo:  # dropped in the meantime
             self._free(line, cargo)
-            return
+        elif cargo.unwanted:
+            self._taken(line, number)
+        elif cargo.pulled or line.way == P2P:
+            self._go(line, number, cargo)
+
+    def _go(self, line: _Line, number: int, cargo: _Cargo) -> None:
+        """Its bytes are in a page, and the taker has room for them, or looks for it."""
+        assert cargo.page is not None
         self.counts.sent_bytes += cargo.nbytes
         self.counts.sent_pages += 1
         self._tell(line, Filled(number, cargo.page, cargo.nbytes))
@@ -467,9 +481,7 @@ class Sender(Mover):
         """Send what the socket accepts; returns whether there is more."""
         assert line.sock is not None
         try:
-            while line.control:
-                line.sock.send(line.control[0], zmq.NOBLOCK)
-                line.control.popleft()
+            line.control.flush(partial(line.sock.send, flags=zmq.NOBLOCK), self.clock.now)
             while line.filled:
                 number = line.filled[0]
                 cargo = line.cargo.get(number)
@@ -501,7 +513,9 @@ class Sender(Mover):
             elif line.sock is None:
                 if now >= line.again:
                     self._connect(line)
-            elif now - line.said > self.times.alive_s:
+            elif why := line.control.stuck(now, self.times.lapse_s):
+                self._hang_up(line, f"it {why}")
+            elif now - line.control.said > self.times.alive_s:
                 self._tell(line, Alive())
 
     def shut(self) -> None:
@@ -509,7 +523,3 @@ class Sender(Mover):
             if line.pair is not None:
                 line.pair.close()
             self._disconnect(line)
-
-
-class _Nonsense(Exception):
-    """A message that no correct taker could have sent."""

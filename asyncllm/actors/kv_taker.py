@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache, partial
+from math import inf
 
 import torch
 import zmq
 
-from asyncllm.actors.kv_loop import IDLE_MS, SOON_MS, Mover, Share, Times, bounds
+from asyncllm.actors.kv_loop import IDLE_MS, SOON_MS, Mover, Outgoing, Share, Times, bounds
 from asyncllm.actors.transport import Keys, Socket, ipv6, protected, tcp
-from asyncllm.codec import CodecError, Message, decode, encode
-from asyncllm.core.kv_taking import Impossible, Inbox, OpenImport
-from asyncllm.engine.kv_pages import Pages
+from asyncllm.codec import CodecError, Message, decode
+from asyncllm.core.kv_moving import Impossible, Inbox, OpenImport
+from asyncllm.engine.kv_pages import Pages, Strips
 from asyncllm.engine.kv_pair import Pair
-from asyncllm.engine.kv_strips import Strips
 from asyncllm.engine.kv_ways import NCCL, P2P, TCP, PeerWindow, Ways
 from asyncllm.log import Seldom
 from asyncllm.messages import Arrived, Forget, Import, Lapsed
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 class _State(Enum):
     """The state of a portion; says whether its page may be reused."""
 
-    READY = 0  # at its sender; it has no page
+    READY = 0  # at its sender; it has no page here
     PULLED = 1  # requested, or arriving in pieces: the page may be freed
     FETCHING = 2  # being copied into the page, which cannot be cancelled
     FETCHED = 3  # in the page, if its sender confirms: the page may be freed
@@ -68,6 +68,7 @@ class _Portion:
 
     Attributes:
         page: its page; -1: none yet.
+        there: the sender's page that holds it; -1: none that can be fetched.
         got: bytes received in pieces.
         since: time of the last progress.
     """
@@ -77,6 +78,7 @@ class _Portion:
     count: int
     state: _State = _State.READY
     page: int = -1
+    there: int = -1
     got: int = 0
     since: float = 0.0
 
@@ -92,18 +94,17 @@ class _Guest:
 
     Attributes:
         name: for the log; "": not identified yet.
-        out: frames queued for it because ZeroMQ is full.
-        moved: when ZeroMQ last accepted one, or when the first of ``out`` was queued.
+        out: messages for it.
+        moved: when it last said that a page holds a portion.
         over: further frames from it are ignored.
         early: by epoch: since when, and its announcements.
-        ready: numbers of announced portions not requested yet, in order.
+        ready: numbers of announced portions that wait for a page here, in order.
         portions: by number, including requested ones.
     """
 
     ident: bytes
     heard: float
-    said: float = 0.0
-    out: deque[bytes] = field(default_factory=deque)
+    out: Outgoing = field(default_factory=Outgoing)
     moved: float = 0.0
     name: str = ""
     tp: int = 0
@@ -269,8 +270,6 @@ class Taker(Mover):
 
     def _hear_one(self, guest: _Guest, msg: Message, data: Sequence[memoryview] = ()) -> None:
         try:
-            if len(guest.out) > MOST_READY:
-                raise Impossible("it does not read")
             if len(data) != isinstance(msg, Piece):
                 raise Impossible(f"a {type(msg).__name__} in {1 + len(data)} frames")
             if isinstance(msg, Piece):
@@ -360,12 +359,13 @@ class Taker(Mover):
     def _announced(self, guest: _Guest, msg: Ready) -> None:
         if msg.number in guest.portions or len(guest.portions) >= MOST_READY:
             raise Impossible(f"portion {msg.number} beside {len(guest.portions)} others")
-        portion = _Portion(msg.epoch, msg.first, msg.count)
+        portion = _Portion(msg.epoch, msg.first, msg.count, since=self.clock.now)
         if guest.nbytes(portion) > self.pages.size:
             raise Impossible(f"a portion of {msg.count} positions, more than a page has")
         if self.inbox.wants(msg.epoch, guest.rank, msg.first, msg.count):
             guest.portions[msg.number] = portion
-            guest.ready.append(msg.number)
+            if guest.way != P2P:
+                guest.ready.append(msg.number)
         else:
             self._tell(guest, Taken(msg.number))
 
@@ -394,19 +394,19 @@ class Taker(Mover):
                 nowhere = torch.empty(msg.nbytes, dtype=torch.uint8, device=self._ways.device)
                 guest.pair.receive(number, nowhere)
             return
-        if portion.state is not _State.PULLED or msg.nbytes != guest.nbytes(portion):
+        expected = _State.READY if guest.window is not None else _State.PULLED
+        same = portion.there < 0 and msg.nbytes == guest.nbytes(portion)
+        if portion.state is not expected or not same:
             raise Impossible(f"portion {number} is filled while it is {portion.state.name}")
-        portion.since = self.clock.now
-        here = self.pages.device(portion.page)[: guest.nbytes(portion)]
+        portion.since = guest.moved = self.clock.now
         if guest.window is not None:
-            if not guest.window.has(msg.page, len(here)):
-                raise Impossible(f"page {msg.page} with {len(here)} bytes, which it has not")
-            portion.state = _State.FETCHING
-            fetched = partial(self._fetched, guest, number, portion)
-            self.copies.watch(guest.window.fetch(msg.page, here), fetched)
+            if not guest.window.has(msg.page, msg.nbytes):
+                raise Impossible(f"page {msg.page} with {msg.nbytes} bytes, which it has not")
+            portion.there = msg.page
+            guest.ready.append(number)
         elif guest.pair is not None:
             portion.state = _State.FETCHING
-            guest.pair.receive(number, here)
+            guest.pair.receive(number, self.pages.device(portion.page)[: msg.nbytes])
 
     # -- from pages into slots ---------------------------------------------------------------------
 
@@ -425,7 +425,7 @@ class Taker(Mover):
         return SOON_MS if any(more) else IDLE_MS
 
     def _pull(self) -> None:
-        """Request portions while there are free pages, round-robin over the senders."""
+        """Fetch or request portions while there are free pages, round-robin over the senders."""
         guests = [g for g in self.guests.values() if g.ready and not g.over]
         self.counts.waiting = sum(len(guest.ready) for guest in guests)
         while guests:
@@ -442,7 +442,12 @@ class Taker(Mover):
         number = guest.ready.popleft()
         assert portion is not None
         portion.page, portion.state, portion.since = page, _State.PULLED, self.clock.now
-        self._tell(guest, Pull(number))
+        if guest.window is None:
+            self._tell(guest, Pull(number))
+            return True
+        portion.state = _State.FETCHING
+        copied = guest.window.fetch(portion.there, self.pages.device(page)[: guest.nbytes(portion)])
+        self.copies.watch(copied, partial(self._fetched, guest, number, portion))
         return True
 
     def _write(self, guest: _Guest, number: int, portion: _Portion) -> None:
@@ -495,18 +500,15 @@ class Taker(Mover):
     # -- connections and time ----------------------------------------------------------------------
 
     def _tell(self, guest: _Guest, msg: Message) -> None:
-        guest.said = self.clock.now
-        if not guest.out:
-            guest.moved = self.clock.now
-        guest.out.append(encode(msg))
+        guest.out.say(msg, self.clock.now)
 
     def _flush(self, guest: _Guest) -> bool:
         """Send what the socket accepts; returns whether there is more."""
         try:
-            while guest.out:
-                self.door.send_multipart([guest.ident, guest.out[0]], zmq.NOBLOCK)
-                guest.out.popleft()
-                guest.moved = self.clock.now
+            guest.out.flush(
+                lambda frame: self.door.send_multipart([guest.ident, frame], zmq.NOBLOCK),
+                self.clock.now,
+            )
         except zmq.Again:  # many frames are sent at once when many requests end
             return True
         except zmq.ZMQError:  # its connection is closed
@@ -547,9 +549,9 @@ class Taker(Mover):
                     del self.guests[guest.ident]
             elif silent > times.lapse_s:
                 self._refuse(guest, f"its sender has been silent for {times.lapse_s:g} s")
-            elif guest.out and now - guest.moved > times.lapse_s:
-                self._refuse(guest, f"its sender has read nothing for {times.lapse_s:g} s")
-            elif now - guest.said > times.alive_s:
+            elif why := guest.out.stuck(now, times.lapse_s):
+                self._refuse(guest, f"its sender {why}")
+            elif now - guest.out.said > times.alive_s:
                 self._tell(guest, Alive())
             for epoch, (since, said) in [*guest.early.items()]:
                 if now - since > times.early_s:
@@ -572,11 +574,15 @@ class Taker(Mover):
                 return f"rank {rank} of its sender has not come in {times.lapse_s:g} s"
         for ident in entry.links.values():
             assert isinstance(ident, bytes)
-            guest = self.guests.get(ident)
-            for portion in guest.portions.values() if guest is not None else ():
-                late = portion.page >= 0 and now - portion.since > times.lapse_s
-                if late and portion.epoch == entry.rid:
-                    return f"{portion.count} tokens have not come in {times.lapse_s:g} s"
+            if (guest := self.guests.get(ident)) is None:
+                continue
+            for portion in guest.portions.values():
+                limit_s = times.lapse_s
+                if portion.page < 0:  # its sender's pages may be others' until these have lapsed
+                    limit_s = 2 * limit_s if guest.way == P2P and portion.there < 0 else inf
+                since = portion.since if portion.page >= 0 else max(portion.since, guest.moved)
+                if portion.epoch == entry.rid and now - since > limit_s:
+                    return f"{portion.count} tokens have not come in {limit_s:g} s"
         return ""
 
     def shut(self) -> None:

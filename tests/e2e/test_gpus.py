@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,6 +73,7 @@ def check_groups(model_dir: Path, log: Path, *more: str) -> None:
 
 
 OWN, SAME = ("0", "1", "2"), ("0", "0", "0")  # GPUs of a prefill node and two decode nodes
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEAD_AFTER = "6"  # seconds; a server that says nothing for half of it is lost
 IN_TIME_S = 10.0
 
@@ -170,7 +172,9 @@ class GpuCluster(Cluster):
         env: pytest.MonkeyPatch,
         *more: str,
     ) -> None:
-        self.gpus, self.env = iter(gpus[0] + gpus[1]), env
+        named = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
+        self.gpus = iter([named[int(i)] if named else i for i in gpus[0] + gpus[1]])
+        self.env = env
         node = ("--device", "cuda", "--data_type", "fp32", "--pd_trans_mode", way, *more)
         prefill, decode = ([()] * len(some) for some in gpus)
         super().__init__(
@@ -179,5 +183,5 @@ class GpuCluster(Cluster):
         )  # fmt: skip
 
     def start_node(self, role: str, *args: str) -> Server:
-        self.env.setenv("CUDA_VISIBLE_DEVICES", next(self.gpus))
+        self.env.setenv(VISIBLE, next(self.gpus))
         return super().start_node(role, *args)

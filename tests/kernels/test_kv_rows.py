@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncllm.engine import kv_strips
-from asyncllm.engine.kv_strips import Strip, Strips
+from asyncllm.engine import kv_pages
+from asyncllm.engine.kv_pages import Strip, Strips
 from asyncllm.kernels.kv_rows import (
     page_to_rows,
     page_to_rows_ref,
@@ -17,6 +17,7 @@ from tests.kernels.harness import DEVICE, no_sync
 NUM_SLOTS = 67
 # bytes of a row, the first one, how many; some tensors for each size of words
 TABLES = {
+    8: ((512, 0, 512), (512, 128, 256), (24, 8, 8)),
     4: ((512, 0, 512), (512, 128, 256), (16, 4, 4), (4, 0, 4)),
     2: ((66, 2, 64), (512, 256, 256)),
     1: ((35, 5, 7), (1, 0, 1), (300, 0, 299)),
@@ -50,12 +51,13 @@ def slots_of(num: int) -> Tensor:
 def test_rows_to_page(word: int, num: int) -> None:
     strips, slots = strips_of(word), slots_of(num)
     pages = [noise(num * strips.width + 8, seed=9) for _ in range(3)]
+    assert len(strips.table) == len(strips.strips)  # made once, which waits
     with no_sync():
         rows_to_page(strips.table, strips.word, slots, pages[0])
     rows_to_page_ref(views(strips), slots, pages[1])
     assert torch.equal(pages[0], pages[1])
     if DEVICE == "cpu":
-        kv_strips.rows_to_page(strips, slots, pages[2])
+        kv_pages.rows_to_page(strips, slots, pages[2])
         assert torch.equal(pages[2], pages[1])
 
 
@@ -64,13 +66,14 @@ def test_rows_to_page(word: int, num: int) -> None:
 def test_page_to_rows(word: int, num: int) -> None:
     slots, (got, want, cpu) = slots_of(num), [strips_of(word) for _ in range(3)]
     page = noise(num * got.width, seed=9)
+    assert len(got.table) == len(got.strips)
     with no_sync():
         page_to_rows(got.table, got.word, slots, page)
     page_to_rows_ref(views(want), slots, page)
     for a, b in zip(got.strips, want.strips, strict=True):
         assert torch.equal(a.rows, b.rows)
     if DEVICE == "cpu":
-        kv_strips.page_to_rows(cpu, slots, page)
+        kv_pages.page_to_rows(cpu, slots, page)
         for a, b in zip(cpu.strips, want.strips, strict=True):
             assert torch.equal(a.rows, b.rows)
 
