@@ -260,7 +260,7 @@ def parsed() -> argparse.Namespace:
         add(f"--{name}", type=int, default=default)
     add("--layers", type=int)
     add("--tokens", type=int, nargs="+")
-    add("--pages", nargs="+", default=["16x256"], help="how many, of how many tokens")
+    add("--pages", nargs="+", default=["8x1024"], help="how many, of how many tokens")
     add("--ways", nargs="+", default=[P2P, NCCL, TCP])
     add("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

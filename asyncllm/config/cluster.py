@@ -67,12 +67,12 @@ class SeparationOptions:
         "not encrypted; auto: the first of p2p, nccl, tcp that both sides support (on a CPU: tcp)",
     )  # fmt: skip
     pd_kv_page_num: int = flag(
-        16, check=between(2, 4096), needs=PD_NODE,
+        8, check=between(2, 4096), needs=PD_NODE,
         help="buffer pages for K/V transfers on each rank; bounds the memory used",
     )  # fmt: skip
     pd_kv_page_size: int = flag(
-        256, check=between(1, 65536), needs=PD_NODE,
-        help="tokens per page (LightLLM: 1024)",
+        1024, check=between(1, 65536), needs=PD_NODE,
+        help="tokens per page",
     )  # fmt: skip
     config_server_host: str | None = flag(
         None, check=not_empty, needs=PD_MODES,

@@ -10,7 +10,9 @@ from dataclasses import replace
 import pytest
 import zmq
 
+from asyncllm.actors import kv_loop
 from asyncllm.actors.kv_loop import FRAME_LIMIT, PIECE, Times
+from asyncllm.actors.kv_sender import Sender
 from asyncllm.actors.kv_taker import MOST_RANKS, Taker
 from asyncllm.actors.transport import Keys, known_to, protected
 from asyncllm.codec import Message, decode, encode
@@ -271,6 +273,52 @@ def test_what_no_taker_can_have_meant_ends_what_goes_there(
     rig.turns(5)
     assert rig.senders[0].mover.pool.free == rig.senders[0].mover.pool.num
     strangers.close()
+
+
+@pytest.mark.parametrize("limit", ["time", "number"])
+def test_a_taker_that_reads_nothing_is_given_up_and_holds_up_nobody(
+    limit: str, ctx: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it is there all the time; what it is to be told waits, for a while, up to a limit."""
+    rig = Rig(times=Times(lapse_s=0.5 if limit == "time" else WAIT_S, first_s=WAIT_S))
+    if limit == "number":
+        monkeypatch.setattr(kv_loop, "MOST_WAITING", 8)
+    deaf = ctx.socket(zmq.ROUTER)
+    strangers = protected(deaf, KEYS)
+    port = deaf.bind_to_random_port("tcp://127.0.0.1")
+    sender = rig.senders[0].mover
+    assert isinstance(sender, Sender)
+    try:
+        address = f"tcp://127.0.0.1:{port}"
+        there = [replace(rig.to(99 + i, 0, 11), addresses=(address,)) for i in range(10)]
+        sender.put([Export(5, there[0])])
+        got: list[list[bytes]] = []
+        rig.until(lambda: bool(deaf.poll(0)) and (got.append(deaf.recv_multipart()) or True))
+        deaf.send_multipart([got[0][0], encode(Admitted("tcp", 4))])
+        (line,) = sender._lines.values()
+        rig.until(lambda: line.way == "tcp")
+
+        def full(frame: bytes, flags: int) -> None:
+            raise zmq.Again
+
+        assert line.sock is not None
+        monkeypatch.setattr(line.sock, "send", full)
+        sender.put([Export(100 + i, to) for i, to in enumerate(there[1:])])
+        rig.computed(5, 0, 0, SLOTS)
+        rig.begin(6, 78, MORE)
+        rig.computed(6, 0, 0, SLOTS)
+
+        def given_up() -> bool:
+            deaf.send_multipart([got[0][0], encode(Alive())])
+            return rig.sent(5) == [[0]]
+
+        rig.until(given_up)
+        assert line not in sender._lines.values()
+        rig.until(lambda: rig.arrived(78))
+        assert rig.matches(SLOTS, MORE)
+    finally:
+        strangers.close()
+        rig.close()
 
 
 def test_strangers_are_not_heard(rig: Rig, ctx: Sockets) -> None:
