@@ -56,6 +56,7 @@ class Process:
 
     Attributes:
         hit_at: times at which something was done to it, and when it was well again.
+        may_end: it has been told to.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Process:
     log: Path
     running: subprocess.Popen[bytes] | None = None
     hit_at: list[tuple[float, float]] = field(default_factory=list)
+    may_end: bool = False
 
     @property
     def url(self) -> str:
@@ -73,6 +75,14 @@ class Process:
         with self.log.open("ab") as out:
             words = [sys.executable, "-m", "asyncllm", *self.words, "--port", str(self.port)]
             self.running = subprocess.Popen(words, stdout=out, stderr=out)
+        self.may_end = False
+
+    def ended(self) -> str:
+        """How it has ended although nobody told it to; "": it has not."""
+        if self.may_end or self.running is None or (code := self.running.poll()) is None:
+            return ""
+        last = self.log.read_text(errors="replace").splitlines()[-3:]
+        return f"{self.name} has ended by itself with exit code {code}: {' | '.join(last)}"
 
     def send(self, number: int) -> None:
         assert self.running is not None
@@ -125,6 +135,7 @@ class Chaos:
         self.faults: list[str] = []
         self.answers: dict[int, str] = {}
         self.over = False
+        self.began = time.monotonic()
         self.waiting: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
@@ -133,15 +144,32 @@ class Chaos:
             process.start()
         async with aiohttp.ClientSession() as session:
             await self._all_ready(session)
+            watch = asyncio.create_task(self._watch(session))
             clients = [asyncio.create_task(self._client(session, i)) for i in range(self.clients)]
             begin = time.monotonic()
             while time.monotonic() < begin + self.seconds:
                 await asyncio.sleep(self.random.uniform(0.2, 2 * self.every_s))
                 await self._harm(session)
             await self._all_ready(session)
+            watch.cancel()
             self.over = True
             await asyncio.gather(*clients)
             await self._no_slot_is_held(session)
+
+    async def _watch(self, session: aiohttp.ClientSession) -> None:
+        """Who ends by itself is a fault, and is started again."""
+        while True:
+            for process in self.all:
+                if how := process.ended():
+                    self.fault(how)
+                    process.hit_at.append((time.monotonic(), float("inf")))
+                    process.start()
+                    self.waiting.append(asyncio.create_task(self._recover(session, process)))
+            await asyncio.sleep(0.1)
+
+    def fault(self, what: str) -> None:
+        """Something that must not be."""
+        self.faults.append(f"{time.monotonic() - self.began:.1f} s: {what}")
 
     async def _harm(self, session: aiohttp.ClientSession) -> None:
         victim, what = self.random.choice(self.all), self.random.choice(HITS)
@@ -154,12 +182,13 @@ class Chaos:
             victim.send(signal.SIGCONT)
             victim.hit_at[-1] = begin, time.monotonic() + 1.0
             return
+        victim.may_end = True
         victim.send(signal.SIGKILL if what == "kill" else signal.SIGTERM)
         assert victim.running is not None
         try:
             await asyncio.wait_for(asyncio.to_thread(victim.running.wait), READY_S)
         except TimeoutError:
-            self.faults.append(f"{victim.name} does not end")
+            self.fault(f"{victim.name} does not end")
             victim.end()
         await asyncio.sleep(self.random.uniform(0.0, 2.0))
         victim.start()
@@ -204,12 +233,12 @@ class Chaos:
                 how = "broken"
             except (ValueError, KeyError, IndexError) as error:
                 how = "error without a name"
-                self.faults.append(f"{master.name} answers what is no answer: {error!r}")
+                self.fault(f"{master.name} answers what is no answer: {error!r}")
             if how in ("no end", "broken", "cut off"):
                 if master.hit_since(begin - 1.0):
                     how += ", its master was hit"
                 else:
-                    self.faults.append(f"a request to {master.name}: {how}")
+                    self.fault(f"a request to {master.name}: {how}")
             self.seen[how] += 1
             if how.startswith(("error", "broken", "no end")):
                 await asyncio.sleep(0.2)
@@ -238,7 +267,7 @@ class Chaos:
         if last != "done":
             return last or "cut off"
         if self.answers.setdefault(which, text) != text:
-            self.faults.append(f"another answer to prompt {which} from {master.name}")
+            self.fault(f"another answer to prompt {which} from {master.name}")
         return "answered"
 
     async def _no_slot_is_held(self, session: aiohttp.ClientSession) -> None:
@@ -256,7 +285,7 @@ class Chaos:
                     if line.startswith("asyncllm_kv_slots_used "):
                         held[node.name] = float(line.split()[1])
         if any(held.values()) or len(held) < len(self.nodes):
-            self.faults.append(f"slots are held at the end: {held}")
+            self.fault(f"slots are held at the end: {held}")
 
 
 def free(port: int) -> bool:
@@ -292,7 +321,7 @@ def main() -> int:
     try:
         asyncio.run(chaos.run())
     except Stuck as error:
-        chaos.faults.append(str(error))
+        chaos.fault(str(error))
     finally:
         for process in chaos.all:
             process.end()
