@@ -2,8 +2,9 @@
 
 Two ranks stay connected for as long as they transfer. The sender connects and sends ``Caller``; it
 announces its data in portions (``Ready``), and sends each when the taker has room and asks for it
-(``Pull``). So neither side can make the other buffer an unbounded amount. Portions are numbered by
-the sender; numbers are never reused in a connection.
+(``Pull``). With p2p nothing is asked for: a portion is fetched after the sender has copied it into
+one of its pages (``Filled``). So neither side can make the other buffer an unbounded amount.
+Portions are numbered by the sender; numbers are never reused in a connection.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Ready(Message):
 
 @message(104)
 class Pull(Message):
-    """taker -> sender: there is room for this portion."""
+    """taker -> sender, except with p2p: there is room for this portion."""
 
     number: int
 
