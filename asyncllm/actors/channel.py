@@ -29,6 +29,7 @@ from asyncllm.actors.transport import (
     OutboxFull,
     Socket,
     Strangers,
+    detect_dead_connections,
     frame_head,
     ipv6,
     known_to,
@@ -48,7 +49,6 @@ FRAME_LIMIT = 1 << 26  # bytes
 QUEUE = 128  # frames that ZeroMQ buffers per peer, in each direction
 OUTBOX = 65536, 1 << 28  # frames and bytes queued for a peer besides these
 ATTEMPT_S = 3.0  # to connect and be accepted by the other side
-PING_S = 5.0  # ZeroMQ's own heartbeat
 AGAIN_S = (0.5, 5.0)  # first and longest wait between two attempts
 CONTROL = "#"  # prefix of the name in the channel's own frames; the protocol hash follows
 
@@ -512,6 +512,5 @@ def _bounds(sock: Socket, address: str) -> None:
     sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
     sock.setsockopt(zmq.SNDHWM, QUEUE)
     sock.setsockopt(zmq.RCVHWM, QUEUE)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, int(1e3 * PING_S))  # closes connections that were cut off
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(4e3 * PING_S))
+    detect_dead_connections(sock)
     sock.setsockopt(zmq.IPV6, ipv6(address))

@@ -17,7 +17,7 @@ from functools import cache
 
 import zmq
 
-from asyncllm.actors.transport import Socket
+from asyncllm.actors.transport import Socket, detect_dead_connections
 from asyncllm.codec import Message, encode
 from asyncllm.core.kv_clock import LocalClock, PagePool
 from asyncllm.core.kv_parts import HeldHeads, Part, part
@@ -285,4 +285,4 @@ def bounds(sock: Socket) -> None:
     sock.setsockopt(zmq.SNDHWM, QUEUE)
     sock.setsockopt(zmq.RCVHWM, QUEUE)
     sock.setsockopt(zmq.LINGER, 0)
-    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    detect_dead_connections(sock)

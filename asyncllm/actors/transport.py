@@ -110,6 +110,23 @@ def known_to(sock: Socket, server: Keys, own: Keys | None = None) -> None:
     sock.setsockopt_string(zmq.CURVE_SECRETKEY, own.secret)
 
 
+def detect_dead_connections(sock: Socket) -> None:
+    """Have TCP close connections that were cut off, after about 20 s.
+
+    ZeroMQ's own heartbeat (HEARTBEAT_IVL) would do so too, but aborts the process (libzmq 4.3.5,
+    ``stream_engine_base_t::timer_event``) when it is due on a connection that ended while its
+    receive queue was full.
+    """
+    for option, value in (
+        (zmq.TCP_KEEPALIVE, 1),
+        (zmq.TCP_KEEPALIVE_IDLE, 5),  # s
+        (zmq.TCP_KEEPALIVE_INTVL, 5),  # s
+        (zmq.TCP_KEEPALIVE_CNT, 3),
+        (zmq.TCP_MAXRT, 20_000),  # ms, where data has been sent
+    ):
+        sock.setsockopt(option, value)
+
+
 class Monitor:
     """ZeroMQ's events about the connections of a socket; create it before bind or connect.
 

@@ -14,7 +14,7 @@ import pytest
 import uvloop
 import zmq
 
-from asyncllm.actors import transport
+from asyncllm.actors import channel, kv_loop, transport
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import HANDSHAKE_S, Keys, Transport, Wire
@@ -352,3 +352,17 @@ def test_who_hangs_up_or_speaks_something_else_is_a_stranger_when_his_time_is_ov
         door.close()
 
     run(go())
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [kv_loop.bounds, lambda sock: channel._bounds(sock, "127.0.0.1")],
+    ids=["K/V", "channel"],
+)
+def test_connections_that_were_cut_off_are_found_by_tcp(limit: Callable[[Any], None]) -> None:
+    # not by ZeroMQ's heartbeat: it aborts the process if a connection with a full queue has ended
+    with raw("tcp://127.0.0.1:1", None, zmq.ROUTER) as sock:
+        limit(sock)
+        assert sock.getsockopt(zmq.HEARTBEAT_IVL) <= 0
+        assert sock.getsockopt(zmq.TCP_KEEPALIVE) == 1
+        assert 0 < sock.getsockopt(zmq.TCP_MAXRT) <= 20_000
