@@ -100,7 +100,8 @@ SYNC_ALLOWED = {
 }
 
 
-MOST_ANY = 26  # uses of Any outside api/; this only goes down
+MOST_ANY = 74  # uses of Any, of which
+MOST_ANY_OUTSIDE_API = 25  # these only go down
 # (file, text): questions about objects of others; of our own we know what they have
 FOREIGN_OBJECTS = {
     ("engine/jit_monitor.py", "getattr(kernel, 'name', None)"),
@@ -441,7 +442,8 @@ def num_any(module: Module) -> int:
 
 
 def test_what_is_bounded_as_a_whole_only_goes_down() -> None:
-    assert sum(num_any(m) for m in sources() if m.layer != "api") <= MOST_ANY
+    assert sum(num_any(m) for m in sources()) <= MOST_ANY
+    assert sum(num_any(m) for m in sources() if m.layer != "api") <= MOST_ANY_OUTSIDE_API
 
 
 def test_what_is_bounded_is_counted() -> None:

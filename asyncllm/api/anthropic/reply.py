@@ -33,10 +33,10 @@ DELTAS: Final = {
 }
 
 
-def error_body(error: RequestError) -> dict[str, Any]:
+def error_body(error: RequestError) -> dict[str, object]:
     """``{"type": "error", "error": {type, message}}``, with ``details`` where there are some."""
     usual = "api_error" if error.status >= 500 else "invalid_request_error"
-    told: dict[str, Any] = {
+    told: dict[str, object] = {
         "type": ERROR_TYPES.get(error.status, usual),
         "message": error.message if error.overflow is None else _overflow(error.overflow),
     }
@@ -117,7 +117,7 @@ class MessageReply(ContentBlockReply):
         ]
         return sse.body(self._message(content, *_reason(choice), self._used(choice)))
 
-    def _block(self, block: ContentBlock, empty: bool = False) -> dict[str, Any]:
+    def _block(self, block: ContentBlock, empty: bool = False) -> dict[str, object]:
         text = "" if empty else block.text
         if block.call is not None:
             value = json.loads(text) if text else {}
@@ -130,11 +130,11 @@ class MessageReply(ContentBlockReply):
 
     def _message(
         self,
-        content: list[dict[str, Any]],
+        content: list[dict[str, object]],
         reason: str | None,
         stop: str | None,
-        usage: dict[str, Any],
-    ) -> dict[str, Any]:
+        usage: dict[str, object],
+    ) -> dict[str, object]:
         return {
             "id": self.answer.id,
             "type": "message",
@@ -146,14 +146,14 @@ class MessageReply(ContentBlockReply):
             "usage": usage,
         }
 
-    def _used(self, choice: Choice) -> dict[str, Any]:
+    def _used(self, choice: Choice) -> dict[str, object]:
         """The usage of an answer that has ended."""
         usage = self._usage(choice.num_tokens, choice.cached_len)
         if choice.output is not None and choice.output.looks_for_reasoning:
             usage["output_tokens_details"] = {"thinking_tokens": choice.output.num_reasoning_tokens}
         return usage
 
-    def _usage(self, num_tokens: int, cached_len: int) -> dict[str, Any]:
+    def _usage(self, num_tokens: int, cached_len: int) -> dict[str, object]:
         """The three inputs add up to the prompt; what came from the cache is known at the end."""
         return {
             "input_tokens": len(self.answer.prompts[0]) - cached_len,

@@ -35,7 +35,7 @@ _RENDER_ERRORS = (
 )
 
 
-class _Arguments(dict[str, Any]):
+class _Arguments(dict[str, object]):
     """Arguments of a call: an object to most templates; to those that join it to text, its JSON."""
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ class ChatTemplate:
             ) from error
 
 
-def _with_list(turn: dict[str, Any]) -> dict[str, Any]:
+def _with_list(turn: dict[str, Any]) -> dict[str, object]:
     if "listed" not in turn:
         return turn
     before, _, behind = turn["content"].rpartition(LIST)
@@ -134,7 +134,7 @@ def _wrapped(arguments: str) -> _Arguments:
     return _Arguments(arguments=arguments)
 
 
-def _with_arguments(turn: dict[str, Any], unread: Callable[[str], Any]) -> dict[str, Any]:
+def _with_arguments(turn: dict[str, Any], unread: Callable[[str], Any]) -> dict[str, object]:
     """``unread``: makes something of arguments that are text."""
     if not (calls := turn.get("tool_calls")):
         return turn

@@ -26,7 +26,7 @@ from asyncllm.api.common.validation import preview
 MAX_MESSAGES: Final = 4096
 
 Messages = list[dict[str, Any]]
-CallArguments = dict[str, Any] | str  # str: that is no JSON object, as it stands in the answer
+CallArguments = dict[str, object] | str  # str: that is no JSON object, as it stands in the answer
 _IN_PIECES: Final = ("content", "reasoning_content")
 
 

@@ -24,7 +24,7 @@ class GenerationConfig(RequestModel):
     max_new_tokens: Annotated[Integer, Range(1, MAX_INT32)] | None = None
 
 
-def read_defaults(content: Body) -> dict[str, Any]:
+def read_defaults(content: Body) -> dict[str, object]:
     """The values of a generation_config.json that count, by name.
 
     Raises:
@@ -42,9 +42,9 @@ def read_defaults(content: Body) -> dict[str, Any]:
 class Defaults:
     """The values of :func:`read_defaults`, as the routes take them."""
 
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, object] = field(default_factory=dict)
 
-    def sampling(self, body: Body) -> Mapping[str, Any]:
+    def sampling(self, body: Body) -> Mapping[str, object]:
         """For routes that sample unless they are asked not to, by field name.
 
         A model that is meant to be greedy is, but not where the request names a temperature.
@@ -54,7 +54,7 @@ class Defaults:
             out["temperature"] = 0.0
         return out
 
-    def greedy(self) -> Mapping[str, Any]:
+    def greedy(self) -> Mapping[str, object]:
         """For routes that sample only if ``do_sample`` says so, by field name."""
         return self.values
 

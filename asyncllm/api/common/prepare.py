@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from asyncllm.api.common.conversation import Messages
 from asyncllm.api.common.request import Prompt
@@ -50,7 +50,7 @@ def prepare_chat(
     grammar: Grammar | None = None,
     thinking: bool | None = None,
     effort: str | None = None,
-    kwargs: dict[str, Any] | None = None,
+    kwargs: dict[str, object] | None = None,
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
     output_options: OutputOptions = DEFAULT_OPTIONS,
@@ -99,11 +99,11 @@ def prepare_chat(
     return ChatPrompt(prompt=Prompt(chat=packed), grammar=grammar, output_options=options)
 
 
-def _thinking_variables(thinking: bool | None, effort: str | None) -> dict[str, Any]:
+def _thinking_variables(thinking: bool | None, effort: str | None) -> dict[str, object]:
     """The template variables that say whether, and how much, the model is to think."""
     if thinking is None and effort == NO_EFFORT:
         thinking = False
-    variables: dict[str, Any] = {}
+    variables: dict[str, object] = {}
     if thinking is not None:
         variables = {"enable_thinking": thinking, "thinking": thinking}
     if effort is not None and effort != NO_EFFORT:
@@ -122,7 +122,7 @@ def settable(variables: Collection[str]) -> list[str]:
     return sorted(USUAL_VARIABLES.union(variables) - OWN_VARIABLES)
 
 
-def check_variables(kwargs: dict[str, Any], variables: Collection[str], name: str) -> None:
+def check_variables(kwargs: dict[str, object], variables: Collection[str], name: str) -> None:
     """Raises RequestError for a name that the template does not read, or that may not be set."""
     known = settable(variables)
     for key in kwargs:
@@ -131,7 +131,7 @@ def check_variables(kwargs: dict[str, Any], variables: Collection[str], name: st
 
 
 def pack(
-    conversation: list[dict[str, Any]], tools: list[Any] | None, kwargs: dict[str, Any]
+    conversation: list[dict[str, object]], tools: list[object] | None, kwargs: dict[str, object]
 ) -> bytes:
     """The ``chat`` field of a Tokenize message. Raises RequestError for lone surrogates."""
     whole = {"messages": conversation, "tools": tools, "kwargs": kwargs}

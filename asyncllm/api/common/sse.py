@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from json.encoder import encode_basestring  # the C function where CPython has it
-from typing import Any, Final
+from typing import Final
 
 from asyncllm.api.common import errors
 from asyncllm.errors import RequestError
@@ -17,17 +17,17 @@ MARK: Final = "\ue000text\ue001"  # a hole in a ChunkTemplate
 KEEP_ALIVE: Final = b": keep-alive\n\n"  # a comment, which clients skip
 
 
-def dumps(value: Any) -> str:
+def dumps(value: object) -> str:
     """Compact JSON, not ASCII-only, in one line."""
     return _one_line(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
-def body(value: Any) -> bytes:
+def body(value: object) -> bytes:
     """Compact JSON as UTF-8; lone surrogates become "?"."""
     return dumps(value).encode("utf-8", "replace")
 
 
-def event(value: Any, head: bytes = b"data: ") -> bytes:
+def event(value: object, head: bytes = b"data: ") -> bytes:
     """One event; ``head`` without the space for LightLLM's native stream."""
     return head + body(value) + b"\n\n"
 
@@ -67,7 +67,7 @@ class ChunkTemplate:
         head: what goes before the JSON.
     """
 
-    def __init__(self, value: Any, head: bytes = b"data: ") -> None:
+    def __init__(self, value: object, head: bytes = b"data: ") -> None:
         first, *rest = dumps(value).encode("utf-8", "replace").split(f'"{MARK}"'.encode())
         assert rest, "a template without a hole"
         self._parts = [head + first, *rest]

@@ -58,7 +58,7 @@ class ToolRequest:
         return self.choice.mode in ("required", "named")
 
     @property
-    def template_tools(self) -> list[dict[str, Any]]:
+    def template_tools(self) -> list[dict[str, object]]:
         """The tools as templates want them."""
         return [template_form(tool) for tool in self.tools]
 
@@ -156,7 +156,7 @@ def resolve(
     return ToolRequest(choice, made)
 
 
-def template_form(tool: Tool) -> dict[str, Any]:
+def template_form(tool: Tool) -> dict[str, object]:
     """A tool as chat templates expect it."""
     described = {"description": tool.description} if tool.description else {}
     function = {"name": tool.name, **described, "parameters": tool.parameters}
@@ -197,7 +197,7 @@ def _plain(messages: Messages, dialect: Dialect) -> Messages:
     return out
 
 
-def _without_calls(turn: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
+def _without_calls(turn: dict[str, Any], dialect: Dialect) -> dict[str, object]:
     if not (calls := turn.get("tool_calls")):
         return turn
     written_calls = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]

@@ -83,12 +83,12 @@ class ChatReply(OpenAIReply):
         return finish_reason(choice)
 
     def _event(
-        self, choice: Choice, delta: dict[str, Any], more: dict[str, Any] | None = None
+        self, choice: Choice, delta: dict[str, Any], more: dict[str, object] | None = None
     ) -> bytes:
         body = {"delta": delta, "logprobs": None, "finish_reason": None}
         return sse.event(self._chunk(choice, body | (more or {})))
 
-    def _logprobs(self, choice: Choice, first: int) -> dict[str, Any]:
+    def _logprobs(self, choice: Choice, first: int) -> dict[str, object]:
         return {
             "content": scored(self.answer.vocab, choice, first, name=self._name),
             "refusal": None,
@@ -118,7 +118,7 @@ class ParsedChatReply(ChatReply):
         """What was held back, then an empty delta with the finish reason."""
         return self._events(choice, {}) + super().end(choice)
 
-    def _events(self, choice: Choice, more: dict[str, Any]) -> bytes:
+    def _events(self, choice: Choice, more: dict[str, object]) -> bytes:
         out = b""
         for event in _output(choice).take_events():
             if isinstance(event, CallEnd | Arguments) and (call := self._custom(choice, event)):
@@ -157,10 +157,10 @@ class ParsedChatReply(ChatReply):
             ready = self._ready[key] = sse.ChunkTemplate(self._chunk(choice, body))
         return ready
 
-    def _message(self, choice: Choice) -> dict[str, Any]:
+    def _message(self, choice: Choice) -> dict[str, object]:
         output = _output(choice)
         bare = bool(output.calls or output.reasoning)
-        message: dict[str, Any] = {
+        message: dict[str, object] = {
             "role": "assistant",
             "content": None if bare and not output.content else output.content,
             "refusal": None,

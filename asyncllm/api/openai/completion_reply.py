@@ -47,7 +47,7 @@ class CompletionReply(OpenAIReply):
             out += self._event(choice, piece.text)
         return out
 
-    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, Any]:
+    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, object]:
         more = super()._of_tokens(choice, piece)
         if self._wants_ids:
             first = choice.index not in self._told

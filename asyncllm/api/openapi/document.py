@@ -172,18 +172,18 @@ REASONS: Final = {
 }
 
 
-def document(served: ServedModel, *, secured: bool) -> dict[str, Any]:
+def document(served: ServedModel, *, secured: bool) -> dict[str, object]:
     """The OpenAPI 3.1 document.
 
     Args:
         secured: API keys are asked for.
     """
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, dict[str, object]] = {}
     for route in (_in_tgi(r) if served.tgi else r for r in ROUTES):
         for method in route.methods:
             paths.setdefault(route.path, {})[method] = _operation(route, method, secured)
-    components: dict[str, Any] = {"schemas": _bodies(served) | schemas.ANSWERS}
-    whole: dict[str, Any] = {
+    components: dict[str, object] = {"schemas": _bodies(served) | schemas.ANSWERS}
+    whole: dict[str, object] = {
         "openapi": "3.1.0",
         "info": {
             "title": "asyncllm",
@@ -211,7 +211,7 @@ def _in_tgi(route: Route) -> Route:
     return replace(route, body=f"Tgi{route.body}", answer=answer, error="TgiError")
 
 
-def _operation(route: Route, method: str, secured: bool) -> dict[str, Any]:
+def _operation(route: Route, method: str, secured: bool) -> dict[str, object]:
     name = "".join(c if c.isalnum() else "_" for c in route.path).strip("_") or "root"
     operation: dict[str, Any] = {
         "operationId": f"{method}_{name}",

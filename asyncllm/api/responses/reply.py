@@ -39,9 +39,9 @@ class ResponseReply(ContentBlockReply):
         super().__init__(answer)
         self._asked, self._store = asked, store
         self._number = 0  # of the next event
-        self._items: list[dict[str, Any]] = []  # that have ended
+        self._items: list[dict[str, object]] = []  # that have ended
         self._delta: sse.ChunkTemplate  # of the block in progress
-        self._scores: list[dict[str, Any]] = []  # of tokens that no delta has brought yet
+        self._scores: list[dict[str, object]] = []  # of tokens that no delta has brought yet
 
     def opening(self) -> bytes:
         """The response, empty."""
@@ -132,12 +132,12 @@ class ResponseReply(ContentBlockReply):
     def _scored(self) -> bool:
         return self.answer.generation.params.logprobs >= 0
 
-    def _all_scores(self) -> list[dict[str, Any]]:
+    def _all_scores(self) -> list[dict[str, object]]:
         return scored(self.answer.vocab, self.answer.choices[0]) if self._scored else []
 
     def _finish(
-        self, choice: Choice, items: list[dict[str, Any]], blocks: list[ContentBlock]
-    ) -> dict[str, Any]:
+        self, choice: Choice, items: list[dict[str, object]], blocks: list[ContentBlock]
+    ) -> dict[str, object]:
         """The finished response, which is stored if it may be."""
         status = "incomplete" if choice.reason is Reason.LENGTH else "completed"
         response = self._response(status, items)
@@ -160,7 +160,7 @@ class ResponseReply(ContentBlockReply):
             self._store.put(self.answer.id, stored)
         return response
 
-    def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
+    def _response(self, status: str, output: list[dict[str, object]]) -> dict[str, object]:
         return {
             "id": self.answer.id,
             "object": "response",
@@ -191,7 +191,7 @@ class ResponseReply(ContentBlockReply):
         return f"{name}_{block.index}" if block.index else name
 
     def _item(self, block: ContentBlock, status: str, empty: bool = False) -> dict[str, Any]:
-        item: dict[str, Any] = {"id": self._id(block), "status": status}
+        item: dict[str, object] = {"id": self._id(block), "status": status}
         text = "" if empty else block.text
         if block.call is not None:
             tool = self._offered(block)
@@ -210,12 +210,12 @@ class ResponseReply(ContentBlockReply):
         content = [] if empty else [part]
         return item | {"type": "message", "role": "assistant", "content": content}
 
-    def _part_event(self, kind: str, block: ContentBlock, part: dict[str, Any]) -> bytes:
+    def _part_event(self, kind: str, block: ContentBlock, part: dict[str, object]) -> bytes:
         if block.call is not None:
             return b""
         return self._event(kind, item_id=self._id(block), **_where(block), part=part)
 
-    def _event(self, kind: str, **more: Any) -> bytes:
+    def _event(self, kind: str, **more: object) -> bytes:
         return sse.event({"type": kind, **more, "sequence_number": self._next()}, _head(kind))
 
     def _next(self) -> int:
@@ -232,7 +232,7 @@ def _where(block: ContentBlock) -> dict[str, Any]:
     return where if block.call is not None else where | {"content_index": 0}
 
 
-def _part(block: ContentBlock, text: str) -> dict[str, Any]:
+def _part(block: ContentBlock, text: str) -> dict[str, object]:
     if block.kind is Reasoning:
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

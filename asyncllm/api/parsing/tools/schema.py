@@ -68,7 +68,7 @@ def argument_json(text: str, types: frozenset[str]) -> str:
 
 def call_schema(
     tools: Sequence[Tool], choice: str | None = None, parallel: bool = True
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The JSON schema of forced calls: ``{"name": .., "arguments": ..}`` or a list of them.
 
     Args:
@@ -87,7 +87,7 @@ def call_schema(
             else "tool_choice: there are no tools",
             param="tool_choice",
         )
-    defs: dict[str, Any] = {}
+    defs: dict[str, object] = {}
     calls = [_call(tool, f"t{i}", defs) for i, tool in enumerate(chosen)]
     one = calls[0] if len(calls) == 1 else {"anyOf": calls}
     schema: dict[str, Any] = one
@@ -96,7 +96,7 @@ def call_schema(
     return {**schema, "$defs": defs} if defs else dict(schema)
 
 
-def arguments_schema(tool: Tool) -> dict[str, Any]:
+def arguments_schema(tool: Tool) -> dict[str, object]:
     """The JSON schema of a tool's arguments: always an object's.
 
     Where the tool names its arguments and does not say whether there may be others, there are none:
@@ -117,10 +117,10 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
     return schema
 
 
-def _call(tool: Tool, prefix: str, defs: dict[str, Any]) -> dict[str, Any]:
+def _call(tool: Tool, prefix: str, defs: dict[str, object]) -> dict[str, object]:
     """A call of ``tool``; what its schema refers to goes to ``defs``, under ``prefix``."""
     schema = _moved(arguments_schema(tool), f"#/$defs/{prefix}")
-    own: dict[str, Any] = {}
+    own: dict[str, object] = {}
     for word in ("$defs", "definitions"):
         inner = schema.pop(word, None)
         if isinstance(inner, Mapping):
@@ -138,7 +138,7 @@ def _call(tool: Tool, prefix: str, defs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _moved(value: Any, place: str, depth: int = 0) -> Any:
+def _moved(value: object, place: str, depth: int = 0) -> Any:
     """A schema whose local references still hold when it moves to ``place``."""
     if depth > MAX_DEPTH:
         raise RequestError(f"a tool's parameters nest deeper than {MAX_DEPTH}", param="tools")
@@ -175,7 +175,7 @@ def _types(schema: Any, root: Mapping[str, Any]) -> set[str]:
     return found & TYPES
 
 
-def _branches(schema: Any, root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _branches(schema: object, root: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """The schema, what it refers to, and its alternatives, each once."""
     waiting, seen = [schema], set[int]()
     while waiting:
@@ -192,8 +192,8 @@ def _branches(schema: Any, root: Mapping[str, Any]) -> Iterator[Mapping[str, Any
                 waiting += parts
 
 
-def _pointed(ref: str, root: Mapping[str, Any]) -> Any:
-    node: Any = root
+def _pointed(ref: str, root: Mapping[str, object]) -> object:
+    node: object = root
     for step in ref.removeprefix("#").split("/")[1:]:
         name = step.replace("~1", "/").replace("~0", "~")
         node = node.get(name) if isinstance(node, Mapping) else None
