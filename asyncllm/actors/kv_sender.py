@@ -433,7 +433,10 @@ class Sender(Mover):
                 if (cargo := line.cargo.get(line.next_up[0])) is None:
                     line.next_up.popleft()
                     continue
-                if (page := self.pool.take(line.address)) is None:
+                # A portion that was asked for has a page there that others wait for. If pages that
+                # nobody has asked for held it up here, servers could wait in a circle.
+                spare = cargo.pulled or self.pool.free > 1
+                if not spare or (page := self.pool.take(line.address)) is None:
                     lines.remove(line)
                     continue
                 number = line.next_up.popleft()

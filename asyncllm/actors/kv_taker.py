@@ -183,6 +183,9 @@ class Taker(Mover):
         self.guests: dict[bytes, _Guest] = {}
         self._strips: dict[tuple[int, int], Strips] = {}
         self._ending: list[tuple[_Guest, Pair]] = []  # connections whose pages may still be written
+        # nobody reads it, so one is enough; it must not be freed while a communicator writes
+        unread = pages.size if NCCL in ways.names else 0
+        self._nowhere = torch.empty(unread, dtype=torch.uint8, device=ways.device)
         self._log = Seldom(log)
         self.door, self._strangers, self.port = door.sock, door.strangers, door.port
         self.poller.register(self.door, zmq.POLLIN)
@@ -362,7 +365,7 @@ class Taker(Mover):
         portion = _Portion(msg.epoch, msg.first, msg.count, since=self.clock.now)
         if guest.nbytes(portion) > self.pages.size:
             raise Impossible(f"a portion of {msg.count} positions, more than a page has")
-        if self.inbox.wants(msg.epoch, guest.rank, msg.first, msg.count):
+        if self.inbox.wants(msg.epoch, guest.rank, guest.ident, msg.first, msg.count):
             guest.portions[msg.number] = portion
             if guest.way != P2P:
                 guest.ready.append(msg.number)
@@ -391,8 +394,7 @@ class Taker(Mover):
             if guest.pair is not None:
                 if msg.nbytes > self.pages.size:
                     raise Impossible(f"{msg.nbytes} bytes, more than a page has")
-                nowhere = torch.empty(msg.nbytes, dtype=torch.uint8, device=self._ways.device)
-                guest.pair.receive(number, nowhere)
+                guest.pair.receive(number, self._nowhere[: msg.nbytes])
             return
         expected = _State.READY if guest.window is not None else _State.PULLED
         same = portion.there < 0 and msg.nbytes == guest.nbytes(portion)
@@ -452,7 +454,7 @@ class Taker(Mover):
 
     def _write(self, guest: _Guest, number: int, portion: _Portion) -> None:
         """All bytes are here: copy them to their slots, if the request is still open."""
-        place = portion.epoch, guest.rank, portion.first, portion.count
+        place = portion.epoch, guest.rank, guest.ident, portion.first, portion.count
         slots = self.inbox.write(*place)
         if slots is None:
             self._done(guest, number, portion)

@@ -238,22 +238,24 @@ class Inbox:
             raise Impossible(f"rank {sender} sends one request on two connections")
         return True
 
-    def wants(self, epoch: int, sender: int, first: int, count: int) -> bool:
-        """Whether some of these positions are still to come from a rank.
+    def wants(self, epoch: int, sender: int, link: Hashable, first: int, count: int) -> bool:
+        """Whether some of these positions are still to come from a rank, on this connection.
 
         Raises:
             Impossible: they do not belong to the request.
         """
         entry = self.imports.get(epoch)
-        if entry is None or entry.why is not None or sender not in entry.links:
+        if entry is None or entry.why is not None or entry.links.get(sender) != link:
             return False
         if not (count > 0 and entry.hit <= first and first + count <= entry.length):
             raise Impossible(f"positions {first} to {first + count} of a request that lacks others")
         return not entry.had[sender].covers(first, first + count)
 
-    def write(self, epoch: int, sender: int, first: int, count: int) -> array[int] | None:
+    def write(
+        self, epoch: int, sender: int, link: Hashable, first: int, count: int
+    ) -> array[int] | None:
         """The slots of these positions, into which a copy begins now; None: it must not."""
-        if not self.wants(epoch, sender, first, count):
+        if not self.wants(epoch, sender, link, first, count):
             return None
         entry = self.imports[epoch]
         entry.writing += 1

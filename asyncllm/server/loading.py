@@ -95,8 +95,13 @@ def sizes_of(boot: Boot) -> Sizes:
         batch_max_tokens=resolved.batch_max_tokens,
         mem_fraction=config.mem_fraction,
         max_total_token_num=config.max_total_token_num,
-        moving=config.pd_kv_page_num * config.pd_kv_page_size if MOVER in boot.me.roles else 0,
+        moving=moving_tokens(config) if MOVER in boot.me.roles else 0,
     )
+
+
+def moving_tokens(config: Config) -> int:
+    """Tokens in all pages of K/V in transit, and in one more for what nobody reads any longer."""
+    return (config.pd_kv_page_num + 1) * config.pd_kv_page_size
 
 
 def most_rows(boot: Boot) -> int:

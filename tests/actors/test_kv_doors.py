@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 import zmq
+from torch import Tensor
 
 from asyncllm.actors import kv_loop
 from asyncllm.actors.kv_loop import FRAME_LIMIT, PIECE, Times
@@ -361,6 +362,88 @@ def test_a_taker_that_does_not_read_keeps_no_pages_of_others(ctx: Sockets) -> No
     finally:
         strangers.close()
         rig.close()
+
+
+def test_what_nobody_asked_for_leaves_a_page_for_those_who_have(ctx: Sockets) -> None:
+    """A taker that fetches nothing holds pages; another one waits with a page for its own."""
+    ways = ("p2p", "tcp"), ("tcp",)
+    rig = Rig(names=ways, size=Size(tokens=8, pages=2))
+    still = ctx.socket(zmq.ROUTER)
+    strangers = protected(still, KEYS)
+    port = still.bind_to_random_port("tcp://127.0.0.1")
+    try:
+        there = replace(rig.to(99, 0, 64), addresses=(f"tcp://127.0.0.1:{port}",))
+        sender = rig.senders[0].mover
+        sender.put([Export(5, there)])
+        rig.computed(5, 0, 0, array("i", range(NUM_SLOTS)))
+        rig.until(lambda: bool(still.poll(0)))
+        still.send_multipart([still.recv_multipart()[0], encode(Admitted("p2p", 8))])
+        rig.until(lambda: sender.counts.sent_pages > 0)
+        rig.turns(20)
+        assert sender.pool.free == 1
+        rig.begin(6, 78, MORE)
+        rig.computed(6, 0, 0, SLOTS)
+        rig.until(lambda: rig.arrived(78))
+        assert rig.matches(SLOTS, MORE)
+    finally:
+        strangers.close()
+        rig.close()
+
+
+class Receives:
+    """A communicator that only notes into what it is to receive."""
+
+    ready, closed, failed = True, True, ""
+
+    def __init__(self) -> None:
+        self.into: list[Tensor] = []
+
+    def to_tell(self) -> Sequence[tuple[str, bytes]]:
+        return ()
+
+    def receive(self, number: int, page: Tensor) -> None:
+        self.into.append(page)
+
+    def done(self, now: float) -> Sequence[int]:
+        return ()
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_communicator_still_sends_of_ended_requests_takes_no_memory(ctx: Sockets) -> None:
+    rig, pair = Rig(names=(("nccl",), ("nccl",))), Receives()
+    taker = rig.takers[0].mover
+    assert isinstance(taker, Taker)
+    taker._ways.backend = lambda *_: pair  # type: ignore[assignment]
+    try:
+        for_nobody = Caught(rig, ctx)
+        for_nobody.say(caller(rig, ways=("nccl",)))
+        for_nobody.until(Admitted)
+        for_nobody.say(*(Filled(number, 0, 100 + number) for number in range(1, 9)))
+        rig.until(lambda: len(pair.into) == 8)
+        assert [len(page) for page in pair.into] == [*range(101, 109)]
+        assert len({page.data_ptr() for page in pair.into}) == 1
+        for_nobody.say(Filled(9, 0, taker.pages.size + 1))
+        for_nobody.until(Refused)
+    finally:
+        rig.close()
+
+
+def test_a_connection_sends_nothing_of_a_request_that_comes_on_another(
+    rig: Rig, ctx: Sockets
+) -> None:
+    """The same rank of another server: it would hold a page that no end of the request frees."""
+    first, other = Caught(rig, ctx), Caught(rig, ctx)
+    expects(rig)
+    first.say(caller(rig), Sending(77))
+    first.until(Admitted)
+    other.say(caller(rig))
+    other.until(Admitted)
+    other.say(READY)
+    other.until(Taken)
+    first.say(READY)
+    first.until(Pull)
 
 
 def test_a_transfer_without_progress_lapses_and_costs_no_other(ctx: Sockets) -> None:
