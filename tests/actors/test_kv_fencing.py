@@ -190,6 +190,7 @@ def test_a_stopped_taker_does_not_take_what_its_sender_has_for_others(
     child.go_on()
     said = child.hear("told", lambda: rig.turns(1))
     child.tell("slots")
-    # a communicator may have had the page on its way; it is not free before that is over
-    after = {"Lapsed 77": before, "Arrived 77": announced}
-    assert child.hear("slots") == after[said]
+    # a communicator may have had the page on its way; it is not free before that is over. It may
+    # have been written when its sender's end is heard of: slots are free after "Lapsed", not before
+    after = {"Lapsed 77": (before, announced), "Arrived 77": (announced,)}
+    assert child.hear("slots") in after[said]
