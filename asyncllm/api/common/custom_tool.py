@@ -6,14 +6,19 @@ Knows what such a tool is and what its calls mean; knows no route's JSON.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Final, Literal
+import re
+from itertools import accumulate
+from typing import Annotated, Final, Literal, Self
 
 from annotated_types import MinLen
+from pydantic import model_validator
 
-from asyncllm.api.common.model import RequestModel
+from asyncllm.api.common.model import RequestModel, refuse
 from asyncllm.api.common.response_format import GrammarText
 from asyncllm.api.parsing.tools import Tool
 
+# escapes, classes, and other text of a regular expression
+_NO_PARENTHESES: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[^()\\\[]+", re.DOTALL)
 INPUT: Final = "input"  # the argument that holds the free text
 _ADVICE: Final = "The value of `input` is handed to the tool as it is."
 
@@ -27,6 +32,20 @@ class InputGrammar(RequestModel):
 
     syntax: Literal["lark", "regex"]
     definition: Annotated[GrammarText, MinLen(1)]
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        """An expression becomes a group of another one, which it must not close."""
+        if self.syntax == "regex" and _closes_more_than_it_opens(self.definition):
+            refuse(".definition: the regular expression has an unmatched )", ".definition")
+        return self
+
+
+def _closes_more_than_it_opens(expression: str) -> bool:
+    """A look at parentheses only; the rest is checked where the grammar is compiled."""
+    steps = {"(": 1, ")": -1}
+    depths = accumulate(steps.get(char, 0) for char in _NO_PARENTHESES.sub("", expression))
+    return min(depths, default=0) < 0
 
 
 def as_function(name: str, description: str, grammar: InputGrammar | None) -> Tool:

@@ -35,6 +35,14 @@ def test_a_format_holds_under_auto(syntax: str, definition: str, key: str, kept:
     assert schema["properties"]["input"][key] == kept
 
 
+@pytest.mark.parametrize("definition", ["a)|(?:b", "a)(?:b", "a)", "[)])", "\\\\)", "[]a)|(?:b]"])
+def test_an_expression_does_not_end_its_group(definition: str) -> None:
+    assert chat_request(tools=[formed("regex", r"(a|[)]\))")])
+    with pytest.raises(RequestError) as caught:
+        chat_request(tools=[formed("regex", definition)])
+    assert caught.value.param == "tools[0].custom.format.grammar.definition"
+
+
 @pytest.mark.parametrize(
     "choice",
     [NAMED, {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}],
