@@ -15,16 +15,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from asyncllm.kernels.attention.kv8 import halves
+from asyncllm.kernels.attention.kv8 import KINDS, halves
 from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.gated import activated
 from asyncllm.kernels.moe.tiles import ExpertsConfig, Tile
-from asyncllm.kernels.quant.rows import quantize_rows
+from asyncllm.kernels.quant.rows import BLOCK, config_name, quantize_rows
 from asyncllm.kernels.quant.wide import fits_wide
 
-BLOCK = 128  # inputs, and outputs, that share a scale where they do
-KINDS = {torch.int8: 1, torch.float8_e4m3fn: 2}
-_NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 WIDE = ("few", "8", "32")  # classes of shapes whose rows stay as they are
 
 # class of a shape -> configuration
@@ -273,7 +270,7 @@ def widened_ref(weights: Tensor, scales: Tensor) -> Tensor:
 
 def config_of(size: str, weights: Tensor, scales: Tensor) -> ExpertsConfig:
     """The configuration of a class of shapes: the device's tuned one or that of the table."""
-    kind = f"{_NAMES[weights.dtype]}{' block' if scales.dim() == 3 else ''}"
+    kind = config_name(weights.dtype, scales.dim() == 3)
     entry = tuned(weights.device, "experts", f"{kind} {size}")
     return CONFIGS[size] if entry is None else ExpertsConfig.of(entry)
 

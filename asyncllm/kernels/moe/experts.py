@@ -20,7 +20,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.gated import activated, gated_ref
 from asyncllm.kernels.moe.eight_bits import (
-    BLOCK,
     WIDE,
     config_of,
     eight_bits,
@@ -29,7 +28,7 @@ from asyncllm.kernels.moe.eight_bits import (
 )
 from asyncllm.kernels.moe.order import CHUNKS, order
 from asyncllm.kernels.moe.tiles import ExpertsConfig, Tile, size_class
-from asyncllm.kernels.quant.rows import quantize_rows_ref
+from asyncllm.kernels.quant.rows import BLOCK, quantize_rows_ref
 
 _BLOCK = 1024  # columns of the sum per program
 Scales = tuple[Tensor | None, Tensor | None]  # of both products' weights; None: these are plain

@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from asyncllm.kernels.attention.kv8 import KINDS
 from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.early import begun_early, launched_early
 from asyncllm.kernels.quant.parts import divided, gathered, row_class_of
+from asyncllm.kernels.quant.rows import BLOCK, config_name
 
-BLOCK = 128  # inputs, and outputs of a weight, that share a scale where they do
 _GROUP = 8  # tiles of rows that are gone through together
-_NAMES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,14 +258,14 @@ def product_config(
 ) -> ProductConfig:
     """The configuration for so many rows: the device's tuned one or that of the table."""
     size = row_class(num_rows)
-    entry = tuned(device, "quant", f"{_NAMES[kind]}{' block' if blocked else ''} {size}")
+    entry = tuned(device, "quant", f"{config_name(kind, blocked)} {size}")
     return _CONFIGS[size] if entry is None else ProductConfig(**entry)
 
 
 def _check(
     x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
 ) -> tuple[int, int, int]:
-    if x.dim() != 2 or x.stride(1) != 1 or x.dtype not in _NAMES:
+    if x.dim() != 2 or x.stride(1) != 1 or x.dtype not in KINDS:
         raise ValueError(f"x must be rows in 8 bits: {tuple(x.shape)} {x.dtype}")
     num_rows, k = x.shape
     if weight.dim() != 2 or weight.shape[1] != k or not weight.is_contiguous():

@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.attention.kv8 import quantized
+from asyncllm.kernels.attention.kv8 import KINDS, quantized
 from asyncllm.kernels.autotune import launches_early, num_sms
 from asyncllm.kernels.early import begun, launched_early
 from asyncllm.kernels.gated import activated, gated_ref
 from asyncllm.kernels.rmsnorm import add_rmsnorm_ref, rmsnorm_ref
 
-GROUP = 128  # columns that share a scale where a row has several
+BLOCK = 128  # columns that share a scale where a row has several; of weights outputs, too
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+_NAMES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 LEAST = 1e-12  # scale; that of zeros may be anything
 _PIECE = 2048  # columns of an activation that a program makes of few rows
 
@@ -103,6 +104,11 @@ def _rows_kernel(
         tl.store(scales_ptr + row + group, scales, mask=group == 0)
 
 
+def config_name(kind: torch.dtype, blocked: bool) -> str:
+    """Of products with such weights, in tables of configurations."""
+    return f"{_NAMES[kind]}{' block' if blocked else ''}"
+
+
 def quantize_rows(x: Tensor, kind: torch.dtype, *, blocked: bool = False) -> tuple[Tensor, Tensor]:
     """Rows in 8 bits.
 
@@ -176,7 +182,7 @@ def quantize_rows_ref(
     width = x.shape[-1]
     wide = x.float()
     if blocked:
-        wide = torch.nn.functional.pad(wide, (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
+        wide = torch.nn.functional.pad(wide, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
     most = wide.abs().amax(-1)
     # by a tensor: CUDA multiplies by the reciprocal of a number, which may be off by a bit
     scales = (most / torch.full_like(most, LARGEST[kind])).clamp_min(LEAST)
@@ -230,9 +236,9 @@ def _launch(
         raise ValueError(f"{kind} is not one of {', '.join(map(str, LARGEST))}")
     num_rows = len(x)
     values = torch.empty((num_rows, width), dtype=kind, device=x.device)
-    shape = (triton.cdiv(width, GROUP), num_rows) if blocked else (num_rows,)
+    shape = (triton.cdiv(width, BLOCK), num_rows) if blocked else (num_rows,)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
-    block = piece = triton.next_power_of_2(max(width, GROUP))
+    block = piece = triton.next_power_of_2(max(width, BLOCK))
     pieces = triton.cdiv(width, _PIECE)
     # one program to a row is bound by its instructions; several find the largest each
     if before == "gated" and (blocked or num_rows * pieces <= 2 * num_sms(x.device)):
@@ -251,11 +257,11 @@ def _launch(
             0 if residual is None else residual.stride(0),
             eps,
             WIDTH=width,
-            GROUPS=piece // GROUP if blocked else 1,
-            SIZE=GROUP if blocked else piece,
+            GROUPS=piece // BLOCK if blocked else 1,
+            SIZE=BLOCK if blocked else piece,
             BEFORE=before,
             GELU=gelu,
-            KIND=1 if kind == torch.int8 else 2,
+            KIND=KINDS[kind],
             BLOCKED=blocked,
             ROW=block,
             EARLY=early,

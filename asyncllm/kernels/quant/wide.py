@@ -16,13 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.attention.kv8 import halves
+from asyncllm.kernels.attention.kv8 import KINDS, halves
 from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.early import begun_early, launched_early
 from asyncllm.kernels.quant.parts import divided, gathered, row_class_of
-
-BLOCK = 128  # inputs, and outputs, that share a scale where they do
-_KINDS = {torch.int8: (1, "int8"), torch.float8_e4m3fn: (2, "fp8")}
+from asyncllm.kernels.quant.rows import BLOCK, config_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +179,7 @@ def wide(
         k // 2,
         x.stride(0) // 2,
         out.stride(0),
-        KIND=_KINDS[weight.dtype][0],
+        KIND=KINDS[weight.dtype],
         BLOCKED=blocked,
         BIAS=bias is not None,
         WHOLE=k % c.block_k == 0,
@@ -222,7 +220,7 @@ def wide_config(
 ) -> WideConfig:
     """The configuration for so many rows: the device's tuned one or that of the table."""
     size = row_class(num_rows)
-    name = f"wide {_KINDS[kind][1]}{' block' if blocked else ''} {size}"
+    name = f"wide {config_name(kind, blocked)} {size}"
     entry = tuned(device, "quant", name)
     return _CONFIGS[size] if entry is None else WideConfig(**entry)
 
@@ -235,7 +233,7 @@ def _check(
     num_rows, k = x.shape
     if weight.dim() != 2 or weight.shape[1] != k or not weight.is_contiguous():
         raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
-    if weight.dtype not in _KINDS:
+    if weight.dtype not in KINDS:
         raise ValueError(f"weight is {weight.dtype}")
     n = len(weight)
     shape = (triton.cdiv(n, BLOCK), triton.cdiv(k, BLOCK)) if scales.dim() == 2 else (n,)
