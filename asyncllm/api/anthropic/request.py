@@ -35,7 +35,7 @@ from asyncllm.api.common.model import (
 from asyncllm.api.common.prepare import ChatPrompt, prepare_chat, refuse_trailing_calls
 from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
 from asyncllm.api.common.response_format import SchemaObject
-from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolChoice
+from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolChoice, ToolRef
 from asyncllm.api.common.validation import (
     MAX_INT32,
     MAX_STOP,
@@ -84,7 +84,8 @@ class NamedChoice(RequestModel):
 
     @property
     def choice(self) -> ToolChoice:
-        return ToolChoice("named", self.name, parallel=not self.disable_parallel_tool_use)
+        ref = ToolRef(self.name)
+        return ToolChoice("named", (ref,), parallel=not self.disable_parallel_tool_use)
 
 
 class ThinkingMode(RequestModel):

@@ -63,7 +63,7 @@ def as_function(name: str, description: str, grammar: InputGrammar | None) -> To
         "additionalProperties": False,
     }
     described = "\n".join(line for line in [*lines, _ADVICE] if line)
-    return Tool(name, schema, described, grammar is not None, lark)
+    return Tool(name, schema, described, grammar is not None, lark, custom=True)
 
 
 def input_of(arguments: str) -> str:

@@ -73,7 +73,7 @@ def prepare_chat(
     """
     if tool_request.forced:
         choice = tool_request.choice
-        schema = call_schema(tool_request.tools, choice.name or None, choice.parallel)
+        schema = call_schema(tool_request.tools, choice.name, choice.parallel)
         grammar = "schema", json.dumps(schema)  # as long as tools may be
     elif grammar is None and any(tool.strict for tool in tool_request.tools):
         grammar = "calls", call_forms(dialect.spelling or dialect.calls, tool_request.tools)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Annotated, Any, Final, Literal
+from itertools import groupby, islice
+from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
@@ -23,6 +23,7 @@ from asyncllm.api.parsing.tools import Tool, system_text, written
 MAX_TOOLS: Final = 128
 MAX_TOOLS_CHARS: Final = 256 << 10  # of their JSON
 MAX_NAME: Final = 128
+MAX_TOLD: Final = 10  # tools that an error text names
 NAME: Final = f"[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}"
 ChoiceMode = Literal["none", "auto", "required"]
 
@@ -30,19 +31,34 @@ Tools = tuple[Tool, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class ToolRef:
+    """A tool as a choice names it: by its kind, too."""
+
+    name: str
+    custom: bool = False
+
+    def __str__(self) -> str:
+        return f"{'custom tool' if self.custom else 'function'} {preview(self.name)}"
+
+
+@dataclass(frozen=True, slots=True)
 class ToolChoice:
     """Whether tools are to be called.
 
     Args:
-        mode: one of MODES, or "named" with a ``name``.
-        allowed: the only tools that count; None: all.
+        mode: a ChoiceMode, or "named": the one in ``tools`` must be.
+        tools: the only ones that count; None: all.
         parallel: False: one call at most.
     """
 
     mode: str
-    name: str = ""
-    allowed: tuple[str, ...] | None = None
+    tools: tuple[ToolRef, ...] | None = None
     parallel: bool = True
+
+    @property
+    def name(self) -> str | None:
+        """The tool that must be called, if it is only one."""
+        return self.tools[0].name if self.mode == "named" and self.tools else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +159,24 @@ def resolve(
         choice = ToolChoice("auto" if tools else "none")
     choice = replace(choice, parallel=parallel and choice.parallel)
     made = tuple(tools or ())
-    names = {tool.name for tool in made}
     if choice.mode in ("required", "named") and not made:
         reject("tool_choice: there are no tools", "tool_choice")
-    for name in (choice.name,) if choice.mode == "named" else choice.allowed or ():
-        if name not in names:
-            reject(f"tool_choice: there is no tool {preview(name)}", "tool_choice")
+    refs = {ToolRef(tool.name, tool.custom): tool for tool in made}
+    for ref in choice.tools or ():
+        if ref not in refs:
+            refuse_choice(ref, refs)
     if choice.mode == "none":
         return ToolRequest(choice)
-    if choice.allowed is not None:
-        made = tuple(tool for tool in made if tool.name in choice.allowed)
+    if choice.tools is not None and choice.mode != "named":
+        made = tuple(tool for ref, tool in refs.items() if ref in choice.tools)
     return ToolRequest(choice, made)
+
+
+def refuse_choice(wanted: object, refs: Collection[ToolRef]) -> NoReturn:
+    """Refuse a choice of a tool that is not one of ``refs``."""
+    told = ", ".join(map(str, islice(refs, MAX_TOLD))) or "none"
+    more = f" and {len(refs) - MAX_TOLD} more" if len(refs) > MAX_TOLD else ""
+    reject(f"tool_choice: there is no {wanted}; the tools are: {told}{more}", "tool_choice")
 
 
 def template_form(tool: Tool) -> dict[str, object]:

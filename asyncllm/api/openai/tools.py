@@ -18,6 +18,7 @@ from asyncllm.api.common.tool_request import (
     FunctionTool,
     ToolChoice,
     ToolName,
+    ToolRef,
     as_offered,
 )
 from asyncllm.api.parsing.tools import Tool
@@ -66,14 +67,18 @@ class OldFunction(FunctionTool):
 class FunctionName(RequestModel):
     name: UnicodeStr
 
+    @property
+    def ref(self) -> ToolRef:
+        return ToolRef(self.name)
+
 
 class NamedFunction(RequestModel):
     type: Literal["function"] = "function"  # TGI's clients leave it out
     function: FunctionName
 
     @property
-    def name(self) -> str:
-        return self.function.name
+    def ref(self) -> ToolRef:
+        return ToolRef(self.function.name)
 
 
 class NamedCustom(RequestModel):
@@ -81,8 +86,8 @@ class NamedCustom(RequestModel):
     custom: FunctionName
 
     @property
-    def name(self) -> str:
-        return self.custom.name
+    def ref(self) -> ToolRef:
+        return ToolRef(self.custom.name, custom=True)
 
 
 class AllowedTools(RequestModel):
@@ -131,10 +136,9 @@ def tool_choice(
         case None:
             return None
         case NamedFunction() | NamedCustom() | FunctionName():
-            return ToolChoice("named", given.name)
+            return ToolChoice("named", (given.ref,))
         case AllowedChoice():
             allowed = given.allowed_tools
-            names = tuple(each.name for each in allowed.tools)
-            return ToolChoice(allowed.mode, allowed=names)
+            return ToolChoice(allowed.mode, tuple(each.ref for each in allowed.tools))
         case mode:
             return ToolChoice(mode)

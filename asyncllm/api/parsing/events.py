@@ -17,6 +17,7 @@ class Tool:
         description: for the prompt.
         strict: calls are to fit the schema even where the model is free to call or not.
         lark: of a grammar in Lark's notation is every argument; "": of none.
+        custom: one of OpenAI's custom tools, whose only argument is its free text.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Tool:
     description: str = ""
     strict: bool = False
     lark: str = ""
+    custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)

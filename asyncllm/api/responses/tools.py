@@ -17,7 +17,7 @@ from asyncllm.api.common import tool_request
 from asyncllm.api.common.custom_tool import InputGrammar, TextInput, as_function
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
-from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolName
+from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolName, ToolRef
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.tools import Tool
 
@@ -122,14 +122,23 @@ class ResponsesTools:
     by_name: Mapping[str, Offered] = field(default_factory=dict)
     hosted: tuple[str, ...] = ()
 
-    def named(self, name: str, namespace: str = "") -> str:
-        """What the model is told for the client's ``name``; it itself if there is no such tool."""
-        if not namespace and name in self.by_name and not self.by_name[name].namespace:
-            return name
-        for told, tool in self.by_name.items():
-            if tool.name == name and namespace in ("", tool.namespace):
-                return told
-        return name
+    def ref(self, given: FlatNamed) -> ToolRef:
+        """The tool that a choice names, by the name that the model is told.
+
+        Without a namespace, one that has none comes first. Raises RequestError (400) where there is
+        no such tool.
+        """
+        wanted = ToolRef(given.name, given.type == "custom")
+        fitting = [
+            (bool(tool.namespace), told)
+            for told, tool in self.by_name.items()
+            if ToolRef(tool.name, tool.custom) == wanted and given.namespace in ("", tool.namespace)
+        ]
+        if not fitting:
+            inside = f" in namespace {preview(given.namespace)}" if given.namespace else ""
+            refs = [ToolRef(told, tool.custom) for told, tool in self.by_name.items()]
+            tool_request.refuse_choice(f"{wanted}{inside}", refs)
+        return ToolRef(min(fitting, key=lambda found: found[0])[1], wanted.custom)
 
 
 def responses_tools(
@@ -165,7 +174,7 @@ def responses_choice(
         case None | "auto" | "none":
             return None if given is None else ToolChoice(given)
         case FlatNamed():
-            choice = ToolChoice("named", tools.named(given.name, given.namespace))
+            choice = ToolChoice("named", (tools.ref(given),))
         case FlatAllowed():
             ours = [each for each in given.tools if isinstance(each, FlatNamed)]
             if not ours and given.mode == "auto":
@@ -173,8 +182,7 @@ def responses_choice(
             if not ours:
                 at = "tool_choice.tools"
                 reject(f"{at} must hold at least one tool that this server offers", at)
-            names = tuple(tools.named(each.name, each.namespace) for each in ours)
-            choice = ToolChoice(given.mode, allowed=names)
+            choice = ToolChoice(given.mode, tuple(map(tools.ref, ours)))
         case mode:
             choice = ToolChoice(mode)
     if choice.mode != "auto" and tools.hosted:

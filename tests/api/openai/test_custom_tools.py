@@ -53,6 +53,35 @@ def test_a_choice_forces_a_custom_tool(choice: dict[str, Any]) -> None:
     assert ('"patch"' in grammar[1], '"weather"' in grammar[1]) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (NAMED | {"custom": {"name": "weather"}}, 'no custom tool "weather"'),
+        ({"type": "function", "function": {"name": "patch"}}, 'no function "patch"'),
+        ({"type": "function", "function": {"name": "Patch"}}, 'no function "Patch"'),
+    ],
+)
+@pytest.mark.parametrize("mode", ["named", "auto", "required"])
+def test_a_choice_takes_tools_of_its_own_kind_only(
+    choice: dict[str, Any], message: str, mode: str
+) -> None:
+    if mode != "named":
+        choice = {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": mode, "tools": [NAMED, choice]},
+        }
+    told = f'{message}; the tools are: function "weather", custom tool "patch"$'
+    with pytest.raises(RequestError, match=told) as caught:
+        chat_request(tools=[*TOOLS, PATCH], tool_choice=choice)
+    assert (caught.value.param, caught.value.status) == ("tool_choice", 400)
+
+
+def test_of_many_tools_an_error_names_some() -> None:
+    tools = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(12)]
+    with pytest.raises(RequestError, match=r'function "f9" and 2 more$'):
+        chat_request(tools=tools, tool_choice=NAMED)
+
+
 def test_calls_of_both_kinds_come_back_as_they_were_offered() -> None:
     text = f"<tool_call>{CALL}</tool_call>\n{WRITTEN}"
     made = reply("hermes", "", tools=[*TOOLS, PATCH])

@@ -11,6 +11,7 @@ from asyncllm.api.common.chat_template import ChatTemplate
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.responses.store import Store
 from asyncllm.core.request import LARK
+from asyncllm.errors import RequestError
 from tests.api.harness import Case, rendered, typed_events
 from tests.api.responses.harness import ask, parted
 
@@ -72,6 +73,27 @@ def test_choices(choice: dict[str, Any], forced: list[str]) -> None:
     assert asked.generation.params.grammar is not None
     _, schema = asked.generation.params.grammar
     assert [name for name in ("spawn", "patch") if f'"{name}"' in schema] == forced
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"type": "function", "name": "patch"}, 'no function "patch";'),
+        ({"type": "custom", "name": "spawn"}, 'no custom tool "spawn";'),
+        ({"type": "custom", "name": "patch", "namespace": "agents"}, 'no custom tool "patch" in namespace "agents";'),
+        ({"type": "function", "name": "spawn", "namespace": "other"}, 'no function "spawn" in namespace "other";'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["named", "auto", "required"])
+def test_a_choice_takes_tools_of_its_own_kind_and_namespace_only(
+    choice: dict[str, Any], message: str, mode: str
+) -> None:
+    if mode != "named":
+        choice = {"type": "allowed_tools", "mode": mode, "tools": [choice]}
+    told = f'{message} the tools are: function "spawn", custom tool "patch"$'
+    with pytest.raises(RequestError, match=told) as caught:
+        ask(tools=[AGENTS, PATCH], tool_choice=choice)
+    assert (caught.value.param, caught.value.status) == ("tool_choice", 400)
 
 
 def test_the_form_of_a_custom_tool() -> None:
