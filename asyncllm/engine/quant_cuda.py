@@ -30,6 +30,9 @@ from asyncllm.models.quantization import (
 )
 
 WIDENED = 1 << 25  # 4-bit weights dequantised to 16 bits at a time
+# Up to so many inputs the library may sum e4m3 products in the 14 bits of the tensor cores' own
+# accumulators: a sum of one sign, the worst, then loses less than quantisation does.
+FAST_INPUTS = 4096
 # one number of rows of each class of each kernel, to cover all that serving may need
 _CLASSES = (1, 9, 17, 33, 65, 129, 257, 2048)
 
@@ -197,7 +200,7 @@ def _library(x: QuantRows, weight: QuantWeight, bias: Tensor | None, out: Tensor
         *scales,
         bias,
         out_dtype=out.dtype,
-        use_fast_accum=weight.kind == "fp8_channel",
+        use_fast_accum=weight.kind == "fp8_channel" and weight.in_features <= FAST_INPUTS,
         out=out if out.is_contiguous() else None,
     )
     return out if out.is_contiguous() else out.copy_(made)
