@@ -36,6 +36,7 @@ from asyncllm.topology import Contract, Endpoint, Topology
 
 PR_SET_PDEATHSIG = 1
 EXIT_GRACE_S = 5.0
+EXIT_FAILED = 1  # of a process that ends because something in it failed, e.g. a collective
 FOLDERS = Path("/tmp")
 KILLED_S = 2.0
 
@@ -148,20 +149,29 @@ class Children:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is noticed below
             process.stdin.write(boot.to_json().encode())
+        self.adopt(boot, process)
+
+    def adopt(self, boot: Boot, process: subprocess.Popen[bytes]) -> None:
+        """Watch a child that has been started."""
         pidfd = os.pidfd_open(process.pid)
         self._running[pidfd] = boot, process
         self._empty.clear()
         self._loop.add_reader(pidfd, self._ended, pidfd)
 
-    def _ended(self, pidfd: int) -> None:
-        boot, process = self._running.pop(pidfd)
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
-        code = process.wait()
+    def _ended(self, _: int) -> None:
+        """Report all that have ended; first those whose end made collectives of the others fail."""
+        ended = []
+        for pidfd, (boot, process) in [*self._running.items()]:
+            if (code := process.poll()) is not None:
+                del self._running[pidfd]
+                self._loop.remove_reader(pidfd)
+                os.close(pidfd)
+                ended.append((boot, process.pid, code))
         if not self._running:
             self._empty.set()
-        if not self._leaving:
-            self._on_death(boot, process.pid, code)
+        for boot, pid, code in sorted(ended, key=lambda end: end[2] == EXIT_FAILED):
+            if not self._leaving:
+                self._on_death(boot, pid, code)
 
     async def close(self, grace_s: float = EXIT_GRACE_S) -> None:
         """Wait for the children to end; kill those that do not."""

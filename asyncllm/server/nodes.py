@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -110,6 +112,9 @@ class Lifeline:
         self._due = self._last = monotonic()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        # what is to be told does not wait for the next heartbeat
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._bell)
         self._log = Seldom(log)
         self.foreign_frames = self.strangers = 0
 
@@ -134,10 +139,12 @@ class Lifeline:
     def fail(self, code: int, why: str) -> None:
         """Notify the others that the server is ending; the first reason counts. From any thread."""
         self._said = self._said or self._found or (code, why)
+        os.eventfd_write(self._bell, 1)
 
     def close(self) -> None:
         """Send pending notices and disconnect. From any thread."""
         self._stop.set()
+        os.eventfd_write(self._bell, 1)
         if self._thread is None:
             self._hang_up()
         elif self._thread is not threading.current_thread():
@@ -195,6 +202,14 @@ class Lifeline:
 
     def _frames(self, msg: Message) -> list[bytes]:
         return [self._protocol, encode(msg)]
+
+    def _poll(self, wait_s: float, *socks: zmq.Socket[bytes]) -> None:
+        """Wait until one of them has something to read, or there is something to tell."""
+        poller = zmq.Poller()
+        for sock in (self._bell, *socks):
+            poller.register(sock, zmq.POLLIN)
+        if self._bell in dict(poller.poll(int(1e3 * wait_s))):
+            os.eventfd_read(self._bell)
 
     def _forget(self, peer: _Peer) -> None:
         raise NotImplementedError
@@ -274,7 +289,7 @@ class Meeting(Lifeline):
 
     def _listen(self, wait_s: float) -> None:
         self.strangers = self._counter.count()
-        self._sock.poll(int(1e3 * wait_s))
+        self._poll(wait_s, self._sock)
         for _ in range(DRAIN_LIMIT):
             try:
                 ident, *frames = self._sock.recv_multipart(zmq.NOBLOCK)
@@ -408,10 +423,7 @@ class Member(Lifeline):
         )
 
     def _listen(self, wait_s: float) -> None:
-        poller = zmq.Poller()
-        for way in self._ways:
-            poller.register(way.sock, zmq.POLLIN)
-        poller.poll(int(1e3 * wait_s))
+        self._poll(wait_s, *(way.sock for way in self._ways))
         for way in self._ways:
             for _ in range(DRAIN_LIMIT):
                 try:

@@ -32,7 +32,9 @@ from asyncllm.models.spec import ModelSpec
 from asyncllm.server.ahead import Ahead
 from asyncllm.server.assembly import place
 from asyncllm.server.cluster import introduce
+from asyncllm.server.culprit import Culprit
 from asyncllm.server.launch import (
+    EXIT_FAILED,
     Boot,
     Children,
     NodeWires,
@@ -49,7 +51,8 @@ from asyncllm.text import Text
 from asyncllm.topology import HTTP, Endpoint, Topology
 
 EXIT_STARTUP = 2
-CULPRIT_S = 1.0
+CHILD_S = 1.0  # for children to end by themselves, and to say why
+CULPRIT_S = 1.5  # for the cause of a failed collective to be heard of
 FAIL_S = 3.0  # from a failure to the end: final logs of all processes, and noticing the failed one
 LEAVING_S = 2.0  # for the process group to shut down; then the process ends anyway
 MINUTE_S = 60.0
@@ -95,8 +98,8 @@ class Server:
         # actors run; HTTP is served; it drains; it fails
         self._acting = self._open = self._drains = self._failing = False
         self._code = 1  # exit code if the server fails
-        self._lost = asyncio.Event()  # another node has failed
-        self._heard_of_it = threading.Event()  # the same, for threads
+        self._culprit = Culprit(CULPRIT_S, self._fail)
+        self._heard_of_it = threading.Event()  # another node has failed
         self._checked = False  # --check has finished its tests
         self._pulse: Pulse | None = None
         self._lost_groups: set[int] = set()  # that had processes on this node
@@ -126,13 +129,13 @@ class Server:
             self._assemble(loaded)
             await self._system.run()
         except FatalError as error:
-            await self._wait_for_first_failure()
-            self._tell_nodes(self._code, str(error))
+            why = await self._wait_for_first_failure() or str(error)
+            self._tell_nodes(self._code, why)
             logger.critical("%s ends: %s", self._boot.name, error)
             self._abandon(self._code)
         except Mismatch:
             if self._children:
-                await self._children.close(CULPRIT_S)  # the child finds and reports the same
+                await self._children.close(CHILD_S)  # the child finds and reports the same
             raise
         except StartupError as error:
             self._tell_nodes(EXIT_STARTUP, str(error))
@@ -233,14 +236,14 @@ class Server:
             await self._wait_for_first_failure()
             raise
 
-    async def _wait_for_first_failure(self) -> None:
-        """A collective also fails because a child died; ``_child_died`` then has the reason."""
+    async def _wait_for_first_failure(self) -> str:
+        """A collective also fails because another process did: gives what is known of that."""
         if self._children:
-            await self._children.wait(CULPRIT_S)
-        if self._lifeline is not None:  # it may have been another node
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._lost.wait(), CULPRIT_S)
+            await self._children.wait(CHILD_S)
+        if self._lifeline is not None:  # it may have been on another node
+            await self._culprit.wait()
         self._stop_children()
+        return self._culprit.why
 
     def _stop_children(self) -> None:
         if self._children:
@@ -341,14 +344,13 @@ class Server:
         self._system.ref("watchdog").tell(drain, urgent=True)
 
     def _node_lost(self, code: int, why: str) -> None:
-        self._lost.set()
         self._heard_of_it.set()
         if self._checked:
             return
         if self._acting and self._system.over and not self._failing:
             return  # all of them were told to end
         logger.critical("%s: stopping the server", why)
-        self._fail(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, why)
+        self._culprit.found(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, why)
 
     def _tell_nodes(self, code: int, why: str) -> None:
         if self._lifeline is not None:
@@ -371,7 +373,10 @@ class Server:
         logger.critical("%s: stopping the server", what)
         if code == EXIT_HUNG:
             dump_stacks()  # a collective hangs everywhere; this may be the side that shows why
-        self._fail(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, what)
+        if code == EXIT_FAILED and self._lifeline is not None:
+            self._culprit.suspect(what)
+        else:
+            self._culprit.found(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, what)
 
     def _lose(self, group: int, what: str) -> bool:
         """A rank here has died; False: the server cannot continue without its group."""

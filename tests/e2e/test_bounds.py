@@ -151,11 +151,13 @@ def test_templates_that_loop_on_a_message(tiny_dir: Path, tmp_path: Path) -> Non
         (helper,) = server.children("asyncllm.templates")
         assert server.stop() == 0
         assert not alive(helper)
-    *bad, good = report.result
+    (status, text), counted, good = report.result
     assert good[0] == 200
-    for status, text in bad:
-        assert status == 400
-        assert "in 2 s" in text
+    assert (status, "in 2 s" in text) == (400, True)
+    # it has waited for the other two: on a loaded machine longer than a count waits
+    assert (counted[0], "in 2 s" in counted[1]) == (400, True) or (
+        (counted[0], "within 5 s" in counted[1]) == (503, True)
+    ), counted
 
 
 def test_large_schemas_and_deep_grammars(server: Server) -> None:
