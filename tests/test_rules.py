@@ -72,6 +72,7 @@ BROAD_ALLOWED = {  # supervision: whatever an actor, a step or a request raises 
     "actors/kv_loop.py": {"BaseException"},
     "actors/runner.py": {"BaseException"},
     "actors/http.py": {"Exception"},
+    "engine/ahead.py": {"Exception"},  # in its process: whatever compiling one kernel raises
     "models/unpickle.py": {"Exception"},  # in its process: whatever a file makes torch raise
 }
 # where a pickle is read: in a process of its own, by what runs nothing
@@ -324,6 +325,27 @@ def references(module: Module) -> Iterator[str]:
         yield "no function *_ref"
 
 
+def kernel_constants(module: Module) -> Iterator[str]:
+    """Triton 3.6 looks at the constants of what a kernel calls only if that has been compiled
+    before in this process: with them, what a helper process compiled would not be found again."""
+    if module.layer != "kernels":
+        return
+    names = {
+        target.id
+        for node in module.tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+        if module.dotted(node.value.func).endswith(".constexpr")
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    yield from (f"{name} may be imported" for name in names if not name.startswith("_"))
+    for function in module.tree.body:
+        if isinstance(function, ast.FunctionDef) and not function.name.endswith("_kernel"):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Name) and node.id in names:
+                    yield f"line {node.lineno}: {node.id} outside a kernel; write the number"
+
+
 def _is_kernel(module: Module) -> bool:
     """A file with kernels of its own, not a part of another."""
     name = module.path.split("/")[-1]
@@ -385,6 +407,7 @@ RULES: list[Callable[[Module], Iterator[str]]] = [
     sync_calls,
     stand_ins,
     references,
+    kernel_constants,
     broad_excepts,
     known_objects,
     parameters,
@@ -660,6 +683,8 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
     (sync_calls, "actors/x.py", "class A:\n    def f(self, t):\n        return t[0].item()"),
     (references, "kernels/x.py", "def x():\n    pass"),
     (references, "kernels/attention/x.py", "def x():\n    pass"),
+    (kernel_constants, "kernels/x.py", "A = tl.constexpr(1)"),
+    (kernel_constants, "kernels/x.py", "_A = tl.constexpr(1)\ndef f(x):\n    return x + _A"),
     (broad_excepts, "core/x.py", "try:\n    f()\nexcept Exception:\n    pass"),
     (broad_excepts, "rank.py", "try:\n    f()\nexcept (OSError, Exception) as e:\n    pass"),
     (broad_excepts, "actors/system.py", "try:\n    f()\nexcept:\n    pass"),

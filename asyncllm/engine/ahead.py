@@ -13,7 +13,6 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +23,6 @@ from asyncllm.kernels.autotune import DeviceFacts, assume
 from asyncllm.messages import StepDone, StepPlan
 
 if TYPE_CHECKING:  # without a GPU there may be no Triton
-    from multiprocessing.sharedctypes import Synchronized
-
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
 
@@ -149,7 +146,7 @@ def _pointer(arg: object) -> object:
 def compile_noted(
     variants: list[Variant], num_processes: int, begin: Callable[[], None] = lambda: None
 ) -> None:
-    """Compile the variants that are not in Triton's cache yet; what fails is tried once more.
+    """Compile the variants that are not in Triton's cache yet.
 
     Forks, so no other thread may run. A variant that fails to compile is left to its first launch.
 
@@ -158,50 +155,25 @@ def compile_noted(
     """
     context = multiprocessing.get_context("fork")
     work = [Variant("what launches", _load_utils), *variants]
-    compiled = context.Array("b", len(work))
+    turn = context.Value("i", 0)
 
-    def take_turns(left: list[int], turn: Synchronized[int]) -> None:
+    def take_turns() -> None:
         begin()
         while True:
             with turn.get_lock():
                 mine, turn.value = turn.value, turn.value + 1
-            if mine >= len(left):
+            if mine >= len(work):
                 return
-            with _Attempt(work[left[mine]].name):
-                _prepare(work[left[mine]])
-                compiled[left[mine]] = 1
+            try:
+                _prepare(work[mine])
+            except Exception as error:
+                logger.warning("%s was not compiled ahead: %r", work[mine].name, error)
 
-    for _ in range(2):
-        left = [i for i in range(len(work)) if not compiled[i]]
-        given = left, context.Value("i", 0)
-        workers = [
-            context.Process(target=take_turns, args=given)
-            for _ in range(min(num_processes, len(left)))
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-
-
-class _Attempt:
-    """A failure inside is logged."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if isinstance(error, Exception):
-            logger.warning("%s was not compiled ahead: %r", self._name, error)
-        return isinstance(error, Exception)
+    workers = [context.Process(target=take_turns) for _ in range(min(num_processes, len(work)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def _load_utils() -> None:

@@ -26,7 +26,7 @@ from asyncllm.topology import Topology
 FIND = """
 import json, sys
 from dataclasses import replace
-from asyncllm.engine.ahead import compile_noted
+from asyncllm.engine.ahead import Variant, compile_noted
 from asyncllm.kernels.autotune import DeviceFacts
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server.compile_kernels import variants
@@ -36,7 +36,7 @@ spec = ModelSpec.from_hf(json.loads(sys.argv[1]), {})
 facts = DeviceFacts("NVIDIA H100 80GB HBM3", 132, 90)
 found = variants(boot, spec, facts)
 [first] = [v for v in found if v.name == "_stage_kernel"]
-compile_noted([first, first], 2)
+compile_noted([Variant("damaged", lambda: 1 / 0), first, first], 2)
 eight_bits = replace(boot, resolved=replace(boot.resolved, quant=sys.argv[2]))
 more = variants(eight_bits, spec, facts)
 print(json.dumps([[v.name for v in some] for some in (found, more)]))
@@ -79,6 +79,7 @@ def test_what_a_warm_up_launches_is_found_and_compiled_without_a_gpu(tmp_path: P
     assert {"_stage_kernel", "_prefill_kernel", "_decode_kernel", "_rope_kv_kernel"} <= {*names}
     assert {"best_kernel", "draw_kernel", "_log_prob_kernel", "_bias_kernel"} <= {*names}
     assert len(names) > 20
+    assert "damaged was not compiled ahead: ZeroDivisionError" in found.stderr
     # the first, of products that no step need launch, are prepared with the weights
     assert {"_eight_bits_kernel", "_rows_kernel"} <= {*more}
     assert [path.name for path in tmp_path.rglob("*.cubin")] == ["_stage_kernel.cubin"]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from asyncllm.kernels.attention.kv8 import from_8_bits
-from asyncllm.kernels.attention.scores import MASKED, capped
+from asyncllm.kernels.attention.scores import capped
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _attend_edge(
             # a query may see nothing of the first tile: what it then sums up is weighed with zero
             # when its own key comes, where an infinity would make it NaN
             seen = seen & (position[None, :] > q_position[:, None] - WINDOW)
-            score = tl.where(seen, score, MASKED)
+            score = tl.where(seen, score, -1e30)
         else:
             score = tl.where(seen, score, float("-inf"))
         weight, shrink, best, norm = _soften(score, best, norm, 1.0 if CAPPED else scale_log2)

@@ -7,8 +7,6 @@ import math
 import triton
 import triton.language as tl
 
-MASKED = tl.constexpr(-1e30)  # a score whose weight is zero beside any real one
-
 
 @triton.jit
 def capped(product, scale_log2, cap_log2):

@@ -15,7 +15,7 @@ from torch import Tensor
 from asyncllm.kernels.attention.kv8 import KINDS, half_scale, quantized, whole_scale
 from asyncllm.kernels.attention.quantize import quantize_ref
 
-FP8 = tl.constexpr(KINDS[torch.float8_e4m3fn])
+_FP8 = tl.constexpr(KINDS[torch.float8_e4m3fn])
 
 
 # step metadata lies anywhere in a staging buffer: one build for every alignment
@@ -72,11 +72,11 @@ def _write_kernel(
         if SCALED:
             keys = tl.maximum(tl.abs(first.to(tl.float32)), tl.abs(second.to(tl.float32)))
             most = tl.maximum(tl.max(tl.abs(normed.to(tl.float32)), axis=0), tl.max(keys, axis=0))
-            by = whole_scale(half_scale(most, FP8))
+            by = whole_scale(half_scale(most, _FP8))
             tl.store(scales_ptr + slot, by)
-            normed = quantized(normed.to(tl.float32), by, FP8)
-            first = quantized(first.to(tl.float32), by, FP8)
-            second = quantized(second.to(tl.float32), by, FP8)
+            normed = quantized(normed.to(tl.float32), by, _FP8)
+            first = quantized(first.to(tl.float32), by, _FP8)
+            second = quantized(second.to(tl.float32), by, _FP8)
         tl.store(row + dim, normed, mask=dim < RANK)
         tl.store(row + RANK + low, first, mask=live)
         tl.store(row + RANK + high, second, mask=live)

@@ -8,8 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096
-_HUGE = tl.constexpr(1e30)  # stands for +inf, which would make differences NaN
-
 
 # step metadata lies anywhere in a staging buffer: one build for every alignment
 COLUMNS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr", "out_ptr"]
@@ -17,9 +15,10 @@ COLUMNS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_pt
 
 @triton.jit
 def load_logits(row_ptr, token, VOCAB: tl.constexpr):
-    """Logits as fp32; NaN counts as -inf."""
+    """Logits as fp32; NaN counts as -inf, and 1e30 stands for +inf, which would make differences
+    NaN."""
     x = tl.load(row_ptr + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-    return tl.where(x == x, tl.minimum(x, _HUGE), float("-inf"))
+    return tl.where(x == x, tl.minimum(x, 1e30), float("-inf"))
 
 
 @triton.jit
@@ -53,7 +52,7 @@ def tiles_kernel(
         scale = 1.0
         if TEMPERED:
             scale = inverse(tl.load(temperature_ptr + row))
-        base = tl.maximum(top, -_HUGE)
+        base = tl.maximum(top, -1e30)
         tl.store(sum_ptr + at, tl.sum(tl.exp((x - base) * scale), axis=0))
     if TEMPERED and tile == 0:
         tl.store(used_ptr + row, 0)
@@ -65,9 +64,9 @@ def combine(top_ptr, sum_ptr, row, scale, TILES: tl.constexpr, PAD: tl.constexpr
     tile = tl.arange(0, PAD)
     live = tile < TILES
     tops = tl.load(top_ptr + row * TILES + tile, mask=live, other=float("-inf"))
-    best = tl.maximum(tl.max(tops, axis=0), -_HUGE)
+    best = tl.maximum(tl.max(tops, axis=0), -1e30)
     sums = tl.load(sum_ptr + row * TILES + tile, mask=live, other=0.0)
-    return best, sums * tl.exp((tl.maximum(tops, -_HUGE) - best) * scale)
+    return best, sums * tl.exp((tl.maximum(tops, -1e30) - best) * scale)
 
 
 @triton.jit
