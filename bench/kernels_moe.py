@@ -1,7 +1,7 @@
 """Time of a mixture of experts on a CUDA device, beside what the device can do.
 
     python bench/kernels_moe.py [--quick] [--tp N] [--kinds KIND ...]
-        [--tune [--seconds S] [--out FILE]]
+        [--tune [--seconds S] [--classes CLASS ...] [--out FILE]]
 
 No number is printed while a kernel disagrees with its reference. Each call runs in a CUDA graph,
 median of many runs with the L2 cache flushed between them. The ceiling of a shape is the longer of
@@ -12,11 +12,13 @@ asyncllm/kernels/configs/.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +57,7 @@ SHAPES = {
     "V2-Lite": Shape(64, 6, 2048, 1408),
     "Qwen3-30B-A3B": Shape(128, 8, 2048, 768),
 }
+THREADS = 12
 ROUNDED = 0.02  # relative error where rows come to 8 bits
 TOKENS = (1, 8, 64, 256, 2048)
 TUNED = (1, 8, 64, 256, 1024, 2048, 4096)  # some of each class
@@ -197,9 +200,10 @@ SMALL_8 = [
     *[(64, 128, 4, 6, 1, False), (128, 128, 8, 4, 1, False), (16, 128, 4, 6, 1, False)],
 ]
 LARGE_8 = [
-    *[(64, 128, 4, 3, 1, False), (128, 128, 8, 3, 1, False), (64, 128, 4, 3, 1, True)],
-    *[(128, 128, 8, 3, 4, True), (64, 128, 4, 4, 4, True), (128, 128, 8, 4, 1, True)],
-    *[(128, 128, 4, 3, 4, True), (64, 128, 8, 4, 4, False)],
+    *[(64, 128, 8, 3, 1, False), (64, 128, 4, 3, 1, False), (128, 128, 8, 3, 1, False)],
+    *[(64, 128, 8, 3, 4, True), (64, 128, 4, 3, 4, True), (128, 128, 8, 3, 4, True)],
+    *[(64, 128, 8, 4, 4, False), (64, 128, 8, 4, 8, True), (64, 128, 4, 4, 4, True)],
+    *[(128, 128, 8, 4, 1, True), (128, 128, 8, 4, 8, False)],
 ]
 CHOICES_8 = {
     "few": ((16, 8), SMALL_8, SMALL_8),
@@ -210,8 +214,10 @@ CHOICES_8 = {
 }
 
 
-def tune(shapes: dict[str, Shape], kind: str, seconds: float) -> dict[str, dict[str, Any]]:
-    """For each class the best tile of the first product, then of the second, in blocks of each
+def tune(
+    shapes: dict[str, Shape], kind: str, seconds: float, classes: list[str]
+) -> dict[str, dict[str, Any]]:
+    """For each of ``classes`` the best tile of the first product, then of the second, in blocks of each
     size: the least sum of relative times over its cases. Each class gets an equal part of the
     seconds."""
     cases: dict[str, list[Case]] = {}
@@ -220,7 +226,8 @@ def tune(shapes: dict[str, Shape], kind: str, seconds: float) -> dict[str, dict[
         for num_tokens in TUNED:
             num_pairs = num_tokens * shape.top_k
             key = size_class(num_pairs, shape.num_experts, shape.inner, torch.device("cuda", 0))
-            cases.setdefault(key, []).append(held | tokens_of(shape, num_tokens))
+            if key in classes:
+                cases.setdefault(key, []).append(held | tokens_of(shape, num_tokens))
     found = {}
     for key, mine in cases.items():
         best = tune_class(key, mine, seconds / len(cases))
@@ -248,15 +255,27 @@ def tune_class(key: str, cases: list[Case], seconds: float) -> ExpertsConfig:
                 if not distance(want, experts(**case, config=config)) <= bound:
                     raise RuntimeError(f"{config} gives a wrong result")
                 times.append(median_us(partial(experts, **case, config=config), True))
-            except OutOfResources:
+            except (OutOfResources, ValueError):  # too large, or not of whole blocks
                 return float("inf")
         shown = [config.block_m, *map(dataclasses.astuple, (config.up, config.down))]
         print(*shown, ":", "  ".join(f"{us:8.1f}" for us in times), flush=True)
         tried[config] = sum(us / now for us, now in zip(times, base, strict=True))
         return tried[config]
 
-    for block_m in sizes:
-        start = ExpertsConfig(block_m, Tile(*ups[0]), Tile(*downs[0]))
+    def build(config: ExpertsConfig) -> None:
+        torch.cuda.set_device(0)
+        for case in cases:
+            with contextlib.suppress(OutOfResources, ValueError):
+                experts(**case, config=config)
+
+    first = ExpertsConfig(sizes[0], Tile(*ups[0]), Tile(*downs[0]))
+    build(first)
+    with ThreadPoolExecutor(THREADS) as pool:
+        starts = [dataclasses.replace(first, block_m=block_m) for block_m in sizes]
+        some = [dataclasses.replace(start, up=Tile(*up)) for start in starts for up in ups]
+        some += [dataclasses.replace(start, down=Tile(*down)) for start in starts for down in downs]
+        list(pool.map(build, some))
+    for start in starts:
         up = best_of(ups, lambda tile, start=start: cost(dataclasses.replace(start, up=tile)))
         start = dataclasses.replace(start, up=up)
         best_of(downs, lambda tile, start=start: cost(dataclasses.replace(start, down=tile)))
@@ -276,6 +295,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--tune", action="store_true", help="try configurations")
     parser.add_argument("--seconds", type=float, default=300, help="how long to tune")
+    parser.add_argument("--classes", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--out", type=Path, help="JSON file that tuning updates")
     options = parser.parse_args()
     if code := refuse(wrong_kernels):
@@ -287,7 +307,8 @@ def main() -> int:
     if options.tune:
         entries = {}
         for kind in options.kinds:
-            entries |= tune(shapes, kind, options.seconds / len(options.kinds))
+            seconds = options.seconds / len(options.kinds)
+            entries |= tune(shapes, kind, seconds, options.classes)
         print(json.dumps({"experts": entries}))
         if options.out:
             merge_into(options.out, "experts", entries)

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from asyncllm.kernels.attention.kv8 import KINDS, halves
 from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.gated import activated
-from asyncllm.kernels.moe.tiles import ExpertsConfig, Tile
+from asyncllm.kernels.moe.tiles import ExpertsConfig, Tile, work_of
 from asyncllm.kernels.quant.rows import BLOCK, config_name, quantize_rows
 from asyncllm.kernels.quant.wide import fits_wide
 
@@ -31,6 +31,10 @@ CONFIGS = {
     "32": ExpertsConfig(32, Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)),
     "128": ExpertsConfig(64, Tile(64, 128, 4, 4), Tile(128, 128, 4, 4)),
     "many": ExpertsConfig(128, Tile(64, 128, 4, 3), Tile(128, 128, 8, 4)),
+}
+# where scales are of blocks there are three sums: in four warps they do not fit the registers
+BLOCKED_CONFIGS = CONFIGS | {
+    "many": ExpertsConfig(128, Tile(64, 128, 8, 3), Tile(128, 128, 8, 4)),
 }
 
 
@@ -105,12 +109,7 @@ def _experts_eight_bits_kernel(
     ``x_row`` count pairs of neighbours where WIDE."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    # neighbouring blocks, often of one expert, share a tile of weights
-    run = tl.program_id(0) // (TILES * GROUP)
-    height = tl.minimum(num_blocks - run * GROUP, GROUP)
-    block = run * GROUP + tl.program_id(0) % (TILES * GROUP) % height
-    tile = tl.program_id(0) % (TILES * GROUP) // height
-    expert = tl.load(experts_ptr + block)
+    block, expert, tile = work_of(experts_ptr, num_blocks, TILES, GROUP)
     if expert >= 0:
         pair = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
         used = pair < num_pairs
@@ -270,9 +269,12 @@ def widened_ref(weights: Tensor, scales: Tensor) -> Tensor:
 
 def config_of(size: str, weights: Tensor, scales: Tensor) -> ExpertsConfig:
     """The configuration of a class of shapes: the device's tuned one or that of the table."""
-    kind = config_name(weights.dtype, scales.dim() == 3)
+    blocked = scales.dim() == 3
+    kind = config_name(weights.dtype, blocked)
     entry = tuned(weights.device, "experts", f"{kind} {size}")
-    return CONFIGS[size] if entry is None else ExpertsConfig.of(entry)
+    if entry is None:
+        return (BLOCKED_CONFIGS if blocked else CONFIGS)[size]
+    return ExpertsConfig.of(entry)
 
 
 def fits(weights: Tensor, scales: Tensor) -> bool:

@@ -27,7 +27,7 @@ from asyncllm.kernels.moe.eight_bits import (
     widened_ref,
 )
 from asyncllm.kernels.moe.order import CHUNKS, order
-from asyncllm.kernels.moe.tiles import ExpertsConfig, Tile, size_class
+from asyncllm.kernels.moe.tiles import ExpertsConfig, Tile, size_class, work_of
 from asyncllm.kernels.quant.rows import BLOCK, quantize_rows_ref
 
 _BLOCK = 1024  # columns of the sum per program
@@ -70,15 +70,7 @@ def _product_kernel(
     """Row p of ``out`` [num_pairs, N] is row p // PAIRS_PER_ROW of ``x`` times the matrix of p's
     expert; with GATED the matrix is [gate | up], and the row is activation(gate) * up."""
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    if GROUP == 1:
-        block = tl.program_id(0) // TILES
-        tile = tl.program_id(0) % TILES
-    else:  # neighbouring blocks, often of one expert, share a tile of weights
-        run = tl.program_id(0) // (TILES * GROUP)
-        height = tl.minimum(num_blocks - run * GROUP, GROUP)
-        block = run * GROUP + tl.program_id(0) % (TILES * GROUP) % height
-        tile = tl.program_id(0) % (TILES * GROUP) // height
-    expert = tl.load(experts_ptr + block)
+    block, expert, tile = work_of(experts_ptr, num_blocks, TILES, GROUP)
     if expert >= 0:
         pair = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
         used = pair < num_pairs

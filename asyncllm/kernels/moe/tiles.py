@@ -1,11 +1,14 @@
 """Kernel configurations of the two products of a mixture of experts, by class of shape."""
 
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 
 from asyncllm.kernels.autotune import Entry, num_sms
 
@@ -36,6 +39,17 @@ class ExpertsConfig:
     def of(cls, entry: Entry) -> ExpertsConfig:
         """From what ``dataclasses.asdict`` made of one."""
         return cls(entry["block_m"], Tile(**entry["up"]), Tile(**entry["down"]))
+
+
+@triton.jit
+def work_of(experts_ptr, num_blocks, TILES: tl.constexpr, GROUP: tl.constexpr):
+    """(block of pairs, its expert or -1, tile of outputs) of this program, of TILES for each block:
+    GROUP neighbouring blocks, often of one expert, share a tile of weights."""
+    run = tl.program_id(0) // (TILES * GROUP)
+    height = tl.minimum(num_blocks - run * GROUP, GROUP)
+    within = tl.program_id(0) % (TILES * GROUP)
+    block = run * GROUP + within % height
+    return block, tl.load(experts_ptr + block), within // height
 
 
 def size_class(num_pairs: int, num_experts: int, inner: int, device: torch.device) -> str:
