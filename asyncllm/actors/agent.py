@@ -347,6 +347,7 @@ class Agent(Actor[Inbox]):
             outputs=msg.outputs,
             imports=isinstance(msg, Decode),
             exports=msg.to if isinstance(msg, Prefill) else None,
+            prediction=msg.prediction if isinstance(msg, Decode) else array(INT32),
         )
 
     def _placed(self, msg: Placed) -> None:

@@ -404,6 +404,7 @@ class Frontend(Actor[Inbox]):
                 continued="" if options is None else options.continued,
                 truncate=generation.truncate,
                 usual_max=generation.usual_max,
+                prediction=generation.prediction or "",
                 client=exchange.client,
                 request_id=exchange.request_id if exchange.named else "",
             )

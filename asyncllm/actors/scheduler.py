@@ -253,6 +253,7 @@ class Scheduler(Actor[Inbox]):
             outputs=msg.outputs,
             imports=msg.imports,
             exports=msg.exports,
+            prediction=msg.prediction,
         )
 
     def stopped(self) -> None:

@@ -68,6 +68,7 @@ class _Job:
     head: str = ""  # see Prepared
     ids: array[int] = field(default_factory=lambda: array(INT32))  # once known
     cut: bool = False  # whether ids were left out
+    prediction: array[int] = field(default_factory=lambda: array(INT32))
     dropped: int = 0  # tokens at the end that the output regenerates
     compiling: set[int] = field(default_factory=set)  # leaders whose grammar is not ready
     params: SamplingParams = field(
@@ -273,21 +274,18 @@ class Tokenizer(Actor[Inbox]):
                 rendered = await self._renderer.render(msg.chat)
         except RequestError as error:
             return Prepared(number, failure=Failure.of(error))
-        work = self.system.loop.run_in_executor(self._pool, self._ids, msg, rendered)
+        work = self.system.loop.run_in_executor(self._pool, self._ids, number, msg, rendered)
         try:
             async with asyncio.timeout(self._time_limit_s):
-                ids, head, cut = await asyncio.shield(work)
+                return await asyncio.shield(work)
         except TimeoutError:
             self.spawn(self._late(number, work))
             detail = f"the prompt could not be prepared in {self._time_limit_s:g} s"
             return Prepared(number, failure=Failure(detail), frees=False)
         except RequestError as error:
             return Prepared(number, failure=Failure.of(error))
-        return Prepared(number, ids, head=head, cut=cut)
 
-    async def _late(
-        self, number: int, work: asyncio.Future[tuple[array[int], str, bool]]
-    ) -> Prepared:
+    async def _late(self, number: int, work: asyncio.Future[Prepared]) -> Prepared:
         """Free the thread of a job that has already been answered."""
         with contextlib.suppress(RequestError):
             await work
@@ -299,7 +297,7 @@ class Tokenizer(Actor[Inbox]):
             self._start_some()
         if (job := self._jobs.get(msg.job)) is None:
             return
-        job.head, job.cut = msg.head, msg.cut
+        job.head, job.cut, job.prediction = msg.head, msg.cut, msg.prediction
         if msg.failure is not None:
             self._forget(msg.job, job)
             self._refuse(job, msg.failure)
@@ -339,8 +337,8 @@ class Tokenizer(Actor[Inbox]):
 
     # -- in a thread of the pool: plain data in and out --------------------------------------------
 
-    def _ids(self, msg: Tokenize | Count, rendered: bytes) -> tuple[array[int], str, bool]:
-        """Ids of a text or a chat, the chat's head, whether it was cut. Raises RequestError."""
+    def _ids(self, number: int, msg: Tokenize | Count, rendered: bytes) -> Prepared:
+        """Encode a text or a chat. Raises RequestError."""
         head = ""
         try:
             if msg.chat is not None:
@@ -353,7 +351,12 @@ class Tokenizer(Actor[Inbox]):
             own = self._text
             encode = own.encode_named if is_named else lambda part: own.encode(part, adds)
             ids, cut = self._encoded(text, encode, msg)
-            return ids, head, cut
+            prediction = array(INT32)
+            if isinstance(msg, Tokenize) and msg.prediction:
+                prediction = own.encode(msg.prediction, False)
+                self._check_ids(prediction, "prediction")
+                self._check_prediction(len(prediction))
+            return Prepared(number, ids, head=head, cut=cut, prediction=prediction)
         except UnicodeEncodeError as error:
             raise RequestError("the prompt is not valid Unicode: a lone surrogate") from error
 
@@ -374,9 +377,11 @@ class Tokenizer(Actor[Inbox]):
 
     def _too_long(self, msg: Tokenize | Count) -> RequestError | None:
         """The checks that need no thread."""
-        if isinstance(msg, Tokenize) and (msg.truncate or self._truncation != "None"):
-            return None
         try:
+            if isinstance(msg, Tokenize):
+                self._check_prediction(-(-len(msg.prediction) // self._chars_per_token))
+                if msg.truncate or self._truncation != "None":
+                    return None
             # a chat is JSON, which may take two bytes for a character
             self._check_chars(len(msg.text or "") if msg.chat is None else len(msg.chat) // 2, msg)
         except RequestError as error:
@@ -398,6 +403,25 @@ class Tokenizer(Actor[Inbox]):
         raise self._too_long_prompt(
             f"{num_chars} characters are at least {at_least}", at_least, self._input_limit
         )
+
+    def _check_prediction(self, at_least: int) -> None:
+        """Refuse what is longer than any answer."""
+        if at_least > self._limit:
+            raise RequestError(
+                f"prediction: at least {at_least} tokens, limit {self._limit} ({LIMIT_FLAG})",
+                param="prediction",
+            )
+
+    def _check_ids(self, ids: array[int], name: str) -> None:
+        """Raises RequestError for a token id that the model has no row for."""
+        tokens = np.frombuffer(ids, np.int32)
+        bad = (tokens < 0) | (tokens >= self._vocab_size)
+        if bad.any():
+            raise RequestError(
+                f"token id {tokens[bad.argmax()]} is not in the vocabulary"
+                f" (0 to {self._vocab_size - 1})",
+                param=name,
+            )
 
     def _keeps(self, msg: Tokenize) -> list[tuple[int, int]]:
         """Numbers of (first, last) ids that a prompt is shortened to.
@@ -484,6 +508,7 @@ class Tokenizer(Actor[Inbox]):
                         healed=healed,
                         client=msg.client,
                         request_id=msg.request_id,
+                        prediction=job.prediction,
                     )
                 )
         self.frontend.tell(Accepted(msg.rids[0], ids, thoughts=thoughts, cut=job.cut))
@@ -514,15 +539,8 @@ class Tokenizer(Actor[Inbox]):
         Raises RequestError where the prompt cannot be served."""
         if not ids:
             raise RequestError("prompt is empty", param="prompt")
-        tokens = np.frombuffer(ids, np.int32)
-        bad = (tokens < 0) | (tokens >= self._vocab_size)
-        if bad.any():
-            raise RequestError(
-                f"token id {tokens[bad.argmax()]} is not in the vocabulary"
-                f" (0 to {self._vocab_size - 1})",
-                param="prompt",
-            )
-        prompt_len, limit = len(tokens), self._limit
+        self._check_ids(ids, "prompt")
+        prompt_len, limit = len(ids), self._limit
         if prompt_len > self._input_limit:
             raise self._too_long_prompt(str(prompt_len), prompt_len, self._input_limit)
         # without max_new_tokens the request needs at least one token
@@ -570,7 +588,10 @@ def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], 
 
 def _places(msg: Tokenize | Count) -> int:
     """The number of places that it takes in the queue."""
-    return 1 + len(msg.chat if msg.chat is not None else msg.text or "") // PLACE_CHARS
+    size = len(msg.chat if msg.chat is not None else msg.text or "")
+    if isinstance(msg, Tokenize):
+        size += len(msg.prediction)
+    return 1 + size // PLACE_CHARS
 
 
 def _wrapped(seed: int) -> int:

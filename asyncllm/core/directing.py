@@ -347,6 +347,7 @@ class RequestDirector:
                     healed=msg.healed,
                     client=msg.client,
                     request_id=msg.request_id,
+                    prediction=msg.prediction,
                 ),
             )
 

@@ -89,7 +89,8 @@ class Drafting(Lives):
         for req in self.running.values():
             if (lookup := req.lookup) is None:
                 ids = req.prompt + req.outputs
-                lookup = req.lookup = Lookup(ids, len(req.prompt) + req.until)
+                most, begun = len(req.prompt) + req.until, bool(req.outputs)
+                lookup = req.lookup = Lookup(ids, most, req.prediction, begun=begun)
             if lookup.unread and left:
                 left -= lookup.read(left)
 
@@ -104,7 +105,7 @@ class Drafting(Lives):
         if at >= len(lane.drafts):
             return NO_TOKEN
         step.drafts.add(len(step.plan.tokens))
-        req.drafted += 1
+        req.drafted += req.lookup.counts
         return lane.drafts[at]
 
     def _take_wrong(self) -> tuple[tuple[int, int], ...]:

@@ -80,13 +80,14 @@ class Lives:
         outputs: array[int] = NO_TOKENS,
         imports: bool = False,
         exports: Destination | None = None,
+        prediction: array[int] = NO_TOKENS,
     ) -> None:
         """Queue a new request after its client's others; one that can never fit ends at once.
 
         Args:
             after: the rid of an earlier request with the same prompt and parameters, if any.
             outputs: tokens already generated. A thread feeds them to the constraint.
-            imports, exports: as in ``Submit``.
+            imports, exports, prediction: as in ``Submit``.
         """
         assert rid not in self.requests, f"request {rid} submitted twice"
         leaves = exports is not None
@@ -95,7 +96,7 @@ class Lives:
         )
         if exports is not None:
             self.moves.export(rid, exports)
-        req.constraint, req.client = constraint, client
+        req.constraint, req.client, req.prediction = constraint, client, prediction
         if constraint is not None:
             if constraint.slow(None):
                 req.todo.append((None, None, 0))
@@ -151,8 +152,8 @@ class Lives:
         """Count an accepted token, which may be the last."""
         req.outputs.append(token)
         if req.lookup is not None:
+            req.accepted += req.lookup.counts and row in emitted.step.drafts
             req.lookup.push(token)
-            req.accepted += row in emitted.step.drafts
         if req.constraint is not None and isinstance(req.constraint, Healing):
             req.grow(req.constraint.uncounted())
         num = len(req.outputs)

@@ -14,6 +14,8 @@ DEPTH = 8  # earlier positions that are compared, the latest first
 LONGEST = 32  # tokens compared per position
 NEAR = 48  # after a mismatch: tokens ahead of the position within which it may be resumed
 LOST = 64  # tokens after which it is given up
+TRUSTED = 4  # tokens of agreement that the beginning of a predicted text is worth
+NO_TOKENS = array(INT32)
 MOST_HEADS = 1 << 16  # bounds the memory of a long text's index: 256 KiB
 CLASSES = 7  # of match lengths, see ``_class_of``
 # prior acceptance rate of each class, and the weight of that prior in observations
@@ -38,18 +40,33 @@ class Lookup:
         ids: the tokens so far. :meth:`read` indexes them in pieces, since a prompt may be long;
             there are no guesses before all of them are indexed.
         most: upper bound of the text's length in tokens.
+        prediction: another text, which the one after the prompt may repeat, from its beginning on.
+        begun: ``ids`` are more than the prompt.
     """
 
-    __slots__ = ("_agreed", "_heads", "_hits", "_lost", "_mask", "_place", "_prev", "_tries", "_waits", "ids")  # fmt: skip
+    __slots__ = ("_agreed", "_first", "_heads", "_hits", "_lost", "_mask", "_place", "_prev", "_tries", "_waits", "ids")  # fmt: skip
 
-    def __init__(self, ids: array[int], most: int) -> None:
-        self.ids = ids[:]
-        num_heads = min(1 << max(most, 255).bit_length(), MOST_HEADS)
+    def __init__(
+        self,
+        ids: array[int],
+        most: int,
+        prediction: array[int] = NO_TOKENS,
+        *,
+        begun: bool = False,
+    ) -> None:
+        # a predicted text goes before the other, with a token between them that no text has
+        self.ids = prediction + array(INT32, [-1]) + ids if prediction else ids[:]
+        self._first = len(self.ids) - len(ids)
+        num_heads = min(1 << max(most + self._first, 255).bit_length(), MOST_HEADS)
         self._heads = array(INT32, b"\xff" * (4 * num_heads))  # by hash: the last position after it
         self._mask = num_heads - 1
         self._prev = array(INT32)  # per token: the previous position with the same hash
         self._place = self._lost = -1  # of the next token; where the last match broke off
         self._waits = self._agreed = 0
+        if prediction and begun:
+            self._lost = 0
+        elif prediction:
+            self._place, self._agreed = 0, TRUSTED
         self._hits = [rate * WEIGHT for rate in PRIOR]
         self._tries = [WEIGHT] * CLASSES
 
@@ -67,7 +84,7 @@ class Lookup:
             prev.append(heads[key])
             heads[key] = i + 1
             first, second = second, third
-        if end == len(ids):
+        if end == len(ids) and self._place < 0:
             self._find()
         return end - begin
 
@@ -80,8 +97,6 @@ class Lookup:
         """Add a token."""
         ids, place = self.ids, self._place
         ids.append(token)
-        if len(self._prev) < len(ids) - 1:
-            return  # it is indexed with the others
         if place >= 0:
             kind = _class_of(self._agreed)
             right = ids[place] == token
@@ -89,9 +104,13 @@ class Lookup:
             self._hits[kind] = self._hits[kind] * FADE + right
             if right:
                 self._place, self._agreed = place + 1, self._agreed + 1
+                if place + 2 == self._first:
+                    self._place, self._agreed = -1, 0  # the predicted text is over
             else:
                 self._place, self._agreed = -1, 0
                 self._lost, self._waits = place, 0
+        if len(self._prev) < len(ids) - 1:
+            return  # it is indexed with the others
         key = self._key()
         self._prev.append(self._heads[key])
         self._heads[key] = len(ids)
@@ -103,6 +122,11 @@ class Lookup:
         """Whether there is a guess for the next token."""
         return self._place >= 0
 
+    @property
+    def counts(self) -> bool:
+        """Whether the guess is from the predicted text, if there is one."""
+        return not self._first or self._place < self._first
+
     def chances(self, most: int, ahead: int = 0) -> list[float]:
         """Probabilities that the next guess is right, the next two, and so on, up to ``most``.
 
@@ -112,6 +136,8 @@ class Lookup:
         out: list[float] = []
         if self._place < 0:
             return out
+        if self._place < self._first:
+            most = min(most, self._first - 1 - self._place - ahead)
         chance, agreed, hits, tries = 1.0, self._agreed, self._hits, self._tries
         for i in range(ahead + most):
             kind = _class_of(agreed + i)
@@ -141,7 +167,8 @@ class Lookup:
         for _ in range(DEPTH):
             if place < GRAM:
                 break
-            if (agreed := self._agreement(place)) > best and agreed >= GRAM:
+            agreed = self._agreement(place)
+            if agreed >= GRAM and agreed > best and place + 1 != self._first:
                 best, self._place, self._agreed = agreed, place, agreed
                 if agreed >= LONGEST:
                     break

@@ -77,8 +77,9 @@ class Request:
     after: int = -1  # the rid whose prompt it waits for
     client: int = 0  # waiting clients are served round-robin
     lookup: Lookup | None = None  # over prompt and outputs, if tokens are guessed
-    drafted: int = 0  # draft tokens tried
-    accepted: int = 0  # draft tokens accepted
+    prediction: array[int] = field(default_factory=lambda: array(INT32))  # as in Submit
+    drafted: int = 0  # draft tokens tried; of the prediction only, if there is one
+    accepted: int = 0  # those that were right
 
     @classmethod
     def of(

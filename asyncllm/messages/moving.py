@@ -15,7 +15,7 @@ from asyncllm.codec import INT32, Message, message
 from asyncllm.core.request import SamplingParams
 from asyncllm.messages.checks import are_counts, are_natural, is_rid
 from asyncllm.messages.request import THOUGHTS
-from asyncllm.records import Destination, KvMoved
+from asyncllm.records import Destination, KvMoved, int32s
 
 # -- inside a node -------------------------------------------------------------------------------
 
@@ -187,11 +187,12 @@ class Decode(Message):
     healed: tuple[bytes, ...] = ()
     client: int = 0
     request_id: str = ""  # the client's X-Request-Id, for the log
+    prediction: array[int] = field(default_factory=int32s)  # as in Submit
 
     def valid(self) -> bool:
         return (
             is_rid(self.ticket)
-            and self.prompt.typecode == self.outputs.typecode == INT32
+            and self.prompt.typecode == self.outputs.typecode == self.prediction.typecode == INT32
             and self.thoughts in THOUGHTS
         )
 

@@ -34,6 +34,7 @@ class Tokenize(Message):
     client: int = 0  # stands for an API key or an address; waiting clients are served round-robin
     request_id: str = ""  # the client's X-Request-Id, for logs of other servers; "": none
     usual_max: int = 0  # default of max_new_tokens if params do not set it; 0: none
+    prediction: str = ""  # of a chat: what the answer may repeat
 
 
 @message(2)
@@ -69,11 +70,12 @@ class Submit(Message):
     imports: bool = False
     # it ends with reason MOVED after one new token; K/V of prompt and outputs are sent there
     exports: Destination | None = None
+    prediction: array[int] = field(default_factory=int32s)  # what the answer may repeat: a hint
 
     def valid(self) -> bool:
         return (
             is_rid(self.rid)
-            and self.prompt.typecode == self.outputs.typecode == INT32
+            and self.prompt.typecode == self.outputs.typecode == self.prediction.typecode == INT32
             and self.thoughts in THOUGHTS
             and (self.exports is None or (not self.imports and self.exports.reaches(self.length)))
         )
@@ -86,10 +88,11 @@ class Submit(Message):
     def fits(self, vocab_size: int, max_len: int) -> bool:
         """Whether it is within the limits that its tokenizer has checked."""
         params, known = self.params, self.prompt + self.outputs
-        if len(known) > max_len:
+        if max(len(known), len(self.prediction)) > max_len:
             return False
         if params.max_new_tokens is None or len(self.prompt) + params.max_new_tokens > max_len:
             return False
+        known += self.prediction
         ids = min(known, default=0), max(known, default=0)
         return params.possible(vocab_size) and ids[0] >= 0 and ids[1] < vocab_size
 
@@ -161,6 +164,7 @@ class Prepared(Message):
     frees: bool = True  # the thread is free again; False: it timed out and is still busy
     head: str = ""  # of a chat: the end of the prompt's text, without a message to continue
     cut: bool = False  # as in Accepted
+    prediction: array[int] = field(default_factory=int32s)  # as in Submit
 
 
 @message(26)
@@ -268,8 +272,8 @@ class Finished(Message):
     num_tokens: int = 0  # generated tokens
     stop: str = ""  # for STOP: the stop string that was found
     endpoint: int = -1  # of the leader, if there are several
-    drafted: int = 0  # draft tokens tried
-    accepted: int = 0  # draft tokens accepted
+    drafted: int = 0  # draft tokens tried; of the prediction only, if there is one
+    accepted: int = 0  # those that were right
 
     def valid(self) -> bool:
         return (

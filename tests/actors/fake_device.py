@@ -556,6 +556,7 @@ class World:
         client: int = 0,
         *,
         outputs: Iterable[int] = (),
+        prediction: Iterable[int] = (),
         **params: Any,
     ) -> None:
         """Mail a request; keywords are SamplingParams'."""
@@ -566,6 +567,7 @@ class World:
             after=after,
             client=client,
             outputs=i32(outputs),
+            prediction=i32(prediction),
         )
         self.submitted[rid] = msg
         self.tokens[rid] = list(msg.outputs)

@@ -183,6 +183,22 @@ def test_id_outside_the_vocabulary_is_named(text: Text, bad: int) -> None:
     assert refusal.failure.status == 400
 
 
+@pytest.mark.parametrize("options", [{}, {"truncation": "head"}])
+def test_a_prediction_is_encoded_and_may_be_as_long_as_the_context(
+    text: Text, options: dict[str, Any]
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}], "tools": None, "kwargs": {}}
+    asked = replace(prompt(chat=chat, max_new_tokens=2, more=(2,)), prediction="b" * 20)
+    log = play(text, [asked], answers=1, **options)
+    given = [msg.prediction for _, msg in log if isinstance(msg, Submit)]
+    assert given == [text.encode("b" * 20, False)] * 2
+    for num in (21, 1000):
+        refusal = only(play(text, [replace(asked, prediction="b" * num)], answers=1, **options))
+        assert "tokens, limit 20 (--max_req_total_len)" in refusal.failure.detail
+        assert refusal.failure.detail.startswith("prediction: ")
+        assert refusal.failure.status == 400
+
+
 def test_prompt_over_the_limit_gives_the_numbers(text: Text) -> None:
     refusal = only(play(text, [prompt(text="a" * 21)], answers=1))
     assert refusal.failure.detail == (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyncllm.core.windows import Window
-from asyncllm.messages import StepPlan
+from asyncllm.messages import Finished, StepPlan
 from tests.actors.fake_device import World
 from tests.core.test_lives import live
 
@@ -70,6 +70,37 @@ def test_a_text_that_does_not_repeat_itself_costs_no_step() -> None:
         assert not any(map(drafts, world.device.plans))
         steps.append(len(world.device.plans))
     assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("begun", [0, 5])
+def test_a_predicted_text_comes_in_few_steps(begun: int) -> None:
+    def ask(prediction: list[int]) -> tuple[list[int], int, Finished]:
+        world = World(vocab=5000, drafts=8, num_slots=200)
+        options: Any = {"outputs": whole[:begun], "prediction": prediction}
+        world.submit(1, list(range(20)), max_new_tokens=60, **options)
+        world.run()
+        world.check_end()
+        return world.tokens[1], len(world.device.plans), world.finished[1]
+
+    whole: list[int] = []
+    whole, steps, end = ask([])
+    assert (end.drafted, end.accepted, steps > 59) == (0, 0, True)
+    edited = [*whole[:30], 7, 8, 9, *whole[32:]]
+    for prediction, most in ((whole, 20), (edited, 30), (whole[:20], 50), ([1, 2, 3] * 20, 60)):
+        tokens, steps, end = ask(prediction)
+        assert tokens == whole
+        assert steps < most + 3
+        assert end.accepted <= end.drafted
+        assert (end.accepted == 0) == (prediction[0] == 1)
+
+
+def test_of_a_request_that_predicts_only_its_prediction_is_counted() -> None:
+    world = World(vocab=2, drafts=8, num_slots=400)
+    world.submit(1, [0, 1] * 12, max_new_tokens=36, prediction=[7] * 30)
+    world.run()
+    end = world.finished[1]
+    assert sum(map(drafts, world.device.plans)) > 8
+    assert (end.accepted, end.drafted) == (0, 0)
 
 
 def test_a_draft_that_finds_no_slot_is_left_out_and_preempts_nobody() -> None:

@@ -44,7 +44,10 @@ def live(
                 rid = (rng.choice([0, 2]) << 40) + num - left + 1
                 left -= 1
                 outputs = begun(world, rng, prompt, {**params, "seed": i})
-                world.submit(rid, prompt, first, client, outputs=outputs, **params, seed=i)
+                told = predicted(world, rid, prompt, {**params, "seed": i})
+                world.submit(
+                    rid, prompt, first, client, outputs=outputs, prediction=told, **params, seed=i
+                )
                 first = rid if i == 0 else first
                 if rng.random() < 0.2:
                     world.stop_after[rid] = len(outputs) + rng.randint(1, 6)
@@ -67,6 +70,15 @@ def begun(
         return []
     whole = oracle(prompt, SamplingParams(**params), world.device.vocab, world.device.eos)  # type: ignore[arg-type]
     return whole[: rng.randint(0, len(whole))]
+
+
+def predicted(world: World, rid: int, prompt: list[int], params: dict[str, object]) -> list[int]:
+    """What every other request of a world with drafts predicts: its output, some of it changed."""
+    rng = random.Random(rid)
+    if world.core.speculation is None or rid % 2:
+        return []
+    whole = oracle(prompt, SamplingParams(**params), world.device.vocab, world.device.eos)  # type: ignore[arg-type]
+    return [rng.randrange(world.device.vocab) if rng.random() < 0.2 else each for each in whole]
 
 
 def random_params(rng: random.Random) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from asyncllm.codec import i32
 from asyncllm.core.lookup import GRAM, LONGEST, Lookup
@@ -10,8 +11,8 @@ from asyncllm.core.lookup import GRAM, LONGEST, Lookup
 COPIED = list(range(100, 160))
 
 
-def read(ids: list[int]) -> Lookup:
-    lookup = Lookup(i32(ids), len(ids) + 100)
+def read(ids: list[int], prediction: Sequence[int] = (), *, begun: bool = False) -> Lookup:
+    lookup = Lookup(i32(ids), len(ids) + 100, i32(prediction), begun=begun)
     while lookup.unread:
         assert lookup.read(7) > 0
     return lookup
@@ -31,6 +32,34 @@ def test_a_copy_is_followed_from_its_third_token_on() -> None:
     assert not lookup.guesses
     assert right(lookup, COPIED) == len(COPIED) - GRAM
     assert list(lookup.guess(1)) == [3]
+
+
+def test_a_predicted_text_is_followed_from_its_first_token_to_its_last() -> None:
+    lookup = read([1, 2, 3], COPIED)
+    assert lookup.counts
+    assert right(lookup, COPIED[:-2]) == len(COPIED) - 2
+    assert (len(lookup.chances(8)), list(lookup.guess(2))) == (2, COPIED[-2:])
+    assert right(lookup, [*COPIED[-2:], 1, 2]) == 2
+    assert not lookup.guesses
+
+
+def test_a_predicted_text_is_found_again_after_what_differs() -> None:
+    for before, begun in (([1, 2, 3], False), ([1, 2, 3, COPIED[0]], True)):
+        lookup = read(before, [8, 8, *COPIED], begun=begun)
+        assert right(lookup, COPIED[begun:]) >= len(COPIED) - 4
+    thought = list(range(200, 300))
+    lookup = read([1, 2, 3], COPIED)
+    assert right(lookup, [*thought, *COPIED]) == len(COPIED) - GRAM
+    lookup = read([*thought, 1], COPIED)
+    right(lookup, [5, 6, *thought[:20]])
+    assert (lookup.counts, lookup.guesses) == (False, True)
+
+
+def test_a_predicted_text_needs_no_reading() -> None:
+    lookup = Lookup(i32(range(1000)), 2000, i32(COPIED))
+    assert right(lookup, COPIED[:20]) == 20
+    lookup.read(5000)
+    assert right(lookup, COPIED[20:]) == 40
 
 
 def test_what_was_replaced_left_out_or_put_in_costs_a_few_guesses() -> None:

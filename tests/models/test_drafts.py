@@ -44,7 +44,7 @@ class Prophet(Lookup):
 
 
 def foretold(monkeypatch: pytest.MonkeyPatch, how: Continue) -> None:
-    monkeypatch.setattr(drafting, "Lookup", lambda ids, most: Prophet(ids, most, how))
+    monkeypatch.setattr(drafting, "Lookup", lambda ids, most, *_, **__: Prophet(ids, most, how))
 
 
 def with_drafts(

@@ -204,7 +204,8 @@ class Answer:
         if self.generation.output_options is not None and self.generation.output_options.reasoning:
             thoughts = sum(c.output.num_reasoning_tokens for c in counted if c.output is not None)
             details["reasoning_tokens"] = thoughts
-        if drafted := sum(c.drafted for c in counted):
+        drafted = sum(c.drafted for c in counted)
+        if drafted or self.generation.prediction is not None:
             accepted = sum(c.accepted for c in counted)
             details["accepted_prediction_tokens"] = accepted
             details["rejected_prediction_tokens"] = drafted - accepted

@@ -85,7 +85,6 @@ COMPLETION_REFUSED: Final = {"suffix": Unavailable("suffix", ""), **REFUSED}
 CHAT_REFUSED: Final = {
     "audio": Unavailable("audio"),
     "modalities": Unavailable("output other than text", ["text"], []),
-    "prediction": Unavailable("predicted output"),
     "web_search_options": Unavailable("searching the web"),
     "echo": Unavailable("echo", False),
     "best_of": Unavailable("best_of", 1),

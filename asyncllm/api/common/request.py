@@ -55,6 +55,7 @@ class GenerationRequest:
     token_ids: bool = False  # OpenAI: ids of the prompt and of the tokens are in the answer
     tokens_as_ids: bool = False  # OpenAI: log-probabilities name tokens "token_id:ID"
     output_options: OutputOptions | None = None  # None: all text is content
+    prediction: str | None = None  # what the answer may repeat; None: usage says nothing of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

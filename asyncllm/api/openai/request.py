@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationInfo
 from pydantic.json_schema import JsonSchemaValue
 
 from asyncllm.api.common import prepare, response_format, tool_request
-from asyncllm.api.common.conversation import Messages
+from asyncllm.api.common.conversation import Messages, TextPart, text_of
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.model import (
     AnyObject,
@@ -25,6 +25,7 @@ from asyncllm.api.common.model import (
     Range,
     RequestModel,
     UnicodeStr,
+    Variants,
     parse,
 )
 from asyncllm.api.common.other_fields import (
@@ -96,6 +97,9 @@ MAY_BE_EMPTY: Final = (
 )  # fmt: skip
 STRUCTURED: Final = ("json", "regex", "choice", "grammar")
 R = TypeVar("R", bound="CommonRequest")
+PredictedContent = Annotated[
+    UnicodeStr | Items[TextPart], Variants("a string or an array of parts")
+]
 
 
 def _mark(schema: JsonSchemaValue) -> None:
@@ -257,6 +261,11 @@ class CompletionRequest(CommonRequest):
     )
 
 
+class Prediction(RequestModel):
+    type: Literal["content"]
+    content: PredictedContent
+
+
 class ChatRequest(CommonRequest):
     refused: ClassVar = CHAT_REFUSED
     ignored: ClassVar = CHAT_IGNORED
@@ -308,6 +317,11 @@ class ChatRequest(CommonRequest):
     )
     function_call: FunctionCall | None = Field(
         None, description="none, auto or {name}; default: auto if there are functions"
+    )
+    prediction: Prediction | None = Field(
+        None,
+        description="{type: content, content}: a text that the answer may repeat, such as a file that "
+        "it edits; a string or text parts. With --speculative ngram it is searched for drafts",
     )
     thinking_token_budget: Annotated[Integer, Range(-1, MAX_INT32)] | None = Field(
         None, description="vLLM's name of max_thinking_tokens; -1: no limit"
@@ -387,6 +401,7 @@ def chat(body: Body, served: ServedModel) -> GenerationRequest:
         custom_tools=frozenset(
             each.custom.name for each in request.tools if isinstance(each, ChatCustomTool)
         ),
+        prediction=None if request.prediction is None else text_of(request.prediction.content),
     )
 
 
@@ -433,6 +448,7 @@ class _More(TypedDict, total=False):
     output_options: OutputOptions | None
     functions: bool
     custom_tools: frozenset[str]
+    prediction: str | None
 
 
 def _generation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from asyncllm.codec import i32
 from asyncllm.core.request import Reason
+from asyncllm.errors import RequestError
 from tests.api.harness import (
     ARGS,
     CALL,
@@ -20,6 +22,7 @@ from tests.api.harness import (
     WEATHER,
     Case,
     called,
+    chat_request,
     delta,
     ending,
     events,
@@ -197,6 +200,40 @@ def test_guessed_tokens_are_in_the_usage_of_all_choices() -> None:
         "accepted_prediction_tokens": 3,
         "rejected_prediction_tokens": 2,
     }
+
+
+def test_a_prediction_is_a_hint_whose_use_is_in_the_usage() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for content, text in (("x", "x"), ("", ""), (parts, "a\nb")):
+        predicted = {"type": "content", "content": content}
+        asked = chat_request(prediction=predicted, n=2, logprobs=True, tools=TOOLS)
+        assert asked.prediction == text
+        assert replace(asked, prediction=None) == chat_request(n=2, logprobs=True, tools=TOOLS)
+        made = reply("hermes", "", prediction=predicted)
+        assert made.answer.usage()["completion_tokens_details"] == {
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        }
+    assert chat_request(prediction=None).prediction is None
+
+
+@pytest.mark.parametrize(
+    ("prediction", "at"),
+    [
+        ("x", ""),
+        ({}, ".type"),
+        ({"type": "text", "content": "x"}, ".type"),
+        ({"type": "content"}, ".content"),
+        ({"type": "content", "content": None}, ".content"),
+        ({"type": "content", "content": "\ud800"}, ".content"),
+        ({"type": "content", "content": [{"type": "image_url"}]}, ".content[0].type"),
+        ({"type": "content", "content": [{"type": "text"}]}, ".content[0].text"),
+    ],
+)
+def test_bad_predictions_are_refused_by_name(prediction: Any, at: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat_request(prediction=prediction)
+    assert (caught.value.param, caught.value.status) == (f"prediction{at}", 400)
 
 
 @pytest.mark.parametrize("flows", [True, False])
