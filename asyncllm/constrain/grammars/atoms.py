@@ -6,16 +6,19 @@ that must hold (:mod:`asyncllm.constrain.grammars.schema`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from math import ceil, floor
+from math import ceil, floor, inf
 from typing import Final
 
 from asyncllm.plain import Json
 
 Schemas = frozenset[int]  # all of them hold
 FREE: Final[Schemas] = frozenset()
+# A value, and for a lower bound whether it is out, for an upper one whether it is in: so the
+# greater of two lower bounds is the narrower one, and the smaller of two upper ones.
+Bound = tuple[Fraction | float, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +37,17 @@ class Const:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    low: Fraction | None = None
-    high: Fraction | None = None
-    low_open: bool = False
-    high_open: bool = False
+    low: Bound = (-inf, False)
+    high: Bound = (inf, True)
     integer: bool = False
     fractional: bool = False  # no integer
     excluded: frozenset[Fraction] = frozenset()
+
+    def holds(self, value: Fraction) -> bool:
+        """Whether ``value`` is one of them."""
+        if (self.integer if value.denominator != 1 else self.fractional) or value in self.excluded:
+            return False
+        return self.low <= (value, False) and (value, True) <= self.high
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +60,23 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class String:
-    """``lark``: a grammar in Lark's notation, of which the text is."""
+class Sized:
+    """What has a length: from ``low`` to ``high``."""
 
     low: int = 0
-    high: int | None = None
+    high: float = inf
+
+
+@dataclass(frozen=True, slots=True)
+class String(Sized):
+    """``lark``: a grammar in Lark's notation, of which the text is."""
+
     forms: frozenset[Form] = frozenset()
     lark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Array:
+class Array(Sized):
     """The first items by place, all others by ``rest``.
 
     Attributes:
@@ -73,10 +86,12 @@ class Array:
 
     prefix: tuple[Schemas, ...] = ()
     rest: Schemas = FREE
-    low: int = 0
-    high: int | None = None
     said: bool = False
     opposite: bool = False
+
+    def item(self, i: int) -> Schemas:
+        """What must hold for item ``i``."""
+        return self.prefix[i] if i < len(self.prefix) else self.rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +110,9 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Object:
+class Object(Sized):
     layers: tuple[Layer, ...] = ()
     required: tuple[str, ...] = ()
-    low: int = 0
-    high: int | None = None
     names: Schemas = FREE
 
 
@@ -108,72 +121,40 @@ Atom = Const | Number | String | Array | Object
 
 def common(one: Atom, other: Atom) -> Atom | None:
     """What is of both, neither of which is a Const; None: surely nothing."""
+    if isinstance(one, Number) and isinstance(other, Number):
+        return _numbers(one, other)
+    if not (isinstance(one, Sized) and isinstance(other, Sized)):
+        return None
+    low, high = max(one.low, other.low), min(one.high, other.high)
+    if low > high:
+        return None
     match one, other:
-        case Number(), Number():
-            return _numbers(one, other)
         case String(), String():
-            low, high = max(one.low, other.low), _least(one.high, other.high)
-            if high is not None and low > high:
-                return None
             return String(low, high, one.forms | other.forms, one.lark or other.lark)
         case Array(), Array():
-            return _arrays(one, other)
+            size = max(len(one.prefix), len(other.prefix))
+            prefix = tuple(one.item(i) | other.item(i) for i in range(size))
+            said, opposite = one.said or other.said, one.opposite or other.opposite
+            return Array(low, high, prefix, one.rest | other.rest, said, opposite)
         case Object(), Object():
-            low, high = max(one.low, other.low), _least(one.high, other.high)
-            if high is not None and low > high:
-                return None
-            layers = dict.fromkeys((*one.layers, *other.layers))
-            required = dict.fromkeys((*one.required, *other.required))
-            return Object(tuple(layers), tuple(required), low, high, one.names | other.names)
+            layers = tuple(dict.fromkeys(one.layers + other.layers))
+            required = tuple(dict.fromkeys(one.required + other.required))
+            return Object(low, high, layers, required, one.names | other.names)
         case _:
             return None
 
 
-def _least(one: int | None, other: int | None) -> int | None:
-    return other if one is None else one if other is None else min(one, other)
-
-
 def _numbers(one: Number, other: Number) -> Number | None:
-    low, low_open = one.low, one.low_open
-    if other.low is not None and (low is None or other.low >= low):
-        low_open = other.low_open or (low_open and low == other.low)
-        low = other.low
-    high, high_open = one.high, one.high_open
-    if other.high is not None and (high is None or other.high <= high):
-        high_open = other.high_open or (high_open and high == other.high)
-        high = other.high
+    low, high = max(one.low, other.low), min(one.high, other.high)
     integer, fractional = one.integer or other.integer, one.fractional or other.fractional
-    if integer and fractional:
+    if integer and isinstance(low[0], Fraction):
+        low = Fraction(floor(low[0]) + 1 if low[1] else ceil(low[0])), False
+    if integer and isinstance(high[0], Fraction):
+        high = Fraction(floor(high[0]) if high[1] else ceil(high[0]) - 1), True
+    out = low[1] or not high[1]
+    if (integer and fractional) or low[0] > high[0] or (low[0] == high[0] and out):
         return None
-    if integer and low is not None:
-        low, low_open = Fraction(floor(low) + 1 if low_open else ceil(low)), False
-    if integer and high is not None:
-        high, high_open = Fraction(ceil(high) - 1 if high_open else floor(high)), False
-    is_open = low_open or high_open
-    if low is not None and high is not None and (low > high or (low == high and is_open)):
-        return None
-    excluded = one.excluded | other.excluded
-    return Number(low, high, low_open, high_open, integer, fractional, excluded)
-
-
-def _arrays(one: Array, other: Array) -> Array | None:
-    low, high = max(one.low, other.low), _least(one.high, other.high)
-    if high is not None and low > high:
-        return None
-    size = max(len(one.prefix), len(other.prefix))
-    prefix = tuple(_item(one, i) | _item(other, i) for i in range(size))
-    opposite = one.opposite or other.opposite
-    return Array(prefix, one.rest | other.rest, low, high, one.said or other.said, opposite)
-
-
-def _item(array: Array, i: int) -> Schemas:
-    return array.prefix[i] if i < len(array.prefix) else array.rest
-
-
-def bounded(atom: Atom, low: int | None, high: int | None) -> Atom | None:
-    """A string, an array or an object with a length."""
-    assert isinstance(atom, String | Array | Object)
-    return common(atom, replace(type(atom)(), low=low or 0, high=high))
+    return Number(low, high, integer, fractional, one.excluded | other.excluded)
 
 
 def number(value: Json) -> Fraction:

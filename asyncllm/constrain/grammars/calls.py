@@ -13,7 +13,18 @@ from typing import Final
 
 from asyncllm.constrain.grammars import regex, terms
 from asyncllm.constrain.grammars.atoms import Atom, Const, Form, Number, Object, Schemas, String
-from asyncllm.constrain.grammars.rules import EMPTY, Alt, Expr, Repeat, Seq, Term, finite, written
+from asyncllm.constrain.grammars.rules import (
+    EMPTY,
+    Alt,
+    Expr,
+    Repeat,
+    Seq,
+    Term,
+    alt,
+    finite,
+    seq,
+    written,
+)
 from asyncllm.constrain.grammars.writing import LOOSE, Possible, Writer
 from asyncllm.plain import JsonObject, typed
 
@@ -58,21 +69,19 @@ def calls_grammar(forms: Sequence[JsonObject], possible: Possible) -> str:
     for i, form in enumerate(forms):
         writer = Writer(json.dumps(form["schema"]), possible, f"f{i}", LOOSE)
         begin, end = typed(form["begin"], str), typed(form["end"], str)
-        parts: list[Expr] = [_text(begin.lstrip()), _arguments(writer, typed(form["style"], str))]
+        parts = [_text(begin.lstrip()), _arguments(writer, typed(form["style"], str)), _text(end)]
         if begin != begin.lstrip():
             parts.insert(0, Repeat(Term(r"/[ \n]/"), 0, 2))
-        if end:
-            parts.append(_text(end))
-        made = writer.finished(Seq(tuple(parts)))
+        made = writer.finished(seq(*parts))
         rules |= made
         calls.append(made[writer.root])
-    rules["root"] = Alt(tuple(calls))
+    rules["root"] = alt(*calls)
     return written(finite(rules, "root"), "root")
 
 
 def _text(text: str) -> Expr:
     """A text in single characters: where tags share a beginning, none hides another."""
-    return Seq(tuple(Term(terms.text_term(char)) for char in text))
+    return seq(*(Term(terms.text_term(char)) for char in text))
 
 
 def _arguments(writer: Writer, style: str) -> Expr:
@@ -81,7 +90,7 @@ def _arguments(writer: Writer, style: str) -> Expr:
     if style not in _STYLES:
         return writer.any_of(atoms)
     tags = _STYLES[style]
-    return Alt(tuple(_tagged(writer, atom, tags) for atom in atoms))
+    return alt(*(_tagged(writer, atom, tags) for atom in atoms))
 
 
 def _is_object(atom: Atom) -> bool:
@@ -93,7 +102,7 @@ def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Expr:
     comma = _text(tags.between)
     if isinstance(atom, Const):
         pairs = [
-            (_argument(writer, key, (Const("", value),), tags, False), True)
+            (_argument(writer, Term(terms.text_term(key)), (Const("", value),), tags), True)
             for key, value in typed(atom.value, dict).items()
         ]
         return writer.pairs(Object(), pairs, None, comma)
@@ -103,20 +112,16 @@ def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Expr:
     for name, schemas, needed in fields:
         values = writer.meaning.atoms(schemas)
         if values or needed:
-            pairs.append((_argument(writer, name, values, tags, _is_text(writer, schemas)), needed))
+            key, is_text = Term(terms.text_term(name)), _is_text(writer, schemas)
+            pairs.append((_argument(writer, key, values, tags, is_text), needed))
     keys = list(writer.others(atom, [name for name, _, _ in fields], quoted=False))
 
     def other(more: str) -> Expr:
         assert not more, "keys between tags are not counted on"
-        return Alt(
-            tuple(
-                Seq(
-                    (
-                        _text(tags.begin),
-                        writer.term(f"{text} & {_KEY}"),
-                        _text(tags.named),
-                        _value(writer, writer.meaning.atoms(schemas), tags, False),
-                    )
+        return alt(
+            *(
+                _argument(
+                    writer, writer.term(f"{text} & {_KEY}"), writer.meaning.atoms(schemas), tags
                 )
                 for text, schemas in keys
             )
@@ -137,10 +142,9 @@ def _is_text(writer: Writer, schemas: Schemas) -> bool:
 
 
 def _argument(
-    writer: Writer, name: str, values: Iterable[Atom], tags: _Tags, is_text: bool
+    writer: Writer, key: Expr, values: Iterable[Atom], tags: _Tags, is_text: bool = False
 ) -> Expr:
-    key = Term(terms.text_term(name))
-    return Seq((_text(tags.begin), key, _text(tags.named), _value(writer, values, tags, is_text)))
+    return seq(_text(tags.begin), key, _text(tags.named), _value(writer, values, tags, is_text))
 
 
 def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -> Expr:
@@ -154,7 +158,7 @@ def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -
                 found.append(writer.term(f"({_raw(only, tags, is_text)}) {end}"))
             case String() if atom.lark:
                 text = writer.lark(atom.lark, partial(_terminal, tags))
-                found.append(Seq((text, _text(tags.end))))
+                found.append(seq(text, _text(tags.end)))
             case String():
                 found.append(writer.term(f"({_raw(atom, tags, is_text)}) {end}"))
             case Const() if not isinstance(atom.value, dict | list):
@@ -162,14 +166,14 @@ def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -
             case Number():
                 found.append(writer.term(f"({terms.number_term(atom)}) {end}"))
             case _:
-                found.append(Seq((writer.any_of((atom,)), _text(tags.end))))
-    return Alt(tuple(found))
+                found.append(seq(writer.any_of((atom,)), _text(tags.end)))
+    return alt(*found)
 
 
 def _terminal(tags: _Tags, node: Expr) -> Expr:
     """One of a Lark grammar, as it is; the engine has no empty ones."""
     term = Term(f"/{regex.raw(node)}/ & /(?s:.+)/ & {_without_tags(tags)}")
-    return Alt((EMPTY, term)) if _may_be_empty(node) else term
+    return alt(EMPTY, term) if _may_be_empty(node) else term
 
 
 def _may_be_empty(node: Expr) -> bool:

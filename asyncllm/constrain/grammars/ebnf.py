@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from math import inf
 from typing import ClassVar, Final, NoReturn
 
 from asyncllm.constrain.grammars.regex import ALL, Reader, class_at, escape_at, literal
@@ -19,7 +20,9 @@ from asyncllm.constrain.grammars.rules import (
     RuleRef,
     Rules,
     Seq,
+    alt,
     finite,
+    seq,
     written,
 )
 from asyncllm.errors import RequestError
@@ -30,6 +33,7 @@ MAX_REPEATS: Final = 8
 _SKIP: Final = re.compile(r"(?:\s|#[^\n]*)*")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _DEFINES: Final = re.compile(r"(?:\s|#[^\n]*)*::=")
+_TEXT: Final = re.compile(r'"((?:[^"\\\n]|\\.)*)"' r"|'((?:[^'\\\n]|\\.)*)'")
 _COUNT: Final = re.compile(r"\{\s*(\d{1,9})\s*(,?)\s*(\d{0,9})\s*\}")
 
 
@@ -67,6 +71,23 @@ class NotationReader(Reader):
         found = self.skipped.match(self.source, self.at)
         self.at = found.end() if found else self.at
         return super().peek()
+
+    def unescaped(self, inside: str) -> str:
+        """The text that is written between quotes."""
+        made, at = "", 0
+        while at < len(inside):
+            char = inside[at]
+            at += 1
+            if char == "\\":
+                try:
+                    code, at = escape_at(inside, at)
+                except RequestError as error:
+                    self.fail(f"has a text with an unknown escape ({error.message})")
+                char = chr(code)
+            if "\ud800" <= char <= "\udfff":
+                self.fail("has half a character in a text")
+            made += char
+        return made
 
 
 class _Reader(NotationReader):
@@ -112,10 +133,13 @@ class _Reader(NotationReader):
             self.refs.append((name[0], self.at))
             self.at = name.end()
             return RuleRef(name[0])
+        if text := _TEXT.match(self.source, self.at):
+            self.at = text.end()
+            return literal(self.unescaped(text[1] or text[2] or ""))
         self.at += 1
         match char:
             case '"' | "'":
-                return self.text(char)
+                self.fail("has a text without its closing quote")
             case "[":
                 node, self.at = class_at(self.source, self.at)
                 return node
@@ -127,21 +151,6 @@ class _Reader(NotationReader):
                 return self.closed()
             case _:
                 self.fail(f"has {char!r}, which means nothing,")
-
-    def text(self, quote: str) -> Expr:
-        chars: list[str] = []
-        while (char := self.source[self.at : self.at + 1]) != quote:
-            if not char or char == "\n":
-                self.fail("has a text without its closing quote")
-            self.at += 1
-            if char == "\\":
-                code, self.at = escape_at(self.source, self.at)
-                char = chr(code)
-            if "\ud800" <= char <= "\udfff":
-                self.fail("has half a character in a text")
-            chars.append(char)
-        self.at += 1
-        return literal("".join(chars))
 
 
 def _flat(name: str, rule: Expr) -> Expr:
@@ -159,29 +168,28 @@ def _flat(name: str, rule: Expr) -> Expr:
         if items == [me]:
             continue
         if len(items) > 1 and items[0] == me and items[-1] == me:
-            middles.append(Seq(tuple(items[1:-1])))
+            middles.append(seq(*items[1:-1]))
         elif items and items[-1] == me:
-            heads.append(Seq(tuple(items[:-1])))
+            heads.append(seq(*items[:-1]))
         elif items and items[0] == me:
-            tails.append(Seq(tuple(items[1:])))
+            tails.append(seq(*items[1:]))
         else:
             bases.append(one)
     if not (heads or tails or middles):
         return rule
-    base = bases[0] if len(bases) == 1 else Alt(tuple(bases))
+    base = alt(*bases)
     if heads or tails:
-        base = Seq((_many(heads), base, _many(tails)))
+        base = seq(_many(heads), base, _many(tails))
     if not middles:
         return base
-    endless = isinstance(base, Repeat) and base.low <= 1 and base.high is None
+    endless = isinstance(base, Repeat) and base.low <= 1 and base.high == inf
     if endless and all(middle == EMPTY for middle in middles):
         return base  # one after the other are one
-    more = Seq((Alt(tuple(middles)), base))
-    return Seq((base, Repeat(more, 0, None)))
+    return seq(base, Repeat(seq(alt(*middles), base)))
 
 
 def _many(parts: list[Expr]) -> Expr:
-    return Repeat(Alt(tuple(parts)), 0, None) if parts else EMPTY
+    return Repeat(alt(*parts)) if parts else EMPTY
 
 
 def _alternatives(rule: Expr) -> Iterator[Expr]:

@@ -16,15 +16,16 @@ from asyncllm.constrain.grammars.ebnf import NotationReader
 from asyncllm.constrain.grammars.regex import ALL, ANY, MAX_COUNT, code_text, literal
 from asyncllm.constrain.grammars.rules import (
     EMPTY,
-    Alt,
     Chars,
     Expr,
     Repeat,
     RuleRef,
     Rules,
-    Seq,
+    alt,
     finite,
     parts,
+    rebuilt,
+    seq,
 )
 from asyncllm.errors import RequestError
 
@@ -127,7 +128,7 @@ class _Reader(NotationReader):
             self.at += 1
             return Repeat(inner, 0, 1)
         if found := _RANGE.match(self.source, self.at):
-            ends = [self._text(found[1]), self._text(found[2])]
+            ends = [self.unescaped(found[1]), self.unescaped(found[2])]
             if any(len(end) != 1 for end in ends) or ends[0] > ends[1]:
                 self.fail(f"has the range {found[0]}, which is none,")
             self.at = found.end()
@@ -135,7 +136,9 @@ class _Reader(NotationReader):
             special = frozenset(code for code in ALL.special if low <= code <= high)
             return self._nameless(Chars(f"[{code_text(low)}-{code_text(high)}]", special))
         if found := _TEXT.match(self.source, self.at):
-            text = literal(self._text(found[1]))
+            if not found[1]:
+                self.fail("has an empty text")
+            text = literal(self.unescaped(found[1]))
             self.at = found.end()
             return self._nameless(self._in_any_case(text) if found[2] else text)
         if found := _REGEX.match(self.source, self.at):
@@ -183,25 +186,6 @@ class _Reader(NotationReader):
         self._define(name, node)
         return RuleRef(name)
 
-    def _text(self, inside: str) -> str:
-        """The text that is written between quotes."""
-        made, at = "", 0
-        while at < len(inside):
-            char = inside[at]
-            at += 1
-            if char == "\\":
-                try:
-                    code, at = regex.escape_at(inside, at)
-                except RequestError as error:
-                    self.fail(f"has a text with an unknown escape ({error.message})")
-                char = chr(code)
-            if "\ud800" <= char <= "\udfff":
-                self.fail("has half a character in a text")
-            made += char
-        if not made:
-            self.fail("has an empty text")
-        return made
-
     def _in_any_case(self, node: Expr) -> Expr:
         def of(char: Chars) -> Chars:
             if char.special and re.search(r"\[\^?.*[A-Za-z](?![{0-9A-F])", char.text):
@@ -225,33 +209,25 @@ class _Maker:
         if "start" not in defined:
             raise RequestError("the Lark grammar has no rule start")
         skipped = f"{self._name}ignored"
-        texts = Alt(tuple(self._terminal(node, ()) for node in ignored))
-        self._made[skipped] = Repeat(self._spell(texts), 0, None) if ignored else EMPTY
+        texts = alt(*(self._terminal(node, ()) for node in ignored))
+        self._made[skipped] = Repeat(self._spell(texts)) if ignored else EMPTY
         for name, node in defined.items():
             if not _is_terminal(name):
                 self._made[self._name + name] = self._rule(node)
         start = f"{self._name}start"
-        self._made[start] = Seq((RuleRef(skipped), self._made[start]))
+        self._made[start] = seq(RuleRef(skipped), self._made[start])
         return self._made
 
     def _rule(self, node: Expr) -> Expr:
-        match node:
-            case RuleRef(name):
-                made = self._name + name
-                if _is_terminal(name) and made not in self._made:
-                    spelled = self._spell(self._named(name, ()))
-                    self._made[made] = Seq((spelled, RuleRef(f"{self._name}ignored")))
-                elif not _is_terminal(name) and name not in self._reader.defined:
-                    raise RequestError(f"the Lark grammar has no rule {name}, which is used")
-                return RuleRef(made)
-            case Seq():
-                return Seq(tuple(map(self._rule, node.items)))
-            case Alt():
-                return Alt(tuple(map(self._rule, node.items)))
-            case Repeat():
-                return Repeat(self._rule(node.item), node.low, node.high)
-            case _:
-                raise AssertionError(node)
+        if not isinstance(node, RuleRef):
+            return rebuilt(node, self._rule)
+        name, made = node.name, self._name + node.name
+        if _is_terminal(name) and made not in self._made:
+            spelled = self._spell(self._named(name, ()))
+            self._made[made] = seq(spelled, RuleRef(f"{self._name}ignored"))
+        elif not _is_terminal(name) and name not in self._reader.defined:
+            raise RequestError(f"the Lark grammar has no rule {name}, which is used")
+        return RuleRef(made)
 
     def _named(self, name: str, path: tuple[str, ...]) -> Expr:
         """A terminal, with those that it names written out."""
@@ -267,17 +243,11 @@ class _Maker:
         return known
 
     def _terminal(self, node: Expr, path: tuple[str, ...]) -> Expr:
-        match node:
-            case RuleRef(name):
-                if not _is_terminal(name):
-                    raise RequestError(f"the Lark grammar has a terminal with the rule {name}")
-                return self._named(name, path)
-            case Seq() | Alt():
-                made: Expr = type(node)(tuple(self._terminal(each, path) for each in node.items))
-            case Repeat():
-                made = Repeat(self._terminal(node.item, path), node.low, node.high)
-            case _:
-                return node
+        if isinstance(node, RuleRef):
+            if not _is_terminal(node.name):
+                raise RequestError(f"the Lark grammar has a terminal with the rule {node.name}")
+            return self._named(node.name, path)
+        made = rebuilt(node, lambda each: self._terminal(each, path))
         for size, _ in enumerate(parts(made)):
             if size > MAX_PARTS:
                 raise RequestError(f"the Lark grammar has a terminal of over {MAX_PARTS} parts")
@@ -290,12 +260,6 @@ def _is_terminal(name: str) -> bool:
 
 def mapped(node: Expr, call: Callable[[Chars], Expr]) -> Expr:
     """An expression with other parts in the place of characters."""
-    match node:
-        case Chars():
-            return call(node)
-        case Seq() | Alt():
-            return type(node)(tuple(mapped(item, call) for item in node.items))
-        case Repeat():
-            return Repeat(mapped(node.item, call), node.low, node.high)
-        case _:
-            return node
+    if isinstance(node, Chars):
+        return call(node)
+    return rebuilt(node, lambda item: mapped(item, call))

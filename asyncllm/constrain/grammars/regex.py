@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import chain, groupby
+from math import inf
 from typing import Final, NoReturn
 
 from asyncllm.constrain.grammars.rules import (
@@ -19,10 +23,15 @@ from asyncllm.constrain.grammars.rules import (
     Expr,
     Repeat,
     Seq,
+    alt,
     parts,
+    seq,
     times,
 )
 from asyncllm.errors import RequestError
+
+# by whether what matches begins where the text begins, and whether it ends where that ends
+ByPlace = dict[tuple[bool, bool], Expr]
 
 MAX_DEPTH: Final = 100
 MAX_COUNT: Final = 1 << 20
@@ -57,6 +66,7 @@ _CONTROLS: Final = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
 _HEX: Final = re.compile(
     r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\}|U([0-9A-Fa-f]{8})|c([A-Za-z])"
 )
+_TIMES: Final = {"*": (0, inf), "+": (1, inf), "?": (0, 1)}
 _BRACES: Final = re.compile(r"\{(\d{1,9})(,?)(\d{0,9})\}")
 _GROUP: Final = re.compile(r"\?(?::|P?<[A-Za-z_]\w*>)")
 _PROPERTY: Final = re.compile(r"([pP])\{([A-Za-z_=]+)\}")
@@ -78,7 +88,7 @@ def code_text(code: int) -> str:
 
 def literal(text: str) -> Expr:
     """Matches ``text``, which holds no half characters."""
-    return Seq(tuple(_one(ord(char)) for char in text))
+    return seq(*(_one(ord(char)) for char in text))
 
 
 def _one(code: int) -> Chars:
@@ -113,12 +123,18 @@ def escape_at(source: str, at: int) -> tuple[int, int]:
 
 def full(node: Expr) -> Expr:
     """``node`` without its anchors: all of the text must match."""
-    return _unanchored(node, "", "", [MAX_NODES])
+    return alt(*_placed(node).values())
 
 
 def searched(node: Expr) -> Expr:
     """What holds a match of ``node`` anywhere, as JSON Schema's ``pattern`` means it."""
-    return _unanchored(node, "^", "$", [MAX_NODES])
+    rest = Repeat(ALL)
+    return alt(
+        *(
+            seq(*(() if begins else (rest,)), inner, *(() if ends else (rest,)))
+            for (begins, ends), inner in _placed(node).items()
+        )
+    )
 
 
 def raw(node: Expr) -> str:
@@ -193,7 +209,7 @@ class Reader:
             self.at += 1
             found.append(self.sequence())
         self.depth -= 1
-        return found[0] if len(found) == 1 else Alt(tuple(found))
+        return alt(*found)
 
     def sequence(self) -> Expr:
         items: list[Expr] = []
@@ -201,7 +217,7 @@ class Reader:
             if (item := self.item()) is None:
                 break
             items.append(item)
-        return items[0] if len(items) == 1 else Seq(tuple(items))
+        return seq(*items)
 
     def closed(self) -> Expr:
         """The inside of parentheses, after the first."""
@@ -211,20 +227,18 @@ class Reader:
         self.at += 1
         return inner
 
-    def bounds(self) -> tuple[int, int | None] | None:
+    def bounds(self) -> tuple[int, float] | None:
         """How often what was read before may come; None: that is not said."""
-        simple = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(self.peek())
-        if simple is not None:
+        if simple := _TIMES.get(self.peek()):
             self.at += 1
             return simple
         if found := self.counts.match(self.source, self.at):
             self.at = found.end()
-            low, high = int(found[1]), int(found[3]) if found[3] else None
-            if high is None and not found[2]:
-                high = low
-            if high is not None and low > high:
+            low = int(found[1])
+            high = int(found[3] or low) if found[3] or not found[2] else inf
+            if low > high:
                 self.fail(f"has the repetition {found[0]} with bounds out of order")
-            if max(low, high or 0) > MAX_COUNT:
+            if max(count for count in (low, high) if count != inf) > MAX_COUNT:
                 self.fail(f"has the repetition {found[0]} beyond {MAX_COUNT}")
             return low, high
         return None
@@ -401,73 +415,52 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 100 else text[:97] + "...")
 
 
-def _has_anchor(node: Expr) -> bool:
-    return any(isinstance(part, Anchor) for part in parts(node))
-
-
-def _unanchored(node: Expr, before: str, after: str, budget: list[int]) -> Expr:
-    """Without anchors; ``before``, ``after``: "" where the text begins or ends, else anything goes.
-
-    A sequence with anchors below its edges is multiplied out until they stand at them.
-    """
-    budget[0] -= 1
-    if budget[0] < 0:
-        raise RequestError("the regular expression has too many anchors")
-    rest = Repeat(ALL, 0, None)
+def _placed(node: Expr) -> ByPlace:
+    """``node`` without its anchors, by what they say."""
     if not _has_anchor(node):
-        inner = (*((rest,) if before else ()), node, *((rest,) if after else ()))
-        return node if len(inner) == 1 else Seq(inner)
+        return {(False, False): node}
     match node:
-        case Alt():
-            return Alt(tuple(_unanchored(item, before, after, budget) for item in node.items))
-        case Repeat(low=0, high=1):
-            return _unanchored(Alt((EMPTY, node.item)), before, after, budget)
-        case Repeat(low=1, high=1):
-            return _unanchored(node.item, before, after, budget)
-        case Anchor(at="^"):
-            return Repeat(ALL, 0, None) if after else EMPTY
-        case Anchor():
-            return Repeat(ALL, 0, None) if before else EMPTY
+        case Anchor(at):
+            return {(at == "^", at == "$"): EMPTY}
         case Seq():
-            return _edges(list(node.items), before, after, budget)
+            runs = [
+                (anchored, tuple(items)) for anchored, items in groupby(node.items, _has_anchor)
+            ]
+            split = [items if anchored else (seq(*items),) for anchored, items in runs]
+            return reduce(_followed, map(_placed, chain.from_iterable(split)))
+        case Alt():
+            return _gathered(pair for item in node.items for pair in _placed(item).items())
+        case Repeat(low=0, high=1):
+            return _placed(Alt((EMPTY, node.item)))
+        case Repeat(low=1, high=1):
+            return _placed(node.item)
         case _:
             raise RequestError("the regular expression repeats an anchor, which cannot be enforced")
 
 
-def _edges(items: list[Expr], before: str, after: str, budget: list[int]) -> Expr:
-    while items and isinstance(items[0], Anchor) and items[0].at == "^":
-        before = ""
-        items = items[1:]
-    while items and isinstance(items[-1], Anchor) and items[-1].at == "$":
-        after = ""
-        items = items[:-1]
-    for i, item in enumerate(items):
-        if not _has_anchor(item):
-            continue
-        choices: tuple[Expr, ...]
-        match item:
-            case Seq():
-                choices = (item,)
-            case Alt():
-                choices = item.items
-            case Repeat(low=0, high=1):
-                choices = (EMPTY, item.item)
-            case Repeat(low=1, high=1):
-                choices = (item.item,)
-            case _:
+def _has_anchor(node: Expr) -> bool:
+    return any(isinstance(part, Anchor) for part in parts(node))
+
+
+def _followed(one: ByPlace, other: ByPlace) -> ByPlace:
+    """One after the other; nothing stands before the beginning, or behind the end."""
+    found = []
+    for (begins, ended), head in one.items():
+        for (begun, ends), tail in other.items():
+            if (begun and head != EMPTY) or (ended and tail != EMPTY):
                 raise RequestError(
                     "the regular expression has an anchor inside, which cannot be enforced"
                 )
-        spread = []
-        for choice in choices:
-            inner = list(choice.items) if isinstance(choice, Seq) else [choice]
-            made = [*items[:i], *inner, *items[i + 1 :]]
-            budget[0] -= len(made)
-            if budget[0] < 0:
-                raise RequestError("the regular expression has too many anchors")
-            spread.append(_edges(made, before, after, budget))
-        return Alt(tuple(spread))
-    return _unanchored(Seq(tuple(items)), before, after, budget)
+            inner = seq(*(part for part in (head, tail) if part != EMPTY))
+            found.append(((begins or begun, ended or ends), inner))
+    return _gathered(found)
+
+
+def _gathered(found: Iterable[tuple[tuple[bool, bool], Expr]]) -> ByPlace:
+    alternatives: dict[tuple[bool, bool], dict[Expr, None]] = {}
+    for place, inner in found:
+        alternatives.setdefault(place, {})[inner] = None
+    return {place: alt(*inners) for place, inners in alternatives.items()}
 
 
 def _written(node: Expr, quoted: bool) -> str:

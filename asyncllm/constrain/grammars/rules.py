@@ -5,8 +5,9 @@ Knows neither where rules come from nor the engine but for its notation (Lark's)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Final
 
 
@@ -38,8 +39,12 @@ class Alt:
 @dataclass(frozen=True, slots=True)
 class Repeat:
     item: Expr
-    low: int
-    high: int | None
+    low: int = 0
+    high: float = inf
+
+    @property
+    def items(self) -> tuple[Expr]:
+        return (self.item,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,27 @@ Rules = dict[str, Expr]
 EMPTY: Final = Seq()
 NOTHING: Final = Alt(())
 STRIDE: Final = 16
+
+
+def seq(*items: Expr) -> Expr:
+    """One after the other."""
+    return items[0] if len(items) == 1 else Seq(items)
+
+
+def alt(*items: Expr) -> Expr:
+    """One of them."""
+    return items[0] if len(items) == 1 else Alt(items)
+
+
+def rebuilt(node: Expr, call: Callable[[Expr], Expr]) -> Expr:
+    """The node with what ``call`` makes of each part in its place."""
+    match node:
+        case Seq() | Alt():
+            return type(node)(tuple(map(call, node.items)))
+        case Repeat():
+            return replace(node, item=call(node.item))
+        case _:
+            return node
 
 
 def finite(rules: Rules, root: str) -> Rules:
@@ -89,14 +115,9 @@ def finite(rules: Rules, root: str) -> Rules:
 def parts(node: Expr) -> Iterator[Expr]:
     """The node and all that it is made of."""
     yield node
-    match node:
-        case Seq() | Alt():
-            for item in node.items:
-                yield from parts(item)
-        case Repeat():
-            yield from parts(node.item)
-        case _:
-            return
+    if isinstance(node, Seq | Alt | Repeat):
+        for item in node.items:
+            yield from parts(item)
 
 
 def _refs(node: Expr) -> list[str]:
@@ -119,23 +140,16 @@ def ends(part: Expr, ending: Collection[str] = ()) -> bool:
 
 
 def _pruned(part: Expr, ending: set[str]) -> Expr:
-    match part:
-        case Seq():
-            return Seq(tuple(_pruned(item, ending) for item in part.items))
-        case Alt():
-            kept = (item for item in part.items if ends(item, ending))
-            return Alt(tuple(_pruned(item, ending) for item in kept))
-        case Repeat():
-            if not ends(part.item, ending):
-                return EMPTY
-            return Repeat(_pruned(part.item, ending), part.low, part.high)
-        case _:
-            return part
+    if isinstance(part, Alt):
+        part = Alt(tuple(item for item in part.items if ends(item, ending)))
+    if isinstance(part, Repeat) and not ends(part.item, ending):
+        return EMPTY
+    return rebuilt(part, lambda item: _pruned(item, ending))
 
 
-def times(low: int, high: int | None) -> str:
+def times(low: int, high: float) -> str:
     """How often, in the engine's notation."""
-    count = f"{{{low},{'' if high is None else high}}}"
+    count = f"{{{low},{'' if high == inf else high}}}"
     return {"{0,}": "*", "{1,}": "+", "{0,1}": "?"}.get(count, count)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from math import inf
 from typing import Final
 
 from asyncllm.constrain.grammars import negation
@@ -34,7 +35,7 @@ from asyncllm.constrain.grammars.jsontext import dump
 from asyncllm.constrain.grammars.terms import raw_form
 from asyncllm.core.request import LARK
 from asyncllm.errors import RequestError
-from asyncllm.plain import Json, JsonObject, typed
+from asyncllm.plain import Json, JsonObject, T, typed
 
 MAX_WORK: Final = 10_000  # combinations of alternatives that are looked at
 TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -115,12 +116,22 @@ class Meaning:
         self._alone[schema] = found
         return found
 
-    def _number(self, node: Json, parent: Json) -> int:
-        return self.document.number(node, parent)
+    def _of(self, node: Json, parent: Json) -> tuple[Atom, ...]:
+        """What fits a schema that stands in ``parent``, or was made of it."""
+        return self._alternatives(self.document.number(node, parent))
 
     def _set(self, node: Json, parent: Json) -> Schemas:
-        one = self._number(node, parent)
+        one = self.document.number(node, parent)
         return FREE if one == TRUE else frozenset((one,))
+
+    def _said(
+        self, node: JsonObject, word: str, kind: type[T], what: str, default: Json = None
+    ) -> T:
+        """The value of a keyword, which is of a type, in words ``what``."""
+        value = node.get(word, default)
+        if not isinstance(value, kind):
+            self.document.fail(node, f"has {what}")
+        return value
 
     def _own(self, node: JsonObject) -> tuple[Atom, ...]:
         """What the keywords say that hold no schemas for the same value."""
@@ -132,14 +143,10 @@ class Meaning:
         if bad := [name for name in types if name not in TYPES]:
             self.document.fail(node, f"has the unknown type {bad[0][:40]!r}")
         free = self._of_types(types, node)
-        values: list[Json] | None = None
-        if "enum" in node:
-            if not isinstance(listed := node["enum"], list):
-                self.document.fail(node, "has an enum that is no list")
-            values = listed
+        values = self._said(node, "enum", list, "an enum that is no list", [])
         if "const" in node:
             values = [v for v in values if same(v, node["const"])] if values else [node["const"]]
-        if values is None:
+        if "const" not in node and "enum" not in node:
             return free
         texts = {dump(value): value for value in values}
         return tuple(
@@ -196,75 +203,66 @@ class Meaning:
             # integers are multiples of what divides 1
             if step is not None and not (integer and step > 0 and (1 / step).denominator == 1):
                 self._refuse(node, word)
-        low, high = self._bound(node, "minimum"), self._bound(node, "maximum")
-        found = common(
-            Number(
-                low,
-                high,
-                node.get("exclusiveMinimum") is True,
-                node.get("exclusiveMaximum") is True,
-                integer,
-            ),
-            Number(
-                self._bound(node, "exclusiveMinimum"),
-                self._bound(node, "exclusiveMaximum"),
-                True,
-                True,
-            ),
-        )
-        if negation.FRACTION in node:
-            found = found and common(found, Number(fractional=True))
-        numbers = {number(v) for v in gone if kind_of(v) in ("integer", "number")}
-        return found if found is None else common(found, Number(excluded=frozenset(numbers)))
+        free = Number()
+        low, high = [free.low], [free.high]
+        if (least := self._bound(node, "minimum")) is not None:
+            low.append((least, node.get("exclusiveMinimum") is True))
+        if (below := self._bound(node, "exclusiveMinimum")) is not None:
+            low.append((below, True))
+        if (most := self._bound(node, "maximum")) is not None:
+            high.append((most, node.get("exclusiveMaximum") is not True))
+        if (above := self._bound(node, "exclusiveMaximum")) is not None:
+            high.append((above, False))
+        numbers = frozenset(number(v) for v in gone if kind_of(v) in ("integer", "number"))
+        told = Number(max(low), min(high), integer, negation.FRACTION in node, numbers)
+        return common(told, free)
 
     def _string(self, node: JsonObject, gone: Iterable[Json]) -> Atom | None:
         forms = {Form("text", value, False) for value in gone if isinstance(value, str)}
+        for word, holds in (("pattern", True), (negation.PATTERN, False)):
+            if word in node:
+                text = self._said(node, word, str, f"a {word} that is no string")
+                forms.add(self._pattern(node, "a pattern", text, holds))
+        if (text := self._said(node, "format", str, "a format that is no string", "")) in FORMATS:
+            forms.add(Form("format", text))
+        elif text in UNENFORCED:
+            self._refuse(node, "format")
         lark = node.get(LARK)
-        for word, kind, holds in (
-            ("pattern", "pattern", True),
-            ("format", "format", True),
-            (negation.PATTERN, "pattern", False),
-        ):
-            if word not in node:
-                continue
-            text = node[word]
-            if not isinstance(text, str):
-                self.document.fail(node, f"has a {word} that is no string")
-            if kind == "format" and text not in FORMATS:
-                if text in UNENFORCED:
-                    self._refuse(node, "format")
-                continue
-            form = Form(kind, text, holds)
-            try:
-                raw_form(form)
-            except RequestError as error:
-                self.document.fail(node, f"has a pattern that cannot be kept ({error.message})")
-            forms.add(form)
-        return common(
-            String(self._count(node, "minLength") or 0, self._count(node, "maxLength")),
+        return self._sized(
+            node,
+            "Length",
             String(forms=frozenset(forms), lark=lark if isinstance(lark, str) else ""),
         )
 
+    def _pattern(self, node: JsonObject, what: str, text: str, holds: bool = True) -> Form:
+        form = Form("pattern", text, holds)
+        try:
+            raw_form(form)
+        except RequestError as error:
+            self.document.fail(node, f"has {what} that cannot be kept ({error.message})")
+        return form
+
+    def _sized(self, node: JsonObject, what: str, atom: String | Array | Object) -> Atom | None:
+        """``atom`` as long as minLength, maxItems and the like have it."""
+        low, high = (self._count(node, f"{end}{what}") for end in ("min", "max"))
+        return common(atom, replace(type(atom)(), low=low or 0, high=inf if high is None else high))
+
     def _array(self, node: JsonObject) -> Atom | None:
-        low, high = self._count(node, "minItems") or 0, self._count(node, "maxItems")
-        if node.get("uniqueItems") and (high is None or high > 1):
+        most = self._count(node, "maxItems")
+        if node.get("uniqueItems") and (most is None or most > 1):
             self._refuse(node, "uniqueItems")
         if self._count(node, "minContains") != 0 or "maxContains" in node:
             self._refuse(node, "contains")
-        items, prefix, rest = node.get("items"), node.get("prefixItems", []), None
-        if isinstance(items, list):
-            prefix, rest = items, node.get("additionalItems")
-        elif items is not None:
-            rest = items
-        if not isinstance(prefix, list):
-            self.document.fail(node, "has prefixItems that are no list")
-        said = rest is not None
+        prefix = self._said(node, "prefixItems", list, "prefixItems that are no list", [])
+        rest = node.get("items")
+        if isinstance(rest, list):
+            prefix, rest = rest, node.get("additionalItems")
         array = Array(
-            tuple(self._set(item, node) for item in prefix),
-            FREE if rest is None else self._set(rest, node),
-            said=said,
+            prefix=tuple(self._set(item, node) for item in prefix),
+            rest=FREE if rest is None else self._set(rest, node),
+            said=rest is not None,
         )
-        return common(array, Array(low=low, high=high))
+        return self._sized(node, "Items", array)
 
     def _object(self, node: JsonObject) -> Atom | None:
         required = node.get("required", [])
@@ -272,37 +270,25 @@ class Meaning:
             required = []  # draft 3: of a property
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
             self.document.fail(node, "has a required that is no list of names")
-        layers = []
-        parts = [self._named(node, word) for word in ("properties", "patternProperties")]
-        others = node.get("additionalProperties")
-        if any(parts) or others is not None:
-            named, patterns = (
-                tuple((name, self._set(value, node)) for name, value in part.items())
-                for part in parts
+        named, patterns = (
+            tuple(
+                (name, self._set(value, node))
+                for name, value in self._said(
+                    node, word, dict, "properties that are no object", {}
+                ).items()
             )
-            for pattern, _ in patterns:
-                try:
-                    raw_form(Form("pattern", pattern))
-                except RequestError as error:
-                    self.document.fail(node, f"has patternProperties that cannot be kept ({error})")
-            layers.append(
-                Layer(named, patterns, None if others is None else self._set(others, node))
-            )
-        names = FREE
-        if "propertyNames" in node:
-            names = self._set(node["propertyNames"], node)
-        return common(
-            Object(tuple(layers), tuple(map(str, required)), names=names),
-            Object(
-                low=self._count(node, "minProperties") or 0, high=self._count(node, "maxProperties")
-            ),
+            for word in ("properties", "patternProperties")
         )
-
-    def _named(self, node: JsonObject, word: str) -> JsonObject:
-        part = node.get(word, {})
-        if not isinstance(part, dict):
-            self.document.fail(node, "has properties that are no object")
-        return part
+        for pattern, _ in patterns:
+            self._pattern(node, "patternProperties", pattern)
+        others = node.get("additionalProperties")
+        told = Layer(named, patterns, None if others is None else self._set(others, node))
+        made = Object(
+            layers=() if told == Layer() else (told,),
+            required=tuple(map(str, required)),
+            names=self._set(node.get("propertyNames", True), node),
+        )
+        return self._sized(node, "Properties", made)
 
     # -- schemas for the same value ---------------------------------------------------------------
 
@@ -315,7 +301,7 @@ class Meaning:
             # with one anchor of the name in the document there is nothing to choose from
             if word != "$ref" and self.document.anchors[str(ref).rpartition("#")[2]] > 1:
                 self._refuse(node, word)
-            yield self._alternatives(self._number(self.document.target(node, ref), node))
+            yield self._of(self.document.target(node, ref), node)
         for one in self._list(node, "allOf"):
             yield self._alternatives(one)
         if "anyOf" in node:
@@ -327,13 +313,13 @@ class Meaning:
         if "if" in node and ("then" in node or "else" in node):
             yield self._if(node)
         for made in negation.dependencies(node, self.document):
-            yield self._alternatives(self._number(made, node))
+            yield self._of(made, node)
 
     def _list(self, node: JsonObject, word: str) -> list[int]:
         parts = node.get(word, [])
         if not isinstance(parts, list) or (word in node and not parts):
             self.document.fail(node, f"has {word} that is no list of schemas")
-        return [self._number(part, node) for part in parts]
+        return [self.document.number(part, node) for part in parts]
 
     def _any(self, schemas: Iterable[int]) -> tuple[Atom, ...]:
         found: dict[Atom, None] = {}
@@ -381,14 +367,13 @@ class Meaning:
                 node,
                 "has a schema that must not hold (not, oneOf or if), which cannot be enforced,",
             )
-        return tuple(map(_opposite, self._alternatives(self._number(made, node))))
+        return tuple(map(_opposite, self._of(made, node)))
 
     def _if(self, node: JsonObject) -> tuple[Atom, ...]:
-        condition = self._alternatives(self._number(node["if"], node))
-        yes = self._alternatives(self._number(node.get("then", True), node))
-        no = self._alternatives(self._number(node.get("else", True), node))
+        yes, no = (self._of(node.get(word, True), node) for word in ("then", "else"))
+        then = self._both(self._of(node["if"], node), yes)
         otherwise = self._both(self._not(node["if"], node), no)
-        return tuple(dict.fromkeys((*self._both(condition, yes), *otherwise)))
+        return tuple(dict.fromkeys(then + otherwise))
 
     def _closed(self, node: JsonObject, atom: Atom) -> Atom:
         """``unevaluated*`` speak of what no schema for the same value has spoken of."""
@@ -401,7 +386,7 @@ class Meaning:
                 tuple((pattern, FREE) for layer in layers for pattern, _ in layer.patterns),
                 self._set(node["unevaluatedProperties"], node),
             )
-            return Object((*atom.layers, spoken), atom.required, atom.low, atom.high, atom.names)
+            return replace(atom, layers=(*atom.layers, spoken))
         if isinstance(atom, Array) and "unevaluatedItems" in node:
             rest = self._set(node["unevaluatedItems"], node)
             if atom.opposite:  # nobody knows any more who spoke of which
@@ -450,15 +435,12 @@ class Meaning:
         as far as what they must hold says."""
         match atom:
             case Object():
-                if atom.high is not None and len(atom.required) > atom.high:
+                if len(atom.required) > atom.high:
                     return True
                 return any(not self.atoms(self.of_key(name, atom.layers)) for name in atom.required)
             case Array():
-                items = (
-                    atom.prefix[i] if i < len(atom.prefix) else atom.rest
-                    for i in range(min(atom.low, len(atom.prefix) + 1))
-                )
-                return any(not self.atoms(item) for item in items)
+                needed = range(min(atom.low, len(atom.prefix) + 1))
+                return any(not self.atoms(atom.item(i)) for i in needed)
             case _:
                 return False
 
@@ -467,52 +449,31 @@ class Meaning:
             case Const():
                 return same(value, atom.value)
             case Number():
-                return self._fits_number(value, atom)
-            case String():
-                return (
-                    isinstance(value, str)
-                    and atom.low <= len(value) <= _or_more(atom.high)
-                    and all(self._has_form(value, form) for form in atom.forms)
-                )
-            case Array():
-                return (
-                    isinstance(value, list)
-                    and atom.low <= len(value) <= _or_more(atom.high)
-                    and all(
-                        self.fits(item, atom.prefix[i] if i < len(atom.prefix) else atom.rest)
-                        for i, item in enumerate(value)
-                    )
-                )
-            case Object():
-                return isinstance(value, dict) and self._fits_object(value, atom)
+                return kind_of(value) in ("integer", "number") and atom.holds(number(value))
+            case _ if isinstance(value, str | list | dict):
+                return atom.low <= len(value) <= atom.high and self._inside(value, atom)
+            case _:
+                return False
 
-    def _fits_object(self, value: dict[str, Json], atom: Object) -> bool:
-        return (
-            atom.low <= len(value) <= _or_more(atom.high)
-            and all(name in value for name in atom.required)
-            and all(
-                self.fits(item, self.of_key(key, atom.layers)) and self.fits(key, atom.names)
-                for key, item in value.items()
-            )
-        )
+    def _inside(self, value: Json, atom: Atom) -> bool:
+        match atom, value:
+            case String(), str():
+                return all(self._has_form(value, form) for form in atom.forms)
+            case Array(), list():
+                return all(self.fits(item, atom.item(i)) for i, item in enumerate(value))
+            case Object(), dict():
+                return all(name in value for name in atom.required) and all(
+                    self.fits(item, self.of_key(key, atom.layers)) and self.fits(key, atom.names)
+                    for key, item in value.items()
+                )
+            case _:
+                return False
 
     def _has_form(self, value: str, form: Form) -> bool:
         if form.kind == "text":
             return (value == form.text) == form.holds
         positive = Form(form.kind, form.text)
         return self._matches(raw_form(positive), value) == form.holds
-
-    @staticmethod
-    def _fits_number(value: Json, atom: Number) -> bool:
-        if kind_of(value) not in ("integer", "number"):
-            return False
-        exact = number(value)
-        if (atom.integer if exact.denominator != 1 else atom.fractional) or exact in atom.excluded:
-            return False
-        if atom.low is not None and (exact < atom.low or (atom.low_open and exact == atom.low)):
-            return False
-        high = atom.high
-        return high is None or exact < high or (exact == high and not atom.high_open)
 
 
 def _opposite(atom: Atom) -> Atom:
@@ -523,10 +484,6 @@ def _opposite(atom: Atom) -> Atom:
             return replace(atom, opposite=True)
         case _:
             return atom
-
-
-def _or_more(high: int | None) -> float:
-    return float("inf") if high is None else high
 
 
 def _among(value: Json, values: Iterable[Json]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from math import inf
 from typing import Final
 
 from asyncllm.constrain.grammars import numbers, regex
@@ -36,7 +37,7 @@ def _parsed(form: Form) -> Expr:
 def is_plain(atom: String) -> bool:
     """Some string is of this form, as far as one look shows."""
     forms = list(atom.forms)
-    bounded = (atom.low, atom.high) != (0, None)
+    bounded = (atom.low, atom.high) != (0, inf)
     return not forms or (
         len(forms) == 1 and not bounded and forms[0].holds and ends(_parsed(forms[0]))
     )
@@ -110,14 +111,11 @@ def key_term(
 
 def number_term(atom: Number) -> str:
     """JSON numbers; a terminal."""
-    if atom.integer:
-        text = f"/{numbers.integers(atom.low, atom.high)}/"
-    else:
-        text = numbers.numbers(atom.low, atom.low_open, atom.high, atom.high_open)
+    text = numbers.numbers(atom.low, atom.high, atom.integer)
     if atom.fractional:
         text += r" & ~/-?[0-9]+(?:\.0+)?/ & ~/.*[eE].*/"
     # a reader rounds to double precision, and must not round to what is out of bounds
-    near = (atom.low_open and atom.low != 0) or (atom.high_open and atom.high != 0)
+    near = (atom.low[1] and atom.low[0]) or (atom.high[0] and not atom.high[1])
     if not atom.integer and (near or atom.fractional or atom.excluded):
         text += r" & /-?[0-9]{1,9}(?:\.[0-9]{1,6})?/"
     for value in sorted(atom.excluded):

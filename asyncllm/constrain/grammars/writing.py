@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 from asyncllm.constrain.grammars import lark, regex, terms
@@ -28,14 +29,14 @@ from asyncllm.constrain.grammars.jsontext import load, string
 from asyncllm.constrain.grammars.rules import (
     EMPTY,
     NOTHING,
-    Alt,
     Expr,
     Repeat,
     RuleRef,
     Rules,
-    Seq,
     Term,
+    alt,
     finite,
+    seq,
     times,
     written,
 )
@@ -151,7 +152,7 @@ class Writer:
                     found.append(self._object(atom))
         if plain:
             found.insert(0, Term(terms.const_term(plain)))
-        return found[0] if len(found) == 1 else Alt(tuple(found))
+        return alt(*found)
 
     def term(self, text: str) -> Expr:
         """A terminal, if anything matches it."""
@@ -170,7 +171,7 @@ class Writer:
     def _string(self, atom: String) -> Expr:
         if atom.lark:
             quote = Term(terms.text_term('"'))
-            return Seq((quote, self.lark(atom.lark, _by_characters), quote))
+            return seq(quote, self.lark(atom.lark, _by_characters), quote)
         text = terms.string_term(atom)
         return Term(text) if terms.is_plain(atom) else self.term(text)
 
@@ -188,51 +189,46 @@ class Writer:
         """A value in the tokens that other alternatives have too."""
         match value:
             case dict():
-                pairs: list[Expr] = [
-                    Seq((Term(terms.text_term(string(key))), self.marks.colon, self._const(item)))
-                    for key, item in value.items()
-                ]
-                return Seq((self.marks.open, *_joined(pairs, self.marks.comma), self.marks.close))
+                pairs = [self._pair(string(key), self._const(item)) for key, item in value.items()]
+                return seq(self.marks.open, *_joined(pairs, self.marks.comma), self.marks.close)
             case list():
-                return Seq(
-                    (
-                        self.marks.begin,
-                        *_joined([self._const(item) for item in value], self.marks.comma),
-                        self.marks.end,
-                    )
-                )
+                items = [self._const(item) for item in value]
+                return seq(self.marks.begin, *_joined(items, self.marks.comma), self.marks.end)
             case _:
                 return Term(terms.const_term((Const("", value),)))
+
+    def _pair(self, key: str, value: Expr) -> Expr:
+        return seq(Term(terms.text_term(key)), self.marks.colon, value)
 
     # -- arrays ---------------------------------------------------------------------------------
 
     def _array(self, atom: Array) -> Expr:
         high = atom.high
-        for i, schemas in enumerate((*atom.prefix, atom.rest)):
-            if not self.meaning.atoms(schemas):  # no item fits here
-                high = i if high is None else min(high, i)
+        for i in range(len(atom.prefix) + 1):
+            if not self.meaning.atoms(atom.item(i)):  # none fits here
+                high = min(high, i)
                 break
-        if high is not None and high < atom.low:
+        if high < atom.low:
             return NOTHING
-        size = len(atom.prefix) if high is None else min(len(atom.prefix), high)
+        size = int(min(len(atom.prefix), high))
         tail = self._rest(atom, size, high)
         for i in reversed(range(size)):
             item = (*((self.marks.comma,) if i else ()), self.value(atom.prefix[i]))
-            more = Seq((*item, tail))
-            tail = self.rule(Alt((EMPTY, more)) if i >= atom.low else more)
-        return Seq((self.marks.begin, tail, self.marks.end))
+            more = seq(*item, tail)
+            tail = self.rule(alt(EMPTY, more) if i >= atom.low else more)
+        return seq(self.marks.begin, tail, self.marks.end)
 
-    def _rest(self, atom: Array, size: int, high: int | None) -> Expr:
+    def _rest(self, atom: Array, size: int, high: float) -> Expr:
         """Items after the first ``size``."""
-        low, most = max(atom.low - size, 0), None if high is None else high - size
-        if most is not None and most <= 0:
+        low, most = max(atom.low - size, 0), high - size
+        if most <= 0:
             return EMPTY
         item = self.value(atom.rest)
-        more = Seq((self.marks.comma, item))
+        more = seq(self.marks.comma, item)
         if size:
             return Repeat(more, low, most)
-        some = Seq((item, Repeat(more, max(low - 1, 0), None if most is None else most - 1)))
-        return some if low else Alt((EMPTY, some))
+        some = seq(item, Repeat(more, max(low - 1, 0), most - 1))
+        return some if low else alt(EMPTY, some)
 
     # -- objects --------------------------------------------------------------------------------
 
@@ -242,34 +238,21 @@ class Writer:
             return NOTHING
         keys = list(self.others(atom, [name for name, _, _ in fields]))
         pairs = [
-            (
-                Seq((Term(terms.text_term(string(name))), self.marks.colon, self.value(schemas))),
-                needed,
-            )
+            (self._pair(string(name), self.value(schemas)), needed)
             for name, schemas, needed in fields
             if self.meaning.atoms(schemas)
         ]
 
         def other(more: str) -> Expr:
-            return Alt(
-                tuple(
-                    Seq(
-                        (
-                            self.term(text + more) if more else Term(text),
-                            self.marks.colon,
-                            self.value(schemas),
-                        )
-                    )
-                    for text, schemas in keys
-                )
-            )
+            spelled = [(self.term(text + more) if more else Term(text), s) for text, s in keys]
+            return alt(*(seq(key, self.marks.colon, self.value(s)) for key, s in spelled))
 
-        most = MAX_OTHERS if pairs else None
+        most: float = MAX_OTHERS if pairs else inf
         told = self._told(atom)
         if told and not any(isinstance(key, String) for key in self.meaning.atoms(atom.names)):
             most = len(told)
         inner = self.pairs(atom, pairs, other if keys else None, self.marks.comma, most)
-        return Seq((self.marks.open, inner, self.marks.close))
+        return seq(self.marks.open, inner, self.marks.close)
 
     def fields(self, atom: Object) -> list[tuple[str, Schemas, bool]]:
         """Properties with a name: name, what must hold for the value, whether it must be there."""
@@ -340,17 +323,17 @@ class Writer:
         pairs: Sequence[tuple[Expr, bool]],
         other: Callable[[str], Expr] | None,
         comma: Expr,
-        most: int | None = MAX_OTHERS,
+        most: float = MAX_OTHERS,
     ) -> Expr:
         """Pairs by order, each at most once, then others; counted as far as needed.
 
         Args:
             pairs: each with whether it must be there.
             other: a pair beyond them, whose key is restricted by the rest of a terminal.
-            most: others beyond those that are counted on; None: any number.
+            most: others beyond those that are counted on.
         """
         low, high = atom.low, atom.high
-        top = max(low, 1) if high is None else high
+        top = max(low, 1) if high == inf else int(high)
         if len(pairs) * (top + 1) > MAX_RULES or top > MAX_RULES:
             raise RequestError(
                 f"the JSON schema counts {len(pairs)} properties up to {top}: too many rules"
@@ -361,40 +344,35 @@ class Writer:
         for pair, needed in reversed(pairs):
             new: list[Expr] = []
             for count in range(top + 1):
-                begun = min(count + 1, top) if high is None else count + 1
-                choices = [] if needed else [tails[count]]
+                begun = min(count + 1, top) if high == inf else count + 1
+                choices = [] if needed or tails[count] == NOTHING else [tails[count]]
                 if begun <= top and tails[begun] != NOTHING:
-                    choices.insert(0, Seq((*((comma,) if count else ()), pair, tails[begun])))
-                choices = [choice for choice in choices if choice != NOTHING]
-                new.append(self.rule(Alt(tuple(choices))) if choices else NOTHING)
+                    choices.insert(0, seq(*((comma,) if count else ()), pair, tails[begun]))
+                new.append(self.rule(alt(*choices)) if choices else NOTHING)
             tails = new
         return tails[0]
 
     def _tails(
-        self, atom: Object, top: int, other: Callable[[str], Expr], comma: Expr, most: int | None
+        self, atom: Object, top: int, other: Callable[[str], Expr], comma: Expr, most: float
     ) -> list[Expr]:
         """What may follow the pairs with a name, by how many there have been."""
         free = self.rule(other(""))
-        more = Seq((comma, free))
+        more = seq(comma, free)
         tails: list[Expr] = []
         for count in range(top + 1):
             missing = max(atom.low - count, 0)
-            room = most if atom.high is None else atom.high - count - missing
+            room = most if atom.high == inf else atom.high - count - missing
             parts: list[Expr] = []
             for i in range(missing):
                 # keys that are counted on must differ: their lengths do
                 one = free if missing == 1 else other(terms.apart(i, missing))
                 parts += [comma, one] if count + i else [one]
             if count + missing:
-                tails.append(Seq((*parts, *_repeat(more, room))))
+                tails.append(seq(*parts, Repeat(more, 0, max(room, 0))))
             else:
-                some = Seq((free, *_repeat(more, None if room is None else room - 1)))
-                tails.append(Alt((EMPTY, some)) if room is None or room > 0 else EMPTY)
+                some = seq(free, Repeat(more, 0, room - 1))
+                tails.append(alt(EMPTY, some) if room > 0 else EMPTY)
         return tails
-
-
-def _repeat(node: Expr, most: int | None) -> tuple[Expr, ...]:
-    return () if most is not None and most <= 0 else (Repeat(node, 0, most),)
 
 
 def _held(told: dict[str, Schemas], name: str, layer: Layer) -> Schemas:
