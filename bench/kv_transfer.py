@@ -8,7 +8,8 @@ GPU), one in this process, one in a child. Prompts of ``--tokens`` are sent as c
 whose steps are all over; the time is from the first word to the taker's ``Arrived``, the best and
 the median of ``--runs`` (of fewer where they take long) after one to warm up. The share is of what one copy of a gigabyte
 between the same two devices reaches in this run. A way whose bytes did not all come right has no
-number. The last columns are the CPU time of each process, in ms per gigabyte.
+number. The last columns are the CPU time of each process, in ms per gigabyte, and what the device
+needs to fill a page with slots, and to empty it into them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -38,7 +39,7 @@ from asyncllm.actors.kv_taker import Door, Taker
 from asyncllm.actors.transport import Keys
 from asyncllm.codec import Message
 from asyncllm.core.windows import PerSpace
-from asyncllm.engine.kv_pages import KvBytes, as_bytes, warm_up
+from asyncllm.engine.kv_pages import Copied, KvBytes, as_bytes, warm_up
 from asyncllm.engine.kv_pair import gloo_pair, nccl_pair
 from asyncllm.engine.kv_ways import NCCL, P2P, TCP, make_ways
 from asyncllm.messages import Arrived, Computed, Export, Forget, Import, Lapsed, StepOver
@@ -50,6 +51,7 @@ from bench.serve import BenchError
 
 NODE = "bench"
 WAIT_S = 240.0
+PAGE_RUNS = 10
 LONG_S = 2.0  # no size is repeated beyond that
 SIZES = {"cpu": (16, 1024, 4096), "cuda": (32, 1024, 8192, 32768)}  # layers; tokens
 
@@ -177,10 +179,40 @@ def other_process() -> Iterator[Child]:
         child.process.communicate()
 
 
+@dataclass(frozen=True)
+class Result:
+    """Seconds: of each run, of a run's CPU at both ends, of filling and emptying a page."""
+
+    tokens: int
+    took: list[float]
+    cpu: float
+    cpu_there: float
+    fill: float
+    empty: float
+
+
+def page_times(side: Side, mover: Mover) -> tuple[float, float]:
+    """Seconds to fill a page, and to empty it; its slots hold the same bytes afterwards."""
+    strips, pages = side.kv.whole(), mover.pages
+    slots = array("i", range(min(pages.size // strips.width, side.tokens)))
+
+    def rate(copy: Callable[[], Copied]) -> float:
+        copy().wait()
+        begin = perf_counter()
+        copied = [copy() for _ in range(PAGE_RUNS)]
+        copied[-1].wait()
+        return (perf_counter() - begin) / PAGE_RUNS
+
+    return (
+        rate(lambda: pages.fill(0, strips, slots, host=False)),
+        rate(lambda: pages.empty(0, strips, slots, host=False)),
+    )
+
+
 def measure(
     args: argparse.Namespace, way: str, pages: tuple[int, int], side: Side, child: Child
-) -> Iterator[tuple[int, list[float], float, float]]:
-    """Of one way: tokens, seconds of each run, and the CPU seconds of all of them at both ends.
+) -> Iterator[Result]:
+    """Of one way, for each number of tokens.
 
     Raises:
         BenchError: not all bytes came right.
@@ -188,6 +220,7 @@ def measure(
     keys = Keys.make()
     child.tell([way, pages, keys.public, keys.secret])
     mover = side.mover(way, pages, keys, sends=True)
+    fill_s, empty_s = page_times(side, mover)
     mover.start(lambda batch: None, lambda error: child.process.kill())
     address = f"tcp://127.0.0.1:{child.hear('port')}"
     epoch, pause = 0, threading.Event()
@@ -209,7 +242,7 @@ def measure(
                 took.append(perf_counter() - begin)
                 cpu, cpu_there = cpu + process_time() - here, cpu_there + float(ended) - there
                 mover.put([Forget(epoch)])
-            yield tokens, took[1:], cpu / len(took), cpu_there / len(took)
+            yield Result(tokens, took[1:], cpu / len(took), cpu_there / len(took), fill_s, empty_s)
         child.tell("digest")
         if json.loads(child.hear("")) != side.digest():
             raise BenchError(f"{way}: other bytes have come than were sent")
@@ -260,7 +293,7 @@ def parsed() -> argparse.Namespace:
         add(f"--{name}", type=int, default=default)
     add("--layers", type=int)
     add("--tokens", type=int, nargs="+")
-    add("--pages", nargs="+", default=["8x1024"], help="how many, of how many tokens")
+    add("--pages", nargs="+", default=["8x2048"], help="how many, of how many tokens")
     add("--ways", nargs="+", default=[P2P, NCCL, TCP])
     add("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -280,19 +313,23 @@ def main() -> int:
         for name, link in copies(args).items():
             out.write(f"{name:>16} {link:7.2f} GB/s\n")
         side = Side(args, sends=True)
-        heads = ("way", "pages", "tokens", "ms", "median", "GB/s", "of link", "CPU", "there")
+        heads = (
+            "way", "pages", "tokens", "ms", "median", "GB/s", "of link", "CPU", "there", "fill",
+            "empty",
+        )  # fmt: skip
         out.write("".join(f"{head:>9}" for head in heads) + "\n")
         for way in args.ways:
             for pages in args.pages:
                 num, size = map(int, pages.split("x"))
                 try:
-                    for tokens, took, cpu, there in measure(args, way, (num, size), side, child):
-                        best, middle = min(took), statistics.median(took)
-                        gb = tokens * side.kv.slot_bytes / 1e9
+                    for r in measure(args, way, (num, size), side, child):
+                        best, middle = min(r.took), statistics.median(r.took)
+                        gb = r.tokens * side.kv.slot_bytes / 1e9
                         out.write(
-                            f"{way:>9}{pages:>9}{tokens:>9}{1e3 * best:>9.2f}{1e3 * middle:>9.2f}"
-                            f"{gb / best:>9.1f}{gb / best / link:>9.1%}{1e3 * cpu / gb:>9.2f}"
-                            f"{1e3 * there / gb:>9.2f}\n"
+                            f"{way:>9}{pages:>9}{r.tokens:>9}{1e3 * best:>9.2f}{1e3 * middle:>9.2f}"
+                            f"{gb / best:>9.1f}{gb / best / link:>9.1%}{1e3 * r.cpu / gb:>9.2f}"
+                            f"{1e3 * r.cpu_there / gb:>9.2f}{1e3 * r.fill:>9.3f}"
+                            f"{1e3 * r.empty:>9.3f}\n"
                         )
                         out.flush()
                 except BenchError as error:

@@ -57,7 +57,7 @@ DOCUMENTED: dict[str, Any] = {
 OURS: dict[str, Any] = {
     "pd_trans_mode": "auto",
     "pd_kv_page_num": 8,
-    "pd_kv_page_size": 1024,
+    "pd_kv_page_size": 2048,
     "node_timeout": 300.0,
     "advertise_host": None,
     "cluster_key_file": None,

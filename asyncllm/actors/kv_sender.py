@@ -28,7 +28,6 @@ from asyncllm.messages.transfer import (
     Alive,
     Caller,
     Filled,
-    Kept,
     Known,
     Over,
     Piece,
@@ -56,6 +55,7 @@ class _Cargo:
         unwanted: the taker already had it.
         page: the page with its bytes; None: not yet, or no longer.
         busy: the page is in use by an operation that cannot be cancelled.
+        stamp: in the page for as long as it holds these bytes.
         at: bytes that the socket has accepted.
     """
 
@@ -66,6 +66,7 @@ class _Cargo:
     unwanted: bool = False
     page: int | None = None
     busy: bool = False
+    stamp: int = 0
     at: int = 0
 
 
@@ -132,6 +133,7 @@ class Sender(Mover):
         self._to: dict[int, list[_Line]] = {}  # by rid
         self._partners: dict[int, tuple[int, ...]] = {}  # by the other server's tp
         self._ending: list[_Line] = []  # connections whose pages may still be read
+        self._stamp = 0  # the last one; each is used once
 
     # -- from the scheduler ------------------------------------------------------------------------
 
@@ -385,8 +387,6 @@ class Sender(Mover):
         if cargo.busy and not cargo.copied:
             cargo.unwanted = True
             return
-        if cargo.page is not None and line.way == P2P:
-            self._tell(line, Kept(number))
         self._unload(line, number)
         if not cargo.copied:  # the taker had these positions already
             cargo.portion.lot.copying += 1
@@ -442,8 +442,11 @@ class Sender(Mover):
                 number = line.next_up.popleft()
                 portion = cargo.portion
                 portion.lot.copying += 1
-                copied = self.pages.fill(page, line.strips, portion.slots, host=line.way == TCP)
-                cargo.page, cargo.busy = page, True
+                self._stamp += 1
+                cargo.page, cargo.busy, cargo.stamp = page, True, self._stamp
+                copied = self.pages.fill(
+                    page, line.strips, portion.slots, host=line.way == TCP, stamp=cargo.stamp
+                )
                 self.copies.watch(copied, partial(self._filled, line, number, cargo))
 
     def _filled(self, line: _Line, number: int, cargo: _Cargo) -> None:
@@ -462,7 +465,10 @@ class Sender(Mover):
         assert cargo.page is not None
         self.counts.sent_bytes += cargo.nbytes
         self.counts.sent_pages += 1
-        self._tell(line, Filled(number, cargo.page, cargo.nbytes))
+        self._tell(
+            line,
+            Filled(number=number, page=cargo.page, nbytes=cargo.nbytes, stamp=cargo.stamp),
+        )
         if line.way == TCP:
             line.filled.append(number)
         elif line.pair is not None:

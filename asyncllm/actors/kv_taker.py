@@ -33,7 +33,6 @@ from asyncllm.messages.transfer import (
     Alive,
     Caller,
     Filled,
-    Kept,
     Known,
     Over,
     Piece,
@@ -57,9 +56,8 @@ class _State(Enum):
 
     READY = 0  # at its sender; it has no page here
     PULLED = 1  # requested, or arriving in pieces: the page may be freed
-    FETCHING = 2  # being copied into the page, which cannot be cancelled
-    FETCHED = 3  # in the page, if its sender confirms: the page may be freed
-    WRITING = 4  # being copied out of the page
+    FETCHING = 2  # being received into the page, which cannot be cancelled
+    WRITING = 3  # being copied out of the page; with p2p first into it
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +67,7 @@ class _Portion:
     Attributes:
         page: its page; -1: none yet.
         there: the sender's page that holds it; -1: none that can be fetched.
+        stamp: of that page, for as long as it does.
         got: bytes received in pieces.
         since: time of the last progress.
     """
@@ -79,6 +78,7 @@ class _Portion:
     state: _State = _State.READY
     page: int = -1
     there: int = -1
+    stamp: int = 0
     got: int = 0
     since: float = 0.0
 
@@ -299,11 +299,6 @@ class Taker(Mover):
                 self._announced(guest, msg)
             case Filled():
                 self._filled(guest, msg)
-            case Kept(number) if guest.way == P2P:
-                if (portion := guest.portions.get(number)) is not None:
-                    if portion.state is not _State.FETCHED:
-                        raise Impossible(f"portion {number} was kept before it was fetched")
-                    self._write(guest, number, portion)
             case Over(epoch, why):
                 entry = self.inbox.imports.get(epoch)
                 if entry is not None and entry.links.get(guest.rank) == guest.ident:
@@ -404,7 +399,7 @@ class Taker(Mover):
         if guest.window is not None:
             if not guest.window.has(msg.page, msg.nbytes):
                 raise Impossible(f"page {msg.page} with {msg.nbytes} bytes, which it has not")
-            portion.there = msg.page
+            portion.there, portion.stamp = msg.page, msg.stamp
             guest.ready.append(number)
         elif guest.pair is not None:
             portion.state = _State.FETCHING
@@ -447,47 +442,51 @@ class Taker(Mover):
         if guest.window is None:
             self._tell(guest, Pull(number))
             return True
-        portion.state = _State.FETCHING
-        copied = guest.window.fetch(portion.there, self.pages.device(page)[: guest.nbytes(portion)])
-        self.copies.watch(copied, partial(self._fetched, guest, number, portion))
+        self._write(guest, number, portion, guest.window)
         return True
 
-    def _write(self, guest: _Guest, number: int, portion: _Portion) -> None:
-        """All bytes are here: copy them to their slots, if the request is still open."""
+    def _write(
+        self, guest: _Guest, number: int, portion: _Portion, window: PeerWindow | None = None
+    ) -> None:
+        """Copy its bytes to their slots, if the request is still open. They are in its page, or
+        are first copied there through ``window``."""
         place = portion.epoch, guest.rank, guest.ident, portion.first, portion.count
         slots = self.inbox.write(*place)
         if slots is None:
             self._done(guest, number, portion)
             return
         portion.state = _State.WRITING
-        copied = self.pages.empty(portion.page, guest.strips, slots, host=guest.way == TCP)
+        page, fetched = portion.page, None
+        if window is not None:
+            here = self.pages.device(page)[: guest.nbytes(portion)]
+            fetched = window.fetch(portion.there, here, self.pages.stamp(page))
+        host = guest.way == TCP
+        copied = self.pages.empty(page, guest.strips, slots, host=host, after=fetched)
         self.copies.watch(copied, partial(self._written, guest, number, portion))
 
     def _done(self, guest: _Guest, number: int, portion: _Portion) -> None:
-        """A portion no longer needs its page."""
+        """A portion no longer needs its page, nor its sender's."""
         guest.portions.pop(number, None)
         self._free(guest, portion)
-        if guest.way != P2P:  # there it was said when the bytes had been fetched
-            self._tell(guest, Taken(number))
+        self._tell(guest, Taken(number))
 
     def _written(self, guest: _Guest, number: int, portion: _Portion) -> None:
+        held = guest.way != P2P or self.pages.stamped(portion.page) == portion.stamp
         self.counts.taken_bytes += guest.nbytes(portion)
         self.counts.taken_pages += 1
         self._done(guest, number, portion)
+        if not held:  # what is in its slots is not its own
+            self._drop(portion.epoch, "its sender has used the page for something else")
         place = portion.epoch, guest.rank, portion.first, portion.count
         self._end(self.inbox.written(*place))
 
-    def _fetched(self, guest: _Guest, number: int, portion: _Portion) -> None:
-        """The bytes of a sender's page have been copied into ours."""
-        portion.state, portion.since = _State.FETCHED, self.clock.now
-        wanted = portion.epoch in self.inbox.imports
-        if guest.portions.get(number) is not portion or not wanted:  # ended meanwhile
+    def _received(self, guest: _Guest, number: int, portion: _Portion) -> None:
+        """What a communicator has sent is in its page."""
+        if guest.portions.get(number) is portion and portion.epoch in self.inbox.imports:
+            self._write(guest, number, portion)
+        else:  # ended meanwhile
             guest.portions.pop(number, None)
             self._free(guest, portion)
-        elif guest.way == P2P:
-            self._tell(guest, Taken(number))  # it answers whether the page was still this one's
-        else:
-            self._write(guest, number, portion)
 
     def _step(self, guest: _Guest, pair: Pair) -> None:
         """Advance the operations of communicators."""
@@ -495,7 +494,7 @@ class Taker(Mover):
             self._tell(guest, Known(key, value))
         for number in pair.done(self.clock.now):
             if (portion := guest.portions.get(number)) is not None:
-                self._fetched(guest, number, portion)
+                self._received(guest, number, portion)
         if pair.failed and not guest.over:
             self._refuse(guest, pair.failed)
 

@@ -71,8 +71,8 @@ class SeparationOptions:
         help="buffer pages for K/V transfers on each rank; bounds the memory used",
     )  # fmt: skip
     pd_kv_page_size: int = flag(
-        1024, check=between(1, 65536), needs=PD_NODE,
-        help="tokens per page",
+        2048, check=between(1, 65536), needs=PD_NODE,
+        help="tokens per page; fewer take less memory and use less of a fast link",
     )  # fmt: skip
     config_server_host: str | None = flag(
         None, check=not_empty, needs=PD_MODES,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from time import monotonic
 
+MOST_OF_LEFT = 3
+
 
 class LocalClock:
     """Seconds, excluding time in which this process was stopped or did not run.
@@ -32,8 +34,9 @@ class LocalClock:
 class PagePool:
     """Free pages, and how many each peer holds.
 
-    Who holds as many as are free gets no more: so one peer alone may hold half of them, and those
-    that stand still never hold all before several others have had theirs.
+    A peer that holds some gets another one only if it then holds at most three times as many as are
+    left. So one peer alone may hold three quarters of them, and those that stand still never hold
+    all before several others have had theirs.
     """
 
     def __init__(self, num: int) -> None:
@@ -48,8 +51,8 @@ class PagePool:
 
     def take(self, who: Hashable) -> int | None:
         """Take a page; None: there is none for ``who`` now."""
-        held = self._held.get(who, 0)
-        if not self._free or held > len(self._free):
+        held, left = self._held.get(who, 0), len(self._free) - 1
+        if left < 0 or (held and held + 1 > MOST_OF_LEFT * left):
             return None
         self._held[who] = held + 1
         return self._free.pop()

@@ -202,6 +202,7 @@ class MemoryPlan:
     num: PerSpace  # slots; equal numbers: one space
     division: Division
     linears: Tally = field(default_factory=Tally)  # kinds of the linear layers
+    moving: int = 0  # of work: pages of K/V in transit between servers
 
     @property
     def window(self) -> Window | None:
@@ -216,9 +217,10 @@ class MemoryPlan:
     def text(self, max_req_total_len: int) -> str:
         """The plan as a line for the log and for --check."""
         gib = 1 << 30
+        pages = f" ({self.moving / gib:.2f} of it for K/V in transit)" if self.moving else ""
         return (
             f"memory per rank: weights {self.weights / gib:.2f} GiB, workspace "
-            f"{self.work / gib:.2f} GiB, KV {self.kv / gib:.2f} GiB = {self._slots()}; "
+            f"{self.work / gib:.2f} GiB{pages}, KV {self.kv / gib:.2f} GiB = {self._slots()}; "
             f"{self.num.full / max_req_total_len:.1f} requests of {max_req_total_len:,} tokens fit "
             "at once"
         )
@@ -274,7 +276,8 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     model = model_on_paper(spec, sizes, device)
     division = division_of(spec, sizes.max_len, model)
     weights = model.nbytes
-    work = _work_bytes(model, sizes, device.type == "cuda") + sizes.moving * division.slot.full
+    moving = sizes.moving * division.slot.full
+    work = _work_bytes(model, sizes, device.type == "cuda") + moving
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # memory that other processes hold on this GPU counts against our share
@@ -299,7 +302,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
             f"{work / 2**30:.2f} GiB of --mem_fraction {sizes.mem_fraction} (lower "
             f"--batch_max_tokens or --running_max_req_size, or use a higher --tp)"
         )
-    return MemoryPlan(weights, work, num, division, model.site.quantisation.tally)
+    return MemoryPlan(weights, work, num, division, model.site.quantisation.tally, moving)
 
 
 def division_of(spec: ModelSpec, max_len: int, model: Model) -> Division:

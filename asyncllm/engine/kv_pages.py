@@ -25,6 +25,7 @@ from asyncllm.models.attention import KvLayout, LayerKv
 
 WORDS = (8, 4, 2, 1)  # bytes that the device copies at once
 KINDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # that the CPU does
+STAMP = 16  # bytes at the end of each row of pages; the first eight say what the page holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,9 @@ class Copied(Protocol):
 class Pages(Protocol):
     """A number of pages, and copies between them and slots.
 
+    A page's stamp changes before its bytes do. So who reads the bytes of another process's page and
+    then the stamp knows whether the bytes are those that the stamp belongs to.
+
     Attributes:
         num: pages, from 0 on.
         size: bytes of each.
@@ -180,17 +184,34 @@ class Pages(Protocol):
     num: int
     size: int
 
-    def fill(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> Copied:
+    def fill(
+        self, page: int, strips: Strips, slots: array[int], *, host: bool, stamp: int = 0
+    ) -> Copied:
         """Queue a copy of slots into a page; ``host``: it is then in host memory as well."""
 
-    def empty(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> Copied:
-        """Queue a copy of a page into slots; ``host``: of what is there in host memory."""
+    def empty(
+        self,
+        page: int,
+        strips: Strips,
+        slots: array[int],
+        *,
+        host: bool,
+        after: Copied | None = None,
+    ) -> Copied:
+        """Queue a copy of a page into slots; ``host``: of what is there in host memory; ``after``:
+        not before this one, on the same device, is done, and with it a copy of the stamp."""
 
     def host(self, page: int) -> memoryview:
         """The page in host memory, to read and write."""
 
     def device(self, page: int) -> Tensor:
         """The page on the device, bytes."""
+
+    def stamp(self, page: int) -> Tensor:
+        """Its stamp there, [1] int64."""
+
+    def stamped(self, page: int) -> int:
+        """Its stamp when it was emptied ``after`` something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,18 +284,31 @@ class CpuPages:
     """Pages in main memory; copies are made at once.
 
     Args:
-        memory: [num, size] bytes, e.g. shared with another process; None: its own memory.
+        memory: [num, row_bytes(size)], e.g. shared with another process; None: its own memory.
     """
 
-    def __init__(self, num: int, size: int, memory: Tensor | None = None, shared: str = "") -> None:
-        self.num, self.size, self.shared = num, size, shared
-        self._memory = torch.zeros(num, size, dtype=torch.uint8) if memory is None else memory
+    def __init__(self, num: int, size: int, memory: Tensor | None = None) -> None:
+        self.num, self.size = num, size
+        if memory is None:
+            memory = torch.zeros(num, row_bytes(size), dtype=torch.uint8)
+        self._memory, self._stamps = memory[:, :size], stamps(memory)
 
-    def fill(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> Done:
+    def fill(
+        self, page: int, strips: Strips, slots: array[int], *, host: bool, stamp: int = 0
+    ) -> Done:
+        self._stamps[page].fill_(stamp)
         rows_to_page(strips, _column(slots), self._memory[page])
         return Done()
 
-    def empty(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> Done:
+    def empty(
+        self,
+        page: int,
+        strips: Strips,
+        slots: array[int],
+        *,
+        host: bool,
+        after: Copied | None = None,
+    ) -> Done:
         page_to_rows(strips, _column(slots), self._memory[page])
         return Done()
 
@@ -284,17 +318,33 @@ class CpuPages:
     def device(self, page: int) -> Tensor:
         return self._memory[page]
 
+    def stamp(self, page: int) -> Tensor:
+        return self._stamps[page]
+
+    def stamped(self, page: int) -> int:
+        return int(self._stamps[page])
+
+
+def row_bytes(size: int) -> int:
+    """Of a page of so many bytes, with its stamp."""
+    return size + -size % STAMP + STAMP
+
+
+def stamps(memory: Tensor) -> Tensor:
+    """[num, 1] int64, of pages [num, row_bytes(size)]."""
+    return memory[:, -STAMP : 8 - STAMP].view(torch.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class CudaCopied:
     """A copy on a stream.
 
     Attributes:
-        kept: memory that must stay until it is done.
+        kept: what must stay until it is done.
     """
 
     event: torch.cuda.Event
-    kept: Tensor | None
+    kept: object
 
     def wait(self) -> None:
         self.event.synchronize()
@@ -315,7 +365,7 @@ class CudaPages:
     through a stream of their own, concurrent with steps.
 
     Attributes:
-        all: [num, size] bytes.
+        all: [num, row_bytes(size)] bytes.
     """
 
     def __init__(self, num: int, size: int, device: torch.device) -> None:
@@ -326,32 +376,54 @@ class CudaPages:
         self.num, self.size, self._device = num, size, device
         self._stream = torch.cuda.Stream(device)
         self._columns: dict[int, tuple[Tensor, Tensor]] = {}  # of each page, pinned and there
-        self.all = torch.zeros(num, size, dtype=torch.uint8, device=device)
+        self.all = torch.zeros(num, row_bytes(size), dtype=torch.uint8, device=device)
+        self._stamps, self._bytes = stamps(self.all), self.all[:, :size]
+        self._stamped = torch.zeros(num, 1, dtype=torch.int64, pin_memory=True)
         self._host: Tensor | None = None
 
-    def fill(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> CudaCopied:
+    def fill(
+        self, page: int, strips: Strips, slots: array[int], *, host: bool, stamp: int = 0
+    ) -> CudaCopied:
         size = len(slots) * strips.width
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             there = self._there(page, slots)
-            self._kernels.rows_to_page(strips.table, strips.word, there, self.all[page])
+            self._stamps[page].fill_(stamp)
+            self._kernels.rows_to_page(strips.table, strips.word, there, self._bytes[page])
             if host:
-                self._pinned[page, :size].copy_(self.all[page, :size], non_blocking=True)
+                self._pinned[page, :size].copy_(self._bytes[page, :size], non_blocking=True)
             return recorded(self._stream)
 
-    def empty(self, page: int, strips: Strips, slots: array[int], *, host: bool) -> CudaCopied:
+    def empty(
+        self,
+        page: int,
+        strips: Strips,
+        slots: array[int],
+        *,
+        host: bool,
+        after: Copied | None = None,
+    ) -> CudaCopied:
         size = len(slots) * strips.width
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             there = self._there(page, slots)
             if host:
-                self.all[page, :size].copy_(self._pinned[page, :size], non_blocking=True)
-            self._kernels.page_to_rows(strips.table, strips.word, there, self.all[page])
-            return recorded(self._stream)
+                self._bytes[page, :size].copy_(self._pinned[page, :size], non_blocking=True)
+            if isinstance(after, CudaCopied):
+                self._stream.wait_event(after.event)
+                self._stamped[page].copy_(self._stamps[page], non_blocking=True)
+            self._kernels.page_to_rows(strips.table, strips.word, there, self._bytes[page])
+            return recorded(self._stream, after)
 
     def host(self, page: int) -> memoryview:
         return self._pinned[page].numpy().data
 
     def device(self, page: int) -> Tensor:
-        return self.all[page]
+        return self._bytes[page]
+
+    def stamp(self, page: int) -> Tensor:
+        return self._stamps[page]
+
+    def stamped(self, page: int) -> int:
+        return int(self._stamped[page])
 
     @property
     def _pinned(self) -> Tensor:
@@ -373,7 +445,7 @@ class CudaPages:
         return there.copy_(pinned, non_blocking=True)
 
 
-def recorded(stream: torch.cuda.Stream, kept: Tensor | None = None) -> CudaCopied:
+def recorded(stream: torch.cuda.Stream, kept: object = None) -> CudaCopied:
     """What has been queued on ``stream`` until now."""
     event = torch.cuda.Event(blocking=True)
     event.record(stream)

@@ -24,14 +24,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.engine.kv_pages import Copied, CpuPages, CudaCopied, CudaPages, Done, recorded
+from asyncllm.engine.kv_pages import (
+    STAMP,
+    Copied,
+    CpuPages,
+    CudaCopied,
+    CudaPages,
+    Done,
+    recorded,
+    row_bytes,
+    stamps,
+)
 from asyncllm.engine.kv_pair import Pair, nccl_pair
 from asyncllm.errors import StartupError
 
 TCP, NCCL, P2P, AUTO = "tcp", "nccl", "p2p", "auto"
 MODES = (AUTO, NCCL, P2P, TCP)
 log = logging.getLogger(__name__)
-ALIGNED = 16  # bytes, of which each page has a multiple
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MEMORY = re.compile(r"cpu:(\d{1,9}):(\d{1,6}):(\d{1,19}):(\d{1,9}):(\d{1,18})")
 
@@ -49,8 +58,8 @@ class PeerWindow(Protocol):
     def has(self, page: int, nbytes: int) -> bool:
         """Whether the page exists and has this many bytes."""
 
-    def fetch(self, page: int, here: Tensor) -> Copied:
-        """Queue a copy of the start of a remote page to ``here``."""
+    def fetch(self, page: int, here: Tensor, stamp: Tensor) -> Copied:
+        """Queue a copy of the start of a remote page to ``here``, and then one of its stamp."""
 
     def close(self) -> None:
         """Unmap the memory."""
@@ -131,7 +140,6 @@ def make_ways(
         StartupError: this machine has not got it.
     """
     refuse(mode, device)
-    size += -size % ALIGNED
     if device.type == "cuda":
         pages = CudaPages(num, size, device)
         names: tuple[str, ...] = (P2P, NCCL, TCP) if mode == AUTO else (mode,)
@@ -147,7 +155,7 @@ def make_ways(
                 log.info("others cannot see the memory of this GPU: %s", error)
         return pages, Ways(names, device, memory, machine_id())
     if mode == P2P:
-        shared = SharedPages(num, size)
+        shared = SharedPages(num, row_bytes(size))
         made = CpuPages(num, size, shared.tensor)
         return made, Ways((P2P,), device, shared.text, machine_id())
     return CpuPages(num, size), Ways((TCP,), device, "", machine_id())
@@ -216,11 +224,12 @@ class CpuWindow:
             os.close(file)
 
     def has(self, page: int, nbytes: int) -> bool:
-        return 0 <= page < self.num and nbytes <= self._size
+        return 0 <= page < self.num and nbytes <= self._size - STAMP
 
-    def fetch(self, page: int, here: Tensor) -> Done:
-        source = np.frombuffer(self._map, np.uint8, len(here), page * self._size)
-        np.copyto(here.numpy(), source)
+    def fetch(self, page: int, here: Tensor, stamp: Tensor) -> Done:
+        for to, at in ((here, 0), (stamp.view(torch.uint8), self._size - STAMP)):
+            source = np.frombuffer(self._map, np.uint8, len(to), page * self._size + at)
+            np.copyto(to.numpy(), source)
         return Done()
 
     def close(self) -> None:
@@ -260,17 +269,19 @@ class CudaWindow:
         whole = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", there))
         self.num, self._size = int(num), int(size)
         self._pages = whole.set_(storage, at, (num, size))  # type: ignore[call-overload]
+        self._stamps = stamps(self._pages)
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def has(self, page: int, nbytes: int) -> bool:
-        return page < self.num and nbytes <= self._size
+        return page < self.num and nbytes <= self._size - STAMP
 
-    def fetch(self, page: int, here: Tensor) -> CudaCopied:
+    def fetch(self, page: int, here: Tensor, stamp: Tensor) -> CudaCopied:
         source = self._pages[page, : len(here)]
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             here.copy_(source, non_blocking=True)
+            stamp.copy_(self._stamps[page], non_blocking=True)
             return recorded(self._stream, source)  # who holds the source keeps the memory mapped
 
     def close(self) -> None:
         """The memory is let go of with the last copy that reads it."""
-        del self._pages
+        del self._pages, self._stamps

@@ -3,7 +3,8 @@
 Two ranks stay connected for as long as they transfer. The sender connects and sends ``Caller``; it
 announces its data in portions (``Ready``), and sends each when the taker has room and asks for it
 (``Pull``). With p2p nothing is asked for: a portion is fetched after the sender has copied it into
-one of its pages (``Filled``). So neither side can make the other buffer an unbounded amount.
+one of its pages (``Filled``), and the page's stamp, read after it, tells whether the page held it
+throughout. So neither side can make the other buffer an unbounded amount.
 Portions are numbered by the sender; numbers are never reused in a connection.
 """
 
@@ -90,9 +91,10 @@ class Filled(Message):
     number: int
     page: int
     nbytes: int
+    stamp: int = 0  # in the page for as long as it holds this portion, if pages are fetched
 
     def valid(self) -> bool:
-        return is_rid(self.number) and are_counts(self.page) and self.nbytes > 0
+        return is_rid(self.number) and are_counts(self.page, self.stamp) and self.nbytes > 0
 
 
 @message(106)
@@ -109,16 +111,6 @@ class Piece(Message):
 @message(107)
 class Taken(Message):
     """taker -> sender: this portion was received or is not needed; its page is free."""
-
-    number: int
-
-    def valid(self) -> bool:
-        return is_rid(self.number)
-
-
-@message(108)
-class Kept(Message):
-    """sender -> taker, if pages are fetched: the page held this portion until ``Taken``."""
 
     number: int
 

@@ -23,7 +23,6 @@ from asyncllm.messages.transfer import (
     Alive,
     Caller,
     Filled,
-    Kept,
     Known,
     Over,
     Piece,
@@ -107,7 +106,6 @@ BAD: dict[str, list[Message | bytes | list[bytes]]] = {
     "too many bytes": ["hi", READY, "pulled", [encode(Piece(1, 0)), b"x" * 9999]],
     "bytes without a frame": ["hi", READY, "pulled", Piece(1, 0)],
     "two frames of what has one": ["hi", [encode(READY), b"x"]],
-    "confirmed without having been fetched": ["hi", READY, "pulled", Kept(1)],
     "what a taker says": ["hi", Pull(1)],
     "a communicator's words without one": ["hi", Known("k", b"v")],
     "who it is, twice": ["hi", "hi"],
@@ -222,7 +220,6 @@ def some_words(rng: random.Random) -> Message | list[bytes] | bytes:
         [
             Ready(number=number, epoch=rng.choice([77, 77, 78, 5]), first=first, count=rng.randrange(6)),
             Filled(number, rng.randrange(9), rng.choice([128, 512, 1 << 40])),
-            Kept(number),
             Over(rng.choice([77, 5]), "x"),
             Sending(rng.choice([77, 5])),
             Alive(),
@@ -387,6 +384,28 @@ def test_what_nobody_asked_for_leaves_a_page_for_those_who_have(ctx: Sockets) ->
         assert rig.matches(SLOTS, MORE)
     finally:
         strangers.close()
+        rig.close()
+
+
+def test_a_page_that_was_something_elses_by_the_time_it_was_read_is_no_ones_k_and_v() -> None:
+    """Its sender has given it away after it had said what is in it."""
+    size = Size(pages=4)
+    rig = Rig(names=(("p2p",), ("p2p",)), size=size)
+    sender, taker = rig.senders[0].mover, rig.takers[0].mover
+    try:
+        rig.begin(5, 77, SLOTS[:4])
+        rig.computed(5, 0, 0, SLOTS[:4])
+        rig.until(lambda: sender.counts.sent_pages > 0, [taker, sender])
+        (page,) = set(range(sender.pages.num)) - set(sender.pool._free)
+        sender.pages.stamp(page).add_(1)
+        rig.until(lambda: bool(rig.lapsed(77)))
+        assert rig.lapsed(77) == ["its sender has used the page for something else"]
+        rig.begin(6, 78, MORE)
+        rig.computed(6, 0, 0, SLOTS)
+        rig.until(lambda: rig.arrived(78))
+        assert rig.matches(SLOTS, MORE)
+        rig.until(lambda: (sender.pool.free, taker.pool.free) == (size.pages, size.pages))
+    finally:
         rig.close()
 
 

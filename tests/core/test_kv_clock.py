@@ -20,13 +20,19 @@ def test_peers_that_stand_still_leave_pages_for_others() -> None:
     held = {}
     for who in "abcd":  # each takes all it can get, and gives nothing back
         held[who] = [page for _ in range(16) if (page := pool.take(who)) is not None]
-    assert [len(pages) for pages in held.values()] == [9, 4, 2, 1]
+    assert [len(pages) for pages in held.values()] == [12, 3, 1, 0]
     assert pool.free == 0
     assert len({page for pages in held.values() for page in pages}) == 16
     assert pool.take("e") is None
     pool.give("a", held["a"][0])
-    assert pool.take("a") is None  # it still holds more than are free
+    assert pool.take("a") is None  # it still holds many more than are free
     assert pool.take("e") == held["a"][0]
+
+
+@pytest.mark.parametrize(("num", "most"), [(1, 1), (2, 1), (3, 2), (4, 3), (8, 6), (16, 12)])
+def test_one_peer_alone_has_three_quarters(num: int, most: int) -> None:
+    pool = PagePool(num)
+    assert sum(pool.take("a") is not None for _ in range(num)) == most
 
 
 def test_a_page_is_given_back_once() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyncllm.core.kv_parts import part
 from asyncllm.core.windows import PerSpace
-from asyncllm.engine.kv_pages import CpuPages, CudaPages, KvBytes, as_bytes, warm_up
+from asyncllm.engine.kv_pages import CpuPages, CudaPages, KvBytes, as_bytes, row_bytes, warm_up
 from asyncllm.models.attention import KvLatents, KvLayout, KvPairs, LayerKv
 from asyncllm.models.kv_format import FORMATS, KvFormat
 from asyncllm.models.rope import Rope
@@ -122,7 +122,7 @@ def expect(
 
 
 def test_pages_may_lie_in_memory_that_is_shared() -> None:
-    memory = torch.zeros(3, 40, dtype=torch.uint8)
+    memory = torch.zeros(3, row_bytes(40), dtype=torch.uint8)
     pages = CpuPages(3, 40, memory)
     pages.host(2)[:3] = b"abc"
     assert bytes(memory[2, :3].numpy()) == b"abc"

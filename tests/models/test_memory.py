@@ -387,3 +387,12 @@ def test_gemma3_has_three_times_the_slots_of_one_space(monkeypatch: pytest.Monke
     assert "slots of 64.0 KiB and" in two.text(32_768)
     assert "for layers that see 1,024 tokens, 3." in two.text(32_768)
     assert "slots of 384.0 KiB; " in one.text(32_768)
+
+
+def test_pages_for_k_and_v_in_transit_are_counted_and_named() -> None:
+    spec = ModelSpec.from_hf(make_config().to_dict(), {})
+    plain, moving = (plan_memory(spec, sizes(moving=tokens), CPU) for tokens in (0, 1 << 20))
+    pages = (1 << 20) * plain.division.slot.full
+    assert moving.work - plain.work == moving.moving == pages
+    assert f"({pages / 2**30:.2f} of it for K/V in transit)" in moving.text(256)
+    assert "transit" not in plain.text(256)
