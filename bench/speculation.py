@@ -3,16 +3,17 @@
     python bench/speculation.py --model_dir /models/x --device cuda
     python bench/speculation.py --device cpu --own --n 50 --out 96
 
-Options that are not listed in ``--help`` are asyncllm's own. Two kinds of text, each with and
+Options that are not listed in ``--help`` are asyncllm's own. Three kinds of text, each with and
 without ``--speculative ngram``, by ``--conc`` requests at a time:
 
 - edits: parts of this project's files and what became of them (``edits.jsonl``, 50 of them)
 - other: the same answers to prompts that have nothing to do with them
+- json: facts of a short text, by a JSON schema (``structured.jsonl``, 16 of them)
 
 Answers are the real ones whatever the model says: the device computes and samples as always, then
 its tokens are replaced. So a model of random weights has the times and the tokens per step of one
 that edits well; tokens are pieces of words then, of 3.5 characters on average. With ``--own`` they are the model's own, greedy ones for edits; other texts are then
-sampled stories. Tokens must be equal with and without, else this ends with 1 (``--own`` in float32).
+sampled stories. Structured answers are always in the model's tokens. Tokens must be equal with and without, else this ends with 1 (``--own`` in float32).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ from asyncllm.actors.base import Actor
 from asyncllm.actors.runner import Pending, Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
-from asyncllm.config import Config
+from asyncllm.api.parsing.output_parser import dialect_of
+from asyncllm.constrain.factory import Constraints
+from asyncllm.constrain.llguidance_backend import Grammars
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.speculation import Speculation
 from asyncllm.engine.device import CpuDevice, CudaDevice
@@ -49,17 +52,23 @@ from asyncllm.errors import StartupError
 from asyncllm.hub import resolve_model_dir
 from asyncllm.messages import Finished, StepDone, StepPlan, Submit, Tokens
 from asyncllm.server.assembly import make_allocator, make_scheduler
-from asyncllm.server.loading import Loaded
+from asyncllm.server.loading import Loaded, load_grammars
 from asyncllm.text import Text, load_tokenizer
 from bench.offline import engine_config, load
 
 EDITS = Path(__file__).with_name("edits.jsonl")
+STRUCTURED = Path(__file__).with_name("structured.jsonl")
 ASKED = (
     "<|im_start|>user\nIn {file}: {change}\n```\n{before}\n```<|im_end|>\n"
     "<|im_start|>assistant\n```\n"
 )
+FORM = (
+    "<|im_start|>user\n{ask}\nAnswer with JSON of the schema {schema}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 STORY = "<|im_start|>user\nTell me a story about {change}<|im_end|>\n<|im_start|>assistant\n"
 PIECE = re.compile(r" ?\w{1,5}|\s+|.")
+KINDS = ("edits", "other", "json")
 TEXTS_A_ROW = 8  # for each request at a time, at most
 WARM = 2  # requests before each kind, without a figure
 
@@ -71,6 +80,7 @@ class Asked:
     prompt: array[int]
     answer: array[int]
     temperature: float = 0.0
+    grammar: tuple[str, str] | None = None
 
 
 @dataclass(slots=True)
@@ -180,8 +190,10 @@ class Asker(Actor[Tokens | Finished]):
 class Bench:
     """A loaded engine, without HTTP."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, grammars: Grammars) -> None:
         assert loaded.device is not None
+        sizes = loaded.spec.vocab_size, loaded.boot.resolved.eos_ids
+        loaded.constraints = Constraints(*sizes, grammars.constrain)
         self._device, self._asker = Scripted(loaded.device), Asker()
         self._system = ActorSystem()
         scheduler = make_scheduler(loaded)
@@ -215,6 +227,7 @@ class Bench:
                     max_new_tokens=len(one.answer),
                     temperature=one.temperature,
                     seed=i,
+                    grammar=one.grammar,
                     ignore_eos=True,
                     use_cache=False,
                 ),
@@ -265,27 +278,45 @@ def _encoded(tokenizer: Text, text: str) -> array[int]:
     return array("i", tokenizer.encode(text, False))
 
 
-def texts(config: Config, a: argparse.Namespace) -> dict[str, list[Asked]]:
+def structured(tokenizer: Text, grammars: Grammars, a: argparse.Namespace) -> list[Asked]:
+    """Prompts and answers by schemas, which are compiled here."""
+    out = []
+    for each in map(json.loads, STRUCTURED.read_text().splitlines()[: a.n]):
+        schema = json.dumps(each["schema"])
+        if ("schema", schema) not in grammars:
+            grammars.keep("schema", schema, grammars.build("schema", schema))
+        prompt = _encoded(tokenizer, FORM.format(ask=each["ask"], schema=schema))
+        answer = _encoded(tokenizer, json.dumps(each["answer"]))
+        answer += array("i", [0] * (a.out - len(answer))) if a.own else array("i")
+        out.append(Asked(prompt, answer, grammar=("schema", schema)))
+    return out
+
+
+def texts(tokenizer: Text, grammars: Grammars, a: argparse.Namespace) -> dict[str, list[Asked]]:
     """Prompts and answers; any text will do, so other models' marks do."""
-    ids: Callable[[str], array[int]] = pieces
-    if a.own:
-        tokenizer = load_tokenizer(str(resolve_model_dir(config.model_dir, cache_dir())))
-        ids = partial(_encoded, tokenizer)
+    ids: Callable[[str], array[int]] = partial(_encoded, tokenizer) if a.own else pieces
     edits = [json.loads(line) for line in EDITS.read_text().splitlines()][: a.n]
     answers = [ids(edit["after"] + "\n```")[: a.out] for edit in edits]
     asked = [Asked(ids(ASKED.format(**e)), x) for e, x in zip(edits, answers, strict=True)]
     others = edits[len(edits) // 2 :] + edits[: len(edits) // 2]
     story = [Asked(ids(STORY.format(**e)), x, 1.0) for e, x in zip(others, answers, strict=True)]
     strange = [Asked(ids(ASKED.format(**e)), x) for e, x in zip(others, answers, strict=True)]
-    return {"edits": asked, "other": story if a.own else strange}
+    other = story if a.own else strange
+    forms = structured(tokenizer, grammars, a) if "json" in a.kinds else []
+    return {"edits": asked, "other": other, "json": forms}
 
 
 async def measure(a: argparse.Namespace, loaded: Loaded) -> list[Figures]:
     """All runs."""
-    bench, out = Bench(loaded), list[Figures]()
+    folder = resolve_model_dir(loaded.boot.config.model_dir, cache_dir())
+    tokenizer, vocab_size = load_tokenizer(str(folder)), loaded.spec.vocab_size
+    grammars = load_grammars(
+        tokenizer, dialect_of(tokenizer.templates), vocab_size, loaded.boot.resolved.eos_ids
+    )
+    bench, out = Bench(loaded, grammars), list[Figures]()
     try:
         for conc in a.conc:
-            for kind, some in texts(loaded.boot.config, a).items():
+            for kind, some in texts(tokenizer, grammars, a).items():
                 if kind not in a.kinds:
                     continue
                 num = max(conc, len(some) if a.own else min(len(some), TEXTS_A_ROW * conc))
@@ -340,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--out", type=int, default=256, help="tokens of an answer at most")
     p.add_argument("--conc", type=int, nargs="+", default=[1, 8, 64], help="requests at a time")
-    p.add_argument("--kinds", nargs="+", default=["edits", "other"], choices=("edits", "other"))
+    p.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     p.add_argument("--rounds", type=int, default=1, help="times without and with, in turns")
     p.add_argument("--own", action="store_true", help="the model's own answers")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")

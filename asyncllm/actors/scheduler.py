@@ -403,10 +403,10 @@ class Scheduler(Actor[Inbox]):
         assert step.plan.step == done.step, (step.plan.step, done.step)
         now = perf_counter()
         self._pacer.over(now, done.device_ms)
-        drafts = bool(step.drafts)
-        self._pacer.times.over(now, step.launched_at, step.size, done.device_ms, drafts=drafts)
+        waited, size = step.num_unmasked > 0, step.size
+        self._pacer.times.over(now, step.launched_at, size, done.device_ms, drafts=waited)
         if self.core.speculation is not None and step.decodes:
-            self.core.speculation.over(drafts=drafts)
+            self.core.speculation.over(drafts=bool(step.drafts))
         scores = [scored for got in done.prompt if (scored := self._score(step, *got)) is not None]
         step.result = done
         emitted = self.core.commit(step, done.tokens)

@@ -121,8 +121,8 @@ class BatchOptions:
     speculative: str = flag(
         "none", choices=("none", "ngram"), needs=GENERATES,
         help="ngram: guess the next tokens of texts that repeat parts of themselves or of their "
-        "prompt (as when editing code) and verify them together; outputs do not change; drafts are "
-        "only used when they pay off",
+        "prompt (as when editing code), or that a grammar forces, and verify them together; "
+        "outputs do not change; drafts are only used when they pay off",
     )  # fmt: skip
     speculative_tokens: int = flag(
         8, check=between(1, 64), needs=GUESSES,

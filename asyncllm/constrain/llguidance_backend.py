@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from time import thread_time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from asyncllm.constrain.grammars import ebnf, regex
 from asyncllm.constrain.grammars.calls import calls_grammar
 from asyncllm.constrain.grammars.writing import Possible, schema_grammar
+from asyncllm.constrain.protocol import NO_PATH, Path
+from asyncllm.constrain.spelling import Spelling
+from asyncllm.constrain.vocabulary import passes
 from asyncllm.errors import RequestError, ServerBusy, StartupError
 
 if TYPE_CHECKING:
@@ -41,6 +44,15 @@ MAX_ROW_ITEMS: Final = 20_000
 MAX_STATES: Final = 50_000
 MAX_SIZE: Final = 500_000
 
+# Tokens are followed ahead while that takes less than this, and where it has been quick so far.
+AHEAD_S: Final = 0.001
+QUICK_S: Final = 0.0005
+LEAST_CHANCE: Final = 0.1  # of a token that is followed
+# how often what the grammar forces is spelled as the tokenizer spells it, before that is known
+SPELLED: Final = 0.9
+WEIGHT: Final = 4.0  # of that, in tokens
+FADE: Final = 0.96  # of an observation with each later one
+
 NAMES: Final = {"json": "JSON", "schema": "the JSON schema", "regex": "the regular expression",
                 "ebnf": "the EBNF grammar", "choice": "the choices", "calls": "the tools' parameters"}  # fmt: skip
 _LIMIT: Final = re.compile(r"fuel|too (complex|many|large|big)|limit|exceed", re.IGNORECASE)
@@ -59,6 +71,8 @@ class Grammars:
         end_ids: tokens that end an output.
         special: ids of special tokens, which are not text either
         marks: but for these, with which calls are written.
+        encode: the tokenizer, for texts without special tokens around them; None: what a grammar
+            forces is not guessed.
 
     Raises:
         StartupError: llguidance cannot be imported.
@@ -71,6 +85,7 @@ class Grammars:
         end_ids: Sequence[int],
         special: Collection[int] = frozenset(),
         marks: Collection[str] = (),
+        encode: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
         self._lib = library()
         texts = [*pieces[:vocab_size], *([b""] * (vocab_size - len(pieces)))]
@@ -97,6 +112,7 @@ class Grammars:
             max_grammar_size=MAX_SIZE,
             verbose_errors=False,
         )
+        self._spelling = Spelling(encode, self._call_texts)
         self._letters = self._tokenizer([], [])
         self._terminals: dict[str, LLMatcher | None] = {}
         self._possible = Possible(self._matches, lambda term: self._terminal(term) is not None)
@@ -198,7 +214,7 @@ class Grammars:
         return self._follow(compiled)
 
     def _follow(self, compiled: CompiledGrammar) -> Matcher:
-        return Matcher(compiled.matcher, self._all, self._others, self._call_texts)
+        return Matcher(compiled.matcher, self._all, self._others, self._spelling)
 
 
 class CompiledGrammar:
@@ -221,45 +237,59 @@ class Matcher:
         start: the library's, and stays at the beginning; its tokens are the vocabulary and 256
             bytes.
         every, others: all tokens, and all but the end tokens, as bits.
-        texts: bytes of all tokens, for calls.
+        spelling: knows the bytes of all tokens, for calls.
 
     :meth:`start` and :meth:`accept` raise RequestError where no token can follow, TooSlow where to
     find out takes too much work.
     """
 
-    def __init__(self, start: LLMatcher, every: Bits, others: Bits, texts: Sequence[bytes]) -> None:
+    def __init__(self, start: LLMatcher, every: Bits, others: Bits, spelling: Spelling) -> None:
         self._start, self._every, self._others = start, every, others
         self._matcher = start.deep_copy()
-        self._texts = texts
-        self._bits = np.zeros(len(every), np.int32)
+        self._spelling = spelling
+        self._mask = b""
+        self._ahead: _Ahead | None = None
+        self._worked_s = 0.0  # by the last token that was not foreseen
+        self._right, self._tried = SPELLED * WEIGHT, WEIGHT  # of what the grammar forced
 
     def slow(self, token: int | None) -> bool:
-        return True
+        return self._ahead is None or not self._ahead.foresees(token)
 
     def start(self) -> None:
-        self._fill()
+        self._fill(thread_time())
 
     def mask(self) -> bytes:
-        return self._bits.tobytes()
+        return self._mask
 
     def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token in calls."""
-        return self._texts[token]
+        return self._spelling.pieces[token]
 
     def restart(self) -> None:
         """Follow another output, from its beginning."""
         self._matcher = self._start.deep_copy()  # one that has failed is not to be reset
-        self._fill()
+        self._ahead = None
+        self._fill(thread_time())
 
     def begin(self, text: bytes) -> bool:
         """Advance by ``text``. False: the output cannot continue with it."""
-        first = len(self._texts)
-        return self._matcher.consume_tokens([first + byte for byte in text]) and not self._fill()
+        first = len(self._spelling.pieces)
+        told = self._matcher.consume_tokens([first + byte for byte in text])
+        return told and not self._fill(thread_time())
 
     def accept(self, token: int) -> bool:
+        if (ahead := self._ahead) is not None:
+            right = ahead.foresees(token)
+            if ahead.is_forced:
+                self._right = self._right * FADE + right
+                self._tried = self._tried * FADE + 1
+            if right:
+                self._mask = ahead.pop()
+                return False
+            self._ahead, self._matcher = None, ahead.here()
         begun = thread_time()
         if not self._matcher.consume_token(token):
             raise _too_slow(self._matcher) or RequestError(
@@ -267,24 +297,153 @@ class Matcher:
             )
         return self._matcher.is_stopped() or self._fill(begun)
 
-    def _fill(self, begun: float | None = None) -> bool:
-        """Bits of the next token. True: no token but an end can come, and one may."""
-        begun = thread_time() if begun is None else begun
-        words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
-        if self._matcher.is_error():
-            raise _too_slow(self._matcher) or self._nothing()
-        if thread_time() - begun > MAX_STEP_S:
+    def look_ahead(self, guess: Path, most: int) -> None:
+        if self._worked_s > QUICK_S or self._ahead is not None:
+            return
+        begun, mask, chance = thread_time(), self._mask, 1.0
+        ahead = _Ahead(self._matcher)
+        likely = _Likely(guess, self._spelling, self._right / self._tried)
+        while len(ahead.path.tokens) < most and thread_time() - begun < AHEAD_S:
+            if (found := likely.next(ahead.matcher, mask)) is None:
+                break
+            token, rate, forced = found
+            chance *= rate
+            if chance < LEAST_CHANCE:
+                break
+            ahead.spoilt = True
+            if not ahead.matcher.consume_token(token) or ahead.matcher.is_stopped():
+                break
+            try:
+                mask, whole = self._allowed(ahead.matcher)
+            except RequestError:
+                break
+            if whole:  # an output ends with that token, so nothing would come after it
+                break
+            ahead.add(token, chance, mask, forced)
+        if ahead.path.tokens:
+            self._ahead = ahead
+
+    @property
+    def path(self) -> Path:
+        return NO_PATH if self._ahead is None else self._ahead.rest
+
+    def _fill(self, begun: float) -> bool:
+        """The mask of the next token. True: no token but an end can come, and one may."""
+        self._mask, whole = self._allowed(self._matcher)
+        self._worked_s = thread_time() - begun
+        if self._worked_s > MAX_STEP_S:
             raise TooSlow(TOO_SLOW)
-        np.bitwise_and(words[: len(self._every)], self._every, out=self._bits)
-        if (self._bits & self._others).any():
-            return False
-        if self._bits.any() or self._matcher.is_accepting():
-            return True
-        raise self._nothing()
+        return whole
+
+    def _allowed(self, matcher: LLMatcher) -> tuple[bytes, bool]:
+        """The next mask, and whether no token but an end can come, and one may."""
+        words = np.frombuffer(matcher.compute_bitmask(), np.int32)
+        if matcher.is_error():
+            raise _too_slow(matcher) or self._nothing()
+        bits = words[: len(self._every)] & self._every
+        whole = not (bits & self._others).any()
+        if whole and not bits.any() and not matcher.is_accepting():
+            raise self._nothing()
+        return bits.tobytes(), whole
 
     @staticmethod
     def _nothing() -> RequestError:
         return RequestError("no token of this model can continue the output as its grammar wants")
+
+
+class _Ahead:
+    """Tokens that are likely to come, followed by a copy of what follows the output.
+
+    A copy, since what has failed once by a limit cannot be taken back.
+
+    Attributes:
+        path: with those that have come since.
+        matcher: after the last of them.
+        spoilt: but it has been given a token more.
+    """
+
+    def __init__(self, before: LLMatcher) -> None:
+        self._before = before
+        self.matcher, self.spoilt = before.deep_copy(), False
+        self.path = Path()
+        self._forced = bytearray()
+        self._num = 0  # of tokens that have come
+
+    def add(self, token: int, chance: float, mask: bytes, forced: bool) -> None:
+        """``matcher`` has been given ``token``."""
+        self.spoilt = False
+        self.path.tokens.append(token)
+        self.path.chances.append(chance)
+        self.path.masks.append(mask)
+        self._forced.append(forced)
+
+    def foresees(self, token: int | None) -> bool:
+        """Whether ``token`` comes next."""
+        return self._num < len(self._forced) and self.path.tokens[self._num] == token
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the next token is here because it spells what is forced."""
+        return self._num < len(self._forced) and bool(self._forced[self._num])
+
+    def pop(self) -> bytes:
+        """The next token has come: the mask after it."""
+        self._num += 1
+        return self.path.masks[self._num - 1]
+
+    @property
+    def rest(self) -> Path:
+        """Without the tokens that have come."""
+        path, num = self.path, self._num
+        if not num:
+            return path
+        before = path.chances[num - 1]
+        chances = [chance / before for chance in path.chances[num:]]
+        return Path(path.tokens[num:], chances, path.masks[num:])
+
+    def here(self) -> LLMatcher:
+        """After the tokens that have come."""
+        if self._num == len(self._forced) and not self.spoilt:
+            return self.matcher
+        if self._num:
+            self._before.consume_tokens(self.path.tokens[: self._num])
+        return self._before
+
+
+class _Likely:
+    """Which token is likely to come next: the one guessed if it is allowed, else the first of what
+    the grammar forces.
+
+    Args:
+        rate: how often forced text is spelled as by the tokenizer.
+    """
+
+    def __init__(self, guess: Path, spelling: Spelling, rate: float) -> None:
+        self._guess, self._spelling, self._rate = guess, spelling, rate
+        self._at, self._chance = 0, 1.0
+        self._text = b""  # forced
+        self._spelled: list[int] = []  # tokens of it
+
+    def next(self, matcher: LLMatcher, mask: bytes) -> tuple[int, float, bool] | None:
+        """The token after those before, how likely it is after them, and whether its text is
+        forced; None: not known."""
+        if not self._text:
+            self._text, self._spelled = matcher.compute_ff_bytes(), []
+        guess, at, rate = self._guess, self._at, 0.0
+        if at < len(guess.tokens) and passes(mask, guess.tokens[at]):
+            token, rate = guess.tokens[at], guess.chances[at] / self._chance
+            self._at, self._chance = at + 1, guess.chances[at]
+        else:
+            self._guess = NO_PATH
+            self._spelled = self._spelled or self._spelling.of(self._text)[:]
+            if not self._spelled or not passes(mask, self._spelled[0]):
+                return None
+            token = self._spelled[0]
+        forced = bool(self._text)
+        piece = self._spelling.pieces[token]
+        self._spelled = self._spelled[1:] if self._spelled[:1] == [token] else []
+        self._text = self._text[len(piece) :] if self._text.startswith(piece) else b""
+        return token, max(rate, self._rate) if forced else rate, forced
 
 
 class _Vocabulary:

@@ -5,6 +5,7 @@ Schedulers and threads know only this. Knows token ids and masks; knows no gramm
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
@@ -21,6 +22,24 @@ class Verdict(IntEnum):
     AGAIN = 2
     REFUSED = 3  # RequestError
     UNDONE = 4  # the thread had no time for it
+
+
+@dataclass(slots=True)
+class Path:
+    """Tokens that are likely to come next.
+
+    Attributes:
+        tokens: each allowed after those before it.
+        chances: for each n, the probability that the first n of them come.
+        masks: what may follow each; empty: not known.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    masks: list[bytes] = field(default_factory=list)
+
+
+NO_PATH = Path()
 
 
 class Constraint(Protocol):
@@ -64,3 +83,13 @@ class Constraint(Protocol):
             RequestError: ``token`` was not allowed, or no token can follow.
             Again: ``token`` is not taken; the mask says now what may come in its place.
         """
+
+    def look_ahead(self, guess: Path, most: int) -> None:
+        """Find the masks after up to ``most`` tokens that are likely to come, by ``guess`` and by
+        what is allowed. Work for a thread, after :meth:`start` or :meth:`accept`."""
+        return None
+
+    @property
+    def path(self) -> Path:
+        """What :meth:`look_ahead` has found, without the tokens that have come since."""
+        return NO_PATH

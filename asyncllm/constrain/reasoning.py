@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from asyncllm.constrain.protocol import Constraint, ResampleToken
+from asyncllm.constrain.protocol import NO_PATH, Constraint, Path, ResampleToken
 from asyncllm.constrain.vocabulary import Vocabulary, bits, either, every, passes, without
 
 SPACE = b" \t\r\n"
@@ -155,6 +155,19 @@ class ReasoningConstraint(Constraint):
             case _At.GAP:
                 self._between(self._text + piece)
         return False
+
+    def look_ahead(self, guess: Path, most: int) -> None:
+        if self._answer is not None and self._answers:
+            self._answer.look_ahead(guess, most)
+
+    @property
+    def path(self) -> Path:
+        return self._answer.path if self._answer is not None and self._answers else NO_PATH
+
+    @property
+    def _answers(self) -> bool:
+        """What comes next is the answer's."""
+        return self._at is _At.ANSWER and not self._gap
 
     def _lead(self, token: int, piece: bytes) -> bool:
         if self._answer is not None and not self._text and passes(self._answer.mask(), token):

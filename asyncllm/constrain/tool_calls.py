@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from asyncllm.constrain.protocol import Constraint, ResampleToken
+from asyncllm.constrain.protocol import NO_PATH, Constraint, Path, ResampleToken
 from asyncllm.constrain.reasoning import ReasoningConstraint
 from asyncllm.constrain.vocabulary import every, passes, without
 
@@ -94,6 +94,14 @@ class ToolCallConstraint(Constraint):
             if self._thinks():
                 self._text = b""
         return False
+
+    def look_ahead(self, guess: Path, most: int) -> None:
+        if self._calling:
+            self._form.look_ahead(guess, most)
+
+    @property
+    def path(self) -> Path:
+        return self._form.path if self._calling else NO_PATH
 
     def _ends_mark(self, token: int) -> bool:
         return self._mark in self._text + self._form.piece(token) and not self._thinks()

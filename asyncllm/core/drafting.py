@@ -30,7 +30,10 @@ class Drafting(Lives):
     speculation: Speculation | None
 
     def _awaits_drafts(self, speculation: Speculation) -> bool:
-        """Whether to plan nothing until the running step is over."""
+        """Whether to plan nothing until the running step is over.
+
+        Requests whose next mask depends on the tokens before are left out: they wait anyway.
+        """
         if speculation.trying:
             return True
         self._read_texts()
@@ -48,23 +51,35 @@ class Drafting(Lives):
     def _draft(self, speculation: Speculation, rows: list[Row], room: int) -> list[Row]:
         """The rows, which have one token each, followed by those of drafts; at most ``room``
         more."""
-        chances = [
-            self._chances(req, lane, speculation.most) if not req.ahead(lane) else []
-            for req, lane, _ in rows
-        ]
+        chances, waits = [], False
+        for req, lane, _ in rows:
+            known = not req.ahead(lane)
+            some = self._chances(req, lane, speculation.most) if known else []
+            waits |= bool(some)
+            if known and not some:
+                some = self._path_chances(req, lane, speculation.most)
+            chances.append(some)
         if not any(chances):
             return rows
         out: list[Row] = []
-        nums = speculation.choose(chances, len(rows), room)
+        nums = speculation.choose(chances, len(rows), room, waits=waits)
         for row, num in zip(rows, nums, strict=True):
             out.append(row)
             if num:
                 req, lane, _ = row
-                assert req.lookup is not None
-                lane.drafts = req.lookup.guess(num)
+                self._guess(req, lane, num)
                 lane.inflight += num
                 out += [row] * num
         return out
+
+    @staticmethod
+    def _guess(req: Request, lane: Lane, num: int) -> None:
+        """Set the lane's drafts."""
+        assert req.lookup is not None
+        if req.constraint is not None and (path := req.constraint.path).tokens:
+            lane.drafts, lane.masks = path.tokens[:num], path.masks[:num]
+        else:
+            lane.drafts = req.lookup.guess(num)
 
     def _chances(self, req: Request, lane: Lane, most: int) -> list[float]:
         """Acceptance probabilities of the drafts after the request's next row."""
@@ -75,6 +90,14 @@ class Drafting(Lives):
         if most <= 0 or not self._is_free(req, ahead + most):
             return []
         return lookup.chances(most, ahead)
+
+    @staticmethod
+    def _path_chances(req: Request, lane: Lane, most: int) -> list[float]:
+        """The same, of drafts that each have a mask of their own."""
+        if req.constraint is None or req.todo or req.lookup is None:
+            return []
+        most = min(most, req.final_len - lane.planned - 1)
+        return req.constraint.path.chances[: max(most, 0)]
 
     @staticmethod
     def _is_free(req: Request, ahead: int) -> bool:
@@ -88,6 +111,8 @@ class Drafting(Lives):
         left = READ_TOKENS
         for req in self.running.values():
             if (lookup := req.lookup) is None:
+                if req.todo:
+                    continue  # some of its tokens are not outputs yet
                 ids = req.prompt + req.outputs
                 most, begun = len(req.prompt) + req.until, bool(req.outputs)
                 lookup = req.lookup = Lookup(ids, most, req.prediction, begun=begun)
@@ -105,7 +130,10 @@ class Drafting(Lives):
         if at >= len(lane.drafts):
             return NO_TOKEN
         step.drafts.add(len(step.plan.tokens))
-        req.drafted += req.lookup.counts
+        step.num_unmasked += not lane.masks
+        if req.lookup.counts:
+            step.counted.add(len(step.plan.tokens))
+            req.drafted += 1
         return lane.drafts[at]
 
     def _take_wrong(self) -> tuple[tuple[int, int], ...]:
@@ -130,5 +158,6 @@ class Drafting(Lives):
                 lane.planned -= 1
                 wrong[lane.number] = lane, wrong.get(lane.number, (lane, 0))[1] + 1
         assert self.speculation is not None
+        self.speculation.trying -= step.num_unmasked
         self.speculation.settled([*wrong.values()], len(step.drafts))
         return kept

@@ -152,8 +152,9 @@ class Lives:
         """Count an accepted token, which may be the last."""
         req.outputs.append(token)
         if req.lookup is not None:
-            req.accepted += req.lookup.counts and row in emitted.step.drafts
-            req.lookup.push(token)
+            req.accepted += row in emitted.step.counted
+            if req.constraint is None:  # else it was added when it was sampled
+                req.lookup.push(token)
         if req.constraint is not None and isinstance(req.constraint, Healing):
             req.grow(req.constraint.uncounted())
         num = len(req.outputs)
@@ -249,6 +250,7 @@ class Lives:
     def _again(self, req: Request) -> None:
         """Drop this life's tokens after the last accepted one."""
         req.todo.clear()
+        req.lookup = None
         if req.rid in self.running:  # else it has been preempted in the meantime
             self._requeue(req)
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from math import inf
 from time import thread_time
+from typing import NamedTuple
 
-from asyncllm.constrain.protocol import Constraint, ResampleToken, Verdict
+from asyncllm.constrain.protocol import NO_PATH, Constraint, Path, ResampleToken, Verdict
 from asyncllm.core.steps import Request
 from asyncllm.errors import RequestError
 from asyncllm.records import ConstraintDone, Failure
@@ -21,14 +22,21 @@ BATCH_S = 0.005  # a thread returns after this long, with the rest left undone
 CHEAP_S = 0.002  # a step may wait for masks that usually take less than this
 
 
-Job = tuple[int, Constraint, tuple[int | None, ...]]  # rid and tokens; None: start
+class Job(NamedTuple):
+    """Work of a request's constraint."""
+
+    rid: int
+    constraint: Constraint
+    tokens: tuple[int | None, ...]  # to accept; None: start
+    ahead: int = 0  # tokens to look ahead behind them
+    guess: Path = NO_PATH  # of these
 
 
 def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[ConstraintDone]:
     """Runs in a thread: does as much of the jobs as BATCH_S allows, at least one token."""
     done: list[ConstraintDone] = []
     begun = before = clock()
-    for rid, constraint, tokens in jobs:
+    for rid, constraint, tokens, ahead, guess in jobs:
         if before - begun >= BATCH_S:
             done.append(ConstraintDone(rid, Verdict.UNDONE))
             continue
@@ -43,6 +51,8 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
                 elif constraint.accept(token):
                     verdict = Verdict.WHOLE
                 num += 1
+            if ahead and num == len(tokens) and verdict is Verdict.GOES_ON:
+                constraint.look_ahead(guess, ahead)
         except ResampleToken:
             verdict = Verdict.AGAIN
         except RequestError as error:
@@ -88,11 +98,12 @@ class Line:
         self._number += 1
         heappush(self._heap, (req.level, self._number, req))
 
-    def take(self, most: int, busy: bool) -> list[Job]:
+    def take(self, most: int, busy: bool, ahead: int = 0) -> list[Job]:
         """Work for a thread, of at most ``most`` requests.
 
         Args:
             busy: the device is working on a step, so at most STEP_S are available.
+            ahead: tokens that each is to look ahead.
         """
         jobs: list[Job] = []
         while self._heap and len(jobs) < most and (self._left > 0 or not busy):
@@ -100,7 +111,8 @@ class Line:
             self._level = max(self._level, level)
             if req.todo:  # else it has ended in the meantime
                 assert req.constraint is not None
-                jobs.append((req.rid, req.constraint, req.next_todo()))
+                guess = req.guess(ahead)
+                jobs.append(Job(req.rid, req.constraint, req.next_todo(), ahead, guess))
         self._working += len(jobs)
         return jobs
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable
 from asyncllm.codec import INT32
 from asyncllm.constrain.protocol import ResampleToken, Verdict
 from asyncllm.core.drafting import Drafting
-from asyncllm.core.lives import NO_TOKENS
 from asyncllm.core.masking import CHEAP_S, Job
 from asyncllm.core.request import Reason
 from asyncllm.core.speculation import Speculation
@@ -156,9 +155,9 @@ class Core(Drafting):
         if step is not None:
             self.steps += 1
         if self.speculation is not None:
-            self.speculation.trying += 0 if step is None else len(step.drafts)
+            self.speculation.trying += 0 if step is None else step.num_unmasked
             for _, lane, _ in rows + refused:
-                lane.drafts = NO_TOKENS
+                lane.drafts, lane.masks = (), ()
         return step
 
     def empty(self) -> Step:
@@ -229,6 +228,8 @@ class Core(Drafting):
             elif req.constraint is None:
                 self._emit(req, token, False, i, emitted)
             else:
+                if req.lookup is not None:
+                    req.lookup.push(token)
                 req.todo.append((token, step, i))
                 if len(req.todo) == 1:
                     self._go_on(req, [emitted])
@@ -237,7 +238,8 @@ class Core(Drafting):
 
     def jobs(self, most: int, busy: bool) -> list[Job]:
         """Work of constraints for a thread, see ``Line.take``; its results go to :meth:`worked`."""
-        return self._line.take(most, busy)
+        ahead = 0 if self.speculation is None else self.speculation.ahead(len(self.running))
+        return self._line.take(most, busy, ahead)
 
     @property
     def num_jobs(self) -> int:
@@ -385,9 +387,9 @@ class Core(Drafting):
         else:
             for start, (req, lane, _) in zip(starts, rows, strict=True):
                 plan.tokens.append(self._input(step, req, lane, start))
-        for i, (req, _, _) in enumerate(rows):
+        for i, (start, (req, lane, _)) in enumerate(zip(starts, rows, strict=True)):
             if req.constraint is not None:
-                step.constrain(i, req)
+                step.constrain(i, req, lane, start + 1)
         return step
 
     def _plan_mixed(self, rows: list[Row], granted: Granted) -> Step | None:
@@ -456,7 +458,7 @@ class Core(Drafting):
         samples = start >= lane.fill_len or (end == lane.fill_len and req.max_new > 0)
         plan.samples.append(samples)
         if samples:
-            step.constrain(len(step.rows) - 1, req)
+            step.constrain(len(step.rows) - 1, req, lane, end)
         if start >= lane.fill_len:
             plan.tokens.append(self._input(step, req, lane, start))
             return

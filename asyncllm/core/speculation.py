@@ -16,6 +16,7 @@ from asyncllm.core.steps import Lane
 MOST_ROWS = 256  # per step, including drafts, unless more requests than that may run
 READ_TOKENS = 4096  # prompt tokens indexed per step: takes about a millisecond
 LEAST_GAIN = 1.1  # required ratio of tokens per second with drafts to those without
+FREE_GAIN = 1.02  # the same if no step waits for them
 FRESH = 4096  # steps without drafts after which their cost is tried again
 
 
@@ -29,7 +30,8 @@ class Speculation:
 
     A step with drafts cannot be planned before the previous step is over, nor can the step after
     it: the device waits for the host twice, which it otherwise does not. So drafts are only used in
-    steps where they are worth that to the whole batch.
+    steps where they are worth that to the whole batch. Requests that have to wait for their next
+    mask anyway only cost rows.
 
     Args:
         most: drafts per request and step.
@@ -40,7 +42,7 @@ class Speculation:
     Attributes:
         drafted: draft tokens tried, over all requests.
         accepted: draft tokens that were right.
-        trying: drafts in launched steps.
+        trying: drafts in launched steps for which the next step waits.
         wrong: (lane, surplus slots) of wrong drafts.
     """
 
@@ -53,7 +55,6 @@ class Speculation:
     def settled(self, wrong: list[tuple[Lane, int]], num: int) -> None:
         """The results of a step with ``num`` drafts have arrived."""
         self.wrong += wrong
-        self.trying -= num
         self.drafted += num
         self.accepted += num - sum(rows for _, rows in wrong)
 
@@ -68,16 +69,24 @@ class Speculation:
             chances: per request, of its drafts after that step, in order.
             num_rows: rows of the next step without drafts.
         """
-        return bool(chances) and self._best(chances, num_rows, self.most_rows) > 0
+        return bool(chances) and self._best(chances, num_rows, self.most_rows, waits=True) > 0
 
-    def choose(self, chances: Sequence[Sequence[float]], num_rows: int, room: int) -> list[int]:
+    def ahead(self, num_rows: int) -> int:
+        """How many tokens to look ahead in each of ``num_rows`` requests: there is room for half of
+        them."""
+        return min(self.most, 2 * max(self.most_rows - num_rows, 0) // max(num_rows, 1))
+
+    def choose(
+        self, chances: Sequence[Sequence[float]], num_rows: int, room: int, *, waits: bool = True
+    ) -> list[int]:
         """The number of drafts to try for each request.
 
         Args:
             chances: per request: probability that the first n drafts are all right, for each n.
             room: maximum drafts in all.
+            waits: whether steps wait for some of them.
         """
-        least = self._best(chances, num_rows, room)
+        least = self._best(chances, num_rows, room, waits=waits)
         taken = []
         for row in chances:
             num = 0
@@ -88,7 +97,9 @@ class Speculation:
             taken.append(num)
         return taken
 
-    def _best(self, chances: Sequence[Sequence[float]], num_rows: int, room: int) -> float:
+    def _best(
+        self, chances: Sequence[Sequence[float]], num_rows: int, room: int, *, waits: bool
+    ) -> float:
         """The lowest probability a draft must have; 0: no drafts."""
         room = min(room, self.most_rows - num_rows)
         if room <= 0 or not num_rows:
@@ -96,7 +107,8 @@ class Speculation:
         falling = sorted(chain.from_iterable(chances), reverse=True)[:room]
         if not (plain_s := self.times.decoding(num_rows) / 1e3):
             return 0.0  # measure it first
-        best, least, gained = LEAST_GAIN * num_rows / plain_s, 0.0, 0.0
+        gain, gap_s = (LEAST_GAIN, self.times.gap_s) if waits else (FREE_GAIN, 0.0)
+        best, least, gained = gain * num_rows / plain_s, 0.0, 0.0
         for i, chance in enumerate(falling, 1):
             gained += chance
             rows = num_rows + i
@@ -105,7 +117,7 @@ class Speculation:
             takes_s = plain_s
             if self._without < FRESH:
                 takes_s = max(takes_s, self.times.decoding(rows) / 1e3)
-            speed = (num_rows + gained) / (takes_s + self.times.gap_s)
+            speed = (num_rows + gained) / (takes_s + gap_s)
             if speed > best:
                 best, least = speed, chance
         return least

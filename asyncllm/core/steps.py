@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from asyncllm.codec import INT32, INT64
-from asyncllm.constrain.protocol import Constraint
+from asyncllm.constrain.protocol import NO_PATH, Constraint, Path
 from asyncllm.core.lookup import Lookup
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.step_times import StepSize
@@ -39,7 +40,8 @@ class Lane:
     seen: bool = False  # the runners know it
     over: bool = False  # its results are discarded; released when nothing is in flight
     leaves: array[int] = field(default_factory=lambda: array(INT32))  # when over: for the cache
-    drafts: array[int] = field(default_factory=lambda: array(INT32))  # of the open proposal
+    drafts: Sequence[int] = ()  # of the open proposal
+    masks: Sequence[bytes] = ()  # what may follow each, if it has a mask of its own
     # for K/V transfers, see core.moving
     imports: bool = False  # its slots are filled by transfers
     imported: array[int] = field(default_factory=lambda: array(INT32))  # not in any step yet
@@ -132,6 +134,13 @@ class Request:
         came = tuple(token for token, _, _ in takewhile(lambda todo: todo[1] is None, self.todo))
         return came or (self.todo[0][0],)
 
+    def guess(self, num: int) -> Path:
+        """Up to ``num`` tokens that are likely to follow those sampled so far, without masks."""
+        if not num or self.lookup is None or not self.lookup.guesses:
+            return NO_PATH
+        chances = self.lookup.chances(num)
+        return Path([*self.lookup.guess(len(chances))], chances)
+
     @property
     def launched(self) -> bool:
         """The whole prompt has been computed, or will be by a launched step."""
@@ -163,6 +172,8 @@ class Step:
     # rows whose input is a draft: a draft is right if the previous row, of the same lane, yields
     # that token and is itself right
     drafts: set[int] = field(default_factory=set)
+    counted: set[int] = field(default_factory=set)  # of these: for the request's own figures
+    num_unmasked: int = 0  # without a mask of their own
     launched_at: float = 0.0  # for the shell: seconds
 
     @property
@@ -177,11 +188,13 @@ class Step:
         num_read = sum(self.plan.starts) + num_tokens
         return StepSize(num_tokens, num_read, len(self.rows), self.decodes)
 
-    def constrain(self, row: int, req: Request) -> None:
-        """Mask row ``row`` by the tokens allowed next, as far as they are known."""
+    def constrain(self, row: int, req: Request, lane: Lane, end: int) -> None:
+        """Mask row ``row``, which computes the tokens before ``end``, by the tokens allowed next,
+        as far as they are known."""
         if req.constraint is None or req.todo:
             return  # the token is checked when it is accepted
-        if mask := req.constraint.mask():
+        num_drafts = end - req.known_len if lane.masks else 0
+        if mask := lane.masks[num_drafts - 1] if num_drafts else req.constraint.mask():
             self.plan.masked.append(row)
             self.plan.masks.extend(mask)
 

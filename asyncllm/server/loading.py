@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -368,7 +369,8 @@ def load_grammars(
 ) -> Grammars:
     """Grammars of the model's tokens; special ones are not text, except for the marks of calls."""
     marks = tools.special_tokens(dialect.calls)
-    return Grammars(text.pieces, vocab_size, eos_ids, text.special, marks)
+    encode = partial(text.encode, add_special_tokens=False)
+    return Grammars(text.pieces, vocab_size, eos_ids, text.special, marks, encode)
 
 
 def load_constraints(

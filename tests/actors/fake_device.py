@@ -22,7 +22,7 @@ from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.codec import decode, encode, i32
 from asyncllm.constrain.factory import Constraints
-from asyncllm.constrain.protocol import Constraint
+from asyncllm.constrain.protocol import Constraint, Path
 from asyncllm.core.radix import RadixNode, RadixTree
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.siblings import Siblings
@@ -77,9 +77,10 @@ class FakeConstraint(Constraint):
         for token in prompt:
             self.state = chain(self.state, token)
         self.started = False
+        self._path = Path()
 
     def slow(self, token: int | None) -> bool:
-        return (self.state + (token or 0)) % 3 > 0
+        return (self.state + (token or 0)) % 3 > 0 and self._path.tokens[:1] != [token]
 
     def start(self) -> None:
         assert not self.started
@@ -89,12 +90,16 @@ class FakeConstraint(Constraint):
     def allowed(state: int, vocab: int) -> set[int]:
         return {token for token in range(vocab) if (state + 7 * token) % 5 < 2}
 
-    def mask(self) -> bytes:
-        assert self.started
-        words = [0] * -(-self.vocab // 32)
-        for token in self.allowed(self.state, self.vocab):
+    @classmethod
+    def bits(cls, state: int, vocab: int) -> bytes:
+        words = [0] * -(-vocab // 32)
+        for token in cls.allowed(state, vocab):
             words[token // 32] |= 1 << token % 32
         return array("I", words).tobytes()
+
+    def mask(self) -> bytes:
+        assert self.started
+        return self.bits(self.state, self.vocab)
 
     def mask_is_stable_for(self, ahead: int) -> bool:
         return ahead == 0
@@ -104,7 +109,29 @@ class FakeConstraint(Constraint):
         if self.state % 41 == 5:
             raise RequestError("nothing can follow")
         self.state = chain(self.state, token)
+        right = self._path.tokens[:1] == [token]
+        path = self._path if right else Path()
+        self._path = Path(path.tokens[1:], path.chances[1:], path.masks[1:])
         return self.state % 13 == 0
+
+    def look_ahead(self, guess: Path, most: int) -> None:
+        """Follow what is guessed as far as it is allowed, then anything."""
+        state, path = self.state, Path()
+        while len(path.tokens) < most and state % 41 != 5:
+            allowed = self.allowed(state, self.vocab)
+            guessed = guess.tokens[len(path.tokens) : len(path.tokens) + 1]
+            token = guessed[0] if allowed.issuperset(guessed) and guessed else min(allowed)
+            state = chain(state, token)
+            if state % 13 == 0:
+                break
+            path.tokens.append(token)
+            path.chances.append(0.8 ** len(path.tokens))
+            path.masks.append(self.bits(state, self.vocab))
+        self._path = path
+
+    @property
+    def path(self) -> Path:
+        return self._path
 
 
 def listed(params: SamplingParams, eos: Iterable[int]) -> set[int]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from asyncllm.core.lookup import Lookup
 from asyncllm.core.windows import Window
 from asyncllm.messages import Finished, StepPlan
-from tests.actors.fake_device import World
+from tests.actors.fake_device import World, fake_grammar
 from tests.core.test_lives import live
 
 
@@ -101,6 +102,26 @@ def test_of_a_request_that_predicts_only_its_prediction_is_counted() -> None:
     end = world.finished[1]
     assert sum(map(drafts, world.device.plans)) > 8
     assert (end.accepted, end.drafted) == (0, 0)
+
+
+def test_guesses_under_grammars_do_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step behind one that has them is planned while it runs."""
+    monkeypatch.setattr(Lookup, "guesses", False)
+    world = World(vocab=5, drafts=8, num_slots=900)
+    world.submit(0, [0], max_new_tokens=100)
+    for rid in range(1, 30):
+        world.submit(rid, [rid % 5, 1], max_new_tokens=40, grammar=fake_grammar([rid % 5, 1]))
+    behind = 0
+    while ready := world.ready():
+        world.turn(ready[0])
+        plans = world.device.plans[len(world.device.plans) - len(world.pending) :]
+        behind += len(plans) == 2 and drafts(plans[0]) > 0
+    world.check_end()
+    assert behind > 10
+    accepted = [world.finished[rid].accepted for rid in range(30)]
+    assert accepted[0] == 0
+    assert sum(accepted) > 20
+    assert world.core.speculation.trying == 0
 
 
 def test_a_draft_that_finds_no_slot_is_left_out_and_preempts_nobody() -> None:

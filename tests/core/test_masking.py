@@ -156,7 +156,7 @@ def test_preempted_while_a_thread_works(verdict: Verdict) -> None:
     ask(core, 1)
     play(core)
     commit(core, step(core))
-    ((rid, _, tokens),) = core.jobs(9, False)
+    ((rid, _, tokens, _, _),) = core.jobs(9, False)
     assert (rid, tokens) == (1, (7,))
     assert grant(core, rows=0) is None
     assert not core.relieve(False)
@@ -199,7 +199,7 @@ def waiting(rid: int) -> Request:
 
 
 def rids(jobs: list[Job]) -> list[int]:
-    return [rid for rid, _, _ in jobs]
+    return [job.rid for job in jobs]
 
 
 def test_cheap_constraints_wait_for_one_piece_of_anybodys_work() -> None:
@@ -249,12 +249,12 @@ def test_while_the_device_is_busy_all_together_have_so_much_a_step() -> None:
 
 def test_a_thread_comes_back_in_time() -> None:
     ticks: Iterator[float] = accumulate([0.0, 0.004, 0.004, 0.004])
-    jobs: list[Job] = [(rid, Slow(), (7,)) for rid in range(4)]
+    jobs: list[Job] = [Job(rid, Slow(), (7,)) for rid in range(4)]
     done = masking.work(jobs, lambda: next(ticks))
     undone = Verdict.UNDONE
     assert [one.verdict for one in done] == [Verdict.GOES_ON, Verdict.GOES_ON, undone, undone]
     assert [round(one.cpu_s, 6) for one in done] == [0.004, 0.004, 0, 0]
-    assert [len(constraint.seen) for _, constraint, _ in jobs] == [1, 1, 0, 0]  # type: ignore[attr-defined]
+    assert [len(job.constraint.seen) for job in jobs] == [1, 1, 0, 0]  # type: ignore[attr-defined]
 
 
 def test_what_a_thread_has_left_undone_is_done_later() -> None:

@@ -51,6 +51,17 @@ def test_one_request_that_repeats_itself_does_not_hold_up_many_that_do_not() -> 
     assert sum(made.choose([SURE] * 4 + [[]] * 28, 32, 99)) == 32
 
 
+def test_one_that_waits_for_its_mask_anyway_has_guesses_beside_many_that_have_none() -> None:
+    made = make(9.0, gap_s=0.003)
+    assert made.choose([SURE, *[[]] * 31], 32, 99, waits=False) == [8, *[0] * 31]
+    assert make(1.0, 8.0).choose([SURE, *[[]] * 31], 32, 99, waits=False) == [0] * 32
+
+
+def test_fewer_tokens_are_followed_ahead_where_many_requests_share_the_rows() -> None:
+    made = make(9.0, most_rows=256)
+    assert [made.ahead(num) for num in (1, 40, 64, 128, 200, 256, 300)] == [8, 8, 6, 2, 0, 0, 0]
+
+
 def test_the_likeliest_guesses_get_the_rows() -> None:
     made = make(9.0, most_rows=8)
     taken = made.choose([[0.3, 0.1], SURE, [0.5]], 3, 99)

@@ -83,7 +83,15 @@ def check(device: CpuDevice | CudaDevice, num: int, monkeypatch: pytest.MonkeyPa
         assert world.finished[rid].reason == ends[rid].reason, kind
         assert world.finished[rid].num_tokens == ends[rid].num_tokens
     told = {kind: world.finished[rid].accepted for rid, kind in enumerate(KINDS)}
-    for kind in ("greedy", "seeded", "penalties", "min_new_tokens", "length penalty"):
+    for kind in (
+        "greedy",
+        "seeded",
+        "penalties",
+        "min_new_tokens",
+        "length penalty",
+        "regex",
+        "schema",
+    ):
         assert told[kind] >= len(tokens[list(KINDS).index(kind)]) // 3, told
 
 
