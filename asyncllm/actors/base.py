@@ -80,6 +80,11 @@ class Actor(Generic[M]):
         """Messages waiting in the mailbox."""
         return len(self._queue)
 
+    @property
+    def strangers(self) -> int:
+        """Connections to a port of its own that failed to authenticate."""
+        return 0
+
     def started(self) -> None:
         """Called once, in order of registration; every ref resolves."""
 

@@ -98,6 +98,7 @@ class TransferCounts:
     lapses: int = 0
     waiting: int = 0  # portions ready to be sent that wait
     refused: int = 0  # connections that were ended for what came on them
+    strangers: int = 0  # connections that failed to authenticate
 
 
 @dataclass(frozen=True, slots=True)

@@ -542,6 +542,7 @@ class Taker(Mover):
             guest.window = None
 
     def tick(self) -> None:
+        self.counts.strangers = self._strangers.count()  # also that nothing of them piles up
         now, times = self.clock.now, self.times
         for guest in [*self.guests.values()]:
             silent = now - guest.heard

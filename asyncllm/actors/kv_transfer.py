@@ -46,6 +46,10 @@ class KvTransfer(Actor[TransferInbox]):
         self._mover, self._address = mover, address
         self._stopped = False
 
+    @property
+    def strangers(self) -> int:
+        return self._mover.counts.strangers
+
     def started(self) -> None:
         system = self.system
         group = system.topology[system.endpoint].group

@@ -85,7 +85,8 @@ class ActorSystem:
     @property
     def strangers(self) -> int:
         """Connections to our ports that failed authentication."""
-        return sum(way.strangers for way in (self._wire, self._channel) if way)
+        ways = (way for way in (self._wire, self._channel) if way)
+        return sum(end.strangers for end in (*ways, *self._actors.values()))
 
     def counted(self, others: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """Foreign frames and strangers, with those of ``others``."""

@@ -221,22 +221,21 @@ class Inbox:
         self.imports[entry.rid] = entry
 
     def begin(self, epoch: int, tp: int, sender: int, link: Hashable, now: float) -> bool:
-        """A rank says that it will send. Gives whether it may: the epoch is here.
+        """A rank says that it will send. Gives whether it may: the epoch is here, and nobody else
+        has said so before, whoever of the two is wrong.
 
         Raises:
-            Impossible: it has nothing for us, or others say something else.
+            Impossible: it has nothing for us.
         """
         entry = self.imports.get(epoch)
         if entry is None or entry.why is not None:
             return False
+        if sender not in self._senders(tp):
+            raise Impossible(f"rank {sender} of {tp} sends what others do")
         if entry.tp == 0:
             entry.tp, entry.since = tp, now
             entry.had = {rank: Spans() for rank in self._senders(tp)}
-        if entry.tp != tp or sender not in entry.had:
-            raise Impossible(f"rank {sender} of {tp} sends what others do")
-        if entry.links.setdefault(sender, link) != link:
-            raise Impossible(f"rank {sender} sends one request on two connections")
-        return True
+        return entry.tp == tp and entry.links.setdefault(sender, link) == link
 
     def wants(self, epoch: int, sender: int, link: Hashable, first: int, count: int) -> bool:
         """Whether some of these positions are still to come from a rank, on this connection.

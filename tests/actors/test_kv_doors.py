@@ -330,6 +330,7 @@ def test_strangers_are_not_heard(rig: Rig, ctx: Sockets) -> None:
     rig.computed(6, 0, 0, SLOTS)
     rig.until(lambda: rig.arrived(78))
     assert not stranger.poll(100)
+    rig.until(lambda: taker.counts.strangers > 0)
 
 
 def test_a_taker_that_does_not_read_keeps_no_pages_of_others(ctx: Sockets) -> None:
@@ -461,8 +462,13 @@ def test_a_connection_sends_nothing_of_a_request_that_comes_on_another(
     other.until(Admitted)
     other.say(READY)
     other.until(Taken)
+    other.say(Sending(77))
+    assert other.until(Over) == Over(77, "it is not expected there")
     first.say(READY)
     first.until(Pull)
+    rig.takers[0].mover.put([Import(78, 0, len(SLOTS), MORE)])
+    other.say(Sending(78), replace(READY, number=2, epoch=78))  # its other requests go on
+    other.until(Pull)
 
 
 def test_a_transfer_without_progress_lapses_and_costs_no_other(ctx: Sockets) -> None:

@@ -101,6 +101,31 @@ def test_a_prefill_node_that_is_killed_is_done_without(one: Server, cluster: Clu
     cluster.free(*cluster.prefill, *cluster.decode)
 
 
+def test_a_decode_node_that_is_killed_before_it_has_anything_is_replaced(
+    one: Server, cluster: Cluster
+) -> None:
+    """While prompts are computed for it: nobody has had a token of theirs."""
+    bodies = [{**long_body(i, 20), "prompt": f"{i} {TEXT * 15}"} for i in range(120, 128)]
+    wanted = [one.post(COMPLETIONS, body)["choices"][0]["text"] for body in bodies]
+    killed = cluster.decode[0]
+    retries = cluster.master.metric("asyncllm_pd_retries_total")
+    begun = monotonic()
+
+    async def go() -> list[str]:
+        tasks = [asyncio.ensure_future(text_of(cluster.master.url, b)) for b in bodies]
+        while not await asyncio.to_thread(killed.metric, "asyncllm_requests_importing"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        killed.process.kill()
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(asyncio.wait_for(go(), 60)) == wanted
+    assert monotonic() - begun < IN_TIME_S
+    assert cluster.master.metric("asyncllm_pd_retries_total") > retries
+    cluster.decode[0] = cluster.start_node("decode")
+    cluster.wait_for(2, 2)
+    cluster.free(*cluster.prefill, *cluster.decode)
+
+
 def test_a_decode_node_that_is_stopped_writes_into_nothing_when_it_wakes(
     one: Server, cluster: Cluster
 ) -> None:

@@ -23,7 +23,7 @@ class Failed(list[tuple[int, str]]):
         self.append((code, why))
 
 
-def test_a_process_whose_collective_failed_is_no_cause_if_one_is_heard_of_in_time() -> None:
+def test_a_process_whose_collective_failed_is_no_cause_if_one_is_known() -> None:
     async def go() -> None:
         failed = Failed()
         culprit = Culprit(WAIT_S, failed)
