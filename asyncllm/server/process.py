@@ -25,6 +25,7 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import Keys, Wire
 from asyncllm.actors.watchdog import EXIT_HUNG, WatchdogHooks, dump_stacks
 from asyncllm.api.openapi.welcome import curl_line
+from asyncllm.config import roles
 from asyncllm.core.metrics import Process, ServerMetrics, State
 from asyncllm.errors import FatalError, Mismatch, PeerLost, StartupError
 from asyncllm.messages import Drain, GroupLost, Replaced
@@ -329,8 +330,12 @@ class Server:
         host = f"[{host}]" if ":" in host else host
         scheme = "https" if boot.config.ssl_certfile else "http"
         url = f"{scheme}://{host}:{boot.config.port}"
-        line = curl_line(url, names[0], secured=bool(boot.config.api_key))
-        sys.stdout.write(f"asyncllm is ready: {url} serves {names[0]}\n{line}\n")
+        if boot.config.run_mode in roles.NODES:
+            what = f"{boot.config.run_mode} node {url}; requests go to its pd_master"
+        else:
+            line = curl_line(url, names[0], secured=bool(boot.config.api_key))
+            what = f"{url} serves {names[0]}\n{line}"
+        sys.stdout.write(f"asyncllm is ready: {what}\n")
         sys.stdout.flush()
 
     # -- the end --------------------------------------------------------------------------------

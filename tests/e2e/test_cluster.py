@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -105,6 +106,9 @@ def test_the_clients_name_for_a_request_is_in_the_log_of_each_node(cluster: Clus
 
 def test_a_node_sends_its_callers_to_its_master(cluster: Cluster) -> None:
     for node in (cluster.prefill[0], cluster.decode[0]):
+        assert node.process.stdout is not None
+        said = node.process.stdout.readline().decode()
+        assert re.fullmatch(rf"asyncllm is ready: \w+ node {node.url}; requests go to .*\n", said)
         status, _, text = refusal(node, "greedy")
         assert status == 400
         assert f"pd_master at 127.0.0.1:{cluster.master.port}" in text
