@@ -19,6 +19,12 @@ MODELS = {
     "text": {"completion": True},
     "resp": {"responses": True},
 }
+SCHEMA = {
+    "type": "object",
+    "properties": {"age": {"type": "integer"}, "good": {"type": "boolean"}},
+    "required": ["age", "good"],
+    "additionalProperties": False,
+}
 
 
 class Shell:
@@ -60,8 +66,10 @@ class Shell:
         return f"{usage['input_tokens']} in, {usage['output_tokens']} out"
 
     def schema(self) -> str:
+        """Closed: under an open one, as ``llm`` makes of "age int, good bool", this model adds
+        properties without end."""
         text = self("-m", "chat", "-o", "max_tokens", "200", "-o", "temperature", "0",
-                    "--schema", "age int, good bool", "Invent a dog")  # fmt: skip
+                    "--schema", json.dumps(SCHEMA), "Invent a dog")  # fmt: skip
         assert set(json.loads(text)) == {"age", "good"}, text
         return text
 

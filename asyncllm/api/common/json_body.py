@@ -24,6 +24,7 @@ MAX_DIGITS: Final = 400  # of an integer: reading one takes the square of its le
 _STRUCTURE: Final = b"[]{},"
 _NOT_STRUCTURE: Final = bytes(set(range(256)) - set(_STRUCTURE))
 _DIGITS: Final = bytes(ord("1") if byte in b"0123456789" else ord(" ") for byte in range(256))
+_LONG: Final = b"1" * (MAX_DIGITS + 1)
 _STEP: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
@@ -85,6 +86,9 @@ def _check(
     Args:
         texts: what ``raw`` consists of, where some may have brackets that nothing closes.
     """
+    few = raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH
+    if few and len(raw) <= min(MAX_CONTAINERS, max_values) and _LONG not in raw.translate(_DIGITS):
+        return  # too little of anything
     plain = _plain(raw)
     strings = plain.count(b'"') // 2
     if strings > MAX_STRINGS:
@@ -105,7 +109,7 @@ def _check(
                 _check(text, max_values, what, name)
         elif depth > MAX_DEPTH:
             _too_many(what, depth, "levels", MAX_DEPTH, name)
-    if b"1" * (MAX_DIGITS + 1) in outside.translate(_DIGITS):
+    if _LONG in outside.translate(_DIGITS):
         reject(f"{what}: a number has more than {MAX_DIGITS} digits", name)
 
 

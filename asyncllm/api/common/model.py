@@ -264,12 +264,14 @@ class Variants:
     ) -> CoreSchema:
         members = (source,) if isinstance(source, type) else get_args(source)
         tags = {tag: member for member in members for tag in self._tags(member)}
-        known = [tag[2:] for tag in tags if tag.startswith(f"{_VARIANT}=")]
+        known = {tag[2:]: tag for tag in tags if tag.startswith(f"{_VARIANT}=")}
+        other = f"{_VARIANT}="
 
         def tag_of(value: object) -> str:
             if isinstance(value, dict) and (kind := value.get(self.key)) is not None:
-                word = self.fold(kind) if isinstance(kind, str) else ""
-                return f"{_VARIANT}={word if word in known else ''}"
+                if not isinstance(kind, str):
+                    return other
+                return known.get(kind) or known.get(self.fold(kind), other)
             return _type_tag(value)
 
         return core_schema.tagged_union_schema(

@@ -148,7 +148,7 @@ def responses_tools(
     by_name: dict[str, Offered] = {}
     made: list[Tool] = []
     hosted: list[str] = []
-    plain = {each.tool.name for each in given if isinstance(each, FlatTool | FreeTextTool)}
+    plain = {each.name for each in given if isinstance(each, FlatTool | FreeTextTool)}
     for at, each, namespace in _flat(given):
         if isinstance(each, HostedTool):
             hosted.append(each.type)
@@ -160,7 +160,7 @@ def responses_tools(
         if told in by_name:
             reject(f"{at}: there is another tool {preview(told)}", f"{at}.name")
         by_name[told] = Offered(tool.name, namespace, isinstance(each, FreeTextTool))
-        made.append(replace(tool, name=told))
+        made.append(tool if told == tool.name else replace(tool, name=told))
     if why := tool_request.too_much(made):
         reject(f"tools{why}", "tools")
     return ResponsesTools(tuple(made), by_name, tuple(dict.fromkeys(hosted)))
