@@ -1,11 +1,14 @@
 """What the event loop of rank 0 costs, in CPU time: streams, hops, scheduling, detokenizing.
 
     python bench/loop.py [--streams 256] [--tokens 200] [--step_ms 20]
+    python bench/loop.py --only requests [--inp 1024] [--profile]
 
 The frontend path is real but for the device: HTTP, tokenizer, detokenizer and frontend serve clients
-in other processes, and a scheduler of our own hands out one token per stream and step. Only this
-process's CPU time counts, so that other work on the machine matters little; the small parts are
-best of several rounds.
+in other processes, and a scheduler of our own hands out one token per stream and step. Then whole
+requests, with the real scheduler, allocator and runner and a device that makes up its tokens: prompts
+of 8 ids, of ``--inp`` ids and of about as many tokens of text, with 256 tokens each, two for each
+stream; what a request costs is divided over its tokens. Only this process's CPU time counts, so that
+other work on the machine matters little; the small parts are best of several rounds.
 """
 
 from __future__ import annotations
@@ -15,23 +18,29 @@ import asyncio
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.base import Actor
 from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.frontend import Frontend, Limits
 from asyncllm.actors.renderer import Renderer
+from asyncllm.actors.runner import Runner
+from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.api.common.answer import Vocab
@@ -44,11 +53,23 @@ from asyncllm.core.window_slots import WindowLedger
 from asyncllm.core.windows import PerSpace, Window
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
-from asyncllm.messages import Abort, Finished, Gone, OpenTextStream, Started, Submit, Tokens
+from asyncllm.messages import (
+    Abort,
+    Finished,
+    Gone,
+    OpenTextStream,
+    Started,
+    StepDone,
+    StepPlan,
+    Submit,
+    Tokens,
+)
 from asyncllm.templates import Chats
 from asyncllm.text import Text, load_tokenizer
 
 ROUNDS = 7
+WORDS = ["the", "of", "and", "a", "to", "in", "is", "it", "for", "on", "that", "with", "as", "was", "by", "at", "from", "they", "or", "one", "had", "word", "but", "not", "what", "all", "were", "we", "when", "your", "can", "said", "there", "use", "an", "each", "which", "she", "do", "how", "their", "if", "will", "up", "other", "about", "out", "many", "then", "them", "these", "so", "some", "her", "would", "make", "like", "him", "into", "time", "has", "look", "two", "more", "write", "go", "see", "number", "no", "way", "could", "people", "my", "than", "first", "water", "been", "call", "who", "oil", "its", "now", "find", "long", "down", "day", "did", "get", "come", "made", "may", "part"]
+TOKENS_A_WORD = 1.0
 MAX_LEN = 8192
 
 
@@ -68,6 +89,39 @@ def best(work: Callable[[], object], per: int, rounds: int = ROUNDS) -> float:
 
 def tokens_of(step: int, rids: array[int], ids: list[int]) -> Tokens:
     return Tokens(step, rids, i32(ids), bytes(len(ids)), None, ())
+
+
+class Sampler:
+    """Samples the loop's thread 500 times a second of its CPU time; prints where it was."""
+
+    def __init__(self) -> None:
+        self._lines: Counter[str] = Counter()
+        self._all: Counter[str] = Counter()
+
+    def start(self) -> None:
+        signal.signal(signal.SIGPROF, self._sample)
+        signal.setitimer(signal.ITIMER_PROF, 0.002, 0.002)
+
+    def _sample(self, _: int, frame: FrameType | None) -> None:
+        seen = set()
+        for depth in range(60):
+            if frame is None:
+                break
+            code = frame.f_code
+            place = f"{'/'.join(code.co_filename.split('/')[-3:])}:{code.co_qualname}"
+            if not depth:
+                self._lines[f"{place}:{frame.f_lineno}"] += 1
+            seen.add(place)
+            frame = frame.f_back
+        self._all.update(seen)
+
+    def stop(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        total = sum(self._lines.values())
+        for title, counts in (("inside", self._lines), ("inside or below", self._all)):
+            print(title)
+            for place, num in counts.most_common(40):
+                print(f"  {100 * num / total:5.1f} % {place}")
 
 
 class Quiet(Actor[Any]):
@@ -117,11 +171,12 @@ class Pacer(Actor[Any]):
             self.detokenizer.tell(end)
 
 
-async def streams(args: argparse.Namespace, text: Text) -> None:
-    system = ActorSystem()
-    sock = socket.create_server(("127.0.0.1", 0))
+def frontend(
+    args: argparse.Namespace, text: Text, sock: socket.socket
+) -> tuple[Frontend, asyncio.Event]:
+    """It, and what is set when it serves."""
     pieces, opened = text.pieces, asyncio.Event()
-    front = Frontend(
+    made = Frontend(
         served=ServedModel(
             name="m", listed=("m",), accepted=frozenset({"m"}), model_name="m",
             max_len=MAX_LEN, vocab_size=len(pieces), created=0,
@@ -133,6 +188,14 @@ async def streams(args: argparse.Namespace, text: Text) -> None:
         limits=Limits(max_running=args.streams, max_waiting=1),
         on_open=opened.set,
     )  # fmt: skip
+    return made, opened
+
+
+async def streams(args: argparse.Namespace, text: Text) -> None:
+    system = ActorSystem()
+    sock = socket.create_server(("127.0.0.1", 0))
+    front, opened = frontend(args, text, sock)
+    pieces = text.pieces
     pacer = Pacer(args.streams, args.tokens, args.step_ms / 1e3, len(pieces))
     tokenizer = Tokenizer(text, Renderer(Chats({}, {})), limit=MAX_LEN, vocab_size=len(pieces))
     for actor in (pacer, Detokenizer(text), tokenizer, front, Quiet("watchdog")):
@@ -161,12 +224,18 @@ async def streams(args: argparse.Namespace, text: Text) -> None:
     row("  share of one core", 100 * cpu / wall, "%")
 
 
-def start_clients(args: argparse.Namespace, port: int) -> list[subprocess.Popen[bytes]]:
+def start_clients(
+    args: argparse.Namespace, port: int, inp: str = "ids 8", turns: int = 1
+) -> list[subprocess.Popen[bytes]]:
+    """Clients with prompts of ``inp``, each stream ``turns`` times."""
     shares = [len(range(i, args.streams, args.clients)) for i in range(args.clients)]
     command = [sys.executable, __file__, "--client", str(port), "--tokens", str(args.tokens)]
+    command += ["--prompts", inp, "--turns", str(turns)]
     return [
-        subprocess.Popen([*command, "--streams", str(share)], stdout=subprocess.PIPE)
-        for share in shares
+        subprocess.Popen(
+            [*command, "--streams", str(share), "--seed", str(i)], stdout=subprocess.PIPE
+        )
+        for i, share in enumerate(shares)
     ]
 
 
@@ -174,12 +243,26 @@ def _busy(system: ActorSystem, name: str) -> float:
     return next(a.busy_s for a in system.actors if a.name == name)
 
 
-async def client(port: int, num_streams: int, num_tokens: int) -> None:
+def prompt(kind: str, length: int, rng: random.Random) -> list[int] | str:
+    """One of ``length`` ids, or of words of about as many tokens; none shares more than a few."""
+    if kind == "ids":
+        return [rng.randrange(1000, 40000) for _ in range(length)]
+    words = [rng.choice(WORDS) for _ in range(int(length / TOKENS_A_WORD))]
+    return " ".join(words)
+
+
+async def client(args: argparse.Namespace) -> None:
     """Reads streams as raw bytes and counts the chunks with text; prints the count."""
+    port, num_streams, num_tokens = args.client, args.streams, args.tokens
+    rng, (kind, length) = random.Random(args.seed), args.prompts.split()
+    prompts = [prompt(kind, int(length), rng) for _ in range(num_streams * args.turns)]
 
     async def one(i: int) -> int:
+        return sum([await ask(prompts[i * args.turns + j]) for j in range(args.turns)])
+
+    async def ask(text: list[int] | str) -> int:
         body = json.dumps(
-            {"model": "m", "prompt": [300 + i] * 8, "max_tokens": num_tokens, "stream": True,
+            {"model": "m", "prompt": text, "max_tokens": num_tokens, "stream": True,
              "ignore_eos": True}
         )  # fmt: skip
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -196,6 +279,87 @@ async def client(port: int, num_streams: int, num_tokens: int) -> None:
 
     counts = await asyncio.gather(*map(one, range(num_streams)))
     print(sum(counts))
+
+
+# -- whole requests ------------------------------------------------------------------------------
+
+
+class Invented:
+    """A device that makes up its tokens; implements the runner's ``Device`` and ``Pending``."""
+
+    def __init__(self, step_s: float, num_ids: int) -> None:
+        self._step_s, self._num_ids = step_s, num_ids
+        self._rng, self._free_at = random.Random(0), 0.0
+        self.cpu_s = 0.0  # of making them up
+        self.steps = 0
+
+    def launch(self, plan: StepPlan) -> InventedStep:
+        begin = time.thread_time()
+        self.steps += 1
+        self._free_at = max(self._free_at, time.perf_counter()) + self._step_s
+        ids = [self._rng.randrange(100, self._num_ids) if s else -1 for s in plan.samples]
+        step = InventedStep(StepDone(plan.step, i32(ids), None), self._free_at)
+        self.cpu_s += time.thread_time() - begin
+        return step
+
+    def close(self) -> None:
+        pass
+
+
+class InventedStep:
+    """It is over at ``end``."""
+
+    gap_ms: float | None = None
+
+    def __init__(self, done: StepDone, end: float) -> None:
+        self._done, self._end = done, end
+
+    def wait(self) -> StepDone:
+        time.sleep(max(0.0, self._end - time.perf_counter()))
+        return self._done
+
+
+async def requests(args: argparse.Namespace, text: Text, inp: str, profile: bool) -> float:
+    """CPU microseconds per streamed token of whole requests, but the device's."""
+    system = ActorSystem()
+    sock = socket.create_server(("127.0.0.1", 0))
+    front, opened = frontend(args, text, sock)
+    tokenizer = Tokenizer(text, Renderer(Chats({}, {})), limit=MAX_LEN, vocab_size=len(text.pieces))
+    num_slots = args.streams * 2 * 2048
+    scheduler = Scheduler(
+        num_lanes=args.streams, num_slots=num_slots, batch_max_tokens=8192,
+        chunked_prefill_size=4096, eos_ids=(2,), runners=[0], vocab_size=len(text.pieces),
+        max_len=MAX_LEN,
+    )  # fmt: skip
+    device = Invented(args.step_ms / 1e3, len(text.pieces))
+    engine = (Allocator(num_slots, siblings=True), scheduler, Runner(device, reports=True))
+    for actor in (*engine, Detokenizer(text), tokenizer, front, Quiet("watchdog")):
+        system.add(actor)
+    running = asyncio.create_task(system.run())
+    system.ref("frontend").tell(Started())
+    await opened.wait()
+    turns = 2
+    samples = Sampler() if profile else None
+    clients = start_clients(args, sock.getsockname()[1], inp, turns)
+    cpu_s, kernel_s = time.process_time(), os.times().system
+    if samples:
+        samples.start()
+    loop = asyncio.get_running_loop()
+    await asyncio.gather(*(loop.run_in_executor(None, c.communicate) for c in clients))
+    cpu_s, kernel_s = time.process_time() - cpu_s - device.cpu_s, os.times().system - kernel_s
+    if samples:
+        samples.stop()
+    system.stop()
+    await running
+    total = args.streams * args.tokens * turns
+    busy = ", ".join(
+        f"{a.name} {1e6 * a.busy_s / total:.2f}"
+        for a in system.actors
+        if 1e6 * a.busy_s > total / 20
+    )
+    row(f"streamed token, prompts of {inp}, {args.tokens} tokens each", 1e6 * cpu_s / total, "us")
+    print(f"  in the kernel {1e6 * kernel_s / total:.2f}; handlers: {busy}", flush=True)
+    return 1e6 * cpu_s / total
 
 
 # -- hops ------------------------------------------------------------------------------------------
@@ -324,12 +488,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="per stream")
     parser.add_argument("--step_ms", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=2, help="client processes")
-    parser.add_argument("--client", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--inp", type=int, default=1024, help="prompt tokens of whole requests")
+    parser.add_argument("--only", choices=("requests",), help="leave out everything else")
+    parser.add_argument("--kinds", nargs="+", default=["short", "ids", "text"], help="of requests")
+    parser.add_argument("--profile", action="store_true", help="print where requests take time")
+    for name, kind in (("client", int), ("seed", int), ("turns", int), ("prompts", str)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client:
-        uvloop.run(client(args.client, args.streams, args.tokens))
+        uvloop.run(client(args))
         return
     text = load_tokenizer(str(ensure_demo_model(cache_dir())))
+    args.tokens = args.tokens if args.only is None else 256
+    if args.only is None:
+        parts(args, text)
+    inputs = {"short": "ids 8", "ids": f"ids {args.inp}", "text": f"text {args.inp}"}
+    for kind in args.kinds:
+        uvloop.run(requests(args, text, inputs[kind], args.profile))
+
+
+def parts(args: argparse.Namespace, text: Text) -> None:
+    """Everything but whole requests."""
     row("hop, one message", hops(1, False), "us")
     row("hop, bursts of 64, per message", hops(64, False), "us")
     row("hop, one message through the codec", hops(1, True), "us")
