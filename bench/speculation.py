@@ -26,7 +26,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.api.parsing.output_parser import dialect_of
 from asyncllm.constrain.factory import Constraints
 from asyncllm.constrain.llguidance_backend import Grammars
+from asyncllm.core.lookup import Lookup
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.speculation import Speculation
 from asyncllm.engine.device import CpuDevice, CudaDevice
@@ -97,6 +98,7 @@ class Figures:
     drafted: int
     accepted: int
     outputs: list[list[int]]
+    alone: dict[str, float] = field(default_factory=dict)  # see ``alone``
 
     @property
     def per_step(self) -> float:
@@ -325,6 +327,7 @@ async def measure(a: argparse.Namespace, loaded: Loaded) -> list[Figures]:
                     if len(out) < 2:
                         await bench.run(kind, asked[:WARM], WARM, guesses=guesses, own=a.own)
                     got = await bench.run(kind, asked, conc, guesses=guesses, own=a.own)
+                    got.alone = alone(asked, got.outputs, bench.speculation.most)
                     out.append(got)
                     print(line(got), flush=True)
     finally:
@@ -332,6 +335,31 @@ async def measure(a: argparse.Namespace, loaded: Loaded) -> list[Figures]:
     times = bench.speculation.times
     known = {rows: round(times.decoding(rows), 2) for rows in (1 << kind for kind in range(9))}
     print(f"step ms by rows {known}, gap ms {1e3 * times.gap_s:.2f}")
+    return out
+
+
+def alone(asked: Sequence[Asked], outputs: Sequence[Sequence[int]], most: int) -> dict[str, float]:
+    """Tokens per step that the lookup gives where rows cost nothing, by the least chance of a
+    draft that is tried."""
+    out = {}
+    for least in (0.1, 0.3, 0.5):
+        steps = tokens = 0
+        for one, output in zip(asked, outputs, strict=True):
+            lookup, i = Lookup(one.prompt, len(one.prompt) + len(output)), 1
+            lookup.read(len(one.prompt))
+            lookup.push(output[0])
+            while i < len(output):
+                num = sum(chance >= least for chance in lookup.chances(most))
+                for draft in (*(lookup.guess(num) if num else ()), None):
+                    if i == len(output):
+                        break
+                    lookup.push(output[i])
+                    i += 1
+                    if draft != output[i - 1]:
+                        break
+                steps += 1
+            tokens += len(output) - 1
+        out[f"{least:g}"] = round(tokens / max(steps, 1), 2)
     return out
 
 
@@ -356,7 +384,8 @@ def summary(runs: Sequence[Figures]) -> tuple[str, bool]:
         lines.append(
             f"{kind:<7}{conc:>5} at a time: {on[-1].per_step:.2f} tokens a step, "
             f"{speeds[1]:.1f} tok/s, x {speeds[1] / speeds[0]:.3f}, "
-            f"{differ} of {len(on[-1].outputs)} answers differ"
+            f"{differ} of {len(on[-1].outputs)} answers differ; tokens a step of the lookup alone, "
+            f"by its least chance: {on[-1].alone}"
         )
     return "\n".join(lines), same
 

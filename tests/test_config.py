@@ -67,7 +67,7 @@ OURS: dict[str, Any] = {
     "use_tgi_api": False,
     "diverse_mode": False,
     "speculative": "none",
-    "speculative_tokens": 8,
+    "speculative_tokens": 16,
     "dp_balancer": "cache_aware",
     "cluster_port": None,
     "pd_master_mode": "elastic",

@@ -125,7 +125,7 @@ class BatchOptions:
         "outputs do not change; drafts are only used when they pay off",
     )  # fmt: skip
     speculative_tokens: int = flag(
-        8, check=between(1, 64), needs=GUESSES,
+        16, check=between(1, 64), needs=GUESSES,
         help="maximum number of draft tokens per request and step",
     )  # fmt: skip
     max_waiting: int = flag(

@@ -9,7 +9,7 @@ from array import array
 
 from asyncllm.codec import INT32
 
-GRAM = 3  # tokens that must match to find a position
+GRAM = 2  # tokens that must match to find a position
 DEPTH = 8  # earlier positions that are compared, the latest first
 LONGEST = 32  # tokens compared per position
 NEAR = 48  # after a mismatch: tokens ahead of the position within which it may be resumed
@@ -77,13 +77,13 @@ class Lookup:
         if begin == end:
             return 0
         ids, heads, prev, mask = self.ids, self._heads, self._prev, self._mask
-        first, second = (ids[max(begin - i, 0)] if begin else 0 for i in (2, 1))
+        before = ids[begin - 1] if begin else 0
         for i in range(begin, end):
-            third = ids[i]
-            key = (first * 0x9E3B1 + second * 0x85EB5 + third * 0xC2B2B) & mask
+            token = ids[i]
+            key = (before * 0x9E3B1 + token * 0xC2B2B) & mask
             prev.append(heads[key])
             heads[key] = i + 1
-            first, second = second, third
+            before = token
         if end == len(ids) and self._place < 0:
             self._find()
         return end - begin
@@ -156,9 +156,9 @@ class Lookup:
         return out
 
     def _key(self) -> int:
-        ids, end = self.ids, len(self.ids)
-        first, second = (ids[end - i] if end >= i else 0 for i in (3, 2))
-        return (first * 0x9E3B1 + second * 0x85EB5 + ids[-1] * 0xC2B2B) & self._mask
+        ids = self.ids
+        before = ids[-2] if len(ids) > 1 else 0
+        return (before * 0x9E3B1 + ids[-1] * 0xC2B2B) & self._mask
 
     def _find(self) -> None:
         """Find the position that matches the end of the text best, if there is one."""
