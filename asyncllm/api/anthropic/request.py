@@ -21,12 +21,12 @@ from asyncllm.api.common import tool_request
 from asyncllm.api.common.conversation import MAX_MESSAGES, with_system
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.model import (
-    Float,
-    Integer,
     Items,
-    Range,
+    Positive,
     RequestModel,
     StopString,
+    TopK,
+    TopP,
     Unavailable,
     UnicodeStr,
     Variants,
@@ -37,7 +37,6 @@ from asyncllm.api.common.request import GenerationRequest, ModelName, ServedMode
 from asyncllm.api.common.response_format import SchemaObject
 from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolChoice, ToolRef
 from asyncllm.api.common.validation import (
-    MAX_INT32,
     MAX_STOP,
     MAX_STOP_CHARS,
     Body,
@@ -97,7 +96,7 @@ class ThinkingMode(RequestModel):
 
 class ThinkingBudget(RequestModel):
     type: Literal["enabled"]
-    budget_tokens: Annotated[Integer, Range(1, MAX_INT32)]
+    budget_tokens: Positive
     display: Literal["summarized", "omitted"] = "summarized"
 
 
@@ -113,7 +112,7 @@ class OutputConfig(RequestModel):
 
 class ThinkingTurns(RequestModel):
     type: Literal["thinking_turns"] = "thinking_turns"
-    value: Annotated[Integer, Range(1, MAX_INT32)]
+    value: Positive
 
 
 class AllThinking(RequestModel):
@@ -196,21 +195,15 @@ class CountRequest(RequestModel):
 class MessageRequest(CountRequest):
     refused: ClassVar = {**CountRequest.refused, "container": Unavailable("a container")}
     ignored: ClassVar = {**CountRequest.ignored, "metadata": "nothing is kept of users"}
-    max_tokens: Annotated[Integer, Range(1, MAX_INT32)] = Field(
-        description="tokens to generate at most"
-    )
+    max_tokens: Positive = Field(description="tokens to generate at most")
     stop_sequences: Annotated[Items[StopString], Field(max_length=MAX_STOP)] = Field(
         default_factory=list,
         description=f"at most {MAX_STOP} strings of at most {MAX_STOP_CHARS} characters; cut from "
         "the text",
     )
-    temperature: Annotated[Float, Range(0, 1)] = Field(1.0, description="0: greedy")
-    top_p: Annotated[Float, Range(0, 1)] = Field(
-        1.0, description="smallest set of tokens with this probability"
-    )
-    top_k: Annotated[Integer, Range(-1, MAX_INT32)] = Field(
-        -1, description="this many best tokens; -1 or 0: all"
-    )
+    temperature: TopP = Field(1.0, description="0: greedy")
+    top_p: TopP = Field(1.0, description="smallest set of tokens with this probability")
+    top_k: TopK = Field(-1, description="this many best tokens; -1 or 0: all")
     stream: bool = Field(False, description="answer as server-sent events")
 
 

@@ -9,19 +9,28 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from asyncllm.api.common.model import Float, Integer, Range, RequestModel, parse
-from asyncllm.api.common.validation import MAX_INT32, Body
+from asyncllm.api.common.model import (
+    Float,
+    Positive,
+    Range,
+    RepetitionPenalty,
+    RequestModel,
+    TopK,
+    TopP,
+    parse,
+)
+from asyncllm.api.common.validation import Body
 from asyncllm.errors import RequestError, StartupError
 
 
 class GenerationConfig(RequestModel):
     do_sample: bool | None = None
     temperature: Annotated[Float, Range(0)] | None = None
-    top_p: Annotated[Float, Range(0, 1)] | None = None
-    top_k: Annotated[Integer, Range(-1, MAX_INT32)] | None = None
-    min_p: Annotated[Float, Range(0, 1)] | None = None
-    repetition_penalty: Annotated[Float, Range(0, 10, above=True)] | None = None
-    max_new_tokens: Annotated[Integer, Range(1, MAX_INT32)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: TopP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    max_new_tokens: Positive | None = None
 
 
 def read_defaults(content: Body) -> dict[str, object]:

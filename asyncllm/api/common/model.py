@@ -36,7 +36,14 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.validation import MAX_STOP_CHARS, preview
+from asyncllm.api.common.validation import (
+    MAX_INT32,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_SEED,
+    MAX_STOP_CHARS,
+    preview,
+)
 from asyncllm.errors import RequestError
 
 _T = TypeVar("_T")
@@ -180,20 +187,19 @@ Float = Annotated[float, BeforeValidator(_bounded), Field(allow_inf_nan=False)]
 # without lone surrogates, which no tokenizer can encode
 UnicodeStr = Annotated[str, Field(min_length=0)]  # any limit makes pydantic look at characters
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-
-
-class _FailFast:
-    """The first bad item is told, so no other need be looked for."""  # pydantic's has no hash
-
-    def __get_pydantic_core_schema__(
-        self, source: object, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        (item,) = get_args(source)
-        return core_schema.list_schema(handler.generate_schema(item), fail_fast=True)
-
-
-Items = Annotated[list[_T], _FailFast()]
+# the first bad item is told, so no other need be looked for
+Items = Annotated[list[_T], Field(fail_fast=True)]
 AnyObject = dict[str, object]
+
+
+def limits_text(low: float | None, high: float | None, above: bool = False) -> str:
+    """A range in words, e.g. ``(0, 10]``; "" where there is none."""
+    if low is None and high is None:
+        return ""
+    least = "(-inf" if low is None else f"{'(' if above else '['}{low:g}"
+    if high is None:
+        return f"{least}, inf)"
+    return f"{least}, {high:g}]" if abs(high) < 1e6 else f"{least}, {int(high)}]"
 
 
 class Range:
@@ -234,6 +240,16 @@ class Range:
         if self.high is not None:
             schema["maximum"] = self.high
         return schema
+
+
+Positive = Annotated[Integer, Range(1, MAX_INT32)]
+NonNegative = Annotated[Integer, Range(0, MAX_INT32)]
+TopP = Annotated[Float, Range(0, 1)]
+TopK = Annotated[Integer, Range(-1, MAX_INT32)]
+RepetitionPenalty = Annotated[Float, Range(0, 10, above=True)]
+Seed = Annotated[Integer, Range(-1, MAX_SEED)]
+NumChoices = Annotated[Integer, Range(1, MAX_N)]
+NumBest = Annotated[Integer, Range(0, MAX_LOGPROBS)]
 
 
 class Variants:
@@ -310,7 +326,7 @@ def _type_tag(value: object) -> str:
 
 
 class Checked:
-    """A value that a function checks and converts.
+    """A value that a function checks and converts, of a type that pydantic cannot read.
 
     Args:
         check: value, and what pydantic knows of it, to a result of any type.
@@ -330,16 +346,6 @@ class Checked:
 
 
 # -- errors and limits in words ----------------------------------------------------------------
-
-
-def limits_text(low: float | None, high: float | None, above: bool = False) -> str:
-    """A range in words, e.g. ``(0, 10]``; "" where there is none."""
-    if low is None and high is None:
-        return ""
-    least = "(-inf" if low is None else f"{'(' if above else '['}{low:g}"
-    if high is None:
-        return f"{least}, inf)"
-    return f"{least}, {high:g}]" if abs(high) < 1e6 else f"{least}, {int(high)}]"
 
 
 def _explained(found: ErrorDetails) -> RequestError:

@@ -16,9 +16,13 @@ from asyncllm.api.common.model import (
     Float,
     Integer,
     Items,
+    NonNegative,
     Range,
+    RepetitionPenalty,
     RequestModel,
     StopString,
+    TopK,
+    TopP,
     Variants,
     refuse,
 )
@@ -60,7 +64,7 @@ Stop = Annotated[
     StopString | Annotated[Items[StopString], MaxLen(MAX_STOP)], Variants("a string or an array")
 ]
 LengthPenalty = Annotated[
-    tuple[Annotated[Integer, Range(0, MAX_INT32)], Annotated[Float, Range(1, MAX_DECAY)]],
+    tuple[NonNegative, Annotated[Float, Range(1, MAX_DECAY)]],
     Strict(False),  # JSON has no tuples
     BeforeValidator(_pair),
 ]
@@ -82,22 +86,16 @@ class Unchanged(TypedDict):
 
 
 class SamplingFields(RequestModel):
-    top_p: Annotated[Float, Range(0, 1)] = Field(
-        1.0, description="smallest set of tokens with this probability; 0: greedy"
-    )
-    top_k: Annotated[Integer, Range(-1, MAX_INT32)] = Field(
-        -1, description="this many best tokens; -1 or 0: all"
-    )
-    min_p: Annotated[Float, Range(0, 1)] = Field(
-        0.0, description="tokens at least this share of the best one's probability"
-    )
+    top_p: TopP = Field(1.0, description="smallest set of tokens with this probability; 0: greedy")
+    top_k: TopK = Field(-1, description="this many best tokens; -1 or 0: all")
+    min_p: TopP = Field(0.0, description="tokens at least this share of the best one's probability")
     presence_penalty: Annotated[Float, Range(-2, 2)] = Field(
         0.0, description="subtracted once from the logit of each generated token"
     )
     frequency_penalty: Annotated[Float, Range(-2, 2)] = Field(
         0.0, description="subtracted per occurrence from the logit of each generated token"
     )
-    repetition_penalty: Annotated[Float, Range(0, 10, above=True)] = Field(
+    repetition_penalty: RepetitionPenalty = Field(
         1.0,
         description="divides positive, multiplies negative logits of generated tokens",
     )

@@ -19,8 +19,12 @@ from asyncllm.api.common.model import (
     Float,
     Integer,
     Items,
+    NonNegative,
+    NumChoices,
+    Positive,
     Range,
     RequestModel,
+    Seed,
     StopString,
     Unavailable,
     UnicodeStr,
@@ -37,10 +41,7 @@ from asyncllm.api.common.request import (
 from asyncllm.api.common.response_format import MAX_CHARS, Grammar, GrammarText, SchemaOrText
 from asyncllm.api.common.sampling_fields import SamplingFields, Token
 from asyncllm.api.common.validation import (
-    MAX_INT32,
     MAX_LOGPROBS,
-    MAX_N,
-    MAX_SEED,
     MAX_STOP,
     Body,
     preview,
@@ -88,12 +89,8 @@ class CommonParameters(SamplingFields):
     input_penalty: bool = Field(
         False, description="repetition_penalty counts the prompt's tokens too"
     )
-    max_new_tokens: Annotated[Integer, Range(1, MAX_INT32)] | None = Field(
-        None, description="absent: what fits into the context"
-    )
-    min_new_tokens: Annotated[Integer, Range(0, MAX_INT32)] = Field(
-        1, description="eos and stop tokens are banned before"
-    )
+    max_new_tokens: Positive | None = Field(None, description="absent: what fits into the context")
+    min_new_tokens: NonNegative = Field(1, description="eos and stop tokens are banned before")
     stop_sequences: StopSequences | None = Field(
         None,
         description=f"a string, or an array of at most {MAX_STOP} strings and arrays of token ids, at "
@@ -145,11 +142,9 @@ class CommonParameters(SamplingFields):
 
 
 class NativeParameters(CommonParameters):
-    n: Annotated[Integer, Range(1, MAX_N)] = Field(1, description="choices; 1 on /generate_stream")
-    best_of: Annotated[Integer, Range(1, MAX_N)] | None = Field(None, description="only equal to n")
-    seed: Annotated[Integer, Range(-1, MAX_SEED)] = Field(
-        -1, description="same seed, same tokens; -1: draw one"
-    )
+    n: NumChoices = Field(1, description="choices; 1 on /generate_stream")
+    best_of: NumChoices | None = Field(None, description="only equal to n")
+    seed: Seed = Field(-1, description="same seed, same tokens; -1: draw one")
     return_details: bool = Field(
         False, description="each token in the answer, as streams have them anyway"
     )

@@ -20,10 +20,15 @@ from asyncllm.api.common.model import (
     AnyObject,
     Checked,
     Float,
-    Integer,
     Items,
+    NonNegative,
+    NumBest,
+    NumChoices,
     Range,
+    RepetitionPenalty,
     RequestModel,
+    Seed,
+    TopK,
     UnicodeStr,
     Variants,
     parse,
@@ -57,12 +62,8 @@ from asyncllm.api.common.response_format import (
 from asyncllm.api.common.sampling_fields import SamplingFields, Stop, Token
 from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolRequest
 from asyncllm.api.common.validation import (
-    MAX_INT32,
     MAX_LOGPROB_IDS,
-    MAX_LOGPROBS,
-    MAX_N,
     MAX_PROMPTS,
-    MAX_SEED,
     MAX_STOP,
     MAX_STOP_CHARS,
     MAX_STOP_IDS,
@@ -125,20 +126,18 @@ class CommonRequest(SamplingFields):
     model: ModelName = None
     refused: ClassVar = REFUSED
     ignored: ClassVar = IGNORED
-    max_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
+    max_tokens: NonNegative | None = Field(
         None, description="tokens to generate at most; absent: what fits into the context"
     )
-    max_completion_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
+    max_completion_tokens: NonNegative | None = Field(
         None, description="the newer name of max_tokens; wins over it"
     )
-    min_tokens: Annotated[Integer, Range(0, MAX_INT32)] = Field(
-        0, description="eos and stop tokens are banned before"
-    )
+    min_tokens: NonNegative = Field(0, description="eos and stop tokens are banned before")
     do_sample: bool = Field(
         True, description="false: greedy, whatever temperature, top_p and top_k say"
     )
     temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
-    repetition_penalty: Annotated[Float, Range(0, 10, above=True)] = Field(
+    repetition_penalty: RepetitionPenalty = Field(
         1.0,
         description="divides positive, multiplies negative logits of prompt and generated tokens",
     )
@@ -155,10 +154,10 @@ class CommonRequest(SamplingFields):
         description="the stop string that ended the text, or the stop token unless it is a special "
         "one, is the end of it",
     )
-    seed: Annotated[Integer, Range(-1, MAX_SEED)] = Field(
+    seed: Seed = Field(
         -1, description="same seed, same tokens; choice i of n has seed + i; -1: draw one"
     )
-    n: Annotated[Integer, Range(1, MAX_N)] = Field(1, description="choices for each prompt")
+    n: NumChoices = Field(1, description="choices for each prompt")
     response_format: ResponseFormat | None = Field(
         None,
         description="{type: text | json_object | json_schema, json_schema: {schema}}: the output is "
@@ -241,7 +240,7 @@ _Prompts = Annotated[list[str], Len(1, MAX_PROMPTS)] | Annotated[list[_Ids], Len
 
 class CompletionRequest(CommonRequest):
     refused: ClassVar = COMPLETION_REFUSED
-    max_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
+    max_tokens: NonNegative | None = Field(
         None,
         description="tokens to generate at most; absent: --completions_default_max_tokens, 16",
     )
@@ -250,12 +249,12 @@ class CompletionRequest(CommonRequest):
         f"at most {MAX_PROMPTS} prompts"
     )
     echo: bool = Field(False, description="the prompt goes before the text")
-    logprobs: Annotated[Integer, Range(0, MAX_LOGPROBS)] | None = Field(
+    logprobs: NumBest | None = Field(
         None,
         description="log-probability of each token and of this many best ones; with echo the "
         "prompt's too",
     )
-    best_of: Annotated[Integer, Range(1, MAX_N)] | None = Field(None, description="only equal to n")
+    best_of: NumChoices | None = Field(None, description="only equal to n")
     add_special_tokens: bool = Field(
         True, description="the tokenizer may put a bos token before a text prompt"
     )
@@ -273,9 +272,7 @@ class ChatRequest(CommonRequest):
         description="the conversation: role and text content (string or text parts)"
     )
     logprobs: bool = Field(False, description="log-probability of each token")
-    top_logprobs: Annotated[Integer, Range(0, MAX_LOGPROBS)] = Field(
-        0, description="and of this many best ones; needs logprobs"
-    )
+    top_logprobs: NumBest = Field(0, description="and of this many best ones; needs logprobs")
     chat_template_kwargs: AnyObject = Field(
         default_factory=dict,
         description="variables for the chat template: those that it reads, enable_thinking, thinking "
@@ -290,7 +287,7 @@ class ChatRequest(CommonRequest):
     reasoning_effort: UnicodeStr | None = Field(
         None, description="handed to the chat template; none: thinking is off"
     )
-    max_thinking_tokens: Annotated[Integer, Range(0, MAX_INT32)] | None = Field(
+    max_thinking_tokens: NonNegative | None = Field(
         None,
         description="tokens of reasoning, after which its end is forced and the answer follows; not "
         "with allowed_token_ids",
@@ -323,7 +320,7 @@ class ChatRequest(CommonRequest):
         description="{type: content, content}: a text that the answer may repeat, such as a file that "
         "it edits; a string or text parts. With --speculative ngram it is searched for drafts",
     )
-    thinking_token_budget: Annotated[Integer, Range(-1, MAX_INT32)] | None = Field(
+    thinking_token_budget: TopK | None = Field(
         None, description="vLLM's name of max_thinking_tokens; -1: no limit"
     )
     verbosity: Literal["low", "medium", "high"] | None = Field(

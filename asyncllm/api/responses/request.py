@@ -16,10 +16,12 @@ from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.model import (
     AnyObject,
     Float,
-    Integer,
     Items,
+    NumBest,
+    Positive,
     Range,
     RequestModel,
+    TopP,
     Unavailable,
     UnicodeStr,
     Variants,
@@ -30,7 +32,7 @@ from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
 from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
 from asyncllm.api.common.response_format import FreeFormat, Grammar, ObjectFormat, checked_schema
 from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS
-from asyncllm.api.common.validation import MAX_INT32, MAX_LOGPROBS, Body, reject
+from asyncllm.api.common.validation import Body, reject
 from asyncllm.api.responses.items import Input, input_messages
 from asyncllm.api.responses.store import Store
 from asyncllm.api.responses.tools import (
@@ -105,13 +107,11 @@ class ResponseRequest(RequestModel):
     store: bool = Field(
         True, description="keep the response in memory for previous_response_id and GET"
     )
-    max_output_tokens: Annotated[Integer, Range(1, MAX_INT32)] | None = Field(
+    max_output_tokens: Positive | None = Field(
         None, description="tokens to generate at most; absent: what fits into the context"
     )
     temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
-    top_p: Annotated[Float, Range(0, 1)] = Field(
-        1.0, description="smallest set of tokens with this probability"
-    )
+    top_p: TopP = Field(1.0, description="smallest set of tokens with this probability")
     text: TextOptions = Field(
         default_factory=TextOptions,
         description="{format: {type: text, json_object or json_schema, name, schema}, verbosity}: "
@@ -142,7 +142,7 @@ class ResponseRequest(RequestModel):
         description=f"{LOGPROBS}: log-probabilities of an answer without tools and reasoning; "
         "anything else has nothing to include",
     )
-    top_logprobs: Annotated[Integer, Range(0, MAX_LOGPROBS)] = Field(
+    top_logprobs: NumBest = Field(
         0, description=f"and of this many best tokens; needs {LOGPROBS} in include"
     )
     metadata: Annotated[

@@ -12,14 +12,21 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import Field
 
 from asyncllm.api.common import response_format
-from asyncllm.api.common.model import Integer, Range, RequestModel, Unavailable, Variants, parse
+from asyncllm.api.common.model import (
+    Integer,
+    NumBest,
+    NumChoices,
+    Positive,
+    Range,
+    RequestModel,
+    Unavailable,
+    Variants,
+    parse,
+)
 from asyncllm.api.common.request import GenerationRequest, ServedModel
 from asyncllm.api.common.response_format import Grammar, GrammarText, SchemaOrText
 from asyncllm.api.common.sampling_fields import Stop
 from asyncllm.api.common.validation import (
-    MAX_INT32,
-    MAX_LOGPROBS,
-    MAX_N,
     MAX_STOP,
     Body,
     reject,
@@ -68,7 +75,7 @@ class TgiParameters(CommonParameters):
         True, description="repetition_penalty counts the prompt's tokens too"
     )
     skip_special_tokens: bool = Field(True, description="leave special tokens out of the text")
-    best_of: Annotated[Integer, Range(1, MAX_N)] | None = Field(
+    best_of: NumChoices | None = Field(
         None,
         description="generate so many, answer with the one of the best mean log-probability; 1 on "
         "streams",
@@ -80,7 +87,7 @@ class TgiParameters(CommonParameters):
         default_factory=list,
         description=f"at most {MAX_STOP} strings; they are cut from the text",
     )
-    truncate: Annotated[Integer, Range(1, MAX_INT32)] | None = Field(
+    truncate: Positive | None = Field(
         None, description="use only so many of the prompt's last tokens"
     )
     return_full_text: bool = Field(False, description="put the prompt before the generated text")
@@ -90,9 +97,7 @@ class TgiParameters(CommonParameters):
         False,
         description="the prompt's tokens and log-probabilities too; needs details, not on streams",
     )
-    top_n_tokens: Annotated[Integer, Range(0, MAX_LOGPROBS)] = Field(
-        0, description="so many best tokens at each token"
-    )
+    top_n_tokens: NumBest = Field(0, description="so many best tokens at each token")
     grammar: Annotated[JsonForm | RegexForm, Variants()] | None = Field(
         None,
         description="{type: json, json_schema or regex, value}: a JSON schema, or a regular "
@@ -105,9 +110,7 @@ class TgiParameters(CommonParameters):
 
 
 class TgiNativeRequest(InputsRequest):
-    num_beam: Annotated[Integer, Range(1, MAX_N)] | None = Field(
-        None, description="LightLLM's name of parameters.best_of"
-    )
+    num_beam: NumChoices | None = Field(None, description="LightLLM's name of parameters.best_of")
     parameters: TgiParameters = Field(
         default_factory=TgiParameters, description="see the next table"
     )
