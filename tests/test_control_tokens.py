@@ -20,8 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from asyncllm import templates
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.chat_template import ChatTemplate
+from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.output_parser import dialect_of
-from asyncllm.api.parsing.tools import Tool
 from asyncllm.control_tokens import ControlTokens
 from asyncllm.errors import StartupError
 from asyncllm.templates import Chats, mixes

@@ -29,7 +29,8 @@ from tokenizers import Tokenizer
 
 from asyncllm.api.common.chat_template import ChatTemplate
 from asyncllm.api.common.tool_request import ToolChoice, ToolRequest, with_tools_in_prompt
-from asyncllm.api.parsing.tools import Tool, make_parser
+from asyncllm.api.parsing.events import Tool
+from asyncllm.api.parsing.tools import make_parser
 from asyncllm.templates import Chats, read_dialect, render
 from asyncllm.text import Text, load_tokenizer, with_controls
 

@@ -8,7 +8,9 @@ import re
 
 import pytest
 
-from asyncllm.api.parsing.tools import Tool, call_forms, call_schema
+from asyncllm.api.parsing.events import Tool
+from asyncllm.api.parsing.tools.call_grammar import call_forms
+from asyncllm.api.parsing.tools.schema import call_schema
 from asyncllm.errors import RequestError
 from tests.constrain.walks import byte_grammars, matcher, takes, walk
 

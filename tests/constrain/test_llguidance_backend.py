@@ -15,15 +15,9 @@ import numpy as np
 import pytest
 
 from asyncllm.api.common.response_format import choice
-from asyncllm.api.parsing.tools import (
-    CALL_TEXTS,
-    FORMATS,
-    Tool,
-    call_forms,
-    make_parser,
-    special_tokens,
-    spelling,
-)
+from asyncllm.api.parsing.events import Tool
+from asyncllm.api.parsing.tools import FORMATS, make_parser, special_tokens
+from asyncllm.api.parsing.tools.call_grammar import CALL_TEXTS, call_forms, spelling
 from asyncllm.constrain import llguidance_backend as engine
 from asyncllm.constrain.llguidance_backend import Grammars, Matcher
 from asyncllm.errors import RequestError, ServerBusy

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from asyncllm.api.parsing.tools import Tool, call_forms
+from asyncllm.api.parsing.events import Tool
+from asyncllm.api.parsing.tools.call_grammar import call_forms
 from asyncllm.constrain.llguidance_backend import Grammars
 from asyncllm.errors import RequestError
 from tests.constrain.walks import allowed, byte_grammars, matcher, takes, walk, written

@@ -11,7 +11,7 @@ from typing import Any, Final
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice
 from asyncllm.api.common.content_blocks import ContentBlock, ContentBlockReply
-from asyncllm.api.parsing.tools import CallStart, Content, Reasoning
+from asyncllm.api.parsing.events import CallStart, Content, Reasoning
 from asyncllm.core.request import Reason
 from asyncllm.errors import RequestError
 from asyncllm.records import Overflow

@@ -42,8 +42,8 @@ from asyncllm.api.common.validation import (
     Body,
     reject,
 )
+from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.output_parser import OutputOptions
-from asyncllm.api.parsing.tools import Tool
 from asyncllm.core.request import SamplingParams
 
 _BILLING: Final = "nothing is billed"

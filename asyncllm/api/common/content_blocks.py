@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from asyncllm.api.common.answer import Answer, Choice
-from asyncllm.api.parsing.tools import Arguments, CallEnd, CallStart, Content, Event, Reasoning
+from asyncllm.api.parsing.events import Arguments, CallEnd, CallStart, Content, Event, Reasoning
 from asyncllm.messages import Delta
 
 

@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from asyncllm.api.common.model import RequestModel, refuse
 from asyncllm.api.common.response_format import GrammarText
-from asyncllm.api.parsing.tools import Tool
+from asyncllm.api.parsing.events import Tool
 
 # escapes, classes, and other text of a regular expression
 _NO_PARENTHESES: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[^()\\\[]+", re.DOTALL)

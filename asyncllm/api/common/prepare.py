@@ -16,7 +16,8 @@ from asyncllm.api.common.response_format import Grammar
 from asyncllm.api.common.tool_request import ToolRequest, with_tools_in_prompt
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.output_parser import Dialect, OutputOptions
-from asyncllm.api.parsing.tools import call_forms, call_schema
+from asyncllm.api.parsing.tools.call_grammar import call_forms
+from asyncllm.api.parsing.tools.schema import call_schema
 
 DEFAULT_OPTIONS: Final = OutputOptions()
 # variables of templates that other fields of a request set

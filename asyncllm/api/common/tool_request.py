@@ -17,8 +17,10 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 from asyncllm.api.common.conversation import Messages
 from asyncllm.api.common.model import AnyObject, RequestModel, UnicodeStr, refuse
 from asyncllm.api.common.validation import preview, reject
+from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.output_parser import Dialect
-from asyncllm.api.parsing.tools import Tool, system_text, written
+from asyncllm.api.parsing.tools.call_grammar import written
+from asyncllm.api.parsing.tools.detect import system_text
 
 MAX_TOOLS: Final = 128
 MAX_TOOLS_CHARS: Final = 256 << 10  # of their JSON

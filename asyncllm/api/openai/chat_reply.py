@@ -13,8 +13,7 @@ from asyncllm.api.common.answer import REASONS, Answer, Choice
 from asyncllm.api.common.custom_tool import input_of
 from asyncllm.api.common.logprobs import scored
 from asyncllm.api.openai.chunks import OpenAIReply, finish_reason
-from asyncllm.api.parsing.output_parser import OutputParser
-from asyncllm.api.parsing.tools import (
+from asyncllm.api.parsing.events import (
     Arguments,
     Call,
     CallEnd,
@@ -23,6 +22,7 @@ from asyncllm.api.parsing.tools import (
     Event,
     Reasoning,
 )
+from asyncllm.api.parsing.output_parser import OutputParser
 from asyncllm.messages import Delta
 
 ChatDelta = dict[str, Any]

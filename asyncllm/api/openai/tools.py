@@ -21,7 +21,7 @@ from asyncllm.api.common.tool_request import (
     ToolRef,
     as_offered,
 )
-from asyncllm.api.parsing.tools import Tool
+from asyncllm.api.parsing.events import Tool
 
 
 class ChatTool(RequestModel):

@@ -7,7 +7,8 @@ answers; serves nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
@@ -72,7 +73,11 @@ def _bodies(served: ServedModel) -> dict[str, Schema]:
 # -- routes ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+_TEXT_FAILS: Final = (400, 404, 408, 413, 429, 499, 503)
+_BOTH: Final = ("get", "post")
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """One operation.
 
@@ -87,75 +92,66 @@ class Route:
     path: str
     tag: str
     summary: str
-    methods: tuple[str, ...] = ("get",)
     body: str = ""
+    _: KW_ONLY
     answer: str = ""
     media: str = ""
     streams: bool = False
+    methods: tuple[str, ...] = ("get",)
     fails: tuple[int, ...] = ()
     error: str = "Error"
     open: bool = False
 
 
-_TEXT_FAILS: Final = (400, 404, 408, 413, 429, 499, 503)
-_POST: Final = ("post",)
-_BOTH: Final = ("get", "post")
+_post: Final = partial(Route, methods=("post",), fails=_TEXT_FAILS)
 
 ROUTES: Final = (
-    Route(path="/v1/chat/completions", tag="OpenAI", summary="Answer a conversation", methods=_POST,
-          body="ChatRequest", answer="ChatCompletion", streams=True, fails=_TEXT_FAILS),
-    Route(path="/v1/completions", tag="OpenAI", summary="Continue texts", methods=_POST,
-          body="CompletionRequest", answer="Completion", streams=True, fails=_TEXT_FAILS),
-    Route(path="/v1/responses", tag="OpenAI", summary="Answer a conversation, and remember it",
-          methods=_POST, body="ResponseRequest", answer="Response", streams=True,
-          fails=_TEXT_FAILS),
-    Route(path="/v1/responses/{id}", tag="OpenAI", summary="A stored response", answer="Response",
-          fails=(404,)),
-    Route(path="/v1/responses/{id}", tag="OpenAI", summary="Forget a stored response",
-          methods=("delete",), answer="Deleted", fails=(404,)),
-    Route(path="/v1/models", tag="OpenAI", summary="The model and its names", answer="Models"),
-    Route(path="/v1/models/{id}", tag="OpenAI", summary="One of them", answer="Model", fails=(404,)),
-    Route(path="/v1/messages", tag="Anthropic", summary="Answer a conversation", methods=_POST,
-          body="MessageRequest", answer="Message", streams=True, fails=_TEXT_FAILS,
-          error="AnthropicError"),
-    Route(path="/v1/messages/count_tokens", tag="Anthropic", summary="Length of its prompt",
-          methods=_POST, body="CountRequest", answer="InputTokens", fails=_TEXT_FAILS,
-          error="AnthropicError"),
-    Route(path="/generate", tag="LightLLM", summary="Continue a text", methods=_POST,
-          body="NativeRequest", answer="Native", fails=_TEXT_FAILS),
-    Route(path="/generate_stream", tag="LightLLM", summary="Continue a text, token by token",
-          methods=_POST, body="NativeRequest", streams=True, fails=_TEXT_FAILS),
-    Route(path="/", tag="LightLLM", summary="One of the two, as stream says", methods=_POST,
-          body="NativeAnyRequest", answer="Native", streams=True, fails=_TEXT_FAILS),
-    Route(path="/tokens", tag="LightLLM", summary="Length of a text", methods=_POST,
-          body="TokensRequest", answer="NumTokens", fails=(400, 408, 413, 429, 503)),
-    Route(path="/tokenize", tag="OpenAI", summary="Token ids of a text or of a chat", methods=_POST,
-          body="TokenizeRequest", answer="Tokenized", fails=_TEXT_FAILS),
-    Route(path="/detokenize", tag="OpenAI", summary="The text of token ids", methods=_POST,
-          body="DetokenizeRequest", answer="Detokenized", fails=(400, 404, 408, 413)),
-    Route(path="/version", tag="Operation", summary="This server's version", answer="Version"),
-    Route(path="/ping", tag="Operation", summary="As /health", methods=_BOTH, answer="Health",
-          fails=(503,), error="Health", open=True),
-    Route(path="/abort_request", tag="LightLLM", summary="End requests early", methods=_POST,
-          body="AbortRequest", answer="Success", fails=(400, 408, 413)),
-    Route(path="/get_server_info", tag="LightLLM", summary="The server's options", methods=_BOTH,
-          answer="ServerInfo"),
-    Route(path="/token_load", tag="LightLLM", summary="How full the server is", answer="TokenLoad",
-          fails=(503,)),
-    Route(path="/get_model_name", tag="LightLLM", summary="The model's name", methods=_BOTH,
-          answer="ModelName"),
-    Route(path="/health", tag="Operation", summary="Serving and not draining", answer="Health",
-          fails=(503,), error="Health", open=True),
-    Route(path="/healthz", tag="Operation", summary="The same", answer="Health", fails=(503,),
+    _post("/v1/chat/completions", "OpenAI", "Answer a conversation", "ChatRequest",
+          answer="ChatCompletion", streams=True),
+    _post("/v1/completions", "OpenAI", "Continue texts", "CompletionRequest",
+          answer="Completion", streams=True),
+    _post("/v1/responses", "OpenAI", "Answer a conversation, and remember it",
+          "ResponseRequest", answer="Response", streams=True),
+    Route("/v1/responses/{id}", "OpenAI", "A stored response", answer="Response", fails=(404,)),
+    Route("/v1/responses/{id}", "OpenAI", "Forget a stored response", answer="Deleted",
+          methods=("delete",), fails=(404,)),
+    Route("/v1/models", "OpenAI", "The model and its names", answer="Models"),
+    Route("/v1/models/{id}", "OpenAI", "One of them", answer="Model", fails=(404,)),
+    _post("/v1/messages", "Anthropic", "Answer a conversation", "MessageRequest",
+          answer="Message", streams=True, error="AnthropicError"),
+    _post("/v1/messages/count_tokens", "Anthropic", "Length of its prompt", "CountRequest",
+          answer="InputTokens", error="AnthropicError"),
+    _post("/generate", "LightLLM", "Continue a text", "NativeRequest", answer="Native"),
+    _post("/generate_stream", "LightLLM", "Continue a text, token by token", "NativeRequest",
+          streams=True),
+    _post("/", "LightLLM", "One of the two, as stream says", "NativeAnyRequest",
+          answer="Native", streams=True),
+    _post("/tokens", "LightLLM", "Length of a text", "TokensRequest", answer="NumTokens",
+          fails=(400, 408, 413, 429, 503)),
+    _post("/tokenize", "OpenAI", "Token ids of a text or of a chat", "TokenizeRequest",
+          answer="Tokenized"),
+    _post("/detokenize", "OpenAI", "The text of token ids", "DetokenizeRequest",
+          answer="Detokenized", fails=(400, 404, 408, 413)),
+    Route("/version", "Operation", "This server's version", answer="Version"),
+    Route("/ping", "Operation", "As /health", answer="Health", methods=_BOTH, fails=(503,),
           error="Health", open=True),
-    Route(path="/readiness", tag="Operation", summary="The same", methods=_BOTH, answer="Status",
-          fails=(503,), error="Status", open=True),
-    Route(path="/liveness", tag="Operation", summary="The process answers", methods=_BOTH,
-          answer="Status", open=True),
-    Route(path="/metrics", tag="Operation", summary="Prometheus metrics", media="text/plain",
-          fails=(503,)),
-    Route(path="/openapi.json", tag="Operation", summary="This document", answer="Document"),
-    Route(path="/docs", tag="Operation", summary="Swagger UI", media="text/html"),
+    _post("/abort_request", "LightLLM", "End requests early", "AbortRequest", answer="Success",
+          fails=(400, 408, 413)),
+    Route("/get_server_info", "LightLLM", "The server's options", answer="ServerInfo",
+          methods=_BOTH),
+    Route("/token_load", "LightLLM", "How full the server is", answer="TokenLoad", fails=(503,)),
+    Route("/get_model_name", "LightLLM", "The model's name", answer="ModelName", methods=_BOTH),
+    Route("/health", "Operation", "Serving and not draining", answer="Health", fails=(503,),
+          error="Health", open=True),
+    Route("/healthz", "Operation", "The same", answer="Health", fails=(503,), error="Health",
+          open=True),
+    Route("/readiness", "Operation", "The same", answer="Status", methods=_BOTH, fails=(503,),
+          error="Status", open=True),
+    Route("/liveness", "Operation", "The process answers", answer="Status", methods=_BOTH,
+          open=True),
+    Route("/metrics", "Operation", "Prometheus metrics", media="text/plain", fails=(503,)),
+    Route("/openapi.json", "Operation", "This document", answer="Document"),
+    Route("/docs", "Operation", "Swagger UI", media="text/html"),
 )  # fmt: skip
 
 REASONS: Final = {

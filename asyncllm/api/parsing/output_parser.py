@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from asyncllm.api.parsing import reasoning, tools
-from asyncllm.api.parsing.reasoning import OPENED, Splitter, make_reasoning
-from asyncllm.api.parsing.tools import (
+from asyncllm.api.parsing.events import (
     Arguments,
     Call,
     CallEnd,
@@ -22,6 +21,8 @@ from asyncllm.api.parsing.tools import (
     Reasoning,
     Tool,
 )
+from asyncllm.api.parsing.reasoning import OPENED, Splitter, make_reasoning
+from asyncllm.api.parsing.tools import call_grammar, detect
 
 SEPARATOR: Final = "\n\n"  # between reasoning and the text after it, where both are content
 
@@ -32,7 +33,7 @@ class Dialect:
 
     Args:
         calls: the format of calls, one of ``tools.FORMATS``.
-        spelling: its variant, as ``tools.spelling`` names it; "": it has none.
+        spelling: its variant, as ``call_grammar.spelling`` names it; "": it has none.
         lists_tools: its chat template puts tools into the prompt.
         tools_in_system: it takes them as JSON text, of the system message.
         tells_results: it renders messages of the role tool even where calls are plain text.
@@ -62,12 +63,12 @@ def dialect_of(
     """
     usual = templates.get("default", "")
     offering = templates.get("tool_use", usual)
-    lists_tools = tools.template_uses_tools(offering)
-    detected = tools.detect_format(offering)
+    lists_tools = detect.template_uses_tools(offering)
+    detected = detect.detect_format(offering)
     name = calls or detected or "hermes"
-    spelling = tools.spelling(name, offering)
-    in_system = not lists_tools and tools.tools_in_system(offering)
-    knows = tools.template_tells_results(offering) or in_system
+    spelling = call_grammar.spelling(name, offering)
+    in_system = not lists_tools and detect.tools_in_system(offering)
+    knows = detect.template_tells_results(offering) or in_system
     return Dialect(
         calls=name,
         spelling="" if spelling == name else spelling,

@@ -254,10 +254,8 @@ class _TaggedReasoning(ReasoningParser):
 
     def _begins(self) -> Run[bool]:
         """Does reasoning begin here? Passes a begin tag, also one that repeats the prompt's."""
-        s = self._scan
-        k = yield from s.past_spaces()
-        begins = tuple(begin for begin, _ in self._style.pairs)
-        return bool((yield from s.accept_at(k, *begins))) or self._opened is True
+        begins = [begin for begin, _ in self._style.pairs]
+        return bool((yield from self._scan.accept_next(*begins))) or self._opened is True
 
     def _hold(self, text: str) -> None:
         """Reasoning without the white space at its end."""

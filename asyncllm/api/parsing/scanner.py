@@ -117,17 +117,17 @@ class Scanner:
             if not literal.startswith(have) or not (yield from self.more()):
                 return False
 
-    def accept(self, *literals: str) -> Run[str]:
-        """Pass the first of these that is here, "" if none is."""
-        return (yield from self.accept_at(0, *literals))
-
-    def accept_at(self, k: int, *literals: str) -> Run[str]:
+    def accept(self, *literals: str, k: int = 0) -> Run[str]:
         """Pass the first of these that is at ``k``, with what is before it; "" if none is."""
         for literal in literals:
             if (yield from self.starts(literal, k)):
                 self.pos += k + len(literal)
                 return literal
         return ""
+
+    def accept_next(self, *literals: str, skip: str = SPACE) -> Run[str]:
+        """The same of the first that is not white space (not one of ``skip``)."""
+        return (yield from self.accept(*literals, k=(yield from self.past_spaces(0, skip))))
 
     def past_spaces(self, k: int = 0, chars: str = SPACE) -> Run[int]:
         """The first position from ``k`` on that is not white space (not one of ``chars``)."""
@@ -155,6 +155,13 @@ class Scanner:
                 return None
             if not (yield from self.more()):
                 return None
+
+    def through(self, marks: Literals, limit: int) -> Run[str | None]:
+        """As :meth:`until`, and pass the mark too."""
+        text = yield from self.until(marks, limit)
+        if text is not None:
+            yield from self.accept(*marks.all)
+        return text
 
     def to_mark(self, marks: Literals, out: Out) -> Run[str]:
         """Hand on the text before the next mark as it arrives; returns the mark, or "" at the end.

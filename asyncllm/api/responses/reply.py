@@ -14,7 +14,7 @@ from asyncllm.api.common.content_blocks import ContentBlock, ContentBlockReply
 from asyncllm.api.common.conversation import ConversationBuilder
 from asyncllm.api.common.custom_tool import input_of
 from asyncllm.api.common.logprobs import scored
-from asyncllm.api.parsing.tools import CallStart, Content, Reasoning
+from asyncllm.api.parsing.events import CallStart, Content, Reasoning
 from asyncllm.api.responses.request import ResponsesRequest
 from asyncllm.api.responses.store import Store, StoredResponse
 from asyncllm.api.responses.tools import Offered

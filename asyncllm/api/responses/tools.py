@@ -19,7 +19,7 @@ from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
 from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolName, ToolRef
 from asyncllm.api.common.validation import preview, reject
-from asyncllm.api.parsing.tools import Tool
+from asyncllm.api.parsing.events import Tool
 
 # what they run is not here; some have names with a date behind
 HOSTED: Final = (

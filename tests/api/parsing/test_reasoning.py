@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from asyncllm.api.parsing.events import CallStart, Content, Event, Reasoning, Tool
 from asyncllm.api.parsing.reasoning import (
     FORMATS,
     OPENED,
@@ -17,7 +18,7 @@ from asyncllm.api.parsing.reasoning import (
     special_tokens,
     tags,
 )
-from asyncllm.api.parsing.tools import CallStart, Content, Event, Reasoning, Tool, make_parser
+from asyncllm.api.parsing.tools import make_parser
 from asyncllm.constrain.reasoning import ReasoningConstraint, ReasoningMarks
 from asyncllm.constrain.vocabulary import Vocabulary
 

@@ -11,8 +11,8 @@ import pytest
 from asyncllm.api.common import errors
 from asyncllm.api.common.content_blocks import ContentBlock
 from asyncllm.api.common.errors import NotAvailable, UnknownPath
+from asyncllm.api.parsing.events import Content
 from asyncllm.api.parsing.output_parser import Dialect
-from asyncllm.api.parsing.tools import Content
 from asyncllm.api.responses import request as responses
 from asyncllm.api.responses.reply import ResponseReply, answered
 from asyncllm.api.responses.store import Store, StoredResponse

@@ -5,25 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from asyncllm.api.parsing.events import (
-    Arguments,
-    Call,
-    CallEnd,
-    CallStart,
-    Content,
-    Event,
-    Reasoning,
-    Tool,
-)
+from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.tools.base import NewId, ToolParser, new_id
-from asyncllm.api.parsing.tools.call_grammar import CALL_TEXTS, call_forms, spelling, written
-from asyncllm.api.parsing.tools.detect import (
-    detect_format,
-    system_text,
-    template_tells_results,
-    template_uses_tools,
-    tools_in_system,
-)
 from asyncllm.api.parsing.tools.json_formats import (
     BareJson,
     DeepSeekV3,
@@ -34,34 +17,7 @@ from asyncllm.api.parsing.tools.json_formats import (
     Mistral,
     Phi4,
 )
-from asyncllm.api.parsing.tools.schema import call_schema
 from asyncllm.api.parsing.tools.tagged_formats import Glm47, Qwen3Coder
-
-__all__ = [
-    "CALL_TEXTS",
-    "FORMATS",
-    "Arguments",
-    "Call",
-    "CallEnd",
-    "CallStart",
-    "Content",
-    "Event",
-    "Reasoning",
-    "Tool",
-    "ToolParser",
-    "call_forms",
-    "call_schema",
-    "detect_format",
-    "make_parser",
-    "new_id",
-    "special_tokens",
-    "spelling",
-    "system_text",
-    "template_tells_results",
-    "template_uses_tools",
-    "tools_in_system",
-    "written",
-]
 
 _PARSERS: Final[dict[str, type[ToolParser]]] = {
     "qwen25": Hermes,

@@ -127,6 +127,20 @@ class ToolParser(IncrementalParser[Event]):
         self.calls[-1].text += self._scan.passed()
         self._scan.mark()
 
+    def _ended(self, mark: str, k: int | None = None) -> Run[bool]:
+        """Pass the end mark of a call, at ``k`` or behind white space; text may follow without."""
+        s = self._scan
+        passed = s.accept_next(mark) if k is None else s.accept(mark, k=k)
+        if not (yield from passed):
+            return not s.starved
+        self._absorb()
+        return True
+
+    def _name(self, marks: Literals, limit: int = MAX_NAME) -> Run[str]:
+        """Pass a name, up to a mark; "": this is none."""
+        name = ((yield from self._scan.until(marks, limit)) or "").strip()
+        return name if is_name(name) else ""
+
     def _whole(self, name: str, given: str = "") -> Run[bool]:
         """A call of which only the arguments, a JSON value, are still missing."""
         if (yield from self._scan.at()) == "{":

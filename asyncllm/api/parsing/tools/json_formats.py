@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import ClassVar, Final
 
 from asyncllm.api.parsing.scanner import SPACE, Literals, Run
 from asyncllm.api.parsing.tools import deepseek
@@ -30,14 +30,11 @@ class Hermes(ToolParser):
             whole = yield from self._object()
             if self._open is not None or len(self.calls) == num_calls:
                 return False
-            k = yield from s.past_spaces(0, SPACE + "}],")
-            if (yield from s.accept_at(k, "</tool_call>")):
+            if (yield from s.accept_next("</tool_call>", skip=SPACE + "}],")):
                 return True
             if not whole:
                 return False
-            k = yield from s.past_spaces()
-            if not (yield from s.accept_at(k, ",")):
-                s.pos += k
+            yield from s.accept_next(",")
 
 
 class Llama3Calls(ToolParser):
@@ -99,11 +96,11 @@ class Mistral(ToolParser):
         if c == "[":
             s.pos += 1
             return (yield from _array(self))
-        name = yield from s.until(self._ends, MAX_NAME)
+        name = yield from self._name(self._ends)
         given: str | None = ""
         if (yield from s.accept("[CALL_ID]")):
             given = yield from s.until(self._ends, MAX_NAME)
-        if name is None or given is None or not is_name(name := name.strip()) or " " in name:
+        if not name or given is None or " " in name:
             return False
         yield from s.accept("[ARGS]")
         yield from s.spaces()
@@ -132,37 +129,51 @@ class Phi4(ToolParser):
             if mark == "<|tool_call|>" and not (yield from s.accept("[")):
                 return False
             whole = yield from _array(self)
-        if not whole:
-            return False
-        k = yield from s.past_spaces()
-        if not (yield from s.accept_at(k, "<|/tool_call|>")):
-            return mark == "functools[" or not s.starved
-        self._absorb()
-        return True
+        return whole and ((yield from self._ended("<|/tool_call|>")) or mark == "functools[")
 
 
-class DeepSeekV3(ToolParser):
-    """DeepSeek's marks: V3 and R1 with the name and a ```json block, V3.1 with name and object."""
+class _Sections(ToolParser):
+    """Calls between marks, in a section between marks; or one without a section.
 
-    _SECTION: Final = deepseek.CALLS
-    _SECTION_END: Final = deepseek.CALLS_END
-    _CALL: Final = deepseek.CALL
-    _CALL_END: Final = deepseek.CALL_END
-    marks = Literals(_SECTION, _CALL)
-    tokens = (_SECTION, _SECTION_END, _CALL, _CALL_END, deepseek.SEP)
-    tails = (f"```{_CALL_END}", _CALL_END, _SECTION_END)
-    _sep: Final = Literals(deepseek.SEP)
-    _line: Final = Literals("\n", "{")
+    Attributes:
+        section, call: their begin and end marks.
+        head: ends what comes before the arguments of a call.
+    """
+
+    section: ClassVar[tuple[str, str]]
+    call: ClassVar[tuple[str, str]]
+    head: ClassVar[Literals]
 
     def _block(self, mark: str) -> Run[bool]:
-        return (yield from _section(self, mark == self._SECTION, self._CALL, self._SECTION_END))
+        s, num_calls = self._scan, len(self.calls)
+        if mark != self.section[0]:
+            return (yield from self._call())
+        while (yield from s.accept_next(self.call[0])):
+            if not (yield from self._call()):
+                return False
+        return bool((yield from s.accept_next(self.section[1]))) and len(self.calls) > num_calls
+
+    def _call(self) -> Run[bool]:
+        """A call whose begin mark is passed."""
+        raise NotImplementedError
+
+
+class DeepSeekV3(_Sections):
+    """DeepSeek's marks: V3 and R1 with the name and a ```json block, V3.1 with name and object."""
+
+    section = deepseek.CALLS, deepseek.CALLS_END
+    call = deepseek.CALL, deepseek.CALL_END
+    marks = Literals(deepseek.CALLS, deepseek.CALL)
+    tokens = (*section, *call, deepseek.SEP)
+    tails = (f"```{deepseek.CALL_END}", deepseek.CALL_END, deepseek.CALLS_END)
+    head = Literals(deepseek.SEP)
+    _line: Final = Literals("\n", "{")
 
     def _call(self) -> Run[bool]:
         s = self._scan
-        name = yield from s.until(self._sep, MAX_NAME)
+        name = yield from s.through(self.head, MAX_NAME)
         if name is None:
             return False
-        yield from s.accept(*self._sep.all)
         yield from s.spaces()
         fenced = (yield from s.at()) != "{"
         if fenced:
@@ -176,46 +187,28 @@ class DeepSeekV3(ToolParser):
         k = yield from s.past_spaces()
         if fenced and (yield from s.starts("```", k)):
             k = yield from s.past_spaces(k + 3)
-        if not (yield from s.accept_at(k, self._CALL_END)):
-            return not s.starved
-        self._absorb()
-        return True
+        return (yield from self._ended(self.call[1], k))
 
 
-class KimiK2(ToolParser):
+class KimiK2(_Sections):
     """Kimi's marks; ``functions.name:number`` before the arguments is the call's id."""
 
-    _SECTION: Final = "<|tool_calls_section_begin|>"
-    _SECTION_END: Final = "<|tool_calls_section_end|>"
-    _CALL: Final = "<|tool_call_begin|>"
-    _CALL_END: Final = "<|tool_call_end|>"
-    marks = Literals(_SECTION, _CALL)
-    tokens = (_SECTION, _SECTION_END, _CALL, _CALL_END, "<|tool_call_argument_begin|>")
-    tails = (_CALL_END, _SECTION_END)
-    _args: Final = Literals("<|tool_call_argument_begin|>")
-
-    def _block(self, mark: str) -> Run[bool]:
-        return (yield from _section(self, mark == self._SECTION, self._CALL, self._SECTION_END))
+    section = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+    call = "<|tool_call_begin|>", "<|tool_call_end|>"
+    marks = Literals(section[0], call[0])
+    head = Literals("<|tool_call_argument_begin|>")
+    tokens = (*section, *call, *head.all)
+    tails = (call[1], section[1])
 
     def _call(self) -> Run[bool]:
         s = self._scan
-        head = yield from s.until(self._args, _HEADER)
-        if head is None:
-            return False
-        yield from s.accept(*self._args.all)
+        head = (yield from s.through(self.head, _HEADER)) or ""
         yield from s.spaces()
         found = re.fullmatch(r"(?:functions\.)?(.+?)(?::([0-9]+))?", head.strip())
-        if (
-            found is None
-            or not is_name(found[1])
-            or not (yield from self._whole(*found.groups("")))
-        ):
+        if found is None or not is_name(found[1]):
             return False
-        k = yield from s.past_spaces()
-        if not (yield from s.accept_at(k, self._CALL_END)):
-            return not s.starved
-        self._absorb()
-        return True
+        whole = yield from self._whole(*found.groups(""))
+        return whole and (yield from self._ended(self.call[1]))
 
     def _id_of(self, name: str, given: str) -> str:
         taken = {call.id for call in self.calls}
@@ -235,16 +228,15 @@ class GptOss(ToolParser):
 
     def _block(self, mark: str) -> Run[bool]:
         s = self._scan
-        head = yield from s.until(self._body, _HEADER)
-        to = None if head is None else re.search(r"\bto=functions\.([^\s<]+)", head)
+        head = yield from s.through(self._body, _HEADER)
+        to = re.search(r"\bto=functions\.([^\s<]+)", head or "")
         if to is None or not is_name(to[1]):
             return False
-        yield from s.accept(*self._body.all)
         yield from s.spaces()
         if not (yield from self._whole(to[1])):
             return False
         k = yield from s.past_spaces()
-        if (yield from s.accept_at(k, "<|call|>")) or not (yield from s.at(k)):
+        if (yield from s.accept("<|call|>", k=k)) or not (yield from s.at(k)):
             return True  # the mark ends the answer, so it may not be shown
         return not s.starved
 
@@ -256,23 +248,5 @@ def _array(p: ToolParser) -> Run[bool]:
         yield from s.spaces()
         if not (yield from p._object()):
             return False
-        k = yield from s.past_spaces()
-        if not (c := (yield from s.accept_at(k, ",", "]"))):
-            return False
-        if c == "]":
-            return True
-
-
-def _section(p: DeepSeekV3 | KimiK2, opened: bool, call: str, end: str) -> Run[bool]:
-    """Calls of a section, or, where none was opened, the one call whose mark is passed."""
-    s = p._scan
-    if not opened:
-        return (yield from p._call())
-    num_calls = len(p.calls)
-    while True:
-        k = yield from s.past_spaces()
-        if (yield from s.accept_at(k, call)):
-            if not (yield from p._call()):
-                return False
-        else:
-            return bool((yield from s.accept_at(k, end))) and len(p.calls) > num_calls
+        if (c := (yield from s.accept_next(",", "]"))) != ",":
+            return c == "]"

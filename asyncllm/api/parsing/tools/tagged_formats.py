@@ -10,7 +10,7 @@ from typing import Final
 
 from asyncllm.api.parsing.json_stream import escaped
 from asyncllm.api.parsing.scanner import Literals, Out, Run
-from asyncllm.api.parsing.tools.base import MAX_NAME, ToolParser, is_name
+from asyncllm.api.parsing.tools.base import ToolParser
 from asyncllm.api.parsing.tools.schema import argument_json, argument_types
 
 MAX_KEY: Final = 1024
@@ -50,10 +50,9 @@ class Qwen3Coder(_TaggedCalls):
         while True:
             if not (yield from self._function()):
                 return False
-            k = yield from s.past_spaces()
-            if (yield from s.accept_at(k, "</tool_call>")):
+            if (yield from s.accept_next("</tool_call>")):
                 return True
-            if not (yield from s.accept_at(k, "<function=")):
+            if not (yield from s.accept_next("<function=")):
                 return not wrapped
 
     def _function(self) -> Run[bool]:
@@ -78,11 +77,8 @@ class Qwen3Coder(_TaggedCalls):
 
     def _tag(self) -> Run[str]:
         """Pass the rest of a tag, and return the name in it; "" if it is not a tag."""
-        s = self._scan
-        name = yield from s.until(self._name_end, MAX_KEY)
-        if name is None or not is_name(name := name.strip()) or not (yield from s.accept(">")):
-            return ""
-        return name
+        name = yield from self._name(self._name_end, MAX_KEY)
+        return name if (yield from self._scan.accept(">")) else ""
 
     def _value(self, name: str, key: str) -> Run[bool]:
         s = self._scan
@@ -133,8 +129,8 @@ class Glm47(_TaggedCalls):
 
     def _block(self, mark: str) -> Run[bool]:
         s = self._scan
-        name = yield from s.until(self._name_end, MAX_NAME)
-        if name is None or not is_name(name := name.strip()) or " " in name:
+        name = yield from self._name(self._name_end)
+        if not name or " " in name:
             return False
         if not (yield from s.starts("<arg_key>")) and not (yield from s.starts("</tool_call>")):
             return False
@@ -147,12 +143,8 @@ class Glm47(_TaggedCalls):
                 return True
             if not (yield from s.accept("<arg_key>")):
                 return False
-            key = yield from s.until(self._key_end, MAX_KEY)
-            if key is None:
-                return False
-            yield from s.accept(*self._key_end.all)
-            yield from s.spaces()
-            if not (yield from s.accept("<arg_value>")):
+            key = yield from s.through(self._key_end, MAX_KEY)
+            if key is None or not (yield from s.accept_next("<arg_value>")):
                 return False
             self._key(key.strip(), num_args)
             num_args += 1

@@ -11,19 +11,9 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from asyncllm.api.parsing.tools import (
-    Arguments,
-    Call,
-    CallEnd,
-    CallStart,
-    Content,
-    Event,
-    Tool,
-    ToolParser,
-    deepseek,
-    make_parser,
-    new_id,
-)
+from asyncllm.api.parsing.events import Arguments, Call, CallEnd, CallStart, Content, Event, Tool
+from asyncllm.api.parsing.tools import deepseek, make_parser
+from asyncllm.api.parsing.tools.base import ToolParser, new_id
 
 
 @dataclass(frozen=True)

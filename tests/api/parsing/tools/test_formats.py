@@ -7,19 +7,9 @@ import re
 
 import pytest
 
-from asyncllm.api.parsing.tools import (
-    CALL_TEXTS,
-    FORMATS,
-    Arguments,
-    CallEnd,
-    CallStart,
-    Content,
-    Tool,
-    deepseek,
-    make_parser,
-    special_tokens,
-    spelling,
-)
+from asyncllm.api.parsing.events import Arguments, CallEnd, CallStart, Content, Tool
+from asyncllm.api.parsing.tools import FORMATS, deepseek, make_parser, special_tokens
+from asyncllm.api.parsing.tools.call_grammar import CALL_TEXTS, spelling
 
 from .answers import parse_whole
 

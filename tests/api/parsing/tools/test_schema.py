@@ -8,7 +8,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from asyncllm.api.parsing.tools import CALL_TEXTS, FORMATS, Tool, call_schema, deepseek, spelling
+from asyncllm.api.parsing.events import Tool
+from asyncllm.api.parsing.tools import FORMATS, deepseek
+from asyncllm.api.parsing.tools.call_grammar import CALL_TEXTS, spelling
+from asyncllm.api.parsing.tools.schema import call_schema
 from asyncllm.errors import RequestError
 
 from .answers import parse_whole

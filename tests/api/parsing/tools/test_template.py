@@ -7,19 +7,17 @@ from typing import Any
 
 import pytest
 
-from asyncllm.api.parsing.tools import (
-    FORMATS,
-    Tool,
-    deepseek,
+from asyncllm.api.parsing.events import Tool
+from asyncllm.api.parsing.tools import FORMATS, deepseek
+from asyncllm.api.parsing.tools.call_grammar import spelling, written
+from asyncllm.api.parsing.tools.detect import (
+    LIST,
     detect_format,
-    spelling,
     system_text,
     template_tells_results,
     template_uses_tools,
     tools_in_system,
-    written,
 )
-from asyncllm.api.parsing.tools.detect import LIST
 
 from .answers import parse_whole
 
