@@ -137,3 +137,16 @@ def test_the_warm_up_changes_nothing(kind: str) -> None:
     assert whole.width == side.bytes[1].slot_bytes
     warm_up(make_pages(1, whole.width), side.bytes[1], NUM_SLOTS - 1)
     assert all(map(torch.equal, before, side.snapshot(1)))
+
+
+def test_what_is_emptied_after_a_copy_comes_with_the_stamp_of_it() -> None:
+    side = Side("gqa", None, 1, seed=3)
+    whole, slots = side.bytes[0].whole(), array("i", [4, 1])
+    pages = make_pages(2, 2 * whole.width + 3)
+    before = side.snapshot(0)
+    pages.fill(1, whole, slots, host=False, stamp=5).wait()
+    again = pages.fill(1, whole, slots, host=False, stamp=1 << 40)
+    pages.empty(1, whole, slots, host=False, after=again).wait()
+    assert pages.stamped(1) == int(pages.stamp(1)) == 1 << 40
+    assert int(pages.stamp(0)) == 0
+    assert all(map(torch.equal, before, side.snapshot(0)))
